@@ -26,7 +26,7 @@ Attack the server from another terminal, in about a minute:
 
 Then look at what the guard did:
 
-  curl -s -H 'Authorization: Bearer $operator' http://127.0.0.1:$admin/metrics | grep -E 'decisions|fired'
+  curl -s -H 'Authorization: Bearer $operator' http://127.0.0.1:$admin/metrics | grep -E '^holdfast_(decisions|rule_fired)_total.* [1-9]'
   holdfast verify $folder/audit
   grep -c '"action":"flag"' $folder/audit/*worker*.jsonl
 

@@ -116,7 +116,7 @@ def refuse_missing_extra() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f'serve needs {", ".join(missing)}, and it is not installed; run: pip install "holdfast[serve]"'
+            f'serve needs packages that are not installed: {", ".join(missing)}; run: pip install "holdfast[serve]"'
         )
 
 
@@ -133,16 +133,17 @@ def _served(settings: ServeSettings, reference: ModelReference, notify: Notify) 
     keys = None if setup.worker.keys is None else KeyFile(setup.worker.keys)
     supervisor = Supervisor(setup, notify)
     admin = AdminServer(supervisor, listener, keys)
-    try:
-        admin.start()
-        supervisor.start()
-        served = f"http://{_shown(supervisor.address)}/v2/models/{setup.worker.name}"
-        notify(f"serving {served} with {setup.workers} worker{'s' if setup.workers > 1 else ''}")
-        notify(f"metrics: http://{_shown(listener.getsockname())}/metrics")
-        supervisor.run()
-        notify("all requests in progress were answered; the server has ended")
-    finally:
-        admin.stop()
+    with supervisor.hang_ups():
+        try:
+            admin.start()
+            supervisor.start()
+            served = f"http://{_shown(supervisor.address)}/v2/models/{setup.worker.name}"
+            notify(f"serving {served} with {setup.workers} worker{'s' if setup.workers > 1 else ''}")
+            notify(f"metrics: http://{_shown(listener.getsockname())}/metrics")
+            supervisor.run()
+            notify("all requests in progress were answered; the server has ended")
+        finally:
+            admin.stop()
 
 
 def _shown(address: tuple[str, int]) -> str:

@@ -69,7 +69,8 @@ class Guard:
         """Return the guard that a guard.yaml describes, with its calibration if there is one.
 
         With `model`, the calibration is compared with it, and with `model_name` with the name that `calibrate_on` was
-        given. Raises `UsageError` for invalid settings, for a calibration
+        given. Give the model as it was given to the calibration, such as `"net.py:make"`: a file and the network that
+        was loaded from it have different digests. Raises `UsageError` for invalid settings, for a calibration
         with other settings or another model, and for a rule in mode `shadow` or `enforce` without a threshold.
         """
         settings = read_guard_settings(Path(path))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import holdfast
 from holdfast.config.guard_opening import guard_digest
 from holdfast.config.guard_settings import read_guard_settings
 from holdfast.config.references import ModelReference
@@ -245,9 +246,10 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
     monkeypatch.setattr(signals, "in_foreground", lambda: True)
     server = Supervisor(ServerSetup(worker, reloadable=True))
     handler = signal.getsignal(signal.SIGHUP)
-    with signals.handled_signals(server._ended_by_signal, server._swap_by_signal):
+    with server.hang_ups():
         os.kill(os.getpid(), signal.SIGHUP)
-        until(lambda: server.status()["model"]["reload"] == "running")
+        server._step()
+        assert server.status()["model"]["reload"] == "running"
         assert not server.status()["draining"]
         terminal[0] = False
         os.kill(os.getpid(), signal.SIGHUP)
@@ -257,12 +259,34 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
         signals, "in_foreground", lambda: False
     )  # its terminal may be closed without a report to it
     server = Supervisor(ServerSetup(worker, reloadable=True))
-    with signals.handled_signals(server._ended_by_signal, server._swap_by_signal):
+    with server.hang_ups():
         os.kill(os.getpid(), signal.SIGHUP)
-        until(lambda: server.status()["model"]["reload"] == "running")
+        server._step()
+        assert server.status()["model"]["reload"] == "running"
         assert not server.status()["draining"]
     with pytest.raises(UsageError, match="has no pool and no file"):
         Supervisor(ServerSetup(worker)).request_swap("")
+
+
+@pytest.mark.slow
+def test_sighup_directly_after_the_start_reloads_the_model_and_does_not_end_the_server():
+    messages, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    late = threading.Timer(60, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def notify(text):
+        messages.append(text)
+        if text.startswith("serving"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        if text.startswith("all workers serve"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    late.start()
+    try:
+        holdfast.serve("mnist-cnn", port=0, admin_port=0, notify=notify)
+    finally:
+        late.cancel()
+        signal.signal(signal.SIGHUP, before)
+    assert "the model is reloaded: SIGHUP" in messages
 
 
 class Fake:

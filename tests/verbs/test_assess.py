@@ -481,6 +481,8 @@ def test_runs_are_listed_finished_or_not(tmp_path):
         open_run(tmp_path / "b")
     with pytest.raises(TargetError, match="is not a run folder"):
         open_run(tmp_path / "c")
+    with pytest.raises(TargetError, match="there is no folder .*nowhere"):
+        open_run(tmp_path / "nowhere")
 
 
 def test_runs_without_robust_accuracy_are_listed_too(tmp_path):

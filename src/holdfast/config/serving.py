@@ -52,7 +52,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
     address = reference.address
     if address is not None and address.partition(":")[0] in SCHEMES:
         raise UsageError(
-            f"model is {address!r}, and a server never loads a model from a URL; download the file, and give its path"
+            f"model is {address!r}, and no model is loaded from a URL; give a file, or a server with --proxy URL"
         )
     if settings.proxying.proxy is not None:
         refuse_forwarded_keys(settings)

@@ -87,7 +87,8 @@ def load(path: Path) -> dict[str, Any]:
             text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(
-            f"cannot read the configuration {str(path)!r}: {error}; write one with holdfast init"
+            f"cannot read the configuration {str(path)!r}: {error}; write one with holdfast init, or that of a guard "
+            "with holdfast init --guard"
         ) from error
     content = parse_yaml(text, str(path))
     if content is None:

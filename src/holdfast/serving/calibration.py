@@ -159,7 +159,8 @@ def refuse_stale(calibration: Calibration, guard: str, model: str | None, where:
         known = ", ".join(each[:12] for each in calibration.models)
         raise UsageError(
             f"{where} was calibrated with the model {known}, and this model is {model[:12]}, so that its rate of "
-            f"false positives is unknown; {way_out}"
+            f"false positives is unknown; {way_out}, or give the model as it was given there: a file and the network "
+            "that was loaded from it have different digests"
         )
 
 

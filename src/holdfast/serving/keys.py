@@ -133,7 +133,11 @@ def revoke_key(path: Path, name: str) -> ApiKey:
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """Return the keys of a file. Raises `TargetError` if others may read the file, or if its content is invalid."""
+    """Return the keys of a file. Raises `TargetError` if there is no such file, if others may read it, or if its
+    content is invalid.
+    """
+    if not path.exists():
+        raise TargetError(f"there is no file {str(path)!r}; holdfast keys add NAME --file {path} writes it")
     content = parsed(path, content_of(path))
     with usable(path):
         mode = stat.S_IMODE(path.stat().st_mode)

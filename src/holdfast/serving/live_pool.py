@@ -182,7 +182,8 @@ class LivePool:
         waiting = [name for name in self.pool.ahead if name not in unjudged]
         if not waiting and not (stolen and unjudged):
             raise Inconclusive(
-                f"no admitted set waits, so {serving.name!r} still serves; a swap is due: {why}"
+                f"no admitted set waits, so {serving.name!r} still serves; draw and admit further sets; a swap is "
+                f"due: {why}"
             )
         name = next_set(waiting or list(unjudged))
         return self._set(name, serving.epoch + 1, why=why, unjudged=not waiting)

@@ -3,29 +3,30 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 
 @contextmanager
-def handled_signals(
-    stop: Callable[[], object], swap: Callable[[], object], *, ending: bool = True
-) -> Iterator[None]:
-    """Context manager in which SIGTERM and SIGINT call `stop`, unless `ending` is false, and SIGHUP calls `swap`.
-
-    SIGHUP also reports that the terminal of a process in its foreground was closed. It then calls `stop`, unless it was
-    ignored, as `nohup` has it. A process in the background receives no such report. In another thread than the main
-    one, signals are not handled.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    foreground, before = in_foreground(), dict[int, Any]()
+def ending_signals(stop: Callable[[], object]) -> Iterator[None]:
+    """Context manager in which SIGTERM and SIGINT call `stop`."""
 
     def ended(number: int, frame: FrameType | None) -> None:
         stop()
+
+    with _handlers({signal.SIGTERM: ended, signal.SIGINT: ended}):
+        yield
+
+
+@contextmanager
+def hang_up_signals(stop: Callable[[], object], swap: Callable[[], object]) -> Iterator[None]:
+    """Context manager in which SIGHUP calls `swap`.
+
+    SIGHUP also reports that the terminal of a process in its foreground was closed. It then calls `stop`, unless it was
+    ignored, as `nohup` has it. A process in the background receives no such report.
+    """
+    foreground, ignored = in_foreground(), signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
     def hung_up(number: int, frame: FrameType | None) -> None:
         nonlocal foreground
@@ -33,16 +34,20 @@ def handled_signals(
             swap()
             return
         foreground = False
-        if before[number] is not signal.SIG_IGN:
+        if not ignored:
             stop()
 
-    handlers: dict[int, Any] = {
-        signal.SIGHUP: hung_up,
-        **({signal.SIGTERM: ended, signal.SIGINT: ended} if ending else {}),
-    }
-    before.update({number: signal.getsignal(number) for number in handlers})
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with _handlers({signal.SIGHUP: hung_up}):
+        yield
+
+
+@contextmanager
+def _handlers(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Context manager with handlers of signals. In another thread than the main one, signals are not handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import queue
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from holdfast.engine.progress import Notify, ignore
 from holdfast.serving.audit_folder import AuditFolder
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.reloading import Reloading, ServedVersion
-from holdfast.serving.signals import handled_signals
+from holdfast.serving.signals import ending_signals, hang_up_signals
 from holdfast.serving.swapping import PoolSwaps
 from holdfast.serving.telemetry import MetricTotals, Telemetry
 from holdfast.serving.worker import ServingSetup
@@ -91,7 +91,7 @@ class Supervisor:
         self._begin_s = 0.0
         self._stepped_s = self._recorded_s = time.monotonic()
         self._owed_workers = 0
-        self._started = self._stopping = False
+        self._started = self._stopping = self._hung_up = False
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
         self.address, self.admin_address = ("", 0), ("", 0)
@@ -117,13 +117,10 @@ class Supervisor:
             for _ in range(setup.workers):
                 self._start_worker()
             until = time.monotonic() + timeout_s
-            with handled_signals(self._ended_by_signal, self._swap_by_signal, ending=False):
-                while not self._stopping and not all(worker.ready for worker in self._workers):
-                    self._step()
-                    if time.monotonic() > until:
-                        raise TargetError(
-                            f"the workers were not ready within {timeout_s:g} s; check the model"
-                        )
+            while not self._stopping and not all(worker.ready for worker in self._workers):
+                self._step()
+                if time.monotonic() > until:
+                    raise TargetError(f"the workers were not ready within {timeout_s:g} s; check the model")
             self._started = True
         except BaseException:
             self._end()
@@ -133,13 +130,20 @@ class Supervisor:
         """Supervise until `stop` is called or SIGTERM or SIGINT arrives, then drain. A second signal kills the
         workers.
         """
-        with handled_signals(self._ended_by_signal, self._swap_by_signal):
+        with ending_signals(self._ended_by_signal):
             try:
                 while not self._stopping:
                     self._step()
                 self._drain()
             finally:
                 self._end()
+
+    def hang_ups(self) -> AbstractContextManager[None]:
+        """Context manager in which SIGHUP swaps the set or reloads the model.
+
+        It must begin before `start` and end after `run`: without it, SIGHUP ends the process.
+        """
+        return hang_up_signals(self._ended_by_signal, self._swap_by_signal)
 
     def stop(self) -> None:
         """Let `run` drain and return. May be called by any thread and by a signal handler."""
@@ -167,10 +171,8 @@ class Supervisor:
         self.stop()
 
     def _swap_by_signal(self) -> None:
-        try:
-            self.request_swap("SIGHUP")
-        except UsageError as error:
-            self._notify(f"note: {error}")
+        self._hung_up = True  # `_step` does the rest, as a signal may interrupt a print
+        self._inbox.put((None, b""))
 
     # --- one step
 
@@ -182,6 +184,12 @@ class Supervisor:
                 if worker is not None:
                     self._receive(worker, message)
                 worker, message = self._inbox.get_nowait()
+        if self._hung_up:
+            self._hung_up = False
+            try:
+                self.request_swap("SIGHUP")
+            except UsageError as error:
+                self._notify(f"note: {error}")
         for worker in list(self._workers):
             if worker.process.poll() is not None and worker.ended is None and not worker.ready:
                 self._receive(worker, b"")

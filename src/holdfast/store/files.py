@@ -32,6 +32,8 @@ CHECKPOINTS = "checkpoints"
 def refuse_no_run(*folders: Path) -> None:
     """Raise `TargetError` if one of the folders contains no run."""
     for folder in folders:
+        if not folder.exists():
+            raise TargetError(f"there is no folder {str(folder)!r}; list run folders with holdfast runs")
         if not (folder / MANIFEST).is_file():
             raise TargetError(
                 f"{str(folder)!r} is not a run folder, because it contains no {MANIFEST}; list run folders with "
