@@ -47,7 +47,7 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Fraction, NonNegative, Positive
 from holdfast.detectors.clusters import QueryCluster, QueryState, StateView, Wanted
-from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, Floats, unexplained
+from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, unexplained
 
 _SETTLED = 4  # multiples of the threshold; two half-lives pass before such a cluster is accepted again
 

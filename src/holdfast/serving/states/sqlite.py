@@ -4,6 +4,7 @@ The file is in WAL mode: a batch of queries is one transaction of a few writes. 
 lost; after a power failure, the last transactions may be, which only forgets the last queries.
 """
 
+import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ _AGAIN_S = 0.02  # between two attempts to open a file that another process crea
 _LOGGED = (
     600  # new rows of one process, at most 30 MB of the write-ahead log, after which it makes a checkpoint
 )
+_ROWS = 64  # most rows of one statement
 _PARAMETERS = 5000  # in one statement; SQLite allows 32,766
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS state (
@@ -225,8 +227,9 @@ class SQLiteState:
 
     def _store(self, db: sqlite3.Connection, view: StateView) -> None:
         new = [(view.clusters[key], hashes) for key, hashes in view.added.items()]
-        db.executemany(
-            "INSERT INTO clusters VALUES (?, ?, ?, ?, ?, ?)",
+        _insert(
+            db,
+            "INSERT INTO clusters",
             [
                 (
                     each.key,
@@ -240,16 +243,14 @@ class SQLiteState:
             ],
         )
         pairs = sorted((each, key) for key, hashes in view.added.items() for each in hashes)
-        db.executemany("INSERT OR IGNORE INTO buckets VALUES (?, ?)", pairs)
+        _insert(db, "INSERT OR IGNORE INTO buckets", pairs)
         old = [view.clusters[key] for key in view.touched.keys() - view.added.keys()]
         db.executemany(
             "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE key = ?",
             [(min(each.mass, self.limits.heaviest), each.members, view.now, each.key) for each in old],
         )
         db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", view.dropped)
-        db.executemany(
-            "INSERT OR IGNORE INTO answers VALUES (?, ?)", [(each, view.now) for each in view.answers]
-        )
+        _insert(db, "INSERT OR IGNORE INTO answers", [(each, view.now) for each in view.answers])
 
     def _finish(self, db: sqlite3.Connection, view: StateView, now: float, counts: Counts) -> None:
         """Store the accounts, drop what is too old or too much, and store the clock and the counts."""
@@ -311,6 +312,21 @@ def _rows(db: sqlite3.Connection, query: str, values: Iterable[object]) -> Itera
     for start in range(0, len(every), _PARAMETERS):
         part = every[start : start + _PARAMETERS]
         yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
+
+
+def _insert(db: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+    """Insert rows, many with each statement.
+
+    SQLite releases the interpreter lock in each step of a statement, and a thread that computes a model may keep it
+    then. `executemany` takes one step for each row. Numbers of rows are powers of two, so that few statements are
+    compiled.
+    """
+    first = 0
+    while first < len(rows):
+        n = min(_ROWS, 1 << (len(rows) - first).bit_length() - 1)
+        values = ",".join([f"({','.join('?' * len(rows[first]))})"] * n)
+        db.execute(f"{statement} VALUES {values}", list(itertools.chain(*rows[first : first + n])))
+        first += n
 
 
 def _drop(db: sqlite3.Connection, table: str, oldest: float, excess: int, most: int) -> int:
