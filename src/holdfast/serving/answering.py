@@ -148,7 +148,7 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
         return end_record("failed", request, status=status, **notes)
     rows = [
         [
-            row.action.word,
+            str(row.action),
             {
                 s.rule: [round(s.value, 6) if isfinite(s.value) else str(s.value), s.fired, s.mode.value]
                 for s in row.scores
@@ -161,7 +161,7 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
         "answered",
         request,
         status=200 if outcome.refusal is None else outcome.refusal.status,
-        action=outcome.action.word,
+        action=str(outcome.action),
         set=served.name,
         epoch=served.epoch,
         **({"rows": rows} if rows else {}),
@@ -371,7 +371,7 @@ class Answerer:
         self.telemetry.count("holdfast_inputs_total", n=rows)
         self.telemetry.count("holdfast_guard_unchecked_total", n=unchecked)
         for action, n in actions.items():
-            self.telemetry.count("holdfast_decisions_total", action.word, n=n)
+            self.telemetry.count("holdfast_decisions_total", str(action), n=n)
         for (rule, mode), n in fired.items():
             self.telemetry.count("holdfast_rule_fired_total", rule, mode, n=n)
 

@@ -26,9 +26,8 @@ class Action(IntEnum):
     BLOCK = 5
     """the request is refused"""
 
-    @property
-    def word(self) -> str:
-        """Name of the action in configuration files and reports, as in `label_only`."""
+    def __str__(self) -> str:
+        """Return the name of the action in configuration files and reports, as in `label_only`."""
         return self.name.lower()
 
 

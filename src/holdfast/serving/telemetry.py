@@ -83,7 +83,7 @@ LABELS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         (cause,)
         for cause in ("request", "key", "rate", "guard", "state", "overload", "audit", "model", "upstream")
     ),
-    "holdfast_decisions_total": tuple((action.word,) for action in Action),
+    "holdfast_decisions_total": tuple((str(action),) for action in Action),
 }
 """Labels with which counters begin at 0, since Prometheus does not see how a counter got to its first value."""
 
