@@ -131,14 +131,11 @@ def test_a_model_that_computes_while_the_guard_decides_answers_like_one_that_wai
         return [type(mine) for mine, _ in pairs]
 
     assert both(allowed, refused, allowed) == [Answer, Refused, Answer]
-    assert [len(batch) for batch in model.batches] == [
-        5
-    ]  # one call, although one of the requests was refused
+    # one call, although one of the requests was refused
+    assert [len(batch) for batch in model.batches] == [5]
     nan = torch.tensor([[0.95, torch.nan, 0.5, 0.5]])
-    assert both(allowed, nan) == [
-        Answer,
-        Refused,
-    ]  # the error of the model for a refused input does not count
+    # the error of the model for a refused input does not count
+    assert both(allowed, nan) == [Answer, Refused]
     assert [len(batch) for batch in model.batches] == [5, 2]
     for _ in range(3):  # during an attack, the model waits for the decision
         both(refused)

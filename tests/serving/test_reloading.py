@@ -255,9 +255,8 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
         os.kill(os.getpid(), signal.SIGHUP)
         until(lambda: server.status()["draining"])
     assert signal.getsignal(signal.SIGHUP) is handler
-    monkeypatch.setattr(
-        signals, "in_foreground", lambda: False
-    )  # its terminal may be closed without a report to it
+    # the terminal of a process in the background may be closed without a report to it
+    monkeypatch.setattr(signals, "in_foreground", lambda: False)
     server = Supervisor(ServerSetup(worker, reloadable=True))
     with server.hang_ups():
         os.kill(os.getpid(), signal.SIGHUP)

@@ -227,14 +227,19 @@ class _Batch:
     hashes: list[list[int]]
     """hashes of each query"""
     distances: list[dict[int, float]]
-    """for each query, the distances to the clusters of earlier batches that are near it, by key"""
+    """for each query that is no exact repeat, the distances to the clusters of earlier batches near it, by key"""
     keys: Iterator[int]
     """keys of new clusters"""
 
     @classmethod
     def of(cls, view: StateView, prints: Fingerprints, x: Tensor) -> "_Batch":
         hashes = prints.hashes.tolist()
-        pairs = [(row, each) for row, own in enumerate(hashes) for each in view.near(own)]
+        pairs = [
+            (row, each)
+            for row, (own, digest) in enumerate(zip(hashes, prints.digests, strict=True))
+            if digest not in view.answered  # exact repeats are not compared
+            for each in view.near(own)
+        ]
         distances: list[dict[int, float]] = [{} for _ in hashes]
         if pairs:
             leaders = np.stack([each.leader for _, each in pairs])

@@ -69,7 +69,7 @@ class RowDecision:
     @cached_property
     def action(self) -> Action:
         """The most severe action of the rules in mode `enforce`."""
-        return max((score.taken for score in self.scores if score.fired), default=Action.ALLOW)
+        return max((score.taken for score in self.scores), default=Action.ALLOW)
 
     @property
     def shadow(self) -> Action:

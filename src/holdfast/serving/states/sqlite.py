@@ -226,7 +226,7 @@ class SQLiteState:
         return StateView(now, self.limits.half_life_s, clusters, buckets, answered, accounts)
 
     def _store(self, db: sqlite3.Connection, view: StateView) -> None:
-        new = [(view.clusters[key], hashes) for key, hashes in view.added.items()]
+        added = [(view.clusters[key], hashes) for key, hashes in view.added.items()]
         _insert(
             db,
             "INSERT INTO clusters",
@@ -239,15 +239,15 @@ class SQLiteState:
                     each.members,
                     each.seen,
                 )
-                for each, hashes in new
+                for each, hashes in added
             ],
         )
         pairs = sorted((each, key) for key, hashes in view.added.items() for each in hashes)
         _insert(db, "INSERT OR IGNORE INTO buckets", pairs)
-        old = [view.clusters[key] for key in view.touched.keys() - view.added.keys()]
+        touched = [view.clusters[key] for key in view.touched.keys() - view.added.keys()]
         db.executemany(
             "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE key = ?",
-            [(min(each.mass, self.limits.heaviest), each.members, view.now, each.key) for each in old],
+            [(min(each.mass, self.limits.heaviest), each.members, view.now, each.key) for each in touched],
         )
         db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", view.dropped)
         _insert(db, "INSERT OR IGNORE INTO answers", [(each, view.now) for each in view.answers])
