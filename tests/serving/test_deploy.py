@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -81,12 +82,13 @@ def test_the_guard_of_the_tutorial_is_that_of_the_demonstration():
     assert check_guard_settings(yaml.safe_load(block), "guard").rules.queries.action == "flag"
 
 
-@pytest.mark.slow
-def test_the_demonstration_serves_the_bundled_model_and_prints_a_command_with_a_key(tmp_path):
+@contextmanager
+def demonstration(folder):
+    """The server of the demonstration: its ports, and what it printed."""
     ports = [free_port(), free_port()]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     server = subprocess.Popen(
-        [DEPLOY / "demo-serve.sh", tmp_path / "demo"],
+        [DEPLOY / "demo-serve.sh", folder],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -98,6 +100,16 @@ def test_the_demonstration_serves_the_bundled_model_and_prints_a_command_with_a_
             line = server.stdout.readline()
             assert line, shown
             shown += line
+        yield ports, shown
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+        server.stdout.close()
+
+
+@pytest.mark.slow
+def test_the_demonstration_serves_the_bundled_model_and_prints_a_command_with_a_key(tmp_path):
+    with demonstration(tmp_path / "demo") as (ports, shown):
         attacker, operator = re.findall(r"hf_[\w-]+", shown)
         answer = httpx.get(
             f"http://127.0.0.1:{ports[0]}/v2/models/mnist-cnn",
@@ -116,10 +128,30 @@ def test_the_demonstration_serves_the_bundled_model_and_prints_a_command_with_a_
             assert run([*shlex.split(command)[1:-2], "--dry-run"]) == 0
         finally:
             del os.environ["KEY"]
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
-        server.stdout.close()
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_fault_in_the_server_with_guard_and_keys(tmp_path):
+    schemathesis = shutil.which("schemathesis")
+    if schemathesis is None:
+        pytest.skip("schemathesis is not installed (from PyPI, in an environment of its own)")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    checks += ",response_schema_conformance,negative_data_rejection"
+    with demonstration(tmp_path / "demo") as (ports, shown):
+        key = re.findall(r"hf_[\w-]+", shown)[0]
+        done = subprocess.run(
+            [
+                *(schemathesis, "run", f"http://127.0.0.1:{ports[0]}/openapi.json"),
+                *("--header", f"Authorization: Bearer {key}", "--checks", checks),
+                *("--max-examples", "40", "--seed", "1", "--no-color"),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No issues found" in done.stdout
 
 
 def free_port():
