@@ -213,10 +213,10 @@ def test_the_wheel_holds_the_bundled_files_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_a_module_reads_in_one_sitting(path):
+def test_an_attack_and_a_function_read_in_one_sitting(path):
     text = path.read_text(encoding="utf-8")
-    limit = 180 if path.parent.name == "attacks" else 450
-    assert text.count("\n") <= limit, f"{path.name} has {text.count(chr(10))} lines; at most {limit}"
+    if path.parent.name == "attacks":
+        assert text.count("\n") <= 180, f"{path.name} has {text.count(chr(10))} lines; at most 180"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = node.body[0] if ast.get_docstring(node) else None
