@@ -267,6 +267,33 @@ def test_only_layers_that_mind_the_mode_count_as_in_training():
     assert in_training(model.eval()) == ()
 
 
+ONE_HOT, SYMMETRIC = torch.eye(2), torch.tensor([[0.71, 0.29], [0.29, 0.71]])
+ROUNDING = torch.tensor([[1.0, 1.0 + 1e-7, -1.0], [1.0 + 1e-7, 1.0, -1.0]])
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "state"),
+    [
+        (ONE_HOT, (0, 1), "clear"),
+        (SYMMETRIC, (0, 1), "clear"),
+        (ONE_HOT[[0, 0]], (0, 1), "raised"),
+        (SYMMETRIC[[1, 1]], (0, 1), "raised"),
+        (ROUNDING, (2, 1), "raised"),
+        (ONE_HOT, (0, 0), "not applicable"),
+        (ONE_HOT, (1, 1), "raised"),
+    ],
+)
+def test_constant_compares_outputs_of_inputs_and_not_margins(scores, labels, state):
+    """Half of the inputs get the first row of `scores`, the others the second one; `labels` are theirs."""
+    kinds = torch.arange(40) % 2 if labels[0] != labels[1] else torch.zeros(40, dtype=torch.int64)
+    x = kinds[:, None, None, None] + 0.1 * torch.rand(40, 1, 2, 2)
+    batch = Batch(x, torch.tensor(labels)[kinds], torch.arange(40))
+    found = findings(
+        Function(lambda x: scores[x[:, 0, 0, 0].long()]), batch=batch, suite=(), only={"steadiness"}
+    )
+    assert {doubt.name: doubt.state for doubt in found.doubts}["constant"] == state
+
+
 def test_probabilities_are_told_from_logits(net):
     assert "probabilities" in raised(Changed(net, after=nn.Softmax(1)), only={"steadiness"})
 

@@ -89,6 +89,15 @@ def test_the_new_model_is_measured_and_the_given_one_stays(tmp_path):
     assert (place / "curve.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.parametrize(("seed", "at_chance"), [(0, False), (1, True)])
+def test_a_given_model_at_chance_is_stated_instead_of_an_improvement(tmp_path, seed, at_chance):
+    found = harden(trainable(seed), training(), fakes.data(), wish())
+    assert ("; the given model was at chance (clean_accuracy " in str(found)) == at_chance
+    assert (" → " in str(found)) != at_chance
+    card = (found.write(tmp_path / "made") / "card.md").read_text()
+    assert ("no better than one that always predicts the majority class" in card) == at_chance
+
+
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = harden(trainable(), training(), fakes.data(), wish())

@@ -51,6 +51,9 @@ def outputs(examined: Examined) -> Iterator[Finding]:
             text = "the outputs are probabilities, which hide small changes if the model is confident"
             way_out = "declare --model-output probability"
         yield Finding("probabilities", "warning", text, way_out)
+    y = examined.batch.y
+    if examined.accuracy == 1 and bool((y == y[0]).all()):
+        return  # right for the only label, so that the outputs may be equal
     # equal up to rounding; the clamp is for outputs that are all 0
     if len(logits) > 1 and float((logits - logits[0]).abs().max()) <= 1e-6 * float(
         logits.abs().max().clamp_min(1e-12)

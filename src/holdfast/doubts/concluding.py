@@ -375,12 +375,20 @@ def _constant(case: _Case) -> Doubt:
     if columns["nan"].any():
         return Doubt("constant", "not applicable", message="the model returned NaN")
     # margins for one label at a time, since a margin depends on the label
-    groups = [columns["margin"][columns["y"] == label].double() for label in torch.unique(columns["y"])]
-    size = max(float(columns["margin"].double().abs().max()), 1e-12)  # no division by 0 if all are 0
+    margins, y = columns["margin"].double(), columns["y"]
+    groups = [margins[y == label] for label in torch.unique(y)]
+    size = max(float(margins.abs().max()), 1e-12)  # no division by 0 if all are 0
     spread = max(float((group.max() - group.min()) / size) for group in groups)
     for name in ("confidence", "entropy"):
         values = columns[name].double()
         spread = max(spread, float(values.max() - values.min()))
+    if len(torch.unique(columns["prediction"])) > 1:
+        # where another class is predicted, the scores of the two classes differ at least by the margin of a right
+        # example; scores may be one-hot or symmetric, with equal margins for all labels
+        spread = max(spread, float(margins.max() / size))
+    elif len(groups) == 1 and columns["correct"].all() and not spread > at.CONSTANT:
+        text = "all examples have the same label and are classified correctly, so that their outputs may be equal"
+        return Doubt("constant", "not applicable", message=text)
     spread = float(f"{spread:.3g}")  # the last digits depend on the batches
     text = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
     if not spread > at.CONSTANT:

@@ -141,6 +141,11 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
     """The doubts about both models, and the notes."""
     before, after = card["before"], card["after"]
     lines = []
+    if before.get("at_chance", False):  # cards of earlier versions do not state it
+        lines.append(
+            "- the given model is no better than one that always predicts the majority class, as untrained weights "
+            "are: the difference between both models is the effect of training, not of this recipe alone"
+        )
     for side, assessment in (("before", before), ("after", after)):
         lines += [
             f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['message'])}"

@@ -15,7 +15,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.model import Classifier
 from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
-from holdfast.ops.statistics import proportion
+from holdfast.ops.statistics import against_majority, proportion
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
@@ -71,12 +71,16 @@ class Hardened:
 
     def __str__(self) -> str:
         before, after = (self.card[side]["metrics"] for side in ("before", "after"))
-        changes = [
-            f"{name} {percent(before[name]['value'])} → {percent(after[name]['value'])}"
-            for name in compared_metrics(self.card)
+        names, at_chance = compared_metrics(self.card), self.card["before"].get("at_chance", False)
+        metrics = [
+            f"{name} {'' if at_chance else percent(before[name]['value']) + ' → '}{percent(after[name]['value'])}"
+            for name in names
         ]
         epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
-        return f"{self.card['recipe']}: {', '.join(changes)} ({epoch})"
+        text = f"{self.card['recipe']}: {', '.join(metrics)} ({epoch})"
+        if at_chance:
+            text += f"; the given model was at chance ({names[0]} {percent(before[names[0]]['value'])})"
+        return text
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ def card_of(
     `entries` contains the entries of the card that come from the request.
     """
     recipes = [attempt.candidate.name for attempt in trained]
+    given = sides[0].evidence
+    at_chance = against_majority(given["correct"], given["y"]).at_chance
     card: dict[str, Any] = strict(
         {
             **entries,
@@ -177,7 +183,7 @@ def card_of(
             "plan": manifest["plan"],
             "recipes_tried": recipes,
             "scope": basis(sides[0].evidence, sides[1].evidence),
-            "before": judged(sides[0].summary()),
+            "before": {**judged(sides[0].summary()), "at_chance": at_chance},
             "after": judged(sides[1].summary()),
             "chosen": best.chosen.to_json(),
             "held_out": _held_out_metrics(best.chosen, **entries["held_out"]),
