@@ -36,6 +36,7 @@ ROWS = {
     "pgd-dropping": "pgd_dropping",
     "pgd-batch-norm": "batch_norm",
     "pgd-strength": "pgd_strength",
+    "defaults": "defaults",
     "minimum-norm": "minimum_norm",
     "square": "square",
     "query-detector": "query_detector",

@@ -34,6 +34,7 @@ SUBJECTS = {
     "pgd-cost": "CPU time of PGD with 40 steps, divided by that of a plain loop of the same passes (the floor).",
     "pgd-dropping": "CPU time of PGD with 40 steps if broken examples are dropped, divided by the floor.",
     "pgd-batch-norm": "CPU time of PGD with 40 steps on a network with batch norm, divided by the floor.",
+    "defaults": "Attacks with their default settings beside those of Foolbox and torchattacks, on the same images.",
     "pgd-strength": "Robust accuracy after PGD with 40 steps on the same images, five seeds, and after APGD-CE.",
     "minimum-norm": "Minimum-norm attacks on undefended networks: success rate, median distance over all images "
     "(infinite for those not broken) and cost.",

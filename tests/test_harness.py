@@ -492,7 +492,7 @@ def test_a_model_that_draws_the_same_each_time_does_not_draw_at_random():
 
 
 def test_settings_are_plain_values():
-    assert settings(PGD(steps=3))["loss"] == "margin_loss"
+    assert settings(PGD(steps=3))["loss"] == "scaled_cross_entropy"
     assert settings(PGD(steps=3))["steps"] == 3
 
 

@@ -52,7 +52,7 @@ COMPARISONS = [
     ),
     Comparison(
         "momentum-pgd", "Linf", 0.3, {"steps": 40, "step_size": 0.01875, "decay": 1.0},
-        {"holdfast": MomentumPGD(steps=40, reach=REACH)},
+        {"holdfast": MomentumPGD(steps=40, reach=REACH, loss=cross_entropy)},
         {"torchattacks": torchattacks("MIFGSM", alpha=0.01875, steps=40, decay=1.0),
          "foolbox": foolbox("MIFGSM", abs_stepsize=0.01875, steps=40, momentum=1.0)},
     ),

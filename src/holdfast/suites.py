@@ -42,6 +42,7 @@ from holdfast.attacks import (
     TransformPGD,
 )
 from holdfast.attacks.corruption import COUNTED
+from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
@@ -143,7 +144,7 @@ LIMITED: Mapping[str, Mapping[str, Named]] = {
         "quick": (("PatchAttack", PatchAttack(places=8)),),
         **dict.fromkeys(
             ("fast", "standard"),
-            (("PatchAttack", PatchAttack(places=50)), ("PGD", PGD(steps=100, restarts=2))),
+            (("PatchAttack", PatchAttack(places=50)), ("PGD", margin_pgd(steps=100, restarts=2))),
         ),
         "transfer": TRANSFER,
     },
@@ -175,13 +176,13 @@ SPRINT = Relay(searches=0, rounds=0)
 
 def _quick(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
-        return (("PGD", PGD(steps=50, restarts=2)),)
+        return (("PGD", margin_pgd(steps=50, restarts=2)),)
     return (("Sprint", SPRINT),)
 
 
 def _fast(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
-        return (("PGD", PGD(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
+        return (("PGD", margin_pgd(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
     last = (("Square", Square(queries=500)), ("APGD-T", APGD(loss=dlr, steps=50, targets=3)))
     if isinstance(constraint, Linf):
         begin = ("Sprint", replace(SPRINT, restarts=1))
@@ -207,10 +208,10 @@ def _fast(constraint: Constraint) -> Named:
 
 def _standard(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
-        thorough = PGD(steps=100, restarts=5)
+        thorough = margin_pgd(steps=100, restarts=5)
         return (
             ("PGD", thorough),
-            ("PGD-CE", PGD(steps=100, restarts=2, loss=cross_entropy)),
+            ("PGD-CE", PGD(steps=100, reach=20.0, restarts=2, loss=cross_entropy)),
             ("PDPGD", PDPGD(steps=100)),
             ("SigmaZero", SigmaZero(steps=100)),
             ("SparseRS", SparseRS(queries=5000)),

@@ -24,10 +24,17 @@ from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.ascent import Schedule, cosine, flat
-from holdfast.ops.losses import Loss, cross_entropy, dlr, margin_loss, probability_margin
+from holdfast.ops.losses import (
+    Loss,
+    cross_entropy,
+    dlr,
+    margin_loss,
+    probability_margin,
+    scaled_cross_entropy,
+)
 
 _FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
-    Loss: (cross_entropy, dlr, margin_loss, probability_margin),
+    Loss: (cross_entropy, dlr, margin_loss, probability_margin, scaled_cross_entropy),
     Schedule: (cosine, flat),
 }
 _LIMITED: dict[str, Callable[..., Constraint]] = {"patch": Patch, "spatial": Spatial, "colour": Colour}

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from holdfast.attacks import ALMA, APGD, FAB, PGD, SparseRS, Square
+from holdfast.attacks import ALMA, APGD, FAB, SparseRS, Square
+from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, Constraint, Linf
 from holdfast.core.evidence import Columns, Doubt
@@ -67,12 +68,12 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
     arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks are
     added, since they break examples that survive attacks inside the ball (docs/decisions/0008).
     """
-    pair = PGD(steps=100, restarts=8)
+    pair = margin_pgd(steps=100, restarts=8)
     on_pair = tuple(Arm(name, pair, MISLEADING, weight) for name, weight in WEIGHTS.items())
     if isinstance(constraint, L0):
         return (
             *on_pair,
-            Arm("BPDA", PGD(steps=100, restarts=5), MISLEADING),
+            Arm("BPDA", margin_pgd(steps=100, restarts=5), MISLEADING),
             Arm("Search", SparseRS(queries=10_000), BLIND),
         )
     nearest = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from holdfast.attacks.pgd import PGD
+from holdfast.attacks.pgd import margin_pgd
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
@@ -21,7 +21,7 @@ from holdfast.ops.pieces import results_in_pieces
 from holdfast.ops.recipe import Recipe
 from holdfast.recipes import SABR, IBPTraining
 
-EVALUATION_ATTACK = PGD(steps=20)
+EVALUATION_ATTACK = margin_pgd(steps=20)
 """The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another
 loss than in training."""
 CERTIFIED = (IBPTraining, SABR)

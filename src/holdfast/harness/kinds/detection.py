@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.attacks.pgd import PGD
+from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
@@ -28,7 +28,7 @@ FALSE_POSITIVES = (0.5, 0.05, 0.01, 0.001)
 
 An input whose score is below the lowest threshold is also below the others.
 """
-AWARE = PGD(restarts=3)
+AWARE = margin_pgd(restarts=3)
 """The attack on the network and the detector together."""
 DETECTION = (
     Member("Oblivious", FIXED.attack, against=Against(0.0)),
