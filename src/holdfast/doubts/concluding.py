@@ -323,6 +323,8 @@ def _loss_spread(case: _Case) -> Doubt:
     )
     if best == worst:
         text = f"with each of its untargeted losses PGD-20 breaks {_share(losses[worst])}"
+    else:
+        text += f"; more than {100 * at.LOSS_SPREAD:.0f} points with p < {at.P_BY_RIVAL} raise the doubt"
     spread = (test.only_first - test.only_second) / n
     return _judged("loss-spread", spread, at.LOSS_SPREAD, n, text, more=test.p < at.P_BY_RIVAL)
 
