@@ -75,6 +75,7 @@ ROWS = {
     "colours": "colours",
     "detectors": "detectors",
     "guard": "guard",
+    "perfect-estimators": "perfect_estimators",
     "fitting-doubts": "fitting_doubts",
     "doubts": "doubts",
     "gallery": "gallery",
