@@ -11,7 +11,8 @@ all inputs inside a small ball are near duplicates. An attacker that sees reject
 steps inside it.
 
 What does not count, or counts little:
-- Exact repeats of an answered query, such as retries and popular inputs. They tell an attacker nothing new.
+- Exact repeats of an answered query, such as retries and popular inputs. They tell an attacker nothing new. Values are
+  compared as they were sent, so that differences below the resolution of float32 are near duplicates.
 - Differences that natural changes explain, such as those between frames of a video (`fingerprints.natural`).
 - Differences that are much smaller than the radius, such as re-encoded images and sensor noise.
 An attacker who knows this keeps all queries so near to a first one, or shifts the brightness of the first one, so that
@@ -141,14 +142,19 @@ class QueryDetector:
         self.state = state
         self.fingerprinter = fingerprinter(key, shape, self.settings)
 
-    def score(self, x: Tensor, principals: Sequence[str], now: float) -> NDArray[np.float64]:
+    def score(
+        self, x: Tensor, principals: Sequence[str], now: float, sent: Tensor | None = None
+    ) -> NDArray[np.float64]:
         """Return the scores (n) of inputs `x` (n, *shape) of clients `principals` (n), and count them in the state.
 
-        `now` is the time in seconds of any clock that runs forwards. Raises `UsageError` for wrong shapes.
+        `now` is the time in seconds of any clock that runs forwards. `sent` are the inputs as the clients sent them, if
+        `x` was rounded or scaled; only equal ones are exact repeats. Raises `UsageError` for wrong shapes.
         """
-        return self.examine(x, principals, now).scores
+        return self.examine(x, principals, now, sent).scores
 
-    def examine(self, x: Tensor, principals: Sequence[str], now: float) -> QueryScores:
+    def examine(
+        self, x: Tensor, principals: Sequence[str], now: float, sent: Tensor | None = None
+    ) -> QueryScores:
         """Return the scores of inputs like `score`, with the findings about each input."""
         if len(principals) != len(x):
             raise UsageError(
@@ -156,7 +162,7 @@ class QueryDetector:
             )
         if not len(x):
             return QueryScores(np.zeros(0), ())
-        prints = self.fingerprinter(x)
+        prints = self.fingerprinter(x, sent)
         named = dict.fromkeys(name for name in principals if name)
         examined: list[tuple[float, QueryDetail]] = []
 

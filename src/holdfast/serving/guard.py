@@ -48,9 +48,9 @@ class InputStore(Protocol):
 class QueryScorer(Protocol):
     """Protocol of the stateful query detector."""
 
-    def score(self, x: Tensor, principals: Sequence[str]) -> QueryResult:
+    def score(self, x: Tensor, principals: Sequence[str], sent: Tensor | None = None) -> QueryResult:
         """Return for each query (n, *shape), in order, how suspicious it is given all queries before it, and add the
-        queries to the state.
+        queries to the state. `sent` are the queries as they were sent, if `x` was rounded.
         """
 
 
@@ -128,7 +128,7 @@ class GuardPipeline:
         """
         decisions = [self._with_schema(request) for request in requests]
         self._add_range(decisions)
-        self._add_queries(decisions)
+        self._add_queries(decisions, [request.sent for request in requests])
         final = [self._finished(decision) for decision in decisions]
         for place, decision in enumerate(final):
             if not decision.answered:
@@ -219,7 +219,7 @@ class GuardPipeline:
                 notes = {**decisions[place].notes, RANGE: message}
                 decisions[place] = replace(decisions[place], notes=notes)
 
-    def _add_queries(self, decisions: list[Decision]) -> None:
+    def _add_queries(self, decisions: list[Decision], sent: Sequence[Tensor | None]) -> None:
         """Add the scores of the query detector to the decisions about requests that are not refused.
 
         Inputs with a wrong shape and inputs that are not finite are not added to its state. If the state cannot be
@@ -241,7 +241,9 @@ class GuardPipeline:
                     continue
                 x = _joined(decisions, places)
             principals = [decisions[place].principal for place in places for _ in decisions[place].rows]
-            result = queries.score(x, principals)
+            rounded = any(sent[place] is not None for place in places)
+            exact = [_x(decisions[place]) if sent[place] is None else sent[place] for place in places]
+            result = queries.score(x, principals, _concatenated(exact) if rounded else None)
             if result.lost is None:
                 self._add(decisions, places, rule, result.scores)
                 continue
