@@ -12,10 +12,12 @@ from torch import Tensor
 from holdfast.config.guard_opening import (
     bounds_of,
     calibration_path,
+    fits_radius,
     guard_digest,
     guard_to_calibrate,
     input_storage,
     ready_guard,
+    schema_of,
     served_digest,
     stored_calibration,
 )
@@ -30,7 +32,13 @@ from holdfast.core.estimate import Estimate
 from holdfast.detectors.features import features_of
 from holdfast.detectors.protocol import Observation
 from holdfast.harness import Target
-from holdfast.serving.calibration import Calibration, calibrated, refuse_too_few, write_calibration
+from holdfast.serving.calibration import (
+    Calibration,
+    calibrated,
+    refuse_other_inputs,
+    refuse_too_few,
+    write_calibration,
+)
 from holdfast.serving.decisions import Action, Decision, Incoming
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.rules import QUERIES
@@ -174,20 +182,24 @@ class Guard:
 
         `stream` yields pairs of benign inputs (n, *shape) as clients send them and outputs (n, classes) of the model,
         in the order of the requests. `model_name` identifies the model and its version for `from_yaml`. Detectors that
-        need a fit are refused, and the radius of the query detector is not fitted. With a `defence`, outputs must be
-        those for the inputs after it.
+        need a fit are refused, but for the radius of the query detector: it is fitted on a random fifth of the inputs,
+        which is then not used for thresholds, and all pairs are kept in memory for this. With a `defence`, outputs must
+        be those for the inputs after it.
         """
-        rate = self._rate(false_positives)
-        fresh, _ = guard_to_calibrate(self.settings, None)
+        rate, pairs, fitting = self._rate(false_positives), stream, None
+        if fits_radius(self.settings):
+            pairs, fitting = _divided_pairs(self.settings, list(stream))
+        fresh, radius = guard_to_calibrate(self.settings, fitting, rate)
 
         def observed() -> Iterator[tuple[Tensor, Observation]]:
-            for x, outputs in stream:
+            for x, outputs in pairs:
                 defended = x if fresh.defence is None else fresh.defence(x)
                 yield x, fresh.observation(defended, outputs, network=network)
 
-        _, calibration = calibrated(fresh, observed(), rate)
+        fitted_on = 0 if fitting is None else len(fitting)
+        _, calibration = calibrated(fresh, observed(), rate, fitted_on=fitted_on)
         named = replace(calibration, guard=guard_digest(self.settings), models=(_digest_of_name(model_name),))
-        return self._with(named)
+        return self._with(_with_radius(named, radius))
 
     def _rate(self, given: float | None) -> float:
         rate = self.settings.false_positives if given is None else given
@@ -253,39 +265,61 @@ def _calibration(
     if fit is None:
         examples, fit = _divided(settings, examples, seed)
     fitting = None if fit is None else fit.read(0, len(fit))
-    fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x)
+    fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x, rate)
     fitted_on = 0 if fitting is None else len(fitting.x)
     refuse_too_few(len(examples), rate, len(fresh.calibrated), fitted_on)  # before the model is run
     cpu = torch.device("cpu")
     with readied(subject, examples, cpu) as (target, _), _features(settings, target) as features:
         observed = None if fitting is None else _observe(fresh, target, fitting.x, features)[1]
         stream = (_observe(fresh, target, x, features) for x in _batches(examples))
-        _, calibration = calibrated(fresh, stream, rate, observed, None if fitting is None else fitting.y)
-    parameters = dict(calibration.parameters) | ({} if radius is None else {QUERIES: {"radius": radius}})
-    return replace(
-        calibration,
-        guard=guard_digest(settings),
-        models=(served_digest(subject),),
-        data=examples.digest,
-        parameters=parameters,
+        labels = None if fitting is None else fitting.y
+        _, calibration = calibrated(fresh, stream, rate, observed, labels, fitted_on=fitted_on)
+    named = replace(
+        calibration, guard=guard_digest(settings), models=(served_digest(subject),), data=examples.digest
     )
+    return _with_radius(named, radius)
+
+
+def _with_radius(calibration: Calibration, radius: float | None) -> Calibration:
+    """The calibration with the fitted radius of the query detector, if there is one."""
+    if radius is None:
+        return calibration
+    return replace(calibration, parameters={**calibration.parameters, QUERIES: {"radius": radius}})
 
 
 def _divided(settings: GuardSettings, data: Data, seed: int) -> tuple[Data, Data | None]:
     """The examples for the thresholds, and those for the fit of detectors, or None if there is nothing to fit."""
-    rules = settings.rules
-    if rules.mahalanobis is None and (rules.queries is None or rules.queries.radius is not None):
+    if settings.rules.mahalanobis is None and not fits_radius(settings):
         return data, None
-    n = len(data) // _FITTED_SHARE
-    if n < 1:
-        raise UsageError(
-            f"{len(data)} calibration inputs are too few to fit a detector on some of them; give more"
-        )
-    rows = selected_rows(len(data), n=None, sample=n, seed=seed, name=data.name).tolist()
+    rows = _fitted_rows(len(data), seed, data.name)
     chosen = set(rows)
-    return Selection(data, tuple(k for k in range(len(data)) if k not in chosen)), Selection(
-        data, tuple(rows)
-    )
+    others = tuple(k for k in range(len(data)) if k not in chosen)
+    return Selection(data, others), Selection(data, tuple(rows))
+
+
+def _fitted_rows(n: int, seed: int, name: str) -> list[int]:
+    """The rows, of `n` calibration inputs, on which detectors are fitted."""
+    if n < _FITTED_SHARE:
+        raise UsageError(f"{n} calibration inputs are too few to fit a detector on some of them; give more")
+    rows: list[int] = selected_rows(n, n=None, sample=n // _FITTED_SHARE, seed=seed, name=name).tolist()
+    return rows
+
+
+def _divided_pairs(
+    settings: GuardSettings, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """The pairs of inputs and outputs for the thresholds, and the inputs for the radius of the query detector."""
+    schema = schema_of(settings)
+    for x, outputs in pairs:
+        refuse_other_inputs(schema, x)
+        if len(x) != len(outputs):
+            raise UsageError(f"{len(x)} inputs have {len(outputs)} outputs; give one row for each")
+    fitted = torch.zeros(sum(len(x) for x, _ in pairs), dtype=torch.bool)
+    fitted[_fitted_rows(len(fitted), 0, "the stream")] = True
+    masks = torch.split(fitted, [len(x) for x, _ in pairs])
+    fitting = torch.cat([x[mask] for (x, _), mask in zip(pairs, masks, strict=True)])
+    kept = [(x[~mask], outputs[~mask]) for (x, outputs), mask in zip(pairs, masks, strict=True)]
+    return [pair for pair in kept if len(pair[0])], fitting
 
 
 def _batches(data: Data) -> Iterator[Tensor]:

@@ -67,6 +67,12 @@ def grid_of(shape: Sequence[int], cells: int) -> tuple[int, int] | None:
     return min(side, shape[1]), min(side, shape[2])
 
 
+def n_features_of(shape: Sequence[int], cells: int) -> int:
+    """Return the number of values of an input of a shape after it is averaged over at most `cells` cells."""
+    grid = grid_of(shape, cells)
+    return math.prod(shape) if grid is None else shape[0] * math.prod(grid)
+
+
 @dataclass(frozen=True)
 class Fingerprints:
     """Fingerprints of a batch of n inputs."""
@@ -98,7 +104,7 @@ class Fingerprinter:
         self.shape = tuple(shape)
         self._grid = grid_of(self.shape, cells)
         self.image = self._grid is not None
-        n_features = math.prod(self.shape) if self._grid is None else self.shape[0] * math.prod(self._grid)
+        n_features = n_features_of(self.shape, cells)
         if n_features < 1:
             raise UsageError(f"inputs of shape {self.shape} are empty; expected at least one value")
         self.n_features = n_features

@@ -48,7 +48,7 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Fraction, NonNegative, Positive
 from holdfast.detectors.clusters import QueryCluster, QueryState, StateView, Wanted
-from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, unexplained
+from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, n_features_of, unexplained
 
 _SETTLED = 4  # multiples of the threshold; two half-lives pass before such a cluster is accepted again
 
@@ -293,15 +293,18 @@ def radius_for(
     """Return the radius at which about a fraction `false_positives` of benign inputs like `x` (n, *shape) would be
     suspicious among `queries` of them in a half-life.
 
-    `x` are different inputs; a thousand or more. It is the quantile of the distances of inputs to their k-th nearest
-    neighbour, where k is the threshold, reduced in proportion to the number of inputs; or, if that is less, the largest
-    distance between inputs that differ by at most `eps` from a common one in each value, because weights are relative
-    to the radius. Raises `UsageError` for fewer than two inputs, or for inputs that are equal.
+    `x` are a thousand inputs or more, of which equal ones count once, because exact repeats are not suspicious. It is
+    the quantile of the distances of inputs to their k-th nearest neighbour, where k is the threshold, reduced in
+    proportion to the number of inputs; or, if that is less, the largest distance between inputs that differ by at most
+    `eps` from a common one in each value, because weights are relative to the radius. Raises `UsageError` for fewer
+    than two different inputs.
     """
-    limits = settings or QuerySettings()
+    limits, n = settings or QuerySettings(), len(x)
+    x = torch.unique(x, dim=0) if n else x
     if len(x) < 2:
         raise UsageError(
-            f"{len(x)} inputs were given for the radius of near duplicates; expected 1,000 or more"
+            f"the inputs for the radius of near duplicates contain many equal ones: {len(x)} of {n} are different; "
+            "give 1,000 different ones or more"
         )
     prints = fingerprinter(key, x.shape[1:], limits)
     sketches = torch.from_numpy(prints.sketch(x))
@@ -311,7 +314,14 @@ def radius_for(
     radius = min(float(torch.cat(nearest).quantile(false_positives)), 2 * eps * math.sqrt(prints.n_features))
     if not radius > 0:
         raise UsageError(
-            f"the inputs for the radius of near duplicates contain many equal ones: a fraction {false_positives:g} has "
-            f"{k} neighbours at distance 0; give different inputs"
+            f"a fraction {false_positives:g} of the inputs for the radius of near duplicates has {k} neighbours at "
+            "distance 0, although no inputs are equal; give inputs that differ more, or a radius"
         )
     return radius
+
+
+def covered_eps(radius: float, shape: Sequence[int], settings: QuerySettings | None = None) -> float:
+    """Return the size of the changes of single values that a radius covers: inputs of a shape that differ by at most so
+    much from a common one are near duplicates of each other.
+    """
+    return radius / (2 * math.sqrt(n_features_of(shape, (settings or QuerySettings()).cells)))

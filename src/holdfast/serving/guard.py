@@ -1,7 +1,8 @@
 """The guard: a pipeline of rules that decides about each request before and after the model.
 
 The order is: schema (shape and data type), range, query detector, defence of the inputs, the model, and the stateless
-detectors. Each rule has a mode and an action; see `holdfast.serving.decisions`.
+detectors. Each rule has a mode and an action; see `holdfast.serving.decisions`. A rule that was neither calibrated nor
+has a given threshold or radius only reports.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,10 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
 from holdfast.detectors.clusters import Fail
-from holdfast.detectors.protocol import Detector, Observation
+from holdfast.detectors.protocol import Detector, Fitted, Observation
 from holdfast.serving.decisions import Action, Decision, Incoming, Mode, RowDecision
 from holdfast.serving.observed import ObservedRate
-from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
+from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule
 
 REFUSED_TEXT = "the request was refused"
 """reason for a client whose request a detector blocks; it does not disclose which one"""
@@ -103,6 +104,11 @@ class GuardPipeline:
     def actions(self) -> frozenset[Action]:
         """Actions of the rules in mode `enforce`."""
         return frozenset(rule.action for rule in self.rules.values() if rule.mode is Mode.ENFORCE)
+
+    @property
+    def unfitted(self) -> tuple[str, ...]:
+        """Names of the rules that only report, because neither a calibration nor the settings decide when they fire."""
+        return tuple(name for name, rule in self.rules.items() if rule.basis is Basis.UNFITTED)
 
     @property
     def calibrated(self) -> tuple[str, ...]:
@@ -291,12 +297,18 @@ class GuardPipeline:
 
     @torch.no_grad()
     def detected(self, seen: Observation) -> dict[str, Tensor]:
-        """Return the scores (n,) of each stateless detector by the name of its rule.
+        """Return the scores (n,) of each stateless detector by the name of its rule. Detectors that are not fitted have
+        none.
 
         The score is infinite if the logits contain NaN or plus infinity, so that a faulty model raises an alarm.
         """
         faulty = ~(seen.logits < torch.inf).all(1)
-        scores = {name: self.detectors[name](seen) for name in self._after}
+        detectors = {name: self.detectors[name] for name in self._after}
+        scores = {
+            name: detector(seen)
+            for name, detector in detectors.items()
+            if not isinstance(detector, Fitted) or detector.fitted
+        }
         return {
             name: score.masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
             for name, score in scores.items()
