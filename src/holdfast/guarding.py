@@ -1,5 +1,6 @@
 """The guard of the Python interface: `holdfast.Guard`."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.config.guard_notes import Coverage, GuardNote, coverage, guard_notes
 from holdfast.config.guard_opening import (
     bounds_of,
     calibration_path,
@@ -48,6 +50,7 @@ from holdfast.sources.selection import Selection
 from holdfast.verbs.preparation import readied
 from holdfast.verbs.request import Subject
 
+_log = logging.getLogger("holdfast.serving")
 _BATCH = 256
 """inputs of one forward pass of a calibration"""
 _FITTED_SHARE = 5
@@ -78,25 +81,26 @@ class Guard:
 
         With `model`, the calibration is compared with it, and with `model_name` with the name that `calibrate_on` was
         given. Give the model as it was given to the calibration, such as `"net.py:make"`: a file and the network that
-        was loaded from it have different digests. Raises `UsageError` for invalid settings, for a calibration
-        with other settings or another model, and for a rule in mode `shadow` or `enforce` without a threshold.
+        was loaded from it have different digests. Raises `UsageError` for invalid settings, and for a calibration
+        with other settings or another model. A rule only reports if neither a calibration nor the settings give its
+        threshold, or the radius of the query detector; `notes` states this, and the logger `holdfast.serving` warns.
         """
         settings = read_guard_settings(Path(path))
         known = None if model_name is None else _digest_of_name(model_name)
         if model is not None:
             known = served_digest(open_subject(_sources(settings, model, None)))
         calibration = stored_calibration(settings, Path(path), known)
-        return cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration)
+        return _told(cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration))
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Guard":
         """Return the guard that the keys of a guard.yaml describe, given as a dictionary. The state of its query
         detector is in the memory of this process.
 
-        Rules without a threshold must be in mode `observe` until `calibrate` was called.
+        Rules without a threshold only report until `calibrate` was called, as with `from_yaml`.
         """
         checked = check_guard_settings(settings, "Guard.from_settings()")
-        return cls(checked, ready_guard(checked, None, None))
+        return _told(cls(checked, ready_guard(checked, None, None)))
 
     def before(self, x: Tensor, *, principal: str = "") -> Decision:
         """Return the decision about the inputs (n, *shape) of a request before the model is called; see
@@ -136,6 +140,13 @@ class Guard:
     def actions(self) -> frozenset[Action]:
         """Actions of the rules in mode `enforce`."""
         return self.pipeline.actions
+
+    @property
+    def notes(self) -> tuple[GuardNote, ...]:
+        """Notes about rules that only report, about false-positive rates of given thresholds, and about what the radius
+        of the query detector covers.
+        """
+        return guard_notes(self.settings, self.calibration)
 
     @property
     def stored_inputs(self) -> StoredInputs | None:
@@ -212,16 +223,23 @@ class Guard:
         if self.path is not None:
             write_calibration(calibration, calibration_path(self.settings, self.path))
         pipeline = ready_guard(self.settings, self.path, calibration)
-        return replace(self, pipeline=pipeline, calibration=calibration)
+        return _told(replace(self, pipeline=pipeline, calibration=calibration))
+
+
+def _told(guard: Guard) -> Guard:
+    """Write the notes about a guard to the log, and return the guard."""
+    for note in guard.notes:
+        _log.log(logging.WARNING if note.warns else logging.INFO, "%s", note)
+    return guard
 
 
 def _digest_of_name(name: str) -> str:
     return digest(f"model name {name}".encode())
 
 
-def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path]:
-    """Calibrate the guard in a file with the settings of the command line, and return the calibration and the path to
-    which it was written.
+def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path, Coverage | None]:
+    """Calibrate the guard in a file with the settings of the command line, and return the calibration, the path to
+    which it was written, and what the radius of the query detector covers.
     """
     path = Path(settings.inference.guard or "guard.yaml")
     given = sources_at(settings)
@@ -239,7 +257,7 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
     )
     calibration, place = _calibrate(guard, sources, rate, settings.options.fit), calibration_path(guard, path)
     write_calibration(calibration, place)
-    return calibration, place
+    return calibration, place, coverage(guard, calibration)
 
 
 def _calibrate(settings: GuardSettings, sources: Sources, rate: float, fit: DataLike | None) -> Calibration:

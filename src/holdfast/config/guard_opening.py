@@ -81,9 +81,8 @@ def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibra
     """Return the guard with its calibration and with the state of its query detector."""
     queries = None
     if settings.rules.queries is not None:
-        found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
-        key = derived_key(guard_key(path), QUERIES)
-        queries = query_rule(settings, found.get("radius"), key, open_state(settings, path, key))
+        radius, key = radius_of(settings.rules.queries, calibration), derived_key(guard_key(path), QUERIES)
+        queries = query_rule(settings, radius, key, open_state(settings, path, key))
     pipeline = guard_pipeline(settings, queries, calibration)
     if calibration is not None:
         pipeline = replace(pipeline, observed=ObservedRate(calibration.false_positives))
@@ -127,15 +126,21 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
 
 
 def query_trials(guard: str) -> QueryTrials | None:
-    """Return the black-box attacks that measure the detectors of a guard, `FILE` or `FILE:RULE`; None without any."""
+    """Return the black-box attacks that measure the detectors of a guard, `FILE` or `FILE:RULE`; None without any.
+
+    Raises `UsageError` for a query detector whose radius is neither given nor calibrated.
+    """
     path, name = _file_and_rule(guard)
     settings = read_guard_settings(path)
     rule = settings.rules.queries
     if rule is None or name not in (None, QUERIES):
         return QueryTrials(None) if set(rules_of(settings)) - {SCHEMA, RANGE, QUERIES} else None
-    calibration = stored_calibration(settings, path)
-    found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
-    return QueryTrials(_query_settings(rule, found.get("radius")))
+    radius = radius_of(rule, stored_calibration(settings, path))
+    if radius is None:
+        raise UsageError(
+            f"the rule {QUERIES} of the guard has no radius; run holdfast calibrate first, or give a radius"
+        )
+    return QueryTrials(_query_settings(rule, radius))
 
 
 def _file_and_rule(guard: str) -> tuple[Path, str | None]:
@@ -183,6 +188,14 @@ def guard_to_calibrate(
         inputs, limits = scaled(x, schema_of(settings)), _query_settings(rule, None)
         radius = radius_for(inputs, key, limits, false_positives=rate, eps=rule.eps)
     return guard_pipeline(settings, query_rule(settings, radius, key, MemoryState())), radius
+
+
+def radius_of(rule: QueriesSettings, calibration: Calibration | None) -> float | None:
+    """Return the radius of the query detector that is given or calibrated; None for neither."""
+    if rule.radius is not None or calibration is None:
+        return rule.radius
+    fitted: float | None = calibration.parameters.get(QUERIES, {}).get("radius")
+    return fitted
 
 
 def fits_radius(settings: GuardSettings) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config.grammar import parse_every, seconds
+from holdfast.config.guard_notes import notes_of_file
 from holdfast.config.guard_opening import open_guard, served_digest
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
@@ -60,7 +61,8 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
     own = {key: value for key, value in settings.inference if value is not None}
     inference = reference.inference.model_copy(update={**own, "guard": None})
     served = _served(settings, replace(reference, inference=inference))
-    guard = _guard(settings.inference.guard or reference.inference.guard, served)
+    guard_file = settings.inference.guard or reference.inference.guard
+    guard = _guard(guard_file, served)
     signature = None if served.upstream is None else served.upstream.signature
     keys = None if options.keys is None else Path(options.keys)
     if keys is not None:
@@ -106,6 +108,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         audit,
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
+        notes=() if guard_file is None else notes_of_file(Path(guard_file)),
     )
 
 

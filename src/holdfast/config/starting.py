@@ -110,6 +110,10 @@ DEMO_COMMAND = (
 """Command that is equivalent to `holdfast demo`."""
 
 
+GUARD = "guard"
+"""what a file with the settings of a guard is valid for"""
+
+
 def init(
     path: str | Path | None = None,
     *,
@@ -146,7 +150,7 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
         )
     if is_guard(loaded):
         check_guard_settings(loaded, str(path))
-        return ("guard",)
+        return (GUARD,)
     verbs, faults = [], []
     for verb, kind in VERBS.items():
         try:

@@ -310,7 +310,9 @@ def radius_for(
     sketches = torch.from_numpy(prints.sketch(x))
     k = min(max(1, round(limits.threshold * len(x) / queries)), len(x) - 1)
     parts = torch.split(sketches, 500)  # bounds the memory of the distances
-    nearest = [torch.cdist(part, sketches).topk(k + 1, largest=False).values[:, k] for part in parts]
+    exact = "donot_use_mm_for_euclid_dist"  # the faster mode rounds small distances to 0
+    distances = (torch.cdist(part, sketches, compute_mode=exact) for part in parts)
+    nearest = [each.topk(k + 1, largest=False).values[:, k] for each in distances]
     radius = min(float(torch.cat(nearest).quantile(false_positives)), 2 * eps * math.sqrt(prints.n_features))
     if not radius > 0:
         raise UsageError(

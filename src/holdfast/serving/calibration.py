@@ -57,18 +57,33 @@ class Calibration:
 
     @property
     def measured(self) -> Estimate:
-        """Share of the calibration inputs on which a rule fires, with the 95 % interval of the share of new ones."""
-        return _share(self.fired, self.n)
+        """Share of the calibration inputs on which a rule fires, with a 95 % interval of the share of new inputs.
+
+        How often `queries` fires depends on how many inputs arrive in a half-life, and production may have more or less
+        than the calibration. With this rule, the interval therefore extends to `false_positives`, the rate to which the
+        radius is fitted, and its lower end is that of the other rules.
+        """
+        if QUERIES not in self.fired_by:
+            return self._share(self.fired)
+        others = (count for name, count in self.fired_by.items() if name != QUERIES)
+        return self._widened(self._share(self.fired), max(others, default=0))
 
     def measured_of(self, rule: str) -> Estimate | None:
         """Return the same share for one rule, or None if it was not measured."""
-        return _share(self.fired_by[rule], self.n) if rule in self.fired_by else None
+        if rule not in self.fired_by:
+            return None
+        share = self._share(self.fired_by[rule])
+        return self._widened(share, 0) if rule == QUERIES else share
 
+    def _share(self, fired: int) -> Estimate:
+        # The interval also holds for fitted thresholds. The share of new inputs above the k-th largest of n values is
+        # distributed as Beta(k, n + 1 - k). Its upper quantile is the upper end for k - 1 of n, and its lower one is
+        # above the lower end.
+        return Estimate(fired / self.n, *clopper_pearson(fired, self.n), self.n)
 
-def _share(fired: int, n: int) -> Estimate:
-    # It also holds for fitted thresholds. The share of new inputs above the k-th largest of n values is distributed as
-    # Beta(k, n + 1 - k). Its upper quantile is the upper end for k - 1 of n, and its lower one is above the lower end.
-    return Estimate(fired / n, *clopper_pearson(fired, n), n)
+    def _widened(self, share: Estimate, fewest: int) -> Estimate:
+        low, _ = clopper_pearson(fewest, self.n)
+        return replace(share, low=low, high=max(share.high, self.false_positives))
 
 
 def calibrated(
@@ -266,19 +281,20 @@ def _fires_too_often(
     fired, n = int(already.sum()), len(already)
     each = ", ".join(f"{name} on {count:,}" for name, count in counts.items())
     firing = [name for name, count in counts.items() if count]
+    refits = QUERIES in firing and pipeline.rules[QUERIES].basis is not Basis.GIVEN
     ways = []
     if any(name != QUERIES for name in firing):
         ways.append("raise their thresholds, or leave them out, so that they are calibrated")
-    if QUERIES in firing and pipeline.rules[QUERIES].basis is Basis.GIVEN:
-        ways.append("leave the radius of queries out, so that it is fitted, or lower it")
-    elif QUERIES in firing:
+    if refits:
         ways.append("raise the threshold of queries, or give a smaller radius")
+    elif QUERIES in firing:
+        ways.append("leave the radius of queries out, so that it is fitted, or lower it")
     if fired < false_positives * n:
         ways.append("give more inputs")
     least = (fired + free + 1) / (n + 1)
     digits = 1 - math.floor(math.log10(least))
     least = math.ceil(least * 10**digits) / 10**digits  # two digits, rounded up
-    if least < 1:
+    if least < 1 and not refits:  # the radius is fitted to the rate
         ways.append(f"give a rate of {least:g} or more")
     return (
         f"rules with given thresholds fire on {fired:,} of {n:,} calibration inputs ({each}), so that a false-positive "
