@@ -38,6 +38,7 @@ ROWS = {
     "pgd-strength": "pgd_strength",
     "minimum-norm": "minimum_norm",
     "square": "square",
+    "benign": "benign",
     "query-detector": "query_detector",
     "decisions": "decisions",
     "scores": "scores",
