@@ -59,7 +59,8 @@ _GUARD_TEMPLATE = """\
 # Check this file with: holdfast validate guard.yaml
 schema_version: 1
 
-# observe: a rule records its score. shadow: it also records what it would have done. enforce: it acts.
+# observe: a rule records its score. shadow: it also records what it would have done. enforce: it acts, if it was
+# calibrated or its threshold: is given (of queries: its radius:).
 mode: observe
 
 inputs:                  # what the model accepts, without the batch; null where any size is accepted
