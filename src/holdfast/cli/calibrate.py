@@ -20,7 +20,7 @@ def calibrate(voice: Voice, **flags: Any) -> None:
     the guard, with the digests of both; the guard refuses them for other settings or another model.
     """
     settings = settings_from(flags, CalibrateSettings, voice)
-    from holdfast.config.guard_notes import share
+    from holdfast.config.guard_notes import rate_text
     from holdfast.guarding import carry_out_calibration
 
     calibration, path, covered = carry_out_calibration(settings)
@@ -30,5 +30,5 @@ def calibrate(voice: Voice, **flags: Any) -> None:
         voice.say(f"{'warning: ' if covered.short else ''}{covered.text}")
     voice.say(
         f"wrote {path}: the rules are calibrated to at most {100 * calibration.false_positives:g} % of benign inputs, "
-        f"and fire on {calibration.fired:,} of {calibration.n:,} calibration inputs, {share(calibration.measured)}"
+        f"and fire on {calibration.fired:,} of {calibration.n:,} calibration inputs, {rate_text(calibration.measured)}"
     )

@@ -5,7 +5,7 @@ measured.
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.config.guard_opening import basis_of, radius_of, rules_of, stored_calibration
+from holdfast.config.guard_opening import basis_of, query_radius, rules_of, stored_calibration
 from holdfast.config.guard_settings import GuardSettings, read_guard_settings
 from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
@@ -52,7 +52,7 @@ def guard_notes(settings: GuardSettings, calibration: Calibration | None) -> tup
             measured = (
                 "and its false-positive rate was not measured; holdfast calibrate measures it"
                 if rate is None
-                else f"and it fires on {share(rate)} of {rate.n:,} benign inputs"
+                else f"and it fires on {rate_text(rate)} of {rate.n:,} benign inputs"
             )
             text = f"the {value} of the rule {name} is that of the settings, {measured}"
             notes.append(GuardNote(name, basis, warns=rate is None, text=text))
@@ -105,11 +105,11 @@ def coverage(settings: GuardSettings, calibration: Calibration | None) -> Covera
     rule, sizes = settings.rules.queries, [size for size in settings.inputs.shape if size is not None]
     if rule is None or len(sizes) < len(settings.inputs.shape):
         return None
-    radius = radius_of(rule, calibration)
+    radius = query_radius(rule, calibration)
     return None if radius is None else Coverage(radius, covered_eps(radius, sizes), rule.eps)
 
 
-def share(rate: Estimate) -> str:
+def rate_text(rate: Estimate) -> str:
     """Return a share of inputs in percent with its interval."""
     low, high = (f"{100 * end:.2g}" for end in (rate.low, rate.high))
     return f"{100 * rate.value:.2g} % (95 % interval: {low} to {high} %)"

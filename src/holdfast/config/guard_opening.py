@@ -81,7 +81,7 @@ def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibra
     """Return the guard with its calibration and with the state of its query detector."""
     queries = None
     if settings.rules.queries is not None:
-        radius, key = radius_of(settings.rules.queries, calibration), derived_key(guard_key(path), QUERIES)
+        radius, key = query_radius(settings.rules.queries, calibration), derived_key(guard_key(path), QUERIES)
         queries = query_rule(settings, radius, key, open_state(settings, path, key))
     pipeline = guard_pipeline(settings, queries, calibration)
     if calibration is not None:
@@ -135,7 +135,7 @@ def query_trials(guard: str) -> QueryTrials | None:
     rule = settings.rules.queries
     if rule is None or name not in (None, QUERIES):
         return QueryTrials(None) if set(rules_of(settings)) - {SCHEMA, RANGE, QUERIES} else None
-    radius = radius_of(rule, stored_calibration(settings, path))
+    radius = query_radius(rule, stored_calibration(settings, path))
     if radius is None:
         raise UsageError(
             f"the rule {QUERIES} of the guard has no radius; run holdfast calibrate first, or give a radius"
@@ -190,7 +190,7 @@ def guard_to_calibrate(
     return guard_pipeline(settings, query_rule(settings, radius, key, MemoryState())), radius
 
 
-def radius_of(rule: QueriesSettings, calibration: Calibration | None) -> float | None:
+def query_radius(rule: QueriesSettings, calibration: Calibration | None) -> float | None:
     """Return the radius of the query detector that is given or calibrated; None for neither."""
     if rule.radius is not None or calibration is None:
         return rule.radius

@@ -49,8 +49,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
 
     Raises `UsageError` and `TargetError`.
     """
-    options, limits = settings.options, settings.limits
-    address = reference.address
+    options, limits, address = settings.options, settings.limits, reference.address
     if address is not None and address.partition(":")[0] in SCHEMES:
         raise UsageError(
             f"model is {address!r}, and no model is loaded from a URL; give a file, or a server with --proxy URL"
@@ -61,8 +60,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
     own = {key: value for key, value in settings.inference if value is not None}
     inference = reference.inference.model_copy(update={**own, "guard": None})
     served = _served(settings, replace(reference, inference=inference))
-    guard_file = settings.inference.guard or reference.inference.guard
-    guard = _guard(guard_file, served)
+    guard, notes = _guard(settings.inference.guard or reference.inference.guard, served)
     signature = None if served.upstream is None else served.upstream.signature
     keys = None if options.keys is None else Path(options.keys)
     if keys is not None:
@@ -108,7 +106,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         audit,
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
-        notes=() if guard_file is None else notes_of_file(Path(guard_file)),
+        notes=notes,
     )
 
 
@@ -194,13 +192,15 @@ def _served_pool(
     )
 
 
-def _guard(file: str | None, served: _Served) -> Callable[[str | None], RequestGuard]:
-    """Return the function that opens the guard in each worker, after a check that it suits the model."""
+def _guard(file: str | None, served: _Served) -> tuple[Callable[[str | None], RequestGuard], tuple[str, ...]]:
+    """Return the function that opens the guard in each worker, after a check that it suits the model, and notes about
+    its rules.
+    """
     if file is None:
-        return no_rules
+        return no_rules, ()
     opening = partial(_opened_guard, file, served.shape, served.upstream)
     opening(served.guard_digest)
-    return opening
+    return opening, notes_of_file(Path(file))
 
 
 def _opened_guard(
