@@ -39,6 +39,7 @@ ROWS = {
     "defaults": "defaults",
     "minimum-norm": "minimum_norm",
     "square": "square",
+    "benign": "benign",
     "query-detector": "query_detector",
     "decisions": "decisions",
     "scores": "scores",

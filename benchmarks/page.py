@@ -39,6 +39,9 @@ SUBJECTS = {
     "minimum-norm": "Minimum-norm attacks on undefended networks: success rate, median distance over all images "
     "(infinite for those not broken) and cost.",
     "square": "Square Attack with 1,000 queries: share of images broken, and queries that were used.",
+    "benign": "Images and rows of tables that a guard with all actions `block` refuses before and after its "
+    "calibration, and the interval that the calibration states. *Fires before* is the share on which an uncalibrated "
+    "guard would act. Inputs are sent one in a request, in random order, by a thousand clients.",
     "query-detector": "The stateful query detector: suspicious queries in benign streams, attacks spread over workers "
     "and clients, OARS against it and against Blacklight, and CPU time.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",

@@ -38,9 +38,14 @@ def batch(n=12):
     return labelled(model(), Batch(pictures(n, seed=1), given.y, given.ids))
 
 
-def guard(tmp_path, rules):
+def written(tmp_path, rules):
     path = tmp_path / "guard.yaml"
     path.write_text(f"inputs: {{shape: [3, 16, 16], dtype: float64}}\nrules: {rules}\n")
+    return path
+
+
+def guard(tmp_path, rules):
+    path = written(tmp_path, rules)
     holdfast.Guard.from_yaml(path).calibrate(
         model(), (pictures(), torch.arange(400) % 4), false_positives=0.05
     )
@@ -107,8 +112,16 @@ def test_the_query_detector_is_tried_and_reported(tmp_path):
     assert "### Queries" in (tmp_path / "r.md").read_text()
 
 
+def test_a_query_detector_without_a_radius_is_not_tried(tmp_path):
+    path = written(tmp_path, "{queries: {}}")
+    with pytest.raises(
+        UsageError, match="queries of the guard has no radius; run holdfast calibrate first, or give"
+    ):
+        assessed(path)
+
+
 def test_stateless_detectors_are_tried_with_queries(tmp_path):
-    path = guard(tmp_path, "{energy: {threshold: -100.0}}")  # rejects every input
+    path = written(tmp_path, "{energy: {threshold: -100.0}}")  # rejects every input
     table = assessed(path, threat="linf:0.3,queries=25").evidence.tables["stateful"].columns
     assert (table["plain_without_broken"] > 0).any() and "informed_with_broken" not in table
     for name in ("plain", "adaptive"):

@@ -1,13 +1,16 @@
 """`holdfast.Guard`: read from a file, calibrated with a model and data, and refused when it is stale."""
 
 import json
+import re
 
 import pytest
 import torch
 
 import holdfast
+from holdfast.config.guard_notes import notes_of_file
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.decisions import Action
+from holdfast.serving.rules import Basis
 
 SHAPE = (1, 6, 6)
 FILE = """\
@@ -59,15 +62,137 @@ def test_a_calibrated_guard_abstains_at_most_at_the_requested_rate_and_on_strang
     assert guard.pipeline.observed.too_high
 
 
-def test_a_rule_that_is_to_act_needs_a_threshold(tmp_path):
-    with pytest.raises(
-        UsageError, match="energy has the mode enforce and no threshold; run holdfast calibrate"
-    ):
-        holdfast.Guard.from_yaml(written(tmp_path))
-    with_threshold = FILE.replace("action: abstain", "action: abstain, threshold: -1")
-    assert (
-        holdfast.Guard.from_yaml(written(tmp_path, with_threshold)).pipeline.rules["energy"].threshold == -1
-    )
+def rows(n, seed=0):
+    """Benign rows with four values, from a few groups, as in tables."""
+    rng = torch.Generator().manual_seed(seed)
+    groups = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))[
+        torch.randint(3, (n,), generator=rng)
+    ]
+    return (groups + 0.05 * torch.randn(n, 4, generator=rng)).clamp(0, 1)
+
+
+def tabular(rules, dtype="float32", mode="enforce"):
+    return {"mode": mode, "inputs": {"shape": [4], "dtype": dtype}, "rules": rules}
+
+
+def refused(guard, x):
+    return sum(not guard.before(x[i : i + 1], principal=f"client {i}").answered for i in range(len(x)))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "basis"),
+    [
+        ("queries", {"action": "block"}, Basis.UNFITTED),
+        ("queries", {"action": "block", "threshold": 5}, Basis.UNFITTED),
+        ("queries", {"action": "block", "radius": 0.5}, Basis.GIVEN),
+        ("energy", {"action": "abstain"}, Basis.UNFITTED),
+        ("energy", {"action": "abstain", "threshold": -100}, Basis.GIVEN),
+        ("mahalanobis", {"action": "block"}, Basis.UNFITTED),
+        ("stability", {"action": "block"}, Basis.UNFITTED),
+    ],
+)
+def test_a_rule_acts_only_if_it_was_fitted_or_given(name, settings, basis, caplog):
+    guard = holdfast.Guard.from_settings(tabular({name: settings}))
+    x, net = rows(300), torch.nn.Linear(4, 3)
+    decisions = [guard.before(each[None], principal=f"client {k}") for k, each in enumerate(x)]
+    answered = [
+        guard.after(d, net(each[None]), network=net) if d.answered else d
+        for d, each in zip(decisions, x, strict=True)
+    ]
+    acted = sum(decision.action is not Action.ALLOW for decision in answered)
+    given = basis is Basis.GIVEN
+    assert guard.pipeline.unfitted == (() if given else (name,))
+    assert acted > 200 if given else acted == 0
+    note = guard.notes[0]
+    assert (note.rule, note.basis, note.warns) == (name, basis, True) and str(note) in caplog.text
+    assert ("was not measured" if given else "only reports") in str(note)
+    if name == "queries" and not given:  # what it would have done is recorded
+        assert sum(row.shadow is Action.BLOCK for d in answered for row in d.rows) > 100
+
+
+def test_a_state_that_is_lost_refuses_no_request_for_a_rule_that_only_reports(tmp_path):
+    path = tmp_path / "guard.yaml"
+    for radius, answered in (("{}", True), ("{radius: 0.1}", False)):
+        path.write_text(f"mode: enforce\ninputs: {{shape: [4]}}\nrules: {{queries: {radius}}}\n")
+        guard = holdfast.Guard.from_yaml(path)
+        guard.pipeline.queries.detector.state.close()
+        decision = guard.before(rows(1))
+        assert decision.unchecked and decision.answered is answered
+
+
+@pytest.mark.parametrize("settings", [{}, {"eps": 0.2}])
+def test_the_radius_is_fitted_on_the_traffic_of_an_application(settings, caplog):
+    guard = holdfast.Guard.from_settings(tabular({"queries": {"action": "block", **settings}}))
+    stream = [(part, torch.zeros(len(part), 3)) for part in rows(2000).split(100)]
+    guard = guard.calibrate_on(stream, "model 3", false_positives=0.001)
+    calibration = guard.calibration
+    assert calibration.n == 1600 and calibration.fired == calibration.fired_by["queries"] == 0
+    assert refused(guard, rows(1000, seed=2)) <= 1
+    radius = calibration.parameters["queries"]["radius"]
+    (note,) = guard.notes
+    assert note.basis is Basis.FITTED and note.warns
+    assert f"covers changes up to eps {radius / 4:.2g}, less than" in str(note) and str(note) in caplog.text
+    wide = settings.get("eps", 8 / 255) * 4  # 2 eps sqrt(4): the remedy of the note
+    assert f"radius: {wide:.3g} covers" in str(note)
+    (given, covers) = holdfast.Guard.from_settings(tabular({"queries": {"radius": wide}})).notes
+    assert given.basis is Basis.GIVEN and "less than" not in str(covers)
+
+
+@pytest.mark.parametrize(
+    ("rules", "ways"),
+    [
+        ({"queries": {"radius": 0.5}}, "leave the radius of queries out, so that it is fitted, or lower it"),
+        ({"energy": {"threshold": -100.0}}, "or leave them out, so that they are calibrated"),
+        (
+            {"queries": {"radius": 0.5}, "stability": {}},
+            "leave the radius of queries out, so that it is fitted, or lower it",
+        ),
+    ],
+)
+def test_a_calibration_states_no_rate_that_its_count_refutes(rules, ways):
+    net = torch.nn.Linear(4, 3)
+    stream = [(part, net(part).detach()) for part in rows(2000).split(500)]
+
+    def calibrated(rules, rate):
+        guard = holdfast.Guard.from_settings(tabular(rules))
+        return guard.calibrate_on(stream, "model 3", false_positives=rate, network=net).calibration
+
+    with pytest.raises(UsageError, match=ways) as raised:
+        calibrated(rules, 0.01)
+    higher = re.search(r"a rate of (\S+) or more", str(raised.value))
+    if higher is not None:  # the advice works
+        assert calibrated(rules, float(higher[1])).measured.value <= float(higher[1])
+    left = {
+        name: {k: v for k, v in rule.items() if k not in ("radius", "threshold")}
+        for name, rule in rules.items()
+    }
+    found = calibrated(left, 0.01)
+    assert found.fired <= 0.01 * found.n and found.measured.high < 0.02
+
+
+def test_a_measured_rate_of_a_given_radius_is_printed(tmp_path):
+    path = tmp_path / "guard.yaml"
+    path.write_text("mode: enforce\ninputs: {shape: [4]}\nrules: {queries: {radius: 0.001}}\n")
+    stream = [(rows(1000), torch.zeros(1000, 3))]
+    guard = holdfast.Guard.from_yaml(path).calibrate_on(stream, "m", false_positives=0.01)
+    note = next(note for note in guard.notes if note.basis is Basis.GIVEN)
+    assert not note.warns and "0 % (95 % interval: 0 to 1 %) of 1,000 benign inputs" in str(note)
+    (stated, _) = notes_of_file(path)
+    assert stated == str(note)
+    path.write_text(path.read_text().replace("0.001", "0.002"))
+    stale, note, _ = notes_of_file(path)
+    assert "run holdfast calibrate again" in stale and "was not measured" in note
+
+
+def test_finite_differences_in_float64_are_similar_queries():
+    rules = {"queries": {"action": "block", "radius": 0.05}}
+    guard = holdfast.Guard.from_settings(tabular(rules, dtype="float64"))
+    x = torch.full((1, 4), 0.5, dtype=torch.float64)
+    queries = [x + 1e-9 * k for k in range(200)]
+    assert len({float(each[0, 0].float()) for each in queries}) < 10
+    decisions = [guard.before(each) for each in queries]
+    assert sum(not decision.answered for decision in decisions) > 150
+    assert guard.before(x).answered and torch.equal(decisions[1].x, queries[1])
 
 
 def test_a_stale_or_changed_calibration_is_refused(tmp_path):

@@ -129,6 +129,8 @@ def _served(settings: ServeSettings, reference: ModelReference, notify: Notify) 
     from holdfast.serving.worker_processes import bound_socket
 
     setup = server_setup(settings, reference)
+    for note in setup.notes:
+        notify(f"note: {note}")
     listener = bound_socket(setup.admin_host, setup.admin_port)
     keys = None if setup.worker.keys is None else KeyFile(setup.worker.keys)
     supervisor = Supervisor(setup, notify)

@@ -1,5 +1,6 @@
 """The guard of the Python interface: `holdfast.Guard`."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.config.guard_notes import Coverage, GuardNote, coverage, guard_notes
 from holdfast.config.guard_opening import (
     bounds_of,
     calibration_path,
+    fits_radius,
     guard_digest,
     guard_to_calibrate,
     input_storage,
     ready_guard,
+    schema_of,
     served_digest,
     stored_calibration,
 )
@@ -30,7 +34,13 @@ from holdfast.core.estimate import Estimate
 from holdfast.detectors.features import features_of
 from holdfast.detectors.protocol import Observation
 from holdfast.harness import Target
-from holdfast.serving.calibration import Calibration, calibrated, refuse_too_few, write_calibration
+from holdfast.serving.calibration import (
+    Calibration,
+    calibrated,
+    refuse_other_inputs,
+    refuse_too_few,
+    write_calibration,
+)
 from holdfast.serving.decisions import Action, Decision, Incoming
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.rules import QUERIES
@@ -40,6 +50,7 @@ from holdfast.sources.selection import Selection
 from holdfast.verbs.preparation import readied
 from holdfast.verbs.request import Subject
 
+_log = logging.getLogger("holdfast.serving")
 _BATCH = 256
 """inputs of one forward pass of a calibration"""
 _FITTED_SHARE = 5
@@ -70,25 +81,26 @@ class Guard:
 
         With `model`, the calibration is compared with it, and with `model_name` with the name that `calibrate_on` was
         given. Give the model as it was given to the calibration, such as `"net.py:make"`: a file and the network that
-        was loaded from it have different digests. Raises `UsageError` for invalid settings, for a calibration
-        with other settings or another model, and for a rule in mode `shadow` or `enforce` without a threshold.
+        was loaded from it have different digests. Raises `UsageError` for invalid settings, and for a calibration
+        with other settings or another model. A rule only reports if neither a calibration nor the settings give its
+        threshold, or the radius of the query detector; `notes` states this, and the logger `holdfast.serving` warns.
         """
         settings = read_guard_settings(Path(path))
         known = None if model_name is None else _digest_of_name(model_name)
         if model is not None:
             known = served_digest(open_subject(_sources(settings, model, None)))
         calibration = stored_calibration(settings, Path(path), known)
-        return cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration)
+        return _told(cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration))
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Guard":
         """Return the guard that the keys of a guard.yaml describe, given as a dictionary. The state of its query
         detector is in the memory of this process.
 
-        Rules without a threshold must be in mode `observe` until `calibrate` was called.
+        Rules without a threshold only report until `calibrate` was called, as with `from_yaml`.
         """
         checked = check_guard_settings(settings, "Guard.from_settings()")
-        return cls(checked, ready_guard(checked, None, None))
+        return _told(cls(checked, ready_guard(checked, None, None)))
 
     def before(self, x: Tensor, *, principal: str = "") -> Decision:
         """Return the decision about the inputs (n, *shape) of a request before the model is called; see
@@ -128,6 +140,13 @@ class Guard:
     def actions(self) -> frozenset[Action]:
         """Actions of the rules in mode `enforce`."""
         return self.pipeline.actions
+
+    @property
+    def notes(self) -> tuple[GuardNote, ...]:
+        """Notes about rules that only report, about false-positive rates of given thresholds, and about what the radius
+        of the query detector covers.
+        """
+        return guard_notes(self.settings, self.calibration)
 
     @property
     def stored_inputs(self) -> StoredInputs | None:
@@ -174,20 +193,24 @@ class Guard:
 
         `stream` yields pairs of benign inputs (n, *shape) as clients send them and outputs (n, classes) of the model,
         in the order of the requests. `model_name` identifies the model and its version for `from_yaml`. Detectors that
-        need a fit are refused, and the radius of the query detector is not fitted. With a `defence`, outputs must be
-        those for the inputs after it.
+        need a fit are refused, but for the radius of the query detector: it is fitted on a random fifth of the inputs,
+        which is then not used for thresholds, and all pairs are kept in memory for this. With a `defence`, outputs must
+        be those for the inputs after it.
         """
-        rate = self._rate(false_positives)
-        fresh, _ = guard_to_calibrate(self.settings, None)
+        rate, pairs, fitting = self._rate(false_positives), stream, None
+        if fits_radius(self.settings):
+            pairs, fitting = _divided_pairs(self.settings, list(stream))
+        fresh, radius = guard_to_calibrate(self.settings, fitting, rate)
 
         def observed() -> Iterator[tuple[Tensor, Observation]]:
-            for x, outputs in stream:
+            for x, outputs in pairs:
                 defended = x if fresh.defence is None else fresh.defence(x)
                 yield x, fresh.observation(defended, outputs, network=network)
 
-        _, calibration = calibrated(fresh, observed(), rate)
+        fitted_on = 0 if fitting is None else len(fitting)
+        _, calibration = calibrated(fresh, observed(), rate, fitted_on=fitted_on)
         named = replace(calibration, guard=guard_digest(self.settings), models=(_digest_of_name(model_name),))
-        return self._with(named)
+        return self._with(_with_radius(named, radius))
 
     def _rate(self, given: float | None) -> float:
         rate = self.settings.false_positives if given is None else given
@@ -200,16 +223,23 @@ class Guard:
         if self.path is not None:
             write_calibration(calibration, calibration_path(self.settings, self.path))
         pipeline = ready_guard(self.settings, self.path, calibration)
-        return replace(self, pipeline=pipeline, calibration=calibration)
+        return _told(replace(self, pipeline=pipeline, calibration=calibration))
+
+
+def _told(guard: Guard) -> Guard:
+    """Write the notes about a guard to the log, and return the guard."""
+    for note in guard.notes:
+        _log.log(logging.WARNING if note.warns else logging.INFO, "%s", note)
+    return guard
 
 
 def _digest_of_name(name: str) -> str:
     return digest(f"model name {name}".encode())
 
 
-def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path]:
-    """Calibrate the guard in a file with the settings of the command line, and return the calibration and the path to
-    which it was written.
+def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path, Coverage | None]:
+    """Calibrate the guard in a file with the settings of the command line, and return the calibration, the path to
+    which it was written, and what the radius of the query detector covers.
     """
     path = Path(settings.inference.guard or "guard.yaml")
     given = sources_at(settings)
@@ -227,7 +257,7 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
     )
     calibration, place = _calibrate(guard, sources, rate, settings.options.fit), calibration_path(guard, path)
     write_calibration(calibration, place)
-    return calibration, place
+    return calibration, place, coverage(guard, calibration)
 
 
 def _calibrate(settings: GuardSettings, sources: Sources, rate: float, fit: DataLike | None) -> Calibration:
@@ -253,39 +283,61 @@ def _calibration(
     if fit is None:
         examples, fit = _divided(settings, examples, seed)
     fitting = None if fit is None else fit.read(0, len(fit))
-    fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x)
+    fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x, rate)
     fitted_on = 0 if fitting is None else len(fitting.x)
     refuse_too_few(len(examples), rate, len(fresh.calibrated), fitted_on)  # before the model is run
     cpu = torch.device("cpu")
     with readied(subject, examples, cpu) as (target, _), _features(settings, target) as features:
         observed = None if fitting is None else _observe(fresh, target, fitting.x, features)[1]
         stream = (_observe(fresh, target, x, features) for x in _batches(examples))
-        _, calibration = calibrated(fresh, stream, rate, observed, None if fitting is None else fitting.y)
-    parameters = dict(calibration.parameters) | ({} if radius is None else {QUERIES: {"radius": radius}})
-    return replace(
-        calibration,
-        guard=guard_digest(settings),
-        models=(served_digest(subject),),
-        data=examples.digest,
-        parameters=parameters,
+        labels = None if fitting is None else fitting.y
+        _, calibration = calibrated(fresh, stream, rate, observed, labels, fitted_on=fitted_on)
+    named = replace(
+        calibration, guard=guard_digest(settings), models=(served_digest(subject),), data=examples.digest
     )
+    return _with_radius(named, radius)
+
+
+def _with_radius(calibration: Calibration, radius: float | None) -> Calibration:
+    """The calibration with the fitted radius of the query detector, if there is one."""
+    if radius is None:
+        return calibration
+    return replace(calibration, parameters={**calibration.parameters, QUERIES: {"radius": radius}})
 
 
 def _divided(settings: GuardSettings, data: Data, seed: int) -> tuple[Data, Data | None]:
     """The examples for the thresholds, and those for the fit of detectors, or None if there is nothing to fit."""
-    rules = settings.rules
-    if rules.mahalanobis is None and (rules.queries is None or rules.queries.radius is not None):
+    if settings.rules.mahalanobis is None and not fits_radius(settings):
         return data, None
-    n = len(data) // _FITTED_SHARE
-    if n < 1:
-        raise UsageError(
-            f"{len(data)} calibration inputs are too few to fit a detector on some of them; give more"
-        )
-    rows = selected_rows(len(data), n=None, sample=n, seed=seed, name=data.name).tolist()
+    rows = _fitted_rows(len(data), seed, data.name)
     chosen = set(rows)
-    return Selection(data, tuple(k for k in range(len(data)) if k not in chosen)), Selection(
-        data, tuple(rows)
-    )
+    others = tuple(k for k in range(len(data)) if k not in chosen)
+    return Selection(data, others), Selection(data, tuple(rows))
+
+
+def _fitted_rows(n: int, seed: int, name: str) -> list[int]:
+    """The rows, of `n` calibration inputs, on which detectors are fitted."""
+    if n < _FITTED_SHARE:
+        raise UsageError(f"{n} calibration inputs are too few to fit a detector on some of them; give more")
+    rows: list[int] = selected_rows(n, n=None, sample=n // _FITTED_SHARE, seed=seed, name=name).tolist()
+    return rows
+
+
+def _divided_pairs(
+    settings: GuardSettings, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """The pairs of inputs and outputs for the thresholds, and the inputs for the radius of the query detector."""
+    schema = schema_of(settings)
+    for x, outputs in pairs:
+        refuse_other_inputs(schema, x)
+        if len(x) != len(outputs):
+            raise UsageError(f"{len(x)} inputs have {len(outputs)} outputs; give one row for each")
+    fitted = torch.zeros(sum(len(x) for x, _ in pairs), dtype=torch.bool)
+    fitted[_fitted_rows(len(fitted), 0, "the stream")] = True
+    masks = torch.split(fitted, [len(x) for x, _ in pairs])
+    fitting = torch.cat([x[mask] for (x, _), mask in zip(pairs, masks, strict=True)])
+    kept = [(x[~mask], outputs[~mask]) for (x, outputs), mask in zip(pairs, masks, strict=True)]
+    return [pair for pair in kept if len(pair[0])], fitting
 
 
 def _batches(data: Data) -> Iterator[Tensor]:

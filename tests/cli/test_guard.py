@@ -18,7 +18,11 @@ def test_a_guard_is_written_checked_calibrated_and_assessed(capsys):
     assert run(["init", "--guard"]) == 0
     assert run(["init", "--guard"]) == 2
     assert run(["validate", "guard.yaml"]) == 0
-    assert "guard.yaml is valid for guard" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("guard.yaml is valid for guard\n")
+    Path("enforced.yaml").write_text(Path("guard.yaml").read_text().replace("mode: observe", "mode: enforce"))
+    assert run(["validate", "enforced.yaml"]) == 0
+    shown = capsys.readouterr().err
+    assert "note: the rule queries only reports" in shown and "note: the rule energy only reports" in shown
     content = yaml.safe_load(Path("guard.yaml").read_text())
     assert "holdfast calibrate mnist-cnn mnist-mini --guard guard.yaml" in Path("guard.yaml").read_text()
     assert run(["calibrate", "mnist-cnn", "mnist-mini", "--false-positives", "0.001"]) == 2
@@ -26,6 +30,9 @@ def test_a_guard_is_written_checked_calibrated_and_assessed(capsys):
         "are too few for a false-positive rate of 0.1 %, which needs at least 999" in capsys.readouterr().err
     )
     assert run(["calibrate", "mnist-cnn", "mnist-mini", "--guard", "guard.yaml"]) == 0
+    assert (
+        "warning: queries: the radius " in (shown := capsys.readouterr().err) and "% (95 % interval" in shown
+    )
     del content["rules"]["queries"]
     Path("mine.yaml").write_text(yaml.safe_dump(content))
     calibrated = ["calibrate", "mnist-cnn", "mnist-mini", "--guard", "mine.yaml", "-n", "200"]

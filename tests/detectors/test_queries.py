@@ -124,6 +124,33 @@ def test_repeats_of_rejected_queries_are_rejected():
     assert scores[-1] > 10 and again[0] == 0 and again[1] > 10
 
 
+@pytest.mark.parametrize("step", [1e-9, 2**-52])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (4,)])
+def test_differences_that_float32_does_not_resolve_are_near_duplicates_and_no_repeats(shape, step):
+    x = torch.full((60, *shape), 0.5, dtype=torch.float64)
+    x.flatten(1)[:, 0] += step * torch.arange(60)
+    found = detector(shape)
+    scores = found.score(x.float(), [""] * 60, 0.0, x)
+    assert len({*map(tuple, x.flatten(1).tolist())}) == 60 and (scores[30:] >= found.settings.threshold).all()
+    assert found.examine(x, [""] * 60, 1.0).details[0].repeat
+
+
+def test_digests_are_those_of_the_values_in_any_data_type():
+    prints = fingerprinter(KEY, (4,), QuerySettings())
+
+    def digests(x, *sent):
+        return prints(x, *sent).digests
+
+    whole = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    kinds = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
+    assert len({tuple(digests(whole.to(kind))) for kind in kinds}) == 1
+    tenth = torch.full((1, 4), 0.1)
+    assert digests(tenth) == digests(tenth.double()) == digests(whole[:1], tenth.double())
+    assert digests(tenth) != digests(tenth, torch.full((1, 4), 0.1, dtype=torch.float64))
+    far = torch.tensor([[2**63 - 1, 0, 0, 0], [2**63 - 2, 0, 0, 0], [2**24 + 1, 0, 0, 0], [2**24, 0, 0, 0]])
+    assert len(set(digests(far))) == 4
+
+
 def test_fingerprints_depend_on_the_key_and_not_on_the_batch():
     x, settings = images(5), QuerySettings()
     one, other = (fingerprinter(key, x.shape[1:], settings) for key in (KEY, bytes(32)))

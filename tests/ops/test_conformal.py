@@ -70,3 +70,9 @@ def test_the_interval_contains_the_rate_at_all_times():
     assert confidence_sequence(3, 3)[1] == 1.0 and confidence_sequence(0, 3)[0] == 0.0
     low, high = confidence_sequence(100, 100_000, expected=0.001)
     assert 0.0005 < low < 0.001 < high < 0.0016
+
+
+def test_rules_with_given_thresholds_alone_must_keep_to_the_share():
+    for fired, thresholds in ((0, ()), (9, ()), (10, None), (990, None)):
+        already = torch.arange(999) < fired
+        assert combined_thresholds([], 0.01, already) == thresholds

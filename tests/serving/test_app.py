@@ -281,7 +281,7 @@ def test_a_guard_that_fails_refuses_or_answers_as_configured():
 class Lost:
     """A query detector whose state cannot be reached."""
 
-    def score(self, x, principals):
+    def score(self, x, principals, sent=None):
         return QueryResult(torch.full((len(x),), torch.inf), "closed")
 
 

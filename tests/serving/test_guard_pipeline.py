@@ -21,7 +21,7 @@ class Counting:
     def __init__(self):
         self.principals = []
 
-    def score(self, x, principals):
+    def score(self, x, principals, sent=None):
         assert len(x) == len(principals)
         begin = len(self.principals)
         self.principals += principals
@@ -141,7 +141,7 @@ def test_outputs_that_are_no_numbers_raise_an_alarm():
 def test_the_model_gets_squeezed_inputs_and_the_query_detector_the_originals():
     pipeline = guard(defence=InputDefence(bits=1))
     seen = []
-    pipeline.queries.score = lambda inputs, names: (
+    pipeline.queries.score = lambda inputs, names, sent: (
         seen.append(inputs.clone()),
         QueryResult(torch.zeros(len(inputs)), "open"),
     )[1]
@@ -157,7 +157,7 @@ class Lost:
     def __init__(self, fail="closed"):
         self.fail = fail
 
-    def score(self, x, principals):
+    def score(self, x, principals, sent=None):
         return QueryResult(torch.full((len(x),), torch.inf), self.fail)
 
 

@@ -4,7 +4,10 @@ import json
 import stat
 
 import pytest
+from click.testing import CliRunner
 
+from holdfast.cli.keys import keys
+from holdfast.config.grammar import per_second
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.keys import KeyFile, add_key, read_keys, revoke_key
 from holdfast.serving.quotas import Quotas, Spending
@@ -94,7 +97,7 @@ def test_an_unknown_scope_and_a_foreign_file_are_refused(place):
 
 def test_rates_and_budgets_are_shared_and_refusals_are_not_counted():
     clock, state = [0.0], MemoryState()
-    first, second = (Quotas(state, 8, lambda: clock[0]) for _ in range(2))
+    first, second = (Quotas(state, lambda: clock[0]) for _ in range(2))
 
     def status(quotas, principal="alice", rows=4, rate=None, budget=None):
         (refusal,) = quotas.take([Spending(principal, rows, rate, budget)])
@@ -108,6 +111,28 @@ def test_rates_and_budgets_are_shared_and_refusals_are_not_counted():
     assert spent == [*[None] * 5, (429, "budget")]
     assert status(first, "bob", **limits) is None and status(first, "alice") is None
     assert second.take([Spending("alice", 1, None, None), Spending("alice", 9, *limits.values())])[0] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "burst"), [("2/s", 20), ("1/min", 1), ("18/min", 3), ("100/min", 16), ("200/s", 2000)]
+)
+def test_a_rate_allows_ten_seconds_at_once_and_no_larger_request(text, burst, tmp_path):
+    rate, quotas = per_second(text), Quotas(MemoryState(), lambda: 0.0)
+
+    def taken(rows, principal="alice", budget=None):
+        return quotas.take([Spending(principal, rows, rate, budget)])[0]
+
+    assert all(taken(1) is None for _ in range(burst)) and taken(1).status == 429
+    assert taken(burst, "bob") is None
+    too_large = taken(burst + 1, "carol")
+    assert (too_large.status, too_large.cause, too_large.headers) == (413, "rate", ())
+    assert f"at most {burst} at once" in too_large.reason
+    assert (
+        f"budget of the key allows at most {burst - 1} at once"
+        in taken(burst, "dave", budget=burst - 1).reason
+    )
+    added = CliRunner().invoke(keys, ["add", "alice", "--rate", text, "--file", str(tmp_path / "keys.json")])
+    assert f"bursts of {burst:,} inputs" in added.stderr and len(added.stdout.split()) == 1
 
 
 def test_lost_limits_refuse(tmp_path):

@@ -136,7 +136,7 @@ def test_the_application_finds_the_defended_inputs_in_the_state():
 
 def test_a_request_that_cannot_be_checked_may_be_sent_again():
     class Lost:
-        def score(self, x, principals):
+        def score(self, x, principals, sent=None):
             return QueryResult(torch.zeros(len(x)), "closed")
 
     rules, calls = {"queries": Rule("queries", Mode.ENFORCE, Action.BLOCK, 1.0)}, []

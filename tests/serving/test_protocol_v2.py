@@ -39,6 +39,14 @@ def test_every_form_of_the_same_inputs_is_read_to_the_same_tensor():
     assert torch.equal(read_request(Shaped("input").body(X), None, SIGNATURE).x, X)
 
 
+def test_numbers_in_json_are_kept_as_they_were_sent():
+    numbers = [0.1, 0.1 + 2**-40, 1, 0.25]
+    content = read_request(with_input(shape=[1, FEATURES], data=numbers), None, SIGNATURE)
+    assert content.x.dtype == torch.float32 and content.x[0, 0] == content.x[0, 1]
+    assert content.sent.dtype == torch.float64 and content.sent.tolist() == [numbers]
+    assert read_request(*binary(), SIGNATURE).sent is None
+
+
 def test_scores_are_returned_exactly_in_json_and_as_bytes():
     scores = torch.randn(3, CLASSES)
     plain = read_request(request(X, id="a\ud800"), None, SIGNATURE)

@@ -197,6 +197,7 @@ def test_a_worker_that_makes_no_progress_is_replaced_and_its_requests_are_interr
 
 
 GUARD = """
+mode: enforce
 inputs: {shape: [4]}
 rules: {energy: {}}
 state: {at: memory}
@@ -208,6 +209,7 @@ def test_the_guard_of_a_reloaded_model_must_be_calibrated_with_it(tmp_path):
     guard.write_text(GUARD)
     digest = guard_digest(read_guard_settings(guard))
     ready, file = prepared(tmp_path, guard=str(guard))
+    assert len(ready.notes) == 1 and "the rule energy only reports" in ready.notes[0]
 
     def calibrate(model):
         calibration = Calibration(0.01, 100, 1, {"energy": 1.0}, digest, (model,))

@@ -20,12 +20,15 @@ def calibrate(voice: Voice, **flags: Any) -> None:
     the guard, with the digests of both; the guard refuses them for other settings or another model.
     """
     settings = settings_from(flags, CalibrateSettings, voice)
+    from holdfast.config.guard_notes import rate_text
     from holdfast.guarding import carry_out_calibration
 
-    calibration, path = carry_out_calibration(settings)
+    calibration, path, covered = carry_out_calibration(settings)
     for name, threshold in calibration.thresholds.items():
         voice.say(f"{name}: fires above {threshold:.6g}")
+    if covered is not None:
+        voice.say(f"{'warning: ' if covered.short else ''}{covered.text}")
     voice.say(
-        f"wrote {path}: {calibration.fired} of {calibration.n:,} calibration inputs fire a rule; at most "
-        f"{100 * calibration.false_positives:g} % of new ones will"
+        f"wrote {path}: the rules are calibrated to at most {100 * calibration.false_positives:g} % of benign inputs, "
+        f"and fire on {calibration.fired:,} of {calibration.n:,} calibration inputs, {rate_text(calibration.measured)}"
     )

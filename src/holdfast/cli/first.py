@@ -7,6 +7,7 @@ import click
 
 from holdfast.cli import completing
 from holdfast.cli.options import Voice, with_voice
+from holdfast.config.starting import GUARD
 from holdfast.config.starting import init as write_starting_file
 from holdfast.config.starting import validate as check_file
 
@@ -48,7 +49,13 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
         click.echo(json.dumps(settings_schema(), indent=2))
         return
     path = path or Path("holdfast.yaml")
-    voice.say(f"{path} is valid for {', '.join(check_file(path))}")
+    kinds = check_file(path)
+    voice.say(f"{path} is valid for {', '.join(kinds)}")
+    if kinds == (GUARD,):
+        from holdfast.config.guard_notes import notes_of_file
+
+        for note in notes_of_file(path):
+            voice.say(f"note: {note}")
 
 
 @click.command(short_help="assess a bundled model, offline, in a minute or two")

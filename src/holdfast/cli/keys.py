@@ -42,7 +42,10 @@ def keys() -> None:
     "--expires", metavar="T", help="Time until the key is refused, as in 90d or 12h (default: never)."
 )
 @click.option(
-    "--rate", metavar="N/T", help="Largest number of inputs in a time, as in 100/min (default: no limit)."
+    "--rate",
+    metavar="N/T",
+    help="Largest number of inputs in a time, as in 100/min; at once, and in a request, those of ten seconds, and at "
+    "least one (default: no limit).",
 )
 @click.option(
     "--budget", type=int, metavar="N", help="Largest number of inputs in total (default: no limit)."
@@ -66,12 +69,15 @@ def add(
     if budget is not None and budget < 1:
         raise UsageError(f"--budget is {budget}; a number of inputs from 1 on was expected")
     moment = None if expires is None else _moment(expires)
-    number = None if rate is None else per_second(rate)
-    from holdfast.serving.keys import add_key
+    number = None if rate is None else per_second(rate, "--rate")
+    from holdfast.serving.keys import add_key, burst_of
 
     key = add_key(file, name, scopes or ("infer",), expires=moment, rate=number, budget=budget)
     voice.say(f"{file} contains the hash of this key; store the key itself in a safe place:")
     click.echo(key)
+    if number is not None:
+        n = burst_of(number)
+        voice.say(f"the rate allows bursts of {n:,} inputs after a pause, and at most {n:,} in one request")
 
 
 @keys.command("list", short_help="list the keys")

@@ -104,13 +104,11 @@ def seconds(text: str, what: str) -> float:
     return float(matched[1]) * _UNITS[matched[2]]
 
 
-def per_second(text: str) -> float:
-    """Return the number of requests per second of a rate such as `4/s`, `100/min` or `2000/h`."""
+def per_second(text: str, what: str = "http_rate") -> float:
+    """Return the number per second of a rate such as `4/s`, `100/min` or `2000/h`. `what` is its name in messages."""
     matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|min|h)\s*", text)
-    if matched is None or float(matched[1]) <= 0:
-        raise UsageError(
-            f"http_rate is {text!r}; expected requests in a time, such as 4/s, 100/min or 2000/h"
-        )
+    if matched is None or not 0 < float(matched[1]) < math.inf:
+        raise UsageError(f"{what} is {text!r}; expected a number in a time, such as 4/s, 100/min or 2000/h")
     return float(matched[1]) / _UNITS[matched[2]]
 
 

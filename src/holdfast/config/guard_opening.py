@@ -41,7 +41,7 @@ from holdfast.serving.observed import ObservedRate
 from holdfast.serving.query_rule import QueryRule, derived_key, guard_key, scaled
 from holdfast.serving.query_trials import QueryTrials
 from holdfast.serving.rejecting import rejecting
-from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
+from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule
 from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.redis import RedisState
 from holdfast.serving.states.sqlite import SQLiteState
@@ -56,8 +56,8 @@ def open_guard(path: Path, model: str | None = None, *, logits: bool = True) -> 
 
     Without `logits` the outputs are those that the settings state, as behind a proxy. `model` is the
     `served_digest` of the model, with which the calibration is compared. Raises `UsageError` for invalid settings,
-    for a calibration with other settings or another model, and for a rule in mode `shadow` or `enforce` without a
-    threshold.
+    and for a calibration with other settings or another model. Rules that are neither calibrated nor have a given
+    threshold only report.
     """
     settings = read_guard_settings(path)
     calibration = stored_calibration(settings, path, model)
@@ -78,20 +78,14 @@ def stored_calibration(settings: GuardSettings, path: Path, model: str | None = 
 
 
 def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibration | None) -> GuardPipeline:
-    """Return the guard with its calibration and with the state of its query detector.
-
-    Raises `UsageError` for a rule that is to act and has no threshold.
-    """
+    """Return the guard with its calibration and with the state of its query detector."""
     queries = None
     if settings.rules.queries is not None:
-        found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
-        key = derived_key(guard_key(path), QUERIES)
-        queries = query_rule(settings, found.get("radius"), key, open_state(settings, path, key))
-    pipeline = guard_pipeline(settings, queries)
+        radius, key = query_radius(settings.rules.queries, calibration), derived_key(guard_key(path), QUERIES)
+        queries = query_rule(settings, radius, key, open_state(settings, path, key))
+    pipeline = guard_pipeline(settings, queries, calibration)
     if calibration is not None:
-        pipeline = with_calibration(pipeline, calibration)
         pipeline = replace(pipeline, observed=ObservedRate(calibration.false_positives))
-    _refuse_uncalibrated(pipeline, calibration, path)
     return replace(pipeline, stored=input_storage(settings, path))
 
 
@@ -110,9 +104,8 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
     calibration = stored_calibration(settings, path, served_digest(subject))
     if name == QUERIES or (name is None and set(rules_of(settings)) <= {SCHEMA, RANGE, QUERIES}):
         return subject  # the stateful rule is measured apart, see `query_trials`
-    pipeline, scales = guard_pipeline(settings_without_queries(settings)), {}
-    if calibration is not None:
-        pipeline, scales = with_calibration(pipeline, calibration), dict(calibration.scales)
+    pipeline = guard_pipeline(settings_without_queries(settings), None, calibration)
+    scales = {} if calibration is None else dict(calibration.scales)
     model = rejecting(subject.model, pipeline, scales, name)
     thresholds = {
         each: rule.threshold
@@ -133,15 +126,21 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
 
 
 def query_trials(guard: str) -> QueryTrials | None:
-    """Return the black-box attacks that measure the detectors of a guard, `FILE` or `FILE:RULE`; None without any."""
+    """Return the black-box attacks that measure the detectors of a guard, `FILE` or `FILE:RULE`; None without any.
+
+    Raises `UsageError` for a query detector whose radius is neither given nor calibrated.
+    """
     path, name = _file_and_rule(guard)
     settings = read_guard_settings(path)
     rule = settings.rules.queries
     if rule is None or name not in (None, QUERIES):
         return QueryTrials(None) if set(rules_of(settings)) - {SCHEMA, RANGE, QUERIES} else None
-    calibration = stored_calibration(settings, path)
-    found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
-    return QueryTrials(_query_settings(rule, found.get("radius")))
+    radius = query_radius(rule, stored_calibration(settings, path))
+    if radius is None:
+        raise UsageError(
+            f"the rule {QUERIES} of the guard has no radius; run holdfast calibrate first, or give a radius"
+        )
+    return QueryTrials(_query_settings(rule, radius))
 
 
 def _file_and_rule(guard: str) -> tuple[Path, str | None]:
@@ -173,33 +172,50 @@ def input_storage(settings: GuardSettings, path: Path | None) -> StoredInputs | 
     )
 
 
-def guard_to_calibrate(settings: GuardSettings, x: Tensor | None) -> tuple[GuardPipeline, float | None]:
+def guard_to_calibrate(
+    settings: GuardSettings, x: Tensor | None, rate: float
+) -> tuple[GuardPipeline, float | None]:
     """Return the guard before calibration, with a query detector with an empty state, and the radius of that detector
-    that was fitted on inputs `x` (n, *shape); None for a radius that is given or for no such detector.
+    that was fitted on inputs `x` (n, *shape) to a rate of false positives; None for a radius that is given or for no
+    such detector.
     """
     rule = settings.rules.queries
     if rule is None:
         return guard_pipeline(settings), None
     key, radius = derived_key(guard_key(None), QUERIES), None
-    if rule.radius is None and x is not None:
-        inputs = scaled(x, _schema(settings))
-        radius = radius_for(
-            inputs, key, _query_settings(rule, None), false_positives=settings.false_positives, eps=rule.eps
-        )
+    if fits_radius(settings):
+        assert x is not None, "inputs are divided if a radius is to be fitted"
+        inputs, limits = scaled(x, schema_of(settings)), _query_settings(rule, None)
+        radius = radius_for(inputs, key, limits, false_positives=rate, eps=rule.eps)
     return guard_pipeline(settings, query_rule(settings, radius, key, MemoryState())), radius
 
 
-def guard_pipeline(settings: GuardSettings, queries: QueryScorer | None = None) -> GuardPipeline:
-    """Return the guard that the settings describe, before calibration.
+def query_radius(rule: QueriesSettings, calibration: Calibration | None) -> float | None:
+    """Return the radius of the query detector that is given or calibrated; None for neither."""
+    if rule.radius is not None or calibration is None:
+        return rule.radius
+    fitted: float | None = calibration.parameters.get(QUERIES, {}).get("radius")
+    return fitted
+
+
+def fits_radius(settings: GuardSettings) -> bool:
+    """Return whether a calibration fits the radius of the query detector."""
+    return settings.rules.queries is not None and settings.rules.queries.radius is None
+
+
+def guard_pipeline(
+    settings: GuardSettings, queries: QueryScorer | None = None, calibration: Calibration | None = None
+) -> GuardPipeline:
+    """Return the guard that the settings describe, with its calibration if there is one.
 
     A stateless detector without a threshold in the settings never fires until `serving.calibration` has set it.
     """
     groups = rules_of(settings)
     low, high = min(settings.inputs.low), max(settings.inputs.high)
     squeezes = settings.defence
-    return GuardPipeline(
-        schema=_schema(settings),
-        rules={name: _rule(name, group, settings.mode) for name, group in groups.items()},
+    pipeline = GuardPipeline(
+        schema=schema_of(settings),
+        rules={name: _rule(name, group, settings.mode, calibration) for name, group in groups.items()},
         detectors={
             name: _detector(group, low, high)
             for name, group in groups.items()
@@ -213,6 +229,7 @@ def guard_pipeline(settings: GuardSettings, queries: QueryScorer | None = None) 
         delay_s=seconds(settings.delay, "delay"),
         observed=ObservedRate(settings.false_positives),
     )
+    return pipeline if calibration is None else with_calibration(pipeline, calibration)
 
 
 def query_rule(settings: GuardSettings, radius: float | None, key: bytes, state: QueryState) -> QueryRule:
@@ -225,7 +242,7 @@ def query_rule(settings: GuardSettings, radius: float | None, key: bytes, state:
             f"inputs.shape is {list(shape)}, and the query detector compares inputs of one shape; give all sizes, or "
             "remove the rule queries"
         )
-    return QueryRule(QueryDetector(key, state, sizes, _query_settings(rule, radius)), _schema(settings))
+    return QueryRule(QueryDetector(key, state, sizes, _query_settings(rule, radius)), schema_of(settings))
 
 
 def open_state(
@@ -307,20 +324,40 @@ def calibration_path(settings: GuardSettings, path: Path) -> Path:
     return path.with_suffix(".calibration.json")
 
 
-def _schema(settings: GuardSettings) -> InputSchema:
+def schema_of(settings: GuardSettings) -> InputSchema:
+    """Return what the guard of these settings accepts as inputs."""
     inputs = settings.inputs
     return InputSchema(inputs.shape, getattr(torch, inputs.dtype), inputs.low, inputs.high)
 
 
-def _rule(name: str, group: RuleSettings, mode: str) -> Rule:
+def basis_of(name: str, group: RuleSettings, calibration: Calibration | None) -> Basis:
+    """Return where the threshold of a rule comes from. Of the query detector it is the radius, without which the number
+    of near duplicates means nothing.
+    """
+    match group:
+        case QueriesSettings():
+            given, fitted = group.radius, calibration is not None and name in calibration.parameters
+        case ScoredSettings():
+            given, fitted = group.threshold, calibration is not None and name in calibration.thresholds
+        case _:
+            return Basis.GIVEN
+    if given is not None:
+        return Basis.GIVEN
+    return Basis.FITTED if fitted else Basis.UNFITTED
+
+
+def _rule(name: str, group: RuleSettings, mode: str, calibration: Calibration | None) -> Rule:
     mode_of_rule, action = Mode(group.mode or mode), Action[group.action.upper()]
+    basis = basis_of(name, group, calibration)
+    if basis is Basis.UNFITTED and mode_of_rule is Mode.ENFORCE:
+        mode_of_rule = Mode.SHADOW  # its false-positive rate may be near 1
     if name in (SCHEMA, RANGE):
         return Rule(name, mode_of_rule, action, 0.0, fixed=True)
     if isinstance(group, QueriesSettings):  # a query detector rejects from the threshold on, a rule above it
-        threshold = _query_settings(group, None).threshold
-        return Rule(name, mode_of_rule, action, nextafter(threshold, 0.0), fixed=True)
+        threshold = nextafter(_query_settings(group, None).threshold, 0.0)
+        return Rule(name, mode_of_rule, action, threshold, fixed=True, basis=basis)
     given = group.threshold if isinstance(group, ScoredSettings) else None
-    return Rule(name, mode_of_rule, action, inf if given is None else given, given is not None)
+    return Rule(name, mode_of_rule, action, inf if given is None else given, given is not None, basis)
 
 
 def _query_settings(rule: QueriesSettings, radius: float | None) -> QuerySettings:
@@ -343,14 +380,3 @@ def _detector(group: RuleSettings, low: float, high: float) -> Detector:
         case StabilitySettings():
             return NoiseStability(group.sigma, group.draws, group.seed)
     raise AssertionError(f"{type(group).__name__} has no detector")
-
-
-def _refuse_uncalibrated(pipeline: GuardPipeline, calibration: Calibration | None, path: Path | None) -> None:
-    """Raise `UsageError` for a rule that is to act and never fires."""
-    calibrated = () if calibration is None else calibration.thresholds
-    for name, rule in pipeline.rules.items():
-        if rule.mode is not Mode.OBSERVE and rule.threshold == inf and name not in calibrated:
-            raise UsageError(
-                f"the rule {name} has the mode {rule.mode} and no threshold; run holdfast calibrate MODEL DATA --guard "
-                f"{path or 'guard.yaml'}, give a threshold, or set its mode to observe"
-            )

@@ -64,7 +64,8 @@ class ScoredSettings(RuleSettings):
 
     threshold: float | None = Field(
         default=None,
-        description="Score above which the rule fires; set by the calibration if it is left out.",
+        description="Score above which the rule fires; set by the calibration if it is left out, before which the rule "
+        "only reports.",
     )
 
 
@@ -120,7 +121,7 @@ class QueriesSettings(ScoredSettings):
     radius: Annotated[float, Gt(0)] | None = Field(
         default=None,
         description="Distance up to which inputs, scaled to [0, 1], are near duplicates; set by the calibration if it "
-        "is left out.",
+        "is left out, before which the rule only reports.",
     )
     action: ActionName = Field(default="block", description=RuleSettings.model_fields["action"].description)
 

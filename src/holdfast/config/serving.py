@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config.grammar import parse_every, seconds
+from holdfast.config.guard_notes import notes_of_file
 from holdfast.config.guard_opening import open_guard, served_digest
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
@@ -48,8 +49,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
 
     Raises `UsageError` and `TargetError`.
     """
-    options, limits = settings.options, settings.limits
-    address = reference.address
+    options, limits, address = settings.options, settings.limits, reference.address
     if address is not None and address.partition(":")[0] in SCHEMES:
         raise UsageError(
             f"model is {address!r}, and no model is loaded from a URL; give a file, or a server with --proxy URL"
@@ -60,7 +60,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
     own = {key: value for key, value in settings.inference if value is not None}
     inference = reference.inference.model_copy(update={**own, "guard": None})
     served = _served(settings, replace(reference, inference=inference))
-    guard = _guard(settings.inference.guard or reference.inference.guard, served)
+    guard, notes = _guard(settings.inference.guard or reference.inference.guard, served)
     signature = None if served.upstream is None else served.upstream.signature
     keys = None if options.keys is None else Path(options.keys)
     if keys is not None:
@@ -106,6 +106,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         audit,
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
+        notes=notes,
     )
 
 
@@ -191,13 +192,15 @@ def _served_pool(
     )
 
 
-def _guard(file: str | None, served: _Served) -> Callable[[str | None], RequestGuard]:
-    """Return the function that opens the guard in each worker, after a check that it suits the model."""
+def _guard(file: str | None, served: _Served) -> tuple[Callable[[str | None], RequestGuard], tuple[str, ...]]:
+    """Return the function that opens the guard in each worker, after a check that it suits the model, and notes about
+    its rules.
+    """
     if file is None:
-        return no_rules
+        return no_rules, ()
     opening = partial(_opened_guard, file, served.shape, served.upstream)
     opening(served.guard_digest)
-    return opening
+    return opening, notes_of_file(Path(file))
 
 
 def _opened_guard(

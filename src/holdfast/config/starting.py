@@ -59,7 +59,8 @@ _GUARD_TEMPLATE = """\
 # Check this file with: holdfast validate guard.yaml
 schema_version: 1
 
-# observe: a rule records its score. shadow: it also records what it would have done. enforce: it acts.
+# observe: a rule records its score. shadow: it also records what it would have done. enforce: it acts, if it was
+# calibrated or its threshold: is given (of queries: its radius:).
 mode: observe
 
 inputs:                  # what the model accepts, without the batch; null where any size is accepted
@@ -110,6 +111,10 @@ DEMO_COMMAND = (
 """Command that is equivalent to `holdfast demo`."""
 
 
+GUARD = "guard"
+"""what a file with the settings of a guard is valid for"""
+
+
 def init(
     path: str | Path | None = None,
     *,
@@ -146,7 +151,7 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
         )
     if is_guard(loaded):
         check_guard_settings(loaded, str(path))
-        return ("guard",)
+        return (GUARD,)
     verbs, faults = [], []
     for verb, kind in VERBS.items():
         try:

@@ -11,8 +11,9 @@ hashes.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ Hashes = NDArray[np.int64]
 SHORTEST_KEY = 16
 """bytes; shorter keys could be guessed"""
 _DIMS = 64  # of a sketch: its distances have a relative standard deviation of 1 / sqrt(2 * 64), which is 9 %
+_WIDE = (torch.float64, torch.int64, torch.int32)  # data types with values that float32 rounds
 _LEAST_SIDE = 8  # pixels; in smaller images, gradients say little about motion
 
 
@@ -65,6 +67,12 @@ def grid_of(shape: Sequence[int], cells: int) -> tuple[int, int] | None:
     return min(side, shape[1]), min(side, shape[2])
 
 
+def n_features_of(shape: Sequence[int], cells: int) -> int:
+    """Return the number of values of an input of a shape after it is averaged over at most `cells` cells."""
+    grid = grid_of(shape, cells)
+    return math.prod(shape) if grid is None else shape[0] * math.prod(grid)
+
+
 @dataclass(frozen=True)
 class Fingerprints:
     """Fingerprints of a batch of n inputs."""
@@ -74,7 +82,7 @@ class Fingerprints:
     hashes: Hashes
     """(n, tables); inputs that are near each other have at least one of them in common with high probability"""
     digests: Sequence[int]
-    """(n) 64-bit keyed digests; equal only for equal inputs"""
+    """(n) 64-bit keyed digests; equal for equal values, in whichever data type they are, and only for these"""
 
 
 class Fingerprinter:
@@ -96,7 +104,7 @@ class Fingerprinter:
         self.shape = tuple(shape)
         self._grid = grid_of(self.shape, cells)
         self.image = self._grid is not None
-        n_features = math.prod(self.shape) if self._grid is None else self.shape[0] * math.prod(self._grid)
+        n_features = n_features_of(self.shape, cells)
         if n_features < 1:
             raise UsageError(f"inputs of shape {self.shape} are empty; expected at least one value")
         self.n_features = n_features
@@ -114,14 +122,16 @@ class Fingerprinter:
             self._brightness = self.sketch(channels).T
         self._digest_key = stream.bits("digest", 4).tobytes()
 
-    def __call__(self, x: Tensor) -> Fingerprints:
-        """Return the fingerprints of inputs `x` (n, *shape)."""
+    def __call__(self, x: Tensor, sent: Tensor | None = None) -> Fingerprints:
+        """Return the fingerprints of inputs `x` (n, *shape). `sent` are the inputs as the client sent them, of which
+        the digests are computed, if `x` was rounded or scaled.
+        """
         sketches = self.sketch(x)
         cells = np.floor(sketches @ self._planes + self._offsets).astype(np.int64).view(np.uint64)
         mixed = cells.reshape(len(x), self._tables, self._width) * self._multipliers
         hashes = mixed.sum(axis=2, dtype=np.uint64)
         hashes ^= hashes >> np.uint64(29)
-        return Fingerprints(sketches, hashes.view(np.int64), self._digests(x))
+        return Fingerprints(sketches, hashes.view(np.int64), self._digests(x if sent is None else sent))
 
     def sketch(self, x: Tensor) -> Floats:
         """Return the sketches (n, 64) of inputs `x` (n, *shape)."""
@@ -139,12 +149,11 @@ class Fingerprinter:
         return flat
 
     def _digests(self, x: Tensor) -> list[int]:
-        rows = np.ascontiguousarray(x.detach().to("cpu", torch.float32).numpy())
         return [
             int.from_bytes(
                 hashlib.blake2b(row.data, digest_size=8, key=self._digest_key).digest(), "little", signed=True
             )
-            for row in rows
+            for row in _exact(x.detach().cpu())
         ]
 
     def natural(self, x: Tensor) -> Floats:
@@ -162,6 +171,17 @@ class Fingerprinter:
         # second differences are the next term of a motion's Taylor series, and the first of a blur
         changes = (right - left, below - above, zoom, same, left + right - 2 * same, above + below - 2 * same)
         return np.concatenate((np.stack(changes, axis=1), self._brightness), axis=1)
+
+
+def _exact(x: Tensor) -> Iterable[NDArray[Any]]:
+    """Return each input in float32 if that represents its values exactly, and otherwise in its own data type."""
+    rounded = np.ascontiguousarray(x.to(torch.float32).numpy())
+    if x.dtype not in _WIDE:
+        return rounded
+    given = np.ascontiguousarray(x.numpy())
+    with np.errstate(invalid="ignore"):  # float32 rounds the largest int64 to a value beyond its range
+        same = (rounded.astype(given.dtype) == given).reshape(len(given), -1).all(1)
+    return [narrow if equal else wide for narrow, wide, equal in zip(rounded, given, same, strict=True)]
 
 
 def unexplained(difference: Floats, natural: Floats) -> float:

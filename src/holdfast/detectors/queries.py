@@ -11,7 +11,8 @@ all inputs inside a small ball are near duplicates. An attacker that sees reject
 steps inside it.
 
 What does not count, or counts little:
-- Exact repeats of an answered query, such as retries and popular inputs. They tell an attacker nothing new.
+- Exact repeats of an answered query, such as retries and popular inputs. They tell an attacker nothing new. Values are
+  compared as they were sent, so that differences below the resolution of float32 are near duplicates.
 - Differences that natural changes explain, such as those between frames of a video (`fingerprints.natural`).
 - Differences that are much smaller than the radius, such as re-encoded images and sensor noise.
 An attacker who knows this keeps all queries so near to a first one, or shifts the brightness of the first one, so that
@@ -47,7 +48,7 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Fraction, NonNegative, Positive
 from holdfast.detectors.clusters import QueryCluster, QueryState, StateView, Wanted
-from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, unexplained
+from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, n_features_of, unexplained
 
 _SETTLED = 4  # multiples of the threshold; two half-lives pass before such a cluster is accepted again
 
@@ -141,14 +142,19 @@ class QueryDetector:
         self.state = state
         self.fingerprinter = fingerprinter(key, shape, self.settings)
 
-    def score(self, x: Tensor, principals: Sequence[str], now: float) -> NDArray[np.float64]:
+    def score(
+        self, x: Tensor, principals: Sequence[str], now: float, sent: Tensor | None = None
+    ) -> NDArray[np.float64]:
         """Return the scores (n) of inputs `x` (n, *shape) of clients `principals` (n), and count them in the state.
 
-        `now` is the time in seconds of any clock that runs forwards. Raises `UsageError` for wrong shapes.
+        `now` is the time in seconds of any clock that runs forwards. `sent` are the inputs as the clients sent them, if
+        `x` was rounded or scaled; only equal ones are exact repeats. Raises `UsageError` for wrong shapes.
         """
-        return self.examine(x, principals, now).scores
+        return self.examine(x, principals, now, sent).scores
 
-    def examine(self, x: Tensor, principals: Sequence[str], now: float) -> QueryScores:
+    def examine(
+        self, x: Tensor, principals: Sequence[str], now: float, sent: Tensor | None = None
+    ) -> QueryScores:
         """Return the scores of inputs like `score`, with the findings about each input."""
         if len(principals) != len(x):
             raise UsageError(
@@ -156,7 +162,7 @@ class QueryDetector:
             )
         if not len(x):
             return QueryScores(np.zeros(0), ())
-        prints = self.fingerprinter(x)
+        prints = self.fingerprinter(x, sent)
         named = dict.fromkeys(name for name in principals if name)
         examined: list[tuple[float, QueryDetail]] = []
 
@@ -287,25 +293,37 @@ def radius_for(
     """Return the radius at which about a fraction `false_positives` of benign inputs like `x` (n, *shape) would be
     suspicious among `queries` of them in a half-life.
 
-    `x` are different inputs; a thousand or more. It is the quantile of the distances of inputs to their k-th nearest
-    neighbour, where k is the threshold, reduced in proportion to the number of inputs; or, if that is less, the largest
-    distance between inputs that differ by at most `eps` from a common one in each value, because weights are relative
-    to the radius. Raises `UsageError` for fewer than two inputs, or for inputs that are equal.
+    `x` are a thousand inputs or more, of which equal ones count once, because exact repeats are not suspicious. It is
+    the quantile of the distances of inputs to their k-th nearest neighbour, where k is the threshold, reduced in
+    proportion to the number of inputs; or, if that is less, the largest distance between inputs that differ by at most
+    `eps` from a common one in each value, because weights are relative to the radius. Raises `UsageError` for fewer
+    than two different inputs.
     """
-    limits = settings or QuerySettings()
+    limits, n = settings or QuerySettings(), len(x)
+    x = torch.unique(x, dim=0) if n else x
     if len(x) < 2:
         raise UsageError(
-            f"{len(x)} inputs were given for the radius of near duplicates; expected 1,000 or more"
+            f"the inputs for the radius of near duplicates contain many equal ones: {len(x)} of {n} are different; "
+            "give 1,000 different ones or more"
         )
     prints = fingerprinter(key, x.shape[1:], limits)
     sketches = torch.from_numpy(prints.sketch(x))
     k = min(max(1, round(limits.threshold * len(x) / queries)), len(x) - 1)
     parts = torch.split(sketches, 500)  # bounds the memory of the distances
-    nearest = [torch.cdist(part, sketches).topk(k + 1, largest=False).values[:, k] for part in parts]
+    exact = "donot_use_mm_for_euclid_dist"  # the faster mode rounds small distances to 0
+    distances = (torch.cdist(part, sketches, compute_mode=exact) for part in parts)
+    nearest = [each.topk(k + 1, largest=False).values[:, k] for each in distances]
     radius = min(float(torch.cat(nearest).quantile(false_positives)), 2 * eps * math.sqrt(prints.n_features))
     if not radius > 0:
         raise UsageError(
-            f"the inputs for the radius of near duplicates contain many equal ones: a fraction {false_positives:g} has "
-            f"{k} neighbours at distance 0; give different inputs"
+            f"a fraction {false_positives:g} of the inputs for the radius of near duplicates has {k} neighbours at "
+            "distance 0, although no inputs are equal; give inputs that differ more, or a radius"
         )
     return radius
+
+
+def covered_eps(radius: float, shape: Sequence[int], settings: QuerySettings | None = None) -> float:
+    """Return the size of the changes of single values that a radius covers: inputs of a shape that differ by at most so
+    much from a common one are near duplicates of each other.
+    """
+    return radius / (2 * math.sqrt(n_features_of(shape, (settings or QuerySettings()).cells)))

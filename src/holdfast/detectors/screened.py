@@ -60,7 +60,8 @@ class Screened:
             logits = logits[:, :-1]
         if self.detector is not None:
             low, high = self.bounds.like(x)
-            scores = self.detector.score(((x - low) / (high - low)).float(), [self.principal] * len(x), 0.0)
+            scaled = ((x - low) / (high - low)).float()
+            scores = self.detector.score(scaled, [self.principal] * len(x), 0.0, x)
             fired = torch.from_numpy(scores >= self.detector.settings.threshold)
             rejected = rejected | fired.to(x.device)
         queried = self.batch.take(rows)

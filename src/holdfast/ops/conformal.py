@@ -36,11 +36,14 @@ def combined_thresholds(
     `false_positives`; None if there are too few inputs.
 
     Each of `scores` has the values of one score for all calibration inputs (n,). `already` is the mask of the inputs on
-    which a rule with a given threshold fires, which counts as well. The k-th largest value of each score is its
-    threshold, with the same k for all.
+    which a rule with a given threshold fires, which counts as well; without scores it is decided whether these rules
+    alone keep to the share. The k-th largest value of each score is its threshold, with the same k for all.
     """
-    n = len(scores[0])
+    masks = [*scores, *([] if already is None else [already])]
+    n = len(masks[0])
     allowed = math.floor(false_positives * (n + 1) + _ROUNDED)
+    if already is not None and not scores:
+        return () if int(already.sum()) + 1 <= allowed else None
     ranks = torch.stack([_ranks(values) for values in scores])
     fixed = torch.zeros(n, dtype=torch.bool) if already is None else already
     for k in range(min(allowed, n), 0, -1):

@@ -151,7 +151,7 @@ class ServedModel:
         header_length = self._header_length(request)
         body = await self._body(request)
         content = read_request(body, header_length, self.signature)
-        incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16))
+        incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16), content.sent)
         limits = (None, None) if key is None else (key.rate, key.budget)
         # here and not in the thread of the batches, for which the digest of a large input would cost a switch
         digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())

@@ -2,7 +2,8 @@
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.estimate import Estimate
 from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Fitted, Observation
 from holdfast.ops.conformal import combined_thresholds, fewest_examples
+from holdfast.ops.statistics import clopper_pearson
 from holdfast.serving.guard import GuardPipeline
-from holdfast.serving.rules import QUERIES, RANGE, Rule
+from holdfast.serving.rules import QUERIES, RANGE, Basis, InputSchema, Rule
 from holdfast.store.files import write_atomically
 
 _CONSTANT = 1e-6
@@ -49,6 +52,38 @@ class Calibration:
     """standard deviation of the score of each stateless detector on the calibration inputs"""
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """parameters of fitted detectors, by the names of their rules"""
+    fired_by: Mapping[str, int] = field(default_factory=dict)
+    """number of calibration inputs on which each rule fires"""
+
+    @property
+    def measured(self) -> Estimate:
+        """Share of the calibration inputs on which a rule fires, with a 95 % interval of the share of new inputs.
+
+        How often `queries` fires depends on how many inputs arrive in a half-life, and production may have more or less
+        than the calibration. With this rule, the interval therefore extends to `false_positives`, the rate to which the
+        radius is fitted, and its lower end is that of the other rules.
+        """
+        if QUERIES not in self.fired_by:
+            return self._share(self.fired)
+        others = (count for name, count in self.fired_by.items() if name != QUERIES)
+        return self._widened(self._share(self.fired), max(others, default=0))
+
+    def measured_of(self, rule: str) -> Estimate | None:
+        """Return the same share for one rule, or None if it was not measured."""
+        if rule not in self.fired_by:
+            return None
+        share = self._share(self.fired_by[rule])
+        return self._widened(share, 0) if rule == QUERIES else share
+
+    def _share(self, fired: int) -> Estimate:
+        # The interval also holds for fitted thresholds. The share of new inputs above the k-th largest of n values is
+        # distributed as Beta(k, n + 1 - k). Its upper quantile is the upper end for k - 1 of n, and its lower one is
+        # above the lower end.
+        return Estimate(fired / self.n, *clopper_pearson(fired, self.n), self.n)
+
+    def _widened(self, share: Estimate, fewest: int) -> Estimate:
+        low, _ = clopper_pearson(fewest, self.n)
+        return replace(share, low=low, high=max(share.high, self.false_positives))
 
 
 def calibrated(
@@ -57,14 +92,17 @@ def calibrated(
     false_positives: float,
     fit: Observation | None = None,
     labels: Tensor | None = None,
+    *,
+    fitted_on: int = 0,
 ) -> tuple[GuardPipeline, Calibration]:
     """Return the guard with thresholds at which its rules fire on at most the share `false_positives` of inputs like
-    those of `stream`, and the calibration without digests.
+    those of `stream`, and the calibration without digests. Rules with a given threshold are measured, too.
 
     The stream contains batches of benign inputs as clients send them, each with what the stateless detectors observe:
     the inputs after the defence, with the outputs of the model. The query detector receives them in this order.
-    Detectors that need a fit are fitted on `fit` and its `labels`, which must be other inputs. Raises `UsageError` if
-    there are too few inputs, or if the scores do not depend on them.
+    Detectors that need a fit are fitted on `fit` and its `labels`, which must be other inputs; `fitted_on` is their
+    number, for messages. Raises `UsageError` if there are too few inputs, if the scores do not depend on them, or if
+    rules with a given threshold fire more often.
     """
     names, pipeline = pipeline.calibrated, _fitted(pipeline, fit, labels)
     if not names:
@@ -73,23 +111,34 @@ def calibrated(
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in names} if batches else {}
     n = len(columns[names[0]]) if columns else 0
     free = [name for name in names if not pipeline.rules[name].fixed]
-    already = _already(pipeline, columns, [name for name in names if name not in free])
-    fitted_on = 0 if fit is None else len(fit.x)
+    given = {
+        name: columns[name] > rule.threshold
+        for name, rule in pipeline.rules.items()
+        if name in columns and rule.fixed
+    }
+    already = torch.stack([*given.values()]).any(0) if given else None
     n_rules = len(free) + (already is not None)
     refuse_too_few(n, false_positives, n_rules, fitted_on)
     for name in free:
         _refuse_constant(name, columns[name])
-    thresholds = (
-        combined_thresholds([columns[name] for name in free], false_positives, already) if free else ()
-    )
+    thresholds = combined_thresholds([columns[name] for name in free], false_positives, already)
     if thresholds is None:
-        raise UsageError(_no_threshold(n, false_positives, n_rules, already, _counted(n, fitted_on)))
+        if already is not None and int(already.sum()) + 1 > false_positives * (n + 1):
+            raise UsageError(_fires_too_often(pipeline, given, already, false_positives, len(free)))
+        raise UsageError(_no_threshold(false_positives, n_rules, _counted(n, fitted_on)))
     by_name = dict(zip(free, thresholds, strict=True))
     ready = with_thresholds(pipeline, by_name)
-    above = torch.stack([columns[name] > ready.rules[name].threshold for name in names]).any(0)
+    above = {name: columns[name] > ready.rules[name].threshold for name in names}
     scales = {name: float(columns[name].std()) or 1.0 for name in names if name in pipeline.detectors}
     return ready, Calibration(
-        false_positives, n, int(above.sum()), by_name, "", scales=scales, parameters=_parameters(pipeline)
+        false_positives,
+        n,
+        int(torch.stack([*above.values()]).any(0).sum()),
+        by_name,
+        "",
+        scales=scales,
+        parameters=_parameters(pipeline),
+        fired_by={name: int(fired.sum()) for name, fired in above.items()},
     )
 
 
@@ -179,11 +228,7 @@ def _fitted(pipeline: GuardPipeline, fit: Observation | None, labels: Tensor | N
 
 def _scores(pipeline: GuardPipeline, x: Tensor, seen: Observation) -> dict[str, Tensor]:
     """The scores of all calibrated rules on one batch of benign inputs."""
-    fault = pipeline.schema.fault(x)
-    if fault:
-        raise UsageError(
-            f"a calibration input does not match the guard: {fault}; correct inputs: of the guard"
-        )
+    refuse_other_inputs(pipeline.schema, x)
     rule = pipeline.rules.get(RANGE)
     if rule is not None and bool((pipeline.schema.excess(x) > rule.threshold).any()):
         raise UsageError(
@@ -196,11 +241,13 @@ def _scores(pipeline: GuardPipeline, x: Tensor, seen: Observation) -> dict[str, 
     return {name: score.detach().double().cpu() for name, score in scores.items()}
 
 
-def _already(pipeline: GuardPipeline, columns: Mapping[str, Tensor], fixed: Sequence[str]) -> Tensor | None:
-    """Mask of the inputs on which rules with given thresholds fire; None without such rules."""
-    if not fixed or not columns:
-        return None
-    return torch.stack([columns[name] > pipeline.rules[name].threshold for name in fixed]).any(0)
+def refuse_other_inputs(schema: InputSchema, x: Tensor) -> None:
+    """Raise `UsageError` for calibration inputs of another shape or data type than those of the guard."""
+    fault = schema.fault(x)
+    if fault:
+        raise UsageError(
+            f"a calibration input does not match the guard: {fault}; correct inputs: of the guard"
+        )
 
 
 def refuse_too_few(n: int, false_positives: float, rules: int, fitted_on: int = 0) -> None:
@@ -219,19 +266,39 @@ def _counted(n: int, fitted_on: int) -> str:
     return f"{n:,} calibration inputs{besides}"
 
 
-def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | None, counted: str) -> str:
-    rate = f"{100 * false_positives:g} %"
-    n_fixed = 0 if already is None else int(already.sum())
-    if n_fixed + 1 > false_positives * (n + 1):
-        suffices = "" if n_fixed else f"; {fewest_examples(false_positives, rules):,} inputs suffice"
-        return (
-            f"rules with given thresholds fire on {n_fixed} of {n:,} calibration inputs, so that a false-positive rate "
-            f"of {rate} cannot be shown{suffices}; raise their thresholds, lower the radius of queries, or give more "
-            "inputs or a higher rate"
-        )
+def _no_threshold(false_positives: float, rules: int, counted: str) -> str:
     return (
-        f"{counted} are too few to combine {rules} rules at a false-positive rate of {rate}; "
+        f"{counted} are too few to combine {rules} rules at a false-positive rate of {100 * false_positives:g} %; "
         f"{fewest_examples(false_positives, rules):,} suffice; give more, remove a rule, or give a higher rate"
+    )
+
+
+def _fires_too_often(
+    pipeline: GuardPipeline, given: Mapping[str, Tensor], already: Tensor, false_positives: float, free: int
+) -> str:
+    """The message about rules with given thresholds that alone exceed a rate, with what corrects it."""
+    counts = {name: int(fires.sum()) for name, fires in given.items()}
+    fired, n = int(already.sum()), len(already)
+    each = ", ".join(f"{name} on {count:,}" for name, count in counts.items())
+    firing = [name for name, count in counts.items() if count]
+    refits = QUERIES in firing and pipeline.rules[QUERIES].basis is not Basis.GIVEN
+    ways = []
+    if any(name != QUERIES for name in firing):
+        ways.append("raise their thresholds, or leave them out, so that they are calibrated")
+    if refits:
+        ways.append("raise the threshold of queries, or give a smaller radius")
+    elif QUERIES in firing:
+        ways.append("leave the radius of queries out, so that it is fitted, or lower it")
+    if fired < false_positives * n:
+        ways.append("give more inputs")
+    least = (fired + free + 1) / (n + 1)
+    digits = 1 - math.floor(math.log10(least))
+    least = math.ceil(least * 10**digits) / 10**digits  # two digits, rounded up
+    if least < 1 and not refits:  # the radius is fitted to the rate
+        ways.append(f"give a rate of {least:g} or more")
+    return (
+        f"rules with given thresholds fire on {fired:,} of {n:,} calibration inputs ({each}), so that a false-positive "
+        f"rate of {100 * false_positives:g} % cannot be shown; {'; or '.join(ways)}"
     )
 
 

@@ -128,3 +128,5 @@ class Incoming:
     """inputs (n, *shape)"""
     principal: str = ""
     request: str = field(default_factory=lambda: secrets.token_hex(16))
+    sent: Tensor | None = field(default=None, repr=False)
+    """inputs as the client sent them, if `x` was rounded to another data type"""

@@ -1,7 +1,8 @@
 """The guard: a pipeline of rules that decides about each request before and after the model.
 
 The order is: schema (shape and data type), range, query detector, defence of the inputs, the model, and the stateless
-detectors. Each rule has a mode and an action; see `holdfast.serving.decisions`.
+detectors. Each rule has a mode and an action; see `holdfast.serving.decisions`. A rule that was neither calibrated nor
+has a given threshold or radius only reports.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,10 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
 from holdfast.detectors.clusters import Fail
-from holdfast.detectors.protocol import Detector, Observation
+from holdfast.detectors.protocol import Detector, Fitted, Observation
 from holdfast.serving.decisions import Action, Decision, Incoming, Mode, RowDecision
 from holdfast.serving.observed import ObservedRate
-from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
+from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule
 
 REFUSED_TEXT = "the request was refused"
 """reason for a client whose request a detector blocks; it does not disclose which one"""
@@ -48,9 +49,9 @@ class InputStore(Protocol):
 class QueryScorer(Protocol):
     """Protocol of the stateful query detector."""
 
-    def score(self, x: Tensor, principals: Sequence[str]) -> QueryResult:
+    def score(self, x: Tensor, principals: Sequence[str], sent: Tensor | None = None) -> QueryResult:
         """Return for each query (n, *shape), in order, how suspicious it is given all queries before it, and add the
-        queries to the state.
+        queries to the state. `sent` are the queries as they were sent, if `x` was rounded.
         """
 
 
@@ -105,6 +106,11 @@ class GuardPipeline:
         return frozenset(rule.action for rule in self.rules.values() if rule.mode is Mode.ENFORCE)
 
     @property
+    def unfitted(self) -> tuple[str, ...]:
+        """Names of the rules that only report, because neither a calibration nor the settings decide when they fire."""
+        return tuple(name for name, rule in self.rules.items() if rule.basis is Basis.UNFITTED)
+
+    @property
     def calibrated(self) -> tuple[str, ...]:
         """Names of the rules whose combined decision is calibrated: the query detector and the stateless detectors."""
         return tuple(name for name in self.rules if name not in (SCHEMA, RANGE))
@@ -128,7 +134,7 @@ class GuardPipeline:
         """
         decisions = [self._with_schema(request) for request in requests]
         self._add_range(decisions)
-        self._add_queries(decisions)
+        self._add_queries(decisions, [request.sent for request in requests])
         final = [self._finished(decision) for decision in decisions]
         for place, decision in enumerate(final):
             if not decision.answered:
@@ -219,7 +225,7 @@ class GuardPipeline:
                 notes = {**decisions[place].notes, RANGE: message}
                 decisions[place] = replace(decisions[place], notes=notes)
 
-    def _add_queries(self, decisions: list[Decision]) -> None:
+    def _add_queries(self, decisions: list[Decision], sent: Sequence[Tensor | None]) -> None:
         """Add the scores of the query detector to the decisions about requests that are not refused.
 
         Inputs with a wrong shape and inputs that are not finite are not added to its state. If the state cannot be
@@ -241,7 +247,9 @@ class GuardPipeline:
                     continue
                 x = _joined(decisions, places)
             principals = [decisions[place].principal for place in places for _ in decisions[place].rows]
-            result = queries.score(x, principals)
+            rounded = any(sent[place] is not None for place in places)
+            exact = [_x(decisions[place]) if sent[place] is None else sent[place] for place in places]
+            result = queries.score(x, principals, _concatenated(exact) if rounded else None)
             if result.lost is None:
                 self._add(decisions, places, rule, result.scores)
                 continue
@@ -289,12 +297,18 @@ class GuardPipeline:
 
     @torch.no_grad()
     def detected(self, seen: Observation) -> dict[str, Tensor]:
-        """Return the scores (n,) of each stateless detector by the name of its rule.
+        """Return the scores (n,) of each stateless detector by the name of its rule. Detectors that are not fitted have
+        none.
 
         The score is infinite if the logits contain NaN or plus infinity, so that a faulty model raises an alarm.
         """
         faulty = ~(seen.logits < torch.inf).all(1)
-        scores = {name: self.detectors[name](seen) for name in self._after}
+        detectors = {name: self.detectors[name] for name in self._after}
+        scores = {
+            name: detector(seen)
+            for name, detector in detectors.items()
+            if not isinstance(detector, Fitted) or detector.fitted
+        }
         return {
             name: score.masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
             for name, score in scores.items()

@@ -7,6 +7,7 @@ is created, and never stored.
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import stat
@@ -32,6 +33,9 @@ _PREFIX, _KEY_BYTES = "hf_", 32
 _SCHEME = b"bearer "
 _CHECK_S = 1.0
 """seconds between two looks at the file, after which a revoked key is refused"""
+_BURST_S = 10.0
+"""number of seconds of a rate that may be used at once"""
+_ROUNDED = 1e-9  # so that ten seconds of 0.3/s count as 3
 _log = logging.getLogger("holdfast.serving")
 _CHALLENGE = (("www-authenticate", "Bearer"),)
 _FORM = forms.record(
@@ -79,6 +83,16 @@ class ApiKey:
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and _past(self.expires) else "valid"
+
+
+def burst_of(rate: float) -> int:
+    """Return the largest number of inputs that a key with a rate may send at once, after a pause: those of ten seconds,
+    and at least one. It is also the largest number of inputs of a request.
+
+    >>> burst_of(2.0), burst_of(1 / 60)
+    (20, 1)
+    """
+    return max(1, math.floor(_BURST_S * rate + _ROUNDED))
 
 
 def _past(moment: str) -> bool:

@@ -19,7 +19,7 @@ _DESCRIPTIONS = {
     "404": "There is no such model or version.",
     "405": "The method is not supported.",
     "408": "The body did not arrive in time.",
-    "413": "The body is too large.",
+    "413": "The body is too large, or the request has more rows than the key allows at once.",
     "415": "The content type or the encoding of the body is not accepted.",
     "422": "The guard refuses the request, or returns no prediction for an input.",
     "429": "The rate or the budget of the key is exceeded.",

@@ -96,6 +96,8 @@ class InferRequest:
     id: str | None = None
     binary: bool = False
     """whether the scores are returned as bytes after the JSON"""
+    sent: Tensor | None = None
+    """inputs in float64, if numbers in JSON may have been rounded to the data type of the signature"""
 
 
 def _refuse_constant(name: str) -> Any:
@@ -126,19 +128,24 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     if tensor.get("datatype") != kind:
         raise _wrong(f"the datatype of the input is {_shown(tensor.get('datatype'))}; {kind} was expected")
     dtype = np.dtype(TYPES[kind])
-    size = _parameters(tensor).get("binary_data_size")
+    size, sent = _parameters(tensor).get("binary_data_size"), None
     if size is not None:
         values = _binary_values(tensor, tail, size, prod(shape), dtype)
     elif tail:
         raise _wrong(f"{len(tail)} bytes follow the JSON; no input has the parameter binary_data_size")
     else:
-        values = _json_values(tensor.get("data"), text, prod(shape), shape, dtype)
+        exact = _json_values(tensor.get("data"), text, prod(shape), shape, dtype).reshape(shape)
+        values = _rounded(exact, dtype)
+        if dtype.kind == "f":
+            sent = torch.from_numpy(exact.astype(np.float64, copy=False))
     x = torch.from_numpy(values.reshape(shape))
     _refuse_range(x, signature.bounds)
     name = content.get("id", "")
     if not isinstance(name, str):
         raise _wrong("the id of a request must be text")
-    return InferRequest(x, name if "id" in content else None, _binary_output(content, signature.output_name))
+    return InferRequest(
+        x, name if "id" in content else None, _binary_output(content, signature.output_name), sent
+    )
 
 
 def _object(text: bytes) -> dict[str, Any]:
@@ -197,7 +204,7 @@ def _binary_values(
 def _json_values(
     data: object, text: bytes, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> np.ndarray[Any, Any]:
-    """Return the numbers of `data`, which is flat or nested like the shape."""
+    """Return the numbers of `data`, which is flat or nested like the shape, as they were sent."""
     if not isinstance(data, list):
         raise _wrong("data must be a list of numbers")
     if not _is_numeric(data, len(shape)):
@@ -215,9 +222,12 @@ def _json_values(
         ends = np.iinfo(dtype)
         if values.dtype.kind == "f" or values.min() < ends.min or values.max() > ends.max:
             raise _wrong(f"data must contain whole numbers from {ends.min} to {ends.max} only")
-    with np.errstate(
-        over="ignore"
-    ):  # values beyond the range of float32 become infinite, and are refused as such
+    return values
+
+
+def _rounded(values: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    # values beyond the range of float32 become infinite, and are refused as such
+    with np.errstate(over="ignore"):
         return values.astype(dtype.newbyteorder("="))
 
 

@@ -35,9 +35,13 @@ class QueryRule:
     clock: Callable[[], float] = time.time
     """function that returns the time in seconds"""
 
-    def score(self, x: Tensor, principals: Sequence[str]) -> QueryResult:
-        """Return the scores (n) of queries (n, *shape), and add them to the state."""
-        result = self.detector.examine(scaled(x, self.schema), principals, self.clock())
+    def score(self, x: Tensor, principals: Sequence[str], sent: Tensor | None = None) -> QueryResult:
+        """Return the scores (n) of queries (n, *shape), and add them to the state. `sent` are the queries as they were
+        sent, if `x` was rounded.
+        """
+        result = self.detector.examine(
+            scaled(x, self.schema), principals, self.clock(), x if sent is None else sent
+        )
         lost = any(detail.lost for detail in result.details)
         return QueryResult(torch.from_numpy(result.scores), self.detector.state.fail if lost else None)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 import torch
@@ -16,6 +17,17 @@ SCHEMA, RANGE, QUERIES = "schema", "range", "queries"
 """names of the rules that are evaluated before the model"""
 
 
+class Basis(StrEnum):
+    """Where the threshold of a rule comes from, or the radius of the query detector, which decides when it fires."""
+
+    GIVEN = "given"
+    """written in the settings"""
+    FITTED = "fitted"
+    """fitted to benign inputs by a calibration"""
+    UNFITTED = "unfitted"
+    """neither, so that the rule only reports"""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What is done with the score of one rule: the threshold above which it fires, its mode and its action."""
@@ -26,7 +38,9 @@ class Rule:
     threshold: float = torch.inf
     """score above which the rule fires; infinite for a rule that is not calibrated, which never fires"""
     fixed: bool = False
-    """whether the threshold was given in the configuration, so that calibration does not change it"""
+    """whether calibration does not change the threshold, because it was given or is that of the query detector"""
+    basis: Basis = Basis.GIVEN
+    """where the threshold, or the radius of the query detector, comes from"""
 
     def score(self, value: float) -> Score:
         """Return the score of one input."""

@@ -61,6 +61,8 @@ class ServerSetup:
     """facts about the model and the settings for the first record of the audit chain"""
     reloadable: bool = False
     """whether the model is in a file, which may be opened again while the server runs"""
+    notes: tuple[str, ...] = ()
+    """what the operator should know about the guard"""
 
 
 class Supervisor:

@@ -142,7 +142,7 @@ class Worker:
             ServedSet(self._pristine, setup.set_name, 1),
             setup.guard(opened.guard_digest),
             audit,
-            None if setup.quotas is None else Quotas(SQLiteState(setup.quotas), setup.max_rows),
+            None if setup.quotas is None else Quotas(SQLiteState(setup.quotas)),
             self.telemetry,
             setup.guard_fails_open,
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
