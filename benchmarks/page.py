@@ -96,7 +96,7 @@ SUBJECTS = {
     "attackers that do and do not know the detector.",
     "guard": "The guard: false positives of its combined rules, CPU time of a request, and its detectors under "
     "attackers that do and do not know them.",
-    "perfect-estimators": "The doubts `constant`, `chance` and `input` on estimators that are right on nearly all rows.",
+    "perfect-estimators": "Doubts (`constant`, `chance`, `input`) on estimators that are right on nearly all rows.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "
