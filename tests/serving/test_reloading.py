@@ -76,6 +76,10 @@ class Load:
         for thread in threads:
             thread.start()
 
+    def seed_of(self, answer):
+        """The last bits of an answer depend on how many requests are in its batch; another network differs by more."""
+        return next(seed for seed, logits in self.logits.items() if torch.allclose(logits, answer, atol=1e-5))
+
     def run(self, url, reused):
         limits = httpx.Limits() if reused else httpx.Limits(max_keepalive_connections=0)
         with httpx.Client(timeout=30, limits=limits) as client:
@@ -83,9 +87,7 @@ class Load:
                 try:
                     response = client.post(url, content=request(X), headers=JSON)
                     assert response.status_code == 200, response.text
-                    self.answers[
-                        next(k for k, v in self.logits.items() if torch.equal(v, scores(response)))
-                    ] += 1
+                    self.answers[self.seed_of(scores(response))] += 1
                 except Exception as error:  # noqa: BLE001 - every failure is one of the test
                     self.failures.append(repr(error))
 
