@@ -61,14 +61,17 @@ class Activation(ABC):
         """
         low, high = x
         middle = (low + high) / 2
+        # a candidate replaces an equally good one only if it is better by more than rounding, because the last bits of
+        # the interval, and with them the choice, depend on the batch
+        better = 64 * torch.finfo(low.dtype).eps * (1 + torch.maximum(low.abs(), high.abs()))
         chosen: Lines | None = None
         for slope in self.candidates(x):
             smallest, largest = self.rounded_offsets(slope, x)
             if chosen is None:
                 chosen = Lines(slope, smallest, slope, largest)
                 continue
-            lower = slope * middle + smallest > chosen.lower_slope * middle + chosen.lower_offset
-            upper = slope * middle + largest < chosen.upper_slope * middle + chosen.upper_offset
+            lower = slope * middle + smallest > chosen.lower_slope * middle + chosen.lower_offset + better
+            upper = slope * middle + largest < chosen.upper_slope * middle + chosen.upper_offset - better
             chosen = Lines(
                 torch.where(lower, slope, chosen.lower_slope),
                 torch.where(lower, smallest, chosen.lower_offset),
