@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from holdfast.cli.app import _COMMANDS, run, verbs
+from holdfast.cli.app import run, verbs
 from holdfast.cli.vnn import vnn
 
 KEPT = Path(__file__).parent / "help"

@@ -194,9 +194,9 @@ def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
     with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         shutil.copytree(SUITE_ONLY_RUN, run / "after")
         folder.record("after", {"chain": verify(run / "after").head})
-        folder.record("verdict", {"exit_code": 0, "verdict_of": "after"})
+        folder.record("verdict", {"exit_code": 4, "verdict_of": "after"})
     assert open_run(run).metrics["robust_accuracy"].value == 0.7
-    rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=4))
+    rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=0))
     for reader in (open_run, verify):
         with pytest.raises(TargetError, match=r"is not the run whose chain is recorded in '?after\.json'?"):
             reader(run)
