@@ -8,6 +8,7 @@ import torch
 
 from holdfast.cli.app import run as command_line
 from holdfast.core.errors import TargetError
+from holdfast.store import columns as column_files
 from holdfast.stored import report, verify
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import runs_in
@@ -74,6 +75,21 @@ def test_a_document_that_contradicts_the_columns_is_refused(name, change, messag
         assert f"{name}' states " in said.err and "Pass" not in said.out
     (entry,) = runs_in(run.parent)
     assert entry.finished and entry.exit_code is None and entry.robust is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "column"), [("clean", "correct"), ("1-pgd", "success"), ("2-pgd-again", "success")]
+)
+def test_columns_that_contradict_each_other_are_refused(stage, column, run):
+    stored = column_files.read(run / f"{stage}.safetensors")
+    changed = {**stored.columns, column: torch.zeros_like(stored.columns[column])}
+    changed[column][3] = True
+    column_files.write(run / f"{stage}.safetensors", changed, stored.about)
+    rewritten(run, f"{stage}.safetensors")
+    with pytest.raises(
+        TargetError, match=rf"{stage}.safetensors' states in the column {column} another value"
+    ):
+        verify(run)
 
 
 def test_a_finished_run_with_a_forged_verdict_is_not_resumed(run):

@@ -66,8 +66,7 @@ def _inner(path: Path, place: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif issubclass(kind, dict):
         yield from ((f"{place}[{_short(key)}]", each) for key, each in value.items())
         yield from ((f"a key of {place or 'the estimator'}", key) for key in value)
-        if kind is not dict:
-            yield f"{place}.default_factory", getattr(value, "default_factory", None)
+        yield f"{place}.default_factory", getattr(value, "default_factory", None)
     elif kind in (np.ndarray, np.ma.MaskedArray):
         if value.dtype.hasobject:
             yield from ((f"{place}[{k}]", each) for k, each in enumerate(np.ma.getdata(value).flat))

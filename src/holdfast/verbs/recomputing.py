@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
@@ -20,9 +21,11 @@ from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
 from holdfast.engine.identity import code_digest
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
 from holdfast.harness import FOUND, assemble, probe_passes, stage_passes
+from holdfast.harness.kinds.attack import SuiteAttack
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.names import PAIRED
 from holdfast.ops.statistics import proportion
+from holdfast.store.columns import SUFFIX
 from holdfast.store.files import MANIFEST
 from holdfast.verbs.documents import VERDICT, doubt_from_json, judgement_from_json, outline_from_json
 from holdfast.verbs.evidence import ADAPTIVE, DOUBTS, ROTATION
@@ -52,6 +55,7 @@ def refuse_other_doubts(
     this version wrote the run, since their thresholds differ between versions.
     """
     _refuse_manifest(path / MANIFEST, manifest, by_stage)
+    _refuse_columns(path, manifest, by_stage)
     findings = _findings(manifest, doubts_json, by_stage)
     if findings is not None:
         _refuse_broken(path / f"{DOUBTS}.json", doubts_json, findings)
@@ -71,6 +75,28 @@ def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]
     if "config" in manifest["digests"] and manifest["schema_version"] > 1:
         config = digest(canonical(manifest["config"]))
         _refuse_other(file, "digests.config", manifest["digests"]["config"], config)
+
+
+def _refuse_columns(path: Path, manifest: Json, by_stage: Mapping[str, Columns]) -> None:
+    """Compare the columns that state which examples are correct or broken with the shares of correct evaluations."""
+    clean = by_stage["clean"]
+    _refuse_rows(path, "clean", "correct", clean["correct"], clean["right"] > 0.5, clean["id"])
+    for step in manifest["config"]["stages"]:
+        columns = by_stage.get(step["name"])
+        if columns is None or step["kind"] != SuiteAttack.name or manifest["config"]["minimum_norm"]:
+            continue  # a minimum-norm attack may exceed the eps of the run
+        expected = columns["ran"] & ~(columns["right"] > 0.5) & clean["correct"] & clean["eligible"]
+        _refuse_rows(path, step["name"], "success", columns["success"], expected, clean["id"])
+
+
+def _refuse_rows(path: Path, stage: str, column: str, stored: Tensor, computed: Tensor, ids: Tensor) -> None:
+    differing = ids[stored != computed].tolist()
+    if differing:
+        raise TargetError(
+            f"{str(path / f'{stage}{SUFFIX}')!r} states in the column {column} another value than its column right for "
+            f"the example {differing[0]} ({len(differing):,} examples in all); restore the run from a copy, or measure "
+            "it again"
+        )
 
 
 def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]) -> Findings | None:
