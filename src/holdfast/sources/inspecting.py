@@ -5,6 +5,7 @@ All types of such a file are trusted by skops, but values of these types can ope
 place of results. The list of what is allowed is closed: other objects and all functions are refused.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import Repr
@@ -66,7 +67,8 @@ def _inner(path: Path, place: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif issubclass(kind, dict):
         yield from ((f"{place}[{_short(key)}]", each) for key, each in value.items())
         yield from ((f"a key of {place or 'the estimator'}", key) for key in value)
-        yield f"{place}.default_factory", getattr(value, "default_factory", None)
+        if isinstance(value, defaultdict):
+            yield f"{place}.default_factory", value.default_factory
     elif kind in (np.ndarray, np.ma.MaskedArray):
         if value.dtype.hasobject:
             yield from ((f"{place}[{k}]", each) for k, each in enumerate(np.ma.getdata(value).flat))
@@ -77,7 +79,7 @@ def _inner(path: Path, place: str, value: Any) -> Iterator[tuple[str, Any]]:
             raise _refused(path, place, value, "which is not a type of numbers or text", _FUNCTION)
     elif kind.__module__.startswith("scipy.sparse."):
         yield from vars(value).items()
-    elif kind.__module__.partition(".")[0] == "sklearn" and not _is_function(value):
+    elif kind.__module__.partition(".")[0] == "sklearn":
         yield from _of_sklearn(path, place, value)
     else:
         described = (
@@ -90,17 +92,18 @@ def _inner(path: Path, place: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _of_sklearn(path: Path, place: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of an object of scikit-learn. Raises `UsageError` for one with access to files."""
-    if not hasattr(value, "__dict__"):  # a compiled class
+    try:
+        attributes = dict(vars(value))
+    except TypeError:  # an object of a compiled class has no attributes in Python
         _, arguments, *state = value.__reduce__()
         values = [each for each in arguments if not isinstance(each, type)]  # without the class itself
         yield f"{place}.__reduce__()", [values, state]
         return
-    attributes, name = dict(vars(value)), type(value).__name__
     for attribute, (allowed, reason, remedy) in _ONLY.items():
         given = attributes.get(attribute, allowed[0])
         if type(given) not in map(type, allowed) or given not in allowed:
             raise _refused(path, _joined(place, attribute), given, reason, remedy)
-    if name == "FunctionTransformer":
+    if type(value).__name__ == "FunctionTransformer":
         for function, arguments in (("func", "kw_args"), ("inverse_func", "inv_kw_args")):
             given = attributes.get(arguments)
             if type(given) not in (type(None), dict) or given:
@@ -109,11 +112,6 @@ def _of_sklearn(path: Path, place: str, value: Any) -> Iterator[tuple[str, Any]]
             if _is_elementwise(attributes.get(function)):
                 del attributes[function]
     yield from ((_joined(place, str(attribute)), each) for attribute, each in attributes.items())
-
-
-def _is_function(value: Any) -> bool:
-    """Whether a value is a function or a method, whose type may be a class of a module of scikit-learn, too."""
-    return type(value).__name__ in ("cython_function_or_method", "fused_cython_function")
 
 
 def _is_elementwise(function: object) -> bool:

@@ -44,20 +44,11 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
         words += ["--recipe", config["recipe"]]
     if isinstance(config.get("budget_s"), int | float):
         words += ["--budget", f"{config['budget_s']:g}s"]
-    named = _SUITE.fullmatch(config["suite"])
-    words += ["--suite", named[1] if named and named[1] in COMPOSED else "ATTACKS"]
+    if verb != "certify":  # which has no options for its attacks
+        words += _attacks(manifest)
     if isinstance(manifest["data"].get("n"), int):
         words += ["-n", str(manifest["data"]["n"])]
-    for option, cards in (
-        ("--surrogate", manifest.get("surrogates", ())),
-        ("--across", manifest.get("other_data", ())),
-    ):
-        words += [word for card in cards for word in (option, _address(card, option[2:].upper()))]
     words += [option for key, option in _SWITCHES.items() if config.get(key) is True]
-    if any(step.get("adaptive") is True for step in config.get("stages", ())):
-        words.append("--adaptive")
-    if config.get("doubts") == "none":
-        words.append("--no-doubts")
     if isinstance(config.get("time_budget_s"), int | float):
         words += ["--time-budget", f"{config['time_budget_s']:g}s"]
     if isinstance(config.get("seed"), int) and config["seed"]:
@@ -65,6 +56,21 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     for gate in gates:
         words += ["--gate", gate.claim.text]
     return shlex.join(words)
+
+
+def _attacks(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the options for the attacks and the doubts of a run."""
+    config = manifest["config"]
+    named = _SUITE.fullmatch(config["suite"])
+    words = ["--suite", named[1] if named and named[1] in COMPOSED else "ATTACKS"]
+    for option, cards in (
+        ("--surrogate", manifest.get("surrogates", ())),
+        ("--across", manifest.get("other_data", ())),
+    ):
+        words += [word for card in cards for word in (option, _address(card, option[2:].upper()))]
+    if any(step.get("adaptive") is True for step in config.get("stages", ())):
+        words.append("--adaptive")
+    return [*words, "--no-doubts"] if config.get("doubts") == "none" else words
 
 
 def _threat(config: Mapping[str, Any]) -> str:
