@@ -169,6 +169,6 @@ def test_no_stored_text_is_shown_as_a_command(verb, run, tmp_path, capsys):
 def test_the_command_of_a_stored_run_repeats_its_settings(tmp_path):
     torch.manual_seed(0)
     run = tmp_path / "a run"
-    words = ["mnist-cnn", "mnist-mini", "--threat", "l2:1.5", "--suite", "quick", "-n", "4", "--no-doubts"]
+    words = ["mnist-cnn", "mnist-mini", "--threat", "l2:1.5", "--suite", "quick", "--no-doubts", "-n", "4"]
     assert command_line(["assess", *words, "--seed", "7", "--run", str(run), "-q"]) == 0
     assert report(run).about["command"] == " ".join(("holdfast assess", *words, "--seed", "7"))
