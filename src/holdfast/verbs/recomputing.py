@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import TargetError, UnsoundProof, UsageError
 from holdfast.core.evidence import Columns, Doubt, Evidence
 from holdfast.doubts.answering import arms, required_attacks
 from holdfast.doubts.concluding import Circumstances, Findings, conclude
@@ -27,6 +27,7 @@ from holdfast.metrics.names import PAIRED
 from holdfast.ops.statistics import proportion
 from holdfast.store.columns import SUFFIX
 from holdfast.store.files import MANIFEST
+from holdfast.verbs.certify import refuse_unsound
 from holdfast.verbs.documents import VERDICT, doubt_from_json, judgement_from_json, outline_from_json
 from holdfast.verbs.evidence import ADAPTIVE, DOUBTS, ROTATION
 from holdfast.verbs.result import Result
@@ -173,6 +174,19 @@ def refuse_other_shares(path: Path, table: Json, evidence: Evidence) -> None:
         share = proportion(broken)
         for key in ("value", "low", "high"):
             _refuse_other(file, f"rows[{place}].share.{key}", row["share"][key], getattr(share, key))
+
+
+def refuse_broken_certificates(path: Path, evidence: Evidence) -> None:
+    """Raise `TargetError` if a stored run certifies an example that one of its attacks broke. Such a run ends without a
+    verdict.
+    """
+    try:
+        refuse_unsound(evidence)
+    except UnsoundProof as error:
+        raise TargetError(
+            f"{str(path)!r} has a verdict although its columns contradict its certificates; restore the run from a "
+            "copy, or measure it again"
+        ) from error
 
 
 def refuse_other_verdict(path: Path, decided: Json, evidence: Evidence) -> None:

@@ -40,6 +40,7 @@ from holdfast.verbs.evidence import (
 )
 from holdfast.verbs.forms import ASSESSED, DECIDED, DIFFERING, DOUBTED, HEAD, JUDGED, LISTED, consistent
 from holdfast.verbs.recomputing import (
+    refuse_broken_certificates,
     refuse_other_card,
     refuse_other_code,
     refuse_other_doubts,
@@ -239,6 +240,7 @@ def _result(
     refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
     if rotation is not None:
         refuse_other_shares(path, rotation, evidence)
+    refuse_broken_certificates(path, evidence)
     refuse_other_verdict(path, decided, evidence)
     attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
     counted = counted_passes(manifest, by_stage, doubts_json)
