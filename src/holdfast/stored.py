@@ -7,7 +7,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 from holdfast.verbs.result import Result
-from holdfast.verbs.stored_runs import Comparison, open_run
+from holdfast.verbs.stored_runs import Comparison, open_run, refuse_false
 
 __all__ = ["baseline_evidence", "compare", "report", "verify"]
 
@@ -23,12 +23,14 @@ def report(run: str | Path) -> Result:
 
 
 def verify(run: str | Path) -> Verified:
-    """Check that the files in the folder of a run match its hash chain, and return the number of files and the state of
-    the run.
+    """Check that the files in the folder of a run match its hash chain, and that its verdict follows from its columns.
+    Return the number of files and the state of the run.
 
     Raises `TargetError` for the first difference.
     """
-    return verify_folder(Path(run))
+    verified = verify_folder(Path(run))
+    refuse_false(Path(run))
+    return verified
 
 
 def baseline_evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:

@@ -6,32 +6,31 @@ Written anew with `HOLDFAST_WRITE_HELP=1 python -m pytest tests/cli/test_help.py
 import os
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from holdfast.cli.app import _COMMANDS, verbs
+from holdfast.cli.app import run, verbs
+from holdfast.cli.vnn import vnn
 
 KEPT = Path(__file__).parent / "help"
-PAGES = [
-    [],
-    *([name] for name in _COMMANDS),
-    *(["data", name] for name in ("list", "show", "fetch", "import")),
-    *(
-        ["rotate", name]
-        for name in (
-            "collect",
-            "train",
-            "draw",
-            "admit",
-            "swap",
-            "expose",
-            "status",
-            "head",
-            "migrate",
-            "run",
-        )
-    ),
+
+
+def words_of_commands(command, context, words=()):
+    """The words of a command, and of every command inside it."""
+    yield words
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            yield from words_of_commands(command.get_command(context, name), context, (*words, name))
+
+
+PAGES = list(words_of_commands(verbs, click.Context(verbs)))
+# `demo` measures for a minute; tests/cli/test_assess.py runs it.
+EVERY_COMMAND = [(verbs, words) for words in PAGES if words != ("demo",)] + [
+    (vnn, words) for words in words_of_commands(vnn, click.Context(vnn))
 ]
+WITHOUT_A_FILE = {("keys", "list"), ("validate",)}
+"""Commands that read a file with a default name, which is not there."""
 
 
 @pytest.mark.parametrize("words", PAGES, ids=lambda words: " ".join(words) or "holdfast")
@@ -47,3 +46,17 @@ def test_the_help_is_what_was_agreed_on(words):
 
 def test_no_page_is_left_over():
     assert {page.stem for page in KEPT.iterdir()} == {"-".join(words) or "holdfast" for words in PAGES}
+
+
+@pytest.mark.parametrize(
+    ("program", "words"), EVERY_COMMAND, ids=[f"{program.name} {' '.join(w)}" for program, w in EVERY_COMMAND]
+)
+def test_every_command_runs_without_arguments_or_names_the_missing_one(
+    program, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)  # `init` writes a file
+    code, written = run(list(words), program), capsys.readouterr()
+    assert code in ((3,) if words in WITHOUT_A_FILE else (0, 2)), written.err
+    assert written.out or written.err
+    if code == 2:
+        assert "Usage" in written.err or "missing" in written.err.lower()

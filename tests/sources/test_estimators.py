@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
+from holdfast.sources.inspecting import refuse_access
 from holdfast.sources.limited.estimators import read
 from holdfast.sources.memory import as_data
 from holdfast.sources.models import Declared, open_model
@@ -22,15 +24,25 @@ from holdfast.sources.models import Declared, open_model
 sklearn = pytest.importorskip("sklearn")
 
 from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
-from sklearn.cluster import KMeans  # noqa: E402
+from sklearn.cluster import FeatureAgglomeration, KMeans  # noqa: E402
 from sklearn.compose import make_column_transformer  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
-from sklearn.ensemble import IsolationForest, RandomForestClassifier, VotingClassifier  # noqa: E402
-from sklearn.linear_model import LinearRegression, LogisticRegression  # noqa: E402
+from sklearn.decomposition import PCA  # noqa: E402
+from sklearn.ensemble import (  # noqa: E402
+    HistGradientBoostingClassifier,
+    IsolationForest,
+    RandomForestClassifier,
+    StackingClassifier,
+    VotingClassifier,
+)
+from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer  # noqa: E402
+from sklearn.linear_model import LinearRegression, LogisticRegression, SGDClassifier  # noqa: E402
+from sklearn.model_selection import GridSearchCV  # noqa: E402
 from sklearn.multiclass import OneVsRestClassifier  # noqa: E402
+from sklearn.naive_bayes import GaussianNB  # noqa: E402
 from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
-from sklearn.pipeline import FeatureUnion, make_pipeline  # noqa: E402
-from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, StandardScaler  # noqa: E402
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline  # noqa: E402
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler  # noqa: E402
 from sklearn.svm import SVC, LinearSVC  # noqa: E402
 from sklearn.tree import DecisionTreeClassifier  # noqa: E402
 
@@ -280,6 +292,110 @@ def test_a_skops_file_opens_and_is_what_was_saved(tmp_path: Path):
 
 def doubled(x):
     return 2 * x
+
+
+def with_first(step, **attributes):
+    """A fitted pipeline whose first step is then replaced by `step` with other attributes, as in a hostile file."""
+    pipeline = make_pipeline(StandardScaler(), logistic()).fit(X, Y)
+    vars(step).update(attributes)
+    pipeline.steps[0] = ("hostile", step)
+    return pipeline
+
+
+def in_containers(value):
+    return with_first(StandardScaler(), more={"a": [(1, np.array([None, value], dtype=object))]})
+
+
+READERS = {
+    "input of a vectorizer": (
+        lambda: with_first(CountVectorizer(input="filename")),
+        r"steps\[0\]\[1\]\.input = 'filen",
+    ),
+    "input, hashed": (
+        lambda: with_first(HashingVectorizer(input="file")),
+        r"steps\[0\]\[1\]\.input = 'file', ",
+    ),
+    "input, another text": (
+        lambda: with_first(TfidfVectorizer(), input=np.str_("filename")),
+        r"\.input = <str_>",
+    ),
+    "memory": (
+        lambda: Pipeline([("a", logistic())], memory="cache").fit(X, Y),
+        r"memory = 'cache', .*memory=None",
+    ),
+    "memory, inner": (
+        lambda: with_first(Pipeline([("a", MinMaxScaler())], memory="c")),
+        r"steps\[0\]\[1\]\.memory",
+    ),
+    "memory, of a cluster": (
+        lambda: with_first(FeatureAgglomeration(memory="c", pooling_func=None)),
+        r"steps\[0\]\[1\]\.memory",
+    ),
+    "out": (
+        lambda: with_first(FunctionTransformer(np.absolute, kw_args={"out": np.array(["a"], dtype=object)})),
+        r"steps\[0\]\[1\]\.kw_args = <dict>, ",
+    ),
+    "out, inverse": (lambda: with_first(FunctionTransformer(inv_kw_args={"out": 1})), r"\.inv_kw_args"),
+    "two arrays": (
+        lambda: with_first(FunctionTransformer(np.add)),
+        r"steps\[0\]\[1\]\.func = add, which is a func",
+    ),
+    "elsewhere": (
+        lambda: with_first(CountVectorizer(tokenizer=np.log1p)),
+        r"\.tokenizer = log1p, which is a func",
+    ),
+    "in place of a method": (lambda: with_first(StandardScaler(), transform=np.exp), r"\.transform = exp"),
+    "in containers": (lambda: in_containers(np.exp), r"more\['a'\]\[0\]\[1\]\[1\] = exp"),
+    "a nested estimator": (lambda: in_containers(CountVectorizer(input="file")), r"\[1\]\.input = 'file'"),
+}
+
+
+@pytest.mark.parametrize(("hostile", "message"), READERS.values(), ids=READERS)
+def test_a_skops_file_of_trusted_types_that_reads_or_writes_files_is_refused(
+    hostile, message, tmp_path: Path
+):
+    sio = pytest.importorskip("skops.io")
+    content = sio.dumps(hostile())
+    assert not sio.get_untrusted_types(data=content)
+    (tmp_path / "m.skops").write_bytes(content)
+    with pytest.raises(UsageError, match=rf"m\.skops' contains .*{message}.* --trust-code"):
+        open_model(str(tmp_path / "m.skops"))
+
+
+@pytest.mark.parametrize(
+    "value", [np.load, len, print, Path("a"), io.BytesIO(), np.memmap, partial(open, "a")]
+)
+def test_functions_and_unknown_objects_are_refused_even_if_skops_trusts_them(value):
+    with pytest.raises(UsageError, match=r"more\['a'\]\[0\]\[1\]\[1\] = "):
+        refuse_access(Path("m.skops"), in_containers(value))
+
+
+HONEST = {
+    "log1p": lambda: make_pipeline(FunctionTransformer(np.log1p, inverse_func=np.expm1), logistic()),
+    "no function": lambda: make_pipeline(FunctionTransformer(), SVC()),
+    "columns": lambda: make_pipeline(
+        make_column_transformer(
+            (StandardScaler(), [0, 1]), (OneHotEncoder(dtype=np.float32, handle_unknown="ignore"), [2])
+        ),
+        LinearSVC(),
+    ),
+    "several": lambda: StackingClassifier([("a", logistic()), ("b", GaussianNB())], cv=3),
+    "searched": lambda: GridSearchCV(
+        make_pipeline(PCA(4), logistic()), {"logisticregression__C": [1, 2]}, cv=3
+    ),
+    "random": lambda: SGDClassifier(random_state=np.random.RandomState(0)),
+    "table": lambda: make_pipeline(StandardScaler(), logistic()).set_output(transform="default"),
+    "boosted": lambda: HistGradientBoostingClassifier(max_iter=2),
+    "trees": lambda: RandomForestClassifier(2),
+    "neighbours": lambda: KNeighborsClassifier(algorithm="kd_tree"),
+}
+
+
+@pytest.mark.parametrize("honest", HONEST.values(), ids=HONEST)
+def test_the_inspection_permits_usual_estimators(honest):
+    sio = pytest.importorskip("skops.io")
+    content = sio.dumps(honest().fit(X, Y))
+    refuse_access(Path("m.skops"), sio.loads(content, trusted=sio.get_untrusted_types(data=content)))
 
 
 def test_types_that_skops_does_not_trust_need_trust(tmp_path: Path):

@@ -748,6 +748,85 @@ def test_external_data_inside_the_folder_is_read_and_digested(tmp_path: Path) ->
     assert open_model(str(tmp_path / "m.onnx")).digest != opened.digest
 
 
+def sparse_of(tensor: Any) -> Any:
+    """The three values of a tensor (3,) at the places 0, 1 and 2 of a sparse tensor of 5 values."""
+    indices = numpy_helper.from_array(np.arange(3), f"{tensor.name}-indices")
+    return helper.make_sparse_tensor(tensor, indices, [5])
+
+
+def constant(name: str, place: str, tensor: Any) -> Any:
+    """A node whose output is a vector, in the field `place` of the attribute of a constant."""
+    value = tensor if place == "value" else sparse_of(tensor)
+    return helper.make_node("Constant", [], [name], **{place: value})
+
+
+def external_at(place: str) -> Any:
+    """A model whose weights, at `place`, are three values of a file w.bin."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[3], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="w.bin")
+    size, nodes, functions, more = 5, [], [], {}
+    if place == "a sparse constant":
+        nodes = [constant("w", "sparse_value", tensor)]
+    elif place == "a sparse initial value":
+        more = {"sparse_initializer": [sparse_of(tensor)]}
+    elif place == "a branch":
+        inner = helper.make_graph(
+            [constant("w_", "sparse_value", tensor)],
+            "inner",
+            [],
+            [helper.make_tensor_value_info("w_", TensorProto.FLOAT, [5])],
+        )
+        true = numpy_helper.from_array(np.array(True), "true")
+        nodes = [
+            helper.make_node("Constant", [], ["true"], value=true),
+            helper.make_node("If", ["true"], ["w"], then_branch=inner, else_branch=inner),
+        ]
+    elif place == "a function":
+        size, body = 3, [constant("w", "value", tensor)]
+        functions = [helper.make_function("own", "f", [], ["w"], body, [helper.make_opsetid("", 20)])]
+        nodes = [helper.make_node("f", [], ["w"], domain="own")]
+    elif place == "the fill of a constant":
+        size, tensor.dims[:] = 3, [1]
+        tensor.external_data.add(key="length", value="4")
+        shape = numpy_helper.from_array(np.array([3]), "shape")
+        nodes = [
+            helper.make_node("Constant", [], ["shape"], value=shape),
+            helper.make_node("ConstantOfShape", ["shape"], ["w"], value=tensor),
+        ]
+    nodes.append(helper.make_node("Mul", ["x", "w"], ["y"]))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name in "xy")
+    model = helper.make_model(
+        helper.make_graph(nodes, "test", [x], [y], **more),
+        functions=functions,
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("own", 1)],
+    )
+    model.ir_version = 10
+    return model
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["a sparse constant", "a sparse initial value", "a branch", "a function", "the fill of a constant"],
+)
+def test_external_data_come_only_from_the_folder_of_the_model_wherever_a_tensor_is(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, current = tmp_path / "model", tmp_path / "current"
+    for each in (folder, current):
+        each.mkdir()
+    monkeypatch.chdir(current)
+    (current / "w.bin").write_bytes(floats(3).tobytes())
+    path = folder / "m.onnx"
+    path.write_bytes(external_at(place).SerializeToString())
+    with pytest.raises(TargetError, match=r"model/w\.bin' does not exist"):
+        open_model(str(path))
+    if place == "a sparse initial value":
+        return  # such a model cannot be opened with its data in place, either
+    (folder / "w.bin").write_bytes(floats(3).tobytes())
+    opened = open_model(str(path))
+    assert {Path(name).name for name in opened.files} == {"m.onnx", "w.bin"}
+
+
 @pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "a/../../secret", "link"])
 def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: str) -> None:
     (tmp_path / "secret").write_bytes(bytes(60))

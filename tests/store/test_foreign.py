@@ -33,11 +33,12 @@ def run(tmp_path):
     return shutil.copytree(SUITE_ONLY_RUN, tmp_path / "run")
 
 
-def rewritten(run, name, change):
-    """Change a document and compute the chain again, as a stranger can."""
-    content = json.loads((run / name).read_text())
-    change(content)
-    (run / name).write_text(json.dumps(content))
+def rewritten(run, name, change=None):
+    """Change a document, or take a changed file as it is, and compute the chain again, as a stranger can."""
+    if change is not None:
+        content = json.loads((run / name).read_text())
+        change(content)
+        (run / name).write_text(json.dumps(content))
     lines, previous = b"", GENESIS
     for line in (run / "chain.jsonl").read_text().splitlines():
         recorded = json.loads(line)["content"]
@@ -194,9 +195,9 @@ def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
     with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         shutil.copytree(SUITE_ONLY_RUN, run / "after")
         folder.record("after", {"chain": verify(run / "after").head})
-        folder.record("verdict", {"exit_code": 0, "verdict_of": "after"})
+        folder.record("verdict", {"exit_code": 4, "verdict_of": "after"})
     assert open_run(run).metrics["robust_accuracy"].value == 0.7
-    rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=4))
+    rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=0))
     for reader in (open_run, verify):
         with pytest.raises(TargetError, match=r"is not the run whose chain is recorded in '?after\.json'?"):
             reader(run)

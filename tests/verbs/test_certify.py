@@ -1,6 +1,7 @@
 """A certification: proofs, attacks on certified examples, wrong certificates, and equal bytes of equal runs."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,15 +9,17 @@ import torch
 
 from holdfast.attacks import PGD
 from holdfast.core.constraints import Linf
-from holdfast.core.errors import Interrupted, UnsoundProof, UsageError
+from holdfast.core.errors import Interrupted, TargetError, UnsoundProof, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, Plan, measure_plan
 from holdfast.ops import ascent, losses
+from holdfast.store import columns as column_files
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
 from holdfast.verbs.certify import certify_request
 from holdfast.verbs.stored_runs import Comparison, open_run
+from store.test_foreign import rewritten
 from verbs import fakes
 from verbs.fakes import data, network, settled, subject
 from verbs.provers import READIED, Corners, Interval
@@ -171,6 +174,17 @@ def test_a_stored_run_is_verified_reported_and_compared(tmp_path, whole):
         assert opened.write(tmp_path / f"report{suffix}").stat().st_size > 0
     assert "certified_by" in (tmp_path / "report.csv").read_text().splitlines()[0]
     assert json.loads(opened.to_json())["metrics"]["certified_accuracy"]["n"] == 40
+
+
+def test_a_stored_certificate_of_a_broken_example_is_refused(tmp_path, whole):
+    run, result, _ = whole
+    forged, name = shutil.copytree(run, tmp_path / "forged"), "proof-1-interval.safetensors"
+    stored = column_files.read(forged / name)
+    changed = {**stored.columns, "certified": stored.columns["certified"] | result.evidence["success"]}
+    column_files.write(forged / name, changed, stored.about)
+    rewritten(forged, name)
+    with pytest.raises(TargetError, match="has a verdict although its columns contradict its certificates"):
+        open_run(forged)
 
 
 def test_a_gate_on_certified_accuracy_ignores_doubts_about_attacks(whole):

@@ -150,11 +150,11 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
 
 
 def _refuse_bare_resume(run: Path) -> None:
-    """Raise `UsageError` with the original command of a run, because `--resume` was given without MODEL."""
+    """Raise `UsageError` with the command of a run, because `--resume` was given without MODEL."""
     from holdfast.engine.resuming import way_out
-    from holdfast.store.folder import read_about
+    from holdfast.verbs.stored_runs import command_to_resume
 
-    command = read_about(run).get("command")
+    command = command_to_resume(run)
     if command:
         raise UsageError(f"MODEL is missing; {way_out(command, run)}")
 

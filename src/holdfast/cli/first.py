@@ -1,6 +1,7 @@
 """The commands `holdfast init`, `holdfast validate` and `holdfast demo`, for a first use."""
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -30,7 +31,8 @@ from holdfast.config.starting import validate as check_file
 def init(voice: Voice, *, path: Path | None, model: str, data: str, guard: bool, force: bool) -> None:
     """Write a commented configuration file to start from (default: holdfast.yaml)."""
     written = write_starting_file(path, model=model, data=data, guard=guard, force=force)
-    following = f"holdfast validate {written}" if guard else f"holdfast assess --config {written}"
+    shown = shlex.quote(str(written))
+    following = f"holdfast validate {shown}" if guard else f"holdfast assess --config {shown}"
     voice.say(f"wrote {written}; next: {following}")
 
 

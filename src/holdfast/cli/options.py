@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.decorators import pass_meta_key
 
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
@@ -132,8 +132,16 @@ _OPTIONS = (
 def with_voice(command: F) -> F:
     """Add the options `-q`, `-v`, `--no-color` and `--debug` to a command, which receives their values as a `Voice` in
     its first argument.
+
+    The `Voice` has its defaults if no option was parsed, as in a command that another command invokes.
     """
-    return offered(*_OPTIONS)(pass_meta_key(_VOICE)(command))  # type: ignore[return-value]
+
+    @wraps(command)
+    def with_first_argument(*args: Any, **options: Any) -> Any:
+        context = click.get_current_context()
+        return context.invoke(command, context.meta.get(_VOICE, Voice()), *args, **options)
+
+    return offered(*_OPTIONS)(with_first_argument)  # type: ignore[return-value]
 
 
 def offered(*options: Callable[[Any], Any]) -> Callable[[F], F]:

@@ -130,9 +130,9 @@ def runs(voice: Voice, folder: Path) -> None:
     for heading in ("run", "robust", "state", "verb", "model", "data", "threat", "suite"):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "robust" else "left")
     for entry in entries:
-        state = (
-            f"exit {entry.exit_code}" if entry.finished else f"{entry.stages_done} of {entry.stages} stages"
-        )
+        state = f"{entry.stages_done} of {entry.stages} stages"
+        if entry.finished:
+            state = "refused" if entry.exit_code is None else f"exit {entry.exit_code}"
         robust = "" if entry.robust is None else percent(entry.robust)
         names = (entry.verb, entry.model, entry.data, entry.threat, entry.suite)
         table.add_row(*map(cell, (str(entry.path), robust, state, *names)))

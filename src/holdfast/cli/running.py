@@ -86,7 +86,7 @@ def _written(result: Result, output: str, folder: Path | None) -> Path:
         if folder is None:
             raise
         raise TargetError(
-            f"{error}. Nothing is lost: holdfast report {folder} -o FILE writes it again"
+            f"{error}. Nothing is lost: holdfast report {shlex.quote(str(folder))} -o FILE writes it again"
         ) from error
 
 

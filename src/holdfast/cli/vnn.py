@@ -1,6 +1,7 @@
 """The program `holdfast-vnn`, with the command line that the VNN-LIB standard 2.0 defines for solvers."""
 
 import os
+import shlex
 import sys
 import threading
 import time
@@ -230,7 +231,7 @@ def _needed(query: "Query", files: dict[str, Path]) -> dict[str, str]:
     if missing:
         raise UsageError(
             f"no file is given for the network{'s' * (len(missing) > 1)} {', '.join(missing) or 'of the query'}; add "
-            f"--network {missing[0] or 'net'}=FILE"
+            f"--network {shlex.quote(missing[0] or 'net')}=FILE"
         )
     if unknown:
         known = ", ".join(filter(None, declared)) or "one network"

@@ -9,7 +9,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence, Scope
 from holdfast.doubts.names import OF_STRENGTH
 from holdfast.gates.grammar import Claim
-from holdfast.metrics.catalogue import estimate
+from holdfast.metrics.catalogue import estimate as estimate_of
 from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
 from holdfast.metrics.paired import basis
 
@@ -114,13 +114,20 @@ def judge(
     """
     refuse_rotation(claim)
     try:
-        measured = estimate(claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence)
+        measured = estimate_of(
+            claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence
+        )
     except UsageError as error:
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error}") from error
-    gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
+    return replace(judged_estimate(claim, measured, doubts), scope=scope)
+
+
+def judged_estimate(claim: Claim, estimate: Estimate, doubts: Doubts) -> Judgement:
+    """Return the verdict of one gate on an estimate of its metric."""
+    gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
     relevant = _relevant_doubts(claim, doubts)
-    return Judgement(claim, measured, gate(measured, relevant), relevant.open, scope)
+    return Judgement(claim, estimate, gate(estimate, relevant), relevant.open)
 
 
 def _relevant_doubts(claim: Claim, doubts: Doubts) -> Doubts:

@@ -1,5 +1,6 @@
 """Decides a query: `sat` with a confirmed witness, `unsat` by a proof, or neither within the time."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -250,7 +251,7 @@ def _fitting(declared: DeclaredNetwork, networks: Mapping[str, OnnxNetwork]) -> 
     name = declared.equal_to or declared.name
     if name not in networks:
         raise UsageError(
-            f"the query declares the network {name!r}, for which no file is given; --network {name}=FILE"
+            f"the query declares the network {name!r}, for which no file is given; --network {shlex.quote(name)}=FILE"
         )
     network = networks[name]
     for variable, shape, what in (

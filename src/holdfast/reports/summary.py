@@ -99,7 +99,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
     """The parts of the summary that come from the evidence."""
     classes = tuple(str(name) for name in evidence.data.get("classes") or ())
     names = [*(record.name for record in evidence.attacks), *(record.name for record in evidence.passes)]
-    threat = _threat(evidence.threat)
+    threat = threat_to_json(evidence.threat)
     return {
         "suite": evidence.suite,
         "attacks": _attacks(evidence, confidence),
@@ -310,7 +310,8 @@ def _doubt(doubt: Doubt, output: str | None) -> Json:
     }
 
 
-def _threat(threat: ThreatModel) -> Json:
+def threat_to_json(threat: ThreatModel) -> Json:
+    """Return a threat model as strict JSON. Its entry `constraint` is text such as `linf:8/255`."""
     constraint = threat.constraint
     norm, per = type(constraint).__name__, constraint.per if isinstance(constraint, L0) else None
     unit = "px" if per == "pixel" else ""

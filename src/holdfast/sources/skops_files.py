@@ -13,6 +13,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import check_archive, read_once
 from holdfast.sources.estimators import Predictor, adapted_estimator
+from holdfast.sources.inspecting import refuse_access
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.trees import open_booster
@@ -76,6 +77,8 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
             raise
         except Exception as error:  # as above
             raise _damaged(path, error) from error
+    if not trust_code:
+        refuse_access(path, estimator)
     return estimator, tuple(dict.fromkeys(str(warning.message).split("\n")[0] for warning in recorded))
 
 

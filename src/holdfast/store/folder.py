@@ -44,8 +44,7 @@ SAMENESS = ("config", "data", "model", "code")
 
 _SPLIT = {"stage": forms.name, "shard": forms.count, "at": forms.count, "size": forms.count}
 _SPLITS = forms.list_of(forms.record(_SPLIT))
-_ABOUT_KEYS = ("created", "command")
-_ABOUT = forms.record({}, dict.fromkeys(_ABOUT_KEYS, forms.text))
+_ABOUT = forms.record({}, {"created": forms.text})
 _MANIFEST = forms.record(
     {"digests": forms.record(dict.fromkeys(SAMENESS, forms.text))},
     {
@@ -196,7 +195,7 @@ class RunFolder:
         return Seconds(times.cpu_s, times.wall_s)
 
     def about(self) -> dict[str, Any]:
-        """Return the start time and the command line of the run."""
+        """Return the start time of the run."""
         return read_about(self.path)
 
     def splits(self) -> tuple[Split, ...]:
@@ -269,15 +268,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return the start time and the command line of a run. The result is empty if the file with them is missing.
+    """Return the start time of a run. The result is empty if the file with it is missing.
 
-    The file is not part of the chain, so other fields in it are ignored.
+    The file is not part of the chain, so other fields in it are ignored. Its command line is a record for the owner of
+    the run, and is never shown, since it could be any command.
     """
     if not (path / ABOUT).is_file():
         return {}
     about = read_document(path / ABOUT)
     refuse_form(path / ABOUT, about, _ABOUT)
-    return {key: about[key] for key in _ABOUT_KEYS if key in about}
+    return {key: about[key] for key in ("created",) if key in about}
 
 
 def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:

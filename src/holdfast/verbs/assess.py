@@ -37,6 +37,7 @@ from holdfast.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.verbs import probes
 from holdfast.verbs.certify import refuse_unsound
 from holdfast.verbs.checks import refuse_data, refuse_gates
+from holdfast.verbs.commands import command_of
 from holdfast.verbs.documents import (
     VERDICT,
     doubt_from_json,
@@ -58,6 +59,7 @@ from holdfast.verbs.expected_rows import expected_of
 from holdfast.verbs.manifest import about_run, assess_manifest
 from holdfast.verbs.measuring import Measurement, ShardMeasure
 from holdfast.verbs.preparation import learning_examples, paired_sets, plan_for, readied
+from holdfast.verbs.recomputing import refuse_other_doubts, refuse_other_verdict
 from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import attach, finish, refuse_early, served_by
@@ -114,7 +116,7 @@ def assess(
             store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume, secret=secret))
             manifest, about = store.manifest, store.about()
             attach(served)
-        job = _Job(subject, data, request, plan, target, device, manifest, served)
+        job = _Job(subject, data, request, plan, target, device, manifest, served, run)
         measure = ShardMeasure(plan, target, data, device, served)
         chosen = executor_for(request, subject, measure, manifest["digests"], opening, notify, detail)
         with chosen as executor:
@@ -132,7 +134,7 @@ def assess(
         gates, accepted = job.judged(evidence, store.document(VERDICT))
         work.record(VERDICT, verdict_to_json(gates, accepted))
         head = store.chain.head if isinstance(store, RunFolder) else None
-        shown = about_of(manifest, about, run, head)
+        shown = about_of(manifest, {**about, **job.command(gates)}, run, head)
         adversarial_examples = job.adversarial(by_stage, doubts_document)
         return Result(evidence, gates, accepted, shown, run, adversarial_examples, request.baseline, rotation)
 
@@ -150,6 +152,12 @@ class _Job:
     manifest: Mapping[str, Any]
     served: Served | None
     """connection to the server of a served model"""
+    folder: Path | None
+    """folder of the run; None for a run in memory"""
+
+    def command(self, gates: Sequence[Judgement]) -> dict[str, str]:
+        """Return the command line of a run in a folder, as when the run is opened later; nothing for one in memory."""
+        return {} if self.folder is None else {"command": command_of(self.manifest, gates)}
 
     def run(self, store: Store, executor: Executor, stopper: Stopper, progress: Progress) -> Run:
         """Create the run whose results are written to a store. The time that earlier attempts used is subtracted from
@@ -198,6 +206,8 @@ class _Job:
         if (stored := store.document(DOUBTS)) is not None:
             if (columns := store.stage(FOUND)) is not None:
                 by_stage[FOUND] = columns.columns
+            if self.folder is not None:
+                refuse_other_doubts(self.folder, self.manifest, by_stage, stored)
             return stored
         store.begin(DOUBTS, 0)
         stopwatch = Stopwatch(store, DOUBTS)
@@ -290,6 +300,8 @@ class _Job:
         """
         request, claims, accepted = self.request, self.request.gates, self.request.accepted
         if stored is not None:
+            if self.folder is not None:
+                refuse_other_verdict(self.folder, stored, evidence)
             before = tuple(map(judgement_from_json, stored["gates"]))
             if not claims and not accepted:
                 return before, stored["accepted_doubts"]

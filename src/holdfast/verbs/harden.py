@@ -33,6 +33,7 @@ from holdfast.verbs.assess import assess
 from holdfast.verbs.attempt_training import AttemptTraining
 from holdfast.verbs.candidates import Candidate, Evaluation, announced, attempts
 from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_threat
+from holdfast.verbs.commands import command_of
 from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.verbs.executors import cluster_for
 from holdfast.verbs.hardened import MODEL, Hardened, Made, card_of, opened_by, timeless, weights_metadata
@@ -204,6 +205,8 @@ class _Job:
             run.record("before", _head(before))
             trained, best = self._trained_attempts(run)
             after = self._assessed(best.subject, self.test, "after", self.assessment)
+            command = command_of(folder.manifest, after.gates)
+            after = replace(after, about={**after.about, "command": command})
             net = best.subject.model.net
             assert isinstance(net, nn.Module)  # other models were refused before
             weights = written(net, weights_metadata(self.subject, self.manifest))

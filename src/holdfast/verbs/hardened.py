@@ -253,7 +253,7 @@ def opened_by(opens: str, data: str) -> str:
     """Return the command line that assesses the new model. It contains the placeholder `DATA` if the data cannot be
     named in one word.
     """
-    return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data} {opens}".rstrip()
+    return f"holdfast assess {MODEL} {'DATA' if ' ' in data else shlex.quote(data)} {opens}".rstrip()
 
 
 def _attempts_note(recipes: Sequence[str], best: Made) -> list[str]:

@@ -1,9 +1,10 @@
 """Opens stored runs, lists the runs in a folder, creates the path of a new run, and compares two runs."""
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from holdfast.store.folder import read_about, read_manifest, read_stage, recorde
 from holdfast.store.forms import refuse_form
 from holdfast.store.leases import spent_in
 from holdfast.store.records import Chain, read_chain
+from holdfast.verbs.commands import command_of
 from holdfast.verbs.documents import VERDICT, judgement_from_json
 from holdfast.verbs.evidence import (
     ADAPTIVE,
@@ -37,6 +39,14 @@ from holdfast.verbs.evidence import (
     with_attackers,
 )
 from holdfast.verbs.forms import ASSESSED, DECIDED, DIFFERING, DOUBTED, HEAD, JUDGED, LISTED, consistent
+from holdfast.verbs.recomputing import (
+    refuse_broken_certificates,
+    refuse_other_card,
+    refuse_other_code,
+    refuse_other_doubts,
+    refuse_other_shares,
+    refuse_other_verdict,
+)
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
 
@@ -111,7 +121,7 @@ class RunEntry:
     stages_done: int
     stages: int
     exit_code: int | None = None
-    """exit code of the run; None until it is finished"""
+    """exit code of the run; None until it is finished, and if `open_run` refuses it"""
     robust: float | None = None
     """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
 
@@ -135,10 +145,50 @@ def open_run(path: Path) -> Result:
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT, manifest["schema_version"])
     if decided is None:
-        raise TargetError(f"the run in {str(path)!r} is not finished; resume it with --run {path} --resume")
-    if "verdict_of" in decided:
-        return _opened(*_judged(path, chain, decided))
-    return _opened(path, manifest, chain, decided)
+        raise TargetError(
+            f"the run in {str(path)!r} is not finished; resume it with --run {shlex.quote(str(path))} --resume"
+        )
+    if "verdict_of" not in decided:
+        return _opened(path, manifest, chain, decided)
+    result = _opened(*_judged(path, chain, decided))
+    refuse_other_code(path, decided, result)
+    with consistent(path):
+        command = command_of(manifest, result.gates)
+    return replace(result, about={**result.about, "command": command})
+
+
+def refuse_false(path: Path) -> None:
+    """Raise `TargetError` if a document of the finished run in a folder contradicts its columns, or if the card of a
+    hardening contradicts its two measurements. An unfinished run, and one of another verb, is not examined.
+    """
+    manifest, chain = read_manifest(path), read_chain(path, repair=False)
+    version = manifest["schema_version"]
+    decided = recorded_document(path, chain, VERDICT, version)
+    if decided is None or manifest.get("verb") not in ("assess", "certify", "harden"):
+        return
+    after = open_run(path)
+    if "verdict_of" not in decided:
+        return
+    for inner in sorted(path.iterdir()):
+        if (inner / MANIFEST).is_file() and inner.name not in ("before", "after"):
+            open_run(inner)
+    card, training = (recorded_document(path, chain, kind, version) for kind in ("card", "training"))
+    weights = chain.last("model")
+    if card is None or training is None or weights is None:
+        raise TargetError(f"{str(path)!r} has a verdict but no card and no model; restore it from a copy")
+    with consistent(path):
+        sides = {"before": open_run(path / "before"), "after": after}
+        refuse_other_card(path, card, training, weights["digest"], sides)
+
+
+def command_to_resume(path: Path) -> str:
+    """Return the command line of the run in a folder, finished or not, from its settings; "" for another verb than
+    `assess`, `certify` and `harden`.
+    """
+    manifest = read_manifest(path)
+    refuse_form(path / MANIFEST, manifest, LISTED)
+    with consistent(path):
+        return command_of(manifest)
 
 
 def _judged(
@@ -161,7 +211,7 @@ def _judged(
     verdict = recorded_document(inner_path, inner, VERDICT, manifest["schema_version"])
     if verdict is None:
         raise TargetError(
-            f"the run in {str(inner_path)!r} is not finished; resume it with --run {path} --resume"
+            f"the run in {str(inner_path)!r} is not finished; resume it with --run {shlex.quote(str(path))} --resume"
         )
     return inner_path, manifest, inner, verdict
 
@@ -170,7 +220,7 @@ def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[st
     refuse_form(path / MANIFEST, manifest, ASSESSED)
     refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
     doubts_json = _doubts(path, chain, manifest["schema_version"])
-    rotation = recorded_document(path, chain, ROTATION)
+    rotation = recorded_document(path, chain, ROTATION, manifest["schema_version"])
     with consistent(path):
         return _result(path, manifest, chain, decided, doubts_json, rotation)
 
@@ -183,15 +233,27 @@ def _result(
     doubts_json: dict[str, Any],
     rotation: dict[str, Any] | None,
 ) -> Result:
-    about = about_of(manifest, read_about(path), path, chain.head)
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
-    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json), rotation)
+    adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
+    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
+    refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
+    if rotation is not None:
+        refuse_other_shares(path, rotation, evidence)
+    refuse_broken_certificates(path, evidence)
+    refuse_other_verdict(path, decided, evidence)
     attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
     counted = counted_passes(manifest, by_stage, doubts_json)
     adversarial_inputs = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["minimum_norm"])
+    about = {**read_about(path), "command": command_of(manifest, gates)}
     return Result(
-        evidence, gates, decided["accepted_doubts"], about, path, adversarial_inputs, rotation=rotation
+        evidence,
+        gates,
+        decided["accepted_doubts"],
+        about_of(manifest, about, path, chain.head),
+        path,
+        adversarial_inputs,
+        rotation=rotation,
     )
 
 
@@ -234,17 +296,22 @@ def _entry(path: Path) -> RunEntry:
         decided is not None,
         done,
         len(manifest["plan"]["stages"]),
-        None if decided is None else decided["exit_code"],
-        None if decided is None else _robust_accuracy(path),
+        *((None, None) if decided is None else _outcome(path)),
     )
 
 
-def _robust_accuracy(path: Path) -> float | None:
-    """The robust accuracy as in the report; None if there is none, or the evidence is unreadable."""
+def _outcome(path: Path) -> tuple[int | None, float | None]:
+    """The exit code and the robust accuracy as in the report; None for what the folder does not show."""
     try:
-        return robust_accuracy(open_run(path).evidence).value  # `metrics` would compute all others, too
+        result = open_run(path)
     except HoldfastError:
-        return None
+        return None, None
+    try:
+        return result.exit_code, robust_accuracy(
+            result.evidence
+        ).value  # `metrics` would compute all others, too
+    except HoldfastError:
+        return result.exit_code, None
 
 
 def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Columns]:
@@ -272,11 +339,11 @@ def _evidence(
     by_stage: dict[str, Columns],
     chain: Chain,
     doubts_json: Mapping[str, Any],
+    adapted: Mapping[str, Any] | None,
 ) -> Evidence:
     recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
     times = {name: time for name, time in spent_in(path).items() if name in recorded}
     seconds = {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()}
-    adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
     nodes = recorded_document(path, chain, NODES)
     if nodes is not None:
         refuse_form(path / "nodes.json", nodes, DIFFERING)

@@ -203,10 +203,12 @@ def read_onnx(
         raise TargetError(
             f"{str(path)!r} is not an ONNX model, or is damaged or truncated: {error}; export it again"
         ) from error
+    # onnxruntime may be newer than onnx, and would interpret fields that are not checked here.
+    proto.DiscardUnknownFields()
     # Counted before the functions are expanded below, because a small file can describe more nodes than fit in memory.
     _refuse_size(proto, path)
     files = {str(path): hashlib.sha256(content).hexdigest()}
-    for tensor in _tensors(proto.graph):
+    for tensor in _tensors(proto):
         if tensor.data_location == _EXTERNAL:
             data_file = _load_external(tensor, path, len(content))
             if str(data_file) not in files:
@@ -265,15 +267,16 @@ def _keep_tensors(graph: Any) -> None:
             value.CopyFrom(helper.make_tensor_value_info(value.name, onnx_module().TensorProto.FLOAT, None))
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Yield all tensors of a graph and of the graphs inside its nodes."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from attribute.tensors
-            if attribute.HasField("t"):
-                yield attribute.t
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+def _tensors(message: Any) -> Iterator[Any]:
+    """Yield all tensors in a message of ONNX, whatever field contains them: initial values, attributes of nodes and
+    functions, values and indices of sparse tensors, graphs inside nodes, training information.
+    """
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Sequence) else (value,):
                 yield from _tensors(inner)
 
 

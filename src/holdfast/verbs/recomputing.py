@@ -1,0 +1,270 @@
+"""Computes again what the documents of a finished run state about its columns, and refuses a document that differs.
+
+The digests of a run show that its files belong together, but everyone can compute them. Therefore a verdict is accepted
+only if it follows from the columns. No model is queried.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError, UnsoundProof, UsageError
+from holdfast.core.evidence import Columns, Doubt, Evidence
+from holdfast.doubts.answering import arms, required_attacks
+from holdfast.doubts.concluding import Circumstances, Findings, conclude
+from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
+from holdfast.engine.identity import code_digest
+from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
+from holdfast.harness import FOUND, assemble, probe_passes, stage_passes
+from holdfast.harness.kinds.attack import SuiteAttack
+from holdfast.metrics.catalogue import estimate
+from holdfast.metrics.names import PAIRED
+from holdfast.ops.statistics import proportion
+from holdfast.store.columns import SUFFIX
+from holdfast.store.files import MANIFEST
+from holdfast.verbs.certify import refuse_unsound
+from holdfast.verbs.documents import VERDICT, doubt_from_json, judgement_from_json, outline_from_json
+from holdfast.verbs.evidence import ADAPTIVE, DOUBTS, ROTATION
+from holdfast.verbs.result import Result
+
+Json = Mapping[str, Any]
+
+_TOLERANCE = 1e-6
+"""Relative difference of two results of one computation on two machines."""
+_OF_COLUMNS = ("probabilities", "chance", "constant")
+"""Doubts that the clean columns alone decide."""
+_ABOVE = ("zero-gradient", "noise", "not-exhausted", "whole-box", "nan")
+"""Doubts that are raised whenever their statistic is above the threshold."""
+
+
+def refuse_other_doubts(
+    path: Path,
+    manifest: Json,
+    by_stage: Mapping[str, Columns],
+    doubts_json: Json,
+    adapted: Json | None = None,
+) -> None:
+    """Raise `TargetError` if the columns of a run contradict `run.json`, the document of the doubts, or `adapted`, that
+    of the adaptive attacks.
+
+    `by_stage` are the columns of the stages of the run in the folder `path`. Doubts are compared only if the code of
+    this version wrote the run, since their thresholds differ between versions.
+    """
+    _refuse_manifest(path / MANIFEST, manifest, by_stage)
+    _refuse_columns(path, manifest, by_stage)
+    findings = _findings(manifest, doubts_json, by_stage)
+    if findings is not None:
+        _refuse_broken(path / f"{DOUBTS}.json", doubts_json, findings)
+    if manifest["digests"]["code"] != code_digest():
+        return
+    stored = tuple(doubt_from_json(doubt) for doubt in doubts_json["doubts"])
+    if findings is not None:
+        _refuse_doubts(path / f"{DOUBTS}.json", manifest, stored, findings)
+    if adapted is not None:
+        _refuse_reasons(path / f"{ADAPTIVE}.json", manifest, stored, adapted)
+
+
+def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]) -> None:
+    n = manifest["data"].get("n")
+    if n is not None:
+        _refuse_other(file, "data.n", n, len(by_stage["clean"]["id"]))
+    if "config" in manifest["digests"] and manifest["schema_version"] > 1:
+        config = digest(canonical(manifest["config"]))
+        _refuse_other(file, "digests.config", manifest["digests"]["config"], config)
+
+
+def _refuse_columns(path: Path, manifest: Json, by_stage: Mapping[str, Columns]) -> None:
+    """Compare the columns that state which examples are correct or broken with the shares of correct evaluations."""
+    clean = by_stage["clean"]
+    _refuse_rows(path, "clean", "correct", clean["correct"], clean["right"] > 0.5, clean["id"])
+    for step in manifest["config"]["stages"]:
+        columns = by_stage.get(step["name"])
+        if columns is None or step["kind"] != SuiteAttack.name or manifest["config"]["minimum_norm"]:
+            continue  # a minimum-norm attack may exceed the eps of the run
+        expected = columns["ran"] & ~(columns["right"] > 0.5) & clean["correct"] & clean["eligible"]
+        _refuse_rows(path, step["name"], "success", columns["success"], expected, clean["id"])
+
+
+def _refuse_rows(path: Path, stage: str, column: str, stored: Tensor, computed: Tensor, ids: Tensor) -> None:
+    differing = ids[stored != computed].tolist()
+    if differing:
+        raise TargetError(
+            f"{str(path / f'{stage}{SUFFIX}')!r} states in the column {column} another value than its column right for "
+            f"the example {differing[0]} ({len(differing):,} examples in all); restore the run from a copy, or measure "
+            "it again"
+        )
+
+
+def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]) -> Findings | None:
+    """The doubts that the columns alone decide, and the examples that the suite missed; None for a run of an earlier
+    version, which lists no probes.
+    """
+    if "probes" not in doubts_json:
+        return None
+    outline = outline_from_json(manifest["config"])
+    adaptive = {step.name for step in outline.steps if step.adaptive}
+    before = {name: columns for name, columns in by_stage.items() if name not in {*adaptive, FOUND}}
+    found = {FOUND: by_stage[FOUND]} if FOUND in by_stage else {}
+    counted = (
+        *stage_passes(outline, before),
+        *probe_passes(outline, before | found, doubts_json["probes"]),
+    )
+    columns = {**assemble(outline, before), "is_probability": before["clean"]["is_probability"]}
+    broken = {passed.name: passed.columns["success"] for passed in counted}
+    return conclude({}, columns, Circumstances(outline.threat), broken)
+
+
+def _refuse_broken(file: Path, doubts_json: Json, findings: Findings) -> None:
+    computed = {name: ids.tolist() for name, ids in findings.fallen.items()}
+    for name in {**doubts_json["broken"], **computed}:
+        _refuse_other(file, f"broken.{name}", doubts_json["broken"].get(name), computed.get(name))
+
+
+def _refuse_doubts(file: Path, manifest: Json, stored: Sequence[Doubt], findings: Findings) -> None:
+    doubts, computed = manifest["config"]["doubts"], {doubt.name: doubt for doubt in findings.doubts}
+    names = [doubt.name for doubt in stored]
+    if doubts == "none":
+        _refuse_other(file, "doubts", names, [])
+        return
+    expected = ALL_DOUBTS if doubts == "all" and manifest["config"]["suite"] else computed
+    _refuse_other(file, "doubts", names, [name for name in ALL_DOUBTS if name in expected])
+    for place, doubt in enumerate(stored):
+        again, field = computed.get(doubt.name), f"doubts[{place}].state ({doubt.name})"
+        exceeded = doubt.statistic is not None and doubt.statistic > (doubt.threshold or 0.0)
+        if doubt.name in _ABOVE and exceeded:
+            _refuse_other(file, field, doubt.state, "raised")
+        if again is None:
+            continue
+        if doubt.name in _OF_COLUMNS:
+            for key in ("state", "statistic", "threshold", "n"):
+                _refuse_other(
+                    file, f"doubts[{place}].{key} ({doubt.name})", getattr(doubt, key), getattr(again, key)
+                )
+        elif again.state == "raised":  # without the results of its probes
+            _refuse_other(file, field, doubt.state, "raised")
+
+
+def _refuse_reasons(file: Path, manifest: Json, stored: Sequence[Doubt], adapted: Json) -> None:
+    outline = outline_from_json(manifest["config"])
+    members = {step.attack for step in outline.steps if step.adaptive}
+    available = [arm for arm in arms(outline.threat.constraint) if arm.name in members]
+    computed = {name: list(names) for name, names in required_attacks(available, stored).items()}
+    _refuse_other(file, "reasons", dict(adapted["reasons"]), computed)
+
+
+def refuse_other_shares(path: Path, table: Json, evidence: Evidence) -> None:
+    """Raise `TargetError` if the success rate of an attacker of a model with rotation is not that of the inputs that it
+    broke, or if their number is not that of the columns.
+    """
+    file = path / f"{ROTATION}.json"
+    if "n_correct" not in table:  # none was measured
+        return
+    correct = evidence["correct"][: table["n"]].bool()
+    ids = evidence["id"][: table["n"]][correct].tolist()
+    _refuse_other(file, "n_correct", table["n_correct"], len(ids))
+    for place, row in enumerate(table["rows"]):
+        if row.get("share") is None:
+            continue
+        broken = torch.isin(torch.tensor(ids), torch.tensor(row["broken_ids"], dtype=torch.int64))
+        share = proportion(broken)
+        for key in ("value", "low", "high"):
+            _refuse_other(file, f"rows[{place}].share.{key}", row["share"][key], getattr(share, key))
+
+
+def refuse_broken_certificates(path: Path, evidence: Evidence) -> None:
+    """Raise `TargetError` if a stored run certifies an example that one of its attacks broke. Such a run ends without a
+    verdict.
+    """
+    try:
+        refuse_unsound(evidence)
+    except UnsoundProof as error:
+        raise TargetError(
+            f"{str(path)!r} has a verdict although its columns contradict its certificates; restore the run from a "
+            "copy, or measure it again"
+        ) from error
+
+
+def refuse_other_verdict(path: Path, decided: Json, evidence: Evidence) -> None:
+    """Raise `TargetError` if the columns of a run give another estimate, other open doubts, another verdict of a gate
+    or another exit code than `decided`, the content of `verdict.json`.
+
+    A gate that compares with a baseline is judged by the stored estimate, since the baseline is not part of the run.
+    """
+    file = path / f"{VERDICT}.json"
+    doubts = Doubts(evidence.doubts, decided["accepted_doubts"])
+    verdicts = []
+    for place, content in enumerate(decided["gates"]):
+        stored = judgement_from_json(content)
+        computed = _judged_again(file, stored, evidence, doubts)
+        for key in ("value", "low", "high", "n"):
+            values = (getattr(judgement.estimate, key) for judgement in (stored, computed))
+            _refuse_other(file, f"gates[{place}].estimate.{key}", *values)
+        _refuse_other(
+            file, f"gates[{place}].open_doubts", list(stored.open_doubts), list(computed.open_doubts)
+        )
+        _refuse_other(file, f"gates[{place}].verdict", stored.verdict, computed.verdict)
+        verdicts.append(computed.verdict)
+    _refuse_other(file, "exit_code", decided["exit_code"], exit_code(verdicts))
+
+
+def _judged_again(file: Path, stored: Judgement, evidence: Evidence, doubts: Doubts) -> Judgement:
+    if stored.claim.metric in PAIRED:
+        return judged_estimate(stored.claim, stored.estimate, doubts)
+    try:
+        return judge(stored.claim, evidence, doubts)
+    except UsageError as error:
+        raise TargetError(
+            f"{str(file)!r} states a verdict that its columns do not contain: {error}; restore it from a copy"
+        ) from error
+
+
+def refuse_other_code(path: Path, decided: Json, judged: Result) -> None:
+    """Raise `TargetError` if the exit code of a hardening is not that of the measurement of the new model."""
+    _refuse_other(path / f"{VERDICT}.json", "exit_code", decided["exit_code"], judged.exit_code)
+
+
+def refuse_other_card(
+    path: Path, card: Json, training: Json, weights: str, sides: Mapping[str, Result]
+) -> None:
+    """Raise `TargetError` if the card of a hardening states other metrics than its two measurements, or if another
+    model was stored than the one that was trained.
+
+    `weights` is the digest of the file of the new model, and `sides` are the results `before` and `after`.
+    """
+    file = path / "card.json"
+    for side, result in sides.items():
+        stated = card[side]
+        _refuse_other(file, f"{side}.n", stated["n"], len(result.evidence))
+        for name, values in stated["metrics"].items():
+            computed = estimate(name, result.evidence)
+            for key in ("value", "low", "high", "n"):
+                _refuse_other(file, f"{side}.metrics.{name}.{key}", values[key], getattr(computed, key))
+        raised = [doubt.name for doubt in result.doubts if doubt.state == "raised"]
+        _refuse_other(file, f"{side}.doubts", [doubt["name"] for doubt in stated["doubts"]], raised)
+    _refuse_other(file, "chosen.epoch", card["chosen"]["epoch"], training["chosen"])
+    _refuse_other(path / "training.json", "weights", training["weights"], weights)
+
+
+def _refuse_other(file: Path, field: str, stored: object, computed: object) -> None:
+    if not _same(stored, computed):
+        raise TargetError(
+            f"{str(file)!r} states {field} {_shown(stored)}, but the columns of the run give {_shown(computed)}; "
+            "restore the run from a copy, or measure it again"
+        )
+
+
+def _same(stored: object, computed: object) -> bool:
+    numbers = [float(value) for value in (stored, computed) if isinstance(value, int | float)]
+    if len(numbers) == 2:
+        return all(map(math.isnan, numbers)) or math.isclose(*numbers, rel_tol=_TOLERANCE, abs_tol=1e-9)
+    return stored == computed
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if not isinstance(value, float) else f"{value:.6g}"
+    return text if len(text) <= 100 else f"{text[:100]}…"

