@@ -85,7 +85,7 @@ def test_every_record_of_the_chain_is_protected(whole, tmp_path, line):
     run = shutil.copytree(whole, tmp_path / "run")
     records = [json.loads(text) for text in (run / "chain.jsonl").read_text().splitlines()]
     records[line]["content"]["kind"] += "!"
-    (run / "chain.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "chain.jsonl").write_text("".join(canonical(record).decode() + "\n" for record in records))
     with pytest.raises(TargetError, match=f"record {line + 1} of .*chain.jsonl' was changed"):
         verify(run)
 

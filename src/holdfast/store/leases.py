@@ -43,7 +43,7 @@ class Owner:
         """
         try:
             os.kill(self.pid, 0)  # sends no signal, and fails if there is no such process
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # a number that no process can have may be in a file
             return False
         except PermissionError:  # it runs, under another user
             return True

@@ -1,6 +1,8 @@
 """A file lock between processes and threads, which is released when its process ends, even if it is killed."""
 
+import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,7 +23,11 @@ def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[
     process. POSIX locks would be lost when any thread closes the file.
     """
     try:
-        new = not path.exists()
+        new = not os.path.lexists(path)
+        if not new and not stat.S_ISREG(path.lstat().st_mode):  # SQLite would follow a link
+            raise TargetError(
+                f"{str(path)!r} is a link, a folder or a device, and not the file of a lock; remove it"
+            )
         database = sqlite3.connect(path, timeout=wait_s, isolation_level=None)
         try:
             if new:
