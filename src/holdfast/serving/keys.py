@@ -34,25 +34,43 @@ _CHECK_S = 1.0
 """seconds between two looks at the file, after which a revoked key is refused"""
 _log = logging.getLogger("holdfast.serving")
 _CHALLENGE = (("www-authenticate", "Bearer"),)
-_FORM = forms.record(
-    {
-        "schema": forms.count,
-        "keys": forms.list_of(
-            forms.record(
-                {
-                    "name": forms.text,
-                    "hash": forms.text,
-                    "scopes": forms.list_of(forms.text),
-                    "created": forms.text,
-                    "expires": forms.maybe(forms.text),
-                    "rate": forms.maybe(forms.real),
-                    "budget": forms.maybe(forms.count),
-                    "revoked": forms.maybe(forms.text),
-                }
-            )
-        ),
-    }
-)
+
+
+def _rate(value: Any, where: str) -> None:
+    forms.real(value, where)
+    forms.require(not isinstance(value, str) and value > 0, value, where, "a number above 0")
+
+
+def _moment(value: Any, where: str) -> None:
+    forms.text(value, where)
+    try:
+        valid = datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        valid = False
+    forms.require(valid, value, where, "a time in ISO 8601 with a time zone")
+
+
+_FIELDS = {
+    "name": forms.text,
+    "hash": forms.text,
+    "scopes": forms.list_of(forms.text),
+    "created": forms.text,
+    "expires": forms.maybe(_moment),
+    "rate": forms.maybe(_rate),
+    "budget": forms.maybe(forms.count),
+    "revoked": forms.maybe(forms.text),
+}
+
+
+def _key(value: Any, where: str) -> None:
+    forms.record(_FIELDS)(value, where)
+    # a further field may be a limit that only another version enforces
+    forms.require(
+        value.keys() <= _FIELDS.keys(), sorted(value), where, f"an object with {', '.join(_FIELDS)}"
+    )
+
+
+_FORM = forms.record({"schema": forms.one_of(1), "keys": forms.list_of(_key)})
 
 
 @dataclass(frozen=True)
@@ -147,16 +165,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             f"{path}"
         )
     refuse_form(path, content, _FORM)
-    keys = tuple(ApiKey(**{**each, "scopes": tuple(each["scopes"])}) for each in content["keys"])
-    try:
-        for key in keys:
-            if key.expires is not None and datetime.fromisoformat(key.expires).tzinfo is None:
-                raise ValueError(key.expires)
-    except ValueError as error:
-        raise TargetError(
-            f"{str(path)!r} contains the time {error}; ISO 8601 with a time zone was expected"
-        ) from error
-    return keys
+    return tuple(ApiKey(**{**each, "scopes": tuple(each["scopes"])}) for each in content["keys"])
 
 
 def _write(path: Path, keys: Sequence[ApiKey]) -> None:

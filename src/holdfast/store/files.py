@@ -81,15 +81,22 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) 
     Raises `TargetError` for anything else than a regular file, because the folder may be untrusted, and `OSError`.
     """
     # Before it is opened, because opening a device may change its state, and after that, as it may have been replaced.
-    status = path.stat() if follow else path.lstat()
-    if stat.S_ISREG(status.st_mode):
-        handle = os.open(path, flags | _NO_WAITING | (0 if follow else _NO_LINK))
-        if stat.S_ISREG(os.fstat(handle).st_mode):
-            return handle
+    refuse_irregular(path, path.stat() if follow else path.lstat())
+    handle = os.open(path, flags | _NO_WAITING | (0 if follow else _NO_LINK))
+    try:
+        refuse_irregular(path, os.fstat(handle))
+    except TargetError:
         os.close(handle)
-    raise TargetError(
-        f"{str(path)!r} is a link, a folder or a device; a regular file was expected: put the file itself there"
-    )
+        raise
+    return handle
+
+
+def refuse_irregular(path: Path, status: os.stat_result) -> None:
+    """Raise `TargetError` if a status is not that of a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise TargetError(
+            f"{str(path)!r} is a link, a folder or a device; a regular file was expected: put the file itself there"
+        )
 
 
 def content_of(

@@ -30,7 +30,15 @@ from holdfast.store.authentic import (
     refuse_shortened,
     write_head,
 )
-from holdfast.store.files import PRIVATE, append, content_of, open_regular, refusal_in_pool, usable
+from holdfast.store.files import (
+    PRIVATE,
+    append,
+    content_of,
+    open_regular,
+    refusal_in_pool,
+    refuse_irregular,
+    usable,
+)
 from holdfast.store.ledger_state import (
     Exposure,
     LedgerState,
@@ -305,9 +313,11 @@ class Ledger:
     def _length(self) -> int:
         with usable(self.path, refusal_in_pool):
             try:
-                return self.path.stat().st_size
+                status = self.path.lstat()
             except FileNotFoundError:
                 return 0
+        refuse_irregular(self.path, status)
+        return status.st_size
 
     def _read(self) -> None:
         """Verify and apply new entries, and drop an incomplete end. The caller must have the lock."""

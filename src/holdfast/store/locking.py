@@ -2,13 +2,12 @@
 
 import os
 import sqlite3
-import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from holdfast.core.errors import InUse, TargetError
-from holdfast.store.files import PRIVATE
+from holdfast.store.files import PRIVATE, refuse_irregular
 
 WAIT_S = 60.0
 """Seconds for which a process waits for the lock of another one; operations under such a lock are much shorter."""
@@ -24,10 +23,8 @@ def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[
     """
     try:
         new = not os.path.lexists(path)
-        if not new and not stat.S_ISREG(path.lstat().st_mode):  # SQLite would follow a link
-            raise TargetError(
-                f"{str(path)!r} is a link, a folder or a device, and not the file of a lock; remove it"
-            )
+        if not new:
+            refuse_irregular(path, path.lstat())  # SQLite would follow a link
         database = sqlite3.connect(path, timeout=wait_s, isolation_level=None)
         try:
             if new:
