@@ -11,7 +11,7 @@ from holdfast.config.settings import ServeSettings, check_settings, given
 from holdfast.core.errors import UsageError
 from holdfast.engine.progress import Notify, ignore
 
-_NEEDED = ("httpx", "prometheus_client", "starlette", "uvicorn")
+_NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
 
 
 @verb
