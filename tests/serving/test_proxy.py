@@ -284,7 +284,7 @@ SLOW = {
         itertools.chain([OK + b"transfer-encoding: chunked\r\n\r\n0\r\n"], itertools.repeat(b"x: y\r\n")), LATE,
     ),
     "many informational responses": ([CONTINUE * 100_000], LARGE),
-    "many headers": ([OK + b"x: y\r\n" * 100_000], (503, "closed the connection")),
+    "many headers": ([OK + b"x: y\r\n" * 100_000], LARGE),
     "a large body": ([OK + b"content-length: 9999999\r\n\r\n" + b"x" * 9_999_999], LARGE),
 }  # fmt: skip
 

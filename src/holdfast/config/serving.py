@@ -1,5 +1,6 @@
 """Converts the settings of `holdfast serve` to the setup of a server: workers, pool, keys and audit chains."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,8 +40,8 @@ _BUNDLED_SHAPE = (1, 28, 28)
 """Shape of the inputs of all bundled models, which classify MNIST."""
 _UNNAMED = "model"
 _HUNG_LATENCIES, _HUNG_TIMEOUTS = 10, 3
-"""Multiples of --max-latency and of --upstream-timeout after which a worker that makes no progress is replaced. A
-request to an upstream server may be sent twice."""
+"""Multiples of --max-latency, and of the time in which an upstream server must answer a batch, after which a worker
+that makes no progress is replaced."""
 
 
 def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSetup:
@@ -127,10 +128,13 @@ class _Served:
     upstream: UpstreamModel | None = None
     """the model of an upstream server"""
 
-    @property
-    def upstream_timeout_s(self) -> float:
-        """Seconds in which an upstream server must answer; 0 without one."""
-        return 0.0 if self.upstream is None else self.upstream.address.timeout_s
+    def upstream_timeout_s(self, max_rows: int) -> float:
+        """Return the seconds in which an upstream server must answer a batch, with several requests if it accepts only
+        smaller ones; 0 without such a server.
+        """
+        if self.upstream is None:
+            return 0.0
+        return math.ceil(max_rows / (self.upstream.batch or max_rows)) * self.upstream.address.timeout_s
 
 
 def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
@@ -227,7 +231,9 @@ def _opened_guard(
 def _hung_s(limits: RequestLimits, served: _Served) -> float:
     """Return the seconds without progress after which a worker is replaced."""
     latency_s = seconds(limits.max_latency, "max_latency")
-    return max(HUNG_S, _HUNG_LATENCIES * latency_s, _HUNG_TIMEOUTS * served.upstream_timeout_s)
+    return max(
+        HUNG_S, _HUNG_LATENCIES * latency_s, _HUNG_TIMEOUTS * served.upstream_timeout_s(limits.max_rows)
+    )
 
 
 def _triggers(texts: list[str]) -> tuple[Trigger, ...]:

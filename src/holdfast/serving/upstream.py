@@ -23,7 +23,7 @@ from holdfast.sources.remote import header_variable
 
 METADATA_BYTES = 1 << 22
 """largest number of bytes of metadata"""
-_HEAD_BYTES = 1 << 17
+_HEAD_BYTES = 96 * 1024
 """largest number of bytes before the body of a response, with informational responses"""
 _FRAMED = 2
 """largest number of received bytes for each byte of a body, which may be sent in chunks"""
