@@ -8,7 +8,7 @@ import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from time import monotonic, sleep
@@ -33,6 +33,7 @@ from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
 
 _FORMAT = 1
+_RETRY_S = 0.5  # between two attempts to use a file that was lost
 Counts = tuple[int, int, int]
 """numbers of clusters, answers and accounts"""
 
@@ -72,7 +73,8 @@ class SQLiteState:
     ) -> None:
         self.path, self.limits, self.fail = path, limits or StateLimits(), fail
         self._wait_s, self._lock, self._clock = wait_s, Lock(), SteadyClock()
-        self._reach, self._gained = Reachability(f"state in {path}", fail, retry_s=0.5), 0
+        self._files = tuple(f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
+        self._reach, self._gained = Reachability(f"state in {path}", fail, _RETRY_S), 0
         self._checkpoints, self._logged = Checkpoints(path, self._lock, wait_s), 0
         try:
             self._db = self._opened()
@@ -140,7 +142,11 @@ class SQLiteState:
 
     def _connected(self) -> sqlite3.Connection:
         # readable by this user only, before SQLite creates it and the files beside it with the same mode
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        handle = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o600)
+        try:
+            identity = _identity(os.fstat(handle))
+        finally:
+            os.close(handle)
         self._pid = os.getpid()
         db = sqlite3.connect(
             self.path,
@@ -162,6 +168,8 @@ class SQLiteState:
                 )
             if version == 0:
                 db.executescript(_SCHEMA)
+            # of the file that was opened first: if another one is there by now, it differs
+            self._opened_files = (identity, *self._identities()[1:])
         except BaseException:
             db.close()
             raise
@@ -175,6 +183,7 @@ class SQLiteState:
                 if self._pid != os.getpid():  # a connection must not be used after a fork
                     self._db = self._opened()
                     self._checkpoints = Checkpoints(self.path, self._lock, self._wait_s)
+                self._refuse_replaced()
                 with _transaction(self._db) as db:
                     work(db)
             except (sqlite3.Error, OSError, TargetError) as error:
@@ -187,14 +196,27 @@ class SQLiteState:
                 self._logged = 0
             return True
 
+    def _identities(self) -> tuple[tuple[int, int], ...]:
+        return tuple(_identity(os.stat(file)) for file in self._files)  # noqa: PTH116 - takes half the time
+
+    def _refuse_replaced(self) -> None:
+        """Raise `OSError` if the files at the path are not those of the connection. SQLite itself would continue to use
+        files that were removed, of which other processes and the next server know nothing.
+        """
+        try:
+            replaced = self._identities() != self._opened_files
+        except FileNotFoundError:
+            replaced = True
+        if replaced:
+            if self._reach.health.reachable:
+                self._reach.emptied()
+            raise OSError("the file, or the log beside it, was removed or replaced")
+
     def _reopen(self) -> None:
         """Open the file again, because a connection to a file that was removed or damaged stays unusable."""
-        try:
-            db = self._opened()
-        except (sqlite3.Error, OSError, TargetError):
-            return  # the next attempt reports it
-        self._db.close()
-        self._db = db
+        self._db.close()  # first, because the last connection to a file removes the files beside it
+        with suppress(sqlite3.Error, OSError, TargetError):  # the next attempt reports it
+            self._db = self._opened()
 
     def _begun(self, db: sqlite3.Connection, now: float) -> tuple[float, Counts]:
         """Time of the state, and the numbers of clusters, answers and accounts."""
@@ -292,6 +314,10 @@ class SQLiteState:
             db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", pairs)
             db.execute("DELETE FROM clusters WHERE key = ?", (key,))
         return len(old)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
