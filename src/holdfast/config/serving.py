@@ -15,7 +15,7 @@ from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_po
 from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
-from holdfast.config.serve_settings import RequestLimits
+from holdfast.config.serve_settings import RequestLimits, ServeOptions, is_public
 from holdfast.config.settings import ServeSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
@@ -24,6 +24,7 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.triggers import Trigger
 from holdfast.serving.app import ConnectionLimits
 from holdfast.serving.audit_chain import AuditKey
+from holdfast.serving.host_names import HostNames
 from holdfast.serving.keys import read_keys
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.loaded_model import LoadedModel, no_rules
@@ -77,14 +78,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         device=device_of(settings.device.device),
         threads=_threads(options.workers),
         max_rows=limits.max_rows,
-        limits=ConnectionLimits(
-            max_body=limits.max_body,
-            body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
-            header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
-            write_timeout_s=seconds(limits.body_timeout, "body_timeout"),
-            max_connections=limits.max_connections,
-            max_latency_s=seconds(limits.max_latency, "max_latency"),
-        ),
+        limits=_connection_limits(limits),
         drain_s=seconds(limits.drain, "drain"),
         hung_s=_hung_s(limits, served),
         guard=guard,
@@ -95,6 +89,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         audit_fails_open=options.on_audit_failure == "answer",
         signature=signature,
         forwards=tuple(name.lower() for name in settings.proxying.forward_headers),
+        hosts=_host_names(options, everything=is_public(options.host) and not options.accepted_hosts),
     )
     return ServerSetup(
         worker,
@@ -107,6 +102,23 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         audit,
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
+        admin_hosts=_host_names(options),
+    )
+
+
+def _host_names(options: ServeOptions, *, everything: bool = False) -> HostNames:
+    names = (*options.accepted_hosts, options.host, options.admin_host)
+    return HostNames(frozenset(name.lower().removesuffix(".") for name in names), everything)
+
+
+def _connection_limits(limits: RequestLimits) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_body=limits.max_body,
+        body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+        header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
+        write_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+        max_connections=limits.max_connections,
+        max_latency_s=seconds(limits.max_latency, "max_latency"),
     )
 
 

@@ -27,6 +27,7 @@ from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Incoming
 from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.forwarding import is_sendable
+from holdfast.serving.host_names import HostNames
 from holdfast.serving.keys import ApiKey, KeyFile
 from holdfast.serving.protocol_v2 import (
     BINARY,
@@ -86,6 +87,8 @@ class ServedModel:
     """names of the headers, in lower case, that a proxy passes on"""
     errors: ErrorLog = field(default_factory=ErrorLog)
     """log of errors for the operator"""
+    hosts: HostNames = field(default_factory=HostNames)
+    """host names under which requests are answered"""
     ready: bool = True
     """whether requests are answered; false while the server drains"""
     closing: bool = False
@@ -295,11 +298,12 @@ class Watched:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
-            await self._app(scope, receive, counted)
-            return
         request = Request(scope, receive)
         try:
+            served.hosts.refuse_other(scope["headers"])
+            if scope["method"] != "POST" or scope["path"] not in self._paths:
+                await self._app(scope, receive, counted)
+                return
             response = await served.scores(request)
         except Refused as error:
             response = await served.refused(request, error)

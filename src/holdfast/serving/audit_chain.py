@@ -308,7 +308,7 @@ class ChainReader:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[ChainReader]:
+def reading_chain(path: Path) -> Iterator[ChainReader]:
     """Context manager that opens a chain for reading. Raises `TargetError` for anything else than a regular file."""
     with usable(path), os.fdopen(open_regular(path), "rb") as file:
         yield ChainReader(file, path)

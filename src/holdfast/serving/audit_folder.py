@@ -18,7 +18,7 @@ from holdfast.serving.audit_chain import (
     ChainFile,
     end_chain,
     now,
-    reading,
+    reading_chain,
     refusal_in_audit,
     run_of,
     usable,
@@ -164,7 +164,7 @@ def _complete(path: Path) -> tuple[list[list[Any]], int]:
     recovered, earlier = 0, []
     for file in _chains_of(path)[0]:
         state = _ServerState(file)
-        with reading(file) as chain:
+        with reading_chain(file) as chain:
             for content in chain:
                 state.take(content)
             records, head = chain.records, chain.head
@@ -319,7 +319,7 @@ def _verified_chain(
     digests after `GENESIS`.
     """
     digests, begun, done, lost = [GENESIS], set[str](), set[str](), 0
-    with reading(file) as chain:
+    with reading_chain(file) as chain:
         for content in chain:
             digests.append(chain.head)
             kind, request = content["kind"], content.get("request", "")
