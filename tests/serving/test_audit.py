@@ -8,6 +8,7 @@ import stat
 
 import pytest
 
+from holdfast.cli.app import run
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving import audit_folder
@@ -338,6 +339,21 @@ def test_an_expected_head_must_be_in_a_server_chain(tmp_path):
     for head in ("x", early[:-1], early.upper(), f"{early} "):
         with pytest.raises(UsageError, match="64 hex digits were expected"):
             verify_audit(path, expect_head=head)
+
+
+def test_the_command_line_compares_the_head(tmp_path, capsys):
+    path = tmp_path / "audit"
+    folder(path).close()
+    (worker,) = path.glob("*.worker-1.jsonl")
+    head = verify_audit(path).head
+    for value, code in ((head, 0), (GENESIS, 3), ("", 2), ("x", 2), (head[:-1], 2)):
+        assert run(["verify", str(path), "--expect-head", value]) == code
+    assert run(["verify", str(path)]) == 0
+    worker.write_bytes(b"x")
+    (path / "audit.json").unlink()
+    (path / "audit.json").mkdir()
+    assert run(["verify", str(path)]) == 3
+    assert "internal error" not in capsys.readouterr().err
 
 
 @pytest.fixture
