@@ -18,6 +18,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.store.files import usable
+from holdfast.store.locking import has_foreign_journal
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class Leases:
         for file in self._files():
             if file.is_symlink():  # the target of a link does not belong to the run and must not be written
                 file.unlink()
+        if has_foreign_journal(self._path):
+            journal = self._path.with_name(f"{NAME}-journal")
+            with usable(journal):
+                journal.unlink()
         try:
             self._open()
         except sqlite3.DatabaseError as error:

@@ -31,6 +31,7 @@ from holdfast.serving.states.checkpoints import AT_LAST, Checkpoints
 from holdfast.serving.states.packing import sketch_bytes, sketches_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
+from holdfast.store.locking import has_foreign_journal
 
 _FORMAT = 1
 _RETRY_S = 0.5  # between two attempts to use a file that was lost
@@ -147,6 +148,8 @@ class SQLiteState:
             identity = _identity(os.fstat(handle))
         finally:
             os.close(handle)
+        if has_foreign_journal(self.path):
+            raise TargetError(f"the journal beside the state {self.path} is not one of this state; remove it")
         self._pid = os.getpid()
         db = sqlite3.connect(
             self.path,
