@@ -32,13 +32,20 @@ _PREFIX, _KEY_BYTES = "hf_", 32
 _SCHEME = b"bearer "
 _CHECK_S = 1.0
 """seconds between two looks at the file, after which a revoked key is refused"""
+_LEAST_RATE = 1e-9
+"""smallest number of inputs per second, one in 30 years"""
 _log = logging.getLogger("holdfast.serving")
 _CHALLENGE = (("www-authenticate", "Bearer"),)
 
 
 def _rate(value: Any, where: str) -> None:
     forms.real(value, where)
-    forms.require(not isinstance(value, str) and value > 0, value, where, "a number above 0")
+    forms.require(not isinstance(value, str) and value >= _LEAST_RATE, value, where, f"{_LEAST_RATE} or more")
+
+
+def _name(value: Any, where: str) -> None:
+    forms.text(value, where)
+    forms.require(_is_name(value), value, where, "1 to 100 printable characters")
 
 
 def _moment(value: Any, where: str) -> None:
@@ -50,8 +57,12 @@ def _moment(value: Any, where: str) -> None:
     forms.require(valid, value, where, "a time in ISO 8601 with a time zone")
 
 
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= 100 and text.isprintable()
+
+
 _FIELDS = {
-    "name": forms.text,
+    "name": _name,
     "hash": forms.text,
     "scopes": forms.list_of(forms.text),
     "created": forms.text,
@@ -116,7 +127,7 @@ def add_key(
 
     `expires` is a time in ISO 8601. Raises `UsageError` if another key that is not revoked has the name.
     """
-    if not name or len(name) > 100 or not name.isprintable():
+    if not _is_name(name):
         raise UsageError(
             f"the name of a key is {name!r}; expected 1 to 100 printable characters, as in alice"
         )

@@ -61,7 +61,7 @@ class GuardMiddleware:
     and requests of the methods GET, HEAD and OPTIONS without a body. The decision is in the state of the request under
     the name `guard` (`request.state.guard.x` are the inputs after the defence of the guard). A refused request gets the
     status 422 with the reason, or 503 if the state of the query detector could not be reached; scores are never
-    returned. Run the middleware outside of one that compresses responses, and inside of one that changes paths.
+    returned. Run the middleware inside of those that compress responses or change paths.
     """
 
     app: ASGIApplication
