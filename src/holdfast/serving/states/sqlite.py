@@ -172,7 +172,8 @@ class SQLiteState:
             if version == 0:
                 db.executescript(_SCHEMA)
             # of the file that was opened first: if another one is there by now, it differs
-            self._opened_files = (identity, *self._identities()[1:])
+            self._identities = (identity, *map(_identity, self._statuses()[1:]))
+            self._size = 0
         except BaseException:
             db.close()
             raise
@@ -199,21 +200,24 @@ class SQLiteState:
                 self._logged = 0
             return True
 
-    def _identities(self) -> tuple[tuple[int, int], ...]:
-        return tuple(_identity(os.stat(file)) for file in self._files)  # noqa: PTH116 - takes half the time
+    def _statuses(self) -> list[os.stat_result]:
+        return [os.stat(file) for file in self._files]  # noqa: PTH116 - takes half the time
 
     def _refuse_replaced(self) -> None:
-        """Raise `OSError` if the files at the path are not those of the connection. SQLite itself would continue to use
-        files that were removed, of which other processes and the next server know nothing.
+        """Raise `OSError` if the files at the path are not those of the connection, or were shortened. SQLite itself
+        would continue to use files that were removed, of which other processes and the next server know nothing.
         """
         try:
-            replaced = self._identities() != self._opened_files
+            statuses = self._statuses()
+            size = statuses[0].st_size
+            replaced = tuple(map(_identity, statuses)) != self._identities or size < self._size
         except FileNotFoundError:
-            replaced = True
+            size, replaced = 0, True
         if replaced:
             if self._reach.health.reachable:
                 self._reach.emptied()
             raise OSError("the file, or the log beside it, was removed or replaced")
+        self._size = size
 
     def _reopen(self) -> None:
         """Open the file again, because a connection to a file that was removed or damaged stays unusable."""
