@@ -11,7 +11,7 @@ from holdfast.config.settings import ServeSettings, check_settings, given
 from holdfast.core.errors import UsageError
 from holdfast.engine.progress import Notify, ignore
 
-_NEEDED = ("httpx", "prometheus_client", "starlette", "uvicorn")
+_NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
 
 
 @verb
@@ -27,6 +27,7 @@ def serve(
     port: int = 8080,
     admin_host: str = "127.0.0.1",
     admin_port: int = 8081,
+    accepted_hosts: Sequence[str] = (),
     workers: int = 1,
     keys: str | Path | None = None,
     every: Sequence[str] = (),
@@ -74,6 +75,7 @@ def serve(
             port=port,
             admin_host=admin_host,
             admin_port=admin_port,
+            accepted_hosts=list(accepted_hosts),
             workers=workers,
             keys=None if keys is None else str(keys),
             every=list(every),

@@ -1,5 +1,6 @@
 """Audit chains: what was written is verified, and every change, gap or missing chain is detected."""
 
+import copy
 import errno
 import json
 import os
@@ -7,9 +8,11 @@ import stat
 
 import pytest
 
-from holdfast.core.chain import Link
-from holdfast.core.errors import TargetError
-from holdfast.serving.audit_chain import AuditKey, ChainFile, end_record, interrupt, lines, start_record
+from holdfast.cli.app import run
+from holdfast.core.chain import GENESIS, Link, digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.serving import audit_folder
+from holdfast.serving.audit_chain import AuditKey, ChainFile, end_chain, end_record, lines, start_record
 from holdfast.serving.audit_folder import AuditFolder, verify_audit
 from holdfast.store.records import line_of
 
@@ -136,7 +139,7 @@ def test_the_chains_of_a_killed_server_are_completed_by_the_next_one(tmp_path, m
     chain.add([start_record("a", "", 1, ""), start_record("b", "", 1, "")])
     chain.add([end_record("answered", "a", status=200)])
     with pytest.raises(OSError, match="still writes"):  # its records would overwrite the one that is added
-        interrupt(place, "", wait_s=0.0)
+        end_chain(place, wait_s=0.0)
     chain.close()
     with place.open("ab") as file:
         file.write(b'{"content":{"kind":"answered"')  # what a kill leaves
@@ -155,6 +158,202 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(TargetError, match="contains other files"):
         AuditFolder.open(tmp_path, {})
+
+
+# --- folders from elsewhere
+
+
+RUN = "20200101T000000000000-abcdef"
+
+
+def foreign(path, contents, run=RUN):
+    """An audit folder from elsewhere with one server chain."""
+    path.mkdir()
+    (path / "audit.json").write_bytes(b'{"kind":"holdfast audit","schema":1}\n')
+    owner = {"kind": "begin", "time": 1.0, "owner": ["elsewhere", 2**40, ""], "earlier": []}
+    (path / f"{run}.server.jsonl").write_bytes(lines(GENESIS, [owner, *contents])[0])
+    return path
+
+
+def test_names_in_a_chain_are_not_used_as_paths(tmp_path):
+    victim = tmp_path / f"{RUN}.worker-1.jsonl"
+    victim.write_bytes(lines(GENESIS, [start_record("a", "", 1, "")])[0])
+    before = victim.read_bytes()
+    other_run = f"{RUN[:-1]}0.worker-1.jsonl"
+    names = (
+        str(victim),
+        f"../{victim.name}",
+        f"./{victim.name}",
+        "x.jsonl",
+        f"{victim.name}\n",
+        other_run,
+        None,
+    )
+    for number, name in enumerate(names):
+        for record in (
+            {"kind": "worker", "chain": name},
+            {"kind": "closed", "chain": name, "records": 0, "head": GENESIS},
+            {"kind": "heads", "chains": [[name, 0, GENESIS]]},
+            {"kind": "begin", "owner": ["h", 1, ""], "earlier": [[name, 0, GENESIS]]},
+        ):
+            if name == other_run and record["kind"] == "begin":
+                continue  # a server chain of this name may exist
+            folder_of_others = foreign(tmp_path / f"{number}-{record['kind']}", [record])
+            for read in (verify_audit, lambda path: AuditFolder.open(path, {})):
+                with pytest.raises(TargetError):
+                    read(folder_of_others)
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["worker-1.jsonl", "server.jsonl", "audit.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "hard link"])
+def test_only_regular_files_of_the_folder_are_opened(tmp_path, place, kind):
+    victim = tmp_path / "victim"
+    path = foreign(tmp_path / "audit", [{"kind": "worker", "chain": f"{RUN}.worker-1.jsonl"}])
+    file = path / (place if place == "audit.json" else f"{RUN}.{place}")
+    content = file.read_bytes() if file.exists() else b""
+    victim.write_bytes(content)
+    file.unlink(missing_ok=True)
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda f: f.symlink_to(victim)}
+    make.get(kind, lambda f: f.hardlink_to(victim))(file)
+    if kind != "hard link":  # which is read like any file
+        with pytest.raises(TargetError, match="a regular file was expected"):
+            verify_audit(path)
+    if kind != "hard link" or place != "audit.json":
+        with pytest.raises(TargetError, match=r"a regular file was expected|has further names"):
+            AuditFolder.open(path, {})
+    assert victim.read_bytes() == content
+
+
+@pytest.mark.parametrize("rest", [b"a1" * 32, b'{"content":[', b'{"content":{"kind":"x"}}'])
+def test_what_is_not_the_rest_of_a_chain_is_not_removed(tmp_path, rest):
+    path = foreign(tmp_path / "audit", [{"kind": "worker", "chain": f"{RUN}.worker-1.jsonl"}])
+    worker = path / f"{RUN}.worker-1.jsonl"
+    worker.write_bytes(rest)
+    if rest.startswith(b'{"content":{"'):
+        AuditFolder.open(path, {}).close()
+        assert worker.read_bytes() == b""
+        return
+    with pytest.raises(TargetError, match="not the beginning of a record"):
+        AuditFolder.open(path, {})
+    assert worker.read_bytes() == rest
+
+
+def test_only_the_canonical_text_of_a_record_is_valid(tmp_path):
+    def forms(line):
+        record = json.loads(line)
+        yield line.replace(b'"content":{', b'"content":{},"content":{', 1)
+        yield line.replace(b'"kind":"started"', b'"kind":"x","kind":"started"', 1)
+        yield line.replace(b'"rows":1', b'"rows":1.0', 1)
+        yield line.replace(b":", b": ", 1)
+        yield line.replace(b"started", b"\\u0073tarted", 1)
+        yield json.dumps({**record, "more": 1}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        yield line.replace(b"\n", b"\r\n")
+        yield b"\xef\xbb\xbf" + line
+        yield line.decode().encode("utf-16")[2:] + b"\n"
+
+    folder(tmp_path / "audit").close()
+    (place,) = (tmp_path / "audit").glob("*.worker-1.jsonl")
+    first, *others = place.read_bytes().splitlines(keepends=True)
+    for changed in forms(first):
+        assert changed != first
+        place.write_bytes(b"".join((changed, *others)))
+        with pytest.raises(TargetError, match="record 1 of .* was changed"):
+            verify_audit(tmp_path / "audit")
+
+
+VALUES = (..., None, [], {}, "\ud800", -1, 2**70, 1.5, [[]], [["a", 1, 1]])
+DAMAGED = (
+    b"",
+    b"\n",
+    b"\0" * 100,
+    b"\xff\xfe\n",
+    b"null\n",
+    b"[]\n",
+    b'{"content":' + b"[" * 100_000 + b"\n",
+)
+
+
+def test_damaged_folders_are_refused_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    path, outcomes = foreign(tmp_path / "audit", []), []
+    contents = [
+        {
+            "kind": "begin",
+            "owner": ["elsewhere", 2**40, ""],
+            "earlier": [[f"{RUN}.server.jsonl", 0, GENESIS]],
+        },
+        {"kind": "worker", "chain": f"{RUN}.worker-1.jsonl"},
+        {"kind": "heads", "chains": [[f"{RUN}.worker-1.jsonl", 0, GENESIS]]},
+        {"kind": "closed", "chain": f"{RUN}.worker-1.jsonl", "records": 0, "head": GENESIS},
+        {"kind": "lost", "records": 0},
+        start_record("a", "", 1, ""),
+    ]
+
+    def outcome(read):
+        """The fault that is found; no other error is raised."""
+        try:
+            read()
+        except TargetError as error:
+            return str(error)
+        return ""
+
+    server = path / f"{RUN}.server.jsonl"
+    for number, key in ((number, key) for number, content in enumerate(contents) for key in content):
+        for value in VALUES:
+            changed = copy.deepcopy(contents)
+            changed[number][key] = value
+            if value is ...:
+                del changed[number][key]
+            server.write_bytes(lines(GENESIS, changed)[0])
+            outcomes.append(outcome(lambda: verify_audit(path)))
+            outcome(lambda: audit_folder._complete(path))
+    assert sum(map(bool, outcomes)) > len(outcomes) / 2
+    for damaged in (
+        *DAMAGED,
+        b'{"content":NaN}\n',
+        b'{"content":{"kind":"end","time":' + b"9" * 5000 + b"}}\n",
+    ):
+        server.write_bytes(damaged)
+        assert outcome(lambda: verify_audit(path)), damaged[:20]
+    for damaged in (*DAMAGED, b'{"kind":"holdfast audit","schema":2}\n'):
+        (path / "audit.json").write_bytes(damaged)
+        assert "is not the file" in outcome(lambda: verify_audit(path))
+        (tmp_path / "audit.key").write_bytes(damaged)
+        assert "is not the key" in outcome(lambda: AuditKey.of(path))
+
+
+def test_an_expected_head_must_be_in_a_server_chain(tmp_path):
+    path = tmp_path / "audit"
+    folder(path).close()
+    early = verify_audit(path).head
+    AuditFolder.open(path, {}).close()
+    later = verify_audit(path)
+    (worker,) = path.glob("*.worker-1.jsonl")
+    of_worker = json.loads(worker.read_bytes().splitlines()[-1])["digest"]
+    for head in (early, later.head):
+        assert verify_audit(path, expect_head=head) == later
+    for head in (of_worker, GENESIS, digest(b"")):
+        with pytest.raises(TargetError, match="no record of a server chain"):
+            verify_audit(path, expect_head=head)
+    for head in ("x", early[:-1], early.upper(), f"{early} "):
+        with pytest.raises(UsageError, match="64 hex digits were expected"):
+            verify_audit(path, expect_head=head)
+
+
+def test_the_command_line_compares_the_head(tmp_path, capsys):
+    path = tmp_path / "audit"
+    folder(path).close()
+    (worker,) = path.glob("*.worker-1.jsonl")
+    head = verify_audit(path).head
+    for value, code in ((head, 0), (GENESIS, 3), ("", 2), ("x", 2), (head[:-1], 2)):
+        assert run(["verify", str(path), "--expect-head", value]) == code
+    assert run(["verify", str(path)]) == 0
+    worker.write_bytes(b"x")
+    (path / "audit.json").unlink()
+    (path / "audit.json").mkdir()
+    assert run(["verify", str(path)]) == 3
+    assert "internal error" not in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Limits of connections, at a real socket: slow clients, too many of them, and what is not HTTP."""
 
 import asyncio
+import logging
 import socket
 from contextlib import asynccontextmanager, suppress
 
@@ -11,6 +12,7 @@ from holdfast.serving.answering import Answerer, ServedSet
 from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.batching import Batcher
 from holdfast.serving.connections import limited_protocol
+from holdfast.serving.error_log import LOGGER
 from holdfast.serving.protocol import NoRules
 
 from .small import SIGNATURE, network
@@ -167,6 +169,31 @@ def test_what_is_not_http_is_refused_with_a_reason(sent):
         )
 
     run(test)
+
+
+def test_what_clients_cause_is_logged_at_a_limited_rate(caplog):
+    upgrade = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: %s\r\n\r\n"
+    requests = (
+        *(GET[:-2] + upgrade % kind for kind in (b"websocket", b"h2c", b"TLS/1.0")), b"NOT HTTP\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    )  # fmt: skip
+
+    async def test():
+        async with serving() as port:
+            for _ in range(5):
+                await asyncio.gather(*(first_answer(port, each) for each in requests))
+
+    async def first_answer(port, sent):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        await asyncio.sleep(0.02)
+        writer.close()
+
+    run(test)
+    assert {record.name for record in caplog.records if record.levelno > logging.INFO} == {LOGGER}
+    messages = [record.message for record in caplog.records if record.name == LOGGER]
+    assert sorted(set(messages)) == sorted(messages) and len(messages) <= 3
+    assert any("upgrade" in message for message in messages)
 
 
 def test_a_compressed_bomb_is_refused_before_it_is_read():

@@ -1,6 +1,8 @@
 """API keys: only hashes are stored, and wrong, expired, revoked and foreign keys are refused."""
 
 import json
+import os
+import re
 import stat
 
 import pytest
@@ -93,6 +95,54 @@ def test_an_unknown_scope_and_a_foreign_file_are_refused(place):
         place.chmod(0o600)
         with pytest.raises(TargetError, match="another format"):
             read_keys(place)
+
+
+def test_damaged_files_are_refused_as_such(place):
+    add_key(place, "alice", ["infer"], expires="2100-01-01T00:00:00+00:00", rate=1.0, budget=5)
+    whole = json.loads(place.read_bytes())
+    values = (..., None, 7, "", "inf", [], [1], {}, [{}], -1, 0, 2**70, "2020-01-01", {"name": {}})
+    for where in (whole, whole["keys"][0]):
+        for key in (*where, "further"):
+            for value in values:
+                changed = json.loads(json.dumps(whole))
+                target = changed if where is whole else changed["keys"][0]
+                target[key] = value
+                if value is ...:
+                    del target[key]
+                place.write_text(json.dumps(changed))
+                try:
+                    keys = read_keys(place)
+                except TargetError:
+                    continue
+                for each in keys:  # what is accepted can be used
+                    assert each.state in ("valid", "expired", "revoked")
+                    Quotas(MemoryState()).take([Spending(each.name, 1, each.rate, each.budget)])
+    text = json.dumps(whole)
+    twice = text.replace('"revoked": null', '"revoked": "2020-01-01T00:00:00+00:00", "revoked": null')
+    assert twice != text
+    for damaged in (
+        b"",
+        b"\xff\xfe\0",
+        b"[" * 100_000,
+        text[:-1].encode(),
+        twice.encode(),
+        b"9" * 5_000,
+        b"NaN",
+    ):
+        place.write_bytes(damaged)
+        for use in (
+            read_keys,
+            lambda path: revoke_key(path, "alice"),
+            lambda path: add_key(path, "bob", ["infer"]),
+        ):
+            with pytest.raises(TargetError, match=re.escape(repr(str(place)))):
+                use(place)
+    place.unlink()
+    for make in (os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(place)
+        with pytest.raises(TargetError, match="a regular file was expected"):
+            read_keys(place)
+        place.rmdir() if place.is_dir() else place.unlink()
 
 
 def test_rates_and_budgets_are_shared_and_refusals_are_not_counted():

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 import time
+import warnings
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from holdfast.serving.rules import InputDefence, InputSchema, Rule
 
 fastapi = pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
+starlette_requests = pytest.importorskip("starlette.requests")
+responses = pytest.importorskip("starlette.responses")
+routing = pytest.importorskip("starlette.routing")
+starlette_app = pytest.importorskip("starlette.applications").Starlette
 
 
 class Client:
@@ -95,6 +101,247 @@ def test_requests_are_answered_refused_and_abstained_from():
     assert client.post("/predict", json={"x": [[1.0, 1.0]]}).status_code == 418  # an error of the application
     assert client.post("/other", json={"x": 7}).json() == {"x": 7}
     assert client.request("GET", "/predict").status_code == 405
+
+
+# --- which requests are guarded
+
+
+METHODS = ("GET", "POST", "PUT")
+BAD, GOOD = [[0.5, 2.0]], [[0.5, 0.25]]  # outside of the range, and within
+EVASIONS = (
+    "/predict%0A", "/predict%0D%0A", "/predict/", "//predict", "/./predict", "/x/../predict", "/%70redict",
+    "/predict%00", "/predict%20", "/predict%09", "/PREDICT", "/predict;x=1", "/predict%2F", "/%2Fpredict",
+    "/predict%3Fx", "/predict%23x", "/%5Cpredict", "/predict%E2%80%8B", "/predict%252F", "/%2E/predict",
+    "/api/predict", "/api//predict", "/predict?x=1",
+)  # fmt: skip
+
+
+def scores(body):
+    return [[10 * value for value in row] for row in json.loads(body or b'{"x": [[1, 1]]}')["x"]]
+
+
+def model(calls):
+    """An endpoint of Starlette, which records the decisions of the guard."""
+
+    async def predict(request):
+        body = await request.body()
+        calls.append(getattr(request.state, "guard", None))
+        return responses.JSONResponse({"logits": scores(body)})
+
+    return predict
+
+
+async def elsewhere(request):
+    return responses.JSONResponse({"other": True})
+
+
+def starlette(routes, paths, *, between=(), outside=False, **settings):
+    """A Starlette application with the guard, and with middlewares between the guard and the routes."""
+    app = starlette_app(routes=routes, **settings)
+    parts = {
+        "guard": guard(),
+        "paths": paths,
+        "inputs": lambda body: torch.tensor(json.loads(body)["x"]),
+        "outputs": lambda body: torch.tensor(json.loads(body)["logits"]),
+    }
+    for middleware in between:
+        app.add_middleware(middleware)
+    if outside:
+        return GuardMiddleware(app, **parts)
+    app.add_middleware(GuardMiddleware, **parts)
+    return app
+
+
+def status(app, method, path, content, root_path=""):
+    client = Client(app)
+    client.transport = httpx.ASGITransport(app=app, root_path=root_path, raise_app_exceptions=False)
+    return client.request(method, f"http://test{path}", json=content).status_code
+
+
+class Lowering:
+    """A middleware that changes paths, and whose application has no attribute of the usual name."""
+
+    def __init__(self, app):
+        self._inner = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http":
+            scope["path"] = scope["path"].strip().lower()
+        await self._inner(scope, receive, send)
+
+
+class KnownLowering(Lowering):
+    """The same with the attribute `app`."""
+
+    def __init__(self, app):
+        super().__init__(app)
+        self.app = app
+
+
+def opaque(calls, *, every=False):
+    """An ASGI application without routes, which accepts what resembles its path."""
+
+    async def app(scope, receive, send):
+        path = scope["path"].removeprefix(scope["root_path"])
+        content = {"other": True}
+        if every or re.sub(r"[^a-z]", "", path.lower()) in ("predict", "predictx", "xpredict"):
+            request = starlette_requests.Request(scope, receive)
+            content = {"logits": scores(await request.body())}
+            calls.append(getattr(request.state, "guard", None))
+        await responses.JSONResponse(content)(scope, receive, send)
+
+    return app
+
+
+def fastapi_app(calls, *, prefix="", **settings):
+    with warnings.catch_warnings(action="ignore"):  # about root_path
+        app, router = fastapi.FastAPI(**settings), fastapi.APIRouter()
+
+    @router.post("/predict")
+    @router.post("/v1/{name}/predict")
+    async def predict(request: fastapi.Request):
+        body = await request.body()
+        calls.append(getattr(request.state, "guard", None))
+        return {"logits": scores(body)}
+
+    @router.post("/other")
+    async def other():
+        return {}
+
+    app.include_router(router, prefix=prefix)
+    app.mount("/mounted", starlette_app(routes=[routing.Route("/predict", model(calls), methods=["POST"])]))
+    app.add_middleware(
+        GuardMiddleware,
+        guard=guard(),
+        paths=[f"{prefix}/predict", "/mounted/predict"],
+        inputs=lambda body: torch.tensor(json.loads(body)["x"]),
+        outputs=lambda body: torch.tensor(json.loads(body)["logits"]),
+    )
+    return app
+
+
+def route(calls, path="/predict", methods=("POST",)):
+    return routing.Route(path, model(calls), methods=methods)
+
+
+OTHER = routing.Route("/other", elsewhere, methods=["POST"])
+ONE = ["/predict"]
+
+
+def mounted(c, path="/sub"):
+    return routing.Mount(path, routes=[route(c), OTHER])
+
+
+def alone(c):
+    read = (
+        lambda body: torch.tensor(json.loads(body)["x"]),
+        lambda body: torch.tensor(json.loads(body)["logits"]),
+    )
+    return GuardMiddleware(opaque(c), guard(), *read, paths=ONE)
+
+
+APPLICATIONS = {
+    "route": (lambda c: starlette([route(c), OTHER], ONE), "/predict", "/other"),
+    "outside": (lambda c: starlette([route(c), OTHER], ONE, outside=True), "/predict", "/other"),
+    "methods": (lambda c: starlette([route(c, methods=METHODS), OTHER], ONE), "/predict", "/other"),
+    "parameter": (lambda c: starlette([route(c, "/m/{name}"), OTHER], ["/m/{name}"]), "/m/b", "/other"),
+    "value of a parameter": (
+        lambda c: starlette([route(c, "/m/{n:int}"), OTHER], ["/m/1"]),
+        "/m/01",
+        "/other",
+    ),
+    "typed parameter": (
+        lambda c: starlette([route(c, "/m/{n:int}"), OTHER], ["/m/{n:int}"]),
+        "/m/7",
+        "/other",
+    ),
+    "mount": (lambda c: starlette([mounted(c)], ["/sub/predict"]), "/sub/predict", "/sub/other"),
+    "parameter of a mount": (
+        lambda c: starlette([mounted(c, "/{v}")], ["/1/predict"]),
+        "/2/predict",
+        "/1/other",
+    ),
+    "within a mount": (
+        lambda c: starlette_app(routes=[routing.Mount("/sub", app=starlette([route(c), OTHER], ONE))]),
+        "/sub/predict",
+        "/sub/other",
+    ),
+    "mounted application": (
+        lambda c: starlette([routing.Mount("/sub", app=opaque(c))], ["/sub/predict"]),
+        "/sub/predict",
+        "/sub/other",
+    ),
+    "whole mounted application": (
+        lambda c: starlette([routing.Mount("/predict", app=opaque(c, every=True)), OTHER], ["/predict/"]),
+        "/predict/x",
+        "/other",
+    ),
+    "host": (
+        lambda c: starlette([routing.Host("test", app=routing.Router([route(c), OTHER]))], ONE),
+        "/predict",
+        "/other",
+    ),
+    "known middleware": (
+        lambda c: starlette([route(c), OTHER], ONE, between=[KnownLowering]),
+        "/predict",
+        "/other",
+    ),
+    "unknown middleware": (
+        lambda c: starlette([route(c), OTHER], ONE, between=[Lowering]),
+        "/predict",
+        "/other",
+    ),
+    "no router": (alone, "/predict", "/other"),
+    "fastapi": (fastapi_app, "/predict", "/other"),
+    "fastapi, another path of the function": (fastapi_app, "/v1/a/predict", "/other"),
+    "fastapi with a prefix": (lambda c: fastapi_app(c, prefix="/p"), "/p/predict", "/p/other"),
+    "fastapi with a mount": (fastapi_app, "/mounted/predict", "/other"),
+    "fastapi with a root path": (lambda c: fastapi_app(c, root_path="/api"), "/api/predict", "/api/other"),
+}
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_no_path_reaches_a_guarded_route_without_the_guard(name):
+    create, path, other = APPLICATIONS[name]
+    calls = []
+    app = create(calls)
+    assert status(app, "POST", path, {"x": GOOD}) == 200 and len(calls) == 1
+    assert status(app, "POST", path, {"x": BAD}) == 422
+    assert status(app, "POST", other, {"y": 1}) == 200
+    for evasion in EVASIONS:
+        base = path.removeprefix("/api").strip("/")
+        changed = evasion.replace("predict", base).replace("PREDICT", base.upper())
+        for method, root_path in (("POST", ""), ("POST", "/api"), ("GET", "")):
+            status(app, method, changed, {"x": BAD}, root_path)
+            assert len(calls) == 1, (method, changed, root_path)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "QUERY", "POST"])
+def test_every_method_with_a_body_is_guarded(method):
+    calls = []
+    app = starlette([route(calls, methods=[method])], ["/predict"])
+    assert status(app, method, "/predict", {"x": BAD}) == 422 and calls == []
+    client = Client(app)
+    empty = client.request(method, "/predict").status_code
+    assert empty == (200 if method in ("GET", "HEAD", "OPTIONS") else 400)
+
+
+def test_paths_that_would_guard_nothing_are_refused_or_logged(caplog):
+    for paths in ("/predict", [], ["predict"]):
+        with pytest.raises(UsageError, match="a list of paths that begin with /"):
+            GuardMiddleware(None, guard(), None, None, paths=paths)
+    app = starlette([OTHER], ["/predct"])
+    assert status(app, "POST", "/other", {}) == 200
+    assert "a path of GuardMiddleware is that of no route" in caplog.text
+
+
+def test_a_client_that_cannot_be_determined_is_refused():
+    def nobody(scope):
+        raise KeyError
+
+    calls = []
+    client = application(guard(), calls, fails_open=True, principal=nobody)
+    assert client.post("/predict", json={"x": GOOD}).status_code == 400 and not calls
 
 
 def test_bodies_that_are_compressed_or_too_large_do_not_reach_the_guard():

@@ -1,11 +1,14 @@
 """The proxy in front of other servers: our own one, and one of FastAPI with other inputs and outputs."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
+import socket
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 
 import httpx
 import numpy as np
@@ -264,6 +267,121 @@ def test_an_upstream_server_that_ends_and_comes_back():
         Proxied(url, "small")
     with listening(own.app, int(url.rpartition(":")[2])):
         assert here("POST", "/v2/models/small/infer", json=_content(X)).status_code == 200
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LATE, LARGE = (503, "did not answer in time"), (502, "returned a response that is too large")
+SLOW = {
+    "nothing": ([], LATE),
+    "informational responses": (itertools.repeat(CONTINUE), LATE),
+    "early hints": (itertools.repeat(b"HTTP/1.1 103 Early Hints\r\nx: y\r\n\r\n"), LATE),
+    "headers": (itertools.chain([OK], itertools.repeat(b"x: y\r\n")), LATE),
+    "a header": (itertools.chain([OK, b"x: "], itertools.repeat(b"y")), LATE),
+    "a body": (itertools.chain([OK + b"content-length: 9999\r\n\r\n"], itertools.repeat(b"x")), LATE),
+    "chunks": (itertools.chain([OK + b"transfer-encoding: chunked\r\n\r\n"], itertools.repeat(b"1\r\nx\r\n")), LATE),
+    "trailers": (
+        itertools.chain([OK + b"transfer-encoding: chunked\r\n\r\n0\r\n"], itertools.repeat(b"x: y\r\n")), LATE,
+    ),
+    "many informational responses": ([CONTINUE * 100_000], LARGE),
+    "many headers": ([OK + b"x: y\r\n" * 100_000], LARGE),
+    "a large body": ([OK + b"content-length: 9999999\r\n\r\n" + b"x" * 9_999_999], LARGE),
+}  # fmt: skip
+
+
+@contextmanager
+def sending(parts, pause_s=0.02):
+    """A server that answers each request with these bytes, and its URL. `requests` are those that it received."""
+    stopped, requests = threading.Event(), []
+
+    def answer(connection):
+        with connection, suppress(OSError):
+            while received := connection.recv(65_536):
+                requests.append(received)
+                for part in parts:
+                    connection.sendall(part)
+                    if stopped.wait(pause_s):
+                        return
+
+    def accept():
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
+        finally:
+            stopped.set()
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_one_deadline_and_one_size_apply_to_the_whole_response(name):
+    parts, (status, reason) = SLOW[name]
+    with sending(parts) as (url, _):
+        connection = UpstreamAddress(
+            url, timeout_s=0.2 if status == 503 and reason == LATE[1] else 5.0
+        ).connect()
+        begin = time.monotonic()
+        with pytest.raises(Refused, match=reason) as refused:
+            connection.request("/v2", b"{}", most=1_000_000)
+        assert refused.value.status == status and time.monotonic() - begin < 2.0
+        with pytest.raises(TargetError, match=reason):  # also at the start
+            read_upstream(UpstreamAddress(url, timeout_s=0.2), "m")
+
+
+def test_the_deadline_applies_to_a_server_that_reads_slowly_and_to_the_name_server(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(Refused, match=LATE[1]):
+            UpstreamAddress(url, timeout_s=0.1).connect().request("/v2", bytes(50_000_000))
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **settings: ended.wait(5.0) and [])
+    with pytest.raises(Refused, match=LATE[1]):
+        UpstreamAddress("http://somewhere", timeout_s=0.1).connect().request("/v2")
+    ended.set()
+
+
+def test_no_cookie_is_stored():
+    body = OK + b"set-cookie: s=1; path=/\r\ncontent-length: 2\r\n\r\n{}"
+    with sending([body]) as (url, requests):
+        connection = UpstreamAddress(url).connect()
+        for _ in range(2):
+            assert connection.json("/v2") == {}
+    assert len(requests) == 2 and not any(b"cookie" in request.lower() for request in requests)
+
+
+@pytest.mark.parametrize("value", [b"\xe9", b"a\x80", b"a\x01b", b"\x7f"])
+def test_a_header_that_cannot_be_sent_is_refused(monkeypatch, value):
+    flowers = Flowers()
+    with listening(flowers.app) as url:
+        here = Proxied(url, forwards=("traceparent",))
+        response = here.infer(X, headers=[(b"traceparent", value)])
+        assert (response.status_code, response.json()) == (
+            400, {"error": "the header traceparent contains other characters than printable ASCII"},
+        )  # fmt: skip
+        assert here.infer(X, headers=[(b"other", value)]).status_code == 200
+        monkeypatch.setenv("TOKEN", os.fsdecode(value))
+        with pytest.raises(UsageError, match="TOKEN of the header Authorization contains other characters"):
+            UpstreamAddress(url, ("Authorization: env:TOKEN",)).connect()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [[], 7, {"inputs": 5}, {"inputs": "x"}, {"inputs": [[]]}, {"inputs": [{"name": "x", "datatype": "FP32"}]},
+     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 1e999]}]},
+     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 10**12]}]},
+     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [10**12, 2]}]}],
+)  # fmt: skip
+def test_metadata_of_another_form_are_refused_as_such(metadata):
+    body = json.dumps(metadata).encode()
+    with (
+        sending([OK + b"content-length: %d\r\n\r\n" % len(body) + body]) as (url, _),
+        pytest.raises((TargetError, UsageError), match=r"in an unknown form|at most 16,777,216 values"),
+    ):
+        read_upstream(UpstreamAddress(url), "m")
 
 
 GUARD = """

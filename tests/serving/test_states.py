@@ -3,7 +3,9 @@ survive the loss of a server or file.
 """
 
 import logging
+import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -220,6 +222,39 @@ def test_a_lost_file_is_reported_and_handled(tmp_path, fail, caplog):
     assert result.scores.tolist() == ([0, 0] if fail == "open" else [float("inf")] * 2)
     assert all(detail.lost for detail in result.details) and grant.lost and grant.granted == (fail == "open")
     assert [record.levelname for record in caplog.records] == ["ERROR"] and not state.health.reachable
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("how", ["removed", "replaced", "emptied"])
+@pytest.mark.parametrize("fail", ["open", "closed"])
+def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fail, caplog, monkeypatch):
+    monkeypatch.setattr("holdfast.serving.states.sqlite._RETRY_S", 0.0)
+    path = tmp_path / "state.db"
+    state = SQLiteState(path, fail=fail)
+    detector, attack = QueryDetector(KEY, state, SHAPE), variants(images(1), 20)
+    assert detector.score(attack[:15], [""] * 15, 0.0)[-1] > 5
+    file = Path(f"{path}{suffix}")
+    if how == "emptied" and suffix:
+        pytest.skip("SQLite itself empties the files beside it")
+    state._db.execute("PRAGMA wal_checkpoint")
+    detector.score(attack[18:19], [""], 0.0)
+    if how == "replaced":
+        shutil.copy(file, tmp_path / "copy")
+        (tmp_path / "copy").replace(file)
+    elif how == "emptied":
+        os.truncate(file, 0)
+    else:
+        file.unlink()
+    with caplog.at_level(logging.WARNING):
+        lost = detector.examine(attack[15:16], [""], 1.0)
+        assert lost.details[0].lost and not state.health.reachable
+        assert lost.scores[0] == (0 if fail == "open" else float("inf"))
+        if how == "emptied":  # the log beside it does not match it
+            return
+        for k in (16, 17):
+            assert not detector.examine(attack[k : k + 1], [""], 2.0).details[0].lost
+    assert (state.health.reachable, state.health.losses, state.health.emptied) == (True, 1, 1)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "WARNING"]
 
 
 def test_a_lost_and_emptied_server_is_reported(tmp_path, monkeypatch, caplog):

@@ -69,6 +69,20 @@ def test_inputs_are_deleted_by_principal_and_by_request(tmp_path):
     assert [int(each.request) for each in store.read()] == [3]
 
 
+def test_other_files_of_the_folder_are_left_alone(tmp_path):
+    inputs, other = tmp_path / "inputs", tmp_path / "other"
+    other.write_text("x")
+    inputs.mkdir()
+    names = ("x-0-0.inputs", "-1-00-00.inputs", "000000000000-ab-cd.inputs", "000000000000-ab-ce.inputs")
+    (inputs / names[0]).write_text("x")
+    (inputs / names[1]).write_text("x")
+    (inputs / names[2]).symlink_to(other)
+    (inputs / names[3]).mkdir()
+    store = opened(inputs)
+    assert store.purge() == 0 and list(store.read()) == [] and store.delete(request="cd") == 0
+    assert sorted(file.name for file in inputs.iterdir()) == sorted(names) and other.read_text() == "x"
+
+
 def test_a_request_is_decided_although_its_inputs_cannot_be_stored(tmp_path):
     store = opened(tmp_path / "inputs")
     (tmp_path / "inputs").rmdir()

@@ -16,6 +16,7 @@ from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.folder import open_run_folder
 from holdfast.store.leases import FOREIGN_LEASE_S, Leases, Owner, spent_in, start_time
+from holdfast.store.records import parsed
 from holdfast.store.verify import verify
 
 MANIFEST = {
@@ -85,9 +86,34 @@ def test_every_record_of_the_chain_is_protected(whole, tmp_path, line):
     run = shutil.copytree(whole, tmp_path / "run")
     records = [json.loads(text) for text in (run / "chain.jsonl").read_text().splitlines()]
     records[line]["content"]["kind"] += "!"
-    (run / "chain.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "chain.jsonl").write_text("".join(canonical(record).decode() + "\n" for record in records))
     with pytest.raises(TargetError, match=f"record {line + 1} of .*chain.jsonl' was changed"):
         verify(run)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b'"content":', b'"content":{},"content":'),
+        (b'"kind":', b'"kind":"x","kind":'),
+        (b":", b": "),
+        (b"\n", b"\r\n"),
+        (b'"previous":', b'"more":1,"previous":'),
+    ],
+)
+def test_only_the_canonical_text_of_a_record_is_valid(whole, tmp_path, old, new):
+    run = shutil.copytree(whole, tmp_path / "run")
+    lines = (run / "chain.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(old, new, 1)
+    (run / "chain.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(TargetError, match="record 2 of .*chain.jsonl' was changed"):
+        verify(run)
+
+
+def test_a_document_in_which_a_key_is_repeated_is_refused(tmp_path):
+    for text, key in (('{"a": 1, "a": 1}', "a"), ('{"x": [{"b": {}, "c": 1, "b": 2}]}', "b")):
+        with pytest.raises(TargetError, match=f"the key '{key}' is repeated"):
+            parsed(tmp_path / "x.json", text.encode())
 
 
 def test_a_record_that_was_taken_out_or_moved_is_found(whole, tmp_path):

@@ -256,6 +256,6 @@ def test_what_a_pool_says_of_its_model_has_one_form(tmp_path, monkeypatch, setti
         settings_of_pool(pool)
     (tmp_path / "pool" / "pool.json").write_text('{"schema_version": 2}')
     with pytest.raises(
-        TargetError, match=r"pool\.json' has another format than that of a run: .* an object with 'id'"
+        TargetError, match=r"pool\.json' has another format than this version writes: .* an object with 'id'"
     ):
         Pool.open(tmp_path / "pool")

@@ -294,6 +294,35 @@ def test_a_changed_entry_is_named_and_nothing_is_served(whole, tmp_path, line, v
             view(ledger)
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b'"content":', b'"content":{},"content":'),
+        (b'"kind":', b'"kind":"x","kind":'),
+        (b'"counter":2', b'"counter":7,"counter":2'),
+        (b":", b": "),
+        (b"\n", b"\r\n"),
+        (b"\n", b"\r"),
+        (b'"previous":', b'"more":1,"previous":'),
+    ],
+)
+def test_only_the_canonical_text_of_an_entry_is_valid(whole, tmp_path, old, new):
+    lines = whole.splitlines(keepends=True)
+    assert old in lines[1]
+    lines[1] = lines[1].replace(old, new, 1)
+    with pytest.raises(TargetError, match=r"entry 2 of .*ledger.jsonl' was changed"):
+        holding(tmp_path, b"".join(lines)).head  # noqa: B018
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda file: file.symlink_to("/dev/zero")])
+def test_a_ledger_is_a_regular_file(whole, tmp_path, make):
+    holding(tmp_path, whole)
+    (tmp_path / "ledger.jsonl").unlink()
+    make(tmp_path / "ledger.jsonl")
+    with pytest.raises(TargetError):
+        Ledger(tmp_path).head  # noqa: B018
+
+
 @pytest.mark.parametrize("kept, entry", [([0, 2, 3], 2), ([1, 0, 2], 1), ([0, 1, 1, 2], 3), ([1, 2], 1)])
 def test_an_entry_that_was_taken_out_moved_or_repeated_is_named(whole, tmp_path, kept, entry):
     lines = whole.splitlines(keepends=True)

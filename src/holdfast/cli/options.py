@@ -52,6 +52,21 @@ def _refuse_repeated(order: Sequence[click.Parameter]) -> None:
         names_given.add(str(option.name))
 
 
+def expecting_head(text: str) -> Callable[[F], F]:
+    """Return the option `--expect-head DIGEST` with a help text. An empty value, as of a variable that is not set, is
+    refused, because without a digest nothing is compared.
+    """
+
+    def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
+        if value == "":
+            raise UsageError(
+                "--expect-head is empty; give the digest that was printed earlier, or leave it out"
+            )
+        return value or ""
+
+    return click.option("--expect-head", metavar="DIGEST", callback=given, help=text)
+
+
 _VOICE = "holdfast.voice"
 """Key of the `Voice` in the metadata of click's context."""
 

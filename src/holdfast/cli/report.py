@@ -1,12 +1,13 @@
 """The commands `holdfast compare`, `report`, `verify` and `runs`, which read finished runs."""
 
+import os
 import sys
 from pathlib import Path
 
 import click
 
 from holdfast.cli.early import refuse_reports
-from holdfast.cli.options import Voice, with_voice
+from holdfast.cli.options import Voice, expecting_head, with_voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
@@ -38,11 +39,9 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
 
 @click.command(short_help="check that the files of a run, a pool or an audit are unchanged")
 @click.argument("run", metavar="FOLDER", type=click.Path(path_type=Path))
-@click.option(
-    "--expect-head",
-    default="",
-    metavar="DIGEST",
-    help="Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier.",
+@expecting_head(
+    "Refuse a pool whose ledger, or an audit folder whose server chains do not contain this digest, which rotate head "
+    "or verify printed earlier."
 )
 @with_voice
 def verify(voice: Voice, run: Path, expect_head: str) -> None:
@@ -53,14 +52,16 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
     For a pool of holdfast rotate the ledger is checked. With the pool's key each entry is authenticated, and each set
     is decrypted. Without the key a consistent chain may still be forged; the output states that.
     """
-    if (run / POOL_MANIFEST).is_file():
+    if os.path.lexists(run / POOL_MANIFEST):
         _verify_pool(voice, run, expect_head)
         return
-    if (run / AUDIT_MARK).is_file():
-        _verify_audit(voice, run)
+    if os.path.lexists(run / AUDIT_MARK):
+        _verify_audit(voice, run, expect_head)
         return
     if expect_head:
-        raise UsageError(f"--expect-head is for pools, and {str(run)!r} is not a pool; leave it out")
+        raise UsageError(
+            f"--expect-head is for pools and audit folders, and {str(run)!r} is neither; leave it out"
+        )
     refuse_no_run(run)
     from holdfast.stored import verify as checked
 
@@ -93,10 +94,10 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
     )
 
 
-def _verify_audit(voice: Voice, folder: Path) -> None:
+def _verify_audit(voice: Voice, folder: Path, expect_head: str) -> None:
     from holdfast.serving.audit_folder import verify_audit
 
-    verified = verify_audit(folder)
+    verified = verify_audit(folder, expect_head=expect_head)
     lost = f", {verified.lost} lost while the disk was full" if verified.lost else ""
     click.echo(
         f"{line(str(folder))}: {verified.chains} chains with {verified.records} records are unchanged; requests: "

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from holdfast.cli.assess import settings_from, settings_of_flags
-from holdfast.cli.options import Group, Voice, offered, with_voice
+from holdfast.cli.options import Group, Voice, expecting_head, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
 from holdfast.config.settings import FORMER_KEYS, RotateSettings
 from holdfast.core.errors import UsageError
@@ -53,11 +53,8 @@ class _By(click.Choice):  # type: ignore[type-arg]  # generic in new versions of
         return value if value == "anew" else super().convert(value, param, ctx)
 
 
-_EXPECTING = click.option(
-    "--expect-head",
-    default="",
-    metavar="DIGEST",
-    help="Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier.",
+_EXPECTING = expecting_head(
+    "Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier."
 )
 _HELP = """\
 Serve several parameter sets in turn, so that a stolen set is soon out of use (Generate to Defend).

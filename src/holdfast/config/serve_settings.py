@@ -21,6 +21,7 @@ _OWN_HEADERS = frozenset(
         "inference-header-content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 Port = Annotated[values.Whole, Field(le=65535)]
 
 
@@ -68,6 +69,11 @@ class ServeOptions(SettingGroup):
     admin_port: Annotated[Port, Flag("PORT")] = Field(
         default=8081, description="Port of metrics and of the operator (default: 8081; 0 for a free one)."
     )
+    accepted_hosts: Annotated[values.Names, Flag("NAME", "--accept-host")] = Field(
+        default_factory=list,
+        description="Host name that the header Host of a request may contain, as in model.example.org, besides IP "
+        "addresses, localhost and names without a dot (default: none; any, if other machines can reach --host).",
+    )
     workers: Annotated[values.Positive, Flag("N")] = Field(
         default=1, description="Number of processes that answer requests (default: 1)."
     )
@@ -105,6 +111,12 @@ class ServeOptions(SettingGroup):
                 raise UsageError(
                     f"{written.get(key, prefix + key)} is {host}, which other machines can reach, and there are no "
                     "keys; create one with holdfast keys add NAME and give --keys FILE, or use 127.0.0.1"
+                )
+        for name in self.accepted_hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise UsageError(
+                    f"{written.get('accepted_hosts', prefix + 'accepted_hosts')} is {name!r}; a host name without a "
+                    "port was expected, as in model.example.org"
                 )
         for key in ("name", "model_version"):
             value = getattr(self, key)

@@ -1,5 +1,6 @@
 """Converts the settings of `holdfast serve` to the setup of a server: workers, pool, keys and audit chains."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_po
 from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
-from holdfast.config.serve_settings import RequestLimits
+from holdfast.config.serve_settings import RequestLimits, ServeOptions, is_public
 from holdfast.config.settings import ServeSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
@@ -24,6 +25,7 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.triggers import Trigger
 from holdfast.serving.app import ConnectionLimits
 from holdfast.serving.audit_chain import AuditKey
+from holdfast.serving.host_names import HostNames
 from holdfast.serving.keys import read_keys
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.loaded_model import LoadedModel, no_rules
@@ -40,8 +42,8 @@ _BUNDLED_SHAPE = (1, 28, 28)
 """Shape of the inputs of all bundled models, which classify MNIST."""
 _UNNAMED = "model"
 _HUNG_LATENCIES, _HUNG_TIMEOUTS = 10, 3
-"""Multiples of --max-latency and of --upstream-timeout after which a worker that makes no progress is replaced. A
-request to an upstream server may be sent twice."""
+"""Multiples of --max-latency, and of the time in which an upstream server must answer a batch, after which a worker
+that makes no progress is replaced."""
 
 
 def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSetup:
@@ -76,14 +78,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         device=device_of(settings.device.device),
         threads=_threads(options.workers),
         max_rows=limits.max_rows,
-        limits=ConnectionLimits(
-            max_body=limits.max_body,
-            body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
-            header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
-            write_timeout_s=seconds(limits.body_timeout, "body_timeout"),
-            max_connections=limits.max_connections,
-            max_latency_s=seconds(limits.max_latency, "max_latency"),
-        ),
+        limits=_connection_limits(limits),
         drain_s=seconds(limits.drain, "drain"),
         hung_s=_hung_s(limits, served),
         guard=guard,
@@ -94,6 +89,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         audit_fails_open=options.on_audit_failure == "answer",
         signature=signature,
         forwards=tuple(name.lower() for name in settings.proxying.forward_headers),
+        hosts=_host_names(options, everything=is_public(options.host) and not options.accepted_hosts),
     )
     return ServerSetup(
         worker,
@@ -107,6 +103,23 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
         notes=notes,
+        admin_hosts=_host_names(options),
+    )
+
+
+def _host_names(options: ServeOptions, *, everything: bool = False) -> HostNames:
+    names = (*options.accepted_hosts, options.host, options.admin_host)
+    return HostNames(frozenset(name.lower().removesuffix(".") for name in names), everything)
+
+
+def _connection_limits(limits: RequestLimits) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_body=limits.max_body,
+        body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+        header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
+        write_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+        max_connections=limits.max_connections,
+        max_latency_s=seconds(limits.max_latency, "max_latency"),
     )
 
 
@@ -128,10 +141,13 @@ class _Served:
     upstream: UpstreamModel | None = None
     """the model of an upstream server"""
 
-    @property
-    def upstream_timeout_s(self) -> float:
-        """Seconds in which an upstream server must answer; 0 without one."""
-        return 0.0 if self.upstream is None else self.upstream.address.timeout_s
+    def upstream_timeout_s(self, max_rows: int) -> float:
+        """Return the seconds in which an upstream server must answer a batch, with several requests if it accepts only
+        smaller ones; 0 without such a server.
+        """
+        if self.upstream is None:
+            return 0.0
+        return math.ceil(max_rows / (self.upstream.batch or max_rows)) * self.upstream.address.timeout_s
 
 
 def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
@@ -230,7 +246,9 @@ def _opened_guard(
 def _hung_s(limits: RequestLimits, served: _Served) -> float:
     """Return the seconds without progress after which a worker is replaced."""
     latency_s = seconds(limits.max_latency, "max_latency")
-    return max(HUNG_S, _HUNG_LATENCIES * latency_s, _HUNG_TIMEOUTS * served.upstream_timeout_s)
+    return max(
+        HUNG_S, _HUNG_LATENCIES * latency_s, _HUNG_TIMEOUTS * served.upstream_timeout_s(limits.max_rows)
+    )
 
 
 def _triggers(texts: list[str]) -> tuple[Trigger, ...]:

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from holdfast.core.errors import UsageError
 
 GENESIS = "0" * 64
 """value of the previous digest in the first record of a chain"""
@@ -23,6 +26,15 @@ def canonical(content: object) -> bytes:
 def digest(data: bytes) -> str:
     """Return the SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def refuse_no_digest(expected: str, command: str) -> None:
+    """Raise `UsageError` if the value of `--expect-head` is neither empty nor a digest, as `command` prints it."""
+    if expected and not re.fullmatch("[0-9a-f]{64}", expected):
+        raise UsageError(
+            f"--expect-head is {expected[:80]!r}, which is not the head of a chain; 64 hex digits were expected, as "
+            f"printed by {command}"
+        )
 
 
 @dataclass(frozen=True)

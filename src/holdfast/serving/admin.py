@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.connections import limited_protocol
+from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.keys import KeyFile
 from holdfast.serving.protocol_v2 import JSON, compact
 from holdfast.serving.refusals import Refused
@@ -29,6 +30,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
     """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope `admin`."""
 
     def permitted(request: Request) -> None:
+        supervisor.setup.admin_hosts.refuse_other(request.scope["headers"])
         if keys is not None:
             header = request.headers.get("authorization")
             keys.authenticated(None if header is None else header.encode("latin-1"), "admin")
@@ -77,7 +79,7 @@ class AdminServer:
     def __init__(self, supervisor: Supervisor, listener: socket.socket, keys: KeyFile | None) -> None:
         config = uvicorn.Config(
             admin_application(supervisor, keys),
-            http=limited_protocol(_CONNECTIONS, _HEADER_S),
+            http=limited_protocol(_CONNECTIONS, _HEADER_S, errors=ErrorLog()),
             ws="none",
             lifespan="off",
             log_config=None,

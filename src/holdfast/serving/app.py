@@ -26,6 +26,8 @@ from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Incoming
 from holdfast.serving.error_log import ErrorLog
+from holdfast.serving.forwarding import is_sendable
+from holdfast.serving.host_names import HostNames
 from holdfast.serving.keys import ApiKey, KeyFile
 from holdfast.serving.protocol_v2 import (
     BINARY,
@@ -85,6 +87,8 @@ class ServedModel:
     """names of the headers, in lower case, that a proxy passes on"""
     errors: ErrorLog = field(default_factory=ErrorLog)
     """log of errors for the operator"""
+    hosts: HostNames = field(default_factory=HostNames)
+    """host names under which requests are answered"""
     ready: bool = True
     """whether requests are answered; false while the server drains"""
     closing: bool = False
@@ -172,9 +176,13 @@ class ServedModel:
         return self.keys.authenticated(_header(request, b"authorization"), "infer")
 
     def _forwarded(self, request: Request) -> tuple[tuple[str, str], ...]:
-        headers = request.scope["headers"]
-        names = {name.encode() for name in self.forwards}
-        return tuple((k.decode("latin-1"), v.decode("latin-1")) for k, v in headers if k in names)
+        """Return the headers that a proxy passes on. Raises `Refused` for a value that cannot be sent."""
+        names = {name.encode(): name for name in self.forwards}
+        passed = [(names[k], v.decode("latin-1").strip()) for k, v in request.scope["headers"] if k in names]
+        for name, value in passed:
+            if not is_sendable(value):
+                raise Refused(400, f"the header {name} contains other characters than printable ASCII")
+        return tuple(passed)
 
     def _refuse_other_model(self, request: Request) -> None:
         if request.path_params["model"] != self.signature.name:
@@ -290,11 +298,12 @@ class Watched:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
-            await self._app(scope, receive, counted)
-            return
         request = Request(scope, receive)
         try:
+            served.hosts.refuse_other(scope["headers"])
+            if scope["method"] != "POST" or scope["path"] not in self._paths:
+                await self._app(scope, receive, counted)
+                return
             response = await served.scores(request)
         except Refused as error:
             response = await served.refused(request, error)

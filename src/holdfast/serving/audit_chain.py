@@ -11,24 +11,34 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast.core.chain import GENESIS
 from holdfast.core.errors import TargetError
 from holdfast.store import files as store
-from holdfast.store.files import PRIVATE, create_private
+from holdfast.store import forms
+from holdfast.store.files import content_of, create_private, open_regular
+from holdfast.store.forms import Form, refuse_form
 from holdfast.store.locking import WAIT_S
 
 SUFFIX = ".jsonl"
 SERVER = ".server"
+_NAME = re.compile(rf"([0-9]{{8}}T[0-9]{{12}}-[0-9a-f]{{6}})(\{SERVER}|\.worker-[1-9][0-9]{{0,8}})\{SUFFIX}")
+"""Names of chains, with the run that wrote them. Names in a chain are compared with it before they are used as paths,
+because a folder may be from elsewhere."""
+_LINE_BYTES = 1 << 26
+"""Largest number of bytes of a record: that of a request with 400,000 inputs. A longer line is not read into memory."""
+_BEGINNING = b'{"content":{"'
+"""first bytes of each record"""
 _KEY_BYTES, _DIGITS = 32, 32
 _POLL_S = 0.1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -63,10 +73,9 @@ class AuditKey:
     def of(cls, folder: Path) -> "AuditKey":
         """Return the key of an audit folder, from the file beside it, which is created if it does not exist."""
         file = folder.with_name(f"{folder.name}.key")
-        with usable(file):
-            with suppress(FileExistsError):
-                create_private(file, secrets.token_hex(_KEY_BYTES).encode())
-            text = file.read_text().strip()
+        with usable(file), suppress(FileExistsError):
+            create_private(file, secrets.token_hex(_KEY_BYTES).encode())
+        text = content_of(file, refusal_in_audit, follow=True).decode("ascii", "replace").strip()
         if len(text) != 2 * _KEY_BYTES or not all(digit in "0123456789abcdef" for digit in text):
             raise TargetError(
                 f"{str(file)!r} is not the key of an audit folder; {2 * _KEY_BYTES} hex digits were expected: restore "
@@ -103,7 +112,9 @@ class ChainFile:
         """number of records that outlast a power failure, and the digest of the last one"""
         self.lost_in_total = 0
         with usable(path):
-            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT, PRIVATE)
+            with suppress(FileExistsError):  # the supervisor has created that of a worker
+                create_private(path, b"")
+            self._handle = open_regular(path, os.O_WRONLY)
             if not _locked(self._handle) or os.fstat(self._handle).st_size:
                 os.close(self._handle)
                 raise FileExistsError(errno.EEXIST, "the chain is that of another process", str(path))
@@ -218,24 +229,108 @@ def end_record(kind: str, request: str, **facts: Any) -> dict[str, Any]:
     return {"kind": kind, "request": request, **facts, "time": now()}
 
 
-def _follow(pending: dict[str, None], record: Mapping[str, Any]) -> None:
-    """Add the request of a record to those that are open, or remove it."""
-    if record["kind"] == "started":
-        pending[str(record["request"])] = None
-    elif record["kind"] in _ENDS:
-        pending.pop(str(record["request"]), None)
+def run_of(name: str) -> str | None:
+    """Return the run in the name of a chain, or None for a name that is not that of a chain."""
+    matched = _NAME.fullmatch(name)
+    return None if matched is None else matched[1]
 
 
-def interrupt(path: Path, reason: str, *, wait_s: float = WAIT_S) -> int:
-    """Add the record `interrupted` for each open request of a chain whose process has ended, and return their number.
+def _chain_name(value: Any, where: str) -> None:
+    forms.text(value, where)
+    forms.require(run_of(value) is not None, value, where, "the name of a chain")
+
+
+_LENGTH_AND_HEAD = (forms.count, forms.text)
+_FORMS: dict[str, Form] = {
+    "started": forms.record({"request": forms.text}),
+    "answered": forms.record({"request": forms.text}),
+    "failed": forms.record({"request": forms.text}),
+    "interrupted": forms.record({"request": forms.text}),
+    "lost": forms.record({"records": forms.count}),
+    "begin": forms.record(
+        {
+            "owner": forms.entries(forms.text, forms.whole, forms.anything),
+            "earlier": forms.list_of(forms.entries(_chain_name, *_LENGTH_AND_HEAD)),
+        }
+    ),
+    "worker": forms.record({"chain": _chain_name}),
+    "heads": forms.record({"chains": forms.list_of(forms.entries(_chain_name, *_LENGTH_AND_HEAD))}),
+    "closed": forms.record({"chain": _chain_name, "records": forms.count, "head": forms.text}),
+}
+"""Forms of the kinds of records whose contents are used"""
+_RECORD = forms.record({"content": forms.record({"kind": forms.text})})
+
+
+class ChainReader:
+    """Iterator over the contents of the records of a chain, from an open file, which verifies each record first.
+
+    The incomplete last line, which a kill or a write in progress leaves, is no record. Raises `TargetError` for the
+    first record that is not the canonical text of a content of a known form with the digest of the record before.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self.head, self.records = GENESIS, 0
+        self.size, self.rest = 0, b""
+        """number of bytes of the records, and the incomplete last line, once all records are read"""
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        while True:
+            line = self._file.readline(_LINE_BYTES)
+            if not line.endswith(b"\n"):
+                self.rest = line
+                if len(line) == _LINE_BYTES:
+                    raise self._fault(f"is longer than {_LINE_BYTES:,} bytes")
+                return
+            content = self._content(line)
+            self.records, self.size = self.records + 1, self.size + len(line)
+            yield content
+
+    def _content(self, line: bytes) -> Mapping[str, Any]:
+        try:
+            record = json.loads(line)
+            refuse_form(self._path, record, _RECORD)
+            content: Mapping[str, Any] = record["content"]
+            encoded, head = lines(self.head, [content])
+        except (ValueError, TargetError, RecursionError):
+            encoded = b""
+        if encoded != line:
+            raise self._fault("was changed, or a record before it was removed")
+        if content["kind"] in _FORMS:
+            refuse_form(self._path, content, _FORMS[content["kind"]])
+        self.head = head
+        return content
+
+    def _fault(self, fault: str) -> TargetError:
+        return TargetError(
+            f"record {self.records + 1} of {str(self._path)!r} {fault}; restore it from a copy"
+        )
+
+
+@contextmanager
+def reading_chain(path: Path) -> Iterator[ChainReader]:
+    """Context manager that opens a chain for reading. Raises `TargetError` for anything else than a regular file."""
+    with usable(path), os.fdopen(open_regular(path), "rb") as file:
+        yield ChainReader(file, path)
+
+
+def end_chain(
+    path: Path, contents: Sequence[Mapping[str, Any]] = (), *, reason: str = "", wait_s: float = WAIT_S
+) -> tuple[int, int, str]:
+    """Add the record `interrupted` with a reason for each open request of a chain whose process has ended, and then the
+    records `contents`. Return the number of open requests, the number of records, and the digest of the last one.
 
     A worker whose supervisor was killed ends by itself once it has answered what it received, for which `wait_s`
-    seconds are waited. An incomplete last line, which a kill may leave, is removed. Raises `OSError` if the file cannot
-    be written, or if its process does not end.
+    seconds are waited. An incomplete last line, which a kill may leave, is removed. The file is changed only if it is a
+    chain, and if it has no other name, under which it may be a file of someone else. Raises `OSError` if the file
+    cannot be written, or if its process does not end.
     """
-    pending: dict[str, None] = {}
-    head, size = GENESIS, 0
-    with path.open("r+b") as file:
+    with os.fdopen(open_regular(path, os.O_RDWR), "r+b") as file:
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise TargetError(
+                f"{str(path)!r} has further names (hard links), under which it would be changed, too; replace it by a "
+                "copy"
+            )
         until = time.monotonic() + wait_s
         while not _locked(file.fileno()):
             if time.monotonic() >= until:
@@ -243,16 +338,25 @@ def interrupt(path: Path, reason: str, *, wait_s: float = WAIT_S) -> int:
                     errno.EBUSY, "a worker of a killed server still writes to it; end that process", str(path)
                 )
             time.sleep(_POLL_S)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            record, size = json.loads(line), size + len(line)
-            head = record["digest"]
-            _follow(pending, record["content"])
-        more, _ = lines(head, [end_record("interrupted", request, reason=reason) for request in pending])
-        file.truncate(size)
-        file.seek(size)
-        file.write(more)
+        chain, pending = ChainReader(file, path), dict[str, None]()
+        for content in chain:
+            if content["kind"] == "started":
+                pending[content["request"]] = None
+            elif content["kind"] in _ENDS:
+                pending.pop(content["request"], None)
+        if not (chain.rest.startswith(_BEGINNING) or _BEGINNING.startswith(chain.rest)):
+            raise TargetError(
+                f"{str(path)!r} ends with {len(chain.rest)} bytes that are not the beginning of a record, and is not "
+                "changed; restore it from a copy"
+            )
+        more: list[Mapping[str, Any]] = [
+            end_record("interrupted", request, reason=reason) for request in pending
+        ]
+        more += contents
+        data, head = lines(chain.head, more)
+        file.truncate(chain.size)
+        file.seek(chain.size)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return len(pending)
+    return len(pending), chain.records + len(more), head

@@ -1,19 +1,29 @@
 """The folder of audit chains: the chain of the supervisor, which lists those of its workers, and their verification."""
 
-import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.chain import GENESIS, Link
+from holdfast.core.chain import GENESIS, refuse_no_digest
 from holdfast.core.errors import TargetError
-from holdfast.serving.audit_chain import SERVER, SUFFIX, ChainFile, interrupt, lines, now, usable
-from holdfast.store.files import AUDIT_MARK, PRIVATE
+from holdfast.serving.audit_chain import (
+    SERVER,
+    SUFFIX,
+    ChainFile,
+    end_chain,
+    now,
+    reading_chain,
+    refusal_in_audit,
+    run_of,
+    usable,
+)
+from holdfast.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
 from holdfast.store.leases import Owner
 from holdfast.store.locking import locked
 
@@ -45,15 +55,16 @@ class AuditFolder:
         """Create the folder if needed, complete the chains of killed servers, and begin the chain of this one."""
         with usable(path):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            mark = path / AUDIT_MARK
-            if not mark.exists():
-                if any(path.iterdir()):
-                    raise TargetError(
-                        f"{str(path)!r} contains other files, and no {AUDIT_MARK}; give an empty folder, or a new one"
-                    )
-                mark.write_bytes(_MARK)
-                mark.chmod(PRIVATE)
+            if not os.path.lexists(path / AUDIT_MARK) and any(
+                not file.name.startswith(_LOCK) for file in path.iterdir()
+            ):
+                raise TargetError(
+                    f"{str(path)!r} contains other files, and no {AUDIT_MARK}; give an empty folder, or a new one"
+                )
         with locked(path / _LOCK):
+            with usable(path), suppress(FileExistsError):
+                create_private(path / AUDIT_MARK, _MARK)
+            _refuse_other_mark(path)
             earlier, recovered = _complete(path)
             run = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}"
             chain = ChainFile(path / f"{run}{SERVER}{SUFFIX}", fail_open=fail_open)
@@ -102,13 +113,12 @@ class AuditFolder:
         """Complete the chain of a worker that has ended, record its head, and return the number of requests that it did
         not answer.
         """
-        if not path.exists():
+        if not os.path.lexists(path):
             self.record("closed", chain=path.name, records=0, head=GENESIS)
             self._open.discard(path)
             return 0
         with usable(path):
-            interrupted = interrupt(path, reason)
-        records, head = _end(path)
+            interrupted, records, head = end_chain(path, reason=reason)
         self.record("closed", chain=path.name, records=records, head=head, interrupted=interrupted)
         self._open.discard(path)
         return interrupted
@@ -124,90 +134,96 @@ class AuditFolder:
         self.chain.close()
 
 
+def _refuse_other_mark(path: Path) -> None:
+    """Raise `TargetError` unless a folder is one of audit chains in the format of this version."""
+    mark = path / AUDIT_MARK
+    if content_of(mark, refusal_in_audit) != _MARK:
+        raise TargetError(
+            f"{str(mark)!r} is not the file with which this version marks an audit folder; restore it from a copy, or "
+            "give another folder"
+        )
+
+
+def _chains_of(path: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Return the files of a folder whose names are those of server chains, of worker chains, and other names with the
+    suffix of a chain.
+    """
+    kinds: tuple[list[Path], list[Path], list[Path]] = ([], [], [])
+    with usable(path):
+        for file in sorted(path.iterdir()):
+            if file.name.endswith(SUFFIX):
+                own = run_of(file.name) is not None
+                kinds[0 if own and file.name.endswith(f"{SERVER}{SUFFIX}") else 1 if own else 2].append(file)
+    return kinds
+
+
 def _complete(path: Path) -> tuple[list[list[Any]], int]:
     """Complete the chains of killed servers. Return name, length and head of every server chain, and the number of
     interrupted requests.
     """
     recovered, earlier = 0, []
-    for file in sorted(path.glob(f"*{SERVER}{SUFFIX}")):
-        with usable(file):
-            state = _state(file)
-            if state.begin is not None and not state.ended and not Owner(*state.begin["owner"]).alive():
-                interrupt(file, "")  # removes an incomplete last line
-                chain = _Continued(file)
-                for name in state.open_workers:
-                    worker = path / name
-                    n = interrupt(worker, "the server was killed") if worker.exists() else 0
-                    records, head = _end(worker) if worker.exists() else (0, GENESIS)
-                    chain.add(
-                        {"kind": "closed", "chain": name, "records": records, "head": head, "interrupted": n}
-                    )
-                    recovered += n
-                chain.add({"kind": "killed"})
-            earlier.append([file.name, *_end(file)])
+    for file in _chains_of(path)[0]:
+        state = _ServerState(file)
+        with reading_chain(file) as chain:
+            for content in chain:
+                state.take(content)
+            records, head = chain.records, chain.head
+        if state.begin is not None and not state.ended and not Owner(*state.begin["owner"]).alive():
+            closed: list[dict[str, Any]] = []
+            for name in state.open_workers:
+                n, *end = 0, 0, GENESIS
+                if os.path.lexists(path / name):
+                    with usable(path / name):
+                        n, *end = end_chain(path / name, reason="the server was killed")
+                recovered += n
+                closed.append(_timed("closed", chain=name, records=end[0], head=end[1], interrupted=n))
+            with usable(file):
+                _, records, head = end_chain(file, [*closed, _timed("killed")])
+        earlier.append([file.name, records, head])
     return earlier, recovered
 
 
-class _Continued:
-    """The chain of a killed server, to which its end is added."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        _, self._head = _end(path)
-
-    def add(self, content: Mapping[str, Any]) -> None:
-        data, self._head = lines(self._head, [{**content, "time": now()}])
-        with self._path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+def _timed(kind: str, **facts: Any) -> dict[str, Any]:
+    return {"kind": kind, **facts, "time": now()}
 
 
 @dataclass
 class _ServerState:
-    begin: Mapping[str, Any] | None
-    workers: list[str]
-    closed: dict[str, tuple[int, str]]
-    heads: dict[str, tuple[int, str]]
+    file: Path
+    begin: Mapping[str, Any] | None = None
+    workers: list[str] = field(default_factory=list)
+    closed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    heads: dict[str, tuple[int, str]] = field(default_factory=dict)
     """last recorded length and head of each chain while its worker ran"""
-    ended: bool
+    ended: bool = False
 
     @property
     def open_workers(self) -> list[str]:
         return [name for name in self.workers if name not in self.closed]
 
-
-def _state(file: Path) -> _ServerState:
-    state = _ServerState(None, [], {}, {}, ended=False)
-    for content in _contents(file):
+    def take(self, content: Mapping[str, Any]) -> None:
+        """Follow a record of the server chain. Raises `TargetError` if it names a chain of another server."""
+        named: list[str] = []
         match content["kind"]:
             case "begin":
-                state.begin = content
+                self.begin = content
             case "worker":
-                state.workers.append(str(content["chain"]))
+                named = [content["chain"]]
+                self.workers += named
             case "heads":
-                state.heads.update({str(name): (int(n), str(head)) for name, n, head in content["chains"]})
+                self.heads.update({name: (n, head) for name, n, head in content["chains"]})
+                named = [name for name, *_ in content["chains"]]
             case "closed":
-                state.closed[str(content["chain"])] = (int(content["records"]), str(content["head"]))
+                named = [content["chain"]]
+                self.closed[content["chain"]] = content["records"], content["head"]
             case "end" | "killed":
-                state.ended = True
-    return state
-
-
-def _contents(file: Path) -> Iterator[Mapping[str, Any]]:
-    with file.open("rb") as stored:
-        for line in stored:
-            if line.endswith(b"\n"):
-                yield json.loads(line)["content"]
-
-
-def _end(file: Path) -> tuple[int, str]:
-    """Number of records of a chain, and the digest of the last one."""
-    records, head = 0, GENESIS
-    with file.open("rb") as stored:
-        for line in stored:
-            records, head = records + 1, json.loads(line)["digest"]
-    return records, head
+                self.ended = True
+        for name in named:
+            if run_of(name) != run_of(self.file.name):
+                raise TargetError(
+                    f"{str(self.file)!r} names the chain {name!r}, which is not one of its server; restore it from a "
+                    "copy"
+                )
 
 
 @dataclass(frozen=True)
@@ -228,48 +244,45 @@ class VerifiedAudit:
     notes: tuple[str, ...] = ()
 
 
-def verify_audit(path: Path) -> VerifiedAudit:
+def verify_audit(path: Path, *, expect_head: str = "") -> VerifiedAudit:
     """Verify all audit chains of a folder together. Raises `TargetError` with the first fault.
 
     Each record must contain the digest of the one before, each chain that a server lists must exist with the recorded
-    length and head, and each request must start once and end at most once.
+    length and head, and each request must start once and end at most once. `expect_head` is an earlier head, which a
+    server chain must contain; empty for none. Raises `UsageError` if it is no digest.
     """
+    refuse_no_digest(expect_head, f"holdfast verify {shlex.quote(str(path))}")
+    _refuse_other_mark(path)
     totals: dict[str, int] = dict.fromkeys(
         ("records", "answered", "failed", "interrupted", "open", "lost"), 0
     )
     heads: dict[str, list[str]] = {}
-    servers, files = sorted(path.glob(f"*{SERVER}{SUFFIX}")), set(path.glob(f"*{SUFFIX}"))
+    servers, workers, others = _chains_of(path)
     if not servers:
         raise TargetError(f"{str(path)!r} contains no chain of a server; restore it from a copy")
-    for file in servers:
-        heads[file.name] = _verified_chain(file, totals)
-    # before the other chains, which a running server may extend in the meantime
-    states = {file: _valid_state(file) for file in servers}
-    files |= {path / name for state in states.values() for name in state.workers if (path / name).exists()}
-    for file in sorted(files - {*servers}):
+    states = {file: _ServerState(file) for file in servers}
+    for file in servers:  # before the other chains, which a running server may extend in the meantime
+        heads[file.name] = _verified_chain(file, totals, states[file].take)
+    named = {path / name for state in states.values() for name in state.workers}
+    for file in sorted({*workers, *(file for file in named if os.path.lexists(file))}):
         heads[file.name] = _verified_chain(file, totals)
     notes: list[str] = []
     listed: set[str] = {file.name for file in servers}
     for file in servers:
         _refuse_missing(path, file, states[file], heads, listed, notes)
-    for name, digests in heads.items():
-        if name not in listed and len(digests) > 1:  # a server that was killed may leave an empty one
-            raise TargetError(
-                f"{str(path / name)!r} is listed by no server chain of the folder; restore that, or move it elsewhere"
-            )
+    unlisted = [path / name for name, digests in heads.items() if name not in listed and len(digests) > 1]
+    for file in (*unlisted, *others):  # a server that was killed may leave an empty one
+        raise TargetError(
+            f"{str(file)!r} is listed by no server chain of the folder; restore that, or move it elsewhere"
+        )
+    if expect_head and not any(expect_head in heads[file.name][1:] for file in servers):
+        raise TargetError(
+            f"no record of a server chain in {str(path)!r} has the digest {expect_head[:16]}… that was expected: "
+            "records were removed, or the folder is another one. Restore the newest copy, and find out how it was "
+            "replaced"
+        )
     newest = max(servers, key=lambda file: file.name)
     return VerifiedAudit(len(heads), **totals, head=heads[newest.name][-1], notes=tuple(notes))
-
-
-def _valid_state(file: Path) -> _ServerState:
-    """Return the state in a server chain. Raises `TargetError` if a record has not the form of this version."""
-    try:
-        with usable(file):
-            return _state(file)
-    except (ValueError, KeyError, TypeError) as error:
-        raise TargetError(
-            f"{str(file)!r} contains a record of a form that this version does not write; restore it from a copy"
-        ) from error
 
 
 def _refuse_missing(
@@ -299,33 +312,24 @@ def _refuse_missing(
         notes.append(f"{file.name}: the server {'runs' if alive else 'was killed, or runs on another host'}")
 
 
-def _verified_chain(file: Path, totals: dict[str, int]) -> list[str]:
-    """Verify the records of one chain, add their numbers to the totals, and return all digests after `GENESIS`."""
+def _verified_chain(
+    file: Path, totals: dict[str, int], take: Callable[[Mapping[str, Any]], None] = lambda content: None
+) -> list[str]:
+    """Verify the records of one chain, add their numbers to the totals, pass each content to `take`, and return all
+    digests after `GENESIS`.
+    """
     digests, begun, done, lost = [GENESIS], set[str](), set[str](), 0
-    with usable(file), file.open("rb") as stored:
-        for number, line in enumerate(stored, 1):
-            if not line.endswith(b"\n"):
-                break  # a write in progress, or what a kill left; it is not a record
-            try:
-                record = json.loads(line)
-                link = Link(record["previous"], record["content"])
-                kind, valid = link.content["kind"], link.digest == record["digest"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                kind, valid = "", False
-            if not valid or link.previous != digests[-1]:
-                raise TargetError(
-                    f"record {number} of {str(file)!r} was changed, or a record before it was removed; restore it from "
-                    "a copy"
-                )
-            digests.append(link.digest)
-            request = str(link.content.get("request", ""))
+    with reading_chain(file) as chain:
+        for content in chain:
+            digests.append(chain.head)
+            kind, request = content["kind"], content.get("request", "")
             fault = (kind == "started" and request in begun) or (
                 kind in _ENDS and ((request not in begun and not lost) or request in done)
             )
             if fault:
                 raise TargetError(
-                    f"record {number} of {str(file)!r} states {kind} for a request that is not in progress; restore it "
-                    "from a copy"
+                    f"record {chain.records} of {str(file)!r} states {kind} for a request that is not in progress; "
+                    "restore it from a copy"
                 )
             if kind == "started":
                 begun.add(request)
@@ -333,8 +337,9 @@ def _verified_chain(file: Path, totals: dict[str, int]) -> list[str]:
                 done.add(request)
                 totals[kind] += 1
             elif kind == "lost":
-                lost += int(link.content["records"])
-    totals["records"] += len(digests) - 1
+                lost += content["records"]
+            take(content)
+    totals["records"] += chain.records
     totals["open"] += len(begun - done)
     totals["lost"] += lost
     return digests

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from holdfast.ops.conformal import combined_thresholds, fewest_examples
 from holdfast.ops.statistics import clopper_pearson
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.rules import QUERIES, RANGE, Basis, InputSchema, Rule
-from holdfast.store.files import write_atomically
+from holdfast.store.files import open_regular, write_atomically
 
 _CONSTANT = 1e-6
 """relative spread of scores up to which they count as equal"""
@@ -174,7 +175,8 @@ def read_calibration(path: Path) -> Calibration:
     """Return the calibration in a file. Raises `TargetError` if it cannot be read or was changed."""
     way_out = "calibrate the guard again with holdfast calibrate"
     try:
-        content = json.loads(path.read_bytes())
+        with os.fdopen(open_regular(path, follow=True), "rb") as file:
+            content = json.load(file)
         stored = content.pop("digest")
         if content["format"] != FORMAT:
             raise TargetError(
@@ -189,7 +191,7 @@ def read_calibration(path: Path) -> Calibration:
         raise TargetError(
             f"cannot read the calibration {str(path)!r}: {error.strerror}; {way_out}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is not a calibration of a guard; {way_out}") from error
 
 

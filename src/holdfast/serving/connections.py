@@ -3,11 +3,13 @@ send the headers and read a response.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.protocol_v2 import JSON, compact
 
 
@@ -41,6 +43,10 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """largest number of bytes of a request"""
     refused: Callable[[str], object]
     """called with the cause of each refusal"""
+    errors: ErrorLog
+    """log of what clients cause"""
+    limited_log: logging.Logger
+    """logger of uvicorn that writes to that log"""
     ending: set["LimitedProtocol"]
     """connections that end, which are no longer counted as open"""
     waiting: asyncio.TimerHandle | None = None
@@ -48,6 +54,10 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """timer that runs while the client does not read"""
     received = 0
     """number of bytes since the last response"""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.logger = self.limited_log
 
     def connection_made(self, transport: Any) -> None:
         """Accept a connection, or refuse it if too many are open."""
@@ -101,6 +111,12 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """Answer a request that is not valid HTTP."""
         self._end(_INVALID)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log a request for an upgrade of the connection, which is answered like any other. uvicorn advises to install
+        a library.
+        """
+        self.errors("a client asked for an upgrade of its connection, which is not supported")
+
     def _wait(self) -> None:
         self.waiting = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
@@ -136,20 +152,43 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self.loop.call_later(_READ_S, self.transport.close)
 
 
+class _LimitedHandler(logging.Handler):
+    """Handler that writes the records of uvicorn, each of which a client can cause at any rate, to the limited log."""
+
+    def __init__(self, errors: ErrorLog) -> None:
+        super().__init__(logging.WARNING)
+        self._errors = errors
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        error = record.exc_info[1] if record.exc_info else None
+        self._errors(record.getMessage().rstrip("."), error)
+
+
+def _limited_log(errors: ErrorLog) -> logging.Logger:
+    logger = logging.Logger("uvicorn.error", logging.WARNING)  # noqa: LOG001 - that of this server alone
+    logger.addHandler(_LimitedHandler(errors))
+    return logger
+
+
 def limited_protocol(
     max_connections: int,
     header_timeout_s: float,
     max_body: int = 0,
     refused: Callable[[str], object] = lambda cause: None,
     write_timeout_s: float = 30.0,
+    errors: ErrorLog | None = None,
 ) -> type[asyncio.Protocol]:
     """Return uvicorn's HTTP protocol with limits of open connections and of the bytes of a request, and time limits
     for its headers and for the time in which a client must read.
 
     A connection over which more bytes arrive than a request with `max_body` bytes can need is closed. `refused` is
-    called with the cause of each refusal, as the metrics name it.
+    called with the cause of each refusal, as the metrics name it. `errors` is the log of what clients cause.
     """
+    errors = errors or ErrorLog()
     limits = {
+        "errors": errors,
+        "limited_log": _limited_log(errors),
         "max_connections": max_connections,
         "header_timeout_s": header_timeout_s,
         "write_timeout_s": write_timeout_s,

@@ -1,11 +1,18 @@
 """The headers of clients that a proxy passes on with the inputs of a batch."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 Headers = tuple[tuple[str, str], ...]
 _HEADERS: ContextVar[Headers] = ContextVar("forwarded_headers", default=())
+_VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
+
+
+def is_sendable(value: str) -> bool:
+    """Return whether a text can be the value of a header that is sent: printable ASCII characters."""
+    return _VALUE.fullmatch(value) is not None
 
 
 @contextmanager

@@ -36,27 +36,56 @@ _CHECK_S = 1.0
 _BURST_S = 10.0
 """number of seconds of a rate that may be used at once"""
 _ROUNDED = 1e-9  # so that ten seconds of 0.3/s count as 3
+_LEAST_RATE = 1e-9
+"""smallest number of inputs per second, one in 30 years"""
 _log = logging.getLogger("holdfast.serving")
 _CHALLENGE = (("www-authenticate", "Bearer"),)
-_FORM = forms.record(
-    {
-        "schema": forms.count,
-        "keys": forms.list_of(
-            forms.record(
-                {
-                    "name": forms.text,
-                    "hash": forms.text,
-                    "scopes": forms.list_of(forms.text),
-                    "created": forms.text,
-                    "expires": forms.maybe(forms.text),
-                    "rate": forms.maybe(forms.real),
-                    "budget": forms.maybe(forms.count),
-                    "revoked": forms.maybe(forms.text),
-                }
-            )
-        ),
-    }
-)
+
+
+def _rate(value: Any, where: str) -> None:
+    forms.real(value, where)
+    forms.require(not isinstance(value, str) and value >= _LEAST_RATE, value, where, f"{_LEAST_RATE} or more")
+
+
+def _name(value: Any, where: str) -> None:
+    forms.text(value, where)
+    forms.require(_is_name(value), value, where, "1 to 100 printable characters")
+
+
+def _moment(value: Any, where: str) -> None:
+    forms.text(value, where)
+    try:
+        valid = datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        valid = False
+    forms.require(valid, value, where, "a time in ISO 8601 with a time zone")
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= 100 and text.isprintable()
+
+
+_FIELDS = {
+    "name": _name,
+    "hash": forms.text,
+    "scopes": forms.list_of(forms.text),
+    "created": forms.text,
+    "expires": forms.maybe(_moment),
+    "rate": forms.maybe(_rate),
+    "budget": forms.maybe(forms.count),
+    "revoked": forms.maybe(forms.text),
+}
+
+
+def _key(value: Any, where: str) -> None:
+    forms.record(_FIELDS)(value, where)
+    # a further field may be a limit that only another version enforces
+    forms.require(
+        value.keys() <= _FIELDS.keys(), sorted(value), where, f"an object with {', '.join(_FIELDS)}"
+    )
+
+
+_FORM = forms.record({"schema": forms.one_of(1), "keys": forms.list_of(_key)})
 
 
 @dataclass(frozen=True)
@@ -112,7 +141,7 @@ def add_key(
 
     `expires` is a time in ISO 8601. Raises `UsageError` if another key that is not revoked has the name.
     """
-    if not name or len(name) > 100 or not name.isprintable():
+    if not _is_name(name):
         raise UsageError(
             f"the name of a key is {name!r}; expected 1 to 100 printable characters, as in alice"
         )
@@ -161,16 +190,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             f"{path}"
         )
     refuse_form(path, content, _FORM)
-    keys = tuple(ApiKey(**{**each, "scopes": tuple(each["scopes"])}) for each in content["keys"])
-    try:
-        for key in keys:
-            if key.expires is not None and datetime.fromisoformat(key.expires).tzinfo is None:
-                raise ValueError(key.expires)
-    except ValueError as error:
-        raise TargetError(
-            f"{str(path)!r} contains the time {error}; ISO 8601 with a time zone was expected"
-        ) from error
-    return keys
+    return tuple(ApiKey(**{**each, "scopes": tuple(each["scopes"])}) for each in content["keys"])
 
 
 def _write(path: Path, keys: Sequence[ApiKey]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.serving.decisions import Action, Decision
 from holdfast.serving.error_log import ErrorLog
+from holdfast.serving.guarded_routes import Endpoints, GuardedRoutes, Scope
 
-Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -20,6 +21,8 @@ ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _FAILED = "the guard failed"
 _ACCEPTED = range(200, 300)
+_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+"""methods of requests that need no body, such as that for a form, or before a request of a page of another site"""
 _RETRY_S = b"1"
 """seconds after which a client may send a request again that the guard could not decide about"""
 
@@ -54,10 +57,11 @@ class GuardMiddleware:
     """ASGI middleware with a guard, as in `app.add_middleware(holdfast.GuardMiddleware, guard=guard,
     inputs=inputs_of, outputs=outputs_of, paths=["/predict"])`.
 
-    Requests to other paths are passed on. The decision is in the state of the request under the name `guard`
-    (`request.state.guard.x` are the inputs after the defence of the guard). A refused request gets the status 422 with
-    the reason, or 503 if the state of the query detector could not be reached; scores are never returned. Run the
-    middleware outside of one that compresses responses.
+    Requests that the router sends to the routes of `paths` are guarded. Others are passed on, and so are websockets,
+    and requests of the methods GET, HEAD and OPTIONS without a body. The decision is in the state of the request under
+    the name `guard` (`request.state.guard.x` are the inputs after the defence of the guard). A refused request gets the
+    status 422 with the reason, or 503 if the state of the query detector could not be reached; scores are never
+    returned. Run the middleware inside of those that compress responses or change paths.
     """
 
     app: ASGIApplication
@@ -68,7 +72,7 @@ class GuardMiddleware:
     outputs: Callable[[bytes], Tensor]
     """function from the body of a successful response to the outputs (n, classes) of the model"""
     paths: Collection[str] = field(default=("/predict",), kw_only=True)
-    """paths of the routes that are guarded, without the query"""
+    """paths of the routes that are guarded, without the query, such as `/predict` or `/models/{name}/predict`"""
     principal: Callable[[Scope], str] = field(default=_nobody, kw_only=True)
     """function from the ASGI scope to the name of the client, such as its verified API key"""
     label_only: Callable[[bytes, Sequence[Action]], bytes] | None = field(default=None, kw_only=True)
@@ -83,7 +87,14 @@ class GuardMiddleware:
     errors: ErrorLog = field(default_factory=ErrorLog, kw_only=True)
     """log of the errors of the guard, the logger `holdfast.serve` at a limited rate"""
 
+    _routes: GuardedRoutes = field(init=False)
+
     def __post_init__(self) -> None:
+        if isinstance(self.paths, str) or not self.paths or not all(path[:1] == "/" for path in self.paths):
+            raise UsageError(
+                f"paths is {self.paths!r}; a list of paths that begin with / was expected, as in ['/predict']"
+            )
+        self._routes = GuardedRoutes(self.app, self.paths)
         if Action.LABEL_ONLY in self.guard.actions and self.label_only is None:
             raise UsageError(
                 "a rule of the guard has the action label_only, and only the application can remove scores from its "
@@ -92,30 +103,67 @@ class GuardMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of the ASGI server."""
-        if (
-            scope["type"] != "http"
-            or scope["path"] not in self.paths
-            or scope["method"] in ("GET", "HEAD", "OPTIONS")
-        ):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = await self._guarded(scope, receive, send)
+        endpoints = self._routes.endpoints(scope)
+        if endpoints.router is not None and endpoints.others:
+            self.errors("a path of GuardMiddleware is that of no route of the application")
+        answer = self._guarded if endpoints.include(scope) else partial(self._passed_on, endpoints)
+        refusal = await answer(scope, receive, send)
         if refusal is not None:
             await _respond(send, *refusal)
 
+    async def _passed_on(
+        self, endpoints: Endpoints, scope: Scope, receive: Receive, send: Send
+    ) -> tuple[int, str] | None:
+        """Answer a request that is not guarded, or refuse it if it reaches a guarded route nevertheless, because a
+        middleware in between changed its path.
+        """
+        if not endpoints.calls:
+            await self.app(scope, receive, send)
+            return None
+
+        async def received() -> Message:
+            return {"type": "http.disconnect"} if endpoints.were_reached(scope) else await receive()
+
+        async def sent(message: Message) -> None:
+            if not endpoints.were_reached(scope):
+                await send(message)
+
+        try:
+            await self.app(scope, received, sent)
+        except Exception:
+            if not endpoints.were_reached(scope):
+                raise
+        if not endpoints.were_reached(scope):
+            return None
+        self.errors(
+            "a request reached a guarded route by a path that a middleware between it and the guard changes",
+            advice="add this middleware outside of GuardMiddleware",
+        )
+        return 404, "there is nothing at this path"
+
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> tuple[int, str] | None:
         """Answer a request, or return the status and the reason of a refusal."""
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if headers.get(b"content-encoding", b"identity") != b"identity":
+        codings = [value for name, value in scope["headers"] if name.lower() == b"content-encoding"]
+        if any(coding.strip().lower() not in (b"", b"identity") for coding in codings):
             return 415, "the body of the request is compressed; send it without compression"
         body = await _body(receive, self.max_body_bytes)
         if body is None:
             return 413, f"the body of the request has more than {self.max_body_bytes:,} bytes"
+        if not body and scope["method"] in _WITHOUT_BODY:
+            await self.app(scope, _replayed(body, receive), send)
+            return None
+        try:
+            principal = await asyncio.to_thread(self.principal, scope)
+        except Exception:  # noqa: BLE001 - any error of the application's function means an invalid request
+            return 400, "the client cannot be determined from the request"
         try:
             x = await asyncio.to_thread(self.inputs, body)
         except Exception:  # noqa: BLE001 - any error of the application's parser means an invalid body
             return 400, "the inputs cannot be read from the body of the request"
-        decision = await self._decided(lambda: self.guard.before(x, principal=self.principal(scope)))
+        decision = await self._decided(lambda: self.guard.before(x, principal=principal))
         if decision is None and not self.fails_open:
             return 503, _FAILED
         if decision is not None and not decision.answered:

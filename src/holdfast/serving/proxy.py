@@ -26,6 +26,8 @@ _NUMBER_BYTES, _REST_BYTES = 64, 1 << 16
 """largest number of bytes of a number in the JSON of a response, and of everything else in a response"""
 _OTHER_BYTES = 1 << 20
 """largest number of bytes for each input in the outputs that are not returned"""
+_MOST_VALUES = 1 << 24
+"""largest number of values of the first request, whose size the metadata of the server state"""
 _FLOATS = ("FP32", "FP64")
 _UNNAMED = "input-0"
 """name of an input that the metadata do not describe"""
@@ -218,15 +220,16 @@ def _described(
 ) -> UpstreamModel:
     """Return the model with the input that the metadata describe, before its output is known."""
     metadata = connection.json(f"/v2/models/{name}")
-    inputs = metadata.get("inputs") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or not isinstance(inputs := metadata.get("inputs") or [], list):
+        raise unusable("describes the model in an unknown form")
     where = f"{address.url}/v2/models/{name}"
-    if inputs and len(inputs) > 1:
+    if len(inputs) > 1:
         raise UsageError(f"{where} has {len(inputs)} inputs; the proxy passes on models with one input")
     try:
         entry = inputs[0] if inputs else {"name": _UNNAMED, "datatype": "FP32", "shape": []}
         label, datatype = str(entry["name"]), str(entry["datatype"])
         sizes = [int(size) for size in entry["shape"]]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise unusable("describes the input of the model in an unknown form") from error
     if datatype not in TYPES:
         raise UsageError(f"the input of {where} is {datatype}; the proxy passes on {', '.join(TYPES)}")
@@ -244,6 +247,11 @@ def _described(
         proxied=True,
     )
     batch = sizes[0] if sizes and sizes[0] > 0 else None
+    if (batch or 1) * prod(signature.shape) > _MOST_VALUES:
+        raise UsageError(
+            f"the inputs of {where} have the shape {list(signature.shape)} in batches of {batch or 1}; at most "
+            f"{_MOST_VALUES:,} values in a request were expected"
+        )
     return UpstreamModel(address, f"/v2/models/{name}/infer", signature, batch, _takes_bytes(connection))
 
 

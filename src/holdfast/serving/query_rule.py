@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.normalisation import per_channel
 from holdfast.detectors.queries import QueryDetector
 from holdfast.serving.guard import QueryResult
 from holdfast.serving.rules import InputSchema
 from holdfast.store.encryption import KEY_BYTES
-from holdfast.store.files import create_private
+from holdfast.store.files import create_private, open_regular
 
 KEY_VARIABLE = "HOLDFAST_GUARD_KEY"
 """environment variable with the key of a guard; it takes precedence over the key file"""
@@ -59,18 +59,21 @@ def guard_key(path: Path | None) -> bytes:
     """Return the key of a guard from the environment or from its key file, which is written if it does not exist.
 
     The key file is that of the settings with the ending `.key`. Without a file of settings the key is random, and lost
-    with the process. Raises `TargetError` if other users may read the file, and `UsageError` for an invalid key.
+    with the process. Raises `TargetError` if other users may read the file or if it contains no key, and
+    `UsageError` for an invalid key in the environment.
     """
     text = os.environ.get(KEY_VARIABLE)
     if text is not None:
-        return _parsed(text, KEY_VARIABLE)
+        return _parsed(text, KEY_VARIABLE, UsageError)
     if path is None:
         return secrets.token_bytes(KEY_BYTES)
     file = key_file_of_guard(path)
     try:
-        if not file.exists():
+        if not os.path.lexists(file):
             create_private(file, secrets.token_hex(KEY_BYTES).encode() + b"\n")
-        with file.open("rb") as opened:  # the file that is tested is the one that is read
+        with os.fdopen(
+            open_regular(file, follow=True), "rb"
+        ) as opened:  # the file that is tested is the one that is read
             mode = os.fstat(opened.fileno()).st_mode & 0o777
             text = opened.read(1024).decode("ascii", "replace").strip()
     except FileExistsError:  # another process was faster
@@ -84,7 +87,7 @@ def guard_key(path: Path | None) -> bytes:
             f"{str(file)!r} has mode {mode:04o}, so that other users can read the key; run chmod 600 on it, or remove "
             "it and the state of the query detector for a new key"
         )
-    return _parsed(text, repr(str(file)))
+    return _parsed(text, repr(str(file)), TargetError)
 
 
 def key_file_of_guard(path: Path) -> Path:
@@ -97,9 +100,9 @@ def derived_key(key: bytes, purpose: str) -> bytes:
     return hmac.new(key, f"holdfast guard {purpose}".encode(), hashlib.sha256).digest()
 
 
-def _parsed(text: str, source: str) -> bytes:
+def _parsed(text: str, source: str, error: type[HoldfastError]) -> bytes:
     if not _HEX.fullmatch(text):
-        raise UsageError(
+        raise error(
             f"{source} contains {len(text)} characters that are not a key; {2 * KEY_BYTES} hex digits were expected, "
             f'as python -c "import secrets; print(secrets.token_hex({KEY_BYTES}))" generates them'
         )

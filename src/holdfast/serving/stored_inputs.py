@@ -5,6 +5,9 @@ that files are deleted by age and by principal without decrypting them.
 """
 
 import json
+import os
+import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +22,10 @@ from torch import Tensor
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.decisions import Decision
 from holdfast.store.encryption import Seal
-from holdfast.store.files import PRIVATE, write_atomically
+from holdfast.store.files import PRIVATE, open_regular, write_atomically
 
 _SUFFIX = ".inputs"
+_NAME = re.compile(rf"[0-9]{{12,}}-[0-9a-f]+-[^-]*\{_SUFFIX}")
 _DAY_S = 86_400.0
 _PURGE_EVERY = 100
 """number of stored requests after which expired ones are deleted"""
@@ -106,9 +110,11 @@ class StoredInputs:
         """Yield the stored requests, the oldest first. Raises `TargetError` for a file that was changed."""
         for path in self._files():
             try:
-                header, _, values = self.seal.open(path.read_bytes(), path.name, path).partition(b"\n")
+                with os.fdopen(open_regular(path), "rb") as file:
+                    content = file.read()
             except FileNotFoundError:  # deleted meanwhile by another process
                 continue
+            header, _, values = self.seal.open(content, path.name, path).partition(b"\n")
             yield _parsed(json.loads(header), values)
 
     def delete(self, *, principal: str | None = None, request: str | None = None) -> int:
@@ -135,8 +141,8 @@ class StoredInputs:
         return self._remove([*expired, *kept[:first]])
 
     def _files(self) -> list[Path]:
-        """The stored files, the oldest first."""
-        return sorted(path for path in self.folder.glob(f"*{_SUFFIX}") if path.name.count("-") == 2)
+        """The stored files, the oldest first, without files of other names and links."""
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and _is_file(path))
 
     def _pseudonym(self, principal: str) -> str:
         return self.seal.pseudonym(principal, "guard/principal")
@@ -150,6 +156,13 @@ class StoredInputs:
                 continue
             removed += 1
         return removed
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _size(path: Path) -> int:

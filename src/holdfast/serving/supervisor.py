@@ -21,6 +21,7 @@ from holdfast.engine.executor import ERRORS
 from holdfast.engine.processes import unshared
 from holdfast.engine.progress import Notify, ignore
 from holdfast.serving.audit_folder import AuditFolder
+from holdfast.serving.host_names import HostNames
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.reloading import Reloading, ServedVersion
 from holdfast.serving.signals import ending_signals, hang_up_signals
@@ -63,6 +64,8 @@ class ServerSetup:
     """whether the model is in a file, which may be opened again while the server runs"""
     notes: tuple[str, ...] = ()
     """what the operator should know about the guard"""
+    admin_hosts: HostNames = field(default_factory=HostNames)
+    """host names under which the requests of the operator are answered"""
 
 
 class Supervisor:

@@ -2,21 +2,32 @@
 
 import json
 import os
+import queue
+import re
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
-import httpx
+import httpcore
 
 from holdfast.core.errors import UsageError
+from holdfast.serving.forwarding import is_sendable
 from holdfast.serving.protocol_v2 import JSON, LENGTH_HEADER
 from holdfast.serving.refusals import Refused, wait_first
 from holdfast.sources.remote import header_variable
 
 METADATA_BYTES = 1 << 22
 """largest number of bytes of metadata"""
+_HEAD_BYTES = 96 * 1024
+"""largest number of bytes before the body of a response, with informational responses"""
+_FRAMED = 2
+"""largest number of received bytes for each byte of a body, which may be sent in chunks"""
+_IN_PATH = "/%:@!$&'()*+,;=~"
 _REFUSED = frozenset({400, 413, 415, 422})
 """status codes with which a server refuses the content of a request"""
 _BUSY = frozenset({429, 503})
@@ -40,18 +51,137 @@ class UpstreamAddress:
     headers: tuple[str, ...] = ()
     """headers of each request, each `NAME: env:VARIABLE`"""
     timeout_s: float = 10.0
+    """seconds from the beginning of a request, with its connection, until the whole response must have arrived"""
 
     def connect(self) -> "Connection":
         """Return a connection with the headers, whose values are read from the environment.
 
-        Raises `UsageError` for a variable that is not set.
+        Raises `UsageError` for a variable that is not set, or whose value cannot be that of a header.
         """
         headers = {}
         for name, variable in map(header_variable, self.headers):
             if variable not in os.environ:
                 raise UsageError(f"the variable {variable} of the header {name} is not set; set it")
-            headers[name] = os.environ[variable]
+            headers[name] = os.environ[variable].strip()
+            if not is_sendable(headers[name]):
+                raise UsageError(
+                    f"the variable {variable} of the header {name} contains other characters than printable ASCII; "
+                    "correct it"
+                )
         return Connection(self, headers)
+
+
+@dataclass(eq=False)
+class _Allowance:
+    """What the response to the current request may take: the end of its time, and a number of bytes."""
+
+    end: float = 0.0
+    left: int = 0
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds that are left. Raises `TimeoutException` if there are none."""
+        remaining_s = self.end - time.monotonic()
+        if remaining_s <= 0:
+            raise httpcore.TimeoutException
+        return remaining_s
+
+    def take(self, n_bytes: int) -> None:
+        """Count received bytes."""
+        self.left -= n_bytes
+        if self.left < 0:
+            raise unusable("returned a response that is too large")
+
+
+class _LimitedStream(httpcore.NetworkStream):
+    """A connection whose operations together have the time of the request. The time limits of httpcore are those of
+    single operations, of which a server can cause any number.
+    """
+
+    def __init__(self, stream: httpcore.NetworkStream, allowance: _Allowance) -> None:
+        self._stream, self._allowance = stream, allowance
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Return bytes that were received."""
+        data = self._stream.read(max_bytes, self._allowance.remaining_s)
+        self._allowance.take(len(data))
+        return data
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send bytes."""
+        sock, view = self._stream.get_extra_info("socket"), memoryview(buffer)
+        while view:
+            sock.settimeout(self._allowance.remaining_s)
+            try:
+                view = view[sock.send(view) :]
+            except TimeoutError as error:
+                raise httpcore.WriteTimeout from error
+            except OSError as error:
+                raise httpcore.WriteError from error
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        """Return the connection with TLS."""
+        stream = self._stream.start_tls(ssl_context, server_hostname, self._allowance.remaining_s)
+        return _LimitedStream(stream, self._allowance)
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return a fact about the connection, such as its socket."""
+        return self._stream.get_extra_info(info)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._stream.close()
+
+
+class _LimitedBackend(httpcore.NetworkBackend):
+    """Opens connections in the time of the request."""
+
+    def __init__(self, allowance: _Allowance) -> None:
+        self._allowance, self._sockets = allowance, httpcore.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        """Connect to one of the addresses of a host; each gets an equal part of the time that is left."""
+        failure: Exception = httpcore.ConnectError("the host has no address")
+        addresses = _addresses(host, port, self._allowance.remaining_s)
+        for number, address in enumerate(addresses):
+            part_s = self._allowance.remaining_s / (len(addresses) - number)
+            try:
+                stream = self._sockets.connect_tcp(address, port, part_s, socket_options=socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+                continue
+            return _LimitedStream(stream, self._allowance)
+        raise failure
+
+
+def _addresses(host: str, port: int, timeout_s: float) -> list[str]:
+    """Return the addresses of a host. A thread looks them up, because the resolver has time limits of its own."""
+    found: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.put(list(dict.fromkeys(str(entry[4][0]) for entry in entries)))
+        except (OSError, UnicodeError) as error:
+            found.put(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    try:
+        addresses = found.get(timeout=timeout_s)
+    except queue.Empty:
+        raise httpcore.ConnectTimeout from None
+    if isinstance(addresses, Exception):
+        raise httpcore.ConnectError(str(addresses)) from addresses
+    return addresses
 
 
 class Connection:
@@ -59,16 +189,14 @@ class Connection:
 
     def __init__(self, address: UpstreamAddress, headers: Mapping[str, str]) -> None:
         self._url, self._timeout_s = address.url, address.timeout_s
-        self._client = httpx.Client(
-            headers={"accept-encoding": "identity", **headers},
-            timeout=address.timeout_s,
-            follow_redirects=False,
-            trust_env=False,
-            verify=ssl.create_default_context(),
+        self._headers = [("accept-encoding", "identity"), ("user-agent", "holdfast"), *headers.items()]
+        self._allowance = _Allowance()
+        self._connections = httpcore.ConnectionPool(
+            ssl.create_default_context(), max_connections=1, network_backend=_LimitedBackend(self._allowance)
         )
 
     def __del__(self) -> None:
-        self._client.close()
+        self._connections.close()
 
     def request(
         self,
@@ -81,29 +209,49 @@ class Connection:
         """Return the body of the response to a GET, or to a POST of `body`, and the number of bytes of its JSON if
         tensors follow as bytes.
 
-        A request whose connection was closed before the response is sent once more. Raises `Refused` with status 400
-        if the server refuses the content, 502 for an unusable response and 503 if there is none.
+        A request whose connection was closed before the response is sent once more, within the same time. Raises
+        `Refused` with status 400 if the server refuses the content, 502 for an unusable response and 503 if there is
+        none.
         """
-        method, end = "GET" if body is None else "POST", time.monotonic() + self._timeout_s
+        url, sent = self._url + quote(path, _IN_PATH), [*self._headers, *headers]
+        self._allowance.end = time.monotonic() + self._timeout_s
         for attempt in range(2):
             try:
-                with self._client.stream(
-                    method, self._url + path, content=body, headers=list(headers)
-                ) as response:
-                    content = self._content(response, most, end)
-                    break
-            except httpx.TimeoutException as error:
+                response, content = self._answer(url, body, sent, most)
+                break
+            except httpcore.TimeoutException as error:
                 raise _lost("did not answer in time") from error
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
+            except (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError) as error:
                 if attempt:
                     raise _lost("closed the connection") from error
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except (
+                httpcore.ConnectError,
+                httpcore.LocalProtocolError,
+                httpcore.UnsupportedProtocol,
+            ) as error:
                 raise _lost("cannot be reached") from error
-        _refuse_status(response.status_code)
-        length = response.headers.get(LENGTH_HEADER)
-        if length is not None and not (length.isascii() and length.isdigit()):
+        _refuse_status(response.status)
+        length = _header(response, LENGTH_HEADER.encode())
+        if length is not None and not re.fullmatch(rb"[0-9]{1,12}", length):
             raise unusable("returned an invalid header")
         return content, None if length is None else int(length)
+
+    def _answer(
+        self, url: str, body: bytes | None, headers: list[tuple[str, str]], most: int
+    ) -> tuple[httpcore.Response, bytes]:
+        self._allowance.left = _HEAD_BYTES
+        method = "GET" if body is None else "POST"
+        with self._connections.stream(method, url, headers=headers, content=body) as response:
+            if (_header(response, b"content-encoding") or b"identity").lower() != b"identity":
+                raise unusable("returned a compressed response")
+            self._allowance.left += _FRAMED * most
+            parts, size = [], 0
+            for part in response.iter_stream():
+                size += len(part)
+                if size > most:
+                    raise unusable("returned a response that is too large")
+                parts.append(part)
+        return response, b"".join(parts)
 
     def json(self, path: str, body: bytes | None = None) -> Any:
         """Return the content of a response in JSON; see `request`."""
@@ -112,19 +260,9 @@ class Connection:
         except (ValueError, RecursionError) as error:
             raise unusable("returned invalid JSON") from error
 
-    @staticmethod
-    def _content(response: httpx.Response, most: int, end: float) -> bytes:
-        if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-            raise unusable("returned a compressed response")
-        parts, size = [], 0
-        for part in response.iter_raw():
-            size += len(part)
-            if size > most:
-                raise unusable("returned a response that is too large")
-            if time.monotonic() > end:
-                raise _lost("did not answer in time")
-            parts.append(part)
-        return b"".join(parts)
+
+def _header(response: httpcore.Response, name: bytes) -> bytes | None:
+    return next((value for key, value in response.headers if key.lower() == name), None)
 
 
 def _refuse_status(status: int) -> None:

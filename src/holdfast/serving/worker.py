@@ -43,6 +43,7 @@ from holdfast.serving.batching import Batcher
 from holdfast.serving.connections import limited_protocol
 from holdfast.serving.error_log import ErrorLog, log_to_stderr
 from holdfast.serving.guard import GuardPipeline
+from holdfast.serving.host_names import HostNames
 from holdfast.serving.keys import KeyFile
 from holdfast.serving.loaded_model import LoadedModel, no_rules, refuse_damaged
 from holdfast.serving.protocol import RequestGuard
@@ -103,6 +104,8 @@ class ServingSetup:
     """signature of a proxied model, which is known at the start; None for a model that is called to find it"""
     forwards: tuple[str, ...] = ()
     """names of the headers that a proxy passes on"""
+    hosts: HostNames = field(default_factory=HostNames)
+    """host names under which requests are answered"""
 
     @property
     def rotating(self) -> bool:
@@ -170,6 +173,7 @@ class Worker:
             self.telemetry,
             setup.forwards,
             self.errors,
+            setup.hosts,
         )
         self.server = self._server()
 
@@ -184,6 +188,7 @@ class Worker:
                 self.served.max_body,
                 partial(self.telemetry.count, "holdfast_refused_total"),
                 setup.limits.write_timeout_s,
+                self.errors,
             ),
             ws="none",
             lifespan="off",

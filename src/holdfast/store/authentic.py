@@ -19,12 +19,12 @@ from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError
 from holdfast.store.encryption import Seal
 from holdfast.store.files import PRIVATE, refusal_in_pool, usable, write_atomically
-from holdfast.store.records import document, read_document, read_links
+from holdfast.store.records import FIELDS, document, read_document, read_links, record_lines
 
 HEAD = "ledger.head"
 WAY_OUT = "restore it from a copy; until then no set of this pool is served"
 _PURPOSE = "pool ledger, schema 2"
-_FIELDS = {"content", "counter", "digest", "mac", "previous"}
+_FIELDS = FIELDS | {"counter", "mac"}
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,20 @@ def read_entries(
     only the public chain and the counters are verified. `check` raises a `ValueError`, `KeyError` or `TypeError` for an
     invalid entry. Raises `TargetError` with the number of the first invalid entry.
     """
-    records = [_record(line) for line in lines.splitlines()]
+    records = [_record(line) for line in record_lines(lines)]
     for position, record in enumerate(records, first):
         if record is not None and not {"counter", "mac"} <= record.keys():
             raise TargetError(
                 f"entry {position} of {str(path)!r} has no authentication, which this format requires; {WAY_OUT}"
             )
     # The public chain is checked first, so that a damaged entry is reported as damaged and not as a wrong HMAC.
-    links = read_links(path, lines, check, previous=previous, first=first, noun="entry", way_out=WAY_OUT)
+    links = read_links(
+        path, lines, check, previous=previous, first=first, fields=_FIELDS, noun="entry", way_out=WAY_OUT
+    )
     for position, (link, record) in enumerate(zip(links, records, strict=True), first):
         assert record is not None
         # `type(...) is int`, because True equals 1.
-        if record.keys() != _FIELDS or record["counter"] != position or type(record["counter"]) is not int:
+        if record["counter"] != position or type(record["counter"]) is not int:
             raise TargetError(
                 f"entry {position} of {str(path)!r} has the counter {record['counter']!r}; {position} was expected: "
                 f"entries were removed, added or moved; {WAY_OUT}"

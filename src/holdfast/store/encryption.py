@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store.files import create_private, refusal_in_pool, usable
+from holdfast.store.files import create_private, open_regular, refusal_in_pool, usable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -163,7 +163,9 @@ def existing_seal(folder: Path) -> Seal:
                 f"there is no key for {str(folder)!r}: {KEY_VARIABLE} is not set, and {str(path)!r} does not "
                 "exist; set the variable or restore the file. Without its key a pool cannot be read"
             )
-        with path.open("rb") as file:  # the file that is tested is the one that is read
+        with os.fdopen(
+            open_regular(path, follow=True), "rb"
+        ) as file:  # the file that is tested is the one that is read
             status = os.fstat(file.fileno())
             text = file.read(_MOST_KEY_BYTES).decode("ascii", "replace").strip()
     mode = status.st_mode & 0o777

@@ -21,6 +21,8 @@ PRIVATE = 0o600
 """Mode of a secret file, which only its owner may read."""
 _OPEN = 0o666
 """Mode of other files, before the umask."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
 SERVED = "served.journal"
 """File in a run folder with the number of rows and requests sent to a server. Like times, it is not
@@ -72,18 +74,40 @@ def refusal_in_pool(path: Path, error: OSError) -> str:
     return f"{shown} cannot be used: {error.strerror or error}; check the path and the disk, or restore it from a copy"
 
 
-def content_of(path: Path) -> bytes:
-    """Return the bytes of a file in a run folder.
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """Open a regular file, and return its descriptor. It does not wait for a pipe, and follows a link only with
+    `follow`.
 
-    Raises `TargetError` for a link or a device, because run folders may be untrusted.
+    Raises `TargetError` for anything else than a regular file, because the folder may be untrusted, and `OSError`.
     """
-    with usable(path):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise TargetError(
-                f"{str(path)!r} is a link, a folder or a device, but a run contains regular files only; put the "
-                "file itself there"
-            )
-        return path.read_bytes()
+    # Before it is opened, because opening a device may change its state, and after that, as it may have been replaced.
+    refuse_irregular(path, path.stat() if follow else path.lstat())
+    handle = os.open(path, flags | _NO_WAITING | (0 if follow else _NO_LINK))
+    try:
+        refuse_irregular(path, os.fstat(handle))
+    except TargetError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def refuse_irregular(path: Path, status: os.stat_result) -> None:
+    """Raise `TargetError` if a status is not that of a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise TargetError(
+            f"{str(path)!r} is a link, a folder or a device; a regular file was expected: put the file itself there"
+        )
+
+
+def content_of(
+    path: Path, message: Callable[[Path, OSError], str] = refusal, *, follow: bool = False
+) -> bytes:
+    """Return the bytes of a regular file; see `open_regular`.
+
+    Raises `TargetError`, for an `OSError` with the text of `message`.
+    """
+    with usable(path, message), os.fdopen(open_regular(path, follow=follow), "rb") as file:
+        return file.read()
 
 
 @contextmanager
@@ -118,10 +142,10 @@ def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
 def create_private(path: Path, content: bytes) -> None:
     """Write a new file that only its owner may read, and flush it to the disk.
 
-    Raises `FileExistsError` if a file or link of this name exists; a link is not followed.
+    Raises `FileExistsError` if a file or link of this name exists.
     """
     try:
-        _write(path, content, os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), PRIVATE)
+        _write(path, content, os.O_EXCL, PRIVATE)
     except FileExistsError:  # it is another file, which must not be deleted below
         raise
     except BaseException:
@@ -176,7 +200,8 @@ def clear_parts(folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | getattr(os, "O_BINARY", 0), mode)
+    # A link or a pipe of this name may be in the folder of someone else.
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | _NO_LINK | _NO_WAITING, mode)
     try:
         if mode != _OPEN:  # the file may have existed with another mode
             os.chmod(handle if os.chmod in os.supports_fd else path, mode)  # noqa: PTH101 - not what has the name by now

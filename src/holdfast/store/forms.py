@@ -32,7 +32,7 @@ def refuse_form(file: Path, content: Any, form: Form) -> None:
         form(content, "")
     except _Mismatch as error:
         raise TargetError(
-            f"{str(file)!r} has another format than that of a run: {error}; restore it from a copy"
+            f"{str(file)!r} has another format than this version writes: {error}; restore it from a copy"
         ) from None
 
 
@@ -49,29 +49,29 @@ def anything(value: Any, where: str) -> None:
 
 def text(value: Any, where: str) -> None:
     """Schema that accepts a string."""
-    _require(isinstance(value, str), value, where, "text")
+    require(isinstance(value, str), value, where, "text")
 
 
 def name(value: Any, where: str) -> None:
     """Schema that accepts the name of a stage, which is also a part of the name of its file."""
-    _require(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
+    require(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
 
 
 def flag(value: Any, where: str) -> None:
     """Schema that accepts true or false."""
-    _require(isinstance(value, bool), value, where, "true or false")
+    require(isinstance(value, bool), value, where, "true or false")
 
 
 def whole(value: Any, where: str) -> None:
     """Schema that accepts an integer of at most 63 bits."""
     is_valid = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    _require(is_valid, value, where, "a whole number")
+    require(is_valid, value, where, "a whole number")
 
 
 def count(value: Any, where: str) -> None:
     """Schema that accepts a nonnegative integer."""
     whole(value, where)
-    _require(value >= 0, value, where, "a whole number from 0")
+    require(value >= 0, value, where, "a whole number from 0")
 
 
 def real(value: Any, where: str) -> None:
@@ -80,7 +80,7 @@ def real(value: Any, where: str) -> None:
     is_valid = (is_valid and abs(value) <= 1e308) or (
         isinstance(value, str) and value in ("inf", "-inf", "nan")
     )
-    _require(is_valid, value, where, "a number")
+    require(is_valid, value, where, "a number")
 
 
 def one_of(*allowed: str | int) -> Form:
@@ -88,7 +88,7 @@ def one_of(*allowed: str | int) -> Form:
 
     def check(value: Any, where: str) -> None:
         is_allowed = any(type(value) is type(word) and value == word for word in allowed)
-        _require(is_allowed, value, where, " or ".join(map(repr, allowed)))
+        require(is_allowed, value, where, " or ".join(map(repr, allowed)))
 
     return check
 
@@ -107,7 +107,7 @@ def list_of(form: Form) -> Form:
     """Return a schema that accepts a list whose entries match the schema `form`."""
 
     def check(value: Any, where: str) -> None:
-        _require(isinstance(value, list), value, where, "a list")
+        require(isinstance(value, list), value, where, "a list")
         for index, entry in enumerate(value):
             form(entry, f"{where}[{index}]")
 
@@ -124,7 +124,7 @@ def distinct(form: Form, field: str | None = None) -> Form:
         list_of(form)(value, where)
         earlier = set()
         for entry in value if field is None else [item[field] for item in value]:
-            _require(entry not in earlier, entry, f"an entry of {where}", "a name that occurs once")
+            require(entry not in earlier, entry, f"an entry of {where}", "a name that occurs once")
             earlier.add(entry)
 
     return check
@@ -135,7 +135,19 @@ def pair(form: Form) -> Form:
 
     def check(value: Any, where: str) -> None:
         list_of(form)(value, where)
-        _require(len(value) == 2, value, where, "a list of two")
+        require(len(value) == 2, value, where, "a list of two")
+
+    return check
+
+
+def entries(*each: Form) -> Form:
+    """Return a schema that accepts a list whose entries match the schemas `each` in their order."""
+
+    def check(value: Any, where: str) -> None:
+        list_of(anything)(value, where)
+        require(len(value) == len(each), value, where, f"a list of {len(each)}")
+        for index, (form, entry) in enumerate(zip(each, value, strict=True)):
+            form(entry, f"{where}[{index}]")
 
     return check
 
@@ -144,7 +156,7 @@ def mapped(form: Form) -> Form:
     """Return a schema that accepts a JSON object with any field names, whose values match the schema `form`."""
 
     def check(value: Any, where: str) -> None:
-        _require(isinstance(value, dict), value, where, "an object")
+        require(isinstance(value, dict), value, where, "an object")
         for entry in value.values():
             form(entry, f"a value of {where or 'the document'}")
 
@@ -157,12 +169,12 @@ def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = N
     """
 
     def check(value: Any, where: str) -> None:
-        _require(isinstance(value, dict), value, where, "an object")
+        require(isinstance(value, dict), value, where, "an object")
         for field, form in (optional or {}).items():
             if field in value:
                 form(value[field], _path_of_field(where, field))
         for field, form in required.items():
-            _require(field in value, sorted(value), where, f"an object with {field!r}")
+            require(field in value, sorted(value), where, f"an object with {field!r}")
             form(value[field], _path_of_field(where, field))
 
     return check
@@ -172,6 +184,7 @@ def _path_of_field(where: str, field: str) -> str:
     return f"{where}.{field}" if where else field
 
 
-def _require(is_valid: object, value: Any, where: str, expected: str) -> None:
+def require(is_valid: object, value: Any, where: str, expected: str) -> None:
+    """Refuse a value that a schema does not accept."""
     if not is_valid:
         raise _Mismatch(value, where, expected)

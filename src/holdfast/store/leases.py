@@ -18,6 +18,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.store.files import usable
+from holdfast.store.locking import has_foreign_journal
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Owner:
         """
         try:
             os.kill(self.pid, 0)  # sends no signal, and fails if there is no such process
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # a number that no process can have may be in a file
             return False
         except PermissionError:  # it runs, under another user
             return True
@@ -113,6 +115,10 @@ class Leases:
         for file in self._files():
             if file.is_symlink():  # the target of a link does not belong to the run and must not be written
                 file.unlink()
+        if has_foreign_journal(self._path):
+            journal = self._path.with_name(f"{NAME}-journal")
+            with usable(journal):
+                journal.unlink()
         try:
             self._open()
         except sqlite3.DatabaseError as error:

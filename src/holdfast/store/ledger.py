@@ -30,7 +30,15 @@ from holdfast.store.authentic import (
     refuse_shortened,
     write_head,
 )
-from holdfast.store.files import PRIVATE, append, refusal_in_pool, usable
+from holdfast.store.files import (
+    PRIVATE,
+    append,
+    content_of,
+    open_regular,
+    refusal_in_pool,
+    refuse_irregular,
+    usable,
+)
 from holdfast.store.ledger_state import (
     Exposure,
     LedgerState,
@@ -42,6 +50,7 @@ from holdfast.store.ledger_state import (
     well_formed,
 )
 from holdfast.store.locking import locked
+from holdfast.store.records import record_lines
 
 NAME = "ledger.jsonl"
 LOCK = "ledger.lock"
@@ -85,7 +94,7 @@ class Ledger:
     def _read_existing(self) -> None:
         """Read an existing ledger. An incomplete first entry is removed, and its head is written again."""
         with usable(self.path, refusal_in_pool):
-            has_entry = self.path.exists() and b"\n" in self.path.read_bytes()
+            has_entry = self.path.exists() and b"\n" in content_of(self.path, refusal_in_pool)
             if self.path.exists() and not has_entry:
                 os.truncate(self.path, 0)
         if has_entry:
@@ -304,9 +313,11 @@ class Ledger:
     def _length(self) -> int:
         with usable(self.path, refusal_in_pool):
             try:
-                return self.path.stat().st_size
+                status = self.path.lstat()
             except FileNotFoundError:
                 return 0
+        refuse_irregular(self.path, status)
+        return status.st_size
 
     def _read(self) -> None:
         """Verify and apply new entries, and drop an incomplete end. The caller must have the lock."""
@@ -319,7 +330,7 @@ class Ledger:
         if length == self._size:
             return
         with usable(self.path, refusal_in_pool):
-            with self.path.open("rb") as file:
+            with os.fdopen(open_regular(self.path), "rb") as file:
                 file.seek(self._size)
                 data = file.read()
             complete_lines = data[: data.rfind(b"\n") + 1]
@@ -335,9 +346,9 @@ class Ledger:
             first=len(self._digests) + 1,
         )
         refuse_shortened(self.path, head, [*self._digests, *(link.digest for link in links)])
-        for link, line in zip(links, complete_lines.splitlines(keepends=True), strict=True):
+        for link, line in zip(links, record_lines(complete_lines), strict=True):
             refuse_out_of_order(self._state, link, len(self._digests) + 1, self.path)
-            self._take(link, len(line))
+            self._take(link, len(line) + 1)
         if head is not None and head.entries < len(
             self._digests
         ):  # a writer was killed before it wrote the head

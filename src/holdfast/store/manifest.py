@@ -3,17 +3,16 @@
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from re import fullmatch
 from typing import Any
 
 from torch import Tensor
 
-from holdfast.core.chain import canonical
+from holdfast.core.chain import canonical, refuse_no_digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import forms
 from holdfast.store.authentic import HEAD, read_head
 from holdfast.store.encryption import Seal
-from holdfast.store.files import POOL_MANIFEST, flush_folder, refusal_in_pool, usable
+from holdfast.store.files import POOL_MANIFEST, content_of, flush_folder, refusal_in_pool, usable
 from holdfast.store.forms import refuse_form
 from holdfast.store.ledger import LOCK
 from holdfast.store.ledger import NAME as LEDGER
@@ -71,8 +70,7 @@ def is_complete(path: Path) -> bool:
 def _has_entries(ledger: Path) -> bool:
     if not ledger.is_file():
         return False
-    with ledger.open("rb") as file:
-        return file.readline().endswith(b"\n")
+    return b"\n" in content_of(ledger, refusal_in_pool)
 
 
 def refuse_begun(path: Path) -> None:
@@ -107,14 +105,8 @@ def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int |
 
     An empty `expected` is not checked. `entry_of` returns the number of the entry with a digest, or None.
     """
-    if not expected:
-        return
-    if not fullmatch("[0-9a-f]{64}", expected):
-        raise UsageError(
-            f"--expect-head {expected!r} is not the head of a ledger: 64 hex digits were expected, as printed by "
-            f"holdfast rotate head {shlex.quote(str(path))}"
-        )
-    if entry_of(expected) is None:
+    refuse_no_digest(expected, f"holdfast rotate head {shlex.quote(str(path))}")
+    if expected and entry_of(expected) is None:
         raise TargetError(
             f"no entry of {str(path / LEDGER)!r} has the digest {expected[:16]}… that was expected: the folder is "
             "an older copy, or another pool. Restore the newest copy, and find out how the folder was replaced; "

@@ -17,7 +17,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, authenticated_line, write_head
 from holdfast.store.encryption import Seal, existing_seal
-from holdfast.store.files import POOL_MANIFEST, PRIVATE, refusal_in_pool, usable, write_atomically
+from holdfast.store.files import POOL_MANIFEST, PRIVATE, content_of, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger_state import LedgerState, well_formed
@@ -34,7 +34,7 @@ from holdfast.store.manifest import (
     old_bound,
     open_manifest,
 )
-from holdfast.store.records import document, read_links
+from holdfast.store.records import document, read_links, record_lines
 
 OLD_LEDGER = "ledger-1.jsonl"
 """Name of the file with the older ledger, which is not changed."""
@@ -87,9 +87,8 @@ def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> N
     """Raise `TargetError` if files of the current format exist, so that the ledger must have been exchanged."""
     new_files = [path / HEAD] if (path / HEAD).exists() else []
     with usable(path, refusal_in_pool):
-        new_files += (
-            [path / LEDGER] if any("mac" in entry for entry in _objects((path / LEDGER).read_bytes())) else []
-        )
+        entries = _objects(content_of(path / LEDGER, refusal_in_pool))
+        new_files += [path / LEDGER] if any("mac" in entry for entry in entries) else []
         for file in (*sorted(path.glob(f"*{SEALED}")), *sorted((path / SETS).glob(f"*{SEALED}"))):
             if _can_open(seal, file, bound(manifest["id"], _name_in_pool(path, file))):
                 new_files.append(file)
@@ -103,10 +102,10 @@ def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> N
 
 def _objects(lines: bytes) -> list[dict[str, Any]]:
     records = []
-    for line in lines.splitlines():
+    for line in record_lines(lines):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # reported when the chain is read
         if isinstance(record, dict):
             records.append(record)
@@ -120,7 +119,7 @@ def _name_in_pool(path: Path, file: Path) -> str:
 
 def _can_open(seal: Seal, file: Path, name: str) -> bool:
     try:
-        seal.open(file.read_bytes(), name, file)
+        seal.open(content_of(file, refusal_in_pool), name, file)
     except TargetError:
         return False
     return True
@@ -129,8 +128,7 @@ def _can_open(seal: Seal, file: Path, name: str) -> bool:
 def _old_links(path: Path, manifest: Mapping[str, Any]) -> list[Link]:
     """The entries of the older ledger, after verification of its chain; an incomplete last line is dropped."""
     file = path / LEDGER
-    with usable(file, refusal_in_pool):
-        data = file.read_bytes()
+    data = content_of(file, refusal_in_pool)
     complete_lines = data[: data.rfind(b"\n") + 1]
     links = read_links(file, complete_lines, _check_old_entry, noun="entry", way_out=WAY_OUT)
     if links[0].content.get("manifest") != digest(document(manifest)):
@@ -182,7 +180,9 @@ def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> 
         for candidate in (file, file.with_name(file.name + NEW)):
             if candidate.exists():
                 content = seal.open(
-                    candidate.read_bytes(), old_bound(manifest["id"], f"{SETS}/{name}"), candidate
+                    content_of(candidate, refusal_in_pool),
+                    old_bound(manifest["id"], f"{SETS}/{name}"),
+                    candidate,
                 )
                 return column_files.decode(content, str(candidate)).about.get("base") is True
     return False
@@ -208,7 +208,7 @@ def _write(path: Path, entries: list[dict[str, Any]], manifest: Mapping[str, Any
         link = Link(previous, entry)
         lines, previous = lines + authenticated_line(link, number, key), link.digest
     with usable(path, refusal_in_pool):
-        write_atomically(path / OLD_LEDGER, (path / LEDGER).read_bytes(), PRIVATE)
+        write_atomically(path / OLD_LEDGER, content_of(path / LEDGER, refusal_in_pool), PRIVATE)
         write_atomically(path / f"{LEDGER}{NEW}", lines, PRIVATE)
         write_head(path / f"{HEAD}{NEW}", Head(len(entries), previous), key)
         # From here on the new ledger is valid; if the process is killed before the renaming, the next one completes

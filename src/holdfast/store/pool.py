@@ -31,6 +31,7 @@ from holdfast.store.files import (
     PART,
     POOL_MANIFEST,
     PRIVATE,
+    content_of,
     flush_folder,
     refusal_in_pool,
     usable,
@@ -368,8 +369,7 @@ class Pool:
         return content
 
     def _unsealed(self, path: Path, name: str) -> ColumnFile:
-        with usable(path, refusal_in_pool):
-            data = path.read_bytes()
+        data = content_of(path, refusal_in_pool)
         return column_files.decode(unsealed(self.seal, self.manifest, data, name, path), str(path))
 
     def _recover(self) -> None:

@@ -4,6 +4,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from holdfast.store.files import MANIFEST, append, content_of, usable
 from holdfast.store.forms import is_name
 
 CHAIN = "chain.jsonl"
+FIELDS = frozenset(("content", "digest", "previous"))
+"""fields of a record of a hash chain"""
 COLUMNS = ".safetensors"
 """Suffix of the names of column files and of files with weights."""
 
@@ -70,6 +73,11 @@ def read_chain(folder: Path, *, repair: bool) -> Chain:
     return Chain(path, read_links(path, complete_lines, _refuse_outside))
 
 
+def record_lines(lines: bytes) -> list[bytes]:
+    """Return the complete lines of the file of a chain, each without the line feed at its end."""
+    return lines.split(b"\n")[:-1]
+
+
 def line_of(link: Link) -> bytes:
     """Return a record of a hash chain as a line of its file."""
     return canonical({"previous": link.previous, "content": link.content, "digest": link.digest}) + b"\n"
@@ -82,21 +90,25 @@ def read_links(
     *,
     previous: str = GENESIS,
     first: int = 1,
+    fields: frozenset[str] = FIELDS,
     noun: str = "record",
     way_out: str = "restore it from a copy",
 ) -> list[Link]:
     """Return the records of a hash chain from the complete lines of its file, after verification.
 
-    The first record must have the number `first`, and `previous` is the digest of the record before it. `check` raises
-    a `ValueError`, `KeyError` or `TypeError` for invalid content. Raises `TargetError` with the first invalid record.
+    The first record must have the number `first`, and `previous` is the digest of the record before it. Each line must
+    be the canonical text of an object with these `fields`: digests are those of parsed contents, so that a line with a
+    repeated key would otherwise state two contents. `check` raises a `ValueError`, `KeyError` or `TypeError` for
+    invalid content. Raises `TargetError` with the first invalid record.
     """
     links = []
-    for number, line in enumerate(lines.splitlines(), first):
+    for number, line in enumerate(record_lines(lines), first):
         try:
             record = json.loads(line)
             link = Link(record["previous"], record["content"])
             check(link.content)
             is_valid = link.digest == record["digest"] and isinstance(link.content["kind"], str)
+            is_valid = is_valid and record.keys() == fields and canonical(record) == line
         except (ValueError, KeyError, TypeError, RecursionError):
             is_valid = False
         if not is_valid:
@@ -136,11 +148,21 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parsed(path: Path, data: bytes) -> dict[str, Any]:
-    """Return the JSON object that the bytes of a file contain. Raises `TargetError` for any other content."""
+    """Return the JSON object that the bytes of a file contain. Raises `TargetError` for any other content, and for an
+    object with a repeated key.
+    """
     try:
-        content = json.loads(data)
+        content = json.loads(data, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is not valid JSON: {error}; restore it from a copy") from error
     if not isinstance(content, dict):
         raise TargetError(f"{str(path)!r} contains a {type(content).__name__}; an object was expected")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {repeated[:60]!r} is repeated")
     return content

@@ -22,7 +22,6 @@ from holdfast.store.files import (
     SERVED,
     content_of,
     refusal_in_pool,
-    usable,
 )
 from holdfast.store.folder import ABOUT, SPLITS, read_manifest, read_splits
 from holdfast.store.journal import NAME as ANSWERS
@@ -62,8 +61,7 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     key = None if seal is None else LedgerKey.of(seal, manifest["id"])
     file, head_file = (_newest(path / name) for name in (LEDGER, HEAD))
     head = read_head(head_file, key)  # read before the entries, since another process may add some
-    with usable(file, refusal_in_pool):
-        data = file.read_bytes()
+    data = content_of(file, refusal_in_pool)
     links = read_entries(file, data[: data.rfind(b"\n") + 1], well_formed, key)
     digests = [link.digest for link in links]
     refuse_shortened(file, head, digests)
@@ -111,8 +109,7 @@ def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: d
             continue
         if seal is None or member.deleted:
             continue
-        with usable(file, refusal_in_pool):
-            data = file.read_bytes()
+        data = content_of(file, refusal_in_pool)
         content = unsealed(seal, manifest, data, f"{SETS}/{member.name}", file)
         if content_digest(column_files.decode(content, str(file)).columns) != member.digest:
             raise TargetError(

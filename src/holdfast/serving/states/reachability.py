@@ -45,6 +45,8 @@ class Reachability:
             self.health = replace(self.health, reachable=True)
 
     def emptied(self) -> None:
-        """Record that the content of the state was removed by others, so that earlier queries are forgotten."""
-        _log.error("The %s is empty; earlier queries and used budgets are forgotten", self._name)
+        """Record that the content of the state was removed or replaced, so that earlier queries are forgotten."""
+        _log.error(
+            "The %s was emptied or replaced; earlier queries and used budgets are forgotten", self._name
+        )
         self.health = replace(self.health, emptied=self.health.emptied + 1)

@@ -8,7 +8,7 @@ import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from time import monotonic, sleep
@@ -31,8 +31,10 @@ from holdfast.serving.states.checkpoints import AT_LAST, Checkpoints
 from holdfast.serving.states.packing import sketch_bytes, sketches_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
+from holdfast.store.locking import has_foreign_journal
 
 _FORMAT = 1
+_RETRY_S = 0.5  # between two attempts to use a file that was lost
 Counts = tuple[int, int, int]
 """numbers of clusters, answers and accounts"""
 
@@ -72,7 +74,8 @@ class SQLiteState:
     ) -> None:
         self.path, self.limits, self.fail = path, limits or StateLimits(), fail
         self._wait_s, self._lock, self._clock = wait_s, Lock(), SteadyClock()
-        self._reach, self._gained = Reachability(f"state in {path}", fail, retry_s=0.5), 0
+        self._files = tuple(f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
+        self._reach, self._gained = Reachability(f"state in {path}", fail, _RETRY_S), 0
         self._checkpoints, self._logged = Checkpoints(path, self._lock, wait_s), 0
         try:
             self._db = self._opened()
@@ -140,7 +143,13 @@ class SQLiteState:
 
     def _connected(self) -> sqlite3.Connection:
         # readable by this user only, before SQLite creates it and the files beside it with the same mode
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        handle = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o600)
+        try:
+            identity = _identity(os.fstat(handle))
+        finally:
+            os.close(handle)
+        if has_foreign_journal(self.path):
+            raise TargetError(f"the journal beside the state {self.path} is not one of this state; remove it")
         self._pid = os.getpid()
         db = sqlite3.connect(
             self.path,
@@ -162,6 +171,9 @@ class SQLiteState:
                 )
             if version == 0:
                 db.executescript(_SCHEMA)
+            # of the file that was opened first: if another one is there by now, it differs
+            self._identities = (identity, *map(_identity, self._statuses()[1:]))
+            self._size = 0
         except BaseException:
             db.close()
             raise
@@ -175,6 +187,7 @@ class SQLiteState:
                 if self._pid != os.getpid():  # a connection must not be used after a fork
                     self._db = self._opened()
                     self._checkpoints = Checkpoints(self.path, self._lock, self._wait_s)
+                self._refuse_replaced()
                 with _transaction(self._db) as db:
                     work(db)
             except (sqlite3.Error, OSError, TargetError) as error:
@@ -187,14 +200,30 @@ class SQLiteState:
                 self._logged = 0
             return True
 
+    def _statuses(self) -> list[os.stat_result]:
+        return [os.stat(file) for file in self._files]  # noqa: PTH116 - takes half the time
+
+    def _refuse_replaced(self) -> None:
+        """Raise `OSError` if the files at the path are not those of the connection, or were shortened. SQLite itself
+        would continue to use files that were removed, of which other processes and the next server know nothing.
+        """
+        try:
+            statuses = self._statuses()
+            size = statuses[0].st_size
+            replaced = tuple(map(_identity, statuses)) != self._identities or size < self._size
+        except FileNotFoundError:
+            size, replaced = 0, True
+        if replaced:
+            if self._reach.health.reachable:
+                self._reach.emptied()
+            raise OSError("the file, or the log beside it, was removed or replaced")
+        self._size = size
+
     def _reopen(self) -> None:
         """Open the file again, because a connection to a file that was removed or damaged stays unusable."""
-        try:
-            db = self._opened()
-        except (sqlite3.Error, OSError, TargetError):
-            return  # the next attempt reports it
-        self._db.close()
-        self._db = db
+        self._db.close()  # first, because the last connection to a file removes the files beside it
+        with suppress(sqlite3.Error, OSError, TargetError):  # the next attempt reports it
+            self._db = self._opened()
 
     def _begun(self, db: sqlite3.Connection, now: float) -> tuple[float, Counts]:
         """Time of the state, and the numbers of clusters, answers and accounts."""
@@ -292,6 +321,10 @@ class SQLiteState:
             db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", pairs)
             db.execute("DELETE FROM clusters WHERE key = ?", (key,))
         return len(old)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
