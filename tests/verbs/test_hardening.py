@@ -36,7 +36,7 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.sources.memory import as_data
-from holdfast.store.verify import verify
+from holdfast.stored import verify
 from holdfast.verbs import candidates
 from holdfast.verbs import harden as hardening
 from holdfast.verbs.candidates import Candidate, Evaluation, attempts
