@@ -182,7 +182,7 @@ def test_a_rate_allows_ten_seconds_at_once_and_no_larger_request(text, burst, tm
         in taken(burst, "dave", budget=burst - 1).reason
     )
     added = CliRunner().invoke(keys, ["add", "alice", "--rate", text, "--file", str(tmp_path / "keys.json")])
-    assert f"bursts of {burst:,} inputs" in added.stderr and len(added.stdout.split()) == 1
+    assert f"allows {burst:,} input" in added.stderr and len(added.stdout.split()) == 1
 
 
 def test_lost_limits_refuse(tmp_path):

@@ -77,7 +77,8 @@ def add(
     click.echo(key)
     if number is not None:
         n = burst_of(number)
-        voice.say(f"the rate allows bursts of {n:,} inputs after a pause, and at most {n:,} in one request")
+        inputs = f"{n:,} input{'s' * (n > 1)}"
+        voice.say(f"the rate allows {inputs} at once after a pause, which is also the limit of one request")
 
 
 @keys.command("list", short_help="list the keys")

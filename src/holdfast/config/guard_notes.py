@@ -94,9 +94,9 @@ class Coverage:
         if not self.short:
             return text
         return (
-            f"{text}, less than eps {self.stated:.3g} of the settings: attacks with larger changes may not be seen; "
-            f"radius: {self.radius * self.stated / self.eps:.3g} covers them, and holdfast calibrate measures its "
-            "false positives"
+            f"{text}, less than eps {self.stated:.3g} of the settings, so attacks with larger changes may not be seen; "
+            f"give `radius: {self.radius * self.stated / self.eps:.3g}` to cover them, and run holdfast calibrate again "
+            "to measure its false positives"
         )
 
 
