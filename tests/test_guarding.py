@@ -133,7 +133,7 @@ def test_the_radius_is_fitted_on_the_traffic_of_an_application(settings, caplog)
     assert note.basis is Basis.FITTED and note.warns
     assert f"covers changes up to eps {radius / 4:.2g}, less than" in str(note) and str(note) in caplog.text
     wide = settings.get("eps", 8 / 255) * 4  # 2 eps sqrt(4): the remedy of the note
-    assert f"radius: {wide:.3g} covers" in str(note)
+    assert f"`radius: {wide:.3g}` to cover them" in str(note)
     (given, covers) = holdfast.Guard.from_settings(tabular({"queries": {"radius": wide}})).notes
     assert given.basis is Basis.GIVEN and "less than" not in str(covers)
 
