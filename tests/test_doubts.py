@@ -276,6 +276,8 @@ ROUNDING = torch.tensor([[1.0, 1.0 + 1e-7, -1.0], [1.0 + 1e-7, 1.0, -1.0]])
     [
         (ONE_HOT, (0, 1), "clear"),
         (SYMMETRIC, (0, 1), "clear"),
+        (ONE_HOT, (1, 0), "clear"),
+        (SYMMETRIC, (1, 0), "clear"),
         (ONE_HOT[[0, 0]], (0, 1), "raised"),
         (SYMMETRIC[[1, 1]], (0, 1), "raised"),
         (ROUNDING, (2, 1), "raised"),

@@ -90,7 +90,9 @@ class Guard:
         if model is not None:
             known = served_digest(open_subject(_sources(settings, model, None)))
         calibration = stored_calibration(settings, Path(path), known)
-        return _told(cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration))
+        return cls(
+            settings, ready_guard(settings, Path(path), calibration), Path(path), calibration
+        )._logged()
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Guard":
@@ -100,7 +102,7 @@ class Guard:
         Rules without a threshold only report until `calibrate` was called, as with `from_yaml`.
         """
         checked = check_guard_settings(settings, "Guard.from_settings()")
-        return _told(cls(checked, ready_guard(checked, None, None)))
+        return cls(checked, ready_guard(checked, None, None))._logged()
 
     def before(self, x: Tensor, *, principal: str = "") -> Decision:
         """Return the decision about the inputs (n, *shape) of a request before the model is called; see
@@ -178,7 +180,7 @@ class Guard:
         which is then not used for thresholds. Raises `UsageError` for fewer than 1 / `false_positives` - 1 inputs.
         """
         sources = _sources(self.settings, model, data, seed)
-        return self._with(_calibrate(self.settings, sources, self._rate(false_positives), fit))
+        return self._with(_calibrate(self.settings, self.path, sources, self._rate(false_positives), fit))
 
     def calibrate_on(
         self,
@@ -200,7 +202,7 @@ class Guard:
         rate, pairs, fitting = self._rate(false_positives), stream, None
         if fits_radius(self.settings):
             pairs, fitting = _divided_pairs(self.settings, list(stream))
-        fresh, radius = guard_to_calibrate(self.settings, fitting, rate)
+        fresh, radius = guard_to_calibrate(self.settings, self.path, fitting, rate)
 
         def observed() -> Iterator[tuple[Tensor, Observation]]:
             for x, outputs in pairs:
@@ -223,14 +225,13 @@ class Guard:
         if self.path is not None:
             write_calibration(calibration, calibration_path(self.settings, self.path))
         pipeline = ready_guard(self.settings, self.path, calibration)
-        return _told(replace(self, pipeline=pipeline, calibration=calibration))
+        return replace(self, pipeline=pipeline, calibration=calibration)._logged()
 
-
-def _told(guard: Guard) -> Guard:
-    """Write the notes about a guard to the log, and return the guard."""
-    for note in guard.notes:
-        _log.log(logging.WARNING if note.warns else logging.INFO, "%s", note)
-    return guard
+    def _logged(self) -> "Guard":
+        """Write the notes about the guard to the log, and return the guard."""
+        for note in self.notes:
+            _log.log(logging.WARNING if note.warns else logging.INFO, "%s", note)
+        return self
 
 
 def _digest_of_name(name: str) -> str:
@@ -255,17 +256,22 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
         if settings.options.false_positives is None
         else settings.options.false_positives
     )
-    calibration, place = _calibrate(guard, sources, rate, settings.options.fit), calibration_path(guard, path)
+    calibration, place = (
+        _calibrate(guard, path, sources, rate, settings.options.fit),
+        calibration_path(guard, path),
+    )
     write_calibration(calibration, place)
     return calibration, place, coverage(guard, calibration)
 
 
-def _calibrate(settings: GuardSettings, sources: Sources, rate: float, fit: DataLike | None) -> Calibration:
+def _calibrate(
+    settings: GuardSettings, path: Path | None, sources: Sources, rate: float, fit: DataLike | None
+) -> Calibration:
     """Open the model and the data, and calibrate the guard."""
     subject = open_subject(sources)
     examples = open_examples(sources, subject.model)
     others = None if fit is None else open_examples(replace(sources, data=sources.beside(fit)), subject.model)
-    return _calibration(settings, subject, examples, others, rate, sources.seed)
+    return _calibration(settings, path, subject, examples, others, rate, sources.seed)
 
 
 def _sources(settings: GuardSettings, model: ModelLike, data: DataLike, seed: int = 0) -> Sources:
@@ -273,7 +279,13 @@ def _sources(settings: GuardSettings, model: ModelLike, data: DataLike, seed: in
 
 
 def _calibration(
-    settings: GuardSettings, subject: Subject, examples: Data, fit: Data | None, rate: float, seed: int
+    settings: GuardSettings,
+    path: Path | None,
+    subject: Subject,
+    examples: Data,
+    fit: Data | None,
+    rate: float,
+    seed: int,
 ) -> Calibration:
     """The calibration of a guard for a model on benign examples. Detectors are fitted on `fit`, or on some of them."""
     if subject.model.rejects:
@@ -283,7 +295,7 @@ def _calibration(
     if fit is None:
         examples, fit = _divided(settings, examples, seed)
     fitting = None if fit is None else fit.read(0, len(fit))
-    fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x, rate)
+    fresh, radius = guard_to_calibrate(settings, path, None if fitting is None else fitting.x, rate)
     fitted_on = 0 if fitting is None else len(fitting.x)
     refuse_too_few(len(examples), rate, len(fresh.calibrated), fitted_on)  # before the model is run
     cpu = torch.device("cpu")

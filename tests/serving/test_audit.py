@@ -12,7 +12,16 @@ from holdfast.cli.app import run
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving import audit_folder
-from holdfast.serving.audit_chain import AuditKey, ChainFile, end_chain, end_record, lines, start_record
+from holdfast.serving.audit_chain import (
+    SERVER,
+    SUFFIX,
+    AuditKey,
+    ChainFile,
+    end_chain,
+    end_record,
+    lines,
+    start_record,
+)
 from holdfast.serving.audit_folder import AuditFolder, verify_audit
 from holdfast.store.records import line_of
 
@@ -339,6 +348,25 @@ def test_an_expected_head_must_be_in_a_server_chain(tmp_path):
     for head in ("x", early[:-1], early.upper(), f"{early} "):
         with pytest.raises(UsageError, match="64 hex digits were expected"):
             verify_audit(path, expect_head=head)
+
+
+def test_records_that_are_added_to_a_server_chain_replace_no_earlier_ones(tmp_path):
+    path = tmp_path / "audit"
+    folder(path).close()
+    (server,), (worker,) = path.glob(f"*{SERVER}{SUFFIX}"), path.glob("*.worker-1.jsonl")
+    expected, records = verify_audit(path).head, server.read_bytes()
+    begin = json.loads(records.splitlines()[0])["content"]
+    shorter, head = lines(GENESIS, [{"kind": "x"}])
+    ended = {"kind": "closed", "chain": worker.name, "records": 1, "head": head}
+    for added in (
+        [{**begin, "earlier": []}],
+        [{"kind": "heads", "chains": [[worker.name, 1, head]]}, ended],
+        [{"kind": "worker", "chain": worker.name}, ended],
+    ):
+        server.write_bytes(records + lines(expected, added)[0])
+        worker.write_bytes(shorter)
+        with pytest.raises(TargetError, match="where there can be none"):
+            verify_audit(path, expect_head=expected)
 
 
 def test_the_command_line_compares_the_head(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """API keys: only hashes are stored, and wrong, expired, revoked and foreign keys are refused."""
 
 import json
+import math
 import os
 import re
 import stat
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from holdfast.cli.keys import keys
 from holdfast.config.grammar import per_second
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.serving.keys import KeyFile, add_key, read_keys, revoke_key
+from holdfast.serving.keys import KeyFile, add_key, burst_of, read_keys, revoke_key
 from holdfast.serving.quotas import Quotas, Spending
 from holdfast.serving.refusals import Refused
 from holdfast.serving.states.memory import MemoryState
@@ -183,6 +184,19 @@ def test_a_rate_allows_ten_seconds_at_once_and_no_larger_request(text, burst, tm
     )
     added = CliRunner().invoke(keys, ["add", "alice", "--rate", text, "--file", str(tmp_path / "keys.json")])
     assert f"allows {burst:,} input" in added.stderr and len(added.stdout.split()) == 1
+
+
+@pytest.mark.parametrize(
+    "limits", [{"rate": 1e308}, {"rate": 1e-300}, {"rate": math.nan}, {"budget": 10**30}, {"budget": 0}]
+)
+def test_a_limit_that_could_not_be_read_again_is_not_written(limits, tmp_path):
+    path = tmp_path / "keys.json"
+    add_key(path, "alice", ["infer"], rate=1e9, budget=2**53)
+    add_key(path, "bob", ["infer"], rate=1e-12)
+    with pytest.raises(UsageError, match="expected 1"):
+        add_key(path, "carol", ["infer"], **limits)
+    assert [key.name for key in read_keys(path)] == ["alice", "bob"]
+    assert burst_of(1e9) == 10**10
 
 
 def test_lost_limits_refuse(tmp_path):

@@ -373,7 +373,10 @@ def test_a_header_that_cannot_be_sent_is_refused(monkeypatch, value):
     [[], 7, {"inputs": 5}, {"inputs": "x"}, {"inputs": [[]]}, {"inputs": [{"name": "x", "datatype": "FP32"}]},
      {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 1e999]}]},
      {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 10**12]}]},
-     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [10**12, 2]}]}],
+     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [10**12, 2]}]},
+     {"inputs": [{"name": "x", "datatype": "FP32", "shape": "12"}]},
+     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1.5, 2]}]},
+     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1] * 65}]}],
 )  # fmt: skip
 def test_metadata_of_another_form_are_refused_as_such(metadata):
     body = json.dumps(metadata).encode()

@@ -44,8 +44,8 @@ def keys() -> None:
 @click.option(
     "--rate",
     metavar="N/T",
-    help="Largest number of inputs in a time, as in 100/min; at once, and in a request, those of ten seconds, and at "
-    "least one (default: no limit).",
+    help="Largest number of inputs in a time, as in 100/min (default: no limit). A burst or a request may have those "
+    "of ten seconds, and at least one.",
 )
 @click.option(
     "--budget", type=int, metavar="N", help="Largest number of inputs in total (default: no limit)."

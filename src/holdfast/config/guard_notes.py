@@ -10,7 +10,7 @@ from holdfast.config.guard_settings import GuardSettings, read_guard_settings
 from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
 from holdfast.detectors.queries import covered_eps
-from holdfast.serving.calibration import Calibration
+from holdfast.serving.calibration import Calibration, rounded_up
 from holdfast.serving.decisions import Mode
 from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, Basis
 
@@ -93,10 +93,11 @@ class Coverage:
         text = f"queries: the radius {self.radius:.3g} covers changes up to eps {self.eps:.2g}"
         if not self.short:
             return text
+        larger = rounded_up(self.radius * self.stated / self.eps, 3)
         return (
             f"{text}, less than eps {self.stated:.3g} of the settings, so attacks with larger changes may not be seen; "
-            f"give `radius: {self.radius * self.stated / self.eps:.3g}` to cover them, and run holdfast calibrate again "
-            "to measure its false positives"
+            f"`radius: {larger:g}` covers them and may fire on more benign inputs, which holdfast calibrate measures; "
+            "it refuses a radius that fires more often than the stated rate"
         )
 
 

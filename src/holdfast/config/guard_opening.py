@@ -173,16 +173,19 @@ def input_storage(settings: GuardSettings, path: Path | None) -> StoredInputs | 
 
 
 def guard_to_calibrate(
-    settings: GuardSettings, x: Tensor | None, rate: float
+    settings: GuardSettings, path: Path | None, x: Tensor | None, rate: float
 ) -> tuple[GuardPipeline, float | None]:
     """Return the guard before calibration, with a query detector with an empty state, and the radius of that detector
     that was fitted on inputs `x` (n, *shape) to a rate of false positives; None for a radius that is given or for no
     such detector.
+
+    `path` is the file of the settings. The detector has the key of the guard, because how often it fires depends on the
+    key; without a file, the key is random.
     """
     rule = settings.rules.queries
     if rule is None:
         return guard_pipeline(settings), None
-    key, radius = derived_key(guard_key(None), QUERIES), None
+    key, radius = derived_key(guard_key(path), QUERIES), None
     if fits_radius(settings):
         assert x is not None, "inputs are divided if a radius is to be fitted"
         inputs, limits = scaled(x, schema_of(settings)), _query_settings(rule, None)

@@ -386,8 +386,9 @@ def _constant(case: _Case) -> Doubt:
         spread = max(spread, float(values.max() - values.min()))
     if len(torch.unique(columns["prediction"])) > 1:
         # where another class is predicted, the scores of the two classes differ at least by the margin of a right
-        # example; scores may be one-hot or symmetric, with equal margins for all labels
-        spread = max(spread, float(margins.max() / size))
+        # example, or by the lead of a class with a probability above 1/2; scores may be one-hot or symmetric, with
+        # equal margins for all labels
+        spread = max(spread, float(margins.max() / size), float(2 * columns["confidence"].double().max() - 1))
     elif len(groups) == 1 and columns["correct"].all() and not spread > at.CONSTANT:
         text = "all examples have the same label and are classified correctly, so that their outputs may be equal"
         return Doubt("constant", "not applicable", message=text)

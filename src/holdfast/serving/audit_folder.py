@@ -192,9 +192,10 @@ class _ServerState:
     file: Path
     begin: Mapping[str, Any] | None = None
     workers: list[str] = field(default_factory=list)
-    closed: dict[str, tuple[int, str]] = field(default_factory=dict)
-    heads: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """last recorded length and head of each chain while its worker ran"""
+    closed: set[str] = field(default_factory=set)
+    heads: list[tuple[str, int, str]] = field(default_factory=list)
+    """name, length and head of a chain of a worker in each record that states them; all of them must hold, because
+    anyone who can write to the folder can add records"""
     ended: bool = False
 
     @property
@@ -202,22 +203,32 @@ class _ServerState:
         return [name for name in self.workers if name not in self.closed]
 
     def take(self, content: Mapping[str, Any]) -> None:
-        """Follow a record of the server chain. Raises `TargetError` if it names a chain of another server."""
-        named: list[str] = []
-        match content["kind"]:
+        """Follow a record of the server chain. Raises `TargetError` if it names a chain of another server, or if it
+        cannot come after the records before it.
+        """
+        kind, named = content["kind"], list[str]()
+        possible = not self.ended and (kind == "begin") == (self.begin is None)
+        match kind:
             case "begin":
                 self.begin = content
             case "worker":
                 named = [content["chain"]]
+                possible = possible and named[0] not in self.workers
                 self.workers += named
             case "heads":
-                self.heads.update({name: (n, head) for name, n, head in content["chains"]})
+                self.heads += [(name, n, head) for name, n, head in content["chains"]]
                 named = [name for name, *_ in content["chains"]]
             case "closed":
                 named = [content["chain"]]
-                self.closed[content["chain"]] = content["records"], content["head"]
+                possible = possible and named[0] in self.open_workers
+                self.closed.update(named)
+                self.heads.append((named[0], content["records"], content["head"]))
             case "end" | "killed":
                 self.ended = True
+        if not possible:
+            raise TargetError(
+                f"{str(self.file)!r} has a record of the kind {kind} where there can be none; restore it from a copy"
+            )
         for name in named:
             if run_of(name) != run_of(self.file.name):
                 raise TargetError(
@@ -297,8 +308,8 @@ def _refuse_missing(
     if state.begin is None:
         raise TargetError(f"{str(file)!r} does not begin with the record of a server; restore it from a copy")
     listed.update(state.workers)
-    expected = [(name, *state.closed.get(name, (0, GENESIS))) for name in state.workers]
-    expected += [(name, *head) for name, head in state.heads.items()]
+    # of a chain that was never closed, the file must exist
+    expected = [(name, 0, GENESIS) for name in state.open_workers] + state.heads
     expected += [(str(name), int(records), str(head)) for name, records, head in state.begin["earlier"]]
     for name, records, head in expected:
         digests = heads.get(name, [])

@@ -275,10 +275,21 @@ def _no_threshold(false_positives: float, rules: int, counted: str) -> str:
     )
 
 
+def rounded_up(value: float, digits: int) -> float:
+    """Return the smallest number with some significant digits that is at least a positive value.
+
+    >>> rounded_up(0.44721, 3)
+    0.448
+    """
+    places = digits - 1 - math.floor(math.log10(value))
+    factor = 10.0**places
+    return math.ceil(round(value * factor, 9)) / factor
+
+
 def _fires_too_often(
     pipeline: GuardPipeline, given: Mapping[str, Tensor], already: Tensor, false_positives: float, free: int
 ) -> str:
-    """The message about rules with given thresholds that alone exceed a rate, with what corrects it."""
+    """The message about rules with a given threshold or radius that alone exceed a rate, with what corrects it."""
     counts = {name: int(fires.sum()) for name, fires in given.items()}
     fired, n = int(already.sum()), len(already)
     each = ", ".join(f"{name} on {count:,}" for name, count in counts.items())
@@ -294,13 +305,12 @@ def _fires_too_often(
     if fired < false_positives * n:
         ways.append("give more inputs")
     least = (fired + free + 1) / (n + 1)
-    digits = 1 - math.floor(math.log10(least))
-    least = math.ceil(least * 10**digits) / 10**digits  # two digits, rounded up
+    least = rounded_up(least, 2)
     if least < 1 and not refits:  # the radius is fitted to the rate
         ways.append(f"give a rate of {least:g} or more")
     return (
-        f"rules with given thresholds fire on {fired:,} of {n:,} calibration inputs ({each}), so that a false-positive "
-        f"rate of {100 * false_positives:g} % cannot be shown; {'; or '.join(ways)}"
+        f"rules that a calibration does not change fire on {fired:,} of {n:,} calibration inputs ({each}), so that a "
+        f"false-positive rate of {100 * false_positives:g} % cannot be shown; {'; or '.join(ways)}"
     )
 
 

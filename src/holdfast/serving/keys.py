@@ -36,15 +36,18 @@ _CHECK_S = 1.0
 _BURST_S = 10.0
 """number of seconds of a rate that may be used at once"""
 _ROUNDED = 1e-9  # so that ten seconds of 0.3/s count as 3
-_LEAST_RATE = 1e-9
-"""smallest number of inputs per second, one in 30 years"""
+_RATES = 1e-12, 1e9
+"""smallest and largest number of inputs per second"""
+_MOST_INPUTS = 2**53
+"""largest budget"""
 _log = logging.getLogger("holdfast.serving")
 _CHALLENGE = (("www-authenticate", "Bearer"),)
 
 
 def _rate(value: Any, where: str) -> None:
     forms.real(value, where)
-    forms.require(not isinstance(value, str) and value >= _LEAST_RATE, value, where, f"{_LEAST_RATE} or more")
+    low, high = _RATES
+    forms.require(not isinstance(value, str) and low <= value <= high, value, where, f"{low} to {high}")
 
 
 def _name(value: Any, where: str) -> None:
@@ -139,12 +142,17 @@ def add_key(
 ) -> str:
     """Add a key to the file, which is created if it does not exist, and return the key. It cannot be read again.
 
-    `expires` is a time in ISO 8601. Raises `UsageError` if another key that is not revoked has the name.
+    `expires` is a time in ISO 8601. Raises `UsageError` if another key that is not revoked has the name, or if a limit
+    is outside of its range.
     """
     if not _is_name(name):
         raise UsageError(
             f"the name of a key is {name!r}; expected 1 to 100 printable characters, as in alice"
         )
+    if rate is not None and not _RATES[0] <= rate <= _RATES[1]:
+        raise UsageError(f"the rate is {rate:g} inputs per second; expected {_RATES[0]} to {_RATES[1]}")
+    if budget is not None and not 1 <= budget <= _MOST_INPUTS:
+        raise UsageError(f"the budget is {budget}; expected 1 to {_MOST_INPUTS} inputs")
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         raise UsageError(f"the scopes are {list(scopes)}; expected one or more of {', '.join(SCOPES)}")

@@ -27,7 +27,9 @@ _NUMBER_BYTES, _REST_BYTES = 64, 1 << 16
 _OTHER_BYTES = 1 << 20
 """largest number of bytes for each input in the outputs that are not returned"""
 _MOST_VALUES = 1 << 24
-"""largest number of values of the first request, whose size the metadata of the server state"""
+"""largest number of values in the first request; its size comes from the metadata of the server"""
+_MOST_SIZES = 64
+"""largest number of dimensions of a tensor"""
 _FLOATS = ("FP32", "FP64")
 _UNNAMED = "input-0"
 """name of an input that the metadata do not describe"""
@@ -228,8 +230,8 @@ def _described(
     try:
         entry = inputs[0] if inputs else {"name": _UNNAMED, "datatype": "FP32", "shape": []}
         label, datatype = str(entry["name"]), str(entry["datatype"])
-        sizes = [int(size) for size in entry["shape"]]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        sizes = _sizes(entry["shape"])
+    except (KeyError, TypeError, ValueError) as error:
         raise unusable("describes the input of the model in an unknown form") from error
     if datatype not in TYPES:
         raise UsageError(f"the input of {where} is {datatype}; the proxy passes on {', '.join(TYPES)}")
@@ -253,6 +255,18 @@ def _described(
             f"{_MOST_VALUES:,} values in a request were expected"
         )
     return UpstreamModel(address, f"/v2/models/{name}/infer", signature, batch, _takes_bytes(connection))
+
+
+def _sizes(shape: Any) -> list[int]:
+    """Return the sizes of a shape in metadata. Raises `ValueError` for another form, and for more sizes than a tensor
+    can have.
+    """
+    # servers that convert messages of gRPC write integers of 64 bits as strings
+    if not isinstance(shape, list) or any(type(size) not in (int, str) for size in shape):
+        raise ValueError("no list of integers")
+    if len(shape) > _MOST_SIZES:
+        raise ValueError("too many sizes")
+    return [int(size) for size in shape]
 
 
 def _version(name: str, metadata: Mapping[str, Any]) -> str:
