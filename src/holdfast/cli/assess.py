@@ -156,7 +156,10 @@ def _refuse_bare_resume(run: Path) -> None:
 
     command = command_to_resume(run)
     if command:
-        raise UsageError(f"MODEL is missing; {way_out(command, run)}")
+        raise UsageError(
+            "MODEL is missing; give the command of the run, with your values for words in capital letters and the "
+            f"options that the run does not state; {way_out(command, run)}"
+        )
 
 
 def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ _ADDRESS = re.compile(r"[\w./@][\w./:@+=-]*")
 _SUITE = re.compile(r"([\w-]+)@\d+")
 """Name and version of a whole suite, without `--only` and `--skip`."""
 _SWITCHES = {"full": "--full", "keep_adversarial": "--save-adversarial"}
+_OPTIONS_OF_KINDS = {"curve": "--curve", "quick-proof": "--certify"}
+"""options of `assess` that add a stage, by the kind of the stage"""
 _NORMS = ("Linf", "L2", "L1")
 """Norms of which eps is the only parameter."""
 
@@ -68,8 +70,11 @@ def _attacks(manifest: Mapping[str, Any]) -> list[str]:
         ("--across", manifest.get("other_data", ())),
     ):
         words += [word for card in cards for word in (option, _address(card, option[2:].upper()))]
-    if any(step.get("adaptive") is True for step in config.get("stages", ())):
+    steps = config.get("stages", ())
+    if any(step.get("adaptive") is True for step in steps):
         words.append("--adaptive")
+    kinds = {step.get("kind") for step in steps}
+    words += [option for kind, option in _OPTIONS_OF_KINDS.items() if kind in kinds]
     return [*words, "--no-doubts"] if config.get("doubts") == "none" else words
 
 
