@@ -36,7 +36,7 @@ def measured() -> Outcome:
 
 
 def _estimators() -> Iterator[tuple[str, str, Any, np.ndarray, np.ndarray]]:
-    """Estimators with one-hot, symmetric and continuous scores, and one that returns labels only, on their own rows."""
+    """Estimators with one-hot, symmetric and continuous scores, on the rows that they were fitted on."""
     try:
         from sklearn import datasets, ensemble, linear_model, naive_bayes, neighbors, preprocessing, svm, tree
     except ImportError as why:
