@@ -393,6 +393,7 @@ def two_routes(c, pattern):
         (lambda c: two_routes(c, "/m/{n:int}/predict"), "/m/b/predict", 200),
         (lambda c: starlette([route(c), routing.Mount("/n", app=opaque(c))], ONE), "/n/predict", 200),
         (lambda c: guarded(opaque(c, every=True), ["/m/{name}/predict"]), "/mb/predict", 200),
+        (lambda c: guarded(opaque(c), ONE), "/a" * 3000, 422),
     ],
 )
 def test_the_path_and_the_function_decide_together(create, path, expected):

@@ -36,6 +36,8 @@ _DEPTH = 64
 """largest number of middlewares inside of one another"""
 _ENCODINGS = 4
 """largest number of encodings of a path that are undone"""
+_LONGEST = 4096
+"""characters of a path beyond which it is not compared in all its forms, which would take long"""
 
 
 @dataclass(eq=False)
@@ -94,9 +96,9 @@ class Endpoints:
                     for call in self.calls
                     if isinstance(call, _Mounted) and call.app == endpoint.app
                 ]
-        return bool(patterns) and any(
-            pattern.match(form) for place in places for form in _forms(place) for pattern in patterns
-        )
+        if not patterns or len(scope["path"]) > _LONGEST:
+            return bool(patterns)
+        return any(pattern.match(form) for place in places for form in _forms(place) for pattern in patterns)
 
     def were_reached(self, scope: Scope) -> bool:
         """Return whether the router has chosen a guarded route for a request, whose scope it changes then."""
@@ -212,8 +214,9 @@ def _forms(path: str) -> set[str]:
     Some of them undo encodings, and ignore the rest after a character, parameters of segments, or relative segments.
     """
     forms = set[str]()
-    for _ in range(_ENCODINGS):
-        for text, parameters, relative in product({path, _END.split(path)[0]}, (True, False), (True, False)):
+    for _ in range(_ENCODINGS + 1):
+        texts = {path, _END.split(path)[0], path.partition(";")[0]}
+        for text, parameters, relative in product(texts, (True, False), (True, False)):
             kept: list[str] = []
             for segment in _segments(text if parameters else re.sub(";[^/\\\\]*", "", text)):
                 if relative or segment not in (".", ".."):
