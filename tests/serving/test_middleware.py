@@ -138,18 +138,31 @@ async def elsewhere(request):
 def starlette(routes, paths, *, between=(), outside=False, **settings):
     """A Starlette application with the guard, and with middlewares between the guard and the routes."""
     app = starlette_app(routes=routes, **settings)
-    parts = {
-        "guard": guard(),
-        "paths": paths,
-        "inputs": lambda body: torch.tensor(json.loads(body)["x"]),
-        "outputs": lambda body: torch.tensor(json.loads(body)["logits"]),
-    }
     for middleware in between:
         app.add_middleware(middleware)
     if outside:
-        return GuardMiddleware(app, **parts)
-    app.add_middleware(GuardMiddleware, **parts)
+        return guarded(app, paths)
+    app.add_middleware(guarded, paths=paths)
     return app
+
+
+def guarded(app, paths):
+    return GuardMiddleware(
+        app,
+        guard(),
+        lambda body: torch.tensor(json.loads(body)["x"]),
+        lambda body: torch.tensor(json.loads(body)["logits"]),
+        paths=paths,
+    )
+
+
+def hidden(app):
+    """An ASGI application whose routes cannot be found."""
+
+    async def called(scope, receive, send):
+        await app(scope, receive, send)
+
+    return called
 
 
 def status(app, method, path, content, root_path=""):
@@ -210,13 +223,7 @@ def fastapi_app(calls, *, prefix="", **settings):
 
     app.include_router(router, prefix=prefix)
     app.mount("/mounted", starlette_app(routes=[routing.Route("/predict", model(calls), methods=["POST"])]))
-    app.add_middleware(
-        GuardMiddleware,
-        guard=guard(),
-        paths=[f"{prefix}/predict", "/mounted/predict"],
-        inputs=lambda body: torch.tensor(json.loads(body)["x"]),
-        outputs=lambda body: torch.tensor(json.loads(body)["logits"]),
-    )
+    app.add_middleware(guarded, paths=[f"{prefix}/predict", "/mounted/predict"])
     return app
 
 
@@ -230,14 +237,6 @@ ONE = ["/predict"]
 
 def mounted(c, path="/sub"):
     return routing.Mount(path, routes=[route(c), OTHER])
-
-
-def alone(c):
-    read = (
-        lambda body: torch.tensor(json.loads(body)["x"]),
-        lambda body: torch.tensor(json.loads(body)["logits"]),
-    )
-    return GuardMiddleware(opaque(c), guard(), *read, paths=ONE)
 
 
 APPLICATIONS = {
@@ -291,7 +290,7 @@ APPLICATIONS = {
         "/predict",
         "/other",
     ),
-    "no router": (alone, "/predict", "/other"),
+    "no router": (lambda c: guarded(opaque(c), ONE), "/predict", "/other"),
     "fastapi": (fastapi_app, "/predict", "/other"),
     "fastapi, another path of the function": (fastapi_app, "/v1/a/predict", "/other"),
     "fastapi with a prefix": (lambda c: fastapi_app(c, prefix="/p"), "/p/predict", "/p/other"),
@@ -314,6 +313,93 @@ def test_no_path_reaches_a_guarded_route_without_the_guard(name):
         for method, root_path in (("POST", ""), ("POST", "/api"), ("GET", "")):
             status(app, method, changed, {"x": BAD}, root_path)
             assert len(calls) == 1, (method, changed, root_path)
+
+
+NAMES = (
+    "b",
+    "%0A",
+    "%2E%2E",
+    "%2E",
+    ";x",
+    "b%3Fc",
+    "b%23c",
+    "%20",
+    "%00",
+    "b%252Fc",
+    "b%5Cc",
+    "%E2%80%8B",
+    "%253F",
+)
+VALUES = {
+    "unknown router": (
+        lambda c: guarded(hidden(starlette_app(routes=[route(c, "/m/{v}/predict")])), ["/m/{v}/predict"]),
+        "/m/{}/predict",
+    ),
+    "unknown router, part of a segment": (
+        lambda c: guarded(hidden(starlette_app(routes=[route(c, "/m/{v}:predict")])), ["/m/{v}:predict"]),
+        "/m/{}:predict",
+    ),
+    "unknown router that merges slashes": (
+        lambda c: guarded(opaque(c, every=True), ["/m/{v}/predict"]),
+        "//m//{}//predict",
+    ),
+    "mounted application": (
+        lambda c: starlette([routing.Mount("/sub", app=opaque(c, every=True))], ["/sub/m/{v}/predict"]),
+        "/sub/m/{}/predict",
+    ),
+    "mounted application, typed parameters": (
+        lambda c: starlette([routing.Mount("/{n:int}", app=opaque(c, every=True))], ["/{n:int}/m/{k:int}"]),
+        "/7/m/{}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_no_value_of_a_parameter_evades_the_guard(name):
+    create, path = VALUES[name]
+    calls = []
+    app = create(calls)
+    assert status(app, "POST", path.format("b"), {"x": GOOD}) == 200 and len(calls) == 1
+    for value in NAMES:
+        status(app, "POST", path.format(value), {"x": BAD})
+        assert len(calls) == 1, value
+
+
+def with_root_path(calls):
+    with warnings.catch_warnings(action="ignore"):
+        app = fastapi.FastAPI(root_path="/api")
+    app.router.routes.append(route(calls))
+    return app
+
+
+def mounted_twice(c):
+    app = opaque(c)
+    return [routing.Mount("/m", app=app), routing.Mount("/n", app=app)]
+
+
+def two_routes(c, pattern):
+    return starlette([route(c, "/m/b/predict"), route(c, "/m/predict"), route(c, pattern)], [pattern])
+
+
+@pytest.mark.parametrize(
+    ("create", "path", "expected"),
+    [
+        (lambda c: guarded(hidden(with_root_path(c)), ONE), "/api/predict", 422),
+        (lambda c: guarded(hidden(with_root_path(c)), ONE), "/predict", 422),
+        (lambda c: starlette(mounted_twice(c), ["/m/predict"]), "/n/predict", 422),
+        (lambda c: two_routes(c, "/m/{name}/predict"), "/m/b/predict", 422),
+        (lambda c: two_routes(c, "/m/{name}/predict"), "/m/b/predict%0A", 422),
+        (lambda c: two_routes(c, "/m/{name}/predict"), "/m/predict", 200),
+        (lambda c: two_routes(c, "/m/{n:int}/predict"), "/m/b/predict", 200),
+        (lambda c: starlette([route(c), routing.Mount("/n", app=opaque(c))], ONE), "/n/predict", 200),
+        (lambda c: guarded(opaque(c, every=True), ["/m/{name}/predict"]), "/mb/predict", 200),
+        (lambda c: guarded(opaque(c), ONE), "/a" * 3000, 422),
+    ],
+)
+def test_the_path_and_the_function_decide_together(create, path, expected):
+    calls = []
+    assert status(create(calls), "POST", path, {"x": BAD}) == expected
+    assert len(calls) == (expected == 200)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "QUERY", "POST"])

@@ -1,33 +1,43 @@
 """Which requests an application sends to a guarded route.
 
 The routes of an application of Starlette or FastAPI are matched by their own methods, so that a request is guarded if
-the router calls the same function for it as for a guarded path. Where the routes are not known, as in a mounted
-application of another framework, paths are compared after a normalisation that merges more of them than routers do.
+the router calls the same function for it as for a guarded path, or if a guarded path describes it. Where the routes are
+not known, as in a mounted application of another framework, a request is guarded if its path, in one of the forms that
+a router may give it, ends with a guarded path. This includes more requests than such a router sends to the route.
 """
 
+import fnmatch
 import re
 import sys
 from collections.abc import Collection, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
+from glob import escape
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 from urllib.parse import unquote
 
 if find_spec("starlette") is not None:
     from starlette.applications import Starlette
+    from starlette.convertors import CONVERTOR_TYPES
     from starlette.routing import BaseRoute, Host, Match, Mount, Route, Router, WebSocketRoute
 else:  # an application of another framework
     Starlette = Router = ()  # type: ignore[assignment, misc]
+    CONVERTOR_TYPES = {}
 
 Scope = MutableMapping[str, Any]
 
 _PARAMETER = re.compile(r"\{\w+(?::(\w+))?\}")
 _EXAMPLES = {"int": "0", "float": "0", "uuid": "00000000-0000-0000-0000-000000000000"}
-"""values of parameters that a route of the type accepts; of the other types, any text"""
-_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*")
+"""values of parameters that a route of the type accepts; of the other types, any text such as the parameter itself"""
 _END = re.compile(r"[\0?#]")
 _DEPTH = 64
-"""largest number of middlewares inside of one another, and of encodings of a path"""
+"""largest number of middlewares inside of one another"""
+_ENCODINGS = 4
+"""largest number of encodings of a path that are undone"""
+_LONGEST = 4096
+"""characters of a path beyond which it is not compared in all its forms, which would take long"""
 
 
 @dataclass(eq=False)
@@ -38,25 +48,21 @@ class GuardedRoutes:
     """the application inside of the middleware"""
     paths: Collection[str]
     """paths of requests, such as `/predict`, or of routes, such as `/models/{name}/predict`"""
-    _patterns: dict[str, re.Pattern[str]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._patterns = {path: _pattern(path) for path in self.paths}
 
     def endpoints(self, scope: Scope) -> "Endpoints":
         """Return what the router calls for the guarded paths, for requests like this one to other paths."""
         within = _router_within(self.app)
         router = within or _router_within(scope.get("app"))
         if router is None:
-            return Endpoints(None, [], [*self._patterns.values()])
-        calls, others = list[object](), list[re.Pattern[str]]()
-        for path, pattern in self._patterns.items():
-            example = _PARAMETER.sub(lambda name: _EXAMPLES.get(name[1], "x"), path)
+            return Endpoints(None, [], self.paths, self.paths)
+        calls, others = list[object](), list[str]()
+        for path in self.paths:
+            example = _PARAMETER.sub(lambda found: _EXAMPLES.get(found[1], found[0]), path)
             places = dict.fromkeys((example, f"{router.root_of(scope)}{example}"))
             found = [router.endpoint({**scope, "path": place}) for place in places]
             calls += [endpoint for endpoint in found if endpoint is not None]
-            others += [] if within and any(endpoint is not None for endpoint in found) else [pattern]
-        return Endpoints(within, calls, others)
+            others += [] if within and any(endpoint is not None for endpoint in found) else [path]
+        return Endpoints(within, calls, self.paths, others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,23 +73,42 @@ class Endpoints:
     """the routes inside of the middleware; None if they are not known"""
     calls: Sequence[object]
     """functions or applications"""
-    others: Sequence[re.Pattern[str]]
-    """guarded paths for which the router calls nothing, as if a middleware in between changes the path"""
+    paths: Collection[str]
+    """guarded paths"""
+    others: Collection[str]
+    """those for which the router calls nothing, as if a middleware in between changes the path"""
 
     def include(self, scope: Scope) -> bool:
         """Return whether a request is for a guarded route."""
-        if self.router is not None and self.calls and self._are_called(self.router.endpoint(dict(scope))):
-            return True
-        path, root = scope["path"], scope.get("root_path", "").rstrip("/")
-        candidates = {_folded(path), _folded(path.removeprefix(root))}
-        return any(pattern.fullmatch(each) for pattern in self.others for each in candidates)
+        patterns = [_pattern(path, after_prefix=True) for path in self.others]
+        places = {scope["path"]}
+        if self.router is not None:
+            places.add(scope["path"].removeprefix(self.router.root_of(scope).rstrip("/")))
+            endpoint = self.router.endpoint(dict(scope))
+            if self._are_called(endpoint) or any(
+                _exact(path).match(place) for path in self.paths for place in places
+            ):
+                return True
+            if isinstance(endpoint, _Mounted):
+                patterns += [_pattern(path, after_prefix=False) for path in self.paths]
+                patterns += [
+                    _pattern(call.path, after_prefix=True)
+                    for call in self.calls
+                    if isinstance(call, _Mounted) and call.app == endpoint.app
+                ]
+        if not patterns or len(scope["path"]) > _LONGEST:
+            return bool(patterns)
+        return any(pattern.match(form) for place in places for form in _forms(place) for pattern in patterns)
 
     def were_reached(self, scope: Scope) -> bool:
         """Return whether the router has chosen a guarded route for a request, whose scope it changes then."""
         return self._are_called(scope.get("endpoint"))
 
     def _are_called(self, endpoint: object) -> bool:
-        return endpoint is not None and any(_is_called(endpoint, call) for call in self.calls)
+        return endpoint is not None and any(
+            endpoint == (call.app if isinstance(call, _Mounted) and call.path == "/" else call)
+            for call in self.calls
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +140,7 @@ class _Router:
         if isinstance(route, Mount | Host) or isinstance(
             getattr(route, "original_route", None), Mount | Host
         ):
-            return _Mounted(endpoint, _folded(scope["path"].removeprefix(scope["root_path"])))
+            return _Mounted(endpoint, scope["path"].removeprefix(scope["root_path"]) or "/")
         return endpoint
 
 
@@ -125,13 +150,6 @@ class _Mounted:
 
     app: object
     path: str
-
-
-def _is_called(endpoint: object, call: object) -> bool:
-    """Return whether an endpoint of a request is that of a guarded path."""
-    if isinstance(call, _Mounted) and call.path == "/":
-        return endpoint == call.app or (isinstance(endpoint, _Mounted) and endpoint.app == call.app)
-    return endpoint == call
 
 
 def _router_within(app: object) -> _Router | None:
@@ -163,29 +181,56 @@ def _with_included(routes: Sequence["BaseRoute"]) -> Iterator[Any]:
             yield from expand([route])
 
 
-def _pattern(path: str) -> re.Pattern[str]:
-    """Return the expression that normalised paths match."""
+@lru_cache
+def _exact(path: str) -> re.Pattern[str]:
+    """Return the expression with which Starlette matches the paths of a route."""
     parts, start = [], 0
-    folded = _folded(path)
-    for parameter in _PARAMETER.finditer(folded):
-        parts += [re.escape(folded[start : parameter.start()]), ".*" if parameter[1] == "path" else "[^/]+"]
+    for parameter in _PARAMETER.finditer(path):
+        convertor = CONVERTOR_TYPES.get(parameter[1] or "str")
+        parts += [
+            re.escape(path[start : parameter.start()]),
+            f"(?:{convertor.regex if convertor else '[^/]+'})",
+        ]
         start = parameter.end()
-    return re.compile("".join((*parts, re.escape(folded[start:]))), re.DOTALL)
+    return re.compile("".join((*parts, re.escape(path[start:]), "$")))
 
 
-def _folded(path: str) -> str:
-    """Return a path without what some router ignores: encodings, case, space, and empty or relative segments."""
-    for _ in range(_DEPTH):
+@lru_cache
+def _pattern(path: str, *, after_prefix: bool) -> re.Pattern[str]:
+    """Return an expression for forms of paths, in which a parameter is any text, also none or several segments.
+
+    The expressions of fnmatch need linear time. `after_prefix` allows other segments before the path.
+    """
+    parts = ["*"] if after_prefix else []
+    for segment in _segments(path):
+        glob = "*".join(map(escape, _PARAMETER.split(segment)[::2]))
+        parts.append("*" if glob == "*" else f"/{glob}/")
+    return re.compile(fnmatch.translate("".join(parts)))
+
+
+def _forms(path: str) -> set[str]:
+    """Return what routers may make of a path, with each segment between two slashes.
+
+    Some of them undo encodings, and ignore the rest after a character, parameters of segments, or relative segments.
+    """
+    forms = set[str]()
+    for _ in range(_ENCODINGS + 1):
+        texts = {path, _END.split(path)[0], path.partition(";")[0]}
+        for text, parameters, relative in product(texts, (True, False), (True, False)):
+            kept: list[str] = []
+            for segment in _segments(text if parameters else re.sub(";[^/\\\\]*", "", text)):
+                if relative or segment not in (".", ".."):
+                    kept.append(segment)
+                elif segment == "..":
+                    del kept[-1:]
+            forms.add("".join(f"/{segment}/" for segment in kept))
         path, before = unquote(path), path
         if path == before:
             break
-    path = _END.split(_ORIGIN.sub("", path.replace("\\", "/"), count=1))[0]
-    segments: list[str] = []
-    for segment in path.split("/"):
-        name = "".join(letter for letter in segment.partition(";")[0] if letter.isprintable())
-        name = name.strip().casefold()
-        if name == "..":
-            del segments[-1:]
-        elif name not in ("", "."):
-            segments.append(name)
-    return "/" + "/".join(segments)
+    return forms
+
+
+def _segments(path: str) -> list[str]:
+    """Return the segments of a path that are not empty, without case, space and characters that are not printed."""
+    printed = "".join(letter for letter in path.replace("\\", "/") if letter.isprintable()).casefold()
+    return [segment.strip() for segment in printed.split("/") if segment.strip()]

@@ -57,11 +57,12 @@ class GuardMiddleware:
     """ASGI middleware with a guard, as in `app.add_middleware(holdfast.GuardMiddleware, guard=guard,
     inputs=inputs_of, outputs=outputs_of, paths=["/predict"])`.
 
-    Requests that the router sends to the routes of `paths` are guarded. Others are passed on, and so are websockets,
-    and requests of the methods GET, HEAD and OPTIONS without a body. The decision is in the state of the request under
-    the name `guard` (`request.state.guard.x` are the inputs after the defence of the guard). A refused request gets the
-    status 422 with the reason, or 503 if the state of the query detector could not be reached; scores are never
-    returned. Run the middleware inside of those that compress responses or change paths.
+    Requests that the router sends to the routes of `paths`, or whose path one of `paths` describes, are guarded. If the
+    routes are not known, these are all requests whose path ends with one of `paths`. Others are passed on, and so are
+    websockets, and requests of the methods GET, HEAD and OPTIONS without a body. The decision is in the state of the
+    request under the name `guard` (`request.state.guard.x` are the inputs after the defence of the guard). A refused
+    request gets the status 422 with the reason, or 503 if the state of the query detector could not be reached; scores
+    are never returned. Run the middleware inside of those that compress responses or change paths.
     """
 
     app: ASGIApplication
