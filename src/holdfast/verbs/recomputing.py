@@ -130,6 +130,8 @@ def _refuse_columns(path: Path, manifest: Json, by_stage: Mapping[str, Columns])
         columns = by_stage.get(step.name)
         if columns is None or not (step.kind.in_suite or (step.kind.title and not step.kind.proves)):
             continue
+        if "ran" not in columns:
+            continue  # a pass of an earlier version, which does not count
         judged, wrong = eligible & columns["ran"], ~(columns["right"] > 0.5)
         if exact:
             beaten = ~(columns["height"] > 0)

@@ -237,9 +237,9 @@ def _result(
 ) -> Result:
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
-    refuse_other_stages(path, manifest, chain, adapted)
     by_stage = _stages(path, manifest, chain)
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
+    refuse_other_stages(path, manifest, chain, adapted)
     refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
     refuse_skipped(path, manifest, chain, by_stage)
     if rotation is not None:
