@@ -10,6 +10,7 @@ import torch
 
 from holdfast.cli.app import run as command_line
 from holdfast.cli.app import verbs
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
 from holdfast.stored import report, verify
@@ -42,6 +43,10 @@ def doubt(name, **changes):
     return change
 
 
+def step(**changes):
+    return lambda content: content["config"]["stages"][1].update(changes)
+
+
 FORGED = [
     ("verdict.json", lambda c: c.update(exit_code=0), "exit_code 0, .* give 1"),
     ("verdict.json", lambda c: c["gates"][1].update(verdict="pass"), r"gates\[1\]\.verdict 'pass'"),
@@ -59,6 +64,17 @@ FORGED = [
     ("doubts.json", doubt("constant", state="raised"), r"doubts\[15\]\.state \(constant\) 'raised'"),
     ("doubts.json", doubt("noise", statistic=0.5), r"doubts\[5\]\.state \(noise\) 'clear'"),
     ("doubts.json", lambda c: c["doubts"].pop(), "states doubts "),
+    ("doubts.json", doubt("noise", statistic=0.5, threshold=1.0), r"threshold \(noise\) 1"),
+    ("doubts.json", doubt("transfer", state="clear"), r"state \(transfer\) 'clear'"),
+    (
+        "doubts.json",
+        doubt("noise", state="not applicable", statistic=None),
+        r"state \(noise\) 'not applicable'",
+    ),
+    ("run.json", step(name="3-pgd"), "the stage '3-pgd'"),
+    ("run.json", step(kind="fit"), "the stage '1-pgd' with the kind 'fit'"),
+    ("run.json", step(kind="geometry"), "the stage '1-pgd' with the kind 'geometry'"),
+    ("run.json", lambda c: c["config"]["stages"].pop(1), "the stages .* records .*'1-pgd'"),
     ("run.json", lambda c: c["data"].update(n=5000), r"data\.n 5000, .* give 40"),
     ("run.json", lambda c: c["config"].update(full=True), r"digests\.config"),
 ]
@@ -92,6 +108,34 @@ def test_columns_that_contradict_each_other_are_refused(stage, column, run):
     with pytest.raises(
         TargetError, match=rf"{stage}.safetensors' states in the column {column} another value"
     ):
+        verify(run)
+
+
+UNBROKEN = {"success": False}
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "smallest", "message"),
+    [
+        ("1-pgd", UNBROKEN, True, "column success another value than the column right"),
+        ("1-pgd", UNBROKEN | {"right": 1.0}, False, "column right another value than the column height"),
+        ("2-pgd-again", UNBROKEN | {"ran": False}, False, "column ran another value"),
+        ("clean", {"margin": -1.0}, False, "column correct another value than the column margin"),
+        ("clean", {"prediction": -1}, False, "column correct another value than the column prediction"),
+    ],
+)
+def test_columns_by_which_an_example_is_not_broken_agree(stage, values, smallest, message, run):
+    stored = column_files.read(run / f"{stage}.safetensors")
+    changed = {name: torch.full_like(stored.columns[name], value) for name, value in values.items()}
+    column_files.write(run / f"{stage}.safetensors", {**stored.columns, **changed}, stored.about)
+
+    def change(content):
+        content["config"]["minimum_norm"] = smallest
+        content["digests"]["config"] = digest(canonical(content["config"]))
+
+    rewritten(run, f"{stage}.safetensors")
+    rewritten(run, "run.json", change)
+    with pytest.raises(TargetError, match=message):
         verify(run)
 
 

@@ -403,6 +403,21 @@ def _input(case: _Case) -> Doubt:
     return case.circumstances.input
 
 
+THRESHOLDS: Mapping[str, tuple[float, ...]] = {
+    "zero-gradient": (at.ZERO_GRADIENTS,),
+    "scale": (at.POINTS_BY_SCALE,),
+    **dict.fromkeys(("one-step", "black-box", "transfer"), (at.POINTS_BY_RIVAL,)),
+    "noise": (at.NOISE,),
+    "not-exhausted": (0.0, float(at.FRESH_BROKEN - 1)),
+    "whole-box": (at.WHOLE_BOX,),
+    "randomness": (at.CHANGE,),
+    "state": (0.0, at.CHANGE),
+    "loss-spread": (at.LOSS_SPREAD,),
+    "shattered": at.SLOPE_RATIO,
+    "nan": (0.0,),
+}
+"""Thresholds that a doubt may have, for the doubts whose threshold does not depend on the model or the data."""
+
 _CONCLUSIONS: Mapping[str, Callable[[_Case], Doubt]] = {
     "zero-gradient": _zero_gradient,
     "probabilities": _probabilities,

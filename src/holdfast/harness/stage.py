@@ -81,6 +81,8 @@ class StageKind(Protocol):
 
     name: ClassVar[str]
     """name of the kind in `run.json`"""
+    named: ClassVar[str] = r"\D.*"
+    """regular expression of the names of its stages; those of the attacks of the suite begin with a digit"""
     sharded: ClassVar[bool] = True
     """whether the stage is divided into shards; otherwise it is run once, on its own data sets"""
     in_suite: ClassVar[bool] = False

@@ -5,6 +5,7 @@ only if it follows from the columns. No model is queried.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Constraint
 from holdfast.core.errors import TargetError, UnsoundProof, UsageError
 from holdfast.core.evidence import Columns, Doubt, Evidence
 from holdfast.doubts.answering import arms, required_attacks
-from holdfast.doubts.concluding import Circumstances, Findings, conclude
+from holdfast.doubts.concluding import THRESHOLDS, Circumstances, Findings, conclude
 from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
 from holdfast.engine.identity import code_digest
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
-from holdfast.harness import FOUND, assemble, probe_passes, stage_passes
-from holdfast.harness.kinds.attack import SuiteAttack
+from holdfast.harness import FOUND, KINDS, assemble, probe_passes, stage_passes
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.names import PAIRED
 from holdfast.ops.statistics import proportion
 from holdfast.store.columns import SUFFIX
 from holdfast.store.files import MANIFEST
+from holdfast.store.records import Chain
 from holdfast.verbs.certify import refuse_unsound
 from holdfast.verbs.documents import VERDICT, doubt_from_json, judgement_from_json, outline_from_json
 from holdfast.verbs.evidence import ADAPTIVE, DOUBTS, ROTATION
@@ -38,8 +40,40 @@ _TOLERANCE = 1e-6
 """Relative difference of two results of one computation on two machines."""
 _OF_COLUMNS = ("probabilities", "chance", "constant")
 """Doubts that the clean columns alone decide."""
-_ABOVE = ("zero-gradient", "noise", "not-exhausted", "whole-box", "nan")
+_ABOVE = ("zero-gradient", "noise", "not-exhausted", "whole-box", "state", "nan")
 """Doubts that are raised whenever their statistic is above the threshold."""
+
+
+def refuse_other_stages(path: Path, manifest: Json, chain: Chain, adapted: Json | None) -> None:
+    """Raise `TargetError` if the stages of a finished run in `run.json` are not those that its chain records, or if the
+    name of a stage is not one of its kind.
+
+    A finished run records every stage, also one that had no time; of the adaptive attacks, those that a doubt requires.
+    """
+    file, steps = path / MANIFEST, manifest["config"]["stages"]
+    recorded = {link.content["name"] for link in chain.links if link.content["kind"] == "stage"}
+    required = {} if adapted is None else adapted["reasons"]
+    for step in steps:
+        name, wave_of = step["name"], step["wave_of"]
+        is_named = re.fullmatch(KINDS[step["kind"]].named, name)
+        if not is_named or (wave_of and not re.fullmatch(re.escape(wave_of) + r"-wave-\d+", name)):
+            raise TargetError(
+                f"{str(file)!r} states the stage {_shown(name)} with the kind {step['kind']!r} and wave_of "
+                f"{_shown(wave_of)}, but no stage has this name, kind and first wave; restore the run from a copy, or "
+                "measure it again"
+            )
+        if name not in recorded and (not step["adaptive"] or step["attack"] in required):
+            raise TargetError(
+                f"{str(file)!r} states the stage {_shown(name)}, but the chain of the finished run does not record it; "
+                "restore the run from a copy, or measure it again"
+            )
+    names = [step["name"] for step in steps]
+    unknown = sorted(recorded - {*names, FOUND})
+    if unknown or len({*names}) < len(names):
+        raise TargetError(
+            f"{str(file)!r} states the stages {_shown(names)}, but the chain records {_shown(sorted(recorded))}; "
+            "restore the run from a copy, or measure it again"
+        )
 
 
 def refuse_other_doubts(
@@ -64,7 +98,7 @@ def refuse_other_doubts(
         return
     stored = tuple(doubt_from_json(doubt) for doubt in doubts_json["doubts"])
     if findings is not None:
-        _refuse_doubts(path / f"{DOUBTS}.json", manifest, stored, findings)
+        _refuse_doubts(path / f"{DOUBTS}.json", manifest, by_stage, stored, findings)
     if adapted is not None:
         _refuse_reasons(path / f"{ADAPTIVE}.json", manifest, stored, adapted)
 
@@ -79,24 +113,80 @@ def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]
 
 
 def _refuse_columns(path: Path, manifest: Json, by_stage: Mapping[str, Columns]) -> None:
-    """Compare the columns that state which examples are correct or broken with the shares of correct evaluations."""
-    clean = by_stage["clean"]
-    _refuse_rows(path, "clean", "correct", clean["correct"], clean["right"] > 0.5, clean["id"])
-    for step in manifest["config"]["stages"]:
-        columns = by_stage.get(step["name"])
-        if columns is None or step["kind"] != SuiteAttack.name or manifest["config"]["minimum_norm"]:
-            continue  # a minimum-norm attack may exceed the eps of the run
-        expected = columns["ran"] & ~(columns["right"] > 0.5) & clean["correct"] & clean["eligible"]
-        _refuse_rows(path, step["name"], "success", columns["success"], expected, clean["id"])
+    """Compare the columns that state which examples are correct or broken with the shares of correct evaluations, and
+    these shares with the margins and the predictions.
+    """
+    clean, outline = by_stage["clean"], outline_from_json(manifest["config"])
+    correct, ids = clean["correct"], clean["id"]
+    _refuse_rows(path, "clean", "correct", correct, clean["right"] > 0.5, ids, "right")
+    # the votes of a randomised model, and new draws of a smoothed one, may differ from the output with the margin
+    exact = not manifest["model"]["randomised"] and "smoothed" not in manifest["model"]
+    if exact:
+        _refuse_rows(path, "clean", "correct", correct, clean["margin"] > 0, ids, "margin")
+        predicted = clean["prediction"] == clean["y"]  # also for some ties, which count as wrong
+        _refuse_rows(path, "clean", "correct", correct, correct & predicted, ids, "prediction")
+    eligible = correct & clean["eligible"]
+    for step in outline.steps:
+        columns = by_stage.get(step.name)
+        if columns is None or not (step.kind.in_suite or (step.kind.title and not step.kind.proves)):
+            continue
+        if "ran" not in columns:
+            continue  # a pass of an earlier version, which does not count
+        judged, wrong = eligible & columns["ran"], ~(columns["right"] > 0.5)
+        if exact:
+            beaten = ~(columns["height"] > 0)
+            _refuse_rows(path, step.name, "right", wrong & judged, beaten & judged, ids, "height")
+        stored = columns["success"] if step.kind.in_suite else columns["success"] & eligible
+        expected = judged & wrong
+        if (
+            step.kind.smallest or outline.smallest
+        ):  # the inputs of all other attacks are inside the threat model
+            expected = expected & (stored | _inside(outline.threat.constraint, columns["distance"]))
+        _refuse_rows(path, step.name, "success", stored, expected, ids, "right")
 
 
-def _refuse_rows(path: Path, stage: str, column: str, stored: Tensor, computed: Tensor, ids: Tensor) -> None:
+def _inside(constraint: Constraint, distances: Tensor) -> Tensor:
+    """The mask of the distances that are certainly inside a ball: half of the least tolerance of `allowed` is left for
+    their rounding. No distance is inside another constraint.
+    """
+    return (distances.double() <= constraint.eps * (1 + 0.5e-6) + 0.5e-7) & constraint.is_ball
+
+
+def refuse_skipped(path: Path, manifest: Json, chain: Chain, by_stage: Mapping[str, Columns]) -> None:
+    """Raise `TargetError` if an attack of the suite was not run on an example that the stages before it neither broke
+    nor certified.
+
+    Attacks in waves, adaptive attacks and those for which time ran out may leave out such examples.
+    """
+    clean, outline = by_stage["clean"], outline_from_json(manifest["config"])
+    eligible = clean["correct"] & clean["eligible"]
+    undecided = eligible
+    waves = {name for step in outline.steps if step.wave_of for name in (step.name, step.wave_of)}
+    for step in outline.steps:
+        columns, record = by_stage.get(step.name), chain.last("stage", step.name)
+        if columns is None or record is None:
+            continue
+        if step.kind.in_suite:
+            if not step.adaptive and step.name not in waves and record.get("reached") is None:
+                ran = columns["ran"]
+                expected = ran | (eligible if outline.smallest else undecided)
+                _refuse_rows(
+                    path, step.name, "ran", ran, expected, clean["id"], "success of the stages before"
+                )
+            undecided = undecided & ~columns["success"]
+        if step.kind.proves:
+            undecided = undecided & ~columns["certified"]
+
+
+def _refuse_rows(
+    path: Path, stage: str, column: str, stored: Tensor, computed: Tensor, ids: Tensor, source: str
+) -> None:
     differing = ids[stored != computed].tolist()
     if differing:
         raise TargetError(
-            f"{str(path / f'{stage}{SUFFIX}')!r} states in the column {column} another value than its column right for "
-            f"the example {differing[0]} ({len(differing):,} examples in all); restore the run from a copy, or measure "
-            "it again"
+            f"{str(path / f'{stage}{SUFFIX}')!r} states in the column {column} another value than the column {source} "
+            f"for the example {differing[0]} ({len(differing):,} examples in all); restore the run from a copy, or "
+            "measure it again"
         )
 
 
@@ -119,13 +209,31 @@ def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]
     return conclude({}, columns, Circumstances(outline.threat), broken)
 
 
+def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
+    """Names of the doubts that cannot be `not applicable` in a run, whatever its probes returned."""
+    outline = outline_from_json(manifest["config"])
+    adaptive = {step.name for step in outline.steps if step.adaptive}
+    before = {name: columns for name, columns in by_stage.items() if name not in {*adaptive, FOUND}}
+    columns = {**assemble(outline, before), "is_probability": before["clean"]["is_probability"]}
+    doubts = conclude({}, columns, Circumstances(outline.threat, suite="any")).doubts
+    # of these the model, the surrogates or the data decide
+    elsewhere = {"input", "transfer", *(("noise",) if manifest["model"]["randomised"] else ())}
+    return {doubt.name for doubt in doubts if doubt.state != "not applicable"} - elsewhere
+
+
 def _refuse_broken(file: Path, doubts_json: Json, findings: Findings) -> None:
     computed = {name: ids.tolist() for name, ids in findings.fallen.items()}
     for name in {**doubts_json["broken"], **computed}:
         _refuse_other(file, f"broken.{name}", doubts_json["broken"].get(name), computed.get(name))
 
 
-def _refuse_doubts(file: Path, manifest: Json, stored: Sequence[Doubt], findings: Findings) -> None:
+def _refuse_doubts(
+    file: Path,
+    manifest: Json,
+    by_stage: Mapping[str, Columns],
+    stored: Sequence[Doubt],
+    findings: Findings,
+) -> None:
     doubts, computed = manifest["config"]["doubts"], {doubt.name: doubt for doubt in findings.doubts}
     names = [doubt.name for doubt in stored]
     if doubts == "none":
@@ -133,11 +241,19 @@ def _refuse_doubts(file: Path, manifest: Json, stored: Sequence[Doubt], findings
         return
     expected = ALL_DOUBTS if doubts == "all" and manifest["config"]["suite"] else computed
     _refuse_other(file, "doubts", names, [name for name in ALL_DOUBTS if name in expected])
+    applicable = _applicable(manifest, by_stage)
     for place, doubt in enumerate(stored):
         again, field = computed.get(doubt.name), f"doubts[{place}].state ({doubt.name})"
         exceeded = doubt.statistic is not None and doubt.statistic > (doubt.threshold or 0.0)
         if doubt.name in _ABOVE and exceeded:
             _refuse_other(file, field, doubt.state, "raised")
+        if doubt.state == "clear" and doubt.statistic is None:
+            _refuse_other(file, field, doubt.state, "not measured")
+        if doubt.state == "not applicable" and doubt.name in applicable:
+            _refuse_other(file, field, doubt.state, "not measured")
+        limits = THRESHOLDS.get(doubt.name, ())
+        if limits and doubt.threshold is not None and doubt.threshold not in limits:
+            _refuse_other(file, f"doubts[{place}].threshold ({doubt.name})", doubt.threshold, limits[-1])
         if again is None:
             continue
         if doubt.name in _OF_COLUMNS:

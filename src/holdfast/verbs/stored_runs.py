@@ -45,7 +45,9 @@ from holdfast.verbs.recomputing import (
     refuse_other_code,
     refuse_other_doubts,
     refuse_other_shares,
+    refuse_other_stages,
     refuse_other_verdict,
+    refuse_skipped,
 )
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
@@ -234,10 +236,12 @@ def _result(
     rotation: dict[str, Any] | None,
 ) -> Result:
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
-    by_stage = _stages(path, manifest, chain)
     adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
+    by_stage = _stages(path, manifest, chain)
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
+    refuse_other_stages(path, manifest, chain, adapted)
     refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
+    refuse_skipped(path, manifest, chain, by_stage)
     if rotation is not None:
         refuse_other_shares(path, rotation, evidence)
     refuse_broken_certificates(path, evidence)

@@ -36,6 +36,7 @@ class AcrossSets(StageKind):
     """
 
     name = "across"
+    named = "across"
     sharded = False
     lost = "the transfer between data sets is"
     sampled = True

@@ -154,6 +154,7 @@ class SuiteAttack(AttackKind):
     """
 
     name = "attack"
+    named = r"\d+-.*"
     in_suite = True
     listed = "attacks"
 

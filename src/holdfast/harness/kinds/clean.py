@@ -23,6 +23,7 @@ class Clean(StageKind):
     """Kind of the first stage of a measurement, which evaluates the model on the clean inputs."""
 
     name = "clean"
+    named = "clean"
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stage that evaluates the model on the clean inputs, which every plan contains."""

@@ -46,6 +46,7 @@ class DetectorPass(AttackKind):
     """
 
     name = "detection"
+    named = "|".join(PASSES)
     title = "the pass {} on the detector"
     listed = "passes on the detector"
     lost = "the evaluation of the detector is"

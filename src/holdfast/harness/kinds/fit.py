@@ -33,6 +33,7 @@ class Fit(StageKind):
     """
 
     name = "fit"
+    named = r"fit-\d+-.*"
     sharded = False
     of_attack = True
 

@@ -35,6 +35,7 @@ class GeometryTable(StageKind):
     """Kind of stage that measures the geometry of the decision boundary: distances, Lipschitz constants and slices."""
 
     name = GEOMETRY
+    named = GEOMETRY
     sharded = False
     lost = "the geometry of the decision boundary is"
     sampled = True

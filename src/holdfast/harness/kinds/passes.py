@@ -37,6 +37,7 @@ class FixedPass(AttackKind):
     """
 
     name = "attacked"
+    named = "attacked"
     title = "the fixed {} pass"
     listed = "fixed pass"
     lost = "entropy, margin, precision and calibration under attack are"
@@ -103,6 +104,7 @@ class CurvePass(AttackKind):
     """
 
     name = "curve"
+    named = r"curve-\d+-.*"
     title = "{} of the eps curve"
     listed = "curve"
     lost = "its distances are"

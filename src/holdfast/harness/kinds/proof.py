@@ -40,6 +40,7 @@ DOUBLE = "double precision"
 class ProofKind(StageKind, Protocol):
     """Base class of the kinds of stages that run a method of certification on undecided examples."""
 
+    named: ClassVar[str] = r"proof-\d+-.*"
     proves: ClassVar[bool] = True
     at_once: ClassVar[int | None] = None
     """largest number of examples between two checks of the time limit; None for the batch size of the run"""

@@ -41,6 +41,7 @@ class StatefulTable(StageKind):
     """Kind of stage that measures a stateful query detector with attacks that do and do not know it."""
 
     name = STATEFUL
+    named = STATEFUL
     sharded = False
     lost = "the evaluation of the query detector is"
     sampled = True

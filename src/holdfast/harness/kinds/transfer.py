@@ -41,6 +41,7 @@ class TransferMatrix(AttackKind):
     """
 
     name = "transfer"
+    named = "transfer"
     title = "the transfer matrix"
     lost = "the transfer matrix is"
     sampled = True
