@@ -10,7 +10,8 @@ from holdfast.config.guard_settings import GuardSettings, read_guard_settings
 from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
 from holdfast.detectors.queries import covered_eps
-from holdfast.serving.calibration import Calibration, rounded_up
+from holdfast.reports.geometry import rounded_up
+from holdfast.serving.calibration import Calibration
 from holdfast.serving.decisions import Mode
 from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, Basis
 
@@ -96,7 +97,7 @@ class Coverage:
         larger = rounded_up(self.radius * self.stated / self.eps, 3)
         return (
             f"{text}, less than eps {self.stated:.3g} of the settings, so attacks with larger changes may not be seen; "
-            f"`radius: {larger:g}` covers them and may fire on more benign inputs, which holdfast calibrate measures; "
+            f"`radius: {larger}` covers them and may fire on more benign inputs, which holdfast calibrate measures; "
             "it refuses a radius that fires more often than the stated rate"
         )
 

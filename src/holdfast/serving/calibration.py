@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Fitted, Observation
 from holdfast.ops.conformal import combined_thresholds, fewest_examples
 from holdfast.ops.statistics import clopper_pearson
+from holdfast.reports.geometry import rounded_up
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.rules import QUERIES, RANGE, Basis, InputSchema, Rule
 from holdfast.store.files import open_regular, write_atomically
@@ -275,17 +275,6 @@ def _no_threshold(false_positives: float, rules: int, counted: str) -> str:
     )
 
 
-def rounded_up(value: float, digits: int) -> float:
-    """Return the smallest number with some significant digits that is at least a positive value.
-
-    >>> rounded_up(0.44721, 3)
-    0.448
-    """
-    places = digits - 1 - math.floor(math.log10(value))
-    factor = 10.0**places
-    return math.ceil(round(value * factor, 9)) / factor
-
-
 def _fires_too_often(
     pipeline: GuardPipeline, given: Mapping[str, Tensor], already: Tensor, false_positives: float, free: int
 ) -> str:
@@ -305,9 +294,8 @@ def _fires_too_often(
     if fired < false_positives * n:
         ways.append("give more inputs")
     least = (fired + free + 1) / (n + 1)
-    least = rounded_up(least, 2)
     if least < 1 and not refits:  # the radius is fitted to the rate
-        ways.append(f"give a rate of {least:g} or more")
+        ways.append(f"give a rate of {rounded_up(least, 2)} or more")
     return (
         f"rules that a calibration does not change fire on {fired:,} of {n:,} calibration inputs ({each}), so that a "
         f"false-positive rate of {100 * false_positives:g} % cannot be shown; {'; or '.join(ways)}"
