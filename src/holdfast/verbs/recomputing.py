@@ -22,7 +22,7 @@ from holdfast.doubts.concluding import THRESHOLDS, Circumstances, Findings, conc
 from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
 from holdfast.engine.identity import code_digest
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
-from holdfast.harness import FOUND, KINDS, assemble, probe_passes, stage_passes
+from holdfast.harness import FOUND, KINDS, Outline, assemble, probe_passes, stage_passes
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.names import PAIRED
 from holdfast.ops.statistics import proportion
@@ -190,6 +190,17 @@ def _refuse_rows(
         )
 
 
+def _before_adaptive(outline: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
+    """The columns of the stages that are measured before the doubts are decided."""
+    later = {FOUND, *(step.name for step in outline.steps if step.adaptive)}
+    return {name: columns for name, columns in by_stage.items() if name not in later}
+
+
+def _suite_columns(outline: Outline, before: Mapping[str, Columns]) -> Columns:
+    """The columns from which the doubts are concluded."""
+    return {**assemble(outline, before), "is_probability": before["clean"]["is_probability"]}
+
+
 def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]) -> Findings | None:
     """The doubts that the columns alone decide, and the examples that the suite missed; None for a run of an earlier
     version, which lists no probes.
@@ -197,14 +208,13 @@ def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]
     if "probes" not in doubts_json:
         return None
     outline = outline_from_json(manifest["config"])
-    adaptive = {step.name for step in outline.steps if step.adaptive}
-    before = {name: columns for name, columns in by_stage.items() if name not in {*adaptive, FOUND}}
+    before = _before_adaptive(outline, by_stage)
     found = {FOUND: by_stage[FOUND]} if FOUND in by_stage else {}
     counted = (
         *stage_passes(outline, before),
         *probe_passes(outline, before | found, doubts_json["probes"]),
     )
-    columns = {**assemble(outline, before), "is_probability": before["clean"]["is_probability"]}
+    columns = _suite_columns(outline, before)
     broken = {passed.name: passed.columns["success"] for passed in counted}
     return conclude({}, columns, Circumstances(outline.threat), broken)
 
@@ -212,9 +222,8 @@ def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]
 def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
     """Names of the doubts that cannot be `not applicable` in a run, whatever its probes returned."""
     outline = outline_from_json(manifest["config"])
-    adaptive = {step.name for step in outline.steps if step.adaptive}
-    before = {name: columns for name, columns in by_stage.items() if name not in {*adaptive, FOUND}}
-    columns = {**assemble(outline, before), "is_probability": before["clean"]["is_probability"]}
+    before = _before_adaptive(outline, by_stage)
+    columns = _suite_columns(outline, before)
     doubts = conclude({}, columns, Circumstances(outline.threat, suite="any")).doubts
     # of these the model, the surrogates or the data decide
     elsewhere = {"input", "transfer", *(("noise",) if manifest["model"]["randomised"] else ())}
