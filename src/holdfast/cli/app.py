@@ -121,9 +121,9 @@ def run(arguments: Sequence[str], program: click.Group = verbs, name: str = "hol
     except (KeyboardInterrupt, click.Abort) as stopped:
         return _stopped(stopped, arguments)
     except Interrupted as error:
-        return _report(str(error), 128 + error.signal_number, debug=debug)
+        return _report(error.on_command_line(), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:
-        return _report(str(error), error.exit_code, debug=debug)
+        return _report(error.on_command_line(), error.exit_code, debug=debug)
     except OSError as error:
         where = "the output" if error.filename is None else repr(str(error.filename))
         message = f"{where} cannot be used: {error.strerror or error}; free some space, or give another path"

@@ -5,11 +5,40 @@ Every message shows the value, what was expected, and a remedy. Any other except
 
 from typing import ClassVar
 
+from holdfast.core.remedies import Install, Remedy
+
 
 class HoldfastError(Exception):
-    """Base class of errors that a user can resolve; `exit_code` is the exit code of the command line."""
+    """Base class of errors that a user can resolve; `exit_code` is the exit code of the command line.
+
+    `remedies` are changes of arguments, each of which resolves the error. The text of the error ends with them, as
+    arguments of Python (`str(error)`) or as options of the command line (`on_command_line`). There are none if no
+    change of an argument is known to work.
+    """
 
     exit_code: ClassVar[int] = 5
+
+    def __init__(self, message: str, *remedies: Remedy | Install) -> None:
+        super().__init__(message, *remedies)
+        self.message, self.remedies = message, remedies
+
+    @property
+    def remedy(self) -> Remedy | Install | None:
+        """The first remedy, or None if there is none."""
+        return self.remedies[0] if self.remedies else None
+
+    def __str__(self) -> str:
+        return "; ".join((self.message, *self._joined([remedy.in_python() for remedy in self.remedies])))
+
+    def on_command_line(self) -> str:
+        """Return the text of the error for users of the command line."""
+        return "; ".join(
+            (self.message, *self._joined([remedy.on_command_line() for remedy in self.remedies]))
+        )
+
+    @staticmethod
+    def _joined(remedies: list[str]) -> list[str]:
+        return [", or ".join(remedies)] if remedies else []
 
 
 class UsageError(HoldfastError):
