@@ -249,16 +249,20 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
     monkeypatch.setattr(signals, "has_terminal", lambda: terminal[0])
     monkeypatch.setattr(signals, "in_foreground", lambda: True)
     server = Supervisor(ServerSetup(worker, reloadable=True))
-    handler = signal.getsignal(signal.SIGHUP)
-    with server.hang_ups():
-        os.kill(os.getpid(), signal.SIGHUP)
-        server._step()
-        assert server.status()["model"]["reload"] == "running"
-        assert not server.status()["draining"]
-        terminal[0] = False
-        os.kill(os.getpid(), signal.SIGHUP)
-        until(lambda: server.status()["draining"])
-    assert signal.getsignal(signal.SIGHUP) is handler
+    # a test run under nohup inherits that the signal is ignored, and such a server does not end
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with server.hang_ups():
+            os.kill(os.getpid(), signal.SIGHUP)
+            server._step()
+            assert server.status()["model"]["reload"] == "running"
+            assert not server.status()["draining"]
+            terminal[0] = False
+            os.kill(os.getpid(), signal.SIGHUP)
+            until(lambda: server.status()["draining"])
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
     # the terminal of a process in the background may be closed without a report to it
     monkeypatch.setattr(signals, "in_foreground", lambda: False)
     server = Supervisor(ServerSetup(worker, reloadable=True))
