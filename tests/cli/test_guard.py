@@ -29,7 +29,7 @@ def test_a_guard_is_written_checked_calibrated_and_assessed(capsys):
     assert (
         "are too few for a false-positive rate of 0.1 %, which needs at least 999" in capsys.readouterr().err
     )
-    assert run(["calibrate", "mnist-cnn", "mnist-mini", "--guard", "guard.yaml"]) == 0
+    assert run(["calibrate", "mnist-cnn", "mnist-mini", "--guard", "guard.yaml", "-n", "300"]) == 0
     assert (
         "warning: queries: the radius " in (shown := capsys.readouterr().err) and "% (95 % interval" in shown
     )
@@ -46,9 +46,10 @@ def test_a_guard_is_written_checked_calibrated_and_assessed(capsys):
         "-n",
         "8",
         "--threat",
-        "linf:0.1",
+        "linf:0.1,queries=50",
         "--suite",
         "fgsm",
+        "--no-doubts",
         "-o",
         "r.json",
     ]
