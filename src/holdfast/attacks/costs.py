@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from holdfast.attacks.protocol import Attack, Enumeration, QueryAttack
+from holdfast.attacks.relay import Relay
 from holdfast.core.model import Batches
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Transformations
@@ -77,3 +78,33 @@ def most_rows(attack: Attack, threat: ThreatModel, n: int, passes: Passes) -> in
     if isinstance(attack, Enumeration) or (isinstance(attack, QueryAttack) and attack.batched):
         return queries * passes.once(n)
     return queries * n * passes.filled(1)
+
+
+_PASSES_PER_STEP = ("restarts", "searches", "fits")
+"""Settings of gradient attacks that repeat all their steps."""
+_FORWARDS_PER_STEP = 1.5
+"""Forward passes per step of a gradient attack: one in most, and two in those that also judge each new point."""
+
+
+def expected_passes(attack: Attack, threat: ThreatModel, classes: int) -> tuple[float, float]:
+    """Return about how many forward passes, and how many of them with a backward pass, an attack makes for an example
+    that it does not break.
+
+    The numbers follow from the usual settings of attacks (`steps`, `restarts`, `targets`, `queries`). They serve for an
+    estimate of the time, not as a bound.
+    """
+    if isinstance(attack, Relay):
+        runs = attack.restarts + min(attack.targets, classes - 1) + attack.searches + attack.rounds
+        steps = attack.steps * runs
+        return steps + attack.queries * (attack.searches + attack.rounds), steps
+    queries = most_queries(attack, threat)
+    if attack.needs != "gradients" and queries is not None:
+        return queries, 0
+    settings = vars(attack)
+    steps = settings.get("steps", 1)
+    for name in _PASSES_PER_STEP:
+        steps *= max(settings.get(name, 1), 1)
+    steps *= min(max(settings.get("targets", 1), 1), max(classes - 1, 1))
+    backwards = steps * min(settings.get("candidates", 1), max(classes - 1, 1))
+    forwards = max(_FORWARDS_PER_STEP * steps, backwards)
+    return (min(forwards, queries), min(backwards, queries)) if queries is not None else (forwards, backwards)

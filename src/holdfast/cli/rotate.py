@@ -287,6 +287,9 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
     help="Train each set further against examples computed on stolen sets.",
 )
 @click.option("--once", is_flag=True, help="Exit when a set serves and enough sets wait.")
+@click.option(
+    "--anyway", is_flag=True, help="Begin even if the data or the budget are too small for the gates."
+)
 @_EXPECTING
 @offered(*options_of(RotateSettings), *SETTING)
 @with_voice
@@ -298,16 +301,17 @@ def run_(
     by: str | None,
     immunising: bool,
     once: bool,
+    anyway: bool,
     expect_head: str,
     **flags: Any,
 ) -> int:
     """Collect, train, draw, admit and swap; then watch the ledger, swap whenever a swap is due, and generate new sets.
 
     The process that answers requests records the number of answers to each principal in the ledger (Pool.answered, with
-    the counts of RotatingModel.collected). Without these only time and exposures cause a swap. Before the collection,
-    the number of held-out examples that the gates need is printed. If no set of the generator is admitted, sets are
-    trained from fresh random weights. If five of those are refused in a row and no set waits, the serving set continues
-    to serve, and the exit code is 4.
+    the counts of RotatingModel.collected). Without these only time and exposures cause a swap. If the data or the
+    budget are too small for the gates of an admission, nothing is trained, unless --anyway is given. If no set of the
+    generator is admitted, sets are trained from fresh random weights. If five of those are refused in a row and no set
+    waits, the serving set continues to serve, and the exit code is 4.
     """
     settings = settings_from(with_named_parts(flags), RotateSettings, voice)
     if resume and run is None:
@@ -322,5 +326,6 @@ def run_(
         by=by,
         immunising=immunising,
         once=once,
+        anyway=anyway,
         expect_head=expect_head,
     )

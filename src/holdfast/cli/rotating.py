@@ -130,6 +130,7 @@ def turn(
     by: str | None,
     immunising: bool,
     once: bool,
+    anyway: bool,
     expect_head: str,
 ) -> int:
     """Run all steps of a rotation, and then swap the serving set whenever a swap is due, until the process is stopped.
@@ -141,7 +142,7 @@ def turn(
     again = way_out(command_line(), folder)
     with stoppable(again), progress_bar(voice) as progress:
         request = rotate_requests.run_request(
-            settings, folder, by=by, immunising=immunising, once=once, resume=resume,
+            settings, folder, by=by, immunising=immunising, once=once, anyway=anyway, resume=resume,
             expect_head=expect_head, notify=voice.say,
         )  # fmt: skip
         rotation_run.run(request, again=again, notify=voice.say, progress=progress)

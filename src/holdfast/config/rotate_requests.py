@@ -78,6 +78,7 @@ def run_request(
     by: str | None = None,
     immunising: bool = False,
     once: bool = False,
+    anyway: bool = False,
     resume: bool = False,
     expect_head: str = "",
     notify: Notify = ignore,
@@ -87,7 +88,7 @@ def run_request(
     """
     loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
     collection = collect_request(settings, path, resume=resume, expect_head=expect_head)
-    return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once)
+    return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once, anyway)
 
 
 def resumed_run_request(

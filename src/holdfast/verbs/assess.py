@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from holdfast.core.batch import Data
+from holdfast.core.batch import Batch, Data
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, required_attacks
@@ -56,6 +56,7 @@ from holdfast.verbs.evidence import (
 )
 from holdfast.verbs.executors import executor_for
 from holdfast.verbs.expected_rows import expected_of
+from holdfast.verbs.expected_time import expected_time
 from holdfast.verbs.manifest import about_run, assess_manifest
 from holdfast.verbs.measuring import Measurement, ShardMeasure
 from holdfast.verbs.preparation import learning_examples, paired_sets, plan_for, readied
@@ -95,6 +96,7 @@ def assess(
     if served is not None:
         refuse_early(served, subject, request)
     device, adaptive = torch.device(request.device), bool(request.plan.adaptive)
+    is_part = bool(again)  # of another run, which states the time of all its parts
     again = again or ("" if run is None else way_out(request.command, run))
     with (
         nullcontext() if run is None else resumable(again, partial(way_out, request.command, run)),
@@ -123,6 +125,8 @@ def assess(
             work = job.run(store, executor, stopper, progress)
             if served is not None and store.document(DOUBTS) is None:
                 notify(job.expected(served))
+            elif served is None and notify is not ignore and not is_part:
+                notify(job.expected_time(sample))
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
             executor.pause()  # the probes run in this process, and need the memory of the workers
@@ -320,3 +324,15 @@ class _Job:
         return f"expected: {rows.description}" + (
             f"; {earlier:,} rows were sent before the stop" if earlier else ""
         )
+
+    def expected_time(self, sample: Batch) -> str:
+        """Return a message with the expected time of the run, and the part that its time budget limits."""
+        work, budget_s = self.manifest["plan"], self.request.time_budget_s
+        n, workers = len(self.data), self.request.workers or 1
+        expected = expected_time(self.plan, self.target, sample, n, work["batch_size"], workers)
+        limit = (
+            ""
+            if budget_s is None
+            else f"; the attacks and proofs end after the time budget of {budget_s:g} s"
+        )
+        return f"expected total time: {expected}, depending on how many examples survive{limit}"

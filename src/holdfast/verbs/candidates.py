@@ -187,17 +187,12 @@ def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> 
     return n * seconds_per_example, n
 
 
-def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
-    """Return the message that is shown before a training: its recipe, its epochs, and that the assessment is not part
-    of the time budget.
-    """
+def announced(attempt: Mapping[str, Any], budget_s: float | None) -> str:
+    """Return the message that is shown before a training: its recipe, its epochs and its time budget."""
     duration = (
         ""
         if budget_s is None
         else f" of about {attempt['epoch_s']:.1f} s in the first plan, within a budget of {budget_s:g} s"
     )
     epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
-    return (
-        f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{duration}; judging the new model on {n:,} "
-        "test examples is not part of the budget"
-    )
+    return f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{duration}"

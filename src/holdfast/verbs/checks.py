@@ -52,13 +52,20 @@ def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
     busy machine. The number of threads is restored on exit. If the user set `OMP_NUM_THREADS`, the number is not
     changed.
     """
-    n_threads = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ and multiply_adds(model, x) < _WORTH_SHARING:
-        torch.set_num_threads(1)
+    small = "OMP_NUM_THREADS" not in os.environ and multiply_adds(model, x) < _WORTH_SHARING
+    with threads(1 if small else torch.get_num_threads()):
+        yield
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Context manager in which torch uses `n` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
     try:
         yield
     finally:
-        torch.set_num_threads(n_threads)
+        torch.set_num_threads(before)
 
 
 def refuse_data(data: Data) -> None:

@@ -2,6 +2,7 @@
 measures the new model.
 """
 
+import math
 import time
 from contextlib import ExitStack
 from copy import deepcopy
@@ -22,6 +23,7 @@ from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.engine.resuming import repeatable, temporary_run_folder, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import stoppable
+from holdfast.harness import Target
 from holdfast.ops import distributed
 from holdfast.reports.numbers import size
 from holdfast.sources.expected import Expected
@@ -32,10 +34,11 @@ from holdfast.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.verbs.assess import assess
 from holdfast.verbs.attempt_training import AttemptTraining
 from holdfast.verbs.candidates import Candidate, Evaluation, announced, attempts
-from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_threat
+from holdfast.verbs.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
 from holdfast.verbs.commands import command_of
 from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.verbs.executors import cluster_for
+from holdfast.verbs.expected_time import duration, expected_time
 from holdfast.verbs.hardened import MODEL, Hardened, Made, card_of, opened_by, timeless, weights_metadata
 from holdfast.verbs.held_out import (
     TrainingExamples,
@@ -82,15 +85,18 @@ def harden(
     refuse_untrainable(subject.model)
     refuse_data(test)
     with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
-        bounds = target.bare.bounds
+        bounds, n_threads = target.bare.bounds, torch.get_num_threads()
         for part in data.split(_CHECKED):
             labelled = part.take(part.y != UNLABELLED)
             refuse_batch(labelled, bounds, target.classes, "the training data", whole=data)
         examples = examples_of(data, request.excluded or test, request.seed, target.classes)
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
+        if notify is not ignore and not (run is not None and stored_manifest(run)):
+            notify(_expected_time(request, examples, target, sample, len(test)))
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
+        stack.enter_context(threads(n_threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
         job = _Job(subject, examples, test, request, place, progress, notify, detail, clock)
         result = job.lead(resume=resume) if distributed.first() else job.follow()
@@ -98,6 +104,24 @@ def harden(
         return result
     before, after = (replace(side, folder=None) for side in (result.before, result.after))
     return replace(result, before=before, after=after, folder=None)
+
+
+def _expected_time(
+    request: HardenRequest, examples: TrainingExamples, target: Target, sample: Batch, n: int
+) -> str:
+    """Message with the expected time of the training and of the two assessments."""
+    assessment, budget_s = request.assessment, request.budget_s
+    size = assessment.batch_size or batch_size_for(math.prod(sample.x.shape[1:]), request.device)
+    judging = expected_time(assessment.plan, target, sample, n, size, assessment.workers or 1)
+    training = (
+        "the training"
+        if budget_s is None
+        else f"{duration(budget_s)} for the training, which the budget limits"
+    )
+    return (
+        f"expected total time: {training}, and {judging} for each of the assessments of the given and of the new model "
+        f"on {n:,} test examples, which it does not cover"
+    )
 
 
 class _Job:
@@ -256,7 +280,7 @@ class _Job:
         given_model = self.subject.model
         examples = as_data(held_out.x, held_out.y, expected=Expected(given_model.bounds, given_model.classes))
         for k, attempt in enumerate(planned):
-            self.notify(announced(attempt, self.plan["budget_s"], len(self.test)))
+            self.notify(announced(attempt, self.plan["budget_s"]))
             candidate = self._candidate(attempt["recipe"])
             trained_models.append(
                 trainings.trained(self.run / _numbered(CHECKPOINTS, k), candidate, attempt, run)

@@ -21,6 +21,7 @@ from holdfast.engine.run import Run
 from holdfast.engine.signals import stoppable
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
+from holdfast.reports.words import amount
 from holdfast.rotation import canary
 from holdfast.rotation.live import CANARIES
 from holdfast.rotation.members import refuse_foreign, rotated
@@ -37,6 +38,7 @@ from holdfast.verbs.rotate.admission_gates import (
     gate_results,
     reported,
 )
+from holdfast.verbs.rotate.admission_time import admission_time
 from holdfast.verbs.rotate.comparing import robust_mask
 from holdfast.verbs.rotate.contents import bases_left, waiting_candidates
 from holdfast.verbs.rotate.measuring import SetMeasurements, judged_ranges, set_subject
@@ -93,7 +95,7 @@ def admit(
     pool = request.pool
     again = again or f"finished steps are stored; resume with: holdfast rotate admit {pool.shown}"
     claims = tuple(map(_parsed_claim, request.claims))
-    with stoppable(again) as stopper, pool.alone_at("admit"):
+    with stoppable(again) as stopper, pool.alone_at("admit"), request.common.enough_threads():
         examples = TransferExamples(pool, request.common, request.transfer_attacker, notify)
         measuring = SetMeasurements(pool, examples, progress, again)
         run = Run((CANARY_INPUTS,), PoolStore(pool=pool), stopper=stopper, progress=progress)
@@ -102,6 +104,8 @@ def admit(
             raise UsageError(
                 f"{str(pool.path)!r} contains no candidate; generate some with holdfast rotate draw {pool.shown}"
             )
+        if notify is not ignore:
+            notify(admitting.expected_time())
         judged: list[Judged] = []
         refused_in_a_row = 0
         while refused_in_a_row < IN_A_ROW and admitting.waiting:
@@ -145,6 +149,21 @@ class _Admitting:
     def request(self) -> RotateRequest:
         """The settings that all parameter sets of the pool share."""
         return self.measuring.transfer_examples.request
+
+    def expected_time(self) -> str:
+        """Return a message with the expected time of the admission."""
+        waiting = self.waiting
+        expected = admission_time(
+            self.request,
+            first_sizes(self.n_judged),
+            len(waiting),
+            len(self._bases) + len(self._incumbents),
+            max(len(exposed_for(self.pool, name)) for name in waiting),
+        )
+        return (
+            f"expected total time: {expected} for {amount(len(waiting), 'sets')}, depending on how many examples the "
+            "gates need, and on which examples of attackers are already stored"
+        )
 
     def next_verdict(self) -> Judged:
         """Judge the next parameter set: one whose tensors do not match the model, or else the set that is farthest from
@@ -299,8 +318,8 @@ class _Admitting:
     @cached_property
     def _first(self) -> dict[Family, int]:
         """First number of examples of each kind of measurement."""
-        white, same_draw = (max(self.n_judged // part, 1) for part in (_WHITE, _SAME_DRAW))
-        return {"transfer": self.n_judged, "white-box": white, "same draw": same_draw}
+        transfer, white, same_draw = first_sizes(self.n_judged)
+        return {"transfer": transfer, "white-box": white, "same draw": same_draw}
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
@@ -322,7 +341,7 @@ class _Admitting:
         white = self._white(references[: max(len(self._bases), 2)], first_sizes["white-box"])
         needs = measured_needs(clean, [robust_mask(evidence) for evidence in white], n, self.n_judged)
         if any(need.widened for need in needs):
-            self.notify(f"note: {statement(needs, planned=False)}")
+            self.notify(f"note: {statement(needs, self.n_judged, planned=False)}")
         return {need.gate: need for need in needs}
 
     def _doubts(self, measurements: Measurements) -> Doubts:
@@ -397,6 +416,13 @@ class _Admitting:
 
     def _weights_by_name(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
         return {name: self.weights(name) for name in names}
+
+
+def first_sizes(n_judged: int) -> tuple[int, int, int]:
+    """Return on how many held-out examples a set is first judged by transfer attacks, by white-box attacks, and by
+    attacks from sets of the same draw.
+    """
+    return n_judged, max(n_judged // _WHITE, 1), max(n_judged // _SAME_DRAW, 1)
 
 
 def _shapes(model: Classifier) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from holdfast.core.checkpoint import Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.engine.progress import Notify, Progress, Step, ignore, silent
 from holdfast.engine.resuming import way_out
 from holdfast.engine.run import Run
@@ -30,6 +31,7 @@ from holdfast.rotation.collecting import swapped, with_fresh_weights
 from holdfast.store.folder import StoredStage
 from holdfast.store.manifest import is_complete, refuse_other_head
 from holdfast.store.pool import Pool
+from holdfast.verbs.expected_time import duration
 from holdfast.verbs.pace import Pace, pace, whole_epochs
 from holdfast.verbs.rotate.contents import OWN, PLAN, secret, surrogate_name, training_name
 from holdfast.verbs.rotate.pool_store import PoolStore
@@ -51,6 +53,8 @@ _LEFT_FILES = {
 _CHECKPOINT = (
     "begun"  # name of the file with the last epoch of the training in progress, which each epoch replaces
 )
+_TIMED_S = 60.0  # budget for which updates are timed if there is none, which takes about a second
+_SPARE = 1.1  # factor of the advised budget, since the speed of a machine varies
 _GUESSING = 1.5  # times the accuracy of the most frequent class, below which a run has diverged
 
 
@@ -71,6 +75,23 @@ class CollectRequest:
     need"""
     expect_head: str = ""
     """digest of an entry that the ledger must contain; see `Pool.open`"""
+    least_updates: int = 1
+    """number of updates of each training below which a budget is refused"""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the collection has not begun yet."""
+        return not is_complete(self.path)
+
+    def expected_time(self) -> str:
+        """Return how long the trainings of a new collection take, as text: the budget, or a measured time."""
+        common, trainings = self.common, f"for {n_trained(self.common)} trainings"
+        if self.budget_s is not None:
+            return f"{duration(self.budget_s)} {trainings}, which the budget limits"
+        with common.enough_threads():
+            measured = pace(common.candidate.recipe, common.model, common.train, common.threat, _TIMED_S)
+        seconds = n_trained(common) * common.training.epochs * measured.epoch
+        return f"about {duration(seconds)} {trainings} of {common.training.epochs} epochs"
 
 
 @dataclass(frozen=True)
@@ -88,21 +109,30 @@ class Collected:
 
 
 def collect(
-    request: CollectRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
+    request: CollectRequest,
+    *,
+    again: str = "",
+    notify: Notify = ignore,
+    progress: Progress = silent,
+    is_step: bool = False,
 ) -> Collected:
     """Create or resume a pool, perform the missing training runs, and store their parameter sets encrypted.
 
-    `again` states how a stopped call is resumed. Raises `UsageError`, `TargetError`, and `Interrupted` on a signal.
+    `again` states how a stopped call is resumed. The expected time is stated, unless the collection `is_step` of a
+    rotation, which states the time of all its steps. Raises `UsageError`, `TargetError`, and `Interrupted` on a signal.
     """
     again = again or way_out("", request.path)
+    if request.is_new and not is_step and notify is not ignore:
+        notify(f"expected total time: {request.expected_time()}")
     with stoppable(again) as stopper:
         pool = create_or_resume(request, notify=notify)
         common = request.common
-        notify(statement(planned_needs(len(common.held_out), request.n_judged), planned=True))
+        needs = planned_needs(len(common.held_out), request.n_judged)
+        notify(statement(needs, request.n_judged, planned=True))
         for note in common.notes:
             notify(f"note: {note}")
-        with pool.alone_at("collect"):
-            runs, n_trained = common.source.runs, _n_trained(common)
+        with pool.alone_at("collect"), common.enough_threads():
+            runs = common.source.runs
             stages = (PLAN, *map(training_name, range(runs)), *map(surrogate_name, range(OWN)))
             run = Run(stages, PoolStore(pool=pool), stopper=stopper, progress=progress)
             plan = run.step(PLAN, partial(_plan, request, notify)).about
@@ -112,7 +142,7 @@ def collect(
             surrogates = [collection.surrogate(k, notify) for k in range(OWN)]
             # The checkpoint of the last training is not needed once all trainings are stored.
             pool.drop(_CHECKPOINT)
-            progress(Step("collected", n_trained, n_trained, 1, 1, 0, 0))
+            progress(Step("collected", n_trained(common), n_trained(common), 1, 1, 0, 0))
     return Collected(
         runs,
         sum(base["sets"] for base in bases),
@@ -159,8 +189,10 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
 # --- the plan
 
 
-def _n_trained(common: RotateRequest) -> int:
-    """Number of models that are trained from random weights: the bases, if the source trains them, and surrogates."""
+def n_trained(common: RotateRequest) -> int:
+    """Return the number of models that are trained from random weights: the bases, if the source trains them, and the
+    surrogates.
+    """
     return (common.source.runs if common.source.anew else 0) + OWN
 
 
@@ -176,9 +208,10 @@ def _plan(request: CollectRequest, notify: Notify) -> StoredStage:
         begin = time.perf_counter()
         measured = pace(common.candidate.recipe, common.model, common.train, common.threat, budget_s)
         spent_s = time.perf_counter() - begin + common.source.runs * common.source.updates * measured.update
-        epochs = whole_epochs((budget_s - spent_s) / _n_trained(common), measured)
-        if not epochs:
-            raise UsageError(_too_small(budget_s, spent_s, measured, _n_trained(common)))
+        epochs = whole_epochs((budget_s - spent_s) / n_trained(common), measured)
+        least = math.ceil(request.least_updates / common.candidate.per_epoch(len(common.train)))
+        if epochs < least:
+            raise UsageError(*_too_small(budget_s, spent_s, measured, n_trained(common), least))
     about = {"epochs": epochs, "runs": common.source.runs, "budget_s": budget_s, "planning_s": spent_s}
     return StoredStage({"epochs": torch.tensor([epochs])}, about=about)
 
@@ -194,13 +227,18 @@ def _refuse_other_budget(plan: Mapping[str, Any], request: CollectRequest) -> No
         )
 
 
-def _too_small(budget_s: float, spent_s: float, measured: Pace, n_trained: int) -> str:
-    least_min = math.ceil((n_trained * measured.epoch + spent_s) / 60 / 0.95)
-    return (
-        f"a budget of {budget_s:g} s is too small: {n_trained} models must be trained, {OWN} of them surrogates; an "
-        f"epoch of each takes {measured.epoch:.3g} s on this machine, and everything else {spent_s:.3g} s. Give "
-        f"--budget {least_min}min or more, or fewer runs, as in --set source.seeds=3"
+def _too_small(
+    budget_s: float, spent_s: float, measured: Pace, n_models: int, epochs: int
+) -> tuple[str, Remedy]:
+    """The message that a budget is too small for `epochs` epochs of each training, and a budget that is enough."""
+    least_min = math.ceil((n_models * epochs * measured.epoch + spent_s) / 60 / 0.95 * _SPARE)
+    needed = "one epoch" if epochs == 1 else f"{epochs} epochs"
+    message = (
+        f"a budget of {budget_s:g} s is too small: {n_models} models must be trained, {OWN} of them surrogates, each "
+        f"for {needed} at least; an epoch takes {measured.epoch:.3g} s on this machine, and everything else "
+        f"{spent_s:.3g} s. Fewer runs take less time, as in --set source.seeds=3"
     )
+    return message, Remedy("budget", f"{least_min}min")
 
 
 # --- trainings
@@ -212,7 +250,7 @@ class _Collection:
     def __init__(self, pool: Pool, common: RotateRequest, run: Run, task: Task) -> None:
         self.pool, self.common, self.run, self.task = pool, common, run, task
         self.draws = secret(pool)
-        self.n_trained = _n_trained(common)
+        self.n_trained = n_trained(common)
         self.n_bases = self.n_trained - OWN
         held_out = common.first_held_out
         # accuracy that a training must exceed: 1.5 times that of always predicting the most frequent class, at most 1

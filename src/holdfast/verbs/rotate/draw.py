@@ -82,7 +82,7 @@ def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> D
     if no generated set has sufficient accuracy.
     """
     again = again or "finished steps are stored; resume with the same arguments and resume=True"
-    with stoppable(again) as stopper, request.pool.alone_at("draw"):
+    with stoppable(again) as stopper, request.pool.alone_at("draw"), request.common.enough_threads():
         stored = request.pool.kept(_DRAW_FILE) if request.resume else None
         if stored is None:
             _start(request)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from holdfast.rotation.collecting import Beginning
 from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.checks import enough_threads
 from holdfast.verbs.held_out import digest_of, refuse_missing_classes, split_of, without_held, without_judged
 from holdfast.verbs.request import Subject
 from holdfast.verbs.trainable import learner_of, refuse_untrainable
@@ -90,6 +92,10 @@ class RotateRequest:
     def first_held_out(self) -> Batch:
         """The held-out examples on which each parameter set is judged first."""
         return self.held_out.take(torch.arange(min(FIRST, len(self.held_out))))
+
+    def enough_threads(self) -> AbstractContextManager[None]:
+        """Return a context manager in which torch uses one thread if the network is too small to benefit from more."""
+        return enough_threads(self.model, self.train.x[:_SAMPLE])
 
     def task(self, epochs: int) -> Task:
         """Return the settings of the training of a parameter set for the given number of epochs."""

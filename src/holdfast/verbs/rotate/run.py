@@ -5,12 +5,14 @@ it gave; this process reads the ledger, swaps, and produces new sets. A set that
 an admitted set, the serving set is not swapped.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from holdfast.core.errors import Inconclusive, InUse, LostLoss, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.engine.resuming import way_out
 from holdfast.engine.signals import Stopper, stoppable
@@ -18,11 +20,13 @@ from holdfast.rotation import Codec, Immunise, LatentDiffusion, refuse_faster
 from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
 from holdfast.store.ledger_state import Serving
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.admit import AdmitRequest, admit
+from holdfast.verbs.rotate.admission_time import admission_time
+from holdfast.verbs.rotate.admit import AdmitRequest, admit, first_sizes
 from holdfast.verbs.rotate.collect import Collected, CollectRequest, collect
 from holdfast.verbs.rotate.contents import trained_generator, waiting_candidates
-from holdfast.verbs.rotate.draw import By, DrawRequest, draw
-from holdfast.verbs.rotate.request import FIRST, RotateRequest
+from holdfast.verbs.rotate.draw import UPDATES, By, DrawRequest, draw
+from holdfast.verbs.rotate.request import EVERY, FIRST, MOST, RotateRequest
+from holdfast.verbs.rotate.samples import planned_needs, sufficient, tolerance_text
 from holdfast.verbs.rotate.swap import UNJUDGED, SwapRequest, swap
 from holdfast.verbs.rotate.train import TrainRequest, train
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission
@@ -62,6 +66,45 @@ class RunRequest:
     diffusion: LatentDiffusion = field(default_factory=LatentDiffusion)
     once: bool = False
     """whether the call ends as soon as a set serves and enough admitted sets wait"""
+    anyway: bool = False
+    """whether a collection begins with data or a budget that are too small for the gates"""
+
+    def refuse_insufficient(self) -> None:
+        """Raise `UsageError` if there are too few training examples for the gates of an admission, or for an
+        immunisation.
+        """
+        common, immunise, judged = self.collection.common, self.loop.immunise, self.loop.n_judged
+        n_train, n_held_out = len(common.train), len(common.held_out)
+        needs, texts = planned_needs(n_held_out, judged), []
+        if any(need.widened for need in needs):
+            need = sufficient(needs, judged)
+            lost = " or ".join(f"{tolerance_text(need.tolerance)} of {need.gate}" for need in needs)
+            enough = f"; {EVERY * need:,} are enough" if need <= MOST else f", and never more than {MOST:,}"
+            texts.append(
+                f"the gates of an admission need about {need:,} held-out examples, and there are {n_held_out:,}, one "
+                f"in {EVERY} of {n_train + n_held_out:,} training examples{enough}. With fewer, a set that loses "
+                f"{lost} may pass"
+            )
+        batch = common.training.batch
+        if immunise is not None and (updates := immunise.updates(n_train, batch)) < UPDATES:
+            enough = f"{math.ceil(UPDATES * batch / immunise.share * EVERY / (EVERY - 1)):,}"
+            texts.append(
+                f"immunisation trains each set for {updates} updates, and has no effect below {UPDATES}, for which "
+                f"{enough} training examples are enough in batches of {batch}; leave out --immunise"
+            )
+        if texts:
+            raise UsageError("; ".join(texts), Remedy("anyway", True, reason="to start nevertheless"))
+
+    def expected_time(self) -> str:
+        """Return how long the trainings and the first admissions of a new collection take, as text."""
+        common, sets = self.collection.common, self.loop.keep + 1
+        runs = common.source.runs
+        sizes = first_sizes(self.loop.n_judged)
+        judging = admission_time(common, sizes, sets, runs, 0 if self.loop.by == "retraining" else runs)
+        return (
+            f"{self.collection.expected_time()}, and {judging} for judging {sets} sets, which the budget does not "
+            "cover; more if sets are refused"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +128,14 @@ def run(
     """
     again = again or way_out("", request.collection.path)
     with stoppable(again) as stopper:
-        collected = collect(request.collection, again=again, notify=notify, progress=progress)
+        collection = request.collection
+        if collection.is_new:
+            if not request.anyway:
+                request.refuse_insufficient()
+                collection = replace(collection, least_updates=UPDATES)
+            if notify is not ignore:
+                notify(f"expected total time: {request.expected_time()}")
+        collected = collect(collection, again=again, notify=notify, progress=progress, is_step=True)
         pool = collected.pool
         settings = replace(request.loop, by=_train_if_needed(request, collected, again, notify))
         loop = RotationLoop(pool, request.collection.common, settings, again, stopper, notify, progress)

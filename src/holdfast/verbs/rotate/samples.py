@@ -10,7 +10,7 @@ in Medicine 21, 2002). With fewer examples nearly every set stays unclear and is
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -135,15 +135,22 @@ def changed(right: Sequence[Mask]) -> float:
     return sum(pairs) / len(pairs) if pairs else 0.0
 
 
-def statement(needs: Sequence[Need], *, planned: bool) -> str:
+def sufficient(needs: Sequence[Need], judged: int) -> int:
+    """Return the smallest number of held-out examples with which no gate is widened.
+
+    With more examples a gate may be judged more often, and then needs more of them.
+    """
+    n = 0
+    while (more := max(replace(need, looks=looks(n, judged, need.gate)).needed for need in needs)) > n:
+        n = more
+    return n
+
+
+def statement(needs: Sequence[Need], judged: int, *, planned: bool) -> str:
     """Return a message with the number of held-out examples that the gates need, the available number, and by how much
     a shortage widens the tolerances of the gates.
     """
-    need, n_held_out, about = (
-        max(need_of_gate.needed for need_of_gate in needs),
-        needs[0].n_held_out,
-        "about " if planned else "",
-    )
+    need, n_held_out, about = sufficient(needs, judged), needs[0].n_held_out, "about " if planned else ""
     details = "; ".join(
         f"{need_of_gate.description}, since equal sets differ on {about}{100 * need_of_gate.changed:.1f} % of them"
         for need_of_gate in needs

@@ -46,7 +46,7 @@ def train(request: TrainRequest, *, again: str = "", notify: Notify = ignore) ->
     """
     pool, common, codec, diffusion = request.pool, request.common, request.codec, request.diffusion
     again = again or "an earlier generator is kept; train again with the same arguments"
-    with stoppable(again) as stopper, pool.alone_at("train"):
+    with stoppable(again) as stopper, pool.alone_at("train"), common.enough_threads():
         collected, draws = collected_members(pool), secret(pool).at("generator")
         begin = time.perf_counter()
         embedding = codec(collected, rng=draws.at("codec"))

@@ -1,0 +1,117 @@
+"""Estimates before a run how long it takes, from a few passes of the model and the number of passes of each attack."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.attacks.costs import expected_passes
+from holdfast.certifiers.protocol import Prover
+from holdfast.certifiers.smoothing import Smoothing
+from holdfast.core.batch import Batch
+from holdfast.core.model import Model
+from holdfast.doubts.probing import SEARCHES
+from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE
+from holdfast.harness import Plan, Target
+from holdfast.harness.kinds.proof import prepared_prover
+from holdfast.ops.ascent import gradient
+from holdfast.ops.losses import margin_loss
+
+_QUICK_S = 0.05
+"""A pass on a few examples that is quicker than this is timed again with a whole batch, in which an example costs
+less."""
+_FEWEST = 0.2  # share of the passes of the first attack if it breaks every example early
+
+
+@dataclass(frozen=True)
+class ExpectedTime:
+    """Estimated seconds of a run: if the first attack breaks every example, and if every example survives."""
+
+    least_s: float
+    most_s: float
+
+    def __str__(self) -> str:
+        """Return the range as text.
+
+        >>> str(ExpectedTime(2, 190))
+        'about 2 s to 3.2 min'
+        """
+        texts = [duration(max(seconds, 1)) for seconds in (self.least_s, self.most_s)]
+        return f"about {' to '.join(dict.fromkeys(texts))}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration with two significant digits, as in `15 s`, `2.5 min` and `3 h`."""
+    for limit, unit, size in ((100, "s", 1), (6000, "min", 60)):
+        if seconds < limit:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds / 3600:.2g}'):g} h"
+
+
+def expected_time(plan: Plan, target: Target, sample: Batch, n: int, size: int, workers: int) -> ExpectedTime:
+    """Estimate how long the stages and the probes of a plan take on `n` examples, in batches of at most `size`.
+
+    It takes a few passes of the model on the examples in `sample`, and one run of each quick method of certification on
+    one of them. Passes on surrogates are counted like those of the model.
+    """
+    gradients = target.bare.access == "gradients"
+    forward_s, backward_s = pass_times(target.quick, sample, min(size, max(n, 1)), gradients=gradients)
+
+    def seconds(forwards: float, backwards: float) -> float:
+        return forwards * forward_s + backwards * backward_s
+
+    attacks = [
+        seconds(*expected_passes(member.attack, plan.threat, target.classes))
+        for member in (*plan.members, *plan.curve)
+    ]
+    proved_s = sum(_proof_s(prover, plan, target, sample, forward_s) for prover in plan.proofs)
+    late_s = sum(_limit_s(prover) for prover in plan.late_proofs)
+    probes_s = 0.0
+    if plan.doubts == "all":
+        probes_s = min(n, SAMPLE) * seconds(FORWARDS + SEARCHES, BACKWARDS) + min(n, FRESH_ROWS) * sum(
+            attacks
+        )
+    least_s = forward_s + proved_s + (_FEWEST * attacks[0] if attacks else 0.0)
+    most_s = forward_s + proved_s + late_s + sum(attacks)
+    return ExpectedTime(n * least_s / workers, n * most_s / workers + probes_s)
+
+
+def pass_times(model: Model, sample: Batch, size: int, *, gradients: bool = True) -> tuple[float, float]:
+    """Measure the seconds of a forward pass for one example, and the seconds that a backward pass adds, in batches of
+    `size`. Without `gradients`, a backward pass takes no time.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        forward_s = _timed(lambda: model(sample.x, sample.ids))
+        rows = torch.arange(len(sample), device=sample.ids.device)
+        if forward_s < _QUICK_S and size > len(sample):
+            sample = sample.take(rows.repeat(-(-size // len(sample)))[:size])
+            forward_s = _timed(lambda: model(sample.x, sample.ids))
+        both_s = _timed(lambda: gradient(model, sample, margin_loss)) if gradients else forward_s
+    return forward_s / len(sample), max(both_s - forward_s, 0.0) / len(sample)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Seconds of the second of two calls; the first one fills caches."""
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def _proof_s(prover: Prover, plan: Plan, target: Target, sample: Batch, forward_s: float) -> float:
+    """Seconds of a quick method of certification for one example."""
+    if isinstance(prover, Smoothing):
+        return prover.draws * forward_s
+    ready = prepared_prover(target, prover, sample, plan.threat)
+    one = sample.take(torch.zeros_like(sample.ids[:1]))
+    start = time.perf_counter()
+    ready(one)
+    return time.perf_counter() - start
+
+
+def _limit_s(prover: Prover) -> float:
+    """Time limit of a slow method of certification for one example."""
+    return float(vars(prover).get("timeout_s", 0.0))
