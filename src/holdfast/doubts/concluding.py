@@ -268,7 +268,9 @@ def _randomness(case: _Case) -> Doubt:
         return case.absent("randomness", "steadiness")
     moved = case.results["steadiness"].columns["repeat"]
     largest = _largest(moved)
-    text = f"two calls with the same input differ by at most {largest:.1g} of the largest logit"
+    text = "two calls with the same input return the same logits"
+    if largest > 0:
+        text = f"two calls with the same input differ by at most {largest:.1g} of the largest logit"
     averaged = suite_name(case.circumstances.suite) == "rand"
     if largest > at.CHANGE:
         text += (
@@ -292,9 +294,9 @@ def _state(case: _Case) -> Doubt:
         kind: _largest(repeated[kind]) for kind in (("history",) if random else ("order", "batch", "history"))
     }
     worst = max(changes, key=lambda kind: changes[kind])
-    text = (
-        f"of {', '.join(changes)} the {worst} changes the logits most, by {changes[worst]:.1g} of the largest"
-    )
+    text = f"the logits do not depend on {', '.join(changes)}"
+    if changes[worst] > 0:
+        text = f"of {', '.join(changes)} the {worst} changes the logits most, by {changes[worst]:.1g} of the largest"
     text = f"{modes}; {text}" if modes else text
     raised = bool(training) or changes[worst] > at.CHANGE
     return Doubt(
@@ -393,7 +395,9 @@ def _constant(case: _Case) -> Doubt:
         text = "all examples have the same label and are classified correctly, so that their outputs may be equal"
         return Doubt("constant", "not applicable", message=text)
     spread = float(f"{spread:.3g}")  # the last digits depend on the batches
-    text = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
+    text = f"the outputs of {n:,} examples are equal"
+    if spread > 0:
+        text = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
     if not spread > at.CONSTANT:
         text = f"the outputs do not depend on the input: {text}"
     return Doubt("constant", "clear" if spread > at.CONSTANT else "raised", spread, at.CONSTANT, n, text)

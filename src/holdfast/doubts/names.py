@@ -29,6 +29,9 @@ DOUBTS: Final[dict[str, str]] = {
 MEANINGLESS: Final = ("constant", "input", "chance")
 """doubts under which the robust accuracy is meaningless for the model, the most informative one first"""
 
+NEEDS_SURROGATE: Final = ("transfer",)
+"""doubts that are measured only with a surrogate of the attacker"""
+
 OF_STRENGTH: Final = (
     "zero-gradient",
     "probabilities",

@@ -131,15 +131,19 @@ def judged_estimate(claim: Claim, estimate: Estimate, doubts: Doubts) -> Judgeme
 
 
 def _relevant_doubts(claim: Claim, doubts: Doubts) -> Doubts:
-    """Return the doubts that could invalidate the gate.
+    """Return the doubts that could invalidate the gate."""
+    relevant = (doubt for doubt in doubts.results if depends_on(claim.metric, claim.relation, doubt.name))
+    return replace(doubts, results=tuple(relevant))
 
-    Doubts about the strength of attacks are left out if stronger attacks could only move the metric further inside its
+
+def depends_on(metric: str, relation: str, doubt: str) -> bool:
+    """Return whether a doubt could invalidate a gate on a metric.
+
+    A doubt about the strength of attacks cannot if stronger attacks could only move the metric further inside its
     bound, or do not change it, as they do not change a proof.
     """
-    safe = PROVED | (UPPER_BOUNDS if claim.relation == "<=" else LOWER_BOUNDS)
-    if claim.metric not in safe:
-        return doubts
-    return replace(doubts, results=tuple(doubt for doubt in doubts.results if doubt.name not in OF_STRENGTH))
+    safe = PROVED | (UPPER_BOUNDS if relation == "<=" else LOWER_BOUNDS)
+    return metric not in safe or doubt not in OF_STRENGTH
 
 
 def refuse_rotation(claim: Claim) -> None:

@@ -57,9 +57,22 @@ def page(summary: Mapping[str, Any]) -> str:
         details=summary["details"],
         attacker_names=rotation.NAMES,
         **_certified(summary),
-        raised=[doubt for doubt in summary["doubts"] if doubt["state"] == "raised"],
-        calm=words.grouped_doubts(sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"]))),
+        **_doubts(summary["doubts"]),
     )
+
+
+def _doubts(doubts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The doubts of a page: at most `_SHOWN_DOUBTS` that are always visible, raised ones first, and the others."""
+    raised = [doubt for doubt in doubts if doubt["state"] == "raised"]
+    calm = words.grouped_doubts(sorted(doubts, key=lambda doubt: _STATES.index(doubt["state"])))
+    shown = max(_SHOWN_DOUBTS - len(raised), 0)
+    return {
+        "raised": raised[:_SHOWN_DOUBTS],
+        "calm": calm[:shown],
+        "more_raised": raised[_SHOWN_DOUBTS:],
+        "more_calm": calm[shown:],
+        "n_more": len(raised[_SHOWN_DOUBTS:]) + sum(map(len, calm[shown:])),
+    }
 
 
 def fragment(summary: Mapping[str, Any], later_gates: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -111,6 +124,8 @@ def _certified(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_SHOWN_DOUBTS = 5
+"""Number of doubts above the pictures of a page; the others are in an element that readers open."""
 _STATES = ("raised", "answered", "not measured", "clear", "not applicable")
 
 

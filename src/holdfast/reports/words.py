@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import threat_text
-from holdfast.doubts.names import MEANINGLESS
+from holdfast.doubts.names import MEANINGLESS, NEEDS_SURROGATE
+from holdfast.gates.judging import depends_on
 from holdfast.metrics.names import METRICS, NOT_SHARES, PERTURBATIONS
 from holdfast.reports.numbers import count_text, number, percent, plain, size
 
@@ -237,6 +238,20 @@ def open_doubts(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def unmeasured_doubts(summary: Mapping[str, Any]) -> list[str]:
+    """Return the names of the doubts that were not measured and that could invalidate a gate that passed. Doubts that
+    need a surrogate are left out.
+    """
+    passed = [gate for gate in summary["gates"] if gate["verdict"] == "pass"]
+    return [
+        doubt["name"]
+        for doubt in summary["doubts"]
+        if doubt["state"] == "not measured"
+        and doubt["name"] not in NEEDS_SURROGATE
+        and any(depends_on(gate["metric"], gate["relation"], doubt["name"]) for gate in passed)
+    ]
+
+
 def doubted(gate: Mapping[str, Any]) -> bool:
     """Return whether a gate is unclear only because of raised doubts that the user has not accepted."""
     low, high = number(gate["estimate"]["low"]), number(gate["estimate"]["high"])
@@ -282,14 +297,20 @@ def headline(summary: Mapping[str, Any]) -> str:
     accepted = sorted(summary["accepted_doubts"])
     if accepted:
         sentence += f". Accepted doubts: {', '.join(accepted)}"
-    return sentence + "."
+    return f"{sentence}{_unmeasured(summary)}."
 
 
 def title(summary: Mapping[str, Any]) -> str:
     """Return the main result of a run in a short sentence, as the title of a page that shows interval, gates and doubts
     separately.
     """
-    return _meaning(summary, measured(summary, intervals=False)) + "."
+    return f"{_meaning(summary, measured(summary, intervals=False))}{_unmeasured(summary)}."
+
+
+def _unmeasured(summary: Mapping[str, Any]) -> str:
+    """Statement on the doubts that the verdict depends on and that were not measured; empty if there are none."""
+    names = unmeasured_doubts(summary)
+    return f". Doubts that were not measured: {', '.join(names)}" if names else ""
 
 
 def _meaning(summary: Mapping[str, Any], result: str) -> str:
