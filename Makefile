@@ -20,10 +20,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=12 --durations-min=5
 
 help:
-	@echo 'make demo                assess the bundled network, offline, and print the path of the report'
+	@echo 'make demo                assess the bundled network, offline, in about a minute, and print the path of the report'
 	@echo 'make demo-serve          serve the bundled network with a guard, and print the command that attacks it'
-	@echo 'make test                all checks and tests (10 to 30 minutes on two cores)'
+	@echo 'make test                all checks and tests (about 20 minutes on two cores)'
 	@echo 'make check               format, lint, types, layers, documentation, quick tests'
+	@echo 'make quick               quick tests only (about 6 minutes)'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds until it is stopped'
 	@echo 'make bench [PEERS=dir]   run the benchmarks and write dated records'

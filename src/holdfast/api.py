@@ -329,17 +329,19 @@ def carry_out_hardening(
     )  # fmt: skip
 
 
-def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
+def demo(
+    folder: str | Path = "holdfast-demo", *, progress: Progress = silent, notify: Notify = ignore
+) -> Result:
     """Assess a bundled model on bundled data, without a network connection, and write `report.html` and `report.json`
     to `folder`.
 
-    The model is a bundled network, and the data are real images of digits.
+    The model is a bundled network, and the data are real images of digits. `notify` is called with the expected time.
     """
     paths = [Path(folder) / name for name in ("report.html", "report.json")]
     for path in paths:
         # before the run, so that it does not end without its reports
         check_place(path)
-    result = carry_out(demo_settings(), run=None, progress=progress, command=DEMO_COMMAND)
+    result = carry_out(demo_settings(), run=None, progress=progress, notify=notify, command=DEMO_COMMAND)
     for path in paths:
         result.write(path)
     return result

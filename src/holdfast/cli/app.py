@@ -19,7 +19,7 @@ from holdfast.core.names import line
 from holdfast.engine.signals import Stopped, Stopper
 
 _COMMANDS = {
-    "demo": ("first", "assess a bundled model on bundled images, offline, in a minute or two"),
+    "demo": ("first", "assess a bundled model on bundled images, offline, in about a minute"),
     "assess": (
         "assess",
         "measure how robust a model is: the worst case over several attacks, with confidence intervals",

@@ -60,7 +60,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
             voice.say(f"note: {note}")
 
 
-@click.command(short_help="assess a bundled model, offline, in a minute or two")
+@click.command(short_help="assess a bundled model, offline, in about a minute")
 @click.option(
     "-o",
     "--output",

@@ -234,10 +234,10 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
 def run_demo(folder: Path, voice: Voice) -> int:
     """Assess the bundled network on images of digits, print the results with an explanation, and return exit code 0."""
     voice.say(
-        "attacking a classifier of handwritten digits on 200 real images with the attacks of AutoAttack standard"
+        "attacking a classifier of handwritten digits on 200 real images with the attacks of the suite fast"
     )
     with progress_bar(voice, piped=True) as progress:
-        result = demo(folder, progress=progress)
+        result = demo(folder, progress=progress, notify=voice.say)
     tell(result, [], voice)
     voice.say(
         "one gate passes and one fails: the network classifies clean digits correctly, but small perturbations break it"

@@ -98,14 +98,14 @@ DEMO = {
     "data": DIGITS,
     "n": 200,
     "threat": "linf:0.1",
-    "suite": "standard",
+    "suite": "fast",
     "curve": True,
     "gates": ["clean_accuracy >= 0.95", "robust_accuracy >= 0.50"],
 }
 """Settings of `holdfast demo`, with which one gate passes and one fails."""
 
 DEMO_COMMAND = (
-    "holdfast assess mnist-cnn mnist-mini -n 200 --threat linf:0.1 --suite standard --curve "
+    "holdfast assess mnist-cnn mnist-mini -n 200 --threat linf:0.1 --suite fast --curve "
     "--gate 'clean_accuracy >= 0.95' --gate 'robust_accuracy >= 0.50' -o report.html"
 )
 """Command that is equivalent to `holdfast demo`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import Data
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, required_attacks
@@ -56,7 +56,7 @@ from holdfast.verbs.evidence import (
 )
 from holdfast.verbs.executors import executor_for
 from holdfast.verbs.expected_rows import expected_of
-from holdfast.verbs.expected_time import expected_time
+from holdfast.verbs.expected_time import TRIED, expected_time
 from holdfast.verbs.manifest import about_run, assess_manifest
 from holdfast.verbs.measuring import Measurement, ShardMeasure
 from holdfast.verbs.preparation import learning_examples, paired_sets, plan_for, readied
@@ -126,7 +126,7 @@ def assess(
             if served is not None and store.document(DOUBTS) is None:
                 notify(job.expected(served))
             elif served is None and notify is not ignore and not is_part:
-                notify(job.expected_time(sample))
+                notify(job.expected_time())
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
             executor.pause()  # the probes run in this process, and need the memory of the workers
@@ -325,14 +325,15 @@ class _Job:
             f"; {earlier:,} rows were sent before the stop" if earlier else ""
         )
 
-    def expected_time(self, sample: Batch) -> str:
+    def expected_time(self) -> str:
         """Return a message with the expected time of the run, and the part that its time budget limits."""
         work, budget_s = self.manifest["plan"], self.request.time_budget_s
         n, workers = len(self.data), self.request.workers or 1
+        sample = self.data.read(0, min(TRIED, n)).to(self.device)
         expected = expected_time(self.plan, self.target, sample, n, work["batch_size"], workers)
         limit = (
             ""
             if budget_s is None
             else f"; the attacks and proofs end after the time budget of {budget_s:g} s"
         )
-        return f"expected total time: {expected}, depending on how many examples survive{limit}"
+        return f"expected total time: {expected}{limit}"

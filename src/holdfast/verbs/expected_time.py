@@ -1,19 +1,22 @@
 """Estimates before a run how long it takes, from a few passes of the model and the number of passes of each attack."""
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from holdfast.attacks.costs import expected_passes
+from holdfast.attacks.pgd import PGD
 from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.smoothing import Smoothing
 from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.doubts.probing import SEARCHES
 from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE
-from holdfast.harness import Plan, Target
+from holdfast.harness import LOOKED_AT, Plan, Target
 from holdfast.harness.kinds.proof import prepared_prover
 from holdfast.ops.ascent import gradient
 from holdfast.ops.losses import margin_loss
@@ -21,12 +24,16 @@ from holdfast.ops.losses import margin_loss
 _QUICK_S = 0.05
 """A pass on a few examples that is quicker than this is timed again with a whole batch, in which an example costs
 less."""
-_FEWEST = 0.2  # share of the passes of the first attack if it breaks every example early
+TRIED = 32
+"""Number of examples on which a short attack estimates how many survive the first attack."""
+_SHORT = PGD(steps=10)
+_AROUND = 0.15  # almost two standard errors of that share
+_FEWEST = 0.2  # share of the passes of an attack on an example that it breaks early
 
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """Estimated seconds of a run: if the first attack breaks every example, and if every example survives."""
+    """Lower and upper estimate of the seconds of a run."""
 
     least_s: float
     most_s: float
@@ -52,9 +59,11 @@ def duration(seconds: float) -> str:
 def expected_time(plan: Plan, target: Target, sample: Batch, n: int, size: int, workers: int) -> ExpectedTime:
     """Estimate how long the stages and the probes of a plan take on `n` examples, in batches of at most `size`.
 
-    It takes a few passes of the model on the examples in `sample`, and one run of each quick method of certification on
-    one of them. Passes on surrogates are counted like those of the model.
+    It takes a few passes of the model on the examples in `sample`, a short attack on them, and one run of each quick
+    method of certification on one of them. Passes on surrogates are counted like those of the model.
     """
+    few, most = expected_shares(plan, target, sample)
+    sample = sample.take(torch.arange(min(len(sample), LOOKED_AT), device=sample.ids.device))
     gradients = target.bare.access == "gradients"
     forward_s, backward_s = pass_times(target.quick, sample, min(size, max(n, 1)), gradients=gradients)
 
@@ -67,14 +76,36 @@ def expected_time(plan: Plan, target: Target, sample: Batch, n: int, size: int, 
     ]
     proved_s = sum(_proof_s(prover, plan, target, sample, forward_s) for prover in plan.proofs)
     late_s = sum(_limit_s(prover) for prover in plan.late_proofs)
-    probes_s = 0.0
-    if plan.doubts == "all":
-        probes_s = min(n, SAMPLE) * seconds(FORWARDS + SEARCHES, BACKWARDS) + min(n, FRESH_ROWS) * sum(
-            attacks
-        )
-    least_s = forward_s + proved_s + (_FEWEST * attacks[0] if attacks else 0.0)
-    most_s = forward_s + proved_s + late_s + sum(attacks)
-    return ExpectedTime(n * least_s / workers, n * most_s / workers + probes_s)
+
+    def run(share: float, share_late: float) -> float:
+        """Seconds if a share of the examples survives the first attack, and one is left to the slow methods."""
+        attacked = sum(attacks) * share + _FEWEST * attacks[0] * (1 - share) if attacks else 0.0
+        each = forward_s + proved_s + attacked + late_s * share_late
+        probed = 0.0
+        if plan.doubts == "all":
+            probed = min(n, SAMPLE) * seconds(FORWARDS + SEARCHES * share, BACKWARDS)
+            probed += min(n * share, FRESH_ROWS) * sum(attacks)
+        return n * each / workers + probed
+
+    return ExpectedTime(run(few, 0), run(most, most))
+
+
+def expected_shares(plan: Plan, target: Target, sample: Batch) -> tuple[float, float]:
+    """Return a range of the share of examples that survive the first attack, estimated with a short attack on a sample.
+
+    It is 0 to 1 if the model has no gradients, or the threat model no norm.
+    """
+    constraint, threat = plan.threat.constraint, plan.threat
+    if target.bare.access != "gradients" or not threat.gives("gradients") or threat.goal is not None:
+        return 0.0, 1.0
+    if not (plan.members and constraint.is_ball and 0 < constraint.eps < math.inf) or target.rejects:
+        return 0.0, 1.0
+    with torch.random.fork_rng():
+        x_adv = _SHORT(target.quick, sample, replace(threat, queries=None), rng=Draws(0))
+        with torch.no_grad():
+            correct = target.quick(x_adv, sample.ids).argmax(1) == sample.y
+    share = float(correct.double().mean())
+    return max(share - _AROUND, 0.0), min(share + _AROUND, 1.0)
 
 
 def pass_times(model: Model, sample: Batch, size: int, *, gradients: bool = True) -> tuple[float, float]:

@@ -38,7 +38,7 @@ from holdfast.verbs.checks import batch_size_for, refuse_batch, refuse_data, ref
 from holdfast.verbs.commands import command_of
 from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.verbs.executors import cluster_for
-from holdfast.verbs.expected_time import duration, expected_time
+from holdfast.verbs.expected_time import TRIED, duration, expected_time
 from holdfast.verbs.hardened import MODEL, Hardened, Made, card_of, opened_by, timeless, weights_metadata
 from holdfast.verbs.held_out import (
     TrainingExamples,
@@ -93,7 +93,8 @@ def harden(
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
         if notify is not ignore and not (run is not None and stored_manifest(run)):
-            notify(_expected_time(request, examples, target, sample, len(test)))
+            tried = test.read(0, min(TRIED, len(test))).to(sample.x.device)
+            notify(_expected_time(request, target, tried, len(test)))
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
         stack.enter_context(threads(n_threads))
@@ -106,21 +107,19 @@ def harden(
     return replace(result, before=before, after=after, folder=None)
 
 
-def _expected_time(
-    request: HardenRequest, examples: TrainingExamples, target: Target, sample: Batch, n: int
-) -> str:
-    """Message with the expected time of the training and of the two assessments."""
+def _expected_time(request: HardenRequest, target: Target, sample: Batch, n: int) -> str:
+    """Message with the expected time of the training and of the two assessments. The second assessment is slower if
+    more examples survive.
+    """
     assessment, budget_s = request.assessment, request.budget_s
     size = assessment.batch_size or batch_size_for(math.prod(sample.x.shape[1:]), request.device)
     judging = expected_time(assessment.plan, target, sample, n, size, assessment.workers or 1)
-    training = (
-        "the training"
-        if budget_s is None
-        else f"{duration(budget_s)} for the training, which the budget limits"
-    )
+    training = "the training, "
+    if budget_s is not None:
+        training = f"{duration(budget_s)} for the training, which the budget limits, "
     return (
-        f"expected total time: {training}, and {judging} for each of the assessments of the given and of the new model "
-        f"on {n:,} test examples, which it does not cover"
+        f"expected total time: {training}and {judging} for the assessment of the given model on {n:,} test examples; "
+        "that of the new model takes longer if more examples survive"
     )
 
 
