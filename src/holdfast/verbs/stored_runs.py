@@ -47,8 +47,8 @@ from holdfast.verbs.recomputing import (
     refuse_other_shares,
     refuse_other_stages,
     refuse_other_verdict,
-    refuse_skipped,
 )
+from holdfast.verbs.recomputing_columns import refuse_other_rows
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
 
@@ -241,7 +241,7 @@ def _result(
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
     refuse_other_stages(path, manifest, chain, adapted)
     refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
-    refuse_skipped(path, manifest, chain, by_stage)
+    refuse_other_rows(path, manifest, chain, by_stage, doubts_json, adapted)
     if rotation is not None:
         refuse_other_shares(path, rotation, evidence)
     refuse_broken_certificates(path, evidence)
