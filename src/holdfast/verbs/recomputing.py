@@ -20,7 +20,6 @@ from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
 from holdfast.engine.identity import code_digest
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
 from holdfast.harness import FOUND, KINDS, Outline, assemble, probe_passes, stage_passes
-from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.names import PAIRED
 from holdfast.ops.statistics import proportion
 from holdfast.store.files import MANIFEST
@@ -270,25 +269,3 @@ def _judged_again(file: Path, stored: Judgement, evidence: Evidence, doubts: Dou
 def refuse_other_code(path: Path, decided: Json, judged: Result) -> None:
     """Raise `TargetError` if the exit code of a hardening is not that of the measurement of the new model."""
     refuse_other(path / f"{VERDICT}.json", "exit_code", decided["exit_code"], judged.exit_code)
-
-
-def refuse_other_card(
-    path: Path, card: Json, training: Json, weights: str, sides: Mapping[str, Result]
-) -> None:
-    """Raise `TargetError` if the card of a hardening states other metrics than its two measurements, or if another
-    model was stored than the one that was trained.
-
-    `weights` is the digest of the file of the new model, and `sides` are the results `before` and `after`.
-    """
-    file = path / "card.json"
-    for side, result in sides.items():
-        stated = card[side]
-        refuse_other(file, f"{side}.n", stated["n"], len(result.evidence))
-        for name, values in stated["metrics"].items():
-            computed = estimate(name, result.evidence)
-            for key in ("value", "low", "high", "n"):
-                refuse_other(file, f"{side}.metrics.{name}.{key}", values[key], getattr(computed, key))
-        raised = [doubt.name for doubt in result.doubts if doubt.state == "raised"]
-        refuse_other(file, f"{side}.doubts", [doubt["name"] for doubt in stated["doubts"]], raised)
-    refuse_other(file, "chosen.epoch", card["chosen"]["epoch"], training["chosen"])
-    refuse_other(path / "training.json", "weights", training["weights"], weights)
