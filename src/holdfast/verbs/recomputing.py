@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UnsoundProof, UsageError
@@ -29,6 +30,7 @@ from holdfast.verbs.documents import VERDICT, doubt_from_json, judgement_from_js
 from holdfast.verbs.evidence import ADAPTIVE, DOUBTS, ROTATION
 from holdfast.verbs.recomputing_columns import refuse_columns, refuse_other, shown
 from holdfast.verbs.result import Result
+from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
 Json = Mapping[str, Any]
 
@@ -200,23 +202,47 @@ def _refuse_reasons(file: Path, manifest: Json, stored: Sequence[Doubt], adapted
     refuse_other(file, "reasons", dict(adapted["reasons"]), computed)
 
 
-def refuse_other_shares(path: Path, table: Json, evidence: Evidence) -> None:
+def refuse_other_shares(path: Path, manifest: Json, table: Json, evidence: Evidence) -> None:
     """Raise `TargetError` if the success rate of an attacker of a model with rotation is not that of the inputs that it
-    broke, or if their number is not that of the columns.
+    broke, if their number is not that of the columns, or if the effects of the rotation and the conclusion do not
+    follow from these rates. The latter are compared only if this version wrote the run.
     """
-    file = path / f"{ROTATION}.json"
-    if "n_correct" not in table:  # none was measured
+    file, rows = path / f"{ROTATION}.json", table["rows"]
+    if "n_correct" not in table and not rows:  # none was measured
         return
     correct = evidence["correct"][: table["n"]].bool()
     ids = evidence["id"][: table["n"]][correct].tolist()
     refuse_other(file, "n_correct", table["n_correct"], len(ids))
-    for place, row in enumerate(table["rows"]):
-        if row.get("share") is None:
-            continue
+    for place, row in enumerate(rows):
         broken = torch.isin(torch.tensor(ids), torch.tensor(row["broken_ids"], dtype=torch.int64))
-        share = proportion(broken)
-        for key in ("value", "low", "high"):
-            refuse_other(file, f"rows[{place}].share.{key}", row["share"][key], getattr(share, key))
+        share = None if row["share"] is None and not row["broken_ids"] else _share(broken)
+        refuse_other(file, f"rows[{place}].share", row["share"], share)
+    for place, row in enumerate(table["alternatives"]):
+        for name in ("clean_accuracy", "stolen_set", "white_box"):
+            if (stated := row.get(name)) is not None:
+                n_broken = round(stated["value"] * stated["n"])
+                computed = _share(torch.arange(stated["n"]) < n_broken)
+                refuse_other(file, f"alternatives[{place}].{name}", stated, computed)
+    if rows and table["complete"] and manifest["digests"]["code"] == code_digest():
+        _refuse_effects(file, table)
+
+
+def _share(mask: Tensor) -> dict[str, Any]:
+    return dict(vars(proportion(mask)))
+
+
+def _refuse_effects(file: Path, table: Json) -> None:
+    """Compare the effects of a rotation, the conclusion and the doubt with the success rates of the attackers."""
+    by_name = {row["alternative"]: row for row in table["alternatives"] if row.get("clean_accuracy")}
+    white_box = by_name.get("static", {}).get("white_box")
+    rows = with_effects(table["rows"], white_box)
+    effects = [[row["effect"] for row in each] for each in (table["rows"], rows)]
+    refuse_other(file, "effect", *effects)
+    refuse_other(file, "conclusion", table["conclusion"], protection_verdict(rows, white_box))
+    if table["doubt"] is not None and table["doubt"]["statistic"] is not None:
+        tuned = by_name["adversarial fine-tuning"]["white_box"]
+        for key, share in (("statistic", white_box), ("threshold", tuned)):
+            refuse_other(file, f"doubt.{key}", table["doubt"][key], share["value"])
 
 
 def refuse_broken_certificates(path: Path, evidence: Evidence) -> None:

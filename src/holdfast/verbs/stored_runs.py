@@ -251,7 +251,7 @@ def _result(
     refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
     refuse_other_rows(path, manifest, chain, by_stage, doubts_json, adapted)
     if rotation is not None:
-        refuse_other_shares(path, rotation, evidence)
+        refuse_other_shares(path, manifest, rotation, evidence)
     refuse_broken_certificates(path, evidence)
     refuse_other_verdict(path, decided, evidence)
     attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
