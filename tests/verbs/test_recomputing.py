@@ -19,6 +19,7 @@ from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import runs_in
 from store.test_foreign import rewritten
 from verbs.fakes import FAST, data, order, subject
+from verbs.test_assess import WEAK
 from verbs.test_schema_1 import FOLDER as SCHEMA_1
 
 ROBUST, CLEAN = "robust_accuracy >= 0.1", "clean_accuracy >= 0.99"
@@ -193,6 +194,19 @@ def test_attacks_in_waves_that_skip_examples_are_refused(waves, tmp_path):
         column_files.write(file, {**stored.columns, "ran": none, "success": none}, stored.about)
         rewritten(run, file.name)
     with pytest.raises(TargetError, match="column ran another value than the column success of the stages"):
+        verify(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda c: c.update(probes=[]), lambda c: c.update(probes=[[name, 0] for name, _ in c["probes"]])],
+)
+def test_probes_without_their_adversarial_examples_are_refused(change, tmp_path):
+    run = tmp_path / "run"
+    assess(subject(), data(), order(WEAK, attacked=False, doubts="all"), run=run)
+    assert (run / "found.safetensors").exists() and verify(run).complete
+    rewritten(run, "doubts.json", change)
+    with pytest.raises(TargetError, match=r"doubts\.json' states probes"):
         verify(run)
 
 

@@ -149,7 +149,7 @@ def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def weights_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors in the file of a hardened model, and its metadata."""
     with safetensors.safe_open(file, "pt") as content:
         metadata = json.loads((content.metadata() or {}).get(METADATA_KEY, "{}"))

@@ -20,7 +20,7 @@ from holdfast.doubts.concluding import THRESHOLDS, Circumstances, Findings, conc
 from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
 from holdfast.engine.identity import code_digest
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
-from holdfast.harness import FOUND, KINDS, Outline, assemble, probe_passes, stage_passes
+from holdfast.harness import FOUND, KINDS, PROBE, Outline, assemble, probe_passes, stage_passes
 from holdfast.metrics.names import PAIRED
 from holdfast.ops.statistics import proportion
 from holdfast.store.files import MANIFEST
@@ -28,7 +28,7 @@ from holdfast.store.records import Chain
 from holdfast.verbs.certify import refuse_unsound
 from holdfast.verbs.documents import VERDICT, doubt_from_json, judgement_from_json, outline_from_json
 from holdfast.verbs.evidence import ADAPTIVE, DOUBTS, ROTATION
-from holdfast.verbs.recomputing_columns import refuse_columns, refuse_other, shown
+from holdfast.verbs.recomputing_columns import refuse_columns, refuse_other, shortened
 from holdfast.verbs.result import Result
 from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
@@ -54,14 +54,14 @@ def refuse_other_stages(path: Path, manifest: Json, chain: Chain, adapted: Json 
         is_named = re.fullmatch(KINDS[step["kind"]].named, name)
         if not is_named or (wave_of and not re.fullmatch(re.escape(wave_of) + r"-wave-\d+", name)):
             raise TargetError(
-                f"{str(file)!r} states the stage {shown(name)} with the kind {step['kind']!r} and wave_of "
-                f"{shown(wave_of)}, but no stage has this name, kind and first wave; restore the run from a copy, or "
+                f"{str(file)!r} states the stage {shortened(name)} with the kind {step['kind']!r} and wave_of "
+                f"{shortened(wave_of)}, but no stage has this name, kind and first wave; restore the run from a copy, or "
                 "measure it again"
             )
         expected = not step["adaptive"] or step["attack"] in required
         if (name in recorded) != expected:
             raise TargetError(
-                f"{str(file)!r} states the stage {shown(name)}, which a finished run records "
+                f"{str(file)!r} states the stage {shortened(name)}, which a finished run records "
                 f"{'always' if expected else 'only if a raised doubt requires it'}, but the chain does "
                 f"{'not ' if expected else ''}record it; restore the run from a copy, or measure it again"
             )
@@ -69,7 +69,7 @@ def refuse_other_stages(path: Path, manifest: Json, chain: Chain, adapted: Json 
     unknown = sorted(recorded - {*names, FOUND})
     if unknown or len({*names}) < len(names):
         raise TargetError(
-            f"{str(file)!r} states the stages {shown(names)}, but the chain records {shown(sorted(recorded))}; "
+            f"{str(file)!r} states the stages {shortened(names)}, but the chain records {shortened(sorted(recorded))}; "
             "restore the run from a copy, or measure it again"
         )
 
@@ -89,6 +89,7 @@ def refuse_other_doubts(
     """
     _refuse_manifest(path / MANIFEST, manifest, by_stage)
     refuse_columns(path, manifest, by_stage)
+    _refuse_probes(path / f"{DOUBTS}.json", doubts_json, by_stage)
     findings = _findings(manifest, doubts_json, by_stage)
     if findings is not None:
         _refuse_broken(path / f"{DOUBTS}.json", doubts_json, findings)
@@ -108,6 +109,19 @@ def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]
     if "config" in manifest["digests"] and manifest["schema_version"] > 1:
         config = digest(canonical(manifest["config"]))
         refuse_other(file, "digests.config", manifest["digests"]["config"], config)
+
+
+def _refuse_probes(file: Path, doubts_json: Json, by_stage: Mapping[str, Columns]) -> None:
+    """Refuse probes that found more adversarial examples than they were run on, or that are not listed, so that these
+    examples would not count.
+    """
+    found = by_stage.get(FOUND)
+    if found is None or "probes" not in doubts_json:
+        return
+    tried = [n for _, n in doubts_json["probes"]]
+    n_found = torch.bincount(found[PROBE], minlength=len(tried)).tolist()
+    if len(n_found) > len(tried) or any(n > most for n, most in zip(n_found, tried, strict=True)):
+        refuse_other(file, "probes", [list(probe) for probe in doubts_json["probes"]], n_found)
 
 
 def _before_adaptive(outline: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Columns]:

@@ -18,7 +18,13 @@ from holdfast.reports.numbers import size
 from holdfast.reports.words import threat_syntax
 from holdfast.sources.weights import METADATA_KEY
 from holdfast.store.files import MANIFEST
-from holdfast.verbs.hardened import MODEL, digest_of_weights, held_out_metrics, read_weights, training_digest
+from holdfast.verbs.hardened import (
+    MODEL,
+    digest_of_weights,
+    held_out_metrics,
+    training_digest,
+    weights_and_metadata,
+)
 from holdfast.verbs.recomputing_columns import refuse_other
 from holdfast.verbs.result import Result
 
@@ -99,7 +105,7 @@ def _refuse_models(run: StoredHardening) -> None:
     )
     refuse_other(run.path / MANIFEST, "data.n", manifest["data"]["n"], len(run.sides["after"].evidence))
     refuse_other(run.path / "card.json", "model", run.card["model"], models["after"])
-    tensors, metadata = read_weights(run.path / MODEL)
+    tensors, metadata = weights_and_metadata(run.path / MODEL)
     given = {"before": manifest["digests"]["model"], "after": digest_of_weights(tensors)}
     for side, inner in (("before", before), ("after", after)):
         computed = _digest([given[side], inner["model"]["randomised"]])

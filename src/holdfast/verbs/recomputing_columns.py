@@ -34,19 +34,19 @@ _RADIUS_TOLERANCE = 1e-4
 
 def refuse_other(file: Path, field: str, stored: object, computed: object) -> None:
     """Raise `TargetError` if a field of a document is not the value that is computed from the run."""
-    if not same(stored, computed):
+    if not _same(stored, computed):
         raise TargetError(
-            f"{str(file)!r} states {field} {shown(stored)}, but the columns of the run give {shown(computed)}; "
+            f"{str(file)!r} states {field} {shortened(stored)}, but the columns of the run give {shortened(computed)}; "
             "restore the run from a copy, or measure it again"
         )
 
 
-def same(stored: object, computed: object) -> bool:
+def _same(stored: object, computed: object) -> bool:
     """Return whether two values are equal, with a tolerance for numbers, also in lists and mappings."""
     if isinstance(stored, Mapping) and isinstance(computed, Mapping):
-        return stored.keys() == computed.keys() and all(same(stored[key], computed[key]) for key in stored)
+        return stored.keys() == computed.keys() and all(_same(stored[key], computed[key]) for key in stored)
     if isinstance(stored, list) and isinstance(computed, list):
-        return len(stored) == len(computed) and all(map(same, stored, computed))
+        return len(stored) == len(computed) and all(map(_same, stored, computed))
     if isinstance(stored, bool) or isinstance(computed, bool):
         return stored is computed
     numbers = [float(value) for value in (stored, computed) if isinstance(value, int | float)]
@@ -55,7 +55,7 @@ def same(stored: object, computed: object) -> bool:
     return stored == computed
 
 
-def shown(value: object) -> str:
+def shortened(value: object) -> str:
     """Return a value as text of limited length for a message."""
     text = repr(value) if not isinstance(value, float) else f"{value:.6g}"
     return text if len(text) <= 100 else f"{text[:100]}…"
@@ -239,8 +239,8 @@ def _finished_rows(path: Path, manifest: Json, step: StageOutline, reached: obje
     valid = type(reached) is int and 0 <= reached < len(shards)
     if not valid or not isinstance(limit, int | float):
         raise TargetError(
-            f"the chain of {str(path)!r} states that time ran out during the stage {shown(step.name)} after the shard "
-            f"{shown(reached)}, but {MANIFEST} states {len(shards)} shards and the time limit {shown(limit)}; restore "
+            f"the chain of {str(path)!r} states that time ran out during the stage {shortened(step.name)} after the shard "
+            f"{shortened(reached)}, but {MANIFEST} states {len(shards)} shards and the time limit {shortened(limit)}; restore "
             "the run from a copy, or measure it again"
         )
     assert isinstance(reached, int)
