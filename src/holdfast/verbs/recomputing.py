@@ -55,8 +55,8 @@ def refuse_other_stages(path: Path, manifest: Json, chain: Chain, adapted: Json 
         if not is_named or (wave_of and not re.fullmatch(re.escape(wave_of) + r"-wave-\d+", name)):
             raise TargetError(
                 f"{str(file)!r} states the stage {shortened(name)} with the kind {step['kind']!r} and wave_of "
-                f"{shortened(wave_of)}, but no stage has this name, kind and first wave; restore the run from a copy, or "
-                "measure it again"
+                f"{shortened(wave_of)}, but no stage has this name, kind and first wave; restore the run from a copy, "
+                "or measure it again"
             )
         expected = not step["adaptive"] or step["attack"] in required
         if (name in recorded) != expected:

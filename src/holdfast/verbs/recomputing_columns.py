@@ -239,9 +239,9 @@ def _finished_rows(path: Path, manifest: Json, step: StageOutline, reached: obje
     valid = type(reached) is int and 0 <= reached < len(shards)
     if not valid or not isinstance(limit, int | float):
         raise TargetError(
-            f"the chain of {str(path)!r} states that time ran out during the stage {shortened(step.name)} after the shard "
-            f"{shortened(reached)}, but {MANIFEST} states {len(shards)} shards and the time limit {shortened(limit)}; restore "
-            "the run from a copy, or measure it again"
+            f"the chain of {str(path)!r} states that time ran out during the stage {shortened(step.name)} after the "
+            f"shard {shortened(reached)}, but {MANIFEST} states {len(shards)} shards and the time limit "
+            f"{shortened(limit)}; restore the run from a copy, or measure it again"
         )
     assert isinstance(reached, int)
     return int(shards[reached][0])
