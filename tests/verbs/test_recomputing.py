@@ -226,6 +226,17 @@ def test_a_finished_run_with_a_forged_verdict_is_not_resumed(run):
         assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
 
 
+def test_a_finished_run_with_forged_columns_is_not_resumed(run):
+    stored = column_files.read(run / "attacked.safetensors")
+    none = torch.zeros_like(stored.columns["ran"])
+    column_files.write(
+        run / "attacked.safetensors", {**stored.columns, "ran": none, "success": none}, stored.about
+    )
+    rewritten(run, "attacked.safetensors")
+    with pytest.raises(TargetError, match="column ran another value"):
+        assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
+
+
 def test_a_gate_on_a_baseline_is_judged_by_its_stored_interval(genuine, tmp_path):
     request = order(doubts="none", gates=("regression <= 0.5 vs baseline",))
     request = type(request)(**{**vars(request), "baseline": report(genuine).evidence})
