@@ -257,6 +257,34 @@ def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fa
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "WARNING"]
 
 
+@pytest.mark.parametrize("how", ["text", "bytes", "null"])
+@pytest.mark.parametrize("table", ["state", "balances", "clusters", "accounts"])
+def test_a_file_with_values_of_other_types_is_lost(tmp_path, table, how, caplog):
+    state = SQLiteState(tmp_path / "state.db")
+    detector, x = QueryDetector(KEY, state, SHAPE), images(1)
+    detector.score(x, ["client"], 0.0)
+    state.spend([Charge("client", 1, Allowance(budget=5))], 0.0)
+    column = {"state": "steady", "balances": "tokens", "clusters": "mass", "accounts": "mass"}[table]
+    value = {"text": "'x'", "bytes": "x'00'", "null": "NULL"}[how]
+    with closing(sqlite3.connect(tmp_path / "state.db")) as other, other:
+        other.execute(f"UPDATE {table} SET {column} = {value}")
+    grant = state.spend([Charge("client", 1, Allowance(budget=5))], 1.0)[0]
+    detail = detector.examine(variants(x, 1), ["client"], 1.0).details[0]
+    assert not state.health.reachable and (grant.lost or detail.lost)
+    assert "values of other types" in caplog.text
+
+
+@pytest.mark.parametrize("target", ["present", "absent"])
+def test_a_link_in_place_of_the_file_is_not_followed(tmp_path, target):
+    elsewhere = tmp_path / "elsewhere"
+    if target == "present":
+        elsewhere.write_bytes(b"")
+    (tmp_path / "state.db").symlink_to(elsewhere)
+    with pytest.raises(TargetError, match=r"state\.db' is a link"):
+        SQLiteState(tmp_path / "state.db")
+    assert elsewhere.exists() == (target == "present")
+
+
 def test_a_lost_and_emptied_server_is_reported(tmp_path, monkeypatch, caplog):
     pytest.importorskip("redis", reason="the package redis is not installed")
     monkeypatch.setattr("holdfast.serving.states.redis._RETRY_S", 0.0)

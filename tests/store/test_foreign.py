@@ -160,7 +160,6 @@ def test_files_that_no_record_names_are_noted_or_refused(tmp_path):
     run = tmp_path / "run"
     with open_run_folder(run, MANIFEST, {"created": "now"}, resume=False) as folder:
         folder.complete("clean", SHARDS[0])
-        folder.record("verdict", {"exit_code": 0})
     for known in ("report.html", "report.json", "junit.xml", "served.journal", "answers.journal", ".x.part"):
         (run / known).write_text("")
     (run / "checkpoints").mkdir()
@@ -191,13 +190,9 @@ def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp
 
 
 def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
-    run = tmp_path / "run"
-    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
-        shutil.copytree(SUITE_ONLY_RUN, run / "after")
-        folder.record("after", {"chain": verify(run / "after").head})
-        folder.record("verdict", {"exit_code": 4, "verdict_of": "after"})
-    assert open_run(run).metrics["robust_accuracy"].value == 0.7
-    rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=0))
+    run = shutil.copytree(SUITE_ONLY_RUN.parent / "schema_1" / "hardening", tmp_path / "run")
+    assert open_run(run).metrics["robust_accuracy"].value == 0.5
+    rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=1))
     for reader in (open_run, verify):
         with pytest.raises(TargetError, match=r"is not the run whose chain is recorded in '?after\.json'?"):
             reader(run)

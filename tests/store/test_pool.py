@@ -15,6 +15,7 @@ from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
 from holdfast.store.encryption import KEY_VARIABLE, Seal, key_file
 from holdfast.store.manifest import is_complete
+from holdfast.store.verify import verify_pool
 from store.lives import begun, weights
 
 HERE = Path(__file__).resolve().parent
@@ -560,3 +561,14 @@ def test_processes_that_ask_for_the_same_swap_get_one(lives):
 
 def test_processes_that_add_the_same_sets_add_each_once(lives):
     assert lives["together"]["sets"] == 10
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_verification_opens_every_encrypted_file(content, pool):
+    pool.keep("canaries", {"x": torch.zeros(1)}, {})
+    pool.keep("seed", {"seed": torch.zeros(1)}, {})
+    assert verify_pool(pool.path).authenticated
+    file = pool.path / "canaries.sealed"
+    file.write_bytes((pool.path / "seed.sealed").read_bytes() if content is None else content)
+    with pytest.raises(TargetError, match=r"canaries\.sealed"):
+        verify_pool(pool.path)

@@ -2,6 +2,7 @@
 statistical certificates and attacks are judged by their probability.
 """
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,16 @@ import holdfast
 from holdfast.attacks import PGD
 from holdfast.certifiers.smoothing import ReadySmoothing, Smoothing
 from holdfast.core.constraints import L2
-from holdfast.core.errors import UnsoundProof, UsageError
+from holdfast.core.errors import TargetError, UnsoundProof, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member
 from holdfast.ops.losses import cross_entropy
 from holdfast.ops.statistics import upper_tail
+from holdfast.store import columns as column_files
 from holdfast.verbs.assess import assess
 from holdfast.verbs.certify import certify_request, smoothed_subject
 from holdfast.verbs.stored_runs import open_run
+from store.test_foreign import rewritten
 from verbs import fakes
 from verbs.fakes import data, settled, subject
 
@@ -59,6 +62,25 @@ def test_the_run_is_about_the_smoothed_classifier(whole):
     agreed = evidence["prediction"] == fakes.network()(data().read(0, fakes.N).x).argmax(1)
     assert 0.7 < float(agreed.double().mean()) < 1
     assert "each verdict of smoothing is wrong with a probability of at most 0.01" in result.table
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("radius", 0.0, "column certified another value than the columns ran, abstained and radius"),
+        ("radius", 9.0, "column radius another value than the column bound"),
+        ("radius", torch.nan, "column radius another value than the column bound"),
+        ("abstained", True, "column certified another value than the columns ran, abstained and radius"),
+    ],
+)
+def test_a_stored_certificate_that_contradicts_its_radius_is_refused(tmp_path, whole, column, value, message):
+    run, name = shutil.copytree(whole[0], tmp_path / "run"), "proof-1-smoothing.safetensors"
+    stored = column_files.read(run / name)
+    changed = torch.full_like(stored.columns[column], value)
+    column_files.write(run / name, {**stored.columns, column: changed}, stored.about)
+    rewritten(run, name)
+    with pytest.raises(TargetError, match=message):
+        open_run(run)
 
 
 def test_a_resumed_run_has_the_same_bytes(tmp_path, whole, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 
 import click
 import pytest
@@ -17,7 +18,8 @@ from holdfast.stored import report, verify
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import runs_in
 from store.test_foreign import rewritten
-from verbs.fakes import data, order, subject
+from verbs.fakes import FAST, data, order, subject
+from verbs.test_assess import WEAK
 from verbs.test_schema_1 import FOLDER as SCHEMA_1
 
 ROBUST, CLEAN = "robust_accuracy >= 0.1", "clean_accuracy >= 0.99"
@@ -122,6 +124,13 @@ UNBROKEN = {"success": False}
         ("2-pgd-again", UNBROKEN | {"ran": False}, False, "column ran another value"),
         ("clean", {"margin": -1.0}, False, "column correct another value than the column margin"),
         ("clean", {"prediction": -1}, False, "column correct another value than the column prediction"),
+        (
+            "clean",
+            {"eligible": False},
+            False,
+            "column eligible another value than an untargeted threat model",
+        ),
+        ("attacked", UNBROKEN | {"ran": False}, False, "column ran another value"),
     ],
 )
 def test_columns_by_which_an_example_is_not_broken_agree(stage, values, smallest, message, run):
@@ -139,9 +148,92 @@ def test_columns_by_which_an_example_is_not_broken_agree(stage, values, smallest
         verify(run)
 
 
+def test_the_examples_of_a_stage_are_those_of_the_clean_stage(run):
+    stored = column_files.read(run / "1-pgd.safetensors")
+    changed = {**stored.columns, "id": stored.columns["id"].flip(0)}
+    column_files.write(run / "1-pgd.safetensors", changed, stored.about)
+    rewritten(run, "1-pgd.safetensors")
+    with pytest.raises(TargetError, match="column id another value than the clean stage"):
+        verify(run)
+
+
+def rerecorded(run, **changes):
+    """Change the records of the attacks in the chain."""
+    lines = [json.loads(line) for line in (run / "chain.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["content"].get("name", "clean") != "clean":
+            line["content"].update(changes)
+    (run / "chain.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("reached", [0, 1, 2, -1, True])
+def test_time_that_ran_out_without_a_limit_is_refused(reached, run):
+    rerecorded(run, reached=reached)
+    rewritten(run, "verdict.json")
+    with pytest.raises(TargetError, match="time ran out during the stage '1-pgd' .* the time limit None"):
+        verify(run)
+
+
+def test_time_that_ran_out_without_a_note_is_refused(tmp_path):
+    run = tmp_path / "run"
+    assess(subject(), data(), order(time_budget_s=1e-9), run=run)
+    assert verify(run).complete
+    rewritten(run, "doubts.json", lambda content: content.update(notes=[]))
+    with pytest.raises(TargetError, match="notes .*time ran out: PGD and PGD-again finished none"):
+        verify(run)
+
+
+@pytest.mark.parametrize("waves", [0, 2])
+def test_attacks_in_waves_that_skip_examples_are_refused(waves, tmp_path):
+    run = tmp_path / "run"
+    assess(subject(), data(), order(replace(FAST, waves=waves), attacked=False), run=run)
+    assert verify(run).complete
+    for file in run.glob("1-pgd*.safetensors"):
+        stored = column_files.read(file)
+        none = torch.zeros_like(stored.columns["ran"])
+        column_files.write(file, {**stored.columns, "ran": none, "success": none}, stored.about)
+        rewritten(run, file.name)
+    with pytest.raises(TargetError, match="column ran another value than the column success of the stages"):
+        verify(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda c: c.update(probes=[]), lambda c: c.update(probes=[[name, 0] for name, _ in c["probes"]])],
+)
+def test_probes_without_their_adversarial_examples_are_refused(change, tmp_path):
+    run = tmp_path / "run"
+    assess(subject(), data(), order(WEAK, attacked=False, doubts="all"), run=run)
+    assert (run / "found.safetensors").exists() and verify(run).complete
+    rewritten(run, "doubts.json", change)
+    with pytest.raises(TargetError, match=r"doubts\.json' states probes"):
+        verify(run)
+
+
+def test_an_attack_that_no_doubt_requires_is_refused_as_an_adaptive_one(run):
+    def change(content):
+        content["config"]["stages"][1]["adaptive"] = True
+        content["digests"]["config"] = digest(canonical(content["config"]))
+
+    rewritten(run, "run.json", change)
+    with pytest.raises(TargetError, match="'1-pgd', which a finished run records only if a raised doubt"):
+        verify(run)
+
+
 def test_a_finished_run_with_a_forged_verdict_is_not_resumed(run):
     rewritten(run, "verdict.json", lambda content: content.update(exit_code=0))
     with pytest.raises(TargetError, match="exit_code 0"):
+        assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
+
+
+def test_a_finished_run_with_forged_columns_is_not_resumed(run):
+    stored = column_files.read(run / "attacked.safetensors")
+    none = torch.zeros_like(stored.columns["ran"])
+    column_files.write(
+        run / "attacked.safetensors", {**stored.columns, "ran": none, "success": none}, stored.about
+    )
+    rewritten(run, "attacked.safetensors")
+    with pytest.raises(TargetError, match="column ran another value"):
         assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
 
 
@@ -196,7 +288,8 @@ def test_no_stored_text_is_shown_as_a_command(verb, run, tmp_path, capsys):
         ),
     )
     reports = [tmp_path / f"r.{suffix}" for suffix in ("json", "html", "md", "xml", "sarif")]
-    command_line(["report", str(run), *(word for path in reports for word in ("-o", str(path)))])
+    reported = command_line(["report", str(run), *(word for path in reports for word in ("-o", str(path)))])
+    assert reported == (3 if verb == "harden" else 1)  # the run has the verdict of an assessment
     assert command_line(["assess", "--run", str(run), "--resume"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     attacks = "" if verb == "certify" else " --suite ATTACKS"
@@ -204,6 +297,8 @@ def test_no_stored_text_is_shown_as_a_command(verb, run, tmp_path, capsys):
     assert said.endswith(f"resume with: {expected} --run {run} --resume")
     program = verbs.get_command(click.Context(verbs), verb)
     program.make_parser(click.Context(program)).parse_args(shlex.split(expected)[2:])
+    if verb == "harden":
+        return
     gates = f" --gate '{ROBUST}' --gate '{CLEAN}'"
     assert json.loads(reports[0].read_text())["reproduce"] == expected + gates
     for path in reports:

@@ -49,8 +49,8 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
 
     For the audit folder of holdfast serve, all chains are checked together.
 
-    For a pool of holdfast rotate the ledger is checked. With the pool's key each entry is authenticated, and each set
-    is decrypted. Without the key a consistent chain may still be forged; the output states that.
+    For a pool of holdfast rotate the ledger is checked. With the pool's key each entry is authenticated, and each
+    encrypted file is opened. Without the key a consistent chain may still be forged; the output states that.
     """
     if os.path.lexists(run / POOL_MANIFEST):
         _verify_pool(voice, run, expect_head)

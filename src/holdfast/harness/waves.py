@@ -9,13 +9,12 @@ from torch import Tensor
 
 from holdfast.core.evidence import Columns, Residual, in_table
 from holdfast.core.types import Mask
-from holdfast.harness.plan import Plan
-from holdfast.harness.stage import Stage, StageOutline
+from holdfast.harness.stage import Schedule, Stage, StageOutline
 
 _CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
 
 
-def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask | None:
+def due_examples(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
     """Return the mask of the examples that a stage is run on, or None for the clean stage, which is run on all
     examples.
     """

@@ -89,7 +89,9 @@ def _newest(file: Path) -> Path:
 
 
 def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:
-    """Raise `TargetError` for a set without an entry, a missing required set, or one that differs from its entry."""
+    """Raise `TargetError` for a set without an entry, a missing required set, one that differs from its entry, and
+    another encrypted file that is not one of the pool. Return the number of sets that were decrypted.
+    """
     n_opened = 0
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
         if file.stem not in state.members:
@@ -116,6 +118,10 @@ def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: d
                 f"{str(file)!r} is not the set that the ledger recorded; restore it from a copy"
             )
         n_opened += 1
+    if seal is not None:
+        for file in sorted(path.glob(f"*{SEALED}")):  # of the pool as a whole, such as its canary inputs
+            content = unsealed(seal, manifest, content_of(file, refusal_in_pool), file.stem, file)
+            column_files.decode(content, str(file))
     return n_opened
 
 

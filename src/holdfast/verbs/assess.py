@@ -60,10 +60,11 @@ from holdfast.verbs.expected_time import TRIED, expected_time
 from holdfast.verbs.manifest import about_run, assess_manifest
 from holdfast.verbs.measuring import Measurement, ShardMeasure
 from holdfast.verbs.preparation import learning_examples, paired_sets, plan_for, readied
-from holdfast.verbs.recomputing import refuse_other_doubts, refuse_other_verdict
+from holdfast.verbs.recomputing import refuse_other_doubts
 from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import attach, finish, refuse_early, served_by
+from holdfast.verbs.stored_runs import open_run
 
 JUDGED_BY_ATTACKERS = 1_000
 """Largest number of examples that the table of attackers is measured on; the first ones of the data are used."""
@@ -305,7 +306,7 @@ class _Job:
         request, claims, accepted = self.request, self.request.gates, self.request.accepted
         if stored is not None:
             if self.folder is not None:
-                refuse_other_verdict(self.folder, stored, evidence)
+                open_run(self.folder)  # refuses a run whose documents contradict its columns
             before = tuple(map(judgement_from_json, stored["gates"]))
             if not claims and not accepted:
                 return before, stored["accepted_doubts"]

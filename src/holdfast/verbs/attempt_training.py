@@ -96,4 +96,6 @@ class AttemptTraining:
         checkpoint.put_into(new)
         name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
         card = {**self.subject.card, "name": name}
-        return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
+        assert isinstance(new.net, nn.Module)
+        digest = digest_of_weights(new.net.state_dict())  # of the tensors in the file of the new model
+        return replace(self.subject, model=new.eval(), digest=digest, card=card)

@@ -1,6 +1,7 @@
 """The result of a hardening: the new model, its model card, and the measurements before and after."""
 
 import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
-from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.model import Classifier
 from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
@@ -20,6 +23,7 @@ from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.words import threat_syntax
+from holdfast.sources.weights import METADATA_KEY
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.records import document
 from holdfast.verbs.candidates import Candidate
@@ -127,17 +131,29 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
     return {
         **architecture,
         **properties,
-        "training": digest(canonical([manifest["digests"], manifest["plan"]])),
+        "training": training_digest(manifest),
     }
 
 
-def digest_of_weights(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of all tensors of a checkpoint, in hex."""
+def training_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 that identifies the hardening with a manifest in the file of its new model, in hex."""
+    return digest(canonical([manifest["digests"], manifest["plan"]]))
+
+
+def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, types, shapes and values of the tensors of a network, in hex."""
     sha = hashlib.sha256()
-    for name, value in sorted(checkpoint.tensors.items()):
+    for name, value in sorted(tensors.items()):
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def weights_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors in the file of a hardened model, and its metadata."""
+    with safetensors.safe_open(file, "pt") as content:
+        metadata = json.loads((content.metadata() or {}).get(METADATA_KEY, "{}"))
+    return safetensors.torch.load_file(file), metadata
 
 
 def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +202,7 @@ def card_of(
             "before": {**judged(sides[0].summary()), "at_chance": at_chance},
             "after": judged(sides[1].summary()),
             "chosen": best.chosen.to_json(),
-            "held_out": _held_out_metrics(best.chosen, **entries["held_out"]),
+            "held_out": _held_out(best.chosen, **entries["held_out"]),
             "curve": [point.to_json() for point in best.curve],
             "notes": [
                 *entries["notes"],
@@ -232,15 +248,16 @@ def _as_trained(trained: Made) -> dict[str, Any]:
     return {**settings, "training": {**settings.get("training", {}), **decided}}
 
 
-def _held_out_metrics(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
+def _held_out(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
     """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
+    after = held_out_metrics(n, chosen.clean, chosen.robust)
+    return {"n": n, "before": held_out_metrics(n, *before), "after": after}
 
-    def metrics_of(*shares: float) -> dict[str, Any]:
-        masks = (torch.arange(n) < round(share * n) for share in shares)
-        names = ("clean_accuracy", "robust_accuracy")
-        return {name: vars(proportion(mask)) for name, mask in zip(names, masks, strict=True)}
 
-    return {"n": n, "before": metrics_of(*before), "after": metrics_of(chosen.clean, chosen.robust)}
+def held_out_metrics(n: int, clean: float, robust: float) -> dict[str, Any]:
+    """Return the clean and the robust accuracy on `n` held-out examples with their intervals, from their values."""
+    shares = {"clean_accuracy": clean, "robust_accuracy": robust}
+    return {name: vars(proportion(torch.arange(n) < round(share * n))) for name, share in shares.items()}
 
 
 def _placed(command: str, folder: Path) -> str:

@@ -18,9 +18,11 @@ from holdfast.core.types import Mask
 from holdfast.engine.executor import Measure, OutOfTime, Timed
 from holdfast.engine.run import Run, Shards
 from holdfast.harness import (
+    Outline,
     Plan,
     ShardTask,
     Stage,
+    StageKind,
     Target,
     Work,
     broken_by_suite,
@@ -129,7 +131,7 @@ class Measurement:
         """Measure the given stages and add their columns to `by_stage`. Return notes on what was left out when time ran
         out.
         """
-        cut: list[tuple[Stage, int]] = []
+        cut: list[CutShort] = []
         for stage in stages:
             if not stage.kind.sharded:
                 stored = self.run.stage(stage.name, partial(self._whole, stage, by_stage))
@@ -138,10 +140,8 @@ class Measurement:
             columns = counted(stage.kind, stored, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
-            # Of an attack with waves, the first unfinished one is reported.
-            cut_short = stored.reached is not None and not stage.kind.of_attack
-            if cut_short and not any(attack_of(stage) == attack_of(other) for other, _ in cut):
-                cut.append((stage, len(stored.columns["id"])))
+            if stored.reached is not None:
+                cut.append(CutShort(attack_of(stage), stage.kind, len(stored.columns["id"])))
         return out_of_time(cut, len(self.data), self.plan)
 
     def _whole(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Columns:
@@ -216,9 +216,11 @@ class Measurement:
 
 
 def attack_of(stage: Stage) -> str:
-    """Return the name that the attack of a stage has in the suite. For a stage without an attack, return the name of
-    the stage.
+    """Return the name that the attack of a stage has in the suite, or that of its method of certification. For a stage
+    without either, return the name of the stage.
     """
+    if stage.prover is not None:
+        return stage.prover.name
     return stage.name if stage.member is None else stage.member.name
 
 
@@ -227,32 +229,51 @@ def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
     return tuple((start, min(start + size, n)) for start in range(0, n, size))
 
 
-def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class CutShort:
+    """A stage for which time ran out: the name of its attack or method, its kind, and the number of finished
+    examples.
+    """
+
+    name: str
+    kind: StageKind
+    finished: int
+
+
+def out_of_time(cut: Sequence[CutShort], of: int, plan: Plan | Outline) -> tuple[str, ...]:
     """Return notes for the report on the stages for which time ran out, with the number of their finished examples and
     the effect on the metrics.
 
-    `cut` contains each of these stages with its number of finished examples, and `of` is the number of all examples.
+    `cut` contains each of these stages, and `of` is the number of all examples. Of an attack with waves, the first
+    unfinished one is reported.
     """
-    attacks = [(attack_of(stage), n) for stage, n in cut if stage.kind.in_suite]
-    done = [f"{name} finished {n:,} of {of:,} examples" for name, n in attacks if n]
-    idle = [name for name, n in attacks if not n]
+    by_name: dict[str, CutShort] = {}
+    for stage in cut:
+        if not stage.kind.of_attack:
+            by_name.setdefault(stage.name, stage)
+    attacks = [stage for stage in by_name.values() if stage.kind.in_suite]
+    done = [
+        f"{stage.name} finished {stage.finished:,} of {of:,} examples" for stage in attacks if stage.finished
+    ]
+    idle = [stage.name for stage in attacks if not stage.finished]
     if idle:
         done.append(f"{enumerated(idle)} finished none")
     notes = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
-    for stage, n in cut:
-        if stage.prover is not None:
+    for stage in by_name.values():
+        if stage.kind.proves:
             notes.append(
-                f"time ran out: {stage.prover.name} finished {n:,} of {of:,} examples; a longer run may certify more"
+                f"time ran out: {stage.name} finished {stage.finished:,} of {of:,} examples; a longer run may certify "
+                "more"
             )
         elif not stage.kind.in_suite:
             on = "its sample" if stage.kind.sampled else "every example"
             notes.append(
-                f"time ran out: the pass of {attack_of(stage)} on {on} was not finished, so {stage.kind.lost} left out"
+                f"time ran out: the pass of {stage.name} on {on} was not finished, so {stage.kind.lost} left out"
             )
     return tuple(notes)
 
 
-def _meaning(plan: Plan) -> str:
+def _meaning(plan: Plan | Outline) -> str:
     if plan.smallest:
         return "a longer run may find smaller changes, so the distances are upper bounds"
     if plan.threat.goal is not None:

@@ -4,7 +4,6 @@ The digests of a run show that its files belong together, but everyone can compu
 only if it follows from the columns. No model is queried.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import Constraint
 from holdfast.core.errors import TargetError, UnsoundProof, UsageError
 from holdfast.core.evidence import Columns, Doubt, Evidence
 from holdfast.doubts.answering import arms, required_attacks
@@ -22,22 +20,20 @@ from holdfast.doubts.concluding import THRESHOLDS, Circumstances, Findings, conc
 from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
 from holdfast.engine.identity import code_digest
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
-from holdfast.harness import FOUND, KINDS, Outline, assemble, probe_passes, stage_passes
-from holdfast.metrics.catalogue import estimate
+from holdfast.harness import FOUND, KINDS, PROBE, Outline, assemble, probe_passes, stage_passes
 from holdfast.metrics.names import PAIRED
 from holdfast.ops.statistics import proportion
-from holdfast.store.columns import SUFFIX
 from holdfast.store.files import MANIFEST
 from holdfast.store.records import Chain
 from holdfast.verbs.certify import refuse_unsound
 from holdfast.verbs.documents import VERDICT, doubt_from_json, judgement_from_json, outline_from_json
 from holdfast.verbs.evidence import ADAPTIVE, DOUBTS, ROTATION
+from holdfast.verbs.recomputing_columns import refuse_columns, refuse_other, shortened
 from holdfast.verbs.result import Result
+from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
 Json = Mapping[str, Any]
 
-_TOLERANCE = 1e-6
-"""Relative difference of two results of one computation on two machines."""
 _OF_COLUMNS = ("probabilities", "chance", "constant")
 """Doubts that the clean columns alone decide."""
 _ABOVE = ("zero-gradient", "noise", "not-exhausted", "whole-box", "state", "nan")
@@ -58,20 +54,22 @@ def refuse_other_stages(path: Path, manifest: Json, chain: Chain, adapted: Json 
         is_named = re.fullmatch(KINDS[step["kind"]].named, name)
         if not is_named or (wave_of and not re.fullmatch(re.escape(wave_of) + r"-wave-\d+", name)):
             raise TargetError(
-                f"{str(file)!r} states the stage {_shown(name)} with the kind {step['kind']!r} and wave_of "
-                f"{_shown(wave_of)}, but no stage has this name, kind and first wave; restore the run from a copy, or "
-                "measure it again"
+                f"{str(file)!r} states the stage {shortened(name)} with the kind {step['kind']!r} and wave_of "
+                f"{shortened(wave_of)}, but no stage has this name, kind and first wave; restore the run from a copy, "
+                "or measure it again"
             )
-        if name not in recorded and (not step["adaptive"] or step["attack"] in required):
+        expected = not step["adaptive"] or step["attack"] in required
+        if (name in recorded) != expected:
             raise TargetError(
-                f"{str(file)!r} states the stage {_shown(name)}, but the chain of the finished run does not record it; "
-                "restore the run from a copy, or measure it again"
+                f"{str(file)!r} states the stage {shortened(name)}, which a finished run records "
+                f"{'always' if expected else 'only if a raised doubt requires it'}, but the chain does "
+                f"{'not ' if expected else ''}record it; restore the run from a copy, or measure it again"
             )
     names = [step["name"] for step in steps]
     unknown = sorted(recorded - {*names, FOUND})
     if unknown or len({*names}) < len(names):
         raise TargetError(
-            f"{str(file)!r} states the stages {_shown(names)}, but the chain records {_shown(sorted(recorded))}; "
+            f"{str(file)!r} states the stages {shortened(names)}, but the chain records {shortened(sorted(recorded))}; "
             "restore the run from a copy, or measure it again"
         )
 
@@ -90,7 +88,8 @@ def refuse_other_doubts(
     this version wrote the run, since their thresholds differ between versions.
     """
     _refuse_manifest(path / MANIFEST, manifest, by_stage)
-    _refuse_columns(path, manifest, by_stage)
+    refuse_columns(path, manifest, by_stage)
+    _refuse_probes(path / f"{DOUBTS}.json", doubts_json, by_stage)
     findings = _findings(manifest, doubts_json, by_stage)
     if findings is not None:
         _refuse_broken(path / f"{DOUBTS}.json", doubts_json, findings)
@@ -106,88 +105,23 @@ def refuse_other_doubts(
 def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]) -> None:
     n = manifest["data"].get("n")
     if n is not None:
-        _refuse_other(file, "data.n", n, len(by_stage["clean"]["id"]))
+        refuse_other(file, "data.n", n, len(by_stage["clean"]["id"]))
     if "config" in manifest["digests"] and manifest["schema_version"] > 1:
         config = digest(canonical(manifest["config"]))
-        _refuse_other(file, "digests.config", manifest["digests"]["config"], config)
+        refuse_other(file, "digests.config", manifest["digests"]["config"], config)
 
 
-def _refuse_columns(path: Path, manifest: Json, by_stage: Mapping[str, Columns]) -> None:
-    """Compare the columns that state which examples are correct or broken with the shares of correct evaluations, and
-    these shares with the margins and the predictions.
+def _refuse_probes(file: Path, doubts_json: Json, by_stage: Mapping[str, Columns]) -> None:
+    """Refuse probes that found more adversarial examples than they were run on, or that are not listed, so that these
+    examples would not count.
     """
-    clean, outline = by_stage["clean"], outline_from_json(manifest["config"])
-    correct, ids = clean["correct"], clean["id"]
-    _refuse_rows(path, "clean", "correct", correct, clean["right"] > 0.5, ids, "right")
-    # the votes of a randomised model, and new draws of a smoothed one, may differ from the output with the margin
-    exact = not manifest["model"]["randomised"] and "smoothed" not in manifest["model"]
-    if exact:
-        _refuse_rows(path, "clean", "correct", correct, clean["margin"] > 0, ids, "margin")
-        predicted = clean["prediction"] == clean["y"]  # also for some ties, which count as wrong
-        _refuse_rows(path, "clean", "correct", correct, correct & predicted, ids, "prediction")
-    eligible = correct & clean["eligible"]
-    for step in outline.steps:
-        columns = by_stage.get(step.name)
-        if columns is None or not (step.kind.in_suite or (step.kind.title and not step.kind.proves)):
-            continue
-        if "ran" not in columns:
-            continue  # a pass of an earlier version, which does not count
-        judged, wrong = eligible & columns["ran"], ~(columns["right"] > 0.5)
-        if exact:
-            beaten = ~(columns["height"] > 0)
-            _refuse_rows(path, step.name, "right", wrong & judged, beaten & judged, ids, "height")
-        stored = columns["success"] if step.kind.in_suite else columns["success"] & eligible
-        expected = judged & wrong
-        if (
-            step.kind.smallest or outline.smallest
-        ):  # the inputs of all other attacks are inside the threat model
-            expected = expected & (stored | _inside(outline.threat.constraint, columns["distance"]))
-        _refuse_rows(path, step.name, "success", stored, expected, ids, "right")
-
-
-def _inside(constraint: Constraint, distances: Tensor) -> Tensor:
-    """The mask of the distances that are certainly inside a ball: half of the least tolerance of `allowed` is left for
-    their rounding. No distance is inside another constraint.
-    """
-    return (distances.double() <= constraint.eps * (1 + 0.5e-6) + 0.5e-7) & constraint.is_ball
-
-
-def refuse_skipped(path: Path, manifest: Json, chain: Chain, by_stage: Mapping[str, Columns]) -> None:
-    """Raise `TargetError` if an attack of the suite was not run on an example that the stages before it neither broke
-    nor certified.
-
-    Attacks in waves, adaptive attacks and those for which time ran out may leave out such examples.
-    """
-    clean, outline = by_stage["clean"], outline_from_json(manifest["config"])
-    eligible = clean["correct"] & clean["eligible"]
-    undecided = eligible
-    waves = {name for step in outline.steps if step.wave_of for name in (step.name, step.wave_of)}
-    for step in outline.steps:
-        columns, record = by_stage.get(step.name), chain.last("stage", step.name)
-        if columns is None or record is None:
-            continue
-        if step.kind.in_suite:
-            if not step.adaptive and step.name not in waves and record.get("reached") is None:
-                ran = columns["ran"]
-                expected = ran | (eligible if outline.smallest else undecided)
-                _refuse_rows(
-                    path, step.name, "ran", ran, expected, clean["id"], "success of the stages before"
-                )
-            undecided = undecided & ~columns["success"]
-        if step.kind.proves:
-            undecided = undecided & ~columns["certified"]
-
-
-def _refuse_rows(
-    path: Path, stage: str, column: str, stored: Tensor, computed: Tensor, ids: Tensor, source: str
-) -> None:
-    differing = ids[stored != computed].tolist()
-    if differing:
-        raise TargetError(
-            f"{str(path / f'{stage}{SUFFIX}')!r} states in the column {column} another value than the column {source} "
-            f"for the example {differing[0]} ({len(differing):,} examples in all); restore the run from a copy, or "
-            "measure it again"
-        )
+    found = by_stage.get(FOUND)
+    if found is None or "probes" not in doubts_json:
+        return
+    tried = [n for _, n in doubts_json["probes"]]
+    n_found = torch.bincount(found[PROBE], minlength=len(tried)).tolist()
+    if len(n_found) > len(tried) or any(n > most for n, most in zip(n_found, tried, strict=True)):
+        refuse_other(file, "probes", [list(probe) for probe in doubts_json["probes"]], n_found)
 
 
 def _before_adaptive(outline: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
@@ -233,7 +167,7 @@ def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
 def _refuse_broken(file: Path, doubts_json: Json, findings: Findings) -> None:
     computed = {name: ids.tolist() for name, ids in findings.fallen.items()}
     for name in {**doubts_json["broken"], **computed}:
-        _refuse_other(file, f"broken.{name}", doubts_json["broken"].get(name), computed.get(name))
+        refuse_other(file, f"broken.{name}", doubts_json["broken"].get(name), computed.get(name))
 
 
 def _refuse_doubts(
@@ -246,32 +180,32 @@ def _refuse_doubts(
     doubts, computed = manifest["config"]["doubts"], {doubt.name: doubt for doubt in findings.doubts}
     names = [doubt.name for doubt in stored]
     if doubts == "none":
-        _refuse_other(file, "doubts", names, [])
+        refuse_other(file, "doubts", names, [])
         return
     expected = ALL_DOUBTS if doubts == "all" and manifest["config"]["suite"] else computed
-    _refuse_other(file, "doubts", names, [name for name in ALL_DOUBTS if name in expected])
+    refuse_other(file, "doubts", names, [name for name in ALL_DOUBTS if name in expected])
     applicable = _applicable(manifest, by_stage)
     for place, doubt in enumerate(stored):
         again, field = computed.get(doubt.name), f"doubts[{place}].state ({doubt.name})"
         exceeded = doubt.statistic is not None and doubt.statistic > (doubt.threshold or 0.0)
         if doubt.name in _ABOVE and exceeded:
-            _refuse_other(file, field, doubt.state, "raised")
+            refuse_other(file, field, doubt.state, "raised")
         if doubt.state == "clear" and doubt.statistic is None:
-            _refuse_other(file, field, doubt.state, "not measured")
+            refuse_other(file, field, doubt.state, "not measured")
         if doubt.state == "not applicable" and doubt.name in applicable:
-            _refuse_other(file, field, doubt.state, "not measured")
+            refuse_other(file, field, doubt.state, "not measured")
         limits = THRESHOLDS.get(doubt.name, ())
         if limits and doubt.threshold is not None and doubt.threshold not in limits:
-            _refuse_other(file, f"doubts[{place}].threshold ({doubt.name})", doubt.threshold, limits[-1])
+            refuse_other(file, f"doubts[{place}].threshold ({doubt.name})", doubt.threshold, limits[-1])
         if again is None:
             continue
         if doubt.name in _OF_COLUMNS:
             for key in ("state", "statistic", "threshold", "n"):
-                _refuse_other(
+                refuse_other(
                     file, f"doubts[{place}].{key} ({doubt.name})", getattr(doubt, key), getattr(again, key)
                 )
         elif again.state == "raised":  # without the results of its probes
-            _refuse_other(file, field, doubt.state, "raised")
+            refuse_other(file, field, doubt.state, "raised")
 
 
 def _refuse_reasons(file: Path, manifest: Json, stored: Sequence[Doubt], adapted: Json) -> None:
@@ -279,26 +213,50 @@ def _refuse_reasons(file: Path, manifest: Json, stored: Sequence[Doubt], adapted
     members = {step.attack for step in outline.steps if step.adaptive}
     available = [arm for arm in arms(outline.threat.constraint) if arm.name in members]
     computed = {name: list(names) for name, names in required_attacks(available, stored).items()}
-    _refuse_other(file, "reasons", dict(adapted["reasons"]), computed)
+    refuse_other(file, "reasons", dict(adapted["reasons"]), computed)
 
 
-def refuse_other_shares(path: Path, table: Json, evidence: Evidence) -> None:
+def refuse_other_shares(path: Path, manifest: Json, table: Json, evidence: Evidence) -> None:
     """Raise `TargetError` if the success rate of an attacker of a model with rotation is not that of the inputs that it
-    broke, or if their number is not that of the columns.
+    broke, if their number is not that of the columns, or if the effects of the rotation and the conclusion do not
+    follow from these rates. The latter are compared only if this version wrote the run.
     """
-    file = path / f"{ROTATION}.json"
-    if "n_correct" not in table:  # none was measured
+    file, rows = path / f"{ROTATION}.json", table["rows"]
+    if "n_correct" not in table and not rows:  # none was measured
         return
     correct = evidence["correct"][: table["n"]].bool()
     ids = evidence["id"][: table["n"]][correct].tolist()
-    _refuse_other(file, "n_correct", table["n_correct"], len(ids))
-    for place, row in enumerate(table["rows"]):
-        if row.get("share") is None:
-            continue
+    refuse_other(file, "n_correct", table["n_correct"], len(ids))
+    for place, row in enumerate(rows):
         broken = torch.isin(torch.tensor(ids), torch.tensor(row["broken_ids"], dtype=torch.int64))
-        share = proportion(broken)
-        for key in ("value", "low", "high"):
-            _refuse_other(file, f"rows[{place}].share.{key}", row["share"][key], getattr(share, key))
+        share = None if row["share"] is None and not row["broken_ids"] else _share(broken)
+        refuse_other(file, f"rows[{place}].share", row["share"], share)
+    for place, row in enumerate(table["alternatives"]):
+        for name in ("clean_accuracy", "stolen_set", "white_box"):
+            if (stated := row.get(name)) is not None:
+                n_broken = round(stated["value"] * stated["n"])
+                computed = _share(torch.arange(stated["n"]) < n_broken)
+                refuse_other(file, f"alternatives[{place}].{name}", stated, computed)
+    if rows and table["complete"] and manifest["digests"]["code"] == code_digest():
+        _refuse_effects(file, table)
+
+
+def _share(mask: Tensor) -> dict[str, Any]:
+    return dict(vars(proportion(mask)))
+
+
+def _refuse_effects(file: Path, table: Json) -> None:
+    """Compare the effects of a rotation, the conclusion and the doubt with the success rates of the attackers."""
+    by_name = {row["alternative"]: row for row in table["alternatives"] if row.get("clean_accuracy")}
+    white_box = by_name.get("static", {}).get("white_box")
+    rows = with_effects(table["rows"], white_box)
+    effects = [[row["effect"] for row in each] for each in (table["rows"], rows)]
+    refuse_other(file, "effect", *effects)
+    refuse_other(file, "conclusion", table["conclusion"], protection_verdict(rows, white_box))
+    if table["doubt"] is not None and table["doubt"]["statistic"] is not None:
+        tuned = by_name["adversarial fine-tuning"]["white_box"]
+        for key, share in (("statistic", white_box), ("threshold", tuned)):
+            refuse_other(file, f"doubt.{key}", table["doubt"][key], share["value"])
 
 
 def refuse_broken_certificates(path: Path, evidence: Evidence) -> None:
@@ -328,13 +286,13 @@ def refuse_other_verdict(path: Path, decided: Json, evidence: Evidence) -> None:
         computed = _judged_again(file, stored, evidence, doubts)
         for key in ("value", "low", "high", "n"):
             values = (getattr(judgement.estimate, key) for judgement in (stored, computed))
-            _refuse_other(file, f"gates[{place}].estimate.{key}", *values)
-        _refuse_other(
+            refuse_other(file, f"gates[{place}].estimate.{key}", *values)
+        refuse_other(
             file, f"gates[{place}].open_doubts", list(stored.open_doubts), list(computed.open_doubts)
         )
-        _refuse_other(file, f"gates[{place}].verdict", stored.verdict, computed.verdict)
+        refuse_other(file, f"gates[{place}].verdict", stored.verdict, computed.verdict)
         verdicts.append(computed.verdict)
-    _refuse_other(file, "exit_code", decided["exit_code"], exit_code(verdicts))
+    refuse_other(file, "exit_code", decided["exit_code"], exit_code(verdicts))
 
 
 def _judged_again(file: Path, stored: Judgement, evidence: Evidence, doubts: Doubts) -> Judgement:
@@ -350,46 +308,4 @@ def _judged_again(file: Path, stored: Judgement, evidence: Evidence, doubts: Dou
 
 def refuse_other_code(path: Path, decided: Json, judged: Result) -> None:
     """Raise `TargetError` if the exit code of a hardening is not that of the measurement of the new model."""
-    _refuse_other(path / f"{VERDICT}.json", "exit_code", decided["exit_code"], judged.exit_code)
-
-
-def refuse_other_card(
-    path: Path, card: Json, training: Json, weights: str, sides: Mapping[str, Result]
-) -> None:
-    """Raise `TargetError` if the card of a hardening states other metrics than its two measurements, or if another
-    model was stored than the one that was trained.
-
-    `weights` is the digest of the file of the new model, and `sides` are the results `before` and `after`.
-    """
-    file = path / "card.json"
-    for side, result in sides.items():
-        stated = card[side]
-        _refuse_other(file, f"{side}.n", stated["n"], len(result.evidence))
-        for name, values in stated["metrics"].items():
-            computed = estimate(name, result.evidence)
-            for key in ("value", "low", "high", "n"):
-                _refuse_other(file, f"{side}.metrics.{name}.{key}", values[key], getattr(computed, key))
-        raised = [doubt.name for doubt in result.doubts if doubt.state == "raised"]
-        _refuse_other(file, f"{side}.doubts", [doubt["name"] for doubt in stated["doubts"]], raised)
-    _refuse_other(file, "chosen.epoch", card["chosen"]["epoch"], training["chosen"])
-    _refuse_other(path / "training.json", "weights", training["weights"], weights)
-
-
-def _refuse_other(file: Path, field: str, stored: object, computed: object) -> None:
-    if not _same(stored, computed):
-        raise TargetError(
-            f"{str(file)!r} states {field} {_shown(stored)}, but the columns of the run give {_shown(computed)}; "
-            "restore the run from a copy, or measure it again"
-        )
-
-
-def _same(stored: object, computed: object) -> bool:
-    numbers = [float(value) for value in (stored, computed) if isinstance(value, int | float)]
-    if len(numbers) == 2:
-        return all(map(math.isnan, numbers)) or math.isclose(*numbers, rel_tol=_TOLERANCE, abs_tol=1e-9)
-    return stored == computed
-
-
-def _shown(value: object) -> str:
-    text = repr(value) if not isinstance(value, float) else f"{value:.6g}"
-    return text if len(text) <= 100 else f"{text[:100]}…"
+    refuse_other(path / f"{VERDICT}.json", "exit_code", decided["exit_code"], judged.exit_code)

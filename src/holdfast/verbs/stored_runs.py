@@ -41,14 +41,14 @@ from holdfast.verbs.evidence import (
 from holdfast.verbs.forms import ASSESSED, DECIDED, DIFFERING, DOUBTED, HEAD, JUDGED, LISTED, consistent
 from holdfast.verbs.recomputing import (
     refuse_broken_certificates,
-    refuse_other_card,
     refuse_other_code,
     refuse_other_doubts,
     refuse_other_shares,
     refuse_other_stages,
     refuse_other_verdict,
-    refuse_skipped,
 )
+from holdfast.verbs.recomputing_cards import StoredHardening, refuse_other_card
+from holdfast.verbs.recomputing_columns import refuse_other_rows
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
 
@@ -150,37 +150,45 @@ def open_run(path: Path) -> Result:
         raise TargetError(
             f"the run in {str(path)!r} is not finished; resume it with --run {shlex.quote(str(path))} --resume"
         )
+    verbs = ("harden",) if "verdict_of" in decided else ("assess", "certify")
+    if manifest.get("verb") not in verbs:
+        raise TargetError(
+            f"{str(path / MANIFEST)!r} states the verb {str(manifest.get('verb'))!r}, but {VERDICT}.json is that of "
+            f"{' or '.join(verbs)}; restore it from a copy"
+        )
     if "verdict_of" not in decided:
         return _opened(path, manifest, chain, decided)
-    result = _opened(*_judged(path, chain, decided))
+    refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
+    result = _opened(*_inner_run(path, chain, "after"))
     refuse_other_code(path, decided, result)
     with consistent(path):
+        _refuse_contradictory(path, manifest, chain, result)
         command = command_of(manifest, result.gates)
     return replace(result, about={**result.about, "command": command})
 
 
-def refuse_false(path: Path) -> None:
-    """Raise `TargetError` if a document of the finished run in a folder contradicts its columns, or if the card of a
-    hardening contradicts its two measurements. An unfinished run, and one of another verb, is not examined.
-    """
-    manifest, chain = read_manifest(path), read_chain(path, repair=False)
+def _refuse_contradictory(path: Path, manifest: dict[str, Any], chain: Chain, after: Result) -> None:
+    """Raise `TargetError` if the documents of a hardening contradict its two measurements."""
     version = manifest["schema_version"]
-    decided = recorded_document(path, chain, VERDICT, version)
-    if decided is None or manifest.get("verb") not in ("assess", "certify", "harden"):
-        return
-    after = open_run(path)
-    if "verdict_of" not in decided:
-        return
-    for inner in sorted(path.iterdir()):
-        if (inner / MANIFEST).is_file() and inner.name not in ("before", "after"):
-            open_run(inner)
     card, training = (recorded_document(path, chain, kind, version) for kind in ("card", "training"))
     weights = chain.last("model")
     if card is None or training is None or weights is None:
         raise TargetError(f"{str(path)!r} has a verdict but no card and no model; restore it from a copy")
-    with consistent(path):
-        sides = {"before": open_run(path / "before"), "after": after}
-        refuse_other_card(path, card, training, weights["digest"], sides)
+    sides = {"before": _opened(*_inner_run(path, chain, "before")), "after": after}
+    inner = {side: read_manifest(path / side) for side in sides}
+    refuse_other_card(StoredHardening(path, manifest, card, training, weights["digest"], inner, sides))
+
+
+def refuse_false(path: Path) -> None:
+    """Raise `TargetError` if a document of the finished run in a folder, or of a run inside it, contradicts its
+    columns. An unfinished run is not examined.
+    """
+    if read_chain(path, repair=False).last(VERDICT) is None:
+        return
+    open_run(path)
+    for inner in sorted(path.iterdir()):
+        if (inner / MANIFEST).is_file() and inner.name not in ("before", "after"):
+            open_run(inner)
 
 
 def command_to_resume(path: Path) -> str:
@@ -193,12 +201,12 @@ def command_to_resume(path: Path) -> str:
         return command_of(manifest)
 
 
-def _judged(
-    path: Path, chain: Chain, decided: Mapping[str, Any]
+def _inner_run(
+    path: Path, chain: Chain, inner_name: str
 ) -> tuple[Path, dict[str, Any], Chain, dict[str, Any]]:
-    """The inner run of a hardening that measured the new model; it must match the digest in the outer chain."""
-    refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
-    inner_name = str(decided["verdict_of"])
+    """The inner run of a hardening that measured the given or the new model; it must match the digest in the outer
+    chain.
+    """
     inner_path, inner_document = path / inner_name, recorded_document(path, chain, inner_name)
     if inner_document is None or inner_path.is_symlink():
         raise TargetError(f"{str(path)!r} has no inner run {inner_name!r}; restore it from a copy")
@@ -241,9 +249,9 @@ def _result(
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
     refuse_other_stages(path, manifest, chain, adapted)
     refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
-    refuse_skipped(path, manifest, chain, by_stage)
+    refuse_other_rows(path, manifest, chain, by_stage, doubts_json, adapted)
     if rotation is not None:
-        refuse_other_shares(path, rotation, evidence)
+        refuse_other_shares(path, manifest, rotation, evidence)
     refuse_broken_certificates(path, evidence)
     refuse_other_verdict(path, decided, evidence)
     attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]

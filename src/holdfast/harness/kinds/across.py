@@ -19,7 +19,7 @@ from holdfast.core.evidence import Columns, Table
 from holdfast.core.meter import Metered, margin
 from holdfast.core.types import Inputs, Mask
 from holdfast.harness.kinds.transfer import MATRIX, sampled_table
-from holdfast.harness.stage import Stage, StageKind, Work
+from holdfast.harness.stage import Schedule, Stage, StageKind, Work
 from holdfast.harness.target import Target
 from holdfast.harness.verdict import returned, unattacked
 from holdfast.ops.pieces import in_pieces
@@ -45,7 +45,7 @@ class AcrossSets(StageKind):
         """Return the stage that transfers perturbations between data sets, if the plan contains it."""
         return [Stage("across", self, MATRIX)] if plan.across else []
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
         """Return None, because the transfer between data sets is measured on all of their inputs."""
 
     def run(self, stage: Stage, work: Work) -> Columns:

@@ -22,6 +22,7 @@ from holdfast.harness.stage import (
     Against,
     Member,
     Outline,
+    Schedule,
     Stage,
     StageKind,
     Work,
@@ -183,7 +184,7 @@ class SuiteAttack(AttackKind):
         fit = [Stage(fit_stage_of(name), Fit(), member)] if isinstance(member.attack, Learned) else []
         return [*fit, *(Stage(stage_name, self, member, names[:k]) for k, stage_name in enumerate(names))]
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the examples that an attack is run on: the surviving ones or, if the plan requires a full
         measurement, all correct ones.
 
@@ -206,7 +207,9 @@ class SuiteAttack(AttackKind):
         measured = suite_columns(stages, by_stage)
         if stage.adaptive:
             return surviving | tested | eligible & ~certified & (_chance(clean, measured) > AT_TIMES)
-        if stage.member is None or not stage.member.waves:
+        first = (*stage.earlier, stage.name)[0]
+        waves = sum(later.earlier[:1] == (first,) for later in stages)
+        if not waves:
             return surviving | tested
         earlier = [by_stage[name] for name in stage.earlier]
         if earlier and not earlier[-1]["success"].any():
@@ -216,8 +219,8 @@ class SuiteAttack(AttackKind):
             & ~certified
         )
         n_first = int((surviving & ~tried).sum() + tried.sum())
-        share = math.ceil(n_first / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
-        last = len(earlier) == stage.member.waves
+        share = math.ceil(n_first / 2 ** (waves - max(len(earlier) - 1, 0)))
+        last = len(earlier) == waves
         heights = _heights(clean, measured, goal=plan.threat.goal)
         wave = _lowest(surviving & ~tried, heights, n_first if last else max(share, LEAST))
         return wave if earlier else wave | tested
@@ -237,7 +240,7 @@ class SuiteAttack(AttackKind):
         return added
 
 
-def _tested(plan: "Plan", clean: Columns, certified: Mask) -> Mask:
+def _tested(plan: Schedule, clean: Columns, certified: Mask) -> Mask:
     """The random sample of the certified examples that are attacked as a test of their certificates."""
     tested = torch.zeros_like(certified)
     if certified.any():

@@ -11,7 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost
 from holdfast.core.guard import score
 from holdfast.core.meter import margin
-from holdfast.harness.stage import Stage, StageKind, Work, evaluations
+from holdfast.harness.stage import Schedule, Stage, StageKind, Work, evaluations
 from holdfast.harness.verdict import digests, votes
 from holdfast.ops.pieces import in_pieces
 
@@ -29,7 +29,7 @@ class Clean(StageKind):
         """Return the stage that evaluates the model on the clean inputs, which every plan contains."""
         return [Stage("clean", self)]
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
         """Return None, which means all examples, because the model is evaluated on every clean input."""
 
     def run(self, stage: Stage, work: Work) -> Columns:

@@ -17,7 +17,7 @@ from holdfast.core.types import Ids, Mask, PerExample
 from holdfast.doubts.answering import EVEN
 from holdfast.harness.kinds.attack import AttackKind
 from holdfast.harness.kinds.passes import FIXED
-from holdfast.harness.stage import Against, Member, Outline, Stage, Work
+from holdfast.harness.stage import Against, Member, Outline, Schedule, Stage, Work
 from holdfast.harness.verdict import cost_columns, returned, stored_inputs, verdict_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class DetectorPass(AttackKind):
         """
         return [Stage(slug(m.name), self, m) for m in DETECTION if plan.detection]
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the examples for which no earlier attack on the detector has found a misclassified and
         undetected input.
         """

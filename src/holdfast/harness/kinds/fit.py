@@ -17,7 +17,7 @@ from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
-from holdfast.harness.stage import Stage, StageKind, Work
+from holdfast.harness.stage import Schedule, Stage, StageKind, Work
 from holdfast.harness.verdict import aimed, digests, unattacked
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Fit(StageKind):
         """
         return []
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
         """Return None: the stage uses no example of the evaluation, because attacks are fitted on others."""
 
     def run(self, stage: Stage, work: Work) -> Columns:

@@ -9,7 +9,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Cost, Table
 from holdfast.core.model import Classifier
-from holdfast.harness.stage import Stage, StageKind, Work
+from holdfast.harness.stage import Schedule, Stage, StageKind, Work
 from holdfast.harness.verdict import unattacked
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class GeometryTable(StageKind):
         """Return the stage that measures the geometry, if the plan contains it."""
         return [] if plan.geometry is None else [Stage(GEOMETRY, self)]
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
         """Return None, because the stage has examples of its own: the first ones of the data."""
 
     def run(self, stage: Stage, work: Work) -> Columns:

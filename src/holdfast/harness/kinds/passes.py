@@ -18,7 +18,7 @@ from holdfast.core.refused import for_label
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Mask
 from holdfast.harness.kinds.attack import AttackKind, unlimited
-from holdfast.harness.stage import Member, Outline, Stage, Work
+from holdfast.harness.stage import Member, Outline, Schedule, Stage, Work
 from holdfast.harness.verdict import aimed, cost_columns, returned, stored_inputs, verdict_of
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
@@ -46,7 +46,7 @@ class FixedPass(AttackKind):
         """Return the stage of the fixed PGD attack, if the plan contains it and the threat model permits gradients."""
         return [Stage("attacked", self, FIXED)] if plan.attacked and plan.threat.gives("gradients") else []
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return a mask that contains all examples, because the fixed PGD attack is run on every example."""
         return torch.ones_like(by_stage["clean"]["correct"])
 
@@ -114,7 +114,7 @@ class CurvePass(AttackKind):
         """Return one stage for each minimum-norm attack from which accuracy as a function of eps is computed."""
         return [Stage(f"curve-{k}-{slug(m.name)}", self, m) for k, m in enumerate(plan.curve, 1)]
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the correctly classified examples, on which the smallest change is searched for."""
         return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
 

@@ -22,7 +22,7 @@ from holdfast.core.meter import margin
 from holdfast.core.model import out_of_memory
 from holdfast.core.names import slug
 from holdfast.core.types import Ids, Inputs, Mask
-from holdfast.harness.stage import Outline, Stage, StageKind, Work, broken_by_suite, certified_in
+from holdfast.harness.stage import Outline, Schedule, Stage, StageKind, Work, broken_by_suite, certified_in
 from holdfast.harness.target import LOOKED_AT, Target
 from holdfast.harness.verdict import stored_inputs, unattacked, verdict_of
 from holdfast.ops.pieces import Pieces
@@ -49,7 +49,7 @@ class ProofKind(StageKind, Protocol):
     title: ClassVar[str] = "{}"
     listed: ClassVar[str] = "proofs"
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the undecided examples: correct when clean, not certified, and broken by no attack of the
         suite and no counterexample.
         """

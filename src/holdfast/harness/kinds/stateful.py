@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Cost, Table
-from holdfast.harness.stage import Stage, StageKind, Work
+from holdfast.harness.stage import Schedule, Stage, StageKind, Work
 from holdfast.harness.target import Target
 from holdfast.harness.verdict import unattacked
 
@@ -50,7 +50,7 @@ class StatefulTable(StageKind):
         """Return the stage that evaluates the query detector, if the plan contains it."""
         return [] if plan.trials is None else [Stage(STATEFUL, self)]
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
         """Return None, because the stage has examples of its own: the first ones of the data."""
 
     def run(self, stage: Stage, work: Work) -> Columns:

@@ -18,7 +18,7 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.kinds.attack import AttackKind
-from holdfast.harness.stage import Member, Stage, Work, evaluations
+from holdfast.harness.stage import Member, Schedule, Stage, Work, evaluations
 from holdfast.harness.verdict import aimed, cost_columns, returned, stored_inputs, verdict_of
 from holdfast.ops.sampling import sample_rows
 
@@ -50,7 +50,7 @@ class TransferMatrix(AttackKind):
         """Return the stage that measures the transfer between models, if the plan contains it."""
         return [Stage("transfer", self, MATRIX)] if plan.matrix else []
 
-    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of a random sample of the examples. With a target class, the sample contains only examples of
         other classes.
         """

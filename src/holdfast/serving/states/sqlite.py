@@ -31,6 +31,7 @@ from holdfast.serving.states.checkpoints import AT_LAST, Checkpoints
 from holdfast.serving.states.packing import sketch_bytes, sketches_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
+from holdfast.store.files import PRIVATE, open_regular
 from holdfast.store.locking import has_foreign_journal
 
 _FORMAT = 1
@@ -45,6 +46,8 @@ _LOGGED = (
 )
 _ROWS = 64  # most rows of one statement
 _PARAMETERS = 5000  # in one statement; SQLite allows 32,766
+_NUMBER = (int, float)
+_BALANCE, _CLUSTER = (_NUMBER, _NUMBER, int, _NUMBER), (bytes, _NUMBER, int, _NUMBER)
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS state (
     id INTEGER PRIMARY KEY CHECK (id = 1), wall REAL, steady REAL, clusters INTEGER, answers INTEGER, accounts INTEGER);
@@ -111,7 +114,8 @@ class SQLiteState:
                 row = db.execute(
                     "SELECT tokens, seen, used, began FROM balances WHERE name = ?", (charge.principal,)
                 ).fetchone()
-                grant, new = spent(charge, Balance(*row) if row else None, time)
+                old = Balance(*_typed(row, *_BALANCE)) if row else None
+                grant, new = spent(charge, old, time)
                 db.execute(
                     "INSERT OR REPLACE INTO balances VALUES (?, ?, ?, ?, ?)",
                     (charge.principal, new.tokens, new.seen, new.used, new.began),
@@ -143,7 +147,9 @@ class SQLiteState:
 
     def _connected(self) -> sqlite3.Connection:
         # readable by this user only, before SQLite creates it and the files beside it with the same mode
-        handle = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o600)
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, PRIVATE))
+        handle = open_regular(self.path, os.O_RDWR)  # no link, which may be replaced to change another file
         try:
             identity = _identity(os.fstat(handle))
         finally:
@@ -228,7 +234,10 @@ class SQLiteState:
     def _begun(self, db: sqlite3.Connection, now: float) -> tuple[float, Counts]:
         """Time of the state, and the numbers of clusters, answers and accounts."""
         row = db.execute("SELECT wall, steady, clusters, answers, accounts FROM state").fetchone()
-        return self._clock.at(now, row[:2] if row else None), tuple(row[2:]) if row else (0, 0, 0)
+        if row is None:
+            return self._clock.at(now, None), (0, 0, 0)
+        wall, steady, *counts = _typed(row, _NUMBER, _NUMBER, int, int, int)
+        return self._clock.at(now, (wall, steady)), (counts[0], counts[1], counts[2])
 
     def _view(self, db: sqlite3.Connection, wanted: Wanted, now: float) -> StateView:
         stored: dict[int, Sequence[Any]] = {}
@@ -239,7 +248,7 @@ class SQLiteState:
             dict.fromkeys(wanted.hashes.ravel().tolist()),
         ):
             buckets.setdefault(each, []).append(key)
-            stored[key] = cluster
+            stored[key] = _typed(cluster, *_CLUSTER)
         leaders = sketches_from([leader for leader, *_ in stored.values()])
         clusters = {
             key: QueryCluster(key, leader, mass, members, seen)
@@ -247,8 +256,8 @@ class SQLiteState:
         }
         answered = {row[0] for row in _rows(db, "SELECT digest FROM answers WHERE digest IN", wanted.digests)}
         accounts = {
-            name: Account(queries, mass, seen)
-            for name, queries, mass, seen in _rows(
+            name: Account(*_typed(account, _NUMBER, _NUMBER, _NUMBER))
+            for name, *account in _rows(
                 db, "SELECT name, queries, mass, seen FROM accounts WHERE name IN", wanted.principals
             )
         }
@@ -323,6 +332,13 @@ class SQLiteState:
         return len(old)
 
 
+def _typed(row: Sequence[Any], *kinds: type | tuple[type, ...]) -> Sequence[Any]:
+    """Return a row whose values are of the given types. SQLite stores values of any type in any column."""
+    if not all(map(isinstance, row, kinds)):
+        raise sqlite3.DataError("the file contains values of other types than those of a state")
+    return row
+
+
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
@@ -344,7 +360,8 @@ def _rows(db: sqlite3.Connection, query: str, values: Iterable[object]) -> Itera
     every = list(values)
     for start in range(0, len(every), _PARAMETERS):
         part = every[start : start + _PARAMETERS]
-        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
+        # all at once: a cursor that an error leaves open could be closed after its connection
+        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part).fetchall()
 
 
 def _insert(db: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:

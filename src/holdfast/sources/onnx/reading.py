@@ -110,6 +110,8 @@ _FLOATS: dict[int, np.dtype[Any]] = {
     11: np.dtype(np.float64),
 }
 """Types in TensorProto.DataType that inputs may have, because attacks can change their values."""
+_SHOWN = 200
+"""number of characters of a text in the file that a message repeats"""
 _EXTERNAL = 1
 """Value of TensorProto.DataLocation.EXTERNAL."""
 
@@ -293,8 +295,8 @@ def _load_external(tensor: Any, model: Path, n_bytes: int) -> Path:
     leads_out = name.is_absolute() or ".." in name.parts or not location
     if leads_out or not any(data_file.resolve().is_relative_to(root) for root in roots):
         raise TargetError(
-            f"{str(model)!r} refers to data in {location!r}, which is outside its folder and is not read; put the data "
-            "next to the model"
+            f"{str(model)!r} refers to data in {location[:_SHOWN]!r}, which is outside its folder and is not read; put "
+            "the data next to the model"
         )
     readable_file(data_file, "data of the model")
     try:
@@ -302,8 +304,8 @@ def _load_external(tensor: Any, model: Path, n_bytes: int) -> Path:
         length = int(entries.get("length", data_file.stat().st_size - offset))
     except ValueError as error:
         raise TargetError(
-            f"{str(model)!r} specifies the position of {tensor.name} by {entries}; numbers were expected: export it "
-            "again"
+            f"{str(model)!r} specifies the position of {tensor.name[:_SHOWN]} by {str(entries)[:_SHOWN]}; numbers were "
+            "expected: export it again"
         ) from error
     if offset < 0 or length < 0 or offset + length > data_file.stat().st_size or n_bytes + length > MAX_BYTES:
         raise TargetError(
