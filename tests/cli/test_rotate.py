@@ -195,6 +195,20 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     assert run([*words, "--every", "24h", "--accept-doubt", "odd"]) == 2
 
 
+def test_run_refuses_data_and_budgets_that_are_too_small_before_it_trains(capsys, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *given, **more: pytest.fail("nothing may be trained"))
+    words = ["rotate", "run", *COLLECT[2:8], "--run", "small", "--once", "--immunise", "--budget", "1s"]
+    assert run(words) == 2
+    said = capsys.readouterr().err
+    assert "need about 2,852 held-out examples, and there are 1,000, one in 5 of 5,000" in said
+    assert "14,260 are enough" in said and "immunisation trains each set for " in said
+    assert said.rstrip().endswith("give --anyway to start nevertheless") and not Path("small").exists()
+    assert run([*words, "--anyway"]) == 2
+    said = capsys.readouterr().err
+    assert "expected total time: 1 s for 12 trainings, which the budget limits, and about " in said
+    assert "a budget of 1 s is too small" in said and said.count("expected total time") == 1
+
+
 def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeypatch):
     held = Pool.open(Path("pool"))
     held.drop("generator")

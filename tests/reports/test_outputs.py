@@ -133,6 +133,29 @@ def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, acc
     assert "accepted doubt **black-box**: an adaptive run is on file" in markdown.markdown_document(accepted)
 
 
+def test_at_most_five_doubts_are_above_the_pictures_and_raised_ones_first():
+    names = ("zero-gradient", "scale", "one-step", "black-box", "noise", "nan", "chance")
+    calm = tuple(Doubt(name, "clear") for name in names)
+    page = html.page(made.summarised(made.evidence(n=8, doubts=(*calm, Doubt("state", "raised", 1, 0, 8)))))
+    section = page[page.index('<h2 id="doubts">') :]
+    shown = section[: section.index("<summary>3 more</summary>")]
+    assert shown.index("(state: raised)") < shown.index("<strong>zero-gradient</strong>")
+    assert "<strong>black-box</strong>" in shown and "<strong>noise</strong>" not in shown
+    assert "<strong>chance</strong>" in section[len(shown) : section.index("</section>")]
+
+
+def test_the_headline_states_which_doubts_of_a_passed_gate_were_not_measured():
+    doubts = tuple(Doubt(name, "not measured") for name in ("not-exhausted", "transfer", "chance"))
+    evidence = made.evidence(doubts=doubts)
+    stated = "Doubts that were not measured: not-exhausted, chance."
+    passed = made.summarised(evidence, "robust_accuracy >= 0.3")
+    assert passed["headline"].endswith(stated) and stated in html.page(passed)
+    assert "not measured" not in made.summarised(evidence, "robust_accuracy >= 0.9")["headline"]
+    # stronger attacks could only lower the robust accuracy further
+    upper = made.summarised(evidence, "robust_accuracy <= 0.6")["headline"]
+    assert upper.endswith("Doubts that were not measured: chance.")
+
+
 def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_output():
     doubt = Doubt("zero-gradient", "raised", 0.5, 0.01, 4, "2 of 4 are flat; see there")
     flat = made.evidence(n=8, doubts=(doubt, replace(doubt, name="noise", message="draws break 1 of 4")))

@@ -501,7 +501,10 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     told, run = [], tmp_path / "r"
     found = harden(trainable(), training(), fakes.data(), BOTH, run=run, notify=told.append)
     assert found.card["recipe"] == "PGDTraining"
-    assert told[0].startswith("timing updates of SingleStep, PGDTraining")
+    assert told[0].startswith(
+        "expected total time: 0.5 s for the training, which the budget limits, and about "
+    )
+    assert told[1].startswith("timing updates of SingleStep, PGDTraining")
     assert [line.split(" (")[0] for line in told[1:]] == ["training by SingleStep", "training by PGDTraining"]
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
         "after",

@@ -150,7 +150,7 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
 def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):
     pool = steps.create(tmp_path / "pool", terms())
     monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 30.0))
-    with pytest.raises(UsageError, match="6 models must be trained, 4 of them surrogates.*--budget 4min"):
+    with pytest.raises(UsageError, match="6 models must be trained, 4 of them surrogates.*budget='4min'"):
         steps.collect(pool, terms(), budget_s=20.0)
 
 

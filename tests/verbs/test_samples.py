@@ -16,6 +16,7 @@ from holdfast.verbs.rotate.samples import (
     measured_needs,
     planned_needs,
     statement,
+    sufficient,
 )
 from verbs.test_admission import N, seen, verdicts
 
@@ -48,16 +49,23 @@ def test_as_many_as_are_needed_are_not_widened_and_one_less_is():
 
 
 def test_what_is_needed_is_said_before_and_after_and_what_follows():
-    before = statement(planned_needs(1_000, judged=500), planned=True)
+    before = statement(planned_needs(1_000, judged=500), 500, planned=True)
     assert before.startswith("the gates need about ") and "there are 1,000" in before
     assert "Tolerances are widened" in before and "training examples" in before
-    enough = statement(planned_needs(8_000), planned=True)
+    enough = statement(planned_needs(8_000), 2_000, planned=True)
     assert "widened" not in enough
     right = [torch.arange(100) < k for k in (90, 92, 94)]
     assert changed(right) == pytest.approx((0.02 + 0.02 + 0.04) / 3) and changed(right[:1]) == 0.0
     clean, white = measured_needs(right, right[:2], 100, 100)
     assert (clean.changed, white.changed) == (changed(right), pytest.approx(0.02))
     assert (clean.looks, white.looks) == (1, 2)
+
+
+@pytest.mark.parametrize("judged", [500, 2_000])
+def test_the_advised_number_of_examples_widens_nothing(judged):
+    n = sufficient(planned_needs(280, judged), judged)
+    assert not any(need.widened for need in planned_needs(n, judged))
+    assert any(need.widened for need in planned_needs(n // 2, judged))
 
 
 def test_a_widened_tolerance_decides_and_is_said():

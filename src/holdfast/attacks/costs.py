@@ -1,5 +1,6 @@
 """Upper bounds for the number of inputs that an attack sends to a model, computed before a run."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -93,6 +94,13 @@ def expected_passes(attack: Attack, threat: ThreatModel, classes: int) -> tuple[
     The numbers follow from the usual settings of attacks (`steps`, `restarts`, `targets`, `queries`). They serve for an
     estimate of the time, not as a bound.
     """
+    forwards, backwards = _unlimited(attack, threat, classes)
+    limit = math.inf if threat.queries is None else threat.queries
+    return min(forwards, limit), min(backwards, limit)
+
+
+def _unlimited(attack: Attack, threat: ThreatModel, classes: int) -> tuple[float, float]:
+    """The passes of an attack, without the query budget for attacks with gradients."""
     if isinstance(attack, Relay):
         runs = attack.restarts + min(attack.targets, classes - 1) + attack.searches + attack.rounds
         steps = attack.steps * runs
@@ -106,5 +114,4 @@ def expected_passes(attack: Attack, threat: ThreatModel, classes: int) -> tuple[
         steps *= max(settings.get(name, 1), 1)
     steps *= min(max(settings.get("targets", 1), 1), max(classes - 1, 1))
     backwards = steps * min(settings.get("candidates", 1), max(classes - 1, 1))
-    forwards = max(_FORWARDS_PER_STEP * steps, backwards)
-    return (min(forwards, queries), min(backwards, queries)) if queries is not None else (forwards, backwards)
+    return max(_FORWARDS_PER_STEP * steps, backwards), backwards

@@ -82,6 +82,7 @@ def assess(
     again: str = "",
     notify: Notify = ignore,
     detail: Notify = ignore,
+    is_step: bool = False,
 ) -> Result:
     """Measure how robust a model is under attacks, and judge the gates of the request.
 
@@ -89,7 +90,8 @@ def assess(
     and the stored result of a finished run is returned. `again` is the command that resumes the run that contains this
     one. Worker processes open the model and the data with `opening`; without it they receive copies of `subject` and
     `data`. `notify` is called with messages before the run, such as the largest number of rows that are sent to a
-    server, and `detail` with messages on single shards of a cluster.
+    server, or the expected time, unless the assessment `is_step` of a run that states the time of all its steps.
+    `detail` is called with messages on single shards of a cluster.
     Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
     """
     refuse_data(data)
@@ -97,7 +99,6 @@ def assess(
     if served is not None:
         refuse_early(served, subject, request)
     device, adaptive = torch.device(request.device), bool(request.plan.adaptive)
-    is_part = bool(again)  # of another run, which states the time of all its parts
     again = again or ("" if run is None else way_out(request.command, run))
     with (
         nullcontext() if run is None else resumable(again, partial(way_out, request.command, run)),
@@ -106,8 +107,7 @@ def assess(
     ):
         plan = plan_for(subject, data, request, target, sample, stack)
         refuse_gates(request.gates, plan, target, sample)
-        stored = None if run is None else stored_manifest(run)
-        shape = tuple(sample.x.shape[1:])
+        stored, shape = None if run is None else stored_manifest(run), tuple(sample.x.shape[1:])
         manifest: Mapping[str, Any] = assess_manifest(
             subject, data, request, plan, target, shape, served=served, stored=stored
         )
@@ -124,10 +124,8 @@ def assess(
         chosen = executor_for(request, subject, measure, manifest["digests"], opening, notify, detail)
         with chosen as executor:
             work = job.run(store, executor, stopper, progress)
-            if served is not None and store.document(DOUBTS) is None:
-                notify(job.expected(served))
-            elif served is None and notify is not ignore and not is_part:
-                notify(job.expected_time())
+            if store.document(DOUBTS) is None:
+                job.announce(notify, is_step=is_step)
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
             executor.pause()  # the probes run in this process, and need the memory of the workers
@@ -315,7 +313,16 @@ class _Job:
         doubts = Doubts(evidence.doubts, accepted)
         return tuple(judge(claim, evidence, doubts, baseline=request.baseline) for claim in claims), accepted
 
-    def expected(self, served: Served) -> str:
+    def announce(self, notify: Notify, *, is_step: bool) -> None:
+        """Notify the user of the expected cost of the run: the number of rows that are sent to a model server, or the
+        time, unless the run is a step of another one.
+        """
+        if self.served is not None:
+            notify(self.expected_rows(self.served))
+        elif notify is not ignore and not is_step:
+            notify(self.expected_time())
+
+    def expected_rows(self, served: Served) -> str:
         """Return a message with the number of rows that the run is expected to send to the model server, and the number
         that earlier attempts sent.
         """

@@ -315,6 +315,7 @@ class _Job:
             resume=True,
             progress=self.progress,
             again=self.again,
+            is_step=True,
             notify=self.notify,
             detail=self.detail,
         )
