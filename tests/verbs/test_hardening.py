@@ -505,7 +505,7 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
         "expected total time: 0.5 s for the training, which the budget limits, and about "
     )
     assert told[1].startswith("timing updates of SingleStep, PGDTraining")
-    assert [line.split(" (")[0] for line in told[1:]] == ["training by SingleStep", "training by PGDTraining"]
+    assert [line.split(" (")[0] for line in told[2:]] == ["training by SingleStep", "training by PGDTraining"]
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
         "after",
         "before",
