@@ -164,7 +164,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], str]] = {
         r"are int64; uint8.*: give x.astype\('float32'\) / \d+",
     ),
     "one dimension": ({"x": BYTES[:, 0, 0], "y": Y}, r"shape \(12,\)"),
-    "float labels": ({"x": BYTES, "y": Y + 0.5}, "labels .* are float64"),
+    "float labels": ({"x": BYTES, "y": Y + 0.5}, "are float64 with values such as 0.5; .*regression"),
     "one-hot labels": ({"x": BYTES, "y": np.eye(3)[Y]}, r"y\.argmax\(1\)"),
     "negative labels": (
         {"x": BYTES, "y": Y - 1},
@@ -512,7 +512,7 @@ def test_arrays_loaders_and_datasets_give_the_same_data() -> None:
     [
         (torch.rand(0, 2), torch.zeros(0, dtype=torch.int64), "empty"),
         (torch.rand(3, 2) * 9, torch.tensor([0, 1, 1]), "range from"),
-        (torch.rand(3, 2), torch.tensor([0.0, 1.0, 1.0]), "are float32"),
+        (torch.rand(3, 2), torch.tensor([0.0, 1.5, 1.0]), "are float32"),
         (torch.rand(3, 2), torch.tensor([0, 1]), "3 examples and 2 labels"),
         (torch.full((3, 2), float("nan")), torch.tensor([0, 1, 1]), "NaN"),
         (7, None, "is a int"),

@@ -167,7 +167,7 @@ def last_of(run):
 def test_a_stopped_run_goes_on_to_the_same_plans_and_weights(tmp_path, name):
     def stop(step):
         if step.stage.startswith("training") and step.done == 3:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     whole = hardened(steady, *RECIPES[name], run=tmp_path / "whole")
     with pytest.raises(Interrupted):

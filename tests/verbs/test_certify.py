@@ -246,7 +246,7 @@ def stop_at(run, stage):
 
     def interrupt(step):
         if step.stage == stage:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     with pytest.raises(Interrupted):
         assess(subject(), data(), order(), run=run, progress=interrupt)

@@ -113,7 +113,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch
     def stop(step):
         steps.append(step)
         if step.stage.startswith("training") and step.done == 2:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     with pytest.raises(Interrupted):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
@@ -166,7 +166,7 @@ def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_
 def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp_path, monkeypatch):
     def stop(step):
         if step.stage.startswith("training") and step.done == 2:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     with pytest.raises(Interrupted):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
@@ -372,7 +372,7 @@ def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_ep
             if self.training and len(x) > self.most and self.seen > 20:
                 raise torch.OutOfMemoryError("out of memory")
             if self.stop and self.seen == self.stop:
-                raise Interrupted("stopped", 2)
+                raise Interrupted("stopped", signal_number=2)
             return super().forward(x)
 
     def asked(most, stop=0, **more):

@@ -140,7 +140,8 @@ class Classifier(nn.Module):
     """A network with its range of valid inputs and its preprocessing, which computes `net((x - mean) / std)`.
 
     `mean` and `std` have one number for each channel (or each feature of a table). `access` is the largest access that
-    the model can give: a file that runs without gradients has "scores", and `hides` is the reason. `batches` are the
+    the model can give: a file that runs without gradients has "scores", and `hides` is the reason; `failing` is true if
+    the reason is an error in the backward pass of the network. `batches` are the
     batch sizes that the network accepts, if it rejects some. `output` declares what the network returns: logits, or
     probabilities, whose logarithms are the logits. If the network returns one number for each example, it becomes two
     classes: a logit z becomes (0, z), a probability p becomes (log(1 - p), log(p)). Without `output`, a single number
@@ -181,6 +182,7 @@ class Classifier(nn.Module):
         self.rewrites = False
         self.rejects = isinstance(net, Guarded)
         self.hides = ""
+        self.failing = False
         self._accepted: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None

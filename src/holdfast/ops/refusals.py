@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from holdfast.core.errors import LostLoss, TargetError
 
-CUTS = "torch.no_grad(), torch.inference_mode(), detach(), argmax() or numpy inside the model"
+CUTS = "torch.no_grad(), torch.inference_mode(), detach(), .data, argmax() or numpy inside the model"
 """operations that prevent gradients from reaching the inputs or weights, as text for messages"""
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Inputs, Layout
 from holdfast.sources.estimates import as_in_training, pixel_divisor
 from holdfast.sources.expected import Expected
+from holdfast.sources.labels import class_labels
 from holdfast.sources.layouts import LayoutReading, reading_of
 from holdfast.sources.probing import ProbedClassifier
 
@@ -34,6 +34,13 @@ _COMPARED = 64
 """Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
 
 Array = NDArray[Any]
+
+_NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
+_SUPPORTED = (
+    "Inputs are images, signals or tables of numbers, which attacks change by small amounts; text and ids of tokens "
+    "are not supported"
+)
+"""Sentence about the kinds of inputs for messages about others."""
 
 
 @dataclass(frozen=True)
@@ -178,53 +185,6 @@ def selected_rows(
     return np.arange(min(n or n_rows, n_rows), dtype=np.int64)
 
 
-def labels(
-    y: Array,
-    n_rows: int,
-    expected: Expected,
-    *,
-    classes: int | None,
-    name: str,
-    source_labels: Array | None = None,
-) -> NDArray[np.int64]:
-    """Check the labels of a data set, and return them as int64 class numbers (n_rows,) from 0 to classes - 1.
-
-    Raises `TargetError` for other labels, unless `expected` permits any label. If `y` is a part of a source,
-    `source_labels` contains the labels of the whole source, whose range is part of the error message.
-    """
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim == 2 and len(y) == n_rows:
-        raise TargetError(
-            f"the labels of {name} have shape {y.shape}, as one-hot rows have; give y.argmax(1)"
-        )
-    if y.ndim != 1:
-        raise TargetError(f"the labels of {name} have shape {y.shape}; one integer per example was expected")
-    if len(y) != n_rows:
-        raise TargetError(
-            f"{name} has {n_rows} examples and {len(y)} labels; one label per example was expected"
-        )
-    if y.dtype.kind not in "iub":
-        by_name = (
-            "give the index of each name among the model's classes, as in [names.index(name) for name in y]"
-        )
-        way_out = "give y.astype('int64')" if y.dtype.kind == "f" else by_name
-        raise TargetError(f"the labels of {name} are {y.dtype}; integers (int64) were expected: {way_out}")
-    y = y.astype(np.int64)
-    if expected.any_label:
-        return y
-    all_labels = y if source_labels is None else source_labels
-    if len(y) and y.min() < 0:
-        signs = set(np.unique(all_labels).tolist()) == {-1, 1}
-        way_out = "give (y + 1) // 2" if signs else "remove rows without a class, or renumber the classes"
-        raise TargetError(f"the labels of {name} contain {y.min()}; class numbers start at 0: {way_out}")
-    if classes is not None and len(y) and y.max() >= classes:
-        raise TargetError(
-            off_range(int(all_labels.min()), int(all_labels.max()), classes, name, remote=expected.remote)
-        )
-    return y
-
-
 def from_numpy(
     name: str,
     x: Array,
@@ -250,13 +210,15 @@ def from_numpy(
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
+    if x.dtype.kind not in "iubf":
+        raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {_SUPPORTED}")
     if x.ndim < 2 and not preserve:
         raise TargetError(
             f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
             "x.reshape(len(x), -1)"
         )
     n_classes = expected.classes or (None if names is None else len(names))
-    y = labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
+    y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
     stored, scale, scale_notes = _stored(x, expected.bounds, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
     unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
@@ -270,7 +232,7 @@ def from_numpy(
         if declared is not None:
             probe.own.layout = probe.own.layout or "chw"
         # Again, because the number of classes may have become known with the first outputs of the network.
-        labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
+        class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected.bounds, lenient=expected.lenient)
     return data
 
@@ -404,13 +366,27 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
         return x, 255.0, ()
     if x.dtype.kind == "f":
         return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
-    lowest, highest = (float(end) for end in (x.min(), x.max())) if x.dtype.kind in "iu" else (0.0, 0.0)
-    divisor = pixel_divisor(lowest, highest, 4)
-    way_out = (
-        ""
-        if divisor is None
-        else f": give x.astype('float32') / {divisor:g} (their largest value is {highest:g})"
-    )
     raise TargetError(
-        f"the inputs of {name} are {x.dtype}; uint8 (0 to 255) or floats inside the bounds were expected{way_out}"
+        f"the inputs of {name} are {x.dtype}; {_NUMBERS} were expected{_as_floats(x, bounds)}. {_SUPPORTED}"
     )
+
+
+def _as_floats(x: Array, bounds: Bounds) -> str:
+    """Return advice for an error message about inputs that are integers.
+
+    Bytes are recognised by their range. Whole numbers of other ranges may be numbers of any kind, such as ids of
+    tokens, for which no scale is known.
+    """
+    lowest, highest = int(x.min()), int(x.max())
+    if x.ndim > 2 and _is_unit(bounds) and pixel_divisor(lowest, highest, x.ndim) == 255:
+        return ": give x.astype('float32') / 255 if they are pixels"
+    if _is_unit(bounds):
+        return (
+            ": if they are features or pixels, scale them as in the training of the model (they range from "
+            f"{lowest} to {highest})"
+        )
+    return ": if they are features or pixels, give x.astype('float32')"
+
+
+def _type(x: Array) -> str:
+    return "text" if x.dtype.kind in "UST" else str(x.dtype)

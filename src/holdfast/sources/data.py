@@ -14,6 +14,7 @@ from holdfast.sources.catalogue import CATALOGUE, data_folder
 from holdfast.sources.class_numbers import MOST_NAMES, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import reading, similar_name
+from holdfast.sources.labels import whole_numbers
 from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
 from holdfast.sources.npz import Npz, arrays_of_split, named_arrays
@@ -158,7 +159,7 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     name = f"{x_name} of {address!r}"
     rows = selected_rows(n_rows, n=options.n, sample=options.sample, seed=options.seed, name=name)
     stop = int(rows[-1]) + 1
-    x, all_labels = archive.array(x_name, stop=stop), archive.array(y_name)
+    x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
     if len(rows) < stop:
         x = x[rows]
     names = place.classes

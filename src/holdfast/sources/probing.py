@@ -186,15 +186,15 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
         if not logits.requires_grad:
             return (NO_GRADIENT,)
         try:
-            torch.autograd.grad(logits.sum(), x, allow_unused=True)
+            (grad,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
         except RuntimeError as error:
             if out_of_memory(error):
                 return ()
-            model.access = "scores"
+            model.access, model.failing = "scores", True
             first_line = (str(error).splitlines() or [""])[0].rstrip(".")
             model.hides = f"its backward pass raises {type(error).__name__}: {first_line}"
             return (f"attacks use only the scores of the model, because {model.hides}",)
-    return ()
+    return () if grad is not None else (NO_GRADIENT,)
 
 
 def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:

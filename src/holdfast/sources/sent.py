@@ -80,7 +80,7 @@ class Sent:
         with self._lock:
             remaining = self.left()
             if remaining is not None and rows > remaining:
-                raise QueriesSpent(self.spent(rows), self.limit or 0)
+                raise QueriesSpent(self.spent(rows), limit=self.limit or 0)
             self._note({"t": "sent", "n": rows})
 
     def failed(self, what: str, rows: int) -> None:

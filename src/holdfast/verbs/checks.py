@@ -138,7 +138,7 @@ def refuse_batch(
         raise TargetError(_range_message(x, low, high, name))
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         ends = _range_of_labels(batch if whole is None else whole)
-        raise TargetError(off_range(*ends, classes, name, remote=remote))
+        raise off_range(*ends, classes, name, remote=remote)
 
 
 def _range_of_labels(data: Data | Batch) -> tuple[int, int]:

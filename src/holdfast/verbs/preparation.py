@@ -206,7 +206,7 @@ def plan_for(
     plan = refuse_what_is_hidden(plan, subject.model.access, subject.model.hides)
     plan = on_detector(plan, rejects=target.rejects)
     refuse_unfitted(plan, fit=request.fit is not None)
-    refuse_unprovable(plan, target, sample)
+    refuse_unprovable(plan, target, sample, request.verb)
     return plan
 
 
