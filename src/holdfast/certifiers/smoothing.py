@@ -309,12 +309,12 @@ def by_smoothing(constraint: Constraint, sample: Batch) -> Remedy:
     """Return the arguments with which smoothing certifies the ball of Linf, L2 or L1 of a constraint."""
     radius = containing_radius(constraint, sample.x[:1].numel())
     threat = () if isinstance(constraint, L2) else (Remedy("threat", f"l2:{radius:.10g}"),)
-    contains = f", whose ball contains that of {constraint.name}:{constraint.eps:g}" if threat else ""
+    contains = f" (the ball of l2 contains that of {constraint.name}:{constraint.eps:g})" if threat else ""
     return Remedy(
         "method",
         "smoothing",
         also=(*threat, Remedy("sigma", float(f"{2 * radius:.4g}"))),
-        reason=f"to certify the smoothed classifier, which needs predictions only{contains}",
+        reason=f"to certify the smoothed classifier, for which predictions suffice{contains}",
     )
 
 

@@ -3,9 +3,10 @@
 Every message shows the value, what was expected, and a remedy. Any other exception is a bug (exit code 5).
 """
 
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
-from holdfast.core.remedies import Install, Remedy, with_remedies
+from holdfast.core.remedies import Install, Remedy, remedy_from_json, remedy_to_json, with_remedies
 
 
 class HoldfastError(Exception):
@@ -44,6 +45,22 @@ class HoldfastError(Exception):
         error = self.reworded(self.message)
         error.ending = f"{self.ending}; {sentence}"
         return error
+
+
+def failure_to_json(error: HoldfastError) -> dict[str, Any]:
+    """Return an error as values that JSON can represent, for messages between processes."""
+    remedies = [remedy_to_json(remedy) for remedy in error.remedies]
+    return {"error": type(error).__name__, "message": error.message + error.ending, "remedies": remedies}
+
+
+def failure_from_json(
+    content: Mapping[str, Any], kinds: Mapping[str, type[HoldfastError]], start: str = ""
+) -> HoldfastError:
+    """Return the error that `failure_to_json` has written, as one of `kinds`, or else as a `HoldfastError`. Its message
+    begins with `start`.
+    """
+    remedies = map(remedy_from_json, content["remedies"])
+    return kinds.get(content["error"], HoldfastError)(f"{start}{content['message']}", *remedies)
 
 
 class UsageError(HoldfastError):

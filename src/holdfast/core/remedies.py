@@ -1,9 +1,9 @@
 """Changes of arguments that resolve an error, written for Python and for the command line."""
 
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Placeholder:
         return self.python or self.text
 
 
-Value: TypeAlias = str | int | float | bool | tuple[str, ...] | Placeholder | None
+Value: TypeAlias = str | int | float | bool | tuple[str, ...] | tuple[float, ...] | Placeholder | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Remedy:
     'give --fit DATA'
     >>> remedy = Remedy("method", "smoothing", also=(Remedy("threat", "l2:0.5"),))
     >>> remedy.on_command_line(), remedy.in_python()
-    ('give --method smoothing --threat l2:0.5', "give method='smoothing' and threat='l2:0.5'")
+    ('give --method smoothing --threat l2:0.5', "give method='smoothing', threat='l2:0.5'")
     >>> remedy = Remedy("recipe.training.lr", 0.01)
     >>> remedy.on_command_line(), remedy.in_python()
     ('give --set recipe.training.lr=0.01', 'give training.lr=0.01 in recipe')
@@ -68,7 +68,7 @@ class Remedy:
         for function in dict.fromkeys(each.function for each in given):
             assignments = (each._assignment() for each in given if each.function == function)
             place = f" to holdfast.{function}" if function else ""
-            texts.append(f"give {' and '.join(assignments)}{place}")
+            texts.append(f"give {', '.join(assignments)}{place}")
         return self._with_reason(" and ".join(texts))
 
     def on_command_line(self) -> str:
@@ -92,7 +92,7 @@ class Remedy:
             case bool():
                 return (self.flag if self.value else f"--no-{self.flag[2:]}",)
             case tuple() if self.repeated:
-                return tuple(word for part in self.value for word in (self.flag, part))
+                return tuple(word for part in self.value for word in (self.flag, str(part)))
             case _:
                 return (self.flag, self._written)
 
@@ -107,7 +107,7 @@ class Remedy:
 
     @property
     def _written(self) -> str:
-        return ",".join(self.value) if isinstance(self.value, tuple) else str(self.value)
+        return ",".join(map(str, self.value)) if isinstance(self.value, tuple) else str(self.value)
 
     def _assignment(self) -> str:
         first, dot, rest = self.argument.partition(".")
@@ -118,9 +118,20 @@ class Remedy:
         return f"{text}{space}{self.reason}" if self.reason else text
 
 
-def with_remedies(text: str, remedies: Iterable[str]) -> str:
-    """Return a text that ends with remedies, of which any one can be chosen."""
-    return "; ".join(part for part in (text, ", or ".join(remedies)) if part)
+TRUST_CODE = Remedy("trust_code", True, function="open_model", reason="if you trust it")
+"""permission to run the code in a file, or to which a file refers"""
+RESUME = Remedy("resume", True)
+"""continuation of a run in its folder"""
+RUN_FOLDER = Remedy("run", Placeholder("DIR"))
+"""folder of a run"""
+OTHER_FOLDER = Remedy("run", Placeholder("DIR"), reason="for another folder")
+"""folder of a new run"""
+OTHER_EXAMPLES = Remedy("fit", Placeholder("DATA"), reason="for other examples")
+"""examples on which a training or an attack is fitted"""
+SURROGATE = Remedy(
+    "surrogates", Placeholder("MODEL", "[MODEL]"), "--surrogate", reason="for a model with the same classes"
+)
+"""model on which an attacker without access to the assessed one computes examples"""
 
 
 @dataclass(frozen=True)
@@ -141,3 +152,31 @@ class Install:
     def on_command_line(self) -> str:
         """Return the command that installs the extra."""
         return self.in_python()
+
+
+def remedy_to_json(remedy: Remedy | Install) -> dict[str, Any]:
+    """Return a remedy as values that JSON can represent, for messages between processes."""
+    if isinstance(remedy, Install):
+        return {"extra": remedy.extra}
+    content = {each.name: getattr(remedy, each.name) for each in fields(Remedy)}
+    if isinstance(remedy.value, Placeholder):
+        content["value"] = {"text": remedy.value.text, "python": remedy.value.python}
+    return {**content, "also": [remedy_to_json(each) for each in remedy.also]}
+
+
+def remedy_from_json(content: Mapping[str, Any]) -> Remedy | Install:
+    """Return the remedy that `remedy_to_json` has written."""
+    if "extra" in content:
+        return Install(content["extra"])
+    value = content["value"]
+    if isinstance(value, Mapping):
+        value = Placeholder(**value)
+    elif isinstance(value, list):
+        value = tuple(value)
+    also = tuple(each for part in content["also"] if isinstance(each := remedy_from_json(part), Remedy))
+    return Remedy(**{**content, "value": value, "also": also})
+
+
+def with_remedies(text: str, remedies: Iterable[str]) -> str:
+    """Return a text that ends with remedies, of which any one can be chosen."""
+    return "; ".join(part for part in (text, ", or ".join(remedies)) if part)

@@ -15,11 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Layout
-from holdfast.sources.estimates import as_in_training, pixel_divisor
+from holdfast.sources.declarations import NORMALISED_DATA
+from holdfast.sources.estimates import (
+    BYTES,
+    as_in_training,
+    before_normalisation,
+    pixel_divisor,
+    range_of_training,
+)
 from holdfast.sources.expected import Expected
 from holdfast.sources.labels import class_labels
 from holdfast.sources.layouts import LayoutReading, reading_of
@@ -41,6 +49,9 @@ _SUPPORTED = (
     "are not supported"
 )
 """Sentence about the kinds of inputs for messages about others."""
+
+
+_NORMALISED_INSIDE = "mean and std are for a model that needs normalised inputs"
 
 
 @dataclass(frozen=True)
@@ -70,16 +81,16 @@ class Pixels:
         inside = self.bounds.clamp(pixels)
         return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
 
-    def advice(self, highest: float) -> str:
-        """Return advice for an error message about pixel values outside the bounds. `highest` is the largest pixel
-        value after the conversion.
+    def advice(self, highest: float) -> tuple[str, tuple[Remedy, ...]]:
+        """Return advice and remedies for values outside the bounds. `highest` is the largest value after the
+        conversion.
         """
         if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
             return (
-                "MEAN/STD of --data-normalised seem to be on the scale of 0 to 255: divide them by 255, or add "
-                "--bounds 0,255, and eps is on that scale"
+                "mean and std of data_normalised seem to be on the scale of 0 to 255: divide them by 255",
+                (BYTES,),
             )
-        return "Correct --data-normalised MEAN/STD: give the values by which the data were normalised"
+        return "correct data_normalised: give the mean and std by which the data were normalised", ()
 
 
 @dataclass(frozen=True)
@@ -103,8 +114,8 @@ class Arrays:
     """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
     """names of the columns of a table, in the order of the inputs"""
-    objection: str = ""
-    """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
+    objection: HoldfastError | None = None
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -172,12 +183,14 @@ def selected_rows(
     """
     if n is not None and sample is not None:
         raise UsageError(
-            f"-n {n} and --sample {sample} exclude each other: give -n for the first N examples, or --sample for N "
-            "random ones"
+            f"n is {n} and sample is {sample}, which exclude each other: n is for the first examples, and sample for "
+            "random ones",
+            Remedy("sample"),
+            Remedy("n", option="-n"),
         )
-    for flag, number in (("-n", n), ("--sample", sample)):
+    for argument, number in (("n", n), ("sample", sample)):
         if number is not None and number < 1:
-            raise UsageError(f"{flag} is {number}; at least one example is needed")
+            raise UsageError(f"{argument} is {number}; at least one example is needed")
     if n_rows == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if sample is not None and sample < n_rows:
@@ -269,14 +282,14 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
         return None
     if x.dtype.kind != "f":
         raise TargetError(
-            f"the inputs of {name} are {x.dtype}, but normalised values are floats; omit --data-normalised, and "
-            "give --mean and --std if the model needs normalised inputs"
+            f"the inputs of {name} are {x.dtype}, but normalised values are floats; {_NORMALISED_INSIDE}",
+            NORMALISED_DATA,
         )
     if min(expected.normalised.mean) > 0 and x.min() >= 0 and x.max() <= 1:
         raise TargetError(
             f"the inputs of {name} range from {x.min():.6g} to {x.max():.6g}, but normalised values lie on both sides "
-            "of 0: these seem to be pixels. Omit --data-normalised, and give --mean and --std if the model needs "
-            "normalised inputs"
+            f"of 0: these seem not to be normalised; {_NORMALISED_INSIDE}",
+            NORMALISED_DATA,
         )
     return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
 
@@ -304,7 +317,7 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
         lowest, highest = min(lowest, float(batch.x.min())), max(highest, float(batch.x.max()))
         outside |= _outside(batch.x, bounds, data.name)
     if outside and not lenient:
-        raise TargetError(_range_message(data, lowest, highest, bounds))
+        raise _out_of_range(data, lowest, highest, bounds)
 
 
 def _rows(data: Arrays) -> int:
@@ -324,23 +337,24 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
         ) from error
 
 
-def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> str:
-    expected = f"{_side(bounds.low)} to {_side(bounds.high)} was expected. "
+def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> TargetError:
+    """Return the error for inputs outside the bounds."""
+    expected = f"{_side(bounds.low)} to {_side(bounds.high)} was expected"
     message = f"range from {lowest:.6g} to {highest:.6g}; {expected}"
     if data.pixels is not None:
         subject = f"the inputs of {data.name}, their normalisation {data.pixels.normalised} undone, {message}"
-        return f"{subject}{data.pixels.advice(highest)}"
+        advice, remedies = data.pixels.advice(highest)
+        return TargetError(f"{subject}; {advice}", *remedies)
     message = f"the inputs of {data.name} {message}"
     if not _is_unit(bounds):
-        return f"{message}Scale them, or correct --bounds, as in --bounds {lowest:.6g},{highest:.6g}"
+        return TargetError(f"{message}; scale them", range_of_training(lowest, highest))
     bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
-    scaled = as_in_training(lowest, highest, data.x.ndim)
-    scaling = "Divide them by 255 (or save them as uint8)" if bytes_ else f"{scaled[0].upper()}{scaled[1:]}"
-    return (
-        f"{message}{scaling}. If they were normalised before, give --data-normalised MEAN/STD with the values of your "
-        f"training, and eps stays in pixels. Otherwise give the range that the model was trained on with --bounds "
-        f"LOW,HIGH (these inputs: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
+    advice = (
+        "divide them by 255 (or save them as uint8)"
+        if bytes_
+        else as_in_training(lowest, highest, data.x.ndim)
     )
+    return TargetError(f"{message}; {advice}", before_normalisation(), range_of_training(lowest, highest))
 
 
 def _side(side: float | Tensor) -> str:

@@ -1,5 +1,5 @@
 """Calls the function of the user that builds a model, which is specified as `file.py:factory`, with the arguments in
-`--model-args`.
+`model_args`.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.adapting import accepted
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.files import readable_file, sha256_of_file, similar_name
@@ -117,11 +118,15 @@ def converted_arguments(
             )
     missing = [n for n, p in by_name.items() if p.default is p.empty and n not in arguments]
     if missing:
-        flags = " ".join(f"--model-args {name}=…" for name in missing)
         name = address.rpartition(":")[2]
+        values = Placeholder(
+            ",".join(f"{each}=VALUE" for each in missing),
+            f"{{{', '.join(f'{each!r}: VALUE' for each in missing)}}}",
+        )
         raise UsageError(
-            f"{address} needs {', '.join(missing)}; give {flags}. If {name} is the model itself, give a function "
-            f"that returns it: def make(): return {name}"
+            f"{address} needs {', '.join(missing)}. If {name} is the model itself, give a function that returns it: "
+            f"def make(): return {name}",
+            Remedy("model_args", values, function="open_model"),
         )
     return {
         name: _convert(text, by_name[name].annotation if name in by_name else str, name, address)
@@ -152,7 +157,7 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
     if annotation in (str, object, typing.Any, inspect.Parameter.empty):
         return text
     raise UsageError(
-        f"{address} declares {name} as {annotation}; arguments of --model-args must be str, int, float, bool or Path"
+        f"{address} declares {name} as {annotation}; arguments of model_args must be str, int, float, bool or Path"
     )
 
 

@@ -163,8 +163,8 @@ def refuse_unsound(evidence: Evidence) -> None:
     by_chance = ", more than by chance" if statistical else ""
     raise UnsoundProof(
         f"the test of the certificates failed: {len(rows)} of {tested} attacked certified examples are broken"
-        f"{by_chance}: {named}{more}. No certificate is issued; report it as a bug of the method, or leave that method "
-        "out with --method"
+        f"{by_chance}: {named}{more}. No certificate is issued; report it as a bug of the method, or choose another "
+        "method"
     )
 
 

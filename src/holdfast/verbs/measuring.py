@@ -14,6 +14,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns
 from holdfast.core.purpose import purpose
+from holdfast.core.remedies import RESUME
 from holdfast.core.types import Mask
 from holdfast.engine.executor import Measure, OutOfTime, Timed
 from holdfast.engine.run import Run, Shards
@@ -105,9 +106,7 @@ class WorkerSetup:
             }
             for what, expected in self.digests.items():
                 if digests[what] != expected:
-                    raise TargetError(
-                        f"the {what} changed while a worker opened it; repeat the run with --resume"
-                    )
+                    raise TargetError(f"the {what} changed while a worker opened it", RESUME)
             yield ShardMeasure(plan, target, data, device)
 
 

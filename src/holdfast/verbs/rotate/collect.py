@@ -21,6 +21,7 @@ from holdfast.core.checkpoint import Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import OTHER_FOLDER, RESUME, Remedy
 from holdfast.engine.progress import Notify, Progress, Step, ignore, silent
 from holdfast.engine.resuming import way_out
 from holdfast.engine.run import Run
@@ -131,9 +132,7 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
     path = request.path
     if is_complete(path):
         if not request.resume:
-            raise UsageError(
-                f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
-            )
+            raise UsageError(f"{str(path)!r} contains a pool already", RESUME, OTHER_FOLDER)
         pool = Pool.open(path, expect_head=request.expect_head)
         request.common.refuse_other(pool)
         return pool
@@ -146,7 +145,8 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
     if foreign:
         raise UsageError(
             f"{str(path)!r} contains {foreign[0]!r} and is not a pool. The folder of a pool is private to its "
-            "owner, so no other files may be in it; name a new folder with --run"
+            "owner, so no other files may be in it",
+            OTHER_FOLDER,
         )
     pool = Pool.create(path, request.common.about())
     if request.resume:
@@ -178,7 +178,7 @@ def _plan(request: CollectRequest, notify: Notify) -> StoredStage:
         spent_s = time.perf_counter() - begin + common.source.runs * common.source.updates * measured.update
         epochs = whole_epochs((budget_s - spent_s) / _n_trained(common), measured)
         if not epochs:
-            raise UsageError(_too_small(budget_s, spent_s, measured, _n_trained(common)))
+            raise _too_small(budget_s, spent_s, measured, _n_trained(common))
     about = {"epochs": epochs, "runs": common.source.runs, "budget_s": budget_s, "planning_s": spent_s}
     return StoredStage({"epochs": torch.tensor([epochs])}, about=about)
 
@@ -190,16 +190,18 @@ def _refuse_other_budget(plan: Mapping[str, Any], request: CollectRequest) -> No
         by = "none" if earlier is None else f"{earlier:g} s"
         raise UsageError(
             f"{str(request.path)!r} was planned with a budget of {by} ({plan['epochs']} epochs for each run), but "
-            f"{budget_s:g} s were given; omit --budget, or create another pool"
+            f"{budget_s:g} s were given; create another pool",
+            Remedy("budget"),
         )
 
 
-def _too_small(budget_s: float, spent_s: float, measured: Pace, n_trained: int) -> str:
+def _too_small(budget_s: float, spent_s: float, measured: Pace, n_trained: int) -> UsageError:
     least_min = math.ceil((n_trained * measured.epoch + spent_s) / 60 / 0.95)
-    return (
+    return UsageError(
         f"a budget of {budget_s:g} s is too small: {n_trained} models must be trained, {OWN} of them surrogates; an "
-        f"epoch of each takes {measured.epoch:.3g} s on this machine, and everything else {spent_s:.3g} s. Give "
-        f"--budget {least_min}min or more, or fewer runs, as in --set source.seeds=3"
+        f"epoch of each takes {measured.epoch:.3g} s on this machine, and everything else {spent_s:.3g} s",
+        Remedy("budget", f"{least_min}min", reason="or more"),
+        Remedy("source.seeds", 3, reason="for fewer runs"),
     )
 
 
@@ -310,7 +312,7 @@ class _Collection:
             raise TargetError(
                 f"{training} has an accuracy of {100 * accuracy:.1f} % on held-out examples; more than "
                 f"{100 * self.least:.1f} % was expected, which is 1.5 times that of guessing: the training diverged. "
-                "Collect again with a smaller learning rate, as in --set "
-                f"recipe.training.lr={self.common.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "
-                "initialisation=own"
+                "Collect again with a smaller learning rate, a longer warm-up, or another seed",
+                Remedy("recipe.training.lr", float(f"{self.common.training.lr / 3:.2g}")),
+                Remedy("initialisation", "own"),
             )
