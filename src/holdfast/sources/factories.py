@@ -2,6 +2,7 @@
 `model_args`.
 """
 
+import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -27,6 +28,8 @@ from holdfast.sources.object_digest import LOADED
 
 CODE: dict[str, tuple[str, bytes]] = {}
 """Path and content of each code file that was imported from bytes, by the name of its module."""
+_LISTED = 8
+"""Largest number of functions of a file that a message lists."""
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Model = nn.Module | Callable[..., Any] | Predictor
@@ -46,6 +49,34 @@ class Built:
 def names_code(address: str) -> bool:
     """Return whether the address of a model has the syntax `file.py:factory`."""
     return ".py:" in address
+
+
+def refuse_without_factory(address: str) -> None:
+    """Raise `UsageError` for the address of a Python file without the name of a function, such as `net.py`.
+
+    The message names functions and classes of the file, which is not run.
+    """
+    if not address.endswith(".py"):
+        return
+    path = readable_file(Path(address), "code file")
+    names = _factories(path)
+    shown = f"; it defines {', '.join(names)}" if names else ""
+    raise UsageError(
+        f"{address!r} names no function that returns the model{shown}: give {address}:{names[0] if names else 'make'}"
+        + ("" if names else ", and define it, as in def make(): return net")
+    )
+
+
+def _factories(path: Path) -> list[str]:
+    """Return the names of functions and classes of a file, those first that can be called without arguments."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    functions.sort(key=lambda node: len(node.args.posonlyargs + node.args.args) > len(node.args.defaults))
+    classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    return [node.name for node in (*functions, *classes)][:_LISTED]
 
 
 def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:

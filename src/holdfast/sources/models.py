@@ -31,6 +31,7 @@ from holdfast.sources.factories import (
     call_factory,
     converted_arguments,
     names_code,
+    refuse_without_factory,
 )
 from holdfast.sources.files import reading, sha256_of_file, similar_name
 from holdfast.sources.object_digest import digest_of_object
@@ -202,6 +203,7 @@ def open_model(
     _refuse_remote(address)
     if names_code(address):
         return _open_code(opening)
+    refuse_without_factory(address)
     path = Path(address)
     if path.suffix in _OPENERS:
         with reading(address):
@@ -335,6 +337,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             ARCHITECTURE,
         )
     if name not in ARCHITECTURES:
+        refuse_without_factory(opening.arch or "")
         hint = (
             similar_name(str(name), ARCHITECTURES)
             or f"; the architectures are {', '.join(sorted(ARCHITECTURES))}"
