@@ -27,12 +27,14 @@ NO_CLASSES = {
 @pytest.mark.parametrize("kind", ["array", "tensor", "archive"])
 def test_targets_that_are_no_classes_are_refused_with_what_they_are(case, kind, tmp_path):
     y, message = NO_CLASSES[case]
+    np.savez(tmp_path / "d.npz", x=X, y=y)
+    opened = {
+        "array": lambda: as_data(X, y),
+        "tensor": lambda: as_data(X, torch.as_tensor(y)),
+        "archive": lambda: open_data(str(tmp_path / "d.npz")),
+    }
     with pytest.raises(TargetError, match=message) as refused:
-        if kind == "archive":
-            np.savez(tmp_path / "d.npz", x=X, y=y)
-            open_data(str(tmp_path / "d.npz"))
-        else:
-            as_data(X, torch.as_tensor(y) if kind == "tensor" else y)
+        opened[kind]()
     assert "astype" not in str(refused.value)
     assert ("argmax" in str(refused.value)) == (case == "no class")
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'holdfast[scale]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[scale]'")
 
 import torch  # noqa: E402 - after the skip
 

@@ -12,7 +12,7 @@ because the noise is drawn independently of it.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -78,7 +78,7 @@ class Smoothing:
         """
         constraint = threat.constraint
         if not isinstance(constraint, L2):
-            raise _other_norm(constraint, sample, model)
+            raise self._other_norm(constraint, sample, model)
         if constraint.eps == 0:
             raise UsageError(
                 "eps is 0, and smoothing certifies a change of the input; give a radius, as in l2:0.5. The accuracy "
@@ -96,6 +96,21 @@ class Smoothing:
     def alpha(self) -> float:
         """Failure probability of the certificate; the rest is that of the verdict that the prediction is wrong."""
         return (1 - _FOR_WRONG) * self.failure_probability
+
+    def _other_norm(self, constraint: Constraint, sample: Batch, model: Classifier) -> UsageError:
+        """Return the error for a threat that is no ball of L2."""
+        message = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only"
+        if not isinstance(constraint, (Linf, L1)):
+            return UsageError(message, Remedy("threat", "l2:0.5"))
+        features = sample.x[:1].numel()
+        contains = (
+            f", whose ball contains that of {constraint.name}:{constraint.eps:g} with {features} features"
+        )
+        remedy = Remedy("threat", f"l2:{containing_radius(constraint, features):.10g}", reason=contains)
+        if model.remote or model.access != "gradients":
+            return UsageError(message, remedy)
+        own = [f.name for f in fields(self) if f.name != "seed" and getattr(self, f.name) != f.default]
+        return UsageError(message, remedy, Remedy("method", "crown", also=tuple(map(Remedy, own))))
 
     def _refuse_few(self, eps: float) -> None:
         if eps == math.inf:
@@ -316,14 +331,3 @@ def by_smoothing(constraint: Constraint, sample: Batch) -> Remedy:
         also=(*threat, Remedy("sigma", float(f"{2 * radius:.4g}"))),
         reason=f"to certify the smoothed classifier, for which predictions suffice{contains}",
     )
-
-
-def _other_norm(constraint: Constraint, sample: Batch, model: Classifier) -> UsageError:
-    message = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only"
-    if not isinstance(constraint, (Linf, L1)):
-        return UsageError(message, Remedy("threat", "l2:0.5"))
-    features = sample.x[:1].numel()
-    contains = f", whose ball contains that of {constraint.name}:{constraint.eps:g} with {features} features"
-    remedy = Remedy("threat", f"l2:{containing_radius(constraint, features):.10g}", reason=contains)
-    bounded = model.access == "gradients" and not model.remote
-    return UsageError(message, remedy, *([Remedy("method", "crown")] if bounded else []))

@@ -84,7 +84,7 @@ def attack_called(name: str) -> str:
     if folded(name) in map(folded, ADAPTIVE):
         raise UsageError(
             f"{name} is an attack that is added depending on the raised doubts, and it cannot be named directly",
-            Remedy("adaptive", True),
+            Remedy("adaptive", True, function="assess", reason="instead"),
         )
     similar = suggestion(name, every_name())
     raise UsageError(

@@ -270,15 +270,14 @@ class Classifier(nn.Module):
             kind = type(logits)
             name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
             training = isinstance(self.net, nn.Module) and self.net.training
-            way_out, remedies = "Wrap it in a factory that returns the logits only", ()
+            way_out = "Wrap it in a factory that returns the logits only"
             if training:
                 way_out = "Return the logits only in training mode as well"
             if name == "numpy.ndarray":
-                way_out, remedies = f"Return torch.from_numpy(...). {_NO_GRADIENT}", (_SCORES_ONLY,)
+                way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
             raise TargetError(
                 f"the model returned a {name}{' in training mode' if training else ''}; it must return one tensor of "
-                f"logits (n, classes). {way_out}",
-                *remedies,
+                f"logits (n, classes). {way_out}"
             )
         if logits.dim() not in (1, 2) or len(logits) != len(x) or not logits.is_floating_point():
             raise TargetError(

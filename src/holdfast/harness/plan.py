@@ -230,11 +230,11 @@ def _suite(plan: Plan, name: str) -> Remedy:
 
 def _remedies(member: Member, plan: Plan) -> tuple[Remedy, ...]:
     """Return the remedies if an attack needs more access than the threat model allows or the target gives."""
-    threat, remedies = plan.threat, []
+    threat, remedies = plan.threat, list[Remedy]()
     hidden = [m for m in plan.members if not threat.gives(m.attack.needs)]
     if member not in hidden:
-        remedies.append(Remedy("curve"))
-    elif len(hidden) < len(plan.members) and not plan.alone:
+        return (Remedy("curve"),)
+    if len(hidden) < len(plan.members) and not plan.alone:
         remedies.append(Remedy("skip", tuple(slug(m.name) for m in hidden), repeated=True))
     if _searched(threat) and suite_name(plan.suite) != "black-box":
         searches = ", ".join(name for name, _ in suite("black-box", threat.constraint, threat.access).attacks)

@@ -3,6 +3,9 @@
 The results may differ from the values that were used in the training.
 """
 
+import math
+from collections.abc import Callable
+
 from torch import Tensor
 
 from holdfast.core.normalisation import Normalisation
@@ -58,14 +61,20 @@ def range_of_training(low: float, high: float, whence: str = "the range of these
     """Return the bounds that contain the data, which are an estimate of the range on which the model was trained."""
     return Remedy(
         "bounds",
-        (_rounded(low), _rounded(high)),
+        (_rounded(low, math.floor), _rounded(high, math.ceil)),
         reason=f"({whence}; use the limits of your training); eps is then in the units of the data",
     )
 
 
-def _rounded(number: float) -> float:
-    """Return a number with six digits, as an integer if it is one."""
-    rounded = float(f"{number:.6g}")
+def _rounded(number: float, towards: Callable[[float], int]) -> float:
+    """Return a number with about six digits, which is rounded by `towards` so that the bounds contain it. An integer
+    remains one.
+    """
+    if not number:
+        return 0
+    digits = 5 - math.floor(math.log10(abs(number)))
+    scale: float = 10.0 ** abs(digits)
+    rounded = towards(number * scale) / scale if digits > 0 else towards(number / scale) * scale
     return int(rounded) if rounded.is_integer() else rounded
 
 

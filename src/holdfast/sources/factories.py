@@ -76,7 +76,7 @@ def _factories(path: Path) -> list[str]:
     functions = [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     functions.sort(key=lambda node: len(node.args.posonlyargs + node.args.args) > len(node.args.defaults))
     classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-    return [node.name for node in (*functions, *classes)][:_LISTED]
+    return [*(each.name for each in functions), *(each.name for each in classes)][:_LISTED]
 
 
 def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:

@@ -96,13 +96,12 @@ class Shaped:
         objects = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
         candidates = [o for o in objects if self.output in (None, o.get("name"))]
         if not candidates:
-            names = ", ".join(str(o.get("name"))[:_NAME] for o in objects[:_NAMES]) or "no output at all"
+            known = [str(o.get("name"))[:_NAME] for o in objects[:_NAMES]]
+            names = ", ".join(known) or "no output at all: check the server"
             requested = "no output" if self.output is None else f"no output {self.output!r}"
             raise TargetLost(
                 f"the response has {requested}; it has {names}",
-                Remedy("http_response", str(objects[0].get("name"))[:_NAME], function="open_model")
-                if objects
-                else _PATH,
+                *(Remedy("http_response", name, function="open_model") for name in known[:1]),
             )
         wanted_types = WHOLE | TEXT if self.labels else FLOATS
         return next((o for o in candidates if _datatype(o) in wanted_types), candidates[0])

@@ -91,13 +91,18 @@ class WorkerSetup:
     plan: Plan
     """the plan without surrogates, which the worker prepares itself"""
     device: str
+    batch_size: int | None = None
+    """largest number of examples in a forward pass; None if any is accepted"""
 
     @contextmanager
     def __call__(self) -> Iterator[Measure]:
         """Yield the function that measures shards. Raises `TargetError` if a digest differs from that of the run."""
         subject, data, surrogates = self.opening()
         device, adaptive = torch.device(self.device), bool(self.plan.adaptive)
-        with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
+        with (
+            readied(subject, data, device, adaptive=adaptive, batch_size=self.batch_size) as (target, sample),
+            ExitStack() as stack,
+        ):
             plan = with_surrogates(self.plan, stack, surrogates, sample, target)
             digests = {
                 "model": model_digest(subject, target),

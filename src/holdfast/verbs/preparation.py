@@ -44,14 +44,19 @@ _NO_SURROGATES = Remedy("surrogates", option="--surrogate")
 
 @contextmanager
 def readied(
-    subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
+    subject: Subject,
+    data: Data,
+    device: torch.device,
+    *,
+    adaptive: bool = False,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[Target, Batch]]:
     """Context manager that prepares the attacked model on its device, and restores the model on exit.
 
-    Yields the prepared model and the examples with which it was inspected. With `adaptive`, parts of the model that
-    hide the gradient are detected as well.
+    Yields the prepared model and the examples with which it was inspected, at most `batch_size`. With `adaptive`, parts
+    of the model that hide the gradient are detected as well.
     """
-    sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
+    sample = data.read(0, min(LOOKED_AT, batch_size or LOOKED_AT, len(data))).to(device)
     with (
         placed(subject.model, device),
         prepared(subject.model, sample, adaptive=adaptive) as target,

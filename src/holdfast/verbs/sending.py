@@ -241,6 +241,9 @@ def sender(data: Data) -> Callable[[ShardTask], ShardWithExamples]:
     return partial(with_examples, data)
 
 
-def known_rows(data: Data) -> Rows:
-    """Return the part of a data set that is sent to every worker: its properties and its first examples."""
-    return Rows(data.name, data.classes, len(data), stored_examples(data, 0, min(LOOKED_AT, len(data))))
+def known_rows(data: Data, batch_size: int | None) -> Rows:
+    """Return the part of a data set that is sent to every worker: its properties and its first examples, at most
+    `batch_size`.
+    """
+    first = stored_examples(data, 0, min(LOOKED_AT, batch_size or LOOKED_AT, len(data)))
+    return Rows(data.name, data.classes, len(data), first)

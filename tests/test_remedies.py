@@ -1,0 +1,585 @@
+"""Every remedy that an error names is carried out: the call then completes, or is refused for another reason.
+
+A situation is a call that is refused. Each remedy of its error is applied to the arguments of the call, as a user would
+do it, and the call is repeated. `carried_out` records which remedies of the code an error contained, so that
+`test_every_remedy_of_the_code_has_a_situation` finds those without one.
+"""
+
+import ast
+import builtins
+import dataclasses
+import importlib
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast.attacks import PGD
+from holdfast.certifiers import register
+from holdfast.certifiers.region import region_of
+from holdfast.certifiers.smoothing import Smoothing
+from holdfast.cli.app import _COMMANDS, verbs
+from holdfast.config.attacks import threat_model
+from holdfast.config.grammar import parse_threat
+from holdfast.config.planning import assess_request, prover
+from holdfast.config.recipes import build_recipe
+from holdfast.config.references import data_reference, model_reference
+from holdfast.config.resolve import open_all, sources_given
+from holdfast.config.settings import (
+    AssessSettings,
+    CertifySettings,
+    DoctorSettings,
+    RotateSettings,
+    ServeSettings,
+    check_settings,
+)
+from holdfast.core import remedies as remedies_of_all
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import HoldfastError, failure_from_json, failure_to_json
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.remedies import Install, Placeholder, Remedy
+from holdfast.harness import Plan
+from holdfast.harness.plan import refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness.target import prepared
+from holdfast.ops.refusals import refuse_lost
+from holdfast.sources.answers import ServerAnswers
+from holdfast.sources.payloads import Shaped, Template
+from holdfast.verbs.certify import refuse_unprovable
+
+SOURCE = Path(holdfast.__file__).parent
+FOLDER = Path(mkdtemp(prefix="remedies-"))
+_MOST = 3
+"""Number of remedies that are carried out one after the other."""
+
+torch.manual_seed(0)
+X = torch.rand(12, 4)
+LINEAR = nn.Linear(4, 3)
+Y = LINEAR(X).argmax(1)
+PAIR = (X, Y)
+IMAGES = torch.rand(8, 1, 6, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """A call that is refused."""
+
+    call: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    """arguments of the call; options of `open_model`, `open_data` and `Ray` are in dictionaries of these names"""
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """values for placeholders, by argument"""
+    replaced: tuple[str, ...] = ()
+    """arguments that a remedy takes the place of"""
+    only: tuple[str, ...] = ()
+    """arguments of the remedies that fit the situation, if the others are for another cause"""
+
+
+def applied(remedy: Remedy, arguments: Mapping[str, Any], situation: Situation) -> dict[str, Any]:
+    """The arguments of a call after a remedy was carried out."""
+    changed = {key: value for key, value in arguments.items() if key not in situation.replaced}
+    for part in (remedy, *remedy.also):
+        place = changed
+        if part.function in ("open_model", "open_data", "Ray"):
+            place = changed[part.function] = dict(changed.get(part.function, {}))
+        *path, name = part.argument.split(".")
+        for key in path:
+            inside = place.get(key, {})
+            place[key] = {"use": inside} if isinstance(inside, str) else dict(inside)
+            place = place[key]
+        value = part.value
+        if isinstance(value, Placeholder):
+            value = situation.values[part.argument]
+            value = value() if isinstance(value, Later) else value
+        if value is None:
+            place.pop(name, None)
+        else:
+            place[name] = value
+    return changed
+
+
+def refusal(call, arguments) -> HoldfastError | None:
+    try:
+        call(**arguments)
+    except HoldfastError as error:
+        return error
+    return None
+
+
+@contextmanager
+def recorded(created: list[tuple[tuple[str, int], Remedy | Install]]):
+    """Adds each remedy that is created meanwhile, with the file and the line of the code that creates it."""
+    before = {kind: kind.__init__ for kind in (Remedy, Install)}
+
+    def recording(kind):
+        def initialise(self, *args, **more):
+            before[kind](self, *args, **more)
+            frame = sys._getframe(1)
+            while frame is not None and not frame.f_code.co_filename.startswith(str(SOURCE)):
+                frame = frame.f_back
+            if frame is not None:
+                created.append(((frame.f_code.co_filename, frame.f_lineno), self))
+
+        return initialise
+
+    for kind in before:
+        kind.__init__ = recording(kind)
+    try:
+        yield
+    finally:
+        for kind, initialise in before.items():
+            kind.__init__ = initialise
+
+
+@cache
+def carried_out(name: str) -> tuple[frozenset[tuple[str, int]], tuple[Remedy | Install, ...]]:
+    """Carry out the remedies of a situation, and return them and the places where they were created.
+
+    Remedies with a placeholder for which the situation has no value, and those that it excludes, are not carried out.
+    """
+    situation, created = SITUATIONS[name](), []
+    with recorded(created):
+        error = refusal(situation.call, situation.arguments)
+    assert error is not None, "nothing is refused"
+    assert error.remedies, f"no remedy: {error}"
+    fitting = tuple(each for each in error.remedies if _fits(each, situation))
+    assert fitting, f"no remedy is carried out: {error}"
+    for remedy in fitting:
+        _carry_out(remedy, situation, situation.arguments, (error,))
+    parts = [part for each in fitting for part in _parts(each)]
+    return frozenset(place for place, remedy in created if remedy in parts), fitting
+
+
+def _parts(remedy: Remedy | Install) -> tuple[Remedy | Install, ...]:
+    return (remedy, *remedy.also) if isinstance(remedy, Remedy) else (remedy,)
+
+
+def _fits(remedy: Remedy | Install, situation: Situation) -> bool:
+    if isinstance(remedy, Install):
+        return True
+    unknown = [
+        part
+        for part in (remedy, *remedy.also)
+        if isinstance(part.value, Placeholder) and part.argument not in situation.values
+    ]
+    return not unknown and (not situation.only or remedy.argument in situation.only)
+
+
+def _carry_out(remedy, situation, arguments, errors) -> None:
+    if isinstance(remedy, Install):
+        return
+    changed = applied(remedy, arguments, situation)
+    error = refusal(situation.call, changed)
+    if error is None:
+        return
+    assert error.message not in {earlier.message for earlier in errors}, f"{remedy} does not resolve {error}"
+    undone = [each for each in error.remedies if isinstance(each, Remedy) and _undoes(each, remedy)]
+    assert not undone, f"{error} undoes {remedy}"
+    following = error.remedy
+    if following is not None and len(errors) < _MOST and _fits(following, situation):
+        _carry_out(following, situation, changed, (*errors, error))
+
+
+def _undoes(second: Remedy, first: Remedy) -> bool:
+    """Whether a remedy only takes away what another one has given."""
+    return second.argument == first.argument and second.value is None and first.value is not None and not second.also
+
+
+# -- the calls
+
+
+def given(model, options):
+    return holdfast.open_model(model, **options) if options else model
+
+
+def given_data(data, options):
+    return holdfast.open_data(data, **options) if options else data
+
+
+def assessed(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
+    return holdfast.assess(
+        given(model, dict(open_model)),
+        given_data(data, dict(open_data)),
+        **{"threat": "linf:0.01", "suite": "quick", "doubts": False, **arguments},
+    )
+
+
+def planned(open_model=(), **arguments):
+    """The plan of an assessment, without a run."""
+    return assess_request(check_settings({"threat": "linf:0.01", **arguments}, "", kind=AssessSettings))
+
+
+def attacked(**arguments):
+    return holdfast.attack(LINEAR, X, Y, **{"threat": "linf:0.01", **arguments})
+
+
+def opened(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
+    """The model and the examples, without a run."""
+    settings = check_settings(arguments, "", kind=DoctorSettings)
+    return open_all(
+        sources_given(given(model, dict(open_model)), given_data(data, dict(open_data)), settings), ()
+    )
+
+
+def hidden(model_access="gradients", surrogates=(), fit=None, plan_alone=False, **arguments):
+    """A plan, after what the attacker does not see is taken from it."""
+    plan = planned(**arguments).plan
+    threat = dataclasses.replace(plan.threat, surrogates=tuple(map(Classifier, surrogates)))
+    plan = dataclasses.replace(plan, threat=threat)
+    refuse_unfitted(refuse_what_is_hidden(plan, model_access), fit=fit is not None)
+
+
+def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", certify=False, **options):
+    """Prepare a method of certification for a model."""
+    if verb == "assess" and not certify:
+        return
+    settings = check_settings({"threat": threat, "method": method, **options}, "", kind=CertifySettings)
+    at, sample = threat_model(parse_threat(settings.threat.threat)), Batch(X, Y, torch.arange(len(X)))
+    with prepared(Classifier(model), sample) as target:
+        if method == "smoothing":
+            own = {f.name for f in dataclasses.fields(Smoothing)}
+            smoothing = Smoothing(**{key: value for key, value in options.items() if key in own})
+            smoothing.ready(target.bare, sample, at)
+        else:
+            refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample, verb)
+
+
+def verified(**arguments):
+    return holdfast.certify(LINEAR, (X[:2], Y[:2]), "linf:0.01", "ibp", **arguments)
+
+
+def hardened(**arguments):
+    """Refused for its arguments, and then for its few examples."""
+    return holdfast.harden(LINEAR, PAIR, "linf:0.01", **arguments)
+
+
+def convolutional():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+
+
+def baseline():
+    return assessed(suite="pgd")
+
+
+def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=()):
+    spec = {"use": recipe} if isinstance(recipe, str) else dict(recipe)
+    spec["training"] = {"epochs": 1, "batch": 8, **spec.get("training", {})}
+    model = model or Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    model = model if isinstance(model, Classifier) else Classifier(model)
+    batch = data or Batch(X, Y, torch.arange(len(X)))
+    at = dataclasses.replace(threat_model(parse_threat(threat)), surrogates=tuple(map(Classifier, surrogates)))
+    return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
+
+
+def answered(answer, rows=2, shaped=False, open_model=()):
+    """The scores or classes in the answer of a server."""
+    options = dict(open_model)
+    names, classes = options.get("class_names"), options.get("classes")
+    if names is not None and classes is None:
+        classes = len(names)
+    labels = classes if options.get("http_labels") else None
+    path = options.get("http_response")
+    form = Shaped("x", output=path) if shaped else Template.of('{"x": $x}', path)
+    expected = None if options.get("http_labels") else classes
+    answers = ServerAnswers(
+        form,
+        labels=labels,
+        names=names,
+        declared=options.get("model_output") is not None,
+        masked=str,
+        expected=expected,
+    )
+    n = options.get("http_max_rows", rows)
+    given_answer = answer(n) if callable(answer) else answer
+    return answers.read(given_answer, torch.zeros(n, 4))
+
+
+# -- files
+
+
+@cache
+def file(name: str) -> str:
+    """The path of a file or a folder of examples or of a model."""
+    path = FOLDER / name
+    if name.endswith(".csv"):
+        tables = {
+            "table.csv": "a,b,c,d,name,label\n0.1,0.2,0.3,0.4,u,0\n0.5,0.6,0.7,0.8,v,1\n",
+            "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
+            "classes.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,1\n0.5,0.6,0.7,0.8,2\n0.5,0.6,0.7,0.8,10\n",
+        }
+        path.write_text(tables[name])
+    elif name == "one.npz":
+        np.savez(path, x=X.numpy(), y=Y.numpy())
+    elif name == "named.npz":
+        np.savez(path, images=X.numpy(), targets=Y.numpy())
+    elif name == "grey.npz":
+        np.savez(path, x=np.random.default_rng(0).random((6, 6, 6), np.float32), y=np.arange(6) % 3)
+    elif name == "square.npz":
+        np.savez(path, x=np.random.default_rng(0).random((6, 3, 3, 3), np.float32), y=np.arange(6) % 3)
+    elif name == "images":
+        from PIL import Image
+
+        for label in ("cat", "dog"):
+            (path / label).mkdir(parents=True)
+            for k in range(3):
+                Image.fromarray(np.full((6, 6), 40 * k, np.uint8)).save(path / label / f"{k}.png")
+    elif name == "weights.pt":
+        torch.save(LINEAR.state_dict(), path)
+    elif name == "net.py":
+        path.write_text(
+            "from torch import nn\n\ndef make():\n    return nn.Linear(4, 3)\n\n\ndef sized(n: int):\n"
+            "    return nn.Linear(4, n)\n"
+        )
+    elif name == "whole.pt":
+        torch.save(LINEAR, path)
+    return str(path)
+
+
+# -- models
+
+
+class Scores(nn.Module):
+    """A network whose forward is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 3), function
+
+    def forward(self, x):
+        return self.function(self.linear, x)
+
+
+def of(function):
+    return Scores(function).eval()
+
+
+def saved_in_place(linear, x):
+    h = torch.sigmoid(linear(x))
+    y = h * h
+    h += 1
+    return y
+
+
+def only_four(linear, x):
+    assert len(x) <= 4
+    return linear(x)
+
+
+def of_erfc():
+    """A network with a function of which bounds are known, and no Lipschitz constant."""
+    register("aten.erfc", torch.erfc, 1.0)
+    return of(lambda f, x: torch.erfc(f(x)))
+
+
+def in_range(linear, x):
+    if bool((x < 0).any() | (x > 1).any()):
+        raise ValueError("inputs from 0 to 1 were expected")
+    return linear(x)
+
+
+SITUATIONS: dict[str, Callable[[], Situation]] = {}
+
+
+def situation(name: str, call, values: Mapping[str, Any] | None = None, replaced=(), only=(), **arguments) -> None:
+    """Add a situation. Arguments that are lambdas without a name of their own are called when the situation is built."""
+
+    def built() -> Situation:
+        evaluated = {key: value() if isinstance(value, Later) else value for key, value in arguments.items()}
+        return Situation(call, evaluated, {**VALUES, **(values or {})}, tuple(replaced), tuple(only))
+
+    assert name not in SITUATIONS, name
+    SITUATIONS[name] = built
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """An argument that is created when its situation is built."""
+
+    create: Callable[[], Any]
+
+    def __call__(self):
+        return self.create()
+
+
+VALUES: dict[str, Any] = {
+    "fit": (torch.rand(12, 4), Y),
+    "surrogates": [nn.Linear(4, 3)],
+    "sigma": 0.02,
+    "class_names": ["a", "b", "c"],
+    "classes": 3,
+    "recipe.others": "l2:0.1",
+}
+
+# arguments of the Python functions
+for misspelt, function, more in (
+    ("eps=0.01", assessed, {}),
+    ("gate='clean_accuracy >= 0'", assessed, {}),
+    ("attack='pgd'", assessed, {}),
+    ("attacks=PGD(steps=2)", assessed, {}),
+    ("steps=3", assessed, {}),
+    ("steps=3", verified, {}),
+    ("attack='pgd'", verified, {}),
+    ("attack='pgd'", hardened, {}),
+    ("steps=3", hardened, {}),
+    ("suite='pgd'", attacked, {}),
+    ("eps=0.01", attacked, {}),
+):
+    key, _, text = misspelt.partition("=")
+    value = eval(text, {"PGD": PGD})
+    if key == "suite" or function is attacked:
+        more = {**more, key: value}
+    situation(
+        f"{function.__name__} {misspelt}",
+        function,
+        {"suite": PGD(steps=2) if key == "attacks" else {"use": "pgd", "steps": 3}, "recipe": {"use": "pgd", "steps": 3}},
+        replaced=(key,),
+        **{**more, key: value},
+    )
+
+# planning
+situation("curve without a norm", planned, threat="corruptions:3", suite="corruptions", curve=True)
+situation("gate against no run", assessed, {"baseline": Later(baseline)}, gates=["regression <= 0.1 vs baseline"])
+situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
+situation("adaptive without doubts", planned, adaptive=True, doubts=False)
+situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
+situation("no eps", planned, threat="l2")
+situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
+situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
+situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
+situation("no such device", planned, device="cuda:99")
+situation("certify under no norm", planned, threat="l0:1", certify=True)
+situation("certify without eps", planned, threat="linf", suite="minimum-norm", certify=True)
+situation("certify eps 0", planned, threat="linf:0", certify=True)
+situation("an adaptive attack by name", planned, replaced=["suite"], suite="EOT")
+
+for key, value in (("ship", ["a.py"]), ("mixed_nodes", True)):
+    situation(f"{key} of a local run", planned, **{key: value})
+situation("a cluster without workers", planned, on="ray")
+
+# the model and its outputs
+unit = torch.linspace(0.1, 0.9, 12)
+situation("one number", opened, model=lambda x: x[:, :1], data=(X, Y.clamp_max(1)))
+situation("no probability", assessed, model=lambda x: x[:, :1] * 9, open_model={"model_output": "probability"}, data=(X, Y.clamp_max(1)))  # fmt: skip
+situation("other classes", assessed, open_model={"classes": 4})
+situation("numpy inside", assessed, model=of(lambda f, x: torch.from_numpy(f(x).numpy())))
+situation("small batches", assessed, model=Later(lambda: Classifier(of(only_four))))
+situation("the channels last", opened, model=Later(convolutional), data=(IMAGES.movedim(1, -1), Y[:8]))
+
+# the data
+situation("beyond the bounds", opened, {"data_normalised": ([0.5], [2.0])}, data=(torch.cat((X, 5 * X)) - 1, Y.repeat(2)))
+situation("beyond other bounds", opened, data=(X * 90, Y), bounds=(0, 2))
+situation("bytes", opened, {"data_normalised": ([0.5], [0.5])}, data=(IMAGES * 200, Y[:8] * 0), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)))
+situation("pixels declared as normalised", opened, data=(X, Y), data_normalised=([0.5], [0.2]))
+situation("normalised on another scale", opened, data=(X * 2 - 1, Y), data_normalised=([127.5], [127.5]))
+situation("split of one set", opened, data=Later(lambda: file("one.npz")), open_data={"split": "val"})
+situation("no arrays", opened, {"x": "images", "y": "targets"}, data=Later(lambda: file("named.npz")))
+situation("one array", opened, {"x": "images", "y": "targets"}, data=Later(lambda: file("named.npz")), open_data={"x": "images"})
+situation("split of arrays", opened, data=Later(lambda: file("named.npz")), open_data={"x": "images", "y": "targets", "split": "test"})  # fmt: skip
+situation("drop of arrays", opened, data=Later(lambda: file("one.npz")), open_data={"drop": ["a"]})
+situation("arrays of a table", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")), open_data={"x": "a", "y": "b"})
+situation("no label", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")))
+situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})
+situation("columns in one", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label", "drop": ["name,a"]})
+situation("label dropped", opened, data=Later(lambda: file("numbers.csv")), open_data={"label": "label", "drop": ["label"]})
+situation("split of a table", opened, data=Later(lambda: file("numbers.csv")), open_data={"label": "label", "split": "val"})
+flat_images = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+situation("split of a folder", opened, model=flat_images, data=Later(lambda: file("images")), open_data={"split": "val"})
+situation("layout of a folder", opened, model=flat_images, data=Later(lambda: file("images")), open_data={"layout": "hwc"})
+situation("normalised folder", opened, model=flat_images, data=Later(lambda: file("images")), data_normalised=([0.5], [0.5]))
+situation("other names", opened, {"class_names": ["cat", "dog"]}, model=flat_images, data=Later(lambda: file("images")), open_model={"class_names": ["ant", "bee"]})  # fmt: skip
+situation("fewer folders", opened, {"class_names": ["ant", "cat", "dog"]}, model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), data=Later(lambda: file("images")))  # fmt: skip
+
+# attacks and access
+situation("no gradients", hidden, model_access="scores", suite="standard")
+situation("no gradients for one attack", hidden, threat="linf:0.01,access=scores", suite="pgd,square")
+situation("no gradients for a curve", hidden, threat="linf:0.01,access=scores", suite="square", curve=True)
+situation("no gradients in attack", attacked, threat="linf:0.5,access=scores,queries=20", attack="pgd")
+situation("no access", hidden, threat="linf:0.01,access=none", suite="pgd")
+situation("no surrogate", hidden, threat="linf:0.01", suite="transfer")
+situation("examples for no learned attack", hidden, fit=PAIR)
+situation("no examples for a learned attack", hidden, suite="universal")
+images = {"model": Later(convolutional), "data": (IMAGES, Y[:8]), "n": 2}
+situation("surrogates under corruptions", assessed, threat="corruptions:3", suite="fog", surrogates=[LINEAR], **images)
+situation("surrogates under rotations", assessed, threat="spatial:rotate=10", suite="grid-search", surrogates=[LINEAR], **images)  # fmt: skip
+situation("across without a norm", assessed, threat="linf", suite="fmn", across=[PAIR])
+situation("across towards a class", assessed, threat="linf:0.01,goal=targeted:1", across=[PAIR])
+situation("across without gradients", assessed, threat="linf:0.5,access=scores,queries=20", suite="square", across=[PAIR])
+situation("eps beyond the bounds", assessed, threat="linf:8")
+for gate in (
+    "attacked_f1 >= 0",
+    "adversarial_radius >= 0",
+    "robust_accuracy@0.3 >= 0",
+    "certified_accuracy >= 0",
+    "targeted_success_rate <= 1",
+    "transfer_success <= 1",
+    "suite_robust_accuracy >= 0",
+):
+    situation(f"gate {gate}", assessed, gates=[gate], **({"threat": "linf", "suite": "fmn"} if "suite" in gate else {"suite": "pgd"}))
+
+# certification
+layer_norm = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+situation("no bounds under linf", certified, model=layer_norm)
+situation("no bounds under l2", certified, model=layer_norm, threat="l2:0.02")
+situation("no bounds in assess", certified, model=layer_norm, verb="assess", certify=True)
+situation("smoothing under linf", certified, method="smoothing", sigma=0.1, draws=500)
+situation("smoothing under l0", certified, method="smoothing", sigma=0.1, draws=500, threat="l0:1")
+situation("smoothing without sigma", certified, method="smoothing", threat="l2:0.02")
+situation("smoothing with few draws", certified, method="smoothing", threat="l2:0.2", sigma=0.05, draws=20)
+situation("smoothing of a model with a range", certified, model=of(in_range), method="smoothing", threat="l2:0.02", sigma=0.1)
+situation("sigma of another method", certified, method="ibp", sigma=0.1)
+situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
+situation("lipschitz under linf", certified, method="lipschitz")
+situation("no gain", certified, method="lipschitz", threat="l2:0.02", model=Later(of_erfc))
+situation("bounds of patches", lambda threat: region_of(X, threat_model(parse_threat(threat)).constraint, Bounds()), threat="l0:1")  # fmt: skip
+
+# training
+ball = Batch(X, Y, torch.arange(len(X)))
+situation("certified training without bounds", trained, model=layer_norm, recipe="crown-ibp")
+situation("certified training under l2", trained, recipe="crown-ibp", threat="l2:0.1")
+situation("no gradient of the input", trained, model=of(lambda f, x: f(x.detach())), recipe="gradient-regularisation")
+situation("gain of a parametrised weight", trained, recipe="lipschitz", model=Later(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))))  # fmt: skip
+situation("mixed labels", trained, recipe={"use": "mart", "training": {"cutmix": 1.0}}, model=Later(convolutional), data=Batch(IMAGES, Y[:8], torch.arange(8)))  # fmt: skip
+situation("mixed images in atta", trained, recipe={"use": "atta", "training": {"cutmix": 1.0}})
+situation("no labels", trained, data=Batch(X, torch.where(torch.arange(12) > 6, -1, Y), torch.arange(12)))
+situation("infinite loss", lambda recipe: refuse_lost(torch.tensor([recipe["training"]["lr"]]) * 1e38, 0, recipe["training"]["lr"]), recipe={"training": {"lr": 10.0}})  # fmt: skip
+situation("no other norms", trained, recipe={"use": "multi-norm", "others": ()})
+situation("foreign norms", trained, recipe={"use": "multi-norm", "others": "l0:1"})
+situation("ensemble of one", trained, recipe="ensemble")
+situation("help of a poor model", trained, recipe="hat")
+
+# the answers of servers
+ROWS = [{"a": 0.5, "b": 0.3, "c": 0.2}] * 2
+TOP = [[{"label": "a", "score": 0.9}, {"label": "b", "score": 0.1}]] * 2
+situation("a label", answered, answer=["a", "b"])
+situation("labels without names", answered, answer=["a", "b"], open_model={"http_labels": True, "classes": 3})
+situation("other labels", answered, answer=["a", "z"], values={"class_names": ["a", "y", "z"]}, open_model={"http_labels": True, "class_names": ["a", "b", "c"]})  # fmt: skip
+situation("scores by name", answered, answer=ROWS)
+situation("scores by other names", answered, only=["class_names"], answer=ROWS, open_model={"class_names": ["a", "b", "d"]})
+situation("the best classes", answered, only=["http_labels"], answer=TOP, open_model={"class_names": ["a", "b", "c"]})
+situation("the best classes without names", answered, only=["http_labels"], answer=TOP)
+situation("the best classes in a field", answered, only=["http_labels"], answer={"p": TOP, "scores": [[0.1, 0.2, 0.3]] * 2}, open_model={"http_response": "p", "class_names": ["a", "b", "c"]})  # fmt: skip
+situation("the best classes of one row", answered, only=["http_labels"], answer=TOP[0], rows=1, open_model={"class_names": ["a", "b", "c"]})
+situation("an axis too many", answered, {"http_response": "*.0"}, answer=[[[0.1, 0.2, 0.3]]] * 2)
+situation("one row in the answer", answered, answer=lambda n: [[0.1, 0.2, 0.3]])
+situation("no row in the answer", answered, rows=1, answer={"scores": [[0.1, 0.2]], "x": [[0.1], [0.2]]}, open_model={"http_response": "x"}, values={"http_response": "scores"})
+situation("class numbers", answered, only=["http_labels", "model_output"], answer=[1, 2])
+situation("class numbers beyond the classes", answered, answer=[1, 4], open_model={"http_labels": True, "classes": 3}, values={"class_names": ["1", "4", "5"]})  # fmt: skip
+situation("scores for labels", answered, only=["http_labels", "http_response"], answer=[[0.1, 0.2, 0.7]] * 2, open_model={"http_labels": True, "classes": 3})  # fmt: skip
+situation("more scores", answered, only=["http_response"], answer={"scores": [[0.1, 0.2, 0.7]] * 2, "n": [1, 1]}, open_model={"http_response": "n", "model_output": "logit", "classes": 3}, values={"http_response": "scores"})  # fmt: skip
+situation("classes for scores", answered, only=["http_labels"], answer=[[1], [2]], open_model={"model_output": "logit", "classes": 3})
+situation("no such place", answered, answer={"scores": [[0.1, 0.2]] * 2}, open_model={"http_response": "none"}, values={"http_response": "scores"})
+situation("no numbers", answered, answer={"scores": [[0.1, 0.2]] * 2, "x": [{}]}, open_model={"http_response": "x"}, values={"http_response": "scores"})
+TENSOR = {"outputs": [{"name": "p", "datatype": "FP32", "shape": [2, 3], "data": [0.1] * 6}]}
+situation("another output", answered, shaped=True, answer=TENSOR, open_model={"http_response": "q"})
