@@ -121,9 +121,10 @@ class Smoothing:
             return
         largest = radius_of(fixed_test(self.draws, self.alpha).upper_limit(0, 0), self.sigma)
         more = [Remedy("draws", int(fewest))] if fewest < MOST_DRAWS else []
+        none = "" if more else "; no number of draws is enough"
         raise UsageError(
             f"draws is {self.draws}: with sigma {self.sigma:g} and failure probability {self.failure_probability:g} "
-            f"the radius is at most {largest:.3g}, even if all draws agree, and eps is {eps:g}",
+            f"the radius is at most {largest:.3g}, even if all draws agree, and eps is {eps:g}{none}",
             *more,
             Remedy("sigma", float(f"{2 * eps:.4g}")),
         )

@@ -11,7 +11,6 @@ from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.spelling import suggestion
 
 _EPS = ("eps", "epsilon")
 _ATTACKS = ("attack", "attacks")
@@ -23,8 +22,8 @@ def refuse_misspelt(
 ) -> None:
     """Raise `UsageError` with the right spelling for an argument that the function does not have under this name.
 
-    `args` and `arguments` are those of the call, by position and by name. A name that is similar to none of the
-    function is not refused here.
+    `args` and `arguments` are those of the call, by position and by name. Other names are not
+    refused here.
     """
     names = list(parameters)
     given = {**dict(zip(names, args, strict=False)), **arguments}
@@ -45,8 +44,6 @@ def refuse_misspelt(
             raise _misspelt(function, key, *_of_attack(parameters, key, value))
         if key == "steps" and not takes_any:
             raise _misspelt(function, key, *_of_steps(parameters, key, value, given.get("suite")))
-        if not takes_any and (similar := suggestion(key, parameters)):
-            raise UsageError(f"{function} has no argument {key!r}; {similar}")
 
 
 def with_eps(threat: object, eps: object) -> str:

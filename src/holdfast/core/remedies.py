@@ -179,4 +179,7 @@ def remedy_from_json(content: Mapping[str, Any]) -> Remedy | Install:
 
 def with_remedies(text: str, remedies: Iterable[str]) -> str:
     """Return a text that ends with remedies, of which any one can be chosen."""
-    return "; ".join(part for part in (text, ", or ".join(remedies)) if part)
+    choice = ", or ".join(remedies)
+    if not text or not choice:
+        return text or choice
+    return f"{text} {choice[0].upper()}{choice[1:]}" if text[-1] in ".?" else f"{text}; {choice}"
