@@ -6,7 +6,6 @@ do it, and the call is repeated. `carried_out` records which remedies of the cod
 """
 
 import ast
-import builtins
 import dataclasses
 import importlib
 import json
@@ -35,17 +34,13 @@ from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_threat
 from holdfast.config.planning import assess_request, prover
 from holdfast.config.recipes import build_recipe
-from holdfast.config.references import data_reference, model_reference
 from holdfast.config.resolve import open_all, sources_given
 from holdfast.config.settings import (
     AssessSettings,
     CertifySettings,
     DoctorSettings,
-    RotateSettings,
-    ServeSettings,
     check_settings,
 )
-from holdfast.core import remedies as remedies_of_all
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, failure_from_json, failure_to_json
@@ -194,7 +189,12 @@ def _carry_out(remedy, situation, arguments, errors) -> None:
 
 def _undoes(second: Remedy, first: Remedy) -> bool:
     """Whether a remedy only takes away what another one has given."""
-    return second.argument == first.argument and second.value is None and first.value is not None and not second.also
+    return (
+        second.argument == first.argument
+        and second.value is None
+        and first.value is not None
+        and not second.also
+    )
 
 
 # -- the calls
@@ -279,7 +279,9 @@ def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=
     model = model or Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
     model = model if isinstance(model, Classifier) else Classifier(model)
     batch = data or Batch(X, Y, torch.arange(len(X)))
-    at = dataclasses.replace(threat_model(parse_threat(threat)), surrogates=tuple(map(Classifier, surrogates)))
+    at = dataclasses.replace(
+        threat_model(parse_threat(threat)), surrogates=tuple(map(Classifier, surrogates))
+    )
     return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
 
 
@@ -392,7 +394,9 @@ def in_range(linear, x):
 SITUATIONS: dict[str, Callable[[], Situation]] = {}
 
 
-def situation(name: str, call, values: Mapping[str, Any] | None = None, replaced=(), only=(), **arguments) -> None:
+def situation(
+    name: str, call, values: Mapping[str, Any] | None = None, replaced=(), only=(), **arguments
+) -> None:
     """Add a situation. Arguments that are lambdas without a name of their own are called when the situation is built."""
 
     def built() -> Situation:
@@ -443,14 +447,19 @@ for misspelt, function, more in (
     situation(
         f"{function.__name__} {misspelt}",
         function,
-        {"suite": PGD(steps=2) if key == "attacks" else {"use": "pgd", "steps": 3}, "recipe": {"use": "pgd", "steps": 3}},
+        {
+            "suite": PGD(steps=2) if key == "attacks" else {"use": "pgd", "steps": 3},
+            "recipe": {"use": "pgd", "steps": 3},
+        },
         replaced=(key,),
         **{**more, key: value},
     )
 
 # planning
 situation("curve without a norm", planned, threat="corruptions:3", suite="corruptions", curve=True)
-situation("gate against no run", assessed, {"baseline": Later(baseline)}, gates=["regression <= 0.1 vs baseline"])
+situation(
+    "gate against no run", assessed, {"baseline": Later(baseline)}, gates=["regression <= 0.1 vs baseline"]
+)
 situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
@@ -478,26 +487,82 @@ situation("small batches", assessed, model=Later(lambda: Classifier(of(only_four
 situation("the channels last", opened, model=Later(convolutional), data=(IMAGES.movedim(1, -1), Y[:8]))
 
 # the data
-situation("beyond the bounds", opened, {"data_normalised": ([0.5], [2.0])}, data=(torch.cat((X, 5 * X)) - 1, Y.repeat(2)))
+situation(
+    "beyond the bounds",
+    opened,
+    {"data_normalised": ([0.5], [2.0])},
+    data=(torch.cat((X, 5 * X)) - 1, Y.repeat(2)),
+)
 situation("beyond other bounds", opened, data=(X * 90, Y), bounds=(0, 2))
-situation("bytes", opened, {"data_normalised": ([0.5], [0.5])}, data=(IMAGES * 200, Y[:8] * 0), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)))
+situation(
+    "bytes",
+    opened,
+    {"data_normalised": ([0.5], [0.5])},
+    data=(IMAGES * 200, Y[:8] * 0),
+    model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)),
+)
 situation("pixels declared as normalised", opened, data=(X, Y), data_normalised=([0.5], [0.2]))
 situation("normalised on another scale", opened, data=(X * 2 - 1, Y), data_normalised=([127.5], [127.5]))
 situation("split of one set", opened, data=Later(lambda: file("one.npz")), open_data={"split": "val"})
 situation("no arrays", opened, {"x": "images", "y": "targets"}, data=Later(lambda: file("named.npz")))
-situation("one array", opened, {"x": "images", "y": "targets"}, data=Later(lambda: file("named.npz")), open_data={"x": "images"})
+situation(
+    "one array",
+    opened,
+    {"x": "images", "y": "targets"},
+    data=Later(lambda: file("named.npz")),
+    open_data={"x": "images"},
+)
 situation("split of arrays", opened, data=Later(lambda: file("named.npz")), open_data={"x": "images", "y": "targets", "split": "test"})  # fmt: skip
 situation("drop of arrays", opened, data=Later(lambda: file("one.npz")), open_data={"drop": ["a"]})
-situation("arrays of a table", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")), open_data={"x": "a", "y": "b"})
+situation(
+    "arrays of a table",
+    opened,
+    {"label": "label"},
+    data=Later(lambda: file("numbers.csv")),
+    open_data={"x": "a", "y": "b"},
+)
 situation("no label", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")))
 situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})
-situation("columns in one", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label", "drop": ["name,a"]})
-situation("label dropped", opened, data=Later(lambda: file("numbers.csv")), open_data={"label": "label", "drop": ["label"]})
-situation("split of a table", opened, data=Later(lambda: file("numbers.csv")), open_data={"label": "label", "split": "val"})
+situation(
+    "columns in one",
+    opened,
+    data=Later(lambda: file("table.csv")),
+    open_data={"label": "label", "drop": ["name,a"]},
+)
+situation(
+    "label dropped",
+    opened,
+    data=Later(lambda: file("numbers.csv")),
+    open_data={"label": "label", "drop": ["label"]},
+)
+situation(
+    "split of a table",
+    opened,
+    data=Later(lambda: file("numbers.csv")),
+    open_data={"label": "label", "split": "val"},
+)
 flat_images = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
-situation("split of a folder", opened, model=flat_images, data=Later(lambda: file("images")), open_data={"split": "val"})
-situation("layout of a folder", opened, model=flat_images, data=Later(lambda: file("images")), open_data={"layout": "hwc"})
-situation("normalised folder", opened, model=flat_images, data=Later(lambda: file("images")), data_normalised=([0.5], [0.5]))
+situation(
+    "split of a folder",
+    opened,
+    model=flat_images,
+    data=Later(lambda: file("images")),
+    open_data={"split": "val"},
+)
+situation(
+    "layout of a folder",
+    opened,
+    model=flat_images,
+    data=Later(lambda: file("images")),
+    open_data={"layout": "hwc"},
+)
+situation(
+    "normalised folder",
+    opened,
+    model=flat_images,
+    data=Later(lambda: file("images")),
+    data_normalised=([0.5], [0.5]),
+)
 situation("other names", opened, {"class_names": ["cat", "dog"]}, model=flat_images, data=Later(lambda: file("images")), open_model={"class_names": ["ant", "bee"]})  # fmt: skip
 situation("fewer folders", opened, {"class_names": ["ant", "cat", "dog"]}, model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), data=Later(lambda: file("images")))  # fmt: skip
 
@@ -511,11 +576,24 @@ situation("no surrogate", hidden, threat="linf:0.01", suite="transfer")
 situation("examples for no learned attack", hidden, fit=PAIR)
 situation("no examples for a learned attack", hidden, suite="universal")
 images = {"model": Later(convolutional), "data": (IMAGES, Y[:8]), "n": 2}
-situation("surrogates under corruptions", assessed, threat="corruptions:3", suite="fog", surrogates=[LINEAR], **images)
+situation(
+    "surrogates under corruptions",
+    assessed,
+    threat="corruptions:3",
+    suite="fog",
+    surrogates=[LINEAR],
+    **images,
+)
 situation("surrogates under rotations", assessed, threat="spatial:rotate=10", suite="grid-search", surrogates=[LINEAR], **images)  # fmt: skip
 situation("across without a norm", assessed, threat="linf", suite="fmn", across=[PAIR])
 situation("across towards a class", assessed, threat="linf:0.01,goal=targeted:1", across=[PAIR])
-situation("across without gradients", assessed, threat="linf:0.5,access=scores,queries=20", suite="square", across=[PAIR])
+situation(
+    "across without gradients",
+    assessed,
+    threat="linf:0.5,access=scores,queries=20",
+    suite="square",
+    across=[PAIR],
+)
 situation("eps beyond the bounds", assessed, threat="linf:8")
 for gate in (
     "attacked_f1 >= 0",
@@ -526,7 +604,12 @@ for gate in (
     "transfer_success <= 1",
     "suite_robust_accuracy >= 0",
 ):
-    situation(f"gate {gate}", assessed, gates=[gate], **({"threat": "linf", "suite": "fmn"} if "suite" in gate else {"suite": "pgd"}))
+    situation(
+        f"gate {gate}",
+        assessed,
+        gates=[gate],
+        **({"threat": "linf", "suite": "fmn"} if "suite" in gate else {"suite": "pgd"}),
+    )
 
 # certification
 layer_norm = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
@@ -537,7 +620,14 @@ situation("smoothing under linf", certified, method="smoothing", sigma=0.1, draw
 situation("smoothing under l0", certified, method="smoothing", sigma=0.1, draws=500, threat="l0:1")
 situation("smoothing without sigma", certified, method="smoothing", threat="l2:0.02")
 situation("smoothing with few draws", certified, method="smoothing", threat="l2:0.2", sigma=0.05, draws=20)
-situation("smoothing of a model with a range", certified, model=of(in_range), method="smoothing", threat="l2:0.02", sigma=0.1)
+situation(
+    "smoothing of a model with a range",
+    certified,
+    model=of(in_range),
+    method="smoothing",
+    threat="l2:0.02",
+    sigma=0.1,
+)
 situation("sigma of another method", certified, method="ibp", sigma=0.1)
 situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
 situation("lipschitz under linf", certified, method="lipschitz")
@@ -548,7 +638,12 @@ situation("bounds of patches", lambda threat: region_of(X, threat_model(parse_th
 ball = Batch(X, Y, torch.arange(len(X)))
 situation("certified training without bounds", trained, model=layer_norm, recipe="crown-ibp")
 situation("certified training under l2", trained, recipe="crown-ibp", threat="l2:0.1")
-situation("no gradient of the input", trained, model=of(lambda f, x: f(x.detach())), recipe="gradient-regularisation")
+situation(
+    "no gradient of the input",
+    trained,
+    model=of(lambda f, x: f(x.detach())),
+    recipe="gradient-regularisation",
+)
 situation("gain of a parametrised weight", trained, recipe="lipschitz", model=Later(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))))  # fmt: skip
 situation("mixed labels", trained, recipe={"use": "mart", "training": {"cutmix": 1.0}}, model=Later(convolutional), data=Batch(IMAGES, Y[:8], torch.arange(8)))  # fmt: skip
 situation("mixed images in atta", trained, recipe={"use": "atta", "training": {"cutmix": 1.0}})
@@ -566,20 +661,169 @@ situation("a label", answered, answer=["a", "b"])
 situation("labels without names", answered, answer=["a", "b"], open_model={"http_labels": True, "classes": 3})
 situation("other labels", answered, answer=["a", "z"], values={"class_names": ["a", "y", "z"]}, open_model={"http_labels": True, "class_names": ["a", "b", "c"]})  # fmt: skip
 situation("scores by name", answered, answer=ROWS)
-situation("scores by other names", answered, only=["class_names"], answer=ROWS, open_model={"class_names": ["a", "b", "d"]})
-situation("the best classes", answered, only=["http_labels"], answer=TOP, open_model={"class_names": ["a", "b", "c"]})
+situation(
+    "scores by other names",
+    answered,
+    only=["class_names"],
+    answer=ROWS,
+    open_model={"class_names": ["a", "b", "d"]},
+)
+situation(
+    "the best classes",
+    answered,
+    only=["http_labels"],
+    answer=TOP,
+    open_model={"class_names": ["a", "b", "c"]},
+)
 situation("the best classes without names", answered, only=["http_labels"], answer=TOP)
 situation("the best classes in a field", answered, only=["http_labels"], answer={"p": TOP, "scores": [[0.1, 0.2, 0.3]] * 2}, open_model={"http_response": "p", "class_names": ["a", "b", "c"]})  # fmt: skip
-situation("the best classes of one row", answered, only=["http_labels"], answer=TOP[0], rows=1, open_model={"class_names": ["a", "b", "c"]})
+situation(
+    "the best classes of one row",
+    answered,
+    only=["http_labels"],
+    answer=TOP[0],
+    rows=1,
+    open_model={"class_names": ["a", "b", "c"]},
+)
 situation("an axis too many", answered, {"http_response": "*.0"}, answer=[[[0.1, 0.2, 0.3]]] * 2)
 situation("one row in the answer", answered, answer=lambda n: [[0.1, 0.2, 0.3]])
-situation("no row in the answer", answered, rows=1, answer={"scores": [[0.1, 0.2]], "x": [[0.1], [0.2]]}, open_model={"http_response": "x"}, values={"http_response": "scores"})
+situation(
+    "no row in the answer",
+    answered,
+    rows=1,
+    answer={"scores": [[0.1, 0.2]], "x": [[0.1], [0.2]]},
+    open_model={"http_response": "x"},
+    values={"http_response": "scores"},
+)
 situation("class numbers", answered, only=["http_labels", "model_output"], answer=[1, 2])
 situation("class numbers beyond the classes", answered, answer=[1, 4], open_model={"http_labels": True, "classes": 3}, values={"class_names": ["1", "4", "5"]})  # fmt: skip
 situation("scores for labels", answered, only=["http_labels", "http_response"], answer=[[0.1, 0.2, 0.7]] * 2, open_model={"http_labels": True, "classes": 3})  # fmt: skip
 situation("more scores", answered, only=["http_response"], answer={"scores": [[0.1, 0.2, 0.7]] * 2, "n": [1, 1]}, open_model={"http_response": "n", "model_output": "logit", "classes": 3}, values={"http_response": "scores"})  # fmt: skip
-situation("classes for scores", answered, only=["http_labels"], answer=[[1], [2]], open_model={"model_output": "logit", "classes": 3})
-situation("no such place", answered, answer={"scores": [[0.1, 0.2]] * 2}, open_model={"http_response": "none"}, values={"http_response": "scores"})
-situation("no numbers", answered, answer={"scores": [[0.1, 0.2]] * 2, "x": [{}]}, open_model={"http_response": "x"}, values={"http_response": "scores"})
+situation(
+    "classes for scores",
+    answered,
+    only=["http_labels"],
+    answer=[[1], [2]],
+    open_model={"model_output": "logit", "classes": 3},
+)
+situation(
+    "no such place",
+    answered,
+    answer={"scores": [[0.1, 0.2]] * 2},
+    open_model={"http_response": "none"},
+    values={"http_response": "scores"},
+)
+situation(
+    "no numbers",
+    answered,
+    answer={"scores": [[0.1, 0.2]] * 2, "x": [{}]},
+    open_model={"http_response": "x"},
+    values={"http_response": "scores"},
+)
 TENSOR = {"outputs": [{"name": "p", "datatype": "FP32", "shape": [2, 3], "data": [0.1] * 6}]}
 situation("another output", answered, shaped=True, answer=TENSOR, open_model={"http_response": "q"})
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_remedy_works(name):
+    carried_out(name)
+
+
+def known_options() -> set[str]:
+    """All options of the command line."""
+    commands, options = [verbs.get_command(click.Context(verbs), name) for name in _COMMANDS], set()
+    while commands:
+        command = commands.pop()
+        options |= {
+            name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        commands += getattr(command, "commands", {}).values()
+    return options
+
+
+def all_remedies() -> list[Remedy | Install]:
+    return [each for name in SITUATIONS for each in carried_out(name)[1]]
+
+
+def test_remedies_have_options_of_the_command_line():
+    known = known_options()
+    parts = [part for each in all_remedies() if isinstance(each, Remedy) for part in _parts(each)]
+    flags = {word for part in parts for word in (part.flag, *part.words()[:1]) if "." not in part.argument}
+    assert flags - known <= PYTHON_ONLY, flags - known
+
+
+PYTHON_ONLY = {"--attack", "--steps"}
+"""arguments that only a function of the Python interface has"""
+
+
+def test_remedies_survive_the_way_between_processes():
+    for remedy in all_remedies():
+        error = HoldfastError("a message", remedy)
+        assert str(failure_from_json(json.loads(json.dumps(failure_to_json(error))), {})) == str(error)
+
+
+def test_extras_that_are_named_exist():
+    extras = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    calls = [
+        call
+        for path in SOURCE.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if _is(call, "Install")
+    ]
+    named = {call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant)}
+    assert named and named <= set(extras)
+
+
+def _is(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+
+
+def sites() -> dict[tuple[str, int], tuple[int, str]]:
+    """Places in the code that create remedies: the file and the first line, with the last line and the source."""
+    places = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if _is(node, "Remedy"):
+                places[str(path), node.lineno, node.col_offset] = (node.end_lineno, ast.unparse(node))
+    return places
+
+
+def constants() -> dict[tuple[str, int], Remedy]:
+    """Remedies that are constants of modules, by their place."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and any(_is(inner, "Remedy") for inner in ast.walk(node.value)):
+                module = ".".join(("holdfast", *path.relative_to(SOURCE).with_suffix("").parts))
+                value = getattr(importlib.import_module(module.removesuffix(".__init__")), node.targets[0].id)
+                found |= {(str(path), line): value for line in range(node.lineno, node.end_lineno + 1)}
+    return found
+
+
+def _alike(first: Remedy, second: Remedy) -> bool:
+    return dataclasses.replace(first, reason="", also=()) == dataclasses.replace(second, reason="", also=())
+
+
+def test_every_remedy_of_the_code_has_a_situation():
+    reached = {place for name in SITUATIONS for place in carried_out(name)[0]}
+    parts = [part for each in all_remedies() for part in _parts(each) if isinstance(part, Remedy)]
+    of_constants, missing = constants(), []
+    for (file_name, line, _), (last, text) in sites().items():
+        constant = of_constants.get((file_name, line))
+        listed = constant if isinstance(constant, tuple) else (constant,)
+        if constant is not None:
+            known = any(_alike(part, inner) for each in listed for inner in _parts(each) for part in parts)
+        else:
+            known = any((file_name, number) in reached for number in range(line, last + 1))
+        if not known:
+            missing.append(f"{Path(file_name).relative_to(SOURCE)}:{line} {text}")
+    unexplained = [each for each in missing if not any(each.startswith(start) for start in NOT_BUILT)]
+    assert not unexplained, "\n".join(unexplained)
+
+
+NOT_BUILT = {
+    "core/remedies.py": "the class itself",
+}
+"""Files with remedies that a test cannot reach, with the reason."""

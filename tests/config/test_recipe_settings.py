@@ -36,9 +36,7 @@ def test_a_part_that_may_be_any_has_the_settings_of_its_usual_one():
     said = {"weight": 0.25, "crafting": {"steps": "3"}}
     made = built(Immunise, said, "immunise", "immunise")
     assert made == Immunise(weight=0.25, crafting=Crafting(steps=3))
-    with pytest.raises(
-        UsageError, match="it has parts, .*give crafting.examples=VALUE in immunise"
-    ):
+    with pytest.raises(UsageError, match="it has parts, .*give crafting.examples=VALUE in immunise"):
         built(Immunise, {"crafting": 3}, "immunise", "immunise")
 
 

@@ -98,4 +98,6 @@ def test_what_is_no_probability_is_refused(data):
 
 def test_doctor_finds_it(data):
     checks = {f.check: f for f in holdfast.doctor(Single(sigmoid=True, flat=False), data)}
-    assert checks["output"].level == "problem" and "--model-output logit" in checks["output"].on_command_line()
+    assert (
+        checks["output"].level == "problem" and "--model-output logit" in checks["output"].on_command_line()
+    )

@@ -266,9 +266,7 @@ def test_a_template_says_how_the_rows_are_written(request_, one, last):
     "request_", ['{"x": $x_first}', '{"x": $x_on}', '{"x": "$x_one"}', '{"a": $x, "b": $x_one}']
 )
 def test_other_places_in_a_template_are_refused(request_):
-    with pytest.raises(
-        UsageError, match=r"http_request is .* \$x_one for one example without a batch axis"
-    ):
+    with pytest.raises(UsageError, match=r"http_request is .* \$x_one for one example without a batch axis"):
         Template.of(request_, None)
 
 

@@ -87,9 +87,7 @@ def test_named_arrays_of_an_archive(tmp_path: Path) -> None:
         match=r"it has images, targets, other; give x=NAME, y=NAME",
     ):
         open_data(address)
-    with pytest.raises(
-        UsageError, match="x is images, which is one of two arrays of .*; give y=NAME"
-    ):
+    with pytest.raises(UsageError, match="x is images, which is one of two arrays of .*; give y=NAME"):
         open_data(address, x="images")
     with pytest.raises(UsageError, match="y is target, but .* has no such array; it has images, targets"):
         open_data(address, x="images", y="target")
@@ -431,7 +429,8 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no column 'ful name' to drop.*did you mean 'full name'"):
         open_data(address, label="y", drop=("ful name",))
     with pytest.raises(
-        UsageError, match=r"no column .id,full name.; columns are listed one by one; give drop=\('id', 'full name'\)"
+        UsageError,
+        match=r"no column .id,full name.; columns are listed one by one; give drop=\('id', 'full name'\)",
     ):
         open_data(address, label="y", drop=("id,full name",))
     with pytest.raises(UsageError, match="'y' is the label of .*, and is dropped; leave out drop"):

@@ -200,7 +200,9 @@ def test_columns_of_a_table_are_matched_by_name(tmp_path: Path):
         TargetError, match=r"fitted on 3 named columns, and .* has 'd' beside them; .*drop=\('d',\)"
     ):
         holdfast.assess(model, holdfast.open_data(turned.assign(d=0.5), label="label"), "linf:0.01")
-    with pytest.raises(TargetError, match="the data frame lacks 'a' and has 'z' beside them; give the columns as"):
+    with pytest.raises(
+        TargetError, match="the data frame lacks 'a' and has 'z' beside them; give the columns as"
+    ):
         holdfast.assess(
             model, holdfast.open_data(turned.rename(columns={"a": "z"}), label="label"), "linf:0.01"
         )

@@ -261,7 +261,9 @@ class Reaching(nn.Module):
 
 def test_only_operators_that_networks_need_are_called_without_trust(programs: Path, tmp_path: Path) -> None:
     torch.export.save(torch.export.export(Reaching(), (torch.rand(4, 1, 4, 4),)), tmp_path / "reaching.pt2")
-    said = r"the operator 'torch\.ops\.aten\._sparse_coo_tensor_unsafe.*ONNX.*file\.py:factory.*trust_code=True"
+    said = (
+        r"the operator 'torch\.ops\.aten\._sparse_coo_tensor_unsafe.*ONNX.*file\.py:factory.*trust_code=True"
+    )
     with pytest.raises(UsageError, match=said):
         open_model(str(tmp_path / "reaching.pt2"))
     for name in (

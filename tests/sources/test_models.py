@@ -208,7 +208,8 @@ def test_a_state_dict_needs_an_architecture_that_fits(code: Path, tmp_path: Path
     with pytest.raises(TargetError, match=r"1\.weight is \(3, 4\), expected \(5, 4\)"):
         open_model(address, arch=f"{code}:net", model_args={"width": "5"})
     with pytest.raises(
-        TargetError, match=r"missing 3\.weight, 3\.bias\. Check the architecture and its arguments .*rename the keys"
+        TargetError,
+        match=r"missing 3\.weight, 3\.bias\. Check the architecture and its arguments .*rename the keys",
     ):
         open_model(address, arch=f"{code}:net", model_args={"deep": "1"})
     with pytest.raises(UsageError, match="no architecture.*give arch="):

@@ -25,7 +25,9 @@ def test_a_torchscript_file_opens_with_trust_alone(tmp_path: Path):
         open_model(str(tmp_path / "m.ts"))
     opened = open_model(str(tmp_path / "m.ts"), trust_code=True)
     torch.testing.assert_close(opened.model(X), net(X))
-    with pytest.raises(UsageError, match="contains a whole model, and the architecture mlp is given; leave out arch"):
+    with pytest.raises(
+        UsageError, match="contains a whole model, and the architecture mlp is given; leave out arch"
+    ):
         open_model(str(tmp_path / "m.ts"), trust_code=True, arch="mlp")
 
 

@@ -132,7 +132,7 @@ def test_patience_ends_a_training_before_its_budget_and_is_recorded():
 
 
 def test_no_budget_is_refused_in_which_an_update_and_a_look_fit():
-    with pytest.raises(UsageError, match=r"one update takes about 48 s .*give --budget \d+min or more"):
+    with pytest.raises(UsageError, match=r"one update takes about 48 s .*give budget='\d+min' or more"):
         hardened(lambda calls, now: 1024, PGDTraining(steps=2, training=HOW))
 
 

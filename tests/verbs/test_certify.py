@@ -195,7 +195,7 @@ def test_a_gate_on_certified_accuracy_ignores_doubts_about_attacks(whole):
 
 
 def test_without_proofs_the_gate_names_the_way(tmp_path):
-    with pytest.raises(UsageError, match="holdfast certify, or with holdfast assess --certify"):
+    with pytest.raises(UsageError, match="holdfast certify proves robustness; give certify=True"):
         assess(subject(), data(), fakes.order(gates=("certified_accuracy >= 0.5",)))
 
 

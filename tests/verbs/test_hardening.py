@@ -781,7 +781,7 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
         asked = wish(Standard(training=how), budget_s=budget_s)
         harden(subject, training(), fakes.data(), asked, clock=lambda: Slow.now)
 
-    with pytest.raises(UsageError, match=r"one update takes about \d.* give --budget \d+s or more"):
+    with pytest.raises(UsageError, match=r"one update takes about \d.* give budget='\d+s' or more"):
         asked(0.02)
     assert Slow.passes <= 3  # another one sees whether it changes its input
 

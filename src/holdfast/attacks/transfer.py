@@ -60,9 +60,7 @@ class Transfer:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         if not threat.surrogates:
-            raise UsageError(
-                "Transfer computes its examples on surrogates, and the threat model has none", SURROGATE
-            )
+            raise UsageError("Transfer computes its examples on surrogates, and there is none", SURROGATE)
         constraint = expect_eps(threat.constraint, self)
         source = Ensemble(threat.surrogates, model.bounds)
         size = self.reach * constraint.eps / self.steps
