@@ -95,7 +95,7 @@ def test_an_error_of_the_system_in_a_pool_names_no_flag_of_a_run(code, says):
     [
         (
             errno.ENOSPC,
-            "the disk is full: '/some/place' could not be written. Free some space and resume; completed work is kept; give resume=True",
+            "the disk is full: '/some/place' could not be written. Free some space and resume; .*; give resume=True",
         ),
         (errno.EDQUOT, "the disk is full"),
         (errno.EROFS, "cannot be written .*; a folder with write permission was expected; give run=DIR"),

@@ -188,7 +188,7 @@ def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"doubts": False}, "leave --no-doubts out"),
+        ({"doubts": False}, "give doubts=True"),
         ({"suite": "minimum-norm"}, "leave out adaptive"),
         ({"suite": "corruptions", "threat": "corruptions:1"}, "leave out adaptive"),
     ],

@@ -205,10 +205,10 @@ def test_time_that_runs_out_inside_an_attack_stops_it_there(tmp_path, monkeypatc
     "x, says",
     [
         (uniform(4, FEATURES).double() * 200 + 50, "divide them by 255"),
-        (uniform(4, FEATURES).double() * 4 - 2, "--data-normalised MEAN/STD.*--bounds LOW,HIGH"),
+        (uniform(4, FEATURES).double() * 4 - 2, "data_normalised=.*bounds="),
         (
             uniform(4, FEATURES).double() * 1000 + 300,
-            "give the range that the model was trained on with --bounds LOW,HIGH",
+            "give bounds=.* use the limits of your training",
         ),
         (torch.full((4, FEATURES), math.nan).double(), "NaN or infinity, first in row 0"),
     ],

@@ -82,7 +82,7 @@ def test_no_pool_is_begun_among_other_files(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir(mode=0o755)
     (folder / "x.txt").write_text("hi")
-    with pytest.raises(UsageError, match=r"contains 'x\.txt' and is not a pool.*; name a new folder"):
+    with pytest.raises(UsageError, match=r"contains 'x\.txt' and is not a pool.*; give run=DIR"):
         steps.create(folder, terms())
     assert folder.stat().st_mode & 0o777 == 0o755 and len(list(folder.iterdir())) == 1
 

@@ -83,7 +83,7 @@ def test_rounding_is_moved_to_the_bounds_and_nothing_else():
     assert read([-1e-8, 1 + 1e-7, 0.0, 1.0]) == [0.0, 1.0, 0.0, 1.0]
     assert read([0.0, 1.0], torch.float16) == [0.0, 1.0]
     for wrong in (-1e-4, 1.0001, -0.3):
-        with pytest.raises(TargetError, match=r"undone, range from .*data-normalised MEAN/STD"):
+        with pytest.raises(TargetError, match=r"undone, range from .*correct data_normalised"):
             read([wrong, 0.5])
 
 

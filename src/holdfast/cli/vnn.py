@@ -239,7 +239,7 @@ def _needed(query: "Query", files: dict[str, Path]) -> dict[str, str]:
     if unknown:
         known = ", ".join(filter(None, declared)) or "one network"
         raise UsageError(
-            f"--network names {', '.join(unknown)}, but the query declares {known}", Remedy("network")
+            f"--network names {', '.join(unknown)}, but the query declares {known}; leave it out"
         )
     return {name: name for name in declared}
 

@@ -19,7 +19,7 @@ NORMALISATIONS = {
 }
 """Common means and standard deviations, by data set."""
 BYTES = Remedy(
-    "bounds", (0, 255), reason="if the model was trained on values from 0 to 255; eps is then on that scale"
+    "bounds", (0, 255), reason="if the model was trained on values from 0 to 255 (eps is then on that scale)"
 )
 """bounds of a model whose inputs are bytes"""
 _FEWEST_LEVELS = 2  # a smaller largest value is more likely an outlier of values in [0, 1]
@@ -53,7 +53,7 @@ def before_normalisation(mean_std: str = "") -> Remedy:
     return Remedy(
         "data_normalised",
         Placeholder("MEAN/STD", "(mean, std)"),
-        reason=f"{reason}{mean_std}; eps is then in the units before the normalisation",
+        reason=f"{reason}{mean_std} (eps is then in the units before the normalisation)",
     )
 
 
@@ -62,7 +62,7 @@ def range_of_training(low: float, high: float, whence: str = "the range of these
     return Remedy(
         "bounds",
         (_rounded(low, math.floor), _rounded(high, math.ceil)),
-        reason=f"({whence}; use the limits of your training); eps is then in the units of the data",
+        reason=f"({whence}; use the limits of your training; eps is then in the units of the data)",
     )
 
 
