@@ -415,9 +415,8 @@ def file(name: str) -> str:
         path.write_bytes(b"")
         path.with_name(CARD).write_text("{}")
     elif name == "query.vnnlib":
-        path.write_text(
-            "(declare-const X_0 Real)\n(declare-const Y_0 Real)\n(assert (<= X_0 1))(assert (>= X_0 0))\n(assert (<= Y_0 0))\n"
-        )
+        declared = "(declare-const X_0 Real)(declare-const Y_0 Real)"
+        path.write_text(f"{declared}(assert (<= X_0 1))(assert (>= X_0 0))(assert (<= Y_0 0))")
     elif name == "holdfast.yaml":
         path.write_text("seed: 0")
     elif name == "whole.pt":

@@ -60,7 +60,7 @@ def test_flags_and_a_file_declare_the_same_and_the_run_keeps_it(capsys: pytest.C
     )
     assert run(["assess", "net.py:bare", "z.npz", *QUICK, "-c", "holdfast.yaml", "-o", "file.json"]) == 0
     assert robust("raw.json") == robust("z.json") == robust("file.json")
-    unit = "pixels, with legal values from 0 to 1, before the normalisation of the data"
+    unit = "units before the normalisation of the data, with legal values from 0 to 1"
     assert json.loads(Path("z.json").read_text())["threat"]["unit"] == unit
     assert unit in Path("z.md").read_text() and unit in Path("z.html").read_text()
     capsys.readouterr()

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import nn
 
+import holdfast
 from holdfast.attacks import PGD
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UnsoundProof, UsageError
@@ -250,3 +252,34 @@ def stop_at(run, stage):
 
     with pytest.raises(Interrupted):
         assess(subject(), data(), order(), run=run, progress=interrupt)
+
+
+class _InPlace(nn.Module):
+    """A network whose gradients fail, because it changes a value that the backward pass needs."""
+
+    def forward(self, x):
+        h = torch.sigmoid(x)
+        y = h * h
+        h += 1
+        return y
+
+
+def test_a_network_whose_gradients_fail_is_refused_with_the_cause():
+    x = torch.rand(8, 3)
+    with pytest.raises(
+        UsageError, match=r"its backward pass raises RuntimeError.*correct its code"
+    ) as refused:
+        holdfast.certify(_InPlace(), (x, x.argmax(1)), "linf:0.01", "ibp")
+    assert "give the network itself" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 2), lambda x: torch.einsum("btf,of->bto", x, torch.ones(2, 4))],
+    ids=["linear", "einsum"],
+)
+def test_a_layer_over_tokens_is_refused_with_what_it_does(layer):
+    x = torch.rand(8, 5, 4)
+    with pytest.raises(UsageError, match="joins the dimension of the batch with others.*tokens") as refused:
+        holdfast.certify(lambda x: layer(x).flatten(1), (x, torch.zeros(8).long()), "linf:0.01", "ibp")
+    assert "mixes" not in str(refused.value)

@@ -59,7 +59,7 @@ def _written(eps: object) -> str:
     if not isinstance(eps, int | float):
         return str(eps)
     levels = round(eps * 255)
-    return f"{levels}/255" if levels and eps == levels / 255 else repr(eps)
+    return f"{levels}/255" if 0 < levels < 255 and eps == levels / 255 else repr(eps)
 
 
 def _misspelt(function: str, key: str, *remedies: Remedy) -> UsageError:
