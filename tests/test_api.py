@@ -132,7 +132,7 @@ def test_a_model_whose_backward_pass_raises_is_attacked_by_its_scores():
     found = holdfast.assess(Raising(), (X, y), "linf:0.1,queries=20", doubts=False)
     assert found.evidence.suite == "black-box@1"
     assert any("its backward pass raises RuntimeError" in note for note in found.evidence.notes)
-    with pytest.raises(UsageError, match="PGD needs gradients.*its backward pass raises.*--suite black-box"):
+    with pytest.raises(UsageError, match="PGD needs gradients.*its backward pass raises.*suite='black-box'"):
         holdfast.assess(Raising(), (X, y), "linf:0.1", ATTACKS)
     with pytest.raises(TargetError, match="cannot be trained: its backward pass raises"):
         holdfast.harden(Raising(), (X, y), "linf:0.1", fit=(X, y))
@@ -222,7 +222,7 @@ def test_only_and_skip_choose_from_the_suite():
 
 
 def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
-    with pytest.raises(UsageError, match="l2 has no eps, .* choose the suite minimum-norm"):
+    with pytest.raises(UsageError, match="l2 has no eps, .* give suite='minimum-norm'"):
         holdfast.assess(network(), (X, Y), "l2")
     found = holdfast.assess(network(), (X, Y), "l2", "minimum-norm", doubts=False, only=["alma"])
     exact = found.evidence["distance"]
@@ -302,7 +302,7 @@ def test_a_curve_adds_accuracy_against_eps():
 def test_a_misspelt_name_is_offered_the_nearest():
     with pytest.raises(UsageError, match="'blackbox'"):
         holdfast.assess(network(), (X, Y), "linf:0.1", accept_doubts={"blackbox": "why not"})
-    with pytest.raises(UsageError, match="give one: --accept-doubt noise=REASON"):
+    with pytest.raises(UsageError, match="without a reason; give accept_doubts="):
         holdfast.assess(network(), (X, Y), "linf:0.1", accept_doubts={"noise": " "})
     with pytest.raises(UsageError, match="mnist-cnn"):
         holdfast.assess("mnist-cmn", "mnist-mini")
@@ -334,7 +334,7 @@ def test_runs_are_kept_reported_verified_and_compared(tmp_path):
     gates = ["regression <= 1 vs baseline"]
     gated = holdfast.assess(strong, (X, Y), "linf:0.1", ATTACKS, gates=gates, baseline=tmp_path / "a")
     assert gated.gates[0].estimate == compared.regression
-    with pytest.raises(UsageError, match="compares with another run; give it with --baseline RUN"):
+    with pytest.raises(UsageError, match="compares with another run; give baseline=RUN"):
         holdfast.assess(strong, (X, Y), "linf:0.1", ATTACKS, gates=gates)
     other = holdfast.assess(strong, (X.flip(0) * 0.5, Y), "linf:0.1", ATTACKS)
     with pytest.raises(UsageError, match="share no example"):
@@ -458,7 +458,7 @@ def test_a_function_of_numpy_is_told_the_way_that_works():
     def through(x):
         return torch.from_numpy(scores(x))
 
-    said = r"the model returned a numpy.ndarray; .* Return torch.from_numpy\(.*access=scores.*black-box"
+    said = r"the model returned a numpy.ndarray; .* Return torch.from_numpy\("
     with pytest.raises(TargetError, match=said):
         holdfast.assess(scores, (X, Y))
     with pytest.raises(

@@ -188,7 +188,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(net):
         (
             "pgd",
             {"model": scores},
-            "PGD needs gradients, and the model gives scores only; choose attack='black-box' \\(Square\\)$",
+            "PGD needs gradients, and the model gives scores only; give attack='black-box' \\(Square\\)$",
         ),
         ("pgdd", {}, "there is no attack 'pgdd'; did you mean 'PGD'"),
         (5, {}, r"attack is 5; expected the name"),

@@ -31,7 +31,7 @@ def test_floats_to_255_are_named_and_the_rest_is_looked_at_all_the_same(tmp_path
     assert run(["doctor", "mnist-cnn", saved(tmp_path / "float255.npz", 255.0)]) == 3
     out, err = capsys.readouterr()
     assert "x range" in out
-    assert "-> divide them by 255 (or use --bounds 0,255" in out
+    assert "-> divide them by 255; give --bounds 0,255" in out
     assert "+ gradients" in out
     assert "1 problem found" in err
     accuracy = next(line for line in out.splitlines() if line.startswith("+ accuracy"))
@@ -77,7 +77,7 @@ def test_a_table_is_told_to_scale_its_features() -> None:
     found = said(holdfast.doctor(lambda x: x, (x, torch.ones(20, dtype=torch.long))))
     level, way_out = found["range"]
     assert level == "problem" and way_out.startswith("scale the features as in training;")
-    assert "--bounds LOW,HIGH, as 0,39 (an estimate from 20 examples" in way_out
+    assert "bounds=(0, 39) (an estimate from 20 examples" in way_out
 
 
 def test_a_model_that_writes_into_its_input_is_told_so() -> None:
@@ -151,14 +151,14 @@ def test_a_network_that_is_right_is_not_said_to_meet_data_that_do_not_fit() -> N
     batch = Batch(torch.nn.functional.one_hot(y, 4).float(), y, torch.arange(60))
     assert misfit(model, batch, 60)[0] is None
     (finding,) = (f for f in holdfast.doctor(model, (batch.x, y)) if f.check == "scale")
-    assert (finding.level, finding.way_out) == ("warning", "scale them as in training, or correct --bounds")
+    assert (finding.level, finding.way_out) == ("warning", "scale them as in training, or correct the bounds")
 
 
 def test_values_to_16_are_not_taken_for_bytes() -> None:
     x = torch.arange(17.0).repeat(40).view(40, 1, 17)
     _, way_out = said(holdfast.doctor(lambda x: x[:, 0, :4], (x, torch.arange(40) % 4)))["range"]
     assert way_out.startswith("scale them as in training, as in x / 16 for values from 0 to 16;")
-    with pytest.raises(TargetError, match="Scale them as in training, as in x / 16 for values from 0 to 16"):
+    with pytest.raises(TargetError, match="scale them as in training, as in x / 16 for values from 0 to 16"):
         holdfast.assess(lambda x: x[:, 0, :4], (x, torch.arange(40) % 4), threat="linf:0.1")
 
 
@@ -200,7 +200,7 @@ def test_normalising_twice_is_named_on_either_side() -> None:
     level, way_out = missing["normalisation"]
     assert level == "problem" and way_out.startswith("an estimate: ")
     assert way_out.endswith(
-        "the values of its training, as in --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+        "the values of its training; give mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)"
     )
     assert "normalisation" not in said(holdfast.doctor(colourful, (x, y)))
 

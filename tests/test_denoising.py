@@ -131,7 +131,7 @@ def test_what_has_no_denoiser_is_refused_with_the_way_out():
     with pytest.raises(UsageError, match="depth at least 2"):
         DenoisedNetwork(model.net, 1, depth=1)
     table = nn.Sequential(nn.Linear(6, 3)), (torch.rand(60, 6), torch.arange(60) % 3)
-    with pytest.raises(UsageError, match=r"inputs have shape \(6,\); choose another recipe"):
+    with pytest.raises(UsageError, match=r"inputs have shape \(6,\); give recipe="):
         holdfast.harden(*table, "l2:0.3", "denoised", n=5, device="cpu")
     rejecting = with_detector(stripes()[0].net, lambda x: x.flatten(1).mean(1), 0.9)
     with pytest.raises(UsageError, match="harden the network without its detector"):

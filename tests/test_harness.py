@@ -260,7 +260,7 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
     for model, threat in ((MODEL, ThreatModel(access="scores")), (hidden, ThreatModel())):
         with pytest.raises(
             UsageError,
-            match="PGD needs gradients, and the (threat model allows|model gives) scores only; choose --suite",
+            match="PGD needs gradients, and the (threat model allows|model gives) scores only; ",
         ):
             measure(model, [BATCH], [PGD()], threat)
         measure(model, [BATCH], [Square(queries=2)], threat)
@@ -273,35 +273,34 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             [Square()],
             ThreatModel(Linf(0.1), access="labels"),
             "gradients",
-            "more access, as in access=scores$",
+            "can allow more, as in access=scores; give suite=",
         ),
         (
             [PGD(), Square()],
             ThreatModel(Linf(0.1)),
             "scores",
-            "--skip pgd, or choose --suite black-box .Square.$",
+            "give skip=.'pgd',., or give suite='black-box' .Square.$",
         ),
         (
             [PGD(), DDN(), Square()],
             ThreatModel(L2(0.1), access="scores"),
             "gradients",
             (
-                "--skip pgd --skip ddn, or choose --suite black-box .Square., or allow the attacker more access, "
-                ".*gradients$"
+                "can allow more, as in access=gradients; give skip=.'pgd', 'ddn'., or give suite='black-box' .Square.$"
             ),
         ),
-        ([PGD()], ThreatModel(L0(3)), "scores", "choose --suite black-box "),
+        ([PGD()], ThreatModel(L0(3)), "scores", "suite='black-box' "),
         (
             [Square()],
             ThreatModel(L2(0.1)),
             "labels",
-            "choose --suite black-box ",
+            "suite='black-box' ",
         ),
         (
             [Square()],
             ThreatModel(L1(0.1)),
             "labels",
-            "^Square .*; use linf or l2, because no attack under l1",
+            "^Square .*; no attack under l1 works with labels alone",
         ),
     ],
 )
@@ -319,7 +318,7 @@ def test_inputs_of_half_a_word_are_refused(dtype):
 
 def test_a_curve_that_cannot_be_drawn_is_left_out():
     plan = Plan(members_of([Square()]), THREAT, curve=members_of([PGD()]))
-    with pytest.raises(UsageError, match="; leave --curve out, or choose"):
+    with pytest.raises(UsageError, match="; leave out curve"):
         refuse_what_is_hidden(plan, "scores")
 
 

@@ -276,7 +276,7 @@ def test_the_balls_of_several_norms_grow_until_they_are_whole():
 
 
 def test_one_norm_alone_is_refused():
-    with pytest.raises(UsageError, match=r"others is empty; give them with --set recipe\.others"):
+    with pytest.raises(UsageError, match=r"others is empty; give others=.* in recipe"):
         MultiNormTraining()(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
 
 

@@ -40,7 +40,7 @@ def _estimators() -> Iterator[tuple[str, str, Any, np.ndarray, np.ndarray]]:
     try:
         from sklearn import datasets, ensemble, linear_model, naive_bayes, neighbors, preprocessing, svm, tree
     except ImportError as why:
-        raise Absent('scikit-learn is not installed: pip install "holdfast[sklearn]"') from why
+        raise Absent("scikit-learn is not installed: pip install -e '.[sklearn]'") from why
     for table in TABLES:
         x, y = getattr(datasets, f"load_{table}")(return_X_y=True)
         rows = np.random.default_rng(0).permutation(len(x))[:N]

@@ -3,7 +3,7 @@ way as an assessment.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import parse_threat
 from holdfast.config.groups import ThreatSource
@@ -101,11 +102,13 @@ def attack(
     batch_size: int | None = None,
     device: str = "auto",
     progress: Progress = silent,
+    **settings_of_attack: Any,
 ) -> Attacked:
     """Compute adversarial examples for `x` (n, …) with labels `y` (n), and evaluate them on the model.
 
     `attack` is a name (`"pgd"`, `"cw"`, see `holdfast attacks`), a class or an instance of `holdfast.attacks`, such as
-    `PGD(steps=100)`, or `{"use": "pgd", "steps": 100}`. Several attacks, or the attacks of a suite such as
+    `PGD(steps=100)`, or `{"use": "pgd", "steps": 100}`. Settings of one attack may also be given as further arguments,
+    as in `attack(model, x, y, "pgd", steps=100)`. Several attacks, or the attacks of a suite such as
     `"autoattack"`, run in order, each on the examples that are still robust. `threat` is a string or a constraint, such
     as `holdfast.L2(0.5)`; without an eps (`"l2"`), a minimum-norm attack searches for the smallest change.
 
@@ -118,6 +121,7 @@ def attack(
     Mode, weights and gradients of the model are unchanged. Raises `UsageError` for an unknown name, and for an attack
     that cannot run under this threat or needs more access than the model gives.
     """
+    attack = _with_settings(attack, settings_of_attack)
     class_name = goal if isinstance(goal, str) and not _WRITTEN_GOAL.fullmatch(goal) else None
     text = _threat(threat, goal if class_name is None else None, queries)
     suite = attack if isinstance(attack, str) and is_suite_only(attack) else None
@@ -163,6 +167,30 @@ def attack(
 
 _WRITTEN_GOAL = re.compile(r"untargeted|targeted:.*", re.DOTALL)
 """pattern of a goal in the syntax of a threat"""
+
+
+def _with_settings(attack: SuiteLike, settings: Mapping[str, Any]) -> SuiteLike:
+    """Return an attack that is given by name, as a class or as a mapping, with settings.
+
+    Raises `UsageError` if there are settings, and `attack` is not one attack or has its settings already.
+    """
+    if not settings:
+        return attack
+    shown = ", ".join(settings)
+    if isinstance(attack, str) and "," not in attack and not is_suite_only(attack):
+        return {"use": attack, **settings}
+    if isinstance(attack, Mapping):
+        return {**attack, **settings}
+    if isinstance(attack, type):
+        return {"use": attack.__name__, **settings}
+    if isinstance(attack, Attack):
+        name = type(attack).__name__
+        raise UsageError(
+            f"attack is an object with its own settings, and {shown} is given beside it; give {name}({shown}=...)"
+        )
+    raise UsageError(
+        f"{shown} is a setting of one attack, and attack is {attack!r}; name one attack, as in attack='pgd'"
+    )
 
 
 def _class_called(name: str, names: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from holdfast.config.moved import verb
 from holdfast.config.references import ModelLike, ModelReference, Numbers, model_reference
 from holdfast.config.settings import ServeSettings, check_settings, given
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Install
 from holdfast.engine.progress import Notify, ignore
 
 _NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
@@ -118,7 +119,7 @@ def refuse_missing_extra() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f'serve needs packages that are not installed: {", ".join(missing)}; run: pip install "holdfast[serve]"'
+            f"serve needs packages that are not installed: {', '.join(missing)}", Install("serve")
         )
 
 

@@ -47,6 +47,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Access
 from holdfast.ops.losses import cross_entropy, dlr
 
@@ -80,7 +81,9 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
         raise UsageError(f"there is no suite {name!r}; expected one of {', '.join(COMPOSED)}")
     if isinstance(constraint, Corruptions):
         if name not in ("fast", "standard", "corruptions"):
-            raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
+            raise UsageError(
+                f"there is no suite {name!r} of common corruptions", Remedy("suite", "corruptions")
+            )
         name = "corruptions"
     elif isinstance(constraint, Limited):
         composed = LIMITED["flow" if "flow" in constraint.limits else constraint.name]

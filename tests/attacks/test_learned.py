@@ -94,7 +94,7 @@ def test_never_learns_on_what_is_judged(case):
 def test_is_refused_without_examples_and_under_a_budget(case):
     model, batch, other = case
     attack = CASES[0][0]
-    with pytest.raises(UsageError, match="--fit"):
+    with pytest.raises(UsageError, match="fit=DATA"):
         measure(model, [batch], [attack], ThreatModel(Linf(0.2)))
     with pytest.raises(UsageError, match="queries=5"):
         measure(model, [batch], [attack], ThreatModel(Linf(0.2), queries=5), fit=other)

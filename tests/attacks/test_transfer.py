@@ -118,5 +118,5 @@ def test_without_an_eps_it_has_nowhere_to_stop():
 
 
 def test_without_a_surrogate_it_says_how_to_name_one():
-    with pytest.raises(UsageError, match="--surrogate"):
+    with pytest.raises(UsageError, match="surrogates="):
         made(Transfer(), examples(0, n=2), [])

@@ -167,10 +167,10 @@ def test_a_model_that_refuses_noise_is_smoothed_with_clamping():
         ({"failure_probability": 0.0}, L2(0.4), "failure_probability is 0.0; it must be between 0 and 1"),
         ({"draws": 0}, L2(0.4), "draws is 0; it must be from 1"),
         ({}, L2(0.0), "eps is 0"),
-        ({"draws": 100}, L2(1.0), "draws is 100: .* the radius is at most 0.75.* give --draws 301"),
+        ({"draws": 100}, L2(1.0), "draws is 100: .* the radius is at most 0.75.* give draws=301"),
         ({}, L2(30.0), "no number of draws is enough"),
-        ({}, Linf(0.1), "--threat l2:0.3465, whose ball contains that of linf:0.1"),
-        ({}, L1(0.3), "--threat l2:0.3, whose ball contains that of l1:0.3"),
+        ({}, Linf(0.1), "threat='l2:0.3465', whose ball contains that of linf:0.1"),
+        ({}, L1(0.3), "threat='l2:0.3', whose ball contains that of l1:0.3"),
     ],
 )
 def test_what_cannot_be_certified_is_refused_with_the_way_out(settings, threat, message):

@@ -97,9 +97,9 @@ def test_corruptions_beside_a_baseline_are_relative_to_it(capsys):
         (["--threat", "corruptions:9"], "severity of 1 to 5"),
         (["--threat", "corruptions"], "severity of 1 to 5"),
         (["--threat", "corruptions:3,goal=targeted:1"], "have no target class"),
-        (["--threat", "corruptions:3", "--suite", "quick"], "choose --suite corruptions"),
-        (["--threat", "linf:0.1", "--suite", "corruptions"], "a threat such as corruptions:3"),
-        (["--threat", "corruptions:3", "--curve"], "leave --curve out"),
+        (["--threat", "corruptions:3", "--suite", "quick"], "give --suite corruptions"),
+        (["--threat", "linf:0.1", "--suite", "corruptions"], "give --threat corruptions:3"),
+        (["--threat", "corruptions:3", "--curve"], "leave out --curve"),
     ],
 )
 def test_what_no_corruption_can_be_is_one_clear_error(flags, said, capsys):

@@ -177,9 +177,13 @@ CASES = [
     (with_data("short.npz"), 3, "label"),
     (with_data("table.csv"), 2, "--label"),
     (with_data("table.csv", "--label", "kint"), 2, "kind"),
-    (with_data("table.csv", "--label", "kind"), 3, "Leave it out with --drop b"),
+    (with_data("table.csv", "--label", "kind"), 3, "give --drop b"),
     (with_data("table.csv", "--label", "kind", "--drop", "c"), 2, "no column 'c' to drop"),
-    (with_data("good.npz", "--split", "val"), 2, "contains x, y, but no split 'val'; omit --split val"),
+    (
+        with_data("good.npz", "--split", "val"),
+        2,
+        "contains x, y, but no split 'val'; save x_val and y_val in it; leave out --split",
+    ),
     # models that answer nonsense
     (with_model("m.py:tuple_"), 3, "tuple"),
     (with_model("m.py:images"), 3, "logits"),

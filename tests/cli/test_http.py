@@ -98,7 +98,7 @@ def test_the_default_suite_needs_no_gradients_and_a_named_one_is_refused_with_th
         assert run(words(server, "--suite", "fast")) == 2
         said = capsys.readouterr().err
         assert "needs gradients, and the model gives scores only (the model is behind HTTP" in said
-        assert "choose --suite black-box" in said
+        assert "give --suite black-box" in said
 
 
 def test_labels_are_attacked_by_what_needs_no_more(capsys):
@@ -116,7 +116,7 @@ def test_labels_are_attacked_by_what_needs_no_more(capsys):
         assert run(words(server, *labels, "--suite", "fast", path="/classify")) == 2
         said = capsys.readouterr().err
         assert "Sprint needs gradients, and the model gives labels only" in said
-        assert "choose --suite black-box" in said
+        assert "give --suite black-box" in said
         assert run(words(server, *BLACK_BOX, *labels, "-q", "-o", "-", path="/classify", queries=50)) == 0
         assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["RayS"]
         assert (
@@ -225,10 +225,10 @@ def test_nothing_is_sent_to_a_host_that_the_command_line_does_not_allow(capsys):
     with Server() as server:
         Path("h.yaml").write_text(f"model: {server.url()}\ndata: data.npz\nallow_hosts: ['{server.host}']\n")
         assert run(["assess", server.url(), "data.npz"]) == 2
-        assert f"add --allow-host {server.host}" in capsys.readouterr().err
+        assert f"give --allow-host {server.host}" in capsys.readouterr().err
         assert run(["assess", "-c", "h.yaml"]) == 2
         assert "A configuration alone cannot allow a host" in capsys.readouterr().err
-        with pytest.raises(UsageError, match="--allow-host"):
+        with pytest.raises(UsageError, match="allow_hosts="):
             assess(server.url(), (X, Y))
         assert server.headers == []
         assert (

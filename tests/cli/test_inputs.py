@@ -60,7 +60,7 @@ def test_flags_and_a_file_declare_the_same_and_the_run_keeps_it(capsys: pytest.C
     )
     assert run(["assess", "net.py:bare", "z.npz", *QUICK, "-c", "holdfast.yaml", "-o", "file.json"]) == 0
     assert robust("raw.json") == robust("z.json") == robust("file.json")
-    unit = "pixels, with legal values from 0 to 1, before the normalisation of the data"
+    unit = "units before the normalisation of the data, with legal values from 0 to 1"
     assert json.loads(Path("z.json").read_text())["threat"]["unit"] == unit
     assert unit in Path("z.md").read_text() and unit in Path("z.html").read_text()
     capsys.readouterr()
@@ -74,7 +74,7 @@ def test_flags_and_a_file_declare_the_same_and_the_run_keeps_it(capsys: pytest.C
 def test_refusals_name_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["assess", "net.py:bare", "z.npz", *QUICK]) == 3
     refused = capsys.readouterr().err
-    assert "--data-normalised MEAN/STD" in refused and "--bounds LOW,HIGH" in refused
+    assert "--data-normalised MEAN/STD" in refused and "or give --bounds " in refused
     digits = open_data("mnist-mini", n=60).read(0, 60)
     np.savez("two.npz", x=digits.x.numpy(), y=(digits.y > 4).long().numpy())
     assert run(["assess", "net.py:probability", "two.npz", *QUICK]) == 3

@@ -247,7 +247,7 @@ def test_run_makes_sets_as_it_is_asked_to(pool, capsys, monkeypatch, by):
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--by", by]
     assert run(words) == 0
     assert seen == (["retraining"] if by == "anew" else ["learned", "generator"])
-    assert ("note: --by anew is now called --by retraining" in capsys.readouterr().err) == (by == "anew")
+    assert ("note: by=anew is now called by=retraining" in capsys.readouterr().err) == (by == "anew")
 
 
 def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):
@@ -334,5 +334,5 @@ def test_code_in_a_pool_runs_only_where_it_is_trusted(capsys, monkeypatch):
     words = ["rotate", "collect", "net.py:make", *COLLECT[3:], "--run", "pool2"]
     assert run(words) == 0
     assert run(["rotate", "train", "pool2", *QUICK]) == 2
-    assert "Code from a pool is not run. If you trust it, add --trust-code" in capsys.readouterr().err
+    assert "Code from a pool is not run; give --trust-code" in capsys.readouterr().err
     assert run(["rotate", "train", "pool2", *QUICK, "--trust-code"]) == 0

@@ -252,7 +252,7 @@ def test_inputs_that_are_bytes_are_examined_divided():
 def test_no_more_rows_are_sent_than_the_limit():
     look = InspectionCounter(5)
     look.sending(3)
-    with pytest.raises(TargetLost, match="--layout"):
+    with pytest.raises(TargetLost, match="layout="):
         look.sending(3)
     assert (look.rows, look.remaining) == (3, 2)
 

@@ -105,7 +105,7 @@ def test_a_quota_smaller_than_one_attack_is_enough_in_the_end(capsys):
             if code == 0:
                 break
             assert code == 3
-            assert f"--max-queries is {limit:,}; rows that were sent to the server: {limit:,}" in said
+            assert f"max_queries is {limit:,}; rows that were sent to the server: {limit:,}" in said
             assert said.rstrip().endswith(f"--max-queries {2 * limit} --run cut --resume")
     assert code == 0 and same("cut", "whole")
 

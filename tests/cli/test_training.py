@@ -45,7 +45,7 @@ def test_a_run_says_under_which_norms_it_trained():
     "words, said",
     [
         (["--recipe", "pgd", "--unlabelled", "mnist-mini"], "uses only labelled ones"),
-        (["--recipe", "multi-norm"], "give them with --set recipe.others=l2:1.5,l1:10"),
+        (["--recipe", "multi-norm"], "give --set recipe.others=l2:1.5,l1:10"),
         (["--recipe", "mart", "--set", "recipe.training.cutmix=0.5"], "not linear in the label"),
         (
             ["--recipe", "atta", "--set", "recipe.training.cutmix=0.5"],

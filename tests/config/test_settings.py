@@ -117,8 +117,8 @@ REFUSED = [
     ("attacks: [{use: PGD, steps: {use: PGD}}]", "steps is"),
     ("gates: [robust_acuracy >= 0.5]", "did you mean 'robust_accuracy'"),
     ("accept_doubts: {noize: I know}", "did you mean 'noise'"),
-    ("accept_doubts: {noise: }", "give one: --accept-doubt noise=REASON"),
-    ("accept_doubts: {noise: ' '}", "give one: --accept-doubt noise=REASON"),
+    ("accept_doubts: {noise: }", "without a reason; give accept_doubts="),
+    ("accept_doubts: {noise: ' '}", "without a reason; give accept_doubts="),
     ("output: [report.pdf]", "has the suffix '.pdf'"),
     ("time_budget: 5 weeks", "expected a duration"),
     ("std: [0.5, 0]", r"std is \[0.5, 0.0\]; every number must be positive"),
@@ -639,7 +639,7 @@ def test_the_key_on_of_a_file_is_text_in_every_version_of_yaml(tmp_path):
     ("content", "said"),
     [
         ({"on": "slurm"}, "on is 'slurm'; expected local, ray, or ray://HOST:PORT"),
-        ({"ship": ["a.py"]}, "ship concerns a Ray cluster, and the run is local; add --on ray"),
+        ({"ship": ["a.py"]}, "ship concerns a Ray cluster, and the run is local; give on='ray'"),
         ({"mixed_nodes": True}, "mixed_nodes concerns a Ray cluster"),
         ({"gpus_per_worker": 1}, "gpus_per_worker concerns a Ray cluster"),
         ({"on": "ray", "gpus_per_worker": -1}, "gpus_per_worker is -1"),
@@ -652,6 +652,6 @@ def test_settings_of_a_cluster_are_checked(content, said):
 
 
 def test_a_pool_does_not_leave_the_machine():
-    with pytest.raises(UsageError, match="on is 'ray', and a pool .* keys .* leave --on out"):
+    with pytest.raises(UsageError, match="on is 'ray', and a pool .* keys .* leave out on$"):
         settings.check_settings({"on": "ray"}, "", kind=settings.RotateSettings)
     assert settings.check_settings({"on": "local"}, "", kind=settings.RotateSettings).place.on == "local"

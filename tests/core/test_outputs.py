@@ -47,7 +47,7 @@ def test_robust_accuracy_is_exact_whatever_the_form(data, sigmoid, flat, output)
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: with_detector(net, lambda x: x[:, 0], 2.0)])
 def test_an_undeclared_probability_is_refused(data, flat, wrap):
-    with pytest.raises(UnclearOutput, match=r"--model-output probability .*--model-output logit"):
+    with pytest.raises(UnclearOutput, match=r"model_output='probability' .*model_output='logit'"):
         holdfast.assess(wrap(Single(sigmoid=True, flat=flat)), data, "linf:0.2", "quick")
 
 
@@ -84,7 +84,7 @@ def test_softmax_outputs_that_are_declared_become_logits():
 
 
 def test_what_is_no_probability_is_refused(data):
-    with pytest.raises(TargetError, match="declares numbers from 0 to 1"):
+    with pytest.raises(TargetError, match="probabilities are from 0 to 1"):
         holdfast.assess(
             holdfast.open_model(Single(sigmoid=False, flat=True), model_output="probability"),
             data,
@@ -98,4 +98,6 @@ def test_what_is_no_probability_is_refused(data):
 
 def test_doctor_finds_it(data):
     checks = {f.check: f for f in holdfast.doctor(Single(sigmoid=True, flat=False), data)}
-    assert checks["output"].level == "problem" and "--model-output" in checks["output"].way_out
+    assert (
+        checks["output"].level == "problem" and "--model-output logit" in checks["output"].on_command_line()
+    )

@@ -421,7 +421,7 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     chain.close()
     full_disk["full"] = True
     with pytest.raises(
-        TargetError, match=r"the disk is full; free some space; with --on-audit-failure answer"
+        TargetError, match=r"the disk is full; free some space; if on_audit_failure is answer"
     ):
         audit.new_worker()
     full_disk["full"] = False

@@ -57,12 +57,12 @@ def accuracy(data: dict[str, object], **options: object) -> float:
 @pytest.mark.parametrize("kind", ["folders", "table"])
 def test_a_missing_class_is_refused_and_names_give_the_right_numbers(kind: str, tmp_path: Path) -> None:
     data = made(kind, tmp_path, {"bird": 0, "dog": 2, "frog": 3})
-    with pytest.raises(TargetError, match=r"bird, dog, frog.* 4 classes.*Give all 4 names .*--class-names"):
+    with pytest.raises(TargetError, match=r"bird, dog, frog.* 4 classes.*class_names=.* with all 4 names"):
         accuracy(data)
     (tmp_path / "names.txt").write_text("bird\ncat\ndog\nfrog\n")
     for names in (NAMES, "bird,cat,dog,frog", f"@{tmp_path / 'names.txt'}"):
         assert accuracy(data, class_names=names) == 1
-    with pytest.raises(TargetError, match=r"--class-names has bird, cat, dog, fox.*correct the names"):
+    with pytest.raises(TargetError, match=r"class_names has bird, cat, dog, fox.*correct the names"):
         accuracy(data, class_names="bird,cat,dog,fox")
     with pytest.raises(UsageError, match="has 3 classes .*, but the model has 4"):
         accuracy(data, class_names="bird,dog,frog")
@@ -112,12 +112,15 @@ def test_the_order_of_names_is_used_where_it_is_unambiguous(
 def test_a_refusal_of_the_order_says_each_thing_once() -> None:
     with pytest.raises(TargetError) as refused:
         class_numbers(["1", "10", "2"], Expected(), 3, "photos", "class folders")
-    assert str(refused.value) == (
+    assert refused.value.message == (
         "photos has 3 class folders (1, 2, 10), and the model has 3 classes; the lexical order of the names (1, 10, 2) "
-        "differs from the numeric order, and class numbers start at 0, and these names at 1. Give the order of the "
-        "training, --class-order lexical or --class-order numeric, or give all names in the order of the model's "
-        "outputs: --class-names A,B,C (or @FILE, one name a line)"
+        "differs from the numeric order, and class numbers start at 0, and these names at 1"
     )
+    assert [(each.argument, str(each.value)) for each in refused.value.remedies] == [
+        ("class_order", "lexical"),
+        ("class_order", "numeric"),
+        ("class_names", "A,B,C"),
+    ]
 
 
 def test_a_declared_order_decides() -> None:

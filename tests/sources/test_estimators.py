@@ -197,10 +197,12 @@ def test_columns_of_a_table_are_matched_by_name(tmp_path: Path):
         )
         assert found["clean_accuracy"].value == 1
     with pytest.raises(
-        TargetError, match="fitted on 3 named columns, and .* has 'd' beside them; .* --drop d"
+        TargetError, match=r"fitted on 3 named columns, and .* has 'd' beside them; .*drop=\('d',\)"
     ):
         holdfast.assess(model, holdfast.open_data(turned.assign(d=0.5), label="label"), "linf:0.01")
-    with pytest.raises(TargetError, match="the data frame lacks 'a' and has 'z' beside them; rename or add"):
+    with pytest.raises(
+        TargetError, match="the data frame lacks 'a' and has 'z' beside them; give the columns as"
+    ):
         holdfast.assess(
             model, holdfast.open_data(turned.rename(columns={"a": "z"}), label="label"), "linf:0.01"
         )
@@ -358,7 +360,7 @@ def test_a_skops_file_of_trusted_types_that_reads_or_writes_files_is_refused(
     content = sio.dumps(hostile())
     assert not sio.get_untrusted_types(data=content)
     (tmp_path / "m.skops").write_bytes(content)
-    with pytest.raises(UsageError, match=rf"m\.skops' contains .*{message}.* --trust-code"):
+    with pytest.raises(UsageError, match=rf"m\.skops' contains .*{message}.*trust_code=True"):
         open_model(str(tmp_path / "m.skops"))
 
 
@@ -404,7 +406,7 @@ def test_types_that_skops_does_not_trust_need_trust(tmp_path: Path):
     sio.dump(make_pipeline(FunctionTransformer(doubled), logistic()).fit(X, Y), place)
     with pytest.raises(
         UsageError,
-        match=r"contains the type .*doubled, which skops does not trust, .* --trust-code \(in Python open_model",
+        match=r"contains the type .*doubled, which skops does not trust, .*trust_code=True to holdfast.open_model",
     ):
         open_model(str(place))
     assert open_model(str(place), trust_code=True).access == "scores"

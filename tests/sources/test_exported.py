@@ -99,7 +99,7 @@ def test_programs_that_carry_code_need_trust(programs: Path, tmp_path: Path) -> 
         (expression, "the expression"),
         (operator, r"the operator 'torch\.serialization\.os\.system'"),
     ):
-        with pytest.raises(UsageError, match=f"{what}.*--trust-code"):
+        with pytest.raises(UsageError, match=f"{what}.*trust_code=True"):
             open_model(str(path))
     assert not marker.exists()
 
@@ -193,7 +193,7 @@ def test_names_that_would_be_written_into_source_code_need_trust(programs: Path,
             return content.replace(b'"%s"' % name, evil) if file.endswith(".json") else content
 
         path = packed(programs / "fixed.pt2", tmp_path / "name.pt2", edit)
-        with pytest.raises(UsageError, match=r"the name .*--trust-code"):
+        with pytest.raises(UsageError, match=r"the name .*trust_code=True"):
             open_model(str(path))
     assert not marker.exists()
 
@@ -261,7 +261,9 @@ class Reaching(nn.Module):
 
 def test_only_operators_that_networks_need_are_called_without_trust(programs: Path, tmp_path: Path) -> None:
     torch.export.save(torch.export.export(Reaching(), (torch.rand(4, 1, 4, 4),)), tmp_path / "reaching.pt2")
-    said = r"the operator 'torch\.ops\.aten\._sparse_coo_tensor_unsafe.*--trust-code.*ONNX.*file\.py:factory"
+    said = (
+        r"the operator 'torch\.ops\.aten\._sparse_coo_tensor_unsafe.*ONNX.*file\.py:factory.*trust_code=True"
+    )
     with pytest.raises(UsageError, match=said):
         open_model(str(tmp_path / "reaching.pt2"))
     for name in (

@@ -81,9 +81,9 @@ def test_labels_that_are_text_are_looked_up_in_the_class_names(server):
     assert np.array_equal(asked(turned), asked(found)[:, ::-1])
     assert turned.digest != found.digest
     for options, said in (
-        ({"names": ("cat", "dog", "fox")}, r"'emu'.*cat, dog, fox.*--class-names"),
-        ({"classes": CLASSES}, r"'(cat|dog|emu)'.*not declared; give --class-names"),
-        ({"labels": False}, r"scores were expected.*--http-labels and --class-names"),
+        ({"names": ("cat", "dog", "fox")}, r"'emu'.*cat, dog, fox.*class_names="),
+        ({"classes": CLASSES}, r"'(cat|dog|emu)'.*not declared.*class_names="),
+        ({"labels": False}, r"scores were expected.*http_labels=True"),
     ):
         with pytest.raises(TargetLost, match=said):
             asked(opened(server, "/name", **LABELS | options)[0])
@@ -93,7 +93,7 @@ def test_the_protocol_names_classes_in_text():
     with Server(metadata=("FP32", [-1, FEATURES], "BYTES", [-1])) as server:
         found, _ = opened(server, names=NAMES)
         assert found.access == "labels"
-        with pytest.raises(UsageError, match="--class-names A,B,C"):
+        with pytest.raises(UsageError, match="class_names="):
             opened(server)
 
 
@@ -102,12 +102,12 @@ def test_whole_numbers_from_the_protocol_are_labels():
         found, _ = opened(server, classes=CLASSES)
         assert found.access == "labels"
         assert np.array_equal(asked(found).argmax(1), network(X).argmax(1))
-        with pytest.raises(UsageError, match="--classes N"):
+        with pytest.raises(UsageError, match="classes=N"):
             opened(server)
 
 
 def test_scores_that_are_classes_are_named(server):
-    with pytest.raises(TargetLost, match="--http-labels"):
+    with pytest.raises(TargetLost, match="http_labels=True"):
         asked(opened(server, "/classify", **{**LABELS, "labels": False})[0])
     with pytest.raises(TargetError, match="contains the class 2; integers from 0 to 1"):
         asked(opened(server, "/classify", classes=2, **LABELS)[0])
@@ -117,7 +117,7 @@ def test_scores_that_are_classes_are_named(server):
 def test_one_whole_number_a_row_is_no_logit(monkeypatch, number):
     monkeypatch.setattr(servers, "network", lambda x: 3 * np.arange(len(x), dtype=number)[:, None])
     with Server() as server:
-        with pytest.raises(TargetLost, match=r"integer per row, such as 0\. .*--http-labels and --classes N"):
+        with pytest.raises(TargetLost, match=r"integer per row, such as 0, .*http_labels=True, classes=N"):
             asked(opened(server, "/predict", **TEMPLATE)[0])
         declared, _ = opened(server, "/predict", **TEMPLATE, output="logit")
         assert asked(declared).argmax(1).tolist() == [0] + [1] * (len(X) - 1)
@@ -207,7 +207,7 @@ def test_what_fails_in_passing_is_asked_again_and_noted(script, waits, said):
 def test_a_first_request_that_is_not_understood_is_sent_twice_only():
     with Server([500] * 10) as server:
         found, waits = opened(server, "/predict", **TEMPLATE)
-        with pytest.raises(TargetLost, match=r"\(sent twice\); .*so compare --http-request and the shape"):
+        with pytest.raises(TargetLost, match=r"\(sent twice\); .*so compare the format of the requests"):
             asked(found)
         assert waits == [0.5]
     with Server([None, *[500] * 3]) as server:
@@ -240,7 +240,7 @@ def test_waits_grow_to_a_bound_and_the_last_failure_is_told():
 
 LOST = {
     "patience": ((429, {"Retry-After": "3600"}), r"requests a pause of 3,600 s"),
-    "key": (401, "--header 'Authorization: env:VARIABLE'"),
+    "key": (401, r"headers=\('Authorization: env:MODEL_TOKEN',\)"),
     "elsewhere": (
         (307, {"Location": "http://elsewhere/x"}),
         "to 'http://elsewhere/x'; redirects are not followed",
@@ -361,7 +361,7 @@ def test_an_ipv6_address_is_no_port(address, monkeypatch):
 @pytest.mark.parametrize(
     "address, hosts, said",
     [
-        ("http://host/x", (), "add --allow-host host"),
+        ("http://host/x", (), "give allow_hosts=('host',)"),
         ("http://host:81/x", ("host:80",), "only host:80 is allowed"),
         ("http://host.evil/x", ("host", "evil"), "only host, evil are allowed"),
         ("http://host:x/", ("host",), "not a valid URL"),
@@ -458,7 +458,7 @@ def test_a_path_that_leads_nowhere_says_what_is_there(server):
 
 
 def test_other_addresses_and_models_are_refused(server):
-    with pytest.raises(UsageError, match="--http-request"):
+    with pytest.raises(UsageError, match="http_request="):
         opened(server, "/predict")
     with pytest.raises(TargetLost, match="responds 404 Not Found: .*unknown model"):
         opened(server, "/v2/models/other")

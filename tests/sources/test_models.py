@@ -95,7 +95,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
         ("net", {"scale": "big"}, UsageError, "argument scale of .*; a float was expected"),
         ("net", {"deep": "maybe"}, UsageError, "argument deep of .* is 'maybe'; true or false was expected"),
         ("odd", {"sizes": "1"}, UsageError, "str, int, float, bool or Path"),
-        ("needy", {"mode": "a"}, UsageError, "--model-args path=…"),
+        ("needy", {"mode": "a"}, UsageError, "model_args={'path': VALUE}"),
         (
             "adds",
             {"width": "3"},
@@ -117,7 +117,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
             "model",
             {},
             UsageError,
-            r"needs x; .* If model is the model itself, .*: def make\(\): return model",
+            r"needs x\. If model is the model itself, .*: def make\(\): return model",
         ),
         ("a_class", {}, TargetError, "returned the class Linear; a torch.nn.Module or a function"),
     ],
@@ -208,10 +208,11 @@ def test_a_state_dict_needs_an_architecture_that_fits(code: Path, tmp_path: Path
     with pytest.raises(TargetError, match=r"1\.weight is \(3, 4\), expected \(5, 4\)"):
         open_model(address, arch=f"{code}:net", model_args={"width": "5"})
     with pytest.raises(
-        TargetError, match=r"missing 3\.weight, 3\.bias\. Check --arch and --model-args.*rename the keys"
+        TargetError,
+        match=r"missing 3\.weight, 3\.bias\. Check the architecture and its arguments .*rename the keys",
     ):
         open_model(address, arch=f"{code}:net", model_args={"deep": "1"})
-    with pytest.raises(UsageError, match="no architecture; give --arch"):
+    with pytest.raises(UsageError, match="no architecture.*give arch="):
         open_model(address)
     with pytest.raises(UsageError, match="there is no architecture 'nothing-of-the-kind'"):
         open_model(address, arch="nothing-of-the-kind")
@@ -275,9 +276,9 @@ def test_what_a_file_says_of_its_network_has_one_form(tmp_path: Path, key: str, 
 @pytest.mark.parametrize(
     "address, message",
     [
-        ("https://host/v2/models/m", "add --allow-host host"),
-        ("hf:owner/name", r"holdfast\[hub\]"),
-        ("timm:resnet18", r"holdfast\[hub\]"),
+        ("https://host/v2/models/m", "allow_hosts=.*host"),
+        ("hf:owner/name", "is the address of a model hub"),
+        ("timm:resnet18", "is the address of a model hub"),
         ("rotating:pool", "which can only be the model of an assessment"),
         ("mnist-cn", "no bundled model 'mnist-cn'"),
     ],

@@ -868,7 +868,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (
             [node("Flatten", "x", "y")],
             {"shape": (N, 3, "h", "w")},
-            r"has the input x \(float, N x 3 x N x N\), in which more sizes .*: --input-shape 3,N,N",
+            r"has the input x \(float, N x 3 x N x N\), in which more sizes .*; give input_shape=\(3,N,N",
         ),
         (
             [node("Flatten", "x", "y")],
@@ -907,7 +907,7 @@ def test_free_sizes_are_declared(tmp_path: Path) -> None:
     for shape in ((1, 6, 7), (6, 7), (3, 3, 6, 7)):
         with pytest.raises(UsageError, match=r"x \(float, N x 3 x N x N\); give the shape of one example"):
             open_model(path, declared=Declared(input_shape=shape))
-    with pytest.raises(UsageError, match=r"--input-shape is for an \.onnx file"):
+    with pytest.raises(UsageError, match=r"input_shape is for an \.onnx file"):
         open_model("mnist-cnn", declared=Declared(input_shape=(1, 28, 28)))
 
 
@@ -961,10 +961,10 @@ def test_a_giant_made_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_a_missing_extra_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = linear_model(tmp_path / "m.onnx")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(UsageError, match=r'pip install "holdfast\[onnx\]"'):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[onnx\]'"):
         open_model(address)
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(UsageError, match=r'pip install "holdfast\[onnx\]"'):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[onnx\]'"):
         open_model(address)
 
 

@@ -95,10 +95,10 @@ def test_an_error_of_the_system_in_a_pool_names_no_flag_of_a_run(code, says):
     [
         (
             errno.ENOSPC,
-            "the disk is full: '/some/place' could not be written. Free some space and resume with --resume",
+            "the disk is full: '/some/place' could not be written. Free some space and resume; .*; give resume=True",
         ),
         (errno.EDQUOT, "the disk is full"),
-        (errno.EROFS, "cannot be written .*; name a folder with write permission with --run DIR"),
+        (errno.EROFS, "cannot be written .*; a folder with write permission was expected; give run=DIR"),
         (errno.EACCES, "cannot be written"),
         (errno.ENOTDIR, "a file is in its path"),
         (errno.EIO, "cannot be used: Input/output error; check the disk"),

@@ -172,7 +172,7 @@ def test_a_torn_record_is_dropped_by_the_next_process_and_told_to_readers(whole,
     run = shutil.copytree(whole, tmp_path / "run")
     with (run / "chain.jsonl").open("ab") as file:
         file.write(b'{"previous":"torn')
-    with pytest.raises(TargetError, match="is truncated; resume with --resume"):
+    with pytest.raises(TargetError, match="is truncated; .*resume=True"):
         verify(run)
     with open_run_folder(run, MANIFEST, {}, resume=True):
         pass
@@ -262,7 +262,7 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
         ):
             with pytest.raises(
                 TargetError,
-                match=f"lost the lease of .*{'' if other is None else ', which process 7 on elsewhere'}.*--resume",
+                match=f"lost the lease of .*{'' if other is None else ', which process 7 on elsewhere'}.*resume=True",
             ):
                 write()
         assert sorted(path.name for path in run.rglob("*")) == before
@@ -347,7 +347,7 @@ def test_a_full_disk_under_the_state_is_said(tmp_path, monkeypatch):
 
     real, leases._database = leases._database, Full()
     with pytest.raises(
-        TargetError, match="state.sqlite' cannot be written: database or disk is full.*--resume"
+        TargetError, match="state.sqlite' cannot be written: database or disk is full.*resume=True"
     ):
         leases.begin("clean", 0)
     leases.close(release=True)

@@ -164,7 +164,7 @@ def test_time_that_runs_out_leaves_it_out():
             {"smallest": True, "attacked": False},
             "needs a threat model with a norm and a finite eps",
         ),
-        (ThreatModel(Linf(0.06), goal=3), (FAST,), {"attacked": False}, "omit goal=targeted:3"),
+        (ThreatModel(Linf(0.06), goal=3), (FAST,), {"attacked": False}, "leave goal=targeted:3 out"),
     ],
     ids=["without an eps", "goal"],
 )

@@ -188,9 +188,9 @@ def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"doubts": False}, "leave --no-doubts out"),
-        ({"suite": "minimum-norm"}, "leave --adaptive out"),
-        ({"suite": "corruptions", "threat": "corruptions:1"}, "leave --adaptive out"),
+        ({"doubts": False}, "give doubts=True"),
+        ({"suite": "minimum-norm"}, "leave out adaptive"),
+        ({"suite": "corruptions", "threat": "corruptions:1"}, "leave out adaptive"),
     ],
 )
 def test_what_adaptive_attacks_cannot_go_with_is_said(settings, says):

@@ -205,10 +205,10 @@ def test_time_that_runs_out_inside_an_attack_stops_it_there(tmp_path, monkeypatc
     "x, says",
     [
         (uniform(4, FEATURES).double() * 200 + 50, "divide them by 255"),
-        (uniform(4, FEATURES).double() * 4 - 2, "--data-normalised MEAN/STD.*--bounds LOW,HIGH"),
+        (uniform(4, FEATURES).double() * 4 - 2, "data_normalised=.*bounds="),
         (
             uniform(4, FEATURES).double() * 1000 + 300,
-            "give the range that the model was trained on with --bounds LOW,HIGH",
+            "give bounds=.* use the limits of your training",
         ),
         (torch.full((4, FEATURES), math.nan).double(), "NaN or infinity, first in row 0"),
     ],
@@ -477,7 +477,7 @@ def test_runs_are_listed_finished_or_not(tmp_path):
     assert entries["a"].robust == open_run(tmp_path / "a").metrics["robust_accuracy"].value
     assert entries["b"].robust is None
     assert runs_in(tmp_path / "nowhere") == []
-    with pytest.raises(TargetError, match="is not finished; resume it with --run"):
+    with pytest.raises(TargetError, match="is not finished; give run=.*resume=True"):
         open_run(tmp_path / "b")
     with pytest.raises(TargetError, match="is not a run folder"):
         open_run(tmp_path / "c")
@@ -519,9 +519,9 @@ def test_too_few_classes_for_a_loss_or_for_targets_are_told(classes, notes):
 @pytest.mark.parametrize(
     "gate, changes, way_out",
     [
-        ("robust_margin >= 0.1", {}, "--curve"),
-        ("robust_accuracy@0.01 >= 0.1", {}, "--curve"),
-        ("attacked_f1 >= 0.1", {"suite": "", "attacked": False}, "--suite standard"),
+        ("robust_margin >= 0.1", {}, "curve=True"),
+        ("robust_accuracy@0.01 >= 0.1", {}, "curve=True"),
+        ("attacked_f1 >= 0.1", {"suite": "", "attacked": False}, "suite='standard'"),
         ("targeted_success_rate <= 0.1", {}, "goal"),
     ],
 )

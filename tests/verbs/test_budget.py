@@ -132,7 +132,7 @@ def test_patience_ends_a_training_before_its_budget_and_is_recorded():
 
 
 def test_no_budget_is_refused_in_which_an_update_and_a_look_fit():
-    with pytest.raises(UsageError, match=r"one update takes about 48 s .*give --budget \d+min or more"):
+    with pytest.raises(UsageError, match=r"one update takes about 48 s .*give budget='\d+min' or more"):
         hardened(lambda calls, now: 1024, PGDTraining(steps=2, training=HOW))
 
 
@@ -167,7 +167,7 @@ def last_of(run):
 def test_a_stopped_run_goes_on_to_the_same_plans_and_weights(tmp_path, name):
     def stop(step):
         if step.stage.startswith("training") and step.done == 3:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     whole = hardened(steady, *RECIPES[name], run=tmp_path / "whole")
     with pytest.raises(Interrupted):

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import nn
 
+import holdfast
 from holdfast.attacks import PGD
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UnsoundProof, UsageError
@@ -217,7 +219,7 @@ def test_a_gate_on_certified_accuracy_ignores_doubts_about_attacks(whole):
 
 
 def test_without_proofs_the_gate_names_the_way(tmp_path):
-    with pytest.raises(UsageError, match="holdfast certify, or with holdfast assess --certify"):
+    with pytest.raises(UsageError, match="holdfast certify proves robustness; give certify=True"):
         assess(subject(), data(), fakes.order(gates=("certified_accuracy >= 0.5",)))
 
 
@@ -268,7 +270,38 @@ def stop_at(run, stage):
 
     def interrupt(step):
         if step.stage == stage:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     with pytest.raises(Interrupted):
         assess(subject(), data(), order(), run=run, progress=interrupt)
+
+
+class _InPlace(nn.Module):
+    """A network whose gradients fail, because it changes a value that the backward pass needs."""
+
+    def forward(self, x):
+        h = torch.sigmoid(x)
+        y = h * h
+        h += 1
+        return y
+
+
+def test_a_network_whose_gradients_fail_is_refused_with_the_cause():
+    x = torch.rand(8, 3)
+    with pytest.raises(
+        UsageError, match=r"its backward pass raises RuntimeError.*correct its code"
+    ) as refused:
+        holdfast.certify(_InPlace(), (x, x.argmax(1)), "linf:0.01", "ibp")
+    assert "give the network itself" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 2), lambda x: torch.einsum("btf,of->bto", x, torch.ones(2, 4))],
+    ids=["linear", "einsum"],
+)
+def test_a_layer_over_tokens_is_refused_with_what_it_does(layer):
+    x = torch.rand(8, 5, 4)
+    with pytest.raises(UsageError, match="joins the dimension of the batch with others.*tokens") as refused:
+        holdfast.certify(lambda x: layer(x).flatten(1), (x, torch.zeros(8).long()), "linf:0.01", "ibp")
+    assert "mixes" not in str(refused.value)

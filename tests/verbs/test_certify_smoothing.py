@@ -172,7 +172,7 @@ class Strict(torch.nn.Module):
 
 
 def test_a_model_that_refuses_noise_needs_a_clamp():
-    with pytest.raises(UsageError, match="a pixel is outside.*--clip"):
+    with pytest.raises(UsageError, match="a pixel is outside.*clip=True"):
         assess(smoothed_subject(subject(Strict()), HOW), data(), order())
     clipped = replace(HOW, clip=True)
     result = assess(smoothed_subject(subject(Strict()), clipped), data(), order(how=clipped, gates=()))

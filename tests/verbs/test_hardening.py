@@ -113,7 +113,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch
     def stop(step):
         steps.append(step)
         if step.stage.startswith("training") and step.done == 2:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     with pytest.raises(Interrupted):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
@@ -166,7 +166,7 @@ def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_
 def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp_path, monkeypatch):
     def stop(step):
         if step.stage.startswith("training") and step.done == 2:
-            raise Interrupted("stopped", 2)
+            raise Interrupted("stopped", signal_number=2)
 
     with pytest.raises(Interrupted):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
@@ -372,7 +372,7 @@ def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_ep
             if self.training and len(x) > self.most and self.seen > 20:
                 raise torch.OutOfMemoryError("out of memory")
             if self.stop and self.seen == self.stop:
-                raise Interrupted("stopped", 2)
+                raise Interrupted("stopped", signal_number=2)
             return super().forward(x)
 
     def asked(most, stop=0, **more):
@@ -588,7 +588,8 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     )  # a twentieth of the budget, and not all examples
     timed.clear()
     with pytest.raises(
-        UsageError, match=r"one update takes about 0\.1 s .*, and measuring these times took 0 s; .* 1s"
+        UsageError,
+        match=r"one update takes about 0\.1 s .*, and measuring these times took 0 s; .*budget='1s'",
     ):
         tried(0.05)
     assert timed == ["Standard"]  # what is stronger takes longer
@@ -784,7 +785,7 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
         asked = wish(Standard(training=how), budget_s=budget_s)
         harden(subject, training(), fakes.data(), asked, clock=lambda: Slow.now)
 
-    with pytest.raises(UsageError, match=r"one update takes about \d.* give --budget \d+s or more"):
+    with pytest.raises(UsageError, match=r"one update takes about \d.* give budget='\d+s' or more"):
         asked(0.02)
     assert Slow.passes <= 3  # another one sees whether it changes its input
 
@@ -794,7 +795,7 @@ def test_threats_that_no_recipe_is_for_are_refused():
     with pytest.raises(UsageError, match="recipes train for the threats linf, l2 and l1"):
         holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3")
     for recipe in ("pgd", RECIPE):
-        with pytest.raises(UsageError, match="and the threat is l0; choose"):
+        with pytest.raises(UsageError, match="and the threat is l0; give threat="):
             holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3", recipe=recipe)
     with pytest.raises(UsageError, match="the goal is class 1; leave goal= out"):
         holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06,goal=targeted:1")

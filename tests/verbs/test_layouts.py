@@ -119,9 +119,9 @@ def test_layouts_with_different_outputs_are_refused_and_declared(shape: tuple[in
     x = np.random.default_rng(0).random((20, *shape), np.float32)
     with torch.no_grad():
         kept, moved = (net(torch.from_numpy(v)).argmax(1).numpy() for v in (x, np.moveaxis(x, -1, 1).copy()))
-    with pytest.raises(TargetError, match=r"--layout (asis|hwc) .*, or --layout (asis|hwc) ") as refused:
+    with pytest.raises(TargetError, match=r"layout='(asis|hwc)' .*, or give layout='(asis|hwc)' ") as refused:
         assessed(net, x, kept)
-    assert "--layout asis" in str(refused.value) and "100% of 20 examples right" in str(refused.value)
+    assert "layout='asis'" in str(refused.value) and "100% of 20 examples right" in str(refused.value)
     for layout, y in (("asis", kept), ("chw", kept), ("hwc", moved)):
         assert assessed(net, x, y, layout=layout).metrics["clean_accuracy"].value == 1
 
@@ -193,7 +193,7 @@ def test_a_channel_mean_applies_whatever_the_layout() -> None:
 
 def test_what_no_layout_fits_is_refused_with_what_was_tried() -> None:
     x = np.random.default_rng(0).random((20, 9, 9), np.float32)
-    with pytest.raises(TargetError, match=r"none of the shapes \(1, 9, 9\), \(9, 9\).*--layout"):
+    with pytest.raises(TargetError, match=r"none of the shapes \(1, 9, 9\), \(9, 9\).*layout="):
         assessed(grey, x, np.zeros(20, np.int64))
-    with pytest.raises(UsageError, match="--layout hwc is for images"):
+    with pytest.raises(UsageError, match="the layout hwc is for images"):
         assessed(flat(20), x.reshape(20, -1)[:, :20], np.zeros(20, np.int64), layout="hwc")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'holdfast[scale]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[scale]'")
 
 import torch  # noqa: E402 - after the skip
 
@@ -205,7 +205,7 @@ def test_code_of_the_user_is_sent_and_more_with_ship(cluster, tmp_path):
     (tmp_path / "layers.py").write_text(LAYERS)
     opened = subject(build_from_file(f"{tmp_path / 'net.py'}:make", {}).net)
     (tmp_path / "net.py").write_text("raise ImportError('not the bytes that were loaded')")
-    with pytest.raises(UsageError, match="cannot import layers, .*send it with --ship"):
+    with pytest.raises(UsageError, match="cannot import layers, .*ship="):
         assess(opened, data(), on_ray())
     said = []
     shipping = replace(LOCAL, ship=(tmp_path / "layers.py",))
@@ -227,10 +227,10 @@ def test_code_of_the_user_is_sent_and_more_with_ship(cluster, tmp_path):
 def test_too_few_cpus_are_waited_for_and_then_refused(cluster):
     said = []
     with pytest.raises(
-        TargetError, match=r"has 2 of 5 CPUs that --workers 5 needs, after 1 s; use fewer --workers"
+        TargetError, match=r"has 2 of 5 CPUs that 5 workers need, after 1 s; use fewer workers"
     ):
         assess(subject(), data(), on_ray(workers=5, options=RayOptions(timeout_s=1.0)), notify=said.append)
-    assert said == ["the Ray cluster has 2 of 5 CPUs that --workers 5 needs; waiting for more, at most 1 s"]
+    assert said == ["the Ray cluster has 2 of 5 CPUs that 5 workers need; waiting for more, at most 1 s"]
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ holdfast.assess("mnist-cnn", "mnist-mini", run={str(tmp_path / "whole")!r}, **ho
 
 def test_ray_that_is_missing_is_named_with_the_extra(monkeypatch):
     monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"--on needs Ray.*pip install 'holdfast\[scale\]'"):
+    with pytest.raises(UsageError, match=r"needs Ray.*pip install -e '\.\[scale\]'"):
         imported_ray()
 
 
@@ -314,7 +314,7 @@ def test_an_address_without_host_and_port_is_refused(address):
 def test_a_network_that_is_neither_encrypted_nor_trusted_is_refused(monkeypatch):
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
     for address in ("ray://head:10001", "ray://10.0.0.5:10001", "ray://[2001:db8::1]:10001"):
-        with pytest.raises(UsageError, match="not encrypted: .*RAY_USE_TLS=1.*--trust-network"):
+        with pytest.raises(UsageError, match="not encrypted: .*RAY_USE_TLS=1.*trust_network=True"):
             ray_cluster.refuse_address(RayOptions(address))
         ray_cluster.refuse_address(RayOptions(address, trust_network=True))
     for address in ("ray://127.0.0.1:10001", "ray://localhost:10001", "ray://[::1]:10001"):

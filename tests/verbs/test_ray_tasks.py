@@ -164,7 +164,7 @@ def test_a_node_with_other_versions_is_refused_before_the_first_task(fake, name,
 @pytest.mark.parametrize("name", ["torch build", "threads", "device", "code"])
 def test_a_node_that_differs_is_refused_or_recorded(fake, name, tmp_path):
     fake.change[name] = "another"
-    with pytest.raises(TargetError, match=rf"node .* differs \({name} another, not .*--mixed-nodes"):
+    with pytest.raises(TargetError, match=rf"node .* differs \({name} another, not .*mixed_nodes=True"):
         assess(subject(), data(), on_fake())
     result = assess(subject(), data(), on_fake(mixed=True), run=tmp_path / "run")
     (note,) = [note for note in result.evidence.notes if "--mixed-nodes" in note]
@@ -223,9 +223,9 @@ def test_a_folder_that_another_run_uses_is_refused_before_the_cluster_is(fake, t
 def test_too_few_cpus_are_waited_for(fake):
     said = []
     fake.cpus = 1.0
-    with pytest.raises(TargetError, match=r"has 1 of 2 CPUs that --workers 2 needs, after 0.1 s; use fewer"):
+    with pytest.raises(TargetError, match=r"has 1 of 2 CPUs that 2 workers need, after 0.1 s; use fewer"):
         assess(subject(), data(), on_fake(timeout_s=0.1), notify=said.append)
-    assert said == ["the Ray cluster has 1 of 2 CPUs that --workers 2 needs; waiting for more, at most 1 s"]
+    assert said == ["the Ray cluster has 1 of 2 CPUs that 2 workers need; waiting for more, at most 1 s"]
 
 
 def test_a_cluster_that_loses_all_its_cpus_is_noticed(fake, monkeypatch):

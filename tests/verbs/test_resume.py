@@ -92,7 +92,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, whole, st
         run = tmp_path / f"full-{at}"
         with monkeypatch.context() as patch:
             failing(patch, at, ("write", "fsync"))
-            with pytest.raises(TargetError, match="the disk is full.*could not be written.*--resume"):
+            with pytest.raises(TargetError, match="the disk is full.*could not be written.*resume=True"):
                 assess(subject(), data(), order(), run=run)
         assess(subject(), data(), order(), run=run, resume=True)
         assert settled(run) == settled(whole), at
@@ -177,7 +177,7 @@ def test_other_code_is_refused(whole, monkeypatch):
 
 
 def test_a_used_folder_is_refused(whole, tmp_path):
-    with pytest.raises(UsageError, match="contains a run already; resume it with --resume"):
+    with pytest.raises(UsageError, match="contains a run already; give resume=True"):
         assess(subject(), data(), order(), run=whole)
     (tmp_path / "notes.txt").write_text("mine")
     for resume in (False, True):
@@ -189,7 +189,7 @@ def test_a_used_folder_is_refused(whole, tmp_path):
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        TargetError, match=r"file/run.*a file is in its path; name another folder with --run DIR"
+        TargetError, match=r"file/run.*a file is in its path; give run=DIR for another folder"
     ):
         assess(subject(), data(), order(), run=tmp_path / "file" / "run")
 
@@ -373,5 +373,5 @@ def test_a_split_is_replayed_even_where_memory_would_do_today(tmp_path):
 
 
 def test_out_of_memory_with_a_batch_of_one_is_an_error(tmp_path):
-    with pytest.raises(TargetError, match="memory ran out with .* at a time .*--device"):
+    with pytest.raises(TargetError, match="memory ran out with .* at a time .*device"):
         assess(subject(Greedy(0)), data(), order(THOROUGH))

@@ -82,13 +82,13 @@ def test_no_pool_is_begun_among_other_files(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir(mode=0o755)
     (folder / "x.txt").write_text("hi")
-    with pytest.raises(UsageError, match=r"contains 'x\.txt' and is not a pool.*; name a new folder"):
+    with pytest.raises(UsageError, match=r"contains 'x\.txt' and is not a pool.*; give run=DIR"):
         steps.create(folder, terms())
     assert folder.stat().st_mode & 0o777 == 0o755 and len(list(folder.iterdir())) == 1
 
 
 def test_a_pool_is_begun_once(pool):
-    with pytest.raises(UsageError, match="contains a pool already; resume it with --resume"):
+    with pytest.raises(UsageError, match="contains a pool already; give resume=True"):
         steps.create(pool.path, terms())
 
 
@@ -181,7 +181,7 @@ def test_learns_a_generator_whose_draws_work(pool, collected):
 def test_a_codec_that_loses_too_much_learns_nothing(pool):
     before = pool.kept("generator").digest
     with pytest.raises(
-        Inconclusive, match=r"sets lose .* points of accuracy by encoding and decoding.* --set codec.dims="
+        Inconclusive, match=r"sets lose .* points of accuracy by encoding and decoding.* give dims="
     ):
         steps.train(pool, terms(), Codec(dims=1, hidden=1, steps=1), DIFFUSION)
     assert pool.kept("generator").digest == before
@@ -247,7 +247,7 @@ def test_trains_anew_where_asked_to_or_without_a_generator(pool):
 def test_a_generator_that_draws_nothing_that_works_says_so(pool, monkeypatch):
     monkeypatch.setattr(draw, "_POINT", -1.0)
     with pytest.raises(
-        Inconclusive, match="none of 64 generated sets reaches an accuracy of .* --by retraining"
+        Inconclusive, match="none of 64 generated sets reaches an accuracy of .* by='retraining'"
     ):
         steps.draw(pool, terms(), 1)
 
@@ -263,14 +263,14 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
         steps.draw(pool, terms(), 3, immunise=IMMUNISE)
     begun = contents.waiting_candidates(pool)
     monkeypatch.undo()
-    with pytest.raises(UsageError, match="the draw to be resumed immunises its sets; add --immunise"):
+    with pytest.raises(UsageError, match="the draw to be resumed immunises its sets; give immunise=True"):
         steps.draw(pool, terms(), 3, resume=True)
     with pytest.raises(
         UsageError, match=r"has other settings .*\(by: generator → retraining\); give the same"
     ):
         steps.draw(pool, terms(), 3, by="retraining", immunise=IMMUNISE, resume=True)
     with pytest.raises(
-        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); give the same settings, or omit --resume"
+        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); give the same settings; leave out resume"
     ):
         steps.draw(pool, terms(), immunise=replace(IMMUNISE, share=0.25), resume=True)
     with pytest.raises(UsageError, match=r"\(sets: 3 → 4\)"):

@@ -214,12 +214,12 @@ def test_who_loses_every_gradient_on_the_way_is_refused(cut):
 
 
 def test_without_a_surrogate_transfer_is_refused():
-    with pytest.raises(UsageError, match="--surrogate"):
+    with pytest.raises(UsageError, match="surrogates="):
         assess(subject(), data(), order(GIVEN, threat=BLIND, attacked=False))
 
 
 def test_a_gate_on_what_transfers_needs_a_surrogate():
-    with pytest.raises(UsageError, match="--surrogate"):
+    with pytest.raises(UsageError, match="surrogates="):
         assess(subject(), data(), order(FAST, gates=("transfer_success <= 0.5",)))
     assert parse("transfer_success <= 0.5").metric == "transfer_success"
 

@@ -83,7 +83,7 @@ def test_rounding_is_moved_to_the_bounds_and_nothing_else():
     assert read([-1e-8, 1 + 1e-7, 0.0, 1.0]) == [0.0, 1.0, 0.0, 1.0]
     assert read([0.0, 1.0], torch.float16) == [0.0, 1.0]
     for wrong in (-1e-4, 1.0001, -0.3):
-        with pytest.raises(TargetError, match=r"undone, range from .*data-normalised MEAN/STD"):
+        with pytest.raises(TargetError, match=r"undone, range from .*correct data_normalised"):
             read([wrong, 0.5])
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_declared_is_refused(pixels, options, message):
 
 def test_values_that_cannot_have_been_normalised_so_are_refused(pixels):
     x, y = pixels
-    with pytest.raises(TargetError, match="these seem to be pixels. Omit --data-normalised"):
+    with pytest.raises(TargetError, match="these seem not to be normalised; .* leave out data_normalised"):
         as_data((x, y), expected=Expected(normalised=Normalisation(MEAN, STD)))
     scale = Normalisation(*(tuple(255 * side for side in sides) for sides in (MEAN, STD)))
     with pytest.raises(TargetError, match="on the scale of 0 to 255: divide them by 255"):
@@ -122,7 +122,7 @@ def test_values_that_cannot_have_been_normalised_so_are_refused(pixels):
 def test_bytes_are_no_normalised_values(pixels, tmp_path: Path):
     x, y = pixels
     np.savez(tmp_path / "bytes.npz", x=(x * 255).byte().numpy(), y=y.numpy())
-    with pytest.raises(TargetError, match="normalised values are floats; omit --data-normalised"):
+    with pytest.raises(TargetError, match="normalised values are floats; .* leave out data_normalised"):
         holdfast.assess(net(), tmp_path / "bytes.npz", "linf:0.02", "quick", data_normalised=(MEAN, STD))
 
 

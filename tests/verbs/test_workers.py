@@ -134,7 +134,7 @@ def test_a_worker_that_is_killed_is_replaced(one, tmp_path):
 def test_a_shard_that_kills_every_worker_ends_the_run_with_the_way_out(tmp_path):
     deadly = subject(Deadly(tmp_path / "killed", times=99))
     with pytest.raises(
-        TargetError, match="a worker died 3 times on shard 0 of 1-pgd, .* status -9; .*--batch-size"
+        TargetError, match="a worker died 3 times on shard 0 of 1-pgd, .* status -9; .*smaller batches"
     ):
         assess(deadly, data(), asked(workers=1), run=tmp_path / "run")
 
@@ -179,7 +179,7 @@ def test_a_model_that_no_other_process_can_take_over_is_refused():
     attack = PGD(steps=3, loss=losses.margin_loss, schedule=ascent.flat)
     with pytest.raises(
         UsageError,
-        match="a worker process cannot receive the model.*Local.*file.py:factory, or leave --workers",
+        match="a worker process cannot receive the model.*Local.*file.py:factory; leave out workers",
     ):
         holdfast.assess(Local(), (x, y), "linf:0.1", [attack], workers=2)
 

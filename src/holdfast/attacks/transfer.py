@@ -20,6 +20,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Model
+from holdfast.core.remedies import SURROGATE
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Ids, Inputs, Logits, NonNegative, Positive, Steps
 from holdfast.ops.ascent import gradient
@@ -59,9 +60,7 @@ class Transfer:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         if not threat.surrogates:
-            raise UsageError(
-                "Transfer computes its examples on surrogates, and the threat model has none; add --surrogate MODEL"
-            )
+            raise UsageError("Transfer computes its examples on surrogates, and there is none", SURROGATE)
         constraint = expect_eps(threat.constraint, self)
         source = Ensemble(threat.surrogates, model.bounds)
         size = self.reach * constraint.eps / self.steps

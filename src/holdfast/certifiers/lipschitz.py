@@ -28,6 +28,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import PerExample
 from holdfast.ops.closest import leeway
@@ -133,8 +134,8 @@ def gain_of(node: Node, shapes: Sequence[torch.Size]) -> float:
                 return _STEEPEST[function]
     where = f", at {node.place}" if node.place else ""
     raise UsageError(
-        f"no bound of the Lipschitz constant of {type(operation).__name__} is known{where}; use another method, such "
-        "as --method crown"
+        f"no bound of the Lipschitz constant of {type(operation).__name__} is known{where}",
+        Remedy("method", "crown"),
     )
 
 
@@ -186,8 +187,9 @@ class Lipschitz:
         """Trace the model and bound the gains of its layers. Raises `UsageError` for a threat that is not L2."""
         if not isinstance(threat.constraint, L2):
             raise UsageError(
-                f"the method lipschitz is for threats in Euclidean distance; the threat model is {threat.constraint}. "
-                "Use such a threat, as in --threat l2:0.5, or another method, such as --method crown"
+                f"the method lipschitz is for threats in Euclidean distance; the threat model is {threat.constraint}",
+                Remedy("method", "crown"),
+                Remedy("threat", "l2:0.5"),
             )
         return LipschitzProver.of(model, sample, threat)
 

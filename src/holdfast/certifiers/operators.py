@@ -168,7 +168,10 @@ def _viewed(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: Traced
     assert to.current is not None
     shape = to.current.meta["val"].shape
     if shape[0] != ROWS:
-        raise to.refused("a change of shape that mixes the examples of a batch")
+        raise to.refused(
+            "a change of shape that joins the dimension of the batch with others, as in torch.einsum, or in a linear "
+            "layer for inputs of shape (batch, tokens, features)"
+        )
     return to.add(Nonnegative(partial(_reshaped, shape=tuple(shape[1:]))), x)
 
 

@@ -10,6 +10,7 @@ from holdfast.certifiers.linear import Interval
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs
 
 
@@ -97,7 +98,8 @@ def region_of(x: Inputs, constraint: Constraint, bounds: Bounds) -> Region:
     """
     if not isinstance(constraint, Linf | L2 | L1):
         raise UsageError(
-            f"{constraint} cannot be certified; expected a ball of the norm linf, l2 or l1, as in --threat linf:8/255"
+            f"{constraint} cannot be certified; expected a ball of the norm linf, l2 or l1",
+            Remedy("threat", "linf:8/255"),
         )
     low, high = (limit + shift for limit, shift in zip(bounds.like(x), (-1e-7, 1e-7), strict=True))
     norm = 2 if isinstance(constraint, L2) else 1 if isinstance(constraint, L1) else None

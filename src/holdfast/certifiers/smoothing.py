@@ -12,7 +12,7 @@ because the noise is drawn independently of it.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -26,6 +26,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.purpose import judging
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Labels, Mask, Positive, Steps
 from holdfast.ops.noise import MOST_DRAWS
@@ -77,7 +78,7 @@ class Smoothing:
         """
         constraint = threat.constraint
         if not isinstance(constraint, L2):
-            raise UsageError(_other_norm(constraint, sample))
+            raise self._other_norm(constraint, sample, model)
         if constraint.eps == 0:
             raise UsageError(
                 "eps is 0, and smoothing certifies a change of the input; give a radius, as in l2:0.5. The accuracy "
@@ -96,6 +97,21 @@ class Smoothing:
         """Failure probability of the certificate; the rest is that of the verdict that the prediction is wrong."""
         return (1 - _FOR_WRONG) * self.failure_probability
 
+    def _other_norm(self, constraint: Constraint, sample: Batch, model: Classifier) -> UsageError:
+        """Return the error for a threat that is no ball of L2."""
+        message = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only"
+        if not isinstance(constraint, (Linf, L1)):
+            return UsageError(message, Remedy("threat", "l2:0.5"))
+        features = sample.x[:1].numel()
+        contains = (
+            f", whose ball contains that of {constraint.name}:{constraint.eps:g} with {features} features"
+        )
+        remedy = Remedy("threat", f"l2:{containing_radius(constraint, features):.10g}", reason=contains)
+        if model.remote or model.access != "gradients":
+            return UsageError(message, remedy)
+        own = [f.name for f in fields(self) if f.name != "seed" and getattr(self, f.name) != f.default]
+        return UsageError(message, remedy, Remedy("method", "crown", also=tuple(map(Remedy, own))))
+
     def _refuse_few(self, eps: float) -> None:
         if eps == math.inf:
             return
@@ -104,11 +120,13 @@ class Smoothing:
         if fewest <= self.draws:
             return
         largest = radius_of(fixed_test(self.draws, self.alpha).upper_limit(0, 0), self.sigma)
-        more = f"give --draws {fewest}," if fewest < MOST_DRAWS else "no number of draws is enough; give"
+        more = [Remedy("draws", int(fewest))] if fewest < MOST_DRAWS else []
+        none = "" if more else "; no number of draws is enough"
         raise UsageError(
             f"draws is {self.draws}: with sigma {self.sigma:g} and failure probability {self.failure_probability:g} "
-            f"the radius is at most {largest:.3g}, even if all draws agree, and eps is {eps:g}; {more} a larger "
-            "sigma, or a smaller eps"
+            f"the radius is at most {largest:.3g}, even if all draws agree, and eps is {eps:g}{none}",
+            *more,
+            Remedy("sigma", float(f"{2 * eps:.4g}")),
         )
 
     def _refuse_refusing(self, model: Classifier, sample: Batch) -> None:
@@ -123,16 +141,19 @@ class Smoothing:
         except TargetLost:
             raise
         except TargetError as error:
-            reason = f"does not accept ({error})"
+            reason = f"does not accept ({error.message})"
         if not reason:
             return
         with torch.no_grad():  # raises its own error if clean inputs fail as well
             accepted = bool((votes_of(model(sample.x)) != NO_CLASS).any())
         if accepted:
             raise UsageError(
-                f"the model {reason} inputs with Gaussian noise, whose values are outside its bounds; clamp them as a "
-                "first step of the base classifier, with --clip (in Python clip=True). The certificate then holds for "
-                "the model with this step"
+                f"the model {reason} inputs with Gaussian noise, whose values are outside its bounds",
+                Remedy(
+                    "clip",
+                    True,
+                    reason="to clamp them as a first step of the model, for which the certificate then holds",
+                ),
             )
 
     @property
@@ -290,16 +311,24 @@ def radius_of(misses: float, sigma: float) -> float:
     return 0.0 if misses >= _HALF else -_ROUNDED * sigma * float(ndtri(misses))
 
 
-def _other_norm(constraint: Constraint, sample: Batch) -> str:
-    features = sample.x[:1].numel()
-    shares = {Linf: math.sqrt(features), L1: 1.0}
-    start = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only; give "
-    if not isinstance(constraint, (Linf, L1)):
-        return f"{start}a threat such as --threat l2:0.5"
-    radius = (
-        math.ceil(1e4 * shares[type(constraint)] * constraint.eps) / 1e4
-    )  # not smaller, so that it contains
-    return (
-        f"{start}--threat l2:{radius:.10g}, whose ball contains that of "
-        f"{constraint.name}:{constraint.eps:g} with {features} features, or another method, such as --method crown"
+def containing_radius(constraint: Constraint, features: int) -> float:
+    """Return the eps of a ball of L2 that contains the ball of Linf, L2 or L1 of a constraint, for inputs with a number
+    of features.
+    """
+    if isinstance(constraint, L2):
+        return constraint.eps
+    share = math.sqrt(features) if isinstance(constraint, Linf) else 1.0
+    return math.ceil(1e4 * share * constraint.eps) / 1e4  # not smaller, so that it contains
+
+
+def by_smoothing(constraint: Constraint, sample: Batch) -> Remedy:
+    """Return the arguments with which smoothing certifies the ball of Linf, L2 or L1 of a constraint."""
+    radius = containing_radius(constraint, sample.x[:1].numel())
+    threat = () if isinstance(constraint, L2) else (Remedy("threat", f"l2:{radius:.10g}"),)
+    contains = f" (the ball of l2 contains that of {constraint.name}:{constraint.eps:g})" if threat else ""
+    return Remedy(
+        "method",
+        "smoothing",
+        also=(*threat, Remedy("sigma", float(f"{2 * radius:.4g}"))),
+        reason=f"to certify the smoothed classifier, for which predictions suffice{contains}",
     )

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.operators import TRANSLATIONS
 from holdfast.certifiers.translation import LIBRARIES, ROWS, Translator, operation_name
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import NoBounds, TargetError, UsageError
 
 _SAME = 1e-4
 """largest difference between graph and model, relative to the largest logit"""
@@ -25,7 +25,7 @@ _SAME = 1e-4
 def traced(model: Callable[[Tensor], Tensor], sample: Tensor) -> Graph:
     """Return the graph of a model in evaluation mode, traced on the first of the inputs `sample` (n, *shape).
 
-    Raises `UsageError` with the operation and its place in the user's code if the model contains an operation without
+    Raises `NoBounds` with the operation and its place in the user's code if the model contains an operation without
     sound bounds, or if its operations depend on the values of its inputs, and `TargetError` if its logits are not
     finite.
     """
@@ -89,11 +89,10 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         place = _place_of(traceback.extract_tb(cause.__traceback__))
-        raise UsageError(
+        raise NoBounds(
             f"the operations of the model cannot be recorded{place} ({_reason(cause)}). "
             "Bounds for all inputs of a threat model need operations on tensors that do not depend on the values: "
-            "write the network without `if` and `item()` on its values and without numpy; or use --method smoothing, "
-            "which only needs the predictions"
+            "write the network without `if` and `item()` on its values and without numpy"
         ) from error
 
 
@@ -180,7 +179,8 @@ def _refuse_not_finite(logits: Tensor, model: Callable[[Tensor], Tensor]) -> Non
     because = f"; its weights contain NaN or infinite values, in {', '.join(wrong[:5])}" if wrong else ""
     raise TargetError(
         f"the model returns NaN or infinite logits for {int(rows.sum())} of {len(rows)} clean inputs{because}. Nothing "
-        "can be proved about such outputs; check the weights and --mean/--std, or load them again from their source"
+        "can be proved about such outputs; check the weights and the normalisation (mean and std), or load the weights "
+        "again from their source"
     )
 
 
@@ -192,8 +192,7 @@ def _compare(graph: Graph, tail: Tail, model: Callable[[Tensor], Tensor], sample
     scale = expected.abs().amax().clamp(min=1.0)
     differs = not bool(((expected - actual).abs() <= _SAME * scale).all())
     if expected.shape != actual.shape or differs:
-        raise UsageError(
+        raise NoBounds(
             "the operations of the model depend on its inputs or on the batch size, so that no bounds can be computed "
-            "for all inputs of the threat model: the recorded operations return other logits than the model; use "
-            "--method smoothing, which only needs the predictions"
+            "for all inputs of the threat model: the recorded operations return other logits than the model"
         )

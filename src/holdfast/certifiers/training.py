@@ -25,8 +25,9 @@ from holdfast.certifiers.tracing import Recording, recording
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import NoBounds, UsageError
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, PerExample
 from holdfast.ops.fit import Training
@@ -53,6 +54,8 @@ def live_graph(sample: Inputs) -> Callable[[Classifier], Graph]:
             # with automatic precision, conversions of data types would be recorded
             with torch.autocast(sample.device.type, enabled=False):
                 return recording(net, sample)
+        except NoBounds as error:
+            raise NoBounds(error.message, Remedy("recipe", "pgd")) from error
         finally:
             net.train()
 
@@ -65,8 +68,9 @@ def refuse_without_bounds(threat: ThreatModel, training: Training) -> None:
     if not isinstance(constraint, Linf):
         raise UsageError(
             f"certified training bounds a network over boxes, which are the balls of linf, and the threat is "
-            f"{constraint.name}; give a threat such as linf:0.1, or for l2 a network with a certificate, such as "
-            "lipschitz-aol, with --recipe margin"
+            f"{constraint.name}; under l2, a network with a certificate by its layers, such as lipschitz-aol, is "
+            "trained with the recipe margin",
+            Remedy("threat", "linf:0.1"),
         )
     if training.compiled:
         raise UsageError(

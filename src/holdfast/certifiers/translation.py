@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from holdfast.certifiers.graph import Graph, Node, Operation
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import NoBounds, UsageError
 
 ROWS = 3
 """number of example inputs with which a model is traced; no value but the batch is likely to have this size"""
@@ -92,6 +92,11 @@ class Translator:
         assert self.current is not None
         value = self.current.meta.get("val")
         shape = value.shape if isinstance(value, Tensor) else self.current.meta["val"][0].shape
+        if shape == (ROWS,):
+            raise self.refused(
+                "an operation whose result is one number for each example and has no dimension for features, as "
+                "x[:, 0] (x[:, :1] has one)"
+            )
         if len(shape) < 2 or shape[0] != ROWS:
             raise self.refused(
                 "an operation whose result does not have the batch as its first and features as further dimensions"
@@ -119,12 +124,12 @@ class Translator:
         where, code = places[-1]
         return f"{where.removeprefix('File ')}: {code}"
 
-    def refused(self, what: str) -> UsageError:
+    def refused(self, what: str) -> NoBounds:
         """Return the error for an operation without sound bounds, with its place in the user's code."""
         place = self.place()
-        return UsageError(
-            f"no sound bounds are known for {what}{f', at {place}' if place else ''}; replace it, register it with "
-            "holdfast.certifiers.register, or use --method smoothing, which only needs the predictions"
+        return NoBounds(
+            f"no sound bounds are known for {what}{f', at {place}' if place else ''}; replace it, or register it with "
+            "holdfast.certifiers.register if it is a function of single values"
         )
 
 

@@ -10,6 +10,8 @@ from holdfast.checkup.examined import STEADY, Examined, Finding, outputs_of
 from holdfast.checkup.readings import shifted_labels
 from holdfast.core.errors import UnclearOutput
 from holdfast.core.model import EVERY, Classifier
+from holdfast.core.outputs import PROBABILITY
+from holdfast.core.remedies import Remedy
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.refusals import CUTS
 from holdfast.ops.statistics import against_majority
@@ -28,7 +30,7 @@ def batch_sizes(model: Classifier) -> Iterator[Finding]:
 
 def unclear_output(error: UnclearOutput) -> Finding:
     """Return the finding for a model with one output per example that may be a logit or a probability."""
-    return Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
+    return Finding("output", "problem", error.message, remedies=error.remedies)
 
 
 def outputs(examined: Examined) -> Iterator[Finding]:
@@ -46,11 +48,11 @@ def outputs(examined: Examined) -> Iterator[Finding]:
     are_probabilities = bool(((logits.sum(1) - 1).abs() < 1e-4).all() & (logits >= 0).all())
     if are_probabilities and examined.model.access != "labels":  # labels are one-hot
         text = "the outputs are probabilities, not logits: attacks see vanishing gradients"
-        way_out = "return the layer before the softmax, or declare --model-output probability"
+        way_out = "return the layer before the softmax, or declare the outputs"
         if examined.model.access == "scores":
             text = "the outputs are probabilities, which hide small changes if the model is confident"
-            way_out = "declare --model-output probability"
-        yield Finding("probabilities", "warning", text, way_out)
+            way_out = "declare the outputs"
+        yield Finding("probabilities", "warning", text, way_out, remedies=(PROBABILITY,))
     y = examined.batch.y
     if examined.accuracy == 1 and bool((y == y[0]).all()):
         return  # right for the only label, so that the outputs may be equal
@@ -111,7 +113,8 @@ def steadiness_findings(examined: Examined) -> Iterator[Finding]:
             "randomness",
             "warning",
             f"two calls on the same inputs differ by {examined.moved:.2g} of the largest logit",
-            "if this is not a defence, dropout may be active; if it is, use --suite rand",
+            "if this is not a defence, dropout may be active; if it is, attacks must average over draws",
+            remedies=(Remedy("suite", "rand"),),
         )
         return
     change = examined.change(outputs_of(examined.model, examined.batch.x.flip(0)).flip(0))
@@ -132,22 +135,26 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
         return
     x = examined.batch.x.clone().requires_grad_()
     logits = examined.model(x)
-    if not logits.requires_grad:
-        yield Finding(
-            "gradients",
-            "problem",
-            "no gradient reaches the input",
-            f"remove what stops it: {CUTS}; or use --suite black-box",
-        )
-        return
+    grad = None
     try:
-        (grad,) = torch.autograd.grad(margin_loss(logits, examined.batch).sum(), x)
+        if logits.requires_grad:
+            (grad,) = torch.autograd.grad(margin_loss(logits, examined.batch).sum(), x, allow_unused=True)
     except RuntimeError as error:
         yield Finding(
             "gradients",
             "problem",
             f"the gradient fails: {error}",
-            "use --suite black-box until this is repaired",
+            "correct the network, or leave its gradients unused until then",
+            remedies=(Remedy("suite", "black-box"),),
+        )
+        return
+    if grad is None:
+        yield Finding(
+            "gradients",
+            "problem",
+            "no gradient reaches the input",
+            f"remove what stops it: {CUTS}",
+            remedies=(Remedy("suite", "black-box"),),
         )
         return
     zero = float((grad.flatten(1).nan_to_num().abs().amax(1) == 0).double().mean())

@@ -8,10 +8,12 @@ from torch import Tensor
 from holdfast.checkup.examined import Finding
 from holdfast.core.batch import Batch, Data
 from holdfast.core.labels import advice
+from holdfast.core.labels import remedies as more_classes_of
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Labels, Rows
 from holdfast.sources.arrays import Arrays
-from holdfast.sources.estimates import pixel_divisor, scaling
+from holdfast.sources.estimates import BYTES, pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
 SAMPLE = 256
@@ -26,7 +28,7 @@ def strange_classes(data: Data) -> Iterator[Finding]:
     model has no folder of images.
     """
     if isinstance(data, Pictures | Arrays) and data.objection:
-        yield Finding("classes", "problem", data.objection)
+        yield Finding("classes", "problem", data.objection.message, remedies=data.objection.remedies)
 
 
 def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
@@ -110,15 +112,20 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     text = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
-            way_out = data.pixels.advice(high)
+            way_out, remedies = data.pixels.advice(high)
         elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
-            way_out = "divide them by 255 (or use --bounds 0,255, if the network expects such inputs)"
+            way_out, remedies = "divide them by 255", (BYTES,)
         else:
-            way_out = scaling(x)
-        yield Finding("range", "problem", f"{text}, outside the bounds", way_out)
+            way_out, remedies = scaling(x)
+        yield Finding("range", "problem", f"{text}, outside the bounds", way_out, remedies=remedies)
     elif model.bounds.width >= 100 and high <= 1.0:
         reach = float(model.bounds.like(x)[1].max())
-        yield Finding("range", "problem", f"{text}, but the upper bound is {reach:g}", "use --bounds 0,1")
+        yield Finding(
+            "range",
+            "problem",
+            f"{text}, but the upper bound is {reach:g}",
+            remedies=(Remedy("bounds", (0, 1)),),
+        )
     else:
         yield Finding("range", "good", f"{text}, inside the bounds")
 
@@ -128,7 +135,6 @@ def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> 
     if lowest < 0 or highest >= classes:
         text = f"labels range from {lowest} to {highest}, but the model has classes 0 to {classes - 1}"
         from_one = (lowest, highest) == (1, classes)
-        general_advice = advice(lowest, highest, classes, remote=remote)
-        yield Finding(
-            "labels", "problem", text, "they seem to start at 1: subtract 1" if from_one else general_advice
-        )
+        way_out = "they seem to start at 1: subtract 1" if from_one else advice(lowest, highest, classes)
+        more_classes = more_classes_of(lowest, highest, classes, remote=remote)
+        yield Finding("labels", "problem", text, way_out, remedies=more_classes)

@@ -11,6 +11,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, TargetLost
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Install, Remedy, with_remedies
 from holdfast.core.renamed import Earlier
 
 Level = Literal["problem", "warning", "good"]
@@ -30,9 +31,21 @@ class Finding:
     level: Level
     message: str
     """description of the finding, with numbers"""
-    way_out: str = ""
+    advice: str = ""
+    """what can be done about it, besides the remedies"""
     gain: float | None = None
     """increase of accuracy by an alternative interpretation of the data; None if no alternative was tried"""
+    remedies: tuple[Remedy | Install, ...] = ()
+    """changes of arguments that resolve it"""
+
+    @property
+    def way_out(self) -> str:
+        """Advice and remedies, with arguments of Python; empty if there is nothing to do."""
+        return with_remedies(self.advice, [remedy.in_python() for remedy in self.remedies])
+
+    def on_command_line(self) -> str:
+        """Return the advice and the remedies, with options of the command line."""
+        return with_remedies(self.advice, [remedy.on_command_line() for remedy in self.remedies])
 
     says = Earlier("message")
 

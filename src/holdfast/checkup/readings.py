@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from holdfast.checkup.examined import BETTER, Examined, Finding, Level, share_right
-from holdfast.sources.estimates import NORMALISATIONS
+from holdfast.core.remedies import Remedy
+from holdfast.sources.estimates import BYTES, NORMALISATIONS
 
 FILLED = 0.1
 """Smallest fraction of the bounds that the data should span; an image with 17 grey levels divided by 255 spans 0.06."""
@@ -58,9 +59,8 @@ def layouts(examined: Examined) -> Iterator[Finding]:
             shapes = f"{tuple(x.shape[1:])}, but {other_accuracy:.0%} with inputs of {other_shape}"
             text = f"accuracy is {examined.accuracy:.0%} with inputs of shape {shapes}"
             gain = other_accuracy - examined.accuracy
-            yield Finding(
-                "layout", "problem", text, "change the order of the axes, or declare --layout", gain
-            )
+            declared = (Remedy("layout", "hwc", function="open_data"),) if order == (0, 3, 1, 2) else ()
+            yield Finding("layout", "problem", text, "change the order of the axes", gain, declared)
 
 
 def units(examined: Examined) -> Iterator[Finding]:
@@ -87,9 +87,8 @@ def _filled(examined: Examined) -> Iterator[Finding]:
             text += f"; accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} with inputs times {1 / share:.4g}"
             gain = other_accuracy - examined.accuracy
     level: Level = "problem" if examined.may_be_beaten else "warning"
-    yield Finding(
-        "scale", level, text, f"scale them as in training{_levels(examined)}, or correct --bounds", gain
-    )
+    way_out = f"scale them as in training{_levels(examined)}, or correct the bounds"
+    yield Finding("scale", level, text, way_out, gain)
 
 
 def _levels(examined: Examined) -> str:
@@ -115,20 +114,21 @@ def _scale(examined: Examined) -> Iterator[Finding]:
     """Yield a finding if the inputs are too small or too large by the factor 255 or another one."""
     share, best = _share_filled(examined), examined.accuracy
     alternatives = (
-        (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()"),
+        (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()", ()),
         (
             255.0,
-            "the network was trained on values from 0 to 255: multiply by 255 inside it, as with --std 0.00392157",
+            "the network was trained on values from 0 to 255: multiply by 255 inside it",
+            (Remedy("std", (0.00392157,)),),
         ),
-        (1 / 255.0, "the network divides by 255 itself, or was given values up to 255: use --bounds 0,255"),
+        (1 / 255.0, "the network divides by 255 itself, or was given values up to 255", (BYTES,)),
     )
     findings = tuple[Finding, ...]()
-    for factor, way_out in alternatives if 0 < share < _DARK else alternatives[1:]:
+    for factor, way_out, remedies in alternatives if 0 < share < _DARK else alternatives[1:]:
         other_accuracy = examined.right_with(examined.batch.x * factor)
         if other_accuracy > best and examined.beaten_by(other_accuracy):
             text = f"accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} with inputs times {factor:.4g}"
             best, gain = other_accuracy, other_accuracy - examined.accuracy
-            findings = (Finding("scale", "problem", text, way_out, gain),)
+            findings = (Finding("scale", "problem", text, way_out, gain, remedies),)
     yield from findings
 
 
@@ -143,20 +143,18 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             text = (
                 f"accuracy is {examined.accuracy:.0%}, but {without:.0%} without the declared normalisation"
             )
-            way_out = (
-                "correct --mean and --std, or --data-normalised; the network may normalise its input itself"
-            )
+            way_out = "correct mean and std, or data_normalised; the network may normalise its input itself"
             yield Finding("normalisation", "problem", text, way_out, without - examined.accuracy)
         return
     best, findings = examined.accuracy, tuple[Finding, ...]()
     for name, (mean, std) in NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
-        flags = f"--mean {','.join(map(str, mean))} --std {','.join(map(str, std))}"
+        declared = Remedy("mean", mean, also=(Remedy("std", std),))
         undone = [-m / s for m, s in zip(mean, std, strict=True)], [1 / s for s in std]
-        for shift, scale, text, way_out in (
-            (mean, std, f"with {name} normalisation", f"{_ESTIMATE}, as in {flags}"),
-            (*undone, f"with {name} normalisation undone", _TWICE),
+        for shift, scale, text, way_out, remedies in (
+            (mean, std, f"with {name} normalisation", _ESTIMATE, (declared,)),
+            (*undone, f"with {name} normalisation undone", _TWICE, ()),
         ):
             other_accuracy = examined.right_with(batch.x, model.renormalised(shift, scale))
             if other_accuracy > best and examined.beaten_by(other_accuracy):
@@ -164,6 +162,6 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
                 gain = other_accuracy - examined.accuracy
                 best, findings = (
                     other_accuracy,
-                    (Finding("normalisation", "problem", description, way_out, gain),),
+                    (Finding("normalisation", "problem", description, way_out, gain, remedies),),
                 )
     yield from findings

@@ -33,6 +33,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import Classifier
 from holdfast.sources.counting import InspectionCounter, inspection_counter, rows_of_calls
+from holdfast.sources.declarations import LAYOUT
 
 _ASKED = 20
 """Number of examples that are sent if the server accepts any number of rows."""
@@ -61,7 +62,12 @@ def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Itera
     n_first, n_again = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
     if not n_first:
         text = "the model was not checked: all rows were needed to determine the layout of the data"
-        yield Finding("model", "warning", text, "declare it with --layout chw, hwc or asis")
+        yield Finding(
+            "model",
+            "warning",
+            text,
+            remedies=(LAYOUT,),
+        )
         return
     batch = spread_examples(data, n_first)
     batch = batch.at(moved_inside(model, batch.x, sample.x))
@@ -76,7 +82,8 @@ def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Itera
             raise
         shape = tuple(batch.x.shape[1:])
         text = f"the model refuses inputs of shape {shape}, but accepts them with the channels last"
-        yield Finding("layout", "problem", text, "declare --layout hwc, or $x_last in --http-request")
+        way_out = "write $x_last in the template of the requests, which puts the channels last"
+        yield Finding("layout", "problem", text, way_out)
     else:
         yield from _response_findings(model, batch, logits, range_of_labels(data, sample), n_again, server)
 

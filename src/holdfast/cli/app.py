@@ -4,6 +4,7 @@ to messages.
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -45,6 +46,16 @@ _COMMANDS = {
     "attacks": ("catalogue", "list the attacks, or show one with its settings"),
 }
 
+
+_SPELLINGS = {
+    "--eps": ("--threat", "linf:{}"),
+    "--epsilon": ("--threat", "linf:{}"),
+    "--attack": ("--suite", "{}"),
+    "--attacks": ("--suite", "{}"),
+    "--steps": ("--set", "attacks=[{{use: PGD, steps: {}}}]"),
+    "--gates": ("--gate", "{}"),
+}
+"""Options of other programs, with the option that has their meaning here and its value"""
 
 INTERNAL = 5
 """Exit code of an internal error of Holdfast."""
@@ -117,7 +128,7 @@ def run(arguments: Sequence[str], program: click.Group = verbs, name: str = "hol
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _report(_message_of(error), 2, debug=debug)
+        return _report(_message_of(error, arguments), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:
         return _stopped(stopped, arguments)
     except Interrupted as error:
@@ -155,11 +166,28 @@ def _again(arguments: Sequence[str]) -> str:
     return f"{stored}; repeat the command{'' if '--resume' in arguments else ' with --resume'}"
 
 
-def _message_of(error: click.ClickException) -> str:
+def _message_of(error: click.ClickException, arguments: Sequence[str]) -> str:
     """Return the message of an error of click, with the command that shows the help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     where = f"; see {context.command_path} --help" if context is not None else ""
+    if other := _other_spelling(error, arguments):
+        return other + where
     return error.format_message().rstrip(".") + _verbs_with(error) + where
+
+
+def _other_spelling(error: click.ClickException, arguments: Sequence[str]) -> str:
+    """Return the message about an option that other programs have, with its spelling here; else an empty string."""
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None:
+        return ""
+    spellings = _SPELLINGS.get(error.option_name)
+    known = {name for parameter in error.ctx.command.params for name in parameter.opts}
+    if spellings is None or spellings[0] not in known:
+        return ""
+    option, form = spellings
+    words = [part for word in arguments for part in word.split("=", 1 if word.startswith("--") else 0)]
+    following = words[words.index(error.option_name) + 1 :]
+    value = following[0] if following and not following[0].startswith("-") else "VALUE"
+    return f"no such option {error.option_name!r}; give {shlex.join((option, form.format(value)))}"
 
 
 def _verbs_with(error: click.ClickException) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from shlex import quote
 from typing import Any, TypeVar, cast
 
 import click
@@ -41,6 +40,7 @@ from holdfast.config.suites import refuse_uncertifiable
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.store.files import refuse_no_run
 
 _CONFIG = "holdfast.yaml"
@@ -137,7 +137,7 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
     if isinstance(settings, HardenSettings):
         refuse_server_to_train(str(model))
     if isinstance(settings, CertifySettings) and settings.options.method != SMOOTHING:
-        refuse_server_to_certify(str(model))
+        refuse_server_to_certify(str(model), settings.threat.threat)
     refuse_foreign_server(str(model), getattr(settings, "inference", InferenceSource()).allow_hosts)
     across = settings.options.across if isinstance(settings, AssessSettings) else ()
     for address in (str(data), *across):
@@ -168,18 +168,19 @@ def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> 
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
                 f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. "
-                f"Repeat the address on the command line, or add --trust-code"
+                "Repeat the address on the command line",
+                TRUST_CODE,
             )
     if not flags.get("surrogates"):
         for place, listed in enumerate(_surrogates(settings)):
             for value in (listed.model, listed.arch):
                 if value and ".py:" in value:
-                    all_flags = " ".join(
-                        f"--surrogate {quote(_spelled(surrogate))}" for surrogate in _surrogates(settings)
-                    )
+                    all_surrogates = tuple(map(_spelled, _surrogates(settings)))
                     raise UsageError(
                         f"the configuration refers to code (surrogates.{place}: {value}). Code from a configuration "
-                        f"is not run. Repeat the address on the command line, with {all_flags}, or add --trust-code"
+                        "is not run. Repeat the address on the command line",
+                        Remedy("surrogates", all_surrogates, "--surrogate", repeated=True),
+                        TRUST_CODE,
                     )
 
 
@@ -203,13 +204,15 @@ def _refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -
         if host not in (flags.get("allow_hosts") or ()):
             raise UsageError(
                 f"the configuration allows the host {host}. A configuration alone cannot allow a host. Repeat "
-                f"it on the command line: --allow-host {host}"
+                "it on the command line",
+                Remedy("allow_hosts", (host,), "--allow-host", repeated=True),
             )
     for header in inference.headers:
         if header not in (flags.get("headers") or ()):
             raise UsageError(
                 f"the configuration sends the header {header}. A configuration alone cannot send the value of an "
-                f"environment variable. Repeat it on the command line: --header '{header}'"
+                "environment variable. Repeat it on the command line",
+                Remedy("headers", (header,), "--header", repeated=True),
             )
 
 

@@ -33,8 +33,8 @@ def doctor(voice: Voice, **flags: Any) -> int:
             continue
         sign, colour = _SIGNS[finding.level]
         console.print(Text.assemble((f"{sign} {finding.check:<14}", colour), line(finding.message)))
-        if finding.way_out:
-            console.print(Text.assemble(" " * 16, ("-> ", "bold"), line(finding.way_out)))
+        if way_out := finding.on_command_line():
+            console.print(Text.assemble(" " * 16, ("-> ", "bold"), line(way_out)))
     problems = sum(finding.level == "problem" for finding in findings)
     voice.say(f"{problems} problem{'' if problems == 1 else 's'} found" if problems else "no problem found")
     return 3 if problems else 0

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import holdfast
 from holdfast.config.grammar import did_you_mean
+from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.files import existing
 
 _FILES = (
@@ -64,14 +66,23 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
         allowed_address(address, hosts)
 
 
-def refuse_server_to_certify(address: str) -> None:
+def refuse_server_to_certify(address: str, threat: str) -> None:
     """Raise `UsageError` if the model to certify is given as the URL of a server, whose operations are not known."""
     from holdfast.sources.remote import SCHEMES
 
     if address.partition(":")[0] in SCHEMES:
         raise UsageError(
             f"{address!r} is a server, and bounds are computed from the operations of a network; give the network "
-            "itself, as in file.py:factory, or certify the smoothed classifier with --method smoothing"
+            "itself, as in file.py:factory",
+            Remedy(
+                "method",
+                SMOOTHING,
+                also=(
+                    *(() if threat.startswith("l2:") else (Remedy("threat", Placeholder("l2:EPS")),)),
+                    Remedy("sigma", Placeholder("SIGMA")),
+                ),
+                reason="to certify the smoothed classifier, for which predictions suffice",
+            ),
         )
 
 

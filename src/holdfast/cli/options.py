@@ -13,6 +13,7 @@ import click
 
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
+from holdfast.core.remedies import Remedy
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,8 @@ def expecting_head(text: str) -> Callable[[F], F]:
     def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
         if value == "":
             raise UsageError(
-                "--expect-head is empty; give the digest that was printed earlier, or leave it out"
+                "--expect-head is empty; the digest that was printed earlier was expected",
+                Remedy("expect_head"),
             )
         return value or ""
 

@@ -10,6 +10,7 @@ from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, expecting_head, with_voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
+from holdfast.core.remedies import Remedy
 from holdfast.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
 
 
@@ -60,7 +61,8 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
         return
     if expect_head:
         raise UsageError(
-            f"--expect-head is for pools and audit folders, and {str(run)!r} is neither; leave it out"
+            f"--expect-head is for pools and audit folders, and {str(run)!r} is neither",
+            Remedy("expect_head"),
         )
     refuse_no_run(run)
     from holdfast.stored import verify as checked

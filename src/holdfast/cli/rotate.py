@@ -10,6 +10,7 @@ from holdfast.cli.options import Group, Voice, expecting_head, offered, with_voi
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
 from holdfast.config.settings import FORMER_KEYS, RotateSettings
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import RUN_FOLDER
 
 _JUDGING = options_of(RotateSettings, only=("gates", "accept_doubts"))
 _OF_POOL = options_of(RotateSettings, only=("device", "trust_code"))
@@ -95,7 +96,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
     _refuse_unused("collect", flags)
     settings = settings_from(with_named_parts(flags), RotateSettings, voice)
     if resume and run is None:
-        raise UsageError("--resume continues with a pool; give its folder with --run DIR")
+        raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
     from holdfast.cli.rotating import collect as step
 
     return step(settings, voice, run=run, resume=resume, expect_head=expect_head)
@@ -315,7 +316,7 @@ def run_(
     """
     settings = settings_from(with_named_parts(flags), RotateSettings, voice)
     if resume and run is None:
-        raise UsageError("--resume continues with a pool; give its folder with --run DIR")
+        raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
     from holdfast.cli.rotating import turn
 
     return turn(

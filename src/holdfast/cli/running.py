@@ -85,8 +85,8 @@ def _written(result: Result, output: str, folder: Path | None) -> Path:
     except TargetError as error:
         if folder is None:
             raise
-        raise TargetError(
-            f"{error}. Nothing is lost: holdfast report {shlex.quote(str(folder))} -o FILE writes it again"
+        raise error.ended(
+            f"nothing is lost: holdfast report {shlex.quote(str(folder))} -o FILE writes it again"
         ) from error
 
 

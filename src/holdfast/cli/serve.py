@@ -11,6 +11,7 @@ from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import SETTING, options_of
 from holdfast.config.settings import ServeSettings
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import TRUST_CODE, Placeholder, Remedy
 
 _HELP = """\
 Serve MODEL over HTTP in the Open Inference Protocol v2, until SIGTERM or Ctrl-C.
@@ -39,7 +40,8 @@ def serve(voice: Voice, **flags: Any) -> int:
     address = settings.model.address
     if address is None and settings.proxying.proxy is None:
         raise UsageError(
-            "MODEL is missing (what is to be served); try holdfast serve mnist-cnn, or give --proxy URL"
+            "MODEL is missing (what is to be served); try holdfast serve mnist-cnn",
+            Remedy("proxy", Placeholder("URL")),
         )
     _refuse_code_of_config(settings, flags)
     if address is not None:
@@ -58,5 +60,6 @@ def _refuse_code_of_config(settings: ServeSettings, flags: dict[str, Any]) -> No
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
                 f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. Repeat the "
-                "address on the command line, or add --trust-code"
+                "address on the command line",
+                TRUST_CODE,
             )

@@ -10,6 +10,7 @@ from holdfast.cli import completing
 from holdfast.config.groups import Flag
 from holdfast.config.settings import FORMER_KEYS, VerbSettings, keys_of
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import RUN_FOLDER
 
 Option = Callable[[Any], Any]
 
@@ -57,7 +58,9 @@ def run_options(verb: str) -> tuple[Option, Option]:
 def refuse_resume_without_run(*, resume: bool, run: str | None) -> None:
     """Raise `UsageError` if a run is to be resumed and its folder is not given."""
     if resume and run is None:
-        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
+        raise UsageError(
+            "--resume continues a run, and its folder is not given (see holdfast runs)", RUN_FOLDER
+        )
 
 
 def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple[Option, ...]:

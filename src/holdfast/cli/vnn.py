@@ -1,7 +1,6 @@
 """The program `holdfast-vnn`, with the command line that the VNN-LIB standard 2.0 defines for solvers."""
 
 import os
-import shlex
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from holdfast import __version__
 from holdfast.cli.app import main as run_program
 from holdfast.cli.options import Group
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import suggestion
 
 if TYPE_CHECKING:
@@ -197,7 +197,10 @@ def _files(networks: tuple[str, ...]) -> dict[str, Path]:
             raise UsageError(f"--network is given twice for {name!r}; keep one")
         files[name] = Path(file)
     if not files:
-        raise UsageError("no network is given; add --network NAME=FILE for each network of the query")
+        raise UsageError(
+            "no network is given",
+            Remedy("network", Placeholder("NAME=FILE"), reason="for each network of the query"),
+        )
     return files
 
 
@@ -230,8 +233,8 @@ def _needed(query: "Query", files: dict[str, Path]) -> dict[str, str]:
     missing, unknown = [n for n in declared if n not in files], [n for n in files if n not in declared]
     if missing:
         raise UsageError(
-            f"no file is given for the network{'s' * (len(missing) > 1)} {', '.join(missing) or 'of the query'}; add "
-            f"--network {shlex.quote(missing[0] or 'net')}=FILE"
+            f"no file is given for the network{'s' * (len(missing) > 1)} {', '.join(missing) or 'of the query'}",
+            Remedy("network", Placeholder(f"{missing[0] or 'net'}=FILE")),
         )
     if unknown:
         known = ", ".join(filter(None, declared)) or "one network"

@@ -38,6 +38,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
+from holdfast.core.remedies import Remedy
 from holdfast.engine.progress import Progress
 from holdfast.harness import Member
 from holdfast.serving.query_trials import measurable
@@ -228,8 +229,9 @@ def opened_for_assess(
     refuse_unusable_cluster(settings, sources.model.address)
     if sources.model.inference.guard is not None and settings.cluster.on != "local":
         raise UsageError(
-            f"--guard {sources.model.inference.guard} is read on this machine only, and shards run on "
-            f"{settings.cluster.on}; leave --on out"
+            f"the guard {sources.model.inference.guard} is read on this machine only, and shards run on "
+            f"{settings.cluster.on}",
+            Remedy("on"),
         )
     with journaled(run, resume=resume, keep=sources.model.limits.keep_answers):
         subject, data, surrogates = inputs.open_all()

@@ -9,6 +9,7 @@ from holdfast.config.grammar import seconds
 from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
 from holdfast.config.values import POOL_STAYS
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.engine.ray_cluster import RayOptions, refuse_missing_ray
 
 ROTATING = "rotating:"
@@ -61,10 +62,11 @@ def refuse_unusable_cluster(
     if on == "local":
         return
     if address is not None and address.startswith(ROTATING):
-        raise UsageError(f"{address} runs on this machine only: {POOL_STAYS}; leave --on {on} out")
+        raise UsageError(f"{address} runs on this machine only: {POOL_STAYS}", Remedy("on"))
     if settings.execution.workers is None:
         raise UsageError(
-            f"--on {on} needs the number of shards that are measured at the same time, as in --workers 4"
+            f"on is {on}, which needs the number of shards that are measured at the same time",
+            Remedy("workers", 4),
         )
     refuse_missing_ray(client=on != "ray")
 
@@ -78,7 +80,9 @@ def ray_options(settings: AssessSettings | HardenSettings, device: str) -> RayOp
     given = cluster.gpus_per_worker
     if given == 0 and device.startswith("cuda"):
         raise UsageError(
-            f"gpus_per_worker is 0 and the device is {device}; give --gpus-per-worker 1, or --device cpu"
+            f"gpus_per_worker is 0 and the device is {device}",
+            Remedy("gpus_per_worker", 1, function="Ray"),
+            Remedy("device", "cpu"),
         )
     return RayOptions(
         "" if cluster.on == "ray" else cluster.on,

@@ -108,14 +108,16 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
 
 
 def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:
-    """Return a note on the unit of the perturbation radius eps if inputs are not pixels in [0, 1]; otherwise an empty
+    """Return a note on the unit of the perturbation radius eps if inputs are not in [0, 1]; otherwise an empty
     tuple.
     """
     low, high = ends(model.bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:
-        unit = "pixels" if low == 0 else "the units before normalisation"
-        note = f"the data were normalised by {normalised}; this is undone, and eps is in {unit}, with {legal}"
+        note = (
+            f"the data were normalised by {normalised}; this is undone, and eps is in the units before the "
+            f"normalisation, with {legal}"
+        )
         return (f"{note}; the model normalises its input inside",)
     if (low, high) == (0.0, 1.0):
         return ()

@@ -175,7 +175,7 @@ class InputSpace(SettingGroup):
     data_normalised: Annotated[values.Normalised | None, Flag("M,…/S,…")] = Field(
         default=None,
         description="Mean and standard deviation by which the data were normalised. This is undone, and done inside "
-        "the model instead, so that eps is in pixels.",
+        "the model instead, so that eps is in the units before the normalisation.",
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
@@ -190,7 +190,7 @@ class InputSpace(SettingGroup):
         if self.data_normalised is not None and (self.mean is not None or self.std is not None):
             raise UsageError(
                 f"{prefix}give data_normalised, for data that were normalised beforehand, or mean and std, for data "
-                "that are pixels and a model that expects normalised input, not both"
+                "that were not and a model that expects normalised input, not both"
             )
         if not self.bounds[0] < self.bounds[1] or not all(map(math.isfinite, self.bounds)):
             raise UsageError(

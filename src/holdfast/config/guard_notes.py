@@ -69,7 +69,7 @@ def notes_of_file(path: Path) -> tuple[str, ...]:
     try:
         calibration = stored_calibration(settings, path)
     except HoldfastError as error:
-        faults.append(str(error))
+        faults.append(error.on_command_line())
     return (*faults, *(note.text for note in guard_notes(settings, calibration)))
 
 

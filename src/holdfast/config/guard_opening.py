@@ -26,6 +26,7 @@ from holdfast.config.guard_settings import (
 )
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.detectors.clusters import QueryState, StateLimits
 from holdfast.detectors.energy import Energy
 from holdfast.detectors.mahalanobis import Mahalanobis
@@ -98,8 +99,9 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
     settings = read_guard_settings(path)
     if subject.model.remote:
         raise UsageError(
-            f"--guard {guard} makes a guard a part of the model, and this model is behind a server, whose own guard "
-            "answers the attacks; leave it out"
+            f"guard is {guard}, which becomes a part of the model, and this model is behind a server, whose own guard "
+            "answers the attacks",
+            Remedy("guard", function="open_model"),
         )
     calibration = stored_calibration(settings, path, served_digest(subject))
     if name == QUERIES or (name is None and set(rules_of(settings)) <= {SCHEMA, RANGE, QUERIES}):

@@ -258,7 +258,7 @@ def check_guard_settings(content: Mapping[str, Any], where: str) -> GuardSetting
     except ValidationError as error:
         raise UsageError(f"{where}: {_fault(error)}") from None
     except UsageError as error:  # of a value that a parser refuses
-        raise UsageError(f"{where}: {error}") from None
+        raise error.reworded(f"{where}: {error.message}") from None
     _refuse_contradictions(settings, where)
     return settings
 

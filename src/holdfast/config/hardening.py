@@ -27,6 +27,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.ops.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.ops.fit import Training, drawing
 from holdfast.ops.recipe import Recipe
@@ -94,8 +95,8 @@ def _with_denoiser(
         raise UsageError(
             f"denoised puts a denoiser of convolutions in front of a network for images (channels, height, width), "
             f"and the inputs have shape {tuple(training.x.shape[1:])}"
-            + (" with the channels last" if model.layout == "hwc" else "")
-            + "; choose another recipe, such as --recipe gaussian-noise"
+            + (" with the channels last" if model.layout == "hwc" else ""),
+            Remedy("recipe", "gaussian-noise"),
         )
     sizes = {"channels": training.x.shape[1], "width": recipe.width, "depth": recipe.depth}
     if model.rejects:
@@ -148,12 +149,12 @@ def _open_training(sources: Sources, fit: DataLike | None, model: Classifier) ->
     except NoSplit as error:
         if fit is None or address == address_of_data:
             where = (
-                f"--fit {address} is the data set of the assessment"
+                f"{address} is also the data set of the assessment"
                 if fit is not None
                 else "the data are used for the assessment"
             )
             raise UsageError(
-                f"{address!r} has no train split to train on, and {where}; give other examples with --fit DATA"
+                f"{address!r} has no train split to train on, and {where}", OTHER_EXAMPLES
             ) from error
         data = open_split()
     return data.read(0, len(data))
@@ -252,7 +253,7 @@ def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
     if epochs is not None:
         raise UsageError(
             f"recipe.training.epochs is {epochs}, and the budget {'of recipe auto ' if auto else ''}is {budget}, which "
-            f"determines them; give only one of both{', and with epochs a recipe, as in --recipe pgd' if auto else ''}"
+            f"determines them; only one of both was expected{', and with epochs a recipe' if auto else ''}"
         )
     return seconds(budget, "budget")
 

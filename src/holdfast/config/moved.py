@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 from holdfast.config.grad_mode import gradients
 from holdfast.config.groups import DataSource, InferenceSource, ModelSource, ServerLimits, SettingGroup
+from holdfast.config.misspelt import refuse_misspelt
 from holdfast.core.errors import UsageError
 
 P = ParamSpec("P")
@@ -28,7 +29,7 @@ PLACES = {
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function of the Python interface, such as `assess`, so that it runs with gradients enabled and refuses
-    arguments that were moved.
+    arguments that were moved or have another name.
 
     If the function is called with an argument that was moved, it raises `UsageError` with the function that has the
     argument now.
@@ -38,6 +39,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **arguments: P.kwargs) -> R:
+        refuse_misspelt(function.__name__, parameters, args, arguments)
         for key in arguments:
             place = PLACES.get(key, "")
             argument = names[0] if place == "open_model" else names[1]

@@ -9,6 +9,7 @@ from holdfast.config import values
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.core.catalogue import PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.engine.ray_cluster import RayOptions, refuse_address
 
 
@@ -47,8 +48,9 @@ class Placement(SettingGroup):
         for key in type(self).model_fields.keys() - {"on"}:
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise UsageError(
-                    f"{written.get(key, prefix + key)} concerns a Ray cluster, and the run is local; add --on ray or "
-                    f"--on ray://HOST:PORT, or leave it out"
+                    f"{written.get(key, prefix + key)} concerns a Ray cluster, and the run is local",
+                    Remedy("on", "ray"),
+                    Remedy(key),
                 )
 
 
@@ -113,20 +115,22 @@ class CertifyOptions(SettingGroup):
         if self.method == SMOOTHING:
             if self.sigma is None:
                 raise UsageError(
-                    f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise; give it "
-                    "with --sigma S (in Python sigma=…), such as twice the eps of the threat"
+                    f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise",
+                    Remedy("sigma", Placeholder("SIGMA"), reason="such as twice the eps of the threat"),
                 )
             if self.geometry is not None:
                 raise UsageError(
                     f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and the method is "
-                    "smoothing, which has none; leave it out, or choose another method"
+                    "smoothing, which has none",
+                    Remedy("geometry"),
                 )
             return
         for key in ("sigma", "draws", "failure_probability", "clip"):
             if getattr(self, key) not in (None, False):
                 raise UsageError(
-                    f"{written.get(key, prefix + key)} concerns randomised smoothing, and the method is {self.method}; "
-                    "add --method smoothing, or leave it out"
+                    f"{written.get(key, prefix + key)} concerns randomised smoothing, and the method is {self.method}",
+                    Remedy("method", SMOOTHING),
+                    Remedy(key),
                 )
 
 

@@ -22,6 +22,7 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.names import slug
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.gates.grammar import parse as parse_gate
@@ -62,7 +63,8 @@ def assess_request(
     claims = tuple(parse_gate(gate) for gate in settings.judgement.gates)
     if baseline is None and any(claim.versus for claim in claims):
         raise UsageError(
-            f"gate {next(c.text for c in claims if c.versus)!r} compares with another run; give it with --baseline RUN"
+            f"gate {next(c.text for c in claims if c.versus)!r} compares with another run",
+            Remedy("baseline", Placeholder("RUN")),
         )
     execution = settings.execution
     on_device = device_of(settings.device.device) if device is None else device
@@ -108,7 +110,7 @@ def plan(
     in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
     if suite_settings.curve and not in_ball:
-        raise UsageError(f"{settings.threat.threat} has no eps, which --curve needs; leave --curve out")
+        raise UsageError(f"{settings.threat.threat} has no eps, which a curve needs", Remedy("curve"))
     probing: DoubtsWanted = "all" if name and in_ball else "free"
     selected = _selected(members, suite_settings.only, suite_settings.skip)
     left_out = [member.name for member in members if member not in selected]
@@ -137,8 +139,9 @@ def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
     refuse_uncertifiable(settings.threat.threat)
     if smallest:
         raise UsageError(
-            "the suite searches for the smallest change, and robustness is proved within an eps; leave --certify out, "
-            f"or choose a suite such as {DEFAULT_SUITE}"
+            "the suite searches for the smallest change, and robustness is proved within an eps",
+            Remedy("certify"),
+            Remedy("suite", DEFAULT_SUITE),
         )
     return tuple(prover(name) for name in CASCADE if PROVERS[name].quick)
 
@@ -160,7 +163,11 @@ def _adaptive(
     if not settings.suite.adaptive:
         return ()
     if not settings.suite.doubts:
-        raise UsageError("adaptive attacks are chosen by the doubts that are raised; leave --no-doubts out")
+        raise UsageError(
+            "adaptive attacks are chosen by the doubts that are raised, and no doubts are measured",
+            Remedy("doubts", True),
+            Remedy("adaptive"),
+        )
     if smallest or corrupting:
         why = (
             "the suite searches for the smallest change"
@@ -168,8 +175,9 @@ def _adaptive(
             else f"the threat is {settings.threat.threat}"
         )
         raise UsageError(
-            f"adaptive attacks need an eps, and {why}; leave --adaptive out, or choose a threat such as linf:8/255 and "
-            f"a suite such as {DEFAULT_SUITE}"
+            f"adaptive attacks need an eps, and {why}",
+            Remedy("adaptive"),
+            Remedy("threat", "linf:8/255", also=(Remedy("suite", DEFAULT_SUITE),)),
         )
     return adaptive_members(threat.constraint)
 
@@ -182,10 +190,11 @@ def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool)
     """Raise `UsageError` for a threat without eps, unless the suite searches for the smallest change."""
     if threat.constraint.eps == float("inf") and not smallest:
         norm = threat.constraint.name
-        choose = "choose the suite minimum-norm, or " if threat.gives("gradients") else ""
+        searched = (Remedy("suite", "minimum-norm"),) if threat.gives("gradients") else ()
         raise UsageError(
-            f"{settings.threat.threat} has no eps, which means the smallest change: {choose}give an eps, as in "
-            f"{norm}:{_USUAL[norm]}"
+            f"{settings.threat.threat} has no eps, which means the smallest change",
+            *searched,
+            Remedy("threat", f"{norm}:{_USUAL[norm]}"),
         )
 
 
@@ -194,13 +203,13 @@ def _refuse_strangers(members: Sequence[Member], settings: Measuring, *, corrupt
     for member in members:
         if isinstance(member.attack, Corruption) and not corrupting:
             raise UsageError(
-                f"{member.name} is a common corruption, and the threat is {settings.threat.threat}; "
-                f"choose a threat such as corruptions:3, or another suite"
+                f"{member.name} is a common corruption, and the threat is {settings.threat.threat}",
+                Remedy("threat", "corruptions:3"),
             )
         if corrupting and not isinstance(member.attack, Corruption):
             raise UsageError(
-                f"{member.name} is not a common corruption, and the threat is {settings.threat.threat}; "
-                f"leave it out, or choose a threat such as linf:8/255"
+                f"{member.name} is not a common corruption, and the threat is {settings.threat.threat}",
+                Remedy("threat", "linf:8/255"),
             )
 
 
@@ -221,6 +230,7 @@ def device_of(name: str) -> str:
         raise UsageError(f"device is {name!r}; expected auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs; use --device cpu"
+            f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs",
+            Remedy("device", "cpu"),
         )
     return name

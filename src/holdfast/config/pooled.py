@@ -8,6 +8,7 @@ from holdfast.config.references import Sources
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import TRUST_CODE
 from holdfast.reports.numbers import strict
 from holdfast.rotation import loaded
 from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
@@ -82,8 +83,8 @@ def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
         value = settings.get(key)
         if value and ".py:" in str(value) and not trust_code:
             raise UsageError(
-                f"{str(pool.path)!r} refers to code ({key}: {value}). Code from a pool is not run. If you trust it, "
-                f"add --trust-code"
+                f"{str(pool.path)!r} refers to code ({key}: {value}). Code from a pool is not run",
+                TRUST_CODE,
             )
 
 

@@ -8,9 +8,11 @@ import torch
 
 from holdfast.config.grammar import seconds
 from holdfast.config.guard_settings import read_guard_settings
+from holdfast.config.serve_settings import UPSTREAM_KEY
 from holdfast.config.settings import ServeSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.serving.decisions import Action
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.proxy import UpstreamModel, input_dtype, read_upstream
@@ -64,7 +66,8 @@ def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: s
     if upstream.of_labels and pipeline.detectors:
         raise UsageError(
             f"{file}: the rules {', '.join(pipeline.detectors)} need scores, and the upstream model returns class "
-            f"numbers; remove them, or name an output with scores (--upstream-output)"
+            "numbers; remove these rules",
+            Remedy("upstream_output", Placeholder("NAME"), reason="if another output has scores"),
         )
     single = upstream.signature.classes == 1 and not upstream.of_labels
     if single and Action.LABEL_ONLY in pipeline.actions:
@@ -87,7 +90,8 @@ def refuse_forwarded_keys(settings: ServeSettings) -> None:
     if settings.options.keys is not None and "authorization" in names:
         raise UsageError(
             "forward_headers contains authorization, which contains the keys of this server; give the key of the "
-            "upstream server with --upstream-header 'Authorization: env:VARIABLE'"
+            "upstream server",
+            UPSTREAM_KEY,
         )
 
 
@@ -118,6 +122,7 @@ def _refuse_settings_of_models(settings: ServeSettings) -> None:
     names = [key for key, is_given in given.items() if is_given]
     if names:
         raise UsageError(
-            f"{', '.join(names)} belong to a model of this server, and with --proxy the model is that of "
-            f"{settings.proxying.proxy}; leave them out"
+            f"{', '.join(names)} belong to a model of this server, and the model is that of "
+            f"{settings.proxying.proxy}",
+            Remedy(names[0], also=tuple(map(Remedy, names[1:]))),
         )

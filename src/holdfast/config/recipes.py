@@ -15,6 +15,7 @@ from holdfast.config.naming import AUTO, CARD
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.distributed import started
 from holdfast.ops.recipe import Recipe
@@ -28,8 +29,8 @@ def refuse_unheld(threat: ThreatModel) -> None:
     constraint = threat.constraint
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
-            f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}; "
-            f"choose one of those, as in --threat linf:8/255"
+            f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",
+            Remedy("threat", "linf:8/255"),
         )
     if threat.goal is not None:
         raise UsageError(
@@ -56,7 +57,7 @@ def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]
     if other_keys:
         raise UsageError(
             f"recipe auto selects one of several recipes, so it has no setting {other_keys[0]!r}; name the recipe "
-            f"that has it, or give a setting that all have, as in --set recipe.training.batch=64"
+            "that has it, or give a setting that all have, such as recipe.training.batch"
         )
     return tuple(
         _candidate(
@@ -99,7 +100,10 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     """
     name = str(spec["use"])
     if name not in RECIPES:  # the name is from a card; other settings were validated before
-        raise UsageError(f"there is no recipe {name!r}{did_you_mean(name, RECIPES)}; name one with --recipe")
+        raise UsageError(
+            f"the card names the recipe {name!r}, which does not exist{did_you_mean(name, RECIPES)}",
+            Remedy("recipe", "pgd"),
+        )
     cls = getattr(catalogue, RECIPES[name].cls)
     settings = {**RECIPES[name].settings, **{key: value for key, value in spec.items() if key != "use"}}
     recipe: Recipe = built(cls, settings, f"recipe {name}", "recipe")
@@ -114,7 +118,8 @@ def built(cls: type[Built], given: Mapping[str, Any], where: str, key: str) -> B
     for field in written_fields(cls):
         if field.default is field.default_factory is MISSING and field.name not in checked:
             raise UsageError(
-                f"{where} needs {field.name}, and none was given; add --set {key}.{field.name}=VALUE"
+                f"{where} needs {field.name}, and none was given",
+                Remedy(f"{key}.{field.name}", Placeholder("VALUE")),
             )
     return cls(**checked)
 
@@ -150,8 +155,8 @@ def _checked(cls: type[Any], given: Mapping[str, Any], where: str, path: str) ->
         if part_class is not None:
             if not isinstance(value, Mapping):
                 raise UsageError(
-                    f"{where}: {key} is {value!r}; set one of its parts, as in --set "
-                    f"{path}.{key}.{written_fields(part_class)[0].name}=VALUE"
+                    f"{where}: {key} is {value!r}; it has parts, which are set one by one",
+                    Remedy(f"{path}.{key}.{written_fields(part_class)[0].name}", Placeholder("VALUE")),
                 )
             part = written[key].default_factory
             assert part is not MISSING

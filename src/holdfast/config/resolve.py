@@ -43,6 +43,7 @@ from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.skipped import DECAY, skipped
 from holdfast.harness import MATRIX_ROWS, Plan
 from holdfast.ops.expectation import seen_through
@@ -320,8 +321,8 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
     split = None if fit is None else reference.source.split
     if is_same_data and split in (None, "train") and sources.data.source.split == "train":
         raise UsageError(
-            f"attacks are fitted on the train split of {address!r}, which is also evaluated; give other examples with "
-            f"--fit DATA"
+            f"attacks are fitted on the train split of {address!r}, which is also evaluated",
+            OTHER_EXAMPLES,
         )
     open_split = partial(
         open_data,
@@ -339,7 +340,8 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
         if not is_same_data:  # data that were given for the fit are used as a whole if they have no split
             return open_split()
         raise UsageError(
-            f"{address!r} has no train split to fit attacks on ({error}); give other examples with --fit DATA"
+            f"{address!r} has no train split to fit attacks on ({error.message})",
+            OTHER_EXAMPLES,
         ) from error
 
 

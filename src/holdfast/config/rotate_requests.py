@@ -5,6 +5,7 @@ from pathlib import Path
 from holdfast.config import rotating
 from holdfast.config.settings import RotateSettings
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.engine.progress import Notify, ignore
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.admit import AdmitRequest
@@ -115,7 +116,10 @@ def _loop_settings(settings: RotateSettings, by: By | None, *, immunising: bool,
     triggers = rotating.triggers(settings)
     if not (triggers or once):
         raise UsageError(
-            "no condition for swaps is given; add --every 50q/principal or --every 24h, or --once"
+            "no condition for swaps is given",
+            Remedy("every", ("50q/principal",), repeated=True),
+            Remedy("every", ("24h",), repeated=True),
+            Remedy("once", True),
         )
     immunise = rotating.immunise(settings) if immunising else None
     gates, accepted = settings.judgement.gates, settings.judgement.accept_doubts

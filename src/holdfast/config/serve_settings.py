@@ -11,6 +11,7 @@ from pydantic import Field
 from holdfast.config import values
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.remote import SCHEMES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -33,6 +34,12 @@ def is_public(host: str) -> bool:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:  # a host name, which may be that of any interface
         return True
+
+
+UPSTREAM_KEY = Remedy(
+    "upstream_headers", ("Authorization: env:VARIABLE",), "--upstream-header", repeated=True
+)
+"""header with a key of the upstream server that is in an environment variable"""
 
 
 class ServedInference(SettingGroup):
@@ -110,7 +117,9 @@ class ServeOptions(SettingGroup):
             if is_public(host) and self.keys is None:
                 raise UsageError(
                     f"{written.get(key, prefix + key)} is {host}, which other machines can reach, and there are no "
-                    "keys; create one with holdfast keys add NAME and give --keys FILE, or use 127.0.0.1"
+                    "keys; create one with holdfast keys add NAME",
+                    Remedy("keys", Placeholder("FILE")),
+                    Remedy(key, "127.0.0.1"),
                 )
         for name in self.accepted_hosts:
             if not _HOST_NAME.fullmatch(name):
@@ -176,10 +185,7 @@ def _refuse_other_address(url: str, where: str) -> None:
     if not usable or re.search(r"[^\x21-\x7e]", url):
         raise UsageError(f"{where} is {url!r}; the URL of a server was expected, as in http://127.0.0.1:8000")
     if "@" in parts.netloc:
-        raise UsageError(
-            f"{where} contains a user name or a password; leave it out, and give --upstream-header 'Authorization: "
-            "env:VARIABLE'"
-        )
+        raise UsageError(f"{where} contains a user name or a password; leave them out of it", UPSTREAM_KEY)
     if parts.query or parts.fragment:
         raise UsageError(f"{where} is {url!r}; a URL without ? and # was expected")
 

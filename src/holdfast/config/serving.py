@@ -21,6 +21,7 @@ from holdfast.config.settings import ServeSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.triggers import Trigger
 from holdfast.serving.app import ConnectionLimits
@@ -54,7 +55,8 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
     options, limits, address = settings.options, settings.limits, reference.address
     if address is not None and address.partition(":")[0] in SCHEMES:
         raise UsageError(
-            f"model is {address!r}, and no model is loaded from a URL; give a file, or a server with --proxy URL"
+            f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
+            Remedy("proxy", address),
         )
     if settings.proxying.proxy is not None:
         refuse_forwarded_keys(settings)
@@ -284,8 +286,10 @@ def _shape(reference: ModelReference) -> tuple[int, ...]:
     if reference.address in bundled_models():
         return _BUNDLED_SHAPE
     raise UsageError(
-        "the shape of the inputs is not known, which requests are checked against; give it with --input-shape, as in "
-        "--input-shape 3,32,32 (in Python holdfast.open_model(…, input_shape=(3, 32, 32)))"
+        "the shape of the inputs is not known, which requests are checked against",
+        Remedy(
+            "input_shape", Placeholder("C,H,W", "(C, H, W)"), function="open_model", reason="as in 3,32,32"
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from holdfast.config.grammar import Norm, did_you_mean
 from holdfast.config.naming import GROUP, MEMBERS, VARIANTS
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
 
 
@@ -82,8 +83,8 @@ def attack_called(name: str) -> str:
         return known_name
     if folded(name) in map(folded, ADAPTIVE):
         raise UsageError(
-            f"{name} is an attack that adaptive (on the command line --adaptive) adds depending on the raised doubts, "
-            "and it cannot be named directly"
+            f"{name} is an attack that is added depending on the raised doubts, and it cannot be named directly",
+            Remedy("adaptive", True, function="assess", reason="instead"),
         )
     similar = suggestion(name, every_name())
     raise UsageError(

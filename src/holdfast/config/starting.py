@@ -25,6 +25,7 @@ from holdfast.config.settings import (
 from holdfast.config.suites import refuse_uncertifiable
 from holdfast.config.yaml_text import load
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.reports.write import check_destination as check_place
 
 _TEMPLATE = """\
@@ -129,7 +130,9 @@ def init(
     place = Path(path or ("guard.yaml" if guard else "holdfast.yaml"))
     text = _GUARD_TEMPLATE if guard else _TEMPLATE.format(model=json.dumps(model), data=json.dumps(data))
     if place.exists() and not force:
-        raise UsageError(f"{place} exists already; give another name, or --force to overwrite it")
+        raise UsageError(
+            f"{place} exists already; give another name", Remedy("force", True, reason="to overwrite it")
+        )
     try:
         place.write_text(text, encoding="utf-8")
     except OSError as error:

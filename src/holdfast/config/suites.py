@@ -12,6 +12,7 @@ from holdfast.config.naming import VARIANTS, chosen, members
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
+from holdfast.core.remedies import Remedy
 
 SuiteName = Literal[
     "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
@@ -69,17 +70,17 @@ def refuse_uncertifiable(threat: str) -> None:
     spec = parse_threat(threat)
     if spec.norm not in ("linf", "l2", "l1"):
         raise UsageError(
-            f"the threat is {threat}, and robustness is proved under linf, l2 and l1 only; give one with an eps, as in "
-            "linf:0.1"
+            f"the threat is {threat}, and robustness is proved under linf, l2 and l1 only",
+            Remedy("threat", "linf:0.1"),
         )
     if spec.eps == float("inf"):
         raise UsageError(
-            f"the threat {threat} has no eps; give the eps that is to be proved, as in {threat}:0.1"
+            f"the threat {threat} has no eps, which is to be proved", Remedy("threat", f"{spec.norm}:0.1")
         )
     if spec.eps == 0:
         raise UsageError(
-            f"the threat is {threat}, and under eps 0 there is nothing to prove; give a positive eps, as in "
-            f"{spec.norm}:0.1"
+            f"the threat is {threat}, and under eps 0 there is nothing to prove",
+            Remedy("threat", f"{spec.norm}:0.1"),
         )
     if spec.goal is not None:
         raise UsageError(

@@ -25,6 +25,7 @@ from holdfast.config.spellings import suite_or_attacks
 from holdfast.config.suites import SuiteName
 from holdfast.core.catalogue import PROVERS, RECIPES
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.sources.remote import header_variable
@@ -92,9 +93,7 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names. Raises `UsageError` for an empty name or one that occurs twice."""
     for place, name in enumerate(names):
         if not name.strip():
-            raise UsageError(
-                f"class name {place} is empty; give one name per class, as in --class-names cat,dog"
-            )
+            raise UsageError(f"class name {place} is empty; give one name per class, as in cat,dog")
         if name in names[:place]:
             raise UsageError(f"the class name {name!r} occurs twice; give one name per class, as in cat,dog")
     return tuple(names)
@@ -152,8 +151,8 @@ def _here(value: object) -> object:
     if value == "local":
         return value
     raise UsageError(
-        f"on is {value!r}, and {POOL_STAYS}; leave --on out. holdfast harden and holdfast assess run on Ray for models "
-        "that are no pools"
+        f"on is {value!r}, and {POOL_STAYS}. Models that are no pools are hardened and assessed on Ray",
+        Remedy("on"),
     )
 
 
@@ -186,7 +185,12 @@ def _accepted(value: object) -> object:
             raise UsageError(f"there is no doubt {name!r}{did_you_mean(str(name), _DOUBTS)}")
         if reason is None or not str(reason).strip():
             raise UsageError(
-                f"the doubt {name} is accepted without a reason; give one: --accept-doubt {name}=REASON"
+                f"the doubt {name} is accepted without a reason",
+                Remedy(
+                    "accept_doubts",
+                    Placeholder(f"{name}=REASON", f"{{{str(name)!r}: REASON}}"),
+                    "--accept-doubt",
+                ),
             )
     return value
 

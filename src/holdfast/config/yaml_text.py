@@ -24,7 +24,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
+        raise error.reworded(f"{where}: {error.message}") from error
     except (
         Exception
     ) as error:  # a value that does not match its tag, such as !!bool maybe, raises various errors

@@ -29,11 +29,11 @@ def digest(data: bytes) -> str:
 
 
 def refuse_no_digest(expected: str, command: str) -> None:
-    """Raise `UsageError` if the value of `--expect-head` is neither empty nor a digest, as `command` prints it."""
+    """Raise `UsageError` if the expected head is neither empty nor a digest, as `command` prints it."""
     if expected and not re.fullmatch("[0-9a-f]{64}", expected):
         raise UsageError(
-            f"--expect-head is {expected[:80]!r}, which is not the head of a chain; 64 hex digits were expected, as "
-            f"printed by {command}"
+            f"the expected head is {expected[:80]!r}, which is not the head of a chain; 64 hex digits were expected, "
+            f"as printed by {command}"
         )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, PerExample
 from holdfast.core.whole_image import Whole
 
@@ -39,6 +40,7 @@ class Corruptions(Whole):
         corruptions.
         """
         return UsageError(
-            f"under corruptions:{self.severity} images are corrupted, not attacked; choose --suite corruptions, or "
-            "a threat such as linf:8/255"
+            f"under corruptions:{self.severity} images are corrupted, not attacked",
+            Remedy("suite", "corruptions"),
+            Remedy("threat", "linf:8/255"),
         )

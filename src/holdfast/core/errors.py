@@ -3,9 +3,10 @@
 Every message shows the value, what was expected, and a remedy. Any other exception is a bug (exit code 5).
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
-from holdfast.core.remedies import Install, Remedy
+from holdfast.core.remedies import Install, Remedy, remedy_from_json, remedy_to_json, with_remedies
 
 
 class HoldfastError(Exception):
@@ -13,14 +14,14 @@ class HoldfastError(Exception):
 
     `remedies` are changes of arguments, each of which resolves the error. The text of the error ends with them, as
     arguments of Python (`str(error)`) or as options of the command line (`on_command_line`). There are none if no
-    change of an argument is known to work.
+    change of an argument is known to work. `ending` is a sentence after them.
     """
 
     exit_code: ClassVar[int] = 5
 
     def __init__(self, message: str, *remedies: Remedy | Install) -> None:
         super().__init__(message, *remedies)
-        self.message, self.remedies = message, remedies
+        self.message, self.remedies, self.ending = message, remedies, ""
 
     @property
     def remedy(self) -> Remedy | Install | None:
@@ -28,23 +29,48 @@ class HoldfastError(Exception):
         return self.remedies[0] if self.remedies else None
 
     def __str__(self) -> str:
-        return "; ".join((self.message, *self._joined([remedy.in_python() for remedy in self.remedies])))
+        return with_remedies(self.message, [remedy.in_python() for remedy in self.remedies]) + self.ending
 
     def on_command_line(self) -> str:
         """Return the text of the error for users of the command line."""
-        return "; ".join(
-            (self.message, *self._joined([remedy.on_command_line() for remedy in self.remedies]))
-        )
+        remedies = [remedy.on_command_line() for remedy in self.remedies]
+        return with_remedies(self.message, remedies) + self.ending
 
-    @staticmethod
-    def _joined(remedies: list[str]) -> list[str]:
-        return [", or ".join(remedies)] if remedies else []
+    def reworded(self, message: str) -> Self:
+        """Return an error of the same type with the same remedies and another message."""
+        return type(self)(message, *self.remedies)
+
+    def ended(self, sentence: str) -> Self:
+        """Return an error of the same type with the same text, which ends with another sentence."""
+        error = self.reworded(self.message)
+        error.ending = f"{self.ending}; {sentence}"
+        return error
+
+
+def failure_to_json(error: HoldfastError) -> dict[str, Any]:
+    """Return an error as values that JSON can represent, for messages between processes."""
+    remedies = [remedy_to_json(remedy) for remedy in error.remedies]
+    return {"error": type(error).__name__, "message": error.message + error.ending, "remedies": remedies}
+
+
+def failure_from_json(
+    content: Mapping[str, Any], kinds: Mapping[str, type[HoldfastError]], start: str = ""
+) -> HoldfastError:
+    """Return the error that `failure_to_json` has written, as one of `kinds`, or else as a `HoldfastError`. Its message
+    begins with `start`.
+    """
+    remedies = map(remedy_from_json, content["remedies"])
+    return kinds.get(content["error"], HoldfastError)(f"{start}{content['message']}", *remedies)
 
 
 class UsageError(HoldfastError):
     """Error for an invalid option, name, threat string or configuration (exit code 2)."""
 
     exit_code: ClassVar[int] = 2
+
+
+class NoBounds(UsageError):
+    """Error for a network of which no sound bounds can be computed, for example because of one of its operations."""
 
 
 class NoSplit(UsageError):
@@ -80,16 +106,16 @@ class InputRefused(TargetRefused):
     accept a request with fewer inputs.
     """
 
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *remedies: Remedy | Install, status: int = 400) -> None:
+        super().__init__(message, *remedies)
         self.status = status
 
 
 class QueriesSpent(TargetLost):
     """Error for a request that would exceed the limit of inputs sent to a server. The run can be resumed."""
 
-    def __init__(self, message: str, limit: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *remedies: Remedy | Install, limit: int = 0) -> None:
+        super().__init__(message, *remedies)
         self.limit = limit
 
 
@@ -126,6 +152,6 @@ class Interrupted(HoldfastError):
     resumed.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *remedies: Remedy | Install, signal_number: int) -> None:
+        super().__init__(message, *remedies)
         self.signal_number = signal_number

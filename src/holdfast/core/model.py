@@ -20,6 +20,7 @@ from holdfast.core.errors import (
 from holdfast.core.guard import Guarded
 from holdfast.core.normalisation import per_channel
 from holdfast.core.outputs import REFUSED, OutputKind, is_single, kind_of_single, of_classes, refused
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
 
 VOTES = 20
@@ -130,9 +131,12 @@ _NO_MEMORY = (
 """parts of the messages, in lower case, with which torch and its libraries report missing memory"""
 
 _CALLS_NUMPY = "call numpy() on Tensor that requires grad"
-_NO_GRADIENT = (
-    "No gradient passes through numpy, so restrict the attacks to scores: use a threat such as "
-    '"linf:8/255,access=scores" and the suite "black-box"'
+_NO_GRADIENT = "No gradient passes through numpy"
+_SCORES_ONLY = Remedy(
+    "suite",
+    "black-box",
+    also=(Remedy("threat", "linf:8/255,access=scores"),),
+    reason="to restrict the attacks to scores",
 )
 
 
@@ -140,7 +144,8 @@ class Classifier(nn.Module):
     """A network with its range of valid inputs and its preprocessing, which computes `net((x - mean) / std)`.
 
     `mean` and `std` have one number for each channel (or each feature of a table). `access` is the largest access that
-    the model can give: a file that runs without gradients has "scores", and `hides` is the reason. `batches` are the
+    the model can give: a file that runs without gradients has "scores", and `hides` is the reason; `failing` is true if
+    the reason is an error in the backward pass of the network. `batches` are the
     batch sizes that the network accepts, if it rejects some. `output` declares what the network returns: logits, or
     probabilities, whose logarithms are the logits. If the network returns one number for each example, it becomes two
     classes: a logit z becomes (0, z), a probability p becomes (log(1 - p), log(p)). Without `output`, a single number
@@ -181,6 +186,7 @@ class Classifier(nn.Module):
         self.rewrites = False
         self.rejects = isinstance(net, Guarded)
         self.hides = ""
+        self.failing = False
         self._accepted: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None
@@ -192,9 +198,7 @@ class Classifier(nn.Module):
                 f"with_detector(net, detector, threshold, output={output!r})"
             )
         if std is not None and not all(s > 0 for s in std):
-            raise TargetError(
-                f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616"
-            )
+            raise TargetError(f"std is {list(std)}; every entry must be positive, as in 0.2470,0.2435,0.2616")
 
     def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Classifier":
         """Return a classifier with the same network and declarations, but with other values of `mean` and `std`."""
@@ -212,20 +216,31 @@ class Classifier(nn.Module):
         classifier.remote, classifier.rewrites = self.remote, self.rewrites
         return classifier
 
-    def _advice(self, x: Inputs) -> str:
+    def _advice(self, x: Inputs) -> tuple[str, tuple[Remedy, ...]]:
         n, weight = len(x), next(self.parameters(), x)
         if weight.is_floating_point() and weight.dtype != x.dtype:
             weight_type, input_type = (str(kind).removeprefix("torch.") for kind in (weight.dtype, x.dtype))
-            return (
+            way_out = (
                 f"Its weights are {weight_type} and the inputs {input_type}: give net.to({x.dtype}), or a network "
                 f"whose forward begins with x = x.to({weight.dtype})"
             )
+            return way_out, ()
         if self._accepted is None:
-            return "Check the shape, the data type and --mean/--std"
+            return f"Check the shape, the data type, and the normalisation (mean and std){self._tokens()}", ()
         accepted = "1 example" if self._accepted == 1 else f"{self._accepted} examples"
         if n > self._accepted:
-            return f"It accepted {accepted} before: if it accepts no larger batch, give --batch-size {self._accepted}"
-        return f"It accepted {accepted} before; --debug shows where it failed now"
+            smaller = Remedy("batch_size", self._accepted, reason="if it accepts no larger batch")
+            return f"It accepted {accepted} before", (smaller,)
+        return f"It accepted {accepted} before, so its code fails for some of these inputs", ()
+
+    def _tokens(self) -> str:
+        """Return a sentence about ids of tokens for a network with an embedding, which may expect them as inputs."""
+        if not any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in self.modules()):
+            return ""
+        return (
+            ". It has an embedding: a network whose inputs are ids of tokens is not supported, because attacks change "
+            "numbers by small amounts"
+        )
 
     def preprocess(self, x: Inputs) -> Tensor:
         """Return the normalised inputs `(x - mean) / std`, in the order of dimensions that the network expects."""
@@ -245,18 +260,24 @@ class Classifier(nn.Module):
         except Exception as error:
             if out_of_memory(error):
                 raise
-            advice = _NO_GRADIENT if _CALLS_NUMPY in str(error) else self._advice(x)
+            advice, remedies = (
+                (_NO_GRADIENT, (_SCORES_ONLY,)) if _CALLS_NUMPY in str(error) else self._advice(x)
+            )
             text = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
-            raise TargetError(f"the model raised {text}. {advice}") from error
+            raise TargetError(f"the model raised {text}. {advice}", *remedies) from error
         self._accepted = len(x)
         if not isinstance(logits, Tensor):
             kind = type(logits)
             name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
+            training = isinstance(self.net, nn.Module) and self.net.training
             way_out = "Wrap it in a factory that returns the logits only"
+            if training:
+                way_out = "Return the logits only in training mode as well"
             if name == "numpy.ndarray":
                 way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
             raise TargetError(
-                f"the model returned a {name}; it must return one tensor of logits (n, classes). {way_out}"
+                f"the model returned a {name}{' in training mode' if training else ''}; it must return one tensor of "
+                f"logits (n, classes). {way_out}"
             )
         if logits.dim() not in (1, 2) or len(logits) != len(x) or not logits.is_floating_point():
             raise TargetError(
@@ -267,8 +288,9 @@ class Classifier(nn.Module):
         classes = logits.shape[1] - self.rejects
         if self.classes is not None and classes != self.classes:
             raise TargetError(
-                f"the model returned {classes} classes, but {self.classes} were declared; "
-                f"correct --classes or the model's last layer"
+                f"the model returned {classes} classes, but {self.classes} were declared; correct the declaration or "
+                "the model's last layer",
+                Remedy("classes", classes, function="open_model"),
             )
         return logits.to(x.dtype)
 

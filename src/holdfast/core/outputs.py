@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UnclearOutput
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Logits, Mask
 
 OutputKind = Literal["logit", "probability"]
 """`logit`: any real number; `probability`: a number from 0 to 1, after a sigmoid or a softmax"""
+
+PROBABILITY = Remedy(
+    "model_output", "probability", function="open_model", reason="(after a sigmoid or a softmax)"
+)
+LOGIT = Remedy("model_output", "logit", function="open_model")
+"""declarations of the outputs of a model"""
 
 _ROUNDING = 1e-4
 """tolerance of probabilities outside [0, 1]; the error of a softmax in half precision is smaller"""
@@ -48,13 +55,13 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
     numbers = outputs[~outputs.isnan()]
     if not len(numbers):
         return None
-    labels_hint = "; class numbers from a server are declared by --http-labels with --classes N"
-    hint = labels_hint if bool((numbers == numbers.round()).all()) else ""
+    whole = bool((numbers == numbers.round()).all())
     raise UnclearOutput(
         f"the model returns one number for each example, from {float(numbers.min()):.4g} to "
-        f"{float(numbers.max()):.4g}: that may be the logit of class 1 or its probability. Declare it: "
-        "--model-output probability (after a sigmoid), or --model-output logit; in Python "
-        f"holdfast.open_model(…, model_output='probability'){hint}"
+        f"{float(numbers.max()):.4g}: that may be the logit of class 1 or its probability"
+        + (", or the number of the class of each example" if whole else ""),
+        PROBABILITY,
+        LOGIT,
     )
 
 
@@ -84,6 +91,7 @@ def _refuse_no_probabilities(outputs: Tensor) -> None:
     outside = (outputs < -_ROUNDING) | (outputs > 1 + _ROUNDING)
     if bool(outside.any()):
         raise TargetError(
-            f"the model returned {float(outputs[outside][0].detach()):.4g}, and --model-output probability declares "
-            "numbers from 0 to 1; leave it out, or give --model-output logit"
+            f"the model returned {float(outputs[outside][0].detach()):.4g}, but probabilities are from 0 to 1, and its "
+            "outputs are declared as probabilities",
+            LOGIT,
         )

@@ -1,15 +1,33 @@
 """Changes of arguments that resolve an error, written for Python and for the command line."""
 
 import shlex
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
-Value: TypeAlias = str | int | float | bool | tuple[str, ...] | None
+
+@dataclass(frozen=True)
+class Placeholder:
+    """A value that only the user knows, such as the path of further examples."""
+
+    text: str
+    """the value on the command line, as in `DATA`"""
+    python: str = ""
+    """the value in Python, if it is written in another way"""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return self.python or self.text
+
+
+Value: TypeAlias = str | int | float | bool | tuple[str, ...] | tuple[float, ...] | Placeholder | None
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of one argument that resolves an error.
+    """A change of one argument, or of several together, that resolves an error.
 
     >>> Remedy("class_names", ("cat", "dog")).on_command_line()
     'give --class-names cat,dog'
@@ -17,10 +35,18 @@ class Remedy:
     "give class_names=('cat', 'dog') to holdfast.open_model"
     >>> Remedy("geometry").on_command_line(), Remedy("geometry").in_python()
     ('leave out --geometry', 'leave out geometry')
+    >>> Remedy("fit", Placeholder("DATA")).on_command_line()
+    'give --fit DATA'
+    >>> remedy = Remedy("method", "smoothing", also=(Remedy("threat", "l2:0.5"),))
+    >>> remedy.on_command_line(), remedy.in_python()
+    ('give --method smoothing --threat l2:0.5', "give method='smoothing', threat='l2:0.5'")
+    >>> remedy = Remedy("recipe.training.lr", 0.01)
+    >>> remedy.on_command_line(), remedy.in_python()
+    ('give --set recipe.training.lr=0.01', 'give training.lr=0.01 in recipe')
     """
 
     argument: str
-    """name of the argument in Python and in configuration files"""
+    """name of the argument in Python and in configuration files; with a dot, a setting inside of one"""
     value: Value = None
     """value that resolves the error; None if the argument is to be left out"""
     option: str = ""
@@ -31,41 +57,81 @@ class Remedy:
     """whether the option is given once for each element of the value"""
     reason: str = ""
     """what the remedy does, as in `to read the first row as data`"""
+    also: "tuple[Remedy, ...]" = ()
+    """changes of further arguments that are necessary as well"""
 
     def in_python(self) -> str:
-        """Return the remedy as an argument of a function of the Python interface."""
-        place = f" to holdfast.{self.function}" if self.function else ""
-        if self.value is None:
-            return self._with_reason(f"leave out {self.argument}")
-        return self._with_reason(f"give {self.argument}={self.value!r}{place}")
+        """Return the remedy as arguments of a function of the Python interface."""
+        left_out = [each.argument for each in self._parts if each.value is None]
+        given = [each for each in self._parts if each.value is not None]
+        texts = [f"leave out {' and '.join(left_out)}"] if left_out else []
+        for function in dict.fromkeys(each.function for each in given):
+            assignments = (each._assignment() for each in given if each.function == function)
+            place = f" to holdfast.{function}" if function else ""
+            texts.append(f"give {', '.join(assignments)}{place}")
+        return self._with_reason(" and ".join(texts))
 
     def on_command_line(self) -> str:
-        """Return the remedy as an option of the command line."""
-        if self.value is None:
-            return self._with_reason(f"leave out {self.flag}")
-        return self._with_reason(f"give {shlex.join(self.words())}")
+        """Return the remedy as options of the command line."""
+        left_out = [each.flag for each in self._parts if each.value is None]
+        texts = [f"leave out {' and '.join(left_out)}"] if left_out else []
+        if words := self.words():
+            texts.append(f"give {shlex.join(words)}")
+        return self._with_reason(" and ".join(texts))
 
     def words(self) -> tuple[str, ...]:
-        """Return the words that the remedy adds to a command line; none if it removes an option."""
+        """Return the words that the remedy adds to a command line; none if it only removes options."""
+        return tuple(word for each in self._parts for word in each._own_words())
+
+    def _own_words(self) -> tuple[str, ...]:
         match self.value:
             case None:
                 return ()
+            case _ if "." in self.argument:
+                return ("--set", f"{self.argument}={self._written}")
             case bool():
                 return (self.flag if self.value else f"--no-{self.flag[2:]}",)
             case tuple() if self.repeated:
-                return tuple(word for part in self.value for word in (self.flag, part))
-            case tuple():
-                return (self.flag, ",".join(self.value))
+                return tuple(word for part in self.value for word in (self.flag, str(part)))
             case _:
-                return (self.flag, str(self.value))
+                return (self.flag, self._written)
 
     @property
     def flag(self) -> str:
         """The option of the command line, as in `--class-names`."""
         return self.option or f"--{self.argument.replace('_', '-')}"
 
+    @property
+    def _parts(self) -> "tuple[Remedy, ...]":
+        return (self, *self.also)
+
+    @property
+    def _written(self) -> str:
+        return ",".join(map(str, self.value)) if isinstance(self.value, tuple) else str(self.value)
+
+    def _assignment(self) -> str:
+        first, dot, rest = self.argument.partition(".")
+        return f"{rest}={self.value!r} in {first}" if dot else f"{first}={self.value!r}"
+
     def _with_reason(self, text: str) -> str:
-        return f"{text} {self.reason}" if self.reason else text
+        space = "" if self.reason.startswith(",") else " "
+        return f"{text}{space}{self.reason}" if self.reason else text
+
+
+TRUST_CODE = Remedy("trust_code", True, function="open_model", reason="if you trust it")
+"""permission to run the code in a file, or to which a file refers"""
+RESUME = Remedy("resume", True)
+"""continuation of a run in its folder"""
+RUN_FOLDER = Remedy("run", Placeholder("DIR"))
+"""folder of a run"""
+OTHER_FOLDER = Remedy("run", Placeholder("DIR"), reason="for another folder")
+"""folder of a new run"""
+OTHER_EXAMPLES = Remedy("fit", Placeholder("DATA"), reason="for other examples")
+"""examples on which a training or an attack is fitted"""
+SURROGATE = Remedy(
+    "surrogates", Placeholder("MODEL", "[MODEL]"), "--surrogate", reason="for a model with the same classes"
+)
+"""model on which an attacker without access to the assessed one computes examples"""
 
 
 @dataclass(frozen=True)
@@ -86,3 +152,34 @@ class Install:
     def on_command_line(self) -> str:
         """Return the command that installs the extra."""
         return self.in_python()
+
+
+def remedy_to_json(remedy: Remedy | Install) -> dict[str, Any]:
+    """Return a remedy as values that JSON can represent, for messages between processes."""
+    if isinstance(remedy, Install):
+        return {"extra": remedy.extra}
+    content = {each.name: getattr(remedy, each.name) for each in fields(Remedy)}
+    if isinstance(remedy.value, Placeholder):
+        content["value"] = {"text": remedy.value.text, "python": remedy.value.python}
+    return {**content, "also": [remedy_to_json(each) for each in remedy.also]}
+
+
+def remedy_from_json(content: Mapping[str, Any]) -> Remedy | Install:
+    """Return the remedy that `remedy_to_json` has written."""
+    if "extra" in content:
+        return Install(content["extra"])
+    value = content["value"]
+    if isinstance(value, Mapping):
+        value = Placeholder(**value)
+    elif isinstance(value, list):
+        value = tuple(value)
+    also = tuple(each for part in content["also"] if isinstance(each := remedy_from_json(part), Remedy))
+    return Remedy(**{**content, "value": value, "also": also})
+
+
+def with_remedies(text: str, remedies: Iterable[str]) -> str:
+    """Return a text that ends with remedies, of which any one can be chosen."""
+    choice = ", or ".join(remedies)
+    if not text or not choice:
+        return text or choice
+    return f"{text} {choice[0].upper()}{choice[1:]}" if text[-1] in ".?" else f"{text}; {choice}"

@@ -23,8 +23,9 @@ from typing import IO, Any
 
 import safetensors.torch
 
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.errors import TargetError, UsageError, failure_from_json
 from holdfast.core.evidence import Columns, Seconds
+from holdfast.core.remedies import Remedy
 from holdfast.engine.executor import DEATHS, ERRORS, Measure, Task
 from holdfast.engine.run import Run
 from holdfast.engine.store import Stopwatch
@@ -231,7 +232,7 @@ class Processes:
         self._workers.remove(worker)
         worker.end()
         if worker.error is not None:
-            raise ERRORS.get(worker.error["error"], HoldfastError)(worker.error["message"])
+            raise failure_from_json(worker.error, ERRORS)
         if worker.ready and worker.shard is None:
             return
         at = ("", -1) if worker.shard is None else (stage, worker.shard)
@@ -240,7 +241,7 @@ class Processes:
             where = "before it had started" if worker.shard is None else f"on shard {worker.shard} of {stage}"
             raise TargetError(
                 f"a worker died {DEATHS} times {where}, the last time with status {worker.process.returncode}; if "
-                f"memory ran out, use fewer --workers or a smaller --batch-size"
+                "memory ran out, fewer workers or smaller batches need less"
             )
 
     def pause(self) -> None:
@@ -272,7 +273,8 @@ def unshared(error: Exception) -> UsageError:
     """Return the error for a model or data that cannot be pickled, and so cannot be sent to a worker process."""
     return UsageError(
         f"a worker process cannot receive the model, the data or an attack ({type(error).__name__}: {error}); define "
-        "them in a file that can be imported, or give addresses such as file.py:factory, or leave --workers out"
+        "them in a file that can be imported, or give addresses such as file.py:factory",
+        Remedy("workers"),
     )
 
 

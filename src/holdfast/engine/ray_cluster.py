@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.remedies import RESUME, Install, Remedy
 from holdfast.engine.progress import Notify, ignore
 from holdfast.engine.ray_local import (
     ended_processes,
@@ -77,8 +78,10 @@ def refuse_address(options: RayOptions) -> None:
     if not _is_loopback(host) and not _has_tls() and not options.trust_network:
         raise UsageError(
             f"{options.address} is not on this machine, and connections of Ray are not encrypted: whoever reads or "
-            f"changes them runs code in the job. Set {_TLS}=1 with Ray's certificates, or, if you trust every machine "
-            "of that network, add --trust-network"
+            f"changes them runs code in the job. Set {_TLS}=1 with Ray's certificates",
+            Remedy(
+                "trust_network", True, function="Ray", reason="if you trust every machine of that network"
+            ),
         )
 
 
@@ -97,7 +100,7 @@ def refuse_missing_ray(*, client: bool = False) -> None:
     """Raise `UsageError`, with the command that installs it, if Ray or its client is not installed."""
     for module, name in (("ray", "Ray"), *([("grpc", "Ray's client")] if client else [])):
         if importlib.util.find_spec(module) is None:
-            raise UsageError(f"--on needs {name}, which is not installed: pip install 'holdfast[scale]'")
+            raise UsageError(f"a cluster needs {name}, which is not installed", Install("scale"))
 
 
 def imported_ray() -> ModuleType:
@@ -191,7 +194,8 @@ class Cluster:
             if ended := self.ended():
                 raise TargetError(
                     f"a process of the cluster on this machine has ended ({' and '.join(ended)}), as after a kill for "
-                    "memory; continue the run with --resume, with fewer --workers if memory ran out"
+                    "memory; fewer workers need less",
+                    RESUME,
                 )
             yield
         except HoldfastError:
@@ -201,7 +205,8 @@ class Cluster:
                 raise
             raise TargetError(
                 f"the connection to the cluster was lost ({type(error).__name__}: {error}); look whether its head node "
-                "runs, and continue the run with --resume"
+                "runs, and then continue",
+                RESUME,
             ) from error
 
 
@@ -209,7 +214,7 @@ def full() -> TargetError:
     """Return the error for an object store that is full."""
     return TargetError(
         "the object store of Ray is full, in memory and on disk; give it more memory (ray start "
-        "--object-store-memory), use fewer --workers, or a smaller --batch-size"
+        "--object-store-memory), or use fewer workers or smaller batches"
     )
 
 

@@ -38,7 +38,7 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
     if mode != "token":
         raise UsageError(
             f"RAY_AUTH_MODE is {mode!r}, with which every machine of the network could run code in the cluster that "
-            "--on ray starts; unset it, or set it to token"
+            "is started; unset it, or set it to token"
         )
     if not any(os.environ.get(name) for name in _TOKEN_VARIABLES) and not _default_token().is_file():
         os.environ["RAY_AUTH_TOKEN"] = _own_token()

@@ -20,8 +20,9 @@ import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 
-from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.errors import TargetError, failure_from_json
 from holdfast.core.evidence import Columns, Seconds
+from holdfast.core.remedies import RESUME, Remedy
 from holdfast.engine import ray_node
 from holdfast.engine.executor import DEATHS, ERRORS, Task
 from holdfast.engine.progress import Notify, ignore
@@ -46,6 +47,19 @@ _LOOKED_S = 10.0
 
 Dumps = Callable[[Any], bytes]
 """Function that pickles an object."""
+
+
+_MIXED_NODES = Remedy(
+    "mixed_nodes",
+    True,
+    function="Ray",
+    reason="(the last bits of results may then depend on the node, which the evidence states)",
+)
+
+
+def _longer(timeout_s: float) -> Remedy:
+    """Return the argument with which a cluster is waited for longer."""
+    return Remedy("timeout", f"{2 * timeout_s:g}s", function="Ray")
 
 
 @dataclass
@@ -172,14 +186,15 @@ class RayTasks:
                 self._refuse_node(header)
             self._refuse_node(header["node"])
             node, splits, cpu_s = header["node"]["node"], header["splits"], float(header["cpu_s"])
-            failure = (header["error"], header["message"]) if kind == b"E" else None
+            start = f"{place}, on node {node}: "
+            failure = failure_from_json(header, ERRORS, start) if kind == b"E" else None
         except (ValueError, KeyError, TypeError, struct.error, SafetensorError) as error:
             raise TargetError(
                 f"a worker returned something else than a result of Holdfast for {place} ({type(error).__name__}: "
                 f"{error}); look for a node with another version of Holdfast"
             ) from error
         if failure is not None:
-            raise ERRORS.get(failure[0], HoldfastError)(f"{place}, on node {node}: {failure[1]}")
+            raise failure
         for split in splits:
             run.split(stage, shard, split["row"], split["size"])
         run.store.spend(stage, shard, Seconds(cpu_s, 0.0), done=False)
@@ -202,7 +217,7 @@ class RayTasks:
         if failure == "full":
             raise full()
         if failure == "cancelled":
-            raise TargetError(f"{place} was cancelled in the cluster; continue the run with --resume")
+            raise TargetError(f"{place} was cancelled in the cluster", RESUME)
         if failure == "unreadable":
             raise TargetError(
                 f"a worker ended {place} with an error that is not read, because it could run code here; look for it "
@@ -212,7 +227,7 @@ class RayTasks:
         if self._lost[stage, shard] >= DEATHS:
             raise TargetError(
                 f"a worker was lost {DEATHS} times on {place}; if memory ran out, start fewer workers on each node, "
-                "or use a smaller --batch-size"
+                "or use smaller batches"
             )
         return True
 
@@ -237,13 +252,9 @@ class RayTasks:
         refused = known if self.options.mixed_nodes else differing
         if refused:
             shown = "; ".join(f"{key} {value}, not {self._expected[key]}" for key, value in refused.items())
-            remedy = (
-                "install the same versions on all nodes"
-                if known
-                else "remove it from the cluster, or add --mixed-nodes; the last bits of results may then depend on "
-                "the node, and the evidence says so"
-            )
-            raise TargetError(f"node {name} differs ({shown}): {remedy}")
+            way_out = "install the same versions on all nodes" if known else "remove it from the cluster"
+            mixed = () if known else (_MIXED_NODES,)
+            raise TargetError(f"node {name} differs ({shown}): {way_out}", *mixed)
         self.nodes[name] = report
 
     def _record(self, run: Run, report: Mapping[str, Any]) -> None:
@@ -282,7 +293,8 @@ class RayTasks:
             if tasks and time.monotonic() - begun > self.options.timeout_s:
                 raise TargetError(
                     f"{len(tasks)} nodes did not report their versions in {self.options.timeout_s:g} s; look at the "
-                    "logs of Ray, or give a longer --timeout"
+                    "logs of Ray",
+                    _longer(self.options.timeout_s),
                 )
 
     def _report_of(self, node: Mapping[str, Any]) -> Any:
@@ -302,12 +314,13 @@ class RayTasks:
             left_s = self.options.timeout_s - (time.monotonic() - begun)
             if left_s <= 0:
                 raise TargetError(
-                    f"the Ray cluster has {shown} that --workers {self.size} needs, after "
-                    f"{self.options.timeout_s:g} s; use fewer --workers, add nodes, or give a longer --timeout"
+                    f"the Ray cluster has {shown} that {self.size} workers need, after {self.options.timeout_s:g} s; "
+                    "use fewer workers, or add nodes",
+                    _longer(self.options.timeout_s),
                 )
             if not said:
                 self.notify(
-                    f"the Ray cluster has {shown} that --workers {self.size} needs; waiting for more, at most "
+                    f"the Ray cluster has {shown} that {self.size} workers need; waiting for more, at most "
                     f"{math.ceil(left_s)} s"
                 )
                 said = True

@@ -16,7 +16,8 @@ from typing import Any
 
 import safetensors.torch
 
-from holdfast.core.errors import HoldfastError, UsageError
+from holdfast.core.errors import HoldfastError, UsageError, failure_to_json
+from holdfast.core.remedies import Remedy
 from holdfast.engine.executor import Measure, OutOfTime
 from holdfast.ops.pieces import Room
 
@@ -93,16 +94,17 @@ def measured(
     except OutOfTime:
         return b"L" + header()
     except HoldfastError as error:
-        return b"E" + header(error=type(error).__name__, message=str(error))
+        return b"E" + header(**failure_to_json(error))
     except ModuleNotFoundError as error:
         module = (error.name or "NAME").partition(".")[0]
-        message = (
-            f"a worker cannot import {error.name}, which the model needs; send it with --ship {module}.py (in Python "
-            f"holdfast.Ray(ship=[…])), or install it on the nodes. A folder arrives as a package with its name"
+        missing = UsageError(
+            f"a worker cannot import {error.name}, which the model needs; send it, or install it on the nodes. A "
+            "folder arrives as a package with its name",
+            Remedy("ship", (f"{module}.py",), function="Ray", repeated=True),
         )
-        return b"E" + header(error=UsageError.__name__, message=message)
+        return b"E" + header(**failure_to_json(missing))
     except Exception:  # noqa: BLE001 - the process of the run raises it
         message = f"a worker failed:\n{traceback.format_exc()}"
-        return b"E" + header(error=HoldfastError.__name__, message=message)
+        return b"E" + header(**failure_to_json(HoldfastError(message)))
     content = {name: values.cpu().contiguous().clone() for name, values in columns.items()}
     return b"C" + header() + safetensors.torch.save(content)

@@ -43,9 +43,11 @@ def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
     try:
         yield
     except QueriesSpent as error:
-        raise QueriesSpent(f"{error}; {with_more(max_queries=2 * error.limit)}", error.limit) from error
+        spent = error.ended(with_more(max_queries=2 * error.limit))
+        spent.limit = error.limit
+        raise spent from error
     except (TargetLost, TargetRefused) as error:
-        raise type(error)(f"{error}; {again}") from error
+        raise error.ended(again) from error
 
 
 @contextmanager

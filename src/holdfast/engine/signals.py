@@ -71,7 +71,7 @@ def stoppable(way_out: str) -> Iterator[Stopper]:
         yield stopper
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        raise Interrupted(f"stopped by {name}; {way_out}", stopped.number) from None
+        raise Interrupted(f"stopped by {name}; {way_out}", signal_number=stopped.number) from None
     finally:
         for number, handler in before.items():
             # None is a handler that was not installed from Python, which Python cannot restore

@@ -17,7 +17,7 @@ from typing import IO, Any
 import safetensors.torch
 import torch
 
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import HoldfastError, failure_to_json
 from holdfast.engine.executor import Measure, OutOfTime, Task
 from holdfast.engine.processes import BEGINNING, Setup, read_message, unshared, write_message
 from holdfast.ops.pieces import Room
@@ -38,10 +38,10 @@ def main(inbox: int, outbox: int) -> int:
         try:
             _serve(_Driver(tasks, pipe))
         except HoldfastError as error:
-            _send(pipe, b"E", {"error": type(error).__name__, "message": str(error)})
+            _send(pipe, b"E", failure_to_json(error))
         except Exception:  # noqa: BLE001 - the process of the run raises it
             message = f"a worker failed:\n{traceback.format_exc()}"
-            _send(pipe, b"E", {"error": "HoldfastError", "message": message})
+            _send(pipe, b"E", failure_to_json(HoldfastError(message)))
         else:
             return 0
     return 1

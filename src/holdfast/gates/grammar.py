@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import suggestion
 from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, OF_STATIC, PAIRED, RENAMED, ROTATION, SHARES
 
@@ -186,7 +187,7 @@ def _versus(metric: str, rest: str, text: str) -> Versus | None:
         )
     if metric in PAIRED:
         raise UsageError(
-            f"gate {text!r}: {metric} compares two runs; "
-            f"write '{text.strip()} vs baseline', and give the baseline with --baseline RUN"
+            f"gate {text!r}: {metric} compares two runs, and is written '{text.strip()} vs baseline'",
+            Remedy("baseline", Placeholder("RUN")),
         )
     return None

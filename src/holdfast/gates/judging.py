@@ -118,7 +118,7 @@ def judge(
             claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence
         )
     except UsageError as error:
-        raise UsageError(f"gate {claim.text!r} cannot be judged: {error}") from error
+        raise UsageError(f"gate {claim.text!r} cannot be judged: {error.message}", *error.remedies) from error
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
     return replace(judged_estimate(claim, measured, doubts), scope=scope)
 

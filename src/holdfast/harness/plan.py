@@ -11,6 +11,7 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug, suite_name
 from holdfast.core.patches import Patch
+from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Transformations
 from holdfast.core.types import ACCESS_ORDER, Access
@@ -162,8 +163,9 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
     """
     if fit and not any(isinstance(member.attack, Learned) for member in plan.members):
         raise UsageError(
-            "examples to fit attacks to are given, and no attack of the suite is fitted; leave --fit out, or list one, "
-            "as in attacks: [{use: AdversarialPatch}]"
+            "examples to fit attacks to are given, and no attack of the suite is fitted; list one, as in attacks: "
+            "[{use: AdversarialPatch}]",
+            Remedy("fit"),
         )
     for member in plan.members:
         if not isinstance(member.attack, Learned):
@@ -179,8 +181,8 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
             )
         if not fit:
             raise UsageError(
-                f"{member.name} is first fitted to examples that are not judged; name some with --fit DATA "
-                f"(in Python fit=…), or leave it out"
+                f"{member.name} is first fitted to examples that are not judged; leave the attack out",
+                OTHER_EXAMPLES,
             )
 
 
@@ -197,10 +199,8 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     )
     for member in (*limited.members, *limited.curve):
         if isinstance(member.attack, Transfer) and not limited.threat.surrogates:
-            option = "--surrogate MODEL, once for each"
             raise UsageError(
-                f"{member.name} computes its examples on surrogates, and none is given; name a model with the same "
-                f"classes with {'surrogates=[net]' if plan.alone else option}"
+                f"{member.name} computes its examples on surrogates, and none is given", SURROGATE
             )
         if not limited.threat.gives(member.attack.needs):
             visible = "nothing to be seen" if least == "none" else f"{least} only"
@@ -208,7 +208,8 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
             if not replace(plan.threat, access=target).gives(member.attack.needs):
                 limit = f"the model gives {least} only{f' ({why})' if why else ''}"
             raise UsageError(
-                f"{member.name} needs {member.attack.needs}, and {limit}; {_advice(member, limited, target)}"
+                f"{member.name} needs {member.attack.needs}, and {limit}{_more_access(member, limited, target)}",
+                *_remedies(member, limited),
             )
     return limited
 
@@ -222,31 +223,36 @@ def _searched(threat: ThreatModel) -> bool:
     return threat.gives("scores") and not moves_pixels and not isinstance(constraint, Patch)
 
 
-def _suite(plan: Plan, name: str) -> str:
-    """How a user selects a suite: with the option, or with the argument of `holdfast.attack`."""
-    return f"attack={name!r}" if plan.alone else f"--suite {name}"
+def _suite(plan: Plan, name: str) -> Remedy:
+    """Return the choice of a suite, which `holdfast.attack` has as its argument `attack`."""
+    return Remedy("attack" if plan.alone else "suite", name)
 
 
-def _advice(member: Member, plan: Plan, target: Access) -> str:
-    """Advice if an attack needs more access than the threat model and the target allow."""
-    threat, options = plan.threat, []
+def _remedies(member: Member, plan: Plan) -> tuple[Remedy, ...]:
+    """Return the remedies if an attack needs more access than the threat model allows or the target gives."""
+    threat, remedies = plan.threat, list[Remedy]()
     hidden = [m for m in plan.members if not threat.gives(m.attack.needs)]
     if member not in hidden:
-        options.append("leave --curve out")
-    elif len(hidden) < len(plan.members) and not plan.alone:
-        options.append(f"leave it out with {' '.join(f'--skip {slug(m.name)}' for m in hidden)}")
+        return (Remedy("curve"),)
+    if len(hidden) < len(plan.members) and not plan.alone:
+        remedies.append(Remedy("skip", tuple(slug(m.name) for m in hidden), repeated=True))
     if _searched(threat) and suite_name(plan.suite) != "black-box":
         searches = ", ".join(name for name, _ in suite("black-box", threat.constraint, threat.access).attacks)
-        options.append(f"choose {_suite(plan, 'black-box')} ({searches})")
+        remedies.append(replace(_suite(plan, "black-box"), reason=f"({searches})"))
     elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
-        options.append(
-            "give attack='transfer' and surrogates=[net]"
-            if plan.alone
-            else "choose --suite transfer, which computes its examples on a --surrogate MODEL"
-        )
+        remedies.append(replace(_suite(plan, "transfer"), also=(SURROGATE,)))
+    return tuple(remedies)
+
+
+def _more_access(member: Member, plan: Plan, target: Access) -> str:
+    """Return the part of the message about an attack that needs more access that states where there is more."""
+    threat, norm = plan.threat, plan.threat.constraint.name
     if replace(threat, access=target).gives(member.attack.needs):
-        options.append(f"allow the attacker more access, as in access={member.attack.needs}")
-    norm = threat.constraint.name
+        return f"; the threat can allow more, as in access={member.attack.needs}"
     if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
-        options.append(f"use linf or l2, because no attack under {norm} works with labels alone")
-    return ", or ".join(options) or f"there is no attack under {norm} that needs less; use linf or l2"
+        return f"; no attack under {norm} works with labels alone, and some under linf and l2 do"
+    return (
+        ""
+        if _remedies(member, plan)
+        else f"; no attack under {norm} needs less, and some under linf and l2 do"
+    )

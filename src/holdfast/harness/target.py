@@ -309,7 +309,7 @@ def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
     if randomised:
         remarks.append(
             f"the outputs of the model are random: an example is broken if most of {VOTES} evaluations are wrong, and "
-            f"robust accuracy is the mean share of correct ones over {VOTES} new evaluations; --suite rand attacks the "
-            "average of the outputs"
+            f"robust accuracy is the mean share of correct ones over {VOTES} new evaluations; the suite rand attacks "
+            "the average of the outputs"
         )
     return tuple(remarks)

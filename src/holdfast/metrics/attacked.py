@@ -26,7 +26,7 @@ _PREFIX: dict[Input, str] = {"clean": "", "attacked": "attacked_"}
 
 
 def _values(evidence: Evidence, name: str, of: Input) -> Tensor:
-    return column(evidence, _PREFIX[of] + name, ATTACKED_INPUT)
+    return column(evidence, _PREFIX[of] + name, remedies=ATTACKED_INPUT)
 
 
 def _numbers(values: PerExample, name: str) -> PerExample:

@@ -7,6 +7,7 @@ from typing import Protocol
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.metrics import attacked, corruptions, detection, paired, perturbations, shares
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import METRICS, RENAMED
@@ -84,7 +85,7 @@ def estimate(
     """
     if name in PAIRED:
         if baseline is None:
-            raise Absent(f"{name} compares two runs; name the other one with --baseline RUN")
+            raise Absent(f"{name} compares two runs", Remedy("baseline", Placeholder("RUN")))
         return PAIRED[name](evidence, baseline, confidence)
     if name in BY_EPS:
         return BY_EPS[name](evidence, confidence, eps=eps)
@@ -110,7 +111,7 @@ def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
     try:
         corruptions.refuse_incomparable(evidence, baseline)
     except Absent as why:
-        return (str(why),)
+        return (why.on_command_line(),)
     return ()
 
 

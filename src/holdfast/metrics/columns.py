@@ -8,22 +8,30 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Mask, PerExample
 
-ATTACKED_INPUT = "use a named suite, as in --suite standard: its fixed PGD-40 pass measures it"
-MINIMUM_NORM = "minimum-norm attacks measure it: add --curve, or run --suite minimum-norm"
+ATTACKED_INPUT = (Remedy("suite", "standard", reason="whose fixed PGD-40 pass measures it"),)
+"""remedies for a metric of attacked inputs"""
+MINIMUM_NORM = (
+    Remedy("curve", True),
+    Remedy("suite", "minimum-norm", reason="whose attacks search for the smallest change"),
+)
+"""remedies for a metric of smallest changes"""
+ATTACKED = "run at least one attack"
 
 
 class Absent(UsageError):
     """Error for a metric whose attack was not run. Its message states how to measure the metric."""
 
 
-def column(evidence: Evidence, name: str, way_out: str) -> Tensor:
-    """Return a column of the evidence by its name. Raises `Absent` with the advice `way_out` if the evidence does not
-    contain it.
+def column(evidence: Evidence, name: str, way_out: str = "", remedies: tuple[Remedy, ...] = ()) -> Tensor:
+    """Return a column of the evidence by its name. Raises `Absent` with the advice `way_out` and the remedies if the
+    evidence does not contain it.
     """
     if name not in evidence:
-        raise Absent(f"this run measured no {name.replace('_', ' ')}; {way_out}")
+        advice = f"; {way_out}" if way_out else ""
+        raise Absent(f"this run measured no {name.replace('_', ' ')}{advice}", *remedies)
     return evidence[name]
 
 
@@ -54,9 +62,9 @@ def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
     if eps is None and math.isinf(eps_of_run):
         raise Absent(f"{metric} needs an eps in a minimum-norm run; write {metric}@EPS, as in {metric}@0.5")
     if eps is None or (eps == eps_of_run and "distance" not in evidence):
-        return column(evidence, "success", "run at least one attack") & evidence["correct"]
-    way_out = f"this run attacked at eps={eps_of_run:g} only; {MINIMUM_NORM}"
-    broken = within(column(evidence, "distance", way_out), eps)
+        return column(evidence, "success", ATTACKED) & evidence["correct"]
+    way_out = f"this run attacked at eps={eps_of_run:g} only"
+    broken = within(column(evidence, "distance", way_out, MINIMUM_NORM), eps)
     return evidence["correct"] & (broken | evidence["success"] if eps == eps_of_run else broken)
 
 
@@ -73,5 +81,5 @@ def suite_robust(evidence: Evidence, metric: str) -> Mask:
     """
     untargeted(evidence, metric)
     if math.isinf(evidence.threat.constraint.eps):
-        raise Absent(f"{metric} needs an eps; give one, as in --threat l2:0.5")
-    return evidence["correct"] & ~column(evidence, "suite_success", "run at least one attack")
+        raise Absent(f"{metric} needs an eps", Remedy("threat", "l2:0.5"))
+    return evidence["correct"] & ~column(evidence, "suite_success", ATTACKED)

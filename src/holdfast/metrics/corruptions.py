@@ -88,8 +88,7 @@ def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
     if spotless:
         raise Absent(
             f"mce has no value: the baseline makes no error under {', '.join(spotless)}, and a mean corruption error "
-            f"divides by its error rates; raise the severity, take more examples, or leave these corruptions out with "
-            f"--skip"
+            "divides by its error rates; raise the severity, take more examples, or skip these corruptions"
         )
 
 

@@ -59,7 +59,7 @@ def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
     The first point is the clean accuracy.
     """
     untargeted(evidence, "the eps curve")
-    distance = column(evidence, "distance", MINIMUM_NORM).double()
+    distance = column(evidence, "distance", remedies=MINIMUM_NORM).double()
     return _decreasing(torch.where(evidence["correct"], distance, 0.0), confidence)
 
 

@@ -62,7 +62,7 @@ def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     the smallest ones.
     """
     untargeted(evidence, "robust_margin")
-    return median(column(evidence, "distance", MINIMUM_NORM), confidence)
+    return median(column(evidence, "distance", remedies=MINIMUM_NORM), confidence)
 
 
 def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate:
@@ -72,7 +72,7 @@ def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate
     robust (a supremum: at this eps one of them is broken). It is 0 if no example is correct.
     """
     untargeted(evidence, "adversarial_radius")
-    distance = column(evidence, "distance", MINIMUM_NORM)[evidence["correct"]].double()
+    distance = column(evidence, "distance", remedies=MINIMUM_NORM)[evidence["correct"]].double()
     if not len(distance):
         return Estimate(0.0, 0.0, 0.0, 0)
     estimate = median(distance, confidence)

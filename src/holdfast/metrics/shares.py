@@ -9,6 +9,7 @@ import torch
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
 from holdfast.ops.statistics import bonferroni, complement, mean, proportion
@@ -59,10 +60,13 @@ def certified_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: flo
     With `eps`, it is the share of the correct examples whose certified radius is at least `eps`. It is a lower bound of
     the true robust accuracy on these examples.
     """
-    way_out = "prove robustness with holdfast certify, or with holdfast assess --certify"
-    certified = column(evidence, "certified", way_out)
+    way_out, remedies = "holdfast certify proves robustness", (Remedy("certify", True),)
+    certified = column(evidence, "certified", way_out, remedies)
     if eps is not None:
-        certified = column(evidence, "certified_radius", way_out) >= eps
+        certified = (
+            column(evidence, "certified_radius", "the method smoothing of holdfast certify proves radii")
+            >= eps
+        )
     return proportion(certified & evidence["correct"], confidence)
 
 
@@ -142,7 +146,7 @@ def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
     Eligible examples are neither of that class nor predicted as that class when clean.
     """
     if evidence.threat.goal is None:
-        raise Absent("targeted_success_rate needs a target; write --threat linf:8/255,goal=targeted:3")
+        raise Absent("targeted_success_rate needs a target", Remedy("threat", "linf:8/255,goal=targeted:0"))
     eligible = column(evidence, "eligible", "run at least one attack")
     if not eligible.any():
         raise Absent(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
+from holdfast.core.remedies import SURROGATE
 from holdfast.metrics.columns import Absent
 from holdfast.ops.statistics import proportion
 
@@ -40,7 +41,7 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, .
     Raises `Absent` if no surrogate was given or time ran out.
     """
     if "wrong" not in evidence.transfer:
-        raise Absent("transfer was not measured; name a model with the same classes with --surrogate MODEL")
+        raise Absent("transfer was not measured", SURROGATE)
     names, right, wrong = model_names(evidence), evidence.transfer["right"], evidence.transfer["wrong"]
     target_row = [0] if evidence.threat.gives("gradients") else []
     sources: list[int | None] = [*target_row, *range(1, len(names))]

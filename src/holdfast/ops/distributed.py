@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
 
 if TYPE_CHECKING:  # builds of torch without torch.distributed have no stores
     from torch.distributed.distributed_c10d import Store
@@ -158,8 +159,8 @@ def refuse_few(batch: int) -> None:
     n = processes()
     if batch < n:
         raise UsageError(
-            f"a batch of {batch} is too small for {n} processes; give a larger one, as in "
-            f"--set recipe.training.batch={n * 32}, or start fewer processes"
+            f"a batch of {batch} is too small for {n} processes; start fewer processes",
+            Remedy("recipe.training.batch", n * 32),
         )
 
 

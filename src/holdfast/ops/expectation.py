@@ -56,6 +56,7 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
     wrapped.hides, wrapped.batches, wrapped.rejects = model.hides, model.batches, model.rejects
     wrapped.remote, wrapped.class_names = model.remote, model.class_names
     wrapped.class_labels, wrapped.feature_names = model.class_labels, model.feature_names
+    wrapped.failing = model.failing
     return wrapped
 
 

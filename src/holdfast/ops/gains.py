@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs
 
 Order = Literal["linf", "l2", "l1"]
@@ -36,8 +37,8 @@ def order_of(constraint: Constraint) -> Order:
         if isinstance(constraint, kind):
             return order  # type: ignore[return-value]  # mypy widens the pairs to str
     raise UsageError(
-        f"the gain of a layer can be computed under linf, l2 and l1; the threat model is {constraint}. Choose such a "
-        f"threat, or another recipe, as in --recipe pgd"
+        f"the gain of a layer can be computed under linf, l2 and l1; the threat model is {constraint}",
+        Remedy("recipe", "pgd"),
     )
 
 
@@ -89,8 +90,8 @@ def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Si
         if "weight" not in parameters and any(weight.requires_grad for weight in parameters.values()):
             raise UsageError(
                 f"the weight of {name} is computed from {' and '.join(parameters)} at each pass, so its gain cannot be "
-                f"bounded; remove the parametrisation by torch.nn.utils.parametrize.remove_parametrizations, or "
-                f"choose --recipe gradient-regularisation"
+                "bounded; remove the parametrisation by torch.nn.utils.parametrize.remove_parametrizations",
+                Remedy("recipe", "gradient-regularisation"),
             )
     return {name: entry for name, entry in confined.items() if entry[0].weight.requires_grad}
 

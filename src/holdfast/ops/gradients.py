@@ -10,6 +10,7 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
 from holdfast.core.per_example import spread
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.refusals import CUTS
 
@@ -58,8 +59,8 @@ def gradient_of(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
         )
     if grad is None:
         raise TargetError(
-            "no gradient reaches the input of this network, and the recipe needs it; remove what stops it "
-            f"({CUTS}), or choose --recipe standard"
+            f"no gradient reaches the input of this network, and the recipe needs it; remove what stops it ({CUTS})",
+            Remedy("recipe", "standard"),
         )
     return grad
 

@@ -43,7 +43,7 @@ def unfitted(attack: object) -> UsageError:
     name = type(attack).__name__
     return UsageError(
         f"{name} must be fitted before it attacks: {name}().fit(model, other_examples, threat, rng=…) and then "
-        f"{name}().fitted(…), or use assess, which fits it, with --fit DATA if the data have no train split"
+        f"{name}().fitted(…), or use assess, which fits it"
     )
 
 

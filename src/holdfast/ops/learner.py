@@ -14,6 +14,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier, Model
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
@@ -201,7 +202,8 @@ def _refuse_foreign(
     if alone and processes() > 1:
         raise UsageError(
             f"this recipe needs all examples in one process, and {processes()} processes share them; start one "
-            f"process, or choose --recipe pgd"
+            "process",
+            Remedy("recipe", "pgd"),
         )
     if how.compiled and slope:
         raise UsageError(
@@ -211,7 +213,8 @@ def _refuse_foreign(
     if how.cutmix and not linear:
         raise UsageError(
             f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
-            f"mixed in it; leave recipe.training.cutmix out, or choose --recipe pgd or trades"
+            "mixed in it; leave recipe.training.cutmix out",
+            Remedy("recipe", "pgd"),
         )
     refuse_augmentation(data.x, how.augment, how.cutmix)
     refuse_few(min(how.batch, len(data)))
@@ -219,7 +222,8 @@ def _refuse_foreign(
     if n and not unlabelled:
         raise UsageError(
             f"{n:,} of {len(data):,} training examples have no label, and this recipe uses only labelled ones; leave "
-            f"them out, or choose --recipe vat"
+            "them out",
+            Remedy("recipe", "vat"),
         )
 
 

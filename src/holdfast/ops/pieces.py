@@ -157,5 +157,5 @@ def in_room(work: Callable[[int], _T], room: Room, row: int, n_left: int) -> _T:
 def no_memory(n: int, error: BaseException) -> TargetError:
     """Return the error for memory that is too small for `n` examples, where `n` is the smallest possible batch size."""
     many = "one example" if n == 1 else f"{n} examples"
-    way_out = "give it a machine or a --device with more, or a smaller model"
+    way_out = "give it a machine or a device with more, or a smaller model"
     return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")

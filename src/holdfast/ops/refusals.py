@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.errors import LostLoss, TargetError
+from holdfast.core.remedies import Remedy
 
-CUTS = "torch.no_grad(), torch.inference_mode(), detach(), argmax() or numpy inside the model"
+CUTS = "torch.no_grad(), torch.inference_mode(), detach(), .data, argmax() or numpy inside the model"
 """operations that prevent gradients from reaching the inputs or weights, as text for messages"""
 
 
@@ -45,6 +46,7 @@ def refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
     lost = (~losses.isfinite()).nonzero()
     if len(lost):
         raise LostLoss(
-            f"the loss is not finite from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
-            f"smaller learning rate, as in --set recipe.training.lr={lr / 10:g}"
+            f"the loss is not finite from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a smaller "
+            "learning rate",
+            Remedy("recipe.training.lr", float(f"{lr / 10:g}")),
         )

@@ -1,6 +1,5 @@
 """Decides a query: `sat` with a confirmed witness, `unsat` by a proof, or neither within the time."""
 
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from holdfast.certifiers.region import Region
 from holdfast.certifiers.relaxation import Relaxation
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.proving.boxes import BoxSearch
 from holdfast.proving.falsifying import falsified
 from holdfast.proving.problems import Problem, UnsafeSet, problems_of
@@ -251,7 +251,8 @@ def _fitting(declared: DeclaredNetwork, networks: Mapping[str, OnnxNetwork]) -> 
     name = declared.equal_to or declared.name
     if name not in networks:
         raise UsageError(
-            f"the query declares the network {name!r}, for which no file is given; --network {shlex.quote(name)}=FILE"
+            f"the query declares the network {name!r}, for which no file is given",
+            Remedy("networks", Placeholder(f"{name}=FILE", f"{{{name!r}: FILE}}"), "--network"),
         )
     network = networks[name]
     for variable, shape, what in (

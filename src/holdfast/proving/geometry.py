@@ -22,6 +22,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Table
 from holdfast.core.meter import margin
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, PerExample
 from holdfast.ops.slices import beside, boundary_slices
@@ -81,7 +82,9 @@ def boundary_geometry(
     if not isinstance(norm, Linf | L2 | L1) or threat.goal is not None:
         raise UsageError(
             f"the geometry is that of balls of linf, l2 and l1 without a target class; the threat model is {norm}, "
-            f"goal={threat.goal}. Use a threat such as --threat linf:8/255, or leave out --geometry"
+            f"goal={threat.goal}",
+            Remedy("geometry"),
+            Remedy("threat", "linf:8/255"),
         )
     model = model.eval()
     rng = Draws(seed).at("geometry")

@@ -21,6 +21,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.ops.ascent import ascend
@@ -58,7 +59,8 @@ class ATTA:
         if self.training.cutmix:
             raise UsageError(
                 f"atta stores the perturbation of each image, and cutmix={self.training.cutmix:g} would replace a part "
-                f"of the image by another one; leave it out, or choose --recipe pgd"
+                "of the image by another one; leave it out",
+                Remedy("recipe", "pgd"),
             )
         state = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)

@@ -17,6 +17,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
@@ -48,8 +49,7 @@ class EnsembleTraining:
     ) -> Iterator[Checkpoint]:
         if not threat.surrogates:
             raise UsageError(
-                "ensemble also attacks surrogates, and none is given; give one or more with "
-                "--surrogate MODEL, or choose --recipe pgd"
+                "ensemble also attacks surrogates, and none is given", SURROGATE, Remedy("recipe", "pgd")
             )
         return trained(
             self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True

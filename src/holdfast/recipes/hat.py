@@ -20,6 +20,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.divergences import kullback_leibler
@@ -100,5 +101,6 @@ def _refuse_untaught(helper: Classifier, data: Batch) -> None:
     if right < _MIN_ACCURACY:
         raise UsageError(
             f"hat learns from the given model, which classifies {right:.0%} of {len(sample):,} training examples "
-            f"correctly; train it first, with --recipe standard, or choose --recipe trades"
+            "correctly; train it first, with the recipe standard",
+            Remedy("recipe", "trades"),
         )

@@ -23,12 +23,15 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.per_example import spread
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Positive, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, trained
 from holdfast.ops.losses import cross_entropy
+
+_OTHERS = Remedy("recipe.others", Placeholder("l2:1.5,l1:10", "(L2(1.5), L1(10.0))"))
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class MultiNormTraining:
         foreign = [other for other in self.others if not isinstance(other, (Linf, L2, L1))]
         if foreign:
             raise UsageError(
-                f"others contains {foreign[0]!r}, and multi-norm trains under linf, l2 and l1; give such norms, as in "
-                f"--set recipe.others=l2:1.5,l1:10 or others=(L2(1.5), L1(10.0))"
+                f"others contains {foreign[0]!r}, and multi-norm trains under linf, l2 and l1",
+                _OTHERS,
             )
 
     def __call__(
@@ -65,8 +68,9 @@ class MultiNormTraining:
     ) -> Iterator[Checkpoint]:
         if not self.others:
             raise UsageError(
-                f"multi-norm trains under {threat.constraint} and other norms, and others is empty; give them with "
-                f"--set recipe.others=l2:1.5,l1:10, or choose --recipe pgd"
+                f"multi-norm trains under {threat.constraint} and other norms, and others is empty",
+                _OTHERS,
+                Remedy("recipe", "pgd"),
             )
         return trained(
             self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True

@@ -11,6 +11,7 @@ from typing import Any
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.metrics.columns import Absent
 from holdfast.ops.statistics import proportion
 from holdfast.reports.curves import estimate_to_json
@@ -96,8 +97,8 @@ def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow
     """
     if "turned" not in evidence.across:
         raise Absent(
-            "transfer across data sets was not measured; name a data set with inputs of the same shape with "
-            "--across DATA"
+            "transfer across data sets was not measured",
+            Remedy("across", Placeholder("DATA", "[DATA]"), reason="with inputs of the same shape"),
         )
     shares = {
         name: [

@@ -93,7 +93,7 @@ def _robust(
         masks = robust_in_scope(first, scope), robust_in_scope(second, scope)
         paired = {"robust_accuracy": _paired(masks, regression(first, second, confidence), shared)}
     except Absent as absent:
-        return {}, {}, None, f"robust accuracy is not compared: {absent}"
+        return {}, {}, None, f"robust accuracy is not compared: {absent.on_command_line()}"
     note = f"robust accuracy is {SCOPES[scope].removeprefix('; ')}"
     return paired, _flipped(first, second, masks, shared), scope, note
 

@@ -339,7 +339,7 @@ def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
     low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))
     range_text = f"legal values from {low:g} to {high:g}"
     if model.get("data_normalised"):
-        return f"pixels, with {range_text}, before the normalisation of the data"
+        return f"units before the normalisation of the data, with {range_text}"
     return f"units of the inputs, with {range_text}"
 
 

@@ -202,7 +202,7 @@ class RotatingModel:
                 # outside the lock of requests: loading takes long, and requests must not wait
                 fresh = self._ready(next_live)
             except TargetError as error:
-                raise TargetError(f"{error}. Set {name!r} still serves") from error
+                raise error.ended(f"set {name!r} still serves") from error
             with self._lock:
                 older = (self._live, *self._previous)
                 self._live = fresh

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.serving.connections import limited_protocol
 from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.keys import KeyFile
@@ -98,7 +99,10 @@ class AdminServer:
         until = time.monotonic() + _STARTED_S
         while not self._server.started:
             if time.monotonic() > until or not self._thread.is_alive():
-                raise TargetError("the operator's port did not start; choose another --admin-port")
+                raise TargetError(
+                    "the operator's port did not start",
+                    Remedy("admin_port", Placeholder("PORT"), reason="for another port"),
+                )
             time.sleep(0.01)
 
     def stop(self) -> None:

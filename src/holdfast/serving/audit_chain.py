@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from holdfast.core.chain import GENESIS
 from holdfast.core.errors import TargetError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.store import files as store
 from holdfast.store import forms
 from holdfast.store.files import content_of, create_private, open_regular
@@ -49,17 +50,22 @@ _ENDS = frozenset({"answered", "interrupted", "failed"})
 def advice_for(error: OSError) -> str:
     """Return what an operator can do about a chain that cannot be written."""
     if error.errno in _FULL:
-        return "free some space; with --on-audit-failure answer, requests are answered without records until then"
-    return "check the disk and its permissions, or give another folder with --audit DIR"
+        return (
+            "free some space; if on_audit_failure is answer, requests are answered without records until then"
+        )
+    return "check the disk and its permissions"
 
 
-def refusal_in_audit(path: Path, error: OSError) -> str:
-    """Return the error message, with advice, for a file of an audit folder that cannot be read or written."""
+def refusal_in_audit(path: Path, error: OSError) -> TargetError:
+    """Return the error for a file of an audit folder that cannot be read or written."""
     cause = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-    return f"{str(path)!r} cannot be used: {cause}; {advice_for(error)}"
+    return TargetError(
+        f"{str(path)!r} cannot be used: {cause}; {advice_for(error)}",
+        Remedy("audit", Placeholder("DIR"), reason="for another folder"),
+    )
 
 
-usable = partial(store.usable, message=refusal_in_audit)
+usable = partial(store.usable, refused=refusal_in_audit)
 """context manager that converts an `OSError` to a `TargetError` with advice about the audit folder"""
 
 

@@ -45,5 +45,5 @@ def refuse_damaged(model: Classifier, shape: tuple[int, ...], device: torch.devi
     if not any(finite):
         raise TargetError(
             f"all scores of the model for {_PROBES} random inputs are NaN or infinite; restore its file, or correct "
-            "--bounds, --mean and --std"
+            "bounds, mean and std"
         )

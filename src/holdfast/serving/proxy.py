@@ -16,6 +16,7 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.serving.forwarding import forwarded
 from holdfast.serving.protocol_v2 import BINARY, EXTENSIONS, JSON, LENGTH_HEADER, TYPES, Signature, compact
@@ -209,7 +210,9 @@ def _only_model(connection: Connection, url: str) -> str:
         if names
         else "the server does not list its models"
     )
-    raise UsageError(f"{url} names no model, and {shown}; give one, as in --proxy {url}/v2/models/NAME")
+    raise UsageError(
+        f"{url} names no model, and {shown}", Remedy("proxy", Placeholder(f"{url}/v2/models/NAME"))
+    )
 
 
 def _described(
@@ -296,13 +299,18 @@ def _input_shape(sizes: tuple[int, ...], given: tuple[int, ...] | None, where: s
         ):
             raise UsageError(
                 f"the inputs of {where} have the shape {list(sizes)}, and {list(given)} was given; correct "
-                "--input-shape or inputs.shape of the guard"
+                "the declared input shape, or inputs.shape of the guard"
             )
         return given
     if not sizes or min(sizes) < 1:
         raise UsageError(
-            f"the metadata of {where} give the shape {list(sizes)} for one input, which leaves sizes open; give "
-            "--input-shape, as in --input-shape 3,32,32"
+            f"the metadata of {where} give the shape {list(sizes)} for one input, which leaves sizes open",
+            Remedy(
+                "input_shape",
+                Placeholder("C,H,W", "(C, H, W)"),
+                function="open_model",
+                reason="as in 3,32,32",
+            ),
         )
     return sizes
 
@@ -329,7 +337,8 @@ def _with_output(
     if output is None:
         raise UsageError(
             f"{upstream.address.url} returns the outputs {found}; an output with numbers "
-            f"{'' if name is None else f'and the name {name} '}was expected; name one with --upstream-output"
+            f"{'' if name is None else f'and the name {name} '}was expected",
+            Remedy("upstream_output", Placeholder("NAME")),
         )
     try:
         scores = _rows(output.values, rows, None)

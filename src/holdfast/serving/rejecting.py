@@ -84,4 +84,5 @@ def rejecting(
     wrapped = Classifier(net, bounds=model.bounds, classes=model.classes, access=model.access)
     wrapped.hides, wrapped.batches, wrapped.class_names = model.hides, model.batches, model.class_names
     wrapped.class_labels, wrapped.feature_names = model.class_labels, model.feature_names
+    wrapped.failing = model.failing
     return wrapped

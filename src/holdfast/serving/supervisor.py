@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json
 from holdfast.engine.executor import ERRORS
 from holdfast.engine.processes import unshared
 from holdfast.engine.progress import Notify, ignore
@@ -309,7 +309,7 @@ class Supervisor:
             return
         error = None
         if worker.error is not None:
-            error = ERRORS.get(worker.error["error"], HoldfastError)(worker.error["message"])
+            error = failure_from_json(worker.error, ERRORS)
         cause = str(error or worker.killed or f"it ended with status {code}")
         if self._reloading.left(worker, cause):
             return
@@ -322,7 +322,7 @@ class Supervisor:
             if not self._started or not any(each.ready for each in self._workers):
                 raise error or TargetError(
                     f"workers died {_DEATHS} times before they were ready, the last time with status {code}; if memory "
-                    "ran out, use fewer --workers"
+                    "ran out, use fewer workers"
                 )
             self._begin_s = time.monotonic() + _BEGIN_S
             if self.setup.reloadable:

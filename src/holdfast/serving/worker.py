@@ -31,7 +31,7 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.errors import HoldfastError, TargetError, failure_to_json
 from holdfast.core.model import Classifier
 from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
 from holdfast.rotation.live import loaded
@@ -236,7 +236,7 @@ class Worker:
             model = loaded(self._pristine, weights, about["name"])
             self._n_classes(model)
         except HoldfastError as error:
-            self._send(b"U", {"epoch": about["epoch"], "reason": str(error)})
+            self._send(b"U", {"epoch": about["epoch"], "reason": error.on_command_line()})
             return
         self._prepared[about["epoch"]] = ServedSet(model, about["name"], about["epoch"])
         self._send(b"L", {"epoch": about["epoch"]})
@@ -376,10 +376,10 @@ def main(inbox: int, outbox: int, listener: int) -> int:
         try:
             _run(tasks, listener, send)
         except HoldfastError as error:
-            send(b"E", {"error": type(error).__name__, "message": str(error)})
+            send(b"E", failure_to_json(error))
         except Exception:  # noqa: BLE001 - the supervisor reports it
             message = f"a worker failed:\n{traceback.format_exc()}"
-            send(b"E", {"error": "HoldfastError", "message": message})
+            send(b"E", failure_to_json(HoldfastError(message)))
         else:
             return 0
     return 1

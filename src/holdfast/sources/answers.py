@@ -6,6 +6,7 @@ response to a single row may omit the axis of the rows.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetLost, TargetRefused
+from holdfast.core.outputs import LOGIT
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.class_numbers import listed
 from holdfast.sources.files import similar_name
 from holdfast.sources.payloads import Shaped, Template, Values, as_values
@@ -26,7 +29,18 @@ _MASKED = 2000
 _CLASS_KEYS = frozenset({"label", "score"})
 """Keys of one class if a response lists the classes of a row, as pipelines of Hugging Face do."""
 _NO_SCORES = (list, dict, str, bool)
-_ORDER = "in the order of the model's classes"
+NAMES = Placeholder("A,B,C", "[A, B, C]")
+"""all names of the classes"""
+PATH = Remedy(
+    "http_response",
+    Placeholder("PATH"),
+    function="open_model",
+    reason="for the path of the scores in the response",
+)
+"""the place of the scores, if a response contains several things"""
+_ONE_ROW = Remedy(
+    "http_max_rows", 1, function="open_model", reason="if the server accepts one row per request"
+)
 
 
 class ServerAnswers:
@@ -77,7 +91,7 @@ class ServerAnswers:
             return self._scores(content, x) if self._labels is None else self._one_hot(content, x)
         except (TargetLost, TargetRefused) as error:
             beginning = first_characters(answer, self._masked)
-            raise type(error)(self._masked(f"{error}. The response begins: {beginning}")) from None
+            raise error.reworded(self._masked(f"{error.message}. The response begins: {beginning}")) from None
 
     def recall(self, row: Tensor) -> None:
         """Restore an answer of the server, a row of scores or a one-hot label, that an earlier attempt of a resumed run
@@ -89,19 +103,23 @@ class ServerAnswers:
 
     def _scores(self, content: Any, x: Tensor) -> Tensor:
         rows = rows_by_name(content, len(x))
-        values = as_values(content) if rows is None else self._in_order(rows)
+        values = (
+            as_values(content) if rows is None else self._in_order(rows, self._first_labels(content, rows))
+        )
         if values.dtype.kind == "U":
-            raise _unreadable_text(
-                values.flat[0], "scores were expected; if it is a class, give --http-labels and"
+            names = () if self._names else (_names(),)
+            classes = Remedy(
+                "http_labels", True, function="open_model", also=names, reason="if it is a class"
             )
+            raise _unreadable_text(values.flat[0], "scores were expected", classes)
         self._refuse_other_kind("numbers" if rows is None else "objects by class name")
         values = self._entries(values, len(x))
         scores_of_rows = values.reshape(len(values), -1)
         self._refuse_class_numbers(scores_of_rows)
         if values.ndim > 2 or not scores_of_rows.shape[1]:
             raise TargetLost(
-                f"the response has shape {values.shape}; one row of scores for each of {len(x)} rows was expected; "
-                "give the path of the scores in the response with --http-response"
+                f"the response has shape {values.shape}; one row of scores for each of {len(x)} rows was expected",
+                PATH,
             )
         self._refuse_width(scores_of_rows.shape[1])
         self._classes = scores_of_rows.shape[1]
@@ -114,13 +132,39 @@ class ServerAnswers:
             )
         return scores
 
-    def _in_order(self, rows: Sequence[Mapping[str, Any]]) -> Values:
+    def _first_labels(self, content: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[Remedy, ...]:
+        """Return the arguments with which the first label of each row is read, if a response lists classes by
+        decreasing score.
+        """
+        ordered = all(list(row.values()) == sorted(row.values(), reverse=True) for row in rows)
+        if not isinstance(self._form, Template) or not isinstance(content, list) or not ordered:
+            return ()
+        if not _lists_classes(content) and not all(map(_lists_classes, content)):
+            return ()
+        place = "0.label" if _lists_classes(content) else "*.0.label"
+        path = place if self._form.path is None else f"{self._form.path}.{place}"
+        first = Remedy("http_response", path, function="open_model")
+        names = () if self._names else (_names(),)
+        return (
+            Remedy(
+                "http_labels",
+                True,
+                function="open_model",
+                also=(first, *names),
+                reason="to use the first label of each row, if the server returns only the best classes",
+            ),
+        )
+
+    def _in_order(self, rows: Sequence[Mapping[str, Any]], first_labels: tuple[Remedy, ...]) -> Values:
         """Return the scores (n, classes) of rows that contain a score for each class name."""
         if self._names is None:
             keys = [name[:_SHOWN] for name in rows[0]]
             raise TargetLost(
-                f"the response contains numbers with the keys {listed(keys)}; if these are the classes, give all of "
-                f"them with --class-names A,B,C {_ORDER}, otherwise give the path of the scores with --http-response"
+                f"the response contains numbers with the keys {listed(keys)}, and the order of the classes is not "
+                "declared",
+                _names("if these are all classes"),
+                *first_labels,
+                PATH,
             )
         for row in rows:
             unknown = [name for name in row if name not in self._names]
@@ -130,9 +174,10 @@ class ServerAnswers:
                     f"no score of {missing[0]!r}" if missing else f"a score of {unknown[0][:_SHOWN]!r}"
                 )
                 raise TargetLost(
-                    f"the response has {difference}, but the classes are {listed(self._names)}; give the names that "
-                    f"the server uses, all of them, with --class-names A,B,C {_ORDER}, or give the path of the scores "
-                    "with --http-response"
+                    f"the response has {difference}, but the classes are {listed(self._names)}",
+                    *first_labels,
+                    _names("with the names that the server uses"),
+                    PATH,
                 )
         return as_values([[row[name] for name in self._names] for row in rows])
 
@@ -142,14 +187,9 @@ class ServerAnswers:
             return values.reshape(1, -1)
         if values.ndim == 0 or len(values) != n:
             shape = f"shape {values.shape}" if values.shape else "one value"
-            way_out = (
-                "give its path in the response with --http-response"
-                if n == 1
-                else "if the server accepts one row per request, give --http-max-rows 1, or $x_one in --http-request"
-            )
             raise TargetLost(
-                f"the response to {n} {'row' if n == 1 else 'rows'} has {shape}; one entry for each row was expected: "
-                f"{way_out}"
+                f"the response to {n} {'row' if n == 1 else 'rows'} has {shape}; one entry for each row was expected",
+                PATH if n == 1 else _ONE_ROW,
             )
         return values
 
@@ -180,9 +220,11 @@ class ServerAnswers:
             are_integers and not self._has_fractions and ((values < 0) | (values > 1)).any()
         ):
             raise TargetLost(
-                f"the response contains one integer per row, such as {values.flat[0]:g}. If these are classes, give "
-                "--http-labels and --classes N; if they are scores, declare them with --model-output logit, or give "
-                "the path of other scores with --http-response"
+                f"the response contains one integer per row, such as {values.flat[0]:g}, which may be a class or a "
+                "score",
+                _class_numbers("if these are classes"),
+                replace(LOGIT, reason="if these are scores"),
+                PATH,
             )
         self._has_fractions = self._has_fractions or not are_integers
 
@@ -194,8 +236,9 @@ class ServerAnswers:
         flat = values.reshape(len(values), -1)
         if flat.shape[1] != 1:
             raise TargetLost(
-                f"the response has shape {values.shape}; one class for each of {len(x)} rows was expected: omit "
-                "--http-labels if these are scores, or give the path of the classes with --http-response"
+                f"the response has shape {values.shape}; one class for each of {len(x)} rows was expected",
+                Remedy("http_labels", function="open_model", reason="if these are scores"),
+                replace(PATH, reason="for the path of the classes"),
             )
         classes = flat[:, 0]
         if classes.dtype.kind != "U":
@@ -212,18 +255,21 @@ class ServerAnswers:
         if invalid.any():
             raise TargetRefused(
                 f"the response contains the class {numbers[invalid][0]:g}; integers from 0 to {self._labels - 1} were "
-                f"expected, so check --classes; others are declared by --class-names N,N,N {_ORDER}"
+                "expected, because so many classes are declared",
+                _names("if the classes have other numbers"),
             )
 
     def _numbered(self, labels: Sequence[str]) -> Values:
         """Return the class number of each string label."""
         if self._names is None:
-            raise _unreadable_text(labels[0], "the order of the classes is not declared; give")
+            raise _unreadable_text(labels[0], "the order of the classes is not declared", _names())
         numbers = {name: number for number, name in enumerate(self._names)}
         for label in labels:
             if label not in numbers:
                 shown = f"{listed(self._names)}{similar_name(label[:_SHOWN], self._names)}"
-                raise _unreadable_text(label, f"the names of the classes are {shown}; give all of them with")
+                raise _unreadable_text(
+                    label, f"the names of the classes are {shown}", _names("with all names")
+                )
         return np.array([numbers[label] for label in labels])
 
 
@@ -235,9 +281,9 @@ def refuse_too_many_classes(source: str, width: int, expected: int | None) -> No
         return
     scores = "1 score" if width == 1 else f"{width} scores"
     raise TargetLost(
-        f"{source} has {scores} per row, but {expected} classes are declared; if these are classes, give --http-labels "
-        f"and --classes {expected}; otherwise correct --classes or --class-names, or give the path of the scores with "
-        "--http-response"
+        f"{source} has {scores} per row, but {expected} classes are declared; check the declared classes",
+        _class_numbers("if these are classes", expected),
+        PATH,
     )
 
 
@@ -286,6 +332,19 @@ def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _unreadable_text(text: str, reason: str) -> TargetLost:
-    message = f"the response contains the text {text[:_SHOWN]!r}; {reason}"
-    return TargetLost(f"{message} --class-names A,B,C {_ORDER}")
+def _unreadable_text(text: str, reason: str, remedy: Remedy) -> TargetLost:
+    return TargetLost(f"the response contains the text {text[:_SHOWN]!r}; {reason}", remedy)
+
+
+def _names(reason: str = "") -> Remedy:
+    """Return the declaration of all classes, in their order."""
+    text = (
+        f"{reason}, in the order of the model's classes" if reason else "in the order of the model's classes"
+    )
+    return Remedy("class_names", NAMES, function="open_model", reason=text)
+
+
+def _class_numbers(reason: str, classes: int | None = None) -> Remedy:
+    """Return the declaration of a server that returns class numbers."""
+    number = Remedy("classes", Placeholder("N") if classes is None else classes, function="open_model")
+    return Remedy("http_labels", True, function="open_model", also=(number,), reason=reason)

@@ -16,10 +16,11 @@ import safetensors.torch
 from torch import Tensor
 
 from holdfast.core.errors import CarriesCode, TargetError
+from holdfast.core.remedies import TRUST_CODE
 from holdfast.sources.files import megabytes, readable_file
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import MEMORY, Limits, requested_memory
-from holdfast.sources.limited.weights import TRUST, WRITTEN
+from holdfast.sources.limited.weights import SAFER, WRITTEN
 
 MAX_BYTES = 4 * 2**30
 """Largest total size in bytes of the members of an archive. Any classifier that fits the memory limit is much
@@ -110,7 +111,8 @@ def check_archive(
         )
     if not trust_code and any(map(_is_code, members)):
         raise CarriesCode(
-            f"{str(path)!r} is a TorchScript archive, which carries code that runs with the model. {TRUST}"
+            f"{str(path)!r} is a TorchScript archive, which carries code that runs with the model. {SAFER}",
+            TRUST_CODE,
         )
     names: set[str] = set()
     for member in members:

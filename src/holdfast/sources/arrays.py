@@ -15,13 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.labels import off_range
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Layout
-from holdfast.sources.estimates import as_in_training, pixel_divisor
+from holdfast.sources.declarations import NORMALISED_DATA
+from holdfast.sources.estimates import (
+    BYTES,
+    as_in_training,
+    before_normalisation,
+    pixel_divisor,
+    range_of_training,
+)
 from holdfast.sources.expected import Expected
+from holdfast.sources.labels import class_labels
 from holdfast.sources.layouts import LayoutReading, reading_of
 from holdfast.sources.probing import ProbedClassifier
 
@@ -34,6 +42,16 @@ _COMPARED = 64
 """Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
 
 Array = NDArray[Any]
+
+_NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
+_SUPPORTED = (
+    "Inputs are images, signals or tables of numbers, which attacks change by small amounts; text and ids of tokens "
+    "are not supported"
+)
+"""Sentence about the kinds of inputs for messages about others."""
+
+
+_NORMALISED_INSIDE = "mean and std are for a model that needs normalised inputs"
 
 
 @dataclass(frozen=True)
@@ -63,16 +81,16 @@ class Pixels:
         inside = self.bounds.clamp(pixels)
         return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
 
-    def advice(self, highest: float) -> str:
-        """Return advice for an error message about pixel values outside the bounds. `highest` is the largest pixel
-        value after the conversion.
+    def advice(self, highest: float) -> tuple[str, tuple[Remedy, ...]]:
+        """Return advice and remedies for values outside the bounds. `highest` is the largest value after the
+        conversion.
         """
         if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
             return (
-                "MEAN/STD of --data-normalised seem to be on the scale of 0 to 255: divide them by 255, or add "
-                "--bounds 0,255, and eps is on that scale"
+                "mean and std of data_normalised seem to be on the scale of 0 to 255: divide them by 255",
+                (BYTES,),
             )
-        return "Correct --data-normalised MEAN/STD: give the values by which the data were normalised"
+        return "correct data_normalised: give the mean and std by which the data were normalised", ()
 
 
 @dataclass(frozen=True)
@@ -96,8 +114,8 @@ class Arrays:
     """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
     """names of the columns of a table, in the order of the inputs"""
-    objection: str = ""
-    """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
+    objection: HoldfastError | None = None
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -165,64 +183,19 @@ def selected_rows(
     """
     if n is not None and sample is not None:
         raise UsageError(
-            f"-n {n} and --sample {sample} exclude each other: give -n for the first N examples, or --sample for N "
-            "random ones"
+            f"n is {n} and sample is {sample}, which exclude each other: n is for the first examples, and sample for "
+            "random ones",
+            Remedy("sample"),
+            Remedy("n", option="-n"),
         )
-    for flag, number in (("-n", n), ("--sample", sample)):
+    for argument, number in (("n", n), ("sample", sample)):
         if number is not None and number < 1:
-            raise UsageError(f"{flag} is {number}; at least one example is needed")
+            raise UsageError(f"{argument} is {number}; at least one example is needed")
     if n_rows == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if sample is not None and sample < n_rows:
         return np.sort(np.random.default_rng(seed).choice(n_rows, sample, replace=False)).astype(np.int64)
     return np.arange(min(n or n_rows, n_rows), dtype=np.int64)
-
-
-def labels(
-    y: Array,
-    n_rows: int,
-    expected: Expected,
-    *,
-    classes: int | None,
-    name: str,
-    source_labels: Array | None = None,
-) -> NDArray[np.int64]:
-    """Check the labels of a data set, and return them as int64 class numbers (n_rows,) from 0 to classes - 1.
-
-    Raises `TargetError` for other labels, unless `expected` permits any label. If `y` is a part of a source,
-    `source_labels` contains the labels of the whole source, whose range is part of the error message.
-    """
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim == 2 and len(y) == n_rows:
-        raise TargetError(
-            f"the labels of {name} have shape {y.shape}, as one-hot rows have; give y.argmax(1)"
-        )
-    if y.ndim != 1:
-        raise TargetError(f"the labels of {name} have shape {y.shape}; one integer per example was expected")
-    if len(y) != n_rows:
-        raise TargetError(
-            f"{name} has {n_rows} examples and {len(y)} labels; one label per example was expected"
-        )
-    if y.dtype.kind not in "iub":
-        by_name = (
-            "give the index of each name among the model's classes, as in [names.index(name) for name in y]"
-        )
-        way_out = "give y.astype('int64')" if y.dtype.kind == "f" else by_name
-        raise TargetError(f"the labels of {name} are {y.dtype}; integers (int64) were expected: {way_out}")
-    y = y.astype(np.int64)
-    if expected.any_label:
-        return y
-    all_labels = y if source_labels is None else source_labels
-    if len(y) and y.min() < 0:
-        signs = set(np.unique(all_labels).tolist()) == {-1, 1}
-        way_out = "give (y + 1) // 2" if signs else "remove rows without a class, or renumber the classes"
-        raise TargetError(f"the labels of {name} contain {y.min()}; class numbers start at 0: {way_out}")
-    if classes is not None and len(y) and y.max() >= classes:
-        raise TargetError(
-            off_range(int(all_labels.min()), int(all_labels.max()), classes, name, remote=expected.remote)
-        )
-    return y
 
 
 def from_numpy(
@@ -250,13 +223,15 @@ def from_numpy(
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
+    if x.dtype.kind not in "iubf":
+        raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {_SUPPORTED}")
     if x.ndim < 2 and not preserve:
         raise TargetError(
             f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
             "x.reshape(len(x), -1)"
         )
     n_classes = expected.classes or (None if names is None else len(names))
-    y = labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
+    y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
     stored, scale, scale_notes = _stored(x, expected.bounds, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
     unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
@@ -270,7 +245,7 @@ def from_numpy(
         if declared is not None:
             probe.own.layout = probe.own.layout or "chw"
         # Again, because the number of classes may have become known with the first outputs of the network.
-        labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
+        class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected.bounds, lenient=expected.lenient)
     return data
 
@@ -307,14 +282,14 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
         return None
     if x.dtype.kind != "f":
         raise TargetError(
-            f"the inputs of {name} are {x.dtype}, but normalised values are floats; omit --data-normalised, and "
-            "give --mean and --std if the model needs normalised inputs"
+            f"the inputs of {name} are {x.dtype}, but normalised values are floats; {_NORMALISED_INSIDE}",
+            NORMALISED_DATA,
         )
     if min(expected.normalised.mean) > 0 and x.min() >= 0 and x.max() <= 1:
         raise TargetError(
             f"the inputs of {name} range from {x.min():.6g} to {x.max():.6g}, but normalised values lie on both sides "
-            "of 0: these seem to be pixels. Omit --data-normalised, and give --mean and --std if the model needs "
-            "normalised inputs"
+            f"of 0: these seem not to be normalised; {_NORMALISED_INSIDE}",
+            NORMALISED_DATA,
         )
     return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
 
@@ -342,7 +317,7 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
         lowest, highest = min(lowest, float(batch.x.min())), max(highest, float(batch.x.max()))
         outside |= _outside(batch.x, bounds, data.name)
     if outside and not lenient:
-        raise TargetError(_range_message(data, lowest, highest, bounds))
+        raise _out_of_range(data, lowest, highest, bounds)
 
 
 def _rows(data: Arrays) -> int:
@@ -362,23 +337,24 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
         ) from error
 
 
-def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> str:
-    expected = f"{_side(bounds.low)} to {_side(bounds.high)} was expected. "
+def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> TargetError:
+    """Return the error for inputs outside the bounds."""
+    expected = f"{_side(bounds.low)} to {_side(bounds.high)} was expected"
     message = f"range from {lowest:.6g} to {highest:.6g}; {expected}"
     if data.pixels is not None:
         subject = f"the inputs of {data.name}, their normalisation {data.pixels.normalised} undone, {message}"
-        return f"{subject}{data.pixels.advice(highest)}"
+        advice, remedies = data.pixels.advice(highest)
+        return TargetError(f"{subject}; {advice}", *remedies)
     message = f"the inputs of {data.name} {message}"
     if not _is_unit(bounds):
-        return f"{message}Scale them, or correct --bounds, as in --bounds {lowest:.6g},{highest:.6g}"
+        return TargetError(f"{message}; scale them", range_of_training(lowest, highest))
     bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
-    scaled = as_in_training(lowest, highest, data.x.ndim)
-    scaling = "Divide them by 255 (or save them as uint8)" if bytes_ else f"{scaled[0].upper()}{scaled[1:]}"
-    return (
-        f"{message}{scaling}. If they were normalised before, give --data-normalised MEAN/STD with the values of your "
-        f"training, and eps stays in pixels. Otherwise give the range that the model was trained on with --bounds "
-        f"LOW,HIGH (these inputs: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
+    advice = (
+        "divide them by 255 (or save them as uint8)"
+        if bytes_
+        else as_in_training(lowest, highest, data.x.ndim)
     )
+    return TargetError(f"{message}; {advice}", before_normalisation(), range_of_training(lowest, highest))
 
 
 def _side(side: float | Tensor) -> str:
@@ -404,13 +380,27 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
         return x, 255.0, ()
     if x.dtype.kind == "f":
         return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
-    lowest, highest = (float(end) for end in (x.min(), x.max())) if x.dtype.kind in "iu" else (0.0, 0.0)
-    divisor = pixel_divisor(lowest, highest, 4)
-    way_out = (
-        ""
-        if divisor is None
-        else f": give x.astype('float32') / {divisor:g} (their largest value is {highest:g})"
-    )
     raise TargetError(
-        f"the inputs of {name} are {x.dtype}; uint8 (0 to 255) or floats inside the bounds were expected{way_out}"
+        f"the inputs of {name} are {x.dtype}; {_NUMBERS} were expected{_as_floats(x, bounds)}. {_SUPPORTED}"
     )
+
+
+def _as_floats(x: Array, bounds: Bounds) -> str:
+    """Return advice for an error message about inputs that are integers.
+
+    Bytes are recognised by their range. Whole numbers of other ranges may be numbers of any kind, such as ids of
+    tokens, for which no scale is known.
+    """
+    lowest, highest = int(x.min()), int(x.max())
+    if x.ndim > 2 and _is_unit(bounds) and pixel_divisor(lowest, highest, x.ndim) == 255:
+        return ": give x.astype('float32') / 255 if they are pixels"
+    if _is_unit(bounds):
+        return (
+            ": if they are features or pixels, scale them as in the training of the model (they range from "
+            f"{lowest} to {highest})"
+        )
+    return ": if they are features or pixels, give x.astype('float32')"
+
+
+def _type(x: Array) -> str:
+    return "text" if x.dtype.kind in "UST" else str(x.dtype)

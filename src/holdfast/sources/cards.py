@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import TargetError
+from holdfast.core.remedies import Remedy
 from holdfast.sources.models import BUNDLED_FOLDER
 
 CARD = "card.json"
@@ -35,8 +36,8 @@ def trained_by(address: str) -> dict[str, Any] | None:
         return _recipe({**settings, "recipe": name})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(
-            f"{str(beside)!r} is not the card of a hardened model: {error!r}; restore it, or give a recipe with "
-            "--recipe"
+            f"{str(beside)!r} is not the card of a hardened model: {error!r}; restore it",
+            Remedy("recipe", "pgd"),
         ) from error
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.columns import MOST_CHARACTERS
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import similar_name
 
 Array = NDArray[Any]
+_NAMES = Placeholder("A,B,C", "[A, B, C]")
 _SHOWN, _SHOWN_CHARACTERS = 10, 60  # names in a message, and characters of each
 MOST_NAMES = 100_000  # labels with more values are rather ids or texts than classes
 MOST_TEXTS = 10_000_000
@@ -45,41 +47,44 @@ def class_numbers(
     order = numeric if expected.class_order == "numeric" else lexical
     description = f"{where} has {len(names_in_data)} {kind} ({listed(numeric)})"
     description += "" if classes is None else f", and the model has {classes} classes"
-    declaration = "in the order of the model's outputs: --class-names A,B,C (or @FILE, one name a line)"
     if classes is not None and len(names_in_data) < classes:
         raise TargetError(
-            f"{description}; it is not clear which are missing. Give all {classes} names {declaration}"
+            f"{description}; it is not clear which are missing",
+            _names(f"with all {classes} names, in the order of the model's outputs"),
         )
     reason = "" if expected.class_order is not None else _unclear(lexical, numeric)
     if reason:
-        condition = " if no class is missing" if classes is None else ""
-        raise TargetError(
-            f"{description}; {reason}. Give the order of the training, --class-order lexical or --class-order "
-            f"numeric{condition}, or give all names {declaration}"
+        condition = " and no class is missing" if classes is None else ""
+        orders = (
+            Remedy("class_order", order, function="open_model", reason=f"if the training used it{condition}")
+            for order in ("lexical", "numeric")
         )
+        names = _names("with all names, in the order of the model's outputs")
+        raise TargetError(f"{description}; {reason}", *orders, names)
     if classes is not None and len(names_in_data) > classes:
         raise TargetError(
             f"{where} has {len(names_in_data)} {kind} ({listed(order)}), but the model has {classes} classes; remove "
-            f"the others, or correct --classes{_served(expected)}"
+            "the others, or correct the number of classes if it was declared",
+            *_served(expected),
         )
     return tuple(order)
 
 
 def lenient_numbers(
     names_in_data: Sequence[str], expected: Expected, where: str, kind: str
-) -> tuple[tuple[str, ...], str]:
-    """Return the class names in the order of their class numbers, as `class_numbers` does, and an empty string.
+) -> tuple[tuple[str, ...], HoldfastError | None]:
+    """Return the class names in the order of their class numbers, as `class_numbers` does, and None.
 
     If `class_numbers` raises an error and `expected` permits any label, return the names in lexical order and the
-    error's message instead.
+    error instead.
     """
     classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
     try:
-        return class_numbers(names_in_data, expected, classes, where, kind), ""
+        return class_numbers(names_in_data, expected, classes, where, kind), None
     except (TargetError, UsageError) as error:
         if not expected.any_label:
             raise
-        return tuple(sorted(names_in_data)), str(error)
+        return tuple(sorted(names_in_data)), error
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,8 @@ class Numbered:
     y: Array
     names: tuple[str, ...] | None = None
     """names of the classes, if the original labels are strings"""
-    objection: str = ""
-    """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
+    objection: HoldfastError | None = None
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
 
 
 def numbered(y: Array, expected: Expected, name: str) -> Numbered:
@@ -123,8 +128,13 @@ def numbered_words(words: Sequence[str], indices: Array, expected: Expected, nam
     used_places = np.unique(indices)
     if len(used_places) > MOST_NAMES:
         raise TargetError(
-            f"{name} has {len(used_places):,} different text labels; at most {MOST_NAMES:,} classes were expected: "
-            "name the column of the label with --label"
+            f"{name} has {len(used_places):,} different text labels; at most {MOST_NAMES:,} classes were expected",
+            Remedy(
+                "label",
+                Placeholder("COLUMN"),
+                function="open_data",
+                reason="if another column has the labels",
+            ),
         )
     names, objection = lenient_numbers(
         sorted(words[place] for place in used_places), expected, name, "text labels"
@@ -166,8 +176,9 @@ def matched(
         return declared, tuple(numbers[name] for name in names)
     if expected.names_declared:
         raise TargetError(
-            f"the classes of the data are {listed(names)}, but --class-names is {listed(declared)}"
-            f"{similar_name(unknown[0], declared)}; omit --class-names, or use the same names"
+            f"the classes of the data are {listed(names)}, but class_names is {listed(declared)}"
+            f"{similar_name(unknown[0], declared)}; use the same names",
+            Remedy("class_names", function="open_model"),
         )
     return names, None
 
@@ -198,7 +209,7 @@ def _declared(
     names_in_data: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
     names = expected.class_names or ()
-    source = "--class-names has" if expected.names_declared else "the model has the names of"
+    source = "class_names has" if expected.names_declared else "the model has the names of"
     if classes is not None and len(names) != classes:
         raise UsageError(
             f"{source} {len(names)} classes ({listed(names)}), but the model has {classes}; give one name for each of "
@@ -209,14 +220,22 @@ def _declared(
     if unknown:
         raise TargetError(
             f"{where} has the {kind} {listed(unknown)}, and {source} {listed(names)}{similar_name(unknown[0], names)}; "
-            "correct the names, with --class-names A,B,C in the order of the model's outputs"
+            "correct the names",
+            _names("in the order of the model's outputs"),
         )
     return names
 
 
-def _served(expected: Expected) -> str:
-    options = "--http-labels and --class-names A,B,C"
-    return f"; if the server returns classes, give {options}" if expected.remote else ""
+def _names(reason: str) -> Remedy:
+    return Remedy("class_names", _NAMES, function="open_model", reason=reason)
+
+
+def _served(expected: Expected) -> tuple[Remedy, ...]:
+    names = Remedy("class_names", _NAMES, function="open_model")
+    labels = Remedy(
+        "http_labels", True, function="open_model", also=(names,), reason="if the server returns classes"
+    )
+    return (labels,) if expected.remote else ()
 
 
 def _unclear(lexical: list[str], numeric: list[str]) -> str:

@@ -2,8 +2,11 @@
 reached.
 """
 
+from holdfast.core.errors import QueriesSpent
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.ops.expectation import inner
+from holdfast.sources.declarations import LAYOUT
 from holdfast.sources.sent import Sent
 from holdfast.sources.served import Served
 
@@ -33,16 +36,19 @@ class InspectionCounter(Sent):
         """Number of rows that the inspection may still send to the served model."""
         return self.most - self.rows
 
-    def spent(self, rows: int) -> str:
-        """Return the error message that explains why an inspection does not send `rows` further rows to the served
-        model.
-        """
-        reason = "to determine the layout of the data; declare it with --layout chw, hwc or asis"
+    def spent(self, rows: int) -> QueriesSpent:
+        """Return the error that explains why an inspection does not send `rows` further rows to the served model."""
+        reason, remedy = "to determine the layout of the data", LAYOUT
         if self.totals.refused:
-            reason = "because the server rejects so many per request; give the accepted number as --http-max-rows N"
-        return (
-            f"doctor and --dry-run send at most {self.most} rows to a server; rows sent: {self.rows}, rows that are "
-            f"needed as well: {rows}, {reason}"
+            reason = "because the server rejects so many per request"
+            remedy = Remedy(
+                "http_max_rows", Placeholder("N"), function="open_model", reason="with the accepted number"
+            )
+        return QueriesSpent(
+            f"doctor and a dry run send at most {self.most} rows to a server; rows sent: {self.rows}, rows that are "
+            f"needed as well: {rows}, {reason}",
+            remedy,
+            limit=self.most,
         )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.sources import tables
 from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
@@ -14,6 +15,7 @@ from holdfast.sources.catalogue import CATALOGUE, data_folder
 from holdfast.sources.class_numbers import MOST_NAMES, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import reading, similar_name
+from holdfast.sources.labels import whole_numbers
 from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
 from holdfast.sources.npz import Npz, arrays_of_split, named_arrays
@@ -21,7 +23,7 @@ from holdfast.sources.pictures import Pictures, open_folder
 
 D = TypeVar("D", bound=Data)
 
-_FORMS = "a bundled or catalogue name, .npz, a folder of class folders, .csv or .parquet with --label"
+_FORMS = "a bundled or catalogue name, .npz, a folder of class folders, or a table in .csv or .parquet"
 
 
 def bundled_data() -> dict[str, Path]:
@@ -106,10 +108,15 @@ class _Location:
 def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictures:
     path = place.path
     if options.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
-        raise UsageError(f"{address!r} is not a table and has no columns; omit --drop {options.drop[0]}")
+        raise UsageError(
+            f"{address!r} is not a table and has no columns", Remedy("drop", function="open_data")
+        )
     if (options.x or options.y) and path.exists() and path.suffix != ".npz":
-        option = f"--x {options.x}" if options.x else f"--y {options.y}"
-        raise UsageError(f"{address!r} is not an .npz file and has no named arrays; omit {option}")
+        removal = [Remedy(name, function="open_data") for name in "xy" if getattr(options, name)]
+        raise UsageError(
+            f"{address!r} is not an .npz file and has no named arrays",
+            replace(removal[0], also=tuple(removal[1:])),
+        )
     if path.is_dir():
         return open_folder(
             path,
@@ -158,13 +165,13 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     name = f"{x_name} of {address!r}"
     rows = selected_rows(n_rows, n=options.n, sample=options.sample, seed=options.seed, name=name)
     stop = int(rows[-1]) + 1
-    x, all_labels = archive.array(x_name, stop=stop), archive.array(y_name)
+    x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
     if len(rows) < stop:
         x = x[rows]
     names = place.classes
     if names is None and "classes" in archive.names:
         names = _class_names(archive, address)
-    objection = ""
+    objection: HoldfastError | None = None
     if all_labels.dtype.kind == "U" and all_labels.ndim == 1:
         class_names = options.expected.class_names or names
         numbering = numbered(all_labels, replace(options.expected, class_names=class_names), name)

@@ -3,9 +3,13 @@
 The results may differ from the values that were used in the training.
 """
 
+import math
+from collections.abc import Callable
+
 from torch import Tensor
 
 from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import Placeholder, Remedy
 
 NORMALISATIONS = {
     "MNIST's": ((0.1307,), (0.3081,)),
@@ -14,6 +18,10 @@ NORMALISATIONS = {
     "the half-half": ((0.5,), (0.5,)),
 }
 """Common means and standard deviations, by data set."""
+BYTES = Remedy(
+    "bounds", (0, 255), reason="if the model was trained on values from 0 to 255 (eps is then on that scale)"
+)
+"""bounds of a model whose inputs are bytes"""
 _FEWEST_LEVELS = 2  # a smaller largest value is more likely an outlier of values in [0, 1]
 _NEAR_255 = 128  # bytes of real images are rarely all in the lower half of their range
 
@@ -39,9 +47,40 @@ def as_in_training(lowest: float, highest: float, dims: int) -> str:
     return f"scale {'the features' if dims == 2 else 'them'} as in training{example}"
 
 
-def scaling(x: Tensor) -> str:
-    """Return advice for an error message about inputs outside the bounds. It marks numbers that are derived from the
-    data alone as estimates.
+def before_normalisation(mean_std: str = "") -> Remedy:
+    """Return the declaration that data were normalised, with an example of its value."""
+    reason = "with the values of your training, if they were normalised before"
+    return Remedy(
+        "data_normalised",
+        Placeholder("MEAN/STD", "(mean, std)"),
+        reason=f"{reason}{mean_std} (eps is then in the units before the normalisation)",
+    )
+
+
+def range_of_training(low: float, high: float, whence: str = "the range of these inputs") -> Remedy:
+    """Return the bounds that contain the data, which are an estimate of the range on which the model was trained."""
+    return Remedy(
+        "bounds",
+        (_rounded(low, math.floor), _rounded(high, math.ceil)),
+        reason=f"({whence}; use the limits of your training; eps is then in the units of the data)",
+    )
+
+
+def _rounded(number: float, towards: Callable[[float], int]) -> float:
+    """Return a number with about six digits, which is rounded by `towards` so that the bounds contain it. An integer
+    remains one.
+    """
+    if not number:
+        return 0
+    digits = 5 - math.floor(math.log10(abs(number)))
+    scale: float = 10.0 ** abs(digits)
+    rounded = towards(number * scale) / scale if digits > 0 else towards(number / scale) * scale
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def scaling(x: Tensor) -> tuple[str, tuple[Remedy, ...]]:
+    """Return advice and remedies for inputs outside the bounds. They mark numbers that are derived from the data alone
+    as estimates.
     """
     low, high = float(x.min()), float(x.max())
     advice = as_in_training(low, high, x.dim())
@@ -51,11 +90,8 @@ def scaling(x: Tensor) -> str:
         if len(mean) in (1, x.shape[1]) and _are_pixels(Normalisation(mean, std).undone(x))
     ]
     guess = f" (an estimate: {'; '.join(estimates)})" if estimates else ""
-    return (
-        f"{advice}; if they were normalised before, give --data-normalised MEAN/STD with the values of your training"
-        f"{guess}, and eps stays in pixels; else --bounds LOW,HIGH, as {low:.6g},{high:.6g} (an "
-        f"estimate from {len(x)} examples; use the limits of your training), and eps is in the units of the data"
-    )
+    whence = f"an estimate from {len(x)} examples"
+    return advice, (before_normalisation(guess), range_of_training(low, high, whence))
 
 
 def _are_pixels(x: Tensor) -> bool:

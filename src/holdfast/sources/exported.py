@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches
+from holdfast.core.remedies import TRUST_CODE
 from holdfast.sources.archive import check_archive, read_once
 from holdfast.sources.limited.answering import is_out_of_memory
 from holdfast.sources.limited.calling import read_under_limits
@@ -151,8 +152,8 @@ def refuse_code_in_program(path: Path, content: bytes) -> None:
     if reasons:
         raise UsageError(
             f"{str(path)!r} carries what could run as code, or reach outside of its tensors: "
-            f"{'; '.join(reasons[:3])}. If you trust it, give --trust-code; otherwise export it to ONNX, or give the "
-            "network as file.py:factory"
+            f"{'; '.join(reasons[:3])}; export it to ONNX, or give the network as file.py:factory",
+            TRUST_CODE,
         )
 
 

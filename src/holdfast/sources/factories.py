@@ -1,7 +1,8 @@
 """Calls the function of the user that builds a model, which is specified as `file.py:factory`, with the arguments in
-`--model-args`.
+`model_args`.
 """
 
+import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -19,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.adapting import accepted
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.files import readable_file, sha256_of_file, similar_name
@@ -26,6 +28,8 @@ from holdfast.sources.object_digest import LOADED
 
 CODE: dict[str, tuple[str, bytes]] = {}
 """Path and content of each code file that was imported from bytes, by the name of its module."""
+_LISTED = 8
+"""Largest number of functions of a file that a message lists."""
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Model = nn.Module | Callable[..., Any] | Predictor
@@ -45,6 +49,34 @@ class Built:
 def names_code(address: str) -> bool:
     """Return whether the address of a model has the syntax `file.py:factory`."""
     return ".py:" in address
+
+
+def refuse_without_factory(address: str) -> None:
+    """Raise `UsageError` for the address of a Python file without the name of a function, such as `net.py`.
+
+    The message names functions and classes of the file, which is not run.
+    """
+    if not address.endswith(".py"):
+        return
+    path = readable_file(Path(address), "code file")
+    names = _factories(path)
+    shown = f"; it defines {', '.join(names)}" if names else ""
+    raise UsageError(
+        f"{address!r} names no function that returns the model{shown}: give {address}:{names[0] if names else 'make'}"
+        + ("" if names else ", and define it, as in def make(): return net")
+    )
+
+
+def _factories(path: Path) -> list[str]:
+    """Return the names of functions and classes of a file, those first that can be called without arguments."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    functions.sort(key=lambda node: len(node.args.posonlyargs + node.args.args) > len(node.args.defaults))
+    classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    return [*(each.name for each in functions), *(each.name for each in classes)][:_LISTED]
 
 
 def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
@@ -117,11 +149,15 @@ def converted_arguments(
             )
     missing = [n for n, p in by_name.items() if p.default is p.empty and n not in arguments]
     if missing:
-        flags = " ".join(f"--model-args {name}=…" for name in missing)
         name = address.rpartition(":")[2]
+        values = Placeholder(
+            ",".join(f"{each}=VALUE" for each in missing),
+            f"{{{', '.join(f'{each!r}: VALUE' for each in missing)}}}",
+        )
         raise UsageError(
-            f"{address} needs {', '.join(missing)}; give {flags}. If {name} is the model itself, give a function "
-            f"that returns it: def make(): return {name}"
+            f"{address} needs {', '.join(missing)}. If {name} is the model itself, give a function that returns it: "
+            f"def make(): return {name}",
+            Remedy("model_args", values, function="open_model"),
         )
     return {
         name: _convert(text, by_name[name].annotation if name in by_name else str, name, address)
@@ -152,7 +188,7 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
     if annotation in (str, object, typing.Any, inspect.Parameter.empty):
         return text
     raise UsageError(
-        f"{address} declares {name} as {annotation}; arguments of --model-args must be str, int, float, bool or Path"
+        f"{address} declares {name} as {annotation}; arguments of model_args must be str, int, float, bool or Path"
     )
 
 

@@ -15,8 +15,9 @@ from urllib.parse import SplitResult
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Access
-from holdfast.sources.answers import ServerAnswers, first_characters, refuse_too_many_classes
+from holdfast.sources.answers import NAMES, ServerAnswers, first_characters, refuse_too_many_classes
 from holdfast.sources.files import similar_name
 from holdfast.sources.http_client import Client
 from holdfast.sources.payloads import FLOATS, TEXT, WHOLE, Shaped, Template
@@ -29,6 +30,13 @@ _MOST_VALUES = 1 << 24
 _MOST_CLASSES = 1_000_000  # metadata of a server may name any number; the logits of one example must fit
 _SHOWN = 80
 """Number of characters of a shape that an error message contains."""
+_OTHER_SERVICE = Remedy(
+    "http_request",
+    '{"instances": $x}',
+    function="open_model",
+    also=(Remedy("http_response", "predictions", function="open_model"),),
+    reason="with the names of your service, if it has another protocol",
+)
 _UNNAMED = "input-0"
 """Name of an input that has no name in the metadata; servers without names ignore it."""
 
@@ -133,9 +141,7 @@ def _endpoint(
         metadata = _metadata(answer, client.masked_name)
     except TargetLost as error:
         beginning = first_characters(answer, client.masked)
-        raise TargetLost(
-            f"{error}; for another kind of service give --http-request. The response begins: {beginning}"
-        ) from None
+        raise TargetLost(f"{error.message}. The response begins: {beginning}", _OTHER_SERVICE) from None
     shaped, labels, classes, notes = _shaped(metadata, remote, declared=declared)
     return _Endpoint(f"{model_path}/infer{query}", shaped, metadata, labels, classes, notes)
 
@@ -147,9 +153,8 @@ def _own_path(path: str, address: str) -> str:
     match = _MODEL.fullmatch(path)
     if match is None:
         raise UsageError(
-            f"{address!r} is not the address of a model of the Open Inference Protocol, such as .../v2/models/NAME; "
-            "for another service give the format of its requests, as in "
-            """--http-request '{"instances": $x}' --http-response predictions"""
+            f"{address!r} is not the address of a model of the Open Inference Protocol, such as .../v2/models/NAME",
+            _OTHER_SERVICE,
         )
     return match["model"]
 
@@ -158,8 +163,8 @@ def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
     """Return the declared number of classes, or None if neither it nor names are declared."""
     if classes is not None and names is not None and len(names) != classes:
         raise UsageError(
-            f"--classes is {classes}, but --class-names has {len(names)} names; give one name for each class, or omit "
-            "--classes"
+            f"classes is {classes}, but class_names has {len(names)} names; one name for each class was expected",
+            Remedy("classes", function="open_model"),
         )
     return classes if names is None else len(names)
 
@@ -167,8 +172,14 @@ def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
 def _number_of_labels(expected: int | None) -> int:
     if expected is None:
         raise UsageError(
-            "the number of classes of a model that returns labels is unknown; give --classes N, or --class-names "
-            "A,B,C in the order of the model's classes if the labels are text"
+            "the number of classes of a model that returns labels is unknown",
+            Remedy("classes", Placeholder("N"), function="open_model"),
+            Remedy(
+                "class_names",
+                NAMES,
+                function="open_model",
+                reason="in the order of the model's classes, if the labels are text",
+            ),
         )
     return expected
 

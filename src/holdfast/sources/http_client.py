@@ -6,7 +6,7 @@ import re
 import ssl
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import InputRefused, TargetLost, UsageError
-from holdfast.sources.remote import SCHEMES, Remote, header_variable
+from holdfast.core.remedies import Remedy
+from holdfast.sources.remote import KEY, SCHEMES, Remote, header_variable
 from holdfast.sources.sent import Sent
 
 
@@ -191,17 +192,13 @@ class Client:
         wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
         if attempt == (min(1, self._remote.retries) if failure.maybe_request else self._remote.retries):
             times = {0: "once", 1: "twice"}.get(attempt, f"{attempt + 1} times")
-            way_out = (
-                "raise --http-timeout or --http-retries, or send fewer rows per request with --http-max-rows"
-            )
+            start = f"{self._where}: {failure.what}{failure.detail} (sent {times}); check the server"
             if failure.maybe_request:
-                way_out = (
-                    "no request was answered before, so compare --http-request and the shape of the data with what the "
-                    "model accepts"
+                raise TargetLost(
+                    f"{start}; no request was answered before, so compare the format of the requests and the shape of "
+                    "the data with what the model accepts"
                 )
-            raise TargetLost(
-                f"{self._where}: {failure.what}{failure.detail} (sent {times}); check the server; {way_out}"
-            )
+            raise TargetLost(start, *self._slower())
         if wait > LONGEST_WAIT_S:
             raise TargetLost(
                 f"{self._where}: {failure.what}, and it requests a pause of {wait:,.0f} s; at most {LONGEST_WAIT_S:g} "
@@ -293,8 +290,9 @@ class Client:
             size += len(piece)
             if size > _MOST_BYTES:
                 raise TargetLost(
-                    f"the response of {self._where} has more than {_MOST_BYTES >> 20} MiB; scores were expected: send "
-                    "fewer rows per request with --http-max-rows, or check the server"
+                    f"the response of {self._where} has more than {_MOST_BYTES >> 20} MiB; scores were expected: check "
+                    "the server",
+                    *self._fewer_rows(),
                 )
         # read1 returns no error if the server closes the connection early.
         if answer.length:
@@ -325,17 +323,30 @@ class Client:
             location = f" to {self._clean(answer.getheader('Location', ''))!r}"
             raise TargetLost(
                 f"{self._where} responds {status_text}{location}; redirects are not followed: give that address "
-                "itself, and --allow-host for its host"
+                "itself, and allow its host"
             )
         message = f"{self._where} responds {status_text}{self._excerpt(content)}"
         if status in _INPUT_REJECTED:
             raise InputRefused(
                 f"{message}; check that the data have the shape, type and values that the model accepts",
-                status,
+                status=status,
             )
-        key = _KEY if not self._answered else _KEY_LATER
-        keys = {401: key, 403: key, 404: "check the model's name and version in the address"}
-        raise TargetLost(f"{message}; {keys.get(status, 'check the address')}")
+        if status in (401, 403):
+            if self._answered:
+                raise TargetLost(f"{message}; {_KEY_LATER}")
+            raise TargetLost(message, replace(KEY, reason="if the server requires a key"))
+        wrong = "the model's name and version in the address" if status == 404 else "the address"
+        raise TargetLost(f"{message}; check {wrong}")
+
+    def _slower(self) -> tuple[Remedy, ...]:
+        """Return the arguments with which a slow server is waited for longer, or is sent less at once."""
+        timeout = Remedy("http_timeout", f"{4 * self._remote.timeout_s:g}s", function="open_model")
+        retries = Remedy("http_retries", 2 * self._remote.retries + 1, function="open_model")
+        return (timeout, retries, *self._fewer_rows())
+
+    def _fewer_rows(self) -> tuple[Remedy, ...]:
+        rows = self._remote.max_rows // 4
+        return (Remedy("http_max_rows", rows, function="open_model"),) if rows else ()
 
     def _excerpt(self, content: bytes) -> str:
         """Return the beginning of a response for an error message."""
@@ -368,8 +379,7 @@ class Client:
         return "".join((*pieces, text[start:]))
 
 
-_KEY_LATER = "the key may have expired, or its quota may be used up: renew it, and resume with --resume"
-_KEY = "the server may require a key: --header 'Authorization: env:VARIABLE'"
+_KEY_LATER = "the key may have expired, or its quota may be used up: renew it, and resume the run"
 
 
 def _value(name: str, variable: str) -> str:

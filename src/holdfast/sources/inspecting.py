@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import TRUST_CODE
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes, bytearray, slice, range)
 _GENERATORS = (np.random.RandomState, np.random.Generator)
@@ -132,6 +133,6 @@ def _short(value: object) -> str:
 
 def _refused(path: Path, place: str, value: object, reason: str, remedy: str) -> UsageError:
     return UsageError(
-        f"{str(path)!r} contains {place or 'an estimator'} = {_short(value)}, {reason}; {remedy}. If you trust the "
-        "file, give --trust-code (in Python open_model(…, trust_code=True))"
+        f"{str(path)!r} contains {place or 'an estimator'} = {_short(value)}, {reason}; {remedy}",
+        TRUST_CODE,
     )

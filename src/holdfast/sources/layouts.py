@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout, Logits
+from holdfast.sources.declarations import LAYOUT
 from holdfast.sources.probing import HWC_NOTE, ProbedClassifier
 
 CHANNELS = (1, 3, 4)
@@ -109,18 +111,19 @@ def reading_of(
         tried = ", ".join(str(reading.shape(shape)) for readings in (first, *others) for reading in readings)
         raise TargetError(
             f"the inputs of {name} have shape {tuple(shape)}, but the model accepts an example in none of the shapes "
-            f"{tried}: {refused}. Reshape the data, or declare how they are stored with --layout chw, hwc or asis"
+            f"{tried}: {'' if refused is None else refused.message}. Reshape the data, or declare how they are stored",
+            LAYOUT,
         )
     distinct = _distinct(accepted)
     if len(distinct) > 1:
-        raise TargetError(_ambiguous(shape, distinct, y, name))
+        raise _ambiguous(shape, distinct, y, name)
     return _as_image(distinct[0][0], shape, probe)
 
 
 def _channels_last(
     shape: Sequence[int], probe: ProbedClassifier | None, rows: Callable[[LayoutReading], Tensor], name: str
 ) -> LayoutReading:
-    """Return the interpretation of an array of rank 3 under `--layout hwc`.
+    """Return the interpretation of an array of rank 3 under the layout hwc.
 
     Grey images have no axis of channels, and in signals (N, length, channels) it is the last one.
     """
@@ -130,9 +133,11 @@ def _channels_last(
     distinct = _distinct(_accepted([grey, signal], probe, rows))
     if len(distinct) > 1:
         raise TargetError(
-            f"the inputs of {name} have shape {tuple(shape)}; under --layout hwc they are grey images, or signals "
-            "whose channels come last, and the model accepts both with different outputs. Give --layout chw for grey "
-            "images; store signals as (N, channels, length) and give --layout asis"
+            f"the inputs of {name} have shape {tuple(shape)}; under the layout hwc they are grey images, or signals "
+            "whose channels come last, and the model accepts both with different outputs. Store signals as (N, "
+            "channels, length)",
+            Remedy("layout", "chw", function="open_data", reason="for grey images"),
+            Remedy("layout", "asis", function="open_data", reason="for signals that are stored so"),
         )
     return distinct[0][0] if distinct else grey
 
@@ -140,8 +145,9 @@ def _channels_last(
 def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
     if declared != "asis" and len(shape) not in (3, 4, 5):
         raise UsageError(
-            f"--layout {declared} is for images and volumes, but the inputs of {name} have shape {tuple(shape)}; omit "
-            "it, or give --layout asis"
+            f"the layout {declared} is for images and volumes, but the inputs of {name} have shape {tuple(shape)}",
+            Remedy("layout", function="open_data"),
+            Remedy("layout", "asis", function="open_data"),
         )
 
 
@@ -232,18 +238,24 @@ def _as_image(reading: LayoutReading, shape: Sequence[int], probe: ProbedClassif
 
 def _ambiguous(
     shape: Sequence[int], distinct: Sequence[tuple[LayoutReading, Logits]], y: Tensor, name: str
-) -> str:
+) -> TargetError:
     options = [
-        f"--layout {_flag(reading, shape)} (an example of shape {reading.shape(shape)} for the network; "
-        f"{float((outputs.argmax(1) == y).double().mean()):.0%} of {len(y)} examples right)"
+        Remedy(
+            "layout",
+            _declared(reading, shape),
+            function="open_data",
+            reason=f"(an example of shape {reading.shape(shape)} for the network; "
+            f"{float((outputs.argmax(1) == y).double().mean()):.0%} of {len(y)} examples right)",
+        )
         for reading, outputs in distinct
     ]
-    return (
+    return TargetError(
         f"the inputs of {name} have shape {tuple(shape)}, and the model accepts them in {len(options)} layouts with "
-        f"different outputs. Declare the one that it was trained with: {', or '.join(options)}"
+        "different outputs. Declare the one that it was trained with",
+        *options,
     )
 
 
-def _flag(reading: LayoutReading, shape: Sequence[int]) -> Layout:
-    """Return the value of `--layout` that declares an interpretation: `asis` if the axes do not change."""
+def _declared(reading: LayoutReading, shape: Sequence[int]) -> Layout:
+    """Return the layout that declares an interpretation: `asis` if the axes do not change."""
     return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored

@@ -12,6 +12,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.arrays import Array, from_numpy
 from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
+from holdfast.sources.labels import whole_numbers
 
 _BATCH = 256
 """Number of items of a dataset that are read at a time."""
@@ -40,7 +41,8 @@ def as_data(
             x, y = x
         else:
             x, y = _collected(x, n)
-    inputs, numbering = as_array(x, "inputs"), numbered(as_array(y, "labels"), expected, name)
+    inputs = as_array(x, "inputs")
+    numbering = numbered(whole_numbers(as_array(y, "labels")), expected, name)
     ids = np.arange(len(inputs), dtype=np.int64)
     resolution = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else None
     data = from_numpy(
@@ -114,7 +116,7 @@ def as_array(values: object, what: str) -> Array:
         array = np.asarray(values)
     except ValueError as error:
         raise TargetError(f"the {what} are rows of different shapes: {error}") from error
-    if what == "labels" and _is_text(array):
+    if _is_text(array):
         return array.astype(str)
     if array.dtype == object or array.ndim == 0:
         raise TargetError(f"the {what} are a {type(values).__name__}; a tensor or an array was expected")
@@ -122,8 +124,4 @@ def as_array(values: object, what: str) -> Array:
 
 
 def _is_text(array: Array) -> bool:
-    return (
-        array.ndim == 1
-        and array.dtype.kind in "OT"
-        and all(isinstance(value, str) for value in array.tolist())
-    )
+    return array.ndim > 0 and array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat)

@@ -15,11 +15,13 @@ from holdfast.core.errors import CarriesCode, TargetError, UsageError
 from holdfast.core.model import EVERY, Batches, Bounds, Classifier, refuse_lazy
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Access, Layout
 from holdfast.ops.denoiser import with_denoiser
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.adapting import adapted
 from holdfast.sources.archive import Weights
+from holdfast.sources.declarations import ARCHITECTURE
 from holdfast.sources.estimators import Estimator
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import (
@@ -29,6 +31,7 @@ from holdfast.sources.factories import (
     call_factory,
     converted_arguments,
     names_code,
+    refuse_without_factory,
 )
 from holdfast.sources.files import reading, sha256_of_file, similar_name
 from holdfast.sources.object_digest import digest_of_object
@@ -46,8 +49,8 @@ STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".
 ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
-    "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, .skops, .json or .ubj of XGBoost, "
-    "or a URL with --allow-host"
+    "a bundled name, file.py:factory, .safetensors or .pt, .onnx, .pt2, .skops, .json or .ubj of XGBoost, or the URL "
+    "of a server"
 )
 
 
@@ -191,7 +194,8 @@ def open_model(
     properties = declared or Declared()
     if properties.input_shape is not None and Path(address).suffix != ".onnx":
         raise UsageError(
-            f"--input-shape is for an .onnx file with free sizes, but the model is {address!r}; omit it"
+            f"input_shape is for an .onnx file with free sizes, but the model is {address!r}",
+            Remedy("input_shape", function="open_model"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
     if address.partition(":")[0] in SCHEMES:
@@ -199,6 +203,7 @@ def open_model(
     _refuse_remote(address)
     if names_code(address):
         return _open_code(opening)
+    refuse_without_factory(address)
     path = Path(address)
     if path.suffix in _OPENERS:
         with reading(address):
@@ -217,8 +222,8 @@ def _refuse_remote(address: str) -> None:
     scheme = address.partition(":")[0]
     if scheme in ("hf", "timm"):
         raise UsageError(
-            f'{address!r} needs pip install "holdfast[hub]", which comes with a later release. Until then build the '
-            "network in a file of yours and give file.py:factory, or export it to ONNX"
+            f"{address!r} is the address of a model hub, which is not opened; load the network in a file of yours and "
+            "give file.py:factory, or export it to ONNX"
         )
     if address.startswith(ROTATING):
         raise UsageError(
@@ -230,7 +235,9 @@ def _refuse_remote(address: str) -> None:
 def _open_code(opening: _Opening) -> OpenedModel:
     if opening.arch is not None:
         raise UsageError(
-            f"--arch {opening.arch} and the factory {opening.address} both specify code; give only one of them"
+            f"the architecture {opening.arch} and the factory {opening.address} both specify code; one of them was "
+            "expected",
+            Remedy("arch", function="open_model"),
         )
     built = build_from_file(opening.address, opening.arguments)
     model = opening.declared.wrap(built.net)
@@ -272,7 +279,10 @@ def _open_trusted(opening: _Opening, path: Path, content: bytes) -> OpenedModel:
     if isinstance(content_or_module, Weights):
         return _filled(opening, content_or_module, {}, how, digest)
     if opening.arch is not None:
-        raise UsageError(f"{opening.address!r} contains a whole model; omit --arch {opening.arch}")
+        raise UsageError(
+            f"{opening.address!r} contains a whole model, and the architecture {opening.arch} is given",
+            Remedy("arch", function="open_model"),
+        )
     return OpenedModel(
         opening.declared.wrap(content_or_module), opening.address, how, {opening.address: digest}
     )
@@ -286,8 +296,8 @@ def _filled(
     net = built.net.net if isinstance(built.net, Classifier) else built.net
     if not isinstance(net, nn.Module):
         raise TargetError(
-            f"--arch {opening.arch} returned {'a function' if callable(net) else 'an estimator'}, which has no "
-            "weights to load; return a torch.nn.Module"
+            f"the architecture {opening.arch} returned {'a function' if callable(net) else 'an estimator'}, which "
+            "has no weights to load; return a torch.nn.Module"
         )
     refuse_lazy(net)
     notes = fit_weights(net, weights, repr(opening.address))
@@ -311,7 +321,7 @@ def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, 
 def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
     """Return the network for the weights and the properties that the file declares.
 
-    The architecture is that of `--arch` if it is given, else the one in the catalogue that the file names.
+    The architecture is the declared one if it is given, else the one in the catalogue that the file names.
     """
     from holdfast.sources.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
@@ -322,17 +332,21 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
     name = opening.arch or metadata.get("architecture")
     if name is None:
         raise UsageError(
-            f"{opening.address!r} contains weights but no architecture; give --arch file.py:factory, "
-            f"or --arch with one of {', '.join(sorted(ARCHITECTURES))}"
+            f"{opening.address!r} contains weights but no architecture, such as one of "
+            f"{', '.join(sorted(ARCHITECTURES))}",
+            ARCHITECTURE,
         )
     if name not in ARCHITECTURES:
+        refuse_without_factory(opening.arch or "")
         hint = (
             similar_name(str(name), ARCHITECTURES)
             or f"; the architectures are {', '.join(sorted(ARCHITECTURES))}"
         )
-        raise UsageError(f"there is no architecture {name!r}{hint}. Give your own as --arch file.py:factory")
+        raise UsageError(
+            f"there is no architecture {name!r}{hint}", replace(ARCHITECTURE, reason="for your own")
+        )
     if opening.arguments or opening.arch is not None:
-        factory, address = ARCHITECTURES[name], f"--arch {name}"
+        factory, address = ARCHITECTURES[name], f"architecture {name}"
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
             refuse_misfit(lambda: _denoised(make(), metadata), weights, repr(opening.address), spare=_SPARE)
@@ -346,7 +360,8 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
             f"{opening.address!r} specifies the architecture {name} with invalid arguments: {first_line}; write the "
-            "file again, or give the network with --arch"
+            "file again",
+            ARCHITECTURE,
         ) from error
     return Built(net, {}), _known(metadata)
 

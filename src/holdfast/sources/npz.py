@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.files import megabytes, names_of, readable_file, reason_of, similar_name
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
@@ -157,17 +158,18 @@ def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, 
     """
     holds = names_of(archive.names)
     if not x or not y:
-        option, missing = (f"--x {x}", "--y") if x else (f"--y {y}", "--x")
+        option, missing = (f"x is {x}", "y") if x else (f"y is {y}", "x")
         raise UsageError(
-            f"{option} gives one of two arrays of {name!r}; give the other with {missing} NAME, one of {holds}"
+            f"{option}, which is one of two arrays of {name!r}; it has {holds}",
+            Remedy(missing, Placeholder("NAME", "NAME"), function="open_data", reason="for the other array"),
         )
-    for flag, array in (("--x", x), ("--y", y)):
+    for argument, array in (("x", x), ("y", y)):
         if array not in archive.names:
-            raise UsageError(f"{flag} is {array}, but {name!r} has no such array; it has {holds}")
+            raise UsageError(f"{argument} is {array}, but {name!r} has no such array; it has {holds}")
     if split is not None:
         raise NoSplit(
-            f"--x {x} --y {y} select one set of examples in {name!r}, which has no split {split!r}; omit --split "
-            f"{split}"
+            f"the arrays {x} and {y} are one set of examples in {name!r}, which has no split {split!r}",
+            Remedy("split", function="open_data"),
         )
     return x, y
 
@@ -180,9 +182,17 @@ def _no_split(
         return NoSplit(f"{name!r} has no split {split!r}{suggestion}; it has {names_of(tuple(pairs))}")
     holds = names_of(archive.names)
     if split is not None and "x" in archive.names:
-        way_out = f"omit --split {split}, or save x_{split} and y_{split} in it"
-        return NoSplit(f"{name!r} contains {holds}, but no split {split!r}; {way_out}")
+        return NoSplit(
+            f"{name!r} contains {holds}, but no split {split!r}; save x_{split} and y_{split} in it",
+            Remedy("split", function="open_data"),
+        )
     return TargetError(
-        f"{name!r} has neither x_test, y_test nor x, y; it has {holds}. Give the names of the arrays with --x NAME --y "
-        "NAME"
+        f"{name!r} has neither x_test, y_test nor x, y; it has {holds}",
+        Remedy(
+            "x",
+            Placeholder("NAME"),
+            function="open_data",
+            also=(Remedy("y", Placeholder("NAME"), function="open_data"),),
+            reason="with the names of the arrays",
+        ),
     )

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 
 Values = np.ndarray[Any, Any]
 FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
@@ -19,7 +20,12 @@ _PLACES = ("$x", "$x_last", "$x_one", "$x_one_last")
 """Placeholders of a template: for all rows, or for one example without a batch axis; `last` puts the channels last."""
 _NAME, _NAMES = 40, 8
 """Number of characters of a name, and number of names, in an error message."""
-_ADVICE = "give the path of the scores or classes in the response with --http-response"
+_PATH = Remedy(
+    "http_response",
+    Placeholder("PATH"),
+    function="open_model",
+    reason="for the path of the scores or classes in the response",
+)
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,12 @@ class Shaped:
         objects = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
         candidates = [o for o in objects if self.output in (None, o.get("name"))]
         if not candidates:
-            names = ", ".join(str(o.get("name"))[:_NAME] for o in objects[:_NAMES]) or "no output at all"
+            known = [str(o.get("name"))[:_NAME] for o in objects[:_NAMES]]
+            names = ", ".join(known) or "no output at all: check the server"
             requested = "no output" if self.output is None else f"no output {self.output!r}"
             raise TargetLost(
-                f"the response has {requested}; it has {names}: give the name of one with --http-response"
+                f"the response has {requested}; it has {names}",
+                *(Remedy("http_response", name, function="open_model") for name in known[:1]),
             )
         wanted_types = WHOLE | TEXT if self.labels else FLOATS
         return next((o for o in candidates if _datatype(o) in wanted_types), candidates[0])
@@ -130,7 +138,7 @@ class Template:
         except (ValueError, RecursionError) as error:
             reason = "it must be outside of quotes" if f'"{place}' in request and place else error
             raise UsageError(
-                f"--http-request is {request!r} ({reason}); give JSON with $x for the rows, as in "
+                f"http_request is {request!r} ({reason}); give JSON with $x for the rows, as in "
                 """'{"instances": $x}', or $x_one for one example without a batch axis; $x_last and $x_one_last put """
                 "the channels last"
             ) from error
@@ -174,7 +182,7 @@ def _step(content: Any, path: list[str]) -> Any:
         if isinstance(content, Mapping) and content
         else _kind(content)
     )
-    raise TargetLost(f"the response has no {key!r}, but {description}; {_ADVICE}")
+    raise TargetLost(f"the response has no {key!r}, but {description}", _PATH)
 
 
 def _kind(content: Any) -> str:
@@ -207,9 +215,7 @@ def as_values(content: Any) -> Values:
             raise TypeError
         return values if values.dtype.kind in "iu" else values.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TargetLost(
-            f"the response contains {kind}, but numbers or text were expected; {_ADVICE}"
-        ) from error
+        raise TargetLost(f"the response contains {kind}, but numbers or text were expected", _PATH) from error
 
 
 def _json(content: object) -> bytes:

@@ -19,9 +19,11 @@ from PIL import Image
 
 from holdfast.core.batch import Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.sources.archive import refuse_large
 from holdfast.sources.arrays import Arrays, selected_rows
 from holdfast.sources.class_numbers import lenient_numbers
+from holdfast.sources.declarations import NORMALISED_DATA
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import megabytes, sha256_of_file, similar_name
 from holdfast.sources.limited.calling import too_slow
@@ -63,8 +65,8 @@ class Pictures:
     size: tuple[int, int]
     """width and height of all images"""
     notes: tuple[str, ...] = ()
-    objection: str = ""
-    """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
+    objection: HoldfastError | None = None
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -165,15 +167,14 @@ def _refuse_declared(expected: Expected, name: str) -> None:
     """Raise `UsageError` for a declared normalisation or layout, because images are always read in the same way."""
     if expected.normalised is not None:
         raise UsageError(
-            f"{name!r} holds images, which are no normalised values; leave --data-normalised out, and give --mean "
-            "and --std "
-            "if the model takes normalised input"
+            f"{name!r} contains images, which are not normalised; mean and std are for a model that needs normalised "
+            "inputs",
+            NORMALISED_DATA,
         )
     if expected.layout not in (None, "chw"):
         raise UsageError(
-            f"{name!r} holds images, which are read with the channels first, and --layout is {expected.layout}; "
-            "leave it "
-            "out"
+            f"{name!r} contains images, which are read with the channels first, and the layout is {expected.layout}",
+            Remedy("layout", function="open_data"),
         )
 
 
@@ -198,7 +199,8 @@ def _split_folder(folder: Path, split: str | None) -> Path:
         return folder
     if not (folder / name).is_dir():
         raise NoSplit(
-            f"{str(folder)!r} has no folder {name!r}{similar_name(name, splits)}; leave --split out to read it all"
+            f"{str(folder)!r} has no folder {name!r}{similar_name(name, splits)}",
+            Remedy("split", function="open_data", reason="to read the whole folder"),
         )
     return folder / name
 

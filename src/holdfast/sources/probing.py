@@ -4,6 +4,7 @@ logits.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from holdfast.core.batch import Data
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import Classifier, fitted, out_of_memory
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout, Logits
 from holdfast.ops.expectation import inner
 from holdfast.ops.refusals import CUTS
@@ -104,8 +106,8 @@ class ProbedClassifier:
             return (HWC_NOTE,)
         if x.dim() > 3 and self.outputs(rows.movedim(-1, 1)) is not None:
             raise TargetError(
-                f"the model rejects an example of shape {tuple(x.shape[1:])} and accepts one with its last axis first: "
-                'declare --layout hwc (in Python open_data(…, layout="hwc"))'
+                f"the model rejects an example of shape {tuple(x.shape[1:])} and accepts one with its last axis first",
+                Remedy("layout", "hwc", function="open_data"),
             )
         if x.dim() in (2, 3, 4) and self.outputs(rows[:, None]) is not None:
             raise TargetError(
@@ -186,15 +188,15 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
         if not logits.requires_grad:
             return (NO_GRADIENT,)
         try:
-            torch.autograd.grad(logits.sum(), x, allow_unused=True)
+            grad = cast("Tensor | None", torch.autograd.grad(logits.sum(), x, allow_unused=True)[0])
         except RuntimeError as error:
             if out_of_memory(error):
                 return ()
-            model.access = "scores"
+            model.access, model.failing = "scores", True
             first_line = (str(error).splitlines() or [""])[0].rstrip(".")
             model.hides = f"its backward pass raises {type(error).__name__}: {first_line}"
             return (f"attacks use only the scores of the model, because {model.hides}",)
-    return ()
+    return () if grad is not None else (NO_GRADIENT,)
 
 
 def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:

@@ -11,6 +11,7 @@ from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 
 SCHEMES = {"http": 80, "https": 443}
 """Supported schemes, with the default port of each."""
@@ -56,20 +57,24 @@ class Remote:
     now: Callable[[], float] = time.monotonic
 
 
+KEY = Remedy("headers", ("Authorization: env:MODEL_TOKEN",), "--header", "open_model", repeated=True)
+"""header with a key of the server that is in an environment variable"""
+
+
 def header_variable(text: str) -> tuple[str, str]:
     """Return the name of an HTTP header, and the name of the environment variable that contains its value.
 
     Raises `UsageError` for a literal value, because it would be stored in the evidence.
     """
-    form = "give 'NAME: env:VARIABLE', as in --header 'Authorization: env:MODEL_TOKEN'"
     header = _HEADER.fullmatch(text)
     if header is None:
-        raise UsageError(f"a header has no name; {form}")
+        raise UsageError("a header has no name; 'NAME: env:VARIABLE' was expected", KEY)
     variable = _VARIABLE.fullmatch(header[2])
     if variable is None:
         raise UsageError(
             f"the value of the header {header[1]} is given literally, so it would be stored in the evidence; set an "
-            f"environment variable to it, and {form}"
+            "environment variable to it, and give the name of the variable",
+            Remedy("headers", (f"{header[1]}: env:MODEL_TOKEN",), "--header", "open_model", repeated=True),
         )
     if header[1].lower() in _FRAMING:
         raise UsageError(f"the header {header[1]} is set automatically by the connection; omit it")
@@ -89,8 +94,9 @@ def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
     # The message does not contain the address, because that would show the password.
     if "@" in parts.netloc:
         raise UsageError(
-            "the address contains a user name or a password, which would be stored in the evidence; omit it, and give "
-            "--header 'Authorization: env:VARIABLE'"
+            "the address contains a user name or a password, which would be stored in the evidence; leave them out of "
+            "it",
+            KEY,
         )
     # Spaces, control characters and characters outside ASCII are not allowed in a URL.
     if parts.scheme not in SCHEMES or not parts.hostname or re.search(r"[^\x21-\x7e]", address):
@@ -99,8 +105,15 @@ def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
         allowed = ", ".join(hosts)
         other_hosts = f"; only {allowed} {'is' if ',' not in allowed else 'are'} allowed" if allowed else ""
         raise UsageError(
-            f"{address!r} is a server, and requests are sent only to allowed hosts{other_hosts}; if you may "
-            f"attack it, add --allow-host {parts.netloc}"
+            f"{address!r} is a server, and requests are sent only to allowed hosts{other_hosts}",
+            Remedy(
+                "allow_hosts",
+                (parts.netloc,),
+                "--allow-host",
+                "open_model",
+                repeated=True,
+                reason="if you may attack it",
+            ),
         )
     return parts
 
@@ -112,5 +125,5 @@ def _same_host(host: str, hostname: str, port: int | None) -> bool:
     except ValueError:
         allowed, allowed_port = None, None
     if allowed is None or not allowed.hostname or allowed.netloc != host:
-        raise UsageError(f"--allow-host is {host}; HOST or HOST:PORT was expected, as in localhost:8000")
+        raise UsageError(f"an allowed host is {host}; HOST or HOST:PORT was expected, as in localhost:8000")
     return allowed.hostname == hostname.lower() and allowed_port in (None, port)

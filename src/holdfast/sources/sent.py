@@ -66,13 +66,12 @@ class Sent:
         """Return how many rows may still be sent to the server, or None if there is no limit."""
         return None if self.limit is None else max(0, self.limit - self.totals.sent)
 
-    def spent(self, rows: int) -> str:
-        """Return the error message that `rows` further rows would exceed the limit on the rows that are sent to the
-        server.
-        """
-        return (
-            f"--max-queries is {self.limit:,}; rows that were sent to the server: {self.totals.sent:,}, rows of the "
-            f"next request: {rows:,}"
+    def spent(self, rows: int) -> QueriesSpent:
+        """Return the error that `rows` further rows would exceed the limit on the rows that are sent to the server."""
+        return QueriesSpent(
+            f"max_queries is {self.limit:,}; rows that were sent to the server: {self.totals.sent:,}, rows of the "
+            f"next request: {rows:,}",
+            limit=self.limit or 0,
         )
 
     def sending(self, rows: int) -> None:
@@ -80,7 +79,7 @@ class Sent:
         with self._lock:
             remaining = self.left()
             if remaining is not None and rows > remaining:
-                raise QueriesSpent(self.spent(rows), self.limit or 0)
+                raise self.spent(rows)
             self._note({"t": "sent", "n": rows})
 
     def failed(self, what: str, rows: int) -> None:

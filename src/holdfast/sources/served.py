@@ -145,7 +145,7 @@ class Served:
             self.sent.refused(current(), len(x))
             raise TargetRefused(
                 f"the server rejects a clean input that it accepted before, so its rejections do not depend on the "
-                f"attacked inputs: {error}"
+                f"attacked inputs: {error.message}"
             ) from error
         self._keep(current(), x, answer)
         self._confirmed()

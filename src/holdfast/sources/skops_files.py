@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import TRUST_CODE, Install
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import check_archive, read_once
 from holdfast.sources.estimators import Predictor, adapted_estimator
@@ -48,7 +49,7 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
         import skops.io as sio
     except ImportError as error:
         raise UsageError(
-            f'{str(path)!r} is a .skops file; opening it needs pip install "holdfast[sklearn]"'
+            f"{str(path)!r} is a .skops file, and skops is missing", Install("sklearn")
         ) from error
     # Checked before skops reads it, because a small archive can need any amount of memory.
     check_archive(path, content, saved_by=_SAVED_BY)
@@ -64,12 +65,13 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
             boosted = any(warning.startswith("xgboost.") for warning in untrusted)
             raise UsageError(
                 f"{str(path)!r} contains {_listed(untrusted)}, which skops does not trust, because loading them "
-                "may run code. If you trust the file, give --trust-code (in Python open_model(…, trust_code=True))"
+                "may run code"
                 + (
                     "; save models of XGBoost with their method save_model, as .json or .ubj"
                     if boosted
                     else ""
-                )
+                ),
+                TRUST_CODE,
             )
         try:
             estimator = sio.loads(content, trusted=untrusted)

@@ -1,6 +1,7 @@
 """Data sets from tables: numeric columns are the features, and one column is the label."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
+from holdfast.core.labels import CLASSIFIERS_ONLY
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
 from holdfast.sources.class_numbers import numbered, numbered_words
 from holdfast.sources.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable, Words, number_of
@@ -17,6 +20,8 @@ from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.tables import table
 
+_LISTED = 20
+"""Largest number of columns that a remedy lists."""
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 LIMITS = Limits(copies=4, spare_bytes=2**32)
 """Limits of the process that reads the file."""
@@ -121,11 +126,10 @@ def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> l
             if extra
             else ""
         )
-        flags = " ".join(f"--drop {shlex.quote(name)}" for name in extra[:6])
-        way_out = f"leave those out: {flags}" if not missing else "rename or add the columns as in training"
         raise TargetError(
             f"the model was fitted on {len(fitted_names)} named columns, and {table.name} "
-            f"{' and '.join(filter(None, (lacks, has)))}; {way_out}"
+            f"{' and '.join(filter(None, (lacks, has)))}; give the columns as in training",
+            *(() if missing else _without(extra)),
         )
     return list(fitted_names)
 
@@ -139,7 +143,10 @@ def _label(label: str | None, table: ColumnTable) -> str:
         if label
         else f"{table.name} is a table"
     )
-    raise UsageError(f"{wrong}; name its label with --label, one of {names_of(table.columns)}")
+    raise UsageError(
+        f"{wrong}, one of whose columns is the label: {names_of(table.columns)}",
+        Remedy("label", Placeholder("COLUMN"), function="open_data"),
+    )
 
 
 def _refuse_dropped(drop: tuple[str, ...], label: str, table: ColumnTable) -> None:
@@ -147,20 +154,28 @@ def _refuse_dropped(drop: tuple[str, ...], label: str, table: ColumnTable) -> No
         if column not in table.columns:
             several = column.split(",")
             if len(several) > 1 and all(part.strip() in table.columns for part in several):
-                flags = " ".join(f"--drop {shlex.quote(part.strip())}" for part in several)
-                raise UsageError(f"{table.name} has no column {column!r}; repeat the flag: {flags}")
+                raise UsageError(
+                    f"{table.name} has no column {column!r}; columns are listed one by one",
+                    *_without([part.strip() for part in several]),
+                )
             raise UsageError(
                 f"{table.name} has no column {column!r} to drop{similar_name(column, table.columns)}"
             )
         if column == label:
-            raise UsageError(f"{column!r} is the label of {table.name}; leave --drop {column} out")
+            raise UsageError(
+                f"{column!r} is the label of {table.name}, and is dropped",
+                Remedy("drop", function="open_data"),
+            )
 
 
 def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
     column = table.words.get(SPLIT_COLUMN)
     if column is None:
         if split is not None:
-            raise NoSplit(f"{table.name} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
+            raise NoSplit(
+                f"{table.name} has no column {SPLIT_COLUMN!r}, and the split {split!r} is chosen",
+                Remedy("split", function="open_data"),
+            )
         return np.arange(len(table), dtype=np.int64)
     name = split or "test"
     if name not in column.words:
@@ -191,7 +206,7 @@ def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
         row = first([place for place, number in enumerate(integers) if number is None])
         raise TargetError(
             f"the label of row {row} of {name} is {column.words[column.places[row]]}; whole numbers from 0 on, or "
-            "names, were expected"
+            f"names, were expected. {CLASSIFIERS_ONLY}"
         )
     return None
 
@@ -212,7 +227,7 @@ def _numbers(table: ColumnTable, features: list[str], rows: NDArray[np.int64]) -
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
         _refuse_missing(table, features, kinds, rows)
         if text:
-            raise _not_numbers(table, text)
+            raise _not_numbers(table, features, text)
     return table.numbers[rows][:, places]
 
 
@@ -229,13 +244,18 @@ def _refuse_missing(
             )
 
 
-def _not_numbers(table: ColumnTable, text: list[str]) -> TargetError:
+def _not_numbers(table: ColumnTable, features: Sequence[str], text: list[str]) -> TargetError:
     """Return the error for columns that contain strings."""
     counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
     shown, more = text[:6], " …" if len(text) > 6 else ""
-    flags = " ".join(f"--drop {shlex.quote(name)}" for name in shown)
     return TargetError(
-        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Leave "
-        f"{'it' if len(text) == 1 else 'them'} out with {flags}{more}, or write numbers in place of the text, as the "
-        "model was trained"
+        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
+        "numbers in place of the text, as the model was trained",
+        *(_without(text) if len(text) < len(features) else ()),
     )
+
+
+def _without(columns: Sequence[str]) -> tuple[Remedy, ...]:
+    """Return the argument with which columns are no features; none if they are too many to be listed."""
+    drop = Remedy("drop", tuple(columns), function="open_data", repeated=True)
+    return (drop,) if len(columns) <= _LISTED else ()

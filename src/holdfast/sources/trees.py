@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Install
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import read_once
 from holdfast.sources.estimators import Array, EstimatorInterface, as_model
@@ -52,7 +53,7 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
         import xgboost
     except ImportError as error:
         raise UsageError(
-            f'{str(path)!r} is a model of XGBoost; opening it needs pip install "holdfast[trees]"'
+            f"{str(path)!r} is a model of XGBoost, and xgboost is missing", Install("trees")
         ) from error
     with read_under_limits("trees", path, LIMITS, content=content):
         pass  # loaded here after the separate process succeeded

@@ -86,7 +86,7 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
         if n > limit:
             raise TargetError(
                 f"the weights of {source} do not fit: it has {len(weights.tensors)} tensors, but its architecture has "
-                "more. Check --arch and --model-args, or train and save it again"
+                "more. Check the architecture and its arguments (arch and model_args), or train and save it again"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -132,8 +132,9 @@ def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, T
     problems = _problems(tensors, expected)
     if problems:
         raise TargetError(
-            f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}. Check --arch and "
-            "--model-args, or rename the keys of the state dict if only the names differ"
+            f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}. Check the "
+            "architecture and its arguments (arch and model_args), or rename the keys of the state dict if only the "
+            "names differ"
         )
     return tensors, notes
 
@@ -237,5 +238,5 @@ def refuse_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
         if value is not None and not fits(value):
             raise TargetError(
                 f"in the metadata of {str(path)!r}, {key} is {_REPR.repr(value)}; {expected} was expected. Write the "
-                "file again, or give the network as --arch file.py:factory and omit the metadata"
+                "file again"
             )

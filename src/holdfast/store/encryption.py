@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Install
 from holdfast.store.files import create_private, open_regular, refusal_in_pool, usable
 
 if TYPE_CHECKING:
@@ -232,6 +233,6 @@ def _cipher(key: bytes) -> "AESGCM":
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError as error:
         raise UsageError(
-            'a pool is encrypted on the disk, which needs pip install "holdfast[crypto]"'
+            "what is stored is encrypted, which needs cryptography, which is not installed", Install("crypto")
         ) from error
     return AESGCM(key)

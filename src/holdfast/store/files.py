@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from holdfast.core.errors import TargetError
+from holdfast.core.remedies import OTHER_FOLDER, RESUME
 
 PART = ".part"
 """Suffix of the names of files while they are written. Such files may be deleted by the owner of the folder."""
@@ -43,35 +44,41 @@ def refuse_no_run(*folders: Path) -> None:
             )
 
 
-def refusal(path: Path, error: OSError) -> str:
-    """Return the error message, with advice, for a path of a run that cannot be read or written."""
+def refusal(path: Path, error: OSError) -> TargetError:
+    """Return the error for a path of a run that cannot be read or written."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"the disk is full: {shown} could not be written. Free some space and resume with --resume; completed "
-            "work is kept"
+        return TargetError(
+            f"the disk is full: {shown} could not be written. Free some space and resume; completed work is kept",
+            RESUME,
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{shown} cannot be written ({error.strerror}); name a folder with write permission with --run DIR"
+        return TargetError(
+            f"{shown} cannot be written ({error.strerror}); a folder with write permission was expected",
+            OTHER_FOLDER,
+        )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return (
-            f"{shown} cannot be created as a folder, because a file is in its path; name another folder with --run "
-            "DIR"
+        return TargetError(
+            f"{shown} cannot be created as a folder, because a file is in its path", OTHER_FOLDER
         )
-    return f"{shown} cannot be used: {error.strerror or error}; check the disk, or name another folder with --run DIR"
+    return TargetError(f"{shown} cannot be used: {error.strerror or error}; check the disk", OTHER_FOLDER)
 
 
-def refusal_in_pool(path: Path, error: OSError) -> str:
-    """Return the error message, with advice, for a file of a pool that cannot be read or written."""
+def refusal_in_pool(path: Path, error: OSError) -> TargetError:
+    """Return the error for a file of a pool that cannot be read or written."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {shown} could not be written. Free some space and try again; the pool is unchanged"
+        return TargetError(
+            f"the disk is full: {shown} could not be written. Free some space and try again; the pool is unchanged"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (
+        return TargetError(
             f"{shown} cannot be used ({error.strerror}); only the user who created the pool can read and write its "
             "files"
         )
-    return f"{shown} cannot be used: {error.strerror or error}; check the path and the disk, or restore it from a copy"
+    return TargetError(
+        f"{shown} cannot be used: {error.strerror or error}; check the path and the disk, or restore it from a copy"
+    )
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
@@ -100,23 +107,23 @@ def refuse_irregular(path: Path, status: os.stat_result) -> None:
 
 
 def content_of(
-    path: Path, message: Callable[[Path, OSError], str] = refusal, *, follow: bool = False
+    path: Path, refused: Callable[[Path, OSError], TargetError] = refusal, *, follow: bool = False
 ) -> bytes:
     """Return the bytes of a regular file; see `open_regular`.
 
-    Raises `TargetError`, for an `OSError` with the text of `message`.
+    Raises `TargetError`, and for an `OSError` the error that `refused` returns.
     """
-    with usable(path, message), os.fdopen(open_regular(path, follow=follow), "rb") as file:
+    with usable(path, refused), os.fdopen(open_regular(path, follow=follow), "rb") as file:
         return file.read()
 
 
 @contextmanager
-def usable(path: Path, message: Callable[[Path, OSError], str] = refusal) -> Iterator[None]:
+def usable(path: Path, refused: Callable[[Path, OSError], TargetError] = refusal) -> Iterator[None]:
     """Context manager that converts an `OSError` to a `TargetError`, whose message contains the path and advice."""
     try:
         yield
     except OSError as error:
-        raise TargetError(message(path, error)) from error
+        raise refused(path, error) from error
 
 
 def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:

@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Seconds
+from holdfast.core.remedies import OTHER_FOLDER, RESUME
 from holdfast.store import columns as column_files
 from holdfast.store import forms, schema_1
 from holdfast.store.differences import differences
@@ -333,18 +334,16 @@ def refuse_used(path: Path, *, resume: bool) -> None:
     if MANIFEST not in names:
         foreign_file = next(name for name in names if name not in run_files)
         raise UsageError(
-            f"{str(path)!r} is not a run folder (it contains {foreign_file!r}); name an empty or a new folder with "
-            "--run DIR"
+            f"{str(path)!r} is not a run folder (it contains {foreign_file!r})",
+            replace(OTHER_FOLDER, reason="for an empty or a new folder"),
         )
     if not resume:
-        raise UsageError(
-            f"{str(path)!r} contains a run already; resume it with --resume, or name another folder with --run DIR"
-        )
+        raise UsageError(f"{str(path)!r} contains a run already", RESUME, OTHER_FOLDER)
     if read_manifest(path)["schema_version"] != SCHEMA_VERSION:
         raise UsageError(
-            f"{str(path)!r} is a run of an earlier version (schema {schema_1.VERSION}), which cannot be resumed; start "
-            "it again in another folder with --run DIR, or read its results with holdfast report "
-            f"{shlex.quote(str(path))}"
+            f"{str(path)!r} is a run of an earlier version (schema {schema_1.VERSION}), which cannot be "
+            f"resumed; read its results with holdfast report {shlex.quote(str(path))}",
+            OTHER_FOLDER,
         )
 
 
@@ -377,7 +376,8 @@ def _refuse_other_run(path: Path, stored: Mapping[str, Any], requested: Mapping[
         remedy = "resume it with the version of Holdfast that wrote it"
     raise UsageError(
         f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown_details}, so it cannot be "
-        f"resumed; name another folder with --run DIR, or {remedy}"
+        f"resumed; {remedy}",
+        OTHER_FOLDER,
     )
 
 

@@ -14,10 +14,11 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import OTHER_FOLDER, RESUME
 from holdfast.store.files import usable
 from holdfast.store.locking import has_foreign_journal
 
@@ -123,7 +124,7 @@ class Leases:
             self._open()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
-                raise TargetError(self._refusal(error)) from error
+                raise self._refusal(error) from error
             for file in self._files():  # not a database of a run; nothing in it is needed
                 file.unlink(missing_ok=True)
             with self._reported():
@@ -146,10 +147,11 @@ class Leases:
             raise
         self._database = database
 
-    def _refusal(self, error: Exception) -> str:
-        return (
-            f"{str(self._path)!r} cannot be written: {error}. Free some space or name another folder with --run "
-            "DIR; resume with --resume"
+    def _refusal(self, error: Exception) -> TargetError:
+        return TargetError(
+            f"{str(self._path)!r} cannot be written: {error}. Free some space, and resume",
+            RESUME,
+            OTHER_FOLDER,
         )
 
     @contextmanager
@@ -157,7 +159,7 @@ class Leases:
         try:
             yield
         except sqlite3.Error as error:
-            raise TargetError(self._refusal(error)) from error
+            raise self._refusal(error) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -182,8 +184,8 @@ class Leases:
             row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
             if row is not None and self._is_held(Owner(*row[:3]), float(row[3]), own):
                 raise UsageError(
-                    f"{str(self._path.parent)!r} is in use by process {row[1]} on {row[0]}; wait for it or stop it, "
-                    f"or name another folder with --run DIR"
+                    f"{str(self._path.parent)!r} is in use by process {row[1]} on {row[0]}; wait for it or stop it",
+                    OTHER_FOLDER,
                 )
             self._database.execute(
                 "INSERT OR REPLACE INTO lease VALUES (1, ?, ?, ?, ?)",
@@ -210,8 +212,9 @@ class Leases:
         if row is None or Owner(*row) != self._owner:
             owner_text = "" if row is None else f", which process {row[1]} on {row[0]} has now"
             raise TargetError(
-                f"this process has lost the lease of {str(self._path.parent)!r}{owner_text}, so it writes no more; "
-                "resume with --resume when no other process uses the folder, or name another folder with --run DIR"
+                f"this process has lost the lease of {str(self._path.parent)!r}{owner_text}, so it writes no more",
+                replace(RESUME, reason="when no other process uses the folder"),
+                OTHER_FOLDER,
             )
 
     def begin(self, stage: str, shard: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, Link, broken_at, canonical
 from holdfast.core.errors import TargetError
+from holdfast.core.remedies import RESUME
 from holdfast.store.files import MANIFEST, append, content_of, usable
 from holdfast.store.forms import is_name
 
@@ -67,9 +68,7 @@ def read_chain(folder: Path, *, repair: bool) -> Chain:
                 file.truncate(len(complete_lines))
             data = complete_lines
     if len(complete_lines) < len(data):
-        raise TargetError(
-            f"the last record of {str(path)!r} is truncated; resume with --resume, which removes it"
-        )
+        raise TargetError(f"the last record of {str(path)!r} is truncated; resuming removes it", RESUME)
     return Chain(path, read_links(path, complete_lines, _refuse_outside))
 
 

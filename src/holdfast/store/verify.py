@@ -10,6 +10,7 @@ from typing import Any
 
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
+from holdfast.core.remedies import RESUME
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey, read_entries, read_head, refuse_shortened
 from holdfast.store.columns import content_digest
@@ -233,7 +234,8 @@ def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
         elif _EVIDENCE.fullmatch(file.name) and file.name not in recorded:
             raise TargetError(
                 f"{str(file)!r} is in no record of the chain; remove it, or restore the chain. If the run was "
-                "stopped while it wrote this file, resume with --resume"
+                "stopped while it wrote this file, resume it",
+                RESUME,
             )
         elif not expected:
             yield file

@@ -102,7 +102,7 @@ def assess(
     again = again or ("" if run is None else way_out(request.command, run))
     with (
         nullcontext() if run is None else resumable(again, partial(way_out, request.command, run)),
-        readied(subject, data, device, adaptive=adaptive) as (target, sample),
+        readied(subject, data, device, adaptive=adaptive, batch_size=request.batch_size) as (target, sample),
         ExitStack() as stack,
     ):
         plan = plan_for(subject, data, request, target, sample, stack)

@@ -69,7 +69,7 @@ class AttemptTraining:
                 with run.stopper.finishing():
                     training.save_batch(place, batch)
             except LostLoss as error:
-                raise LostLoss(f"{error}; {self._save_best(place, candidate)}") from error
+                raise error.ended(self._save_best(place, candidate)) from error
 
     def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
         """The pacer for the rest of the budget, after the planning and the epochs that are done."""

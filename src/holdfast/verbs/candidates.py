@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.distributed import broadcast
@@ -108,7 +107,7 @@ def attempts(
         for sizes_and_pace in zip(paces, sizes, strict=False)
     ]
     if not fit[0]:
-        raise UsageError(too_small(budget_s, paces[0], sizes[0], spent_s))
+        raise too_small(budget_s, paces[0], sizes[0], spent_s)
     planned = [
         _Planned(*sizes_and_pace)
         for sizes_and_pace in zip(candidates[: len(paces)], paces, sizes[: len(paces)], fit, strict=True)

@@ -6,14 +6,17 @@ them: the request, the refusal of models that cannot be certified, and the test 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from holdfast.certifiers.protocol import Prover
-from holdfast.certifiers.smoothing import Smoothing
+from holdfast.certifiers.smoothing import Smoothing, by_smoothing
 from holdfast.certifiers.votes import ATTACKED_DRAWS, JUDGING_DRAWS, smoothed_model
 from holdfast.core.batch import Batch
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import UnsoundProof, UsageError
+from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.harness import Plan, Target, prepared_prover
 from holdfast.ops.statistics import upper_tail
 from holdfast.proving.geometry import BoundaryGeometry
@@ -90,22 +93,21 @@ def smoothed_subject(subject: Subject, smoothing: Smoothing) -> Subject:
     )
 
 
-def refuse_unprovable(plan: Plan, target: Target, sample: Batch) -> None:
+def refuse_unprovable(
+    plan: Plan, target: Target, sample: Batch, verb: Literal["assess", "certify"] = "certify"
+) -> None:
     """Raise `UsageError` for a model about which the methods of a plan prove nothing, such as a randomised one, or one
     with an operation without sound bounds. Nothing is refused if the plan contains no proofs.
 
-    The methods are prepared for the model, and remain prepared for the run.
+    The methods are prepared for the model, and remain prepared for the run. The remedies of the error are arguments of
+    the given verb.
     """
     stages = [stage for stage in plan.stages() if stage.prover is not None]
     if not stages:
         return
-    statistical = target.smoothed is not None
-    if not statistical and (target.bare.remote or target.bare.access != "gradients"):
-        gives = "is behind a server" if target.bare.remote else f"gives {target.bare.access} only"
-        raise UsageError(
-            f"bounds are computed from the operations of a network in torch, and the model {gives}; give the network "
-            "itself, as in file.py:factory, or certify the smoothed classifier with --method smoothing"
-        )
+    without_bounds = Remedy("certify") if verb == "assess" else by_smoothing(plan.threat.constraint, sample)
+    if target.smoothed is None and (target.bare.remote or target.bare.access != "gradients"):
+        raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", without_bounds)
     if target.rejects:
         raise UsageError(
             "the model has a detector that rejects inputs, about which nothing is proved; give the network without "
@@ -118,7 +120,25 @@ def refuse_unprovable(plan: Plan, target: Target, sample: Batch) -> None:
         )
     for stage in stages:
         assert stage.prover is not None
-        prepared_prover(target, stage.prover, sample, plan.threat)
+        try:
+            prepared_prover(target, stage.prover, sample, plan.threat)
+        except NoBounds as error:
+            raise NoBounds(error.message, without_bounds) from error
+
+
+_BOUNDS = "bounds are computed from the operations of a network in torch"
+
+
+def _without_operations(model: Classifier) -> str:
+    """Return the reason why the operations of a model are not known, with what can be done about it."""
+    if model.failing:
+        return (
+            f"and no gradients can be computed for this network: {model.hides}; correct its code. The cause is often "
+            "a change in place, such as h += 1, for which h = h + 1 can be written"
+        )
+    gives = "is behind a server" if model.remote else f"gives {model.access} only"
+    why = f" ({model.hides})" if model.hides and not model.remote else ""
+    return f"and the model {gives}{why}; give the network itself, as in file.py:factory"
 
 
 def refuse_unsound(evidence: Evidence) -> None:
@@ -143,8 +163,8 @@ def refuse_unsound(evidence: Evidence) -> None:
     by_chance = ", more than by chance" if statistical else ""
     raise UnsoundProof(
         f"the test of the certificates failed: {len(rows)} of {tested} attacked certified examples are broken"
-        f"{by_chance}: {named}{more}. No certificate is issued; report it as a bug of the method, or leave that method "
-        "out with --method"
+        f"{by_chance}: {named}{more}. No certificate is issued; report it as a bug of the method, or choose another "
+        "method"
     )
 
 

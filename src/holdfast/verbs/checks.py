@@ -16,6 +16,7 @@ from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
 from holdfast.core.patches import Patch
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.gates.grammar import Claim
@@ -25,7 +26,7 @@ from holdfast.ops.corruptions import refuse_no_images
 from holdfast.ops.pieces import Room
 from holdfast.ops.prepare import multiply_adds
 from holdfast.ops.transformations import refuse_unfit
-from holdfast.sources.estimates import pixel_divisor
+from holdfast.sources.estimates import BYTES, before_normalisation, pixel_divisor, range_of_training
 
 _VALUES = 1 << 20
 """Input values in one batch on a CPU: 256 small images, or a few large ones."""
@@ -89,7 +90,8 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
         norm = threat.constraint.name
         raise UsageError(
             f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in {norm}; "
-            f"give an eps in the units of the inputs, as in {norm}:{farthest / 32:.3g}, or the model's --bounds"
+            "eps is in the units of the inputs, whose bounds can be declared",
+            Remedy("threat", f"{norm}:{farthest / 32:.3g}"),
         )
     if isinstance(threat.constraint, Corruptions):
         refuse_no_images(x)
@@ -142,10 +144,10 @@ def refuse_batch(
     # Normalised data and conversions to float32 leave the bounds by rounding.
     slack = 1e-6 * (high - low)
     if ((x < low - slack) | (x > high + slack)).any():
-        raise TargetError(_range_message(x, low, high, name))
+        raise _out_of_range(x, low, high, name)
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         ends = _range_of_labels(batch if whole is None else whole)
-        raise TargetError(off_range(*ends, classes, name, remote=remote))
+        raise off_range(*ends, classes, name, remote=remote)
 
 
 def _range_of_labels(data: Data | Batch) -> tuple[int, int]:
@@ -157,20 +159,17 @@ def _range_of_labels(data: Data | Batch) -> tuple[int, int]:
     return min(int(y.min()) for y in pieces), max(int(y.max()) for y in pieces)
 
 
-def _range_message(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
+def _out_of_range(x: Tensor, low: Tensor, high: Tensor, name: str) -> TargetError:
+    """Return the error for inputs outside the bounds."""
     lowest, highest = float(x.min()), float(x.max())
     box = f"{float(low.min()):g} to {float(high.max()):g}"
-    message = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
+    message = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}"
+    bounds = range_of_training(lowest, highest)
     if pixel_divisor(lowest, highest, 4) == 255 and float(high.max()) == 1:
-        return message + "divide them by 255, or give --bounds 0,255 if the model was trained on bytes"
+        return TargetError(f"{message}; divide them by 255", BYTES)
     if (float(low.min()), float(high.max())) == (0, 1):
-        return (
-            message
-            + "if they were normalised before, give --data-normalised MEAN/STD with the values of your training, and "
-            "eps stays in pixels; otherwise give the range that the model was trained on with --bounds LOW,HIGH, and "
-            "eps is in the units of the data"
-        )
-    return message + f"scale them, or give --bounds {lowest:.4g},{highest:.4g}"
+        return TargetError(message, before_normalisation(), bounds)
+    return TargetError(f"{message}; scale them", bounds)
 
 
 def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:

@@ -44,7 +44,9 @@ def executor_for(
         compared = {what: digests[what] for what in ("model", "data")}
         compared["surrogates"] = [surrogate.digest for surrogate in request.surrogates]
         opening = opening or partial(_as_given, subject, measure.data, request.surrogates)
-        setup = WorkerSetup(opening, compared, _without_surrogates(measure.plan), request.device)
+        setup = WorkerSetup(
+            opening, compared, _without_surrogates(measure.plan), request.device, request.batch_size
+        )
         with worker_processes(setup, request.workers) as workers:
             yield workers
 
@@ -63,7 +65,7 @@ def _cluster(
     assert request.workers is not None  # the request of a cluster without a number of workers is refused
     device = "cuda" if options.gpus_per_worker else request.device
     plan, data = _without_surrogates(measure.plan), measure.data
-    model = SentModel(subject, request.surrogates, plan, known_rows(data), digest, device)
+    model = SentModel(subject, request.surrogates, plan, known_rows(data, request.batch_size), digest, device)
     files = shipped_files(options.ship)
     with ray_tasks(
         partial(shipment, model, files),

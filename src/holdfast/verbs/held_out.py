@@ -14,6 +14,7 @@ from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import drawing
 from holdfast.ops.losses import margin
@@ -78,7 +79,8 @@ def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVE
     if n < _LEAST_HELD_OUT:
         raise UsageError(
             f"{len(order)} training examples leave {n} held-out examples; at least "
-            f"{_LEAST_HELD_OUT * every} training examples are needed; give more with --fit DATA"
+            f"{_LEAST_HELD_OUT * every} training examples are needed",
+            replace(OTHER_EXAMPLES, reason="for more examples"),
         )
     held_out = torch.zeros_like(labelled)
     held_out[order[can_be_held_out][:n]] = True
@@ -154,7 +156,7 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
         f"{pairs}{more}"
     )
     if not len(fresh):
-        raise UsageError(f"{note}; give other test examples, or other training examples with --fit DATA")
+        raise UsageError(f"{note}; give other test examples, or other training examples", OTHER_EXAMPLES)
     return fresh, f"{note}; they are not used for the training"
 
 
@@ -171,7 +173,7 @@ def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
         return rest, ""
     note = f"{len(duplicates):,} training examples equal one of the {len(held):,} that choose the checkpoint"
     if not len(fresh):
-        raise UsageError(f"all {note}, so no training example is left; give others with --fit DATA")
+        raise UsageError(f"all {note}, so no training example is left", OTHER_EXAMPLES)
     return fresh, f"{note}; they are not used for the training"
 
 
@@ -207,8 +209,8 @@ def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> Non
     if len(present) < 2:
         finding = f"all training labels are {present[0]}" if present else "no training example has a label"
         raise TargetError(
-            f"{prefix}{finding}; at least two classes are needed: check the label column, or give other data with "
-            "--fit DATA"
+            f"{prefix}{finding}; at least two classes are needed: check the label column",
+            OTHER_EXAMPLES,
         )
     missing = sorted(set(range(classes)) - set(present))
     if missing:

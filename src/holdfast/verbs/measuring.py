@@ -14,6 +14,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns
 from holdfast.core.purpose import purpose
+from holdfast.core.remedies import RESUME
 from holdfast.core.types import Mask
 from holdfast.engine.executor import Measure, OutOfTime, Timed
 from holdfast.engine.run import Run, Shards
@@ -92,13 +93,18 @@ class WorkerSetup:
     plan: Plan
     """the plan without surrogates, which the worker prepares itself"""
     device: str
+    batch_size: int | None = None
+    """largest number of examples in a forward pass; None if any is accepted"""
 
     @contextmanager
     def __call__(self) -> Iterator[Measure]:
         """Yield the function that measures shards. Raises `TargetError` if a digest differs from that of the run."""
         subject, data, surrogates = self.opening()
         device, adaptive = torch.device(self.device), bool(self.plan.adaptive)
-        with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
+        with (
+            readied(subject, data, device, adaptive=adaptive, batch_size=self.batch_size) as (target, sample),
+            ExitStack() as stack,
+        ):
             plan = with_surrogates(self.plan, stack, surrogates, sample, target)
             digests = {
                 "model": model_digest(subject, target),
@@ -107,9 +113,7 @@ class WorkerSetup:
             }
             for what, expected in self.digests.items():
                 if digests[what] != expected:
-                    raise TargetError(
-                        f"the {what} changed while a worker opened it; repeat the run with --resume"
-                    )
+                    raise TargetError(f"the {what} changed while a worker opened it", RESUME)
             yield ShardMeasure(plan, target, data, device)
 
 

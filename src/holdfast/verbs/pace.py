@@ -12,8 +12,9 @@ import torch
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import STATE, Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.distributed import broadcast, processes
 from holdfast.ops.fit import updates
@@ -90,8 +91,8 @@ def smaller(batch: int, error: BaseException) -> int:
     half = half_batch(batch, error)
     if processes() > 1:
         raise TargetError(
-            f"memory ran out for a batch of {batch} on {processes()} processes; use a smaller one in a new run, "
-            f"as in --set recipe.training.batch={half}"
+            f"memory ran out for a batch of {batch} on {processes()} processes; start a new run with a smaller one",
+            Remedy("recipe.training.batch", half),
         ) from error
     return half
 
@@ -300,17 +301,18 @@ class Pacer:
         return update_s, last.look_s, 2 * n
 
 
-def too_small(budget_s: float, measured: Pace, per_epoch: int, spent_s: float) -> str:
-    """Return the error message for a time budget in which no training update fits. It states a budget that would be
+def too_small(budget_s: float, measured: Pace, per_epoch: int, spent_s: float) -> UsageError:
+    """Return the error for a time budget in which no training update fits. It states a budget that would be
     enough.
     """
     look_s = measured.between(per_epoch)
     least_s = math.ceil((measured.update + (1 + _EVALUATION_SPARE) * look_s + spent_s) / _USED)
     suggestion = f"{least_s}s" if least_s < 120 else f"{math.ceil(least_s / 60)}min"
-    return (
+    return UsageError(
         f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(measured.update)} on this machine, "
         f"the evaluation and the checkpoint after it {_seconds(look_s)}, and measuring these times took "
-        f"{_seconds(spent_s)}; give --budget {suggestion} or more, or fewer steps"
+        f"{_seconds(spent_s)}; fewer steps take less time",
+        Remedy("budget", suggestion, reason="or more"),
     )
 
 

@@ -14,6 +14,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
 from holdfast.core.transformations import Transformations
 from holdfast.harness import (
     LOOKED_AT,
@@ -38,16 +39,24 @@ _SURROGATE_EXAMPLES = 32
 """number of examples on which a surrogate must have at least one nonzero gradient"""
 
 
+_NO_SURROGATES = Remedy("surrogates", option="--surrogate")
+
+
 @contextmanager
 def readied(
-    subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
+    subject: Subject,
+    data: Data,
+    device: torch.device,
+    *,
+    adaptive: bool = False,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[Target, Batch]]:
     """Context manager that prepares the attacked model on its device, and restores the model on exit.
 
-    Yields the prepared model and the examples with which it was inspected. With `adaptive`, parts of the model that
-    hide the gradient are detected as well.
+    Yields the prepared model and the examples with which it was inspected, at most `batch_size`. With `adaptive`, parts
+    of the model that hide the gradient are detected as well.
     """
-    sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
+    sample = data.read(0, min(LOOKED_AT, batch_size or LOOKED_AT, len(data))).to(device)
     with (
         placed(subject.model, device),
         prepared(subject.model, sample, adaptive=adaptive) as target,
@@ -85,11 +94,11 @@ def with_surrogates(
     if not surrogates:
         return plan
     if isinstance(plan.threat.constraint, Corruptions):
-        raise UsageError("surrogates are not used under common corruptions; omit --surrogate")
+        raise UsageError("surrogates are not used under common corruptions", _NO_SURROGATES)
     if isinstance(plan.threat.constraint, Transformations):
         raise UsageError(
-            f"surrogates are not used under {plan.threat.constraint}, because whole images are transformed; "
-            "omit --surrogate"
+            f"surrogates are not used under {plan.threat.constraint}, because whole images are transformed",
+            _NO_SURROGATES,
         )
     ready = tuple(_ready(surrogate, stack, sample, target).quick for surrogate in surrogates)
     return replace(
@@ -110,7 +119,7 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
     except TargetError as error:
         shape = tuple(sample.x.shape[1:])
         raise TargetError(
-            f"the surrogate {name} does not accept the inputs of the model, of shape {shape}: {error}"
+            f"the surrogate {name} does not accept the inputs of the model, of shape {shape}: {error.message}"
         ) from error
     if prepared_surrogate.classes != target.classes:
         raise TargetError(
@@ -160,18 +169,21 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
     threat = plan.threat
     if not threat.constraint.is_ball or threat.constraint.eps == float("inf"):
         raise UsageError(
-            "the transfer between data sets needs a threat model with a norm and a finite eps, such as "
-            "linf:8/255; give one, or omit --across"
+            "the transfer between data sets needs a threat model with a norm and a finite eps",
+            Remedy("threat", "linf:8/255"),
+            Remedy("across"),
         )
     if threat.goal is not None:
         raise UsageError(
             "perturbations for the transfer between data sets lead away from the prediction, and not to a target "
-            f"class; omit goal=targeted:{threat.goal}, or omit --across"
+            f"class; leave goal=targeted:{threat.goal} out of the threat",
+            Remedy("across"),
         )
     if not (threat.gives("gradients") and target.bare.access == "gradients") and not threat.surrogates:
         raise UsageError(
-            "perturbations for the transfer between data sets are computed from gradients, but the model has none; "
-            "give a model that has some with --surrogate MODEL, or omit --across"
+            "perturbations for the transfer between data sets are computed from gradients, but the model has none",
+            replace(SURROGATE, reason="for a model that has some"),
+            Remedy("across"),
         )
     shape = tuple(sample.x.shape[1:])
     for dataset in others:
@@ -179,8 +191,8 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
         shape_of_dataset = tuple(dataset.read(0, 1).x.shape[1:])
         if shape_of_dataset != shape:
             raise UsageError(
-                f"inputs of {dataset.name} have shape {shape_of_dataset}; those of the run have shape {shape}: give "
-                "data of the same shape with --across DATA"
+                f"inputs of {dataset.name} have shape {shape_of_dataset}; those of the run have shape {shape}: data of "
+                "the same shape were expected"
             )
     return replace(plan, across=True)
 
@@ -198,7 +210,8 @@ def plan_for(
     if target.rejects and isinstance(threat.constraint, Corruptions):
         raise UsageError(
             "common corruptions are drawn at random and not chosen against a detector, but this model has one; "
-            "measure the network without its detector, or give a norm, as in --threat linf:8/255"
+            "measure the network without its detector",
+            Remedy("threat", "linf:8/255"),
         )
     refuse_threat(threat, bare.bounds, sample.x, target.classes)
     plan = with_surrogates(request.plan, stack, request.surrogates, sample, target)
@@ -206,7 +219,7 @@ def plan_for(
     plan = refuse_what_is_hidden(plan, subject.model.access, subject.model.hides)
     plan = on_detector(plan, rejects=target.rejects)
     refuse_unfitted(plan, fit=request.fit is not None)
-    refuse_unprovable(plan, target, sample)
+    refuse_unprovable(plan, target, sample, request.verb)
     return plan
 
 
@@ -222,7 +235,8 @@ def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) 
     if batch.x.shape[1:] != shape:
         raise UsageError(
             f"inputs of {fit.name}, on which attacks are learned, have shape {tuple(batch.x.shape[1:])}, but "
-            f"those of {data.name} have shape {tuple(shape)}; give examples of the same kind with --fit DATA"
+            f"those of {data.name} have shape {tuple(shape)}",
+            replace(OTHER_EXAMPLES, reason="for examples of the same kind"),
         )
     refuse_batch(batch, target.bare.bounds, target.classes, fit.name, whole=fit)
     return _typed(batch, data)

@@ -185,7 +185,7 @@ def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
         message = f"no other {properties} fits the model better"
         return Doubt("input", "clear", 0.0, BETTER, len(batch), message), n_forwards
     statistic, threshold = (None, FILLED) if finding.gain is None else (finding.gain, BETTER)
-    message = f"{finding.message}: {finding.way_out}"
+    message = f"{finding.message}: {finding.on_command_line()}"
     return Doubt("input", "raised", statistic, threshold, len(batch), message), n_forwards
 
 

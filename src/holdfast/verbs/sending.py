@@ -19,6 +19,7 @@ import torch
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.engine import ray_watcher
 from holdfast.engine.executor import Measure
 from holdfast.engine.ray_worker import session_folder
@@ -108,7 +109,8 @@ class SentModel:
             plan = with_surrogates(self.plan, stack, self.surrogates, sample, target)
             if model_digest(self.subject, target) != self.digest:
                 raise TargetError(
-                    "the model behaves differently on a node (one of them is randomised); measure it with --on local"
+                    "the model behaves differently on a node (one of them is randomised)",
+                    Remedy("on", "local"),
                 )
 
             def measure(work: ShardWithExamples, room: Room, until: float) -> Any:
@@ -177,7 +179,8 @@ def shipment(model: SentModel, files: Mapping[str, bytes], dumps: Callable[[Any]
     except Exception as error:  # objects of the user may raise anything while they are pickled
         raise UsageError(
             f"a node cannot receive the model or an attack ({type(error).__name__}: {error}); define it with "
-            "file.py:factory, or measure it with --on local"
+            "file.py:factory",
+            Remedy("on", "local"),
         ) from error
     return pickle.dumps(Shipment([content], _user_modules(content), files))
 
@@ -201,29 +204,29 @@ def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
     for given in paths:
         if not given.exists():
             raise UsageError(
-                f"--ship {given} does not exist; give a file or a folder with code that the model needs"
+                f"ship is {given}, which does not exist; give a file or a folder with code that the model needs"
             )
         base = given.resolve()
         each = sorted(path for path in base.rglob("*") if path.is_file()) if base.is_dir() else [base]
         each = [path for path in each if not _is_left_out(path.relative_to(base))]
         if not each:
             raise UsageError(
-                f"--ship {given} contains no file; give a file or a folder with code that the model needs"
+                f"ship is {given}, which contains no file; give a file or a folder with code that the model needs"
             )
         for path in each:
             name = path.relative_to(base.parent)
             if not path.resolve().is_relative_to(base):
                 raise UsageError(
-                    f"--ship {given}: {name} is a link out of the folder; replace it by the file, or remove it"
+                    f"ship is {given}: {name} is a link out of the folder; replace it by the file, or remove it"
                 )
             size += path.stat().st_size
             if size > MAX_SHIPPED:
                 raise UsageError(
-                    f"--ship {', '.join(map(str, paths))} has more than {megabytes(MAX_SHIPPED)}; ship code only, and "
-                    "install large packages on the nodes"
+                    f"ship is {', '.join(map(str, paths))}, larger than {megabytes(MAX_SHIPPED)}; ship code only, "
+                    "and install large packages on the nodes"
                 )
             if name.as_posix() in contents:
-                raise UsageError(f"--ship sends two files named {name.as_posix()}; rename one of them")
+                raise UsageError(f"ship contains two files named {name.as_posix()}; rename one of them")
             contents[name.as_posix()] = path.read_bytes()
     return contents
 
@@ -238,6 +241,9 @@ def sender(data: Data) -> Callable[[ShardTask], ShardWithExamples]:
     return partial(with_examples, data)
 
 
-def known_rows(data: Data) -> Rows:
-    """Return the part of a data set that is sent to every worker: its properties and its first examples."""
-    return Rows(data.name, data.classes, len(data), stored_examples(data, 0, min(LOOKED_AT, len(data))))
+def known_rows(data: Data, batch_size: int | None) -> Rows:
+    """Return the part of a data set that is sent to every worker: its properties and its first examples, at most
+    `batch_size`.
+    """
+    first = stored_examples(data, 0, min(LOOKED_AT, batch_size or LOOKED_AT, len(data)))
+    return Rows(data.name, data.classes, len(data), first)

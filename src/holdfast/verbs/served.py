@@ -10,6 +10,7 @@ from typing import Any
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.purpose import Kind
+from holdfast.core.remedies import Remedy
 from holdfast.harness import refuse_what_is_hidden
 from holdfast.harness.target import base_of
 from holdfast.ops.expectation import inner
@@ -91,8 +92,12 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
         refuse_what_is_hidden(request.plan, subject.model.access, subject.model.hides)
     if request.workers is not None:
         raise UsageError(
-            f"--workers is {request.workers}, but the model is behind a server, which computes its outputs; omit "
-            f"--workers and give --http-concurrency {request.workers} to send that many requests at the same time"
+            f"workers is {request.workers}, but the model is behind a server, which computes its outputs",
+            Remedy(
+                "workers",
+                also=(Remedy("http_concurrency", request.workers, function="open_model"),),
+                reason="to send that many requests at the same time",
+            ),
         )
 
 

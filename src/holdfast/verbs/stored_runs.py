@@ -1,7 +1,6 @@
 """Opens stored runs, lists the runs in a folder, creates the path of a new run, and compares two runs."""
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
+from holdfast.core.remedies import RESUME, Remedy
 from holdfast.engine.ray_tasks import NODES
 from holdfast.harness import FOUND, KINDS
 from holdfast.metrics.paired import clean_accuracy_drop, regression
@@ -147,9 +147,7 @@ def open_run(path: Path) -> Result:
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT, manifest["schema_version"])
     if decided is None:
-        raise TargetError(
-            f"the run in {str(path)!r} is not finished; resume it with --run {shlex.quote(str(path))} --resume"
-        )
+        raise TargetError(f"the run in {str(path)!r} is not finished", _resumed(path))
     verbs = ("harden",) if "verdict_of" in decided else ("assess", "certify")
     if manifest.get("verb") not in verbs:
         raise TargetError(
@@ -220,9 +218,7 @@ def _inner_run(
     refuse_altered(inner_path, inner)
     verdict = recorded_document(inner_path, inner, VERDICT, manifest["schema_version"])
     if verdict is None:
-        raise TargetError(
-            f"the run in {str(inner_path)!r} is not finished; resume it with --run {shlex.quote(str(path))} --resume"
-        )
+        raise TargetError(f"the run in {str(inner_path)!r} is not finished", _resumed(path))
     return inner_path, manifest, inner, verdict
 
 
@@ -360,3 +356,8 @@ def _evidence(
     if nodes is not None:
         refuse_form(path / "nodes.json", nodes, DIFFERING)
     return evidence_of(manifest, by_stage, doubts_json, seconds, adapted, totals_in(path), nodes)
+
+
+def _resumed(path: Path) -> Remedy:
+    """Return the arguments of the verb that finish a run."""
+    return Remedy("run", str(path), also=(RESUME,))

@@ -15,6 +15,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Model
+from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.harness.stage import Schedule, Stage, StageKind, Work
@@ -57,7 +58,7 @@ class Fit(StageKind):
         batch = _examples(attack, work, rng)
         if not len(batch):
             raise UsageError(
-                f"there is no example to fit {stage.member.name} to that is not judged; name others with --fit DATA"
+                f"there is no example to fit {stage.member.name} to that is not judged", OTHER_EXAMPLES
             )
         meter = Metered(target.queried(target.quick, batch), batch, work.plan.threat)
         with target.repeatable(rng):

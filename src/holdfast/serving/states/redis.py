@@ -15,6 +15,7 @@ from threading import Lock
 from typing import Any
 
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Install
 from holdfast.detectors.clusters import (
     Account,
     Fail,
@@ -183,7 +184,8 @@ class RedisState:
             import redis
         except ImportError as error:
             raise UsageError(
-                f"the state {name} is in Redis, and the package redis is not installed; install holdfast[redis]"
+                f"the state {name} is in Redis, and the package redis is not installed",
+                Install("redis"),
             ) from error
         self.limits, self.fail = limits or StateLimits(), fail
         self._errors = (redis.RedisError, OSError)

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import HoldfastError, failure_to_json
 from holdfast.sources.files import reading
 from holdfast.sources.limited import limits
 
@@ -59,9 +59,7 @@ def is_out_of_memory(cause: BaseException | None) -> bool:
 
 
 def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
-    """Run the parser that a request names. Return its result, or a dictionary with the class and the message of its
-    error.
-    """
+    """Run the parser that a request names. Return its result, or its error as JSON."""
     read = import_module(f"{_PACKAGE}.{request['parser']}").read
     path = Path(request["path"])
     arguments = {key: value for key, value in request.items() if key not in ("parser", "path", "content")}
@@ -73,6 +71,6 @@ def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) 
         if isinstance(cause, OSError) and cause.errno in _FULL:
             raise cause from None
         if is_out_of_memory(cause):
-            return {"error": MemoryError.__name__, "message": ""}
-        return {"error": type(error).__name__, "message": str(error)}
+            return {"error": MemoryError.__name__}
+        return failure_to_json(error)
     return result

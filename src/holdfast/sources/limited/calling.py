@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import CarriesCode, HoldfastError, NoSplit, TargetError, UsageError
+from holdfast.core.errors import (
+    CarriesCode,
+    HoldfastError,
+    NoSplit,
+    TargetError,
+    UsageError,
+    failure_from_json,
+)
 from holdfast.sources.files import megabytes
 from holdfast.sources.limited.answering import ANSWER, NO_SPACE, NOT_STARTED, REQUEST, answers_of
 from holdfast.sources.limited.limits import MEMORY, SECONDS, WALL_FACTOR, Limits, cpu_seconds
@@ -91,7 +98,7 @@ def read_under_limits(
             (folder / REQUEST).write_text(json.dumps(full_request))
             answer = _run(folder, content, path, memory, seconds)
         if "error" in answer:
-            raise _error(answer["error"], answer["message"], path, limits.memory(n_bytes))
+            raise _error(answer, path, limits.memory(n_bytes))
         yield answer, folder
 
 
@@ -136,13 +143,13 @@ def _import_path() -> list[str]:
     return [entry for entry in sys.path if entry and Path(entry).resolve() != current_folder]
 
 
-def _error(kind: str, message: str, path: Path, memory: int) -> HoldfastError:
-    if kind == MemoryError.__name__:
+def _error(answer: Mapping[str, Any], path: Path, memory: int) -> HoldfastError:
+    if answer["error"] == MemoryError.__name__:
         return TargetError(
             f"{str(path)!r} asks for far more memory than its size: more than the {megabytes(memory)} that reading it "
             f"may take. If you trust it, raise the limit with {MEMORY}=16GB"
         )
-    return _ERRORS[kind](message)
+    return failure_from_json(answer, _ERRORS)
 
 
 def too_slow(path: Path, limit: str) -> TargetError:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Install, Placeholder, Remedy
 from holdfast.sources.columns import (
     MOST_CHARACTERS,
     SPLIT_COLUMN,
@@ -227,8 +228,14 @@ def _as_words(cells: Cells, indices_of_words: dict[str, int], name: str, path: P
     if sum(map(len, indices_of_words)) > MOST_CHARACTERS:
         raise TargetError(
             f"the column {name!r} of {str(path)!r} has {len(indices_of_words):,} different texts or more, of more than "
-            f"{MOST_CHARACTERS:,} characters in all; labels, or names of splits, were expected: shorten them, number "
-            "the classes 0, 1, 2, …, or name the column of the label with --label"
+            f"{MOST_CHARACTERS:,} characters in all; labels, or names of splits, were expected: shorten them, or "
+            "number the classes 0, 1, 2, …",
+            Remedy(
+                "label",
+                Placeholder("COLUMN"),
+                function="open_data",
+                reason="if another column has the labels",
+            ),
         )
     return indices if places is None else indices[places]
 
@@ -319,9 +326,7 @@ def _parquet(path: Path) -> tuple[list[str], Blocks]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UsageError(
-            f'{str(path)!r} is parquet; reading it needs pip install "holdfast[parquet]"'
-        ) from error
+        raise UsageError(f"{str(path)!r} is parquet, and pyarrow is missing", Install("parquet")) from error
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import CarriesCode, TargetError
+from holdfast.core.remedies import TRUST_CODE
 
 NESTINGS = (
     "state_dict",
@@ -24,9 +25,9 @@ NESTINGS = (
     "params",
 )
 """Keys under which training scripts store the state dict, in the order of the search."""
-TRUST = (
-    "If you trust the file, give --trust-code (in Python open_model(…, trust_code=True)). It is safer to save "
-    "model.state_dict() and give --arch, or to export a .pt2 program or ONNX, which run no code"
+SAFER = (
+    "It is safer to save model.state_dict() and to declare the architecture, or to export a .pt2 program or ONNX, "
+    "which run no code"
 )
 """Advice for model files that run code."""
 WRITTEN = "weights.safetensors"
@@ -52,7 +53,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
             }
         safetensors.torch.save_file(dense_tensors, folder / WRITTEN)
     except pickle.UnpicklingError as error:
-        raise CarriesCode(f"{str(path)!r} {explain(error)} {TRUST}") from error
+        raise CarriesCode(f"{str(path)!r} {explain(error)} {SAFER}", TRUST_CODE) from error
     except Exception as error:  # any error that an untrusted file causes is reported in one sentence
         raise TargetError(f"{str(path)!r} {explain(error)}") from error
     return {"notes": notes}

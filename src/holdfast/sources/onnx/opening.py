@@ -251,7 +251,7 @@ def _refuse_shape(shape: tuple[int | None, ...], net: nn.Module, inputs: tuple[T
     if tuple(inputs[0].shape[1:]) != shape:
         raise TargetError(
             f"an input has shape {tuple(inputs[0].shape[1:])}, but the ONNX file requires {shape}. "
-            "Reshape the data, or correct --input-shape if the sizes in the file are free"
+            "Reshape the data, or correct the input shape if the sizes in the file are free"
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Install, Placeholder, Remedy
 from holdfast.sources.files import megabytes, readable_file, sha256_of_file
 
 MOST_ROUNDS = 1 << 16
@@ -158,7 +159,9 @@ def onnx_module() -> ModuleType:
     try:
         import onnx
     except ImportError as error:
-        raise UsageError('opening an .onnx model needs pip install "holdfast[onnx]"') from error
+        raise UsageError(
+            "an .onnx model is opened with packages that are missing", Install("onnx")
+        ) from error
     module: ModuleType = onnx
     return module
 
@@ -369,15 +372,20 @@ def _filled(
             return sizes
         example = ",".join(str(size or "N") for size in sizes[1:]) or "N,…"
         raise UsageError(
-            f"{str(path)!r} has the input {_described(value)}, in which more sizes than the batch are free; give the "
-            f"shape of one example, with a number for every N: --input-shape {example}"
+            f"{str(path)!r} has the input {_described(value)}, in which more sizes than the batch are free",
+            Remedy(
+                "input_shape",
+                Placeholder(example, f"({example},)"),
+                function="open_model",
+                reason="for the shape of one example, with a number in place of each N",
+            ),
         )
     fits = len(input_shape) == len(sizes) - 1 or not sizes
     if not fits or any(
         declared not in (None, size) for declared, size in zip(sizes[1:], input_shape, strict=False)
     ):
         raise UsageError(
-            f"--input-shape is {','.join(map(str, input_shape))}, but {str(path)!r} has the input "
+            f"input_shape is {','.join(map(str, input_shape))}, but {str(path)!r} has the input "
             f"{_described(value)}; give the shape of one example, without the batch"
         )
     return (sizes[0] if sizes else None, *input_shape)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Install
 
 
 def session(content: bytes, threads: int) -> Any:
@@ -13,7 +14,9 @@ def session(content: bytes, threads: int) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UsageError('opening an .onnx model needs pip install "holdfast[onnx]"') from error
+        raise UsageError(
+            "an .onnx model is opened with packages that are missing", Install("onnx")
+        ) from error
     options = onnxruntime.SessionOptions()
     # Only fatal errors: onnxruntime would print warnings to the terminal besides the exception that is reported here.
     options.log_severity_level = 4

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Install
 from holdfast.sources.vnnlib.formulas import (
     Affine,
     Conjunction,
@@ -62,7 +63,9 @@ def _package() -> ModuleType:
     try:
         import vnnlib
     except ImportError as error:
-        raise UsageError('a query of VNN-LIB 2 needs pip install "holdfast[vnnlib]"') from error
+        raise UsageError(
+            "a query of VNN-LIB 2 is read with packages that are missing", Install("vnnlib")
+        ) from error
     module: ModuleType = vnnlib
     return module
 

@@ -184,7 +184,7 @@ class _Admitting:
         try:
             refuse_foreign({**self.weights(name)}, _shapes(self.request.model), f"set {name!r}")
         except TargetError as error:
-            gate = GateResult("tensors", None, "those of the model", "fail", str(error))
+            gate = GateResult("tensors", None, "those of the model", "fail", error.message)
             return Judged(name, "refused", (gate,), gate.description, gate.name)
         return None
 

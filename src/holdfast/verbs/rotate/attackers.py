@@ -313,7 +313,7 @@ class _Measuring:
                 recipe, initial, queried.labelled(labels), self.request.threat, place.at("training")
             )
         except LostLoss as error:
-            return _unmeasured(f"the surrogate could not be distilled: {error}")
+            return _unmeasured(f"the surrogate could not be distilled: {error.message}")
         agrees = float(
             (_classes(surrogate, self.whole.x) == _classes(self.live, self.whole.x)).float().mean()
         )

@@ -21,7 +21,7 @@ from holdfast.core.checkpoint import Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import OTHER_FOLDER, RESUME, Remedy
 from holdfast.engine.progress import Notify, Progress, Step, ignore, silent
 from holdfast.engine.resuming import way_out
 from holdfast.engine.run import Run
@@ -161,9 +161,7 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
     path = request.path
     if is_complete(path):
         if not request.resume:
-            raise UsageError(
-                f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
-            )
+            raise UsageError(f"{str(path)!r} contains a pool already", RESUME, OTHER_FOLDER)
         pool = Pool.open(path, expect_head=request.expect_head)
         request.common.refuse_other(pool)
         return pool
@@ -176,7 +174,8 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
     if foreign:
         raise UsageError(
             f"{str(path)!r} contains {foreign[0]!r} and is not a pool. The folder of a pool is private to its "
-            "owner, so no other files may be in it; name a new folder with --run"
+            "owner, so no other files may be in it",
+            OTHER_FOLDER,
         )
     pool = Pool.create(path, request.common.about())
     if request.resume:
@@ -211,7 +210,7 @@ def _plan(request: CollectRequest, notify: Notify) -> StoredStage:
         epochs = whole_epochs((budget_s - spent_s) / n_trained(common), measured)
         least = math.ceil(request.least_updates / common.candidate.per_epoch(len(common.train)))
         if epochs < least:
-            raise UsageError(*_too_small(budget_s, spent_s, measured, n_trained(common), least))
+            raise _too_small(budget_s, spent_s, measured, n_trained(common), least)
     about = {"epochs": epochs, "runs": common.source.runs, "budget_s": budget_s, "planning_s": spent_s}
     return StoredStage({"epochs": torch.tensor([epochs])}, about=about)
 
@@ -223,22 +222,22 @@ def _refuse_other_budget(plan: Mapping[str, Any], request: CollectRequest) -> No
         by = "none" if earlier is None else f"{earlier:g} s"
         raise UsageError(
             f"{str(request.path)!r} was planned with a budget of {by} ({plan['epochs']} epochs for each run), but "
-            f"{budget_s:g} s were given; omit --budget, or create another pool"
+            f"{budget_s:g} s were given; create another pool",
+            Remedy("budget"),
         )
 
 
-def _too_small(
-    budget_s: float, spent_s: float, measured: Pace, n_models: int, epochs: int
-) -> tuple[str, Remedy]:
-    """The message that a budget is too small for `epochs` epochs of each training, and a budget that is enough."""
+def _too_small(budget_s: float, spent_s: float, measured: Pace, n_models: int, epochs: int) -> UsageError:
+    """The error for a budget that is too small for `epochs` epochs of each training."""
     least_min = math.ceil((n_models * epochs * measured.epoch + spent_s) / 60 / 0.95 * _SPARE)
     needed = "one epoch" if epochs == 1 else f"{epochs} epochs"
-    message = (
+    return UsageError(
         f"a budget of {budget_s:g} s is too small: {n_models} models must be trained, {OWN} of them surrogates, each "
         f"for {needed} at least; an epoch takes {measured.epoch:.3g} s on this machine, and everything else "
-        f"{spent_s:.3g} s. Fewer runs take less time, as in --set source.seeds=3"
+        f"{spent_s:.3g} s",
+        Remedy("budget", f"{least_min}min", reason="or more"),
+        Remedy("source.seeds", 3, reason="for fewer runs"),
     )
-    return message, Remedy("budget", f"{least_min}min")
 
 
 # --- trainings
@@ -348,7 +347,7 @@ class _Collection:
             raise TargetError(
                 f"{training} has an accuracy of {100 * accuracy:.1f} % on held-out examples; more than "
                 f"{100 * self.least:.1f} % was expected, which is 1.5 times that of guessing: the training diverged. "
-                "Collect again with a smaller learning rate, as in --set "
-                f"recipe.training.lr={self.common.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "
-                "initialisation=own"
+                "Collect again with a smaller learning rate, a longer warm-up, or another seed",
+                Remedy("recipe.training.lr", float(f"{self.common.training.lr / 3:.2g}")),
+                Remedy("initialisation", "own"),
             )

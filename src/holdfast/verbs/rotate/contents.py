@@ -100,8 +100,8 @@ def _complete(pool: Pool, names: list[str]) -> list[ColumnFile]:
     files = [stored for name in names if (stored := pool.kept(name)) is not None]
     if len(files) < len(names):
         raise UsageError(
-            f"{str(pool.path)!r} contains {len(files)} of {len(names)} runs; finish the collection first, with "
-            "--resume"
+            f"{str(pool.path)!r} contains {len(files)} of {len(names)} runs; finish the collection first, by "
+            "resuming it"
         )
     return files
 

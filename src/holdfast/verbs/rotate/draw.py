@@ -17,6 +17,7 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.engine.progress import Notify, ignore
 from holdfast.engine.signals import Stopper, stoppable
 from holdfast.reports.numbers import strict
@@ -40,6 +41,11 @@ UPDATES = 100
 
 It is half of the number in the benchmark record `rotation`, with 27,500 examples in batches of 128.
 """
+
+
+_FRESH = Remedy("by", "retraining")
+"""way of drawing sets without a generator"""
+_ANOTHER = "to start another draw"
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def by_named(name: str | None, notify: Notify = ignore) -> By | None:
         return cast("By | None", name)
     if name not in _EARLIER:
         raise UsageError(f"by is {name!r}; expected generator or retraining")
-    notify(f"note: --by {name} is now called --by {_EARLIER[name]}; the earlier name is still accepted")
+    notify(f"note: by={name} is now called by={_EARLIER[name]}; the earlier name is still accepted")
     return _EARLIER[name]
 
 
@@ -151,16 +157,18 @@ def _refuse_other(stored: Mapping[str, Any], request: DrawRequest) -> None:
         "immunise": immunise,
     }
     if (stored["immunise"] is None) != (immunise is None):
-        option, behaviour = (
-            ("omit", "does not immunise") if stored["immunise"] is None else ("add", "immunises")
+        change, behaviour = (
+            (Remedy("immunise"), "does not immunise")
+            if stored["immunise"] is None
+            else (Remedy("immunise", True), "immunises")
         )
         raise UsageError(
-            f"the draw to be resumed {behaviour} its sets; {option} --immunise, or omit --resume to start another draw"
+            f"the draw to be resumed {behaviour} its sets", change, Remedy("resume", reason=_ANOTHER)
         )
     if stored != settings:
         raise UsageError(
-            f"the draw to be resumed has other settings ({differences(stored, settings)}); give the same settings, or "
-            "omit --resume to start another draw"
+            f"the draw to be resumed has other settings ({differences(stored, settings)}); give the same settings",
+            Remedy("resume", reason=_ANOTHER),
         )
 
 
@@ -187,7 +195,8 @@ def _against(pool: Pool) -> tuple[str, ...]:
     if not remaining_bases:
         raise UsageError(
             f"{str(pool.path)!r} lists no stolen set, no set serves, and the bases are deleted, so there is "
-            "nothing to immunise against; omit --immunise, or collect first"
+            "nothing to immunise against; collect first",
+            Remedy("immunise"),
         )
     return remaining_bases
 
@@ -239,7 +248,8 @@ class _Drawing:
         if generator is None:
             raise UsageError(
                 f"{str(self.pool.path)!r} has no generator yet; train one with holdfast rotate train "
-                f"{self.pool.shown}, or train sets from fresh weights with --by retraining"
+                f"{self.pool.shown}, or train sets from fresh weights",
+                _FRESH,
             )
         shapes = {name: tuple(mean.shape) for name, mean in generator.embedding.span.mean.items()}
         own = {name: tuple(value.shape) for name, value in self.common.model.net.named_parameters()}  # type: ignore[union-attr]
@@ -279,7 +289,8 @@ class _Drawing:
             f"none of {_MOST} generated sets reaches an accuracy of {100 * self.least:.1f} % on {len(self.tested)} "
             f"training inputs (one percentage point below the bases); the best has {100 * best_accuracy:.1f} %. The "
             "generator samples between the collected sets. Collect more sets of each run, train the generator "
-            "without a regulariser, or train sets from fresh weights with --by retraining"
+            "without a regulariser, or train sets from fresh weights",
+            _FRESH,
         )
 
     def _store(self, model: Classifier, made_from: Sequence[str]) -> None:

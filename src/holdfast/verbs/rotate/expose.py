@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.store.pool import Pool
 
 
@@ -35,7 +36,10 @@ def expose(request: ExposeRequest) -> Exposed:
     """
     pool, name, why = request.pool, request.name, request.why
     if not why.strip():
-        raise UsageError("the exposure has no reason; describe what happened with --why TEXT")
+        raise UsageError(
+            "the exposure has no reason",
+            Remedy("why", Placeholder("TEXT"), reason="which describes what happened"),
+        )
     pool.expose(name, why)
     serving = pool.serving
     return Exposed(name, why, serving is not None and serving.name == name, len(pool.unjudged))

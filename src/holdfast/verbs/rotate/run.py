@@ -165,7 +165,7 @@ def _train_if_needed(request: RunRequest, collected: Collected, again: str, noti
     except (Inconclusive, LostLoss) as error:
         if by is not None:
             raise
-        notify(f"note: {error}; sets are trained from fresh random weights")
+        notify(f"note: {error.message}; sets are trained from fresh random weights")
         return "retraining"
     return by
 
@@ -220,12 +220,12 @@ class RotationLoop:
         try:
             self.fill()
         except InUse as error:
-            self.notify(f"note: {error}")
+            self.notify(f"note: {error.on_command_line()}")
             return False
         except Inconclusive as error:
             if not self.pool.ahead:
                 raise
-            self.notify(f"note: {error}")
+            self.notify(f"note: {error.on_command_line()}")
             return False
         return True
 
@@ -296,7 +296,7 @@ class RotationLoop:
         except UsageError as error:
             if not self.pool.ledger.terms:
                 raise
-            self.notify(f"note: {error}")
+            self.notify(f"note: {error.on_command_line()}")
 
     # --- new sets
 
@@ -312,7 +312,7 @@ class RotationLoop:
         except Inconclusive as error:
             if request.by is not None:
                 raise
-            self._retrain(str(error))
+            self._retrain(error.message)
             draw(replace(request, by="retraining"), again=self.again, notify=self.notify)
 
     def _refused_of_generator(self) -> bool:

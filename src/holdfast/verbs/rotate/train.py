@@ -10,6 +10,7 @@ import torch
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive
+from holdfast.core.remedies import Remedy
 from holdfast.engine.progress import Notify, ignore
 from holdfast.engine.signals import stoppable
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
@@ -64,7 +65,8 @@ def train(request: TrainRequest, *, again: str = "", notify: Notify = ignore) ->
             raise Inconclusive(
                 f"sets lose {100 * lost:.2f} percentage points of accuracy by encoding and decoding, and at most "
                 f"{100 * _LOST:g} are allowed: generated sets would lose as much. Collect more sets of each run, or "
-                f"use a larger codec, as in --set codec.dims={2 * codec.dims} --set codec.steps={2 * codec.steps}"
+                "use a larger codec",
+                Remedy("codec.dims", 2 * codec.dims, also=(Remedy("codec.steps", 2 * codec.steps),)),
             )
         begin = time.perf_counter()
         generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
@@ -90,8 +92,8 @@ def _refuse_diverged(
         raise Inconclusive(
             f"the best of {_TRIED} generated sets has an accuracy of {100 * best_accuracy:.1f} %, the bases "
             f"{100 * usual:.1f} %: the diffusion diverged, and an earlier generator is kept. Regularise less "
-            f"(regulariser is {diffusion.regulariser}, weight {diffusion.weight:g}), or train longer, as in --set "
-            f"generator.steps={2 * diffusion.steps}"
+            f"(regulariser is {diffusion.regulariser}, weight {diffusion.weight:g}), or train longer",
+            Remedy("generator.steps", 2 * diffusion.steps),
         )
 
 

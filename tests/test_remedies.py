@@ -1,0 +1,1525 @@
+"""Every remedy that an error names is carried out: the call then completes, or is refused for another reason.
+
+A situation is a call that is refused. Each remedy of its error is applied to the arguments of the call, as a user would
+do it, and the call is repeated. `carried_out` records which remedies of the code an error contained, so that
+`test_every_remedy_of_the_code_has_a_situation` finds those without one.
+"""
+
+import ast
+import dataclasses
+import importlib
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from tempfile import mkdtemp
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast.attacks import PGD
+from holdfast.certifiers import register
+from holdfast.certifiers.region import region_of
+from holdfast.certifiers.smoothing import Smoothing
+from holdfast.checkup import misfit
+from holdfast.cli.app import _COMMANDS, verbs
+from holdfast.cli.assess import _refuse_code_of_config, _refuse_hosts_of_config
+from holdfast.cli.vnn import _needed, vnn
+from holdfast.config.attacks import threat_model
+from holdfast.config.clusters import ray_options, refuse_unusable_cluster
+from holdfast.config.grammar import parse_threat
+from holdfast.config.groups import InferenceSource
+from holdfast.config.guard_opening import guarded_subject
+from holdfast.config.hardening import _with_denoiser
+from holdfast.config.misspelt import refuse_misspelt
+from holdfast.config.planning import assess_request, prover
+from holdfast.config.proxying import _refuse_settings_of_models, refuse_forwarded_keys
+from holdfast.config.recipes import build_recipe, built, refuse_unheld
+from holdfast.config.references import model_reference
+from holdfast.config.resolve import open_all, sources_given
+from holdfast.config.rotate_requests import _loop_settings
+from holdfast.config.serving import _shape, server_setup
+from holdfast.config.settings import (
+    AssessSettings,
+    CertifySettings,
+    DoctorSettings,
+    RotateSettings,
+    ServeSettings,
+    check_settings,
+)
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import HoldfastError, TargetError, failure_from_json, failure_to_json
+from holdfast.core.labels import off_range
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.remedies import Install, Placeholder, Remedy
+from holdfast.engine.processes import unshared
+from holdfast.gates.grammar import parse as parse_gate
+from holdfast.harness import Plan
+from holdfast.harness.plan import refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness.target import prepared
+from holdfast.metrics.catalogue import estimate
+from holdfast.ops.gains import order_of
+from holdfast.ops.refusals import refuse_lost
+from holdfast.proving.deciding import _fitting
+from holdfast.proving.geometry import boundary_geometry
+from holdfast.reports.across import across_rows
+from holdfast.sources.answers import ServerAnswers
+from holdfast.sources.arrays import selected_rows
+from holdfast.sources.cards import CARD, trained_by
+from holdfast.sources.class_numbers import MOST_NAMES, class_numbers, matched, numbered_words
+from holdfast.sources.counting import InspectionCounter
+from holdfast.sources.expected import Expected
+from holdfast.sources.onnx.reading import _filled
+from holdfast.sources.payloads import Shaped, Template
+from holdfast.sources.probing import ProbedClassifier
+from holdfast.sources.vnnlib.reading import read_query
+from holdfast.verbs.certify import refuse_unprovable
+from holdfast.verbs.pace import Pace, too_small
+from holdfast.verbs.request import Subject
+from servers import Server
+from servers import examples as served_examples
+
+SOURCE = Path(holdfast.__file__).parent
+FOLDER = Path(mkdtemp(prefix="remedies-"))
+_MOST = 3
+"""Number of remedies that are carried out one after the other."""
+
+torch.manual_seed(0)
+X = torch.rand(12, 4)
+LINEAR = nn.Linear(4, 3)
+Y = LINEAR(X).argmax(1)
+PAIR = (X, Y)
+IMAGES = torch.rand(8, 1, 6, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """A call that is refused."""
+
+    call: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    """arguments of the call; options of `open_model`, `open_data` and `Ray` are in dictionaries of these names"""
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """values for placeholders, by argument"""
+    replaced: tuple[str, ...] = ()
+    """arguments that a remedy takes the place of"""
+    only: tuple[str, ...] = ()
+    """arguments of the remedies that fit the situation, if the others are for another cause"""
+
+
+def applied(remedy: Remedy, arguments: Mapping[str, Any], situation: Situation) -> dict[str, Any]:
+    """The arguments of a call after a remedy was carried out."""
+    if "words" in arguments:
+        return {"words": _on_command_line(remedy, arguments["words"], situation)}
+    changed = {key: value for key, value in arguments.items() if key not in situation.replaced}
+    for part in (remedy, *remedy.also):
+        place = changed
+        if part.function in ("open_model", "open_data", "Ray"):
+            place = changed[part.function] = dict(changed.get(part.function, {}))
+        *path, name = part.argument.split(".")
+        for key in path:
+            inside = place.get(key, {})
+            place[key] = (
+                {"use": inside}
+                if isinstance(inside, str)
+                else dict(inside)
+                if isinstance(inside, Mapping)
+                else {}
+            )
+            place = place[key]
+        value = part.value
+        if isinstance(value, Placeholder):
+            value = situation.values[part.argument]
+            value = value() if isinstance(value, Later) else value
+        if value is None:
+            place.pop(name, None)
+        else:
+            place[name] = value
+    return changed
+
+
+def _on_command_line(remedy: Remedy, words: tuple[str, ...], situation: Situation) -> tuple[str, ...]:
+    """The words of a command line after a remedy was carried out."""
+    for part in (remedy, *remedy.also):
+        if part.flag in words:
+            place = words.index(part.flag)
+            words = (*words[:place], *words[place + 2 :])
+        value = situation.values[part.argument] if isinstance(part.value, Placeholder) else part.value
+        words += dataclasses.replace(part, value=value, also=()).words()
+    return words
+
+
+def refusal(call, arguments) -> HoldfastError | None:
+    try:
+        call(**arguments)
+    except HoldfastError as error:
+        return error
+    return None
+
+
+@contextmanager
+def recorded(created: list[tuple[tuple[str, int], Remedy | Install]]):
+    """Adds each remedy that is created meanwhile, with the file and the line of the code that creates it."""
+    before = {kind: kind.__init__ for kind in (Remedy, Install)}
+
+    def recording(kind):
+        def initialise(self, *args, **more):
+            before[kind](self, *args, **more)
+            frame = sys._getframe(1)
+            while frame is not None and not frame.f_code.co_filename.startswith(str(SOURCE)):
+                frame = frame.f_back
+            if frame is not None:
+                created.append(((frame.f_code.co_filename, frame.f_lineno), self))
+
+        return initialise
+
+    for kind in before:
+        kind.__init__ = recording(kind)
+    try:
+        yield
+    finally:
+        for kind, initialise in before.items():
+            kind.__init__ = initialise
+
+
+@cache
+def carried_out(name: str) -> tuple[frozenset[tuple[str, int]], tuple[Remedy | Install, ...]]:
+    """Carry out the remedies of a situation, and return them and the places where they were created.
+
+    Remedies with a placeholder for which the situation has no value, and those that it excludes, are not carried out.
+    """
+    situation, created = SITUATIONS[name](), []
+    with recorded(created):
+        error = refusal(situation.call, situation.arguments)
+    assert error is not None, "nothing is refused"
+    assert error.remedies, f"no remedy: {error}"
+    fitting = tuple(each for each in error.remedies if _fits(each, situation))
+    assert fitting, f"no remedy is carried out: {error}"
+    for remedy in fitting:
+        _carry_out(remedy, situation, situation.arguments, (error,))
+    parts = [part for each in fitting for part in _parts(each)]
+    return frozenset(
+        place for place, remedy in created if any(_same(remedy, part) for part in parts)
+    ), fitting
+
+
+def _same(first: Remedy | Install, second: Remedy | Install) -> bool:
+    """Whether two remedies change the same argument in the same way."""
+    if isinstance(first, Install) or isinstance(second, Install):
+        return first == second
+    return dataclasses.replace(first, reason="", also=()) == dataclasses.replace(second, reason="", also=())
+
+
+def _parts(remedy: Remedy | Install) -> tuple[Remedy | Install, ...]:
+    return (remedy, *remedy.also) if isinstance(remedy, Remedy) else (remedy,)
+
+
+def _fits(remedy: Remedy | Install, situation: Situation) -> bool:
+    if isinstance(remedy, Install):
+        return True
+    unknown = [
+        part
+        for part in (remedy, *remedy.also)
+        if isinstance(part.value, Placeholder) and part.argument not in situation.values
+    ]
+    return not unknown and (not situation.only or remedy.argument in situation.only)
+
+
+def _carry_out(remedy, situation, arguments, errors) -> None:
+    if isinstance(remedy, Install):
+        return
+    changed = applied(remedy, arguments, situation)
+    error = refusal(situation.call, changed)
+    if error is None:
+        return
+    assert error.message not in {earlier.message for earlier in errors}, f"{remedy} does not resolve {error}"
+    undone = [each for each in error.remedies if isinstance(each, Remedy) and _undoes(each, remedy)]
+    assert not undone, f"{error} undoes {remedy}"
+    following = error.remedy
+    if following is not None and len(errors) < _MOST and _fits(following, situation):
+        _carry_out(following, situation, changed, (*errors, error))
+
+
+def _undoes(second: Remedy, first: Remedy) -> bool:
+    """Whether a remedy only takes away what another one has given."""
+    return (
+        second.argument == first.argument
+        and second.value is None
+        and first.value is not None
+        and not second.also
+    )
+
+
+# -- the calls
+
+
+def given(model, options):
+    return holdfast.open_model(model, **options) if options else model
+
+
+def given_data(data, options):
+    return holdfast.open_data(data, **options) if options else data
+
+
+def assessed(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
+    return holdfast.assess(
+        given(model, dict(open_model)),
+        given_data(data, dict(open_data)),
+        **{"threat": "linf:0.01", "suite": "quick", "doubts": False, **arguments},
+    )
+
+
+def planned(open_model=(), **arguments):
+    """The plan of an assessment, without a run."""
+    return assess_request(check_settings({"threat": "linf:0.01", **arguments}, "", kind=AssessSettings))
+
+
+def attacked(**arguments):
+    return holdfast.attack(LINEAR, X, Y, **{"threat": "linf:0.01", **arguments})
+
+
+def opened(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
+    """The model and the examples, without a run."""
+    settings = check_settings(arguments, "", kind=DoctorSettings)
+    return open_all(
+        sources_given(given(model, dict(open_model)), given_data(data, dict(open_data)), settings), ()
+    )
+
+
+def hidden(model_access="gradients", surrogates=(), fit=None, **arguments):
+    """A plan, after what the attacker does not see is taken from it."""
+    plan = planned(**arguments).plan
+    threat = dataclasses.replace(plan.threat, surrogates=tuple(map(Classifier, surrogates)))
+    plan = dataclasses.replace(plan, threat=threat)
+    refuse_unfitted(refuse_what_is_hidden(plan, model_access), fit=fit is not None)
+
+
+def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *, certify=False, **options):
+    """Prepare a method of certification for a model."""
+    if verb == "assess" and not certify:
+        return
+    settings = check_settings({"threat": threat, "method": method, **options}, "", kind=CertifySettings)
+    at, sample = threat_model(parse_threat(settings.threat.threat)), Batch(X, Y, torch.arange(len(X)))
+    with prepared(Classifier(model), sample) as target:
+        if method == "smoothing":
+            own = {f.name for f in dataclasses.fields(Smoothing)}
+            smoothing = Smoothing(**{key: value for key, value in options.items() if key in own})
+            smoothing.ready(target.bare, sample, at)
+        else:
+            refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample, verb)
+
+
+def verified(**arguments):
+    """The arguments of a certification, without a run."""
+    refuse_misspelt("certify", signature(holdfast.certify).parameters, (), arguments)
+
+
+def hardened(**arguments):
+    """The arguments of a hardening, without a run."""
+    refuse_misspelt("harden", signature(holdfast.harden).parameters, (), arguments)
+
+
+def convolutional():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+
+
+def baseline():
+    return assessed(suite="pgd")
+
+
+def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=()):
+    spec = {"use": recipe} if isinstance(recipe, str) else dict(recipe)
+    spec["training"] = {"epochs": 1, "batch": 8, **spec.get("training", {})}
+    model = model or Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    model = model if isinstance(model, Classifier) else Classifier(model)
+    batch = data or Batch(X, Y, torch.arange(len(X)))
+    at = dataclasses.replace(
+        threat_model(parse_threat(threat)), surrogates=tuple(map(Classifier, surrogates))
+    )
+    return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
+
+
+def answered(answer, rows=2, *, shaped=False, open_model=()):
+    """The scores or classes in the answer of a server."""
+    options = dict(open_model)
+    names, classes = options.get("class_names"), options.get("classes")
+    if names is not None and classes is None:
+        classes = len(names)
+    labels = classes if options.get("http_labels") else None
+    path = options.get("http_response")
+    form = Shaped("x", output=path) if shaped else Template.of('{"x": $x}', path)
+    expected = None if options.get("http_labels") else classes
+    answers = ServerAnswers(
+        form,
+        labels=labels,
+        names=names,
+        declared=options.get("model_output") is not None,
+        masked=str,
+        expected=expected,
+    )
+    n = options.get("http_max_rows", rows)
+    given_answer = answer(n) if callable(answer) else answer
+    return answers.read(given_answer, torch.zeros(n, 4))
+
+
+# -- files
+
+
+@cache
+def file(name: str) -> str:
+    """The path of a file or a folder of examples or of a model."""
+    path = FOLDER / name
+    if name.endswith(".csv"):
+        tables = {
+            "table.csv": "a,b,c,d,name,label\n0.1,0.2,0.3,0.4,u,0\n0.5,0.6,0.7,0.8,v,1\n",
+            "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
+            "classes.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,1\n0.5,0.6,0.7,0.8,2\n0.5,0.6,0.7,0.8,10\n",
+        }
+        path.write_text(tables[name])
+    elif name == "one.npz":
+        np.savez(path, x=X.numpy(), y=Y.numpy())
+    elif name == "named.npz":
+        np.savez(path, images=X.numpy(), targets=Y.numpy())
+    elif name == "grey.npz":
+        np.savez(path, x=np.random.default_rng(0).random((6, 6, 6), np.float32), y=np.arange(6) % 3)
+    elif name == "square.npz":
+        np.savez(path, x=np.random.default_rng(0).random((6, 3, 3, 3), np.float32), y=np.arange(6) % 3)
+    elif name == "images":
+        from PIL import Image
+
+        for label in ("cat", "dog"):
+            (path / label).mkdir(parents=True)
+            for k in range(3):
+                Image.fromarray(np.full((6, 6), 40 * k, np.uint8)).save(path / label / f"{k}.png")
+    elif name == "weights.pt":
+        torch.save(LINEAR.state_dict(), path)
+    elif name == "net.py":
+        path.write_text(
+            "from torch import nn\n\ndef make():\n    return nn.Linear(4, 3)\n\n\ndef sized(n: int):\n"
+            "    return nn.Linear(4, n)\n"
+        )
+    elif name == "guard.yaml":
+        holdfast.init(path, guard=True)
+    elif name == "carded.safetensors":
+        path.write_bytes(b"")
+        path.with_name(CARD).write_text("{}")
+    elif name == "query.vnnlib":
+        declared = "(declare-const X_0 Real)(declare-const Y_0 Real)"
+        path.write_text(f"{declared}(assert (<= X_0 1))(assert (>= X_0 0))(assert (<= Y_0 0))")
+    elif name == "holdfast.yaml":
+        path.write_text("seed: 0")
+    elif name == "whole.pt":
+        torch.save(LINEAR, path)
+    return str(path)
+
+
+# -- models
+
+
+class Scores(nn.Module):
+    """A network whose forward is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 3), function
+
+    def forward(self, x):
+        return self.function(self.linear, x)
+
+
+def of(function):
+    return Scores(function).eval()
+
+
+def saved_in_place(linear, x):
+    h = torch.sigmoid(linear(x))
+    y = h * h
+    h += 1
+    return y
+
+
+def only_four(linear, x):
+    assert len(x) <= 4
+    return linear(x)
+
+
+def of_erfc():
+    """A network with a function of which bounds are known, and no Lipschitz constant."""
+    register("aten.erfc", torch.erfc, 1.0)
+    return of(lambda f, x: torch.erfc(f(x)))
+
+
+def in_range(linear, x):
+    if bool((x < 0).any() | (x > 1).any()):
+        raise ValueError("inputs from 0 to 1 were expected")
+    return linear(x)
+
+
+def settled(threat, recipe):
+    """The settings of a hardening, which are refused for threats of no recipe."""
+    refuse_unheld(threat_model(parse_threat(threat)))
+    return build_recipe({"use": "pgd" if recipe == "auto" else recipe})
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    value: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    value: int
+    inside: Inside = Inside()
+
+
+def built_part(part):
+    return built(Part, part, "the part", "part")
+
+
+def gained(threat, recipe):
+    """The norm of the gains of a recipe, of which some need one."""
+    return recipe != "lipschitz" or order_of(threat_model(parse_threat(threat)).constraint)
+
+
+def recipe_of(recipe):
+    return build_recipe(recipe)
+
+
+def code_of_config(surrogates=()):
+    """A configuration whose surrogate is code."""
+    settings = check_settings({"surrogates": [{"model": "net.py:make"}]}, "", kind=AssessSettings)
+    _refuse_code_of_config(settings, {"surrogates": surrogates})
+
+
+def denoised(recipe):
+    batch = Batch(X, Y, torch.arange(len(X)))
+    return _with_denoiser(
+        Subject(Classifier(LINEAR), ""),
+        {"use": recipe, **({"sigma": 0.1} if "nois" in recipe else {})},
+        batch,
+        0,
+    )
+
+
+def estimated(metric, baseline=None):
+    return estimate(metric, assessed(suite="pgd").evidence, baseline=baseline)
+
+
+def across_metric(across=()):
+    return across_rows(assessed(suite="pgd", across=across).evidence)
+
+
+def plan_of_detector(threat):
+    detector = holdfast.with_detector(LINEAR, lambda x: x.sum(1), 9.0)
+    return assessed(model=detector, threat=threat, suite="fog" if threat.startswith("corruptions") else "pgd")
+
+
+def normalised_data():
+    """Inputs and labels of a network that expects the normalisation of MNIST."""
+    x = 0.26 * torch.rand(60, 4)
+    return x, (x.mean(1) <= 0.1307).long()
+
+
+def halves():
+    """Inputs, and whether their mean is below a half."""
+    x = torch.rand(60, 4)
+    return x, (x.mean(1) <= 0.5).long()
+
+
+def rows_of_images():
+    """Images whose first channel is last, and their labels."""
+    x = torch.rand(60, 3, 3, 3)
+    return x, (x[..., 0].mean((1, 2)) <= 0.5).long()
+
+
+def misfitting(model, data, open_data=()):
+    """The finding about data that an assessment raises as a doubt."""
+    x, y = data
+    if dict(open_data).get("layout") == "hwc":
+        x = x.movedim(-1, 1)
+    finding, _ = misfit(Classifier(model), Batch(x, y, torch.arange(len(x))), 32)
+    if finding is not None:
+        raise TargetError(finding.message, *finding.remedies)
+
+
+def two_classes(values):
+    return torch.stack((values, -values), 1)
+
+
+def many_words(open_data=()):
+    """Labels that are rather ids than classes."""
+    if not dict(open_data).get("label"):
+        n = MOST_NAMES + 1
+        numbered_words(list(map(str, range(n))), np.arange(n), Expected(), "data")
+
+
+def declared_names(open_model=()):
+    names = dict(open_model).get("class_names")
+    return matched(("cat", "dog"), Expected(class_names=names, names_declared=names is not None))
+
+
+def guarded(open_model=()):
+    model = Classifier(LINEAR)
+    model.remote = True
+    if guard := dict(open_model).get("guard"):
+        guarded_subject(Subject(model, ""), guard)
+
+
+def bounded(threat, geometry=None):
+    if geometry:
+        boundary_geometry(
+            Classifier(LINEAR), Batch(X[:1], Y[:1], Y[:1]), threat_model(parse_threat(threat)), 0
+        )
+
+
+def fitting(network=()):
+    """The networks of a query."""
+    files = dict(network)
+    query = read_query(Path(file("query.vnnlib")))
+    declared = dataclasses.replace(query.networks[0], name="net")
+    _needed(dataclasses.replace(query, version="2.0", networks=(declared,)), {name: name for name in files})
+
+
+def decided(networks=()):
+    query = read_query(Path(file("query.vnnlib")))
+    declared = dataclasses.replace(query.networks[0], name="net")
+    network = SimpleNamespace(input_shape=declared.input.shape, output_shape=declared.output.shape)
+    with suppress(AttributeError):
+        _fitting(declared, dict.fromkeys(dict(networks), network))
+
+
+def with_free_sizes(open_model=()):
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("x", 1, ["N", 3, "H", "W"])
+    _filled((None, 3, None, None), dict(open_model).get("input_shape"), value, Path("m.onnx"))
+
+
+def commanded(words):
+    (vnn if words[0] == "verify" and words[1].endswith(".vnnlib") else verbs).main(
+        list(words), prog_name="holdfast", standalone_mode=False
+    )
+
+
+def raised(error):
+    raise error
+
+
+def numbered_classes(names=("1", "10", "2"), classes=3, *, remote=False, open_model=()):
+    options = dict(open_model)
+    if options.get("http_labels"):
+        return None
+    declared, probed = options.get("class_names"), Classifier(LINEAR)
+    probed.remote = remote
+    expected = Expected(
+        class_names=None if declared is None else tuple(declared),
+        names_declared=declared is not None,
+        class_order=options.get("class_order"),
+        probe=ProbedClassifier(probed) if remote else None,
+    )
+    return class_numbers(list(names), expected, classes, "data", "class folders")
+
+
+def of_layouts():
+    """A network that accepts images (3, 3, 3) in each order of the axes."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(27, 3))
+
+
+def of_signals():
+    """A network that accepts grey images and signals of six values."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+
+
+def examined(model, data=PAIR, suite="", open_data=(), **arguments):
+    """The first finding of `doctor` that names a remedy, as an error; none once a suite is chosen for it."""
+    if suite:
+        return
+    for finding in holdfast.doctor(model, given_data(data, dict(open_data)), **arguments):
+        if finding.remedies:
+            raise TargetError(finding.message, *finding.remedies)
+
+
+SHIFTED = torch.rand(60, 4)
+CENTRED = of(lambda f, x: 50 * (x - 0.5) @ torch.eye(4)[:, :3])
+
+
+def server(*script):
+    """A server that stays until the tests end."""
+    return Server(script)
+
+
+def served_data():
+    return served_examples(6)
+
+
+def labelled(open_model=()):
+    """Labels of a served model, of which one is beyond its scores."""
+    options = dict(open_model)
+    if not options.get("http_labels"):
+        raise off_range(0, 4, 3, "data", remote=True)
+
+
+def inspected(open_model=()):
+    counter = InspectionCounter(4)
+    counter.totals.refused = 1
+    counter.sending(dict(open_model).get("http_max_rows", 64))
+
+
+def served(**arguments):
+    return check_settings(arguments, "", kind=ServeSettings)
+
+
+def rotated(**arguments):
+    return check_settings(arguments, "", kind=RotateSettings)
+
+
+def clustered(model=None, **arguments):
+    """The options of a cluster."""
+    options = {**arguments, **arguments.pop("Ray", {})}
+    options.pop("Ray", None)
+    settings = check_settings(options, "", kind=AssessSettings)
+    refuse_unusable_cluster(settings, model)
+    return ray_options(settings, arguments.get("device", "cpu"))
+
+
+SITUATIONS: dict[str, Callable[[], Situation]] = {}
+
+
+def situation(
+    name: str, call, values: Mapping[str, Any] | None = None, replaced=(), only=(), **arguments
+) -> None:
+    """Add a situation. An argument of type `Later` is created when the situation is built."""
+
+    def built() -> Situation:
+        evaluated = {key: value() if isinstance(value, Later) else value for key, value in arguments.items()}
+        return Situation(call, evaluated, {**VALUES, **(values or {})}, tuple(replaced), tuple(only))
+
+    assert name not in SITUATIONS, name
+    SITUATIONS[name] = built
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """An argument that is created when its situation is built."""
+
+    create: Callable[[], Any]
+
+    def __call__(self):
+        return self.create()
+
+
+VALUES: dict[str, Any] = {
+    "fit": (torch.rand(12, 4), Y),
+    "surrogates": [nn.Linear(4, 3)],
+    "sigma": 0.02,
+    "class_names": ["a", "b", "c"],
+    "classes": 3,
+    "recipe.others": "l2:0.1",
+}
+
+# arguments of the Python functions
+for misspelt, function, more in (
+    ("eps=0.01", assessed, {}),
+    ("gate='clean_accuracy >= 0'", assessed, {}),
+    ("attack='pgd'", assessed, {}),
+    ("attacks=PGD(steps=2)", assessed, {}),
+    ("steps=3", assessed, {}),
+    ("steps=3", verified, {}),
+    ("attack='pgd'", verified, {}),
+    ("attack='pgd'", hardened, {}),
+    ("steps=3", hardened, {}),
+    ("suite='pgd'", attacked, {}),
+    ("eps=0.01", attacked, {}),
+):
+    key, _, text = misspelt.partition("=")
+    value = eval(text, {"PGD": PGD})
+    if key == "suite" or function is attacked:
+        more = {**more, key: value}
+    situation(
+        f"{function.__name__} {misspelt}",
+        function,
+        {
+            "suite": PGD(steps=2) if key == "attacks" else {"use": "pgd", "steps": 3},
+            "recipe": {"use": "pgd", "steps": 3},
+        },
+        replaced=(key,),
+        **{**more, key: value},
+    )
+
+# planning
+situation("curve without a norm", planned, threat="corruptions:3", suite="corruptions", curve=True)
+situation(
+    "gate against no run", assessed, {"baseline": Later(baseline)}, gates=["regression <= 0.1 vs baseline"]
+)
+situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
+situation("adaptive without doubts", planned, adaptive=True, doubts=False)
+situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
+situation("no eps", planned, threat="l2")
+situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
+situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
+situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
+situation("no such device", planned, device="cuda:99")
+situation("certify under no norm", planned, threat="l0:1", certify=True)
+situation("certify without eps", planned, threat="linf", suite="minimum-norm", certify=True)
+situation("certify eps 0", planned, threat="linf:0", certify=True)
+situation("an adaptive attack by name", planned, replaced=["suite"], suite="EOT")
+
+for key, value in (("ship", ["a.py"]), ("mixed_nodes", True)):
+    situation(f"{key} of a local run", planned, **{key: value})
+situation("a cluster without workers", planned, on="ray")
+
+# the model and its outputs
+unit = torch.linspace(0.1, 0.9, 12)
+situation("one number", opened, model=lambda x: x[:, :1], data=(X, Y.clamp_max(1)))
+situation(
+    "no probability",
+    assessed,
+    model=lambda x: x[:, :1] * 9,
+    open_model={"model_output": "probability"},
+    data=(X, Y.clamp_max(1)),
+)
+situation("other classes", assessed, open_model={"classes": 4})
+situation("numpy inside", assessed, n=2, model=of(lambda f, x: torch.from_numpy(f(x).numpy())))
+situation("small batches", assessed, model=Later(lambda: Classifier(of(only_four))))
+situation("the channels last", opened, model=Later(convolutional), data=(IMAGES.movedim(1, -1), Y[:8]))
+
+# the data
+situation(
+    "beyond the bounds",
+    opened,
+    {"data_normalised": ([0.5], [2.0])},
+    data=(torch.cat((X, 5 * X)) - 1, Y.repeat(2)),
+)
+situation("beyond other bounds", opened, data=(X * 90, Y), bounds=(0, 2))
+situation(
+    "bytes",
+    opened,
+    {"data_normalised": ([0.5], [0.5])},
+    data=(IMAGES * 200, Y[:8] * 0),
+    model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)),
+)
+situation("pixels declared as normalised", opened, data=(X, Y), data_normalised=([0.5], [0.2]))
+situation("normalised on another scale", opened, data=(X * 2 - 1, Y), data_normalised=([127.5], [127.5]))
+situation("split of one set", opened, data=Later(lambda: file("one.npz")), open_data={"split": "val"})
+situation("no arrays", opened, {"x": "images", "y": "targets"}, data=Later(lambda: file("named.npz")))
+situation(
+    "one array",
+    opened,
+    {"x": "images", "y": "targets"},
+    data=Later(lambda: file("named.npz")),
+    open_data={"x": "images"},
+)
+situation(
+    "split of arrays",
+    opened,
+    data=Later(lambda: file("named.npz")),
+    open_data={"x": "images", "y": "targets", "split": "test"},
+)
+situation("drop of arrays", opened, data=Later(lambda: file("one.npz")), open_data={"drop": ["a"]})
+situation(
+    "arrays of a table",
+    opened,
+    {"label": "label"},
+    data=Later(lambda: file("numbers.csv")),
+    open_data={"x": "a", "y": "b"},
+)
+situation("no label", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")))
+situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})
+situation(
+    "columns in one",
+    opened,
+    data=Later(lambda: file("table.csv")),
+    open_data={"label": "label", "drop": ["name,a"]},
+)
+situation(
+    "label dropped",
+    opened,
+    data=Later(lambda: file("numbers.csv")),
+    open_data={"label": "label", "drop": ["label"]},
+)
+situation(
+    "split of a table",
+    opened,
+    data=Later(lambda: file("numbers.csv")),
+    open_data={"label": "label", "split": "val"},
+)
+flat_images = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+situation(
+    "split of a folder",
+    opened,
+    model=flat_images,
+    data=Later(lambda: file("images")),
+    open_data={"split": "val"},
+)
+situation(
+    "layout of a folder",
+    opened,
+    model=flat_images,
+    data=Later(lambda: file("images")),
+    open_data={"layout": "hwc"},
+)
+situation(
+    "normalised folder",
+    opened,
+    model=flat_images,
+    data=Later(lambda: file("images")),
+    data_normalised=([0.5], [0.5]),
+)
+situation(
+    "other names",
+    opened,
+    {"class_names": ["cat", "dog"]},
+    model=flat_images,
+    data=Later(lambda: file("images")),
+    open_model={"class_names": ["ant", "bee"]},
+)
+situation(
+    "fewer folders",
+    opened,
+    {"class_names": ["ant", "cat", "dog"]},
+    model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)),
+    data=Later(lambda: file("images")),
+)
+
+# attacks and access
+situation("no gradients", hidden, model_access="scores", suite="standard")
+situation("no gradients for one attack", hidden, threat="linf:0.01,access=scores", suite="pgd,square")
+situation("no gradients for a curve", hidden, threat="linf:0.01,access=scores", suite="square", curve=True)
+situation("no gradients in attack", attacked, threat="linf:0.5,access=scores,queries=20", attack="pgd")
+situation("no access", hidden, threat="linf:0.01,access=none", suite="pgd")
+situation("no surrogate", hidden, threat="linf:0.01", suite="transfer")
+situation("examples for no learned attack", hidden, fit=PAIR)
+situation("no examples for a learned attack", hidden, suite="universal")
+images = {"model": Later(convolutional), "data": (IMAGES, Y[:8]), "n": 2}
+situation(
+    "surrogates under corruptions",
+    assessed,
+    threat="corruptions:3",
+    suite="fog",
+    surrogates=[LINEAR],
+    **images,
+)
+situation(
+    "surrogates under rotations",
+    assessed,
+    threat="spatial:rotate=10",
+    suite="grid-search",
+    surrogates=[LINEAR],
+    **images,
+)
+situation("across without a norm", assessed, threat="linf", suite="fmn", across=[PAIR])
+situation("across towards a class", assessed, threat="linf:0.01,goal=targeted:1", across=[PAIR])
+situation(
+    "across without gradients",
+    assessed,
+    threat="linf:0.5,access=scores,queries=20",
+    suite="square",
+    across=[PAIR],
+)
+situation("eps beyond the bounds", assessed, threat="linf:8")
+for gate in (
+    "attacked_f1 >= 0",
+    "adversarial_radius >= 0",
+    "robust_accuracy@0.3 >= 0",
+    "certified_accuracy >= 0",
+    "targeted_success_rate <= 1",
+    "transfer_success <= 1",
+    "suite_robust_accuracy >= 0",
+):
+    situation(
+        f"gate {gate}",
+        assessed,
+        gates=[gate],
+        **(
+            {"threat": "linf", "suite": "fmn"}
+            if "suite" in gate
+            else {"suite": "pgd", "threat": "linf:0.5", "n": 2}
+        ),
+    )
+
+# certification
+layer_norm = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+situation("no bounds under linf", certified, model=layer_norm)
+situation("no bounds under l2", certified, model=layer_norm, threat="l2:0.02")
+situation("no bounds in assess", certified, model=layer_norm, verb="assess", certify=True)
+situation("smoothing under linf", certified, method="smoothing", sigma=0.1, draws=500)
+situation("smoothing under l0", certified, method="smoothing", sigma=0.1, draws=500, threat="l0:1")
+situation("smoothing without sigma", certified, method="smoothing", threat="l2:0.02")
+situation("smoothing with few draws", certified, method="smoothing", threat="l2:0.2", sigma=0.05, draws=20)
+situation(
+    "smoothing of a model with a range",
+    certified,
+    model=of(in_range),
+    method="smoothing",
+    threat="l2:0.02",
+    sigma=0.1,
+)
+situation("sigma of another method", certified, method="ibp", sigma=0.1)
+situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
+situation("lipschitz under linf", certified, method="lipschitz")
+situation("no gain", certified, method="lipschitz", threat="l2:0.02", model=Later(of_erfc))
+situation(
+    "bounds of patches",
+    lambda threat: region_of(X, threat_model(parse_threat(threat)).constraint, Bounds()),
+    threat="l0:1",
+)
+
+# training
+ball = Batch(X, Y, torch.arange(len(X)))
+situation(
+    "no gradient of the input",
+    trained,
+    model=of(lambda f, x: f(x.detach())),
+    recipe="gradient-regularisation",
+)
+situation(
+    "gain of a parametrised weight",
+    trained,
+    recipe="lipschitz",
+    model=Later(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))),
+)
+situation(
+    "mixed labels",
+    trained,
+    recipe={"use": "mart", "training": {"cutmix": 1.0}},
+    model=Later(convolutional),
+    data=Batch(IMAGES, Y[:8], torch.arange(8)),
+)
+situation("mixed images in atta", trained, recipe={"use": "atta", "training": {"cutmix": 1.0}})
+situation("no labels", trained, data=Batch(X, torch.where(torch.arange(12) > 6, -1, Y), torch.arange(12)))
+situation(
+    "infinite loss",
+    lambda recipe: refuse_lost(torch.tensor([recipe["training"]["lr"]]) * 1e38, 0, recipe["training"]["lr"]),
+    recipe={"training": {"lr": 10.0}},
+)
+situation("no other norms", trained, recipe={"use": "multi-norm", "others": ()})
+situation("foreign norms", trained, recipe={"use": "multi-norm", "others": "l0:1"})
+situation("ensemble of one", trained, recipe="ensemble")
+situation("help of a poor model", trained, recipe="hat")
+
+# the answers of servers
+ROWS = [{"a": 0.5, "b": 0.3, "c": 0.2}] * 2
+TOP = [[{"label": "a", "score": 0.9}, {"label": "b", "score": 0.1}]] * 2
+situation("a label", answered, answer=["a", "b"])
+situation("labels without names", answered, answer=["a", "b"], open_model={"http_labels": True, "classes": 3})
+situation(
+    "other labels",
+    answered,
+    answer=["a", "z"],
+    values={"class_names": ["a", "y", "z"]},
+    open_model={"http_labels": True, "class_names": ["a", "b", "c"]},
+)
+situation("scores by name", answered, answer=ROWS)
+situation(
+    "scores by other names",
+    answered,
+    only=["class_names"],
+    answer=ROWS,
+    open_model={"class_names": ["a", "b", "d"]},
+)
+situation(
+    "the best classes",
+    answered,
+    only=["http_labels"],
+    answer=TOP,
+    open_model={"class_names": ["a", "b", "c"]},
+)
+situation("the best classes without names", answered, only=["http_labels"], answer=TOP)
+situation(
+    "the best classes in a field",
+    answered,
+    only=["http_labels"],
+    answer={"p": TOP, "scores": [[0.1, 0.2, 0.3]] * 2},
+    open_model={"http_response": "p", "class_names": ["a", "b", "c"]},
+)
+situation(
+    "the best classes of one row",
+    answered,
+    only=["http_labels"],
+    answer=TOP[0],
+    rows=1,
+    open_model={"class_names": ["a", "b", "c"]},
+)
+situation("an axis too many", answered, {"http_response": "*.0"}, answer=[[[0.1, 0.2, 0.3]]] * 2)
+situation("one row in the answer", answered, answer=lambda n: [[0.1, 0.2, 0.3]])
+situation(
+    "no row in the answer",
+    answered,
+    rows=1,
+    answer={"scores": [[0.1, 0.2]], "x": [[0.1], [0.2]]},
+    open_model={"http_response": "x"},
+    values={"http_response": "scores"},
+)
+situation("class numbers", answered, only=["http_labels", "model_output"], answer=[1, 2])
+situation(
+    "class numbers beyond the classes",
+    answered,
+    answer=[1, 4],
+    open_model={"http_labels": True, "classes": 3},
+    values={"class_names": ["1", "4", "5"]},
+)
+situation(
+    "scores for labels",
+    answered,
+    only=["http_labels", "http_response"],
+    answer=[[0.1, 0.2, 0.7]] * 2,
+    open_model={"http_labels": True, "classes": 3},
+)
+situation(
+    "more scores",
+    answered,
+    only=["http_response"],
+    answer={"scores": [[0.1, 0.2, 0.7]] * 2, "n": [1, 1]},
+    open_model={"http_response": "n", "model_output": "logit", "classes": 3},
+    values={"http_response": "scores"},
+)
+situation(
+    "classes for scores",
+    answered,
+    only=["http_labels"],
+    answer=[[1], [2]],
+    open_model={"model_output": "logit", "classes": 3},
+)
+situation(
+    "no such place",
+    answered,
+    answer={"scores": [[0.1, 0.2]] * 2},
+    open_model={"http_response": "none"},
+    values={"http_response": "scores"},
+)
+situation(
+    "no numbers",
+    answered,
+    answer={"scores": [[0.1, 0.2]] * 2, "x": [{}]},
+    open_model={"http_response": "x"},
+    values={"http_response": "scores"},
+)
+TENSOR = {"outputs": [{"name": "p", "datatype": "FP32", "shape": [2, 3], "data": [0.1] * 6}]}
+situation("another output", answered, shaped=True, answer=TENSOR, open_model={"http_response": "q"})
+
+
+# gates and recipes in settings
+situation("no reason", planned, {"accept_doubts": {"noise": "a reason"}}, accept_doubts={"noise": " "})
+situation("a threat of no recipe", settled, threat="patch:3x3", recipe="auto")
+situation("no such recipe of a card", lambda recipe: build_recipe({"use": recipe}), recipe="standrad")
+situation("a setting without a value", built_part, {"part.value": 1}, part={})
+situation("bounds in training", trained, model=layer_norm, recipe="ibp")
+situation("certified training under l2", trained, recipe="ibp", threat="l2:0.1")
+situation("gain under l0", gained, threat="l0:1", recipe="lipschitz")
+situation("a denoiser of tables", denoised, recipe="denoised")
+situation(
+    "metric of two runs", estimated, {"baseline": Later(lambda: baseline().evidence)}, metric="regression"
+)
+situation(
+    "a gate of two runs",
+    lambda gate, baseline=None: None if baseline else parse_gate(gate),
+    {"baseline": True},
+    gate="regression <= 0.1",
+)
+situation(
+    "attacks under corruptions",
+    lambda threat="corruptions:3", suite="pgd": (
+        None
+        if suite == "corruptions"
+        else PGD(steps=1)(
+            Classifier(LINEAR), Batch(X, Y, Y), threat_model(parse_threat(threat)), rng=Draws(0)
+        )
+    ),
+)
+situation("corruptions and a detector", plan_of_detector, threat="corruptions:3")
+situation(
+    "no access at all", hidden, {"surrogates": [LINEAR]}, threat="linf:0.01,access=none", suite="square"
+)
+situation("across, of a run without", across_metric, {"across": [PAIR]})
+situation(
+    "budget of one update",
+    lambda budget: None if budget != "0.1s" else raised(too_small(0.1, Pace(1.0, 1.0), 1, 0.1)),
+    budget="0.1s",
+)
+
+# more of the data and the models
+situation(
+    "n and sample",
+    lambda n=None, sample=None: selected_rows(9, n=n, sample=sample, seed=0, name="data"),
+    n=3,
+    sample=3,
+)
+situation("ambiguous classes", numbered_classes, {"class_names": ["1", "2", "10"]})
+situation(
+    "more folders than classes of a server",
+    numbered_classes,
+    {"class_names": ["cat", "dog"]},
+    names=("cat", "dog", "emu"),
+    classes=2,
+    remote=True,
+)
+situation(
+    "an argument of a factory",
+    opened,
+    {"model_args": {"n": "3"}},
+    model=Later(lambda: f"{file('net.py')}:sized"),
+)
+situation(
+    "weights without a network",
+    opened,
+    {"arch": Later(lambda: f"{file('net.py')}:make")},
+    model=Later(lambda: file("weights.pt")),
+)
+situation(
+    "no such architecture",
+    opened,
+    {"arch": Later(lambda: f"{file('net.py')}:make")},
+    model=Later(lambda: file("weights.pt")),
+    open_model={"arch": "resnett"},
+)
+situation(
+    "a network twice", opened, model=Later(lambda: f"{file('net.py')}:make"), open_model={"arch": "mlp"}
+)
+situation("a whole model", opened, model=Later(lambda: file("whole.pt")))
+situation(
+    "a whole model and a network",
+    opened,
+    model=Later(lambda: file("whole.pt")),
+    open_model={"trust_code": True, "arch": "mlp"},
+)
+situation(
+    "a shape of no ONNX",
+    opened,
+    model=Later(lambda: f"{file('net.py')}:make"),
+    open_model={"input_shape": (4,)},
+)
+situation("layout of a table", opened, data=(X.numpy(), Y.numpy()), open_data={"layout": "chw"})
+situation(
+    "no layout",
+    opened,
+    {"layout": "chw"},
+    model=nn.Sequential(nn.Flatten(), nn.Linear(7, 3)),
+    data=Later(lambda: file("square.npz")),
+)
+situation("two layouts", opened, model=Later(of_layouts), data=Later(lambda: file("square.npz")))
+situation(
+    "grey images or signals",
+    opened,
+    model=Later(of_signals),
+    data=Later(lambda: file("grey.npz")),
+    open_data={"layout": "hwc"},
+)
+situation(
+    "an existing file",
+    lambda path, force=False: holdfast.init(path, force=force),
+    path=Later(lambda: file("holdfast.yaml")),
+)
+
+# doctor
+FAILING, CUT = of(saved_in_place), of(lambda f, x: f(x.detach()))
+for name, model, data, more in (
+    ("a random model", of(lambda f, x: f(x) + torch.rand(3)), PAIR, {}),
+    ("a cut gradient", CUT, (X, CUT(X).argmax(1)), {}),
+    ("a failing gradient", FAILING, (X, FAILING(X).argmax(1)), {}),
+    ("wide bounds", LINEAR, PAIR, {"bounds": (0, 255)}),
+    ("bytes to 255", nn.Linear(4, 3), (X * 255, Y), {}),
+):
+    situation(
+        f"doctor: {name}", examined, {"data_normalised": ([0.5], [0.5])}, model=model, data=data, **more
+    )
+
+# servers
+situation("no allowed host", opened, model=Later(lambda: server().url()), data=Later(served_data))
+situation(
+    "a literal key",
+    opened,
+    only=["headers"],
+    model=Later(lambda: server().url()),
+    data=Later(served_data),
+    open_model={"allow_hosts": ("127.0.0.1",), "headers": ("X-A: secret",)},
+)
+situation(
+    "a header without a name",
+    opened,
+    only=["headers"],
+    model=Later(lambda: server().url()),
+    data=Later(served_data),
+    open_model={"allow_hosts": ("127.0.0.1",), "headers": ("secret",)},
+)
+situation(
+    "another service",
+    opened,
+    model=Later(lambda: server().url("/predict")),
+    data=Later(served_data),
+    open_model={"allow_hosts": ("127.0.0.1",)},
+)
+LABELS = {
+    "allow_hosts": ("127.0.0.1",),
+    "http_labels": True,
+    "http_request": '{"instances": $x}',
+    "http_response": "classes",
+}
+situation(
+    "labels without classes",
+    opened,
+    {"class_names": ["cat", "dog", "emu"]},
+    model=Later(lambda: server().url("/classify")),
+    data=Later(served_data),
+    open_model=LABELS,
+)
+situation(
+    "classes and names",
+    opened,
+    model=Later(lambda: server().url("/classify")),
+    data=Later(served_data),
+    open_model={**LABELS, "classes": 2, "class_names": ["cat", "dog", "emu"]},
+)
+situation(
+    "a slow server",
+    assessed,
+    model=Later(lambda: server(503).url()),
+    data=Later(served_data),
+    open_model={"allow_hosts": ("127.0.0.1",), "http_retries": 0},
+    suite="black-box",
+    threat="linf:0.01,queries=5",
+)
+situation("more labels than scores", labelled)
+situation("too many rows of an inspection", inspected, {"http_max_rows": 2})
+situation(
+    "workers of a server",
+    assessed,
+    model=Later(lambda: server().url()),
+    data=Later(served_data),
+    open_model={"allow_hosts": ("127.0.0.1",)},
+    workers=2,
+    suite="black-box",
+    threat="linf:0.01,queries=5",
+)
+
+# serve, rotate and clusters
+situation("a public host without keys", served, {"keys": "keys.json"}, host="0.0.0.0")
+situation(
+    "a password in an address",
+    served,
+    {"keys": "keys.json"},
+    replaced=["proxy"],
+    proxy="http://a:b@127.0.0.1:9",
+)
+situation(
+    "a model at a URL",
+    lambda model=None, proxy=None: server_setup(
+        served(**({"proxy": proxy} if proxy else {})), model_reference(model)
+    ),
+    replaced=["model"],
+    model="http://127.0.0.1:9/v2/models/m",
+)
+situation(
+    "no input shape",
+    lambda open_model=(): _shape(model_reference(given(file("weights.pt"), dict(open_model)))),
+    {"input_shape": (4,)},
+)
+situation(
+    "forwarded keys",
+    lambda upstream_headers=(), forward_headers=(), keys=None: refuse_forwarded_keys(
+        served(
+            proxy="http://127.0.0.1:9",
+            upstream_headers=list(upstream_headers),
+            forward_headers=list(forward_headers),
+            keys=keys,
+        )
+    ),
+    replaced=["forward_headers"],
+    forward_headers=["authorization"],
+    keys="keys.json",
+)
+situation(
+    "a model beside a proxy",
+    lambda **more: _refuse_settings_of_models(served(proxy="http://127.0.0.1:9", **more)),
+    classes=3,
+    arch="mlp",
+)
+situation(
+    "no swaps",
+    lambda every=(), once=False: _loop_settings(
+        rotated(every=list(every)), None, immunising=False, once=once
+    ),
+)
+situation("a pool on a cluster", rotated, on="ray")
+situation("a pool assessed on a cluster", clustered, model="rotating:pool", on="ray", workers=2)
+situation("no GPU for workers", clustered, Ray={"gpus_per_worker": 0.0}, on="ray", workers=2, device="cuda")
+
+
+# the command line
+situation("code of a configuration", code_of_config, only=["surrogates"])
+for key, text in (("allow_hosts", "model.example"), ("headers", "X-A: env:TOKEN")):
+    situation(
+        f"{key} of a configuration",
+        lambda key=key, text=text, **flags: _refuse_hosts_of_config(InferenceSource(**{key: [text]}), flags),
+    )
+situation(
+    "certify a server",
+    commanded,
+    {"threat": "l2:0.1"},
+    words=Later(lambda: ("certify", "http://h/v2/models/m", file("one.npz"))),
+)
+situation("an empty head", commanded, words=("rotate", "status", "pool", "--expect-head", ""))
+situation("the head of a run", commanded, words=("verify", "no-run", "--expect-head", "0" * 64))
+situation("nothing to serve", commanded, {"proxy": "http://127.0.0.1:9/x/y"}, words=("serve",))
+situation(
+    "no network of a query",
+    commanded,
+    {"network": "net=missing.onnx"},
+    words=Later(lambda: ("verify", file("query.vnnlib"))),
+)
+situation(
+    "pickled models",
+    lambda workers=None: raised(unshared(TypeError("a lambda"))) if workers else None,
+    workers=2,
+)
+
+situation(
+    "parts as one value",
+    recipe_of,
+    {f"recipe.training.{name}": 1 for name in ("epochs", "batch", "lr")},
+    recipe={"use": "pgd", "training": 3},
+)
+situation(
+    "doctor: a missing normalisation",
+    examined,
+    model=lambda x: two_classes(x.mean(1)),
+    data=Later(normalised_data),
+)
+situation(
+    "doctor: another layout",
+    misfitting,
+    model=lambda x: two_classes(x[:, 0].mean((1, 2)) - 0.5),
+    data=Later(rows_of_images),
+)
+situation(
+    "doctor: a network of bytes", examined, model=lambda x: two_classes(x.mean(1) - 127.5), data=Later(halves)
+)
+situation("words of ids", many_words, {"label": "label"})
+situation("declared names", declared_names, open_model={"class_names": ("ant", "bee")})
+situation("a guard of a server", guarded, open_model=Later(lambda: {"guard": file("guard.yaml")}))
+situation("geometry of l0", bounded, threat="l0:1", geometry=1)
+situation("no file of a network", fitting, {"network": {"net": 1}})
+situation("no network to decide", decided, {"networks": {"net": 1}})
+situation("free sizes", with_free_sizes, {"input_shape": (3, 8, 8)})
+situation("a damaged card", lambda recipe=None: None if recipe else trained_by(file("carded.safetensors")))
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_remedy_works(name):
+    carried_out(name)
+
+
+def known_options() -> set[str]:
+    """All options of the command line."""
+    commands, options = [verbs.get_command(click.Context(verbs), name) for name in _COMMANDS], set()
+    while commands:
+        command = commands.pop()
+        options |= {
+            name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        commands += getattr(command, "commands", {}).values()
+    return options
+
+
+def all_remedies() -> list[Remedy | Install]:
+    return [each for name in SITUATIONS for each in carried_out(name)[1]]
+
+
+def test_remedies_have_options_of_the_command_line():
+    known = known_options()
+    parts = [part for each in all_remedies() if isinstance(each, Remedy) for part in _parts(each)]
+    flags = {word for part in parts for word in (part.flag, *part.words()[:1]) if "." not in part.argument}
+    assert flags - known <= PYTHON_ONLY, flags - known
+
+
+PYTHON_ONLY = {"--attack", "--steps", "--network"}
+"""arguments that only a function of the Python interface has"""
+
+
+def test_remedies_survive_the_way_between_processes():
+    for remedy in all_remedies():
+        error = HoldfastError("a message", remedy)
+        assert str(failure_from_json(json.loads(json.dumps(failure_to_json(error))), {})) == str(error)
+
+
+def test_extras_that_are_named_exist():
+    extras = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    calls = [
+        call
+        for path in SOURCE.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if _is(call, "Install")
+    ]
+    named = {call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant)}
+    assert named and named <= set(extras)
+
+
+def _is(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+
+
+def sites() -> dict[tuple[str, int], tuple[int, str]]:
+    """Places in the code that create remedies: the file and the first line, with the last line and the source."""
+    places = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if _is(node, "Remedy"):
+                places[str(path), node.lineno, node.col_offset] = (node.end_lineno, ast.unparse(node))
+    return places
+
+
+def constants() -> dict[tuple[str, int], Remedy]:
+    """Remedies that are constants of modules, by their place."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and any(_is(inner, "Remedy") for inner in ast.walk(node.value)):
+                module = ".".join(("holdfast", *path.relative_to(SOURCE).with_suffix("").parts))
+                value = getattr(importlib.import_module(module.removesuffix(".__init__")), node.targets[0].id)
+                found |= {(str(path), line): value for line in range(node.lineno, node.end_lineno + 1)}
+    return found
+
+
+def test_every_remedy_of_the_code_has_a_situation():
+    reached = {place for name in SITUATIONS for place in carried_out(name)[0]}
+    parts = [part for each in all_remedies() for part in _parts(each) if isinstance(part, Remedy)]
+    of_constants, missing = constants(), []
+    for (file_name, line, _), (last, text) in sites().items():
+        constant = of_constants.get((file_name, line))
+        listed = constant if isinstance(constant, tuple) else (constant,)
+        if constant is not None:
+            known = any(_same(part, inner) for each in listed for inner in _parts(each) for part in parts)
+        else:
+            known = any((file_name, number) in reached for number in range(line, last + 1))
+        if not known:
+            missing.append(f"{Path(file_name).relative_to(SOURCE)}:{line} {text}")
+    unexplained = [each for each in missing if not any(each.startswith(start) for start in NOT_BUILT)]
+    assert not unexplained, "\n".join(unexplained)
+
+
+NOT_BUILT = {
+    "core/remedies.py": "the class itself, and constants that other files use",
+    "engine/ray_": "a cluster",
+    "verbs/sending.py": "a cluster",
+    "ops/distributed.py": "several processes that train together",
+    "ops/learner.py:206": "several processes that train together",
+    "verbs/pace.py:95": "several processes that train together",
+    "verbs/rotate/": "a pool, whose trainings take minutes; tests/verbs/test_rotate.py has them",
+    "verbs/stored_runs.py": "a run that was stopped; tests/verbs/test_assess.py continues one",
+    "config/assess_inputs.py": "a cluster",
+    "sources/limited/tables.py": "labels of ten million characters",
+    "config/proxying.py:70": "an upstream server",
+    "serving/": "a server with workers; tests/serving has them",
+}
+"""Files with remedies that a test cannot reach, with the reason."""
