@@ -88,7 +88,8 @@ class Sources:
         """Return the reference to additional data of a run, by default read with the same options as the main data,
         except the split.
         """
-        return data_reference(data, self.data.source.model_copy(update={"split": None}))
+        unnamed = {"x": None, "y": None} if isinstance(data, tuple) else {}  # a pair has no named entries
+        return data_reference(data, self.data.source.model_copy(update={"split": None, **unnamed}))
 
 
 def open_model(
@@ -180,8 +181,8 @@ def open_data(
     other functions.
 
     `data` is an address or an object. `split` selects a part of the data, `label` and `drop` are names of columns of a
-    table, `x` and `y` names of arrays in an `.npz` file, and `layout` gives the axes of stored arrays (`"chw"`,
-    `"hwc"`, `"asis"`). The examples are read by the function to which the reference is passed, because some properties
+    table, `x` and `y` names of arrays in an `.npz` file or of entries in batches that are mappings, and `layout` gives
+    the axes of stored arrays (`"chw"`, `"hwc"`, `"asis"`). The examples are read by the function to which the reference is passed, because some properties
     depend on the model. Raises `UsageError` for an invalid argument, and for one that selects from a file if the data
     are an object.
     """
@@ -200,7 +201,7 @@ def open_data(
 
 def _refuse_names(data: DataReference) -> None:
     """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
-    keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop", "x", "y")
+    keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop")
     options = [f"{key}={value!r}" for key in keys if (value := getattr(data.source, key))]
     if options:
         raise UsageError(

@@ -275,7 +275,10 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
         )
     else:
         all_examples = as_data(
-            data.given, expected=properties, n=selection.n if selection.sample is None else None
+            data.given,
+            expected=properties,
+            n=selection.n if selection.sample is None else None,
+            entries=(data.source.x, data.source.y),
         )
         examples = selected(all_examples, **chosen)
     return noting_fewer(examples, selection.n or selection.sample)
@@ -290,7 +293,7 @@ def open_object(data: DataReference, expected: Expected) -> Data:
         return open_frame(
             data.given, label=source.label, drop=source.drop, split=source.split, expected=expected
         )
-    return as_data(data.given, expected=expected)
+    return as_data(data.given, expected=expected, entries=(data.source.x, data.source.y))
 
 
 def open_all(

@@ -19,7 +19,15 @@ from holdfast.core.errors import (
 )
 from holdfast.core.guard import Guarded
 from holdfast.core.normalisation import per_channel
-from holdfast.core.outputs import REFUSED, OutputKind, is_single, kind_of_single, of_classes, refused
+from holdfast.core.outputs import (
+    REFUSED,
+    OutputKind,
+    is_single,
+    kind_of_single,
+    logits_of,
+    of_classes,
+    refused,
+)
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
 
 VOTES = 20
@@ -148,8 +156,9 @@ class Classifier(nn.Module):
     is the layout of the network's input if known: with "hwc", images (n, channels, height, width) are passed with the
     channels last. `class_labels` are the labels of the classes in the data, in the order of the outputs, if they are
     whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model was fitted on.
-    `rejects` is true for the result of `with_detector`, whose last logit is not a class. Raises `TargetError` if the
-    network does not return a float tensor (n, classes).
+    `rejects` is true for the result of `with_detector`, whose last logit is not a class. The network returns a float
+    tensor (n, classes), or an object or mapping with such a tensor as `logits`; in training mode it may return a tuple,
+    whose first element is used (`logits_of`). Raises `TargetError` for other outputs.
     """
 
     class_labels: tuple[int, ...] | None = None
@@ -239,7 +248,7 @@ class Classifier(nn.Module):
         """Return the logits (n, classes) of the inputs `x`, in the data type of `x`."""
         try:
             inputs = self.preprocess(x.clone() if self.rewrites else x)
-            logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
+            logits = self._outputs(inputs) if self.batches is None else self.batches.through(self._outputs, inputs)
         except (torch.OutOfMemoryError, MemoryError, HoldfastError):
             raise
         except Exception as error:
@@ -271,6 +280,9 @@ class Classifier(nn.Module):
                 f"correct --classes or the model's last layer"
             )
         return logits.to(x.dtype)
+
+    def _outputs(self, x: Tensor) -> Any:
+        return logits_of(self.net(x), in_training=isinstance(self.net, nn.Module) and self.net.training)
 
     def _of_classes(self, outputs: Tensor) -> Logits:
         if self.rejects:

@@ -253,6 +253,11 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
         return image.size, image.mode
 
 
+def colour_mode(mode: str) -> str:
+    """Return the mode in which an image of a Pillow mode is read: `L` for grey images, else `RGB`."""
+    return "L" if mode in _GREY else "RGB"
+
+
 def _changed(path: Path) -> TargetError:
     return TargetError(
         f"image {str(path)!r} changed after it was opened; the file that was checked was expected: start again"
