@@ -96,7 +96,7 @@ def test_named_arrays_of_an_archive(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="select one set of examples in .*, which has no split 'train'"):
         open_data(address, x="images", y="targets", split="train")
     (tmp_path / "t.csv").write_text("a,y\n0,1\n")
-    with pytest.raises(UsageError, match=r"is not an \.npz file and has no named arrays; omit --x images"):
+    with pytest.raises(UsageError, match=r"is not an \.npz file and has no named arrays; leave out x"):
         open_data(str(tmp_path / "t.csv"), x="images", y="targets")
 
 

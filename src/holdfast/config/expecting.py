@@ -38,10 +38,17 @@ def declared(sources: Sources) -> Declared:
 
 
 def names(source: DataSource) -> Names:
-    """Return the names of arrays and columns to read from data files, such as that of the label column, as given in the
-    settings.
+    """Return the names of arrays and columns to read from data files, such as that of the label column, and the
+    separator and the header of a CSV file, as given in the settings.
     """
-    return {"label": source.label, "drop": tuple(source.drop), "x": source.x, "y": source.y}
+    return {
+        "label": source.label,
+        "drop": tuple(source.drop),
+        "x": source.x,
+        "y": source.y,
+        "separator": source.separator,
+        "header": source.header,
+    }
 
 
 def normalisation(inputs: InputSpace) -> Normalisation | None:

@@ -25,7 +25,7 @@ class Flag:
 
     metavar: str = ""
     name: str = ""
-    """name of the option, if it is not `--` followed by the key with hyphens"""
+    """name of the option, if it is not `--` followed by the key with hyphens; `--no-…` for one that sets False"""
     short: str = ""
     """one-letter form of the option"""
     completion: str = ""
@@ -216,10 +216,23 @@ class DataSource(SettingGroup):
         default_factory=list, description="Leave out a column of a table, such as an id."
     )
     x: Annotated[str | None, Flag("NAME")] = Field(
-        default=None, description="Name of the inputs in an .npz file (default: x_test or x)."
+        default=None,
+        description="Name of the inputs: an array of an .npz file (default: x_test or x), a column of images or of "
+        "arrays in a .parquet file, or an entry of batches that are mappings.",
     )
     y: Annotated[str | None, Flag("NAME")] = Field(
-        default=None, description="Name of the labels in an .npz file (default: y_test or y)."
+        default=None,
+        description="Name of the labels: an array of an .npz file (default: y_test or y), or an entry of batches that "
+        "are mappings.",
+    )
+    separator: Annotated[values.Separator | None, Flag("C")] = Field(
+        default=None,
+        description="Character between the cells of a .csv file, as in ';' or tab (default: a comma).",
+    )
+    header: Annotated[bool, Flag(name="--no-header")] = Field(
+        default=True,
+        description="Whether the first row of a .csv file contains the names of the columns (default: yes). Otherwise "
+        "they are named 0, 1, 2, ….",
     )
     layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
         default=None,

@@ -74,6 +74,16 @@ def _normalised(value: object) -> object:
     return mean, std
 
 
+def _separator(value: object) -> object:
+    """Parse the separator of a table: one character, or `tab`."""
+    character = (
+        {"tab": "\t", "\\t": "\t", "space": " "}.get(value, value) if isinstance(value, str) else value
+    )
+    if not isinstance(character, str) or len(character) != 1 or character in '"\r\n':
+        raise UsageError(f"separator is {value!r}; expected one character, as in ';', or tab")
+    return character
+
+
 def _input_shape(value: object) -> object:
     """Parse sizes, from a list or from text such as `3,32,32`."""
     sides = value.split(",") if isinstance(value, str) else value
@@ -209,6 +219,7 @@ SuiteSpec = Annotated[SuiteName | tuple[str, ...], BeforeValidator(_suite)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
 Normalised = Annotated[tuple[tuple[float, ...], tuple[float, ...]], BeforeValidator(_normalised)]
 InputShape = Annotated[tuple[int, ...], BeforeValidator(_input_shape)]
+Separator = Annotated[str, BeforeValidator(_separator)]
 ClassNames = Annotated[tuple[str, ...], MinLen(2), BeforeValidator(_class_names)]
 Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]

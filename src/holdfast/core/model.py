@@ -248,7 +248,9 @@ class Classifier(nn.Module):
         """Return the logits (n, classes) of the inputs `x`, in the data type of `x`."""
         try:
             inputs = self.preprocess(x.clone() if self.rewrites else x)
-            logits = self._outputs(inputs) if self.batches is None else self.batches.through(self._outputs, inputs)
+            logits = (
+                self._outputs(inputs) if self.batches is None else self.batches.through(self._outputs, inputs)
+            )
         except (torch.OutOfMemoryError, MemoryError, HoldfastError):
             raise
         except Exception as error:
@@ -281,7 +283,7 @@ class Classifier(nn.Module):
             )
         return logits.to(x.dtype)
 
-    def _outputs(self, x: Tensor) -> Any:
+    def _outputs(self, x: Tensor) -> object:
         return logits_of(self.net(x), in_training=isinstance(self.net, nn.Module) and self.net.training)
 
     def _of_classes(self, outputs: Tensor) -> Logits:

@@ -261,7 +261,10 @@ def from_numpy(
     pixels = _pixels(x, expected, name, resolution)
     unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
     declared = expected.layout or layout
-    reading = LayoutReading("asis") if preserve and declared is None else _reading(unmoved, declared, probe)
+    axis = _equal_channels(unmoved, probe)
+    source = unmoved if axis is None else replace(unmoved, x=stored.take([0], axis=axis))
+    reading = LayoutReading("asis") if preserve and declared is None else _reading(source, declared, probe)
+    reading = replace(reading, equal_channels=axis)
     inputs = np.ascontiguousarray(reading.inputs(stored))
     data = replace(unmoved, x=inputs, reading=reading, notes=(*notes, *reading.notes, *scale_notes))
     if probe is not None:
@@ -300,6 +303,17 @@ def _reading(data: Arrays, declared: Layout | None, probe: ProbedClassifier | No
 
     y = torch.from_numpy(data.y[positions])
     return reading_of(data.x.shape, declared, probe, rows, y, data.name)
+
+
+def _equal_channels(data: Arrays, probe: ProbedClassifier | None) -> int | None:
+    """Return the axis of three equal channels of images, if the network rejects colour images and accepts grey ones."""
+    rows = data.x[:_COMPARED]
+    axes = [axis for axis in (1, 3) if rows.ndim == 4 and rows.shape[axis] == 3]
+    equal = [axis for axis in axes if (rows == rows.take([0], axis=axis)).all()]
+    if probe is None or not equal or not (data.x == data.x.take([0], axis=equal[0])).all():
+        return None
+    few = replace(data, x=np.moveaxis(rows, equal[0], 1), y=data.y[: len(rows)], ids=data.ids[: len(rows)])
+    return equal[0] if probe.needs_grey(few.read(0, 2).x) else None
 
 
 def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -> Pixels | None:

@@ -14,7 +14,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.sources.arrays import Array, from_numpy
 from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
-from holdfast.sources.pictures import colour_mode
+from holdfast.sources.pictures import pixels_of
 
 _BATCH = 256
 """Number of items of a dataset that are read at a time."""
@@ -94,11 +94,10 @@ def _collected(
         )
     xs: list[Tensor] = []
     ys: list[Tensor] = []
-    read, are_images = 0, False
+    read = 0
     for batch in batches:
         x, y = _pair(batch, entries)
-        are_images = isinstance(x, Image.Image)
-        xs.append(torch.as_tensor(np.array(x.convert(colour_mode(x.mode))) if isinstance(x, Image.Image) else x))
+        xs.append(torch.from_numpy(pixels_of(x)) if isinstance(x, Image.Image) else torch.as_tensor(x))
         ys.append(torch.as_tensor(y))
         read += len(ys[-1]) if ys[-1].dim() else 1
         if n is not None and read >= n:
@@ -111,15 +110,16 @@ def _collected(
             "shape"
         )
     joined = torch.stack if ys[0].dim() == 0 else torch.cat
-    x, y = joined(xs), joined(ys)
-    return (x.numpy() if are_images else x), y  # the layout of images is that of an array
+    return joined(xs), joined(ys)
 
 
 def _pair(batch: object, entries: tuple[str | None, str | None]) -> tuple[object, object]:
     """Return the inputs and the labels of a batch, which is a pair, or a mapping with names."""
     if isinstance(batch, Mapping):
         return batch[_entry(batch, entries[0], "x", _INPUTS)], batch[_entry(batch, entries[1], "y", _LABELS)]
-    if given := [f"{key}={name!r}" for key, name in zip(("x", "y"), entries, strict=True) if name is not None]:
+    if given := [
+        f"{key}={name!r}" for key, name in zip(("x", "y"), entries, strict=True) if name is not None
+    ]:
         raise UsageError(
             f"{', '.join(given)} is the name of an entry, but the data yield a {type(batch).__name__}, which has no "
             "named entries",

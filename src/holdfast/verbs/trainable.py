@@ -65,7 +65,9 @@ def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
     """
     frozen, unused = _frozen(model), _unused(model, x)
     n_parameters = sum(1 for _ in model.parameters())
-    frozen_note = f"{len(frozen)} of {n_parameters} parameters are frozen and are not trained: {_shown(frozen)}"
+    frozen_note = (
+        f"{len(frozen)} of {n_parameters} parameters are frozen and are not trained: {_shown(frozen)}"
+    )
     unused_note = (
         f"{len(unused)} of {n_parameters} parameters are not trained, because the logits do not depend on them: "
         f"{_shown(unused)}. Of several outputs in training mode, as of auxiliary classifiers, only the first is trained"
@@ -96,8 +98,8 @@ def _unused(model: Classifier, x: Inputs) -> list[str]:
     weights = {name: weight for name, weight in copied.named_parameters() if weight.requires_grad}
     with torch.enable_grad(), drawing(Draws(0).at("unused"), x.device):
         logits = copied(x)
-    gradients = torch.autograd.grad(logits.sum(), tuple(weights.values()), allow_unused=True)
-    return [name for name, gradient in zip(weights, gradients, strict=True) if gradient is None]
+    logits.sum().backward()
+    return [name for name, weight in weights.items() if weight.grad is None]
 
 
 def _flat(model: Classifier, x: Inputs) -> bool:

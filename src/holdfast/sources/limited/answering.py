@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -74,5 +75,6 @@ def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) 
             raise cause from None
         if is_out_of_memory(cause):
             return {"error": MemoryError.__name__, "message": ""}
-        return {"error": type(error).__name__, "message": str(error)}
+        remedies = [(type(remedy).__name__, asdict(remedy)) for remedy in error.remedies]
+        return {"error": type(error).__name__, "message": error.message, "remedies": remedies}
     return result

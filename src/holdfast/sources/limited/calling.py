@@ -6,18 +6,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import CarriesCode, HoldfastError, NoSplit, TargetError, UsageError
+from holdfast.core.remedies import Install, Remedy
 from holdfast.sources.files import megabytes
 from holdfast.sources.limited.answering import ANSWER, NO_SPACE, NOT_STARTED, REQUEST, answers_of
 from holdfast.sources.limited.limits import MEMORY, SECONDS, WALL_FACTOR, Limits, cpu_seconds
 
 _ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
+_REMEDIES = {each.__name__: each for each in (Remedy, Install)}
 _PACKAGE = Path(__file__).resolve().parents[2]
 _START = f"""
 import sys
@@ -91,7 +93,8 @@ def read_under_limits(
             (folder / REQUEST).write_text(json.dumps(full_request))
             answer = _run(folder, content, path, memory, seconds)
         if "error" in answer:
-            raise _error(answer["error"], answer["message"], path, limits.memory(n_bytes))
+            remedies = [_REMEDIES[kind](**remedy) for kind, remedy in answer.get("remedies", ())]
+            raise _error(answer["error"], answer["message"], remedies, path, limits.memory(n_bytes))
         yield answer, folder
 
 
@@ -136,13 +139,15 @@ def _import_path() -> list[str]:
     return [entry for entry in sys.path if entry and Path(entry).resolve() != current_folder]
 
 
-def _error(kind: str, message: str, path: Path, memory: int) -> HoldfastError:
+def _error(
+    kind: str, message: str, remedies: Sequence[Remedy | Install], path: Path, memory: int
+) -> HoldfastError:
     if kind == MemoryError.__name__:
         return TargetError(
             f"{str(path)!r} asks for far more memory than its size: more than the {megabytes(memory)} that reading it "
             f"may take. If you trust it, raise the limit with {MEMORY}=16GB"
         )
-    return _ERRORS[kind](message)
+    return _ERRORS[kind](message, *remedies)
 
 
 def too_slow(path: Path, limit: str) -> TargetError:
