@@ -274,7 +274,7 @@ def from_numpy(
             probe.own.layout = probe.own.layout or "chw"
         # Again, because the number of classes may have become known with the first outputs of the network.
         labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
-    check_inputs(data, expected.bounds, lenient=expected.lenient)
+    check_inputs(data, expected.bounds, lenient=expected.lenient, probe=probe)
     return data
 
 
@@ -333,11 +333,14 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
     return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
 
 
-def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None:
+def check_inputs(
+    data: Arrays, bounds: Bounds, *, lenient: bool = False, probe: ProbedClassifier | None = None
+) -> None:
     """Raise `TargetError` if inputs of the data set are not finite or are outside the bounds. Bytes divided by 255 are
     always valid and are not checked.
 
-    If `lenient` is True, values outside the bounds are accepted.
+    If `lenient` is True, values outside the bounds are accepted. NaN is a missing value, which is accepted if the model
+    `probe` has finite outputs for the examples with missing values.
     """
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
@@ -345,18 +348,29 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
     rows = _rows(data)
     for start in range(0, len(data), rows):
         batch = data.read(start, start + rows)
-        not_finite = (
-            ~torch.isfinite(batch.x).flatten(1).all(1) if batch.x.dim() > 1 else ~torch.isfinite(batch.x)
-        )
+        not_finite = ~torch.isfinite(batch.x.reshape(len(batch), -1)).all(1)
         if not_finite.any():
-            raise TargetError(
-                f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}; replace or "
-                "remove such rows"
-            )
-        lowest, highest = min(lowest, float(batch.x.min())), max(highest, float(batch.x.max()))
+            x = batch.x[not_finite]
+            if x.isinf().any() or probe is None or not probe.handles_missing(x):
+                raise TargetError(
+                    f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}, and the "
+                    "model has no finite output for such rows; replace or remove them"
+                )
+        numbers = batch.x[~batch.x.isnan()]
+        if len(numbers):
+            lowest, highest = min(lowest, float(numbers.min())), max(highest, float(numbers.max()))
         outside |= _outside(batch.x, bounds, data.name)
     if outside and not lenient:
         raise TargetError(_range_message(data, lowest, highest, bounds))
+
+
+def handles_missing(x: Array, expected: Expected) -> bool:
+    """Return whether the model accepts the rows `x` (n, features) of a table that have missing values."""
+    rows = np.isnan(x).any(1)
+    ids = np.flatnonzero(rows)
+    pixels = _pixels(x, expected, "the table", None)
+    data = Arrays("the table", x[rows], np.zeros(len(ids), np.int64), ids, pixels=pixels)
+    return expected.probe is not None and expected.probe.handles_missing(data.read(0, len(data)).x)
 
 
 def _rows(data: Arrays) -> int:

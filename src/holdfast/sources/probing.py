@@ -115,6 +115,11 @@ class ProbedClassifier:
         self.refused = refused
         return ()
 
+    def handles_missing(self, x: Tensor) -> bool:
+        """Return whether the outputs of the network are finite for the inputs `x`, some values of which are NaN."""
+        logits = self.outputs(x)
+        return logits is not None and bool(logits.isfinite().all())
+
     def needs_grey(self, x: Tensor) -> bool:
         """Return whether the network rejects the colour images `x` (n, 3, height, width) and accepts one of their
         channels.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.types import Layout
-from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
+from holdfast.sources.arrays import Arrays, from_numpy, handles_missing, selected_rows
 from holdfast.sources.class_numbers import numbered, numbered_words
 from holdfast.sources.columns import (
     MISSING,
@@ -105,7 +105,7 @@ def table_examples(
         x, layout, notes = _whole_inputs(table.inputs, chosen, name)
     else:
         features = tuple(_as_fitted([name for name in table.features if name not in drop], table, expected))
-        x = _numbers(table, features, chosen)
+        x = _numbers(table, features, chosen, expected)
     if y is not None:
         data = from_numpy(name, x, y[chosen], chosen, expected, layout=layout, source_labels=y, notes=notes)
         return replace(data, features=features)
@@ -246,7 +246,9 @@ def _whole(text: str) -> int | None:
     return int(number) if number is not None and number.is_integer() and abs(number) < 2**63 else None
 
 
-def _numbers(table: ColumnTable, features: Sequence[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def _numbers(
+    table: ColumnTable, features: Sequence[str], rows: NDArray[np.int64], expected: Expected
+) -> NDArray[np.float32]:
     if not features:
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
     numbers = {name: place for place, name in enumerate(table.features)}
@@ -254,7 +256,9 @@ def _numbers(table: ColumnTable, features: Sequence[str], rows: NDArray[np.int64
     if table.kinds is not None:
         kinds = table.kinds[rows][:, places]
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
-        _refuse_missing(table, features, kinds, rows)
+        x = table.numbers[rows][:, places]
+        if text or not handles_missing(x, expected):
+            _refuse_missing(table, features, kinds, rows)
         if text:
             raise _not_numbers(table, text)
     return table.numbers[rows][:, places]
