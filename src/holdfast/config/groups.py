@@ -60,8 +60,8 @@ class ModelSource(SettingGroup):
     address: str | None = Field(
         default=None,
         alias="model",
-        description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, "
-        "or a URL.",
+        description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
+        "file, or a URL.",
     )
     arch: Annotated[str | None, Flag("NAME|FILE.py:F")] = Field(
         default=None,

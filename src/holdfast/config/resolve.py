@@ -22,7 +22,7 @@ from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_transform, per_second, seconds
 from holdfast.config.groups import ExampleSelection, InferenceSource, ServerLimits
 from holdfast.config.guard_opening import guarded_subject
-from holdfast.config.planning import examples_to_fit
+from holdfast.config.planning import SUPPORTED_DEVICES, examples_to_fit
 from holdfast.config.references import (
     DataLike,
     DataReference,
@@ -386,6 +386,11 @@ def device_of_model(sources: Sources, subject: Subject, device: str) -> str | No
     weight = next(subject.model.parameters(), None)
     if sources.model.address is not None or device != "auto" or weight is None:
         return None
+    if weight.device.type not in SUPPORTED_DEVICES:
+        raise UsageError(
+            f"the network is on the device {weight.device}, and one of {', '.join(SUPPORTED_DEVICES)} was expected; "
+            "move it before you pass it, as in net.to('cpu')"
+        )
     return str(weight.device)
 
 

@@ -122,6 +122,9 @@ EVERY = Batches(1, multiples=True)
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """batch sizes that are tested before a network counts as accepting none"""
 
+_NAMED = 3
+"""Largest number of weights that a message names."""
+
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
 """note in the evidence about a `Classifier` with `rewrites`"""
 
@@ -304,9 +307,16 @@ class Classifier(nn.Module):
 
 
 def refuse_lazy(net: nn.Module) -> None:
-    """Raise `TargetError` if a network has lazy layers that were never called, because such layers have no
-    weights yet.
+    """Raise `TargetError` if weights of a network have no values, because its lazy layers were never called, or the
+    weights are on the device meta.
     """
+    meta = [name for name, value in (*net.named_parameters(), *net.named_buffers()) if value.is_meta]
+    if meta:
+        shown = f"{', '.join(meta[:_NAMED])}{', …' if len(meta) > _NAMED else ''}"
+        raise TargetError(
+            f"{len(meta)} weights are on the device meta, which has shapes and no values: {shown}; load the weights "
+            "before you pass the network, as in net.load_state_dict(weights, assign=True)"
+        )
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
             raise TargetError(

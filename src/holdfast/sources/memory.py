@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy import sparse
 from torch import Tensor
 
 from holdfast.core.batch import Data
@@ -156,6 +158,8 @@ def as_array(values: object, what: str) -> Array:
         values = values.detach().cpu()
         # numpy has no bfloat16, and float16 would round the results of attacks.
         return np.asarray(values.float() if values.dtype in (torch.bfloat16, torch.float16) else values)
+    if sparse.issparse(values):
+        return _dense(values)
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -165,6 +169,17 @@ def as_array(values: object, what: str) -> Array:
     if array.dtype == object or array.ndim == 0:
         raise TargetError(f"the {what} are a {type(values).__name__}; a tensor or an array was expected")
     return array
+
+
+def _dense(matrix: Any) -> Array:
+    """Convert a sparse matrix to an array of float32. Raises `TargetError` if the array does not fit into memory."""
+    try:
+        return np.asarray(matrix.astype(np.float32).toarray())
+    except MemoryError as error:
+        raise TargetError(
+            f"the inputs are a sparse matrix of shape {matrix.shape}, which does not fit into memory as an array; give "
+            "fewer rows, as in x[:1000]"
+        ) from error
 
 
 def _is_text(array: Array) -> bool:

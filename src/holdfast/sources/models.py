@@ -47,7 +47,7 @@ ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
     "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, .skops, .json or .ubj of XGBoost, "
-    "or a URL with --allow-host"
+    ".txt of LightGBM, or a URL with --allow-host"
 )
 
 
