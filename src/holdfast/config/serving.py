@@ -62,7 +62,8 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
     # the guard of a server decides about requests, and is not a part of the model
     own = {key: value for key, value in settings.inference if value is not None}
     inference = reference.inference.model_copy(update={**own, "guard": None})
-    served = _served(settings, replace(reference, inference=inference))
+    guard_file = settings.inference.guard or reference.inference.guard
+    served = _served(settings, replace(reference, inference=inference), guard_file)
     guard, notes = _guard(guard_file, served)
     signature = None if served.upstream is None else served.upstream.signature
     keys = None if options.keys is None else Path(options.keys)

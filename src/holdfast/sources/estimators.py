@@ -206,7 +206,7 @@ class Estimator(nn.Module):
             for form in self._forms():
                 try:
                     result = method(self._in_form(rows, form))
-                except Exception as error:  # an estimator may refuse a form with any error
+                except Exception as error:  # noqa: BLE001  an estimator may refuse a form with any error
                     errors.append(error)
                 else:
                     self.form = form
