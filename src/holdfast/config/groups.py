@@ -160,11 +160,10 @@ class ServerLimits(SettingGroup):
 class InputSpace(SettingGroup):
     """Settings for the inputs of a model: their bounds, and the normalisation that is applied inside the model."""
 
-    bounds: Annotated[values.Numbers, Flag("LOW,HIGH")] = Field(
+    bounds: Annotated[values.Bounds, Flag("LOW,HIGH|@FILE")] = Field(
         default=(0.0, 1.0),
-        description="Lowest and highest legal input value (default: 0,1).",
-        min_length=2,
-        max_length=2,
+        description="Lowest and highest legal input value (default: 0,1), or a JSON file with the two values of each "
+        "feature by its name or position. In Python also two arrays.",
     )
     mean: Annotated[values.Numbers | None, Flag("M,…")] = Field(
         default=None, description="Subtracted from the input inside the model, one number per channel."
@@ -192,7 +191,10 @@ class InputSpace(SettingGroup):
                 f"{prefix}give data_normalised, for data that were normalised beforehand, or mean and std, for data "
                 "that are pixels and a model that expects normalised input, not both"
             )
-        if not self.bounds[0] < self.bounds[1] or not all(map(math.isfinite, self.bounds)):
+        if not isinstance(self.bounds, tuple) or not isinstance(self.bounds[0], float):
+            return  # checked when they were parsed, with the name of the feature
+        low, high = self.bounds
+        if not low < high or not all(map(math.isfinite, (low, high))):
             raise UsageError(
                 f"{prefix}bounds are {self.bounds}; give two numbers, the lower first, as in 0,1"
             )

@@ -79,6 +79,8 @@ class Sources:
     inputs: InputSpace = field(default_factory=InputSpace)
     selection: ExampleSelection = field(default_factory=ExampleSelection)
     seed: int = 0
+    unit: str = ""
+    """unit of the eps of the threat model"""
 
     def all_examples(self) -> "Sources":
         """Return a copy of these references that reads all examples of the data instead of a selection."""

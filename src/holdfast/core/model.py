@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from holdfast.core.outputs import (
     refused,
 )
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
+
+if TYPE_CHECKING:
+    from holdfast.core.units import Units
 
 VOTES = 20
 """number of evaluations of a randomised model that decide whether an example survives; the final evaluation uses as
@@ -159,6 +162,7 @@ class Classifier(nn.Module):
     is the layout of the network's input if known: with "hwc", images (n, channels, height, width) are passed with the
     channels last. `class_labels` are the labels of the classes in the data, in the order of the outputs, if they are
     whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model was fitted on.
+    `units` are the units of the inputs, if they are not the values of the data.
     `rejects` is true for the result of `with_detector`, whose last logit is not a class. The network returns a float
     tensor (n, classes), or an object or mapping with such a tensor as `logits`; in training mode it may return a tuple,
     whose first element is used (`logits_of`). Raises `TargetError` for other outputs.
@@ -166,6 +170,7 @@ class Classifier(nn.Module):
 
     class_labels: tuple[int, ...] | None = None
     feature_names: tuple[str, ...] | None = None
+    units: "Units | None" = None
 
     def __init__(
         self,
@@ -221,7 +226,7 @@ class Classifier(nn.Module):
             output=self.output,
             layout=self.layout,
         )
-        classifier.remote, classifier.rewrites = self.remote, self.rewrites
+        classifier.remote, classifier.rewrites, classifier.units = self.remote, self.rewrites, self.units
         return classifier
 
     def _advice(self, x: Inputs) -> str:
@@ -245,6 +250,8 @@ class Classifier(nn.Module):
             x = x - per_channel(self.mean, x)
         if self.std is not None:
             x = x / per_channel(self.std, x)
+        if self.units is not None and self.units.exact:
+            x = x.float()  # removes the rounding errors of the change of variables
         return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:

@@ -20,6 +20,7 @@ from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Inputs, Layout
+from holdfast.core.units import Units
 from holdfast.sources.estimates import as_in_training, pixel_divisor
 from holdfast.sources.expected import Expected
 from holdfast.sources.layouts import LayoutReading, reading_of
@@ -92,6 +93,8 @@ class Arrays:
     """notes for the report"""
     pixels: Pixels | None = None
     """conversion of the stored values to pixels, if the stored values are normalised; else None"""
+    units: Units | None = None
+    """units in which the examples are returned; None for the values themselves"""
     reading: LayoutReading = LayoutReading("asis")
     """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
@@ -110,6 +113,8 @@ class Arrays:
         digest = hashlib.sha256(f"{self.x.dtype} {self.x.shape} {self.scale}".encode())
         if self.pixels is not None:
             digest.update(repr(self.pixels.normalised).encode())
+        if self.units is not None:
+            digest.update(repr(self.units).encode())
         rows = _rows(self)
         for start in range(0, len(self.x), rows):
             digest.update(np.ascontiguousarray(self.x[start : start + rows]).tobytes())
@@ -132,6 +137,8 @@ class Arrays:
             x = x / self.scale
         if self.pixels is not None:
             x = self.pixels(x)
+        if self.units is not None:
+            x = self.units.normalisation.undone(x.double() if self.units.exact else x)
         return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
 
 
@@ -144,7 +151,8 @@ def in_original_form(data: Arrays, changed: Inputs, original: Array) -> Array:
     """
     x = data.read(0, len(data)).x
     unchanged, changed = changed == x, changed.to(x.dtype)
-    values = changed if data.pixels is None else data.pixels.normalised.done(changed)
+    values = changed if data.units is None else data.units.normalisation.done(changed)
+    values = values if data.pixels is None else data.pixels.normalised.done(values)
     if data.scale != 1.0:
         values = values * data.scale
     original_values, changed_values = (
@@ -257,9 +265,9 @@ def from_numpy(
         )
     n_classes = expected.classes or (None if names is None else len(names))
     y = labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
-    stored, scale, scale_notes = _stored(x, expected.bounds, name, preserve=preserve)
+    stored, scale, scale_notes = _stored(x, expected.bounds_of_values, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
-    unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
+    unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels, units=expected.units)
     declared = expected.layout or layout
     axis = _equal_channels(unmoved, probe)
     source = unmoved if axis is None else replace(unmoved, x=stored.take([0], axis=axis))
@@ -330,7 +338,9 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
             "of 0: these seem to be pixels. Omit --data-normalised, and give --mean and --std if the model needs "
             "normalised inputs"
         )
-    return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
+    return Pixels.of(
+        expected.normalised, expected.bounds_of_values, resolution or float(np.finfo(x.dtype).eps)
+    )
 
 
 def check_inputs(
@@ -361,6 +371,8 @@ def check_inputs(
             lowest, highest = min(lowest, float(numbers.min())), max(highest, float(numbers.max()))
         outside |= _outside(batch.x, bounds, data.name)
     if outside and not lenient:
+        if isinstance(bounds.high, Tensor) or data.units is not None:
+            raise _outside_of_feature(data, bounds)
         raise TargetError(_range_message(data, lowest, highest, bounds))
 
 
@@ -369,7 +381,9 @@ def handles_missing(x: Array, expected: Expected) -> bool:
     rows = np.isnan(x).any(1)
     ids = np.flatnonzero(rows)
     pixels = _pixels(x, expected, "the table", None)
-    data = Arrays("the table", x[rows], np.zeros(len(ids), np.int64), ids, pixels=pixels)
+    data = Arrays(
+        "the table", x[rows], np.zeros(len(ids), np.int64), ids, pixels=pixels, units=expected.units
+    )
     return expected.probe is not None and expected.probe.handles_missing(data.read(0, len(data)).x)
 
 
@@ -388,6 +402,23 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
             f"the bounds have shape {tuple(low.shape)}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
             "two numbers, or bounds of the shape of an input"
         ) from error
+
+
+def _outside_of_feature(data: Arrays, bounds: Bounds) -> TargetError:
+    """Return the error for the first value outside the bounds of its feature."""
+    batch = data.read(0, len(data))
+    low, high = bounds.like(batch.x)
+    row, *place = ((batch.x < low) | (batch.x > high)).nonzero()[0].tolist()
+    values = batch.x if data.units is None else data.units.normalisation.done(batch.x)
+    sides = bounds if data.units is None else data.units.values
+    lowest, highest = (
+        float(torch.as_tensor(side).expand(batch.x.shape[1:])[tuple(place)]) for side in sides.like(batch.x)
+    )
+    feature = data.features[place[0]] if data.features is not None else f"feature {place[0]}"
+    return TargetError(
+        f"the value of {feature} in row {int(batch.ids[row])} of {data.name} is {float(values[row, *place]):g}, "
+        f"outside its bounds {lowest:g} to {highest:g}; correct the bounds, or remove such rows"
+    )
 
 
 def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> str:

@@ -47,7 +47,8 @@ _THREAT = record(
         "goal": maybe(whole),
         "access": one_of(*get_args(Access)),
         "queries": maybe(count),
-    }
+    },
+    {"unit": text},
 )
 _OTHER = record({"name": text, "digest": text}, {"n": count})
 _DATA = record(
