@@ -17,7 +17,7 @@ import holdfast
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.missing import WithMissing, filled, with_missing
+from holdfast.core.missing import WithMissing, with_missing, without_missing
 from holdfast.core.model import Bounds, Classifier
 from holdfast.sources.data import open_data
 from holdfast.sources.limited import calling
@@ -232,7 +232,7 @@ def test_missing_values_stay_missing_and_count_as_no_change(constraint):
     assert not allowed(constraint, x.nan_to_num(), x, Bounds())[x.isnan().any(1)].any()
     batch = Batch(x, torch.zeros(40, dtype=torch.int64), torch.arange(40))
     model = WithMissing(Classifier(lambda x: x), batch)
-    inputs = filled(batch, Bounds()).x
+    inputs = without_missing(batch, Bounds()).x
     assert inputs.isfinite().all() and torch.equal(model(inputs).isnan(), x.isnan())
     assert torch.equal(with_missing(inputs, x).isnan(), x.isnan())
 

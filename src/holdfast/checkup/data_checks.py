@@ -10,7 +10,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.labels import advice
 from holdfast.core.model import Classifier
 from holdfast.core.types import Labels, Rows
-from holdfast.sources.arrays import Arrays
+from holdfast.sources.arrays import Arrays, units_advice
 from holdfast.sources.estimates import pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
@@ -111,6 +111,8 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     if bool(_outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
             way_out = data.pixels.advice(high)
+        elif isinstance(data, Arrays) and data.x.ndim == 2 and data.units is None:
+            way_out = f"{scaling(x)}, or {units_advice(data)}"
         elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
             way_out = "divide them by 255 (or use --bounds 0,255, if the network expects such inputs)"
         else:

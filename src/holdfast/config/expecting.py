@@ -2,6 +2,7 @@
 properties that are not declared.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import Remedy
 from holdfast.sources.arrays import Arrays
 from holdfast.sources.data import Names
 from holdfast.sources.expected import Expected
@@ -47,6 +49,21 @@ def bounds_of_all(inputs: InputSpace) -> Bounds | None:
         return None
     low, high = inputs.bounds
     return Bounds(low, high) if isinstance(low, float) and isinstance(high, float) else None
+
+
+def range_of_all(inputs: InputSpace, what: str) -> Bounds:
+    """Return the declared bounds of all features. Raises `UsageError` if they were declared for each feature, which
+    `what` does not support.
+    """
+    bounds = bounds_of_all(inputs)
+    if bounds is not None:
+        return bounds
+    sides = inputs.bounds.values() if isinstance(inputs.bounds, Mapping) else zip(*inputs.bounds, strict=True)
+    lowest, highest = zip(*sides, strict=True)
+    raise UsageError(
+        f"bounds were given for each feature, and {what} has one range for all",
+        Remedy("bounds", (f"{min(lowest):g}", f"{max(highest):g}")),
+    )
 
 
 def bounds_by_feature(
@@ -81,10 +98,30 @@ def sizes_by_feature(
     return tuple(_size_of(sizes, features, place) for place in range(len(features)))
 
 
+def constant_where_still(
+    features: Sequence[str],
+    bounds: tuple[Sequence[float], Sequence[float]],
+    sizes: Sequence[float],
+    values: Arrays,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the bounds with both of a feature at its only value if its standard deviation is 0."""
+    names = values.features or features
+    first = dict(zip(names, values.read(0, 1).x[0].tolist(), strict=True))
+    still = [size == 0 and not math.isnan(first[name]) for name, size in zip(features, sizes, strict=True)]
+    low, high = (
+        tuple(first[name] if fixed else end for name, fixed, end in zip(features, still, side, strict=True))
+        for side in bounds
+    )
+    return low, high
+
+
 def _size_of(sizes: Mapping[str, Any], features: Sequence[str], place: int) -> float:
     size = _of_feature(sizes, features, place, "unit")
-    if not isinstance(size, int | float) or not 0 <= size < float("inf"):
-        raise UsageError(f"the unit of {features[place]} is {size!r}; give a number of 0 or more")
+    if not isinstance(size, int | float) or not 0 < size < float("inf"):
+        raise UsageError(
+            f"the unit of {features[place]} is {size!r}; give a number above 0. A feature that does not change has "
+            "equal bounds, if it is constant in the data"
+        )
     return float(size)
 
 

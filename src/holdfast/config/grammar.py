@@ -256,8 +256,8 @@ def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
             )
         if value not in ("range", "std") and not re.fullmatch(r"@.+", value):
             raise UsageError(
-                f"unit is {value!r}; expected range (of the bounds of each feature), std (of its values), or @FILE with a "
-                "JSON object from feature to unit"
+                f"unit is {value!r}; expected range (of the bounds of each feature), std (of its values), or @FILE "
+                "with a JSON object from feature to unit"
             )
         return replace(spec, unit=value)
     if key == "access":

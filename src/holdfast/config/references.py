@@ -27,6 +27,8 @@ from holdfast.sources.expected import ClassOrder
 from holdfast.sources.frames import is_frame
 
 Numbers = Sequence[float]
+BoundsLike = Sequence[Any] | Mapping[str, Sequence[float]] | str
+"""Bounds of inputs: two numbers, two arrays, or a mapping from feature to two numbers, which may be in a file `@FILE`."""
 
 
 @dataclass(frozen=True)

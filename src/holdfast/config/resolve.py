@@ -12,6 +12,7 @@ from holdfast.config import pooled
 from holdfast.config.expecting import (
     bounds_by_feature,
     bounds_of_all,
+    constant_where_still,
     declared,
     ends,
     expected,
@@ -163,7 +164,10 @@ def _scaled(model: Classifier, sources: Sources) -> tuple[str, ...]:
         if not sources.unit:
             model.bounds = Bounds(torch.tensor(low), torch.tensor(high))
             return ()
-        units = Units(low, high, sizes_by_feature(sources.unit, features, (low, high), raw), exact)
+        sizes = sizes_by_feature(sources.unit, features, (low, high), raw)
+        if sources.unit == "std":  # a feature without deviations keeps its only value
+            low, high = constant_where_still(features, (low, high), sizes, raw)
+        units = Units(low, high, sizes, exact)
     units.apply(model)
     still = sum(size == 0 for size in units.size)
     fixed = f"; {still} features have a unit of 0 and do not change" if still else ""
@@ -239,8 +243,8 @@ def _subject(
     if normalised is not None:
         shown_properties["data_normalised"] = str(normalised)
     if model.units is not None:  # of the values, with which a hardened model is opened again
-        shown_properties |= {"bounds": list(ends(model.units.values))}
-        shown_properties |= {"mean": None, "std": None}
+        mean, std = model.units.normalisation_of_values(model)
+        shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
     units = units_of_eps(model, normalised)
     return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 

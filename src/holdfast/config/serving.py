@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import parse_every, seconds
 from holdfast.config.guard_notes import notes_of_file
 from holdfast.config.guard_opening import open_guard, served_digest
-from holdfast.config.guard_settings import read_guard_settings
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
-from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard
+from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
 from holdfast.config.serve_settings import RequestLimits, ServeOptions, is_public
@@ -163,6 +163,7 @@ def _served(settings: ServeSettings, reference: ModelReference, guard: str | Non
             f"every is {', '.join(settings.options.every)}, and {reference.address or 'the model'} is no pool, so "
             f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
         )
+    range_of_all(settings.inputs, "a server")
     shape = _shape(reference, guard)
     if Path(reference.address or "").suffix != ".onnx":  # only an ONNX file is opened with the shape
         inference = reference.inference.model_copy(update={"input_shape": None})
@@ -285,9 +286,8 @@ def _shape(reference: ModelReference, guard: str | None) -> tuple[int, ...]:
     """
     if reference.inference.input_shape is not None:
         return tuple(reference.inference.input_shape)
-    sizes = () if guard is None else read_guard_settings(Path(guard)).inputs.shape
-    shape = tuple(size for size in sizes if size is not None)
-    if shape and len(shape) == len(sizes):
+    shape = shape_of_guard(guard)
+    if shape is not None:
         return shape
     if reference.address in bundled_models():
         return _BUNDLED_SHAPE

@@ -13,7 +13,7 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits
 
 
-def filled(batch: Batch, bounds: Bounds) -> Batch:
+def without_missing(batch: Batch, bounds: Bounds) -> Batch:
     """Return the batch with the middle of the valid range in place of missing values; it is the same batch if there are
     none.
     """

@@ -1,8 +1,10 @@
 """Units in which the values of inputs are measured, one for each feature of a table."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.normalisation import Normalisation
@@ -13,7 +15,7 @@ class Units:
     """Change of variables from the values of features to multiples of a unit above the lowest valid value.
 
     Inside a run, inputs are `(x - low) / size`, so that attacks, certificates and distances are in units. A feature
-    with `size` 0 does not change.
+    whose unit has the size 0 has equal lowest and highest values, and does not change.
     """
 
     low: tuple[float, ...]
@@ -57,3 +59,29 @@ class Units:
         own_std = 1.0 if model.std is None else model.std.to(dtype)
         model.mean, model.std = mean + own_mean * std, own_std * std
         model.bounds, model.units = self.bounds, self
+
+    def normalisation_of_values(self, model: Classifier) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mean and the standard deviation that a model of inputs in units applies to values; None for 0
+        and 1.
+        """
+        assert model.mean is not None and model.std is not None
+        sides, device = self.normalisation, model.mean.device
+        mean, std = (
+            torch.tensor(side, dtype=torch.float64, device=device) for side in (sides.mean, sides.std)
+        )
+        own_mean, own_std = ((model.mean - mean) / std).float(), (model.std / std).float()
+        return (own_mean if own_mean.any() else None), (own_std if (own_std != 1).any() else None)
+
+    def undo(self, model: Classifier) -> None:
+        """Change a model of inputs in units to one of values: the inverse of `apply`."""
+        model.mean, model.std = self.normalisation_of_values(model)
+        model.bounds, model.units = self.values, None
+
+
+def of_values(model: Classifier) -> Classifier:
+    """Return the model of the values of features for a model whose inputs may be in units, which is not changed."""
+    if model.units is None:
+        return model
+    copied = deepcopy(model)
+    model.units.undo(copied)
+    return copied

@@ -15,7 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, Spent, margin
-from holdfast.core.missing import filled, with_missing
+from holdfast.core.missing import with_missing, without_missing
 from holdfast.core.model import VOTES
 from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
@@ -160,7 +160,7 @@ def returned(
 
     If the query budget of the attack ran out, the inputs are the best ones that it had found before.
     """
-    attacked = filled(batch, target.bare.bounds)
+    attacked = without_missing(batch, target.bare.bounds)
     meter = Metered(target.queried(target.quick, batch), attacked, threat)
     try:
         x_adv = attack(meter, attacked, threat, rng=rng)

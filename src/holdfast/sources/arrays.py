@@ -31,6 +31,9 @@ _CHUNK = 1 << 24
 _ROUNDING = 1e-6
 """Largest distance outside the bounds, relative to their width, that is treated as rounding."""
 
+_EXAMPLES = 3
+"""Number of features in an example of bounds."""
+
 _COMPARED = 64
 """Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
 
@@ -246,13 +249,14 @@ def from_numpy(
     source_labels: Array | None = None,
     preserve: bool = False,
     resolution: float | None = None,
+    features: tuple[str, ...] | None = None,
 ) -> Arrays:
     """Return a data set of the inputs `x` and the labels `y` after checks of their shapes, types and values. The rows
     must already be selected.
 
     `layout` is the layout of the source; a layout declared in `expected` takes precedence. `source_labels` contains the
-    labels of the whole source. `preserve` is True for a tensor, whose axes and float64 type are preserved; `resolution`
-    is then the relative rounding error of its type.
+    labels of the whole source, and `features` the names of the columns of a table. `preserve` is True for a tensor,
+    whose axes and float64 type are preserved; `resolution` is then the relative rounding error of its type.
     """
     expected = expected or Expected()
     names, probe = class_names or expected.class_names, expected.probe
@@ -267,7 +271,9 @@ def from_numpy(
     y = labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
     stored, scale, scale_notes = _stored(x, expected.bounds_of_values, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
-    unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels, units=expected.units)
+    unmoved = Arrays(
+        name, stored, y, ids, names, scale, pixels=pixels, units=expected.units, features=features
+    )
     declared = expected.layout or layout
     axis = _equal_channels(unmoved, probe)
     source = unmoved if axis is None else replace(unmoved, x=stored.take([0], axis=axis))
@@ -404,6 +410,25 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
         ) from error
 
 
+def units_advice(data: Arrays) -> str:
+    """Return advice for a table whose features are not scaled to one range: bounds and units of each feature.
+
+    The bounds of the example are the ranges of the values.
+    """
+    x = data.read(0, len(data)).x
+    names = data.features or tuple(map(str, range(x.shape[1])))
+    ends = [(column[~column.isnan()].min(), column[~column.isnan()].max()) for column in x[:, :_EXAMPLES].T]
+    shown = ", ".join(
+        f'"{name}": [{float(low):g}, {float(high):g}]'
+        for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
+    )
+    more = ", …" if len(names) > _EXAMPLES else ""
+    return (
+        "declare the range of each feature with --bounds @FILE, a JSON file such as "
+        f"{{{shown}{more}}}, and measure eps in these ranges with a threat such as linf:0.05,unit=range"
+    )
+
+
 def _outside_of_feature(data: Arrays, bounds: Bounds) -> TargetError:
     """Return the error for the first value outside the bounds of its feature."""
     batch = data.read(0, len(data))
@@ -433,10 +458,13 @@ def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) 
     bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
     scaled = as_in_training(lowest, highest, data.x.ndim)
     scaling = "Divide them by 255 (or save them as uint8)" if bytes_ else f"{scaled[0].upper()}{scaled[1:]}"
+    by_feature = (
+        "" if data.features is None else f". For features with different ranges, {units_advice(data)}"
+    )
     return (
         f"{message}{scaling}. If they were normalised before, give --data-normalised MEAN/STD with the values of your "
         f"training, and eps stays in pixels. Otherwise give the range that the model was trained on with --bounds "
-        f"LOW,HIGH (these inputs: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
+        f"LOW,HIGH (these inputs: {lowest:.6g},{highest:.6g}); eps is then in the units of the data{by_feature}"
     )
 
 

@@ -19,7 +19,7 @@ from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import read_once
 from holdfast.sources.estimators import Array, EstimatorInterface, as_model
 from holdfast.sources.limited.calling import read_under_limits
-from holdfast.sources.limited.lightgbm_files import damaged, header_of
+from holdfast.sources.limited.lightgbm_files import header_of, unreadable_lightgbm
 from holdfast.sources.trees import LIMITS, MAX_BYTES
 
 _OBJECTIVES = ("binary", "multiclass", "multiclassova")
@@ -69,7 +69,7 @@ def open_lightgbm(path: Path) -> tuple[Adapted, str]:
     try:
         booster = lightgbm.Booster(model_str=content.decode())
     except lightgbm.basic.LightGBMError as error:
-        raise damaged(path, str(error)) from error
+        raise unreadable_lightgbm(path, str(error)) from error
     return adapted_lightgbm(booster), hashlib.sha256(content).hexdigest()
 
 

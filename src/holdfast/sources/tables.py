@@ -106,16 +106,15 @@ def table_examples(
     else:
         features = tuple(_as_fitted([name for name in table.features if name not in drop], table, expected))
         x = _numbers(table, features, chosen, expected)
+    of_source: dict[str, Any] = {"layout": layout, "notes": notes, "features": features}
     if y is not None:
-        data = from_numpy(name, x, y[chosen], chosen, expected, layout=layout, source_labels=y, notes=notes)
-        return replace(data, features=features)
+        return from_numpy(name, x, y[chosen], chosen, expected, source_labels=y, **of_source)
     # names are numbered after the model was called with the inputs, which determines its number of classes
-    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, layout=layout, notes=notes)
+    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, **of_source)
     numbering = numbered_words(column.words, column.places, expected, table.name)
     return replace(
         data,
         y=numbering.y[chosen],
-        features=features,
         classes=numbering.names,
         notes=(*data.notes, _numbering(numbering.names or ())),
         objection=numbering.objection,

@@ -81,7 +81,7 @@ ASSESSED = record(
 LISTED = record(
     {
         "verb": text,
-        "config": record({"threat": record({"norm": text, "eps": real}), "suite": text}),
+        "config": record({"threat": record({"norm": text, "eps": real}, {"unit": text}), "suite": text}),
         "model": record({}, {"name": text}),
         "data": record({}, {"name": text}),
         "plan": record({"stages": distinct(name)}),

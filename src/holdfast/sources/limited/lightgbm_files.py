@@ -19,16 +19,16 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     """
     assert content is not None, "the file is read once"
     try:
-        refuse_stray_numbers(content.decode())
+        refuse_invalid_trees(content.decode())
         _call_with_two_rows(content.decode())
     except MemoryError:
         raise
     except Exception as error:  # any error that a damaged file causes is reported in one line
-        raise damaged(path, str(error) or type(error).__name__) from error
+        raise unreadable_lightgbm(path, str(error) or type(error).__name__) from error
     return {}
 
 
-def damaged(path: Path, reason: str) -> TargetError:
+def unreadable_lightgbm(path: Path, reason: str) -> TargetError:
     """Return the error for a file that LightGBM cannot read, with the first line of the reason."""
     first_line = (reason.splitlines() or ["no message"])[0][:200]
     return TargetError(
@@ -46,7 +46,7 @@ def _properties(text: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
-def refuse_stray_numbers(text: str) -> None:
+def refuse_invalid_trees(text: str) -> None:
     """Raise `ValueError` for a model whose sizes do not fit its trees, or with a tree that has invalid nodes.
 
     LightGBM does not check this when it loads a file, and may later read outside of its memory for some rows.
@@ -63,7 +63,7 @@ def refuse_stray_numbers(text: str) -> None:
     if not trees or len(trees) % per_iteration:
         raise ValueError(f"it has {len(trees)} trees, and a multiple of {per_iteration} was expected")
     for tree in trees:
-        refuse_stray_nodes(tree, width)
+        refuse_invalid_nodes(tree, width)
 
 
 def _trees(text: str, header: Mapping[str, str]) -> Iterator[dict[str, str]]:
@@ -80,7 +80,7 @@ def _trees(text: str, header: Mapping[str, str]) -> Iterator[dict[str, str]]:
         raise ValueError(f"it has {text.count(chr(10) + 'Tree=')} trees, and its header has {len(sizes)}")
 
 
-def refuse_stray_nodes(tree: Mapping[str, str], width: int) -> None:
+def refuse_invalid_nodes(tree: Mapping[str, str], width: int) -> None:
     """Raise `ValueError` if a decision tree has a node with an invalid child, a repeated child, an invalid feature or
     invalid categories, or has linear models in its leaves.
     """
