@@ -28,7 +28,7 @@ from holdfast.sources.frames import is_frame
 
 Numbers = Sequence[float]
 BoundsLike = Sequence[Any] | Mapping[str, Sequence[float]] | str
-"""Bounds of inputs: two numbers, two arrays, or a mapping from feature to two numbers, which may be in a file `@FILE`."""
+"""Bounds of inputs: two numbers, two arrays, or a mapping from feature to two numbers, also in a file (`@FILE`)."""
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,11 @@ def _unused(model: Classifier, x: Inputs) -> list[str]:
     """Names of the parameters on which the logits in training mode do not depend, without frozen ones."""
     copied = deepcopy(model).train()
     weights = {name: weight for name, weight in copied.named_parameters() if weight.requires_grad}
-    with torch.enable_grad(), drawing(Draws(0).at("unused"), x.device):
-        logits = copied(x)
-    logits.sum().backward()
+    try:
+        with torch.enable_grad(), drawing(Draws(0).at("unused"), x.device):
+            copied(x).sum().backward()
+    except (TargetError, RuntimeError, MemoryError):
+        return []  # the training raises it again
     return [name for name, weight in weights.items() if weight.grad is None]
 
 
