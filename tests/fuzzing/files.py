@@ -141,8 +141,15 @@ def parquets() -> Sequence[File]:
             "label": pa.array(["x", "y", "z", "x"]),
         }
     )
+    images = pa.table(
+        {
+            "image": pa.array([{"bytes": picture.content, "path": "a.png"} for picture in pictures()[:2]]),
+            "label": pa.array([0, 1]),
+        }
+    )
     return [
         saved(partial(pq.write_table, plain, compression="none"), "data.parquet"),
+        saved(partial(pq.write_table, images, compression="none"), "data.parquet"),
         saved(partial(pq.write_table, plain, compression="gzip"), "data.parquet"),
         saved(partial(pq.write_table, rich, compression="none"), "data.parquet"),
     ]

@@ -22,6 +22,7 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.sources.data import open_data
 from holdfast.sources.limited import calling
 from holdfast.sources.memory import as_data
+from holdfast.verbs.trainable import training_notes
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 5, 4, 3), dtype=np.uint8)
@@ -81,6 +82,13 @@ def test_the_logits_are_found_among_several_outputs(form):
         torch.testing.assert_close(Classifier(net.train(training))(x), net.layer(x))
     with pytest.raises(TargetError, match="the model returned a tuple"):
         Classifier(Returning(lambda main, auxiliary, training: (main, auxiliary)).eval())(x)
+
+
+def test_weights_that_the_loss_does_not_use_are_named():
+    x = torch.rand(6, 4)
+    (note,) = training_notes(Classifier(Returning(FORMS["tuple"])), x)
+    assert "2 of 4 parameters are not trained" in note and "auxiliary.weight" in note
+    assert not training_notes(Classifier(nn.Linear(4, 3)), x)
 
 
 def test_weights_on_the_device_meta_are_refused_by_name():

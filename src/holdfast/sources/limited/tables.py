@@ -290,13 +290,14 @@ class _InputWriter:
         if isinstance(column.type, pa.FixedShapeTensorType):
             shape = tuple(column.type.shape)
         column = getattr(column, "storage", column)
+        beside = ""
         if pa.types.is_struct(column.type):
             column = column.field("bytes")
+            beside = "; images are read from the file itself, and not from paths: write their bytes into the column"
         if column.null_count:
             row = self._rows + column.is_null().to_pylist().index(True)
             raise TargetError(
-                f"the column {self._column!r} of {str(self._path)!r} has no content in row {row}; images are read from "
-                "the file itself, and not from paths: write their bytes into the column"
+                f"the column {self._column!r} of {str(self._path)!r} has no content in row {row}{beside}"
             )
         if _is_list(column.type):
             self._write_arrays(column, shape)
