@@ -106,7 +106,8 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     """Yield a finding on whether input values are inside the bounds of the model, and not in an unexpectedly small part
     of them.
     """
-    low, high = (float(end) for end in (x.min(), x.max()))
+    numbers = x[~x.isnan()]  # NaN is a missing value
+    low, high = (float(end) for end in (numbers.min(), numbers.max())) if len(numbers) else (0.0, 0.0)
     text = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
