@@ -17,6 +17,7 @@ from holdfast.config.grammar import did_you_mean, parse_threat
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.moved import verb
 from holdfast.config.references import (
+    BoundsLike,
     DataLike,
     ModelLike,
     Numbers,
@@ -89,7 +90,7 @@ def assess(
     fit: DataLike | None = None,
     across: Sequence[DataLike] = (),
     transform: str | None = None,
-    bounds: Numbers | None = None,
+    bounds: BoundsLike | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
@@ -218,7 +219,7 @@ def harden(
     seed: int = 0,
     n: int | None = None,
     sample: int | None = None,
-    bounds: Numbers | None = None,
+    bounds: BoundsLike | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
@@ -378,7 +379,7 @@ def doctor(
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
-    bounds: Numbers | None = None,
+    bounds: BoundsLike | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,

@@ -21,7 +21,7 @@ from holdfast.config.groups import ThreatSource
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.moved import verb
 from holdfast.config.planning import assess_request
-from holdfast.config.references import DataLike, DataReference, ModelLike, Numbers
+from holdfast.config.references import BoundsLike, DataLike, DataReference, ModelLike, Numbers
 from holdfast.config.resolve import device_of_model, open_all, open_fit, sources_given
 from holdfast.config.settings import AssessSettings, check_settings, given
 from holdfast.config.spellings import is_suite_only
@@ -95,7 +95,7 @@ def attack(
     fit: DataLike | None = None,
     n: int | None = None,
     sample: int | None = None,
-    bounds: Numbers | None = None,
+    bounds: BoundsLike | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
@@ -290,7 +290,8 @@ def _as_given(data: Data, x_adv: Inputs, given: object) -> Array:
     """Return inputs with the type and layout of the caller's object, or those of the model if `given` is no array."""
     arrays, rows = (data.whole, data.rows) if isinstance(data, Selection) else (data, None)
     if not isinstance(arrays, Arrays) or not isinstance(given, Tensor | np.ndarray | list):
-        return x_adv
+        units = arrays.units if isinstance(arrays, Arrays) else None
+        return x_adv if units is None else units.normalisation.done(x_adv)
     stored = as_array(given, "inputs")
     if rows is not None:
         arrays, stored = arrays.taken(rows), stored[list(rows)]

@@ -7,7 +7,7 @@ from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
 from holdfast.config.attacks import ThreatLike, threat_written
 from holdfast.config.clusters import Ray, cluster_settings
 from holdfast.config.moved import verb
-from holdfast.config.references import DataLike, ModelLike, Numbers
+from holdfast.config.references import BoundsLike, DataLike, ModelLike, Numbers
 from holdfast.config.resolve import folder_of, sources_at, sources_given
 from holdfast.config.settings import CertifySettings, check_settings, given
 from holdfast.engine.progress import Notify, Progress, ignore, silent
@@ -35,7 +35,7 @@ def certify(
     seed: int = 0,
     n: int | None = None,
     sample: int | None = None,
-    bounds: Numbers | None = None,
+    bounds: BoundsLike | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,

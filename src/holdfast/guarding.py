@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.config.expecting import range_of_all
 from holdfast.config.guard_notes import Coverage, GuardNote, coverage, guard_notes
 from holdfast.config.guard_opening import (
     bounds_of,
@@ -248,6 +249,7 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
         update={"guard": None}
     )  # the guard is calibrated on the model alone
     sources, guard = replace(given, model=replace(given.model, inference=bare)), read_guard_settings(path)
+    range_of_all(settings.inputs, "a guard")
     if "bounds" not in settings.inputs.model_fields_set:
         low, high = bounds_of(guard).bounds
         sources = replace(sources, inputs=sources.inputs.model_copy(update={"bounds": (low, high)}))

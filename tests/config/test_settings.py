@@ -87,7 +87,7 @@ REFUSED = [
     ("only: PGD", "only is 'PGD'; expected a list$"),
     ("model: 3", "model is 3; expected text$"),
     ("model_args: [a]", "expected names with values"),
-    ("bounds: [1]", r"bounds is \[1\]; expected at least 2 entries$"),
+    ("bounds: [1]", r"bounds are \[1\]; give two numbers, the lower first"),
     ("schema_version: 3", "schema_version is 3; expected one of 1, 2$"),
     ("n: 3\nsample: 3", "not both"),
     ("bounds: [1, 0]", "the lower first"),

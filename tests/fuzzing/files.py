@@ -141,8 +141,15 @@ def parquets() -> Sequence[File]:
             "label": pa.array(["x", "y", "z", "x"]),
         }
     )
+    images = pa.table(
+        {
+            "image": pa.array([{"bytes": picture.content, "path": "a.png"} for picture in pictures()[:2]]),
+            "label": pa.array([0, 1]),
+        }
+    )
     return [
         saved(partial(pq.write_table, plain, compression="none"), "data.parquet"),
+        saved(partial(pq.write_table, images, compression="none"), "data.parquet"),
         saved(partial(pq.write_table, plain, compression="gzip"), "data.parquet"),
         saved(partial(pq.write_table, rich, compression="none"), "data.parquet"),
     ]
@@ -320,6 +327,22 @@ def boosters(suffix: str) -> Sequence[File]:
     return [saved(booster.save_model, f"model.{suffix}") for booster in found]
 
 
+def lightgbm_boosters() -> Sequence[File]:
+    """Boosters of LightGBM of three classes, and one of two with categories."""
+    import lightgbm
+
+    x, y = _examples()
+    codes = np.column_stack((x[:, :3], y))
+    settings = {"num_leaves": 4, "min_data_in_leaf": 2, "min_data_in_bin": 1, "verbose": -1, "num_threads": 1}
+    many = {"objective": "multiclass", "num_class": CLASSES, **settings}
+    two = {"objective": "binary", "min_data_per_group": 1, "cat_smooth": 0, **settings}
+    found = [
+        lightgbm.train(many, lightgbm.Dataset(x, y), 2),
+        lightgbm.train(two, lightgbm.Dataset(codes, y > 0, categorical_feature=[3]), 2),
+    ]
+    return [saved(booster.save_model, "model.txt") for booster in found]
+
+
 def configurations() -> Sequence[File]:
     """Configurations with every kind of value, and one that calls a function."""
     return [File("holdfast.yaml", text.encode()) for text in (_PLAIN, _RICH, _CALLING)]
@@ -343,6 +366,7 @@ _MADE: Mapping[str, Callable[[], Sequence[File]]] = {
     "skops": estimators,
     "xgboost.json": partial(boosters, "json"),
     "xgboost.ubj": partial(boosters, "ubj"),
+    "lightgbm.txt": lightgbm_boosters,
     "yaml": configurations,
     "run": runs,
 }

@@ -29,6 +29,7 @@ _PRELOADED = [
     "onnxruntime",
     "skops.io",
     "xgboost",
+    "lightgbm",
     "torch.export.pt2_archive._package",
     "pytest",
 ]

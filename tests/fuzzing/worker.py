@@ -92,12 +92,24 @@ _OPEN: Mapping[str, Callable[[Path], None]] = {
     "skops": lambda path: _model(path, FEATURES),
     "xgboost.json": lambda path: _model(path, FEATURES),
     "xgboost.ubj": lambda path: _model(path, FEATURES),
+    "lightgbm.txt": lambda path: _model(path, FEATURES),
     "yaml": _configuration,
     "run": lambda path: _run(path.parent),
 }
 
 
-PARSED_APART = ("csv", "csv.gz", "parquet", "pt", "pt2", "onnx", "skops", "xgboost.json", "xgboost.ubj")
+PARSED_APART = (
+    "csv",
+    "csv.gz",
+    "parquet",
+    "pt",
+    "pt2",
+    "onnx",
+    "skops",
+    "xgboost.json",
+    "xgboost.ubj",
+    "lightgbm.txt",
+)
 """formats that a limited process parses"""
 
 
@@ -116,6 +128,7 @@ def limit(form: str) -> int:
         "skops": skops_files,
         "xgboost.json": trees,
         "xgboost.ubj": trees,
+        "lightgbm.txt": trees,
     }
     return parsers[form].LIMITS.spare_bytes if form in parsers else MAIN_BYTES
 

@@ -62,6 +62,15 @@ def prepared(tmp_path, **settings):
     return server_setup(checked, ModelReference(str(file), checked.model)), file
 
 
+def test_the_guard_states_the_shape_of_the_inputs(tmp_path):
+    guard = tmp_path / "guard.yaml"
+    guard.write_text(f"inputs: {{shape: [{FEATURES}]}}\nrules: {{range: {{}}}}\n")
+    served, _ = prepared(tmp_path, input_shape=None, guard=str(guard))
+    assert served.worker.shape == (FEATURES,)
+    with pytest.raises(UsageError, match="the shape of the inputs is not known"):
+        prepared(tmp_path, input_shape=None)
+
+
 class Load:
     """Clients that send requests until they are stopped; they count the models that answer, and failures."""
 

@@ -530,7 +530,7 @@ def test_bounds_may_be_one_per_feature() -> None:
     x, y = torch.tensor([[0.0, 5.0], [1.0, 9.0]]), torch.tensor([0, 1])
     bounds = Bounds(torch.tensor([0.0, 5.0]), torch.tensor([1.0, 9.0]))
     assert len(as_data(x, y, expected=Expected(bounds=bounds))) == 2
-    with pytest.raises(TargetError, match="range from"):
+    with pytest.raises(TargetError, match="feature 0 in row 1 .* is 1.1, outside its bounds 0 to 1"):
         as_data(x + 0.1, y, expected=Expected(bounds=bounds))
     with pytest.raises(UsageError, match="bounds have shape"):
         as_data(torch.rand(2, 3), y, expected=Expected(bounds=bounds))

@@ -787,7 +787,7 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
 
     with pytest.raises(UsageError, match=r"one update takes about \d.* give budget='\d+s' or more"):
         asked(0.02)
-    assert Slow.passes <= 3  # another one sees whether it changes its input
+    assert Slow.passes <= 4  # others see whether it changes its input, and which weights it uses
 
 
 def test_threats_that_no_recipe_is_for_are_refused():

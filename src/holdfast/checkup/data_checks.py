@@ -12,7 +12,7 @@ from holdfast.core.labels import remedies as more_classes_of
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Labels, Rows
-from holdfast.sources.arrays import Arrays
+from holdfast.sources.arrays import Arrays, units_advice
 from holdfast.sources.estimates import BYTES, pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
@@ -108,11 +108,15 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     """Yield a finding on whether input values are inside the bounds of the model, and not in an unexpectedly small part
     of them.
     """
-    low, high = (float(end) for end in (x.min(), x.max()))
+    numbers = x[~x.isnan()]  # NaN is a missing value
+    low, high = (float(end) for end in (numbers.min(), numbers.max())) if len(numbers) else (0.0, 0.0)
     text = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
             way_out, remedies = data.pixels.advice(high)
+        elif isinstance(data, Arrays) and data.x.ndim == 2 and data.units is None:
+            way_out, remedies = scaling(x)
+            way_out = f"{way_out}, or {units_advice(data)}"
         elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
             way_out, remedies = "divide them by 255", (BYTES,)
         else:

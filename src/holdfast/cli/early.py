@@ -14,7 +14,7 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.files import existing
 
 _FILES = (
-    *(".pt", ".pth", ".th", ".ts", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj"),
+    *(".pt", ".pth", ".th", ".ts", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj", ".txt"),
     *(".npz", ".csv", ".gz", ".parquet", ".py"),
 )
 
@@ -40,7 +40,7 @@ def refuse_unknown_model(address: str) -> None:
     if _is_word(address) and address not in names:
         raise UsageError(
             f"there is no bundled model {address!r}{_offered(address, names)} "
-            "give file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, or a URL"
+            "give file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt file, or a URL"
         )
 
 

@@ -21,7 +21,7 @@ answered before the server ends. Metrics are served at a port of their own.
 
 \b
 MODEL  a bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx,
-       .skops, .json or .ubj file, or rotating:POOL for a pool, whose sets are
+       .skops, .json, .ubj or .txt file, or rotating:POOL for a pool, whose sets are
        swapped while they serve
 
 With --proxy URL there is no MODEL: requests are passed on to another server, after the guard has decided about them.

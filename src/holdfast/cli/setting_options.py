@@ -112,7 +112,7 @@ def _option(key: str, field: FieldInfo, flag: Flag, *, hidden: bool = False) -> 
     if kind is bool:
         if flag.negated:
             return click.option(f"{name}/--no-{name[2:]}", key, **settings)
-        return click.option(*names, key, is_flag=True, **settings)
+        return click.option(*names, key, is_flag=True, flag_value=not name.startswith("--no-"), **settings)
     settings["metavar"] = flag.metavar
     if is_repeated(field):
         settings |= {"multiple": True, "default": ()}

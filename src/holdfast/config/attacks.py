@@ -52,7 +52,7 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
         "l1": L1(spec.eps),
         "l0": L0(spec.eps, "pixel" if spec.pixels else "value"),
     }
-    return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries)
+    return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries, unit=spec.unit)
 
 
 ThreatLike = str | Constraint | ThreatModel
@@ -79,7 +79,7 @@ def threat_written(threat: ThreatLike, where: str = "threat") -> str:
         raise UsageError(
             f"{where} contains surrogates; give them as a separate argument, as in surrogates=[net]"
         )
-    return threat_text(_text_with_size(constraint), model.goal, model.access, model.queries)
+    return threat_text(_text_with_size(constraint), model.goal, model.access, model.queries, model.unit)
 
 
 def _text_with_size(constraint: Constraint) -> str:

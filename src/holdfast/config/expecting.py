@@ -2,17 +2,23 @@
 properties that are not declared.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from holdfast.config.grammar import did_you_mean
 from holdfast.config.groups import DataSource, InputSpace
 from holdfast.config.references import DataReference, Sources
+from holdfast.config.values import numbers_by_feature
 from holdfast.core.batch import Data
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import Remedy
+from holdfast.sources.arrays import Arrays
 from holdfast.sources.data import Names
 from holdfast.sources.expected import Expected
 from holdfast.sources.models import Declared
@@ -26,7 +32,7 @@ def declared(sources: Sources) -> Declared:
     """
     source, inputs = sources.model.source, sources.inputs
     return Declared(
-        Bounds(*inputs.bounds) if "bounds" in inputs.model_fields_set else None,
+        bounds_of_all(inputs) if "bounds" in inputs.model_fields_set else None,
         inputs.mean,
         inputs.std,
         source.classes,
@@ -37,11 +43,116 @@ def declared(sources: Sources) -> Declared:
     )
 
 
-def names(source: DataSource) -> Names:
-    """Return the names of arrays and columns to read from data files, such as that of the label column, as given in the
-    settings.
+def bounds_of_all(inputs: InputSpace) -> Bounds | None:
+    """Return the declared bounds if they are the same for all features, else None."""
+    if isinstance(inputs.bounds, Mapping):
+        return None
+    low, high = inputs.bounds
+    return Bounds(low, high) if isinstance(low, float) and isinstance(high, float) else None
+
+
+def range_of_all(inputs: InputSpace, what: str) -> Bounds:
+    """Return the declared bounds of all features. Raises `UsageError` if they were declared for each feature, which
+    `what` does not support.
     """
-    return {"label": source.label, "drop": tuple(source.drop), "x": source.x, "y": source.y}
+    bounds = bounds_of_all(inputs)
+    if bounds is not None:
+        return bounds
+    sides = inputs.bounds.values() if isinstance(inputs.bounds, Mapping) else zip(*inputs.bounds, strict=True)
+    lowest, highest = zip(*sides, strict=True)
+    raise UsageError(
+        f"bounds were given for each feature, and {what} has one range for all",
+        Remedy("bounds", (f"{min(lowest):g}", f"{max(highest):g}")),
+    )
+
+
+def bounds_by_feature(
+    inputs: InputSpace, features: Sequence[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the lowest and the highest valid value of each feature. Raises `UsageError` if one is not declared."""
+    if not isinstance(inputs.bounds, Mapping):
+        low, high = (
+            side if isinstance(side, tuple) else (float(side),) * len(features) for side in inputs.bounds
+        )
+        if len(low) != len(features):
+            raise UsageError(f"bounds are of {len(low)} features, and the data have {len(features)}")
+        return low, high
+    sides = [_of_feature(inputs.bounds, features, place, "bounds") for place in range(len(features))]
+    return tuple(low for low, _ in sides), tuple(high for _, high in sides)
+
+
+def sizes_by_feature(
+    unit: str, features: Sequence[str], bounds: tuple[Sequence[float], Sequence[float]], values: Arrays
+) -> tuple[float, ...]:
+    """Return the size of the unit of each feature: the range of its bounds, the standard deviation of its values in the
+    examples, or the number in a file.
+    """
+    if unit == "range":
+        return tuple(high - low for low, high in zip(*bounds, strict=True))
+    if unit == "std":
+        names = values.features or features
+        columns = dict(zip(names, values.read(0, len(values)).x.double().T, strict=True))
+        present = (columns[name][~columns[name].isnan()] for name in features)
+        return tuple(float(column.std(correction=0)) if len(column) else 0.0 for column in present)
+    sizes = numbers_by_feature(unit.removeprefix("@"), "unit")
+    return tuple(_size_of(sizes, features, place) for place in range(len(features)))
+
+
+def constant_where_still(
+    features: Sequence[str],
+    bounds: tuple[Sequence[float], Sequence[float]],
+    sizes: Sequence[float],
+    values: Arrays,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the bounds with both of a feature at its only value if its standard deviation is 0."""
+    names = values.features or features
+    first = dict(zip(names, values.read(0, 1).x[0].tolist(), strict=True))
+    still = [size == 0 and not math.isnan(first[name]) for name, size in zip(features, sizes, strict=True)]
+    low, high = (
+        tuple(first[name] if fixed else end for name, fixed, end in zip(features, still, side, strict=True))
+        for side in bounds
+    )
+    return low, high
+
+
+def _size_of(sizes: Mapping[str, Any], features: Sequence[str], place: int) -> float:
+    size = _of_feature(sizes, features, place, "unit")
+    if not isinstance(size, int | float) or not 0 < size < float("inf"):
+        raise UsageError(
+            f"the unit of {features[place]} is {size!r}; give a number above 0. A feature that does not change has "
+            "equal bounds, if it is constant in the data"
+        )
+    return float(size)
+
+
+def _of_feature(content: Mapping[str, Any], features: Sequence[str], place: int, what: str) -> Any:
+    """Return the entry of a feature, by its name or its position. Raises `UsageError` if there is none, or one of a
+    feature that the data do not have.
+    """
+    known = {*features, *map(str, range(len(features)))}
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise UsageError(f"{what} has the feature {unknown[0]!r}{did_you_mean(unknown[0], features)}")
+    for name in (features[place], str(place)):
+        if name in content:
+            return content[name]
+    raise UsageError(
+        f"{what} has no entry for {features[place]!r}; give one for each of {len(features)} features"
+    )
+
+
+def names(source: DataSource) -> Names:
+    """Return the names of arrays and columns to read from data files, such as that of the label column, and the
+    separator and the header of a CSV file, as given in the settings.
+    """
+    return {
+        "label": source.label,
+        "drop": tuple(source.drop),
+        "x": source.x,
+        "y": source.y,
+        "separator": source.separator,
+        "header": source.header,
+    }
 
 
 def normalisation(inputs: InputSpace) -> Normalisation | None:
@@ -71,6 +182,7 @@ def expected(
         source.class_order,
         (data or sources.data).source.layout,
         normalisation(sources.inputs),
+        model.units,
         ProbedClassifier(model),
         lenient,
     )
@@ -111,6 +223,8 @@ def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[s
     """Return a note on the unit of the perturbation radius eps if inputs are not in [0, 1]; otherwise an empty
     tuple.
     """
+    if model.units is not None:
+        return ()
     low, high = ends(model.bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:

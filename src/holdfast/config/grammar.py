@@ -4,7 +4,8 @@ mistakes are reported immediately.
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat model is `linf:8/255`,
 `corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or
 `colour:hue=18,saturation=0.3`, followed by any of `goal=targeted:K`, `access=none|labels|scores|gradients` and
-`queries=N`, separated by commas or spaces.
+`queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and `unit=@FILE` state the unit of the eps of a
+norm for each feature.
 """
 
 import math
@@ -55,12 +56,14 @@ class ThreatSpec:
     goal: int | None = None
     access: Sees = "gradients"
     queries: int | None = None
+    unit: str = ""
+    """unit of eps: `range`, `std` or `@FILE`; empty for the unit of the inputs"""
 
     def __str__(self) -> str:
         if self.limits:
             return threat_text(limits_text(self.norm, self.limits), self.goal, self.access, self.queries)
         size = "" if math.isinf(self.eps) else f":{self.eps:.6g}" + ("px" if self.pixels else "")
-        return threat_text(self.norm + size, self.goal, self.access, self.queries)
+        return threat_text(self.norm + size, self.goal, self.access, self.queries, self.unit)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -244,8 +247,19 @@ def _severity(text: str, threat: str) -> float:
 
 def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
     key, equals, value = text.partition("=")
-    if not equals or key not in ("goal", "access", "queries"):
-        raise UsageError(f"the threat has {text!r}{did_you_mean(key, ('goal', 'access', 'queries'))}")
+    if not equals or key not in ("goal", "access", "queries", "unit"):
+        raise UsageError(f"the threat has {text!r}{did_you_mean(key, ('goal', 'access', 'queries', 'unit'))}")
+    if key == "unit":
+        if spec.norm not in ("linf", "l2", "l1"):
+            raise UsageError(
+                f"{text} is the unit of an eps, and the size of {spec.norm} has none; leave it out"
+            )
+        if value not in ("range", "std") and not re.fullmatch(r"@.+", value):
+            raise UsageError(
+                f"unit is {value!r}; expected range (of the bounds of each feature), std (of its values), or @FILE "
+                "with a JSON object from feature to unit"
+            )
+        return replace(spec, unit=value)
     if key == "access":
         if value not in get_args(Sees):
             raise UsageError(f"access is {value!r}{did_you_mean(value, get_args(Sees))}")

@@ -25,7 +25,7 @@ class Flag:
 
     metavar: str = ""
     name: str = ""
-    """name of the option, if it is not `--` followed by the key with hyphens"""
+    """name of the option, if it is not `--` followed by the key with hyphens; `--no-…` for one that sets False"""
     short: str = ""
     """one-letter form of the option"""
     completion: str = ""
@@ -60,8 +60,8 @@ class ModelSource(SettingGroup):
     address: str | None = Field(
         default=None,
         alias="model",
-        description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, "
-        "or a URL.",
+        description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
+        "file, or a URL.",
     )
     arch: Annotated[str | None, Flag("NAME|FILE.py:F")] = Field(
         default=None,
@@ -160,11 +160,10 @@ class ServerLimits(SettingGroup):
 class InputSpace(SettingGroup):
     """Settings for the inputs of a model: their bounds, and the normalisation that is applied inside the model."""
 
-    bounds: Annotated[values.Numbers, Flag("LOW,HIGH")] = Field(
+    bounds: Annotated[values.Bounds, Flag("LOW,HIGH|@FILE")] = Field(
         default=(0.0, 1.0),
-        description="Lowest and highest legal input value (default: 0,1).",
-        min_length=2,
-        max_length=2,
+        description="Lowest and highest legal input value (default: 0,1), or a JSON file with the two values of each "
+        "feature by its name or position. In Python also two arrays.",
     )
     mean: Annotated[values.Numbers | None, Flag("M,…")] = Field(
         default=None, description="Subtracted from the input inside the model, one number per channel."
@@ -192,7 +191,10 @@ class InputSpace(SettingGroup):
                 f"{prefix}give data_normalised, for data that were normalised beforehand, or mean and std, for data "
                 "that were not and a model that expects normalised input, not both"
             )
-        if not self.bounds[0] < self.bounds[1] or not all(map(math.isfinite, self.bounds)):
+        if not isinstance(self.bounds, tuple) or not isinstance(self.bounds[0], float):
+            return  # checked when they were parsed, with the name of the feature
+        low, high = self.bounds
+        if not low < high or not all(map(math.isfinite, (low, high))):
             raise UsageError(
                 f"{prefix}bounds are {self.bounds}; give two numbers, the lower first, as in 0,1"
             )
@@ -216,10 +218,23 @@ class DataSource(SettingGroup):
         default_factory=list, description="Leave out a column of a table, such as an id."
     )
     x: Annotated[str | None, Flag("NAME")] = Field(
-        default=None, description="Name of the inputs in an .npz file (default: x_test or x)."
+        default=None,
+        description="Name of the inputs: an array of an .npz file (default: x_test or x), a column of images or of "
+        "arrays in a .parquet file, or an entry of batches that are mappings.",
     )
     y: Annotated[str | None, Flag("NAME")] = Field(
-        default=None, description="Name of the labels in an .npz file (default: y_test or y)."
+        default=None,
+        description="Name of the labels: an array of an .npz file (default: y_test or y), or an entry of batches that "
+        "are mappings.",
+    )
+    separator: Annotated[values.Separator | None, Flag("C")] = Field(
+        default=None,
+        description="Character between the cells of a .csv file, as in ';' or tab (default: a comma).",
+    )
+    header: Annotated[bool, Flag(name="--no-header")] = Field(
+        default=True,
+        description="Whether the first row of a .csv file contains the names of the columns (default: yes). Otherwise "
+        "they are named 0, 1, 2, ….",
     )
     layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
         default=None,

@@ -218,16 +218,26 @@ def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[s
     return tuple(member for member in members if slug(member.name) in kept)
 
 
+SUPPORTED_DEVICES = ("cpu", "cuda")
+"""Types of the torch devices on which runs are tested."""
+
+
 def device_of(name: str) -> str:
     """Return the name of the torch device for a setting; `auto` selects a GPU if there is one. Raises `UsageError` for
     an unknown device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    accepted = ("auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"device is {name!r}; expected auto, cpu, cuda or cuda:1") from None
+        device = torch.device("meta")  # refused below
+    if device.type not in SUPPORTED_DEVICES:
+        raise UsageError(
+            f"device is {name!r}; expected one of {', '.join(accepted)} on this machine",
+            Remedy("device", "cpu"),
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs",

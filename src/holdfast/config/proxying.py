@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import seconds
 from holdfast.config.guard_settings import read_guard_settings
 from holdfast.config.serve_settings import UPSTREAM_KEY
 from holdfast.config.settings import ServeSettings
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Bounds
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.serving.decisions import Action
 from holdfast.serving.guard import GuardPipeline
@@ -43,8 +43,10 @@ def open_upstream(settings: ServeSettings) -> UpstreamModel:
     upstream = read_upstream(
         address,
         name or options.name,
-        shape=inference.input_shape or _shape_of_guard(inference.guard),
-        bounds=Bounds(*settings.inputs.bounds) if "bounds" in settings.inputs.model_fields_set else None,
+        shape=inference.input_shape or shape_of_guard(inference.guard),
+        bounds=range_of_all(settings.inputs, "a proxy")
+        if "bounds" in settings.inputs.model_fields_set
+        else None,
         output=proxying.upstream_output,
         max_rows=settings.limits.max_rows,
     )
@@ -99,7 +101,7 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _shape_of_guard(file: str | None) -> tuple[int, ...] | None:
+def shape_of_guard(file: str | None) -> tuple[int, ...] | None:
     """Return the shape of one input in a guard; None without a guard, or if it leaves sizes open."""
     if file is None:
         return None

@@ -27,6 +27,8 @@ from holdfast.sources.expected import ClassOrder
 from holdfast.sources.frames import is_frame
 
 Numbers = Sequence[float]
+BoundsLike = Sequence[Any] | Mapping[str, Sequence[float]] | str
+"""Bounds of inputs: two numbers, two arrays, or a mapping from feature to two numbers, also in a file (`@FILE`)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Sources:
     inputs: InputSpace = field(default_factory=InputSpace)
     selection: ExampleSelection = field(default_factory=ExampleSelection)
     seed: int = 0
+    unit: str = ""
+    """unit of the eps of the threat model"""
 
     def all_examples(self) -> "Sources":
         """Return a copy of these references that reads all examples of the data instead of a selection."""
@@ -88,7 +92,8 @@ class Sources:
         """Return the reference to additional data of a run, by default read with the same options as the main data,
         except the split.
         """
-        return data_reference(data, self.data.source.model_copy(update={"split": None}))
+        unnamed = {"x": None, "y": None} if isinstance(data, tuple) else {}  # a pair has no named entries
+        return data_reference(data, self.data.source.model_copy(update={"split": None, **unnamed}))
 
 
 def open_model(
@@ -174,22 +179,34 @@ def open_data(
     drop: Sequence[str] = (),
     x: str | None = None,
     y: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
     layout: Layout | None = None,
 ) -> DataReference:
     """Return a reference to examples with options for reading them, as an argument for `assess`, `harden`, `attack` and
     other functions.
 
     `data` is an address or an object. `split` selects a part of the data, `label` and `drop` are names of columns of a
-    table, `x` and `y` names of arrays in an `.npz` file, and `layout` gives the axes of stored arrays (`"chw"`,
-    `"hwc"`, `"asis"`). The examples are read by the function to which the reference is passed, because some properties
-    depend on the model. Raises `UsageError` for an invalid argument, and for one that selects from a file if the data
-    are an object.
+    table, and `x` and `y` names of arrays in an `.npz` file or of entries in batches that are mappings; `x` may also be
+    a column of images in a `.parquet` file. `separator` and `header` are those of a `.csv` file, and `layout` gives the
+    axes of stored arrays (`"chw"`, `"hwc"`, `"asis"`). The examples are read by the function to which the reference is
+    passed, because some properties depend on the model. Raises `UsageError` for an invalid argument, and for one that
+    selects from a file if the data are an object.
     """
     if isinstance(data, DataReference):
         raise UsageError("data is a result of open_data already; give all arguments in one call")
     (source,) = check_groups(
         "open_data()",
-        {"split": split, "label": label, "drop": drop, "x": x, "y": y, "layout": layout},
+        {
+            "split": split,
+            "label": label,
+            "drop": drop,
+            "x": x,
+            "y": y,
+            "separator": separator,
+            "header": header,
+            "layout": layout,
+        },
         (DataSource,),
     )
     reference = DataReference(data_reference(data).given, source)
@@ -200,8 +217,13 @@ def open_data(
 
 def _refuse_names(data: DataReference) -> None:
     """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
-    keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop", "x", "y")
-    options = [f"{key}={value!r}" for key in keys if (value := getattr(data.source, key))]
+    keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop")
+    default = DataSource()
+    options = [
+        f"{key}={value!r}"
+        for key in (*keys, "separator", "header")
+        if (value := getattr(data.source, key)) != getattr(default, key)
+    ]
     if options:
         raise UsageError(
             f"{', '.join(options)} is not possible for data given as a Python object: it is for an address, such as "

@@ -5,24 +5,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from holdfast.config import pooled
 from holdfast.config.expecting import (
+    bounds_by_feature,
+    bounds_of_all,
+    constant_where_still,
     declared,
     ends,
     expected,
     names,
     normalisation,
+    sizes_by_feature,
     units_of_eps,
     unlabelled,
     with_found_properties,
 )
 from holdfast.config.grad_mode import differentiable
-from holdfast.config.grammar import parse_transform, per_second, seconds
-from holdfast.config.groups import ExampleSelection, InferenceSource, ServerLimits
+from holdfast.config.grammar import parse_threat, parse_transform, per_second, seconds
+from holdfast.config.groups import ExampleSelection, InferenceSource, ServerLimits, ThreatSource
 from holdfast.config.guard_opening import guarded_subject
-from holdfast.config.planning import examples_to_fit
+from holdfast.config.planning import SUPPORTED_DEVICES, examples_to_fit
 from holdfast.config.references import (
     DataLike,
     DataReference,
@@ -45,17 +50,19 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.skipped import DECAY, skipped
+from holdfast.core.units import Units
 from holdfast.harness import MATRIX_ROWS, Plan
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
 from holdfast.sources.adapting import accepted, object_identity
+from holdfast.sources.arrays import Arrays
 from holdfast.sources.data import noting_fewer, open_data
 from holdfast.sources.expected import Expected
 from holdfast.sources.frames import is_frame, open_frame
 from holdfast.sources.memory import as_data
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import SCHEMES, Remote
-from holdfast.sources.selection import selected
+from holdfast.sources.selection import Selection, selected
 from holdfast.verbs.request import Subject
 
 
@@ -112,7 +119,9 @@ def sources_given(model: ModelLike, data: DataLike, settings: OpeningSettings) -
 
 def _sources(model: ModelReference, data: DataReference, settings: OpeningSettings) -> Sources:
     selection = getattr(settings, "selection", ExampleSelection())
-    return Sources(model, data, settings.inputs, selection, settings.random.seed)
+    threat = getattr(settings, "threat", None)
+    unit = parse_threat(threat.threat).unit if isinstance(threat, ThreatSource) else ""
+    return Sources(model, data, settings.inputs, selection, settings.random.seed, unit)
 
 
 def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:
@@ -130,10 +139,65 @@ def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bo
     else:
         model, card, notes = _wrapped(model_given, properties)
     refuse_unserved(sources.model.limits, model)
+    notes += _scaled(model, sources)
     model, transformed, more = _transformed(model, transform)
     subject = _subject(model, card | transformed, (*notes, *more), properties)
     guard = sources.model.inference.guard
     return subject if guard is None else guarded_subject(subject, guard)
+
+
+def _scaled(model: Classifier, sources: Sources) -> tuple[str, ...]:
+    """Set the bounds and the units of a model if they are declared for each feature. Return a note for the report.
+
+    The data are read once more if the features have names, or if their standard deviations are the units.
+    """
+    of_all = bounds_of_all(sources.inputs)
+    if of_all is not None and not sources.unit:
+        return ()
+    exact = model.access != "gradients"
+    if of_all is not None and sources.unit == "range":
+        lowest, highest = ends(of_all)
+        units = Units((lowest,), (highest,), (highest - lowest,), exact)
+    else:
+        raw = _values_of(sources)
+        features = _feature_names(model, raw)
+        low, high = bounds_by_feature(sources.inputs, features)
+        if not sources.unit:
+            model.bounds = Bounds(torch.tensor(low), torch.tensor(high))
+            return ()
+        sizes = sizes_by_feature(sources.unit, features, (low, high), raw)
+        if sources.unit == "std":  # a feature without deviations keeps its only value
+            low, high = constant_where_still(features, (low, high), sizes, raw)
+        units = Units(low, high, sizes, exact)
+    units.apply(model)
+    still = sum(size == 0 for size in units.size)
+    fixed = f"; {still} features have a unit of 0 and do not change" if still else ""
+    return (f"eps is measured in a unit of each feature, unit={sources.unit}{fixed}",)
+
+
+def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
+    """Return the names of the features in the order of the model's inputs; their positions if there are no names."""
+    fitted, present = model.feature_names, values.features
+    if fitted is not None and len(fitted) == values.x.shape[1] and {*fitted} == {*(present or fitted)}:
+        return fitted
+    return present or tuple(map(str, range(values.x.shape[1])))
+
+
+def _values_of(sources: Sources) -> Arrays:
+    """Return the values of the examples as they are stored, without regard to the model.
+
+    Raises `UsageError` if they are not a table, because only its features have bounds and units of their own.
+    """
+    raw = _examples(sources, Expected(lenient=True, normalised=normalisation(sources.inputs)))
+    arrays = (
+        raw.whole.taken(raw.rows) if isinstance(raw, Selection) and isinstance(raw.whole, Arrays) else raw
+    )
+    if not isinstance(arrays, Arrays) or arrays.x.ndim != 2:
+        raise UsageError(
+            "bounds or units of each feature were given, and the inputs are not rows of features (n, features); give "
+            "two numbers as bounds, and an eps without unit="
+        )
+    return arrays
 
 
 def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
@@ -164,6 +228,7 @@ def _subject(
     properties = strict(
         {
             "bounds": [model.bounds.low, model.bounds.high],
+            **({} if model.units is None else {"units": model.units}),
             "mean": model.mean,
             "std": model.std,
             "classes": model.classes,
@@ -178,6 +243,9 @@ def _subject(
     normalised = None if declared is None else declared.normalised
     if normalised is not None:
         shown_properties["data_normalised"] = str(normalised)
+    if model.units is not None:  # of the values, with which a hardened model is opened again
+        mean, std = model.units.normalisation_of_values(model)
+        shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
     units = units_of_eps(model, normalised)
     return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 
@@ -215,6 +283,8 @@ def _open_surrogate(surrogate: object, sources: Sources, target: Classifier) -> 
         # its preprocessing is its own, or undoes that of the data
         properties = Declared(normalised=normalisation(sources.inputs))
         subject = _subject(*_wrapped(net, properties), properties)
+    if target.units is not None:
+        target.units.apply(subject.model)
     bounds, target_ends = (ends(model.bounds) for model in (subject.model, target))
     if bounds not in (target_ends, ends(Bounds())):
         raise UsageError(
@@ -255,10 +325,13 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
     """Open the examples on which the model is evaluated. With `lenient`, examples that do not fit the model are
     accepted as well.
     """
+    return _examples(sources, expected(sources, model, lenient=lenient))
+
+
+def _examples(sources: Sources, properties: Expected) -> Data:
     data, selection = sources.data, sources.selection
     if data.given is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    properties = expected(sources, model, lenient=lenient)
     chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": sources.seed}
     if data.address is not None:
         return open_data(
@@ -276,7 +349,10 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
         )
     else:
         all_examples = as_data(
-            data.given, expected=properties, n=selection.n if selection.sample is None else None
+            data.given,
+            expected=properties,
+            n=selection.n if selection.sample is None else None,
+            entries=(data.source.x, data.source.y),
         )
         examples = selected(all_examples, **chosen)
     return noting_fewer(examples, selection.n or selection.sample)
@@ -291,7 +367,7 @@ def open_object(data: DataReference, expected: Expected) -> Data:
         return open_frame(
             data.given, label=source.label, drop=source.drop, split=source.split, expected=expected
         )
-    return as_data(data.given, expected=expected)
+    return as_data(data.given, expected=expected, entries=(data.source.x, data.source.y))
 
 
 def open_all(
@@ -385,6 +461,11 @@ def device_of_model(sources: Sources, subject: Subject, device: str) -> str | No
     weight = next(subject.model.parameters(), None)
     if sources.model.address is not None or device != "auto" or weight is None:
         return None
+    if weight.device.type not in SUPPORTED_DEVICES:
+        raise UsageError(
+            f"the network is on the device {weight.device}, and one of {', '.join(SUPPORTED_DEVICES)} was expected; "
+            "move it before you pass it, as in net.to('cpu')"
+        )
     return str(weight.device)
 
 

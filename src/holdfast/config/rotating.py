@@ -5,6 +5,7 @@ of swaps.
 from holdfast import rotation
 from holdfast.config import hardening, resolve
 from holdfast.config.attacks import threat_model
+from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import parse_every, parse_threat, seconds
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.planning import device_of
@@ -21,7 +22,8 @@ from holdfast.verbs.rotate.request import RotateRequest, split_examples, trainab
 
 _OPENING = (
     "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
-    "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "fit", "threat",
+    "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "separator", "header",
+    "fit", "threat",
     "recipe", "source", "initialisation", "seed",
 )  # fmt: skip
 """Settings with which the model and the data of a pool are opened again."""
@@ -33,6 +35,12 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     Raises `UsageError` and `TargetError`.
     """
     sources = resolve.sources_at(settings)
+    range_of_all(sources.inputs, "a pool of parameter sets")
+    if sources.unit:
+        raise UsageError(
+            f"the threat {settings.threat.threat} has a unit for each feature, which a pool does not support; scale "
+            "the features before, and leave unit= out"
+        )
     subject, training, _, test = hardening.open_for_hardening(sources, settings.others.fit, None)
     model = subject.model
     threat = threat_model(parse_threat(settings.threat.threat))

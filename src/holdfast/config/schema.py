@@ -113,6 +113,16 @@ def _take_other_forms(properties: dict[str, Any]) -> None:
     """Allow forms other than a list of numbers for some settings."""
     for key in ("bounds", "mean", "std"):
         _take_numbers(properties[key], optional=key != "bounds")
+    ends = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+    properties["bounds"]["anyOf"] += [
+        {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "number"}},
+            "minItems": 2,
+            "maxItems": 2,
+        },
+        {"type": "object", "additionalProperties": ends},
+    ]
     side = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}
     pair = {"type": "array", "items": side, "minItems": 2, "maxItems": 2}
     properties["data_normalised"]["anyOf"] = [pair, {"type": "string"}, {"type": "null"}]

@@ -47,7 +47,8 @@ class ServedInference(SettingGroup):
 
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
         default=None,
-        description="Sizes of one example without the batch, as in 3,32,32. Bundled models and pools know theirs.",
+        description="Sizes of one example without the batch, as in 3,32,32. Bundled models, pools and guards state "
+        "theirs.",
     )
     guard: Annotated[str | None, Flag("FILE", completion="PATH")] = Field(
         default=None, description="Guard (guard.yaml) that decides about each request."

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import parse_every, seconds
 from holdfast.config.guard_notes import notes_of_file
 from holdfast.config.guard_opening import open_guard, served_digest
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
-from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard
+from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
 from holdfast.config.serve_settings import RequestLimits, ServeOptions, is_public
@@ -63,8 +64,9 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
     # the guard of a server decides about requests, and is not a part of the model
     own = {key: value for key, value in settings.inference if value is not None}
     inference = reference.inference.model_copy(update={**own, "guard": None})
-    served = _served(settings, replace(reference, inference=inference))
-    guard, notes = _guard(settings.inference.guard or reference.inference.guard, served)
+    guard_file = settings.inference.guard or reference.inference.guard
+    served = _served(settings, replace(reference, inference=inference), guard_file)
+    guard, notes = _guard(guard_file, served)
     signature = None if served.upstream is None else served.upstream.signature
     keys = None if options.keys is None else Path(options.keys)
     if keys is not None:
@@ -152,7 +154,7 @@ class _Served:
         return math.ceil(max_rows / (self.upstream.batch or max_rows)) * self.upstream.address.timeout_s
 
 
-def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
+def _served(settings: ServeSettings, reference: ModelReference, guard: str | None) -> _Served:
     if settings.proxying.proxy is not None:
         return _served_upstream(open_upstream(settings))
     pool, triggers = pool_of(reference.address), _triggers(settings.options.every)
@@ -163,7 +165,8 @@ def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
             f"every is {', '.join(settings.options.every)}, and {reference.address or 'the model'} is no pool, so "
             f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
         )
-    shape = _shape(reference)
+    range_of_all(settings.inputs, "a server")
+    shape = _shape(reference, guard)
     if Path(reference.address or "").suffix != ".onnx":  # only an ONNX file is opened with the shape
         inference = reference.inference.model_copy(update={"input_shape": None})
         reference = replace(reference, inference=inference)
@@ -279,10 +282,15 @@ def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> C
     return open_architecture(Path(path), created, about, trust_code=trust_code).model
 
 
-def _shape(reference: ModelReference) -> tuple[int, ...]:
-    """Return the shape of one input. Raises `UsageError` if it is not known."""
+def _shape(reference: ModelReference, guard: str | None) -> tuple[int, ...]:
+    """Return the shape of one input: the declared one, or that of the inputs of the guard in a file. Raises
+    `UsageError` if it is not known.
+    """
     if reference.inference.input_shape is not None:
         return tuple(reference.inference.input_shape)
+    shape = shape_of_guard(guard)
+    if shape is not None:
+        return shape
     if reference.address in bundled_models():
         return _BUNDLED_SHAPE
     raise UsageError(

@@ -1,5 +1,6 @@
 """Types of settings, which parse and validate values from files and from the command line."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from operator import index
@@ -47,6 +48,69 @@ def _fractions(value: object) -> object:
     return value
 
 
+def numbers_by_feature(path: str, what: str) -> dict[str, Any]:
+    """Return the JSON object in a file, from the name or the position of a feature to numbers. `what` is its name in
+    error messages.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TargetError(
+            f"{what} is '@{path}', and {path!r} cannot be read as JSON: {error}; give a file such as "
+            '{"age": [0, 120], "hours": [0, 100]}'
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise TargetError(
+            f"{what} is '@{path}', which holds no JSON object; give one from feature to numbers"
+        )
+    return content
+
+
+def _bounds(value: object) -> object:
+    """Parse bounds: two numbers, two arrays, or a mapping from feature to two numbers, which may be in a file."""
+    if isinstance(value, str) and value.startswith("@"):
+        value = numbers_by_feature(value[1:], "bounds")
+    if isinstance(value, Mapping):
+        return {str(feature): _ordered(sides, f"the bounds of {feature}") for feature, sides in value.items()}
+    if isinstance(value, str):
+        return _fractions(value)
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise UsageError(f"bounds are {value!r}; give two numbers, the lower first, as in 0,1")
+    sides = [side if isinstance(side, str | int | float) else _array(side) for side in value]
+    if not any(isinstance(side, tuple) for side in sides):
+        return _fractions(sides)
+    size = max(len(side) for side in sides if isinstance(side, tuple))
+    low, high = (side if isinstance(side, tuple) else (float(side),) * size for side in sides)
+    if len(low) != len(high):
+        raise UsageError(
+            f"bounds have {len(low)} lowest and {len(high)} highest values; give one of each per feature"
+        )
+    for feature, ends in enumerate(zip(low, high, strict=True)):
+        _ordered(ends, f"the bounds of feature {feature}")
+    return low, high
+
+
+def _array(side: Any) -> tuple[float, ...]:
+    """Return the numbers of an array, a tensor or a sequence with one axis."""
+    numbers = side.tolist() if hasattr(side, "tolist") else side
+    try:
+        return tuple(map(float, numbers if isinstance(numbers, list | tuple) else [numbers]))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"bounds hold a {type(side).__name__} that is no list of numbers; give one number per feature of a table"
+        ) from error
+
+
+def _ordered(sides: object, what: str) -> tuple[float, float]:
+    """Return the lowest and the highest value of a feature. They may be equal if the feature does not change."""
+    pair = list(sides) if isinstance(sides, list | tuple) else []
+    if len(pair) != 2 or not all(isinstance(side, int | float) and isfinite(side) for side in pair):
+        raise UsageError(f"{what} are {sides!r}; give two numbers, the lower first, as in [0, 1]")
+    if pair[0] > pair[1]:
+        raise UsageError(f"{what} are {pair}; give the lower one first")
+    return float(pair[0]), float(pair[1])
+
+
 def _normalised(value: object) -> object:
     """Parse mean and standard deviation, from `0.49,0.48/0.25,0.24` or a pair of numbers or lists of numbers."""
     expected = (
@@ -73,6 +137,16 @@ def _normalised(value: object) -> object:
     if len({len(mean), len(std)} - {1}) > 1:
         raise UsageError(f"data_normalised has {len(mean)} means and {len(std)} deviations; {expected}")
     return mean, std
+
+
+def _separator(value: object) -> object:
+    """Parse the separator of a table: one character, or `tab`."""
+    character = (
+        {"tab": "\t", "\\t": "\t", "space": " "}.get(value, value) if isinstance(value, str) else value
+    )
+    if not isinstance(character, str) or len(character) != 1 or character in '"\r\n':
+        raise UsageError(f"separator is {value!r}; expected one character, as in ';', or tab")
+    return character
 
 
 def _input_shape(value: object) -> object:
@@ -212,7 +286,12 @@ def _surrogate(value: object) -> object:
 SuiteSpec = Annotated[SuiteName | tuple[str, ...], BeforeValidator(_suite)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
 Normalised = Annotated[tuple[tuple[float, ...], tuple[float, ...]], BeforeValidator(_normalised)]
+Bounds = Annotated[
+    tuple[float, float] | tuple[tuple[float, ...], tuple[float, ...]] | dict[str, tuple[float, float]],
+    BeforeValidator(_bounds),
+]
 InputShape = Annotated[tuple[int, ...], BeforeValidator(_input_shape)]
+Separator = Annotated[str, BeforeValidator(_separator)]
 ClassNames = Annotated[tuple[str, ...], MinLen(2), BeforeValidator(_class_names)]
 Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]

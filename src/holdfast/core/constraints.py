@@ -5,6 +5,9 @@ norms: `distance`, `project` (the exact nearest point of ball *and* box), `steep
 `sample` (a random start). Projections: L2 by the one-dimensional root of its dual; L1 by the sorted breakpoints of its
 dual (Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021, arXiv:2103.01208); L0 by the
 largest gains (Croce & Hein, "Sparse and imperceivable adversarial attacks", ICCV 2019, arXiv:1909.05040).
+
+A value of a clean input that is NaN is missing. It stays missing: no point of a constraint has a number there, and it
+counts as no change.
 """
 
 import math
@@ -98,7 +101,8 @@ def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) ->
     """
     x_adv64, x64 = x_adv.double(), x.double()
     low, high = bounds.like(x64)
-    inside = ((x_adv64 >= low - 1e-7) & (x_adv64 <= high + 1e-7)).flatten(1).all(1)
+    valid = (x_adv64 >= low - 1e-7) & (x_adv64 <= high + 1e-7)
+    inside = torch.where(x64.isnan(), x_adv64.isnan(), valid).flatten(1).all(1)
     tolerance = constraint.eps * 1e-6 + 1e-7 + _rounding(constraint, x_adv, x)
     return inside & (constraint.distance(x_adv64, x64) <= constraint.eps + tolerance)
 
@@ -106,7 +110,7 @@ def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) ->
 def _rounding(constraint: Constraint, x_adv: Inputs, x: Inputs) -> PerExample | float:
     if not constraint.in_input_units:
         return 0.0
-    size = torch.maximum(x_adv.abs(), x.abs()).double() * (x_adv != x)
+    size = (torch.maximum(x_adv.abs(), x.abs()).double() * (x_adv != x)).masked_fill(x.isnan(), 0)
     return constraint.distance(torch.finfo(x_adv.dtype).eps * size, torch.zeros_like(size))
 
 
@@ -122,10 +126,15 @@ def _eps(constraint: Constraint, like: Tensor) -> PerExample:
     return like.new_full((len(like),), constraint.eps)
 
 
+def _change(x_adv: Inputs, x: Inputs) -> Inputs:
+    """The difference of inputs; 0 where the clean value is missing."""
+    return (x_adv - x).masked_fill_(x.isnan(), 0)
+
+
 def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
     """Distance of each coordinate to the side of the box in the direction of `delta`."""
     low, high = bounds.like(x)
-    return torch.where(delta > 0, high - x, x - low).clamp_min(0)
+    return torch.where(delta > 0, high - x, x - low).clamp_min(0).masked_fill(x.isnan(), 0)
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Linf:
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the largest absolute change of each example."""
-        return (x_adv - x).flatten(1).abs_().amax(1)
+        return _change(x_adv, x).flatten(1).abs_().amax(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return `x_adv` with each value clamped to within eps of the clean value, and to valid values."""
@@ -183,7 +192,7 @@ class L2:
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the Euclidean length of the change of each example."""
-        length: PerExample = torch.linalg.vector_norm((x_adv - x).flatten(1), dim=1)
+        length: PerExample = torch.linalg.vector_norm(_change(x_adv, x).flatten(1), dim=1)
         return length
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
@@ -201,11 +210,11 @@ class L2:
         all_outside, clamped_outside = len(outside) == len(x), clamped
         if not all_outside:
             x_adv, x, radius, clamped_outside = x_adv[outside], x[outside], radius[outside], clamped[outside]
-        delta = x_adv - x
+        delta = _change(x_adv, x)
         dtype = torch.promote_types(delta.dtype, torch.float32)  # squares leave half precision
-        flat, flat_clamped = delta.flatten(1).to(dtype), (clamped_outside - x).flatten(1).to(dtype)
+        flat, flat_clamped = delta.flatten(1).to(dtype), _change(clamped_outside, x).flatten(1).to(dtype)
         t = _l2_share(flat, flat_clamped, radius.to(dtype)).to(delta.dtype)
-        step = bounds.clamp(torch.addcmul(x, spread(t, x), delta)).sub_(x)
+        step = _change(bounds.clamp(torch.addcmul(x, spread(t, x), delta)), x)
         shrink = (radius / step.flatten(1).norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
         points = bounds.clamp(torch.addcmul(x, spread(shrink, x), step))
         return points if all_outside else clamped.index_copy(0, outside, points)
@@ -281,7 +290,7 @@ class L1:
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the sum of the absolute changes of each example."""
-        return (x_adv - x).flatten(1).abs().sum(1)
+        return _change(x_adv, x).flatten(1).abs().sum(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return for each `x_adv` the nearest valid input inside the L1 ball of radius eps around `x`."""
@@ -298,7 +307,7 @@ class L1:
         outside = self.distance(clamped.double(), x.double()) > radius
         if not outside.any():
             return clamped
-        delta, eps, clean = (x_adv - x)[outside], radius[outside], x[outside]
+        delta, eps, clean = _change(x_adv, x)[outside], radius[outside], x[outside]
         size = delta.abs().flatten(1)
         room = torch.minimum(_room(delta, clean, bounds).flatten(1), size)
         sizes = (size - _l1_shrinkage(size, room, eps)[:, None]).clamp_min(0).minimum(room).view_as(delta)
@@ -387,7 +396,7 @@ class L0:
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the number of values or pixels that differ in each example."""
-        return (self.grouped(x_adv) != self.grouped(x)).any(2).sum(1).to(x.dtype)
+        return (self.grouped(_change(x_adv, x)) != 0).any(2).sum(1).to(x.dtype)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return for each `x_adv` the nearest valid input that differs from `x` in at most eps values or pixels."""
@@ -399,7 +408,8 @@ class L0:
         outside = self.distance(clamped, x) > radius
         if not outside.any():
             return clamped
-        chosen = self.largest((x_adv - x) ** 2 - (x_adv - clamped) ** 2, radius)
+        gain = _change(x_adv, x) ** 2 - (x_adv - clamped) ** 2
+        chosen = self.largest(gain.masked_fill(x.isnan(), 0), radius)
         return torch.where(chosen | ~_expand(outside, x), clamped, x)
 
     def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
@@ -438,7 +448,8 @@ class L0:
         order = rng.at("place").uniform(batch.ids, units)
         chosen = torch.zeros_like(order, dtype=torch.bool)
         chosen.scatter_(1, order.topk(min(int(min(self.eps, units)), units), dim=1).indices, True)
-        return torch.where(self._ungrouped(chosen, batch.x), low + u * (high - low), batch.x)
+        present = self._ungrouped(chosen, batch.x) & ~batch.x.isnan()
+        return torch.where(present, low + u * (high - low), batch.x)
 
     def resized(self, eps: float) -> "L0":
         """Return the L0 constraint with radius `eps` that counts the same unit, values or pixels."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.outputs import OutputKind, is_single, kind_of_single, of_classes
+from holdfast.core.outputs import OutputKind, is_single, kind_of_single, logits_of, of_classes
 from holdfast.core.renamed import earlier_functions
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 
@@ -40,9 +40,9 @@ class Guarded(nn.Module):
         """Return the logits of the classes and, as the last column, the logit of "rejected": the largest logit plus
         `(score - threshold) / scale` of the detector.
         """
-        logits = self.net(x)
+        logits = logits_of(self.net(x))
         if not isinstance(logits, Tensor) or logits.dim() not in (1, 2) or len(logits) != len(x):
-            return logits  # `Classifier` raises the error
+            return logits  # type: ignore[return-value]  # `Classifier` raises the error
         if is_single(logits) and len(logits):
             self.output = kind_of_single(logits, self.output)
         logits = of_classes(logits, self.output)

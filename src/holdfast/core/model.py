@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,20 @@ from holdfast.core.errors import (
 )
 from holdfast.core.guard import Guarded
 from holdfast.core.normalisation import per_channel
-from holdfast.core.outputs import REFUSED, OutputKind, is_single, kind_of_single, of_classes, refused
+from holdfast.core.outputs import (
+    REFUSED,
+    OutputKind,
+    is_single,
+    kind_of_single,
+    logits_of,
+    of_classes,
+    refused,
+)
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
+
+if TYPE_CHECKING:
+    from holdfast.core.units import Units
 
 VOTES = 20
 """number of evaluations of a randomised model that decide whether an example survives; the final evaluation uses as
@@ -115,6 +126,9 @@ EVERY = Batches(1, multiples=True)
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """batch sizes that are tested before a network counts as accepting none"""
 
+_NAMED = 3
+"""Largest number of weights that a message names."""
+
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
 """note in the evidence about a `Classifier` with `rewrites`"""
 
@@ -153,12 +167,15 @@ class Classifier(nn.Module):
     is the layout of the network's input if known: with "hwc", images (n, channels, height, width) are passed with the
     channels last. `class_labels` are the labels of the classes in the data, in the order of the outputs, if they are
     whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model was fitted on.
-    `rejects` is true for the result of `with_detector`, whose last logit is not a class. Raises `TargetError` if the
-    network does not return a float tensor (n, classes).
+    `units` are the units of the inputs, if they are not the values of the data.
+    `rejects` is true for the result of `with_detector`, whose last logit is not a class. The network returns a float
+    tensor (n, classes), or an object or mapping with such a tensor as `logits`; in training mode it may return a tuple,
+    whose first element is used (`logits_of`). Raises `TargetError` for other outputs.
     """
 
     class_labels: tuple[int, ...] | None = None
     feature_names: tuple[str, ...] | None = None
+    units: "Units | None" = None
 
     def __init__(
         self,
@@ -213,7 +230,7 @@ class Classifier(nn.Module):
             output=self.output,
             layout=self.layout,
         )
-        classifier.remote, classifier.rewrites = self.remote, self.rewrites
+        classifier.remote, classifier.rewrites, classifier.units = self.remote, self.rewrites, self.units
         return classifier
 
     def _advice(self, x: Inputs) -> tuple[str, tuple[Remedy, ...]]:
@@ -248,13 +265,17 @@ class Classifier(nn.Module):
             x = x - per_channel(self.mean, x)
         if self.std is not None:
             x = x / per_channel(self.std, x)
+        if self.units is not None and self.units.exact:
+            x = x.float()  # removes the rounding errors of the change of variables
         return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits (n, classes) of the inputs `x`, in the data type of `x`."""
         try:
             inputs = self.preprocess(x.clone() if self.rewrites else x)
-            logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
+            logits = (
+                self._outputs(inputs) if self.batches is None else self.batches.through(self._outputs, inputs)
+            )
         except (torch.OutOfMemoryError, MemoryError, HoldfastError):
             raise
         except Exception as error:
@@ -294,6 +315,9 @@ class Classifier(nn.Module):
             )
         return logits.to(x.dtype)
 
+    def _outputs(self, x: Tensor) -> object:
+        return logits_of(self.net(x), in_training=isinstance(self.net, nn.Module) and self.net.training)
+
     def _of_classes(self, outputs: Tensor) -> Logits:
         if self.rejects:
             return outputs
@@ -312,9 +336,16 @@ class Classifier(nn.Module):
 
 
 def refuse_lazy(net: nn.Module) -> None:
-    """Raise `TargetError` if a network has lazy layers that were never called, because such layers have no
-    weights yet.
+    """Raise `TargetError` if weights of a network have no values, because its lazy layers were never called, or the
+    weights are on the device meta.
     """
+    meta = [name for name, value in (*net.named_parameters(), *net.named_buffers()) if value.is_meta]
+    if meta:
+        shown = f"{', '.join(meta[:_NAMED])}{', …' if len(meta) > _NAMED else ''}"
+        raise TargetError(
+            f"{len(meta)} weights are on the device meta, which has shapes and no values: {shown}; load the weights "
+            "before you pass the network, as in net.load_state_dict(weights, assign=True)"
+        )
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
             raise TargetError(

@@ -24,14 +24,15 @@ def suite_name(suite: str) -> str:
     return suite.partition("@")[0]
 
 
-def threat_text(change: str, goal: int | None, access: str, queries: int | None) -> str:
+def threat_text(change: str, goal: int | None, access: str, queries: int | None, unit: str = "") -> str:
     """Return a threat model as a command line argument. `change` is its constraint, such as `linf:0.1`, and default
     values are omitted.
     """
+    unit_text = f",unit={unit}" if unit else ""
     goal_text = "" if goal is None else f",goal=targeted:{goal}"
     access_text = "" if access == "gradients" else f",access={access}"
     queries_text = "" if queries is None else f",queries={queries}"
-    return f"{change}{goal_text}{access_text}{queries_text}"
+    return f"{change}{unit_text}{goal_text}{access_text}{queries_text}"
 
 
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:

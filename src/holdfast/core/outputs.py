@@ -1,8 +1,9 @@
-"""Interpretation of the outputs of a network: logits or probabilities, for all classes or as one number for each
-example.
+"""Interpretation of the outputs of a network: the tensor of logits in them, and whether it contains logits or
+probabilities, for all classes or as one number for each example.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,28 @@ LOGIT = Remedy("model_output", "logit", function="open_model")
 
 _ROUNDING = 1e-4
 """tolerance of probabilities outside [0, 1]; the error of a softmax in half precision is smaller"""
+
+
+@runtime_checkable
+class _HasLogits(Protocol):
+    """Protocol of the outputs of networks that return several tensors in one object, such as those of Hugging Face."""
+
+    logits: object
+
+
+def logits_of(outputs: object, *, in_training: bool = False) -> object:
+    """Return the logits among the outputs of a network: the attribute or the entry `logits`, or the outputs themselves.
+
+    In training mode, the logits are the first element of a tuple, whose others are those of auxiliary classifiers, as
+    in GoogLeNet and Inception v3.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, _HasLogits):
+        return outputs.logits
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    return outputs[0] if in_training and isinstance(outputs, tuple) and outputs else outputs
 
 
 REFUSED = torch.inf

@@ -21,6 +21,8 @@ class ThreatModel:
     access: Access = "gradients"
     queries: int | None = None
     surrogates: tuple[Model, ...] = ()
+    unit: str = ""
+    """unit of eps: `range`, `std` or `@FILE`; empty for the unit of the inputs"""
 
     def __post_init__(self) -> None:
         eps = self.constraint.eps

@@ -22,6 +22,7 @@ from holdfast.core.guard import (
     with_aim,
 )
 from holdfast.core.lookup import Lookup
+from holdfast.core.missing import WithMissing
 from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.outputs import refused
 from holdfast.core.purpose import judging
@@ -136,8 +137,10 @@ class Target:
 
     def queried(self, model: Model, batch: Batch) -> Model:
         """Return the model that attacks on a batch query. If the model has a detector, a rejected input counts as
-        correctly classified.
+        correctly classified. Values that are missing in the batch stay missing.
         """
+        if batch.x.isnan().any():
+            model = WithMissing(model, batch)
         model = Answering(model, batch) if self.bare.remote else model
         return WithDetector(model, batch, self.aim) if self.rejects else model
 

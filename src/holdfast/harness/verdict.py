@@ -15,6 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, Spent, margin
+from holdfast.core.missing import with_missing, without_missing
 from holdfast.core.model import VOTES
 from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
@@ -70,7 +71,7 @@ def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng:
     """Judge inputs that were found outside the stages of a plan, for example by probes, and return the results as the
     columns of an attack.
     """
-    batch = aimed(batch, plan.threat)
+    batch, x_adv = aimed(batch, plan.threat), with_missing(x_adv, batch.x)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = verdict_of(plan, target, batch, x_adv)
     zeros = torch.zeros_like(batch.ids)
@@ -159,9 +160,10 @@ def returned(
 
     If the query budget of the attack ran out, the inputs are the best ones that it had found before.
     """
-    meter = Metered(target.queried(target.quick, batch), batch, threat)
+    attacked = without_missing(batch, target.bare.bounds)
+    meter = Metered(target.queried(target.quick, batch), attacked, threat)
     try:
-        x_adv = attack(meter, batch, threat, rng=rng)
+        x_adv = attack(meter, attacked, threat, rng=rng)
     except BudgetSpent:
         x_adv = meter.adversarial()
     if x_adv.shape != batch.x.shape or x_adv.dtype != batch.x.dtype:
@@ -169,6 +171,7 @@ def returned(
             f"{type(attack).__name__} returned {x_adv.dtype} of shape {tuple(x_adv.shape)} for inputs "
             f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack must return inputs of the same type and shape"
         )
+    x_adv = with_missing(x_adv, batch.x)
     legal = allowed(threat.constraint, x_adv, batch.x, target.bare.bounds)
     if not legal.all():
         worst = int((~legal).nonzero()[0, 0])

@@ -317,6 +317,7 @@ def threat_to_json(threat: ThreatModel) -> Json:
     unit = "px" if per == "pixel" else ""
     limits = dict(constraint.limits) if isinstance(constraint, Limited) else {}
     sized = norm.lower() + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else "")
+    sized += f",unit={threat.unit}" if threat.unit else ""
     return {
         "constraint": limits_text(norm.lower(), limits) if limits else sized,
         "norm": norm,
@@ -330,12 +331,18 @@ def threat_to_json(threat: ThreatModel) -> Json:
     }
 
 
+_UNITS = {"range": "the range of the bounds of each feature", "std": "the standard deviation of each feature"}
+"""Units of eps in words, by their text in a threat model."""
+
+
 def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
     """Return the unit of the perturbation radius eps for the report, or an empty string if eps is not a size of changes
     of input values.
     """
     if not threat.constraint.in_input_units:
         return ""
+    if threat.unit:
+        return _UNITS.get(threat.unit, f"the units of the features in {threat.unit.removeprefix('@')}")
     low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))
     range_text = f"legal values from {low:g} to {high:g}"
     if model.get("data_normalised"):

@@ -13,6 +13,7 @@ from holdfast.core.errors import UsageError
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.estimators import Estimator, Predictor, adapted_estimator
 from holdfast.sources.keras_models import KerasNet, adapted_keras
+from holdfast.sources.lightgbm_models import adapted_lightgbm
 from holdfast.sources.object_digest import digest_of_object
 from holdfast.sources.trees import adapted_booster
 
@@ -38,6 +39,8 @@ def adapted(model: object) -> Adapted | None:
         return adapted_keras(model)
     if _is(model, "xgboost", "Booster"):
         return adapted_booster(model)
+    if _is(model, "lightgbm", "Booster"):
+        return adapted_lightgbm(model)
     if isinstance(model, nn.Module) or callable(model) or not isinstance(model, Predictor):
         return None
     return adapted_estimator(model)

@@ -20,6 +20,7 @@ from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Layout
+from holdfast.core.units import Units
 from holdfast.sources.declarations import NORMALISED_DATA
 from holdfast.sources.estimates import (
     BYTES,
@@ -37,6 +38,9 @@ _CHUNK = 1 << 24
 """Number of values that are checked at a time."""
 _ROUNDING = 1e-6
 """Largest distance outside the bounds, relative to their width, that is treated as rounding."""
+
+_EXAMPLES = 3
+"""Number of features in an example of bounds."""
 
 _COMPARED = 64
 """Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
@@ -110,6 +114,8 @@ class Arrays:
     """notes for the report"""
     pixels: Pixels | None = None
     """conversion of the stored values to pixels, if the stored values are normalised; else None"""
+    units: Units | None = None
+    """units in which the examples are returned; None for the values themselves"""
     reading: LayoutReading = LayoutReading("asis")
     """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
@@ -128,6 +134,8 @@ class Arrays:
         digest = hashlib.sha256(f"{self.x.dtype} {self.x.shape} {self.scale}".encode())
         if self.pixels is not None:
             digest.update(repr(self.pixels.normalised).encode())
+        if self.units is not None:
+            digest.update(repr(self.units).encode())
         rows = _rows(self)
         for start in range(0, len(self.x), rows):
             digest.update(np.ascontiguousarray(self.x[start : start + rows]).tobytes())
@@ -150,6 +158,8 @@ class Arrays:
             x = x / self.scale
         if self.pixels is not None:
             x = self.pixels(x)
+        if self.units is not None:
+            x = self.units.normalisation.undone(x.double() if self.units.exact else x)
         return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
 
 
@@ -162,7 +172,8 @@ def in_original_form(data: Arrays, changed: Inputs, original: Array) -> Array:
     """
     x = data.read(0, len(data)).x
     unchanged, changed = changed == x, changed.to(x.dtype)
-    values = changed if data.pixels is None else data.pixels.normalised.done(changed)
+    values = changed if data.units is None else data.units.normalisation.done(changed)
+    values = values if data.pixels is None else data.pixels.normalised.done(values)
     if data.scale != 1.0:
         values = values * data.scale
     original_values, changed_values = (
@@ -211,13 +222,14 @@ def from_numpy(
     source_labels: Array | None = None,
     preserve: bool = False,
     resolution: float | None = None,
+    features: tuple[str, ...] | None = None,
 ) -> Arrays:
     """Return a data set of the inputs `x` and the labels `y` after checks of their shapes, types and values. The rows
     must already be selected.
 
     `layout` is the layout of the source; a layout declared in `expected` takes precedence. `source_labels` contains the
-    labels of the whole source. `preserve` is True for a tensor, whose axes and float64 type are preserved; `resolution`
-    is then the relative rounding error of its type.
+    labels of the whole source, and `features` the names of the columns of a table. `preserve` is True for a tensor,
+    whose axes and float64 type are preserved; `resolution` is then the relative rounding error of its type.
     """
     expected = expected or Expected()
     names, probe = class_names or expected.class_names, expected.probe
@@ -232,11 +244,16 @@ def from_numpy(
         )
     n_classes = expected.classes or (None if names is None else len(names))
     y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
-    stored, scale, scale_notes = _stored(x, expected.bounds, name, preserve=preserve)
+    stored, scale, scale_notes = _stored(x, expected.bounds_of_values, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
-    unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
+    unmoved = Arrays(
+        name, stored, y, ids, names, scale, pixels=pixels, units=expected.units, features=features
+    )
     declared = expected.layout or layout
-    reading = LayoutReading("asis") if preserve and declared is None else _reading(unmoved, declared, probe)
+    axis = _equal_channels(unmoved, probe)
+    source = unmoved if axis is None else replace(unmoved, x=stored.take([0], axis=axis))
+    reading = LayoutReading("asis") if preserve and declared is None else _reading(source, declared, probe)
+    reading = replace(reading, equal_channels=axis)
     inputs = np.ascontiguousarray(reading.inputs(stored))
     data = replace(unmoved, x=inputs, reading=reading, notes=(*notes, *reading.notes, *scale_notes))
     if probe is not None:
@@ -246,7 +263,7 @@ def from_numpy(
             probe.own.layout = probe.own.layout or "chw"
         # Again, because the number of classes may have become known with the first outputs of the network.
         class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
-    check_inputs(data, expected.bounds, lenient=expected.lenient)
+    check_inputs(data, expected.bounds, lenient=expected.lenient, probe=probe)
     return data
 
 
@@ -277,6 +294,17 @@ def _reading(data: Arrays, declared: Layout | None, probe: ProbedClassifier | No
     return reading_of(data.x.shape, declared, probe, rows, y, data.name)
 
 
+def _equal_channels(data: Arrays, probe: ProbedClassifier | None) -> int | None:
+    """Return the axis of three equal channels of images, if the network rejects colour images and accepts grey ones."""
+    rows = data.x[:_COMPARED]
+    axes = [axis for axis in (1, 3) if rows.ndim == 4 and rows.shape[axis] == 3]
+    equal = [axis for axis in axes if (rows == rows.take([0], axis=axis)).all()]
+    if probe is None or not equal or not (data.x == data.x.take([0], axis=equal[0])).all():
+        return None
+    few = replace(data, x=np.moveaxis(rows, equal[0], 1), y=data.y[: len(rows)], ids=data.ids[: len(rows)])
+    return equal[0] if probe.needs_grey(few.read(0, 2).x) else None
+
+
 def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -> Pixels | None:
     if expected.normalised is None:
         return None
@@ -291,14 +319,19 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
             f"of 0: these seem not to be normalised; {_NORMALISED_INSIDE}",
             NORMALISED_DATA,
         )
-    return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
+    return Pixels.of(
+        expected.normalised, expected.bounds_of_values, resolution or float(np.finfo(x.dtype).eps)
+    )
 
 
-def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None:
+def check_inputs(
+    data: Arrays, bounds: Bounds, *, lenient: bool = False, probe: ProbedClassifier | None = None
+) -> None:
     """Raise `TargetError` if inputs of the data set are not finite or are outside the bounds. Bytes divided by 255 are
     always valid and are not checked.
 
-    If `lenient` is True, values outside the bounds are accepted.
+    If `lenient` is True, values outside the bounds are accepted. NaN is a missing value, which is accepted if the model
+    `probe` has finite outputs for the examples with missing values.
     """
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
@@ -306,18 +339,33 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
     rows = _rows(data)
     for start in range(0, len(data), rows):
         batch = data.read(start, start + rows)
-        not_finite = (
-            ~torch.isfinite(batch.x).flatten(1).all(1) if batch.x.dim() > 1 else ~torch.isfinite(batch.x)
-        )
+        not_finite = ~torch.isfinite(batch.x.reshape(len(batch), -1)).all(1)
         if not_finite.any():
-            raise TargetError(
-                f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}; replace or "
-                "remove such rows"
-            )
-        lowest, highest = min(lowest, float(batch.x.min())), max(highest, float(batch.x.max()))
+            x = batch.x[not_finite]
+            if x.isinf().any() or probe is None or not probe.handles_missing(x):
+                raise TargetError(
+                    f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}, and the "
+                    "model has no finite output for such rows; replace or remove them"
+                )
+        numbers = batch.x[~batch.x.isnan()]
+        if len(numbers):
+            lowest, highest = min(lowest, float(numbers.min())), max(highest, float(numbers.max()))
         outside |= _outside(batch.x, bounds, data.name)
     if outside and not lenient:
+        if isinstance(bounds.high, Tensor) or data.units is not None:
+            raise _outside_of_feature(data, bounds)
         raise _out_of_range(data, lowest, highest, bounds)
+
+
+def handles_missing(x: Array, expected: Expected) -> bool:
+    """Return whether the model accepts the rows `x` (n, features) of a table that have missing values."""
+    rows = np.isnan(x).any(1)
+    ids = np.flatnonzero(rows)
+    pixels = _pixels(x, expected, "the table", None)
+    data = Arrays(
+        "the table", x[rows], np.zeros(len(ids), np.int64), ids, pixels=pixels, units=expected.units
+    )
+    return expected.probe is not None and expected.probe.handles_missing(data.read(0, len(data)).x)
 
 
 def _rows(data: Arrays) -> int:
@@ -335,6 +383,42 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
             f"the bounds have shape {tuple(low.shape)}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
             "two numbers, or bounds of the shape of an input"
         ) from error
+
+
+def units_advice(data: Arrays) -> str:
+    """Return advice for a table whose features are not scaled to one range: bounds and units of each feature.
+
+    The bounds of the example are the ranges of the values.
+    """
+    x = data.read(0, len(data)).x
+    names = data.features or tuple(map(str, range(x.shape[1])))
+    ends = [(column[~column.isnan()].min(), column[~column.isnan()].max()) for column in x[:, :_EXAMPLES].T]
+    shown = ", ".join(
+        f'"{name}": [{float(low):g}, {float(high):g}]'
+        for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
+    )
+    more = ", …" if len(names) > _EXAMPLES else ""
+    return (
+        "declare the range of each feature with --bounds @FILE, a JSON file such as "
+        f"{{{shown}{more}}}, and measure eps in these ranges with a threat such as linf:0.05,unit=range"
+    )
+
+
+def _outside_of_feature(data: Arrays, bounds: Bounds) -> TargetError:
+    """Return the error for the first value outside the bounds of its feature."""
+    batch = data.read(0, len(data))
+    low, high = bounds.like(batch.x)
+    row, *place = ((batch.x < low) | (batch.x > high)).nonzero()[0].tolist()
+    values = batch.x if data.units is None else data.units.normalisation.done(batch.x)
+    sides = bounds if data.units is None else data.units.values
+    lowest, highest = (
+        float(torch.as_tensor(side).expand(batch.x.shape[1:])[tuple(place)]) for side in sides.like(batch.x)
+    )
+    feature = data.features[place[0]] if data.features is not None else f"feature {place[0]}"
+    return TargetError(
+        f"the value of {feature} in row {int(batch.ids[row])} of {data.name} is {float(values[row, *place]):g}, "
+        f"outside its bounds {lowest:g} to {highest:g}; correct the bounds, or remove such rows"
+    )
 
 
 def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> TargetError:

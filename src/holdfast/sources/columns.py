@@ -29,6 +29,17 @@ class Words:
 
 
 @dataclass(frozen=True)
+class ColumnInputs:
+    """A column of a table in which each cell contains a whole input: the file of an image, or an array."""
+
+    column: str
+    unread: tuple[str, ...]
+    """names of the other columns, which are not read"""
+    cells: Sequence[bytes] | NDArray[np.uint8] | NDArray[np.float32]
+    """contents of the files of images, or the arrays (rows, …)"""
+
+
+@dataclass(frozen=True)
 class ColumnTable:
     """A table after conversion: features are numbers, and the columns with labels and splits contain strings."""
 
@@ -43,6 +54,8 @@ class ColumnTable:
     kinds: NDArray[np.uint8] | None = None
     """(rows, features): `NUMBER`, `MISSING` or `TEXT`; None if all cells are numbers"""
     words: Mapping[str, Words] = field(default_factory=dict)
+    inputs: ColumnInputs | None = None
+    """column whose cells are the inputs, if there is one; the table then has no features"""
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -38,6 +38,8 @@ class Names(TypedDict):
     drop: tuple[str, ...]
     x: str | None
     y: str | None
+    separator: str | None
+    header: bool
 
 
 def open_data(
@@ -48,6 +50,8 @@ def open_data(
     drop: tuple[str, ...] = (),
     x: str | None = None,
     y: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
@@ -57,11 +61,12 @@ def open_data(
 
     `n` selects the first n examples of the split in source order, `sample` a random sample that depends on `seed`. If
     `split` is None, the test split is used if there is one. `label` is the label column of a table, and `drop` lists
-    columns that are not features. `x` and `y` are names of arrays in an `.npz` file. `expected` declares properties of
-    the data. If `expected` has a model as its probe, the layout of its inputs and the number of its classes are
-    determined from the data.
+    columns that are not features. `x` and `y` are names of arrays in an `.npz` file, and `x` that of a column of images
+    or of arrays in a `.parquet` file. `separator` and `header` are those of a `.csv` file. `expected` declares
+    properties of the data. If `expected` has a model as its probe, the layout of its inputs and the number of its
+    classes are determined from the data.
     """
-    options = _Options(split, label, drop, x, y, n, sample, seed, expected or Expected())
+    options = _Options(split, label, drop, x, y, separator, header, n, sample, seed, expected or Expected())
     place = _located(address)
     with reading(address):
         data = _opened(place, address, options)
@@ -87,6 +92,8 @@ class _Options:
     drop: tuple[str, ...]
     x: str | None
     y: str | None
+    separator: str | None
+    header: bool
     n: int | None
     sample: int | None
     seed: int
@@ -111,12 +118,8 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
         raise UsageError(
             f"{address!r} is not a table and has no columns", Remedy("drop", function="open_data")
         )
-    if (options.x or options.y) and path.exists() and path.suffix != ".npz":
-        removal = [Remedy(name, function="open_data") for name in "xy" if getattr(options, name)]
-        raise UsageError(
-            f"{address!r} is not an .npz file and has no named arrays",
-            replace(removal[0], also=tuple(removal[1:])),
-        )
+    if path.exists():
+        _refuse_foreign(path, address, options)
     if path.is_dir():
         return open_folder(
             path,
@@ -137,10 +140,31 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
             sample=options.sample,
             seed=options.seed,
             expected=options.expected,
+            inputs=options.x,
+            separator=options.separator,
+            header=options.header,
         )
     if path.suffix != ".npz" and path.exists():
         raise UsageError(f"{address!r} has an unknown data format; give {_FORMS}")
     return _open_archive(Npz(path), place, address, options)
+
+
+def _refuse_foreign(path: Path, address: str, options: _Options) -> None:
+    """Raise `UsageError` for options of other formats."""
+    named = (".npz", ".parquet")
+    if options.x and path.suffix not in named:
+        raise UsageError(
+            f"{address!r} is not an .npz file and has no named arrays", Remedy("x", function="open_data")
+        )
+    if options.y and path.suffix != ".npz":
+        raise UsageError(
+            f"{address!r} is not an .npz file and has no named arrays", Remedy("y", function="open_data")
+        )
+    for key, value, default in (("separator", options.separator, None), ("header", options.header, True)):
+        if value != default and not path.name.endswith((".csv", ".csv.gz")):
+            raise UsageError(
+                f"{address!r} is not a .csv file, and {key} is {value!r}", Remedy(key, function="open_data")
+            )
 
 
 def _class_names(archive: Npz, address: str) -> tuple[str, ...]:

@@ -16,11 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
+from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from holdfast.core.errors import HoldfastError, TargetError
@@ -53,6 +54,8 @@ def _hash_of_values(estimator: Any) -> str:
 
 
 Array = NDArray[Any]
+Form = Literal["array", "frame", "sparse"]
+"""Form in which an estimator accepts rows: an array, a table with the names of the features, or a sparse matrix."""
 _SEPARATION = 4e-6
 """Relative amount by which the predicted class is raised above equal scores of other classes.
 
@@ -115,8 +118,8 @@ class Estimator(nn.Module):
         self.digest = digest
         """digest of the estimator's fitted values"""
         self.gives = "scores" if interface.scores is not None else "labels"
-        self.by_name = False
-        """whether the estimator needs a table with feature names instead of an array"""
+        self.form: Form | None = None
+        """form in which the estimator accepts rows; None before its first call"""
         self.decides = False
         """whether `predict` is called as well, because the largest score does not always determine its class"""
 
@@ -194,21 +197,39 @@ class Estimator(nn.Module):
         """Return the result of `method` for the rows.
 
         An estimator that was fitted on a table also accepts an array, which is faster, unless it selects its columns by
-        name. Warnings are suppressed, because they would be repeated for every batch.
+        name. Some estimators of the user accept only sparse matrices. Warnings are suppressed, because they would be
+        repeated for every batch.
         """
+        errors: list[Exception] = []
         with warnings.catch_warnings(), _in_parallel(allowed=self.interface.parallel):
             warnings.simplefilter("ignore")
-            if not self.by_name:
+            for form in self._forms():
                 try:
-                    return method(rows)
-                except Exception:  # an estimator may refuse an array with any error
-                    if self.interface.columns is None or importlib.util.find_spec("pandas") is None:
-                        raise
-            import pandas as pd
+                    result = method(self._in_form(rows, form))
+                except Exception as error:  # noqa: BLE001  an estimator may refuse a form with any error
+                    errors.append(error)
+                else:
+                    self.form = form
+                    return result
+        raise errors[
+            -2 if self.form is None else -1
+        ]  # the sparse matrix is the last resort, and rarely the reason
 
-            result = method(pd.DataFrame(rows, columns=list(self.interface.columns or ()), copy=False))
-            self.by_name = True
-            return result
+    def _forms(self) -> tuple[Form, ...]:
+        """Return the forms in which rows are given to the estimator, in the order in which they are tried."""
+        if self.form is not None:
+            return (self.form,)
+        named = self.interface.columns is not None and importlib.util.find_spec("pandas") is not None
+        return ("array", "frame", "sparse") if named else ("array", "sparse")
+
+    def _in_form(self, rows: Array, form: Form) -> Any:
+        if form == "array":
+            return rows
+        if form == "sparse":
+            return csr_matrix(rows)
+        import pandas as pd
+
+        return pd.DataFrame(rows, columns=list(self.interface.columns or ()), copy=False)
 
     def _raw(self, rows: Array) -> Array:
         """Return the scores of the estimator. If they do not match its classes, only labels are used from then on."""

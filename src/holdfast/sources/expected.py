@@ -8,6 +8,7 @@ from typing import Literal
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Layout
+from holdfast.core.units import Units
 from holdfast.sources.probing import ProbedClassifier
 
 ClassOrder = Literal["lexical", "numeric"]
@@ -37,12 +38,19 @@ class Expected:
     """layout of the stored arrays"""
     normalised: Normalisation | None = None
     """normalisation of the stored values; it is undone when they are read"""
+    units: Units | None = None
+    """units in which inputs are measured when they are read; `bounds` are in these units"""
     probe: ProbedClassifier | None = None
     """model whose accepted input shapes and number of classes are determined by calling it"""
     lenient: bool = False
     """whether values outside the bounds and labels outside the classes are accepted"""
     checks_labels: bool = True
     """whether labels are checked; False if they are not used"""
+
+    @property
+    def bounds_of_values(self) -> Bounds:
+        """Valid range of the stored values."""
+        return self.bounds if self.units is None else self.units.values
 
     @property
     def any_label(self) -> bool:

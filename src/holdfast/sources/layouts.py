@@ -6,7 +6,7 @@ converted to those of the inputs, and which layout the network receives.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ CHANNELS = (1, 3, 4)
 _SAME = 1e-5
 """Largest difference, relative to the largest output, between outputs that are treated as equal."""
 MOVED_NOTE = "the channels came last and were put first"
+GREY_NOTE = (
+    "the images are grey and stored in colour: their channels are equal, and the network takes one of them"
+)
 INSERTED_NOTE = "the network needs an axis of channels, so one of size 1 was inserted"
 
 Array = NDArray[Any]
@@ -42,9 +45,13 @@ class LayoutReading:
     """layout of the network's inputs, if it differs from that of the inputs in Holdfast"""
     inserted: bool = False
     """whether an axis with one channel is inserted before the others, as for signals (N, L) and volumes (N, D, H, W)"""
+    equal_channels: int | None = None
+    """axis of three equal channels of the array, of which the network takes one"""
 
     def inputs(self, x: Array) -> Array:
-        """Return a view of a data array with its axes in the order of the model's inputs."""
+        """Return a data array with its axes in the order of the model's inputs, as a view if possible."""
+        if self.equal_channels is not None:
+            x = x.take([0], axis=self.equal_channels)
         if self.inserted:
             return x[:, None]
         if self.stored == "asis" or x.ndim not in (3, 4, 5):
@@ -54,9 +61,11 @@ class LayoutReading:
         return x[:, None] if x.ndim == 3 else x
 
     def array(self, x: Array, rank: int) -> Array:
-        """Return a view of model inputs with the axes of the original data array, which has `rank` axes. It is the
-        inverse of `inputs`.
+        """Return model inputs with the axes of the original data array, which has `rank` axes. It is the inverse of
+        `inputs`.
         """
+        if self.equal_channels is not None:
+            return replace(self, equal_channels=None).array(x, rank).repeat(3, axis=self.equal_channels)
         if self.inserted:
             return x[:, 0]
         if self.stored == "asis" or rank not in (3, 4, 5):
@@ -76,7 +85,8 @@ class LayoutReading:
         """Notes for the report on changes of the order of axes."""
         moved = (MOVED_NOTE,) if self.stored == "hwc" else ()
         inserted = (INSERTED_NOTE,) if self.inserted else ()
-        return (*moved, *inserted, *((HWC_NOTE,) if self.network == "hwc" else ()))
+        grey = () if self.equal_channels is None else (GREY_NOTE,)
+        return (*grey, *moved, *inserted, *((HWC_NOTE,) if self.network == "hwc" else ()))
 
 
 def reading_of(

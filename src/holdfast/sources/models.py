@@ -49,8 +49,8 @@ STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".
 ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
-    "a bundled name, file.py:factory, .safetensors or .pt, .onnx, .pt2, .skops, .json or .ubj of XGBoost, or the URL "
-    "of a server"
+    "a bundled name, file.py:factory, .safetensors or .pt, .onnx, .pt2, .skops, .json or .ubj of XGBoost, .txt of "
+    "LightGBM, or the URL of a server"
 )
 
 

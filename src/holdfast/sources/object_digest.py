@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _REFERENCED = (FunctionType, MethodType, partial, nn.Module, type)
-_LIBRARIES = frozenset({"torch", "numpy", "keras", "sklearn", "xgboost", *sys.stdlib_module_names})
+_LIBRARIES = frozenset(
+    {"torch", "numpy", "keras", "sklearn", "xgboost", "lightgbm", "transformers", *sys.stdlib_module_names}
+)
 """Packages whose code is identified by name. A run stores their versions, and can be resumed only with the
 same ones.
 """

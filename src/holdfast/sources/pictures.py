@@ -6,7 +6,7 @@ import hashlib
 import io
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from holdfast.sources.class_numbers import lenient_numbers
 from holdfast.sources.declarations import NORMALISED_DATA
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import megabytes, sha256_of_file, similar_name
+from holdfast.sources.layouts import GREY_NOTE
 from holdfast.sources.limited.calling import too_slow
 from holdfast.sources.limited.limits import MEMORY, cpu_seconds, requested_memory
 
@@ -145,7 +146,8 @@ def open_folder(
     rows = selected_rows(len(entries), n=n, sample=sample, seed=seed, name=repr(str(root)))
     chosen = [entries[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
-    mode, size, mode_notes = _measured(paths)
+    on_disk = sum(path.stat().st_size for path in paths)
+    mode, size, mode_notes = _measured(paths, repr(str(folder)), on_disk, _header)
     notes = (*mode_notes, *_nested(root, class_folders))
     empty = [name for name, column in zip(class_folders, columns, strict=True) if not column]
     if empty:
@@ -155,7 +157,11 @@ def open_folder(
         str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(class_folders), mode, size, notes
     )
     if expected.probe is not None:
-        notes += expected.probe.suit(unnumbered.read(0, min(2, len(paths))).x)
+        first = unnumbered.read(0, min(2, len(paths))).x
+        if mode == "RGB" and bool((first == first[:, :1]).all()) and expected.probe.needs_grey(first):
+            unnumbered, first = replace(unnumbered, mode="L"), first[:, :1]
+            notes += (GREY_NOTE,)
+        notes += expected.probe.suit(first)
     names, objection = lenient_numbers(class_folders, expected, repr(str(root)), "class folders")
     # Reversed, so that of two equal names the first one counts.
     numbers = {name: number for number, name in reversed([*enumerate(names)])}
@@ -211,21 +217,49 @@ def _images(folder: Path) -> Iterator[Path]:
     )
 
 
-def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[int, int], tuple[str, ...]]:
+def decoded(
+    contents: Sequence[bytes], rows: Sequence[int], name: str
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Return images (n, channels, height, width) from the contents of their files, which are the given rows of the
+    source `name`, and notes for the report.
+
+    The formats and the limits are those of files in folders. Raises `TargetError` for images of several sizes, and for
+    one that cannot be decoded.
+    """
+    images = {Path(f"row {row} of {name}"): content for row, content in zip(rows, contents, strict=True)}
+
+    def header(place: Path) -> tuple[tuple[int, int], str]:
+        with _opened(place, io.BytesIO(images[place])) as image:
+            return image.size, image.mode
+
+    mode, _, notes = _measured(tuple(images), name, sum(map(len, contents)), header)
+    pixels = []
+    for place, content in images.items():
+        with _opened(place, io.BytesIO(content)) as image:
+            pixels.append(_pixels(place, image, mode))
+    return np.stack(pixels), notes
+
+
+def _measured(
+    paths: tuple[Path, ...], name: str, n_bytes: int, header: Callable[[Path], tuple[tuple[int, int], str]]
+) -> tuple[str, tuple[int, int], tuple[str, ...]]:
     """Return the colour mode and the size of all images, and notes. Raises `TargetError` for images of several
     sizes.
+
+    `header` returns the size and the Pillow mode of an image, and `n_bytes` is the size of all files.
     """
-    first = _header(paths[0])
+    first = header(paths[0])
     modes = {first[1]}
     for path in paths[1:]:
-        size, mode = _header(path)
+        size, mode = header(path)
         modes.add(mode)
         if size != first[0]:
             raise TargetError(
                 f"images differ in size: {str(paths[0])!r} is {first[0][0]} x {first[0][1]}, {str(path)!r} is "
                 f"{size[0]} x {size[1]}; resize them to the size that the model takes"
             )
-    _refuse_bomb(paths, first[0][0] * first[0][1] * (1 if modes <= {*_GREY} else 3))
+    channels = 1 if modes <= {*_GREY} else 3
+    _refuse_bomb(name, len(paths), n_bytes, first[0][0] * first[0][1] * channels)
     grey = {mode for mode in modes if mode in _GREY}
     notes: tuple[str, ...] = ()
     if grey and grey != modes:
@@ -235,17 +269,15 @@ def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[int, int], tuple[str,
     return ("L" if grey == modes else "RGB"), first[0], notes
 
 
-def _refuse_bomb(paths: tuple[Path, ...], n_bytes: int) -> None:
-    """Raise `TargetError` for images that need much more memory than their files.
+def _refuse_bomb(name: str, n: int, on_disk: int, n_bytes: int) -> None:
+    """Raise `TargetError` for `n` images that need much more memory than their files, which have `on_disk` bytes.
 
     `n_bytes` is the size of one decoded image.
     """
-    on_disk = sum(path.stat().st_size for path in paths)
-    if len(paths) * n_bytes > max(_SMALL, _RATIO * on_disk, requested_memory()):
+    if n * n_bytes > max(_SMALL, _RATIO * on_disk, requested_memory()):
         raise TargetError(
-            f"{str(paths[0].parent.parent)!r} holds {len(paths):,} images of {megabytes(on_disk)}, which take "
-            f"{megabytes(len(paths) * n_bytes)} when they are decoded: a bomb rather than data. If they are data, "
-            f"raise the limit with {MEMORY}=16GB"
+            f"{name} holds {n:,} images of {megabytes(on_disk)}, which take {megabytes(n * n_bytes)} when they are "
+            f"decoded: a bomb rather than data. If they are data, raise the limit with {MEMORY}=16GB"
         )
 
 
@@ -253,6 +285,11 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
     refuse_large(path, MAX_BYTES)
     with io.FileIO(path) as file, _opened(path, file) as image:
         return image.size, image.mode
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels (channels, height, width) of an image that Pillow has opened."""
+    return _pixels(Path("an image in memory"), image, "L" if image.mode in _GREY else "RGB")
 
 
 def _changed(path: Path) -> TargetError:
@@ -263,6 +300,8 @@ def _changed(path: Path) -> TargetError:
 
 def _pixels(path: Path, image: Image.Image, mode: str) -> NDArray[np.uint8]:
     try:
+        if mode == "L" and image.mode not in _GREY:
+            image = _grey(path, image)
         # Pillow clips 16-bit grey at 255 in the conversion, so the values are scaled first.
         pixels = (
             np.asarray(image, np.float64) / 257
@@ -279,6 +318,17 @@ def _pixels(path: Path, image: Image.Image, mode: str) -> NDArray[np.uint8]:
     if mode == "RGB" and pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0))
+
+
+def _grey(path: Path, image: Image.Image) -> Image.Image:
+    """Return one channel of a colour image with equal channels."""
+    red, green, blue = image.convert("RGB").split()
+    if red.tobytes() != green.tobytes() or red.tobytes() != blue.tobytes():
+        raise TargetError(
+            f"image {str(path)!r} is in colour, and the network takes grey images, as the first ones are; convert it "
+            "as those of the training were converted"
+        )
+    return red
 
 
 @contextmanager

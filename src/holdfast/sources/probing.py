@@ -117,6 +117,24 @@ class ProbedClassifier:
         self.refused = refused
         return ()
 
+    def handles_missing(self, x: Tensor) -> bool:
+        """Return whether the outputs of the network are finite for the inputs `x`, some values of which are NaN."""
+        logits = self.outputs(x)
+        return logits is not None and bool(logits.isfinite().all())
+
+    def needs_grey(self, x: Tensor) -> bool:
+        """Return whether the network rejects the colour images `x` (n, 3, height, width) and accepts one of their
+        channels.
+        """
+        if self.model.remote:
+            return False
+        rows = x[torch.arange(_ROWS) % len(x)]
+
+        def accepts(images: Tensor) -> bool:
+            return self.outputs(images) is not None or self.outputs(images, "hwc") is not None
+
+        return not accepts(rows) and accepts(rows[:, :1])
+
 
 def settle_output(model: Classifier, data: Data) -> None:
     """Determine whether a model with one output per example returns a logit or a probability. An output outside [0, 1]

@@ -15,6 +15,7 @@ from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import check_archive, read_once
 from holdfast.sources.estimators import Predictor, adapted_estimator
 from holdfast.sources.inspecting import refuse_access
+from holdfast.sources.lightgbm_models import open_lightgbm
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.trees import open_booster
@@ -102,7 +103,7 @@ _SKLEARN = f"save a scikit-learn estimator with skops.io.dump, as .skops, and gi
 _KERAS = "load it with keras.models.load_model in a factory of yours, and give that as file.py:factory"
 _RUN_CODE = {".pkl": _SKLEARN, ".pickle": _SKLEARN, ".joblib": _SKLEARN, ".keras": _KERAS, ".h5": _KERAS}
 """Suffixes of files that may run code when they are loaded, with advice for each."""
-ESTIMATOR_SUFFIXES = (".skops", ".json", ".ubj", *_RUN_CODE)
+ESTIMATOR_SUFFIXES = (".skops", ".json", ".ubj", ".txt", *_RUN_CODE)
 """Suffixes of files that contain an estimator or a Keras model."""
 
 
@@ -114,6 +115,8 @@ def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple
     """
     if path.suffix in (".json", ".ubj"):
         return (*open_booster(path), ())
+    if path.suffix == ".txt":
+        return (*open_lightgbm(path), ())
     if path.suffix in _RUN_CODE:
         if not path.exists():
             raise TargetError(f"model {str(path)!r} does not exist")

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +12,24 @@ from numpy.typing import NDArray
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
+from holdfast.core.types import Layout
+from holdfast.sources.arrays import Arrays, from_numpy, handles_missing, selected_rows
 from holdfast.sources.class_numbers import numbered, numbered_words
-from holdfast.sources.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable, Words, number_of
+from holdfast.sources.columns import (
+    MISSING,
+    SPLIT_COLUMN,
+    TEXT,
+    ColumnInputs,
+    ColumnTable,
+    Words,
+    number_of,
+)
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import names_of, readable_file, similar_name
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.tables import table
+from holdfast.sources.pictures import decoded
 
 _LISTED = 20
 """Largest number of columns that a remedy lists."""
@@ -38,14 +49,23 @@ def open_table(
     sample: int | None,
     seed: int,
     expected: Expected | None = None,
+    inputs: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
 ) -> Arrays:
     """Return the rows of one split of a table file as a data set with float32 features.
 
     Labels that are integers from 0 on are the class numbers. Other labels are class names. `name` is the name of the
-    table in messages, `label` the label column, and `drop` lists columns that are not features.
+    table in messages, `label` the label column, and `drop` lists columns that are not features. If a parquet file has a
+    column of images or of arrays, its cells are the inputs; `inputs` names it if there are several. `separator` and
+    `header` are those of a CSV file.
     """
     readable_file(path, "data file")
-    with read_under_limits("tables", path, LIMITS, label=label, drop=drop) as (description, folder):
+    request: dict[str, Any] = {"inputs": inputs, "separator": separator or ",", "header": header}
+    with read_under_limits("tables", path, LIMITS, label=label, drop=drop, **request) as (
+        description,
+        folder,
+    ):
         column_table = table(path, description, folder)
     return table_examples(
         column_table,
@@ -82,22 +102,44 @@ def table_examples(
     y = _class_numbers(column, name)
     if y is not None:
         y = numbered(y, expected, name).y
-    features = _as_fitted([name for name in table.features if name not in drop], table, expected)
-    x = _numbers(table, features, chosen)
+    features: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    layout: Layout | None = None
+    if table.inputs is not None:
+        x, layout, notes = _whole_inputs(table.inputs, chosen, name)
+    else:
+        features = tuple(_as_fitted([name for name in table.features if name not in drop], table, expected))
+        x = _numbers(table, features, chosen, expected)
+    of_source: dict[str, Any] = {"layout": layout, "notes": notes, "features": features}
     if y is not None:
-        data = from_numpy(name, x, y[chosen], chosen, expected, source_labels=y)
-        return replace(data, features=tuple(features))
+        return from_numpy(name, x, y[chosen], chosen, expected, source_labels=y, **of_source)
     # names are numbered after the model was called with the inputs, which determines its number of classes
-    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
+    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, **of_source)
     numbering = numbered_words(column.words, column.places, expected, table.name)
     return replace(
         data,
         y=numbering.y[chosen],
-        features=tuple(features),
         classes=numbering.names,
         notes=(*data.notes, _numbering(numbering.names or ())),
         objection=numbering.objection,
     )
+
+
+def _whole_inputs(
+    inputs: ColumnInputs, rows: NDArray[np.int64], name: str
+) -> tuple[NDArray[Any], Layout | None, tuple[str, ...]]:
+    """Return the inputs in the given rows of a column of images or of arrays, their layout, and notes for the report.
+
+    The layout of arrays is unknown.
+    """
+    notes: tuple[str, ...] = ()
+    if inputs.unread:
+        shown = f"{', '.join(inputs.unread[:6])}{' …' if len(inputs.unread) > 6 else ''}"
+        notes = (f"the inputs are the column {inputs.column}; other columns were not read: {shown}",)
+    if isinstance(inputs.cells, np.ndarray):
+        return inputs.cells[rows], None, notes
+    x, image_notes = decoded([inputs.cells[row] for row in rows], rows.tolist(), name)
+    return x, "chw", (*notes, *image_notes)
 
 
 def _numbering(names: tuple[str, ...]) -> str:
@@ -217,7 +259,9 @@ def _whole(text: str) -> int | None:
     return int(number) if number is not None and number.is_integer() and abs(number) < 2**63 else None
 
 
-def _numbers(table: ColumnTable, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def _numbers(
+    table: ColumnTable, features: Sequence[str], rows: NDArray[np.int64], expected: Expected
+) -> NDArray[np.float32]:
     if not features:
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
     numbers = {name: place for place, name in enumerate(table.features)}
@@ -225,14 +269,16 @@ def _numbers(table: ColumnTable, features: list[str], rows: NDArray[np.int64]) -
     if table.kinds is not None:
         kinds = table.kinds[rows][:, places]
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
-        _refuse_missing(table, features, kinds, rows)
+        x = table.numbers[rows][:, places]
+        if text or not handles_missing(x, expected):
+            _refuse_missing(table, features, kinds, rows)
         if text:
             raise _not_numbers(table, features, text)
     return table.numbers[rows][:, places]
 
 
 def _refuse_missing(
-    table: ColumnTable, features: list[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
 ) -> None:
     """Raise `TargetError` for a numeric column with an empty cell."""
     for name, column in zip(features, kinds.T, strict=True):

@@ -48,7 +48,8 @@ def _threat(threat: Mapping[str, Any]) -> str:
     size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat.get("per") == "pixel" else "")
     kind = str(threat["norm"]).lower()
     change = limits_text(kind, threat["limits"]) if threat.get("limits") else f"{kind}{size}"
-    return threat_text(change, threat.get("goal"), threat.get("access", "gradients"), threat.get("queries"))
+    goal, access, queries = threat.get("goal"), threat.get("access", "gradients"), threat.get("queries")
+    return threat_text(change, goal, access, queries, threat.get("unit", ""))
 
 
 def _stages(stored: Sequence[Mapping[str, Any]], requested: Sequence[Mapping[str, Any]]) -> Iterator[str]:

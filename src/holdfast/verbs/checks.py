@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ from holdfast.core.patches import Patch
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
+from holdfast.core.types import Inputs, Logits
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge, refuse_rotation
 from holdfast.harness import Context, Plan, Target, Work, evidence_from
@@ -124,19 +125,21 @@ def refuse_batch(
     *,
     whole: Data | Batch | None = None,
     remote: bool = False,
+    logits: Callable[[Inputs], Logits] | None = None,
 ) -> None:
     """Raise `TargetError` unless all inputs are floats inside the bounds and all labels are valid classes.
 
-    The message contains the range of the labels of `whole`, of which the batch is a part. `remote` states whether the
-    model runs on a server.
+    NaN is a missing value, which is accepted if `logits` returns finite outputs for it. The message contains the range
+    of the labels of `whole`, of which the batch is a part. `remote` states whether the model runs on a server.
     """
     x, y = batch.x, batch.y
     if not x.is_floating_point():
         raise TargetError(
             f"the inputs of {name} are {x.dtype}; floats inside the bounds were expected, as x.float() / 255"
         )
-    if not x.isfinite().all():
-        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0, 0])
+    not_finite = ~x.flatten(1).isfinite().all(1)
+    if not_finite.any() and (x.isinf().any() or logits is None or not logits(x[not_finite]).isfinite().all()):
+        row = int(not_finite.nonzero()[0, 0])
         raise TargetError(
             f"{name} contains NaN or infinity, first in row {int(batch.ids[row])}; replace or remove such rows"
         )

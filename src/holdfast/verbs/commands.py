@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.core.catalogue import RECIPES
+from holdfast.core.names import threat_text
 from holdfast.gates.judging import Judgement
 from holdfast.reports.numbers import size
 from holdfast.reports.summary import threat_to_json
@@ -83,7 +84,10 @@ def _threat(config: Mapping[str, Any]) -> str:
     threat = config["threat"]
     if "access" in threat:
         return threat_syntax(threat_to_json(outline_from_json(config).threat))
-    return f"{threat['norm'].lower()}:{size(threat['eps'])}" if threat["norm"] in _NORMS else "THREAT"
+    if threat["norm"] not in _NORMS:
+        return "THREAT"
+    change = f"{threat['norm'].lower()}:{size(threat['eps'])}"
+    return threat_text(change, None, "gradients", None, threat.get("unit", ""))
 
 
 def _address(card: Mapping[str, Any], placeholder: str) -> str:

@@ -49,6 +49,7 @@ def outline_to_json(outline: Outline) -> Json:
             "goal": outline.threat.goal,
             "access": outline.threat.access,
             "queries": outline.threat.queries,
+            **({"unit": outline.threat.unit} if outline.threat.unit else {}),
         },
         "seed": outline.seed,
         "suite": outline.suite,
@@ -74,7 +75,13 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
             )
             for s in content["stages"]
         ),
-        ThreatModel(_constraint(threat), threat["goal"], threat["access"], threat["queries"]),
+        ThreatModel(
+            _constraint(threat),
+            threat["goal"],
+            threat["access"],
+            threat["queries"],
+            unit=threat.get("unit", ""),
+        ),
         content["seed"],
         content["suite"],
         content["minimum_norm"],

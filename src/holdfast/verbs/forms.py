@@ -47,7 +47,8 @@ _THREAT = record(
         "goal": maybe(whole),
         "access": one_of(*get_args(Access)),
         "queries": maybe(count),
-    }
+    },
+    {"unit": text},
 )
 _OTHER = record({"name": text, "digest": text}, {"n": count})
 _DATA = record(
@@ -80,7 +81,7 @@ ASSESSED = record(
 LISTED = record(
     {
         "verb": text,
-        "config": record({"threat": record({"norm": text, "eps": real}), "suite": text}),
+        "config": record({"threat": record({"norm": text, "eps": real}, {"unit": text}), "suite": text}),
         "model": record({}, {"name": text}),
         "data": record({}, {"name": text}),
         "plan": record({"stages": distinct(name)}),

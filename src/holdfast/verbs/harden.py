@@ -18,6 +18,8 @@ from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
+from holdfast.core.names import threat_text
+from holdfast.core.units import of_values
 from holdfast.engine.identity import hardware
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.engine.resuming import repeatable, temporary_run_folder, way_out
@@ -234,7 +236,8 @@ class _Job:
             assert isinstance(net, nn.Module)  # other models were refused before
             weights = written(net, weights_metadata(self.subject, self.manifest))
             card = card_of(trained, best, (before, after), folder.manifest, self._entries(accuracies_before))
-            result = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
+            model = of_values(best.subject.model)
+            result = Hardened(model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
                 folder.keep("model", MODEL, weights)
             run.record("training", {"chosen": card["chosen"]["epoch"], "weights": digest(weights)})
@@ -258,7 +261,9 @@ class _Job:
         request, constraint = self.request, self.request.threat.constraint
         return {
             "requested_recipe": request.name,
-            "threat": f"{constraint.name}:{size(constraint.eps)}",
+            "threat": threat_text(
+                f"{constraint.name}:{size(constraint.eps)}", None, "gradients", None, request.threat.unit
+            ),
             "seed": request.seed,
             "notes": self.notes,
             "command": repeatable(request.command),
@@ -304,7 +309,7 @@ class _Job:
         model = deepcopy(self.subject.model)
         assert isinstance(model.net, nn.Module)
         model.net.load_state_dict(safetensors.torch.load(weights))
-        return model.eval()
+        return of_values(model.eval())
 
     def _assessed(self, subject: Subject, data: Data, place: str, request: AssessRequest) -> Result:
         return assess(

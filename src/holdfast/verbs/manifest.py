@@ -110,7 +110,11 @@ def harden_manifest(
         {
             "recipe": request.name,
             "settings": {item.name: item.settings for item in request.candidates},
-            "threat": {"norm": type(constraint).__name__, "eps": constraint.eps},
+            "threat": {
+                "norm": type(constraint).__name__,
+                "eps": constraint.eps,
+                **({"unit": request.threat.unit} if request.threat.unit else {}),
+            },
             "suite": request.assessment.plan.suite,
             "surrogates": {f"{k} {item.card['name']}": item.digest for k, item in enumerate(surrogates, 1)},
             "budget_s": request.budget_s,

@@ -58,7 +58,8 @@ class ShardMeasure:
         batch, clean = self.read(task.start, task.stop), task.clean is None
         if clean:
             bare, classes = self.target.bare, self.target.classes
-            refuse_batch(batch, bare.bounds, classes, self.data.name, whole=self.data, remote=bare.remote)
+            limits, logits = (bare.bounds, classes, self.data.name), self.target.logits
+            refuse_batch(batch, *limits, whole=self.data, remote=bare.remote, logits=logits)
         with purpose(task.stage, task.shard, "clean" if clean else "attacks"):
             target, stage = timed(self.target, until), stage_of(task, self.plan)
             work = Work(self.plan, target, (batch,), room, task.clean or {}, task.chosen, task.broken)

@@ -206,7 +206,8 @@ def plan_for(
     Raises an error for what cannot be measured. Gates are not checked.
     """
     bare, threat = target.bare, request.plan.threat
-    refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
+    limits = (bare.bounds, target.classes, data.name)
+    refuse_batch(sample, *limits, whole=data, remote=bare.remote, logits=target.logits)
     if target.rejects and isinstance(threat.constraint, Corruptions):
         raise UsageError(
             "common corruptions are drawn at random and not chosen against a detector, but this model has one; "
@@ -238,7 +239,8 @@ def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) 
             f"those of {data.name} have shape {tuple(shape)}",
             replace(OTHER_EXAMPLES, reason="for examples of the same kind"),
         )
-    refuse_batch(batch, target.bare.bounds, target.classes, fit.name, whole=fit)
+    limits = (target.bare.bounds, target.classes, fit.name)
+    refuse_batch(batch, *limits, whole=fit, logits=target.logits)
     return _typed(batch, data)
 
 

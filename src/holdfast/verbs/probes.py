@@ -12,6 +12,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.lookup import Lookup
+from holdfast.core.missing import without_missing
 from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, Allotment, allotted, as_allotted, probe_rows
@@ -273,6 +274,7 @@ def _probed(
             if within.goal is not None:
                 piece = piece.towards(torch.full_like(piece.y, within.goal))
             probed_model = measurement.target.queried(model, piece)
+            piece = without_missing(piece, model.bounds)
             with measurement.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
                 return {
                     name: values.cpu() for name, values in run_probe(probed_model, piece, within, rng).items()

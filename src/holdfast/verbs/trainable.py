@@ -60,22 +60,48 @@ def refuse_untrainable(model: Classifier) -> None:
 def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
     """Return notes for the report on properties of a model that impair its training, such as frozen parameters.
 
-    A note states that some parameters are frozen, that the model changes its inputs in place, or that no gradient
-    reaches the inputs.
+    A note states that some parameters are frozen, that the loss does not depend on some, that the model changes its
+    inputs in place, or that no gradient reaches the inputs.
     """
-    frozen = _frozen(model)
-    shown = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
+    frozen, unused = _frozen(model), _unused(model, x)
     n_parameters = sum(1 for _ in model.parameters())
-    frozen_note = f"{len(frozen)} of {n_parameters} parameters are frozen and are not trained: {shown}"
+    frozen_note = (
+        f"{len(frozen)} of {n_parameters} parameters are frozen and are not trained: {_shown(frozen)}"
+    )
+    unused_note = (
+        f"{len(unused)} of {n_parameters} parameters are not trained, because the logits do not depend on them: "
+        f"{_shown(unused)}. Of several outputs in training mode, as of auxiliary classifiers, only the first is trained"
+    )
     flat_note = (
         f"no gradient reaches any of the first {len(x)} held-out examples, so a gradient-based attack in the training "
         f"changes them at random; find the operation that stops it (detach, no_grad, rounding) with holdfast doctor"
     )
     return tuple(
         text
-        for text, applies in ((frozen_note, frozen), (IN_PLACE, model.rewrites), (flat_note, _flat(model, x)))
+        for text, applies in (
+            (frozen_note, frozen),
+            (unused_note, unused),
+            (IN_PLACE, model.rewrites),
+            (flat_note, _flat(model, x)),
+        )
         if applies
     )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+def _unused(model: Classifier, x: Inputs) -> list[str]:
+    """Names of the parameters on which the logits in training mode do not depend, without frozen ones."""
+    copied = deepcopy(model).train()
+    weights = {name: weight for name, weight in copied.named_parameters() if weight.requires_grad}
+    try:
+        with torch.enable_grad(), drawing(Draws(0).at("unused"), x.device):
+            copied(x).sum().backward()
+    except (TargetError, RuntimeError, MemoryError):
+        return []  # the training raises it again
+    return [name for name, weight in weights.items() if weight.grad is None]
 
 
 def _flat(model: Classifier, x: Inputs) -> bool:

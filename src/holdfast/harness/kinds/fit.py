@@ -14,6 +14,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, margin
+from holdfast.core.missing import without_missing
 from holdfast.core.model import Model
 from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
@@ -60,7 +61,8 @@ class Fit(StageKind):
             raise UsageError(
                 f"there is no example to fit {stage.member.name} to that is not judged", OTHER_EXAMPLES
             )
-        meter = Metered(target.queried(target.quick, batch), batch, work.plan.threat)
+        queried, batch = target.queried(target.quick, batch), without_missing(batch, target.bare.bounds)
+        meter = Metered(queried, batch, work.plan.threat)
         with target.repeatable(rng):
             learned, fits, chose = best_fit(attack, meter, batch, work.plan.threat, rng=rng)
         columns = {
