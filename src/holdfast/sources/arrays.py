@@ -288,7 +288,7 @@ def from_numpy(
             probe.own.layout = probe.own.layout or "chw"
         # Again, because the number of classes may have become known with the first outputs of the network.
         labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
-    check_inputs(data, expected.bounds, lenient=expected.lenient, probe=probe)
+    check_inputs(data, expected)
     return data
 
 
@@ -349,15 +349,13 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
     )
 
 
-def check_inputs(
-    data: Arrays, bounds: Bounds, *, lenient: bool = False, probe: ProbedClassifier | None = None
-) -> None:
+def check_inputs(data: Arrays, expected: Expected) -> None:
     """Raise `TargetError` if inputs of the data set are not finite or are outside the bounds. Bytes divided by 255 are
     always valid and are not checked.
 
-    If `lenient` is True, values outside the bounds are accepted. NaN is a missing value, which is accepted if the model
-    `probe` has finite outputs for the examples with missing values.
+    NaN is a missing value, which is accepted if the model has finite outputs for the examples with missing values.
     """
+    bounds, probe = expected.bounds, expected.probe
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
     lowest, highest, outside = np.inf, -np.inf, False
@@ -367,7 +365,8 @@ def check_inputs(
         not_finite = ~torch.isfinite(batch.x.reshape(len(batch), -1)).all(1)
         if not_finite.any():
             x = batch.x[not_finite]
-            if x.isinf().any() or probe is None or not probe.handles_missing(x):
+            handled = expected.accepts_missing or (probe is not None and probe.handles_missing(x))
+            if x.isinf().any() or not handled:
                 raise TargetError(
                     f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}, and the "
                     "model has no finite output for such rows; replace or remove them"
@@ -376,7 +375,7 @@ def check_inputs(
         if len(numbers):
             lowest, highest = min(lowest, float(numbers.min())), max(highest, float(numbers.max()))
         outside |= _outside(batch.x, bounds, data.name)
-    if outside and not lenient:
+    if outside and not expected.lenient:
         if isinstance(bounds.high, Tensor) or data.units is not None:
             raise _outside_of_feature(data, bounds)
         raise TargetError(_range_message(data, lowest, highest, bounds))
@@ -390,6 +389,8 @@ def handles_missing(x: Array, expected: Expected) -> bool:
     data = Arrays(
         "the table", x[rows], np.zeros(len(ids), np.int64), ids, pixels=pixels, units=expected.units
     )
+    if expected.accepts_missing:
+        return True
     return expected.probe is not None and expected.probe.handles_missing(data.read(0, len(data)).x)
 
 
@@ -488,6 +489,8 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
             return x, 1.0, ("the features are 0 or 1 and were not divided by 255",)
         if isinstance(bounds.high, (int, float)) and (bounds.low, bounds.high) == (0, 255):
             return x, 1.0, ("the bounds are 0 to 255, so the bytes were not divided by 255",)
+        if isinstance(bounds.high, Tensor):
+            return x, 1.0, ("each feature has its own bounds, so the bytes were not divided by 255",)
         return x, 255.0, ()
     if x.dtype.kind == "f":
         return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
