@@ -124,6 +124,20 @@ def test_trees_get_exactly_the_values_of_the_data():
             assert float(result["clean_accuracy"]) == 1
 
 
+@pytest.mark.parametrize("unit", ["range", "std"])
+def test_missing_values_and_bytes_have_units_too(unit):
+    sklearn = pytest.importorskip("sklearn.ensemble")
+    model, y = sklearn.HistGradientBoostingClassifier(max_iter=3, min_samples_leaf=5), np.arange(60) % 2
+    x = np.stack((y * 60.0 + 20, np.arange(60.0)), 1).astype(np.float32)
+    for data, missing in ((x, True), (x.astype(np.uint8), False)):
+        if missing:
+            data = np.where(np.arange(120).reshape(60, 2) % 7 == 0, np.float32(np.nan), data)
+        fitted = model.fit(data, y)
+        threat, bounds = f"linf:0.01,unit={unit},access=labels,queries=3", ([0, 0], [100, 60])
+        result = holdfast.assess(fitted, (data, y), threat, "rays", bounds=bounds, doubts=False)
+        assert float(result["clean_accuracy"]) == pytest.approx(fitted.score(data, y))
+
+
 def test_a_hardened_model_is_one_of_values_again():
     units = Units(tuple(LOW), tuple(HIGH), (10.0, 0.0, 2.0, 1.0), exact=False)
     given = Classifier(Scaling(network()), mean=[1.0, 2, 3, 4], std=[1.0, 2, 4, 8])

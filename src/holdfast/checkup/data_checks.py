@@ -12,7 +12,7 @@ from holdfast.core.labels import remedies as more_classes_of
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Labels, Rows
-from holdfast.sources.arrays import Arrays, units_advice
+from holdfast.sources.arrays import Arrays, ranges_of_features
 from holdfast.sources.estimates import BYTES, pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
@@ -116,7 +116,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
             way_out, remedies = data.pixels.advice(high)
         elif isinstance(data, Arrays) and data.x.ndim == 2 and data.units is None:
             way_out, remedies = scaling(x)
-            way_out = f"{way_out}, or {units_advice(data)}"
+            remedies = (*remedies, ranges_of_features(data))
         elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
             way_out, remedies = "divide them by 255", (BYTES,)
         else:

@@ -188,7 +188,11 @@ def _values_of(sources: Sources) -> Arrays:
 
     Raises `UsageError` if they are not a table, because only its features have bounds and units of their own.
     """
-    raw = _examples(sources, Expected(lenient=True, normalised=normalisation(sources.inputs)))
+    any_value = Bounds(torch.tensor(-torch.inf), torch.tensor(torch.inf))
+    properties = Expected(
+        any_value, lenient=True, normalised=normalisation(sources.inputs), accepts_missing=True
+    )
+    raw = _examples(sources, properties)
     arrays = (
         raw.whole.taken(raw.rows) if isinstance(raw, Selection) and isinstance(raw.whole, Arrays) else raw
     )

@@ -46,6 +46,8 @@ class Units:
     @property
     def values(self) -> Bounds:
         """Range of valid values of the features."""
+        if len(self.low) == 1:
+            return Bounds(self.low[0], self.high[0])
         return Bounds(torch.tensor(self.low), torch.tensor(self.high))
 
     def _sizes(self) -> tuple[float, ...]:

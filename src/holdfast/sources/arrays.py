@@ -18,7 +18,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
 from holdfast.sources.declarations import NORMALISED_DATA
@@ -263,7 +263,7 @@ def from_numpy(
             probe.own.layout = probe.own.layout or "chw"
         # Again, because the number of classes may have become known with the first outputs of the network.
         class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
-    check_inputs(data, expected.bounds, lenient=expected.lenient, probe=probe)
+    check_inputs(data, expected)
     return data
 
 
@@ -324,15 +324,13 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
     )
 
 
-def check_inputs(
-    data: Arrays, bounds: Bounds, *, lenient: bool = False, probe: ProbedClassifier | None = None
-) -> None:
+def check_inputs(data: Arrays, expected: Expected) -> None:
     """Raise `TargetError` if inputs of the data set are not finite or are outside the bounds. Bytes divided by 255 are
     always valid and are not checked.
 
-    If `lenient` is True, values outside the bounds are accepted. NaN is a missing value, which is accepted if the model
-    `probe` has finite outputs for the examples with missing values.
+    NaN is a missing value, which is accepted if the model has finite outputs for the examples with missing values.
     """
+    bounds, probe = expected.bounds, expected.probe
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
     lowest, highest, outside = np.inf, -np.inf, False
@@ -342,7 +340,8 @@ def check_inputs(
         not_finite = ~torch.isfinite(batch.x.reshape(len(batch), -1)).all(1)
         if not_finite.any():
             x = batch.x[not_finite]
-            if x.isinf().any() or probe is None or not probe.handles_missing(x):
+            handled = expected.accepts_missing or (probe is not None and probe.handles_missing(x))
+            if x.isinf().any() or not handled:
                 raise TargetError(
                     f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}, and the "
                     "model has no finite output for such rows; replace or remove them"
@@ -351,7 +350,7 @@ def check_inputs(
         if len(numbers):
             lowest, highest = min(lowest, float(numbers.min())), max(highest, float(numbers.max()))
         outside |= _outside(batch.x, bounds, data.name)
-    if outside and not lenient:
+    if outside and not expected.lenient:
         if isinstance(bounds.high, Tensor) or data.units is not None:
             raise _outside_of_feature(data, bounds)
         raise _out_of_range(data, lowest, highest, bounds)
@@ -365,6 +364,8 @@ def handles_missing(x: Array, expected: Expected) -> bool:
     data = Arrays(
         "the table", x[rows], np.zeros(len(ids), np.int64), ids, pixels=pixels, units=expected.units
     )
+    if expected.accepts_missing:
+        return True
     return expected.probe is not None and expected.probe.handles_missing(data.read(0, len(data)).x)
 
 
@@ -385,8 +386,9 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
         ) from error
 
 
-def units_advice(data: Arrays) -> str:
-    """Return advice for a table whose features are not scaled to one range: bounds and units of each feature.
+def ranges_of_features(data: Arrays) -> Remedy:
+    """Return the remedy for a table whose features are not scaled to one range: bounds of each feature, in which eps is
+    measured.
 
     The bounds of the example are the ranges of the values.
     """
@@ -398,9 +400,12 @@ def units_advice(data: Arrays) -> str:
         for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
     )
     more = ", …" if len(names) > _EXAMPLES else ""
-    return (
-        "declare the range of each feature with --bounds @FILE, a JSON file such as "
-        f"{{{shown}{more}}}, and measure eps in these ranges with a threat such as linf:0.05,unit=range"
+    return Remedy(
+        "bounds",
+        Placeholder("@FILE", "(low, high)"),
+        also=(Remedy("threat", "linf:0.05,unit=range"),),
+        reason=f"for features with different ranges: FILE is JSON such as {{{shown}{more}}}, low and high are arrays "
+        "with a value for each feature, and eps is measured in these ranges",
     )
 
 
@@ -438,7 +443,9 @@ def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -
         if bytes_
         else as_in_training(lowest, highest, data.x.ndim)
     )
-    return TargetError(f"{message}; {advice}", before_normalisation(), range_of_training(lowest, highest))
+    by_feature = () if data.features is None else (ranges_of_features(data),)
+    common = (before_normalisation(), range_of_training(lowest, highest))
+    return TargetError(f"{message}; {advice}", *common, *by_feature)
 
 
 def _side(side: float | Tensor) -> str:
@@ -461,6 +468,8 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
             return x, 1.0, ("the features are 0 or 1 and were not divided by 255",)
         if isinstance(bounds.high, (int, float)) and (bounds.low, bounds.high) == (0, 255):
             return x, 1.0, ("the bounds are 0 to 255, so the bytes were not divided by 255",)
+        if isinstance(bounds.high, Tensor):
+            return x, 1.0, ("each feature has its own bounds, so the bytes were not divided by 255",)
         return x, 255.0, ()
     if x.dtype.kind == "f":
         return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()

@@ -44,6 +44,8 @@ class Expected:
     """model whose accepted input shapes and number of classes are determined by calling it"""
     lenient: bool = False
     """whether values outside the bounds and labels outside the classes are accepted"""
+    accepts_missing: bool = False
+    """whether missing values are accepted without a test of the model"""
     checks_labels: bool = True
     """whether labels are checked; False if they are not used"""
 
