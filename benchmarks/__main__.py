@@ -78,6 +78,7 @@ ROWS = {
     "guard": "guard",
     "perfect-estimators": "perfect_estimators",
     "fitting-doubts": "fitting_doubts",
+    "loss-spread": "loss_spread",
     "doubts": "doubts",
     "gallery": "gallery",
 }

@@ -98,6 +98,8 @@ SUBJECTS = {
     "attackers that do and do not know them.",
     "perfect-estimators": "Doubts (`constant`, `chance`, `input`) on estimators that are right on nearly all rows.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
+    "loss-spread": "Largest difference of the success of attacks that differ in their loss, on the gallery of masked "
+    "models and on honest networks; the doubt is raised from 0.15.",
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "
     "adaptive attacks, and the doubts raised.",
