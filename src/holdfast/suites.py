@@ -91,7 +91,8 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
             if name == "transfer":
                 raise UsageError(
                     f"under {constraint} whole images are transformed, and no attack uses a surrogate; give the "
-                    "attacker access to the model, as in access=gradients, or choose a threat such as linf:8/255"
+                    "attacker access to the model, as in access=gradients",
+                    Remedy("threat", "linf:8/255"),
                 )
             raise UsageError(
                 f"there is no suite {name!r} under {constraint}; expected one of {', '.join(sorted(composed))}"
@@ -100,7 +101,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     elif name == "corruptions":
         norm = constraint.name
         raise UsageError(
-            f"the suite corruptions has no attack under {norm}; choose a threat such as corruptions:3"
+            f"the suite corruptions has no attack under {norm}", Remedy("threat", "corruptions:3")
         )
     compose = labels_only if name == "black-box" and access == "labels" else COMPOSED[name]
     return Suite(name, 1, compose(constraint), WAVES.get(name, {}), smallest=name == "minimum-norm")

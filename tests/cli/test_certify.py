@@ -118,7 +118,7 @@ def test_the_python_function_has_the_same_result():
         (["mnist-cnn", "mnist-mini", "--threat", "l0:3"], "proved under linf, l2 and l1 only"),
         (
             ["mnist-cnn", "mnist-mini", "--threat", "l2"],
-            "has no eps; give the eps that is to be proved, as in l2:0.1",
+            "has no eps, which is to be proved; give --threat l2:0.1",
         ),
         (["mnist-cnn", "mnist-mini", "--threat", "linf:0"], "under eps 0 there is nothing to prove"),
         (["mnist-cnn", "mnist-mini", "--threat", "linf:0.1,goal=targeted:3"], "leave goal=targeted:3 out"),

@@ -126,7 +126,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--transform", "flow=1"], "expected any of rotate, shift"),
         (["--threat", "spatial:rotate=0"], "more than 0 and at most 180"),
         (["--threat", "colour:hue=10"], "three channels"),
-        (["--threat", "patch:5x5", "--curve"], "leave --curve out"),
+        (["--threat", "patch:5x5", "--curve"], "leave out --curve"),
         (["--threat", "patch:5x5", "--suite", "minimum-norm"], "expected one of fast, quick, standard"),
         (["--threat", "linf:0.1", "--set", "attacks=[{use: GridSearch}]"], "such as spatial:rotate=30"),
         (["--threat", "spatial:rotate=30", "--set", "attacks=[{use: PGD}]"], "choose GridSearch or TransformPGD"),

@@ -362,7 +362,7 @@ def test_the_first_worker_of_a_reload_announces_a_model_with_the_same_outputs(di
     state.opened(new, {"digest": digest, "classes": classes})
     if reason:
         workers.remove(new)
-        assert state.left(new, new.error["message"]) and reason in messages[-1]
+        assert state.left(new, str(new.error)) and reason in messages[-1]
         assert "all workers serve the model from before" in messages[-1] and not records
         assert state.version.name == "old" and state.status()["reload"] == "failed"
         return
@@ -373,7 +373,7 @@ def test_the_first_worker_of_a_reload_announces_a_model_with_the_same_outputs(di
 def test_a_worker_with_another_model_than_the_announced_one_is_refused():
     state, workers, messages, _ = reloading()
     state.opened(workers[0], {"digest": "other", "classes": 3})
-    assert "its file has changed" in workers[0].error["message"] and not workers[0].sent
+    assert "its file has changed" in str(workers[0].error) and not workers[0].sent
     state.request("a test")
     state.step()
     state.opened(workers[2], {"digest": "new", "classes": 3})
@@ -383,7 +383,7 @@ def test_a_worker_with_another_model_than_the_announced_one_is_refused():
     assert len(workers) == 3 and not state.testing
     state.opened(workers[2], {"digest": "newer", "classes": 3})
     failed = workers.pop()
-    assert state.left(failed, failed.error["message"])
+    assert state.left(failed, str(failed.error))
     assert "1 of 2 workers serve the model from before" in messages[-1]
 
 

@@ -163,7 +163,7 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"trust_code": False}, "refers to code .*If you trust it, add --trust-code"),
+        ({"trust_code": False}, "refers to code .*give trust_code=True .*if you trust it"),
         ({"arch": "mnist-cnn"}, "determines arch, and arch was given"),
         ({"model": "rotating:"}, "contains no folder"),
     ],

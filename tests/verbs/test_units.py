@@ -48,7 +48,7 @@ def test_the_verdict_on_normalised_data_is_that_on_the_pixels(pixels, kind):
     assert undone.metrics["robust_accuracy"].value == declared.metrics["robust_accuracy"].value
     assert undone.evidence.model["bounds"] == [0.0, 1.0]
     sentence = undone.summary()["threat"]["description"][0]
-    assert "pixels" in sentence and "before the normalisation" in sentence
+    assert "units before the normalisation" in sentence
 
 
 def test_the_gradient_goes_through_the_normalisation(pixels):

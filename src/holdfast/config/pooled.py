@@ -8,7 +8,7 @@ from holdfast.config.references import Sources
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
-from holdfast.core.remedies import TRUST_CODE
+from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.reports.numbers import strict
 from holdfast.rotation import loaded
 from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
@@ -93,7 +93,7 @@ def _serving(address: str, pool: Pool, sources: Sources, *, adaptive: bool) -> O
     for group, keys in ((sources.model.source, _OF_SOURCE), (sources.inputs, _OF_INPUTS)):
         for key in keys:
             if key in group.model_fields_set and getattr(group, key):
-                raise UsageError(f"the pool {address!r} determines {key}, and {key} was given; leave it out")
+                raise UsageError(f"the pool {address!r} determines {key}, and {key} was given", Remedy(key))
     serving = pool.serving
     if serving is None:
         waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"

@@ -2,7 +2,7 @@
 `open_data`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from holdfast.config.groups import (
 from holdfast.config.wording import check_groups
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.sources.adapting import accepted
 from holdfast.sources.estimators import Predictor
@@ -218,16 +219,16 @@ def open_data(
 def _refuse_names(data: DataReference) -> None:
     """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
     keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop")
-    default = DataSource()
-    options = [
-        f"{key}={value!r}"
+    options = {
+        key: value
         for key in (*keys, "separator", "header")
-        if (value := getattr(data.source, key)) != getattr(default, key)
-    ]
+        if (value := getattr(data.source, key)) != getattr(DataSource(), key)
+    }
     if options:
         raise UsageError(
-            f"{', '.join(options)} is not possible for data given as a Python object: it is for an address, such as "
-            f"table.csv; select the rows and columns before, and leave it out"
+            f"{_written(options)} is not possible for data given as a Python object: it is for an address, such as "
+            "table.csv; select the rows and columns before",
+            _removal(options, "open_data"),
         )
 
 
@@ -237,14 +238,24 @@ def refuse_other_settings(reference: ModelReference, what: str, *possible: str) 
 
     Limits of servers are excluded, because they are checked when the model is opened.
     """
-    options = [
-        f"{key}={value!r}"
+    options = {
+        key: value
         for group in (reference.source, reference.inference)
         for key, value in group
         if key not in (*possible, "address") and value != getattr(type(group)(), key)
-    ]
+    }
     if options:
-        raise UsageError(f"{', '.join(options)} is not possible for {what}; leave it out")
+        raise UsageError(f"{_written(options)} is not possible for {what}", _removal(options, "open_model"))
+
+
+def _written(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _removal(options: Iterable[str], function: str) -> Remedy:
+    """Return the removal of arguments of a function."""
+    first, *others = (Remedy(key, function=function) for key in options)
+    return replace(first, also=tuple(others))
 
 
 def model_reference(model: ModelLike) -> ModelReference:

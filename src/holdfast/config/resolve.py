@@ -48,7 +48,7 @@ from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.remedies import OTHER_EXAMPLES
+from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.units import Units
 from holdfast.harness import MATRIX_ROWS, Plan
@@ -97,7 +97,8 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
         )
     if limits.keep_answers:
         raise UsageError(
-            "keep_answers keeps the answers of a server, and this model is not behind a server; leave it out"
+            "keep_answers keeps the answers of a server, and this model is not behind a server",
+            Remedy("keep_answers", function="open_model"),
         )
 
 

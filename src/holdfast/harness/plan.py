@@ -247,12 +247,10 @@ def _remedies(member: Member, plan: Plan) -> tuple[Remedy, ...]:
 def _more_access(member: Member, plan: Plan, target: Access) -> str:
     """Return the part of the message about an attack that needs more access that states where there is more."""
     threat, norm = plan.threat, plan.threat.constraint.name
-    if replace(threat, access=target).gives(member.attack.needs):
-        return f"; the threat can allow more, as in access={member.attack.needs}"
+    more = replace(threat, access=target).gives(member.attack.needs)
+    text = f"; the threat can allow more, as in access={member.attack.needs}" if more else ""
     if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
-        return f"; no attack under {norm} works with labels alone, and some under linf and l2 do"
-    return (
-        ""
-        if _remedies(member, plan)
-        else f"; no attack under {norm} needs less, and some under linf and l2 do"
-    )
+        return f"{text}; no attack under {norm} works with labels alone, and some under linf and l2 do"
+    if more or _remedies(member, plan):
+        return text
+    return f"; no attack under {norm} needs less, and some under linf and l2 do"

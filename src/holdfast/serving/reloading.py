@@ -115,7 +115,7 @@ class Reloading:
             version = self._announced(digest, classes)
         fault = _fault(version, digest, classes)
         if fault:
-            worker.error = {"error": "TargetError", "message": fault}
+            worker.error = TargetError(fault)
             worker.process.kill()
             return
         if version is self.version:

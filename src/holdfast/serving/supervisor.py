@@ -245,7 +245,7 @@ class Supervisor:
             case b"U" if self._swaps is not None:
                 self._swaps.unusable(worker, int(content["epoch"]), str(content["reason"]))
             case b"E":
-                worker.error = {key: str(content[key]) for key in ("error", "message")}
+                worker.error = failure_from_json(content, ERRORS)
             case b"X":
                 worker.ended = content
 
@@ -307,9 +307,7 @@ class Supervisor:
         interrupted = self._close_chain(worker, end)
         if self._stopping or (worker.ended is not None and not self._reloading.awaits(worker)):
             return
-        error = None
-        if worker.error is not None:
-            error = failure_from_json(worker.error, ERRORS)
+        error = worker.error
         cause = str(error or worker.killed or f"it ended with status {code}")
         if self._reloading.left(worker, cause):
             return

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from holdfast.core.errors import TargetError
 from holdfast.engine.progress import Notify
 from holdfast.serving.live_pool import LivePool, NextSet
 from holdfast.serving.telemetry import Telemetry
@@ -162,7 +163,7 @@ class PoolSwaps:
         if self._swap is not None and epoch == self._swap.following.epoch:
             self._refuse(self._swap, reason)
         elif not worker.ready:  # the serving set itself cannot be loaded by a new worker
-            worker.error = {"error": "TargetError", "message": reason}
+            worker.error = TargetError(reason)
             worker.process.kill()
 
     def end(self) -> None:

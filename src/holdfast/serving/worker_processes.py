@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.engine.processes import BEGINNING, import_path, read_message, skip_to, write_message
 from holdfast.store.encryption import KEY_VARIABLE
 
@@ -44,7 +44,7 @@ class WorkerProcess:
     set_name: str = ""
     """name of the model that it serves; empty for a pool, whose sets change"""
     ready: bool = False
-    error: Mapping[str, Any] | None = None
+    error: HoldfastError | None = None
     ended: Mapping[str, Any] | None = None
     """the last message of a worker that drained"""
     retired_s: float = math.inf

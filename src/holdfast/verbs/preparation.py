@@ -56,7 +56,9 @@ def readied(
     Yields the prepared model and the examples with which it was inspected, at most `batch_size`. With `adaptive`, parts
     of the model that hide the gradient are detected as well.
     """
-    sample = data.read(0, min(LOOKED_AT, batch_size or LOOKED_AT, len(data))).to(device)
+    # a server has a limit of its own on the rows of a request
+    most = LOOKED_AT if batch_size is None or subject.model.remote else batch_size
+    sample = data.read(0, min(LOOKED_AT, most, len(data))).to(device)
     with (
         placed(subject.model, device),
         prepared(subject.model, sample, adaptive=adaptive) as target,

@@ -14,6 +14,7 @@ import torch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.blur import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
 from holdfast.ops.corruptions.colour import brightness, contrast, saturate
@@ -81,5 +82,6 @@ def refuse_no_images(x: Inputs) -> None:
         shape = "x".join(map(str, x.shape[1:]))
         raise UsageError(
             f"common corruptions need images of 1 or 3 channels (channels x height x width), "
-            f"and these inputs are {shape}; choose a threat such as linf:8/255"
+            f"and these inputs are {shape}",
+            Remedy("threat", "linf:8/255"),
         )
