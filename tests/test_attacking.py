@@ -199,7 +199,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(net):
         (
             "transfer",
             {},
-            "Transfer computes its examples on surrogates, and none is given; .*surrogates=\\[net\\]$",
+            "Transfer computes its examples on surrogates, and none is given; give surrogates=\\[MODEL\\] for a model",
         ),
     ):
         with pytest.raises(UsageError, match=says):

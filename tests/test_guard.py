@@ -263,7 +263,7 @@ def test_what_cannot_be_meant_is_refused():
     with pytest.raises(TargetError, match=r"the detector returned \(40, 2\) for 40 inputs"):
         Classifier(with_detector(sides, lambda x: x, LIMIT))(batch.x)
     with pytest.raises(TargetError, match="the model returned a tuple"):
-        Classifier(with_detector(lambda x: (x, x), offset, LIMIT))(batch.x)
+        Classifier(with_detector(lambda x: (x, x), offset, LIMIT)).eval()(batch.x)
     inner = torch.nn.Sequential(with_detector(network(), Off(), 0.9))
     with pytest.raises(TargetError, match="a guarded network is part of another"):
         assess(subject(inner), data(), order())

@@ -37,6 +37,7 @@ from holdfast.cli.assess import _refuse_code_of_config, _refuse_hosts_of_config
 from holdfast.cli.vnn import _needed, vnn
 from holdfast.config.attacks import threat_model
 from holdfast.config.clusters import ray_options, refuse_unusable_cluster
+from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import parse_threat
 from holdfast.config.groups import InferenceSource
 from holdfast.config.guard_opening import guarded_subject
@@ -388,6 +389,7 @@ def file(name: str) -> str:
         tables = {
             "table.csv": "a,b,c,d,name,label\n0.1,0.2,0.3,0.4,u,0\n0.5,0.6,0.7,0.8,v,1\n",
             "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
+            "unscaled.csv": "a,b,c,d,label\n0.1,20,3,40,0\n0.5,60,7,80,1\n",
             "classes.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,1\n0.5,0.6,0.7,0.8,2\n0.5,0.6,0.7,0.8,10\n",
         }
         path.write_text(tables[name])
@@ -837,6 +839,33 @@ situation(
     data=Later(lambda: file("numbers.csv")),
     open_data={"x": "a", "y": "b"},
 )
+situation(
+    "separator of arrays",
+    opened,
+    data=Later(lambda: file("one.npz")),
+    open_data={"separator": ";"},
+)
+situation("entries of a mapping", opened, data={"images": X, "targets": Y})
+situation("entries of a pair", opened, data=[(X, Y)], open_data={"x": "images"})
+situation(
+    "features with different ranges",
+    lambda data, threat="linf:0.05", bounds=None, open_data=(): (
+        parse_threat(threat),
+        opened(data=data, open_data=open_data, **({} if bounds is None else {"bounds": bounds})),
+    ),
+    {"bounds": ([0] * 4, [100] * 4)},
+    only=("bounds",),
+    data=Later(lambda: file("unscaled.csv")),
+    open_data={"label": "label"},
+)
+situation(
+    "bounds of each feature of a server",
+    lambda bounds: range_of_all(
+        check_settings({"bounds": bounds}, "", kind=ServeSettings).inputs, "a server"
+    ),
+    bounds=([0, 0, 0, 0], [1, 2, 3, 4]),
+)
+situation("no device of torch", planned, device="mps")
 situation("no label", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")))
 situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})
 situation(
@@ -1324,7 +1353,7 @@ situation(
 )
 situation(
     "no input shape",
-    lambda open_model=(): _shape(model_reference(given(file("weights.pt"), dict(open_model)))),
+    lambda open_model=(): _shape(model_reference(given(file("weights.pt"), dict(open_model))), None),
     {"input_shape": (4,)},
 )
 situation(
@@ -1541,7 +1570,7 @@ NOT_BUILT = {
     "verbs/stored_runs.py": "a run that was stopped; tests/verbs/test_assess.py continues one",
     "config/assess_inputs.py": "a cluster",
     "sources/limited/tables.py": "labels of ten million characters",
-    "config/proxying.py:70": "an upstream server",
+    "config/proxying.py:7": "an upstream server",
     "serving/": "a server with workers; tests/serving has them",
 }
 """Files with remedies that a test cannot reach, with the reason."""

@@ -213,7 +213,7 @@ def test_the_remedies_for_another_separator_and_for_no_header_work(separator, tm
     with pytest.raises(TargetError, match=r"the first row of .* has numbers \(0.75, 1, 0.25, 0") as caught:
         open_data(str(path), **options, separator=separated)
     assert caught.value.remedy.words() == ("--no-header",)
-    with pytest.raises(UsageError, match="no column 'y'; .* one of 0, 1, 2, 3"):
+    with pytest.raises(UsageError, match="no column 'y', one of whose columns is the label: 0, 1, 2, 3"):
         open_data(str(path), **options, separator=separated, header=False)
     data = open_data(str(path), label="3", separator=separated, header=False)
     assert data.read(0, 3).x.tolist()[2] == [0.5, 0.25, 0.75] and data.read(0, 3).y.tolist() == [0, 1, 1]

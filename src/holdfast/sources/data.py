@@ -151,14 +151,12 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
 
 def _refuse_foreign(path: Path, address: str, options: _Options) -> None:
     """Raise `UsageError` for options of other formats."""
-    named = (".npz", ".parquet")
-    if options.x and path.suffix not in named:
+    has_column = path.suffix == ".parquet"
+    named = [name for name in "xy" if getattr(options, name) and not (name == "x" and has_column)]
+    if named and path.suffix != ".npz":
+        first, *others = (Remedy(name, function="open_data") for name in named)
         raise UsageError(
-            f"{address!r} is not an .npz file and has no named arrays", Remedy("x", function="open_data")
-        )
-    if options.y and path.suffix != ".npz":
-        raise UsageError(
-            f"{address!r} is not an .npz file and has no named arrays", Remedy("y", function="open_data")
+            f"{address!r} is not an .npz file and has no named arrays", replace(first, also=tuple(others))
         )
     for key, value, default in (("separator", options.separator, None), ("header", options.header, True)):
         if value != default and not path.name.endswith((".csv", ".csv.gz")):

@@ -27,10 +27,16 @@ from holdfast.store.forms import (
     whole,
 )
 
+
+def _kind(value: object, where: str) -> None:
+    """Schema of the name of a kind of stages, also of one that was added after the import."""
+    one_of(*KINDS)(value, where)
+
+
 _STEP = record(
     {
         "name": name,
-        "kind": one_of(*KINDS),
+        "kind": _kind,
         "attack": text,
         "settings": mapped(anything),
         "notes": list_of(text),
