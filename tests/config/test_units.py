@@ -138,6 +138,14 @@ def test_missing_values_and_bytes_have_units_too(unit):
         assert float(result["clean_accuracy"]) == pytest.approx(fitted.score(data, y))
 
 
+def test_smoothing_is_advised_in_the_unit_of_the_threat():
+    forest = pytest.importorskip("sklearn.ensemble").RandomForestClassifier(3, random_state=0).fit(X, Y)
+    with pytest.raises(UsageError) as caught:
+        holdfast.certify(forest, (X, Y), "linf:0.05,unit=range", bounds=(LOW, HIGH))
+    (threat, _) = caught.value.remedies[0].also
+    assert threat.value == "l2:0.1,unit=range"
+
+
 def test_a_hardened_model_is_one_of_values_again():
     units = Units(tuple(LOW), tuple(HIGH), (10.0, 0.0, 2.0, 1.0), exact=False)
     given = Classifier(Scaling(network()), mean=[1.0, 2, 3, 4], std=[1.0, 2, 4, 8])

@@ -106,7 +106,7 @@ class Smoothing:
         contains = (
             f", whose ball contains that of {constraint.name}:{constraint.eps:g} with {features} features"
         )
-        remedy = Remedy("threat", f"l2:{containing_radius(constraint, features):.10g}", reason=contains)
+        remedy = Remedy("threat", containing_threat(constraint, sample, model), reason=contains)
         if model.remote or model.access != "gradients":
             return UsageError(message, remedy)
         own = [f.name for f in fields(self) if f.name != "seed" and getattr(self, f.name) != f.default]
@@ -321,10 +321,21 @@ def containing_radius(constraint: Constraint, features: int) -> float:
     return math.ceil(1e4 * share * constraint.eps) / 1e4  # not smaller, so that it contains
 
 
-def by_smoothing(constraint: Constraint, sample: Batch) -> Remedy:
+def containing_threat(constraint: Constraint, sample: Batch, model: Classifier) -> str:
+    """Return the threat model of L2, as text, whose ball contains that of Linf, L2 or L1 of a constraint. Its eps is in
+    the same unit.
+    """
+    radius = containing_radius(constraint, sample.x[:1].numel())
+    unit = f",unit={model.units.text}" if model.units is not None else ""
+    return f"l2:{radius:.10g}{unit}"
+
+
+def by_smoothing(constraint: Constraint, sample: Batch, model: Classifier) -> Remedy:
     """Return the arguments with which smoothing certifies the ball of Linf, L2 or L1 of a constraint."""
     radius = containing_radius(constraint, sample.x[:1].numel())
-    threat = () if isinstance(constraint, L2) else (Remedy("threat", f"l2:{radius:.10g}"),)
+    threat: tuple[Remedy, ...] = ()
+    if not isinstance(constraint, L2):
+        threat = (Remedy("threat", containing_threat(constraint, sample, model)),)
     contains = f" (the ball of l2 contains that of {constraint.name}:{constraint.eps:g})" if threat else ""
     return Remedy(
         "method",

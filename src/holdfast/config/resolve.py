@@ -54,6 +54,7 @@ from holdfast.core.units import Units
 from holdfast.harness import MATRIX_ROWS, Plan
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
+from holdfast.reports.words import amount
 from holdfast.sources.adapting import accepted, object_identity
 from holdfast.sources.arrays import Arrays
 from holdfast.sources.data import noting_fewer, open_data
@@ -158,7 +159,7 @@ def _scaled(model: Classifier, sources: Sources) -> tuple[str, ...]:
     exact = model.access != "gradients"
     if of_all is not None and sources.unit == "range":
         lowest, highest = ends(of_all)
-        units = Units((lowest,), (highest,), (highest - lowest,), exact)
+        units = Units((lowest,), (highest,), (highest - lowest,), exact, sources.unit)
     else:
         raw = _values_of(sources)
         features = _feature_names(model, raw)
@@ -169,10 +170,10 @@ def _scaled(model: Classifier, sources: Sources) -> tuple[str, ...]:
         sizes = sizes_by_feature(sources.unit, features, (low, high), raw)
         if sources.unit == "std":  # a feature without deviations keeps its only value
             low, high = constant_where_still(features, (low, high), sizes, raw)
-        units = Units(low, high, sizes, exact)
+        units = Units(low, high, sizes, exact, sources.unit)
     units.apply(model)
     still = sum(size == 0 for size in units.size)
-    fixed = f"; {still} features have a unit of 0 and do not change" if still else ""
+    fixed = f"; {amount(still, 'features')} with a unit of 0 cannot change" if still else ""
     return (f"eps is measured in a unit of each feature, unit={sources.unit}{fixed}",)
 
 

@@ -1,7 +1,7 @@
 """Units in which the values of inputs are measured, one for each feature of a table."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Units:
     """size of the unit of each feature, or of all"""
     exact: bool
     """whether inputs are float64, so that the model gets exactly the values of the data, as thresholds of trees need"""
+    text: str = field(default="", repr=False, compare=False)
+    """the unit in the syntax of a threat, as in `range`"""
 
     @property
     def normalisation(self) -> Normalisation:

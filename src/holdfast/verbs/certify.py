@@ -105,7 +105,9 @@ def refuse_unprovable(
     stages = [stage for stage in plan.stages() if stage.prover is not None]
     if not stages:
         return
-    without_bounds = Remedy("certify") if verb == "assess" else by_smoothing(plan.threat.constraint, sample)
+    without_bounds = (
+        Remedy("certify") if verb == "assess" else by_smoothing(plan.threat.constraint, sample, target.bare)
+    )
     if target.smoothed is None and (target.bare.remote or target.bare.access != "gradients"):
         raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", without_bounds)
     if target.rejects:

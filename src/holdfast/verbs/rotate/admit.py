@@ -83,13 +83,19 @@ class AdmitRequest:
 
 
 def admit(
-    request: AdmitRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
+    request: AdmitRequest,
+    *,
+    again: str = "",
+    notify: Notify = ignore,
+    progress: Progress = silent,
+    is_step: bool = False,
 ) -> Admission:
     """Judge every candidate of a pool, starting with the one farthest from the stolen sets, and record the verdicts in
     the ledger.
 
     Admitted sets that do not serve yet are judged again if a set was stolen after their admission. The call ends after
-    five refusals in a row. `again` states how a stopped call is resumed. Raises `UsageError` if there is no candidate,
+    five refusals in a row. The expected time is stated, unless the admission `is_step` of a rotation, which states the
+    time of all its steps. `again` states how a stopped call is resumed. Raises `UsageError` if there is no candidate,
     a gate cannot be judged, or another process admits sets.
     """
     pool = request.pool
@@ -104,7 +110,7 @@ def admit(
             raise UsageError(
                 f"{str(pool.path)!r} contains no candidate; generate some with holdfast rotate draw {pool.shown}"
             )
-        if notify is not ignore:
+        if notify is not ignore and not is_step:
             notify(admitting.expected_time())
         judged: list[Judged] = []
         refused_in_a_row = 0

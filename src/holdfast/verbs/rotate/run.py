@@ -79,7 +79,9 @@ class RunRequest:
         if any(need.widened for need in needs):
             need = sufficient(needs, judged)
             lost = " or ".join(f"{tolerance_text(need.tolerance)} of {need.gate}" for need in needs)
-            enough = f"; {EVERY * need:,} are enough" if need <= MOST else f", and never more than {MOST:,}"
+            enough = (
+                f"; about {EVERY * need:,} are enough" if need <= MOST else f", and never more than {MOST:,}"
+            )
             texts.append(
                 f"the gates of an admission need about {need:,} held-out examples, and there are {n_held_out:,}, one "
                 f"in {EVERY} of {n_train + n_held_out:,} training examples{enough}. With fewer, a set that loses "
@@ -248,7 +250,9 @@ class RotationLoop:
             request = AdmitRequest(
                 self.pool, self.common, settings.claims, settings.accepted, settings.n_judged
             )
-            admission = admit(request, again=self.again, notify=self.notify, progress=self.progress)
+            admission = admit(
+                request, again=self.again, notify=self.notify, progress=self.progress, is_step=True
+            )
             self.swap_if_due()
             judged_last_resort = [judged for judged in admission.judged if judged.name in last]
             refused = 0 if admission.admitted else refused + len(judged_last_resort)
