@@ -161,7 +161,7 @@ def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
     [
         (
             ["--source", "subset", "--threat", "linf:0.1"],
-            "source subset needs names, and none was given; add --set source.names=VALUE",
+            "source subset needs names, and none was given; give --set source.names=VALUE",
         ),
         (["--threat", "linf:0"], "threat linf:0 allows no change"),
     ],
@@ -274,9 +274,9 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto selects a recipe"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "l0:10"], 2, "recipes train for the threats"),
-        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "give its folder with --run DIR"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "its folder is not given; give --run DIR"),
         ([*COLLECT, "--budget", "1min", "--run", "new"], 2, "recipe.training.epochs is 3, and the budget is 1min"),
-        ([*COLLECT, "--run", "pool"], 2, "contains a pool already; resume it with --resume"),
+        ([*COLLECT, "--run", "pool"], 2, "contains a pool already; give --resume, or give --run DIR"),
         ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "was created with another"),
         (["rotate", "train", "pool", "--set", "codec.rank=0"], 2, "codec: rank"),
         (["rotate", "train", "pool", "--set", "judged=9"], 2, "not use n_judged .rotate collect and"),
