@@ -210,7 +210,7 @@ def test_code_of_the_user_is_sent_and_more_with_ship(cluster, tmp_path):
     said = []
     shipping = replace(LOCAL, ship=(tmp_path / "layers.py",))
     assess(opened, data(), on_ray(options=shipping), run=tmp_path / "run", notify=said.append)
-    assert said == ["sent to the nodes with --ship: layers.py"]
+    assert said[0] == "sent to the nodes with --ship: layers.py"
     session = Path(
         cluster.head_node.get_session_dir_path()
     )  # that of the node, which an administrator removes
