@@ -85,7 +85,7 @@ def test_the_steps_in_python_and_on_the_command_line_give_the_same(place, capsys
     drawn = holdfast.rotate.draw("pool", sets=2, by="retraining", **TRUSTED)
     assert drawn.by == "retraining" and len(drawn.names) == 2
     again = holdfast.rotate.draw("pool", by="anew", resume=True, notify=heard.append, **TRUSTED)
-    assert again == drawn and "by anew is now called" in heard[-2]
+    assert again == drawn and "by=anew is now called" in heard[-2]
     admission = holdfast.rotate.admit("pool", n_judged=200, gates=["clean_accuracy >= 0.5"], **TRUSTED)
     assert admission.admitted and {one.name for one in admission.judged} == {*drawn.names}
     swapped = holdfast.rotate.swap("pool", why="the first")
