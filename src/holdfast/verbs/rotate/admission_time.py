@@ -2,15 +2,18 @@
 
 import torch
 
+from holdfast.attacks.costs import expected_passes
+from holdfast.rotation.transfer_attacks import ATTACKS
 from holdfast.verbs.expected_time import ExpectedTime, pass_times
 from holdfast.verbs.rotate.contents import OWN
+from holdfast.verbs.rotate.measuring import WHITE
 from holdfast.verbs.rotate.request import RotateRequest
 from holdfast.verbs.rotate.transfer_examples import SAME_DRAW_SETS
 
 _SAMPLE, _BATCH = 8, 250  # examples on which passes are timed, and batch size of transfer attacks
-_CRAFTED = 160  # gradients of all transfer attacks for each example and source
-_WHITE = 120  # gradients of the white-box attacks for each example: 20 of PGD, and 100 of APGD
-_TESTED = 4  # forward passes for each example and attacker, one for each transfer attack
+_CRAFTED = (
+    160  # gradients of all transfer attacks for each example and source; see `TransferAttacker.crafted`
+)
 
 
 def admission_time(
@@ -27,14 +30,16 @@ def admission_time(
     sample = held_out.take(torch.arange(min(_SAMPLE, len(held_out)), device=held_out.ids.device))
     forward_s, backward_s = pass_times(common.model, sample, _BATCH)
     gradient_s = forward_s + backward_s
+    passes = [expected_passes(member.attack, common.threat, common.model.classes or 2) for member in WHITE]
+    white_s = sum(forwards * forward_s + backwards * backward_s for forwards, backwards in passes)
 
     def judging(transfer: int, white: int, same_draw: int) -> float:
         attackers = 2 + stolen
-        each = _TESTED * attackers * transfer * forward_s + _WHITE * white * gradient_s
+        each = len(ATTACKS) * attackers * transfer * forward_s + white * white_s
         return each + _CRAFTED * SAME_DRAW_SETS * same_draw * gradient_s
 
     n = len(held_out)
     several = 2 * min(stolen, OWN) if stolen > 1 else 0
-    once = _CRAFTED * n * (OWN + stolen + several) * gradient_s + references * _WHITE * n * gradient_s
+    once = _CRAFTED * n * (OWN + stolen + several) * gradient_s + references * n * white_s
     least = sets * judging(*(min(size, n) for size in sizes))
     return ExpectedTime(least, once + sets * judging(n, n, n))
