@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from hypothesis import strategies as st
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt
-from holdfast.gates.grammar import parse, recorded
+from holdfast.gates.grammar import parse
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, exit_code, judge
-from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, RENAMED, SHARES
+from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES
 from test_metrics import evidence
 
 NONE = Doubts()
@@ -29,14 +28,6 @@ def test_a_gate_is_taken_apart():
     assert parse("regression <= 0.01 vs baseline").versus == "baseline"
     assert parse("clean_error_rate <= 1/10").bound == pytest.approx(0.1)
     assert parse("defensive_entropy_rise >= -1e-2").bound == -0.01
-
-
-@pytest.mark.parametrize("old, new", RENAMED.items())
-def test_a_gate_with_an_old_name_is_refused_with_the_new_one_and_still_read_from_a_record(old, new):
-    rest = "<= 0.5 vs baseline" if new in PAIRED else "<= 0.5"
-    with pytest.raises(UsageError, match=f"{old} is called {new} now; write '{new} {rest}'"):
-        parse(f"{old} {rest}")
-    assert recorded(f"{old} {rest}") == replace(parse(f"{new} {rest}"), text=f"{old} {rest}")
 
 
 @pytest.mark.parametrize("metric", METRICS)

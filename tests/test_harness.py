@@ -578,17 +578,3 @@ def test_l0_sizes_of_colour_images_are_in_the_unit_of_the_threat(constraint, siz
     assert (evidence["distance_l0"] == size).all()
     for name in ("perturbation_l0", "mean_perturbation_l0"):
         assert estimate(name, evidence).value == size
-
-
-def test_l0_sizes_of_a_run_that_counted_values_under_a_threat_in_pixels_are_left_out():
-    old, x = Context(scope="suite only"), torch.zeros(4, 3, 2, 2)
-    model, batch = Classifier(lambda x: x.flatten(1)[:, :2]), Batch(x, torch.arange(4) % 2, torch.arange(4))
-    pixels, values = (
-        concluded(Plan(members_of([Doing(leave)]), ThreatModel(L0(1, per))), model, batch, context=old)
-        for per in ("pixel", "value")
-    )
-    assert "distance_l0" not in pixels and "distance_l0" in values
-    with pytest.raises(
-        UsageError, match="counted values although the threat model counts pixels; assess the model again"
-    ):
-        estimate("perturbation_l0", pixels)

@@ -108,7 +108,7 @@ def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_
 
 COMMANDS = {
     "admit", "assess", "certify", "collect", "compare", "demo", "doctor", "draw", "expose", "fetch", "harden", "head",
-    "init", "migrate", "report", "run", "serve", "status", "swap", "train", "validate", "verify",
+    "init", "report", "run", "serve", "status", "swap", "train", "validate", "verify",
 }  # fmt: skip
 """A command, the function of the Python interface or of the verb that it calls, and the step that does the work."""
 SAME_ROLE = {
@@ -136,29 +136,6 @@ def test_a_public_name_has_one_meaning():
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 modules.setdefault(node.name, set()).add(str(path))
     assert {name for name, paths in modules.items() if len(paths) > 1} == COMMANDS | set(SAME_ROLE) | SHARED
-
-
-def test_an_earlier_name_works_and_warns_with_the_current_one():
-    from holdfast.core.evidence import Doubt
-    from holdfast.store import Pool
-    from holdfast.testing import laws
-
-    doubt = Doubt("noise", "clear", message="12 of 12")
-    for earlier, current, module_or_class, name in (
-        (lambda: Pool.held, Pool.open, "Pool.held", "Pool.open"),
-        (lambda: doubt.says, doubt.message, "Doubt.says", "Doubt.message"),
-        (lambda: laws.repeats_itself, laws.is_reproducible, "laws.repeats_itself", "laws.is_reproducible"),
-    ):
-        with pytest.warns(DeprecationWarning, match=rf"{module_or_class} is now called .*{name};") as records:
-            assert earlier() == current
-        assert records[0].filename == __file__
-    with pytest.warns(
-        DeprecationWarning, match="holdfast.guarded is now called holdfast.with_detector;"
-    ) as records:
-        assert holdfast.guarded == holdfast.with_detector
-    assert records[0].filename == __file__
-    with pytest.raises(AttributeError, match="laws"):
-        laws.another_law  # noqa: B018
 
 
 # --- what is shipped

@@ -27,7 +27,7 @@ VERBS_WITH_HELP = [
     *("assess", "harden", "compare", "report", "verify", "runs", "doctor"),
     *("init", "validate", "data", "models", "attacks", "demo"),
 ]
-STEPS_WITH_HELP = ["collect", "train", "draw", "admit", "swap", "run", "status", "expose", "head", "migrate"]
+STEPS_WITH_HELP = ["collect", "train", "draw", "admit", "swap", "run", "status", "expose", "head"]
 COMMANDS = (*VERBS_WITH_HELP, *(f"rotate {step}" for step in STEPS_WITH_HELP))
 
 

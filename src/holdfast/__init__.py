@@ -119,18 +119,9 @@ _MODULES = {
 """Modules that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
 
 
-_EARLIER = {"guarded": "with_detector"}
-"""Earlier names that are still accepted with a warning."""
-
-
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in _EARLIER:
-        from holdfast.core.renamed import warn_of_renaming
-
-        warn_of_renaming(f"holdfast.{name}", f"holdfast.{_EARLIER[name]}")
-        return __getattr__(_EARLIER[name])
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name not in _HOMES:

@@ -15,7 +15,7 @@ Every step stores what it has finished, so that a stopped step continues when it
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from holdfast.config import rotate_requests
 from holdfast.config.attacks import ThreatLike, threat_written
@@ -28,9 +28,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.rotation.collecting import Beginning
-from holdfast.store import migrating
 from holdfast.store.authentic import Head
-from holdfast.store.migrating import Migrated
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate import admit as admission
 from holdfast.verbs.rotate import collect as collection
@@ -49,7 +47,7 @@ from holdfast.verbs.rotate.swap import Swapped
 from holdfast.verbs.rotate.verdicts import Admission
 from holdfast.verbs.stored_runs import new_folder
 
-__all__ = ["admit", "collect", "draw", "expose", "head", "migrate", "run", "status", "swap", "train"]
+__all__ = ["admit", "collect", "draw", "expose", "head", "run", "status", "swap", "train"]
 
 PoolLike = str | Path | Pool
 """Types of the argument `pool`: a pool, or the path of its folder."""
@@ -159,7 +157,7 @@ def draw(
     pool: PoolLike,
     *,
     sets: int | None = None,
-    by: By | Literal["anew"] | None = None,
+    by: By | None = None,
     immunise: bool | Options = False,
     resume: bool = False,
     device: str = "auto",
@@ -255,17 +253,12 @@ def head(pool: PoolLike, *, expect_head: str = "") -> Head:
     return pool_status.head(_opened(pool, expect_head))
 
 
-def migrate(pool: str | Path) -> Migrated:
-    """Convert a pool from the older format, which has no authenticated ledger, to the present format."""
-    return migrating.migrate(_path(pool))
-
-
 @verb
 def run(
     pool: PoolLike,
     *,
     every: Sequence[str] = (),
-    by: By | Literal["anew"] | None = None,
+    by: By | None = None,
     min_waiting: int = 8,
     immunise: bool | Options = False,
     once: bool = False,

@@ -2,12 +2,12 @@
 
 import re
 import shutil
-from pathlib import Path
 
 from holdfast.cli.app import run
 from holdfast.cli.options import Voice
 from holdfast.core.names import line
 from reports.test_hostile_strings import CI_COMMAND
+from verbs.stored import assessment
 
 HOSTILE = "a\n::error file=x::owned\x1b[2J[red]##[error]"
 
@@ -37,8 +37,7 @@ def test_what_a_command_says_is_obeyed_by_nothing(capsys, tmp_path, monkeypatch)
 
 
 def test_odd_folders_do_not_end_the_list_of_runs_and_their_names_are_not_obeyed(capsys, tmp_path):
-    whole = Path(__file__).parent.parent / "verbs" / "suite_only_run"
-    shutil.copytree(whole, tmp_path / HOSTILE.replace("/", ""))
+    shutil.copytree(assessment(), tmp_path / HOSTILE.replace("/", ""))
     for odd in ("[]", "{", '{"schema_version": 1}', '{"schema_version": 2, "digests": 3}'):
         (tmp_path / f"odd-{len(odd)}").mkdir()
         (tmp_path / f"odd-{len(odd)}" / "run.json").write_text(odd)

@@ -15,7 +15,6 @@ from holdfast.store.pool import Pool
 from holdfast.verbs.rotate import run as loop
 from holdfast.verbs.rotate import train as training
 from holdfast.verbs.rotate.collect import Collected
-from store.old_format import aged
 
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.slow]
 
@@ -126,23 +125,6 @@ def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_befor
     assert run(["verify", "pool"]) == 3, "a key that is not the pool's"
 
 
-def test_an_older_pool_is_converted_where_that_is_asked_for(pool, capsys):
-    held = Pool.open(Path("pool"))
-    held.expose(held.ledger.members[0].name, "laptop stolen")
-    aged(held)
-    for words in (["rotate", "status"], ["rotate", "swap"], ["verify"]):
-        assert run([*words, "pool"]) == 3
-        assert "convert it with holdfast rotate migrate pool" in capsys.readouterr().err.lower()
-    assert run(["rotate", "migrate", "pool"]) == 0
-    said = capsys.readouterr()
-    assert "entries converted and authenticated; head " in said.out
-    assert "the older ledger was not authenticated" in said.err and "rotate expose pool SET" in said.err
-    assert run(["rotate", "migrate", "pool"]) == 2
-    assert run(["rotate", "status", "pool"]) == 0
-    assert "written by an older version without authentication" in capsys.readouterr().err
-    assert run(["verify", "pool"]) == 0
-
-
 def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
     Pool.open(Path("pool")).drop("generator")
     assert run(["rotate", "draw", "pool", "--sets", "1"]) == 0
@@ -238,7 +220,7 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
     )
 
 
-@pytest.mark.parametrize("by", ["anew", "generator"])
+@pytest.mark.parametrize("by", ["retraining", "generator"])
 def test_run_makes_sets_as_it_is_asked_to(pool, capsys, monkeypatch, by):
     Pool.open(Path("pool")).drop("generator")
     seen = []
@@ -246,8 +228,7 @@ def test_run_makes_sets_as_it_is_asked_to(pool, capsys, monkeypatch, by):
     monkeypatch.setattr(loop, "train", lambda *given, **more: seen.append("learned"))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--by", by]
     assert run(words) == 0
-    assert seen == (["retraining"] if by == "anew" else ["learned", "generator"])
-    assert ("note: by=anew is now called by=retraining" in capsys.readouterr().err) == (by == "anew")
+    assert seen == (["retraining"] if by == "retraining" else ["learned", "generator"])
 
 
 def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):

@@ -20,11 +20,11 @@ from torch import nn
 
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.store.records import line_of
+from verbs.stored import assessment
 
 CANARY = "canary"
 """the file, in the current folder, that code of a file would make"""
 CHAIN = "chain.jsonl"
-RUN = Path(__file__).resolve().parents[1] / "verbs" / "suite_only_run"
 FEATURES, CLASSES, SIDE = 4, 3, 6
 _PLAIN = """\
 model: mnist-cnn
@@ -350,7 +350,11 @@ def configurations() -> Sequence[File]:
 
 def runs() -> Sequence[File]:
     """The files of a run folder."""
-    return [File(path.name, path.read_bytes()) for path in sorted(RUN.iterdir())]
+    return [
+        File(path.name, path.read_bytes())
+        for path in sorted(assessment().iterdir())
+        if path.name != "state.sqlite"
+    ]
 
 
 _MADE: Mapping[str, Callable[[], Sequence[File]]] = {

@@ -165,7 +165,8 @@ def test_a_card_shows_hostile_names_and_its_lines_do_not_depend_on_them(text):
             word,
         )
         return strings | {
-            "before": side,
+            "scope": "every pass",
+            "before": {**side, "at_chance": False},
             "after": side,
             "chosen": {"epoch": 1},
             "epochs": 2,

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sqlite3
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -24,13 +23,12 @@ from holdfast.store.records import line_of
 from holdfast.store.verify import verify
 from holdfast.verbs.stored_runs import open_run, runs_in
 from store.test_folder import MANIFEST, SHARDS
-
-SUITE_ONLY_RUN = Path(__file__).parent.parent / "verbs" / "suite_only_run"
+from verbs import stored
 
 
 @pytest.fixture
 def run(tmp_path):
-    return shutil.copytree(SUITE_ONLY_RUN, tmp_path / "run")
+    return shutil.copytree(stored.assessment(), tmp_path / "run")
 
 
 def rewritten(run, name, change=None):
@@ -59,10 +57,10 @@ WRONG = [
     ("run.json", lambda c: c["data"].update(classes={"a": 1})),
     ("run.json", lambda c: c.pop("versions")),
     ("verdict.json", lambda c: c.update(judged="../other", gates=None)),
-    ("verdict.json", lambda c: c.update(judged="after", exit_code=0)),
+    ("verdict.json", lambda c: c.update(verdict_of="after", exit_code=0)),
     ("verdict.json", lambda c: c.update(gates=[7])),
     ("doubts.json", lambda c: c["doubts"][0].update(state="odd")),
-    ("doubts.json", lambda c: c.update(fallen=[])),
+    ("doubts.json", lambda c: c.update(broken=[])),
 ]
 
 
@@ -99,7 +97,7 @@ def test_columns_that_do_not_fit_are_no_internal_error(run):
 
 def test_what_only_a_report_would_stumble_over_is_exit_3_too(run, capsys):
     rewritten(run, "run.json", lambda content: content["model"].update(bounds=["x", 1]))
-    for words in (["report", str(run)], ["compare", str(run), str(SUITE_ONLY_RUN)]):
+    for words in (["report", str(run)], ["compare", str(run), str(stored.assessment())]):
         assert command_line(words) == 3
         assert f"the run in {str(run)!r} are inconsistent" in capsys.readouterr().err
 
@@ -182,7 +180,7 @@ def test_files_that_no_record_names_are_noted_or_refused(tmp_path):
 def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp_path):
     run = tmp_path / "run"
     with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
-        shutil.copytree(SUITE_ONLY_RUN, run / "after")
+        shutil.copytree(stored.assessment(), run / "after")
         assert not verify(run).complete
         folder.record("verdict", {"exit_code": 0, "verdict_of": "after"})
     with pytest.raises(TargetError, match="is a run that is in no record of the chain"):
@@ -190,14 +188,14 @@ def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp
 
 
 def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
-    run = shutil.copytree(SUITE_ONLY_RUN.parent / "schema_1" / "hardening", tmp_path / "run")
+    run = shutil.copytree(stored.hardening(), tmp_path / "run")
     assert open_run(run).metrics["robust_accuracy"].value == 0.5
     rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=1))
     for reader in (open_run, verify):
         with pytest.raises(TargetError, match=r"is not the run whose chain is recorded in '?after\.json'?"):
             reader(run)
     shutil.rmtree(run / "after")
-    (run / "after").symlink_to(SUITE_ONLY_RUN)
+    (run / "after").symlink_to(stored.assessment())
     for reader in (open_run, verify):
         with pytest.raises(TargetError, match="has no inner run|is a link"):
             reader(run)

@@ -18,9 +18,9 @@ from holdfast.stored import report, verify
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import runs_in
 from store.test_foreign import rewritten
+from verbs import stored
 from verbs.fakes import FAST, data, order, subject
-from verbs.test_assess import WEAK
-from verbs.test_schema_1 import FOLDER as SCHEMA_1
+from verbs.stored import WEAK
 
 ROBUST, CLEAN = "robust_accuracy >= 0.1", "clean_accuracy >= 0.99"
 REQUEST = order(doubts="all", gates=(ROBUST, CLEAN))
@@ -266,7 +266,7 @@ def test_a_gate_on_a_baseline_is_judged_by_its_stored_interval(genuine, tmp_path
 def test_the_card_of_a_hardening_that_contradicts_its_measurements_is_refused(
     name, change, message, tmp_path
 ):
-    run = shutil.copytree(SCHEMA_1 / "hardening", tmp_path / "run")
+    run = shutil.copytree(stored.hardening(), tmp_path / "run")
     rewritten(run, name, change)
     with pytest.raises(TargetError, match=message):
         verify(run)

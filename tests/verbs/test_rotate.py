@@ -290,10 +290,10 @@ def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
         steps.draw(pool, terms(), 3, resume=True)
 
 
-def test_a_draw_of_an_earlier_version_is_resumed(pool):
+def test_a_draw_is_resumed_with_its_method(pool):
     steps.draw(pool, terms(), 1, by="retraining")
     stored = pool.kept("drawing")
-    asked = {**stored.about["asked"], "by": "anew", "sets": 2}
+    asked = {**stored.about["asked"], "sets": 2}
     pool.keep("drawing", stored.columns, {**stored.about, "asked": asked})
     found = steps.draw(pool, terms(), by="retraining", resume=True)
     assert found.by == "retraining" and len(found.names) == 2

@@ -12,7 +12,6 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, TargetLost
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Install, Remedy, with_remedies
-from holdfast.core.renamed import Earlier
 
 Level = Literal["problem", "warning", "good"]
 
@@ -46,8 +45,6 @@ class Finding:
     def on_command_line(self) -> str:
         """Return the advice and the remedies, with options of the command line."""
         return with_remedies(self.advice, [remedy.on_command_line() for remedy in self.remedies])
-
-    says = Earlier("message")
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,7 @@ def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
         content[key] = value
     config = flags.get("config")
     path, sets = Path(config) if config else None, flags.get("sets", ())
-    settings = read_settings(path, content, sets, flags=names, kind=kind)
-    for note in settings.notes:
-        voice.say(f"note: {note}")
-    return settings
+    return read_settings(path, content, sets, flags=names, kind=kind)
 
 
 def _report_files(outputs: Iterable[str]) -> list[str]:

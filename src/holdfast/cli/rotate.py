@@ -8,7 +8,7 @@ import click
 from holdfast.cli.assess import settings_from, settings_of_flags
 from holdfast.cli.options import Group, Voice, expecting_head, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
-from holdfast.config.settings import FORMER_KEYS, RotateSettings
+from holdfast.config.settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 
@@ -31,27 +31,10 @@ def _refuse_unused(command: str, flags: Mapping[str, Any]) -> None:
     """Raise `UsageError` for a `--set` with a setting that the command does not use. A file may have all settings."""
     for assignment in flags.get("sets", ()):
         name = assignment.partition("=")[0].partition(".")[0]
-        key = FORMER_KEYS.get(name, name)
-        if command not in _COMMANDS_WITH.get(key, (command,)):
-            others = " and ".join(f"rotate {user}" for user in _COMMANDS_WITH[key])
-            do = "do" if len(_COMMANDS_WITH[key]) > 1 else "does"
-            raise UsageError(
-                f"--set {name}: rotate {command} does not use {key} ({others} {do}); leave it out"
-            )
-
-
-class _By(click.Choice):  # type: ignore[type-arg]  # generic in new versions of click only
-    """Type of the option `--by`: the method that generates sets.
-
-    The earlier name "anew" is accepted as well; the step replaces it and writes a note.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(["generator", "retraining"])
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name of a method for producing parameter sets if it is known; otherwise raise a usage error."""
-        return value if value == "anew" else super().convert(value, param, ctx)
+        if command not in _COMMANDS_WITH.get(name, (command,)):
+            others = " and ".join(f"rotate {user}" for user in _COMMANDS_WITH[name])
+            do = "do" if len(_COMMANDS_WITH[name]) > 1 else "does"
+            raise UsageError(f"--set {name}: rotate {command} does not use it ({others} {do}); leave it out")
 
 
 _EXPECTING = expecting_head(
@@ -126,7 +109,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
 )
 @click.option(
     "--by",
-    type=_By(),
+    type=click.Choice(["generator", "retraining"]),
     help="Sample from the generator, or train from fresh random weights (default: generator, if there is one).",
 )
 @click.option(
@@ -238,20 +221,6 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     return step(pool, voice, expect_head=expect_head)
 
 
-@rotate.command(short_help="convert a pool whose ledger is not authenticated")
-@click.argument("pool", type=click.Path())
-@with_voice
-def migrate(voice: Voice, *, pool: str) -> int:
-    """Convert POOL from the older format, whose ledger was not authenticated, to the present format.
-
-    From then on all entries are authenticated. Whether entries were removed before cannot be detected. Record missing
-    exposures with holdfast rotate expose. If any set is listed as exposed, waiting sets must be judged again.
-    """
-    from holdfast.cli.rotating import migrate as step
-
-    return step(pool, voice)
-
-
 @rotate.command(short_help="record that an attacker may have a set")
 @click.argument("pool", type=click.Path())
 @click.argument("name", metavar="SET")
@@ -277,7 +246,7 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
 @click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
 @click.option(
     "--by",
-    type=_By(),
+    type=click.Choice(["generator", "retraining"]),
     help="Sample from the generator, or train from fresh random weights (default: generator, until its sets are "
     "refused).",
 )

@@ -21,7 +21,6 @@ from holdfast.engine.resuming import way_out
 from holdfast.engine.signals import stoppable
 from holdfast.reports.terminal import cell
 from holdfast.store.files import usable, write_atomically
-from holdfast.store.migrating import migrate as migrate_pool
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.store.records import document
 from holdfast.verbs.rotate import admit as admission
@@ -186,24 +185,6 @@ def head(pool: str, voice: Voice, *, expect_head: str) -> int:
         f"this is the digest of entry {latest.entries}; store it outside the folder. A later command with "
         f"--expect-head DIGEST refuses an older copy of the folder"
     )
-    return 0
-
-
-def migrate(pool: str, voice: Voice) -> int:
-    """Convert a pool from the older file format to the present one. Return exit code 0."""
-    migrated = migrate_pool(Path(pool))
-    click.echo(f"{migrated.entries} entries converted and authenticated; head {migrated.head}")
-    listed = ", ".join(migrated.exposed) or "no set"
-    voice.say(
-        f"note: the older ledger was not authenticated: entries may have been removed or changed by anyone who could "
-        f"write the folder. It lists {listed} as exposed; record what is missing with holdfast rotate expose "
-        f"{shlex.quote(pool)} SET"
-    )
-    if migrated.unjudged:
-        voice.say(
-            f"note: the older ledger does not record which stolen sets a set was judged against, so "
-            f"{len(migrated.unjudged)} waiting sets must be judged again: holdfast rotate admit {shlex.quote(pool)}"
-        )
     return 0
 
 

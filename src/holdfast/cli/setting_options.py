@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from holdfast.cli import completing
 from holdfast.config.groups import Flag
-from holdfast.config.settings import FORMER_KEYS, VerbSettings, keys_of
+from holdfast.config.settings import VerbSettings, keys_of
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 
@@ -68,16 +68,12 @@ def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple
 
     If `only` is given, options are returned for these keys only. Settings without a flag have no option.
     """
-    former = {new: old for old, new in FORMER_KEYS.items()}
     options: list[Option] = []
     for key, entry in keys_of(kind).items():
         flag = flag_of(entry.field)
         if flag is None or (only and key not in only):
             continue
         options.append(_option(key, entry.field, flag))
-        if key in former:
-            # the earlier name of the option is accepted, with a note, and not shown
-            options.append(_option(former[key], entry.field, Flag(flag.metavar), hidden=True))
     return tuple(options)
 
 
@@ -103,12 +99,12 @@ def _long(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _option(key: str, field: FieldInfo, flag: Flag, *, hidden: bool = False) -> Option:
+def _option(key: str, field: FieldInfo, flag: Flag) -> Option:
     name = flag.name or _long(key)
     names = (flag.short, name) if flag.short else (name,)
     kind = _plain_type(field.annotation)
     # default=None, unlike that of the setting, so that a key of a file is not replaced by an absent option
-    settings: dict[str, Any] = {"default": None, "help": field.description, "hidden": hidden}
+    settings: dict[str, Any] = {"default": None, "help": field.description}
     if kind is bool:
         if flag.negated:
             return click.option(f"{name}/--no-{name[2:]}", key, **settings)

@@ -51,7 +51,7 @@ class SettingGroup(BaseModel):
 class FileFormat(SettingGroup):
     """Setting with the format version of a configuration file."""
 
-    schema_version: Literal[1, 2] = Field(default=2, description="Version of the format of this file.")
+    schema_version: Literal[2] = Field(default=2, description="Version of the format of this file.")
 
 
 class ModelSource(SettingGroup):

@@ -49,7 +49,7 @@ def draw_request(
     whether the new sets are immunised.
     """
     _refuse_no_count(sets)
-    method = by_named(by, notify)
+    method = by_named(by)
     pool = Pool.open(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     immunise = rotating.immunise(settings) if immunising else None
@@ -87,7 +87,7 @@ def run_request(
     """Return the request for all steps of a rotation, with a new pool or, with `resume`, the pool
     in the folder `path`.
     """
-    loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
+    loop = _loop_settings(settings, by_named(by), immunising=immunising, once=once)
     collection = collect_request(settings, path, resume=resume, expect_head=expect_head)
     return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once, anyway)
 
@@ -103,7 +103,7 @@ def resumed_run_request(
     notify: Notify = ignore,
 ) -> RunRequest:
     """Return the request for all steps of a rotation with an existing pool, whose model and data are opened again."""
-    loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
+    loop = _loop_settings(settings, by_named(by), immunising=immunising, once=once)
     common = rotating.reopened(Pool.open(path, expect_head=expect_head), settings)
     collection = CollectRequest(
         path, common, True, n_judged=settings.options.n_judged, expect_head=expect_head

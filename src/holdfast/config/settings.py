@@ -4,8 +4,8 @@ A setting has the same name in the YAML file, on the command line and in Python.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
@@ -33,7 +33,6 @@ from holdfast.config.yaml_text import load, parse_yaml, put_setting
 from holdfast.core.errors import UsageError
 
 __all__ = [
-    "FORMER_KEYS",
     "VERBS",
     "AssessSettings",
     "CalibrateSettings",
@@ -64,13 +63,6 @@ VERBS: Mapping[str, type[VerbSettings]] = {
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 
-FORMER_KEYS: Mapping[str, str] = {
-    "begins": "initialisation",
-    "judged": "n_judged",
-    "keep": "min_waiting",
-}
-"""Earlier names of keys, which are still accepted with a note, with the current names."""
-
 _REPLACING = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
 """Pairs of settings that exclude each other: a flag (or a `--set`) for one replaces the other in the file."""
 
@@ -100,7 +92,7 @@ class Key:
 
 def _groups(kind: type[VerbSettings]) -> dict[str, type[SettingGroup]]:
     hints = get_type_hints(kind)
-    return {each.name: hints[each.name] for each in fields(kind) if each.name != "notes"}
+    return {each.name: hints[each.name] for each in fields(kind)}
 
 
 _KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, CalibrateSettings, *VERBS.values())
@@ -142,17 +134,14 @@ def read_settings(
     names in messages.
     """
     loaded = {} if path is None else load(path)
-    content, notes = keys_for_verb(loaded, str(path), kind)
-    overriding, more = _with_present_names(
-        {key: value for key, value in overrides.items() if value is not None}, "", kind
-    )
+    content = keys_for_verb(loaded, str(path), kind)
+    overriding = {key: value for key, value in overrides.items() if value is not None}
     assignments = {}
     for key, value in parse_pairs(sets, "--set").items():
         first, dot, rest = key.partition(".")
         if first in VERBS and dot:
             raise UsageError(f"--set {key}: the name of the verb is left out, as in --set {rest}={value}")
-        assignments[_former(kind).get(first, first) + dot + rest] = value
-        more += _renaming_notes([first], kind)
+        assignments[key] = value
     written = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in assignments}
     refuse_consent(written, "--set")
     written |= {key: flags.get(key, key) for key in overriding}
@@ -163,18 +152,14 @@ def read_settings(
         _put_assignment(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding
     settings = check_settings(content, "" if path is None else str(path), written, kind=kind)
-    settings = replace(settings, notes=tuple(dict.fromkeys((*notes, *more))))
     if isinstance(settings, AssessSettings | HardenSettings):
         suite = settings.suite
         refuse_unknown(suite.suite, suite.attacks, settings.threat.threat, suite.only, suite.skip)
     return settings
 
 
-def keys_for_verb(
-    loaded: Mapping[str, Any], where: str, kind: type[VerbSettings]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return those settings in a configuration file that apply to one command, and a note for each setting with an
-    outdated name.
+def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings]) -> dict[str, Any]:
+    """Return those settings in a configuration file that apply to one command.
 
     The keys are those at the top, and those of the section with the name of the verb, which takes precedence. Sections
     of other verbs are validated but not returned. For `doctor` and `calibrate`, all keys of `assess` are accepted, but
@@ -183,11 +168,10 @@ def keys_for_verb(
     """
     reading: type[VerbSettings] = AssessSettings if kind in (DoctorSettings, CalibrateSettings) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
-    top = {key: value for key, value in loaded.items() if key not in VERBS}
-    refuse_consent(top, where)
-    _refuse_misplaced(top, where, reading, kind.verb)
-    shared, notes = _with_present_names(top, f"{where}: ", reading)
-    section, more = _with_present_names(sections.get(reading.verb, {}), f"{where}: {reading.verb}: ", reading)
+    shared = {key: value for key, value in loaded.items() if key not in VERBS}
+    refuse_consent(shared, where)
+    _refuse_misplaced(shared, where, reading, kind.verb)
+    section = sections.get(reading.verb, {})
     for key, rival in _REPLACING:
         if key in section and rival not in section:
             shared.pop(rival, None)
@@ -195,7 +179,7 @@ def keys_for_verb(
     if reading is not kind:
         check_settings(content, where, kind=reading)
         content = {key: value for key, value in content.items() if key in keys_of(kind)}
-    return content, (*notes, *more)
+    return content
 
 
 def _section(content: object, verb: str, where: str) -> dict[str, Any]:
@@ -214,7 +198,7 @@ def _section(content: object, verb: str, where: str) -> dict[str, Any]:
 
 def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSettings], command: str) -> None:
     """Raise `UsageError` with the new place of each key at the top that the verb does not use and another does."""
-    known = {*keys_of(kind), *_former(kind)}
+    known = keys_of(kind)
     elsewhere = {str(key): verbs for key in shared if key not in known and (verbs := _verbs_with(str(key)))}
     if elsewhere:
         places = "; ".join(
@@ -228,12 +212,8 @@ def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSett
 
 
 def _verbs_with(key: str) -> list[str]:
-    """Verbs that have a key, under its present or an earlier name."""
-    return [verb for verb, kind in VERBS.items() if key in keys_of(kind) or key in _former(kind)]
-
-
-def _former(kind: type[VerbSettings]) -> dict[str, str]:
-    return {old: new for old, new in FORMER_KEYS.items() if new in keys_of(kind)}
+    """Verbs that have a key."""
+    return [verb for verb, kind in VERBS.items() if key in keys_of(kind)]
 
 
 def check_settings(
@@ -250,7 +230,6 @@ def check_settings(
     form in which the user wrote them.
     """
     prefix = f"{where}: " if where else ""
-    content, notes = _with_present_names(content, prefix, kind)
     keys = keys_of(kind)
     for key in content:
         if key not in keys:
@@ -274,7 +253,7 @@ def check_settings(
     }
     for each in checked.values():
         each.refuse_contradictions(prefix, written)
-    return replace(kind(**checked), notes=notes)
+    return kind(**checked)
 
 
 def given(**settings: Any) -> dict[str, Any]:
@@ -282,27 +261,6 @@ def given(**settings: Any) -> dict[str, Any]:
     setting.
     """
     return {key: value for key, value in settings.items() if value is not None}
-
-
-def _with_present_names(
-    content: Mapping[str, Any], prefix: str, kind: type[VerbSettings]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the content with the present names of all keys, and a note for each earlier name."""
-    former = _former(kind)
-    renamed: dict[str, Any] = {}
-    for key, value in content.items():
-        name = former.get(key, key)
-        if name in renamed or (name != key and name in content):
-            raise UsageError(
-                f"{prefix}{key} is the earlier name of {name}, and both are given; leave {key} out"
-            )
-        renamed[name] = value
-    return renamed, _renaming_notes(content, kind)
-
-
-def _renaming_notes(keys: Iterable[str], kind: type[VerbSettings]) -> tuple[str, ...]:
-    former = _former(kind)
-    return tuple(f"{key} is now called {former[key]}" for key in keys if key in former)
 
 
 def _put_assignment(content: dict[str, Any], path: str, value: Any) -> None:

@@ -9,12 +9,9 @@ from holdfast.config.groups import SettingGroup
 
 @dataclass(frozen=True, kw_only=True)
 class VerbSettings:
-    """Base class of the settings of one command, such as `assess`: groups of settings, and notes on settings with
-    outdated names.
-    """
+    """Base class of the settings of one command, such as `assess`: groups of settings."""
 
     verb: ClassVar[str] = ""
-    notes: tuple[str, ...] = ()
 
 
 def _group(kind: type[SettingGroup]) -> Any:

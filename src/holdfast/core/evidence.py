@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from holdfast.core.renamed import Earlier
 from holdfast.core.threat import ThreatModel
 
 Columns = Mapping[str, Tensor]
@@ -43,8 +42,6 @@ class Doubt:
     """number of examples that were measured"""
     message: str = ""
     """one sentence for the report, with the measured numbers"""
-
-    says = Earlier("message")
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,6 @@ class Places:
     """largest number of positions that were tried in an image"""
     surviving_at_random: int
     """number of examples that survive the change at one random position of each"""
-    standing_at_random = Earlier("surviving_at_random")
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,6 @@ class AttackRecord:
     """number of fits of an attack that is fitted, of which the best was used; 0 for other attacks"""
     places: Places | None = None
     """numbers about the positions of a change that is placed at the worst one of each image; None for other attacks"""
-    standing_before, standing_after = Earlier("surviving_before"), Earlier("surviving_after")
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ class ProofRecord:
 
 
 Scope = Literal["every pass", "suite only"]
-"""adversarial examples that a verdict counts: those of every pass, or (in earlier versions) those of the suite only"""
+"""adversarial examples that a comparison of two runs counts"""
 
 
 @dataclass(frozen=True)
@@ -216,7 +211,6 @@ class Evidence:
     `attacks` followed by `passes` of the first that succeeded, in a minimum-norm run of the closest one; -1 for none);
     `adversarial_prediction`; `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf if no adversarial
     example was found, 0 if the clean input is misclassified; `distance_l0` counts pixels if the threat does, else
-    values, and is absent in a run of scope "suite only" under a threat that counts pixels, since such runs counted
     values); `queries`; `first_success` (number of the query that broke the example; the number of all its queries if
     the successful input was never queried itself). The fixed PGD-40 pass: `attacked_prediction`, `attacked_confidence`,
     `attacked_entropy`, `attacked_probability_margin`. Minimum-norm attacks: `distance`, the smallest over all successes
@@ -257,9 +251,6 @@ class Evidence:
     """records of the passes outside the suite whose adversarial examples are counted"""
     proofs: tuple[ProofRecord, ...] = ()
     """records of the methods of certification, in the order in which they ran; empty if nothing was certified"""
-    scope: Scope = "every pass"
-    broken_elsewhere: int = 0
-    """in a run of scope "suite only", the number of examples that other passes broke and that are not counted"""
     tables: Mapping[str, Table] = field(default_factory=dict)
     """further tables, by name, such as those of `gallery`, `transfer`, `across`, `geometry` and `stateful`"""
     surrogates: tuple[Mapping[str, Any], ...] = ()

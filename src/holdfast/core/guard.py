@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.outputs import OutputKind, is_single, kind_of_single, logits_of, of_classes
-from holdfast.core.renamed import earlier_functions
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 
 Net = nn.Module | Callable[[Tensor], Tensor]
@@ -153,6 +152,3 @@ def softly_rejected_as_correct(logits: Logits, y: Labels, softness: float) -> Te
     """
     correct_logit = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
     return logits[:, :-1].scatter(1, y[:, None], softness * correct_logit.logsumexp(0))
-
-
-__getattr__ = earlier_functions(__name__, {"guarded": with_detector})

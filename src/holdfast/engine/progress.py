@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.core.renamed import Earlier
-
 
 @dataclass(frozen=True)
 class Step:
@@ -25,7 +23,6 @@ class Step:
     correct"""
     seen: int
     """number of examples of which `surviving` survive"""
-    standing = Earlier("surviving")
 
 
 Progress = Callable[[Step], None]

@@ -9,13 +9,13 @@ early.
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import suggestion
-from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, OF_STATIC, PAIRED, RENAMED, ROTATION, SHARES
+from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, OF_STATIC, PAIRED, ROTATION, SHARES
 
 Relation = Literal[">=", "<="]
 Versus = Literal["baseline", "static"]
@@ -76,31 +76,12 @@ def parse(text: str) -> Claim:
     return Claim(metric, relation, bound, eps, _versus(metric, parts["rest"], text), text.strip())
 
 
-def recorded(text: str) -> Claim:
-    """Return the gate in the text that a finished run has stored. Earlier names of metrics are replaced by their
-    current names.
-    """
-    parts = _PARTS.fullmatch(text)
-    if parts is None or parts["metric"] not in RENAMED:
-        return parse(text)
-    return replace(parse(_renamed(parts["metric"], text)), text=text)
-
-
 def _metric(name: str, text: str) -> str:
     metrics = METRICS | ROTATION
     if name in metrics:
         return name
-    if name in RENAMED:
-        raise UsageError(
-            f"gate {text!r}: {name} is called {RENAMED[name]} now; write {_renamed(name, text)!r}"
-        )
     offered = suggestion(name, metrics) or f"known are {_list(metrics)}"
     raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
-
-
-def _renamed(name: str, text: str) -> str:
-    """The gate with the present name of its metric."""
-    return text.strip().replace(name, RENAMED[name], 1)
 
 
 def _list(names: Iterable[str]) -> str:

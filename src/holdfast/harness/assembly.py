@@ -18,12 +18,10 @@ from holdfast.core.evidence import (
     PassRecord,
     Places,
     ProofRecord,
-    Scope,
     Seconds,
     Table,
 )
 from holdfast.core.lookup import Lookup
-from holdfast.core.patches import counts_pixels
 from holdfast.core.types import Ids, Rows
 from holdfast.harness.kinds import KINDS
 from holdfast.harness.kinds.fit import fit_stage_of
@@ -48,8 +46,6 @@ class Context:
     doubts: tuple[Doubt, ...] = ()
     doubts_cost: Cost = Cost()
     probes: Probes = ()
-    scope: Scope = "every pass"
-    broken_elsewhere: int = 0
     surrogates: tuple[Mapping[str, Any], ...] = ()
     others: tuple[Mapping[str, Any], ...] = ()
     remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -150,15 +146,13 @@ def evidence_from(
     randomised: bool,
 ) -> Evidence:
     """Return the evidence of a finished measurement, computed from the columns and the time of each stage, by name."""
-    counted = () if context.scope == "suite only" else passes(plan, by_stage, context.probes)
+    counted = passes(plan, by_stage, context.probes)
     columns = assemble(plan, by_stage, counted)
     if not randomised:
         # for a deterministic model, these are 0 or 1 and repeat `success`
         del columns["right_probability"], columns["suite_right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
-    if context.scope == "suite only" and counts_pixels(plan.threat.constraint):
-        del columns["distance_l0"]  # such runs counted values instead of pixels
     tables = _gallery(plan, by_stage, counted)
     for kind in KINDS.values():
         tables |= kind.tables(by_stage)
@@ -178,8 +172,6 @@ def evidence_from(
         doubts_cost=context.doubts_cost,
         passes=_counted(counted, columns["broken_by"] - len(records)),
         proofs=_proof_records(plan, by_stage, seconds, context.batches, randomised=randomised),
-        scope=context.scope,
-        broken_elsewhere=context.broken_elsewhere,
         tables=tables,
         surrogates=context.surrogates,
         others=context.others,

@@ -10,7 +10,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.metrics import attacked, corruptions, detection, paired, perturbations, shares
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.names import METRICS, RENAMED
+from holdfast.metrics.names import METRICS
 from holdfast.metrics.transfer import transfer_success
 
 Metric = Callable[[Evidence, float], Estimate]
@@ -89,8 +89,6 @@ def estimate(
         return PAIRED[name](evidence, baseline, confidence)
     if name in BY_EPS:
         return BY_EPS[name](evidence, confidence, eps=eps)
-    if name in RENAMED:
-        raise UsageError(f"the metric {name!r} is called {RENAMED[name]!r} now")
     if name not in PLAIN:
         raise UsageError(
             f"there is no metric {name!r}; the metrics are {', '.join([*PLAIN, *BY_EPS, *PAIRED])}"

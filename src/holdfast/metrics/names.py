@@ -221,6 +221,3 @@ PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
 
 DIFFERENCES: Final = PAIRED - {"mce"}
 """metrics of two runs that have values between -1 and 1"""
-
-RENAMED: Final = {"mean_corruption_error": "corruption_error_rate", "relative_corruption_error": "mce"}
-"""earlier names of metrics, with their current names according to Hendrycks & Dietterich 2019"""

@@ -57,14 +57,11 @@ def basis(first: Evidence, second: Evidence) -> Scope:
     Every pass counts if both runs had equal passes, that is equal attacks, settings and surrogates. Otherwise only the
     suites count, because the model of the run with more passes would seem weaker.
     """
-    first_passes, second_passes = map(_passes, (first, second))
-    return "every pass" if first_passes == second_passes and first_passes is not None else "suite only"
+    return "every pass" if _passes(first) == _passes(second) else "suite only"
 
 
-def _passes(evidence: Evidence) -> tuple[object, ...] | None:
-    """Attacks and passes whose examples count, for comparison. None if only those of the suite count."""
-    if evidence.scope == "suite only":
-        return None
+def _passes(evidence: Evidence) -> tuple[object, ...]:
+    """Attacks and passes whose examples count, for comparison."""
     attacks = [(record.name, record.settings) for record in evidence.attacks]
     passes = [(record.stage, record.settings) for record in evidence.passes]
     return evidence.suite, attacks, passes, [surrogate["digest"] for surrogate in evidence.surrogates]

@@ -18,11 +18,8 @@ _NORMS: dict[NormName, type[Constraint]] = {"linf": Linf, "l2": L2, "l1": L1, "l
 
 
 def _sizes(evidence: Evidence, norm: NormName) -> PerExample:
-    """Smallest perturbation found for each example. Raises `Absent` if it was not measured, or in another unit."""
-    way_out = "run at least one attack"
-    if norm == "l0" and evidence.scope == "suite only":
-        way_out = "an earlier version counted values although the threat model counts pixels; assess the model again"
-    return column(evidence, f"distance_{norm}", way_out)
+    """Smallest perturbation found for each example. Raises `Absent` if it was not measured."""
+    return column(evidence, f"distance_{norm}", "run at least one attack")
 
 
 def _counted(evidence: Evidence) -> Mask:

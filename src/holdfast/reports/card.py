@@ -69,13 +69,8 @@ _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
 def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the names of the two metrics by which the card compares the hardened model with the original one.
-
-    Cards of earlier versions have no scope and only one robust accuracy.
-    """
-    return "clean_accuracy", "suite_robust_accuracy" if card.get(
-        "scope"
-    ) == "suite only" else "robust_accuracy"
+    """Return the names of the two metrics by which the card compares the hardened model with the original one."""
+    return "clean_accuracy", "suite_robust_accuracy" if card["scope"] == "suite only" else "robust_accuracy"
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +104,7 @@ def card_document(card: Mapping[str, Any]) -> str:
         after["metrics"],
         compared_metrics(card),
     )
-    if "scope" in card:
-        lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
+    lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
     held_out = card["held_out"]
     lines += [
         f"The checkpoint is from epoch {chosen['epoch']} of {plain(card['epochs'])}, the best on held-out examples:",
@@ -141,7 +135,7 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
     """The doubts about both models, and the notes."""
     before, after = card["before"], card["after"]
     lines = []
-    if before.get("at_chance", False):  # cards of earlier versions do not state it
+    if before["at_chance"]:
         lines.append(
             "- the given model is no better than one that always predicts the majority class, as untrained weights "
             "are: the difference between both models is the effect of training, not of this recipe alone"

@@ -122,8 +122,6 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "data_transfer": across(evidence, confidence),
         "examples": example_images(evidence, classes, names),
         "passes": [_pass(record) for record in evidence.passes],
-        "scope": evidence.scope,
-        "broken_outside_suite": evidence.broken_elsewhere,
         "notes": list(evidence.notes),
         "details": list(evidence.details),
     }

@@ -170,8 +170,6 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
     interval_part = f" ({100 * summary['confidence']:.0f} % interval {interval_text})" if intervals else ""
     if metric == "robust_accuracy":
         verb = "survives" if estimate["n"] == 1 else "survive"
-        if summary["scope"] == "suite only":
-            return f"{rate} {of} {verb} the suite{interval_part}, suite only{_elsewhere(summary)}"
         return (
             f"{rate} {of} {verb} {all_attacks_text(summary['threat'])}{interval_part}{_suite_alone(summary)}"
         )
@@ -206,12 +204,6 @@ def all_attacks_text(threat: Mapping[str, Any]) -> str:
     tried`.
     """
     return f"every {'corruption' if threat['norm'] == 'Corruptions' else 'attack'} tried"
-
-
-def _elsewhere(summary: Mapping[str, Any]) -> str:
-    """For a run that counts only the suite: how many of its surviving examples other passes broke."""
-    n = summary["broken_outside_suite"]
-    return f"; passes outside the suite broke {count_text(n)} of them" if n else ""
 
 
 def condition_text(gate: Mapping[str, Any]) -> str:

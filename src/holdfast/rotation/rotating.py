@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.renamed import Earlier
 from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.rotation.live import Live, loaded, refuse_strange
 from holdfast.rotation.triggers import AnswersPerPrincipal
@@ -134,8 +133,6 @@ class RotatingModel:
     def most_answers(self) -> int:
         """Largest number of answers that a single client got from the serving set, or an upper bound on it."""
         return self._live.book.most
-
-    asked = Earlier("most_answers")
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits of the live set for `x`; the answers are counted for a caller without a name."""

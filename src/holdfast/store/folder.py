@@ -6,7 +6,6 @@ they were recorded. If the process is killed during a step, the next process rep
 """
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
 from holdfast.store import columns as column_files
-from holdfast.store import forms, schema_1
+from holdfast.store import forms
 from holdfast.store.differences import differences
 from holdfast.store.files import (
     MANIFEST,
@@ -250,18 +249,13 @@ def stored_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the content of `run.json`. Raises `TargetError` if it is missing, invalid, or of an unknown version.
-
-    The content of a run of schema 1 is converted to the keys of this version, except for its `schema_version`.
-    """
+    """Return the content of `run.json`. Raises `TargetError` if it is missing, invalid, or of an unknown version."""
     refuse_no_run(path)
     manifest = read_document(path / MANIFEST)
     version = manifest.get("schema_version")
-    if version == schema_1.VERSION:
-        manifest = schema_1.manifest_of_schema_1(manifest)
-    elif version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise TargetError(
-            f"{str(path / MANIFEST)!r} has schema version {version}; this version reads {schema_1.VERSION} and "
+            f"{str(path / MANIFEST)!r} has schema version {version}; this version reads "
             f"{SCHEMA_VERSION}. Install the holdfast that wrote it"
         )
     refuse_form(path / MANIFEST, manifest, _MANIFEST)
@@ -294,13 +288,9 @@ def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
     return StoredStage(file_content.columns, recorded.get("reached"), about)
 
 
-def recorded_document(
-    path: Path, chain: Chain, kind: str, version: int = SCHEMA_VERSION
-) -> dict[str, Any] | None:
+def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:
     """Return a JSON document of a run after verification of its digest, or None if the chain of the run does not list
     it.
-
-    `version` is the `schema_version` of the run. A document of schema 1 is converted to the keys of this version.
     """
     recorded = chain.last(kind)
     if recorded is None:
@@ -309,15 +299,12 @@ def recorded_document(
     data = content_of(file)
     if digest(data) != recorded["digest"]:
         raise TargetError(f"{str(file)!r} is not what the chain recorded; restore it from a copy")
-    content = parsed(file, data)
-    return schema_1.document_of_schema_1(kind, content) if version == schema_1.VERSION else content
+    return parsed(file, data)
 
 
 def refuse_used(path: Path, *, resume: bool) -> None:
     """Raise `UsageError` if a run cannot use a folder: it contains other files, or it contains a run and `resume` is
     false.
-
-    Also raises it for a run of schema 1, which cannot be resumed.
     """
     with usable(path):
         if not path.is_dir():
@@ -339,12 +326,7 @@ def refuse_used(path: Path, *, resume: bool) -> None:
         )
     if not resume:
         raise UsageError(f"{str(path)!r} contains a run already", RESUME, OTHER_FOLDER)
-    if read_manifest(path)["schema_version"] != SCHEMA_VERSION:
-        raise UsageError(
-            f"{str(path)!r} is a run of an earlier version (schema {schema_1.VERSION}), which cannot be "
-            f"resumed; read its results with holdfast report {shlex.quote(str(path))}",
-            OTHER_FOLDER,
-        )
+    read_manifest(path)
 
 
 def _stored_or_new_manifest(path: Path, manifest: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:

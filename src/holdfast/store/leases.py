@@ -88,12 +88,6 @@ CREATE TABLE IF NOT EXISTS shards (
     stage TEXT, shard INTEGER, attempts INTEGER DEFAULT 0, cpu_s REAL DEFAULT 0, wall_s REAL DEFAULT 0,
     done INTEGER DEFAULT 0, PRIMARY KEY (stage, shard));
 """
-_EARLIER = """\
-CREATE TABLE IF NOT EXISTS tasks (
-    stage TEXT, shard INTEGER, until REAL, state TEXT, worker INTEGER, rows INTEGER DEFAULT 0,
-    PRIMARY KEY (stage, shard));
-"""
-"""A table of runs of earlier versions, which is not read."""
 
 
 @dataclass(frozen=True)
@@ -294,9 +288,7 @@ def _is_ours(database: sqlite3.Connection) -> bool:
     ).fetchall()
     tables = {
         name: " ".join(f"CREATE TABLE {name} {columns}".split())
-        for name, columns in re.findall(
-            r"CREATE TABLE IF NOT EXISTS (\w+) (\(.*?\));\n", _SCHEMA + _EARLIER, re.DOTALL
-        )
+        for name, columns in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+) (\(.*?\));\n", _SCHEMA, re.DOTALL)
     }
     return all(
         kind == "table" and root and tables.get(name) == " ".join(str(sql).split())

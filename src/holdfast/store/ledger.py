@@ -112,11 +112,6 @@ class Ledger:
         """Number of entries in the ledger."""
         return self._view(lambda _: len(self._digests))
 
-    @property
-    def unauthenticated(self) -> int:
-        """Number of ledger entries that an older version of Holdfast wrote without authentication."""
-        return self._view(lambda state: state.unauthenticated)
-
     def entry_of(self, head: str) -> int | None:
         """Return the number, counted from 1, of the ledger entry with the digest `head`, or None if there is no such
         entry.

@@ -38,7 +38,6 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
     "serving": {"set": str, "why": str, "epoch": int, "retires": list, "unjudged": bool},
     "exposed": {"set": str, "why": str, "automatic": bool},
     "answers": {"epoch": int, "answers": dict, "others": int},
-    "migrated": {"entries": int, "head": str},
 }
 """The fields of an entry of each kind, in addition to its time. `why` is for readers and never interpreted."""
 
@@ -154,8 +153,6 @@ class LedgerState:
     def __init__(self) -> None:
         self.manifest: str | None = None
         """digest of the manifest of the pool; None for a ledger without a pool"""
-        self.unauthenticated = 0
-        """number of entries of an older version without authentication"""
         self.members: dict[str, SetRecord] = {}
         """sets by name, in the order in which they were added"""
         self._terms: list[Term] = []
@@ -248,9 +245,6 @@ class LedgerState:
                 )
             for base in entry["bases"]:
                 self.member(base)
-        elif kind == "migrated":
-            if entry["entries"] != self._entries:
-                raise UsageError(f"{entry['entries']} entries were migrated, but there were {self._entries}")
         else:
             self._refuse_step(entry)
 
@@ -321,8 +315,6 @@ class LedgerState:
                 self._entries,
                 role=entry["role"],
             )
-        elif kind == "migrated":
-            self.unauthenticated = entry["entries"]
         elif kind == "exposed":
             self._expose(Exposure(entry["set"], entry["why"], at, self._entries, entry["automatic"]))
         elif kind == "deleted":

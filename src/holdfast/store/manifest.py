@@ -12,11 +12,9 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import forms
 from holdfast.store.authentic import HEAD, read_head
 from holdfast.store.encryption import Seal
-from holdfast.store.files import POOL_MANIFEST, content_of, flush_folder, refusal_in_pool, usable
+from holdfast.store.files import POOL_MANIFEST, content_of, refusal_in_pool, usable
 from holdfast.store.forms import refuse_form
-from holdfast.store.ledger import LOCK
 from holdfast.store.ledger import NAME as LEDGER
-from holdfast.store.locking import locked
 from holdfast.store.records import read_document
 
 SETS = "sets"
@@ -24,8 +22,6 @@ SEALED = ".sealed"
 NEW = ".new"
 """Suffix of the name of a file until the ledger entry that makes the file valid is written."""
 SCHEMA_VERSION = 2
-OLD_VERSION = 1
-"""Version of the format without an authenticated ledger."""
 _FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record({})})
 
 
@@ -33,14 +29,14 @@ def open_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a pool of the current format. Raises `TargetError` if there is no pool or if it has
     another format.
     """
-    manifest = any_manifest(path)
-    version = manifest.get("schema_version")
-    if version == OLD_VERSION:
+    if not is_complete(path):
+        _refuse_incomplete(path)
         raise TargetError(
-            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, whose ledger is not authenticated: "
-            "entries can be removed from it without the key, so no set of it is served. Convert it with holdfast "
-            f"rotate migrate {shlex.quote(str(path))}"
+            f"{str(path)!r} is not a pool, or its creation was interrupted; create it with holdfast rotate collect "
+            f"MODEL DATA --run {shlex.quote(str(path))}, or in Python with Pool.create"
         )
+    manifest = read_document(path / POOL_MANIFEST)
+    version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise TargetError(
             f"{str(path / POOL_MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install "
@@ -48,17 +44,6 @@ def open_manifest(path: Path) -> dict[str, Any]:
         )
     refuse_form(path / POOL_MANIFEST, manifest, _FORM)
     return manifest
-
-
-def any_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a pool of any format. Raises `TargetError` if there is no pool."""
-    if not is_complete(path):
-        _refuse_incomplete(path)
-        raise TargetError(
-            f"{str(path)!r} is not a pool, or its creation was interrupted; create it with holdfast rotate collect "
-            f"MODEL DATA --run {shlex.quote(str(path))}, or in Python with Pool.create"
-        )
-    return read_document(path / POOL_MANIFEST)
 
 
 def is_complete(path: Path) -> bool:
@@ -124,44 +109,9 @@ def bound(pool: str, name: str) -> str:
     return f"{pool}/{SCHEMA_VERSION}/{name}"
 
 
-def old_bound(pool: str, name: str) -> str:
-    """Return the name under which an older version of Holdfast encrypted a file of a pool."""
-    return f"{pool}/{name}"
-
-
 def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, path: Path) -> bytes:
-    """Return the decrypted content of a file of a pool. If the pool was converted from an older format, its files may
-    still have that format.
-    """
-    try:
-        return seal.open(data, bound(manifest["id"], name), path)
-    except TargetError:
-        if "migrated" not in manifest:
-            raise
-        return seal.open(data, old_bound(manifest["id"], name), path)
-
-
-def end_migration(path: Path) -> None:
-    """Finish the conversion of a pool to the present format. The process that began it was killed after the manifest
-    was written.
-    """
-    if any(file.exists() for file in _new_files(path)):
-        with locked(path / LOCK), usable(path, refusal_in_pool):
-            name_new_files(path)
-
-
-def name_new_files(path: Path) -> None:
-    """Replace the ledger of the older format by the converted ledger and its head file. The caller must have locked the
-    pool.
-    """
-    for file in _new_files(path):
-        if file.exists():
-            file.replace(file.with_name(file.name.removesuffix(NEW)))
-    flush_folder(path)
-
-
-def _new_files(path: Path) -> list[Path]:
-    return [path / f"{name}{NEW}" for name in (HEAD, LEDGER)]
+    """Return the decrypted content of a file of a pool."""
+    return seal.open(data, bound(manifest["id"], name), path)
 
 
 # --- validation of new sets

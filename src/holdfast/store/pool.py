@@ -22,7 +22,6 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
-from holdfast.core.renamed import Earlier
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey
 from holdfast.store.columns import ColumnFile, content_digest
@@ -46,7 +45,6 @@ from holdfast.store.manifest import (
     SEALED,
     SETS,
     bound,
-    end_migration,
     open_manifest,
     refuse_begun,
     refuse_no_set,
@@ -105,7 +103,6 @@ class Pool:
         seal = existing_seal(path)
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
         ledger = Ledger(path, LedgerKey.of(seal, manifest["id"]))
-        end_migration(path)
         if ledger.manifest != digest(document(manifest)):
             raise TargetError(
                 f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
@@ -114,8 +111,6 @@ class Pool:
         pool = cls(path, manifest, seal, ledger)
         pool._recover()
         return pool
-
-    begun, held = Earlier("create"), Earlier("open")
 
     @property
     def shown(self) -> str:

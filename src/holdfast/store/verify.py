@@ -60,7 +60,7 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     if seal is not None:
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
     key = None if seal is None else LedgerKey.of(seal, manifest["id"])
-    file, head_file = (_newest(path / name) for name in (LEDGER, HEAD))
+    file, head_file = path / LEDGER, path / HEAD
     head = read_head(head_file, key)  # read before the entries, since another process may add some
     data = content_of(file, refusal_in_pool)
     links = read_entries(file, data[: data.rfind(b"\n") + 1], well_formed, key)
@@ -81,12 +81,6 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     )
     opened = _refuse_files(path, state, seal, manifest)
     return VerifiedPool(digests[-1], len(digests), opened, key is not None)
-
-
-def _newest(file: Path) -> Path:
-    """The file of a killed migration that was not renamed yet, if it exists, else the file itself."""
-    new = file.with_name(file.name + NEW)
-    return new if new.exists() else file
 
 
 def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:

@@ -19,7 +19,6 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.renamed import earlier_functions
 from holdfast.core.types import Inputs, PerExample
 from holdfast.testing.fakes import examples
 
@@ -205,13 +204,3 @@ def _best_of_all_sets(norm: L0, points: Tensor, clean: Tensor) -> Tensor:
         nearer = (x - points).norm(dim=1) < away
         best[nearer], away[nearer] = x[nearer], (x - points).norm(dim=1)[nearer]
     return best
-
-
-__getattr__ = earlier_functions(
-    __name__,
-    {
-        "projects_once": projection_is_idempotent,
-        "leaves_feasible_points_alone": does_not_change_feasible_points,
-        "radii_are_each_example_s_own": radii_apply_to_each_example,
-    },
-)

@@ -23,7 +23,6 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import Classifier, Model
-from holdfast.core.renamed import earlier_functions
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.harness import measure
@@ -430,21 +429,3 @@ def breaks_all_that_a_weaker_one_breaks(weaker: Attack, stronger: Attack, norm: 
         assert not (by_weaker & ~by_stronger).any(), (
             f"{stronger} loses {int((by_weaker & ~by_stronger).sum())} examples of {weaker}"
         )
-
-
-__getattr__ = earlier_functions(
-    __name__,
-    {
-        "keeps_what_it_found": returns_successful_queries,
-        "ignores_the_company": does_not_depend_on_the_batch,
-        "repeats_itself": is_reproducible,
-        "agrees_with_the_oracle": agrees_with_exact_distances,
-        "leaves_the_model_alone": does_not_change_the_model,
-        "leaves_its_arguments_alone": does_not_change_its_arguments,
-        "declares_what_it_must_see": needs_only_the_declared_access,
-        "keeps_to_the_budget": respects_the_query_budget,
-        "survives_odd_batches": handles_unusual_batches,
-        "survives_odd_models": handles_unusual_models,
-        "more_never_loses": breaks_all_that_a_weaker_one_breaks,
-    },
-)

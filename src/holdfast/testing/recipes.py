@@ -12,7 +12,6 @@ from holdfast.core.checkpoint import WEIGHTS, Checkpoint
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.core.renamed import earlier_functions
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.denoiser import with_denoiser
 from holdfast.ops.fit import Training, drawing
@@ -136,14 +135,3 @@ RECIPE_LAWS = (
     learns,
 )
 """all laws of recipes"""
-
-
-__getattr__ = earlier_functions(
-    __name__,
-    {
-        "goes_on_exactly": resumes_exactly,
-        "draws_from_its_own_seed": does_not_use_global_randomness,
-        "leaves_the_model_alone": does_not_change_the_model,
-        "repeats_itself": is_reproducible,
-    },
-)

@@ -12,7 +12,7 @@ from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.doubts.concluding import Findings
-from holdfast.gates.grammar import recorded
+from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Judgement, exit_code
 from holdfast.harness import KINDS, Outline, Probes
 from holdfast.harness import StageOutline as OutlineStep
@@ -165,7 +165,7 @@ def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
         content_of_estimate["n"],
     )
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
-    return Judgement(recorded(content["condition"]), estimate, content["verdict"], doubts, scope)
+    return Judgement(parse(content["condition"]), estimate, content["verdict"], doubts, scope)
 
 
 def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:

@@ -73,7 +73,7 @@ def evidence_of(
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
         surrogates=tuple(manifest["surrogates"]),
         others=tuple(manifest["other_data"]),
-        **_scope(doubts_json),
+        probes=doubts_json["probes"],
     )
     outline = outline_from_json(manifest["config"])
     if adapted is not None:
@@ -92,22 +92,12 @@ def _mixed(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:
     )
 
 
-def _scope(doubts_json: Mapping[str, Any]) -> dict[str, Any]:
-    """Which adversarial examples count. Runs of earlier versions list no probes, so only those of the suite count."""
-    if "probes" in doubts_json:
-        return {"probes": doubts_json["probes"]}
-    broken_ids = {id_ for ids in doubts_json["broken"].values() for id_ in ids}
-    return {"scope": "suite only", "broken_elsewhere": len(broken_ids)}
-
-
 def counted_passes(
     manifest: Mapping[str, Any], by_stage: Mapping[str, Columns], doubts_json: Mapping[str, Any]
 ) -> tuple[Pass, ...]:
     """Return the measurements outside the suite, such as probes, whose adversarial examples count towards robust
     accuracy.
     """
-    if "probes" not in doubts_json:
-        return ()
     return passes(outline_from_json(manifest["config"]), by_stage, doubts_json["probes"])
 
 
@@ -151,7 +141,6 @@ def _adapted(
             blind=adapted["no_detector_gradient"],
         ),
         notes=(*context.notes, *adapted["unfinished"], *adapted["notes"]),
-        broken_elsewhere=len(broken_elsewhere) if context.scope == "suite only" else 0,
         remarks={
             name: (f"run because of {enumerated(reasons[arm])}", *_bypass_note(adapted, arm))
             for arm, name in places.items()

@@ -75,7 +75,7 @@ class Hardened:
 
     def __str__(self) -> str:
         before, after = (self.card[side]["metrics"] for side in ("before", "after"))
-        names, at_chance = compared_metrics(self.card), self.card["before"].get("at_chance", False)
+        names, at_chance = compared_metrics(self.card), self.card["before"]["at_chance"]
         metrics = [
             f"{name} {'' if at_chance else percent(before[name]['value']) + ' → '}{percent(after[name]['value'])}"
             for name in names

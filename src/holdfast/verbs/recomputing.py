@@ -106,7 +106,7 @@ def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]
     n = manifest["data"].get("n")
     if n is not None:
         refuse_other(file, "data.n", n, len(by_stage["clean"]["id"]))
-    if "config" in manifest["digests"] and manifest["schema_version"] > 1:
+    if "config" in manifest["digests"]:
         config = digest(canonical(manifest["config"]))
         refuse_other(file, "digests.config", manifest["digests"]["config"], config)
 
@@ -116,7 +116,7 @@ def _refuse_probes(file: Path, doubts_json: Json, by_stage: Mapping[str, Columns
     examples would not count.
     """
     found = by_stage.get(FOUND)
-    if found is None or "probes" not in doubts_json:
+    if found is None:
         return
     tried = [n for _, n in doubts_json["probes"]]
     n_found = torch.bincount(found[PROBE], minlength=len(tried)).tolist()
@@ -135,12 +135,8 @@ def _suite_columns(outline: Outline, before: Mapping[str, Columns]) -> Columns:
     return {**assemble(outline, before), "is_probability": before["clean"]["is_probability"]}
 
 
-def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]) -> Findings | None:
-    """The doubts that the columns alone decide, and the examples that the suite missed; None for a run of an earlier
-    version, which lists no probes.
-    """
-    if "probes" not in doubts_json:
-        return None
+def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]) -> Findings:
+    """The doubts that the columns alone decide, and the examples that the suite missed."""
     outline = outline_from_json(manifest["config"])
     before = _before_adaptive(outline, by_stage)
     found = {FOUND: by_stage[FOUND]} if FOUND in by_stage else {}

@@ -79,9 +79,9 @@ def _refuse_metrics(run: StoredHardening, side: str, result: Result) -> None:
     raised = [doubt.name for doubt in result.doubts if doubt.state == "raised"]
     refuse_other(file, f"{side}.doubts", [doubt["name"] for doubt in stated["doubts"]], raised)
     own = run.manifest["digests"]["code"] == code_digest()
-    if side == "before" and (own or "at_chance" in stated):  # cards of earlier versions do not state it
+    if side == "before":
         at_chance = against_majority(result.evidence["correct"], result.evidence["y"]).at_chance
-        refuse_other(file, "before.at_chance", stated.get("at_chance"), at_chance)
+        refuse_other(file, "before.at_chance", stated["at_chance"], at_chance)
     if own:
         for name, value in judged(result.summary()).items():
             if name != "notes":  # which contain those on a baseline, which is not part of the run

@@ -104,8 +104,7 @@ def refuse_columns(path: Path, manifest: Json, by_stage: Mapping[str, Columns]) 
             refuse(step.name, "id", columns["id"], clean["id"], "the clean stage")
         if step.kind.proves:
             _refuse_proofs(refuse, step, columns, outline.threat.constraint.eps)
-        elif (step.kind.in_suite or step.kind.title) and "ran" in columns:
-            # without this column it is a pass of an earlier version, which does not count
+        elif step.kind.in_suite or step.kind.title:
             _refuse_attack(refuse, step, columns, outline, correct & eligible, exact=exact)
 
 

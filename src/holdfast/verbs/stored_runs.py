@@ -145,7 +145,7 @@ def open_run(path: Path) -> Result:
     """
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
-    decided = recorded_document(path, chain, VERDICT, manifest["schema_version"])
+    decided = recorded_document(path, chain, VERDICT)
     if decided is None:
         raise TargetError(f"the run in {str(path)!r} is not finished", _resumed(path))
     verbs = ("harden",) if "verdict_of" in decided else ("assess", "certify")
@@ -167,8 +167,7 @@ def open_run(path: Path) -> Result:
 
 def _refuse_contradictory(path: Path, manifest: dict[str, Any], chain: Chain, after: Result) -> None:
     """Raise `TargetError` if the documents of a hardening contradict its two measurements."""
-    version = manifest["schema_version"]
-    card, training = (recorded_document(path, chain, kind, version) for kind in ("card", "training"))
+    card, training = (recorded_document(path, chain, kind) for kind in ("card", "training"))
     weights = chain.last("model")
     if card is None or training is None or weights is None:
         raise TargetError(f"{str(path)!r} has a verdict but no card and no model; restore it from a copy")
@@ -216,7 +215,7 @@ def _inner_run(
             f"{str(inner_path)!r} is not the run whose chain is recorded in {inner_name}.json; restore it from a copy"
         )
     refuse_altered(inner_path, inner)
-    verdict = recorded_document(inner_path, inner, VERDICT, manifest["schema_version"])
+    verdict = recorded_document(inner_path, inner, VERDICT)
     if verdict is None:
         raise TargetError(f"the run in {str(inner_path)!r} is not finished", _resumed(path))
     return inner_path, manifest, inner, verdict
@@ -225,8 +224,8 @@ def _inner_run(
 def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
     refuse_form(path / MANIFEST, manifest, ASSESSED)
     refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
-    doubts_json = _doubts(path, chain, manifest["schema_version"])
-    rotation = recorded_document(path, chain, ROTATION, manifest["schema_version"])
+    doubts_json = _doubts(path, chain)
+    rotation = recorded_document(path, chain, ROTATION)
     with consistent(path):
         return _result(path, manifest, chain, decided, doubts_json, rotation)
 
@@ -240,7 +239,7 @@ def _result(
     rotation: dict[str, Any] | None,
 ) -> Result:
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
-    adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
+    adapted = recorded_document(path, chain, ADAPTIVE)
     by_stage = _stages(path, manifest, chain)
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
     refuse_other_stages(path, manifest, chain, adapted)
@@ -286,7 +285,7 @@ def _entry(path: Path) -> RunEntry:
     refuse_altered(path, chain)
     threat, decided = (
         manifest["config"]["threat"],
-        recorded_document(path, chain, VERDICT, manifest["schema_version"]),
+        recorded_document(path, chain, VERDICT),
     )
     if decided is not None:
         refuse_form(path / f"{VERDICT}.json", decided, JUDGED if "verdict_of" in decided else DECIDED)
@@ -333,8 +332,8 @@ def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Col
     return by_stage if found_by_probes is None else {**by_stage, FOUND: found_by_probes.columns}
 
 
-def _doubts(path: Path, chain: Chain, version: int) -> dict[str, Any]:
-    doubts_json = recorded_document(path, chain, DOUBTS, version)
+def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
+    doubts_json = recorded_document(path, chain, DOUBTS)
     if doubts_json is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
     refuse_form(path / f"{DOUBTS}.json", doubts_json, DOUBTED)

@@ -30,7 +30,6 @@ from holdfast.verbs.rotate.request import RotateRequest, accuracy, state_of
 
 By = Literal["generator", "retraining"]
 """How sets are produced: sampled from the generator, or trained from fresh random weights."""
-_EARLIER: Mapping[str, By] = {"anew": "retraining"}  # earlier names, in pools and on the command line
 _DRAW_FILE = "drawing"
 _SETS = 8  # sets of a draw without --sets
 _LOOKED = 2_000  # training inputs on which a generated set is tested before it is immunised
@@ -93,7 +92,7 @@ def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> D
         if stored is None:
             _start(request)
         else:
-            _refuse_other(_settings_of(stored.about), request)
+            _refuse_other(stored.about["asked"], request)
             if not _missing(stored.about):
                 notify(
                     "that draw is complete, so there is nothing to resume; omit --resume to draw more sets"
@@ -106,18 +105,15 @@ def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> D
     return _result(drawing.about)
 
 
-def by_named(name: str | None, notify: Notify = ignore) -> By | None:
+def by_named(name: str | None) -> By | None:
     """Return the method of producing parameter sets that is called `name`: generation or retraining. Return None if
     `name` is None.
 
-    For a name of an earlier version, a note is shown. Raises `UsageError` for an unknown name.
+    Raises `UsageError` for an unknown name.
     """
-    if name is None or name in get_args(By):
-        return cast("By | None", name)
-    if name not in _EARLIER:
+    if name is not None and name not in get_args(By):
         raise UsageError(f"by is {name!r}; expected generator or retraining")
-    notify(f"note: by={name} is now called by={_EARLIER[name]}; the earlier name is still accepted")
-    return _EARLIER[name]
+    return cast("By | None", name)
 
 
 # --- the description of a draw, which is stored encrypted
@@ -140,12 +136,6 @@ def _start(request: DrawRequest) -> None:
 
 def _plain(immunise: Immunise | None) -> Any:
     return None if immunise is None else strict(asdict(immunise))
-
-
-def _settings_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a stored draw; pools of earlier versions contain an earlier name of `by`."""
-    settings = about["asked"]
-    return {**settings, "by": _EARLIER.get(settings["by"], settings["by"])}
 
 
 def _refuse_other(stored: Mapping[str, Any], request: DrawRequest) -> None:
@@ -177,9 +167,7 @@ def _missing(about: Mapping[str, Any]) -> bool:
 
 
 def _result(about: Mapping[str, Any]) -> Drawn:
-    return Drawn(
-        tuple(about["names"]), _settings_of(about)["by"], tuple(about["against"]), about["looked_at"]
-    )
+    return Drawn(tuple(about["names"]), about["asked"]["by"], tuple(about["against"]), about["looked_at"])
 
 
 def _against(pool: Pool) -> tuple[str, ...]:
@@ -212,7 +200,7 @@ class _Drawing:
         assert stored is not None
         self.pool, self.common, self.immunise = request.pool, request.common, request.immunise
         self.stopper, self.notify, self.about = stopper, notify, dict(stored.about)
-        self.by: By = _settings_of(self.about)["by"]
+        self.by: By = self.about["asked"]["by"]
         self.seed: Tensor = stored.columns["seed"]
         self.draws = Draws(int(self.seed)).at("drawing")
         self.task = self.common.task(epochs_of(self.pool))

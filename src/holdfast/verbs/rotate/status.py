@@ -69,11 +69,6 @@ def _notes(pool: Pool) -> list[str]:
     """Notes on problems that need an action."""
     ledger, serving = pool.ledger, pool.serving
     notes = []
-    if ledger.unauthenticated:
-        notes.append(
-            f"the first {ledger.unauthenticated} entries were written by an older version without authentication; "
-            "entries may have been removed before the pool was migrated"
-        )
     if pool.unjudged:
         notes.append(
             f"{len(pool.unjudged)} of {len(pool.ahead)} waiting sets were not judged against all stolen sets; "
