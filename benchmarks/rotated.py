@@ -31,7 +31,7 @@ from holdfast.ops.fit import Training
 from holdfast.ops.losses import cross_entropy, margin_loss
 from holdfast.ops.recipe import Recipe
 from holdfast.recipes import SingleStep, Standard
-from holdfast.rotation import Basins, Immunise, Members, Task, Trajectory, collect, put, weights_of
+from holdfast.rotation import Basins, Immunise, Members, Task, collect, put, weights_of
 from holdfast.rotation.collecting import trained_from_fresh_weights
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
@@ -96,7 +96,7 @@ def examples() -> Examples:
 
 
 BASINS = Basins(seeds=8, sets=25, every=4, lr=1e-3)
-TRAJECTORY = Trajectory(sets=200, every=4, lr=1e-3)
+TRAJECTORY = Basins(seeds=1, sets=200, every=4, lr=1e-3)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from time import perf_counter
 
 import torch
 
+from benchmarks.alignment import all_aligned
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import (
     POINT,
@@ -33,7 +34,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
 from holdfast.recipes import Standard
-from holdfast.rotation import Codec, Immunise, LatentDiffusion, Members, all_aligned, put, weights_of
+from holdfast.rotation import Codec, Immunise, LatentDiffusion, Members, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
 from holdfast.rotation.distances import nearest_sets
 

@@ -17,7 +17,7 @@ from holdfast.cli.app import verbs
         (["assess", "mnist-cnn", "mnist-mini", "-t"], "lin", ["linf:"]),
         (["assess", "mnist-cnn", "mnist-mini", "--layout"], "h", ["hwc"]),
         (["harden", "mnist-cnn", "mnist-mini", "--recipe"], "tra", ["trades"]),
-        (["rotate", "collect", "--source"], "tra", ["trajectory"]),
+        (["rotate", "collect", "--source"], "ba", ["basins"]),
         (["attacks"], "carl", ["CarliniWagner"]),
         (["data", "show"], "gts", ["gtsrb"]),
     ],

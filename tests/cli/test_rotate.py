@@ -201,7 +201,7 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
     collected = Collected(1, 4, 3, (1.0,), (1.0,) * 4, held)
     monkeypatch.setattr(loop, "collect", lambda *given, **more: collected)
     monkeypatch.setattr(loop, "train", learn)
-    words = ["rotate", "run", *COLLECT[2:8], "--source", "trajectory", "--run", "pool", "--resume", "--once"]
+    words = ["rotate", "run", *COLLECT[2:8], "--source", "seeds", "--run", "pool", "--resume", "--once"]
     assert run(words) == 2
     assert "it is learned" in capsys.readouterr().err
 

@@ -9,13 +9,12 @@ from torch import nn
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.rotation import Basins, LowRank, Members, Seeds, Subset, Trajectory, collect, put, weights_of
+from holdfast.rotation import Basins, LowRank, Members, Seeds, Subset, collect, put, weights_of
 from holdfast.rotation.collecting import trained_from_fresh_weights, with_fresh_weights
 from holdfast.rotation.distances import apart, l1, nearest_sets
 from rotation.problem import accuracy, examples, network, task
 
 SOURCES = [
-    (Trajectory(sets=4, every=2), 4),
     (Seeds(3), 1),
     (Basins(seeds=2, sets=3, every=2), 3),
     (Subset(("5.",), sets=2, updates=8), 1),
@@ -54,8 +53,8 @@ def test_sets_of_one_run_are_neighbours_and_those_of_two_are_strangers():
 
 
 def test_a_tail_goes_on_where_it_stands():
-    short = collect(Trajectory(sets=2, every=2), task(epochs=1), rng=Draws(0))
-    long = collect(Trajectory(sets=4, every=2), task(epochs=1), rng=Draws(0))
+    short = collect(Basins(seeds=1, sets=2, every=2), task(epochs=1), rng=Draws(0))
+    long = collect(Basins(seeds=1, sets=4, every=2), task(epochs=1), rng=Draws(0))
     for name, value in short.tensors.items():
         torch.testing.assert_close(long.tensors[name][:2], value)
 
@@ -72,7 +71,7 @@ def test_a_tail_makes_as_many_updates_as_are_asked_of_little_data():
 
     few = replace(small, tail=Counted(training=job.tail.training))
     for source, sets, updates in (
-        (Trajectory(sets=2, every=7), 2, 14),
+        (Basins(seeds=1, sets=2, every=7), 2, 14),
         (Subset(("7.",), sets=9, updates=10), 1, 10),  # of a run
     ):
         counted.clear()

@@ -312,7 +312,7 @@ def test_without_adaptive_there_is_no_table(serving, collected, quick):
 def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     near = serving.weights(contents.bases(serving)[0])
     near = {name: value * 1.001 for name, value in near.items()}
-    serving.admit(serving.add(near, {"by": "trajectory"}))
+    serving.admit(serving.add(near, {"by": "another method"}))
     serving.expose(contents.bases(serving)[0], "laptop stolen")
     serving.serve(serving.ahead[-1], unjudged=True)
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")

@@ -25,7 +25,6 @@ SOURCES: Final = {
     "low-rank": "LowRank",
     "seeds": "Seeds",
     "subset": "Subset",
-    "trajectory": "Trajectory",
 }
 """Names of the sources of parameter sets for `rotate collect`, with the names of their classes in
 `holdfast.rotation`."""

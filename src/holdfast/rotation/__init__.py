@@ -2,9 +2,8 @@
 serving set.
 """
 
-from holdfast.rotation.alignment import all_aligned
 from holdfast.rotation.codec import Codec, Embedding
-from holdfast.rotation.collecting import Basins, LowRank, Seeds, Source, Subset, Task, Trajectory, collect
+from holdfast.rotation.collecting import Basins, LowRank, Seeds, Source, Subset, Task, collect
 from holdfast.rotation.distilling import Distilled
 from holdfast.rotation.generating import Generator, LatentDiffusion
 from holdfast.rotation.immunising import Crafting, Immunise, chain
@@ -33,9 +32,7 @@ __all__ = [
     "Source",
     "Subset",
     "Task",
-    "Trajectory",
     "Watch",
-    "all_aligned",
     "canary",
     "chain",
     "churn",

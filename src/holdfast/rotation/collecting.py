@@ -73,39 +73,6 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """Settings for a collection of checkpoints of one run, as in the published recipe. Rotation among them gives no
-    protection.
-
-    All of them lie in one basin of the loss, so an attack on one breaks the others.
-    """
-
-    sets: Steps = 200
-    """number of checkpoints"""
-    every: Steps = 4
-    """number of updates between two checkpoints"""
-    lr: Positive = 1e-3
-    """constant learning rate between the checkpoints"""
-
-    anew: ClassVar[bool] = True
-
-    @property
-    def runs(self) -> int:
-        """Number of training runs that produce the collection, which is always 1."""
-        return 1
-
-    @property
-    def updates(self) -> int:
-        """Number of updates of the optimiser from the end of the training run to the last checkpoint of
-        the collection.
-        """
-        return self.sets * self.every
-
-    def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
-        return tail(base, task, self.sets, self.every, self.lr, rng)
-
-
-@dataclass(frozen=True)
 class Seeds:
     """Settings for a collection of the final parameter sets of independent runs."""
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.alignment import aligned, all_aligned, hidden, permuted
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
-from holdfast.rotation import Members, all_aligned, put, weights_of
-from holdfast.rotation.alignment import aligned, hidden, permuted
+from holdfast.rotation import Members, put, weights_of
 from rotation.problem import examples, network
 
 
