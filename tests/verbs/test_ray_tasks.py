@@ -138,7 +138,7 @@ def test_memory_that_is_too_small_for_one_example_ends_the_run(fake):
     [
         ("lost", r"a worker was lost 3 times on shard \d of clean \(examples \d+ to \d+\)"),
         ("full", "the object store of Ray is full"),
-        ("unreadable", "an error that is not read, because it could run code here"),
+        ("error", "with an error; look for it in the logs of Ray"),
         ("cancelled", "cancelled"),
         (b"C", "something else than a result of Holdfast"),
         (b"C" + bytes(40), "something else than a result of Holdfast"),

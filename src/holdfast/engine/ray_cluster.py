@@ -2,34 +2,36 @@
 
 import importlib.util
 import ipaddress
-import logging
 import os
 import socket
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.remedies import RESUME, Install, Remedy
 from holdfast.engine.progress import Notify, ignore
 from holdfast.engine.ray_local import (
-    ended_processes,
     local_cluster,
     own_signals,
     quiet,
     shut_down,
     unchanged_process,
 )
-from holdfast.engine.ray_results import Failure, client_of, result_of
 
+_FETCH_S = 600
+"""Seconds in which a finished result must arrive from its node."""
+Failure = Literal["memory", "lost", "full", "cancelled", "error"]
+"""Reason why a task has no result: its worker was killed for memory, its worker or node is lost, the object store is
+full, it was cancelled, or it raised an exception."""
 CONNECT_S = 10
 """Seconds in which an address must answer."""
 _TRY_S = 2
@@ -125,14 +127,7 @@ class Cluster:
     local: bool
     """whether the cluster was started on this machine by this process"""
     dashboard: str = ""
-    ended: Callable[[], Sequence[str]] = tuple
-    """function that returns the names of processes of the cluster that have ended, if this process has started it"""
     _functions: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-
-    @property
-    def is_client(self) -> bool:
-        """Whether the connection uses Ray Client, with an address that begins with `ray://`."""
-        return client_of(self.ray) is not None
 
     def submit(self, function: Callable[..., bytes], arguments: Sequence[Any], **options: Any) -> Any:
         """Start a task, and return the reference to its result."""
@@ -159,9 +154,26 @@ class Cluster:
         return [*ready, *(each for each in more if each not in ready)]
 
     def result(self, reference: Any) -> bytes | Failure:
-        """Return the bytes that a finished task returned, or why there are none. Nothing is unpickled."""
+        """Return what a finished task returned, or why there is no result."""
+        errors = self.ray.exceptions
+        failures: Mapping[Failure, tuple[type[Exception], ...]] = {
+            "memory": (errors.OutOfMemoryError,),
+            "full": (errors.ObjectStoreFullError, errors.OutOfDiskError),
+            "cancelled": (errors.TaskCancelledError,),
+            "lost": (
+                errors.WorkerCrashedError,
+                errors.NodeDiedError,
+                errors.ObjectLostError,
+                errors.GetTimeoutError,
+            ),
+            "error": (errors.RayTaskError,),
+        }
         with self._reachable():
-            return result_of(client_of(self.ray), reference)
+            try:
+                content: bytes = self.ray.get(reference, timeout=_FETCH_S)
+            except tuple(kind for kinds in failures.values() for kind in kinds) as error:
+                return next(failure for failure, kinds in failures.items() if isinstance(error, kinds))
+        return content
 
     def cancel(self, references: Sequence[Any]) -> None:
         """Cancel tasks, and end the workers that run them. A task of a cluster that is lost has ended already."""
@@ -191,12 +203,6 @@ class Cluster:
         try:
             if not self.ray.is_initialized():
                 raise ConnectionError("it is closed")
-            if ended := self.ended():
-                raise TargetError(
-                    f"a process of the cluster on this machine has ended ({' and '.join(ended)}), as after a kill for "
-                    "memory; fewer workers need less",
-                    RESUME,
-                )
             yield
         except HoldfastError:
             raise
@@ -255,7 +261,7 @@ def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Clu
     """Start a cluster on this machine, which ends on exit. Raises `UsageError` or `TargetError`."""
     gpus = None if options.gpus_per_worker else 0  # None for all that Ray finds
     with local_cluster(ray, workers, gpus) as context:
-        yield Cluster(ray, local=True, dashboard=_dashboard(context), ended=ended_processes)
+        yield Cluster(ray, local=True, dashboard=_dashboard(context))
 
 
 def _dashboard(context: Any) -> str:
@@ -291,9 +297,6 @@ def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
             ) from error
         except OSError as error:
             raise _no_answer(options, begun, error) from error
-        logs = client_of(ray).log_client
-        logs.set_logstream_level(logging.ERROR)  # otherwise its logger writes that it reconnects
-        logs.disable_logs()
         yield Cluster(ray, local=False, dashboard=str(context.dashboard_url or ""))
 
 

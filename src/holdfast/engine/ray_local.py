@@ -1,9 +1,11 @@
 """A Ray cluster that is started on this machine and ends with the process of the run."""
 
+import contextlib
 import logging
 import os
 import secrets
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,11 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.engine import ray_watcher
 
 _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-_ESSENTIAL = ("raylet", "gcs_server")
-"""Processes without which a cluster cannot run."""
 _SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """Number of bytes that Ray appends to its folder for the path of a socket."""
 _LONGEST_SOCKET = 103
@@ -31,8 +30,8 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
 
     Ray opens ports on all network interfaces, so an environment that switches tokens off is refused. Without a token of
     the user, the cluster has one of its own, which is passed in the environment of its processes and written to no
-    file. Files of the session are in a temporary folder. If this process is killed, a watcher ends the processes of the
-    cluster and deletes the folder. Raises `UsageError` or `TargetError`.
+    file. Files of the session are in a temporary folder, which is deleted on exit. Raises `UsageError` or
+    `TargetError`.
     """
     mode = os.environ.pop("RAY_AUTH_MODE", "token")  # `token` is Ray's default
     if mode != "token":
@@ -44,15 +43,15 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
         os.environ["RAY_AUTH_TOKEN"] = _own_token()
     with ExitStack() as stack:
         try:
-            # a short name, because paths of sockets are limited
-            folder = Path(tempfile.mkdtemp(prefix="hf-"))
-            # Ray lets everybody write to its folder; the folder around it is accessible to this user only
-            session, temporary = folder / "r", folder / "t"
+            # a short name, because paths of sockets are limited; its owner alone can enter it, unlike Ray's own folder
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="hf-", ignore_cleanup_errors=True)
+            )
+            session = Path(folder, "r")
             session.mkdir()
-            temporary.mkdir()
-            stack.callback(ray_watcher.close, ray_watcher.folder_watcher(folder, temporary))
             stack.callback(shut_down, ray)
-            with own_signals(), quiet(), _temporary_folder(temporary):
+            # Ray puts the current folder on the import path of workers
+            with own_signals(), quiet(), contextlib.chdir(session):
                 context = ray.init(
                     address="local",
                     num_cpus=workers,
@@ -60,24 +59,14 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
                     include_dashboard=None,
                     log_to_driver=False,
                     logging_level="ERROR",
-                    job_config=_job_config(),
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(session),
                 )
         except (ConnectionError, RuntimeError, OSError) as error:
             raise TargetError(f"Ray did not start on this machine: {error}{_shorter()}") from error
-        with _silent_errors(ray):
+        # messages of Ray on lost workers, which must not be part of a report on stdout
+        with contextlib.redirect_stdout(sys.stderr):
             yield context
-
-
-def ended_processes() -> list[str]:
-    """Return the names of the processes of the cluster of this process that have ended and without which it cannot
-    run.
-    """
-    from ray._private import worker
-
-    node = worker._global_node
-    return [] if node is None else [name for name, _ in node.dead_processes() if name in _ESSENTIAL]
 
 
 def _shorter() -> str:
@@ -108,20 +97,6 @@ def _default_token() -> Path:
 
 
 @contextmanager
-def _temporary_folder(folder: Path) -> Iterator[None]:
-    """Context manager in which processes are started with another folder for their temporary files."""
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("TMPDIR", None)
-        else:
-            os.environ["TMPDIR"] = before
-
-
-@contextmanager
 def unchanged_process() -> Iterator[None]:
     """Context manager that restores the environment on exit; Ray changes it, also after an error."""
     before = dict(os.environ)
@@ -149,19 +124,6 @@ def own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _job_config() -> Any:
-    """Return the configuration of the job, with which Ray does not put the current folder on the import path of
-    workers.
-    """
-    from ray.job_config import JobConfig
-
-    class OwnPath(JobConfig):  # type: ignore[misc]  # Ray is not typed
-        def _runtime_env_has_working_dir(self) -> bool:
-            return True
-
-    return OwnPath()
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Context manager without the warnings of Ray on its own settings and on its connections."""
@@ -172,15 +134,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _silent_errors(ray: ModuleType) -> Iterator[None]:
-    """Context manager in which Ray does not print messages on lost workers to stdout, where a report may be written."""
-    worker = ray._private.worker
-    before = worker.print_to_stdstream
-    worker.print_to_stdstream = lambda *args, **settings: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = before

@@ -218,10 +218,10 @@ class RayTasks:
             raise full()
         if failure == "cancelled":
             raise TargetError(f"{place} was cancelled in the cluster", RESUME)
-        if failure == "unreadable":
+        if failure == "error":
             raise TargetError(
-                f"a worker ended {place} with an error that is not read, because it could run code here; look for it "
-                "in the logs of Ray on the node, and whether Holdfast is installed on all nodes"
+                f"a worker ended {place} with an error; look for it in the logs of Ray on the node, and whether "
+                "Holdfast is installed on all nodes"
             )
         self._lost[stage, shard] += 1
         if self._lost[stage, shard] >= DEATHS:

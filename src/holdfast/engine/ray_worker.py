@@ -56,14 +56,6 @@ def fetched(reference: Any) -> Any:
     return ray.get(reference)
 
 
-def session_folder() -> str | None:
-    """Return the folder of this node for the files of the cluster's session, or None if this process has none."""
-    from ray._private import worker
-
-    node = worker._global_node
-    return None if node is None else str(node.get_session_dir_path())
-
-
 CURRENT = Opened()
 """The model that this worker process has open."""
 atexit.register(CURRENT.close)

@@ -20,9 +20,7 @@ import torch
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.engine import ray_watcher
 from holdfast.engine.executor import Measure
-from holdfast.engine.ray_worker import session_folder
 from holdfast.harness import LOOKED_AT, Plan, ShardTask
 from holdfast.ops.pieces import Room
 from holdfast.sources.arrays import Arrays
@@ -140,9 +138,9 @@ class Shipment:
         """Yield the function that measures shards. Shipped code is last on the import path."""
         with ExitStack() as stack:
             if self.files:
-                # below the folder of Ray's session, which is removed with the cluster, and for its owner only
-                folder = tempfile.mkdtemp(prefix="holdfast-", dir=session_folder())
-                stack.callback(ray_watcher.close, ray_watcher.folder_watcher(Path(folder)))
+                folder = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="holdfast-", ignore_cleanup_errors=True)
+                )
                 _write(Path(folder), self.files)
                 sys.path.append(folder)
                 stack.callback(_forget, folder)
