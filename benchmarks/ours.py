@@ -56,6 +56,6 @@ def by_suite(
 ) -> Evidence:
     """The evidence of a named suite, waves and all, without the fixed pass and the doubts of a run."""
     composed = suite(name, constraint(norm, eps))
-    members = tuple(Member(each, attack, composed.waves.get(each, 0)) for each, attack in composed.attacks)
+    members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
     plan = Plan(members, ThreatModel(constraint(norm, eps)), seed)
     return measure_plan(Classifier(net), [batch(x, y)], plan, batch_size=size)

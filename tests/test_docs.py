@@ -21,7 +21,6 @@ from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
-from holdfast.config.naming import VARIANTS
 from holdfast.config.recipes import build_recipe, written_fields
 from holdfast.config.settings import (
     AssessSettings,
@@ -49,7 +48,7 @@ from holdfast.ops.denoiser import with_denoiser
 from holdfast.ops.fit import Training
 from holdfast.sources.data import open_data
 from holdfast.sources.models import bundled_models, open_model
-from holdfast.suites import COMPOSED, suite
+from holdfast.suites import SUITES, VARIANTS, suite
 from holdfast.testing import fakes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,7 +190,7 @@ def test_a_suite_is_composed_as_its_row_states(row):
 
 
 def test_every_suite_metric_doubt_command_and_bundled_model_is_documented():
-    assert [row["suite"].strip("`") for row in rows("concepts/suites.md", "suite")] == list(COMPOSED)
+    assert [row["suite"].strip("`") for row in rows("concepts/suites.md", "suite")] == list(SUITES)
     documented = text("concepts/metrics.md")
     missing = [
         name

@@ -96,7 +96,11 @@ def test_where_the_gradient_is_everywhere_the_same_no_other_view_adds_anything(s
     torch.testing.assert_close(more, plain)
 
 
-@pytest.mark.parametrize("attack", [Transfer(), *PUBLISHED.values()], ids=["Transfer", *PUBLISHED])
+@pytest.mark.parametrize(
+    "attack",
+    [Transfer(), *(spec.build() for spec in PUBLISHED)],
+    ids=["Transfer", *(spec.name for spec in PUBLISHED)],
+)
 @pytest.mark.parametrize("norm", [Linf(0.06), L2(0.3)], ids=str)
 def test_examples_of_a_like_model_turn_the_target(attack, norm):
     target = network(0)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.app import run
-from holdfast.config.naming import ATTACKS, VARIANTS
 from holdfast.config.spellings import ADAPTIVE
-from holdfast.config.suites import SUITES
+from holdfast.core.catalogue import ATTACKS
+from holdfast.suites import SUITES, VARIANTS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

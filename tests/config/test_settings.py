@@ -16,7 +16,6 @@ from holdfast import attacks, recipes, rotating
 from holdfast.config import settings
 from holdfast.config.attacks import build_attack, threat_model, threat_written
 from holdfast.config.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
-from holdfast.config.naming import FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
 from holdfast.config.settings import (
     AssessSettings,
     CertifySettings,
@@ -35,7 +34,7 @@ from holdfast.config.spellings import (
     suite_or_attacks,
 )
 from holdfast.config.starting import validate
-from holdfast.config.suites import SUITES, usual_suite
+from holdfast.config.suites import names_in_suite, usual_suite
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -45,7 +44,7 @@ from holdfast.core.transformations import Colour, Spatial
 from holdfast.doubts.answering import arms
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
-from holdfast.suites import COMPOSED, WAVES, labels_only, suite, variant
+from holdfast.suites import SUITES, VARIANTS, suite, variant
 
 REFUSED = [
     ("? [a]\n: b", "is not a valid key"),
@@ -215,10 +214,6 @@ def test_functions_are_named():
     assert (attack.loss, attack.schedule) == (dlr, cosine)
 
 
-def test_every_suite_that_may_be_named_is_composed():
-    assert set(SUITES) == set(COMPOSED)
-
-
 def test_the_catalogue_lists_every_attack_and_recipe():
     for package in (attacks, recipes):
         modules = [
@@ -236,15 +231,12 @@ def test_the_catalogue_lists_every_attack_and_recipe():
     }
 
 
-def test_suites_use_the_attacks_of_the_catalogue():
-    constraints = (Linf(0.1), L2(1.0), L1(1.0), L0(1), Corruptions(3))
-    members = [
-        member
-        for suite, composed in COMPOSED.items()
-        for constraint in constraints
-        for member in composed(constraint)
-    ]
-    assert {name: type(attack).__name__ for name, attack in members if name not in ATTACKS} == VARIANTS
+def test_every_attack_of_every_suite_is_built_from_the_catalogue():
+    for by_kind in SUITES.values():
+        for specs in by_kind.values():
+            for spec in specs:
+                assert spec.attack in ATTACKS and type(spec.build()).__name__ == spec.attack
+                assert spec.name == spec.attack or VARIANTS[spec.name] == spec.attack
 
 
 def test_every_printed_name_and_every_short_form_names_one_thing():
@@ -301,9 +293,9 @@ def test_a_constraint_in_hand_is_the_threat_that_it_is_written_as(constraint):
 
 
 def test_all_attacks_of_fast_but_the_first_go_in_waves():
-    for name, waves in WAVES.items():
-        composed = [COMPOSED[name](constraint) for constraint in (Linf(0.1), L2(1.0), L1(1.0), L0(1))]
-        assert set(waves) == {member for first, *others in composed for member, _ in others}
+    for norm in ("linf", "l2", "l1", "l0"):
+        first, *others = SUITES["fast"][norm]
+        assert first.waves == 0 and all(spec.waves for spec in others)
 
 
 def test_the_members_of_a_suite_are_known_by_their_names():
@@ -317,32 +309,28 @@ def test_the_members_of_a_suite_are_known_by_their_names():
         "spatial": Spatial(rotate=30),
         "colour": Colour(hue=18),
     }
-    assert set(MEMBERS) == set(COMPOSED)
-    for name in FLOW:
-        bent = members(name, parse_threat("spatial:flow=1.5"))
-        assert bent == tuple(member for member, _ in suite(name, Spatial(flow=1.5)).attacks)
+    bent = Spatial(flow=1.5)
+    for name in ("quick", "fast", "standard"):
+        assert {spec.name for spec in suite(name, bent).specs} == {"Flow"}
     with pytest.raises(UsageError, match="expected one of fast, quick, standard"):
-        suite("black-box", Spatial(flow=1.5))
-    for name, by_norm in MEMBERS.items():
+        suite("black-box", bent)
+    for name, by_kind in SUITES.items():
         for norm, constraint in constraints.items():
-            if norm in by_norm:
-                assert by_norm[norm] == tuple(member for member, _ in suite(name, constraint).attacks)
+            if norm in by_kind:
+                assert suite(name, constraint).specs == by_kind[norm]
             else:
                 with pytest.raises(
                     UsageError, match="corruptions" if "corruptions" in (name, norm) else norm
                 ):
                     suite(name, constraint)
-    assert {
-        norm: tuple(name for name, _ in labels_only(constraints[norm])) for norm in LABELS_ONLY
-    } == LABELS_ONLY
 
 
 def test_a_suite_shows_the_attacks_of_labels_alone_only_to_threats_that_see_no_more():
     seeing = {access: parse_threat(f"l2:1,access={access}") for access in ("labels", "scores")}
-    assert members("black-box", seeing["labels"]) == ("HopSkipJump", "SurFree")
-    assert members("black-box", seeing["scores"]) == ("Square",)
-    assert members("quick", seeing["labels"]) == ("Sprint",)
-    assert members("black-box", parse_threat("l1:1,access=labels")) == ()
+    assert names_in_suite("black-box", seeing["labels"]) == ("HopSkipJump", "SurFree")
+    assert names_in_suite("black-box", seeing["scores"]) == ("Square",)
+    assert names_in_suite("quick", seeing["labels"]) == ("Sprint",)
+    assert names_in_suite("black-box", parse_threat("l1:1,access=labels")) == ()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import click
 
 from holdfast.cli import completing
 from holdfast.cli.options import Voice, with_voice
+from holdfast.suites import SUITES, VARIANTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +51,6 @@ def attacks(voice: Voice, name: str | None) -> None:
 def _list_attacks(voice: Voice) -> None:
     """Print tables of the attacks, of their variants in suites, and of the suites, each with its other names."""
     from holdfast.config.attacks import attack_names
-    from holdfast.config.naming import MEMBERS, VARIANTS
     from holdfast.config.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, suites_of
     from holdfast.metrics.names import CORRUPTIONS
 
@@ -70,26 +70,23 @@ def _list_attacks(voice: Voice) -> None:
     console.print(f"\nadded by --adaptive, depending on the raised doubts: {', '.join(ADAPTIVE)}")
     console.print("\nsuites")
     suites = _table("name", "other names")
-    for name in MEMBERS:
+    for name in SUITES:
         suites.add_row(name, ", ".join(SUITE_SPELLINGS.get(name, ())))
     console.print(suites)
 
 
 def _show_suite(voice: Voice, chosen: str) -> None:
     """Print the names of the attacks of a suite under each norm."""
-    from holdfast.config.naming import MEMBERS
-
     click.echo(f"{chosen} is a suite of attacks, for --suite {chosen}\n")
     table = _table("norm", "attacks")
-    for norm, names in MEMBERS[chosen].items():
-        table.add_row(norm, ", ".join(names))
+    for kind, specs in next(by_kind for name, by_kind in SUITES.items() if name == chosen).items():
+        table.add_row(kind, ", ".join(spec.name for spec in specs))
     voice.console().print(table)
 
 
 def _show_attack(voice: Voice, chosen: str) -> None:
     """Print one attack with its paper, its other names and its settings."""
     from holdfast.config.attacks import attack_class
-    from holdfast.config.naming import VARIANTS
     from holdfast.config.spellings import SPELLINGS, suites_of
 
     of = VARIANTS.get(chosen, chosen)

@@ -8,9 +8,10 @@ from click.shell_completion import CompletionItem
 
 from holdfast.cli.early import bundled
 from holdfast.config.grammar import Norm
-from holdfast.config.naming import AUTO, CARD, SOURCES, VARIANTS
+from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import every_name
 from holdfast.core.catalogue import ATTACKS, PROVERS, RECIPES
+from holdfast.suites import VARIANTS
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only

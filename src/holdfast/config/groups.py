@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.config import values
 from holdfast.config.naming import CARD, SOURCES
-from holdfast.config.suites import DEFAULT_SUITE, SUITES
+from holdfast.config.suites import DEFAULT_SUITE
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import UsageError
+from holdfast.suites import SUITES
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from typing import Any
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_class, build_attack, checked_attack
 from holdfast.config.groups import SuiteSettings
-from holdfast.config.naming import VARIANTS
 from holdfast.config.spellings import attack_listed, norms_of_suite
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.harness import Member, members_of
-from holdfast.suites import variant
+from holdfast.suites import VARIANTS, variant
 
 AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
 """An attack, a class of attacks (for its default settings), a name, or a mapping such as `{"use": "pgd", "steps":

@@ -17,7 +17,6 @@ from holdfast.config.naming import chosen
 from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.suites import DEFAULT_SUITE, refuse_uncertifiable, usual_suite
 from holdfast.core.catalogue import CASCADE, PROVERS
-from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
@@ -101,9 +100,7 @@ def plan(
     else:
         suite_name = str(suite_settings.suite or "") or usual_suite(replace(spec, access=access))
         composed = suite(suite_name, threat.constraint, access)
-        members = tuple(
-            Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
-        )
+        members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
         name, smallest = str(composed), composed.smallest
     _refuse_endless(replace(threat, access=access), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
@@ -123,7 +120,7 @@ def plan(
         name,
         smallest=smallest,
         attacked=bool(name) and not smallest and in_ball,
-        curve=_curve(threat.constraint) if suite_settings.curve and not smallest else (),
+        curve=(Member(*curve(threat.constraint)),) if suite_settings.curve and not smallest else (),
         full=suite_settings.full or corrupting,
         keep_adversarial=suite_settings.save_adversarial,
         doubts=probing if suite_settings.doubts else "none",
@@ -180,10 +177,6 @@ def _adaptive(
             Remedy("threat", "linf:8/255", also=(Remedy("suite", DEFAULT_SUITE),)),
         )
     return adaptive_members(threat.constraint)
-
-
-def _curve(constraint: Constraint) -> tuple[Member, ...]:
-    return tuple(Member(*member) for member in curve(constraint))
 
 
 def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool) -> None:

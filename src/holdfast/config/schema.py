@@ -15,11 +15,11 @@ from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.recipes import part_of, written_fields
 from holdfast.config.settings import VERBS, RotateSettings, VerbSettings, groups_of
-from holdfast.config.suites import SUITES
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion
+from holdfast.suites import SUITES
 
 
 def settings_schema() -> dict[str, Any]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Final
 
-from holdfast.config.grammar import Norm, did_you_mean
-from holdfast.config.naming import GROUP, MEMBERS, VARIANTS
+from holdfast.config.grammar import did_you_mean
+from holdfast.config.naming import GROUP
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
+from holdfast.suites import SUITES, VARIANTS, Kind, Specs
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
             and folded(only_name) not in _attacks()
             and folded(only_name) not in map(folded, ADAPTIVE)
         ):
-            similar = suggestion(only_name, (*MEMBERS, *_canonical_names()))
+            similar = suggestion(only_name, (*SUITES, *_canonical_names()))
             expected = (
-                f"expected one of the suites {', '.join(MEMBERS)}, or an attack that holdfast attacks lists"
+                f"expected one of the suites {', '.join(SUITES)}, or an attack that holdfast attacks lists"
             )
             raise UsageError(f"suite is {only_name!r}; {similar or expected}")
         return suite or (attack_called(only_name),)
@@ -144,15 +145,21 @@ def attack_listed(name: str) -> str:
     return attack_called(name)
 
 
-def norms_of_suite(name: str) -> tuple[Norm, ...]:
-    """Return the norms under which at least one suite contains the attack `name`."""
-    norms = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
+def norms_of_suite(name: str) -> tuple[Kind, ...]:
+    """Return the kinds of changes under which at least one suite contains the attack `name`."""
+    norms = (kind for by_kind in SUITES.values() for kind, specs in by_kind.items() if name in _names(specs))
     return tuple(dict.fromkeys(norms))
 
 
 def suites_of(name: str) -> tuple[str, ...]:
     """Return the names of the suites that contain the attack `name` under at least one norm."""
-    return tuple(s for s, by_norm in MEMBERS.items() if any(name in names for names in by_norm.values()))
+    return tuple(
+        s for s, by_kind in SUITES.items() if any(name in _names(specs) for specs in by_kind.values())
+    )
+
+
+def _names(specs: Specs) -> list[str]:
+    return [spec.name for spec in specs]
 
 
 def every_name() -> tuple[str, ...]:
@@ -164,7 +171,7 @@ def every_name() -> tuple[str, ...]:
         for forms in (*SUITE_SPELLINGS.values(), *(spelling.short for spelling in SPELLINGS.values()))
         for s in forms
     )
-    return tuple(dict.fromkeys((*MEMBERS, *_canonical_names(), *short)))
+    return tuple(dict.fromkeys((*SUITES, *_canonical_names(), *short)))
 
 
 def _canonical_names() -> list[str]:
@@ -182,4 +189,4 @@ def _attacks() -> dict[str, str]:
 
 def _suites() -> dict[str, str]:
     short = {folded(form): name for name, forms in SUITE_SPELLINGS.items() for form in forms}
-    return {**short, **{folded(name): name for name in MEMBERS}}
+    return {**short, **{folded(name): name for name in SUITES}}

@@ -1,24 +1,20 @@
-"""The names of the suites, the default suite, and a check of the names in `--only` and `--skip`.
+"""The default suite, and a check of the names in `--only` and `--skip`.
 
 The module does not import torch, so that a misspelt name is reported immediately.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from holdfast.config.grammar import Sees, ThreatSpec, parse_threat
-from holdfast.config.naming import VARIANTS, chosen, members
+from holdfast.config.naming import chosen
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.core.remedies import Remedy
+from holdfast.suites import VARIANTS, SuiteName, attacks_of, kind_of
 
-SuiteName = Literal[
-    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
-]
-SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
-"""Names of all suites. `holdfast.suites` defines their attacks, and a test compares both."""
 DEFAULT_SUITE: SuiteName = "fast"
 
 
@@ -32,7 +28,12 @@ def usual_suite(threat: ThreatSpec) -> SuiteName:
         return DEFAULT_SUITE
     if threat.access == "none":
         return "transfer"
-    return "black-box" if members("black-box", threat) else DEFAULT_SUITE
+    return "black-box" if names_in_suite("black-box", threat) else DEFAULT_SUITE
+
+
+def names_in_suite(suite: SuiteName, threat: ThreatSpec) -> tuple[str, ...]:
+    """Return the names of the attacks of a suite under a threat model, or an empty tuple if it has none."""
+    return tuple(spec.name for spec in attacks_of(suite, kind_of(threat.norm, threat.limits), threat.access))
 
 
 def refuse_unknown(
@@ -46,14 +47,14 @@ def refuse_unknown(
 
     Names that are known only after an import of torch are not checked.
     """
-    listed = suite if isinstance(suite, tuple) else None
-    spec = parse_threat(threat) if attacks is None and listed is None else None
-    if listed is not None:
-        names = listed
-    elif spec is None:
-        names = tuple(str(attack.get("use")) for attack in attacks or ())
+    spec: ThreatSpec | None = None
+    if isinstance(suite, tuple):
+        names = suite
+    elif attacks is not None:
+        names = tuple(str(attack.get("use")) for attack in attacks)
     else:
-        names = members(str(suite or usual_suite(spec)), spec)
+        spec = parse_threat(threat)
+        names = names_in_suite(suite or usual_suite(spec), spec)
     if not names or not set(names) <= {*ATTACKS, *VARIANTS}:
         return
     try:
@@ -92,6 +93,8 @@ def _of_black_box(threat: ThreatSpec, names: Sequence[str]) -> bool:
     """Whether all names are attacks of `black-box`, the default suite for a model without gradients."""
     accesses: tuple[Sees, ...] = ("scores", "labels")
     accepted = {
-        slug(name) for access in accesses for name in members("black-box", replace(threat, access=access))
+        slug(name)
+        for access in accesses
+        for name in names_in_suite("black-box", replace(threat, access=access))
     }
     return {slug(name) for name in names} <= accepted

@@ -23,13 +23,13 @@ from holdfast.config.grammar import (
 )
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import suite_or_attacks
-from holdfast.config.suites import SuiteName
 from holdfast.core.catalogue import PROVERS, RECIPES
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.sources.remote import header_variable
+from holdfast.suites import SuiteName
 
 POOL_STAYS = (
     "a pool of parameter sets is not sent to a Ray cluster: its keys and its sets would lie unencrypted in the object "

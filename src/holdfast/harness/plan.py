@@ -237,7 +237,7 @@ def _remedies(member: Member, plan: Plan) -> tuple[Remedy, ...]:
     if len(hidden) < len(plan.members) and not plan.alone:
         remedies.append(Remedy("skip", tuple(slug(m.name) for m in hidden), repeated=True))
     if _searched(threat) and suite_name(plan.suite) != "black-box":
-        searches = ", ".join(name for name, _ in suite("black-box", threat.constraint, threat.access).attacks)
+        searches = ", ".join(spec.name for spec in suite("black-box", threat.constraint, threat.access).specs)
         remedies.append(replace(_suite(plan, "black-box"), reason=f"({searches})"))
     elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
         remedies.append(replace(_suite(plan, "transfer"), also=(SURROGATE,)))

@@ -16,7 +16,7 @@ from holdfast.reports.numbers import size
 from holdfast.reports.summary import threat_to_json
 from holdfast.reports.words import threat_syntax
 from holdfast.sources.factories import names_code
-from holdfast.suites import COMPOSED
+from holdfast.suites import SUITES
 from holdfast.verbs.documents import outline_from_json
 
 _ADDRESS = re.compile(r"[\w./@][\w./:@+=-]*")
@@ -65,7 +65,7 @@ def _attacks(manifest: Mapping[str, Any]) -> list[str]:
     """Return the options for the attacks and the doubts of a run."""
     config = manifest["config"]
     named = _SUITE.fullmatch(config["suite"])
-    words = ["--suite", named[1] if named and named[1] in COMPOSED else "ATTACKS"]
+    words = ["--suite", named[1] if named and named[1] in SUITES else "ATTACKS"]
     for option, cards in (
         ("--surrogate", manifest.get("surrogates", ())),
         ("--across", manifest.get("other_data", ())),
