@@ -74,7 +74,7 @@ def _run(folder: Path) -> None:
         verify(folder)
     result = report(folder)
     with consistent(folder):
-        for suffix in ("html", "json", "xml", "sarif", "md", "csv"):
+        for suffix in ("html", "json", "xml", "md", "csv"):
             result.write(f"report.{suffix}")
 
 

@@ -156,7 +156,7 @@ def test_every_output_says_the_same(first, tmp_path):
     assert "Robust in the first run, broken in the second: 30 (#" in shown
     assert "and 10 more" in shown
     with pytest.raises(UsageError, match=r"\.html \.json \.md"):
-        check_destination(tmp_path / "x.sarif", COMPARISON_SUFFIXES)
+        check_destination(tmp_path / "x.csv", COMPARISON_SUFFIXES)
 
 
 def test_a_person_reads_the_same_metrics_as_of_one_run(first):

@@ -14,7 +14,7 @@ import pytest
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Doubt
-from holdfast.reports import html, junit, markdown, sarif, terminal
+from holdfast.reports import html, junit, markdown, terminal
 from holdfast.reports.write import WRITERS, check_destination, replacing, write
 from reports import made
 
@@ -79,51 +79,6 @@ def test_junit_has_a_failure_exactly_when_the_exit_code_is_not_zero(claims, evid
     assert (len(list(root.iter("failure"))) > 0) == (content["exit_code"] != 0)
 
 
-def test_sarif_has_what_the_standard_and_code_scanning_require(failing):
-    log = json.loads(sarif.sarif_document(failing))
-    assert log["version"] == "2.1.0"
-    (run,) = log["runs"]
-    rules = run["tool"]["driver"]["rules"]
-    assert run["tool"]["driver"]["name"] == "Holdfast"
-    assert run["invocations"][0]["executionSuccessful"] is True
-    assert run["invocations"][0]["exitCode"] == 1
-    for result in run["results"]:
-        assert result["level"] in {"error", "warning", "note", "none"}
-        assert result["message"]["text"]
-        assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
-        place = result["locations"][0]["physicalLocation"]
-        assert place["artifactLocation"]["uri"]
-        assert place["region"]["startLine"] == 1
-        assert re.fullmatch("[0-9a-f]{64}", result["partialFingerprints"]["holdfast/v1"])
-    found = [result["ruleId"] for result in run["results"]]
-    assert found == ["gate-fail", "gate-unclear", "gate-unclear", "doubt-black-box"]
-
-
-def test_sarif_fingerprints_outlive_a_run_and_differ_by_finding(evidence):
-    def prints(content):
-        results = json.loads(sarif.sarif_document(content))["runs"][0]["results"]
-        return [result["partialFingerprints"]["holdfast/v1"] for result in results]
-
-    first = prints(made.summarised(evidence, "robust_accuracy >= 0.5"))
-    again = prints(made.summarised(made.evidence(900, seed=7), "robust_accuracy >= 0.5"))
-    assert first == again
-    assert len(set(first)) == len(first) == 2
-
-
-def test_sarif_suppresses_an_accepted_doubt_with_its_reason(accepted):
-    (result,) = json.loads(sarif.sarif_document(accepted))["runs"][0]["results"]
-    assert result["suppressions"] == [
-        {"kind": "external", "status": "accepted", "justification": "an adaptive run is on file"}
-    ]
-
-
-def test_sarif_names_the_models_file_as_it_was_given():
-    assert sarif.model_address({"files": {"weights/my net.pt": "00"}}) == "weights/my%20net.pt"
-    assert sarif.model_address({"files": {"/srv/a.pt": "00"}}) == "file:///srv/a.pt"
-    assert sarif.model_address({"files": {"bundled:mnist-cnn": "00"}}) == "mnist-cnn"
-    assert sarif.model_address({"name": "mnist-cnn"}) == "mnist-cnn"
-
-
 def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, accepted):
     lines = markdown.markdown_document(failing).splitlines()
     assert lines[0].startswith("## ✕ Fail")
@@ -164,8 +119,8 @@ def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_outp
     assert "BPDA" in logits["advice"]
     advice = ("Return the logit, the output of the layer before", "The suite is too weak: add")
     says = ("2 of 4 are flat; see there.", "Draws break 1 of 4.")
-    for text in (markdown.markdown_document(content), json.dumps(sarif.sarif_document(content))):
-        assert all(f"{found} {way_out}" in text for found, way_out in zip(says, advice, strict=True))
+    text = markdown.markdown_document(content)
+    assert all(f"{found} {way_out}" in text for found, way_out in zip(says, advice, strict=True))
     assert all(f"open: {found}\n" in terminal.verdict(content, colour=False) for found in says)
     assert all(f"<dd>{part}" in html.page(content) for part in (*says, *advice))
 
@@ -294,7 +249,7 @@ def test_a_full_disk_is_said_with_the_way_out(failing, evidence, tmp_path, monke
 
 def test_a_wrong_suffix_is_refused_with_those_that_exist(failing, evidence, tmp_path):
     for name in ("report.pdf", "report", ".html"):
-        with pytest.raises(UsageError, match=r"\.html \.json \.xml \.sarif \.md \.csv"):
+        with pytest.raises(UsageError, match=r"\.html \.json \.xml \.md \.csv"):
             check_destination(tmp_path / name)
     with pytest.raises(UsageError):
         write(failing, evidence.columns, tmp_path / "report.pdf")

@@ -178,7 +178,7 @@ def test_a_stored_run_is_verified_reported_and_compared(tmp_path, whole):
     assert "certification: 40 examples, linf:0.02" in table
     assert "≤ robust accuracy" in table
     assert "are certified under linf:0.02" in str(opened)
-    for suffix in (".html", ".md", ".csv", ".xml", ".sarif"):
+    for suffix in (".html", ".md", ".csv", ".xml"):
         assert opened.write(tmp_path / f"report{suffix}").stat().st_size > 0
     assert "certified_by" in (tmp_path / "report.csv").read_text().splitlines()[0]
     assert json.loads(opened.to_json())["metrics"]["certified_accuracy"]["n"] == 40

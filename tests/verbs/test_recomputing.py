@@ -287,7 +287,7 @@ def test_no_stored_text_is_shown_as_a_command(verb, run, tmp_path, capsys):
             data={**content["data"], "name": "--config=e"},
         ),
     )
-    reports = [tmp_path / f"r.{suffix}" for suffix in ("json", "html", "md", "xml", "sarif")]
+    reports = [tmp_path / f"r.{suffix}" for suffix in ("json", "html", "md", "xml")]
     reported = command_line(["report", str(run), *(word for path in reports for word in ("-o", str(path)))])
     assert reported == (3 if verb == "harden" else 1)  # the run has the verdict of an assessment
     assert command_line(["assess", "--run", str(run), "--resume"]) == 2

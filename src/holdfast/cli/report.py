@@ -21,7 +21,7 @@ from holdfast.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
     "--output",
     multiple=True,
     metavar="FILE",
-    help="Report file, in the format of its suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
+    help="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
 )
 @with_voice
 def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:

@@ -349,7 +349,7 @@ class Reports(SettingGroup):
     )
     output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH")] = Field(
         default_factory=list,
-        description="Report file, in the format of its suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
+        description="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
     )
 
 

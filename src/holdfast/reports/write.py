@@ -33,12 +33,6 @@ def _junit(summary: Summary, _: "Columns", file: TextIO) -> None:
     file.write(junit_document(summary))
 
 
-def _sarif(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.sarif import sarif_document
-
-    file.write(sarif_document(summary))
-
-
 def _markdown(summary: Summary, _: "Columns", file: TextIO) -> None:
     from holdfast.reports.markdown import markdown_document
 
@@ -55,7 +49,6 @@ WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
     ".html": _html,
     ".json": _json,
     ".xml": _junit,
-    ".sarif": _sarif,
     ".md": _markdown,
     ".csv": _csv,
 }

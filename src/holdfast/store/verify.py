@@ -124,7 +124,7 @@ _BESIDE = frozenset(
     (CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, STATE, f"{STATE}-wal", f"{STATE}-shm", "report.json", "curve.svg")
 )
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""
-_REPORTS = frozenset((".html", ".xml", ".sarif", ".md", ".csv"))
+_REPORTS = frozenset((".html", ".xml", ".md", ".csv"))
 _EVIDENCE = re.compile(
     r".+\.safetensors|(run|doubts|verdict|adaptive|nodes|rotation|before|after|checked(-\d+)?|training|card)\.json",
     re.IGNORECASE,

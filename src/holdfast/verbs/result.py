@@ -192,7 +192,7 @@ class Result:
         return frame(self.evidence)
 
     def write(self, path: str | Path) -> Path:
-        """Write a report of the run in the format of the file suffix, one of `.html .json .xml .sarif .md .csv`. Return
+        """Write a report of the run in the format of the file suffix, one of `.html .json .xml .md .csv`. Return
         the path.
         """
         write(self._summary, self.evidence.columns, Path(path))
