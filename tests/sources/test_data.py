@@ -442,7 +442,7 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rows, label, error, message",
     [
-        (ROWS, None, UsageError, "one of whose columns is the label: a, b, kind, split; give label="),
+        (ROWS, None, UsageError, "is not stated; its columns are a, b, kind, split; give label="),
         (ROWS, "knd", UsageError, r"no column 'knd' \(did you mean 'kind'"),
         (
             [["a", "t", "y"], ["1", "red", "0"]],

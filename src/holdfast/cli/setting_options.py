@@ -108,7 +108,7 @@ def _option(key: str, field: FieldInfo, flag: Flag, *, hidden: bool = False) -> 
     names = (flag.short, name) if flag.short else (name,)
     kind = _plain_type(field.annotation)
     # default=None, unlike that of the setting, so that a key of a file is not replaced by an absent option
-    settings: dict[str, Any] = {"default": None, "help": field.description, "hidden": hidden}
+    settings: dict[str, Any] = {"default": None, "help": flag.help or field.description, "hidden": hidden}
     if kind is bool:
         if flag.negated:
             return click.option(f"{name}/--no-{name[2:]}", key, **settings)
