@@ -2,10 +2,17 @@
 measured.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.config.guard_opening import basis_of, query_radius, rules_of, stored_calibration
+from holdfast.config.guard_opening import (
+    basis_of,
+    calibration_path,
+    query_radius,
+    rules_of,
+    stored_calibration,
+)
 from holdfast.config.guard_settings import GuardSettings, read_guard_settings
 from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
@@ -61,6 +68,20 @@ def guard_notes(settings: GuardSettings, calibration: Calibration | None) -> tup
         if covered is not None:
             notes.append(GuardNote(name, basis, warns=covered.short, text=covered.text))
     return tuple(notes)
+
+
+def unchecked_of_file(path: Path) -> str:
+    """Return a sentence with what is known about the guard in a file only after its model was opened."""
+    settings = read_guard_settings(path)
+    place, calibration = calibration_path(settings, path), stored_calibration(settings, path)
+    shape = f"whether the model accepts inputs of shape {list(settings.inputs.shape)}"
+    if calibration is None:
+        return f"not checked, because no model was opened: {shape}. There is no calibration {str(place)!r}"
+    models = ", ".join(each[:12] for each in calibration.models)
+    return (
+        f"not checked, because no model was opened: {shape}, and whether it is the model {models}, with which "
+        f"{str(place)!r} was calibrated. holdfast serve MODEL --guard {shlex.quote(str(path))} checks both"
+    )
 
 
 def notes_of_file(path: Path) -> tuple[str, ...]:
