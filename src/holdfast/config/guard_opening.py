@@ -88,7 +88,7 @@ def refuse_unusable(path: Path) -> None:
     calibration, queries = stored_calibration(settings, path), None
     if settings.rules.queries is not None:
         radius = query_radius(settings.rules.queries, calibration)
-        queries = query_rule(settings, radius, b"", MemoryState())
+        queries = query_rule(settings, radius, bytes(32), MemoryState())  # any key
     guard_pipeline(settings, queries, calibration)
 
 
