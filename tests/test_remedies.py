@@ -363,6 +363,15 @@ def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=
     return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
 
 
+def poor():
+    """A network that predicts few of the labels `Y`."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[1].weight.copy_(-LINEAR.weight)
+        net[1].bias.copy_(-LINEAR.bias)
+    return net
+
+
 def answered(answer, rows=2, *, shaped=False, open_model=()):
     """The scores or classes in the answer of a server."""
     options = dict(open_model)
@@ -1070,7 +1079,7 @@ situation(
 situation("no other norms", trained, recipe={"use": "multi-norm", "others": ()})
 situation("foreign norms", trained, recipe={"use": "multi-norm", "others": "l0:1"})
 situation("ensemble of one", trained, recipe="ensemble")
-situation("help of a poor model", trained, recipe="hat")
+situation("help of a poor model", trained, model=Later(poor), recipe="hat")
 
 # the answers of servers
 ROWS = [{"a": 0.5, "b": 0.3, "c": 0.2}] * 2

@@ -156,6 +156,7 @@ def test_a_model_without_gradients_is_certified_without_attacks():
     assert float(result["certified_accuracy"]) > 0.9
     assert not result.evidence.attacks
     assert any("gives scores only, so that no attack is run" in note for note in result.summary()["notes"])
+    assert not any("switched off" in note for note in result.summary()["notes"])
 
 
 class Strict(torch.nn.Module):

@@ -216,7 +216,7 @@ class _Job:
         stopwatch = Stopwatch(store, DOUBTS)
         not_measured = (
             ["no doubt was measured, because the doubts were switched off"]
-            if off and not self.plan.alone
+            if off and self.plan.members and not self.plan.alone
             else []
         )
         with purpose(DOUBTS, 0, "doubts"):
