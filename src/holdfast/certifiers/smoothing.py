@@ -333,7 +333,8 @@ def containing_threat(constraint: Constraint, sample: Batch, model: Classifier) 
 
 def by_smoothing(constraint: Constraint, sample: Batch, model: Classifier) -> tuple[Remedy, ...]:
     """Return the arguments with which smoothing certifies the ball of Linf, L2 or L1 of a constraint; none if no
-    example of a trial keeps its label under the noise often enough, as of most networks that were trained without noise.
+    example of a trial keeps its label under the noise often enough, as of most networks that were trained without
+    noise.
 
     Cost: 512 forwards, or none for a model on a server, whose queries are counted.
     """

@@ -145,7 +145,8 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
     """Check all keys of a configuration file, and its threat models, gates, suites, attacks, recipes and reports.
 
     Nothing is run, and no model is opened. The calibration of a guard is compared with its settings. Returns the verbs
-    for which the file is valid, which are those that use all keys at its top, or `guard` for the settings of a guard. Raises `UsageError` for the first fault, and if there is no such verb.
+    for which the file is valid, which are those that use all keys at its top, or `guard` for the settings of a guard.
+    Raises `UsageError` for the first fault, and if there is no such verb.
     """
     loaded = load(Path(path))
     if not loaded:

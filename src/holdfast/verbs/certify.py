@@ -81,8 +81,10 @@ def smoothed_subject(subject: Subject, smoothing: Smoothing) -> Subject:
         f"Gaussian noise of standard deviation {smoothing.sigma:g}; predictions are those of {JUDGING_DRAWS} draws"
     )
     attacked = base.access == "gradients"
-    unattacked = f"{name} gives {base.access} only, so that no attack is run and no doubt is examined: robust accuracy is that "
+    unattacked = (
+        f"{name} gives {base.access} only, so that no attack is run and no doubt is examined: robust accuracy is that "
         "on clean inputs"
+    )
     return replace(
         subject,
         model=smoothed_model(base, smoothing),
