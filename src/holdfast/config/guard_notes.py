@@ -117,9 +117,9 @@ class Coverage:
             return text
         larger = rounded_up(self.radius * self.stated / self.eps, 3)
         return (
-            f"{text}, less than eps {self.stated:.3g} of the settings, so attacks with larger changes may not be seen; "
-            f"`radius: {larger}` covers them and may fire on more benign inputs, which holdfast calibrate measures; "
-            "it refuses a radius that fires more often than the stated rate"
+            f"{text}, less than eps {self.stated:.3g} of the settings. Attacks with larger changes may not be seen. "
+            f"`radius: {larger}` covers them, and may fire on more benign inputs. holdfast calibrate measures this "
+            "rate, and refuses a radius that fires more often than the stated rate"
         )
 
 
