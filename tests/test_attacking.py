@@ -236,6 +236,7 @@ def test_gradients_that_are_switched_off_inside_the_model_are_told(net, off):
     found = holdfast.attack(cut, X, Y, PGD(steps=2), "linf:0.1")
     (note,) = [note for note in found.notes if note.startswith("no gradient reaches the input")]
     assert "torch.no_grad(), torch.inference_mode()" in note and note in repr(found)
+    assert repr(found).startswith("<Attacked: PGD under linf:0.1; ")
     way_out = next(each.way_out for each in holdfast.doctor(cut, (X, Y)) if each.check == "gradients")
     assert "torch.no_grad(), torch.inference_mode()" in way_out
     assert not holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1").notes

@@ -39,7 +39,10 @@ def test_floats_to_255_are_named_and_the_rest_is_looked_at_all_the_same(tmp_path
 
 
 def test_labels_that_start_at_1_are_named(tmp_path: Path) -> None:
-    found = said(holdfast.doctor("mnist-cnn", saved(tmp_path / "from1.npz", shift=1)))
+    findings = holdfast.doctor("mnist-cnn", saved(tmp_path / "from1.npz", shift=1))
+    assert str(findings) == repr(findings)
+    assert "\n                -> they seem to start at 1: subtract 1\n" in str(findings)
+    found = said(findings)
     assert found["labels"] == ("problem", "they seem to start at 1: subtract 1")
     assert found["accuracy"][0] == found["gradients"][0] == "good"
 

@@ -81,6 +81,7 @@ from holdfast.sources.arrays import selected_rows
 from holdfast.sources.cards import CARD, trained_by
 from holdfast.sources.class_numbers import MOST_NAMES, class_numbers, matched, numbered_words
 from holdfast.sources.counting import InspectionCounter
+from holdfast.sources.data import open_data as open_table_file
 from holdfast.sources.expected import Expected
 from holdfast.sources.limited.calling import HERE
 from holdfast.sources.onnx.reading import _filled
@@ -302,6 +303,13 @@ def opened(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
     )
 
 
+def opened_by_names(data, open_data=()):
+    """A table of a model that was fitted on three named columns."""
+    options = dict(open_data)
+    options["drop"] = tuple(options.get("drop", ()))
+    return open_table_file(data, **options, expected=Expected(feature_names=("a", "b", "c")))
+
+
 def hidden(model_access="gradients", surrogates=(), fit=None, **arguments):
     """A plan, after what the attacker does not see is taken from it."""
     plan = planned(**arguments).plan
@@ -355,6 +363,15 @@ def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=
     return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
 
 
+def poor():
+    """A network that predicts few of the labels `Y`."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[1].weight.copy_(-LINEAR.weight)
+        net[1].bias.copy_(-LINEAR.bias)
+    return net
+
+
 def answered(answer, rows=2, *, shaped=False, open_model=()):
     """The scores or classes in the answer of a server."""
     options = dict(open_model)
@@ -390,9 +407,12 @@ def file(name: str) -> str:
             "table.csv": "a,b,c,d,name,label\n0.1,0.2,0.3,0.4,u,0\n0.5,0.6,0.7,0.8,v,1\n",
             "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
             "unscaled.csv": "a,b,c,d,label\n0.1,20,3,40,0\n0.5,60,7,80,1\n",
+            "no-header.csv": "0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
             "classes.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,1\n0.5,0.6,0.7,0.8,2\n0.5,0.6,0.7,0.8,10\n",
         }
         path.write_text(tables[name])
+    elif name == "bounds.json":
+        path.write_text('{"a": [0, 1]}')
     elif name == "one.npz":
         np.savez(path, x=X.numpy(), y=Y.numpy())
     elif name == "named.npz":
@@ -859,6 +879,27 @@ situation(
     open_data={"label": "label"},
 )
 situation(
+    "units without bounds",
+    assessed,
+    {"bounds": ([0] * 4, [100] * 4)},
+    data=Later(lambda: file("unscaled.csv")),
+    open_data={"label": "label"},
+    threat="linf:0.05,unit=range",
+)
+situation(
+    "the name of a file as bounds",
+    lambda bounds: check_settings({"bounds": bounds}, "", kind=ServeSettings),
+    bounds=Later(lambda: file("bounds.json")),
+)
+situation("a misspelt label", opened, data=Later(lambda: file("numbers.csv")), open_data={"label": "labl"})
+situation(
+    "more columns than the model's, without a header",
+    opened_by_names,
+    {"drop": ["3"]},
+    data=Later(lambda: file("no-header.csv")),
+    open_data={"label": "4", "header": False},
+)
+situation(
     "bounds of each feature of a server",
     lambda bounds: range_of_all(
         check_settings({"bounds": bounds}, "", kind=ServeSettings).inputs, "a server"
@@ -1038,7 +1079,7 @@ situation(
 situation("no other norms", trained, recipe={"use": "multi-norm", "others": ()})
 situation("foreign norms", trained, recipe={"use": "multi-norm", "others": "l0:1"})
 situation("ensemble of one", trained, recipe="ensemble")
-situation("help of a poor model", trained, recipe="hat")
+situation("help of a poor model", trained, model=Later(poor), recipe="hat")
 
 # the answers of servers
 ROWS = [{"a": 0.5, "b": 0.3, "c": 0.2}] * 2

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkup import Finding, examine
+from holdfast.checkup import Checkup, examine
 from holdfast.config import hardening
 from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
@@ -383,8 +383,9 @@ def doctor(
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
-) -> tuple[Finding, ...]:
-    """Check within seconds whether a model and its data fit together, and return findings about common mistakes.
+) -> Checkup:
+    """Check within seconds whether a model and its data fit together, and return findings about common mistakes, which
+    are printed as `holdfast doctor` prints them.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
     """
@@ -404,14 +405,14 @@ def doctor(
     return _findings(sources_given(model, data, settings))
 
 
-def look_over(settings: DoctorSettings) -> tuple[Finding, ...]:
+def look_over(settings: DoctorSettings) -> Checkup:
     """Check a model and its data for common mistakes, with the settings of the command line or of a configuration file,
     and return the findings.
     """
     return _findings(sources_at(settings))
 
 
-def _findings(sources: Sources) -> tuple[Finding, ...]:
+def _findings(sources: Sources) -> Checkup:
     subject = open_subject(sources)
     inspection_counter(subject.model)
-    return examine(subject.model, open_examples(sources, subject.model, lenient=True))
+    return Checkup(examine(subject.model, open_examples(sources, subject.model, lenient=True)))

@@ -30,6 +30,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
+from holdfast.reports.words import threat_syntax
 from holdfast.sources.arrays import Arrays, in_original_form
 from holdfast.sources.memory import as_array
 from holdfast.sources.selection import Selection
@@ -77,7 +78,8 @@ class Attacked:
         n, wrong, succeeded = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
         more = "".join(f"; {note}" for note in self.notes)
         clean = f"{wrong:,} of them misclassified when clean"
-        return f"<Attacked: {attacks}; {succeeded:,} of {n:,} succeed, {clean}{more}>"
+        threat = threat_syntax(self.result.summary()["threat"])
+        return f"<Attacked: {attacks} under {threat}; {succeeded:,} of {n:,} succeed, {clean}{more}>"
 
 
 @verb

@@ -182,8 +182,8 @@ def test_run_refuses_data_and_budgets_that_are_too_small_before_it_trains(capsys
     words = ["rotate", "run", *COLLECT[2:8], "--run", "small", "--once", "--immunise", "--budget", "1s"]
     assert run(words) == 2
     said = capsys.readouterr().err
-    assert "need about 2,852 held-out examples, and there are 1,000, one in 5 of 5,000" in said
-    assert "about 14,260 are enough" in said and "immunisation trains each set for " in said
+    assert "need at least 2,852 held-out examples, and there are 1,000, one in 5 of 5,000" in said
+    assert "at least 14,260 are needed" in said and "immunisation trains each set for " in said
     assert said.rstrip().endswith("give --anyway to start nevertheless") and not Path("small").exists()
     assert run([*words, "--anyway"]) == 2
     said = capsys.readouterr().err

@@ -4,11 +4,13 @@ import re
 
 import pytest
 
+from holdfast.config.guard_notes import unchecked_of_file
 from holdfast.config.guard_opening import calibration_path, guard_digest, guard_pipeline
 from holdfast.config.guard_settings import check_guard_settings, read_guard_settings
 from holdfast.config.starting import init, validate
 from holdfast.config.yaml_text import parse_yaml
 from holdfast.core.errors import UsageError
+from holdfast.serving.calibration import Calibration, write_calibration
 from holdfast.serving.decisions import Action, Mode
 
 INPUTS = {"shape": [1, 4, 4]}
@@ -123,3 +125,21 @@ def test_every_commented_setting_of_the_written_file_is_valid(tmp_path):
     assert {"defence", "state", "delay", "store"} <= set(content)
     assert {"squeezing", "mahalanobis", "stability"} <= set(content["rules"])
     check_guard_settings(content, "guard.yaml")
+
+
+def test_validate_refuses_what_a_server_refuses_before_it_opens_the_model(tmp_path):
+    path = init(tmp_path / "guard.yaml", guard=True)
+    parsed = read_guard_settings(path)
+    calibration = Calibration(0.01, 100, 0, {"energy": 0.0}, guard_digest(parsed), ("f" * 64,))
+    write_calibration(calibration, calibration_path(parsed, path))
+    assert validate(path) == ("guard",)
+    assert "shape [1, 28, 28], and whether it is the model ffffffffffff" in unchecked_of_file(path)
+    text = path.read_text()
+    path.write_text(text.replace("shape: [1, 28, 28]", "shape: [3, 28, 28]"))
+    with pytest.raises(UsageError, match="calibrated with other settings of the guard"):
+        validate(path)
+    calibration_path(parsed, path).unlink()
+    path.write_text(text.replace("shape: [1, 28, 28]", "shape: [null, 28, 28]"))
+    with pytest.raises(UsageError, match="give all sizes, or remove the rule queries"):
+        validate(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["guard.yaml"]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from holdfast.cli.data import import_ as import_command
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources import catalogue
 from holdfast.sources.catalogue import CATALOGUE, RemoteFile, entry_of, listed_data_sets
@@ -308,3 +309,9 @@ def test_a_folder_of_real_data_is_imported(data_folder: Path) -> None:
         [cifar.read(i, i + 5000).x.mean((0, 2, 3)).numpy()[None] for i in range(0, 50_000, 5000)]
     )
     np.testing.assert_allclose(mean.mean(0), [0.49139968, 0.48215841, 0.44653091], atol=1e-5)
+
+
+def test_the_help_of_the_import_names_all_files_that_it_reads():
+    shown = " ".join(import_command.help.split())
+    assert all(file in shown for entry in CATALOGUE.values() for file in (entry.file, *entry.parts))
+    assert all(name in shown for name, entry in CATALOGUE.items() if entry.remotes)

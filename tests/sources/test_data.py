@@ -442,8 +442,8 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rows, label, error, message",
     [
-        (ROWS, None, UsageError, "one of whose columns is the label: a, b, kind, split; give label="),
-        (ROWS, "knd", UsageError, r"no column 'knd' \(did you mean 'kind'"),
+        (ROWS, None, UsageError, "is not stated; its columns are a, b, kind, split; give label="),
+        (ROWS, "knd", UsageError, "no column 'knd'; its columns are a, b, kind, split; give label='kind'"),
         (
             [["a", "t", "y"], ["1", "red", "0"]],
             "y",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.core.errors import TargetError
+from holdfast.sources.data import open_data
 from holdfast.sources.files import existing, readable_file
 
 
@@ -12,9 +13,11 @@ from holdfast.sources.files import existing, readable_file
 def test_what_is_not_there_is_refused_with_the_nearest_name_or_the_place(wanted, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"x")
     with pytest.raises(
-        TargetError, match=r"^model '.*wieghts.pt' does not exist \(did you mean 'weights.pt'"
+        TargetError, match=r"^model '.*wieghts.pt' does not exist \(did you mean '.*weights.pt'"
     ):
         wanted(tmp_path / "wieghts.pt", "model")
+    with pytest.raises(TargetError, match=r"did you mean '.*weights.pt'"):
+        open_data(str(tmp_path / "wieghts.pt"))
     with pytest.raises(TargetError, match=rf"does not exist in the folder '{tmp_path}'"):
         wanted(tmp_path / "other.csv", "data")
     with pytest.raises(TargetError, match="does not exist, and neither does its folder '.*gone'"):

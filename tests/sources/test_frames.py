@@ -59,7 +59,7 @@ def test_a_verdict_on_a_frame_is_exact() -> None:
 def test_bad_frames_are_refused() -> None:
     table = frame([0, 1, 1, 0, 0, 1])
     with pytest.raises(
-        UsageError, match="the data frame is a table, one of whose columns is the label: a, b"
+        UsageError, match="the label column of the data frame is not stated; its columns are a, b"
     ):
         open_frame(table)
     with pytest.raises(TargetError, match=r"has 6 rows and the labels have shape \(2,\)"):

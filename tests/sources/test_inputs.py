@@ -20,6 +20,7 @@ from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.missing import WithMissing, with_missing, without_missing
 from holdfast.core.model import Bounds, Classifier
 from holdfast.sources.data import open_data
+from holdfast.sources.expected import Expected
 from holdfast.sources.limited import calling
 from holdfast.sources.memory import as_data
 from holdfast.verbs.trainable import training_notes
@@ -213,10 +214,25 @@ def test_the_remedies_for_another_separator_and_for_no_header_work(separator, tm
     with pytest.raises(TargetError, match=r"the first row of .* has numbers \(0.75, 1, 0.25, 0") as caught:
         open_data(str(path), **options, separator=separated)
     assert caught.value.remedy.words() == ("--no-header",)
-    with pytest.raises(UsageError, match="no column 'y', one of whose columns is the label: 0, 1, 2, 3"):
+    with pytest.raises(UsageError, match="no column 'y'; its columns are 0, 1, 2, 3"):
         open_data(str(path), **options, separator=separated, header=False)
     data = open_data(str(path), label="3", separator=separated, header=False)
     assert data.read(0, 3).x.tolist()[2] == [0.5, 0.25, 0.75] and data.read(0, 3).y.tolist() == [0, 1, 1]
+
+
+def test_columns_without_a_header_get_the_names_of_the_models(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(",".join(row) for row in ROWS))
+    fitted = Expected(feature_names=("a", "b"))
+    data = open_data(str(path), label="3", drop=("1",), header=False, expected=fitted)
+    assert data.features == ("a", "b") and data.read(0, 3).x.tolist()[2] == [0.5, 0.75]
+    assert any("0=a, 2=b" in note for note in data.notes)
+    with pytest.raises(TargetError, match=r"fitted on 2 columns \(a, b\).*3 beside its label") as caught:
+        open_data(str(path), label="3", header=False, expected=fitted)
+    assert caught.value.remedy.words() == ("--drop", "COLUMN")
+    with pytest.raises(TargetError, match="1 beside its label") as caught:
+        open_data(str(path), label="3", drop=("0", "1"), header=False, expected=fitted)
+    assert not caught.value.remedies
 
 
 def test_numbers_as_names_of_columns_are_accepted_if_they_increase(tmp_path: Path):

@@ -11,7 +11,9 @@ from holdfast.ops.overfitting import MOST_RAISED, RAISED, OverfittingGuard
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.testing.recipes import same
 from holdfast.verbs import attempt_training
+from holdfast.verbs.candidates import announced
 from holdfast.verbs.harden import harden
+from holdfast.verbs.pace import Pace, epochs_fitting, seconds_for_an_epoch
 from holdfast.verbs.training import LAST, saved
 from verbs import fakes
 from verbs.test_hardening import training, wish
@@ -190,3 +192,19 @@ def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch
     hardened(steady, *RECIPES[name], run=tmp_path / "again")
     assert same(found, last_of(tmp_path / "again"))
     assert next(plans, None) is None
+
+
+def test_a_budget_for_less_than_an_epoch_is_announced_with_one_that_suffices():
+    attempt = {"recipe": "pgd", "reason": "requested", "epochs": 0.25, "epoch_s": 8.0}
+    assert "does not suffice for one epoch; about 17 s would" in announced(attempt, 10.0)
+    assert "suffice" not in announced({**attempt, "epochs": 1.0}, 10.0)
+
+
+@pytest.mark.parametrize("fitting", [0.1, 0.9])
+def test_the_announced_budget_suffices_for_an_epoch(fitting):
+    timed = Pace(update=0.5, epoch=11.0)
+    budget = 100.0
+    while epochs_fitting(budget, timed, 20) > fitting:
+        budget -= 0.5
+    enough = seconds_for_an_epoch(budget, epochs_fitting(budget, timed, 20), timed.epoch)
+    assert budget < enough and epochs_fitting(enough, timed, 20) >= 1

@@ -13,7 +13,7 @@ import holdfast
 from holdfast.attacks import PGD
 from holdfast.certifiers.smoothing import ReadySmoothing, Smoothing
 from holdfast.core.constraints import L2
-from holdfast.core.errors import TargetError, UnsoundProof, UsageError
+from holdfast.core.errors import NoBounds, TargetError, UnsoundProof, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member
 from holdfast.ops.losses import cross_entropy
@@ -156,6 +156,7 @@ def test_a_model_without_gradients_is_certified_without_attacks():
     assert float(result["certified_accuracy"]) > 0.9
     assert not result.evidence.attacks
     assert any("gives scores only, so that no attack is run" in note for note in result.summary()["notes"])
+    assert not any("switched off" in note for note in result.summary()["notes"])
 
 
 class Strict(torch.nn.Module):
@@ -178,3 +179,26 @@ def test_a_model_that_refuses_noise_needs_a_clamp():
     result = assess(smoothed_subject(subject(Strict()), clipped), data(), order(how=clipped, gates=()))
     assert result.evidence["certified"].any()
     assert result.evidence.model["smoothed"]["clip"] is True
+
+
+@pytest.mark.parametrize(("eps", "advised"), [(0.001, True), (0.5, False)])
+def test_smoothing_is_advised_only_if_it_certifies_an_example_of_a_trial(eps, advised):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.LayerNorm(9), torch.nn.Linear(9, 3)).eval()
+    x = torch.rand(40, 9)
+    with pytest.raises(NoBounds, match="native_layer_norm; replace it") as caught:
+        holdfast.certify(net, (x, net(x).argmax(1)), f"linf:{eps}", "crown")
+    assert bool(caught.value.remedies) is advised and "register" not in caught.value.message
+
+
+def test_only_functions_of_single_values_are_to_be_registered():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), Lgamma())
+    with pytest.raises(NoBounds, match="or register its bounds with holdfast.certifiers.register"):
+        holdfast.certify(net, (torch.rand(4, 4), torch.zeros(4, dtype=torch.long)), "linf:0.1", "crown")
+
+
+class Lgamma(torch.nn.Module):
+    """A pointwise function without known bounds."""
+
+    def forward(self, x):
+        return torch.lgamma(x.abs() + 1)

@@ -23,6 +23,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.engine.resuming import repeatable
 from holdfast.harness import Member
 from holdfast.store.verify import verify
+from holdfast.verbs import recomputing
 from holdfast.verbs.assess import assess
 from verbs import fakes
 from verbs.fakes import FAST, THOROUGH, data, network, settled, subject
@@ -106,11 +107,14 @@ def test_a_finished_run_is_told_again_without_measuring(whole, monkeypatch):
     first = assess(subject(), data(), order(), run=whole, resume=True)
     monkeypatch.setattr("holdfast.verbs.measuring.ShardMeasure.__call__", refused)
     monkeypatch.setattr("holdfast.verbs.probes.run_probes", refused)
+    recomputed, findings = [], recomputing._findings
+    monkeypatch.setattr(recomputing, "_findings", lambda *given: recomputed.append(1) or findings(*given))
     before = settled(whole)
     again = assess(subject(), data(), order(), run=whole, resume=True)
     assert again.exit_code == first.exit_code
     assert again.gates == first.gates
     assert settled(whole) == before
+    assert len(recomputed) == 1
 
 
 def test_a_finished_run_may_be_judged_by_other_gates(whole, tmp_path):

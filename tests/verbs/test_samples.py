@@ -10,6 +10,7 @@ from holdfast.ops.statistics import bonferroni, paired_difference
 from holdfast.verbs.rotate.admission_gates import NO_DOUBTS, gate_results
 from holdfast.verbs.rotate.samples import (
     CONFIDENCE,
+    MEASURED_LATER,
     POWER,
     Need,
     changed,
@@ -50,7 +51,11 @@ def test_as_many_as_are_needed_are_not_widened_and_one_less_is():
 
 def test_what_is_needed_is_said_before_and_after_and_what_follows():
     before = statement(planned_needs(1_000, judged=500), 500, planned=True)
-    assert before.startswith("the gates need about ") and "there are 1,000" in before
+    assert (
+        before.startswith("the gates need at least ")
+        and MEASURED_LATER in before
+        and "there are 1,000" in before
+    )
     assert "Tolerances are widened" in before and "training examples" in before
     enough = statement(planned_needs(8_000), 2_000, planned=True)
     assert "widened" not in enough

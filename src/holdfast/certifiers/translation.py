@@ -77,7 +77,8 @@ class Translator:
             return chosen
         translate = self.table.get(name)
         if translate is None:
-            raise self.refused(f"the operation {name}")
+            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+            raise self.refused(f"the operation {name}", registrable=pointwise)
         return translate(self, *args, **kwargs)
 
     def _value(self, arg: Any) -> TracedValue:
@@ -124,12 +125,14 @@ class Translator:
         where, code = places[-1]
         return f"{where.removeprefix('File ')}: {code}"
 
-    def refused(self, what: str) -> NoBounds:
-        """Return the error for an operation without sound bounds, with its place in the user's code."""
+    def refused(self, what: str, *, registrable: bool = False) -> NoBounds:
+        """Return the error for an operation without sound bounds, with its place in the user's code. Functions of
+        single values are `registrable`.
+        """
         place = self.place()
+        register = ", or register its bounds with holdfast.certifiers.register" if registrable else ""
         return NoBounds(
-            f"no sound bounds are known for {what}{f', at {place}' if place else ''}; replace it, or register it with "
-            "holdfast.certifiers.register if it is a function of single values"
+            f"no sound bounds are known for {what}{f', at {place}' if place else ''}; replace it{register}"
         )
 
 

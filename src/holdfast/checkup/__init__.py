@@ -7,7 +7,7 @@ far more often with the alternative than with the declared one, so that a weak m
 """
 
 from holdfast.checkup.examination import examine, misfit
-from holdfast.checkup.examined import BETTER, Finding
+from holdfast.checkup.examined import BETTER, Checkup, Finding
 from holdfast.checkup.readings import FILLED
 
-__all__ = ["BETTER", "FILLED", "Finding", "examine", "misfit"]
+__all__ = ["BETTER", "FILLED", "Checkup", "Finding", "examine", "misfit"]

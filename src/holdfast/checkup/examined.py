@@ -46,6 +46,27 @@ class Finding:
         """Return the advice and the remedies, with options of the command line."""
         return with_remedies(self.advice, [remedy.on_command_line() for remedy in self.remedies])
 
+    @property
+    def sign(self) -> str:
+        """Sign of the level: `x` for a problem, `!` for a warning, `+` for the statement that nothing is wrong."""
+        return {"problem": "x", "warning": "!", "good": "+"}[self.level]
+
+    def __str__(self) -> str:
+        """Return the finding as the command line prints it, with arguments of Python."""
+        text = f"{self.sign} {self.check:<14}{self.message}"
+        return f"{text}\n{' ' * 16}-> {self.way_out}" if self.way_out else text
+
+
+class Checkup(tuple[Finding, ...]):
+    """The findings of `holdfast.doctor`, which are printed line by line."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self))
+
+    __str__ = __repr__
+
 
 @dataclass(frozen=True)
 class Examined:

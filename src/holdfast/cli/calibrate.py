@@ -29,6 +29,10 @@ def calibrate(voice: Voice, **flags: Any) -> None:
     if covered is not None:
         voice.say(f"{'warning: ' if covered.short else ''}{covered.text}")
     voice.say(
-        f"wrote {path}: the rules are calibrated to at most {100 * calibration.false_positives:g} % of benign inputs, "
-        f"and fire on {calibration.fired:,} of {calibration.n:,} calibration inputs, {rate_text(calibration.measured)}"
+        f"wrote {path}: its rules fire on at most {100 * calibration.false_positives:g} % of benign "
+        "inputs like these"
+    )
+    voice.say(
+        f"the rules fire on {calibration.fired:,} of {calibration.n:,} calibration inputs, "
+        f"{rate_text(calibration.measured)}"
     )

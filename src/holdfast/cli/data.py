@@ -94,7 +94,14 @@ def fetch(voice: Voice, name: str) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @with_voice
 def import_(voice: Voice, folder: Path) -> None:
-    """Import every data set of the catalogue whose files are in FOLDER."""
+    """Import every data set of the catalogue whose files are in FOLDER itself, under these names: mnist.npz,
+    fashion_mnist.npz, cifar10.npz (or cifar10_train0.npz, cifar10_train1.npz and cifar10_test.npz), gtsrb32.npz,
+    pneumoniamnist.npz, clamp_pe_malware.csv.gz, credit_default.csv.gz, credit_fraud_small.csv.gz, phishing_url.csv.gz,
+    location30.npz.
+
+    Of mnist, fashion-mnist and cifar10 the files of the official mirrors are imported as well. Files under other names
+    need no import: give their path as DATA.
+    """
     from holdfast.sources.fetching import import_folder
 
     for imported in import_folder(folder):

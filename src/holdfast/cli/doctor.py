@@ -10,7 +10,7 @@ from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
 from holdfast.config.settings import DoctorSettings
 from holdfast.core.names import line
 
-_SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "green")}
+_COLOURS = {"problem": "red", "warning": "yellow", "good": "green"}
 
 
 @click.command(short_help="find common mistakes before a long run")
@@ -31,8 +31,8 @@ def doctor(voice: Voice, **flags: Any) -> int:
     for finding in findings:
         if finding.level == "good" and voice.quiet:
             continue
-        sign, colour = _SIGNS[finding.level]
-        console.print(Text.assemble((f"{sign} {finding.check:<14}", colour), line(finding.message)))
+        heading = f"{finding.sign} {finding.check:<14}", _COLOURS[finding.level]
+        console.print(Text.assemble(heading, line(finding.message)))
         if way_out := finding.on_command_line():
             console.print(Text.assemble(" " * 16, ("-> ", "bold"), line(way_out)))
     problems = sum(finding.level == "problem" for finding in findings)

@@ -43,7 +43,7 @@ def init(voice: Voice, *, path: Path | None, model: str, data: str, guard: bool,
 def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     """Check all keys of a configuration file, including threat, gates, suite and attacks, without running anything.
 
-    The file may also contain the settings of a guard.
+    The file may also contain the settings of a guard, with which its calibration is compared. No model is opened.
     """
     if print_schema:
         from holdfast.config.schema import settings_schema
@@ -54,9 +54,9 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     kinds = check_file(path)
     voice.say(f"{path} is valid for {', '.join(kinds)}")
     if kinds == (GUARD,):
-        from holdfast.config.guard_notes import notes_of_file
+        from holdfast.config.guard_notes import notes_of_file, unchecked_of_file
 
-        for note in notes_of_file(path):
+        for note in (*notes_of_file(path), unchecked_of_file(path)):
             voice.say(f"note: {note}")
 
 

@@ -104,7 +104,7 @@ def _option(key: str, field: FieldInfo, flag: Flag) -> Option:
     names = (flag.short, name) if flag.short else (name,)
     kind = _plain_type(field.annotation)
     # default=None, unlike that of the setting, so that a key of a file is not replaced by an absent option
-    settings: dict[str, Any] = {"default": None, "help": field.description}
+    settings: dict[str, Any] = {"default": None, "help": flag.help or field.description}
     if kind is bool:
         if flag.negated:
             return click.option(f"{name}/--no-{name[2:]}", key, **settings)

@@ -33,6 +33,8 @@ class Flag:
     """values that the shell completes: a name of `holdfast.cli.completing`, or PATH"""
     negated: bool = False
     """whether the option also exists in the form `--no-…`"""
+    help: str = ""
+    """help text of the option, if it is not the description of the setting"""
 
 
 class SettingGroup(BaseModel):
@@ -232,10 +234,17 @@ class DataSource(SettingGroup):
         default=None,
         description="Character between the cells of a .csv file, as in ';' or tab (default: a comma).",
     )
-    header: Annotated[bool, Flag(name="--no-header")] = Field(
+    header: Annotated[
+        bool,
+        Flag(
+            name="--no-header",
+            help="Read the first row of a .csv file as data. The columns get the names 0, 1, 2, …, or those of the "
+            "model if their number is equal.",
+        ),
+    ] = Field(
         default=True,
         description="Whether the first row of a .csv file contains the names of the columns (default: yes). Otherwise "
-        "they are named 0, 1, 2, ….",
+        "they are named 0, 1, 2, …, or as those of the model if their number is equal.",
     )
     layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
         default=None,

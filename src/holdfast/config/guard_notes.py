@@ -2,10 +2,17 @@
 measured.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.config.guard_opening import basis_of, query_radius, rules_of, stored_calibration
+from holdfast.config.guard_opening import (
+    basis_of,
+    calibration_path,
+    query_radius,
+    rules_of,
+    stored_calibration,
+)
 from holdfast.config.guard_settings import GuardSettings, read_guard_settings
 from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
@@ -63,6 +70,20 @@ def guard_notes(settings: GuardSettings, calibration: Calibration | None) -> tup
     return tuple(notes)
 
 
+def unchecked_of_file(path: Path) -> str:
+    """Return a sentence with what is known about the guard in a file only after its model was opened."""
+    settings = read_guard_settings(path)
+    place, calibration = calibration_path(settings, path), stored_calibration(settings, path)
+    shape = f"whether the model accepts inputs of shape {list(settings.inputs.shape)}"
+    if calibration is None:
+        return f"not checked, because no model was opened: {shape}. There is no calibration {str(place)!r}"
+    models = ", ".join(each[:12] for each in calibration.models)
+    return (
+        f"not checked, because no model was opened: {shape}, and whether it is the model {models}, with which "
+        f"{str(place)!r} was calibrated. holdfast serve MODEL --guard {shlex.quote(str(path))} checks both"
+    )
+
+
 def notes_of_file(path: Path) -> tuple[str, ...]:
     """Return the notes about the guard in a file, and why its calibration cannot be used if this is so."""
     settings, calibration, faults = read_guard_settings(path), None, []
@@ -96,9 +117,9 @@ class Coverage:
             return text
         larger = rounded_up(self.radius * self.stated / self.eps, 3)
         return (
-            f"{text}, less than eps {self.stated:.3g} of the settings, so attacks with larger changes may not be seen; "
-            f"`radius: {larger}` covers them and may fire on more benign inputs, which holdfast calibrate measures; "
-            "it refuses a radius that fires more often than the stated rate"
+            f"{text}, less than eps {self.stated:.3g} of the settings. Attacks with larger changes may not be seen. "
+            f"`radius: {larger}` covers them, and may fire on more benign inputs. holdfast calibrate measures this "
+            "rate, and refuses a radius that fires more often than the stated rate"
         )
 
 

@@ -78,6 +78,20 @@ def stored_calibration(settings: GuardSettings, path: Path, model: str | None = 
     return calibration
 
 
+def refuse_unusable(path: Path) -> None:
+    """Raise `UsageError` for a guard that a server would refuse before it opens its model: of rules that contradict its
+    inputs, or with a calibration that was made with other settings.
+
+    No state and no key is created.
+    """
+    settings = read_guard_settings(path)
+    calibration, queries = stored_calibration(settings, path), None
+    if settings.rules.queries is not None:
+        radius = query_radius(settings.rules.queries, calibration)
+        queries = query_rule(settings, radius, bytes(32), MemoryState())  # any key
+    guard_pipeline(settings, queries, calibration)
+
+
 def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibration | None) -> GuardPipeline:
     """Return the guard with its calibration and with the state of its query detector."""
     queries = None

@@ -161,7 +161,7 @@ def _scaled(model: Classifier, sources: Sources) -> tuple[str, ...]:
         lowest, highest = ends(of_all)
         units = Units((lowest,), (highest,), (highest - lowest,), exact, sources.unit)
     else:
-        raw = _values_of(sources)
+        raw = _values_of(sources, model.feature_names)
         features = _feature_names(model, raw)
         low, high = bounds_by_feature(sources.inputs, features)
         if not sources.unit:
@@ -185,14 +185,19 @@ def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
     return present or tuple(map(str, range(values.x.shape[1])))
 
 
-def _values_of(sources: Sources) -> Arrays:
-    """Return the values of the examples as they are stored, without regard to the model.
+def _values_of(sources: Sources, fitted: tuple[str, ...] | None) -> Arrays:
+    """Return the values of the examples as they are stored, without regard to the model, except that columns without
+    names get the `fitted` ones.
 
     Raises `UsageError` if they are not a table, because only its features have bounds and units of their own.
     """
     any_value = Bounds(torch.tensor(-torch.inf), torch.tensor(torch.inf))
     properties = Expected(
-        any_value, lenient=True, normalised=normalisation(sources.inputs), accepts_missing=True
+        any_value,
+        feature_names=fitted,
+        lenient=True,
+        normalised=normalisation(sources.inputs),
+        accepts_missing=True,
     )
     raw = _examples(sources, properties)
     arrays = (

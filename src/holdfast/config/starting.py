@@ -144,8 +144,9 @@ def init(
 def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
     """Check all keys of a configuration file, and its threat models, gates, suites, attacks, recipes and reports.
 
-    Nothing is run. Returns the verbs for which the file is valid, which are those that use all keys at its top, or
-    `guard` for the settings of a guard. Raises `UsageError` for the first fault, and if there is no such verb.
+    Nothing is run, and no model is opened. The calibration of a guard is compared with its settings. Returns the verbs
+    for which the file is valid, which are those that use all keys at its top, or `guard` for the settings of a guard.
+    Raises `UsageError` for the first fault, and if there is no such verb.
     """
     loaded = load(Path(path))
     if not loaded:
@@ -154,6 +155,9 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
         )
     if is_guard(loaded):
         check_guard_settings(loaded, str(path))
+        from holdfast.config.guard_opening import refuse_unusable
+
+        refuse_unusable(Path(path))
         return (GUARD,)
     verbs, faults = [], []
     for verb, kind in VERBS.items():

@@ -73,7 +73,12 @@ def _bounds(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(feature): _ordered(sides, f"the bounds of {feature}") for feature, sides in value.items()}
     if isinstance(value, str):
-        return _fractions(value)
+        if value.endswith(".json") or Path(value).is_file():
+            raise UsageError(
+                f"bounds are {value!r}, which is no pair of numbers; the name of a file begins with @",
+                Remedy("bounds", f"@{value}"),
+            )
+        return numbers(value, "bounds")
     if not isinstance(value, Sequence) or len(value) != 2:
         raise UsageError(f"bounds are {value!r}; give two numbers, the lower first, as in 0,1")
     sides = [side if isinstance(side, str | int | float) else _array(side) for side in value]

@@ -14,6 +14,8 @@ class Placeholder:
     """the value on the command line, as in `DATA`"""
     python: str = ""
     """the value in Python, if it is written in another way"""
+    form: str = ""
+    """what the value on the command line stands for, as in `FILE contains JSON`"""
 
     def __str__(self) -> str:
         return self.text
@@ -77,7 +79,8 @@ class Remedy:
         texts = [f"leave out {' and '.join(left_out)}"] if left_out else []
         if words := self.words():
             texts.append(f"give {shlex.join(words)}")
-        return self._with_reason(" and ".join(texts))
+        forms = "; ".join(part.value.form for part in self._parts if isinstance(part.value, Placeholder))
+        return self._with_reason(" and ".join(texts)) + (f" ({forms})" if forms else "")
 
     def words(self) -> tuple[str, ...]:
         """Return the words that the remedy adds to a command line; none if it only removes options."""
@@ -160,7 +163,7 @@ def remedy_to_json(remedy: Remedy | Install) -> dict[str, Any]:
         return {"extra": remedy.extra}
     content = {each.name: getattr(remedy, each.name) for each in fields(Remedy)}
     if isinstance(remedy.value, Placeholder):
-        content["value"] = {"text": remedy.value.text, "python": remedy.value.python}
+        content["value"] = {each.name: getattr(remedy.value, each.name) for each in fields(Placeholder)}
     return {**content, "also": [remedy_to_json(each) for each in remedy.also]}
 
 

@@ -19,13 +19,22 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     "did you mean 'PGD'?"
     >>> suggestion("pdg", ("PDPGD", "PGD"))
     "did you mean 'PGD'?"
+    >>> suggestion("bnb", ("crown", "branch-and-bound"))
+    "did you mean 'branch-and-bound'?"
     >>> suggestion("corruptions", ("linf", "l2"))
     ''
     """
-    names, typed = {_folded(name): name for name in islice(known, _MOST)}, _folded(word)
+    name = most_similar(word, known)
+    return "" if name is None else f"did you mean {name!r}?"
+
+
+def most_similar(word: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most similar to a misspelt word, or None if no name is similar."""
+    listed, typed = [*islice(known, _MOST)], _folded(word)
+    names = {_initials(name): name for name in listed} | {_folded(name): name for name in listed}
     close = difflib.get_close_matches(typed, names, n=1, cutoff=_SIMILAR)
     swapped = [name for name in names if _swapped(typed, name)]
-    return f"did you mean {names[[*swapped, *close][0]]!r}?" if swapped or close else ""
+    return names[[*swapped, *close][0]] if swapped or close else None
 
 
 def _swapped(word: str, name: str) -> bool:
@@ -40,6 +49,12 @@ def _swapped(word: str, name: str) -> bool:
         and word[differing[0]] == name[differing[1]]
         and word[differing[1]] == name[differing[0]]
     )
+
+
+def _initials(name: str) -> str:
+    """Return the abbreviation of a name of three words or more, as `bab` of `branch-and-bound`; else the name."""
+    words = _folded(name).split("_")
+    return "".join(word[:1] for word in words) if len(words) > 2 else _folded(name)
 
 
 def _folded(name: str) -> str:

@@ -388,25 +388,30 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
 
 def ranges_of_features(data: Arrays) -> Remedy:
     """Return the remedy for a table whose features are not scaled to one range: bounds of each feature, in which eps is
-    measured.
+    measured, unless it is measured in other units already.
 
     The bounds of the example are the ranges of the values.
     """
-    x = data.read(0, len(data)).x
+    x = _values(data, data.read(0, len(data)).x)
     names = data.features or tuple(map(str, range(x.shape[1])))
     ends = [(column[~column.isnan()].min(), column[~column.isnan()].max()) for column in x[:, :_EXAMPLES].T]
     shown = ", ".join(
         f'"{name}": [{float(low):g}, {float(high):g}]'
         for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
     )
-    more = ", …" if len(names) > _EXAMPLES else ""
+    mapping = f"{{{shown}{', …' if len(names) > _EXAMPLES else ''}}}"
+    measured = data.units is not None
     return Remedy(
         "bounds",
-        Placeholder("@FILE", "(low, high)"),
-        also=(Remedy("threat", "linf:0.05,unit=range"),),
-        reason=f"for features with different ranges: FILE is JSON such as {{{shown}{more}}}, low and high are arrays "
-        "with a value for each feature, and eps is measured in these ranges",
+        Placeholder("@FILE", mapping, f"FILE contains JSON such as {mapping}"),
+        also=() if measured else (Remedy("threat", "linf:0.05,unit=range"),),
+        reason=f"for features with different ranges{'' if measured else ', in which eps is then measured'}",
     )
+
+
+def _values(data: Arrays, x: Tensor) -> Tensor:
+    """Return the values of a data set in their own units."""
+    return x if data.units is None else data.units.normalisation.done(x)
 
 
 def _outside_of_feature(data: Arrays, bounds: Bounds) -> TargetError:
@@ -414,16 +419,23 @@ def _outside_of_feature(data: Arrays, bounds: Bounds) -> TargetError:
     batch = data.read(0, len(data))
     low, high = bounds.like(batch.x)
     row, *place = ((batch.x < low) | (batch.x > high)).nonzero()[0].tolist()
-    values = batch.x if data.units is None else data.units.normalisation.done(batch.x)
+    values = _values(data, batch.x)
     sides = bounds if data.units is None else data.units.values
     lowest, highest = (
         float(torch.as_tensor(side).expand(batch.x.shape[1:])[tuple(place)]) for side in sides.like(batch.x)
     )
     feature = data.features[place[0]] if data.features is not None else f"feature {place[0]}"
-    return TargetError(
+    found = (
         f"the value of {feature} in row {int(batch.ids[row])} of {data.name} is {float(values[row, *place]):g}, "
-        f"outside its bounds {lowest:g} to {highest:g}; correct the bounds, or remove such rows"
+        f"outside its bounds {lowest:g} to {highest:g}"
     )
+    if data.units is not None and len({*zip(data.units.low, data.units.high, strict=True)}) == 1:
+        # the same bounds for all, such as those by default
+        return TargetError(
+            f"{found}; a unit of each feature, unit={data.units.text}, needs the bounds of each feature",
+            ranges_of_features(data),
+        )
+    return TargetError(f"{found}; correct the bounds, or remove such rows")
 
 
 def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> TargetError:

@@ -56,6 +56,8 @@ class ColumnTable:
     words: Mapping[str, Words] = field(default_factory=dict)
     inputs: ColumnInputs | None = None
     """column whose cells are the inputs, if there is one; the table then has no features"""
+    has_header: bool = True
+    """whether the file contains the names of the columns; otherwise they are the positions of the columns"""
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -14,7 +14,7 @@ from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
 from holdfast.sources.catalogue import CATALOGUE, data_folder
 from holdfast.sources.class_numbers import MOST_NAMES, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import reading, similar_name
+from holdfast.sources.files import reading, similar_file, similar_name
 from holdfast.sources.labels import whole_numbers
 from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
@@ -240,7 +240,7 @@ def _located(address: str) -> _Location:
     if path.exists():
         return _Location(path)
     if os.sep in address or path.suffix:
-        raise TargetError(f"data {address!r} does not exist; give {_FORMS}")
+        raise TargetError(f"data {address!r} does not exist{similar_file(path)}; give {_FORMS}")
     raise UsageError(
         f"there is no data set {address!r}{similar_name(address, [*bundled, *CATALOGUE])}; give {_FORMS}"
     )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.core.spelling import suggestion
+from holdfast.core.spelling import most_similar, suggestion
 
 _SHOWN = 200
 """Largest number of characters of a reason in an error message."""
@@ -78,6 +78,17 @@ def similar_name(name: str, known: Iterable[str]) -> str:
     return f" ({offered})" if offered else ""
 
 
+def similar_file(path: Path) -> str:
+    """Return a suggestion for an error message, ` (did you mean 'x'?)`, with the path of the file or folder beside a
+    missing one that has the most similar name, or "" if there is none.
+    """
+    try:
+        name = most_similar(path.name, (entry.name for entry in path.parent.iterdir()))
+    except OSError:  # no folder, or one that can be entered but not listed: there is no name to suggest
+        return ""
+    return "" if name is None else f" (did you mean {str(path.with_name(name))!r}?)"
+
+
 def names_of(names: Sequence[str]) -> str:
     """Return the first fifty names that a file contains, separated by commas, or "nothing" if there are none."""
     shown = ", ".join(name[:_NAME] for name in names[:_NAMES]) or "nothing"
@@ -93,7 +104,4 @@ def _way_out(path: Path) -> str:
     if not path.parent.is_dir():
         return f", and neither does its folder {str(path.parent)!r}; check the path"
     folder_text = f" in the folder {str(path.parent.absolute())!r}; check the path"
-    try:
-        return similar_name(path.name, (entry.name for entry in path.parent.iterdir())) or folder_text
-    except OSError:  # a folder that can be entered but not listed: there is no name to suggest
-        return folder_text
+    return similar_file(path) or folder_text

@@ -33,7 +33,7 @@ from holdfast.sources.factories import (
     names_code,
     refuse_without_factory,
 )
-from holdfast.sources.files import reading, sha256_of_file, similar_name
+from holdfast.sources.files import reading, sha256_of_file, similar_file, similar_name
 from holdfast.sources.object_digest import digest_of_object
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.skops_files import ESTIMATOR_SUFFIXES, open_estimator
@@ -398,7 +398,7 @@ def _open_bundled(opening: _Opening) -> OpenedModel:
     if name not in bundled:
         looks_like_path = "/" in name or "\\" in name or bool(Path(name).suffix)
         if looks_like_path:
-            raise TargetError(f"model {name!r} does not exist; give {_FORMS}")
+            raise TargetError(f"model {name!r} does not exist{similar_file(Path(name))}; give {_FORMS}")
         raise UsageError(f"there is no bundled model {name!r}{similar_name(name, bundled)}; give {_FORMS}")
     opened = _open_state_dict(opening, bundled[name])
     files = {f"bundled:{name}": sha256_of_file(bundled[name])}

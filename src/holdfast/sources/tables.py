@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
 from holdfast.sources.arrays import Arrays, from_numpy, handles_missing, selected_rows
 from holdfast.sources.class_numbers import numbered, numbered_words
@@ -58,7 +59,8 @@ def open_table(
     Labels that are integers from 0 on are the class numbers. Other labels are class names. `name` is the name of the
     table in messages, `label` the label column, and `drop` lists columns that are not features. If a parquet file has a
     column of images or of arrays, its cells are the inputs; `inputs` names it if there are several. `separator` and
-    `header` are those of a CSV file.
+    `header` are those of a CSV file. The columns of a file without a header get the names of the columns that the model
+    was fitted on, in their order, if their number is equal.
     """
     readable_file(path, "data file")
     request: dict[str, Any] = {"inputs": inputs, "separator": separator or ",", "header": header}
@@ -66,7 +68,7 @@ def open_table(
         description,
         folder,
     ):
-        column_table = table(path, description, folder)
+        column_table = replace(table(path, description, folder), has_header=header)
     return table_examples(
         column_table,
         name=name,
@@ -108,6 +110,7 @@ def table_examples(
     if table.inputs is not None:
         x, layout, notes = _whole_inputs(table.inputs, chosen, name)
     else:
+        table, notes = _named_by_position(table, drop, expected)
         features = tuple(_as_fitted([name for name in table.features if name not in drop], table, expected))
         x = _numbers(table, features, chosen, expected)
     of_source: dict[str, Any] = {"layout": layout, "notes": notes, "features": features}
@@ -148,6 +151,33 @@ def _numbering(names: tuple[str, ...]) -> str:
     return f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
 
 
+def _named_by_position(
+    table: ColumnTable, drop: tuple[str, ...], expected: Expected
+) -> tuple[ColumnTable, tuple[str, ...]]:
+    """Return a table without a header whose features have the names of the columns that the model was fitted on, and a
+    note for the report.
+
+    The table does not change if it has a header, or if the model declares no names. Raises `TargetError` if the number
+    of columns differs.
+    """
+    fitted = expected.feature_names
+    if table.has_header or fitted is None:
+        return table, ()
+    features = [name for name in table.features if name not in drop]
+    if len(features) != len(fitted):
+        more = len(features) > len(fitted)
+        raise TargetError(
+            f"the model was fitted on {len(fitted)} columns ({names_of(fitted)}), and {table.name}, which has no "
+            f"header, has {len(features)} beside its label ({names_of(features)}); give as many, in the same order",
+            *((Remedy("drop", Placeholder("COLUMN", "[COLUMN]"), function="open_data"),) if more else ()),
+        )
+    named = dict(zip(features, fitted, strict=True))
+    shown = ", ".join(f"{position}={name}" for position, name in list(named.items())[:6])
+    more_names = " …" if len(named) > 6 else ""
+    note = f"the file has no header; its columns were taken in the order of the model's: {shown}{more_names}"
+    return replace(table, features=tuple(named.get(name, name) for name in table.features)), (note,)
+
+
 def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> list[str]:
     """Return the names of the features in the order in which the model was fitted, if the model declares names.
 
@@ -181,13 +211,14 @@ def _label(label: str | None, table: ColumnTable) -> str:
     if label is not None and label in table.columns:
         return label
     wrong = (
-        f"{table.name} has no column {label!r}{similar_name(label, table.columns)}"
+        f"{table.name} has no column {label!r}"
         if label
-        else f"{table.name} is a table"
+        else f"the label column of {table.name} is not stated"
     )
+    similar = most_similar(label, table.columns) if label else None
     raise UsageError(
-        f"{wrong}, one of whose columns is the label: {names_of(table.columns)}",
-        Remedy("label", Placeholder("COLUMN"), function="open_data"),
+        f"{wrong}; its columns are {names_of(table.columns)}",
+        Remedy("label", similar or Placeholder("COLUMN"), function="open_data"),
     )
 
 

@@ -209,14 +209,18 @@ class _Job:
         if (stored := store.document(DOUBTS)) is not None:
             if (columns := store.stage(FOUND)) is not None:
                 by_stage[FOUND] = columns.columns
-            if self.folder is not None:
+            if self.folder is not None and store.document(VERDICT) is None:
                 refuse_other_doubts(self.folder, self.manifest, by_stage, stored)
+            elif self.folder is not None:
+                open_run(
+                    self.folder
+                )  # of a finished run all documents are compared with the columns, the doubts too
             return stored
         store.begin(DOUBTS, 0)
         stopwatch = Stopwatch(store, DOUBTS)
         not_measured = (
             ["no doubt was measured, because the doubts were switched off"]
-            if off and not self.plan.alone
+            if off and self.plan.members and not self.plan.alone
             else []
         )
         with purpose(DOUBTS, 0, "doubts"):
@@ -303,8 +307,6 @@ class _Job:
         """
         request, claims, accepted = self.request, self.request.gates, self.request.accepted
         if stored is not None:
-            if self.folder is not None:
-                open_run(self.folder)  # refuses a run whose documents contradict its columns
             before = tuple(map(judgement_from_json, stored["gates"]))
             if not claims and not accepted:
                 return before, stored["accepted_doubts"]

@@ -12,7 +12,7 @@ from holdfast.ops.distributed import broadcast
 from holdfast.ops.fit import updates
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.numbers import plain
-from holdfast.verbs.pace import Clock, Pace, epochs_fitting, pace, too_small
+from holdfast.verbs.pace import Clock, Pace, epochs_fitting, pace, seconds_for_an_epoch, too_small
 
 _TIMED_EXAMPLES = (
     8,
@@ -187,11 +187,17 @@ def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> 
 
 
 def announced(attempt: Mapping[str, Any], budget_s: float | None) -> str:
-    """Return the message that is shown before a training: its recipe, its epochs and its time budget."""
+    """Return the message that is shown before a training: its recipe, its epochs and its time budget, and a budget that
+    suffices for one epoch if this one does not.
+    """
     duration = (
         ""
         if budget_s is None
         else f" of about {attempt['epoch_s']:.1f} s in the first plan, within a budget of {budget_s:g} s"
     )
     epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
-    return f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{duration}"
+    short = ""
+    if budget_s is not None and attempt["epochs"] < 1:
+        enough = seconds_for_an_epoch(budget_s, attempt["epochs"], attempt["epoch_s"])
+        short = f". The budget does not suffice for one epoch; about {enough} s would"
+    return f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{duration}{short}"

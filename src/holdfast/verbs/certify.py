@@ -82,7 +82,8 @@ def smoothed_subject(subject: Subject, smoothing: Smoothing) -> Subject:
     )
     attacked = base.access == "gradients"
     unattacked = (
-        f"{name} gives {base.access} only, so that no attack is run: robust accuracy is that on clean inputs"
+        f"{name} gives {base.access} only, so that no attack is run and no doubt is examined: robust accuracy is that "
+        "on clean inputs"
     )
     return replace(
         subject,
@@ -106,10 +107,12 @@ def refuse_unprovable(
     if not stages:
         return
     without_bounds = (
-        Remedy("certify") if verb == "assess" else by_smoothing(plan.threat.constraint, sample, target.bare)
+        (Remedy("certify"),)
+        if verb == "assess"
+        else by_smoothing(plan.threat.constraint, sample, target.bare)
     )
     if target.smoothed is None and (target.bare.remote or target.bare.access != "gradients"):
-        raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", without_bounds)
+        raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", *without_bounds)
     if target.rejects:
         raise UsageError(
             "the model has a detector that rejects inputs, about which nothing is proved; give the network without "
@@ -125,7 +128,7 @@ def refuse_unprovable(
         try:
             prepared_prover(target, stage.prover, sample, plan.threat)
         except NoBounds as error:
-            raise NoBounds(error.message, without_bounds) from error
+            raise NoBounds(error.message, *without_bounds) from error
 
 
 _BOUNDS = "bounds are computed from the operations of a network in torch"

@@ -240,6 +240,13 @@ def epochs_fitting(budget_s: float, measured: Pace, per_epoch: int) -> float:
     return updates_fitting(_planned_s(budget_s, look_s), measured.update, look_s, 0, per_epoch) / per_epoch
 
 
+def seconds_for_an_epoch(budget_s: float, epochs: float, epoch_s: float) -> int:
+    """Return the seconds of a time budget that suffices for one epoch of `epoch_s` seconds, rounded up, if a part of an
+    epoch, `epochs`, fits into `budget_s`.
+    """
+    return math.ceil(budget_s + (1 - epochs) * epoch_s / _USED)
+
+
 def _planned_s(budget_s: float, look_s: float) -> float:
     """The seconds of a budget that are planned."""
     return _USED * budget_s - _EVALUATION_SPARE * look_s

@@ -26,7 +26,7 @@ from holdfast.verbs.rotate.collect import Collected, CollectRequest, collect
 from holdfast.verbs.rotate.contents import trained_generator, waiting_candidates
 from holdfast.verbs.rotate.draw import UPDATES, By, DrawRequest, draw
 from holdfast.verbs.rotate.request import EVERY, FIRST, MOST, RotateRequest
-from holdfast.verbs.rotate.samples import planned_needs, sufficient, tolerance_text
+from holdfast.verbs.rotate.samples import MEASURED_LATER, planned_needs, sufficient, tolerance_text
 from holdfast.verbs.rotate.swap import UNJUDGED, SwapRequest, swap
 from holdfast.verbs.rotate.train import TrainRequest, train
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission
@@ -80,12 +80,14 @@ class RunRequest:
             need = sufficient(needs, judged)
             lost = " or ".join(f"{tolerance_text(need.tolerance)} of {need.gate}" for need in needs)
             enough = (
-                f"; about {EVERY * need:,} are enough" if need <= MOST else f", and never more than {MOST:,}"
+                f"; at least {EVERY * need:,} are needed"
+                if need <= MOST
+                else f", and never more than {MOST:,}"
             )
             texts.append(
-                f"the gates of an admission need about {need:,} held-out examples, and there are {n_held_out:,}, one "
-                f"in {EVERY} of {n_train + n_held_out:,} training examples{enough}. With fewer, a set that loses "
-                f"{lost} may pass"
+                f"the gates of an admission need at least {need:,} held-out examples, and there are {n_held_out:,}, "
+                f"one in {EVERY} of {n_train + n_held_out:,} training examples{enough}. {MEASURED_LATER}. With "
+                f"fewer, a set that loses {lost} may pass"
             )
         batch = common.training.batch
         if immunise is not None and (updates := immunise.updates(n_train, batch)) < UPDATES:

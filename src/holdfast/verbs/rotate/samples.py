@@ -31,6 +31,10 @@ PLANNED: Mapping[Gate, float] = {"clean accuracy": 0.03, "robust accuracy": 0.1}
 
 These values are used before any training; an admission measures the actual ones.
 """
+MEASURED_LATER = (
+    "On how many examples equal sets differ is measured in the admission, and the gates may then need more"
+)
+"""Reason why a number that was computed before any training may be too small."""
 _PART: Mapping[Gate, int] = {
     "clean accuracy": 1,
     "robust accuracy": 2,
@@ -150,17 +154,17 @@ def statement(needs: Sequence[Need], judged: int, *, planned: bool) -> str:
     """Return a message with the number of held-out examples that the gates need, the available number, and by how much
     a shortage widens the tolerances of the gates.
     """
-    need, n_held_out, about = sufficient(needs, judged), needs[0].n_held_out, "about " if planned else ""
+    need, n_held_out, about = sufficient(needs, judged), needs[0].n_held_out, "at least " if planned else ""
     details = "; ".join(
         f"{need_of_gate.description}, since equal sets differ on {about}{100 * need_of_gate.changed:.1f} % of them"
         for need_of_gate in needs
     )
     text = f"the gates need {about}{need:,} held-out examples, and there are {n_held_out:,} ({details})"
+    if planned:
+        text += f". {MEASURED_LATER}"
     if n_held_out >= need:
         return text
-    remedy = (
-        f"with {EVERY * need:,} training examples, of which one in {EVERY} is held out, they would not be"
-    )
+    remedy = f"with {about}{EVERY * need:,} training examples, of which one in {EVERY} is held out, they would not be"
     return f"{text}. Tolerances are widened; {remedy if need <= MOST else f'at most {MOST:,} are held out'}"
 
 
