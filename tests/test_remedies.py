@@ -746,17 +746,24 @@ for misspelt, function, more in (
     ("steps=3", hardened, {}),
     ("suite='pgd'", attacked, {}),
     ("eps=0.01", attacked, {}),
+    ("norm='l2'", assessed, {}),
+    ("norm='linf'", assessed, {"threat": "linf:0.01"}),
+    ("attacks=['pgd']", attacked, {}),
+    ("time_limit=20", assessed, {}),
+    ("epochs=3", hardened, {}),
 ):
     key, _, text = misspelt.partition("=")
     value = eval(text, {"PGD": PGD})
     if key == "suite" or function is attacked:
         more = {**more, key: value}
     situation(
-        f"{function.__name__} {misspelt}",
+        f"{function.__name__} {' '.join((misspelt, *more.values()) if key == 'norm' else (misspelt,))}",
         function,
         {
             "suite": PGD(steps=2) if key == "attacks" else {"use": "pgd", "steps": 3},
-            "recipe": {"use": "pgd", "steps": 3},
+            "recipe": {"use": "pgd", "steps": 3}
+            if key == "steps"
+            else {"use": "pgd", "training": {"epochs": 3}},
         },
         replaced=(key,),
         **{**more, key: value},
@@ -959,7 +966,18 @@ situation(
     suite="square",
     across=[PAIR],
 )
-situation("eps beyond the bounds", assessed, threat="linf:8")
+for eps in ("8", "25.5,access=scores", "300"):
+    situation(f"eps {eps} beyond the bounds", assessed, suite="fgsm,square", threat=f"linf:{eps}")
+for threat in ("linf=0.01", "l2,0.5,access=scores", "8/255", "linf:eps=0.01"):
+    situation(f"the threat {threat}", lambda threat: planned(threat=threat, suite="square"), threat=threat)
+situation("a threat that is a number", assessed, threat=0.01)
+situation("a time without a unit", planned, time_budget=20)
+situation(
+    "time of a server without a unit",
+    lambda open_model: holdfast.open_model("http://model.example", **open_model),
+    open_model={"http_timeout": "20"},
+)
+situation("a gate that is no list", planned, gates="clean_accuracy >= 0")
 for gate in (
     "attacked_f1 >= 0",
     "adversarial_radius >= 0",
@@ -1484,7 +1502,7 @@ def test_remedies_have_options_of_the_command_line():
     assert flags - known <= PYTHON_ONLY, flags - known
 
 
-PYTHON_ONLY = {"--attack", "--steps", "--network"}
+PYTHON_ONLY = {"--attack", "--steps", "--network", "--norm"}
 """arguments that only a function of the Python interface has"""
 
 

@@ -35,6 +35,19 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None,
     return f"{change}{unit_text}{goal_text}{access_text}{queries_text}"
 
 
+def size_text(eps: float, digits: int | None = None) -> str:
+    """Return an eps as text for a threat string. It is a fraction if it is a multiple of 1/255, and otherwise rounded
+    to `digits` digits if they are given.
+
+    >>> size_text(8 / 255), size_text(25.5 / 255), size_text(1 / 3, digits=3)
+    ('8/255', '0.1', '0.333')
+    """
+    levels = round(eps * 255)
+    if 0 < levels < 255 and eps == levels / 255:
+        return f"{levels}/255"
+    return repr(eps) if digits is None else f"{eps:.{digits}g}"
+
+
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
     """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
     `patch:8x8,at=centre,jitter=3`.
