@@ -514,7 +514,7 @@ def test_arrays_loaders_and_datasets_give_the_same_data() -> None:
         (torch.rand(3, 2), torch.tensor([0.0, 1.5, 1.0]), "are float32"),
         (torch.rand(3, 2), torch.tensor([0, 1]), "3 examples and 2 labels"),
         (torch.full((3, 2), float("nan")), torch.tensor([0, 1, 1]), "NaN"),
-        (7, None, "is a int"),
+        (7, None, "is an int"),
         ([], None, "yield no batch"),
         (["a", "b"], None, "yield a str"),
         ([[1.0], [1.0, 2.0]], [0, 1], "different shapes"),

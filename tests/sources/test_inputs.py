@@ -98,7 +98,9 @@ def test_weights_on_the_device_meta_are_refused_by_name():
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta", "nothing"])
 def test_devices_without_support_are_refused_with_those_that_are_accepted(device):
-    with pytest.raises(UsageError, match=f"device is '{device}'; expected one of auto, cpu") as caught:
+    with pytest.raises(
+        UsageError, match=f"device is '{device}', which is not supported; expected one of auto, cpu"
+    ) as caught:
         holdfast.assess(nn.Linear(4, 3), (torch.rand(6, 4), torch.arange(6) % 3), device=device)
     assert caught.value.remedy.words() == ("--device", "cpu")
 

@@ -27,6 +27,7 @@ from holdfast.config.spellings import suite_or_attacks
 from holdfast.config.suites import SuiteName
 from holdfast.core.catalogue import PROVERS, RECIPES
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
@@ -98,7 +99,7 @@ def _array(side: Any) -> tuple[float, ...]:
         return tuple(map(float, numbers if isinstance(numbers, list | tuple) else [numbers]))
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"bounds hold a {type(side).__name__} that is no list of numbers; give one number per feature of a table"
+            f"bounds hold {kind_of(side)} that is no list of numbers; give one number per feature of a table"
         ) from error
 
 

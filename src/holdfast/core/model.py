@@ -18,6 +18,7 @@ from holdfast.core.errors import (
     UsageError,
 )
 from holdfast.core.guard import Guarded
+from holdfast.core.names import with_article
 from holdfast.core.normalisation import per_channel
 from holdfast.core.outputs import (
     REFUSED,
@@ -294,11 +295,13 @@ class Classifier(nn.Module):
             way_out = "Wrap it in a factory that returns the logits only"
             if training:
                 way_out = "Return the logits only in training mode as well"
+            if isinstance(logits, nn.Module):
+                way_out = "If the model is a function that builds a network, give the network that it returns"
             if name == "numpy.ndarray":
                 way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
             raise TargetError(
-                f"the model returned a {name}{' in training mode' if training else ''}; it must return one tensor of "
-                f"logits (n, classes). {way_out}"
+                f"the model returned {with_article(name)}{' in training mode' if training else ''}; it must return "
+                f"one tensor of logits (n, classes). {way_out}"
             )
         if logits.dim() not in (1, 2) or len(logits) != len(x) or not logits.is_floating_point():
             raise TargetError(
