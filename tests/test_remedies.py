@@ -821,6 +821,12 @@ situation(
     data=(IMAGES * 200, Y[:8] * 0),
     model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)),
 )
+situation(
+    "samples of audio",
+    opened,
+    model=nn.Sequential(nn.Flatten(), nn.Linear(6, 3)),
+    data=((X[:, None, :].repeat(1, 1, 2)[..., :6] * 9000 - 4500).to(torch.int16), Y),
+)
 situation("pixels declared as normalised", opened, data=(X, Y), data_normalised=([0.5], [0.2]))
 situation("normalised on another scale", opened, data=(X * 2 - 1, Y), data_normalised=([127.5], [127.5]))
 situation("split of one set", opened, data=Later(lambda: file("one.npz")), open_data={"split": "val"})

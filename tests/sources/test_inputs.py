@@ -105,6 +105,48 @@ def test_devices_without_support_are_refused_with_those_that_are_accepted(device
     assert caught.value.remedy.words() == ("--device", "cpu")
 
 
+class OfTokens(nn.Module):
+    """A network whose inputs are the numbers of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids).mean(1))
+
+
+TOKENS = torch.randint(0, 9, (6, 5))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (TOKENS, torch.arange(6) % 3),
+        (TOKENS.numpy(), torch.arange(6) % 3),
+        (TOKENS.float(), torch.arange(6) % 3),
+        {"input_ids": TOKENS, "attention_mask": TOKENS, "labels": torch.arange(6) % 3},
+    ],
+    ids=["tensor", "array", "floats", "mapping"],
+)
+def test_ids_of_tokens_are_refused_at_once(data):
+    for call in (holdfast.assess, holdfast.doctor):
+        with pytest.raises(TargetError, match="text and ids of tokens are not supported") as refused:
+            call(OfTokens(), data)
+        assert not refused.value.remedies
+
+
+def test_an_embedding_inside_a_network_for_images_is_no_reason_to_refuse_it():
+    class WithPositions(OfTokens):
+        def forward(self, x):
+            return self.head(x[..., :4] + self.embedding(torch.arange(1)))
+
+    x = torch.rand(6, 4)
+    cleanly(WithPositions(), (x, torch.arange(6) % 3))
+    with pytest.raises(TargetError, match="mat1 and mat2|size of tensor"):
+        cleanly(WithPositions(), (x[:, :3], torch.arange(6) % 3))
+
+
 # data of the hub -------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from holdfast.core.batch import Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
-from holdfast.sources.arrays import Array, from_numpy
+from holdfast.sources.arrays import SUPPORTED, Array, from_numpy
 from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.labels import whole_numbers
@@ -24,6 +24,8 @@ _BATCH = 256
 """Number of items of a dataset that are read at a time."""
 _INPUTS = ("pixel_values", "input_values", "image", "img", "x")
 """Entries of batches that are the inputs by default: those of the models and of the data sets of Hugging Face."""
+_TOKENS = ("input_ids",)
+"""Entries of batches that are ids of tokens, in the data sets of Hugging Face."""
 _LABELS = ("labels", "label", "y")
 """Entries of batches that are the labels by default."""
 
@@ -147,6 +149,11 @@ def _pair(batch: object, entries: tuple[str | None, str | None]) -> tuple[object
 
 def _entry(batch: Mapping[str, object], name: str | None, argument: str, usual: tuple[str, ...]) -> str:
     """Return the name of the inputs or of the labels in a batch. Raises `TargetError` if it is not unique."""
+    sought_inputs = (name,) if name is not None else (*_INPUTS, *_TOKENS)
+    if argument == "x" and next((each for each in sought_inputs if each in batch), None) in _TOKENS:
+        raise TargetError(
+            f"the batches are mappings with the entries {', '.join(map(str, batch))}. {SUPPORTED}"
+        )
     candidates = [each for each in ((name,) if name is not None else usual) if each in batch]
     if len(candidates) == 1:
         return candidates[0]

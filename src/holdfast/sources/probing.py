@@ -3,11 +3,11 @@ logits.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.batch import Data
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UnclearOutput
@@ -122,6 +122,21 @@ class ProbedClassifier:
         logits = self.outputs(x)
         return logits is not None and bool(logits.isfinite().all())
 
+    def takes_ids(self, x: Tensor) -> bool:
+        """Return whether the network rejects the rows `x` (n, features) and accepts whole numbers, because its inputs
+        are the numbers of the entries of an embedding.
+        """
+        net = self.own.net
+        if self.model.remote or not (isinstance(net, nn.Module) and any(map(_is_embedding, net.modules()))):
+            return False
+        if self.outputs(x[torch.arange(_ROWS) % len(x)]) is not None:
+            return False
+        weight = next(net.parameters(), x)
+        with _evaluating(self.model), suppress(Exception):  # the code of the network may raise anything
+            net(torch.zeros(_ROWS, x.shape[1], dtype=torch.int64, device=weight.device))
+            return True
+        return False
+
     def needs_grey(self, x: Tensor) -> bool:
         """Return whether the network rejects the colour images `x` (n, 3, height, width) and accepts one of their
         channels.
@@ -134,6 +149,10 @@ class ProbedClassifier:
             return self.outputs(images) is not None or self.outputs(images, "hwc") is not None
 
         return not accepts(rows) and accepts(rows[:, :1])
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def settle_output(model: Classifier, data: Data) -> None:
