@@ -105,6 +105,25 @@ def test_devices_without_support_are_refused_with_those_that_are_accepted(device
     assert caught.value.remedy.words() == ("--device", "cpu")
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.numpy], ids=["tensor", "array"])
+@pytest.mark.parametrize("shape", [(8, 6, 6), (8, 1, 6, 6)])
+def test_a_tuple_of_outputs_is_the_cause_of_a_refusal_whatever_the_shape_of_the_images(kind, shape):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+
+    class Several(nn.Module):
+        def forward(self, x):
+            return net(x), x
+
+    x, y = torch.rand(shape), torch.arange(8) % 3
+    with pytest.raises(TargetError, match="the model returned a tuple; it must return one tensor of logits"):
+        cleanly(Several(), (kind(x), y))
+    if len(shape) == 3:
+        with pytest.raises(
+            TargetError, match=r"insert an axis for one channel in the data, as in x\[:, None\]"
+        ):
+            cleanly(net, (x, y))
+
+
 class OfTokens(nn.Module):
     """A network whose inputs are the numbers of tokens."""
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from holdfast.core.errors import (
     HoldfastError,
     InputRefused,
+    NoLogits,
     TargetError,
     TargetLost,
     UnclearOutput,
@@ -299,7 +300,7 @@ class Classifier(nn.Module):
                 way_out = "If the model is a function that builds a network, give the network that it returns"
             if name == "numpy.ndarray":
                 way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
-            raise TargetError(
+            raise NoLogits(
                 f"the model returned {with_article(name)}{' in training mode' if training else ''}; it must return "
                 f"one tensor of logits (n, classes). {way_out}"
             )

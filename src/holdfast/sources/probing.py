@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UnclearOutput
+from holdfast.core.errors import HoldfastError, NoLogits, TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import Classifier, fitted, out_of_memory
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout, Logits
@@ -55,7 +55,7 @@ class ProbedClassifier:
 
     def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
         """Return the logits of the inputs `x` (n, *features) if the network has the given layout, or None if the
-        network rejects the inputs.
+        network rejects the inputs. Raises `NoLogits` if it accepts them and returns something else.
 
         If `whole` is True, all rows are passed at once, else in batches of a size that the network accepts. Outputs
         that may be logits or probabilities are treated as logits.
@@ -65,7 +65,7 @@ class ProbedClassifier:
         own.layout = layout or saved[0]
         try:
             logits = self._logits(x, whole=whole)
-        except TargetLost:
+        except (TargetLost, NoLogits):
             raise
         except TargetError as error:
             self.refused = error
