@@ -36,7 +36,7 @@ def in_training(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the dropout and batch norm layers of a model that are in train mode, and those of attention
     with dropout.
     """
-    return tuple(name for name, m in model.named_modules() if m.training and _depends_on_mode(m))
+    return tuple(name for name, m in model.named_modules() if _depends_on_mode(m) and m.training)
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
