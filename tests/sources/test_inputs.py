@@ -124,6 +124,37 @@ def test_a_tuple_of_outputs_is_the_cause_of_a_refusal_whatever_the_shape_of_the_
             cleanly(net, (x, y))
 
 
+class Logits:
+    """The output of a network as an object."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class OfTextAndImages(nn.Module):
+    """A network whose first parameter is not for images."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, input_ids=None, pixel_values=None, photo=None):
+        images = pixel_values if photo is None else photo
+        assert input_ids is None and images is not None
+        return Logits(self.head(images.flatten(1)))
+
+
+def test_images_are_passed_by_the_name_of_their_parameter():
+    net, x = OfTextAndImages(), torch.rand(8, 1, 6, 6)
+    y = net.head(x.flatten(1)).argmax(1)
+    mappings = [{"photo": image, "label": int(label)} for image, label in zip(x, y, strict=True)]
+    for data in ((x, y), {"pixel_values": x, "labels": y}, holdfast.open_data(mappings, x="photo")):
+        result = holdfast.assess(net, data, "linf:0.01", suite="fgsm", doubts=False)
+        assert bool(result.evidence["correct"].all())
+    assert holdfast.attack(net, x, y, "fgsm").result.evidence["correct"].all()
+    assert Classifier(net).renormalised(None, None).input_name == "pixel_values"
+
+
 class OfTokens(nn.Module):
     """A network whose inputs are the numbers of tokens."""
 
