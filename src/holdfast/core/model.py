@@ -300,7 +300,7 @@ class Classifier(nn.Module):
             kind = type(logits)
             name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
             training = isinstance(self.net, nn.Module) and self.net.training
-            way_out = "Wrap it in a factory that returns the logits only"
+            way_out = "Wrap it in a function that returns the logits only, as in lambda x: net(x)[0]"
             if training:
                 way_out = "Return the logits only in training mode as well"
             if isinstance(logits, nn.Module):
