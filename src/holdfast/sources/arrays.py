@@ -457,7 +457,8 @@ def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -
         if bytes_
         else as_in_training(lowest, highest, data.x.ndim)
     )
-    if data.x.ndim == 2 and bool((data.x == np.round(data.x)).all()):  # they may be ids of tokens
+    if data.features is None and data.x.ndim == 2 and bool((data.x == np.round(data.x)).all()):
+        # they may be ids of tokens
         advice = f"{advice}. {SUPPORTED}."
     by_feature = () if data.features is None else (ranges_of_features(data),)
     common = (before_normalisation(), range_of_training(lowest, highest))
