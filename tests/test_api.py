@@ -56,10 +56,46 @@ def test_every_kind_of_model_is_measured_alike():
     wanted = holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS).evidence["success"]
     for model in (Classifier(net), net.forward, lambda x: net(1 * x)):
         assert torch.equal(holdfast.assess(model, (X, Y), "linf:0.1", ATTACKS).evidence["success"], wanted)
+
+
+def makes():
+    return network()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (5, "model is an int; expected a network, a function from inputs to logits"),
+        (None, "model is None; expected a network"),
+        (network().state_dict(), r"model is an OrderedDict, as a state dict is.*net\.load_state_dict"),
+        ({"state_dict": network().state_dict()}, "model is a dict, as a state dict is"),
+        (makes, "model is a function that accepts no inputs.*give the network that it returns"),
+        (torch.nn.Flatten, r"model is the class Flatten; give an object of it, as in Flatten\(\)"),
+    ],
+)
+def test_what_is_no_model_is_refused_before_the_data_are_read(model, message):
+    for call in (holdfast.assess, holdfast.doctor, holdfast.certify):
+        with pytest.raises(UsageError, match=message):
+            call(model, "no such data")
+    with pytest.raises(UsageError, match=message.replace("model is", "a surrogate is")):
+        holdfast.assess(network(), (X, Y), surrogates=[model])
+
+
+def test_a_function_that_returns_a_network_is_refused():
     with pytest.raises(
-        UsageError, match="model is a int; expected a network, a function from inputs to logits"
+        TargetError, match="returned a torch.nn.*; it must return .* give the network that it"
     ):
-        holdfast.assess(5, (X, Y))
+        holdfast.assess(lambda width: network(), (X, Y))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [X, X.numpy(), (X,), (X, None), torch.utils.data.TensorDataset(X)],
+    ids=lambda data: type(data).__name__,
+)
+def test_data_without_labels_are_refused(data):
+    with pytest.raises(TargetError, match="one label for each input was expected: give"):
+        holdfast.assess(network(), data)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +660,7 @@ def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
     "given, said",
     [
         ("mnist-cnn", "surrogates is a str; give a list of models"),
-        ([5], "surrogates contains a int"),
+        ([5], "a surrogate is an int"),
         (["mnist-cn"], "did you mean 'mnist-cnn'"),
         (
             [Classifier(network(), bounds=Bounds(-2.0, 2.0))],

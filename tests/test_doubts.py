@@ -253,7 +253,7 @@ def test_layers_in_train_mode_raise_state(net):
     )
     doubt = next(d for d in result.doubts if d.name == "state")
     assert doubt.state == "raised"
-    assert "net.1" in doubt.message
+    assert "net.1" in doubt.message and "call model.eval() before the model is passed" in doubt.message
 
 
 def test_only_layers_that_mind_the_mode_count_as_in_training():
@@ -265,6 +265,8 @@ def test_only_layers_that_mind_the_mode_count_as_in_training():
     with prepared(model, patterns(4, seed=2)) as target:
         assert target.in_training == ("net.2", "net.4")
     assert in_training(model.eval()) == ()
+    attention = nn.ModuleList(nn.MultiheadAttention(4, 2, dropout=share) for share in (0.1, 0.0))
+    assert in_training(attention) == ("0",)
 
 
 ONE_HOT, SYMMETRIC = torch.eye(2), torch.tensor([[0.71, 0.29], [0.29, 0.71]])

@@ -766,17 +766,24 @@ for misspelt, function, more in (
     ("steps=3", hardened, {}),
     ("suite='pgd'", attacked, {}),
     ("eps=0.01", attacked, {}),
+    ("norm='l2'", assessed, {}),
+    ("norm='linf'", assessed, {"threat": "linf:0.01"}),
+    ("attacks=['pgd']", attacked, {}),
+    ("time_limit=20", assessed, {}),
+    ("epochs=3", hardened, {}),
 ):
     key, _, text = misspelt.partition("=")
     value = eval(text, {"PGD": PGD})
     if key == "suite" or function is attacked:
         more = {**more, key: value}
     situation(
-        f"{function.__name__} {misspelt}",
+        f"{function.__name__} {' '.join((misspelt, *more.values()) if key == 'norm' else (misspelt,))}",
         function,
         {
             "suite": PGD(steps=2) if key == "attacks" else {"use": "pgd", "steps": 3},
-            "recipe": {"use": "pgd", "steps": 3},
+            "recipe": {"use": "pgd", "steps": 3}
+            if key == "steps"
+            else {"use": "pgd", "training": {"epochs": 3}},
         },
         replaced=(key,),
         **{**more, key: value},
@@ -833,6 +840,12 @@ situation(
     {"data_normalised": ([0.5], [0.5])},
     data=(IMAGES * 200, Y[:8] * 0),
     model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)),
+)
+situation(
+    "samples of audio",
+    opened,
+    model=nn.Sequential(nn.Flatten(), nn.Linear(6, 3)),
+    data=((X[:, None, :].repeat(1, 1, 2)[..., :6] * 9000 - 4500).to(torch.int16), Y),
 )
 situation("pixels declared as normalised", opened, data=(X, Y), data_normalised=([0.5], [0.2]))
 situation("normalised on another scale", opened, data=(X * 2 - 1, Y), data_normalised=([127.5], [127.5]))
@@ -1000,7 +1013,18 @@ situation(
     suite="square",
     across=[PAIR],
 )
-situation("eps beyond the bounds", assessed, threat="linf:8")
+for eps in ("8", "25.5,access=scores", "300"):
+    situation(f"eps {eps} beyond the bounds", assessed, suite="fgsm,square", threat=f"linf:{eps}")
+for threat in ("linf=0.01", "l2,0.5,access=scores", "8/255", "linf:eps=0.01"):
+    situation(f"the threat {threat}", lambda threat: planned(threat=threat, suite="square"), threat=threat)
+situation("a threat that is a number", assessed, threat=0.01)
+situation("a time without a unit", planned, time_budget=20)
+situation(
+    "time of a server without a unit",
+    lambda open_model: holdfast.open_model("http://model.example", **open_model),
+    open_model={"http_timeout": "20"},
+)
+situation("a gate that is no list", planned, gates="clean_accuracy >= 0")
 for gate in (
     "attacked_f1 >= 0",
     "adversarial_radius >= 0",
@@ -1525,7 +1549,7 @@ def test_remedies_have_options_of_the_command_line():
     assert flags - known <= PYTHON_ONLY, flags - known
 
 
-PYTHON_ONLY = {"--attack", "--steps", "--network"}
+PYTHON_ONLY = {"--attack", "--steps", "--network", "--norm"}
 """arguments that only a function of the Python interface has"""
 
 

@@ -28,6 +28,7 @@ from holdfast.config.spellings import is_suite_only
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
+from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
 from holdfast.reports.words import threat_syntax
@@ -225,7 +226,7 @@ def _inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
         return inputs, pair if reference is None else replace(reference, given=pair)
     if isinstance(inputs, Tensor | np.ndarray | list):
         raise UsageError(
-            f"y is missing for inputs in a {type(x).__name__}; give one label for each, as in attack(model, x, y)"
+            f"y is missing for inputs in {kind_of(x)}; give one label for each, as in attack(model, x, y)"
         )
     return inputs, inputs
 
@@ -254,7 +255,7 @@ def _target(goal: int) -> str:
         number = index(goal)
     except (TypeError, ValueError):
         raise UsageError(
-            f"goal is a {type(goal).__name__}; expected the number of one class for all examples, as in goal=3"
+            f"goal is {kind_of(goal)}; expected the number of one class for all examples, as in goal=3"
         ) from None
     if number < 0:
         raise UsageError(f"goal is {number}; expected the number of a class, from 0 on, as in goal=3")

@@ -26,6 +26,7 @@ from holdfast.config.resolve import folder_of
 from holdfast.config.settings import RotateSettings, canonical_settings, check_settings, given
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
+from holdfast.core.names import kind_of
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.rotation.collecting import Beginning
 from holdfast.store.authentic import Head
@@ -313,7 +314,7 @@ def _path(pool: PoolLike) -> Path:
     if isinstance(pool, Pool):
         return pool.path
     if not isinstance(pool, str | Path):
-        raise UsageError(f"pool is a {type(pool).__name__}; give the path of its folder, as in 'pool/'")
+        raise UsageError(f"pool is {kind_of(pool)}; give the path of its folder, as in 'pool/'")
     return Path(pool)
 
 
@@ -335,6 +336,6 @@ def _address(name: str, given: object) -> str:
         else "a file with it, as written by numpy.savez('images.npz', x_train=x, y_train=y, x_test=x2, y_test=y2)"
     )
     raise UsageError(
-        f"{name} is a {type(address).__name__}, and a pool stores the address with which it is opened again; give "
+        f"{name} is {kind_of(address)}, and a pool stores the address with which it is opened again; give "
         f"{example}"
     )

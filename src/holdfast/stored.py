@@ -4,6 +4,7 @@ from pathlib import Path
 
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
+from holdfast.core.names import kind_of
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 from holdfast.verbs.result import Result
@@ -38,7 +39,7 @@ def baseline_evidence(run: Result | Evidence | str | Path | None) -> Evidence | 
     if run is None or isinstance(run, Evidence):
         return run
     if not isinstance(run, Result | str | Path):
-        raise UsageError(f"baseline is a {type(run).__name__}; give a result, or the folder of a run")
+        raise UsageError(f"baseline is {kind_of(run)}; give a result, or the folder of a run")
     return _result(run).evidence
 
 

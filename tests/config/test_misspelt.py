@@ -84,3 +84,64 @@ def test_a_file_of_code_needs_the_name_of_a_function(tmp_path):
     path.write_text("net = 3\n")
     with pytest.raises(UsageError, match=r"give .*net\.py:make, and define it"):
         holdfast.doctor(str(path), (X, Y))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "spelling"),
+    [
+        ("assess", {"norm": "l2", "eps": 0.5}, "give threat='l2:0.5'"),
+        ("assess", {"eps": 0.5, "norm": 2}, "give threat='l2:0.5'"),
+        ("certify", {"norm": float("inf")}, "give threat='linf:8/255'"),
+        ("attack", {"norm": "Linf", "y": Y}, "give threat='linf:8/255'"),
+        ("assess", {"attacks": ["pgd", "fgsm"]}, "give suite='pgd,fgsm'"),
+        ("assess", {"attacks": [holdfast.attacks.PGD(steps=5), "fgsm"]}, r"suite=\[PGD\(steps=5\), 'fgsm'\]"),
+        ("attack", {"attacks": ["pgd"], "y": Y}, "give attack='pgd'"),
+        ("harden", {"time": 30}, "give budget='30s'"),
+        ("harden", {"budget": 30}, "give budget='30s'"),
+        ("assess", {"time_limit": 30}, "give time_budget='30s'"),
+        ("harden", {"epochs": 5}, r"give recipe=\{'use': 'pgd', 'training': \{'epochs': 5\}\}"),
+        ("assess", {"gates": "clean_accuracy >= 0.1"}, r"give gates=\('clean_accuracy >= 0.1',\)"),
+        ("assess", {"sead": 1}, "assess has no argument 'sead'; did you mean 'seed'"),
+    ],
+)
+def test_arguments_of_other_libraries_are_refused_with_their_spelling(function, arguments, spelling):
+    data = X if function == "attack" else (X, Y)
+    with pytest.raises(UsageError, match=spelling):
+        getattr(holdfast, function)(NET, data, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("threat", "spelling"),
+    [
+        ("linf=0.1", "linf:0.1"),
+        ("Linf(8/255)", "linf:8/255"),
+        ("linf,0.1,access=scores", "linf:0.1,access=scores"),
+        ("norm=l2,eps=0.5", "l2:0.5"),
+        ("0.1", "linf:0.1"),
+        (0.1, "linf:0.1"),
+    ],
+)
+def test_a_threat_without_a_colon_is_refused_with_its_spelling(threat, spelling):
+    with pytest.raises(UsageError, match=f"give threat='{spelling}'$"):
+        holdfast.assess(NET, (X, Y), threat)
+
+
+@pytest.mark.parametrize("threat", ["l3:0.1", "linf:-0.1", "linf:0.1:0.2", "l3=0.1", "soon"])
+def test_no_spelling_is_named_for_other_texts(threat):
+    with pytest.raises(UsageError) as refused:
+        holdfast.assess(NET, (X, Y), threat)
+    assert not refused.value.remedies
+
+
+@pytest.mark.parametrize(
+    ("threat", "spelling"),
+    [
+        ("linf:25.5", r"linf:0.1' \(the given eps divided by 255\)"),
+        ("linf:8,access=scores", "linf:8/255,access=scores'"),
+        ("linf:300", "linf:8/255'$"),
+        ("l0:5", "l0:1'$"),
+    ],
+)
+def test_an_eps_beyond_the_bounds_is_divided_by_255(threat, spelling):
+    with pytest.raises(UsageError, match=f"give threat='{spelling}"):
+        holdfast.assess(NET, (X, Y), threat, suite="square")

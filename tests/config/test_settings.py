@@ -560,7 +560,7 @@ def test_an_argument_that_moved_is_refused_with_its_place():
         holdfast.assess("net.pt", "mnist-mini", arch="mnist-cnn")
     with pytest.raises(UsageError, match=r"give holdfast.open_data\(x, label=...\) as x"):
         holdfast.attack("mnist-cnn", "t.csv", label="kind")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'archs'"):
+    with pytest.raises(UsageError, match="assess has no argument 'archs'"):
         holdfast.assess("net.pt", "mnist-mini", archs="mnist-cnn")
     with pytest.raises(UsageError, match=r"open_model\(\): classes is 1; expected at least 2"):
         holdfast.open_model("net.pt", classes=1)

@@ -159,7 +159,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], str]] = {
     ),
     "integers": (
         {"x": BYTES.astype(np.int64), "y": Y},
-        r"are int64; uint8.*: give x.astype\('float32'\) / \d+",
+        r"are int64 from 0 to \d+; uint8.*: give x.astype\('float32'\) / \d+",
     ),
     "one dimension": ({"x": BYTES[:, 0, 0], "y": Y}, r"shape \(12,\)"),
     "float labels": ({"x": BYTES, "y": Y + 0.5}, "are float64 with values such as 0.5; .*regression"),
@@ -514,16 +514,35 @@ def test_arrays_loaders_and_datasets_give_the_same_data() -> None:
         (torch.rand(3, 2), torch.tensor([0.0, 1.5, 1.0]), "are float32"),
         (torch.rand(3, 2), torch.tensor([0, 1]), "3 examples and 2 labels"),
         (torch.full((3, 2), float("nan")), torch.tensor([0, 1, 1]), "NaN"),
-        (7, None, "is a int"),
+        (7, None, "is an int"),
         ([], None, "yield no batch"),
         (["a", "b"], None, "yield a str"),
         ([[1.0], [1.0, 2.0]], [0, 1], "different shapes"),
-        (torch.rand(3, 2, dtype=torch.float32).to(torch.int64), torch.tensor([0, 1, 1]), "are int64"),
+        (torch.full((3, 2, 2), 9), torch.tensor([0, 1, 1]), "are int64 from 9 to 9; uint8"),
+        (torch.full((3, 2), 9), torch.tensor([0, 1, 1]), "range from 9 to 9; 0 to 1 was expected"),
+        (torch.full((3, 2), 2**24 + 1), torch.tensor([0, 1, 1]), "whole numbers only up to 16777216"),
+        (
+            torch.full((3, 1, 9), -9000, dtype=torch.int16),
+            torch.tensor([0, 1, 1]),
+            r"samples of audio, whose largest value is 32768.*give bounds=\(-32768, 32767\)",
+        ),
     ],
 )
 def test_bad_data_in_memory_is_refused(x: object, y: object, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         as_data(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.int32])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 1, 4), (6, 1, 2, 2)])
+def test_whole_numbers_are_features_inside_declared_bounds(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x, y = torch.arange(24, dtype=dtype).reshape(shape) - 3, torch.arange(6) % 3
+    bounds = Expected(bounds=Bounds(-3.0, 20.0))
+    for inputs in (x, x.numpy()):
+        assert torch.equal(as_data(inputs, y, expected=bounds).read(0, 6).x.flatten(), x.float().flatten())
+    assert as_data(torch.ones(6, 4, dtype=dtype), y).read(0, 6).x.eq(1.0).all()
 
 
 def test_bounds_may_be_one_per_feature() -> None:

@@ -99,9 +99,103 @@ def test_weights_on_the_device_meta_are_refused_by_name():
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta", "nothing"])
 def test_devices_without_support_are_refused_with_those_that_are_accepted(device):
-    with pytest.raises(UsageError, match=f"device is '{device}'; expected one of auto, cpu") as caught:
+    with pytest.raises(
+        UsageError, match=f"device is '{device}', which is not supported; expected one of auto, cpu"
+    ) as caught:
         holdfast.assess(nn.Linear(4, 3), (torch.rand(6, 4), torch.arange(6) % 3), device=device)
     assert caught.value.remedy.words() == ("--device", "cpu")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.numpy], ids=["tensor", "array"])
+@pytest.mark.parametrize("shape", [(8, 6, 6), (8, 1, 6, 6)])
+def test_a_tuple_of_outputs_is_the_cause_of_a_refusal_whatever_the_shape_of_the_images(kind, shape):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+
+    class Several(nn.Module):
+        def forward(self, x):
+            return net(x), x
+
+    x, y = torch.rand(shape), torch.arange(8) % 3
+    with pytest.raises(TargetError, match="the model returned a tuple; it must return one tensor of logits"):
+        cleanly(Several(), (kind(x), y))
+    if len(shape) == 3:
+        with pytest.raises(
+            TargetError, match=r"insert an axis for one channel in the data, as in x\[:, None\]"
+        ):
+            cleanly(net, (x, y))
+
+
+class Logits:
+    """The output of a network as an object."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class OfTextAndImages(nn.Module):
+    """A network whose first parameter is not for images."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, input_ids=None, pixel_values=None, photo=None):
+        images = pixel_values if photo is None else photo
+        assert input_ids is None and images is not None
+        return Logits(self.head(images.flatten(1)))
+
+
+def test_images_are_passed_by_the_name_of_their_parameter():
+    net, x = OfTextAndImages(), torch.rand(8, 1, 6, 6)
+    y = net.head(x.flatten(1)).argmax(1)
+    mappings = [{"photo": image, "label": int(label)} for image, label in zip(x, y, strict=True)]
+    for data in ((x, y), {"pixel_values": x, "labels": y}, holdfast.open_data(mappings, x="photo")):
+        result = holdfast.assess(net, data, "linf:0.01", suite="fgsm", doubts=False)
+        assert bool(result.evidence["correct"].all())
+    assert holdfast.attack(net, x, y, "fgsm").result.evidence["correct"].all()
+    assert Classifier(net).renormalised(None, None).input_name == "pixel_values"
+
+
+class OfTokens(nn.Module):
+    """A network whose inputs are the numbers of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids).mean(1))
+
+
+TOKENS = torch.randint(0, 9, (6, 5))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (TOKENS, torch.arange(6) % 3),
+        (TOKENS.numpy(), torch.arange(6) % 3),
+        (TOKENS.float(), torch.arange(6) % 3),
+        {"input_ids": TOKENS, "attention_mask": TOKENS, "labels": torch.arange(6) % 3},
+    ],
+    ids=["tensor", "array", "floats", "mapping"],
+)
+def test_ids_of_tokens_are_refused_at_once(data):
+    for call in (holdfast.assess, holdfast.doctor):
+        with pytest.raises(TargetError, match="text and ids of tokens are not supported") as refused:
+            call(OfTokens(), data)
+        assert not refused.value.remedies
+
+
+def test_an_embedding_inside_a_network_for_images_is_no_reason_to_refuse_it():
+    class WithPositions(OfTokens):
+        def forward(self, x):
+            return self.head(x[..., :4] + self.embedding(torch.arange(1)))
+
+    x = torch.rand(6, 4)
+    cleanly(WithPositions(), (x, torch.arange(6) % 3))
+    with pytest.raises(TargetError, match="mat1 and mat2|size of tensor"):
+        cleanly(WithPositions(), (x[:, :3], torch.arange(6) % 3))
 
 
 # data of the hub -------------------------------------------------------------------------------------

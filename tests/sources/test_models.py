@@ -89,7 +89,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
     [
         ("nett", {}, UsageError, r"no factory 'nett' \(did you mean 'net'"),
         ("zzz", {}, UsageError, "it defines net, needy"),
-        ("constant", {}, UsageError, "a int; a network or a function"),
+        ("constant", {}, UsageError, "an int; a network or a function"),
         ("net", {"widht": "3"}, UsageError, r"no argument 'widht' \(did you mean 'width'"),
         ("net", {"width": "3.5"}, UsageError, "argument width of .* is '3.5'; an int was expected"),
         ("net", {"scale": "big"}, UsageError, "argument scale of .*; a float was expected"),
@@ -109,7 +109,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
             r"raised ValueError in line \d+ of own.py: the weights are on another planet",
         ),
         ("exits", {}, TargetError, r"raised SystemExit in line \d+ of own.py: bye"),
-        ("number", {}, TargetError, "returned a int; a torch.nn.Module or a function"),
+        ("number", {}, TargetError, "returned an int; a torch.nn.Module or a function"),
         ("a_factory", {}, TargetError, "returned a function that accepts no inputs; a torch.nn.Module"),
         ("silent", {}, TargetError, r"raised AssertionError in line \d+ of own.py$"),
         ("waits", {}, TargetError, "returned a coroutine; a torch.nn.Module"),

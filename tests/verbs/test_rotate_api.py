@@ -144,7 +144,7 @@ def test_what_a_pool_cannot_open_again_or_does_not_know_is_refused(place):
     assert not (place / "pool").exists()
     with pytest.raises(TargetError, match="'nowhere' is not a pool"):
         holdfast.rotate.swap("nowhere")
-    with pytest.raises(UsageError, match="pool is a int; give the path of its folder"):
+    with pytest.raises(UsageError, match="pool is an int; give the path of its folder"):
         holdfast.rotate.status(3)
     pool = Pool.create(place / "pool", {})
     with pytest.raises(UsageError, match="contains no address of its model"):

@@ -106,7 +106,10 @@ def steadiness_findings(examined: Examined) -> Iterator[Finding]:
     if examined.in_training:
         names = ", ".join(examined.in_training[:3]) + (" …" if len(examined.in_training) > 3 else "")
         yield Finding(
-            "mode", "problem", f"layers are in train mode: {names}", "call model.eval() in the factory"
+            "mode",
+            "problem",
+            f"layers are in train mode: {names}",
+            "call model.eval() before the model is passed, or in its factory",
         )
     if examined.moved > STEADY:
         yield Finding(

@@ -19,8 +19,9 @@ from holdfast.config.wording import complaint, place
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
-from holdfast.core.names import limits_text, threat_text
+from holdfast.core.names import limits_text, size_text, threat_text
 from holdfast.core.patches import Patch
+from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.ascent import Schedule, cosine, flat
@@ -71,7 +72,8 @@ def threat_written(threat: ThreatLike, where: str = "threat") -> str:
     constraint = threat if model is None else model.constraint
     if not isinstance(constraint, _WRITTEN):
         raise UsageError(
-            f"{where} is {threat!r}; expected text as in linf:8/255, or a constraint as in holdfast.Linf(8/255)"
+            f"{where} is {threat!r}; expected text as in linf:8/255, or a constraint as in holdfast.Linf(8/255)",
+            *([Remedy("threat", f"linf:{size_text(threat)}")] if isinstance(threat, int | float) else []),
         )
     if model is None:
         model = ThreatModel(constraint)
@@ -110,7 +112,10 @@ def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
 
 
 def _ball(text: str, where: str) -> Constraint:
-    constraint = threat_model(parse_threat(text)).constraint
+    try:
+        constraint = threat_model(parse_threat(text)).constraint
+    except UsageError as error:  # its remedy is for the argument `threat`
+        raise UsageError(error.message) from None
     if not isinstance(constraint, (Linf, L2, L1, L0)) or math.isinf(constraint.eps):
         raise UsageError(f"{where} has {text.strip()!r}; expected a norm and a size, as in l2:1.5")
     return constraint

@@ -40,6 +40,7 @@ def declared(sources: Sources) -> Declared:
         class_names=source.class_names,
         normalised=normalisation(inputs),
         input_shape=sources.model.inference.input_shape,
+        input_name=sources.data.source.x,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
 from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed, threat_text
+from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
 
 Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
@@ -40,6 +41,12 @@ SEEN: Final[Mapping[str, float]] = {
 
 _AS_IN = {"spatial": "spatial:rotate=30,shift=3", "colour": "colour:hue=18,saturation=0.3,brightness=0.2"}
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_SIZE = re.compile(
+    r"\s*(norm=)?(?P<norm>linf|l2|l1|l0)?[=:,(\s]*(eps(ilon)?\s*[=:]\s*)?"
+    r"(?P<size>\d*\.?\d+(e-?\d+)?(\s*/\s*\d+)?(px)?)\s*\)?(?P<rest>([,\s].*)?)",
+    re.IGNORECASE,
+)
+"""pattern of an eps without a norm, or with another sign than a colon after the norm"""
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,36 @@ def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
 
 
 def parse_threat(text: str) -> ThreatSpec:
-    """Return the threat model in a text such as `linf:8/255,access=scores,queries=5000`."""
+    """Return the threat model in a text such as `linf:8/255,access=scores,queries=5000`. Raises `UsageError`, with the
+    right spelling if the text contains an eps without a norm or without the colon.
+    """
+    try:
+        return _threat(text)
+    except UsageError:
+        spelling = _with_colon(text)
+        if not spelling:
+            raise
+        raise UsageError(
+            f"the threat is {text!r}; a norm, a colon and a size were expected", Remedy("threat", spelling)
+        ) from None
+
+
+def _with_colon(text: str) -> str:
+    """Return a text such as `linf=0.1`, `l2,eps=0.5` or `8/255` as a threat, with the norm linf if it contains none, or
+    an empty string for any other text.
+    """
+    matched = _SIZE.fullmatch(text)
+    if matched is None:
+        return ""
+    spelling = f"{(matched['norm'] or 'linf').lower()}:{''.join(matched['size'].split())}{matched['rest']}"
+    try:
+        _threat(spelling)
+    except UsageError:
+        return ""
+    return spelling
+
+
+def _threat(text: str) -> ThreatSpec:
     parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
     if not parts:
         raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")

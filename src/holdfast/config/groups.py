@@ -341,7 +341,7 @@ class SuiteSettings(SettingGroup):
 class GateSettings(SettingGroup):
     """Settings for the gates of a run, and for the doubts that the user accepts."""
 
-    gates: Annotated[list[values.Gate], Flag("G", "--gate", "-g")] = Field(
+    gates: Annotated[values.Gates, Flag("G", "--gate", "-g")] = Field(
         default_factory=list,
         description='Condition on a metric, as in "robust_accuracy >= 0.40".',
     )

@@ -1,29 +1,39 @@
 """Refuses arguments of the Python functions that have another name or place, with the right spelling in the message."""
 
-from collections.abc import Mapping, Sequence, Sized
+import re
+from collections.abc import Container, Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
 from inspect import Parameter
 from types import FunctionType
 from typing import Any
 
+from holdfast.config.grammar import did_you_mean
 from holdfast.config.spellings import folded
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
+from holdfast.core.names import size_text
 from holdfast.core.remedies import Placeholder, Remedy
 
 _EPS = ("eps", "epsilon")
 _ATTACKS = ("attack", "attacks")
 _LABELS = ("x", "y")
+_TIMES = ("time", "time_limit", "timeout", "max_time")
+_BUDGETS = ("budget", "time_budget")
+_NORMS = {"linf": 8 / 255, "l2": 0.5, "l1": 10, "l0": 10}
+"""norms with a usual eps of each for images"""
 
 
 def refuse_misspelt(
-    function: str, parameters: Mapping[str, Parameter], args: Sequence[Any], arguments: Mapping[str, Any]
+    function: str,
+    parameters: Mapping[str, Parameter],
+    args: Sequence[Any],
+    arguments: Mapping[str, Any],
+    moved: Container[str] = (),
 ) -> None:
     """Raise `UsageError` with the right spelling for an argument that the function does not have under this name.
 
-    `args` and `arguments` are those of the call, by position and by name. Other names are not
-    refused here.
+    `args` and `arguments` are those of the call, by position and by name. Names in `moved` are not refused here.
     """
     names = list(parameters)
     given = {**dict(zip(names, args, strict=False)), **arguments}
@@ -32,18 +42,22 @@ def refuse_misspelt(
     for key, value in arguments.items():
         if key in parameters:
             continue
-        if key in _EPS and "threat" in parameters:
-            raise _misspelt(function, key, Remedy("threat", with_eps(given.get("threat"), value)))
+        if key in (*_EPS, "norm") and "threat" in parameters:
+            raise _misspelt(function, key, *_of_threat(key, value, given))
         if key == "gate" and "gates" in parameters:
             gates = (value,) if isinstance(value, str) else tuple(value)
             raise _misspelt(function, key, Remedy("gates", gates, "--gate", repeated=True))
-        if key == "suite" and "attack" in parameters:
-            named = value if isinstance(value, str) else Placeholder("ATTACK", _text_of(value))
-            raise _misspelt(function, key, Remedy("attack", named))
-        if key in _ATTACKS:
+        if key in _ATTACKS or (key == "suite" and "attack" in parameters):
             raise _misspelt(function, key, *_of_attack(parameters, key, value))
         if key == "steps" and not takes_any:
             raise _misspelt(function, key, *_of_steps(parameters, key, value, given.get("suite")))
+        if key in _TIMES and (argument := next((name for name in _BUDGETS if name in parameters), None)):
+            text = value if isinstance(value, str) else f"{value}s"
+            raise _misspelt(function, key, Remedy(argument, text))
+        if key == "epochs" and "recipe" in parameters:
+            raise _misspelt(function, key, _of_epochs(value, given.get("recipe")))
+        if not takes_any and key not in moved:
+            raise UsageError(f"{function} has no argument {key!r}{did_you_mean(key, parameters)}")
 
 
 def with_eps(threat: object, eps: object) -> str:
@@ -51,15 +65,8 @@ def with_eps(threat: object, eps: object) -> str:
     norm, comma, rest = threat.partition(",") if isinstance(threat, str) else ("", "", "")
     if isinstance(threat, Constraint):
         norm = threat.name
-    return f"{norm.partition(':')[0] or 'linf'}:{_written(eps)}{comma}{rest}"
-
-
-def _written(eps: object) -> str:
-    """Return the text of a number, as a multiple of 1/255 if it is one."""
-    if not isinstance(eps, int | float):
-        return str(eps)
-    levels = round(eps * 255)
-    return f"{levels}/255" if 0 < levels < 255 and eps == levels / 255 else repr(eps)
+    size = size_text(eps) if isinstance(eps, int | float) else str(eps)
+    return f"{norm.partition(':')[0] or 'linf'}:{size}{comma}{rest}"
 
 
 def _misspelt(function: str, key: str, *remedies: Remedy) -> UsageError:
@@ -68,12 +75,37 @@ def _misspelt(function: str, key: str, *remedies: Remedy) -> UsageError:
 
 def _of_attack(parameters: Mapping[str, Parameter], key: str, attack: Any) -> tuple[Remedy, ...]:
     """Return the arguments of a function that select attacks, or a training with an attack."""
+    if isinstance(attack, list | tuple) and all(isinstance(each, str) for each in attack):
+        attack = ",".join(attack)
     value = attack if isinstance(attack, str) else Placeholder("ATTACK", _text_of(attack))
+    if "attack" in parameters:
+        return (Remedy("attack", value),)
     trained = isinstance(attack, str) and folded(attack) in map(folded, RECIPES)
     if "recipe" not in parameters:
         return (Remedy("suite", value),) if "suite" in parameters else (Remedy(key),)
     recipe = (Remedy("recipe", value, reason="to train with it"),) if trained else ()
     return (*recipe, Remedy("suite", value, reason="to measure with it"))
+
+
+def _of_threat(key: str, value: object, given: Mapping[str, Any]) -> tuple[Remedy, ...]:
+    """Return the threat of a call whose arguments are a norm, an eps, or both."""
+    if "norm" not in given:
+        return (Remedy("threat", with_eps(given.get("threat"), value)),)
+    name = f"l{re.sub('[^a-z0-9]', '', str(given['norm']).lower()).removeprefix('l')}"
+    if name not in _NORMS:
+        return ()
+    threat = given.get("threat")
+    if key == "norm" and isinstance(threat, str) and threat.startswith(f"{name}:"):
+        return (Remedy("norm"),)
+    eps = next((given[each] for each in _EPS if each in given), _NORMS[name])
+    return (Remedy("threat", with_eps(name, eps)),)
+
+
+def _of_epochs(epochs: object, recipe: object) -> Remedy:
+    """Return the recipe of the call with a number of epochs."""
+    name = recipe if isinstance(recipe, str) else "pgd"
+    settings = f"{{'use': {name!r}, 'training': {{'epochs': {epochs!r}}}}}"
+    return Remedy("recipe", Placeholder(f"{{use: {name}, training: {{epochs: {epochs}}}}}", settings))
 
 
 def _of_steps(
@@ -92,8 +124,10 @@ def _text_of(value: object) -> str:
     """Return the text of an attack, which is a dataclass, as code."""
     if isinstance(value, type):
         return value.__name__
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text_of, value))}]"
     if not is_dataclass(value):
-        return "ATTACK"
+        return repr(value) if isinstance(value, str | Mapping) else "ATTACK"
     changed = [f for f in fields(value) if getattr(value, f.name) != f.default]
     settings = ", ".join(f"{f.name}={_of_setting(getattr(value, f.name))}" for f in changed)
     return f"{type(value).__name__}({settings})"

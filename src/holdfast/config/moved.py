@@ -39,7 +39,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **arguments: P.kwargs) -> R:
-        refuse_misspelt(function.__name__, parameters, args, arguments)
+        refuse_misspelt(function.__name__, parameters, args, arguments, PLACES)
         for key in arguments:
             place = PLACES.get(key, "")
             argument = names[0] if place == "open_model" else names[1]

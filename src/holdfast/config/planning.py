@@ -228,7 +228,8 @@ def device_of(name: str) -> str:
         device = torch.device("meta")  # refused below
     if device.type not in SUPPORTED_DEVICES:
         raise UsageError(
-            f"device is {name!r}; expected one of {', '.join(accepted)} on this machine",
+            f"device is {name!r}, which is not supported; expected one of {', '.join(accepted)} on this machine"
+            f"{'' if 'cuda' in accepted else ', or cuda on a machine with a GPU'}",
             Remedy("device", "cpu"),
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -22,7 +22,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
-from holdfast.sources.adapting import accepted
+from holdfast.sources.adapting import refuse_no_model
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.expected import ClassOrder
 from holdfast.sources.frames import is_frame
@@ -266,11 +266,7 @@ def model_reference(model: ModelLike) -> ModelReference:
         return model
     if isinstance(model, str | Path):
         return ModelReference(str(model))
-    if not accepted(model):
-        raise UsageError(
-            f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, an estimator, "
-            "or an address"
-        )
+    refuse_no_model(model)
     return ModelReference(model)
 
 

@@ -48,6 +48,7 @@ from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.units import Units
@@ -55,7 +56,7 @@ from holdfast.harness import MATRIX_ROWS, Plan
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
-from holdfast.sources.adapting import accepted, object_identity
+from holdfast.sources.adapting import object_identity, refuse_no_model
 from holdfast.sources.arrays import Arrays
 from holdfast.sources.data import noting_fewer, open_data
 from holdfast.sources.expected import Expected
@@ -266,9 +267,7 @@ def open_surrogates(given: Sequence[object], sources: Sources, target: Classifie
     objects.
     """
     if not isinstance(given, list | tuple):
-        raise UsageError(
-            f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
-        )
+        raise UsageError(f"surrogates is {kind_of(given)}; give a list of models, as in surrogates=[net]")
     return tuple(_open_surrogate(surrogate, sources, target) for surrogate in given)
 
 
@@ -287,10 +286,7 @@ def _open_surrogate(surrogate: object, sources: Sources, target: Classifier) -> 
         subject = _surrogate_at(surrogate, sources, trust_code=sources.model.source.trust_code)
     else:
         net = surrogate.given if isinstance(surrogate, ModelReference) else surrogate
-        if not accepted(net):
-            raise UsageError(
-                f"surrogates contains a {type(net).__name__}; give networks, functions or addresses"
-            )
+        refuse_no_model(net, "a surrogate")
         # its preprocessing is its own, or undoes that of the data
         properties = Declared(normalised=normalisation(sources.inputs))
         subject = _subject(*_wrapped(net, properties), properties)
@@ -441,9 +437,7 @@ def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Dat
     if isinstance(given, tuple) and not given:
         return ()
     if not isinstance(given, list):
-        raise UsageError(
-            f"across is a {type(given).__name__}; give a list of data sets, as in across=['mnist-mini']"
-        )
+        raise UsageError(f"across is {kind_of(given)}; give a list of data sets, as in across=['mnist-mini']")
     opened: list[Data] = []
     for data in given:
         reference = sources.beside(data)

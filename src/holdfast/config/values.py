@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from operator import index
 from pathlib import Path
@@ -25,6 +26,7 @@ from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import suite_or_attacks
 from holdfast.core.catalogue import PROVERS, RECIPES
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
@@ -102,7 +104,7 @@ def _array(side: Any) -> tuple[float, ...]:
         return tuple(map(float, numbers if isinstance(numbers, list | tuple) else [numbers]))
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"bounds hold a {type(side).__name__} that is no list of numbers; give one number per feature of a table"
+            f"bounds hold {kind_of(side)} that is no list of numbers; give one number per feature of a table"
         ) from error
 
 
@@ -203,14 +205,46 @@ def _share(value: object) -> object:
 
 
 def _read_by(parse: Callable[[str], object]) -> BeforeValidator:
-    """Return a validator that checks text by a parser and keeps it unchanged. Other values are left to the type."""
+    """Return a validator that checks text by a parser and keeps it unchanged. A number is checked as its text, and
+    other values are left to the type.
+    """
 
     def checked(value: object) -> object:
-        if isinstance(value, str):
-            parse(value)
+        if isinstance(value, str) or _is_number(value):
+            parse(str(value))
         return value
 
     return BeforeValidator(checked)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _duration(argument: str, function: str = "") -> BeforeValidator:
+    """Return a validator for the duration in an argument, which keeps the text. A number without a unit is refused with
+    the unit of seconds.
+    """
+
+    def parse(text: str) -> None:
+        try:
+            seconds(text, argument)
+        except UsageError as error:
+            with suppress(UsageError):
+                seconds(f"{text}s", argument)
+                error = UsageError(error.message, Remedy(argument, f"{text.strip()}s", function=function))
+            raise error from None
+
+    return _read_by(parse)
+
+
+def _gates(value: object) -> object:
+    """Refuse a condition that is not in a list."""
+    if isinstance(value, str):
+        raise UsageError(
+            f"gates is {value!r}; a list was expected", Remedy("gates", (value,), "--gate", repeated=True)
+        )
+    return value
 
 
 def _whole(value: object) -> object:
@@ -304,10 +338,10 @@ Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 Threat = Annotated[str, _read_by(parse_threat)]
 Transform = Annotated[str, _read_by(parse_transform)]
-Gate = Annotated[str, _read_by(parse_gate)]
-TimeBudget = Annotated[str, _read_by(lambda text: seconds(text, "time_budget"))]
-Budget = Annotated[str, _read_by(lambda text: seconds(text, "budget"))]
-Timeout = Annotated[str, _read_by(lambda text: seconds(text, "http_timeout"))]
+Gates = Annotated[list[Annotated[str, _read_by(parse_gate)]], BeforeValidator(_gates)]
+TimeBudget = Annotated[str, _duration("time_budget")]
+Budget = Annotated[str, _duration("budget")]
+Timeout = Annotated[str, _duration("http_timeout", "open_model")]
 WaitingTime = Annotated[str, _read_by(lambda text: seconds(text, "timeout"))]
 Place = Annotated[str, BeforeValidator(_place)]
 Here = Annotated[str, BeforeValidator(_here)]

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
 
 MAX_CHARACTERS = 1 << 18
 """largest number of characters of a text; PyYAML needs about 20 microseconds and 400 bytes of
@@ -94,9 +95,7 @@ def load(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(
-            f"{path} contains a {type(content).__name__}; expected keys such as model: and data:"
-        )
+        raise UsageError(f"{path} contains {kind_of(content)}; expected keys such as model: and data:")
     return content
 
 
@@ -114,4 +113,4 @@ def put_setting(content: dict[str, Any], path: str, value: Any) -> None:
     elif isinstance(place, dict):
         place[last_key] = value
     else:
-        raise UsageError(f"--set {path}: {last_key!r} is not an entry of a {type(place).__name__}")
+        raise UsageError(f"--set {path}: {last_key!r} is not an entry of {kind_of(place)}")

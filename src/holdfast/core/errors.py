@@ -125,6 +125,10 @@ class UnclearOutput(TargetError):
     """
 
 
+class NoLogits(TargetError):
+    """Error for a model that accepted its inputs and returned something else than one tensor."""
+
+
 class LostLoss(TargetError):
     """Error for a training whose loss is not finite."""
 

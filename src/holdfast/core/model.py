@@ -1,5 +1,6 @@
 """Models: functions from inputs within declared bounds to logits, with a declared, differentiable preprocessing."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from holdfast.core.errors import (
     HoldfastError,
     InputRefused,
+    NoLogits,
     TargetError,
     TargetLost,
     UnclearOutput,
     UsageError,
 )
 from holdfast.core.guard import Guarded
+from holdfast.core.names import with_article
 from holdfast.core.normalisation import per_channel
 from holdfast.core.outputs import (
     REFUSED,
@@ -126,6 +129,9 @@ EVERY = Batches(1, multiples=True)
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """batch sizes that are tested before a network counts as accepting none"""
 
+_INPUT_NAMES = ("pixel_values", "input_values")
+"""parameters for images and signals in the models of Hugging Face; multimodal ones have ids of tokens before them"""
+
 _NAMED = 3
 """Largest number of weights that a message names."""
 
@@ -168,6 +174,7 @@ class Classifier(nn.Module):
     channels last. `class_labels` are the labels of the classes in the data, in the order of the outputs, if they are
     whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model was fitted on.
     `units` are the units of the inputs, if they are not the values of the data.
+    `input_name` is the parameter of the network for its inputs, if it is not the first.
     `rejects` is true for the result of `with_detector`, whose last logit is not a class. The network returns a float
     tensor (n, classes), or an object or mapping with such a tensor as `logits`; in training mode it may return a tuple,
     whose first element is used (`logits_of`). Raises `TargetError` for other outputs.
@@ -192,6 +199,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.net = net
+        self.input_name = parameter_of(net, _INPUT_NAMES)
         self.output = output
         self.layout = layout
         self.remote = False
@@ -231,6 +239,7 @@ class Classifier(nn.Module):
             layout=self.layout,
         )
         classifier.remote, classifier.rewrites, classifier.units = self.remote, self.rewrites, self.units
+        classifier.input_name = self.input_name
         return classifier
 
     def _advice(self, x: Inputs) -> tuple[str, tuple[Remedy, ...]]:
@@ -291,14 +300,16 @@ class Classifier(nn.Module):
             kind = type(logits)
             name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
             training = isinstance(self.net, nn.Module) and self.net.training
-            way_out = "Wrap it in a factory that returns the logits only"
+            way_out = "Wrap it in a function that returns the logits only, as in lambda x: net(x)[0]"
             if training:
                 way_out = "Return the logits only in training mode as well"
+            if isinstance(logits, nn.Module):
+                way_out = "If the model is a function that builds a network, give the network that it returns"
             if name == "numpy.ndarray":
                 way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
-            raise TargetError(
-                f"the model returned a {name}{' in training mode' if training else ''}; it must return one tensor of "
-                f"logits (n, classes). {way_out}"
+            raise NoLogits(
+                f"the model returned {with_article(name)}{' in training mode' if training else ''}; it must return "
+                f"one tensor of logits (n, classes). {way_out}"
             )
         if logits.dim() not in (1, 2) or len(logits) != len(x) or not logits.is_floating_point():
             raise TargetError(
@@ -316,7 +327,9 @@ class Classifier(nn.Module):
         return logits.to(x.dtype)
 
     def _outputs(self, x: Tensor) -> object:
-        return logits_of(self.net(x), in_training=isinstance(self.net, nn.Module) and self.net.training)
+        net: Callable[..., object] = self.net
+        outputs = net(x) if self.input_name is None else net(**{self.input_name: x})
+        return logits_of(outputs, in_training=isinstance(self.net, nn.Module) and self.net.training)
 
     def _of_classes(self, outputs: Tensor) -> Logits:
         if self.rejects:
@@ -333,6 +346,19 @@ class Classifier(nn.Module):
         marked = logits.new_full((len(outputs), logits.shape[1]), REFUSED)
         marked[answered] = logits
         return marked
+
+
+def parameter_of(net: object, names: Sequence[str]) -> str | None:
+    """Return the first of the names that is a parameter of the forward function of a network after the first
+    parameter. A value for such a parameter is passed by its name. Return None if there is none.
+    """
+    if not isinstance(net, nn.Module):
+        return None
+    try:
+        parameters = list(inspect.signature(net.forward).parameters)[1:]
+    except (TypeError, ValueError):  # no signature is known, as of some compiled functions
+        return None
+    return next((name for name in names if name in parameters), None)
 
 
 def refuse_lazy(net: nn.Module) -> None:

@@ -35,6 +35,36 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None,
     return f"{change}{unit_text}{goal_text}{access_text}{queries_text}"
 
 
+def with_article(name: str) -> str:
+    """Return the name of a type with its indefinite article. Initials are pronounced as letters.
+
+    >>> [with_article(name) for name in ("OrderedDict", "tuple", "ndarray", "XGBRegressor", "UserDict")]
+    ['an OrderedDict', 'a tuple', 'an ndarray', 'an XGBRegressor', 'a UserDict']
+    """
+    has_initials = name[:2].isupper() or name.startswith("nd")
+    vowels = "AEFHILMNORSX" if has_initials else "AEIOU"
+    is_an = name[:1].upper() in vowels and not name.lower().startswith(("uni", "user"))
+    return f"{'an' if is_an else 'a'} {name}"
+
+
+def kind_of(value: object) -> str:
+    """Return the type of a value with its indefinite article, or `None`."""
+    return "None" if value is None else with_article(type(value).__name__)
+
+
+def size_text(eps: float, digits: int | None = None) -> str:
+    """Return an eps as text for a threat string. It is a fraction if it is a multiple of 1/255, and otherwise rounded
+    to `digits` digits if they are given.
+
+    >>> size_text(8 / 255), size_text(25.5 / 255), size_text(1 / 3, digits=3)
+    ('8/255', '0.1', '0.333')
+    """
+    levels = round(eps * 255)
+    if 0 < levels < 255 and eps == levels / 255:
+        return f"{levels}/255"
+    return repr(eps) if digits is None else f"{eps:.{digits}g}"
+
+
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
     """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
     `patch:8x8,at=centre,jitter=3`.

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.core.errors import UsageError
+from holdfast.core.names import kind_of
 
 DECAY = 0.5
 """default fraction of the gradient that passes through a branch"""
@@ -62,7 +63,7 @@ def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay
     """
     if not isinstance(net, nn.Module):
         raise UsageError(
-            f"skipped() got a {type(net).__name__}; expected a network, because branches are named by its modules"
+            f"skipped() got {kind_of(net)}; expected a network, because branches are named by its modules"
         )
     if not 0 <= decay <= 1:
         raise UsageError(f"decay is {decay}; expected the share of the gradient that is kept, from 0 to 1")
@@ -84,7 +85,7 @@ def _hook(name: str, decay: float, called: set[str]) -> Callable[[nn.Module, tup
         called.add(name)
         if not isinstance(output, Tensor):
             raise UsageError(
-                f"the module {name} returns a {type(output).__name__}; name one that returns a tensor as the end of a "
+                f"the module {name} returns {kind_of(output)}; name one that returns a tensor as the end of a "
                 "branch"
             )
         if not output.requires_grad:

@@ -282,7 +282,12 @@ def _randomness(case: _Case) -> Doubt:
 def _state(case: _Case) -> Doubt:
     training = case.circumstances.in_training
     listed = ", ".join(training[:3]) + (" …" if len(training) > 3 else "")
-    modes = f"layers were in training mode ({listed}), but measured in evaluation mode" if training else ""
+    modes = (
+        f"layers were in training mode ({listed}), but measured in evaluation mode: call model.eval() before the "
+        "model is passed, or in its factory"
+        if training
+        else ""
+    )
     if "steadiness" not in case.results:
         state: DoubtState = "raised" if training else "clear"
         text = modes or "no layer was in training mode; order, batch and history were not tested"

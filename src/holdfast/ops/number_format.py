@@ -60,9 +60,8 @@ def have_compiled(model: Classifier) -> None:
     assert isinstance(net, nn.Module)  # anything else has no weights to train
     forward = net.forward
 
-    def through(x: Tensor) -> Tensor:
-        logits: Tensor = forward(x)
-        return logits
+    def through(*inputs: Tensor, **named_inputs: Tensor) -> object:
+        return forward(*inputs, **named_inputs)
 
     net.forward = torch.compile(through)
 

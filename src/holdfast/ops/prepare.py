@@ -33,9 +33,15 @@ def agrees(first: Tensor, second: Tensor) -> bool:
 
 
 def in_training(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the dropout and batch norm layers of a model that are in train mode."""
-    minding = (_BatchNorm, _DropoutNd)
-    return tuple(name for name, m in model.named_modules() if isinstance(m, minding) and m.training)
+    """Return the names of the dropout and batch norm layers of a model that are in train mode, and those of attention
+    with dropout.
+    """
+    return tuple(name for name, m in model.named_modules() if _depends_on_mode(m) and m.training)
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    drops = isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+    return drops or isinstance(module, _BatchNorm | _DropoutNd)
 
 
 def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]]:

@@ -76,7 +76,8 @@ CONCERNS = {
     "state": Concern(
         "The output depends on more than the input",
         "The order, the batch or earlier calls change the outputs, or modules are in training mode.",
-        "Call model.eval(), and evaluate without state that is kept between calls.",
+        "If modules are in training mode, call model.eval() before the model is passed, or in its factory. Otherwise "
+        "evaluate without state that is kept between calls.",
     ),
     "loss-spread": Concern(
         "The loss decides the result",

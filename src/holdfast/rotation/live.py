@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from holdfast.core.errors import Inconclusive, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.model import Classifier, Model, refuse_lazy
+from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs, Labels, Logits
 from holdfast.ops.statistics import proportion
 from holdfast.rotation.members import Weights, refuse_foreign
@@ -80,7 +81,7 @@ def _state(model: Classifier) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TargetError(
-                f"{name} of the model is a {type(value).__name__}, but a set contains tensors only; store the "
+                f"{name} of the model is {kind_of(value)}, but a set contains tensors only; store the "
                 "result of get_extra_state in buffers, with register_buffer"
             )
     return dict(state)

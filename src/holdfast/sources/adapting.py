@@ -4,12 +4,15 @@ A library is searched for only among the imported modules, because importing one
 library exists, the library is already imported.
 """
 
+import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from holdfast.core.errors import UsageError
+from holdfast.core.names import kind_of
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.estimators import Estimator, Predictor, adapted_estimator
 from holdfast.sources.keras_models import KerasNet, adapted_keras
@@ -23,17 +26,52 @@ def accepted(model: object) -> bool:
     return callable(model) or isinstance(model, Predictor)
 
 
+def refuse_no_model(model: object, argument: str = "model") -> None:
+    """Raise `UsageError` for an object that is not a model, such as a state dict, a class, or a function that builds a
+    network. `argument` is the name of the argument in the message.
+    """
+    if isinstance(model, type):
+        raise UsageError(
+            f"{argument} is the class {model.__qualname__}; give an object of it, as in {model.__qualname__}()"
+        )
+    if isinstance(model, Mapping):
+        raise UsageError(
+            f"{argument} is {kind_of(model)}, as a state dict is, which contains weights and not the network; build "
+            "the network, load the weights, as in net.load_state_dict(weights), and give net"
+        )
+    if takes_no_input(model):
+        raise UsageError(
+            f"{argument} is a function that accepts no inputs; a network, or a function from inputs to logits, was "
+            "expected. If it builds the network, give the network that it returns, as in net = make()"
+        )
+    if not accepted(model):
+        raise UsageError(
+            f"{argument} is {kind_of(model)}; expected a network, a function from inputs to logits, an estimator, or "
+            "an address"
+        )
+
+
+def takes_no_input(model: object) -> bool:
+    """Return whether the object is a function that cannot be called with inputs, such as one that builds a network."""
+    if isinstance(model, nn.Module) or not callable(model):
+        return False
+    try:
+        inspect.signature(model).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # no signature is known, as of some built-in functions
+        return False
+    return False
+
+
 def adapted(model: object) -> Adapted | None:
     """Return a model of another library, such as scikit-learn, wrapped as a torch module. Return None if the model is a
     torch network or a function.
 
     Raises `TargetError` for an object that is not a classifier, is not fitted, or runs on another back end than torch,
-    and `UsageError` for a class.
+    and `UsageError` for an object that is not a model.
     """
-    if isinstance(model, type):
-        raise UsageError(
-            f"model is the class {model.__qualname__}; give an object of it, as in {model.__qualname__}()"
-        )
+    refuse_no_model(model)
     # Keras models are callable, so they are recognised before functions.
     if _is(model, "keras", "Model"):
         return adapted_keras(model)

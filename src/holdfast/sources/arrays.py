@@ -42,13 +42,19 @@ _ROUNDING = 1e-6
 _EXAMPLES = 3
 """Number of features in an example of bounds."""
 
+_IDS = 2
+"""Number of rows with which it is tested whether the inputs are ids of tokens."""
+
 _COMPARED = 64
 """Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
 
 Array = NDArray[Any]
 
+_EXACT = 1 << 24
+"""Largest number up to which float32 represents all whole numbers."""
+
 _NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
-_SUPPORTED = (
+SUPPORTED = (
     "Inputs are images, signals or tables of numbers, which attacks change by small amounts; text and ids of tokens "
     "are not supported"
 )
@@ -236,11 +242,19 @@ def from_numpy(
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if x.dtype.kind not in "iubf":
-        raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {_SUPPORTED}")
+        raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
     if x.ndim < 2 and not preserve:
         raise TargetError(
             f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
             "x.reshape(len(x), -1)"
+        )
+    if (
+        x.ndim == 2
+        and probe is not None
+        and probe.takes_ids(torch.from_numpy(np.array(x[:_IDS], np.float32)))
+    ):
+        raise TargetError(
+            f"the model rejects floats and accepts whole numbers, as models of texts do. {SUPPORTED}"
         )
     n_classes = expected.classes or (None if names is None else len(names))
     y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
@@ -455,6 +469,9 @@ def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -
         if bytes_
         else as_in_training(lowest, highest, data.x.ndim)
     )
+    if data.features is None and data.x.ndim == 2 and bool((data.x == np.round(data.x)).all()):
+        # they may be ids of tokens
+        advice = f"{advice}. {SUPPORTED}."
     by_feature = () if data.features is None else (ranges_of_features(data),)
     common = (before_normalisation(), range_of_training(lowest, highest))
     return TargetError(f"{message}; {advice}", *common, *by_feature)
@@ -485,26 +502,43 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
         return x, 255.0, ()
     if x.dtype.kind == "f":
         return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
-    raise TargetError(
-        f"the inputs of {name} are {x.dtype}; {_NUMBERS} were expected{_as_floats(x, bounds)}. {_SUPPORTED}"
+    if _is_unit(bounds) and (x.ndim > 2 or _may_be_audio(x)):
+        raise _of_integers(x, name)
+    lowest, highest = int(x.min()), int(x.max())
+    if max(abs(lowest), abs(highest)) > _EXACT:
+        raise TargetError(
+            f"the inputs of {name} are {x.dtype} from {lowest} to {highest}, and float32, in which the model computes, "
+            f"represents all whole numbers only up to {_EXACT}: scale the features as in training"
+        )
+    return x.astype(np.float32), 1.0, ()
+
+
+def _of_integers(x: Array, name: str) -> TargetError:
+    """Return the error for integers of a scale that is not known, in a model whose inputs are from 0 to 1.
+
+    Bytes are recognised by their range, and samples of audio by their type.
+    """
+    lowest, highest = int(x.min()), int(x.max())
+    message = f"the inputs of {name} are {x.dtype} from {lowest} to {highest}; {_NUMBERS} were expected"
+    if _may_be_audio(x):
+        return TargetError(
+            f"{message}: if they are samples of audio, whose largest value is 32768, and the model was trained on "
+            "values from -1 to 1, give x.astype('float32') / 32768 and bounds from -1 to 1",
+            Remedy(
+                "bounds",
+                (-32768, 32767),
+                reason="if it was trained on these values (eps is then on that scale)",
+            ),
+        )
+    if pixel_divisor(lowest, highest, x.ndim) == 255:
+        return TargetError(f"{message}: give x.astype('float32') / 255 if they are pixels. {SUPPORTED}")
+    return TargetError(
+        f"{message}: if they are signals or pixels, scale them as in the training of the model. {SUPPORTED}"
     )
 
 
-def _as_floats(x: Array, bounds: Bounds) -> str:
-    """Return advice for an error message about inputs that are integers.
-
-    Bytes are recognised by their range. Whole numbers of other ranges may be numbers of any kind, such as ids of
-    tokens, for which no scale is known.
-    """
-    lowest, highest = int(x.min()), int(x.max())
-    if x.ndim > 2 and _is_unit(bounds) and pixel_divisor(lowest, highest, x.ndim) == 255:
-        return ": give x.astype('float32') / 255 if they are pixels"
-    if _is_unit(bounds):
-        return (
-            ": if they are features or pixels, scale them as in the training of the model (they range from "
-            f"{lowest} to {highest})"
-        )
-    return ": if they are features or pixels, give x.astype('float32')"
+def _may_be_audio(x: Array) -> bool:
+    return x.dtype == np.int16 and int(x.min()) < 0
 
 
 def _type(x: Array) -> str:

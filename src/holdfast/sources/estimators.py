@@ -25,6 +25,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.outputs import OutputKind
 from holdfast.sources.adapted import Adapted
 
@@ -387,8 +388,8 @@ def _classes(estimator: Any, name: str, *, gives_probabilities: bool) -> Array |
         if gives_probabilities:
             return None
         raise TargetError(
-            f"the {name} is not a classifier: it has no classes_. A fitted classifier was expected, with "
-            f"predict_proba, decision_function or predict; {_WAY_OUT}"
+            f"the {name} is not a classifier: it has no classes_. {CLASSIFIERS_ONLY}. A fitted classifier was "
+            "expected, with classes_ and predict_proba, decision_function or predict"
         ) from None
     labels = None if isinstance(classes, list) else np.asarray(classes)
     if labels is None or labels.ndim != 1:

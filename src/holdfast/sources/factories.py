@@ -20,8 +20,9 @@ from typing import Any
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.sources.adapting import accepted
+from holdfast.sources.adapting import accepted, takes_no_input
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.files import readable_file, sha256_of_file, similar_name
 from holdfast.sources.object_digest import LOADED
@@ -116,7 +117,7 @@ def call_factory(
         )
         hint_text = hint if isinstance(error, TypeError) else ""
         raise TargetError(f"{address} raised {_error_text(error, files)}{hint_text}") from error
-    if isinstance(net, type) or not accepted(net) or _takes_no_input(net):
+    if isinstance(net, type) or not accepted(net) or takes_no_input(net):
         if inspect.iscoroutine(net):
             net.close()
         raise TargetError(
@@ -233,19 +234,6 @@ def _error_text(error: BaseException, files: Iterable[str]) -> str:
     return f"{type(error).__name__}{lines[-1] if lines else ''}{message}"
 
 
-def _takes_no_input(function: object) -> bool:
-    """Return whether the object is a function that cannot be called with inputs, such as another factory."""
-    if isinstance(function, nn.Module) or not callable(function):
-        return False
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return True
-    except ValueError:  # no signature is known, as of some built-in functions
-        return False
-    return False
-
-
 def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., object]:
     value = vars(module).get(name)
     if value is None:
@@ -296,4 +284,4 @@ def _described(value: object) -> str:
         return f"the class {value.__name__}"
     if callable(value) and not isinstance(value, nn.Module):
         return "a function that accepts no inputs"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return kind_of(value)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Install
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import read_once
@@ -36,8 +37,8 @@ def adapted_lightgbm(booster: Any) -> Adapted:
     kind, *settings = header_of(text).get("objective", "").split() or [""]
     if kind not in _OBJECTIVES:
         raise TargetError(
-            f"the booster has the objective {kind or 'of its own'}; one of {', '.join(_OBJECTIVES)} was expected: give "
-            "a function from inputs to logits instead, as file.py:factory or in Python"
+            f"the booster has the objective {kind or 'of its own'}; one of {', '.join(_OBJECTIVES)} was expected. "
+            f"{CLASSIFIERS_ONLY}; for a classifier with another objective, give a function from inputs to logits"
         )
     classes = max(int(booster.num_model_per_iteration()), 2)
     slope = re.search(r"sigmoid:(\S+)", " ".join(settings))

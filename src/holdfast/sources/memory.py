@@ -12,8 +12,9 @@ from torch import Tensor
 
 from holdfast.core.batch import Data
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
-from holdfast.sources.arrays import Array, from_numpy
+from holdfast.sources.arrays import SUPPORTED, Array, from_numpy
 from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.labels import whole_numbers
@@ -23,8 +24,13 @@ _BATCH = 256
 """Number of items of a dataset that are read at a time."""
 _INPUTS = ("pixel_values", "input_values", "image", "img", "x")
 """Entries of batches that are the inputs by default: those of the models and of the data sets of Hugging Face."""
+_TOKENS = ("input_ids",)
+"""Entries of batches that are ids of tokens, in the data sets of Hugging Face."""
 _LABELS = ("labels", "label", "y")
 """Entries of batches that are the labels by default."""
+
+_LABELLED = "one label for each input was expected: give (x, y), or a loader or dataset of such pairs"
+"""end of the messages for inputs without labels"""
 
 
 def as_data(
@@ -52,6 +58,8 @@ def as_data(
             x, y = _pair(x, entries)
         else:
             x, y = _collected(x, n, entries)
+    if y is None:
+        raise TargetError(f"the labels are None; {_LABELLED}")
     inputs = as_array(x, "inputs")
     numbering = numbered(whole_numbers(as_array(y, "labels")), expected, name)
     ids = np.arange(len(inputs), dtype=np.int64)
@@ -76,7 +84,7 @@ def _user_defined(data: Data, expected: Expected) -> Data:
     """
     if expected.normalised is not None or expected.layout is not None:
         raise UsageError(
-            f"{data.name} is a {type(data).__name__}, whose own method reads the examples, so data_normalised and "
+            f"{data.name} is {kind_of(data)}, whose own method reads the examples, so data_normalised and "
             "layout cannot be applied; give the arrays (x, y)"
         )
     if expected.probe is not None and len(data):
@@ -90,12 +98,12 @@ def _collected(
     """Return the inputs and labels of a loader or a dataset: all, or the batches that contain the first `n`
     examples.
     """
+    if isinstance(batches, Tensor | np.ndarray):
+        raise TargetError(f"data is {kind_of(batches)} without labels; {_LABELLED}")
     if isinstance(batches, torch.utils.data.Dataset):
         batches = torch.utils.data.DataLoader(batches, batch_size=_BATCH if n is None else min(n, _BATCH))
     if not isinstance(batches, Iterable):
-        raise TargetError(
-            f"data is a {type(batches).__name__}; (x, y), a loader, a dataset or a path was expected"
-        )
+        raise TargetError(f"data is {kind_of(batches)}; (x, y), a loader, a dataset or a path was expected")
     xs: list[Tensor] = []
     ys: list[Tensor] = []
     read = 0
@@ -125,13 +133,15 @@ def _pair(batch: object, entries: tuple[str | None, str | None]) -> tuple[object
         f"{key}={name!r}" for key, name in zip(("x", "y"), entries, strict=True) if name is not None
     ]:
         raise UsageError(
-            f"{', '.join(given)} is the name of an entry, but the data yield a {type(batch).__name__}, which has no "
+            f"{', '.join(given)} is the name of an entry, but the data yield {kind_of(batch)}, which has no "
             "named entries",
             *(Remedy(part.partition("=")[0], function="open_data") for part in given),
         )
+    if isinstance(batch, Tensor | np.ndarray) or (isinstance(batch, (tuple, list)) and len(batch) == 1):
+        raise TargetError(f"the data yield inputs without labels; {_LABELLED}")
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TargetError(
-            f"the data yield a {type(batch).__name__}; pairs (x, y) of a batch, or mappings such as "
+            f"the data yield {kind_of(batch)}; pairs (x, y) of a batch, or mappings such as "
             "{'pixel_values': x, 'labels': y}, were expected"
         )
     return batch[0], batch[1]
@@ -139,6 +149,11 @@ def _pair(batch: object, entries: tuple[str | None, str | None]) -> tuple[object
 
 def _entry(batch: Mapping[str, object], name: str | None, argument: str, usual: tuple[str, ...]) -> str:
     """Return the name of the inputs or of the labels in a batch. Raises `TargetError` if it is not unique."""
+    sought_inputs = (name,) if name is not None else (*_INPUTS, *_TOKENS)
+    if argument == "x" and next((each for each in sought_inputs if each in batch), None) in _TOKENS:
+        raise TargetError(
+            f"the batches are mappings with the entries {', '.join(map(str, batch))}. {SUPPORTED}"
+        )
     candidates = [each for each in ((name,) if name is not None else usual) if each in batch]
     if len(candidates) == 1:
         return candidates[0]
@@ -169,7 +184,7 @@ def as_array(values: object, what: str) -> Array:
     if _is_text(array):
         return array.astype(str)
     if array.dtype == object or array.ndim == 0:
-        raise TargetError(f"the {what} are a {type(values).__name__}; a tensor or an array was expected")
+        raise TargetError(f"the {what} are {kind_of(values)}; a tensor or an array was expected")
     return array
 
 

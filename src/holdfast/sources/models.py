@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import CarriesCode, TargetError, UsageError
-from holdfast.core.model import EVERY, Batches, Bounds, Classifier, refuse_lazy
+from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of, refuse_lazy
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
@@ -101,6 +101,8 @@ class Declared:
     """normalisation of the data; a model without preprocessing applies it to its inputs"""
     input_shape: Sequence[int] | None = None
     """shape of one example, if an ONNX file does not specify it"""
+    input_name: str | None = None
+    """name of the inputs in the data; the parameter of the network with this name gets them"""
     class_labels: tuple[int, ...] | None = None
     """class labels of the data, if they are not 0, 1, 2, …"""
 
@@ -133,6 +135,8 @@ class Declared:
             layout=self.layout,
         )
         model.class_names, model.class_labels = self.class_names, self.class_labels
+        if self.input_name is not None:
+            model.input_name = parameter_of(net, (self.input_name,)) or model.input_name
         return model
 
     def of(self, adapted_model: Adapted) -> Classifier:
@@ -156,7 +160,10 @@ class Declared:
         std = None if other.std is None else other.std.tolist()
         properties = (other.classes, other.output, other.layout, other.class_names)
         labels = other.class_labels
-        return self.filled(Declared(other.bounds, mean, std, *properties, class_labels=labels))
+        declared = Declared(
+            other.bounds, mean, std, *properties, class_labels=labels, input_name=other.input_name
+        )
+        return self.filled(declared)
 
     def filled(self, defaults: "Declared") -> "Declared":
         """Return the declared properties, with missing values taken from `defaults`."""

@@ -3,14 +3,14 @@ logits.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UnclearOutput
+from holdfast.core.errors import HoldfastError, NoLogits, TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import Classifier, fitted, out_of_memory
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout, Logits
@@ -55,7 +55,7 @@ class ProbedClassifier:
 
     def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
         """Return the logits of the inputs `x` (n, *features) if the network has the given layout, or None if the
-        network rejects the inputs.
+        network rejects the inputs. Raises `NoLogits` if it accepts them and returns something else.
 
         If `whole` is True, all rows are passed at once, else in batches of a size that the network accepts. Outputs
         that may be logits or probabilities are treated as logits.
@@ -65,7 +65,7 @@ class ProbedClassifier:
         own.layout = layout or saved[0]
         try:
             logits = self._logits(x, whole=whole)
-        except TargetLost:
+        except (TargetLost, NoLogits):
             raise
         except TargetError as error:
             self.refused = error
@@ -122,6 +122,21 @@ class ProbedClassifier:
         logits = self.outputs(x)
         return logits is not None and bool(logits.isfinite().all())
 
+    def takes_ids(self, x: Tensor) -> bool:
+        """Return whether the network rejects the rows `x` (n, features) and accepts whole numbers, because its inputs
+        are the numbers of the entries of an embedding.
+        """
+        net = self.own.net
+        if self.model.remote or not (isinstance(net, nn.Module) and any(map(_is_embedding, net.modules()))):
+            return False
+        if self.outputs(x[torch.arange(_ROWS) % len(x)]) is not None:
+            return False
+        weight = next(net.parameters(), x)
+        with _evaluating(self.model), suppress(Exception):  # the code of the network may raise anything
+            net(torch.zeros(_ROWS, x.shape[1], dtype=torch.int64, device=weight.device))
+            return True
+        return False
+
     def needs_grey(self, x: Tensor) -> bool:
         """Return whether the network rejects the colour images `x` (n, 3, height, width) and accepts one of their
         channels.
@@ -134,6 +149,10 @@ class ProbedClassifier:
             return self.outputs(images) is not None or self.outputs(images, "hwc") is not None
 
         return not accepts(rows) and accepts(rows[:, :1])
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def settle_output(model: Classifier, data: Data) -> None:

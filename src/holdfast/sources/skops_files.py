@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import TRUST_CODE, Install
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import check_archive, read_once
@@ -126,7 +127,6 @@ def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple
     estimator, digest, notes = open_skops(path, trust_code=trust_code)
     if not isinstance(estimator, Predictor):
         raise TargetError(
-            f"{str(path)!r} contains a {type(estimator).__qualname__}; an estimator with the method predict was "
-            "expected"
+            f"{str(path)!r} contains {kind_of(estimator)}; an estimator with the method predict was expected"
         )
     return adapted_estimator(estimator, parallel=trust_code), digest, notes

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Install
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import read_once
@@ -74,8 +75,8 @@ def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
     objective, parameters = learner["objective"]["name"], learner["learner_model_param"]
     if objective not in _OBJECTIVES:
         raise TargetError(
-            f"the booster has the objective {objective}; one of {', '.join(sorted(_OBJECTIVES))} was expected: "
-            "give a function from inputs to logits instead, as file.py:factory or in Python"
+            f"the booster has the objective {objective}; one of {', '.join(sorted(_OBJECTIVES))} was expected. "
+            f"{CLASSIFIERS_ONLY}; for a classifier with another objective, give a function from inputs to logits"
         )
     if int(parameters.get("num_target", 1)) > 1:
         raise TargetError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, refuse_no_digest
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
 from holdfast.store import forms
 from holdfast.store.authentic import HEAD, read_head
 from holdfast.store.encryption import Seal
@@ -136,7 +137,7 @@ def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
         raise UsageError("the set contains no parameters; give the state dict of a network")
     for name, value in weights.items():
         if not isinstance(value, Tensor):
-            raise UsageError(f"{name} of the set is a {type(value).__name__}; a tensor was expected")
+            raise UsageError(f"{name} of the set is {kind_of(value)}; a tensor was expected")
         if bool(value.isnan().any()):
             raise UsageError(
                 f"{name} of the set contains NaN or infinite values: its training diverged; leave the set out"

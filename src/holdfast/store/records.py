@@ -11,6 +11,7 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, Link, broken_at, canonical
 from holdfast.core.errors import TargetError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import RESUME
 from holdfast.store.files import MANIFEST, append, content_of, usable
 from holdfast.store.forms import is_name
@@ -155,7 +156,7 @@ def parsed(path: Path, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is not valid JSON: {error}; restore it from a copy") from error
     if not isinstance(content, dict):
-        raise TargetError(f"{str(path)!r} contains a {type(content).__name__}; an object was expected")
+        raise TargetError(f"{str(path)!r} contains {kind_of(content)}; an object was expected")
     return content
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch, Data
-from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, extent
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
+from holdfast.core.names import size_text, threat_text
 from holdfast.core.patches import Patch
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
@@ -92,7 +93,7 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
         raise UsageError(
             f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in {norm}; "
             "eps is in the units of the inputs, whose bounds can be declared",
-            Remedy("threat", f"{norm}:{farthest / 32:.3g}"),
+            _smaller_eps(threat, farthest, bounds),
         )
     if isinstance(threat.constraint, Corruptions):
         refuse_no_images(x)
@@ -101,6 +102,23 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
             f"the target class is {threat.goal}, but the model has {classes} classes; give a class from 0 to "
             f"{classes - 1}"
         )
+
+
+def _smaller_eps(threat: ThreatModel, farthest: float, bounds: Bounds) -> Remedy:
+    """Return a threat model with an eps that is possible: the given one divided by 255 if it may be on the scale of
+    bytes and the inputs are on that of 0 to 1, or else a fraction of the largest possible one.
+    """
+    constraint = threat.constraint
+    scaled = isinstance(constraint, (Linf, L2, L1)) and not threat.unit and bounds.width == 1
+    scaled = scaled and constraint.eps / 255 <= farthest
+    if scaled:
+        eps = constraint.eps / 255
+    else:
+        eps = max(1.0, farthest // 32) if isinstance(constraint, L0) else farthest * 8 / 255
+    pixels = "px" if isinstance(constraint, L0) and constraint.per == "pixel" else ""
+    change = f"{constraint.name}:{size_text(eps, digits=3)}{pixels}"
+    text = threat_text(change, threat.goal, threat.access, threat.queries, threat.unit)
+    return Remedy("threat", text, reason="(the given eps divided by 255)" if scaled else "")
 
 
 def small_eps_note(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:

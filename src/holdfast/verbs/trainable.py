@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
+from holdfast.core.names import kind_of
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.ops.fit import drawing
@@ -47,7 +48,7 @@ def refuse_untrainable(model: Classifier) -> None:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TargetError(
-                f"{name} of the model is a {type(value).__name__}, and a checkpoint contains only tensors; keep what "
+                f"{name} of the model is {kind_of(value)}, and a checkpoint contains only tensors; keep what "
                 f"get_extra_state returns in buffers, with register_buffer"
             )
     frozen = _frozen(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import CarriesCode, TargetError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import TRUST_CODE
 
 NESTINGS = (
@@ -81,7 +82,7 @@ def state_dict(checkpoint: object) -> tuple[dict[str, Tensor], list[str]]:
             break
     if not isinstance(checkpoint, Mapping):
         raise NoStateDictError(
-            f"contains a {type(checkpoint).__name__}; a state dict (names with tensors) was expected"
+            f"contains {kind_of(checkpoint)}; a state dict (names with tensors) was expected"
         )
     tensors = {str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
     if not tensors:
