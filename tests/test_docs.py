@@ -208,7 +208,7 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
         row["key"].strip("`"): row["description"] for row in rows("reference/configuration.md", "key")
     }
     known = {
-        key: entry.field.description
+        key: entry.description
         for kind in (
             ServeSettings,
             RotateSettings,

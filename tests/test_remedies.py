@@ -323,7 +323,7 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
     if verb == "assess" and not certify:
         return
     settings = check_settings({"threat": threat, "method": method, **options}, "", kind=CertifySettings)
-    at, sample = threat_model(parse_threat(settings.threat.threat)), Batch(X, Y, torch.arange(len(X)))
+    at, sample = threat_model(parse_threat(settings.threat)), Batch(X, Y, torch.arange(len(X)))
     with prepared(Classifier(model), sample) as target:
         if method == "smoothing":
             own = {f.name for f in dataclasses.fields(Smoothing)}
@@ -915,7 +915,7 @@ situation(
 situation(
     "bounds of each feature of a server",
     lambda bounds: range_of_all(
-        check_settings({"bounds": bounds}, "", kind=ServeSettings).inputs, "a server"
+        check_settings({"bounds": bounds}, "", kind=ServeSettings), "a server"
     ),
     bounds=([0, 0, 0, 0], [1, 2, 3, 4]),
 )

@@ -156,8 +156,8 @@ def assess(
     )
     sources = sources_given(model, data, settings)
     members = None
-    if suite is not None and settings.suite.suite is None:
-        members = members_given(suite, threat_model(parse_threat(settings.threat.threat)).constraint)
+    if suite is not None and settings.suite is None:
+        members = members_given(suite, threat_model(parse_threat(settings.threat)).constraint)
     inputs = AssessInputs(settings, sources, surrogates, fit, across, members, baseline_evidence(baseline))
     folder = folder_of(run, resume=resume)
     with opened_for_assess(inputs, folder, resume=resume) as (subject, examples, request):
@@ -318,8 +318,8 @@ def carry_out_hardening(
         settings,
         sources,
         subject,
-        surrogates=open_surrogates(settings.suite.surrogates, sources, subject.model),
-        baseline=baseline_evidence(settings.reports.baseline),
+        surrogates=open_surrogates(settings.surrogates, sources, subject.model),
+        baseline=baseline_evidence(settings.baseline),
         training=training,
         excluded=fit_data,
         command=command,

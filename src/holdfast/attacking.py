@@ -17,7 +17,6 @@ from torch import Tensor
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import parse_threat
-from holdfast.config.groups import ThreatSource
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.moved import verb
 from holdfast.config.planning import assess_request
@@ -153,7 +152,7 @@ def attack(
     if class_name is not None:
         names = sources.model.source.class_names or subject.model.class_names or examples.classes or ()
         text = _threat(text, _class_called(class_name, names), None)
-        settings = replace(settings, threat=ThreatSource(threat=text))
+        settings = settings.model_copy(update={"threat": text})
     members = None if suite else members_given(attack, threat_model(parse_threat(text)).constraint, "attack")
     request = assess_request(
         settings,

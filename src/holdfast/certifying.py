@@ -8,7 +8,7 @@ from holdfast.config.attacks import ThreatLike, threat_written
 from holdfast.config.clusters import Ray, cluster_settings
 from holdfast.config.moved import verb
 from holdfast.config.references import BoundsLike, DataLike, ModelLike, Numbers
-from holdfast.config.resolve import folder_of, sources_at, sources_given
+from holdfast.config.resolve import folder_of, sources_given
 from holdfast.config.settings import CertifySettings, check_settings, given
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.stored import baseline_evidence
@@ -98,7 +98,7 @@ def certify(
         kind=CertifySettings,
     )
     sources = sources_given(model, data, settings)
-    inputs = AssessInputs.to_certify(settings, sources, baseline_evidence(baseline))
+    inputs = AssessInputs(settings, sources, (), None, (), None, baseline_evidence(baseline))
     return _certified(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
 
 
@@ -116,8 +116,7 @@ def carry_out_certification(
 
     The run stores the command line `command`. `detail` is called with messages on single shards.
     """
-    baseline = baseline_evidence(settings.reports.baseline)
-    inputs = AssessInputs.to_certify(settings, sources_at(settings), baseline, command)
+    inputs = AssessInputs.of(settings, command)
     return _certified(inputs, run, resume=resume, progress=progress, notify=notify, detail=detail)
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from holdfast.config.groups import InferenceSource
+from holdfast.config.groups import InferenceSource, ModelSource
 from holdfast.config.moved import verb
 from holdfast.config.references import ModelLike, ModelReference, Numbers, model_reference
-from holdfast.config.settings import ServeSettings, check_settings, given
+from holdfast.config.serve_settings import ServedInference
+from holdfast.config.settings import ServeSettings, check_settings, given, part
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Install
 from holdfast.engine.progress import Notify, ignore
@@ -109,9 +110,9 @@ def serve(
 
 def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:
     """Serve a model with the settings of the command line or of a configuration file until it is stopped."""
-    given_inference = {key: value for key, value in settings.inference if value is not None}
+    given_inference = {key: value for key, value in part(settings, ServedInference) if value is not None}
     inference = InferenceSource().model_copy(update=given_inference)
-    _served(settings, ModelReference(settings.model.address, settings.model, inference), notify)
+    _served(settings, ModelReference(settings.model, part(settings, ModelSource), inference), notify)
 
 
 def refuse_missing_extra() -> None:

@@ -243,23 +243,19 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
     """Calibrate the guard in a file with the settings of the command line, and return the calibration, the path to
     which it was written, and what the radius of the query detector covers.
     """
-    path = Path(settings.inference.guard or "guard.yaml")
+    path = Path(settings.guard or "guard.yaml")
     given = sources_at(settings)
     bare = given.model.inference.model_copy(
         update={"guard": None}
     )  # the guard is calibrated on the model alone
     sources, guard = replace(given, model=replace(given.model, inference=bare)), read_guard_settings(path)
-    range_of_all(settings.inputs, "a guard")
-    if "bounds" not in settings.inputs.model_fields_set:
+    range_of_all(settings, "a guard")
+    if "bounds" not in settings.model_fields_set:
         low, high = bounds_of(guard).bounds
         sources = replace(sources, inputs=sources.inputs.model_copy(update={"bounds": (low, high)}))
-    rate = (
-        guard.false_positives
-        if settings.options.false_positives is None
-        else settings.options.false_positives
-    )
+    rate = guard.false_positives if settings.false_positives is None else settings.false_positives
     calibration, place = (
-        _calibrate(guard, path, sources, rate, settings.options.fit),
+        _calibrate(guard, path, sources, rate, settings.fit),
         calibration_path(guard, path),
     )
     write_calibration(calibration, place)

@@ -13,7 +13,6 @@ Every step stores what it has finished, so that a stopped step continues when it
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def collect(
             "arrays have the names of those of the data"
         )
     if isinstance(model, ModelReference):
-        field_names = (name for name in ModelSource.model_fields if name != "address")
+        field_names = (name for name in ModelSource.model_fields if name != "model")
         refuse_other_settings(model, "a model that is trained", *field_names)
     settings = check_settings(
         given(
@@ -117,10 +116,14 @@ def collect(
     )
     model_source = model.source if isinstance(model, ModelReference) else ModelSource()
     data_source = data.source if isinstance(data, DataReference) else DataSource()
-    settings = replace(
-        settings,
-        model=model_source.model_copy(update={"address": _address("model", model)}),
-        data=data_source.model_copy(update={"address": _address("data", data)}),
+    given_with = {
+        key: value
+        for source in (model_source, data_source)
+        for key, value in source
+        if key in source.model_fields_set
+    }
+    settings = settings.model_copy(
+        update={**given_with, "model": _address("model", model), "data": _address("data", data)}
     )
     path = path or new_folder("rotate", digest(canonical(canonical_settings(settings))))
     request = rotate_requests.collect_request(settings, path, resume=resume, expect_head=expect_head)

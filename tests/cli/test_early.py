@@ -20,7 +20,7 @@ def test_a_missing_file_is_refused(address, tmp_path: Path, monkeypatch: pytest.
 
 def test_the_nearest_file_is_offered(tmp_path: Path) -> None:
     (tmp_path / "digits.npz").touch()
-    with pytest.raises(TargetError, match="did you mean 'digits.npz'"):
+    with pytest.raises(TargetError, match=r"did you mean '.*digits\.npz'"):
         refuse_missing_file(str(tmp_path / "digit.npz"))
 
 

@@ -107,7 +107,7 @@ def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
 def test_a_mean_and_a_deviation_are_read_in_every_form(kind: type[AssessSettings]) -> None:
     forms = ["0.5/0.25", (0.5, 0.25), [[0.5], [0.25]], ((0.5,), (0.25,)), (np.array([0.5]), np.array([0.25]))]
     for form in forms:
-        assert check_settings({"data_normalised": form}, "", kind=kind).inputs.data_normalised == (
+        assert check_settings({"data_normalised": form}, "", kind=kind).data_normalised == (
             (0.5,),
             (0.25,),
         )

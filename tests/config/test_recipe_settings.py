@@ -18,7 +18,7 @@ from holdfast.sources.cards import trained_by
 
 def told(*sets):
     return build_recipe(
-        read_settings(None, {}, ["recipe.use=multi-norm", *sets], kind=HardenSettings).options.recipe
+        read_settings(None, {}, ["recipe.use=multi-norm", *sets], kind=HardenSettings).recipe
     )
 
 
@@ -27,7 +27,7 @@ def test_constraints_are_named_as_threats_are_in_a_flag_and_in_a_list(tmp_path):
     assert told("recipe.others=l2:1.5,l1:10", "recipe.method=max") == expected
     file = tmp_path / "holdfast.yaml"
     file.write_text("harden:\n  recipe: {use: multi-norm, method: max, others: ['l2:3/2', 'l1:10']}\n")
-    assert build_recipe(read_settings(file, {}, kind=HardenSettings).options.recipe) == expected
+    assert build_recipe(read_settings(file, {}, kind=HardenSettings).recipe) == expected
     assert told("recipe.others=l2:1.5").others == (L2(1.5),)
     assert told("recipe.others=[linf:8/255, l1:3]").others == (Linf(8 / 255), L1(3.0))
 

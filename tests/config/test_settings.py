@@ -542,12 +542,12 @@ def test_every_option_has_one_place_in_python_with_the_same_default(verb):
             "cluster_timeout" if verb == "certify" else "timeout",
         ):  # on=holdfast.Ray(…)
             assert not homes
-            usual = entry.field.get_default(call_default_factory=True)
+            usual = entry.get_default(call_default_factory=True)
             assert getattr(holdfast.Ray(), key.removeprefix("cluster_")) in (usual, ()), key
             continue
         (table[key],) = homes
         default = places[table[key]][key].default
-        usual = getattr(kind(), entry.group).model_dump()[entry.name]
+        usual = kind().model_dump()[key]
         assert default in (usual, None) or [*default] == [*usual] or usual == {"use": default}, key
     print(*(f"{key:18} holdfast.{place}" for key, place in table.items()), sep="\n")
     assert set(table.values()) == set(places)
@@ -581,7 +581,7 @@ def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
             ask()
     with pytest.raises(UsageError, match=r"--set contains trust_code.*--trust-code"):
         settings.read_settings(None, {}, [f"trust_code={value}"], kind=AssessSettings)
-    assert settings.read_settings(None, {"trust_code": True}, kind=AssessSettings).model.trust_code
+    assert settings.read_settings(None, {"trust_code": True}, kind=AssessSettings).trust_code
 
 
 @pytest.mark.parametrize(("key", "value"), [("trust_network", True), ("ship", ["code"])])
@@ -595,14 +595,14 @@ def test_no_file_can_trust_a_network_or_send_files(key, value, tmp_path):
     with pytest.raises(UsageError, match=rf"--set contains {key}.*{option}"):
         settings.read_settings(None, {}, [f"{key}=true"], kind=AssessSettings)
     given = settings.read_settings(None, {"on": "ray://127.0.0.1:10001", key: value}, kind=AssessSettings)
-    assert getattr(given.cluster, key) == value
+    assert getattr(given, key) == value
 
 
 def test_the_key_on_of_a_file_is_text_in_every_version_of_yaml(tmp_path):
     path = tmp_path / "holdfast.yaml"
     path.write_text("model: mnist-cnn\ndata: mnist-mini\nassess:\n  on: ray\n  workers: 2\n")
-    assert settings.read_settings(path, {}, kind=AssessSettings).cluster.on == "ray"
-    assert settings.read_settings(None, {}, ["on=ray"], kind=AssessSettings).cluster.on == "ray"
+    assert settings.read_settings(path, {}, kind=AssessSettings).on == "ray"
+    assert settings.read_settings(None, {}, ["on=ray"], kind=AssessSettings).on == "ray"
 
 
 @pytest.mark.parametrize(
@@ -624,4 +624,4 @@ def test_settings_of_a_cluster_are_checked(content, said):
 def test_a_pool_does_not_leave_the_machine():
     with pytest.raises(UsageError, match="on is 'ray', and a pool .* keys .* leave out on$"):
         settings.check_settings({"on": "ray"}, "", kind=settings.RotateSettings)
-    assert settings.check_settings({"on": "local"}, "", kind=settings.RotateSettings).place.on == "local"
+    assert settings.check_settings({"on": "local"}, "", kind=settings.RotateSettings).on == "local"

@@ -163,7 +163,7 @@ def test_contents_of_files_are_part_of_the_identity_of_a_run(tmp_path: Path):
         path.write_text(
             json.dumps(ends_by_place(dict(enumerate(zip(LOW, (highest, *HIGH[1:]), strict=True)))))
         )
-        inputs = check_settings({"bounds": f"@{path}"}, "", kind=AssessSettings).inputs
+        inputs = check_settings({"bounds": f"@{path}"}, "", kind=AssessSettings)
         sources = Sources(
             model_reference(network()), data_reference((X, Y)), inputs, unit=parse_threat(threat).unit
         )

@@ -34,6 +34,7 @@ from holdfast.config.settings import (
     OpeningSettings,
     S,
     keys_of,
+    part,
     read_settings,
 )
 from holdfast.config.suites import refuse_uncertifiable
@@ -63,21 +64,19 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
         refuse_missing_file(address)
     config = flags.get("config")
     settings: V = settings_of_flags(flags, cast(Any, kind), voice)
-    if config and not settings.model.trust_code:
+    if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
     if config:
-        _refuse_hosts_of_config(getattr(settings, "inference", InferenceSource()), flags)
+        _refuse_hosts_of_config(part(settings, InferenceSource), flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, CertifySettings) or (
-        isinstance(settings, AssessSettings) and settings.options.certify
-    ):
-        refuse_uncertifiable(settings.threat.threat)
+    if isinstance(settings, CertifySettings) or (isinstance(settings, AssessSettings) and settings.certify):
+        refuse_uncertifiable(settings.threat)
     if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
-        refuse_unusable_cluster(settings, settings.model.address)
+        refuse_unusable_cluster(settings, settings.model)
     if isinstance(settings, AssessSettings | CertifySettings):
-        refuse_reports(settings.reports.output)
+        refuse_reports(settings.output)
     if isinstance(settings, HardenSettings):
-        refuse_reports(_report_files(settings.reports.output))
+        refuse_reports(_report_files(settings.output))
     return settings
 
 
@@ -91,7 +90,7 @@ def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
         if key in ("config", "sets"):
             continue
         if isinstance(value, tuple):
-            pairs = key in names and is_mapping(keys_of(kind)[key].field)
+            pairs = key in names and is_mapping(keys_of(kind)[key])
             value = (parse_pairs(value, names[key]) if pairs else list(value)) or None
         content[key] = value
     config = flags.get("config")
@@ -114,7 +113,7 @@ def _report_files(outputs: Iterable[str]) -> list[str]:
 
 
 def _surrogates(settings: OpeningSettings) -> list[SurrogateSettings]:
-    return settings.suite.surrogates if isinstance(settings, AssessSettings | HardenSettings) else []
+    return settings.surrogates if isinstance(settings, AssessSettings | HardenSettings) else []
 
 
 def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
@@ -122,7 +121,7 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
     example = f"{command} mnist-cnn mnist-mini"
     if config is None and Path(_CONFIG).is_file():
         example = f"{command} -c {_CONFIG} (a file in this folder)"
-    model, data = settings.model.address, settings.data.address
+    model, data = settings.model, settings.data
     for name, address, meaning in (
         ("MODEL", model, "what is to be assessed"),
         ("DATA", data, "examples to assess it on"),
@@ -133,17 +132,17 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
         refuse_unknown_model(address)
     if isinstance(settings, HardenSettings):
         refuse_server_to_train(str(model))
-    if isinstance(settings, CertifySettings) and settings.options.method != SMOOTHING:
-        refuse_server_to_certify(str(model), settings.threat.threat)
-    refuse_foreign_server(str(model), getattr(settings, "inference", InferenceSource()).allow_hosts)
-    across = settings.options.across if isinstance(settings, AssessSettings) else ()
+    if isinstance(settings, CertifySettings) and settings.method != SMOOTHING:
+        refuse_server_to_certify(str(model), settings.threat)
+    refuse_foreign_server(str(model), part(settings, InferenceSource).allow_hosts)
+    across = settings.across if isinstance(settings, AssessSettings) else ()
     for address in (str(data), *across):
         refuse_unknown_data(address)
     if (
         isinstance(settings, AssessSettings | CertifySettings | HardenSettings)
-        and settings.reports.baseline is not None
+        and settings.baseline is not None
     ):
-        refuse_no_run(Path(settings.reports.baseline))
+        refuse_no_run(Path(settings.baseline))
 
 
 def _refuse_bare_resume(run: Path) -> None:
@@ -160,7 +159,7 @@ def _refuse_bare_resume(run: Path) -> None:
 
 
 def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> None:
-    for name, value in (("model", settings.model.address), ("arch", settings.model.arch)):
+    for name, value in (("model", settings.model), ("arch", settings.arch)):
         # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
@@ -263,5 +262,5 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
                 detail=voice.say if voice.verbose else ignore,
                 command=command,
             )
-        tell(result, settings.reports.output, voice, folder=folder)
+        tell(result, settings.output, voice, folder=folder)
     return result.exit_code

@@ -57,5 +57,5 @@ def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
                 detail=voice.say if voice.verbose else ignore,
                 command=command,
             )
-        tell(result, settings.reports.output, voice, folder=folder)
+        tell(result, settings.output, voice, folder=folder)
     return result.exit_code

@@ -59,7 +59,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
                 detail=voice.say if voice.verbose else ignore,
                 command=command,
             )
-        outputs = settings.reports.output
+        outputs = settings.output
         for output in filter(is_folder, outputs):
             voice.say(f"model: {hardened.write(output)}")
         tell(hardened.after, [output for output in outputs if not is_folder(output)], voice, folder=folder)

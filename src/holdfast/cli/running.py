@@ -169,7 +169,7 @@ def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
 
     For a served model, the cost is the number of rows that the run would send.
     """
-    if (settings.model.address or "").partition(":")[0] in SCHEMES:
+    if (settings.model or "").partition(":")[0] in SCHEMES:
         return _dry_run_served(settings, voice)
     sample, n = rehearse(settings, _TRIED)
     factor, cost = n / len(sample.evidence), sample.cost

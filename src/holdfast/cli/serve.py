@@ -37,8 +37,8 @@ def serve(voice: Voice, **flags: Any) -> int:
     for address in (flags.get("model"), flags.get("config")):
         refuse_missing_file(address)
     settings = settings_of_flags(flags, ServeSettings, voice)
-    address = settings.model.address
-    if address is None and settings.proxying.proxy is None:
+    address = settings.model
+    if address is None and settings.proxy is None:
         raise UsageError(
             "MODEL is missing (what is to be served); try holdfast serve mnist-cnn",
             Remedy("proxy", Placeholder("URL")),
@@ -54,9 +54,9 @@ def serve(voice: Voice, **flags: Any) -> int:
 
 def _refuse_code_of_config(settings: ServeSettings, flags: dict[str, Any]) -> None:
     """Raise `UsageError` if a configuration file names code that the command line does not name."""
-    if not flags.get("config") or settings.model.trust_code:
+    if not flags.get("config") or settings.trust_code:
         return
-    for name, value in (("model", settings.model.address), ("arch", settings.model.arch)):
+    for name, value in (("model", settings.model), ("arch", settings.arch)):
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
                 f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. Repeat the "

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from holdfast.cli import completing
 from holdfast.config.groups import Flag
-from holdfast.config.settings import VerbSettings, keys_of
+from holdfast.config.settings import VerbSettings, flag_of, keys_of
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 
@@ -69,19 +69,12 @@ def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple
     If `only` is given, options are returned for these keys only. Settings without a flag have no option.
     """
     options: list[Option] = []
-    for key, entry in keys_of(kind).items():
-        flag = flag_of(entry.field)
+    for key, field in keys_of(kind).items():
+        flag = flag_of(field)
         if flag is None or (only and key not in only):
             continue
-        options.append(_option(key, entry.field, flag))
+        options.append(_option(key, field, flag))
     return tuple(options)
-
-
-def flag_of(field: FieldInfo) -> Flag | None:
-    """Return the description of the command-line option of a setting, or None if the setting has no
-    option of its own.
-    """
-    return next((metadata for metadata in field.metadata if isinstance(metadata, Flag)), None)
 
 
 def flag_names(kind: type[VerbSettings]) -> Mapping[str, str]:
@@ -90,8 +83,8 @@ def flag_names(kind: type[VerbSettings]) -> Mapping[str, str]:
     """
     return {
         key: flag.name or _long(key)
-        for key, entry in keys_of(kind).items()
-        if (flag := flag_of(entry.field)) is not None
+        for key, field in keys_of(kind).items()
+        if (flag := flag_of(field)) is not None
     }
 
 

@@ -15,10 +15,8 @@ from holdfast.config import rotating
 from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.expecting import with_found_properties
 from holdfast.config.grammar import seconds
-from holdfast.config.groups import SuiteSettings
 from holdfast.config.guard_opening import query_trials
 from holdfast.config.naming import AUTO
-from holdfast.config.placing import CertifyOptions, ClusterSettings
 from holdfast.config.planning import assess_request, prover
 from holdfast.config.pooled import pool_of
 from holdfast.config.references import DataLike, Sources
@@ -33,7 +31,6 @@ from holdfast.config.resolve import (
     sources_at,
 )
 from holdfast.config.settings import AssessSettings, CertifySettings, RotateSettings, check_settings
-from holdfast.config.suites import refuse_uncertifiable
 from holdfast.core.batch import Batch, Data
 from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
@@ -91,7 +88,7 @@ class AssessInputs:
     opened yet.
     """
 
-    settings: AssessSettings
+    settings: AssessSettings | CertifySettings
     sources: Sources
     surrogates: Sequence[Any]
     fit: DataLike | None
@@ -100,41 +97,16 @@ class AssessInputs:
     """attacks that were given as objects; None if there are none"""
     baseline: Evidence | None
     command: str = ""
-    certification: CertifyOptions | None = None
-    """settings of a certification; None for an assessment"""
 
     @classmethod
-    def of(cls, settings: AssessSettings, command: str = "") -> "AssessInputs":
-        """Return the inputs of an assessment from its settings, in which model and data are given as addresses.
+    def of(cls, settings: AssessSettings | CertifySettings, command: str = "") -> "AssessInputs":
+        """Return the inputs of a measurement from its settings, in which model and data are given as addresses.
         `command` is the command line that repeats the run.
         """
-        run = settings.reports.baseline
+        run = settings.baseline
         baseline = None if run is None else open_run(Path(run)).evidence
-        surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
+        surrogates, fit, across = settings.surrogates, settings.fit, settings.across
         return cls(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
-
-    @classmethod
-    def to_certify(
-        cls, settings: CertifySettings, sources: Sources, baseline: Evidence | None = None, command: str = ""
-    ) -> "AssessInputs":
-        """Return the inputs of a certification, whose attacks are those of the default suite."""
-        refuse_uncertifiable(settings.threat.threat)
-        cluster = settings.cluster
-        options = settings.options
-        shared = ("threat", "judgement", "reports", "selection", "random", "execution", "device")
-        assessment = AssessSettings(
-            **{name: getattr(settings, name) for name in shared},
-            suite=SuiteSettings(full=options.full, save_adversarial=options.save_adversarial),
-            cluster=ClusterSettings(
-                **cluster.model_dump(exclude={"cluster_timeout"}), timeout=cluster.cluster_timeout
-            ),
-            model=settings.model,
-            inputs=settings.inputs,
-            data=settings.data,
-            inference=settings.inference,
-            limits=settings.limits,
-        )
-        return cls(assessment, sources, (), None, (), None, baseline, command, options)
 
     @property
     def open_all(self) -> Opening:
@@ -146,20 +118,20 @@ class AssessInputs:
             open_all,
             self.sources,
             self.surrogates,
-            transform=settings.options.transform,
-            adaptive=settings.suite.adaptive,
+            transform=settings.transform,
+            adaptive=settings.adaptive,
         )
         return opening if self.smoothing is None else partial(_smoothed, opening, self.smoothing)
 
     @property
     def smoothing(self) -> Smoothing | None:
         """Randomised smoothing of the model, if that is the method of a certification; otherwise None."""
-        options = self.certification
-        if options is None or options.method != SMOOTHING:
+        settings = self.settings
+        if not isinstance(settings, CertifySettings) or settings.method != SMOOTHING:
             return None
-        chosen = {name: getattr(options, name) for name in ("sigma", "draws", "failure_probability", "clip")}
-        settings = {name: value for name, value in chosen.items() if value is not None}
-        return Smoothing(**settings, seed=self.settings.random.seed)
+        chosen = {name: getattr(settings, name) for name in ("sigma", "draws", "failure_probability", "clip")}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        return Smoothing(**given, seed=settings.seed)
 
     def request(self, subject: Subject, surrogates: tuple[Subject, ...]) -> AssessRequest:
         """Return the request of an assessment of the opened model and surrogates. It does not contain the measurement
@@ -170,17 +142,17 @@ class AssessInputs:
             self.settings,
             members=self.members,
             baseline=self.baseline,
-            device=device_of_model(sources, subject, self.settings.device.device),
+            device=device_of_model(sources, subject, self.settings.device),
             target=subject.model.access,
             command=self.command,
         )
         if self.smoothing is not None:
             request = certify_request(request, [self.smoothing], [])
             request = request if subject.model.access == "gradients" else without_attacks(request)
-        elif self.certification is not None:
-            request = certify_request(request, *_provers(self.certification), self.certification.geometry)
+        elif isinstance(self.settings, CertifySettings):
+            request = certify_request(request, *_provers(self.settings), self.settings.geometry)
         guard = sources.model.inference.guard
-        if guard is not None and self.certification is None:
+        if guard is not None and not isinstance(self.settings, CertifySettings):
             request = with_trials(request, guard, subject)
         return replace(
             request,
@@ -206,10 +178,10 @@ def _smoothed(opening: Opening, smoothing: Smoothing) -> tuple[Subject, Data, tu
     return smoothed_subject(subject, smoothing), data, surrogates
 
 
-def _provers(options: CertifyOptions) -> tuple[list[Prover], list[Prover]]:
+def _provers(settings: CertifySettings) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    names = CASCADE if options.method == AUTO else (options.method,)
-    limit = seconds(options.timeout, "timeout")
+    names = CASCADE if settings.method == AUTO else (settings.method,)
+    limit = seconds(settings.timeout, "timeout")
     return (
         [prover(name, limit) for name in names if PROVERS[name].quick],
         [prover(name, limit) for name in names if not PROVERS[name].quick],
@@ -227,15 +199,15 @@ def opened_for_assess(
     """
     settings, sources = inputs.settings, inputs.sources
     refuse_unusable_cluster(settings, sources.model.address)
-    if sources.model.inference.guard is not None and settings.cluster.on != "local":
+    if sources.model.inference.guard is not None and settings.on != "local":
         raise UsageError(
             f"the guard {sources.model.inference.guard} is read on this machine only, and shards run on "
-            f"{settings.cluster.on}",
+            f"{settings.on}",
             Remedy("on"),
         )
     with journaled(run, resume=resume, keep=sources.model.limits.keep_answers):
         subject, data, surrogates = inputs.open_all()
-        table = attackers(sources, settings.device.device, adaptive=settings.suite.adaptive)
+        table = attackers(sources, settings.device, adaptive=settings.adaptive)
         yield subject, data, replace(inputs.request(subject, surrogates), attackers=table)
 
 
@@ -258,7 +230,7 @@ def rehearse_served(settings: AssessSettings) -> Rehearsed:
     """
     inputs = AssessInputs.of(settings)
     sources = inputs.sources
-    subject = open_subject(sources, transform=settings.options.transform)
+    subject = open_subject(sources, transform=settings.transform)
     sent = inspection_counter(subject.model)
     if sent is None:
         raise UsageError(

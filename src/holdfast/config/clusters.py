@@ -58,12 +58,12 @@ def refuse_unusable_cluster(
 
     `address` is that of the model, or None for an object.
     """
-    on = settings.cluster.on
+    on = settings.on
     if on == "local":
         return
     if address is not None and address.startswith(ROTATING):
         raise UsageError(f"{address} runs on this machine only: {POOL_STAYS}", Remedy("on"))
-    if settings.execution.workers is None:
+    if settings.workers is None:
         raise UsageError(
             f"on is {on}, which needs the number of shards that are measured at the same time",
             Remedy("workers", 4),
@@ -71,13 +71,14 @@ def refuse_unusable_cluster(
     refuse_missing_ray(client=on != "ray")
 
 
-def ray_options(settings: AssessSettings | HardenSettings, device: str) -> RayOptions | None:
+def ray_options(
+    settings: AssessSettings | CertifySettings | HardenSettings, device: str
+) -> RayOptions | None:
     """Return the options of the cluster on which shards run, or None for this machine."""
-    refuse_unusable_cluster(settings, settings.model.address)
-    cluster = settings.cluster
-    if cluster.on == "local":
+    refuse_unusable_cluster(settings, settings.model)
+    if settings.on == "local":
         return None
-    given = cluster.gpus_per_worker
+    given = settings.gpus_per_worker
     if given == 0 and device.startswith("cuda"):
         raise UsageError(
             f"gpus_per_worker is 0 and the device is {device}",
@@ -85,10 +86,10 @@ def ray_options(settings: AssessSettings | HardenSettings, device: str) -> RayOp
             Remedy("device", "cpu"),
         )
     return RayOptions(
-        "" if cluster.on == "ray" else cluster.on,
-        tuple(Path(path) for path in cluster.ship),
+        "" if settings.on == "ray" else settings.on,
+        tuple(Path(path) for path in settings.ship),
         (1.0 if device.startswith("cuda") else 0.0) if given is None else given,
-        cluster.mixed_nodes,
-        cluster.trust_network,
-        seconds(cluster.timeout, "timeout"),
+        settings.mixed_nodes,
+        settings.trust_network,
+        seconds(getattr(settings, settings.waiting_key), settings.waiting_key),
     )

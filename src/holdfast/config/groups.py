@@ -33,6 +33,8 @@ class Flag:
     """values that the shell completes: a name of `holdfast.cli.completing`, or PATH"""
     negated: bool = False
     """whether the option also exists in the form `--no-…`"""
+    identifies: bool = True
+    """whether the value affects the evidence, so that it is part of the digest in the name of a new run folder"""
     help: str = ""
     """help text of the option, if it is not the description of the setting"""
 
@@ -50,6 +52,12 @@ class SettingGroup(BaseModel):
         user wrote them.
         """
 
+    def refuse_all_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if settings of any group of this object contradict each other."""
+        for kind in reversed(type(self).__mro__):
+            if "refuse_contradictions" in vars(kind):
+                kind.refuse_contradictions(self, prefix, written)  # type: ignore[attr-defined]
+
 
 class FileFormat(SettingGroup):
     """Setting with the format version of a configuration file."""
@@ -60,9 +68,8 @@ class FileFormat(SettingGroup):
 class ModelSource(SettingGroup):
     """Settings for the model: its address, how it is opened, and the meaning of its outputs."""
 
-    address: str | None = Field(
+    model: str | None = Field(
         default=None,
-        alias="model",
         description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
         "file, or a URL.",
     )
@@ -206,9 +213,8 @@ class InputSpace(SettingGroup):
 class DataSource(SettingGroup):
     """Settings for the examples: their address, and how they are read."""
 
-    address: str | None = Field(
+    data: str | None = Field(
         default=None,
-        alias="data",
         description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
         "images for each class.",
     )
@@ -341,11 +347,11 @@ class SuiteSettings(SettingGroup):
 class GateSettings(SettingGroup):
     """Settings for the gates of a run, and for the doubts that the user accepts."""
 
-    gates: Annotated[values.Gates, Flag("G", "--gate", "-g")] = Field(
+    gates: Annotated[values.Gates, Flag("G", "--gate", "-g", identifies=False)] = Field(
         default_factory=list,
         description='Condition on a metric, as in "robust_accuracy >= 0.40".',
     )
-    accept_doubts: Annotated[values.Reasons, Flag('NAME="why"', "--accept-doubt")] = Field(
+    accept_doubts: Annotated[values.Reasons, Flag('NAME="why"', "--accept-doubt", identifies=False)] = Field(
         default_factory=dict, description="Accept a raised doubt, with the reason."
     )
 
@@ -353,10 +359,10 @@ class GateSettings(SettingGroup):
 class Reports(SettingGroup):
     """Settings for the reports of a run, and for the earlier run with which it is compared."""
 
-    baseline: Annotated[str | None, Flag("RUN", completion="PATH")] = Field(
+    baseline: Annotated[str | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
         default=None, description="Run folder for gates that end in `vs baseline`."
     )
-    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH")] = Field(
+    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
         default_factory=list,
         description="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
     )
@@ -389,7 +395,7 @@ class Seed(SettingGroup):
 class Device(SettingGroup):
     """Setting with the torch device on which the model runs."""
 
-    device: Annotated[str, Flag("NAME")] = Field(
+    device: Annotated[str, Flag("NAME", identifies=False)] = Field(
         default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
     )
 

@@ -77,8 +77,7 @@ def open_for_hardening(
 
 def open_for_settings(settings: HardenSettings, sources: Sources) -> tuple[Subject, Batch, Data, Data]:
     """Return what `open_for_hardening` returns, for the settings of the command line or of a configuration file."""
-    options = settings.options
-    return open_for_hardening(sources, settings.others.fit, options.unlabelled, options.recipe)
+    return open_for_hardening(sources, settings.fit, settings.unlabelled, settings.recipe)
 
 
 def _with_denoiser(
@@ -208,12 +207,12 @@ def harden_request(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
     )
     assessment = replace(assessment, surrogates=tuple(surrogates))
-    threat = threat_model(parse_threat(settings.threat.threat))
+    threat = threat_model(parse_threat(settings.threat))
     threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
-    name = str(settings.options.recipe["use"]) if recipe is None else name_of(recipe)
+    name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
     refuse_unheld(threat)
     chosen = (
-        candidates(settings.options.recipe, subject.model, tuple(training.x.shape[1:]))
+        candidates(settings.recipe, subject.model, tuple(training.x.shape[1:]))
         if recipe is None
         else (_candidate(name, recipe),)
     )
@@ -224,12 +223,12 @@ def harden_request(
         threat,
         assessment,
         budget_s,
-        settings.random.seed,
+        settings.seed,
         assessment.device,
         command,
         learn,
         excluded,
-        _open_options(settings.threat.threat, sources, subject),
+        _open_options(settings.threat, sources, subject),
     )
 
 
@@ -241,12 +240,12 @@ def _candidate(name: str, recipe: Recipe) -> Candidate:
 
 def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
     """Return the budget in seconds, or None. Raises `UsageError` if both epochs and a budget are given."""
-    auto = recipe is None and settings.options.recipe["use"] == AUTO
-    budget = settings.options.budget or (USUAL_BUDGET if auto else None)
+    auto = recipe is None and settings.recipe["use"] == AUTO
+    budget = settings.budget or (USUAL_BUDGET if auto else None)
     if budget is None:
         return None
     if recipe is None:
-        epochs = settings.options.recipe.get("training", {}).get("epochs")
+        epochs = settings.recipe.get("training", {}).get("epochs")
     else:
         epochs_of_recipe = recipe.training.epochs
         epochs = None if epochs_of_recipe == _usual_epochs(recipe) else epochs_of_recipe

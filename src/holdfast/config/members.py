@@ -7,6 +7,7 @@ from typing import Any
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_class, build_attack, checked_attack
 from holdfast.config.groups import SuiteSettings
+from holdfast.config.settings import CertifySettings
 from holdfast.config.spellings import attack_listed, norms_of_suite
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
@@ -26,14 +27,16 @@ _EXPECTED = (
 )
 
 
-def listed_members(suite: SuiteSettings, constraint: Constraint) -> tuple[Member, ...] | None:
+def listed_members(
+    settings: SuiteSettings | CertifySettings, constraint: Constraint
+) -> tuple[Member, ...] | None:
     """Return the attacks that the settings list individually, or None if the settings name a whole suite or no attacks
     at all.
     """
-    if suite.attacks is not None:
-        return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(suite.attacks))
-    if isinstance(suite.suite, tuple):
-        return tuple(_named(name, constraint) for name in suite.suite)
+    if settings.attacks is not None:
+        return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
+    if isinstance(settings.suite, tuple):
+        return tuple(_named(name, constraint) for name in settings.suite)
     return None
 
 

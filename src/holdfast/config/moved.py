@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 def _keys(*groups: type[SettingGroup]) -> list[str]:
-    return [name for group in groups for name in group.model_fields if name != "address"]
+    return [name for group in groups for name in group.model_fields if name not in ("model", "data")]
 
 
 PLACES = {

@@ -1,7 +1,7 @@
 """Settings of the place where shards run, and those of certification, as groups of `holdfast.config.groups`."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -12,30 +12,35 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.engine.ray_cluster import RayOptions, refuse_address
 
+_OF_CLUSTERS = ("ship", "gpus_per_worker", "mixed_nodes", "trust_network")
+
 
 class Placement(SettingGroup):
     """Where the shards of a measurement run: on this machine, or on a Ray cluster. Groups of settings add the time to
     wait for the cluster.
     """
 
-    on: Annotated[values.Place, Flag("PLACE")] = Field(
+    waiting_key: ClassVar[str] = ""
+    """name of the setting with the maximum time to wait for the cluster"""
+
+    on: Annotated[values.Place, Flag("PLACE", identifies=False)] = Field(
         default="local",
         description="Where shards run: local (the default), ray (a Ray cluster that is started on this machine), or "
         "ray://HOST:PORT. Ray needs --workers.",
     )
-    ship: Annotated[list[str], Flag("PATH", completion="PATH")] = Field(
+    ship: Annotated[list[str], Flag("PATH", completion="PATH", identifies=False)] = Field(
         default_factory=list,
         description="File or folder of code that is sent to the nodes, besides the file in file.py:factory.",
     )
-    gpus_per_worker: Annotated[values.Amount | None, Flag("N")] = Field(
+    gpus_per_worker: Annotated[values.Amount | None, Flag("N", identifies=False)] = Field(
         default=None,
         description="GPUs of each worker, as in 1 or 0.5 (default: 1 if the run is on a GPU, else 0).",
     )
-    mixed_nodes: Annotated[bool, Flag()] = Field(
+    mixed_nodes: Annotated[bool, Flag(identifies=False)] = Field(
         default=False,
         description="Allow nodes with other devices, threads or builds; the evidence then says so.",
     )
-    trust_network: Annotated[bool, Flag()] = Field(
+    trust_network: Annotated[bool, Flag(identifies=False)] = Field(
         default=False, description="Connect to an address in a network whose connections are not encrypted."
     )
 
@@ -45,7 +50,7 @@ class Placement(SettingGroup):
             address = "" if self.on == "ray" else self.on
             refuse_address(RayOptions(address, trust_network=self.trust_network))
             return
-        for key in type(self).model_fields.keys() - {"on"}:
+        for key in (*_OF_CLUSTERS, self.waiting_key):
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise UsageError(
                     f"{written.get(key, prefix + key)} concerns a Ray cluster, and the run is local",
@@ -60,13 +65,19 @@ _WAIT = "Maximum time to wait for CPUs of the cluster (default: 10min)."
 class ClusterSettings(Placement):
     """Where the shards of an assessment run."""
 
-    timeout: Annotated[values.WaitingTime, Flag("T")] = Field(default="10min", description=_WAIT)
+    timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
+        default="10min", description=_WAIT
+    )
+    waiting_key = "timeout"
 
 
 class CertifyCluster(Placement):
     """Where the shards of a certification run. Its setting `timeout` limits the time of each example."""
 
-    cluster_timeout: Annotated[values.WaitingTime, Flag("T")] = Field(default="10min", description=_WAIT)
+    cluster_timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
+        default="10min", description=_WAIT
+    )
+    waiting_key = "cluster_timeout"
 
 
 class CertifyOptions(SettingGroup):
@@ -137,7 +148,7 @@ class CertifyOptions(SettingGroup):
 class LocalOnly(SettingGroup):
     """Where the steps of a pool run: on this machine."""
 
-    on: Annotated[values.Here, Flag("PLACE")] = Field(
+    on: Annotated[values.Here, Flag("PLACE", identifies=False)] = Field(
         default="local",
         description="Where the steps run: local. Ray is refused, because keys of a pool must not leave this machine.",
     )

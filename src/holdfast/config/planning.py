@@ -14,7 +14,7 @@ from holdfast.config.clusters import ray_options
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.members import listed_members
 from holdfast.config.naming import chosen
-from holdfast.config.settings import AssessSettings, HardenSettings
+from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
 from holdfast.config.suites import DEFAULT_SUITE, refuse_uncertifiable, usual_suite
 from holdfast.core.catalogue import CASCADE, PROVERS
 from holdfast.core.corruptions import Corruptions
@@ -30,7 +30,7 @@ from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.suites import curve, suite
 from holdfast.verbs.request import AssessRequest
 
-Measuring = AssessSettings | HardenSettings
+Measuring = AssessSettings | CertifySettings | HardenSettings
 """Settings of those verbs that measure a model with a suite."""
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}  # usual sizes, for an error message
@@ -59,24 +59,21 @@ def assess_request(
     If given, `members` replaces the suite, and `device` replaces the device of the settings. `target` is the highest
     access that the model allows.
     """
-    claims = tuple(parse_gate(gate) for gate in settings.judgement.gates)
+    claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus for claim in claims):
         raise UsageError(
             f"gate {next(c.text for c in claims if c.versus)!r} compares with another run",
             Remedy("baseline", Placeholder("RUN")),
         )
-    execution = settings.execution
-    on_device = device_of(settings.device.device) if device is None else device
+    on_device = device_of(settings.device) if device is None else device
     return AssessRequest(
         plan(settings, members, target),
         claims,
         baseline,
-        settings.judgement.accept_doubts,
-        execution.batch_size,
-        time_budget_s=None
-        if execution.time_budget is None
-        else seconds(execution.time_budget, "time_budget"),
-        workers=execution.workers,
+        settings.accept_doubts,
+        settings.batch_size,
+        time_budget_s=None if settings.time_budget is None else seconds(settings.time_budget, "time_budget"),
+        workers=settings.workers,
         ray=ray_options(settings, on_device),
         device=on_device,
         command=command,
@@ -91,14 +88,14 @@ def plan(
 
     The default suite depends on the access that the threat model and the model allow.
     """
-    spec, suite_settings = parse_threat(settings.threat.threat), settings.suite
+    spec = parse_threat(settings.threat)
     threat = threat_model(spec)
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
-    members = members or listed_members(suite_settings, threat.constraint)
+    members = members or listed_members(settings, threat.constraint)
     if members is not None:
         name, smallest = "", threat.constraint.eps == float("inf")
     else:
-        suite_name = str(suite_settings.suite or "") or usual_suite(replace(spec, access=access))
+        suite_name = str(settings.suite or "") or usual_suite(replace(spec, access=access))
         composed = suite(suite_name, threat.constraint, access)
         members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
         name, smallest = str(composed), composed.smallest
@@ -106,24 +103,24 @@ def plan(
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
-    if suite_settings.curve and not in_ball:
-        raise UsageError(f"{settings.threat.threat} has no eps, which a curve needs", Remedy("curve"))
+    if settings.curve and not in_ball:
+        raise UsageError(f"{settings.threat} has no eps, which a curve needs", Remedy("curve"))
     probing: DoubtsWanted = "all" if name and in_ball else "free"
-    selected = _selected(members, suite_settings.only, suite_settings.skip)
+    selected = _selected(members, settings.only, settings.skip)
     left_out = [member.name for member in members if member not in selected]
     if name and left_out:
         name += f" without {', '.join(left_out)}"
     return Plan(
         selected,
         threat,
-        settings.random.seed,
+        settings.seed,
         name,
         smallest=smallest,
         attacked=bool(name) and not smallest and in_ball,
-        curve=(Member(*curve(threat.constraint)),) if suite_settings.curve and not smallest else (),
-        full=suite_settings.full or corrupting,
-        keep_adversarial=suite_settings.save_adversarial,
-        doubts=probing if suite_settings.doubts else "none",
+        curve=(Member(*curve(threat.constraint)),) if settings.curve and not smallest else (),
+        full=settings.full or corrupting,
+        keep_adversarial=settings.save_adversarial,
+        doubts=probing if settings.doubts else "none",
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
         proofs=_proofs(settings, smallest=smallest),
     )
@@ -131,9 +128,9 @@ def plan(
 
 def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
     """Return the quick methods of certification that an assessment with `certify` begins with."""
-    if not isinstance(settings, AssessSettings) or not settings.options.certify:
+    if not isinstance(settings, AssessSettings) or not settings.certify:
         return ()
-    refuse_uncertifiable(settings.threat.threat)
+    refuse_uncertifiable(settings.threat)
     if smallest:
         raise UsageError(
             "the suite searches for the smallest change, and robustness is proved within an eps",
@@ -157,20 +154,16 @@ def _adaptive(
     threat: ThreatModel, settings: Measuring, *, smallest: bool, corrupting: bool
 ) -> tuple[Member, ...]:
     """Return the adaptive attacks, from which raised doubts select."""
-    if not settings.suite.adaptive:
+    if not settings.adaptive:
         return ()
-    if not settings.suite.doubts:
+    if not settings.doubts:
         raise UsageError(
             "adaptive attacks are chosen by the doubts that are raised, and no doubts are measured",
             Remedy("doubts", True),
             Remedy("adaptive"),
         )
     if smallest or corrupting:
-        why = (
-            "the suite searches for the smallest change"
-            if smallest
-            else f"the threat is {settings.threat.threat}"
-        )
+        why = "the suite searches for the smallest change" if smallest else f"the threat is {settings.threat}"
         raise UsageError(
             f"adaptive attacks need an eps, and {why}",
             Remedy("adaptive"),
@@ -185,7 +178,7 @@ def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool)
         norm = threat.constraint.name
         searched = (Remedy("suite", "minimum-norm"),) if threat.gives("gradients") else ()
         raise UsageError(
-            f"{settings.threat.threat} has no eps, which means the smallest change",
+            f"{settings.threat} has no eps, which means the smallest change",
             *searched,
             Remedy("threat", f"{norm}:{_USUAL[norm]}"),
         )
@@ -196,12 +189,12 @@ def _refuse_strangers(members: Sequence[Member], settings: Measuring, *, corrupt
     for member in members:
         if isinstance(member.attack, Corruption) and not corrupting:
             raise UsageError(
-                f"{member.name} is a common corruption, and the threat is {settings.threat.threat}",
+                f"{member.name} is a common corruption, and the threat is {settings.threat}",
                 Remedy("threat", "corruptions:3"),
             )
         if corrupting and not isinstance(member.attack, Corruption):
             raise UsageError(
-                f"{member.name} is not a common corruption, and the threat is {settings.threat.threat}",
+                f"{member.name} is not a common corruption, and the threat is {settings.threat}",
                 Remedy("threat", "linf:8/255"),
             )
 

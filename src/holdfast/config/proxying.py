@@ -29,32 +29,29 @@ def open_upstream(settings: ServeSettings) -> UpstreamModel:
     Raises `UsageError` for settings of a model that the proxy does not open, and `TargetError` if that server does not
     answer.
     """
-    proxying, options, inference = settings.proxying, settings.options, settings.inference
-    assert proxying.proxy is not None
+    assert settings.proxy is not None
     _refuse_settings_of_models(settings)
-    match = _ADDRESS.fullmatch(proxying.proxy)
+    match = _ADDRESS.fullmatch(settings.proxy)
     assert match is not None, "every part of the expression may be empty"
     name = None if match["name"] is None else match["name"] + (match["version"] or "")
     address = UpstreamAddress(
         match["server"],
-        tuple(proxying.upstream_headers),
-        seconds(proxying.upstream_timeout, "upstream_timeout"),
+        tuple(settings.upstream_headers),
+        seconds(settings.upstream_timeout, "upstream_timeout"),
     )
     upstream = read_upstream(
         address,
-        name or options.name,
-        shape=inference.input_shape or shape_of_guard(inference.guard),
-        bounds=range_of_all(settings.inputs, "a proxy")
-        if "bounds" in settings.inputs.model_fields_set
-        else None,
-        output=proxying.upstream_output,
-        max_rows=settings.limits.max_rows,
+        name or settings.name,
+        shape=settings.input_shape or shape_of_guard(settings.guard),
+        bounds=range_of_all(settings, "a proxy") if "bounds" in settings.model_fields_set else None,
+        output=settings.upstream_output,
+        max_rows=settings.max_rows,
     )
     signature = upstream.signature
-    if options.name is not None:
-        signature = replace(signature, name=options.name)
-    if "model_version" in options.model_fields_set:
-        signature = replace(signature, version=options.model_version)
+    if settings.name is not None:
+        signature = replace(signature, name=settings.name)
+    if "model_version" in settings.model_fields_set:
+        signature = replace(signature, version=settings.model_version)
     return replace(upstream, signature=signature)
 
 
@@ -88,8 +85,8 @@ def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: s
 
 def refuse_forwarded_keys(settings: ServeSettings) -> None:
     """Raise `UsageError` if the keys of clients would be passed on to the upstream server."""
-    names = [name.lower() for name in settings.proxying.forward_headers]
-    if settings.options.keys is not None and "authorization" in names:
+    names = [name.lower() for name in settings.forward_headers]
+    if settings.keys is not None and "authorization" in names:
         raise UsageError(
             "forward_headers contains authorization, which contains the keys of this server; give the key of the "
             "upstream server",
@@ -112,19 +109,18 @@ def shape_of_guard(file: str | None) -> tuple[int, ...] | None:
 
 def _refuse_settings_of_models(settings: ServeSettings) -> None:
     """Raise `UsageError` for settings that belong to a model of this server."""
-    if settings.model.address is not None:
+    if settings.model is not None:
         raise UsageError(
-            f"proxy is {settings.proxying.proxy}, and the model {settings.model.address} was given, too; leave one out"
+            f"proxy is {settings.proxy}, and the model {settings.model} was given, too; leave one out"
         )
     given = {
-        "every": bool(settings.options.every),
-        **{key: getattr(settings.inputs, key) is not None for key in ("mean", "std", "data_normalised")},
-        **{key: getattr(settings.model, key) is not None for key in ("arch", "model_output", "classes")},
+        "every": bool(settings.every),
+        **{key: getattr(settings, key) is not None for key in ("mean", "std", "data_normalised")},
+        **{key: getattr(settings, key) is not None for key in ("arch", "model_output", "classes")},
     }
     names = [key for key, is_given in given.items() if is_given]
     if names:
         raise UsageError(
-            f"{', '.join(names)} belong to a model of this server, and the model is that of "
-            f"{settings.proxying.proxy}",
+            f"{', '.join(names)} belong to a model of this server, and the model is that of {settings.proxy}",
             Remedy(names[0], also=tuple(map(Remedy, names[1:]))),
         )

@@ -242,7 +242,7 @@ def refuse_other_settings(reference: ModelReference, what: str, *possible: str) 
         key: value
         for group in (reference.source, reference.inference)
         for key, value in group
-        if key not in (*possible, "address") and value != getattr(type(group)(), key)
+        if key not in (*possible, "model") and value != getattr(type(group)(), key)
     }
     if options:
         raise UsageError(f"{_written(options)} is not possible for {what}", _removal(options, "open_model"))

@@ -25,7 +25,16 @@ from holdfast.config.expecting import (
 )
 from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_threat, parse_transform, per_second, seconds
-from holdfast.config.groups import ExampleSelection, InferenceSource, ServerLimits, ThreatSource
+from holdfast.config.groups import (
+    DataSource,
+    ExampleSelection,
+    InferenceSource,
+    InputSpace,
+    ModelSource,
+    Seed,
+    ServerLimits,
+    ThreatSource,
+)
 from holdfast.config.guard_opening import guarded_subject
 from holdfast.config.planning import SUPPORTED_DEVICES, examples_to_fit
 from holdfast.config.references import (
@@ -42,6 +51,7 @@ from holdfast.config.settings import (
     AssessSettings,
     OpeningSettings,
     check_settings,
+    part,
 )
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.batch import Data
@@ -107,12 +117,12 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
 def sources_at(settings: OpeningSettings) -> Sources:
     """Return the references to the model and the data at the addresses in the settings."""
     model = ModelReference(
-        settings.model.address,
         settings.model,
-        getattr(settings, "inference", InferenceSource()),
-        getattr(settings, "limits", ServerLimits()),
+        part(settings, ModelSource),
+        part(settings, InferenceSource),
+        part(settings, ServerLimits),
     )
-    return _sources(model, DataReference(settings.data.address, settings.data), settings)
+    return _sources(model, DataReference(settings.data, part(settings, DataSource)), settings)
 
 
 def sources_given(model: ModelLike, data: DataLike, settings: OpeningSettings) -> Sources:
@@ -121,10 +131,9 @@ def sources_given(model: ModelLike, data: DataLike, settings: OpeningSettings) -
 
 
 def _sources(model: ModelReference, data: DataReference, settings: OpeningSettings) -> Sources:
-    selection = getattr(settings, "selection", ExampleSelection())
-    threat = getattr(settings, "threat", None)
-    unit = parse_threat(threat.threat).unit if isinstance(threat, ThreatSource) else ""
-    return Sources(model, data, settings.inputs, selection, settings.random.seed, unit)
+    unit = parse_threat(settings.threat).unit if isinstance(settings, ThreatSource) else ""
+    inputs, selection = part(settings, InputSpace), part(settings, ExampleSelection)
+    return Sources(model, data, inputs, selection, part(settings, Seed).seed, unit)
 
 
 def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:
@@ -273,9 +282,7 @@ def open_surrogates(given: Sequence[object], sources: Sources, target: Classifie
 
 def _open_surrogate(surrogate: object, sources: Sources, target: Classifier) -> Subject:
     if isinstance(surrogate, str | Path):
-        surrogate = check_settings(
-            {"surrogates": [str(surrogate)]}, "", kind=AssessSettings
-        ).suite.surrogates[0]
+        surrogate = check_settings({"surrogates": [str(surrogate)]}, "", kind=AssessSettings).surrogates[0]
     if isinstance(surrogate, ModelReference):
         refuse_other_settings(surrogate, "a surrogate", "arch", "model_args", "trust_code")
     if isinstance(surrogate, ModelReference) and surrogate.address is not None:

@@ -22,7 +22,7 @@ def collect_request(
     folder `path`.
     """
     common, budget_s = rotating.rotate_request(settings), rotating.budget_s(settings)
-    return CollectRequest(path, common, resume, budget_s, settings.options.n_judged, expect_head)
+    return CollectRequest(path, common, resume, budget_s, settings.n_judged, expect_head)
 
 
 def train_request(path: Path, settings: RotateSettings, *, expect_head: str = "") -> TrainRequest:
@@ -67,9 +67,7 @@ def admit_request(path: Path, settings: RotateSettings, *, expect_head: str = ""
     """
     pool = Pool.open(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
-    return AdmitRequest(
-        pool, common, settings.judgement.gates, settings.judgement.accept_doubts, settings.options.n_judged
-    )
+    return AdmitRequest(pool, common, settings.gates, settings.accept_doubts, settings.n_judged)
 
 
 def run_request(
@@ -105,9 +103,7 @@ def resumed_run_request(
     """Return the request for all steps of a rotation with an existing pool, whose model and data are opened again."""
     loop = _loop_settings(settings, by_named(by), immunising=immunising, once=once)
     common = rotating.reopened(Pool.open(path, expect_head=expect_head), settings)
-    collection = CollectRequest(
-        path, common, True, n_judged=settings.options.n_judged, expect_head=expect_head
-    )
+    collection = CollectRequest(path, common, True, n_judged=settings.n_judged, expect_head=expect_head)
     return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once)
 
 
@@ -122,7 +118,5 @@ def _loop_settings(settings: RotateSettings, by: By | None, *, immunising: bool,
             Remedy("once", True),
         )
     immunise = rotating.immunise(settings) if immunising else None
-    gates, accepted = settings.judgement.gates, settings.judgement.accept_doubts
-    return LoopSettings(
-        triggers, settings.options.min_waiting, immunise, by, gates, accepted, settings.options.n_judged
-    )
+    gates, accepted = settings.gates, settings.accept_doubts
+    return LoopSettings(triggers, settings.min_waiting, immunise, by, gates, accepted, settings.n_judged)

@@ -38,31 +38,31 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     range_of_all(sources.inputs, "a pool of parameter sets")
     if sources.unit:
         raise UsageError(
-            f"the threat {settings.threat.threat} has a unit for each feature, which a pool does not support; scale "
+            f"the threat {settings.threat} has a unit for each feature, which a pool does not support; scale "
             "the features before, and leave unit= out"
         )
-    subject, training, _, test = hardening.open_for_hardening(sources, settings.others.fit, None)
+    subject, training, _, test = hardening.open_for_hardening(sources, settings.fit, None)
     model = subject.model
-    threat = threat_model(parse_threat(settings.threat.threat))
+    threat = threat_model(parse_threat(settings.threat))
     refuse_unheld(threat)
     if getattr(threat.constraint, "eps", None) == 0:
         raise UsageError(
-            f"threat {settings.threat.threat} allows no change, so no set could be judged; give an eps above 0"
+            f"threat {settings.threat} allows no change, so no set could be judged; give an eps above 0"
         )
-    device = device_of(settings.device.device)
-    name = settings.others.fit or settings.data.address or ""
+    device = device_of(settings.device)
+    name = settings.fit or settings.data or ""
     examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, sources.seed)
     values = plain_settings(settings)
     opening = {key: values[key] for key, _, given in items(settings) if given and key in _OPENING}
     return RotateRequest(
         subject=trainable_subject(subject, device, examples),
         threat=threat,
-        threat_text=settings.threat.threat,
+        threat_text=settings.threat,
         candidate=_candidate(settings),
         source=source(settings),
         examples=examples,
         seed=sources.seed,
-        begins=settings.options.initialisation,
+        begins=settings.initialisation,
         device=device,
         settings=opening,
     )
@@ -74,8 +74,8 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     Only the device and `trust_code` are taken from `settings`. Code runs only if `trust_code` is true, because the
     manifest is not a command line. Raises `UsageError` if other settings differ from the manifest.
     """
-    refuse_code_in_pool(pool, trust_code=settings.model.trust_code)
-    own_settings = {"device": settings.device.device, "trust_code": settings.model.trust_code}
+    refuse_code_in_pool(pool, trust_code=settings.trust_code)
+    own_settings = {"device": settings.device, "trust_code": settings.trust_code}
     present = {
         key: value for key, value in {**settings_of_pool(pool), **own_settings}.items() if value is not None
     }
@@ -95,19 +95,19 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
 
 def _candidate(settings: RotateSettings) -> Candidate:
     """Return the recipe in the settings: a named one, or that of the model's card with changes, or `standard`."""
-    spec = dict(settings.options.recipe)
+    spec = dict(settings.recipe)
     if spec["use"] == AUTO:
         raise UsageError(
             "recipe auto selects a recipe for a single training, and all sets of a pool have the same one; name a "
             "recipe, or card"
         )
     if spec["use"] == CARD:
-        card = trained_by(str(settings.model.address)) or {"use": "standard"}
+        card = trained_by(str(settings.model)) or {"use": "standard"}
         given_settings = {key: value for key, value in spec.items() if key != "use"}
         training = {**card.get("training", {}), **given_settings.pop("training", {})}
         spec = {**card, **given_settings, **({"training": training} if training else {})}
     recipe = build_recipe(spec)
-    budget, epochs = settings.options.budget, settings.options.recipe.get("training", {}).get("epochs")
+    budget, epochs = settings.budget, settings.recipe.get("training", {}).get("epochs")
     if budget is not None and epochs is not None:
         raise UsageError(
             f"recipe.training.epochs is {epochs}, and the budget is {budget}, "
@@ -120,12 +120,12 @@ def budget_s(settings: RotateSettings) -> float | None:
     """Return the time in seconds for training the first sets of a rotation pool, or None if the recipe's number of
     epochs applies.
     """
-    return None if settings.options.budget is None else seconds(settings.options.budget, "budget")
+    return None if settings.budget is None else seconds(settings.budget, "budget")
 
 
 def source(settings: RotateSettings) -> Source:
     """Return the method by which the parameter sets of a rotation pool are trained, as named in the settings."""
-    spec = settings.options.source
+    spec = settings.source
     name = str(spec["use"])
     settings_of_source = {key: value for key, value in spec.items() if key != "use"}
     chosen: Source = built(getattr(rotation, SOURCES[name]), settings_of_source, f"source {name}", "source")
@@ -134,27 +134,27 @@ def source(settings: RotateSettings) -> Source:
 
 def codec(settings: RotateSettings) -> Codec:
     """Return the codec in the settings of a rotation. A codec represents each parameter set by a few numbers."""
-    return built(Codec, settings.options.codec, "codec", "codec")
+    return built(Codec, settings.codec, "codec", "codec")
 
 
 def diffusion(settings: RotateSettings) -> LatentDiffusion:
     """Return the diffusion model in the settings of a rotation. It learns the distribution of parameter sets in the
     low-dimensional form of the codec.
     """
-    return built(LatentDiffusion, settings.options.generator, "generator", "generator")
+    return built(LatentDiffusion, settings.generator, "generator", "generator")
 
 
 def immunise(settings: RotateSettings) -> Immunise:
     """Return the settings for immunising a parameter set, which is training against adversarial examples
     of other sets.
     """
-    return built(Immunise, settings.options.immunise, "immunise", "immunise")
+    return built(Immunise, settings.immunise, "immunise", "immunise")
 
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
     """Return the conditions under which the serving set of a rotation is swapped, as listed in the settings."""
     parsed: list[Trigger] = []
-    for text in settings.options.every:
+    for text in settings.every:
         kind, size = parse_every(text)
         parsed.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
     return tuple(parsed)

@@ -14,7 +14,7 @@ from holdfast.config.attacks import attack_names, functions
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.recipes import part_of, written_fields
-from holdfast.config.settings import VERBS, RotateSettings, VerbSettings, groups_of
+from holdfast.config.settings import VERBS, RotateSettings, VerbSettings
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
@@ -67,11 +67,9 @@ def settings_schema() -> dict[str, Any]:
 
 def _keys(kind: type[VerbSettings], definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the schemas of the keys of a verb, and add the schemas to which they refer to `definitions`."""
-    properties: dict[str, Any] = {}
-    for group in groups_of(kind).values():
-        content = group.model_json_schema()
-        definitions |= content.get("$defs", {})
-        properties |= content["properties"]
+    content = kind.model_json_schema()
+    definitions |= content.get("$defs", {})
+    properties: dict[str, Any] = content["properties"]
     for key in CONSENT:
         properties.pop(key, None)
     if "suite" in properties:

@@ -10,6 +10,7 @@ from typing import Any
 
 from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import parse_every, seconds
+from holdfast.config.groups import InputSpace
 from holdfast.config.guard_notes import notes_of_file
 from holdfast.config.guard_opening import open_guard, served_digest
 from holdfast.config.planning import device_of
@@ -17,8 +18,8 @@ from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_po
 from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
-from holdfast.config.serve_settings import RequestLimits, ServeOptions, is_public
-from holdfast.config.settings import ServeSettings
+from holdfast.config.serve_settings import RequestLimits, ServedInference, ServeOptions, is_public
+from holdfast.config.settings import ServeSettings, part
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -53,61 +54,61 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
 
     Raises `UsageError` and `TargetError`.
     """
-    options, limits, address = settings.options, settings.limits, reference.address
+    address = reference.address
     if address is not None and address.partition(":")[0] in SCHEMES:
         raise UsageError(
             f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
             Remedy("proxy", address),
         )
-    if settings.proxying.proxy is not None:
+    if settings.proxy is not None:
         refuse_forwarded_keys(settings)
     # the guard of a server decides about requests, and is not a part of the model
-    own = {key: value for key, value in settings.inference if value is not None}
+    own = {key: value for key, value in part(settings, ServedInference) if value is not None}
     inference = reference.inference.model_copy(update={**own, "guard": None})
-    guard_file = settings.inference.guard or reference.inference.guard
+    guard_file = settings.guard or reference.inference.guard
     served = _served(settings, replace(reference, inference=inference), guard_file)
     guard, notes = _guard(guard_file, served)
     signature = None if served.upstream is None else served.upstream.signature
-    keys = None if options.keys is None else Path(options.keys)
+    keys = None if settings.keys is None else Path(settings.keys)
     if keys is not None:
         read_keys(keys)
-    audit = None if options.audit is None else Path(options.audit)
+    audit = None if settings.audit is None else Path(settings.audit)
     worker = ServingSetup(
         opening=served.opening,
-        name=signature.name if signature is not None else options.name or _name_of(address),
+        name=signature.name if signature is not None else settings.name or _name_of(address),
         shape=served.shape,
-        version=options.model_version if signature is None else signature.version,
+        version=settings.model_version if signature is None else signature.version,
         set_name=served.set_name,
         digest=served.digest,
-        device=device_of(settings.device.device),
-        threads=_threads(options.workers),
-        max_rows=limits.max_rows,
-        limits=_connection_limits(limits),
-        drain_s=seconds(limits.drain, "drain"),
-        hung_s=_hung_s(limits, served),
+        device=device_of(settings.device),
+        threads=_threads(settings.workers),
+        max_rows=settings.max_rows,
+        limits=_connection_limits(settings),
+        drain_s=seconds(settings.drain, "drain"),
+        hung_s=_hung_s(settings, served),
         guard=guard,
-        guard_fails_open=options.on_guard_failure == "answer",
+        guard_fails_open=settings.on_guard_failure == "answer",
         keys=keys,
         quotas=None if keys is None else keys.with_name(f"{keys.name}.quota"),
         audit_key=None if audit is None else AuditKey.of(audit),
-        audit_fails_open=options.on_audit_failure == "answer",
+        audit_fails_open=settings.on_audit_failure == "answer",
         signature=signature,
-        forwards=tuple(name.lower() for name in settings.proxying.forward_headers),
-        hosts=_host_names(options, everything=is_public(options.host) and not options.accepted_hosts),
+        forwards=tuple(name.lower() for name in settings.forward_headers),
+        hosts=_host_names(settings, everything=is_public(settings.host) and not settings.accepted_hosts),
     )
     return ServerSetup(
         worker,
-        options.host,
-        options.port,
-        options.admin_host,
-        options.admin_port,
-        options.workers,
+        settings.host,
+        settings.port,
+        settings.admin_host,
+        settings.admin_port,
+        settings.workers,
         served.pool,
         audit,
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
         notes=notes,
-        admin_hosts=_host_names(options),
+        admin_hosts=_host_names(settings),
     )
 
 
@@ -155,22 +156,22 @@ class _Served:
 
 
 def _served(settings: ServeSettings, reference: ModelReference, guard: str | None) -> _Served:
-    if settings.proxying.proxy is not None:
+    if settings.proxy is not None:
         return _served_upstream(open_upstream(settings))
-    pool, triggers = pool_of(reference.address), _triggers(settings.options.every)
+    pool, triggers = pool_of(reference.address), _triggers(settings.every)
     if pool is not None:
-        return _served_pool(pool, triggers, settings.options.swaps_per_hour, reference)
+        return _served_pool(pool, triggers, settings.swaps_per_hour, reference)
     if triggers:
         raise UsageError(
-            f"every is {', '.join(settings.options.every)}, and {reference.address or 'the model'} is no pool, so "
+            f"every is {', '.join(settings.every)}, and {reference.address or 'the model'} is no pool, so "
             f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
         )
-    range_of_all(settings.inputs, "a server")
+    range_of_all(part(settings, InputSpace), "a server")
     shape = _shape(reference, guard)
     if Path(reference.address or "").suffix != ".onnx":  # only an ONNX file is opened with the shape
         inference = reference.inference.model_copy(update={"input_shape": None})
         reference = replace(reference, inference=inference)
-    sources = Sources(reference, DataReference(None), settings.inputs)
+    sources = Sources(reference, DataReference(None), part(settings, InputSpace))
     subject = open_subject(sources)  # here, so that a mistake is reported before workers start
     known = None if reference.address is not None else (subject.digest, served_digest(subject))
     return _Served(

@@ -5,17 +5,16 @@ A setting has the same name in the YAML file, on the command line and in Python.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from holdfast.config import placing, values
+from holdfast.config import values
 from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import did_you_mean, parse_pairs
-from holdfast.config.groups import SettingGroup
+from holdfast.config.groups import Flag
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.verb_settings import (
     AssessSettings,
@@ -27,6 +26,7 @@ from holdfast.config.verb_settings import (
     RotateSettings,
     ServeSettings,
     VerbSettings,
+    part,
 )
 from holdfast.config.wording import checked_group
 from holdfast.config.yaml_text import load, parse_yaml, put_setting
@@ -39,7 +39,6 @@ __all__ = [
     "CertifySettings",
     "DoctorSettings",
     "HardenSettings",
-    "Key",
     "MisplacedKeys",
     "OpeningSettings",
     "RotateSettings",
@@ -48,11 +47,12 @@ __all__ = [
     "VerbSettings",
     "canonical_settings",
     "check_settings",
+    "flag_of",
     "given",
-    "groups_of",
     "items",
     "keys_for_verb",
     "keys_of",
+    "part",
     "plain_settings",
     "read_settings",
 ]
@@ -79,44 +79,11 @@ class MisplacedKeys(UsageError):
         self.keys = keys
 
 
-@dataclass(frozen=True)
-class Key:
-    """A setting of a command under its name in configuration files: its group, its attribute in the group, and its
-    pydantic field.
-    """
-
-    group: str
-    name: str
-    field: FieldInfo
-
-
-def _groups(kind: type[VerbSettings]) -> dict[str, type[SettingGroup]]:
-    hints = get_type_hints(kind)
-    return {each.name: hints[each.name] for each in fields(kind)}
-
-
-_KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, CalibrateSettings, *VERBS.values())
-_GROUPS = {kind: _groups(kind) for kind in _KINDS}
-_KEYS = {
-    kind: {
-        info.alias or name: Key(attribute, name, info)
-        for attribute, group in groups.items()
-        for name, info in group.model_fields.items()
-    }
-    for kind, groups in _GROUPS.items()
-}
-
-
-def groups_of(kind: type[VerbSettings]) -> Mapping[str, type[SettingGroup]]:
-    """Return the groups of settings of a command, by the name of the attribute that contains each group."""
-    return _GROUPS[kind]
-
-
-def keys_of(kind: type[VerbSettings]) -> Mapping[str, Key]:
+def keys_of(kind: type[VerbSettings]) -> Mapping[str, FieldInfo]:
     """Return all settings of a command by their names in configuration files, in the order of the
     command-line options.
     """
-    return _KEYS[kind]
+    return kind.model_fields
 
 
 def read_settings(
@@ -153,8 +120,7 @@ def read_settings(
     content |= overriding
     settings = check_settings(content, "" if path is None else str(path), written, kind=kind)
     if isinstance(settings, AssessSettings | HardenSettings):
-        suite = settings.suite
-        refuse_unknown(suite.suite, suite.attacks, settings.threat.threat, suite.only, suite.skip)
+        refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
     return settings
 
 
@@ -242,18 +208,9 @@ def check_settings(
             f"{prefix}suite is {suite!r}; expected a name, or names as in [pgd, square]; list attacks with settings "
             "under attacks:, as in [{use: PGD, steps: 100}]"
         )
-    checked: dict[str, Any] = {
-        attribute: checked_group(
-            group,
-            {key: value for key, value in content.items() if keys[key].group == attribute},
-            prefix,
-            written,
-        )
-        for attribute, group in groups_of(kind).items()
-    }
-    for each in checked.values():
-        each.refuse_contradictions(prefix, written)
-    return kind(**checked)
+    settings = checked_group(kind, content, prefix, written)
+    settings.refuse_all_contradictions(prefix, written)
+    return settings
 
 
 def given(**settings: Any) -> dict[str, Any]:
@@ -278,18 +235,21 @@ def _put_assignment(content: dict[str, Any], path: str, value: Any) -> None:
 
 def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
     """Yield the name and the value of every setting of a command, and whether the user gave it."""
-    for key, entry in keys_of(type(settings)).items():
-        group: SettingGroup = getattr(settings, entry.group)
-        yield key, getattr(group, entry.name), entry.name in group.model_fields_set
+    for key in keys_of(type(settings)):
+        yield key, getattr(settings, key), key in settings.model_fields_set
 
 
 def plain_settings(settings: VerbSettings) -> dict[str, Any]:
     """Return the settings of a command as a dictionary from names to values that JSON can represent."""
-    dumped = {
-        attribute: json.loads(getattr(settings, attribute).model_dump_json())
-        for attribute in groups_of(type(settings))
-    }
-    return {key: dumped[entry.group][entry.name] for key, entry in keys_of(type(settings)).items()}
+    plain: dict[str, Any] = json.loads(settings.model_dump_json())
+    return plain
+
+
+def flag_of(field: FieldInfo) -> Flag | None:
+    """Return the description of the command-line option of a setting, or None if the setting has no option of its
+    own.
+    """
+    return next((metadata for metadata in field.metadata if isinstance(metadata, Flag)), None)
 
 
 def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
@@ -298,7 +258,9 @@ def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
 
     What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
     """
-    outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
-    outside |= set(placing.ClusterSettings.model_fields) - set(placing.CertifyOptions.model_fields)
-    outside |= set(placing.CertifyCluster.model_fields)
-    return {key: value for key, value in plain_settings(settings).items() if key not in outside}
+    flags = {key: flag_of(field) for key, field in keys_of(type(settings)).items()}
+    return {
+        key: value
+        for key, value in plain_settings(settings).items()
+        if (flag := flags[key]) is None or flag.identifies
+    }

@@ -181,7 +181,7 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
 def _is_certifiable(path: Path) -> bool:
     """Whether robustness can be proved under the threat model of a file."""
     try:
-        refuse_uncertifiable(read_settings(path, {}, kind=CertifySettings).threat.threat)
+        refuse_uncertifiable(read_settings(path, {}, kind=CertifySettings).threat)
     except UsageError:
         return False
     return True
@@ -192,25 +192,23 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
     if isinstance(settings, HardenSettings | RotateSettings):
         from holdfast.config.recipes import build_recipe
 
-        recipe, selected = settings.options.recipe, AUTO if isinstance(settings, HardenSettings) else CARD
+        recipe, selected = settings.recipe, AUTO if isinstance(settings, HardenSettings) else CARD
         if recipe["use"] in (AUTO, CARD) and recipe["use"] != selected:
             raise UsageError(
                 f"{path}: recipe {recipe['use']} is not for {settings.verb}; name a recipe, or {selected}"
             )
         if recipe["use"] != selected:
             build_recipe(recipe)
-    if isinstance(settings, CertifySettings) or (
-        isinstance(settings, AssessSettings) and settings.options.certify
-    ):
-        refuse_uncertifiable(settings.threat.threat)
+    if isinstance(settings, CertifySettings) or (isinstance(settings, AssessSettings) and settings.certify):
+        refuse_uncertifiable(settings.threat)
     if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
-        for output in settings.reports.output:
+        for output in settings.output:
             if output != "-" and not is_folder(output):
                 check_place(Path(output))
-        if not isinstance(settings, CertifySettings) and settings.suite.attacks is not None:
+        if not isinstance(settings, CertifySettings) and settings.attacks is not None:
             from holdfast.config.attacks import build_attack
 
-            for k, spec in enumerate(settings.suite.attacks):
+            for k, spec in enumerate(settings.attacks):
                 build_attack(spec, f"{path}: attacks.{k}")
 
 

@@ -1,13 +1,15 @@
 """Validates groups of settings. The message of an error states the invalid value and the expected one."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from holdfast.config.grammar import did_you_mean
 from holdfast.config.groups import SettingGroup
 from holdfast.core.errors import UsageError
+
+G = TypeVar("G", bound=SettingGroup)
 
 _KINDS = {
     "int": "a whole number",
@@ -40,17 +42,14 @@ def check_groups(
     """
     checked = []
     for kind in kinds:
-        names = [info.alias or name for name, info in kind.model_fields.items()]
-        part = {name: content[name] for name in names if content.get(name) is not None}
+        part = {name: content[name] for name in kind.model_fields if content.get(name) is not None}
         checked.append(checked_group(kind, part, f"{where}: ", {}))
     for each in checked:
-        each.refuse_contradictions(f"{where}: ", {})
+        each.refuse_all_contradictions(f"{where}: ", {})
     return tuple(checked)
 
 
-def checked_group(
-    kind: type[SettingGroup], content: Mapping[str, Any], prefix: str, written: Mapping[str, str]
-) -> SettingGroup:
+def checked_group(kind: type[G], content: Mapping[str, Any], prefix: str, written: Mapping[str, str]) -> G:
     """Return a validated group of settings. Raises `UsageError` that begins with `prefix`, except for keys in
     `written`, which maps keys to the form in which the user wrote them.
     """

@@ -106,13 +106,15 @@ def refuse_unprovable(
     stages = [stage for stage in plan.stages() if stage.prover is not None]
     if not stages:
         return
-    without_bounds = (
-        (Remedy("certify"),)
-        if verb == "assess"
-        else by_smoothing(plan.threat.constraint, sample, target.bare)
-    )
+
+    def without_bounds() -> tuple[Remedy, ...]:
+        # only if a model is refused: the trial of smoothing calls the model
+        if verb == "assess":
+            return (Remedy("certify"),)
+        return by_smoothing(plan.threat.constraint, sample, target.bare)
+
     if target.smoothed is None and (target.bare.remote or target.bare.access != "gradients"):
-        raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", *without_bounds)
+        raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", *without_bounds())
     if target.rejects:
         raise UsageError(
             "the model has a detector that rejects inputs, about which nothing is proved; give the network without "
@@ -128,7 +130,7 @@ def refuse_unprovable(
         try:
             prepared_prover(target, stage.prover, sample, plan.threat)
         except NoBounds as error:
-            raise NoBounds(error.message, *without_bounds) from error
+            raise NoBounds(error.message, *without_bounds()) from error
 
 
 _BOUNDS = "bounds are computed from the operations of a network in torch"
