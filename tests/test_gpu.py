@@ -56,7 +56,7 @@ def test_certificates_on_a_gpu_are_those_of_the_processor(prover: GraphProver, c
 
 
 def test_workers_of_a_ray_cluster_share_a_gpu(tmp_path: object) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[scale]'")
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "holdfast-ml[scale]"')
     run = {"threat": "linf:0.1", "suite": "quick", "n": N, "device": "cuda", "doubts": False}
     local = holdfast.assess("mnist-cnn-hardened", "mnist-mini", workers=2, **run)
     half = holdfast.Ray(gpus_per_worker=0.5)

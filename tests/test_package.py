@@ -142,7 +142,7 @@ def test_a_public_name_has_one_meaning():
 
 
 def test_one_version():
-    assert version("holdfast") == holdfast.__version__
+    assert version("holdfast-ml") == holdfast.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {holdfast.__version__}\n" in citation
 
@@ -167,7 +167,7 @@ def test_licences_stand_beside_what_they_cover():
     networks = [f"{network}.safetensors" for network in NETWORKS]
     for name in (*networks, "mnist-mini.npz", "ShareAlike 3.0", "LeCun"):
         assert name in notice
-    assert metadata("holdfast")["License-Expression"] == "Apache-2.0 AND CC-BY-SA-3.0"
+    assert metadata("holdfast-ml")["License-Expression"] == "Apache-2.0 AND CC-BY-SA-3.0"
 
 
 @pytest.mark.slow

@@ -961,10 +961,10 @@ def test_a_giant_made_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_a_missing_extra_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = linear_model(tmp_path / "m.onnx")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(UsageError, match=r"pip install -e '\.\[onnx\]'"):
+    with pytest.raises(UsageError, match=r'pip install "holdfast-ml\[onnx\]"'):
         open_model(address)
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(UsageError, match=r"pip install -e '\.\[onnx\]'"):
+    with pytest.raises(UsageError, match=r'pip install "holdfast-ml\[onnx\]"'):
         open_model(address)
 
 

@@ -223,5 +223,5 @@ def test_hidden_nodes_and_several_inputs_are_refused(tmp_path):
 
 def test_version_2_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vnnlib", None)
-    with pytest.raises(UsageError, match=r"pip install -e '\.\[vnnlib\]'"):
+    with pytest.raises(UsageError, match=r'pip install "holdfast-ml\[vnnlib\]"'):
         opened(tmp_path, VERSION_2)

@@ -177,7 +177,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     sealed = SEAL.seal(b"", "x")
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
     for ask in (encryption.refuse_unready, lambda: SEAL.seal(b"", "x"), lambda: SEAL.open(sealed, "x")):
-        with pytest.raises(UsageError, match=r"pip install -e '\.\[crypto\]'"):
+        with pytest.raises(UsageError, match=r'pip install "holdfast-ml\[crypto\]"'):
             ask()
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[scale]'")
+ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "holdfast-ml[scale]"')
 
 import torch  # noqa: E402 - after the skip
 
@@ -256,7 +256,7 @@ holdfast.assess("mnist-cnn", "mnist-mini", run={str(tmp_path / "whole")!r}, **ho
 
 def test_ray_that_is_missing_is_named_with_the_extra(monkeypatch):
     monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"needs Ray.*pip install -e '\.\[scale\]'"):
+    with pytest.raises(UsageError, match=r'needs Ray.*pip install "holdfast-ml\[scale\]"'):
         imported_ray()
 
 

@@ -139,10 +139,10 @@ SURROGATE = Remedy(
 
 @dataclass(frozen=True)
 class Install:
-    """The installation of an extra of the package, in a clone of the repository.
+    """The installation of an extra of the package.
 
     >>> Install("serve").on_command_line()
-    "run: pip install -e '.[serve]'"
+    'run: pip install "holdfast-ml[serve]"'
     """
 
     extra: str
@@ -150,7 +150,7 @@ class Install:
 
     def in_python(self) -> str:
         """Return the command that installs the extra."""
-        return f"run: pip install -e '.[{self.extra}]'"
+        return f'run: pip install "holdfast-ml[{self.extra}]"'
 
     def on_command_line(self) -> str:
         """Return the command that installs the extra."""
