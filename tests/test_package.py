@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from importlib.metadata import metadata, version
 from pathlib import Path
@@ -171,7 +173,7 @@ def test_licences_stand_beside_what_they_cover():
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_bundled_files_and_nothing_else(tmp_path):
+def test_the_wheel_holds_the_bundled_files_and_runs_the_demo_in_a_fresh_environment(tmp_path):
     options = ["-qq", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     python("-m", "pip", "wheel", *options, str(ROOT))
     (wheel,) = tmp_path.glob("*.whl")
@@ -184,6 +186,24 @@ def test_the_wheel_holds_the_bundled_files_and_nothing_else(tmp_path):
     assert {name.removeprefix("src/") for name in tracked.stdout.split()} <= names
     assert {"holdfast/py.typed", "holdfast/bundled/mnist-mini.npz"} <= names
     assert not any("__pycache__" in name or name.startswith("tests") for name in names)
+
+    fresh = tmp_path / "fresh"
+    venv.create(fresh, with_pip=False)
+    python("-m", "pip", "--python", str(fresh), "install", "-qq", "--no-deps", "--no-index", str(wheel))
+    (site,) = (fresh / "lib").glob("python*/site-packages")
+    # the dependencies are those of this environment; its editable Holdfast is not in that folder
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    offline = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [fresh / "bin" / "holdfast", "demo"],
+        check=False,
+        cwd=tmp_path,
+        env=offline,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "holdfast-demo" / "report.html").is_file()
 
 
 # --- sizes

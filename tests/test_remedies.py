@@ -914,9 +914,7 @@ situation(
 )
 situation(
     "bounds of each feature of a server",
-    lambda bounds: range_of_all(
-        check_settings({"bounds": bounds}, "", kind=ServeSettings), "a server"
-    ),
+    lambda bounds: range_of_all(check_settings({"bounds": bounds}, "", kind=ServeSettings), "a server"),
     bounds=([0, 0, 0, 0], [1, 2, 3, 4]),
 )
 situation("no device of torch", planned, device="mps")

@@ -17,9 +17,7 @@ from holdfast.sources.cards import trained_by
 
 
 def told(*sets):
-    return build_recipe(
-        read_settings(None, {}, ["recipe.use=multi-norm", *sets], kind=HardenSettings).recipe
-    )
+    return build_recipe(read_settings(None, {}, ["recipe.use=multi-norm", *sets], kind=HardenSettings).recipe)
 
 
 def test_constraints_are_named_as_threats_are_in_a_flag_and_in_a_list(tmp_path):
