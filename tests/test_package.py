@@ -108,38 +108,6 @@ def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_
     assert packages - covered == set(NOT_DECIDING)
 
 
-COMMANDS = {
-    "admit", "assess", "certify", "collect", "compare", "demo", "doctor", "draw", "expose", "fetch", "harden", "head",
-    "init", "report", "run", "serve", "status", "swap", "train", "validate", "verify",
-}  # fmt: skip
-"""A command, the function of the Python interface or of the verb that it calls, and the step that does the work."""
-SAME_ROLE = {
-    "cells": "cells of a row, of each table of a report",
-    "headings": "headings of each table of a report",
-    "title": "title of each table of a report",
-    "main": "entry point of each process",
-    "prepare": "imports of each parser, before memory is limited",
-    "open_data": "describes examples in the Python interface, and opens those at an address",
-    "open_model": "describes a model in the Python interface, and opens the one at an address",
-    "read": "reading of a file, by each parser and store",
-    "write": "writing of a file, by each store",
-    "does_not_change_the_model": "a law of attacks and one of recipes",
-    "is_reproducible": "a law of attacks and one of recipes",
-}
-"""Names that several modules define for the same role on different types."""
-SHARED = {"across", "attackers", "judged", "measured", "shown", "size", "text"}
-"""Names with two meanings that are not renamed yet; none may be added."""
-
-
-def test_a_public_name_has_one_meaning():
-    modules: dict[str, set[str]] = {}
-    for path in sorted((ROOT / "src/holdfast").rglob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-                modules.setdefault(node.name, set()).add(str(path))
-    assert {name for name, paths in modules.items() if len(paths) > 1} == COMMANDS | set(SAME_ROLE) | SHARED
-
-
 # --- what is shipped
 
 

@@ -15,6 +15,7 @@ from holdfast.api import demo, exhibition
 from holdfast.cli.options import Voice
 from holdfast.config.assess_inputs import rehearse, rehearse_served
 from holdfast.config.settings import AssessSettings, VerbSettings, canonical_settings
+from holdfast.config.starting import DEMO
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
@@ -234,7 +235,8 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
 def run_demo(folder: Path, voice: Voice) -> int:
     """Assess the bundled network on images of digits, print the results with an explanation, and return exit code 0."""
     voice.say(
-        "attacking a classifier of handwritten digits on 200 real images with the attacks of the suite fast"
+        f"attacking a classifier of handwritten digits on {DEMO['n']} real images with the attacks of the suite "
+        f"{DEMO['suite']}"
     )
     with progress_bar(voice, piped=True) as progress:
         result = demo(folder, progress=progress, notify=voice.say)

@@ -97,7 +97,7 @@ DIGITS = "mnist-mini"
 DEMO = {
     "model": "mnist-cnn",
     "data": DIGITS,
-    "n": 200,
+    "n": 100,
     "threat": "linf:0.1",
     "suite": "fast",
     "curve": True,
@@ -106,7 +106,7 @@ DEMO = {
 """Settings of `holdfast demo`, with which one gate passes and one fails."""
 
 DEMO_COMMAND = (
-    "holdfast assess mnist-cnn mnist-mini -n 200 --threat linf:0.1 --suite fast --curve "
+    "holdfast assess mnist-cnn mnist-mini -n 100 --threat linf:0.1 --suite fast --curve "
     "--gate 'clean_accuracy >= 0.95' --gate 'robust_accuracy >= 0.50' -o report.html"
 )
 """Command that is equivalent to `holdfast demo`."""
