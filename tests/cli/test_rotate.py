@@ -128,7 +128,7 @@ def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_befor
 def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
     Pool.open(Path("pool")).drop("generator")
     assert run(["rotate", "draw", "pool", "--sets", "1"]) == 0
-    assert run(["rotate", "admit", "pool", "--set", "judged=20"]) in (0, 4)
+    assert run(["rotate", "admit", "pool", "--set", "n_judged=20"]) in (0, 4)
     files = list(Path("pool").rglob("*"))
     assert any(path.suffix == ".safetensors" for path in files)
     assert not [path for path in files if path.stat().st_mode & 0o077]
@@ -164,7 +164,7 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
         "--keep",
         "1",
         "--set",
-        "judged=200",
+        "n_judged=200",
     ]
     assert run([*words, "--once"]) in (0, 4)
     said = capsys.readouterr().err

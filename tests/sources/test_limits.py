@@ -184,7 +184,7 @@ def test_a_table_of_many_columns_or_of_many_labels_takes_no_quadratic_time(tmp_p
     path, n = tmp_path / "t.csv", 15_000
     path.write_text(f"label,{','.join(f'c{i}' for i in range(n))}\n1{',0' * n}\n")
     assert open_data(str(path), label="label").x.shape == (1, n)
-    with pytest.raises(UsageError, match=r"is the label: label, c0, c1, .*, c48 …; give label="):
+    with pytest.raises(UsageError, match=r"its columns are label, c0, c1, .*, c48 …; give label="):
         open_data(str(path))
     path.write_text("a,label\n" + "".join(f"0,{i + 0.5}\n" for i in range(n)))
     with pytest.raises(TargetError, match="label of row 0 of .* is 0.5; whole numbers from 0 on"):

@@ -63,7 +63,7 @@ def collected(tmp_path_factory):
         np.savez(place / f"{name}.npz", x=batch.x.numpy(), y=batch.y.numpy())
     said = {
         "model": f"{place}/net.py:make", "data": f"{place}/test.npz", "fit": f"{place}/train.npz",
-        "threat": "linf:0.1", "begins": "own", "trust_code": True,
+        "threat": "linf:0.1", "initialisation": "own", "trust_code": True,
         "recipe": {
             "use": "standard",
             "training": {"epochs": 5, "batch": 32, "lr": 0.01, "averaging": "none"},

@@ -56,8 +56,8 @@ def size_text(eps: float, digits: int | None = None) -> str:
     """Return an eps as text for a threat string. It is a fraction if it is a multiple of 1/255, and otherwise rounded
     to `digits` digits if they are given.
 
-    >>> size_text(8 / 255), size_text(25.5 / 255), size_text(1 / 3, digits=3)
-    ('8/255', '0.1', '0.333')
+    >>> size_text(8 / 255), size_text(25.5 / 255), size_text(2 / 7, digits=3)
+    ('8/255', '0.1', '0.286')
     """
     levels = round(eps * 255)
     if 0 < levels < 255 and eps == levels / 255:
