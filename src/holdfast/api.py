@@ -15,12 +15,10 @@ from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.clusters import Ray, cluster_settings
 from holdfast.config.grammar import did_you_mean, parse_threat
 from holdfast.config.members import SuiteLike, members_given
-from holdfast.config.moved import verb
+from holdfast.config.python_functions import verb_with
 from holdfast.config.references import (
-    BoundsLike,
     DataLike,
     ModelLike,
-    Numbers,
     Sources,
     open_data,
     open_model,
@@ -73,7 +71,7 @@ __all__ = [
 ]
 
 
-@verb
+@verb_with(AssessSettings)
 def assess(
     model: ModelLike,
     data: DataLike,
@@ -81,35 +79,14 @@ def assess(
     suite: SuiteLike | None = None,
     *,
     surrogates: Sequence[ModelLike] = (),
-    gates: Sequence[str] = (),
     baseline: Result | Evidence | str | Path | None = None,
-    accept_doubts: Mapping[str, str] | None = None,
-    seed: int = 0,
-    n: int | None = None,
-    sample: int | None = None,
     fit: DataLike | None = None,
     across: Sequence[DataLike] = (),
-    transform: str | None = None,
-    bounds: BoundsLike | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    curve: bool = False,
-    full: bool = False,
-    doubts: bool = True,
-    adaptive: bool = False,
-    save_adversarial: bool = False,
-    certify: bool = False,
-    time_budget: str | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
     on: str | Ray = "local",
-    device: str = "auto",
     run: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    **settings: Any,
 ) -> Result:
     """Measure the robust accuracy of a model against a suite of attacks, with confidence intervals and doubts.
 
@@ -119,46 +96,26 @@ def assess(
     `fast`, or `transfer` for a threat with access=none. `surrogates` are models of the attacker; a `Classifier`
     declares the preprocessing, and `holdfast.skipped` is for skip gradients. `across` lists other data sets with inputs
     of the same shape: perturbations computed on `data` are also evaluated on them, and theirs on `data`. With `certify`
-    interval bounds and CROWN come first, and 32 of the examples that they certify are attacked. `on` states where
+    interval bounds and CROWN come first, and 32 of the examples that they certify are attacked. `fit` contains the
+    examples on which learned attacks are fitted, and `baseline` is the run with which gates compare. `on` states where
     `workers` measure: on this machine, or on a Ray cluster (`"ray"`, `"ray://HOST:PORT"`, or a `holdfast.Ray`). If
     `run` is given, all artefacts are stored in that folder, and `resume` continues the run in it.
     """
-    settings = check_settings(
+    checked = check_settings(
         given(
+            **settings,
             threat=threat_written(threat, "assess(): threat"),
             suite=suite if is_suite(suite) else None,
-            gates=gates,
-            accept_doubts=accept_doubts,
-            seed=seed,
-            n=n,
-            sample=sample,
-            transform=transform,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-            only=only,
-            skip=skip,
-            curve=curve,
-            full=full,
-            doubts=doubts,
-            adaptive=adaptive,
-            save_adversarial=save_adversarial,
-            certify=certify,
-            time_budget=time_budget,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
             **cluster_settings(on),
         ),
         "assess()",
         kind=AssessSettings,
     )
-    sources = sources_given(model, data, settings)
+    sources = sources_given(model, data, checked)
     members = None
-    if suite is not None and settings.suite is None:
-        members = members_given(suite, threat_model(parse_threat(settings.threat)).constraint)
-    inputs = AssessInputs(settings, sources, surrogates, fit, across, members, baseline_evidence(baseline))
+    if suite is not None and checked.suite is None:
+        members = members_given(suite, threat_model(parse_threat(checked.threat)).constraint)
+    inputs = AssessInputs(checked, sources, surrogates, fit, across, members, baseline_evidence(baseline))
     folder = folder_of(run, resume=resume)
     with opened_for_assess(inputs, folder, resume=resume) as (subject, examples, request):
         return assessing.assess(
@@ -201,43 +158,22 @@ def carry_out(
         )
 
 
-@verb
+@verb_with(HardenSettings)
 def harden(
     model: ModelLike,
     data: DataLike,
     threat: ThreatLike = "linf:8/255",
     recipe: Recipe | str | Mapping[str, Any] = "auto",
     *,
-    budget: str | None = None,
     fit: DataLike | None = None,
     unlabelled: DataLike | None = None,
-    suite: str | Sequence[str] | None = None,
     surrogates: Sequence[ModelLike] = (),
-    gates: Sequence[str] = (),
     baseline: Result | Evidence | str | Path | None = None,
-    accept_doubts: Mapping[str, str] | None = None,
-    seed: int = 0,
-    n: int | None = None,
-    sample: int | None = None,
-    bounds: BoundsLike | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    curve: bool = False,
-    full: bool = False,
-    doubts: bool = True,
-    adaptive: bool = False,
-    save_adversarial: bool = False,
-    time_budget: str | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
     on: str | Ray = "local",
-    device: str = "auto",
     run: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    **settings: Any,
 ) -> Hardened:
     """Train a new model that is more robust than `model`, and assess both. The given model is never changed.
 
@@ -249,42 +185,21 @@ def harden(
     measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
     continues the run in it.
     """
-    settings = check_settings(
+    checked = check_settings(
         given(
+            **settings,
             threat=threat_written(threat, "harden(): threat"),
             recipe=recipe if isinstance(recipe, str | Mapping) else None,
-            budget=budget,
-            suite=suite,
-            gates=gates,
-            accept_doubts=accept_doubts,
-            seed=seed,
-            n=n,
-            sample=sample,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-            only=only,
-            skip=skip,
-            curve=curve,
-            full=full,
-            doubts=doubts,
-            adaptive=adaptive,
-            save_adversarial=save_adversarial,
-            time_budget=time_budget,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
             **cluster_settings(on),
         ),
         "harden()",
         kind=HardenSettings,
     )
-    sources = sources_given(model, data, settings)
+    sources = sources_given(model, data, checked)
     folder = folder_of(run, resume=resume)
     subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled, recipe)
     request = hardening.harden_request(
-        settings,
+        checked,
         sources,
         subject,
         recipe=None if isinstance(recipe, str | Mapping) else recipe,
@@ -292,7 +207,7 @@ def harden(
         baseline=baseline_evidence(baseline),
         training=training,
         excluded=fit_data,
-        device=device_of_model(sources, subject, device),
+        device=device_of_model(sources, subject, checked.device),
     )
     return hardens.harden(subject, training, test, request, run=folder, resume=resume, progress=progress)
 
@@ -371,38 +286,15 @@ def exhibition(
     return tuple(built)
 
 
-@verb
-def doctor(
-    model: ModelLike,
-    data: DataLike,
-    *,
-    n: int | None = None,
-    sample: int | None = None,
-    seed: int = 0,
-    bounds: BoundsLike | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-) -> Checkup:
+@verb_with(DoctorSettings)
+def doctor(model: ModelLike, data: DataLike, **settings: Any) -> Checkup:
     """Check within seconds whether a model and its data fit together, and return findings about common mistakes, which
     are printed as `holdfast doctor` prints them.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
     """
-    settings = check_settings(
-        given(
-            n=n,
-            sample=sample,
-            seed=seed,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-        ),
-        "doctor()",
-        kind=DoctorSettings,
-    )
-    return _findings(sources_given(model, data, settings))
+    checked = check_settings(given(**settings), "doctor()", kind=DoctorSettings)
+    return _findings(sources_given(model, data, checked))
 
 
 def look_over(settings: DoctorSettings) -> Checkup:

@@ -18,8 +18,8 @@ from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import parse_threat
 from holdfast.config.members import SuiteLike, members_given
-from holdfast.config.moved import verb
 from holdfast.config.planning import assess_request
+from holdfast.config.python_functions import verb
 from holdfast.config.references import BoundsLike, DataLike, DataReference, ModelLike, Numbers
 from holdfast.config.resolve import device_of_model, open_all, open_fit, sources_given
 from holdfast.config.settings import AssessSettings, check_settings, given

@@ -1,13 +1,13 @@
 """The function `holdfast.certify`, which proves for each example that no input of the threat model is misclassified."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
 from holdfast.config.attacks import ThreatLike, threat_written
 from holdfast.config.clusters import Ray, cluster_settings
-from holdfast.config.moved import verb
-from holdfast.config.references import BoundsLike, DataLike, ModelLike, Numbers
+from holdfast.config.python_functions import verb_with
+from holdfast.config.references import DataLike, ModelLike
 from holdfast.config.resolve import folder_of, sources_given
 from holdfast.config.settings import CertifySettings, check_settings, given
 from holdfast.engine.progress import Notify, Progress, ignore, silent
@@ -16,39 +16,19 @@ from holdfast.verbs import assess as assessing
 from holdfast.verbs.result import Result
 
 
-@verb
+@verb_with(CertifySettings)
 def certify(
     model: ModelLike,
     data: DataLike,
     threat: ThreatLike = "linf:8/255",
     method: str = "auto",
     *,
-    timeout: str = "10s",
-    sigma: float | None = None,
-    draws: int | None = None,
-    failure_probability: float | None = None,
-    clip: bool = False,
-    geometry: int | None = None,
-    gates: Sequence[str] = (),
     baseline: Result | str | Path | None = None,
-    accept_doubts: dict[str, str] | None = None,
-    seed: int = 0,
-    n: int | None = None,
-    sample: int | None = None,
-    bounds: BoundsLike | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    full: bool = False,
-    save_adversarial: bool = False,
-    time_budget: str | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
     on: str | Ray = "local",
-    device: str = "auto",
     run: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    **settings: Any,
 ) -> Result:
     """Prove for each example that no input of the threat model is misclassified, or find one that is.
 
@@ -66,39 +46,19 @@ def certify(
     which the method proves nothing.
     """
     cluster = cluster_settings(on)
-    settings = check_settings(
+    checked = check_settings(
         given(
+            **settings,
             threat=threat_written(threat, "certify(): threat"),
             method=method,
-            timeout=timeout,
-            sigma=sigma,
-            draws=draws,
-            failure_probability=failure_probability,
-            clip=clip,
-            geometry=geometry,
-            gates=gates,
-            accept_doubts=accept_doubts,
-            seed=seed,
-            n=n,
-            sample=sample,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-            full=full,
-            save_adversarial=save_adversarial,
-            time_budget=time_budget,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
             cluster_timeout=cluster.pop("timeout", None),
             **cluster,
         ),
         "certify()",
         kind=CertifySettings,
     )
-    sources = sources_given(model, data, settings)
-    inputs = AssessInputs(settings, sources, (), None, (), None, baseline_evidence(baseline))
+    sources = sources_given(model, data, checked)
+    inputs = AssessInputs(checked, sources, (), None, (), None, baseline_evidence(baseline))
     return _certified(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
 
 

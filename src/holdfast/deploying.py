@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from holdfast.config.groups import InferenceSource, ModelSource
-from holdfast.config.moved import verb
-from holdfast.config.references import ModelLike, ModelReference, Numbers, model_reference
+from holdfast.config.python_functions import verb_with
+from holdfast.config.references import ModelLike, ModelReference, model_reference
 from holdfast.config.serve_settings import ServedInference
 from holdfast.config.settings import ServeSettings, check_settings, given, part
 from holdfast.core.errors import UsageError
@@ -16,44 +17,17 @@ from holdfast.engine.progress import Notify, ignore
 _NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
 
 
-@verb
+@verb_with(ServeSettings)
 def serve(
     model: ModelLike | None = None,
     *,
     proxy: str | None = None,
     guard: str | Path | None = None,
     input_shape: Sequence[int] | None = None,
-    name: str | None = None,
-    model_version: str = "1",
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    admin_host: str = "127.0.0.1",
-    admin_port: int = 8081,
-    accepted_hosts: Sequence[str] = (),
-    workers: int = 1,
     keys: str | Path | None = None,
-    every: Sequence[str] = (),
-    swaps_per_hour: int = 60,
     audit: str | Path | None = None,
-    on_audit_failure: str = "refuse",
-    on_guard_failure: str = "refuse",
-    max_rows: int = 64,
-    max_body: int | None = None,
-    max_latency: str = "1s",
-    header_timeout: str = "10s",
-    body_timeout: str = "30s",
-    max_connections: int = 1000,
-    drain: str = "30s",
-    upstream_headers: Sequence[str] = (),
-    forward_headers: Sequence[str] = (),
-    upstream_output: str | None = None,
-    upstream_timeout: str = "10s",
-    bounds: Numbers | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    device: str = "auto",
     notify: Notify = ignore,
+    **settings: Any,
 ) -> None:
     """Serve a model over the Open Inference Protocol v2 until SIGTERM or Ctrl-C, and then drain.
 
@@ -66,46 +40,19 @@ def serve(
     """
     if (model is None) == (proxy is None):
         raise UsageError("give either model (what is served) or proxy (the URL of a server to guard)")
-    settings = check_settings(
+    paths = {
+        name: str(path)
+        for name, path in (("guard", guard), ("keys", keys), ("audit", audit))
+        if path is not None
+    }
+    checked = check_settings(
         given(
-            proxy=proxy,
-            guard=None if guard is None else str(guard),
-            input_shape=None if input_shape is None else list(input_shape),
-            name=name,
-            model_version=model_version,
-            host=host,
-            port=port,
-            admin_host=admin_host,
-            admin_port=admin_port,
-            accepted_hosts=list(accepted_hosts),
-            workers=workers,
-            keys=None if keys is None else str(keys),
-            every=list(every),
-            swaps_per_hour=swaps_per_hour,
-            audit=None if audit is None else str(audit),
-            on_audit_failure=on_audit_failure,
-            on_guard_failure=on_guard_failure,
-            max_rows=max_rows,
-            max_body=max_body,
-            max_latency=max_latency,
-            header_timeout=header_timeout,
-            body_timeout=body_timeout,
-            max_connections=max_connections,
-            drain=drain,
-            upstream_headers=list(upstream_headers),
-            forward_headers=list(forward_headers),
-            upstream_output=upstream_output,
-            upstream_timeout=upstream_timeout,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-            device=device,
+            **settings, **paths, proxy=proxy, input_shape=None if input_shape is None else list(input_shape)
         ),
         "serve()",
         kind=ServeSettings,
     )
-    _served(settings, ModelReference(None) if model is None else model_reference(model), notify)
+    _served(checked, ModelReference(None) if model is None else model_reference(model), notify)
 
 
 def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:

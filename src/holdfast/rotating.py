@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.config import rotate_requests
 from holdfast.config.attacks import ThreatLike, threat_written
 from holdfast.config.groups import DataSource, ModelSource
-from holdfast.config.moved import verb
+from holdfast.config.python_functions import verb
 from holdfast.config.references import DataReference, ModelReference, Numbers, refuse_other_settings
 from holdfast.config.resolve import folder_of
 from holdfast.config.settings import RotateSettings, canonical_settings, check_settings, given

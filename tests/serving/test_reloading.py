@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import holdfast
+from holdfast.config.groups import ModelSource
 from holdfast.config.guard_opening import guard_digest
 from holdfast.config.guard_settings import read_guard_settings
 from holdfast.config.references import ModelReference
 from holdfast.config.serving import server_setup
-from holdfast.config.settings import ServeSettings, check_settings
+from holdfast.config.settings import ServeSettings, check_settings, part
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.serving import signals
@@ -59,7 +60,7 @@ def prepared(tmp_path, **settings):
         **settings,
     }
     checked = check_settings(values, "serve()", kind=ServeSettings)
-    return server_setup(checked, ModelReference(str(file), checked.model)), file
+    return server_setup(checked, ModelReference(str(file), part(checked, ModelSource))), file
 
 
 def test_the_guard_states_the_shape_of_the_inputs(tmp_path):

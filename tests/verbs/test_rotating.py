@@ -125,7 +125,7 @@ def settings(pool, data, **changes):
 
 
 def subject_of(settings):
-    return open_subject(sources_at(settings), adaptive=settings.suite.adaptive)
+    return open_subject(sources_at(settings), adaptive=settings.adaptive)
 
 
 # --- the address
@@ -185,7 +185,7 @@ def serving_at(path):
 def test_a_pool_is_no_surrogate(serving, collected):
     of = settings(serving, collected[0], surrogates=[{"model": f"rotating:{serving.path}"}])
     with pytest.raises(UsageError, match="can only be the model of an assessment"):
-        open_all(sources_at(of), of.suite.surrogates)
+        open_all(sources_at(of), of.surrogates)
 
 
 # --- the table

@@ -12,7 +12,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.engine.ray_cluster import RayOptions, refuse_address
 
-_OF_CLUSTERS = ("ship", "gpus_per_worker", "mixed_nodes", "trust_network")
+OF_CLUSTERS = ("ship", "gpus_per_worker", "mixed_nodes", "trust_network")
 
 
 class Placement(SettingGroup):
@@ -50,7 +50,7 @@ class Placement(SettingGroup):
             address = "" if self.on == "ray" else self.on
             refuse_address(RayOptions(address, trust_network=self.trust_network))
             return
-        for key in (*_OF_CLUSTERS, self.waiting_key):
+        for key in (*OF_CLUSTERS, self.waiting_key):
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise UsageError(
                     f"{written.get(key, prefix + key)} concerns a Ray cluster, and the run is local",

@@ -1,0 +1,104 @@
+"""Decorators for the functions of the Python interface, whose arguments are the settings of a command."""
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import Parameter, Signature, cleandoc, signature
+from typing import Any, ParamSpec, TypeVar, get_type_hints
+
+from holdfast.config.grad_mode import gradients
+from holdfast.config.groups import DataSource, InferenceSource, ModelSource, ServerLimits, SettingGroup
+from holdfast.config.misspelt import refuse_misspelt
+from holdfast.config.placing import OF_CLUSTERS, Placement
+from holdfast.config.settings import VerbSettings, keys_of
+from holdfast.core.errors import UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _keys(*groups: type[SettingGroup]) -> list[str]:
+    return [name for group in groups for name in group.model_fields if name not in ("model", "data")]
+
+
+PLACES = {
+    **dict.fromkeys(_keys(ModelSource, InferenceSource, ServerLimits), "open_model"),
+    **dict.fromkeys(_keys(DataSource), "open_data"),
+}
+"""Name of the function that has the argument, for each setting that states how a model is opened or data are read."""
+
+_ELSEWHERE = {
+    *PLACES,
+    *("schema_version", "output", "attacks"),  # of a file, `Result.write`, and suite=[PGD(…)]
+    *OF_CLUSTERS,
+}
+_LAST = ("run", "resume", "notify", "progress")
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of the Python interface, such as `attack`, so that it runs with gradients enabled and refuses
+    arguments that have another name, or are arguments of `open_model` and `open_data`.
+    """
+    return _checked(function, signature(function))
+
+
+def verb_with(kind: type[VerbSettings]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator like `verb` for a function whose last parameter, `**settings`, stands for the settings of a
+    command.
+
+    The signature and the docstring of the function list each setting that is not a parameter of the function, with the
+    default and the description of its field.
+    """
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        written = signature(function)
+        *own, _ = written.parameters.values()
+        elsewhere = {*_ELSEWHERE, *(parameter.name for parameter in own)}
+        if issubclass(kind, Placement):
+            elsewhere.add(kind.waiting_key)  # of `holdfast.Ray`
+        types = get_type_hints(kind)
+        fields = {key: field for key, field in keys_of(kind).items() if key not in elsewhere}
+        added = [
+            Parameter(
+                key,
+                Parameter.KEYWORD_ONLY,
+                default=field.get_default(call_default_factory=True),
+                annotation=types[key],
+            )
+            for key, field in fields.items()
+        ]
+        first = [parameter for parameter in own if parameter.name not in _LAST]
+        last = [parameter for parameter in own if parameter.name in _LAST]
+        call = _checked(function, written.replace(parameters=[*first, *added, *last]))
+        listed = "\n".join(f"    {key}: {field.description}" for key, field in fields.items())
+        call.__doc__ = f"{cleandoc(function.__doc__ or '')}\n\nFurther arguments:\n{listed}\n"
+        return call
+
+    return decorated
+
+
+def _checked(function: Callable[P, R], shown: Signature) -> Callable[P, R]:
+    parameters = shown.parameters
+    names = [*parameters, ""]
+
+    @wraps(function)
+    def call(*args: P.args, **arguments: P.kwargs) -> R:
+        refuse_misspelt(function.__name__, parameters, args, arguments, PLACES)
+        _refuse_moved(parameters, names, arguments)
+        with gradients():
+            return function(*args, **arguments)
+
+    vars(call)["__signature__"] = shown
+    return call
+
+
+def _refuse_moved(
+    parameters: Mapping[str, Parameter], names: list[str], arguments: Mapping[str, Any]
+) -> None:
+    """Raise `UsageError` for an argument of `open_model` or `open_data`."""
+    for key in arguments:
+        place = PLACES.get(key, "")
+        argument = names[0] if place == "open_model" else names[1]
+        if place and key not in parameters and names[0] == "model":
+            raise UsageError(
+                f"{key} is an argument of holdfast.{place}: give holdfast.{place}({argument}, {key}=...) as {argument}"
+            )
