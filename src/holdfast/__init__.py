@@ -6,10 +6,9 @@ A module is imported when one of its names is first used, so that `import holdfa
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import assess, demo, doctor, harden
+    from holdfast.api import assess, certify, demo, doctor, harden
     from holdfast.attacking import attack
     from holdfast.certifiers.smoothed import Smoothed
-    from holdfast.certifying import certify
     from holdfast.config.clusters import Ray
     from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
@@ -92,7 +91,7 @@ _HOMES = {
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",
     "attack": "holdfast.attacking",
-    "certify": "holdfast.certifying",
+    "certify": "holdfast.api",
     "compare": "holdfast.stored",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",

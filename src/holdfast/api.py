@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.checkup import Checkup, examine
 from holdfast.config import hardening
-from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
+from holdfast.config.assess_inputs import AssessInputs, measured
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.clusters import Ray, cluster_settings
 from holdfast.config.grammar import did_you_mean, parse_threat
@@ -34,6 +34,7 @@ from holdfast.config.resolve import (
 )
 from holdfast.config.settings import (
     AssessSettings,
+    CertifySettings,
     DoctorSettings,
     HardenSettings,
     check_settings,
@@ -50,7 +51,6 @@ from holdfast.reports.write import check_destination as check_place
 from holdfast.sources import data as data_sources
 from holdfast.sources.counting import inspection_counter
 from holdfast.stored import baseline_evidence
-from holdfast.verbs import assess as assessing
 from holdfast.verbs import harden as hardens
 from holdfast.verbs.exhibition import Exhibit, exhibits
 from holdfast.verbs.hardened import Hardened
@@ -59,6 +59,7 @@ from holdfast.verbs.result import Result
 __all__ = [
     "assess",
     "carry_out",
+    "certify",
     "demo",
     "doctor",
     "exhibition",
@@ -116,21 +117,57 @@ def assess(
     if suite is not None and checked.suite is None:
         members = members_given(suite, threat_model(parse_threat(checked.threat)).constraint)
     inputs = AssessInputs(checked, sources, surrogates, fit, across, members, baseline_evidence(baseline))
-    folder = folder_of(run, resume=resume)
-    with opened_for_assess(inputs, folder, resume=resume) as (subject, examples, request):
-        return assessing.assess(
-            subject,
-            examples,
-            request,
-            run=folder,
-            resume=resume,
-            progress=progress,
-            opening=inputs.open_all,
-        )
+    return measured(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
+
+
+@verb_with(CertifySettings)
+def certify(
+    model: ModelLike,
+    data: DataLike,
+    threat: ThreatLike = "linf:8/255",
+    method: str = "auto",
+    *,
+    baseline: Result | str | Path | None = None,
+    on: str | Ray = "local",
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Result:
+    """Prove for each example that no input of the threat model is misclassified, or find one that is.
+
+    Every example is certified, broken or unknown. `method` is `auto`, which runs interval bounds, CROWN, attacks, and
+    branch and bound, or one method, which is run with the attacks. CROWN, alpha-CROWN and branch and bound take at most
+    `timeout` for each example.
+    With `method="smoothing"` the model of the result is the smoothed classifier of `model` with noise of standard
+    deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
+    of at most `failure_probability` (0.001 by default) for each example. With `clip`, noisy inputs are first clamped to
+    the legal range.
+    With `geometry`, the report shows the decision boundary around as many examples.
+    The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
+    other arguments are those of `assess`.
+    Raises `UnsoundProof` if an attack breaks a certified example, and `UsageError` for a model or a threat model about
+    which the method proves nothing.
+    """
+    cluster = cluster_settings(on)
+    checked = check_settings(
+        given(
+            **settings,
+            threat=threat_written(threat, "certify(): threat"),
+            method=method,
+            cluster_timeout=cluster.pop("timeout", None),
+            **cluster,
+        ),
+        "certify()",
+        kind=CertifySettings,
+    )
+    sources = sources_given(model, data, checked)
+    inputs = AssessInputs(checked, sources, (), None, (), None, baseline_evidence(baseline))
+    return measured(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
 
 
 def carry_out(
-    settings: AssessSettings,
+    settings: AssessSettings | CertifySettings,
     *,
     run: Path | None,
     resume: bool = False,
@@ -139,23 +176,13 @@ def carry_out(
     detail: Notify = ignore,
     command: str = "",
 ) -> Result:
-    """Run an assessment with the settings of the command line or of a configuration file, and return its result.
+    """Run an assessment or a certification with the settings of the command line or of a configuration file, and return
+    its result.
 
     The run stores the command line `command`. `detail` is called with messages on single shards.
     """
     inputs = AssessInputs.of(settings, command)
-    with opened_for_assess(inputs, run, resume=resume) as (subject, examples, request):
-        return assessing.assess(
-            subject,
-            examples,
-            request,
-            run=run,
-            resume=resume,
-            progress=progress,
-            opening=inputs.open_all,
-            notify=notify,
-            detail=detail,
-        )
+    return measured(inputs, run, resume=resume, progress=progress, notify=notify, detail=detail)
 
 
 @verb_with(HardenSettings)

@@ -39,7 +39,7 @@ def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
     """Run or resume a certification of MODEL on DATA."""
     settings = settings_from(flags, CertifySettings, voice)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.certifying import carry_out_certification
+    from holdfast.api import carry_out
     from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
     from holdfast.engine.progress import ignore
     from holdfast.engine.resuming import way_out
@@ -48,7 +48,7 @@ def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
     command, folder = command_line(), folder_of_run("certify", settings, run)
     with stoppable(way_out(command, folder)):
         with progress_bar(voice) as progress:
-            result = carry_out_certification(
+            result = carry_out(
                 settings,
                 run=folder,
                 resume=resume,

@@ -36,7 +36,7 @@ from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Remedy
-from holdfast.engine.progress import Progress
+from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.harness import Member
 from holdfast.serving.query_trials import measurable
 from holdfast.sources.counting import inspection_counter
@@ -209,6 +209,30 @@ def opened_for_assess(
         subject, data, surrogates = inputs.open_all()
         table = attackers(sources, settings.device, adaptive=settings.adaptive)
         yield subject, data, replace(inputs.request(subject, surrogates), attackers=table)
+
+
+def measured(
+    inputs: AssessInputs,
+    run: Path | None,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    notify: Notify = ignore,
+    detail: Notify = ignore,
+) -> Result:
+    """Open the model and the data of an assessment or a certification, and take the steps of the run."""
+    with opened_for_assess(inputs, run, resume=resume) as (subject, data, request):
+        return assessing.assess(
+            subject,
+            data,
+            request,
+            run=run,
+            resume=resume,
+            progress=progress,
+            opening=inputs.open_all,
+            notify=notify,
+            detail=detail,
+        )
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
