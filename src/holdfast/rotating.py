@@ -12,22 +12,21 @@ Every step stores what it has finished, so that a stopped step continues when it
 `trust_code=True` is needed for a model at `file.py:factory`, because the address stored in the pool refers to code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from holdfast.config import rotate_requests
 from holdfast.config.attacks import ThreatLike, threat_written
 from holdfast.config.groups import DataSource, ModelSource
-from holdfast.config.python_functions import verb
-from holdfast.config.references import DataReference, ModelReference, Numbers, refuse_other_settings
+from holdfast.config.python_functions import verb_with
+from holdfast.config.references import DataReference, ModelReference, refuse_other_settings
 from holdfast.config.resolve import folder_of
 from holdfast.config.settings import RotateSettings, canonical_settings, check_settings, given
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.rotation.collecting import Beginning
 from holdfast.store.authentic import Head
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate import admit as admission
@@ -51,11 +50,15 @@ __all__ = ["admit", "collect", "draw", "expose", "head", "run", "status", "swap"
 
 PoolLike = str | Path | Pool
 """Types of the argument `pool`: a pool, or the path of its folder."""
+_OF_INPUTS = ("bounds", "mean", "std", "data_normalised")
+_OF_GATES = ("gates", "accept_doubts")
+_OPENED_AGAIN = ("device", "trust_code")
+"""Settings with which a step opens the model of a pool again."""
 Options = Mapping[str, Any]
 """Settings by name, with the names that follow `--set codec.` or `--set generator.` on the command line."""
 
 
-@verb
+@verb_with(RotateSettings, "budget", "seed", "initialisation", *_OF_INPUTS, "device")
 def collect(
     model: str | Path | ModelReference,
     data: str | Path | DataReference,
@@ -63,20 +66,13 @@ def collect(
     source: str | Options = "basins",
     recipe: str | Options = "card",
     *,
-    budget: str | None = None,
     fit: str | Path | None = None,
-    seed: int = 0,
-    initialisation: Beginning = "he",
-    bounds: Numbers | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    device: str = "auto",
     run: str | Path | None = None,
     resume: bool = False,
     expect_head: str = "",
     notify: Notify = ignore,
     progress: Progress = silent,
+    **settings: Any,
 ) -> Collected:
     """Create or resume a pool: train parameter sets for the architecture of the model on the train split of `data`, and
     surrogate models for transfer attacks.
@@ -96,20 +92,13 @@ def collect(
     if isinstance(model, ModelReference):
         field_names = (name for name in ModelSource.model_fields if name != "model")
         refuse_other_settings(model, "a model that is trained", *field_names)
-    settings = check_settings(
+    checked = check_settings(
         given(
+            **settings,
             threat=threat_written(threat, "rotate.collect(): threat"),
             source=source,
             recipe=recipe,
-            budget=budget,
             fit=None if fit is None else _address("fit", fit),
-            seed=seed,
-            initialisation=initialisation,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-            device=device,
         ),
         "rotate.collect()",
         kind=RotateSettings,
@@ -122,24 +111,21 @@ def collect(
         for key, value in source
         if key in source.model_fields_set
     }
-    settings = settings.model_copy(
+    checked = checked.model_copy(
         update={**given_with, "model": _address("model", model), "data": _address("data", data)}
     )
-    path = path or new_folder("rotate", digest(canonical(canonical_settings(settings))))
-    request = rotate_requests.collect_request(settings, path, resume=resume, expect_head=expect_head)
+    path = path or new_folder("rotate", digest(canonical(canonical_settings(checked))))
+    request = rotate_requests.collect_request(checked, path, resume=resume, expect_head=expect_head)
     return collection.collect(request, notify=notify, progress=progress)
 
 
-@verb
+@verb_with(RotateSettings, "codec", "generator", *_OPENED_AGAIN)
 def train(
     pool: PoolLike,
     *,
-    codec: Options | None = None,
-    generator: Options | None = None,
-    device: str = "auto",
-    trust_code: bool = False,
     expect_head: str = "",
     notify: Notify = ignore,
+    **settings: Any,
 ) -> TrainedGenerator:
     """Train the generator of a pool, a codec and a latent diffusion model, on the parameter sets that were collected.
 
@@ -147,16 +133,12 @@ def train(
     `Inconclusive` if encoding and decoding costs more than 0.3 points of accuracy. `trust_code` permits the execution
     of the code that builds the pool's model.
     """
-    settings = check_settings(
-        given(codec=codec, generator=generator, device=device, trust_code=trust_code),
-        "rotate.train()",
-        kind=RotateSettings,
-    )
-    request = rotate_requests.train_request(_path(pool), settings, expect_head=expect_head)
+    checked = check_settings(given(**settings), "rotate.train()", kind=RotateSettings)
+    request = rotate_requests.train_request(_path(pool), checked, expect_head=expect_head)
     return training.train(request, notify=notify)
 
 
-@verb
+@verb_with(RotateSettings, *_OPENED_AGAIN)
 def draw(
     pool: PoolLike,
     *,
@@ -164,10 +146,9 @@ def draw(
     by: By | None = None,
     immunise: bool | Options = False,
     resume: bool = False,
-    device: str = "auto",
-    trust_code: bool = False,
     expect_head: str = "",
     notify: Notify = ignore,
+    **settings: Any,
 ) -> Drawn:
     """Add `sets` new parameter sets to the pool as candidates, by default eight. A candidate must be admitted before it
     can serve.
@@ -177,30 +158,24 @@ def draw(
     against examples computed on stolen sets; if there are none, on the serving set or the bases. `resume` continues the
     last draw with its settings.
     """
-    settings = check_settings(
-        given(immunise=_options(immunise=immunise), device=device, trust_code=trust_code),
-        "rotate.draw()",
-        kind=RotateSettings,
+    checked = check_settings(
+        given(**settings, immunise=_options(immunise=immunise)), "rotate.draw()", kind=RotateSettings
     )
     request = rotate_requests.draw_request(
-        _path(pool), settings, sets=sets, by=by, immunising=immunise is not False, resume=resume,
+        _path(pool), checked, sets=sets, by=by, immunising=immunise is not False, resume=resume,
         expect_head=expect_head, notify=notify,
     )  # fmt: skip
     return drawing.draw(request, notify=notify)
 
 
-@verb
+@verb_with(RotateSettings, *_OF_GATES, "n_judged", *_OPENED_AGAIN)
 def admit(
     pool: PoolLike,
     *,
-    gates: Sequence[str] = (),
-    accept_doubts: Mapping[str, str] | None = None,
-    n_judged: int = 2_000,
-    device: str = "auto",
-    trust_code: bool = False,
     expect_head: str = "",
     notify: Notify = ignore,
     progress: Progress = silent,
+    **settings: Any,
 ) -> Admission:
     """Judge every candidate of the pool, and every admitted set that was not yet judged against all stolen sets.
 
@@ -208,18 +183,8 @@ def admit(
     reasons. `n_judged` is the number of held-out examples in the first measurement. The result contains the verdict on
     each set; its `exit_code` is 0 if a candidate was admitted and 4 if none was.
     """
-    settings = check_settings(
-        given(
-            gates=gates,
-            accept_doubts=accept_doubts,
-            n_judged=n_judged,
-            device=device,
-            trust_code=trust_code,
-        ),
-        "rotate.admit()",
-        kind=RotateSettings,
-    )
-    request = rotate_requests.admit_request(_path(pool), settings, expect_head=expect_head)
+    checked = check_settings(given(**settings), "rotate.admit()", kind=RotateSettings)
+    request = rotate_requests.admit_request(_path(pool), checked, expect_head=expect_head)
     return admission.admit(request, notify=notify, progress=progress)
 
 
@@ -257,25 +222,19 @@ def head(pool: PoolLike, *, expect_head: str = "") -> Head:
     return pool_status.head(_opened(pool, expect_head))
 
 
-@verb
+@verb_with(
+    RotateSettings, "every", "min_waiting", *_OF_GATES, "n_judged", "codec", "generator", *_OPENED_AGAIN
+)
 def run(
     pool: PoolLike,
     *,
-    every: Sequence[str] = (),
     by: By | None = None,
-    min_waiting: int = 8,
     immunise: bool | Options = False,
     once: bool = False,
-    gates: Sequence[str] = (),
-    accept_doubts: Mapping[str, str] | None = None,
-    n_judged: int = 2_000,
-    codec: Options | None = None,
-    generator: Options | None = None,
-    device: str = "auto",
-    trust_code: bool = False,
     expect_head: str = "",
     notify: Notify = ignore,
     progress: Progress = silent,
+    **settings: Any,
 ) -> Rotated:
     """Perform all steps of a rotation: finish the collection of the pool, train a generator if one is needed, and swap
     the serving set whenever a swap is due.
@@ -285,24 +244,11 @@ def run(
     raises `Inconclusive` if no set is admitted and none waits. If `once` is True, it returns as soon as a set serves
     and enough sets wait. On the command line, this step also creates the pool.
     """
-    settings = check_settings(
-        given(
-            every=every,
-            min_waiting=min_waiting,
-            immunise=_options(immunise=immunise),
-            gates=gates,
-            accept_doubts=accept_doubts,
-            n_judged=n_judged,
-            codec=codec,
-            generator=generator,
-            device=device,
-            trust_code=trust_code,
-        ),
-        "rotate.run()",
-        kind=RotateSettings,
+    checked = check_settings(
+        given(**settings, immunise=_options(immunise=immunise)), "rotate.run()", kind=RotateSettings
     )
     request = rotate_requests.resumed_run_request(
-        settings, _path(pool), by=by, immunising=immunise is not False, once=once, expect_head=expect_head,
+        checked, _path(pool), by=by, immunising=immunise is not False, once=once, expect_head=expect_head,
         notify=notify,
     )  # fmt: skip
     return loop.run(request, notify=notify, progress=progress)

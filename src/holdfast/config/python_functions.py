@@ -41,12 +41,12 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return _checked(function, signature(function))
 
 
-def verb_with(kind: type[VerbSettings]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def verb_with(kind: type[VerbSettings], *only: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator like `verb` for a function whose last parameter, `**settings`, stands for the settings of a
     command.
 
     The signature and the docstring of the function list each setting that is not a parameter of the function, with the
-    default and the description of its field.
+    default and the description of its field; with `only`, these settings alone.
     """
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
@@ -56,7 +56,11 @@ def verb_with(kind: type[VerbSettings]) -> Callable[[Callable[P, R]], Callable[P
         if issubclass(kind, Placement):
             elsewhere.add(kind.waiting_key)  # of `holdfast.Ray`
         types = get_type_hints(kind)
-        fields = {key: field for key, field in keys_of(kind).items() if key not in elsewhere}
+        fields = {
+            key: field
+            for key, field in keys_of(kind).items()
+            if (key in only if only else key not in elsewhere)
+        }
         added = [
             Parameter(
                 key,
