@@ -44,6 +44,15 @@ def cpu_ms(*arguments):
     return 1000 * min(times)
 
 
+def test_a_small_assessment_imports_only_what_it_needs():
+    code = (
+        "import sys, holdfast\n"
+        "holdfast.assess('mnist-cnn', 'mnist-mini', 'linf:0.1', 'pgd', n=4, doubts=False)\n"
+        "print(sum(name.startswith('holdfast') for name in sys.modules))"
+    )
+    assert int(python("-c", code)) <= 330
+
+
 # --- exports
 
 

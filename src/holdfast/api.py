@@ -6,10 +6,8 @@ its data, and converts them once. The functions that it calls accept one type fo
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from holdfast.checkup import Checkup, examine
-from holdfast.config import hardening
 from holdfast.config.assess_inputs import AssessInputs, measured
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.clusters import Ray, cluster_settings
@@ -45,16 +43,17 @@ from holdfast.config.values import is_suite
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.gallery import ITEMS
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.sources import data as data_sources
 from holdfast.sources.counting import inspection_counter
 from holdfast.stored import baseline_evidence
-from holdfast.verbs import harden as hardens
-from holdfast.verbs.exhibition import Exhibit, exhibits
-from holdfast.verbs.hardened import Hardened
 from holdfast.verbs.result import Result
+
+if TYPE_CHECKING:
+    from holdfast.checkup import Checkup
+    from holdfast.verbs.exhibition import Exhibit
+    from holdfast.verbs.hardened import Hardened
 
 __all__ = [
     "assess",
@@ -201,7 +200,7 @@ def harden(
     resume: bool = False,
     progress: Progress = silent,
     **settings: Any,
-) -> Hardened:
+) -> "Hardened":
     """Train a new model that is more robust than `model`, and assess both. The given model is never changed.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. If `data` is an address, its
@@ -224,6 +223,9 @@ def harden(
     )
     sources = sources_given(model, data, checked)
     folder = folder_of(run, resume=resume)
+    from holdfast.config import hardening
+    from holdfast.verbs import harden as hardens
+
     subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled, recipe)
     request = hardening.harden_request(
         checked,
@@ -248,12 +250,15 @@ def carry_out_hardening(
     notify: Notify = ignore,
     detail: Notify = ignore,
     command: str = "",
-) -> Hardened:
+) -> "Hardened":
     """Train a more robust model with the settings of the command line or of a configuration file, and return it with
     both assessments.
 
     `command` is the command line that repeats the run; the run stores it.
     """
+    from holdfast.config import hardening
+    from holdfast.verbs import harden as hardens
+
     sources = sources_at(settings)
     subject, training, test, fit_data = hardening.open_for_settings(settings, sources)
     request = hardening.harden_request(
@@ -291,14 +296,17 @@ def demo(
 
 
 def exhibition(
-    *, n: int = 500, only: Sequence[str] = (), shown: Callable[[Exhibit], None] = lambda exhibit: None
-) -> tuple[Exhibit, ...]:
+    *, n: int = 500, only: Sequence[str] = (), shown: "Callable[[Exhibit], None]" = lambda exhibit: None
+) -> "tuple[Exhibit, ...]":
     """Build each model of the gallery, whose gradients are masked on purpose, and measure it on the first `n` bundled
     images of digits.
 
     `shown` is called with each result as soon as it is known. `only` lists the names of the models to build; if it is
     empty, all are built. Raises `UsageError` for an unknown name.
     """
+    from holdfast.gallery import ITEMS
+    from holdfast.verbs.exhibition import exhibits
+
     names = [item.name for item in ITEMS]
     for name in only:
         if name not in names:
@@ -314,7 +322,7 @@ def exhibition(
 
 
 @verb_with(DoctorSettings)
-def doctor(model: ModelLike, data: DataLike, **settings: Any) -> Checkup:
+def doctor(model: ModelLike, data: DataLike, **settings: Any) -> "Checkup":
     """Check within seconds whether a model and its data fit together, and return findings about common mistakes, which
     are printed as `holdfast doctor` prints them.
 
@@ -324,14 +332,16 @@ def doctor(model: ModelLike, data: DataLike, **settings: Any) -> Checkup:
     return _findings(sources_given(model, data, checked))
 
 
-def look_over(settings: DoctorSettings) -> Checkup:
+def look_over(settings: DoctorSettings) -> "Checkup":
     """Check a model and its data for common mistakes, with the settings of the command line or of a configuration file,
     and return the findings.
     """
     return _findings(sources_at(settings))
 
 
-def _findings(sources: Sources) -> Checkup:
+def _findings(sources: Sources) -> "Checkup":
+    from holdfast.checkup import Checkup, examine
+
     subject = open_subject(sources)
     inspection_counter(subject.model)
     return Checkup(examine(subject.model, open_examples(sources, subject.model, lenient=True)))

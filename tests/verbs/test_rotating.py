@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast import api
-from holdfast.config import assess_inputs, rotating
+from holdfast.config import rotating
 from holdfast.config.resolve import open_all, open_subject, sources_at
 from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
 from holdfast.core.draws import Draws
@@ -25,7 +25,7 @@ from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
-from holdfast.verbs.rotate import contents, draw, train
+from holdfast.verbs.rotate import attackers, contents, draw, train
 from holdfast.verbs.rotate.alternatives import Alternatives, doubt, hardened
 from holdfast.verbs.rotate.attackers import ATTACKERS, AttackerTable, Means
 from holdfast.verbs.rotate.query_search import AcrossSwaps
@@ -112,7 +112,7 @@ def quick(monkeypatch):
         found.append(pool.path)
         return AttackerTable(pool, terms, MEANS)
 
-    monkeypatch.setattr(assess_inputs, "AttackerTable", table)
+    monkeypatch.setattr(attackers, "AttackerTable", table)
     return found
 
 
@@ -260,15 +260,13 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
 
 def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):
     of = settings(serving, collected[0], adaptive=True)
-    from holdfast.verbs.rotate import attackers
-
     monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert [row["attacker"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
     monkeypatch.undo()
-    monkeypatch.setattr(assess_inputs, "AttackerTable", partial(AttackerTable, means=MEANS))
+    monkeypatch.setattr(attackers, "AttackerTable", partial(AttackerTable, means=MEANS))
     monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
     api.carry_out(of, run=tmp_path / "run", resume=True)
     after = json.loads((tmp_path / "run" / "rotation.json").read_text())
@@ -281,13 +279,11 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     of, run = settings(serving, collected[0], adaptive=True), tmp_path / "run"
     first, second = contents.bases(serving)[:2]
     serving.expose(first, "laptop stolen")
-    from holdfast.verbs.rotate import attackers
-
     monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=run)
     monkeypatch.undo()
-    monkeypatch.setattr(assess_inputs, "AttackerTable", partial(AttackerTable, means=MEANS))
+    monkeypatch.setattr(attackers, "AttackerTable", partial(AttackerTable, means=MEANS))
     serving.expose(second, "another stolen")
     rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
     by = {row["attacker"]: row["has"] for row in rows}

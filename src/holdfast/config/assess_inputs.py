@@ -11,11 +11,9 @@ from typing import Any
 
 from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.smoothing import Smoothing
-from holdfast.config import rotating
 from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.expecting import with_found_properties
 from holdfast.config.grammar import seconds
-from holdfast.config.guard_opening import query_trials
 from holdfast.config.naming import AUTO
 from holdfast.config.planning import assess_request, prover
 from holdfast.config.pooled import pool_of
@@ -38,7 +36,6 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Remedy
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.harness import Member
-from holdfast.serving.query_trials import measurable
 from holdfast.sources.counting import inspection_counter
 from holdfast.sources.selection import selected
 from holdfast.verbs import assess as assessing
@@ -46,7 +43,6 @@ from holdfast.verbs.certify import certify_request, smoothed_subject, without_at
 from holdfast.verbs.expected_rows import Rehearsed, rehearsed
 from holdfast.verbs.request import AssessRequest, Keep, MeasureAttackers, Opening, Subject
 from holdfast.verbs.result import Result
-from holdfast.verbs.rotate.attackers import AttackerTable
 from holdfast.verbs.served import journaled
 from holdfast.verbs.stored_runs import open_run
 
@@ -75,6 +71,9 @@ def _measured(
     progress: Progress,
 ) -> Mapping[str, Any]:
     """Open the training data of the pool only when the table is measured, because they may be large."""
+    from holdfast.config import rotating
+    from holdfast.verbs.rotate.attackers import AttackerTable
+
     pool = pool_of(address)
     assert pool is not None
     trusted = {"device": device, "trust_code": trust_code}
@@ -166,6 +165,9 @@ def with_trials(request: AssessRequest, guard: str, subject: Subject) -> AssessR
     """Return the request of an assessment with the black-box attacks that measure the detectors of a guard, if it has
     any and the threat model supports them.
     """
+    from holdfast.config.guard_opening import query_trials
+    from holdfast.serving.query_trials import measurable
+
     trials = query_trials(guard)
     if trials is None or not measurable(request.plan.threat, subject.model.access):
         return request

@@ -136,7 +136,11 @@ def attack_class(name: str) -> type[Any]:
 
     Raises `UsageError` with the most similar name if there is none.
     """
-    return attack_names()[attack_class_called(name)]
+    canonical = attack_class_called(name)
+    if canonical in catalogue.__all__:  # only this attack is imported
+        found: type[Any] = getattr(catalogue, canonical)
+        return found
+    return attack_names()[canonical]
 
 
 def build_attack(spec: Mapping[str, Any], where: str) -> Attack:

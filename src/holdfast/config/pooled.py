@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.config.references import Sources
 from holdfast.core.errors import TargetError, UsageError
@@ -10,13 +10,14 @@ from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.reports.numbers import strict
-from holdfast.rotation import loaded
 from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
 from holdfast.sources.remote import Remote
 from holdfast.store import forms
 from holdfast.store.files import POOL_MANIFEST
 from holdfast.store.forms import refuse_form
-from holdfast.store.pool import Pool
+
+if TYPE_CHECKING:
+    from holdfast.store.pool import Pool
 
 _OF_SOURCE = ("arch", "model_args", "model_output", "classes")
 _OF_INPUTS = ("bounds", "mean", "std")
@@ -42,13 +43,15 @@ _MANIFEST = forms.record(
 """Form of the manifest of a pool, which may be untrusted."""
 
 
-def pool_of(address: str | None) -> Pool | None:
+def pool_of(address: str | None) -> "Pool | None":
     """Return the rotation pool at an address of the form `rotating:FOLDER`, or None for any other address."""
     if address is None or not address.startswith(ROTATING):
         return None
     path = address.removeprefix(ROTATING)
     if not path:
         raise UsageError(f"{address!r} contains no folder; give that of a pool, as in {ROTATING}pool/")
+    from holdfast.store.pool import Pool  # only for a pool, whose import takes long
+
     return Pool.open(Path(path))
 
 
@@ -74,7 +77,7 @@ def open_model_at(
     )
 
 
-def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
+def refuse_code_in_pool(pool: "Pool", *, trust_code: bool) -> None:
     """Raise `UsageError` if the manifest of a rotation pool refers to Python code and the user has not consented to run
     it (`trust_code`).
     """
@@ -88,7 +91,7 @@ def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
             )
 
 
-def _serving(address: str, pool: Pool, sources: Sources, *, adaptive: bool) -> OpenedModel:
+def _serving(address: str, pool: "Pool", sources: Sources, *, adaptive: bool) -> OpenedModel:
     """Return the serving set in the architecture that the pool names."""
     for group, keys in ((sources.model.source, _OF_SOURCE), (sources.inputs, _OF_INPUTS)):
         for key in keys:
@@ -110,6 +113,8 @@ def _serving(address: str, pool: Pool, sources: Sources, *, adaptive: bool) -> O
         pool.manifest["about"].get("model", {}),
         trust_code=sources.model.source.trust_code,
     )
+    from holdfast.rotation import loaded
+
     model = loaded(architecture.model, pool.weights(serving.name), serving.name)
     card = {
         **architecture.architecture,
@@ -156,7 +161,7 @@ def open_architecture(
     return opened
 
 
-def settings_of_pool(pool: Pool) -> Mapping[str, Any]:
+def settings_of_pool(pool: "Pool") -> Mapping[str, Any]:
     """Return the settings with which a rotation pool was created, from its manifest. Raises `UsageError` if the
     manifest does not contain them.
     """

@@ -35,7 +35,6 @@ from holdfast.config.groups import (
     ServerLimits,
     ThreatSource,
 )
-from holdfast.config.guard_opening import guarded_subject
 from holdfast.config.planning import SUPPORTED_DEVICES, examples_to_fit
 from holdfast.config.references import (
     DataLike,
@@ -155,7 +154,11 @@ def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bo
     model, transformed, more = _transformed(model, transform)
     subject = _subject(model, card | transformed, (*notes, *more), properties)
     guard = sources.model.inference.guard
-    return subject if guard is None else guarded_subject(subject, guard)
+    if guard is None:
+        return subject
+    from holdfast.config.guard_opening import guarded_subject
+
+    return guarded_subject(subject, guard)
 
 
 def _scaled(model: Classifier, sources: Sources) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ from holdfast.engine.ray_local import (
     unchanged_process,
 )
 
+NODES = "nodes"
+"""Kind of the document with the properties of nodes that differ from the process of the run."""
 _FETCH_S = 600
 """Seconds in which a finished result must arrive from its node."""
 Failure = Literal["memory", "lost", "full", "cancelled", "error"]

@@ -26,13 +26,11 @@ from holdfast.core.remedies import RESUME, Remedy
 from holdfast.engine import ray_node
 from holdfast.engine.executor import DEATHS, ERRORS, Task
 from holdfast.engine.progress import Notify, ignore
-from holdfast.engine.ray_cluster import Cluster, RayOptions, connected, full
+from holdfast.engine.ray_cluster import NODES, Cluster, RayOptions, connected, full
 from holdfast.engine.ray_worker import LENGTH
 from holdfast.engine.run import Run
 from holdfast.engine.store import Stopwatch
 
-NODES = "nodes"
-"""Kind of the document with the properties of nodes that differ from the process of the run."""
 _RECORDED = ("torch build", "threads", "device", "code")
 _INLINE = 100_000
 """Largest number of bytes of examples that are part of the task itself."""

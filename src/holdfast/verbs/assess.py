@@ -19,7 +19,7 @@ from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, required_attacks
 from holdfast.engine.executor import Executor
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.engine.ray_tasks import NODES
+from holdfast.engine.ray_cluster import NODES
 from holdfast.engine.resuming import resumable, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import Stopper, stoppable

@@ -19,7 +19,6 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.harness import Plan, Target, prepared_prover
 from holdfast.ops.statistics import upper_tail
-from holdfast.proving.geometry import BoundaryGeometry
 from holdfast.verbs.request import AssessRequest, Subject
 
 _NAMED = 10
@@ -40,6 +39,8 @@ def certify_request(
     around the first `geometry` examples. The fixed PGD-40 pass and the probes of doubts
     are left out, because they are run on examples that are decided already.
     """
+    from holdfast.proving.geometry import BoundaryGeometry
+
     plan = replace(
         request.plan,
         proofs=tuple(proofs),

@@ -4,18 +4,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.core.batch import Data
 from holdfast.engine.executor import Executor, Inline
 from holdfast.engine.processes import import_path, worker_processes
 from holdfast.engine.progress import Notify
 from holdfast.engine.ray_cluster import RayOptions, connected
-from holdfast.engine.ray_tasks import RayTasks, ray_tasks
 from holdfast.harness import Plan
 from holdfast.verbs.measuring import ShardMeasure, WorkerSetup
 from holdfast.verbs.request import AssessRequest, Opening, Subject
-from holdfast.verbs.sending import SentModel, known_rows, sender, shipment, shipped_files
+
+if TYPE_CHECKING:
+    from holdfast.engine.ray_tasks import RayTasks
 
 
 @contextmanager
@@ -60,8 +61,11 @@ def _cluster(
     digest: str,
     notify: Notify,
     detail: Notify,
-) -> Iterator[RayTasks]:
+) -> "Iterator[RayTasks]":
     """Yield the executor on a Ray cluster. The opened model is sent to the workers."""
+    from holdfast.engine.ray_tasks import ray_tasks
+    from holdfast.verbs.sending import SentModel, known_rows, sender, shipment, shipped_files
+
     assert request.workers is not None  # the request of a cluster without a number of workers is refused
     device = "cuda" if options.gpus_per_worker else request.device
     plan, data = _without_surrogates(measure.plan), measure.data

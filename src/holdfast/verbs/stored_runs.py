@@ -13,7 +13,7 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.core.remedies import RESUME, Remedy
-from holdfast.engine.ray_tasks import NODES
+from holdfast.engine.ray_cluster import NODES
 from holdfast.harness import FOUND, KINDS
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy

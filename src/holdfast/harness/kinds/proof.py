@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, Prover, ReadyProver
-from holdfast.certifiers.provers import GraphProver, prepared_graph
 from holdfast.certifiers.smoothing import Smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
@@ -252,6 +251,8 @@ def prepared_prover(target: Target, prover: Prover, sample: Batch, threat: "Thre
     """
     if isinstance(prover, Smoothing):
         return _prepared_smoothing(target, prover, sample, threat)
+    from holdfast.certifiers.provers import GraphProver, prepared_graph
+
     if isinstance(prover, GraphProver):  # all of them use the same graph
         graph = target.once("graph", lambda: prepared_graph(target.bare, sample))
         return target.once(f"prover {prover.name} {prover!r}", lambda: prover.on(graph, target.bare, threat))
