@@ -163,7 +163,7 @@ def draw(
     )
     request = rotate_requests.draw_request(
         _path(pool), checked, sets=sets, by=by, immunising=immunise is not False, resume=resume,
-        expect_head=expect_head, notify=notify,
+        expect_head=expect_head
     )  # fmt: skip
     return drawing.draw(request, notify=notify)
 
@@ -248,8 +248,7 @@ def run(
         given(**settings, immunise=_options(immunise=immunise)), "rotate.run()", kind=RotateSettings
     )
     request = rotate_requests.resumed_run_request(
-        checked, _path(pool), by=by, immunising=immunise is not False, once=once, expect_head=expect_head,
-        notify=notify,
+        checked, _path(pool), by=by, immunising=immunise is not False, once=once, expect_head=expect_head
     )  # fmt: skip
     return loop.run(request, notify=notify, progress=progress)
 

@@ -94,7 +94,7 @@ def draw(
     with stoppable(again):
         request = rotate_requests.draw_request(
             Path(pool), settings, sets=wanted, by=by, immunising=immunising, resume=resume,
-            expect_head=expect_head, notify=voice.say,
+            expect_head=expect_head
         )  # fmt: skip
         drawn = drawing.draw(request, again=again, notify=voice.say)
     immunised = f", immunised against {len(drawn.against)} sets" if drawn.against else ""
@@ -142,7 +142,7 @@ def turn(
     with stoppable(again), progress_bar(voice) as progress:
         request = rotate_requests.run_request(
             settings, folder, by=by, immunising=immunising, once=once, anyway=anyway, resume=resume,
-            expect_head=expect_head, notify=voice.say,
+            expect_head=expect_head
         )  # fmt: skip
         rotation_run.run(request, again=again, notify=voice.say, progress=progress)
     return 0

@@ -6,7 +6,6 @@ from holdfast.config import rotating
 from holdfast.config.settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.engine.progress import Notify, ignore
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.admit import AdmitRequest
 from holdfast.verbs.rotate.collect import CollectRequest
@@ -43,7 +42,6 @@ def draw_request(
     immunising: bool = False,
     resume: bool = False,
     expect_head: str = "",
-    notify: Notify = ignore,
 ) -> DrawRequest:
     """Return the request for generating or retraining new parameter sets for a rotation pool. `immunising` states
     whether the new sets are immunised.
@@ -80,7 +78,6 @@ def run_request(
     anyway: bool = False,
     resume: bool = False,
     expect_head: str = "",
-    notify: Notify = ignore,
 ) -> RunRequest:
     """Return the request for all steps of a rotation, with a new pool or, with `resume`, the pool
     in the folder `path`.
@@ -98,7 +95,6 @@ def resumed_run_request(
     immunising: bool = False,
     once: bool = False,
     expect_head: str = "",
-    notify: Notify = ignore,
 ) -> RunRequest:
     """Return the request for all steps of a rotation with an existing pool, whose model and data are opened again."""
     loop = _loop_settings(settings, by_named(by), immunising=immunising, once=once)
