@@ -83,6 +83,17 @@ def test_a_table_is_told_to_scale_its_features() -> None:
     assert "bounds=(0, 39) (an estimate from 20 examples" in way_out
 
 
+@pytest.mark.parametrize("missing", [slice(3, 4), slice(None)], ids=["one value", "a whole feature"])
+def test_the_range_of_a_table_with_missing_values_is_that_of_the_values_present(missing: slice) -> None:
+    x = torch.arange(40.0).view(20, 2)
+    x[missing, 1] = torch.nan
+    found = said(holdfast.doctor(lambda x: x.nan_to_num(), (x, torch.ones(20, dtype=torch.long))))
+    level, way_out = found["range"]
+    last = 39 if missing != slice(None) else 38
+    assert level == "problem" and f"bounds=(0, {last})" in way_out
+    assert f'"1": [{"1, 39" if last == 39 else "0, 0"}]' in way_out
+
+
 def test_a_model_that_writes_into_its_input_is_told_so() -> None:
     digits = open_data("mnist-mini").read(0, 40)
 

@@ -13,7 +13,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Labels, Rows
 from holdfast.sources.arrays import Arrays, ranges_of_features
-from holdfast.sources.estimates import BYTES, pixel_divisor, scaling
+from holdfast.sources.estimates import BYTES, extremes, pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
 SAMPLE = 256
@@ -83,7 +83,7 @@ def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:
     Without this correction, the later checks would report only effects of the wrong
     scale.
     """
-    divisor = pixel_divisor(float(sample.min()), float(sample.max()), sample.dim())
+    divisor = pixel_divisor(*extremes(sample), sample.dim())
     if bool(_outside(sample, model).any()) and model.bounds.width <= 1 and divisor is not None:
         return x / divisor
     return x
@@ -108,8 +108,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     """Yield a finding on whether input values are inside the bounds of the model, and not in an unexpectedly small part
     of them.
     """
-    numbers = x[~x.isnan()]  # NaN is a missing value
-    low, high = (float(end) for end in (numbers.min(), numbers.max())) if len(numbers) else (0.0, 0.0)
+    low, high = extremes(x)
     text = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.checkup.examined import BETTER, Examined, Finding, Level, share_right
 from holdfast.core.remedies import Remedy
-from holdfast.sources.estimates import BYTES, NORMALISATIONS
+from holdfast.sources.estimates import BYTES, NORMALISATIONS, extremes
 
 FILLED = 0.1
 """Smallest fraction of the bounds that the data should span; an image with 17 grey levels divided by 255 spans 0.06."""
@@ -79,7 +79,7 @@ def _filled(examined: Examined) -> Iterator[Finding]:
     share, x = _share_filled(examined), examined.batch.x
     if share > FILLED or x.numel() < 2:
         return
-    low, high = float(x.min()), float(x.max())
+    low, high = extremes(x)
     text, gain = f"inputs range from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds", None
     if share > 0 and examined.may_be_beaten:
         other_accuracy = examined.right_with(x / share)
@@ -95,7 +95,7 @@ def _levels(examined: Examined) -> str:
     """Return an example of the right scaling if integers were divided by 255 although their maximum is smaller; else
     "".
     """
-    highest = 255 * float(examined.batch.x.max())
+    highest = 255 * extremes(examined.batch.x)[1]
     maximum = round(highest)
     if examined.model.bounds.width != 1 or maximum < 2 or abs(highest - maximum) > 0.01:
         return ""
@@ -106,8 +106,9 @@ def _share_filled(examined: Examined) -> float:
     """Return the range of all values as a fraction of the bounds, where each feature has its own bounds."""
     x = examined.batch.x.double()
     low, high = (end.double() for end in examined.model.bounds.like(examined.batch.x))
-    place = ((x - low) / (high - low).clamp_min(1e-12)).nan_to_num()
-    return float(place.max() - place.min())
+    place = (x - low) / (high - low).clamp_min(1e-12)
+    lowest, highest = extremes(place)
+    return highest - lowest
 
 
 def _scale(examined: Examined) -> Iterator[Finding]:

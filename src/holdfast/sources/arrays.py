@@ -26,6 +26,7 @@ from holdfast.sources.estimates import (
     BYTES,
     as_in_training,
     before_normalisation,
+    extremes,
     pixel_divisor,
     range_of_training,
 )
@@ -408,9 +409,9 @@ def ranges_of_features(data: Arrays) -> Remedy:
     """
     x = _values(data, data.read(0, len(data)).x)
     names = data.features or tuple(map(str, range(x.shape[1])))
-    ends = [(column[~column.isnan()].min(), column[~column.isnan()].max()) for column in x[:, :_EXAMPLES].T]
+    ends = [extremes(column) for column in x[:, :_EXAMPLES].T]
     shown = ", ".join(
-        f'"{name}": [{float(low):g}, {float(high):g}]'
+        f'"{name}": [{low:g}, {high:g}]'
         for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
     )
     mapping = f"{{{shown}{', …' if len(names) > _EXAMPLES else ''}}}"
