@@ -230,3 +230,26 @@ def test_no_alternative_is_believed_where_outputs_change_between_calls() -> None
     found = said(holdfast.doctor(turning, (x, y)))
     assert found["randomness"][0] == "warning"
     assert not {"normalisation", "labels", "scale"} & set(found)
+
+
+ORDERS = {"b,a,c": (1, 0, 2), "c,a,b": (1, 2, 0)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_class_names_in_another_order_are_named_and_no_shift_is_reported(order: str) -> None:
+    names = order.split(",")
+    y = np.arange(60) % 3
+    x = torch.eye(3)[y]
+    findings = holdfast.doctor(lambda x: x, (x, np.array(names)[y]))
+    (labels,) = (finding for finding in findings if finding.check == "labels")
+    assert labels.level == "problem" and f"--class-names {order} if the training" in labels.on_command_line()
+    opened = holdfast.open_model(lambda x: x, class_names=names)
+    right = holdfast.doctor(opened, (x, np.array(names)[y]))
+    assert said(right)["accuracy"][0] == "good" and "labels" not in said(right)
+
+
+def test_a_model_at_chance_on_text_labels_is_given_the_order_to_check() -> None:
+    y = np.arange(60) % 3
+    findings = holdfast.doctor(lambda x: x, (torch.eye(3)[np.arange(60) // 20], np.array(["d", "h", "v"])[y]))
+    assert "class_names=[A, B, C] to holdfast.open_model in the order" in said(findings)["accuracy"][1]
+    assert "if it is not d, h, v" in said(findings)["accuracy"][1]

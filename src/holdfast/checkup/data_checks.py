@@ -31,6 +31,14 @@ def strange_classes(data: Data) -> Iterator[Finding]:
         yield Finding("classes", "problem", data.objection.message, remedies=data.objection.remedies)
 
 
+def names_of_labels(data: Data) -> tuple[str, ...] | None:
+    """Return the class names in the order of their numbers if the labels of the data are names, such as strings or
+    class folders; otherwise None.
+    """
+    named = isinstance(data, Pictures) or (isinstance(data, Arrays) and data.text_labels)
+    return data.classes if named else None
+
+
 def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
     """Return the smallest and the largest label of all examples if the data are arrays; otherwise those of the sample
     `batch`.

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from holdfast.checkup.examined import BETTER, Examined, Finding, Level, share_right
-from holdfast.core.remedies import Remedy
+from holdfast.checkup.examined import BETTER, MORE, Examined, Finding, Level, share_right
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.sources.class_numbers import listed
 from holdfast.sources.estimates import BYTES, NORMALISATIONS, extremes
 
 FILLED = 0.1
@@ -20,12 +21,45 @@ _ESTIMATE = "an estimate: the network may expect normalised input; declare the v
 _TWICE = "it is done twice, inside the network and before it: give the original data, or leave one of the steps out"
 
 
+def checked_order(names: tuple[str, ...]) -> Remedy:
+    """Return the declaration of the order of class names, with the order in which they were numbered."""
+    reason = f"in the order of the model's outputs, if it is not {listed(names)}"
+    return Remedy("class_names", Placeholder("A,B,C", "[A, B, C]"), function="open_model", reason=reason)
+
+
+def class_orders(examined: Examined) -> Iterator[Finding]:
+    """Yield a finding if the labels are names, and the model is far more accurate with the names in another order.
+
+    The order is that of the class which the model predicts most often for each name. It is compared only if all classes
+    occur in at least five examples and these classes differ.
+    """
+    y, classes = examined.batch.y, examined.logits.shape[1] - examined.model.rejects
+    counts = torch.bincount(y, minlength=classes)
+    if examined.names is None or len(counts) != len(examined.names) or int(counts.min()) < MORE:
+        return
+    predicted = examined.logits.argmax(1)
+    order = [int(torch.bincount(predicted[y == label]).argmax()) for label in range(classes)]
+    if sorted(order) != list(range(classes)):
+        return
+    accuracy = share_right(examined.logits, torch.tensor(order, device=y.device)[y])
+    if accuracy > float(counts.max()) / len(y) + BETTER and examined.beaten_by(accuracy):
+        names = tuple(examined.names[order.index(place)] for place in range(classes))
+        text = (
+            f"accuracy is {examined.accuracy:.0%}, but {accuracy:.0%} with the class names in another order"
+        )
+        remedy = Remedy("class_names", names, function="open_model", reason="if the training used this order")
+        way_out = f"the names were numbered in the order {listed(examined.names)}"
+        yield Finding("labels", "problem", text, way_out, accuracy - examined.accuracy, (remedy,))
+
+
 def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Iterator[Finding]:
     """Yield a finding if the model is far more accurate after one of `shifts` is added to all labels.
 
     A shift is reported if the accuracy with the shift is far higher than that without it, and than that of a constant
-    prediction.
+    prediction. Names have no next number, so that none is reported if the labels are names.
     """
+    if examined.names is not None:
+        return
     y, classes = examined.batch.y, examined.logits.shape[1] - examined.model.rejects
     majority = int(torch.unique(y, return_counts=True)[1].max()) / len(y)
     for shift in shifts:

@@ -21,6 +21,7 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
+from holdfast.sources.class_numbers import Numbered
 from holdfast.sources.declarations import NORMALISED_DATA
 from holdfast.sources.estimates import (
     BYTES,
@@ -129,6 +130,8 @@ class Arrays:
     """names of the columns of a table, in the order of the inputs"""
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+    text_labels: bool = False
+    """whether the labels of the source are names, which were numbered"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -154,6 +157,15 @@ class Arrays:
         """Return a data set that contains only the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
         return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
+
+    def labelled(self, numbering: Numbered) -> "Arrays":
+        """Return the data set with the notes and the objection of `numbering`, from which its labels are."""
+        return replace(
+            self,
+            notes=(*self.notes, *numbering.notes),
+            objection=numbering.objection,
+            text_labels=numbering.names is not None,
+        )
 
     def read(self, start: int, stop: int) -> Batch:
         """Return the examples from `start` to `stop` - 1 as a batch of floats."""
@@ -411,8 +423,7 @@ def ranges_of_features(data: Arrays) -> Remedy:
     names = data.features or tuple(map(str, range(x.shape[1])))
     ends = [extremes(column) for column in x[:, :_EXAMPLES].T]
     shown = ", ".join(
-        f'"{name}": [{low:g}, {high:g}]'
-        for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
+        f'"{name}": [{low:g}, {high:g}]' for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
     )
     mapping = f"{{{shown}{', …' if len(names) > _EXAMPLES else ''}}}"
     measured = data.units is not None

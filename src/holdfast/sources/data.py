@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.sources import tables
 from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
 from holdfast.sources.catalogue import CATALOGUE, data_folder
-from holdfast.sources.class_numbers import MOST_NAMES, matched, numbered, renumbered
+from holdfast.sources.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import reading, similar_file, similar_name
 from holdfast.sources.labels import whole_numbers
@@ -193,11 +193,11 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     names = place.classes
     if names is None and "classes" in archive.names:
         names = _class_names(archive, address)
-    objection: HoldfastError | None = None
+    numbering = Numbered(all_labels)
     if all_labels.dtype.kind == "U" and all_labels.ndim == 1:
         class_names = options.expected.class_names or names
         numbering = numbered(all_labels, replace(options.expected, class_names=class_names), name)
-        all_labels, names, objection = numbering.y, numbering.names, numbering.objection
+        all_labels, names = numbering.y, numbering.names
     else:
         if names is None and all_labels.dtype.kind in "iu":
             all_labels = numbered(all_labels, options.expected, name).y
@@ -214,7 +214,7 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         class_names=names,
         source_labels=all_labels,
     )
-    return replace(data, objection=objection) if objection else data
+    return data.labelled(numbering)
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:

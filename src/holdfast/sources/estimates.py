@@ -6,7 +6,6 @@ The results may differ from the values that were used in the training.
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from holdfast.core.normalisation import Normalisation

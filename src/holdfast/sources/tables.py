@@ -119,13 +119,7 @@ def table_examples(
     # names are numbered after the model was called with the inputs, which determines its number of classes
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, **of_source)
     numbering = numbered_words(column.words, column.places, expected, table.name)
-    return replace(
-        data,
-        y=numbering.y[chosen],
-        classes=numbering.names,
-        notes=(*data.notes, _numbering(numbering.names or ())),
-        objection=numbering.objection,
-    )
+    return replace(data, y=numbering.y[chosen], classes=numbering.names).labelled(numbering)
 
 
 def _whole_inputs(
@@ -143,12 +137,6 @@ def _whole_inputs(
         return inputs.cells[rows], None, notes
     x, image_notes = decoded([inputs.cells[row] for row in rows], rows.tolist(), name)
     return x, "chw", (*notes, *image_notes)
-
-
-def _numbering(names: tuple[str, ...]) -> str:
-    """Return a note with the number of each class."""
-    shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
-    return f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
 
 
 def _named_by_position(
