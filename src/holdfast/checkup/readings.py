@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from holdfast.checkup.examined import BETTER, MORE, Examined, Finding, Level, share_right
+from holdfast.core.model import Bounds
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.types import Inputs
 from holdfast.sources.class_numbers import listed
 from holdfast.sources.estimates import BYTES, NORMALISATIONS, extremes
 
@@ -110,7 +112,7 @@ def _filled(examined: Examined) -> Iterator[Finding]:
 
     It is a warning if the model is accurate on them, else a problem.
     """
-    share, x = _share_filled(examined), examined.batch.x
+    share, x = share_filled(examined.batch.x, examined.model.bounds), examined.batch.x
     if share > FILLED or x.numel() < 2:
         return
     low, high = extremes(x)
@@ -136,18 +138,17 @@ def _levels(examined: Examined) -> str:
     return f", as in x / {maximum} for whole numbers from 0 to {maximum}"
 
 
-def _share_filled(examined: Examined) -> float:
+def share_filled(x: Inputs, bounds: Bounds) -> float:
     """Return the range of all values as a fraction of the bounds, where each feature has its own bounds."""
-    x = examined.batch.x.double()
-    low, high = (end.double() for end in examined.model.bounds.like(examined.batch.x))
-    place = (x - low) / (high - low).clamp_min(1e-12)
+    low, high = (end.double() for end in bounds.like(x))
+    place = (x.double() - low) / (high - low).clamp_min(1e-12)
     lowest, highest = extremes(place)
     return highest - lowest
 
 
 def _scale(examined: Examined) -> Iterator[Finding]:
     """Yield a finding if the inputs are too small or too large by the factor 255 or another one."""
-    share, best = _share_filled(examined), examined.accuracy
+    share, best = share_filled(examined.batch.x, examined.model.bounds), examined.accuracy
     alternatives = (
         (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()", ()),
         (
