@@ -131,6 +131,10 @@ OTHER_FOLDER = Remedy("run", Placeholder("DIR"), reason="for another folder")
 """folder of a new run"""
 OTHER_EXAMPLES = Remedy("fit", Placeholder("DATA"), reason="for other examples")
 """examples on which a training or an attack is fitted"""
+UPSTREAM_KEY = Remedy(
+    "upstream_headers", ("Authorization: env:VARIABLE",), "--upstream-header", repeated=True
+)
+"""header with a key of the upstream server that is in an environment variable"""
 SURROGATE = Remedy(
     "surrogates", Placeholder("MODEL", "[MODEL]"), "--surrogate", reason="for a model with the same classes"
 )
