@@ -201,7 +201,7 @@ def test_normalising_twice_is_named_on_either_side() -> None:
     inside = said(holdfast.doctor(lambda x: colourful(normalised(x)), (x, y)))
     for found in (before, inside):
         assert found["normalisation"][0] == "problem" and found["normalisation"][1].startswith(
-            "it is done twice"
+            "the network expects the values before this normalisation"
         )
     missing = said(
         holdfast.doctor(
@@ -253,3 +253,22 @@ def test_a_model_at_chance_on_text_labels_is_given_the_order_to_check() -> None:
     findings = holdfast.doctor(lambda x: x, (torch.eye(3)[np.arange(60) // 20], np.array(["d", "h", "v"])[y]))
     assert "class_names=[A, B, C] to holdfast.open_model in the order" in said(findings)["accuracy"][1]
     assert "if it is not d, h, v" in said(findings)["accuracy"][1]
+
+
+@pytest.mark.parametrize("takes", ["pixels", "normalised inputs"])
+def test_the_advice_on_normalised_data_leads_to_no_problem(takes: str) -> None:
+    pixels = torch.rand(200, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = (pixels[:, 0, 0, 0] > 0.5).long()
+    threshold = 0.5 if takes == "pixels" else 0.0
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        height = x[:, 0, 0, 0] - threshold
+        return torch.stack((-height, height), 1)
+
+    findings = holdfast.doctor(model, (2 * pixels - 1, y))
+    problems = {finding.check: finding for finding in findings if finding.level == "problem"}
+    assert ("normalisation" in problems) == (takes == "pixels")
+    assert bool(problems["range"].remedies) == (takes != "pixels")
+    remedy = problems["normalisation" if takes == "pixels" else "range"].remedies[-1]
+    changes = {part.argument: part.value for part in (remedy, *remedy.also)}
+    assert not any(each.level == "problem" for each in holdfast.doctor(model, (2 * pixels - 1, y), **changes))

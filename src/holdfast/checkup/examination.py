@@ -25,6 +25,7 @@ from holdfast.checkup.data_checks import (
     range_of_values,
     spread_examples,
     strange_classes,
+    without_estimates,
 )
 from holdfast.checkup.examined import Examined, Finding, outputs_of
 from holdfast.checkup.readings import class_orders, labels_from_one, layouts, units
@@ -58,7 +59,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             unclear = tuple(_unclear_output(model, data))
             differs = tuple(_predictions(model, data))
             strange = tuple(strange_classes(data))
-            findings = () if unclear else tuple(_findings(model, batch, left_in_training, data))
+            findings = () if unclear else without_estimates(_findings(model, batch, left_in_training, data))
             if strange:  # these findings already explain wrong labels
                 findings = tuple(finding for finding in findings if finding.check != "labels")
             return (*strange, *unclear, *differs, *findings)

@@ -9,18 +9,19 @@ from collections.abc import Iterator
 
 import torch
 
+from holdfast.checkup.data_checks import outside
 from holdfast.checkup.examined import BETTER, MORE, Examined, Finding, Level, share_right
 from holdfast.core.model import Bounds
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs
 from holdfast.sources.class_numbers import listed
-from holdfast.sources.estimates import BYTES, NORMALISATIONS, extremes
+from holdfast.sources.estimates import BYTES, NORMALISATIONS, extremes, range_of_training
 
 FILLED = 0.1
 """Smallest fraction of the bounds that the data should span; an image with 17 grey levels divided by 255 spans 0.06."""
 _DARK = 0.5  # share of the bounds below which inputs may need scaling to all of them
 _ESTIMATE = "an estimate: the network may expect normalised input; declare the values of its training"
-_TWICE = "it is done twice, inside the network and before it: give the original data, or leave one of the steps out"
+_BEFORE = "the network expects the values before this normalisation: undo it in the data or leave it out in the network"
 
 
 def checked_order(names: tuple[str, ...]) -> Remedy:
@@ -179,25 +180,37 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             text = (
                 f"accuracy is {examined.accuracy:.0%}, but {without:.0%} without the declared normalisation"
             )
-            way_out = "correct mean and std, or data_normalised; the network may normalise its input itself"
+            way_out = (
+                "the network may normalise its input itself: leave out mean and std, or undo the normalisation in the "
+                "data instead of declaring data_normalised, or correct the values"
+            )
             yield Finding("normalisation", "problem", text, way_out, without - examined.accuracy)
         return
     best, findings = examined.accuracy, tuple[Finding, ...]()
     for name, (mean, std) in NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
-        declared = Remedy("mean", mean, also=(Remedy("std", std),))
-        undone = [-m / s for m, s in zip(mean, std, strict=True)], [1 / s for s in std]
-        for shift, scale, text, way_out, remedies in (
-            (mean, std, f"with {name} normalisation", _ESTIMATE, (declared,)),
-            (*undone, f"with {name} normalisation undone", _TWICE, ()),
+        undone = (
+            tuple(round(-m / s, 6) for m, s in zip(mean, std, strict=True)),
+            tuple(round(1 / s, 6) for s in std),
+        )
+        for shift, scale, text, way_out in (
+            (mean, std, f"with {name} normalisation", _ESTIMATE),
+            (*undone, f"with {name} normalisation undone", _BEFORE),
         ):
             other_accuracy = examined.right_with(batch.x, model.renormalised(shift, scale))
             if other_accuracy > best and examined.beaten_by(other_accuracy):
                 description = f"accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} {text}"
                 gain = other_accuracy - examined.accuracy
+                declared = Remedy("mean", shift, also=(Remedy("std", scale), *_wider_bounds(examined)))
                 best, findings = (
                     other_accuracy,
-                    (Finding("normalisation", "problem", description, way_out, gain, remedies),),
+                    (Finding("normalisation", "problem", description, way_out, gain, (declared,)),),
                 )
     yield from findings
+
+
+def _wider_bounds(examined: Examined) -> tuple[Remedy, ...]:
+    """Return the declaration of bounds that contain the inputs, if some are outside the bounds of the model."""
+    x = examined.batch.x
+    return (range_of_training(*extremes(x)),) if bool(outside(x, examined.model).any()) else ()

@@ -27,6 +27,7 @@ from holdfast.checkup.data_checks import (
     range_of_values,
     spread_examples,
     strange_classes,
+    without_estimates,
 )
 from holdfast.checkup.examined import BETTER, STEADY, Examined, Finding, outputs_of
 from holdfast.checkup.readings import units
@@ -48,7 +49,7 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
     """
     server = inspection_counter(model)
     assert server is not None
-    findings = tuple(_findings(model, data, server))
+    findings = without_estimates(_findings(model, data, server))
     if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
         findings = tuple(finding for finding in findings if finding.check != "labels")
     text = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
