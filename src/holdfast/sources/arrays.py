@@ -32,7 +32,7 @@ from holdfast.sources.estimates import (
     range_of_training,
 )
 from holdfast.sources.expected import Expected
-from holdfast.sources.labels import class_labels
+from holdfast.sources.labels import class_labels, refuse_swapped
 from holdfast.sources.layouts import LayoutReading, reading_of
 from holdfast.sources.probing import ProbedClassifier
 
@@ -254,6 +254,7 @@ def from_numpy(
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
+    refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
     if x.ndim < 2 and not preserve:

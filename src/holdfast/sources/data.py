@@ -15,7 +15,7 @@ from holdfast.sources.catalogue import CATALOGUE, data_folder
 from holdfast.sources.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import reading, similar_file, similar_name
-from holdfast.sources.labels import whole_numbers
+from holdfast.sources.labels import refuse_swapped, whole_numbers
 from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
 from holdfast.sources.npz import Npz, arrays_of_split, named_arrays
@@ -188,6 +188,10 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     rows = selected_rows(n_rows, n=options.n, sample=options.sample, seed=options.seed, name=name)
     stop = int(rows[-1]) + 1
     x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
+    other = Remedy("y", x_name, function="open_data")
+    refuse_swapped(
+        x, all_labels[:stop], repr(address), Remedy("x", y_name, function="open_data", also=(other,))
+    )
     if len(rows) < stop:
         x = x[rows]
     names = place.classes
