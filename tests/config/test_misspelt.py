@@ -101,6 +101,9 @@ def test_a_file_of_code_needs_the_name_of_a_function(tmp_path):
         ("assess", {"time_limit": 30}, "give time_budget='30s'"),
         ("harden", {"epochs": 5}, r"give recipe=\{'use': 'pgd', 'training': \{'epochs': 5\}\}"),
         ("assess", {"gates": "clean_accuracy >= 0.1"}, r"give gates=\('clean_accuracy >= 0.1',\)"),
+        ("assess", {"gates": "clean_accuracy > 0.1"}, r"give gates=\('clean_accuracy >= 0.1',\)"),
+        ("assess", {"gates": "clean_acuracy > 0.1"}, r"did you mean 'clean_accuracy'"),
+        ("assess", {"gate": "clean_accuracy > 0.1"}, r"give gates=\('clean_accuracy >= 0.1',\)"),
         ("assess", {"sead": 1}, "assess has no argument 'sead'; did you mean 'seed'"),
     ],
 )
