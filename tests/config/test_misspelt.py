@@ -67,10 +67,17 @@ def test_eps_is_a_part_of_the_threat(threat, eps, text):
         (["--steps", "10"], "give --set 'attacks=[{use: PGD, steps: 10}]'"),
         (["--gates", "x"], "give --gate x"),
         (["--eps"], "give --threat linf:VALUE"),
+        (["--norm", "l2"], "give --threat l2:EPS"),
+        (["--bounds", "0", "255"], "give --bounds 0,255"),
+        (["--time", "60s"], "give --time-budget 60s"),
+        (["harden", "--time", "60s"], "give --budget 60s"),
+        (["harden", "--epochs", "3"], "give --set recipe.training.epochs=3"),
+        (["certify", "--no-doubts"], "no such option '--no-doubts'; it is an option of assess, harden; see"),
     ],
 )
 def test_options_of_other_programs_are_refused_with_their_spelling(words, spelling, capsys):
-    assert run(["assess", "mnist-cnn", "mnist-mini", *words]) == 2
+    verb, *options = words if words[0] in ("harden", "certify") else ("assess", *words)
+    assert run([verb, "mnist-cnn", "mnist-mini", *options]) == 2
     assert spelling in capsys.readouterr().err
 
 
