@@ -155,3 +155,12 @@ def test_no_spelling_is_named_for_other_texts(threat):
 def test_an_eps_beyond_the_bounds_is_divided_by_255(threat, spelling):
     with pytest.raises(UsageError, match=f"give threat='{spelling}"):
         holdfast.assess(NET, (X, Y), threat, suite="square")
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [("mnist-mini", "mnist-cnn"), ("test.npz", "weights.pt"), ("t.csv", "net.py:make")]
+)
+@pytest.mark.parametrize("verb", ["assess", "doctor"])
+def test_a_model_and_data_that_are_swapped_are_named(verb, model, data, capsys):
+    assert run([verb, model, data]) == 2
+    assert "they seem to be swapped: give the model first and then the data" in capsys.readouterr().err
