@@ -42,7 +42,7 @@ def refuse_missing_file(address: str | None) -> None:
         return
     path = address.removeprefix("rotating:")
     path = _without_function(path)
-    looks_like_a_file = path.endswith((*_MODELS, *_DATA)) or path.endswith((".yaml", ".yml")) or "/" in path
+    looks_like_a_file = path.endswith((*_MODELS, *_DATA, ".yaml", ".yml")) or "/" in path
     if looks_like_a_file and "://" not in path:
         existing(Path(path), "file or folder")
 
