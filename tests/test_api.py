@@ -1,5 +1,6 @@
 """The Python twins: whatever a caller has in hand, the same results as the command line."""
 
+import math
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import holdfast
 from holdfast.attacks import FGSM, FMN, PGD, Corruption
 from holdfast.config.resolve import open_subject, sources_given
 from holdfast.config.settings import AssessSettings
+from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.engine.progress import Step
+from holdfast.verbs.checks import small_eps_note, wide_bounds_note
 
 N, CLASSES = 12, 3
 
@@ -573,6 +576,24 @@ def test_an_eps_for_another_box_is_pointed_out(threat, width, slight):
     )
     said = [note for note in result.evidence.notes if "check that eps is in the units of the inputs" in note]
     assert bool(said) == slight
+
+
+@pytest.mark.parametrize(("width", "wide"), [(1, False), (8, False), (12, True)])
+def test_bounds_far_wider_than_the_inputs_are_noted(width, wide):
+    note, *_ = (*wide_bounds_note(torch.tensor([[0.0, math.nan], [0.5, 1.0]]), Bounds(0, width)), "")
+    assert note.startswith("the inputs range from 0 to 1, which is 8.3% of the bounds") == wide
+    result = holdfast.assess(network(), (X, Y), "linf:0.1", [FGSM()], bounds=(0, width), doubts=False)
+    assert any("% of the bounds: check" in each for each in result.evidence.notes) == wide
+
+
+@pytest.mark.parametrize(("constraint", "shown"), [
+    (Linf(0.0001), "eps 0.0001 is less"),
+    (L2(0.001), "eps 0.001, divided by the square root of the 784 values of an input, is less"),
+    (L1(0.1), "eps 0.1, divided by the 784 values of an input, is less"),
+])  # fmt: skip
+def test_the_note_on_a_small_eps_states_what_is_compared(constraint, shown):
+    (note,) = small_eps_note(constraint, Bounds(0, 1), 784)
+    assert note.startswith(shown)
 
 
 @pytest.mark.slow

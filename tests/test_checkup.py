@@ -83,6 +83,17 @@ def test_a_table_is_told_to_scale_its_features() -> None:
     assert "bounds=(0, 39) (an estimate from 20 examples" in way_out
 
 
+@pytest.mark.parametrize("missing", [slice(3, 4), slice(None)], ids=["one value", "a whole feature"])
+def test_the_range_of_a_table_with_missing_values_is_that_of_the_values_present(missing: slice) -> None:
+    x = torch.arange(40.0).view(20, 2)
+    x[missing, 1] = torch.nan
+    found = said(holdfast.doctor(lambda x: x.nan_to_num(), (x, torch.ones(20, dtype=torch.long))))
+    level, way_out = found["range"]
+    last = 39 if missing != slice(None) else 38
+    assert level == "problem" and f"bounds=(0, {last})" in way_out
+    assert f'"1": [{"1, 39" if last == 39 else "0, 0"}]' in way_out
+
+
 def test_a_model_that_writes_into_its_input_is_told_so() -> None:
     digits = open_data("mnist-mini").read(0, 40)
 
@@ -190,7 +201,7 @@ def test_normalising_twice_is_named_on_either_side() -> None:
     inside = said(holdfast.doctor(lambda x: colourful(normalised(x)), (x, y)))
     for found in (before, inside):
         assert found["normalisation"][0] == "problem" and found["normalisation"][1].startswith(
-            "it is done twice"
+            "the network expects the values before this normalisation"
         )
     missing = said(
         holdfast.doctor(
@@ -219,3 +230,45 @@ def test_no_alternative_is_believed_where_outputs_change_between_calls() -> None
     found = said(holdfast.doctor(turning, (x, y)))
     assert found["randomness"][0] == "warning"
     assert not {"normalisation", "labels", "scale"} & set(found)
+
+
+ORDERS = {"b,a,c": (1, 0, 2), "c,a,b": (1, 2, 0)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_class_names_in_another_order_are_named_and_no_shift_is_reported(order: str) -> None:
+    names = order.split(",")
+    y = np.arange(60) % 3
+    x = torch.eye(3)[y]
+    findings = holdfast.doctor(lambda x: x, (x, np.array(names)[y]))
+    (labels,) = (finding for finding in findings if finding.check == "labels")
+    assert labels.level == "problem" and f"--class-names {order} if the training" in labels.on_command_line()
+    opened = holdfast.open_model(lambda x: x, class_names=names)
+    right = holdfast.doctor(opened, (x, np.array(names)[y]))
+    assert said(right)["accuracy"][0] == "good" and "labels" not in said(right)
+
+
+def test_a_model_at_chance_on_text_labels_is_given_the_order_to_check() -> None:
+    y = np.arange(60) % 3
+    findings = holdfast.doctor(lambda x: x, (torch.eye(3)[np.arange(60) // 20], np.array(["d", "h", "v"])[y]))
+    assert "class_names=[A, B, C] to holdfast.open_model in the order" in said(findings)["accuracy"][1]
+    assert "if it is not d, h, v" in said(findings)["accuracy"][1]
+
+
+@pytest.mark.parametrize("takes", ["pixels", "normalised inputs"])
+def test_the_advice_on_normalised_data_leads_to_no_problem(takes: str) -> None:
+    pixels = torch.rand(200, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = (pixels[:, 0, 0, 0] > 0.5).long()
+    threshold = 0.5 if takes == "pixels" else 0.0
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        height = x[:, 0, 0, 0] - threshold
+        return torch.stack((-height, height), 1)
+
+    findings = holdfast.doctor(model, (2 * pixels - 1, y))
+    problems = {finding.check: finding for finding in findings if finding.level == "problem"}
+    assert ("normalisation" in problems) == (takes == "pixels")
+    assert bool(problems["range"].remedies) == (takes != "pixels")
+    remedy = problems["normalisation" if takes == "pixels" else "range"].remedies[-1]
+    changes = {part.argument: part.value for part in (remedy, *remedy.also)}
+    assert not any(each.level == "problem" for each in holdfast.doctor(model, (2 * pixels - 1, y), **changes))

@@ -675,6 +675,19 @@ def examined(model, data=PAIR, suite="", open_data=(), **arguments):
             raise TargetError(finding.message, *finding.remedies)
 
 
+def named(n, open_model=()):
+    """The finding of `doctor` about `n` examples with text labels, whose order is c, a, b."""
+    y = np.arange(n) % 3
+    model = holdfast.open_model(lambda x: 9 * x, **dict(open_model))
+    examined(model, (torch.eye(3)[y], np.array(["c", "a", "b"])[y]))
+
+
+def swapped():
+    """An archive whose inputs are called y and whose labels are called x."""
+    np.savez(FOLDER / "swapped.npz", x=Y.numpy(), y=X.numpy())
+    return str(FOLDER / "swapped.npz")
+
+
 SHIFTED = torch.rand(60, 4)
 CENTRED = of(lambda f, x: 50 * (x - 0.5) @ torch.eye(4)[:, :3])
 
@@ -1499,6 +1512,9 @@ situation(
 situation(
     "doctor: a network of bytes", examined, model=lambda x: two_classes(x.mean(1) - 127.5), data=Later(halves)
 )
+situation("swapped arrays", opened, data=Later(swapped))
+situation("doctor: class names in another order", named, n=60)
+situation("doctor: too few examples for the order", named, {"class_names": ("c", "a", "b")}, n=12)
 situation("a suite under a norm", hidden, suite="corruptions")
 situation("transfer under rotations", hidden, threat="spatial:rotate=10", suite="transfer")
 situation(

@@ -119,7 +119,7 @@ def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run
             "and the budget is 1min, which",
         ),
         (["--budget", "soon"], "holdfast: budget is 'soon'; expected a duration"),
-        (["--transform", "rotate=15"], "No such option '--transform'; it is an option of assess"),
+        (["--transform", "rotate=15"], "no such option '--transform'; it is an option of assess"),
         (["-o", "hardened"], "-o hardened has no suffix; write -o hardened/ for a folder"),
     ],
 )

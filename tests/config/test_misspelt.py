@@ -67,10 +67,17 @@ def test_eps_is_a_part_of_the_threat(threat, eps, text):
         (["--steps", "10"], "give --set 'attacks=[{use: PGD, steps: 10}]'"),
         (["--gates", "x"], "give --gate x"),
         (["--eps"], "give --threat linf:VALUE"),
+        (["--norm", "l2"], "give --threat l2:EPS"),
+        (["--bounds", "0", "255"], "give --bounds 0,255"),
+        (["--time", "60s"], "give --time-budget 60s"),
+        (["harden", "--time", "60s"], "give --budget 60s"),
+        (["harden", "--epochs", "3"], "give --set recipe.training.epochs=3"),
+        (["certify", "--no-doubts"], "no such option '--no-doubts'; it is an option of assess, harden; see"),
     ],
 )
 def test_options_of_other_programs_are_refused_with_their_spelling(words, spelling, capsys):
-    assert run(["assess", "mnist-cnn", "mnist-mini", *words]) == 2
+    verb, *options = words if words[0] in ("harden", "certify") else ("assess", *words)
+    assert run([verb, "mnist-cnn", "mnist-mini", *options]) == 2
     assert spelling in capsys.readouterr().err
 
 
@@ -101,6 +108,9 @@ def test_a_file_of_code_needs_the_name_of_a_function(tmp_path):
         ("assess", {"time_limit": 30}, "give time_budget='30s'"),
         ("harden", {"epochs": 5}, r"give recipe=\{'use': 'pgd', 'training': \{'epochs': 5\}\}"),
         ("assess", {"gates": "clean_accuracy >= 0.1"}, r"give gates=\('clean_accuracy >= 0.1',\)"),
+        ("assess", {"gates": "clean_accuracy > 0.1"}, r"give gates=\('clean_accuracy >= 0.1',\)"),
+        ("assess", {"gates": "clean_acuracy > 0.1"}, r"did you mean 'clean_accuracy'"),
+        ("assess", {"gate": "clean_accuracy > 0.1"}, r"give gates=\('clean_accuracy >= 0.1',\)"),
         ("assess", {"sead": 1}, "assess has no argument 'sead'; did you mean 'seed'"),
     ],
 )
@@ -145,3 +155,12 @@ def test_no_spelling_is_named_for_other_texts(threat):
 def test_an_eps_beyond_the_bounds_is_divided_by_255(threat, spelling):
     with pytest.raises(UsageError, match=f"give threat='{spelling}"):
         holdfast.assess(NET, (X, Y), threat, suite="square")
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [("mnist-mini", "mnist-cnn"), ("test.npz", "weights.pt"), ("t.csv", "net.py:make")]
+)
+@pytest.mark.parametrize("verb", ["assess", "doctor"])
+def test_a_model_and_data_that_are_swapped_are_named(verb, model, data, capsys):
+    assert run([verb, model, data]) == 2
+    assert "they seem to be swapped: give the model first and then the data" in capsys.readouterr().err

@@ -232,6 +232,17 @@ def test_an_input_that_the_upstream_refuses_does_not_fail_other_requests():
         assert len(flowers.seen) == before + 1  # a failure of the server is not repeated for each request
 
 
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("model", [None, "flowers"])
+def test_an_upstream_that_requires_a_key_is_answered_with_the_header_of_the_key(status, model):
+    with (
+        listening(Response("", status)) as url,
+        pytest.raises(TargetError, match=f"status {status}") as refused,
+    ):
+        read_upstream(UpstreamAddress(url), model)
+    assert "give --upstream-header 'Authorization: env:VARIABLE'" in refused.value.on_command_line()
+
+
 def test_only_allowed_headers_are_passed_on_with_the_inputs_of_their_client(monkeypatch):
     flowers = Flowers()
     monkeypatch.setenv("UPSTREAM", "Bearer token")

@@ -457,6 +457,18 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
             r"2 columns of .* are not numbers: t, u. Write numbers .*drop=\('t', 'u'\)",
         ),
         (
+            [["a", "t", "y"], ["1", "2.5", "0"], ["1", "?", "0"], ["1", "3", "0"]],
+            "y",
+            TargetError,
+            r"not numbers: t. Write .*Most cells of t are numbers: leave a cell empty for a missing value$",
+        ),
+        (
+            [["a", "t", "u", "y"], ["1", "2.5", "up", "0"], ["1", "NA", "up", "0"], ["1", "3", "up", "0"]],
+            "y",
+            TargetError,
+            r"not numbers: t, u. .*leave a cell empty for a missing value; give drop=\('u',\)",
+        ),
+        (
             [["a", "b", "y"], ["0", "4", "0"], ["91", "2", "1"]],
             "y",
             TargetError,

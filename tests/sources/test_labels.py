@@ -64,3 +64,20 @@ def test_inputs_that_are_no_numbers_are_refused_with_the_kinds_that_are_supporte
     with pytest.raises(TargetError, match="images, signals or tables of numbers") as refused:
         as_data(x, np.arange(6) % 2)
     assert "reshape" not in str(refused.value) and "/ 99" not in str(refused.value)
+
+
+@pytest.mark.parametrize("x", [X.reshape(6, 1, 2, 2), X], ids=["images", "a table"])
+@pytest.mark.parametrize("kind", ["array", "tensor", "archive"])
+def test_swapped_inputs_and_labels_are_named(x, kind, tmp_path):
+    y = np.arange(6) % 3
+    np.savez(tmp_path / "d.npz", x=y, y=x)
+    opened = {
+        "array": lambda: as_data(y, x),
+        "tensor": lambda: as_data(torch.tensor(y), torch.tensor(x)),
+        "archive": lambda: open_data(str(tmp_path / "d.npz")),
+    }
+    with pytest.raises(TargetError, match="which seem to be swapped") as refused:
+        opened[kind]()
+    if kind == "archive":
+        assert refused.value.on_command_line().endswith("give --x y --y x")
+        assert len(open_data(str(tmp_path / "d.npz"), x="y", y="x")) == 6

@@ -125,6 +125,10 @@ def test_an_exposed_set_is_passed_over(pool):
     ) as caught:
         pool.swap()
     assert caught.value.exit_code == 4 and pool.serving.name == second
+    assert "draw and admit more sets" in str(caught.value)
+    pool.add(weights(5), {})
+    with pytest.raises(Inconclusive, match="judge the drawn sets with holdfast rotate admit "):
+        pool.swap()
 
 
 def test_a_set_that_was_not_judged_against_everything_exposed_serves_only_where_that_is_asked_for(pool):

@@ -261,7 +261,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     )
     with pytest.raises(ZeroDivisionError):
         steps.draw(pool, terms(), 3, immunise=IMMUNISE)
-    begun = contents.waiting_candidates(pool)
+    begun = pool.candidates
     monkeypatch.undo()
     with pytest.raises(UsageError, match="the draw to be resumed immunises its sets; give immunise=True"):
         steps.draw(pool, terms(), 3, resume=True)
@@ -277,7 +277,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
         steps.draw(pool, terms(), 4, immunise=IMMUNISE, resume=True)
     found = steps.draw(pool, terms(), immunise=IMMUNISE, resume=True)
     assert begun == found.names[:1] and len(found.names) == 3
-    assert contents.waiting_candidates(pool) == found.names
+    assert pool.candidates == found.names
 
 
 def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
@@ -433,4 +433,4 @@ def test_twenty_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
     again = Pool.open(pool.path)
     assert again.serving == now and contents.generator_of(again, terms()) is not None
     if step is _draw:
-        assert len(contents.waiting_candidates(again)) >= 6
+        assert len(again.candidates) >= 6

@@ -96,7 +96,7 @@ def pool(collected, tmp_path):
 @pytest.fixture
 def serving(pool):
     """The same with a set that serves and one that waits."""
-    one, other, _ = contents.waiting_candidates(pool)
+    one, other, _ = pool.candidates
     pool.admit(one)
     pool.swap()
     pool.admit(other)
@@ -155,7 +155,7 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     of = settings(pool, collected[0])
     with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
         subject_of(of)
-    pool.admit(contents.waiting_candidates(pool)[0])
+    pool.admit(pool.candidates[0])
     with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
         subject_of(of)
 

@@ -8,7 +8,6 @@ import pytest
 from holdfast.core.errors import Inconclusive, UsageError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.verbs.rotate import run as watching
-from holdfast.verbs.rotate.contents import waiting_candidates
 from holdfast.verbs.rotate.run import LoopSettings, RotationLoop
 from holdfast.verbs.rotate.verdicts import Admission, Judged
 from verbs import steps
@@ -25,7 +24,7 @@ def generous(monkeypatch):
 
     def admit(request, **given):
         of = request.pool
-        found = (*waiting_candidates(of), *of.unjudged)
+        found = (*of.candidates, *of.unjudged)
         for name in found:
             of.admit(name, against=[one.name for one in of.ledger.exposed()])
         return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
@@ -39,7 +38,7 @@ def strict(monkeypatch):
 
     def admit(request, **given):
         of = request.pool
-        found = waiting_candidates(of)
+        found = of.candidates
         for name in found:
             of.refuse(name, "it falls")
         judged = tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found)
@@ -161,10 +160,7 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
 
     def admit(request, **given):
         of = request.pool
-        found = [
-            (name, "admitted" if next(left) else "refused")
-            for name in (*waiting_candidates(of), *of.unjudged)
-        ]
+        found = [(name, "admitted" if next(left) else "refused") for name in (*of.candidates, *of.unjudged)]
         for name, verdict in found:
             (of.admit if verdict == "admitted" else of.refuse)(name, "it was judged")
         return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())

@@ -6,8 +6,19 @@ compare accuracies (another scale, another normalisation, shifted labels) report
 far more often with the alternative than with the declared one, so that a weak model does not cause findings.
 """
 
+from holdfast.checkup.data_checks import names_of_labels, spread_examples
 from holdfast.checkup.examination import examine, misfit
 from holdfast.checkup.examined import BETTER, Checkup, Finding
-from holdfast.checkup.readings import FILLED
+from holdfast.checkup.readings import FILLED, share_filled
 
-__all__ = ["BETTER", "FILLED", "Checkup", "Finding", "examine", "misfit"]
+__all__ = [
+    "BETTER",
+    "FILLED",
+    "Checkup",
+    "Finding",
+    "examine",
+    "misfit",
+    "names_of_labels",
+    "share_filled",
+    "spread_examples",
+]

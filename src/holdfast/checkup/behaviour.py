@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from holdfast.checkup.examined import STEADY, Examined, Finding, outputs_of
-from holdfast.checkup.readings import shifted_labels
+from holdfast.checkup.readings import checked_order, class_orders, shifted_labels
 from holdfast.core.errors import UnclearOutput
 from holdfast.core.model import EVERY, Classifier
 from holdfast.core.outputs import PROBABILITY
@@ -69,7 +69,10 @@ def outputs(examined: Examined) -> Iterator[Finding]:
 
 
 def label_findings(examined: Examined) -> Iterator[Finding]:
-    """Yield findings for labels that seem to be shifted by one, and for labels that are all equal."""
+    """Yield findings for labels that seem to be in another order or shifted by one, and for labels that are all
+    equal.
+    """
+    yield from class_orders(examined)
     yield from shifted_labels(examined)
     y = examined.batch.y
     if len(y) > 1 and bool((y == y[0]).all()):
@@ -88,12 +91,14 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
     y = examined.batch.y
     compared = against_majority(examined.logits.argmax(1) == y, y)
     text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
+    names = None if any(class_orders(examined)) else examined.names
     if compared.at_chance:
         yield Finding(
             "accuracy",
             "warning",
             f"{text}, no better than always predicting the majority class ({compared.majority:.1%})",
             "check that the data belong to the model",
+            remedies=(checked_order(names),) if names else (),
         )
     else:
         yield Finding("accuracy", "good", text)

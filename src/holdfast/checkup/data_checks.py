@@ -1,6 +1,7 @@
 """Checks of the values and labels of data against the bounds and classes of a model, without a call of the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Labels, Rows
 from holdfast.sources.arrays import Arrays, ranges_of_features
-from holdfast.sources.estimates import BYTES, pixel_divisor, scaling
+from holdfast.sources.estimates import BYTES, extremes, pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
 SAMPLE = 256
@@ -29,6 +30,14 @@ def strange_classes(data: Data) -> Iterator[Finding]:
     """
     if isinstance(data, Pictures | Arrays) and data.objection:
         yield Finding("classes", "problem", data.objection.message, remedies=data.objection.remedies)
+
+
+def names_of_labels(data: Data) -> tuple[str, ...] | None:
+    """Return the class names in the order of their numbers if the labels of the data are names, such as strings or
+    class folders; otherwise None.
+    """
+    named = isinstance(data, Pictures) or (isinstance(data, Arrays) and data.text_labels)
+    return data.classes if named else None
 
 
 def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
@@ -63,14 +72,15 @@ def _misfits(data: Data, model: Classifier) -> list[int]:
     if isinstance(data, Arrays):
         for start in range(0, len(data), _CHUNK):
             batch = data.read(start, min(start + _CHUNK, len(data)))
-            misfit = _outside(batch.x, model).flatten(1).any(1) | (batch.y < 0)
+            misfit = outside(batch.x, model).flatten(1).any(1) | (batch.y < 0)
             if model.classes is not None:
                 misfit |= batch.y >= model.classes
             misfits += (start + misfit.nonzero().flatten()).tolist()
     return misfits[:_MISFITS]
 
 
-def _outside(x: Tensor, model: Classifier) -> Tensor:
+def outside(x: Tensor, model: Classifier) -> Tensor:
+    """Return the mask of the values of `x` that are outside the bounds of the model by more than rounding."""
     low, high = model.bounds.like(x)
     slack = _ROUNDING * (high - low)
     return (x < low - slack) | (x > high + slack)
@@ -83,8 +93,8 @@ def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:
     Without this correction, the later checks would report only effects of the wrong
     scale.
     """
-    divisor = pixel_divisor(float(sample.min()), float(sample.max()), sample.dim())
-    if bool(_outside(sample, model).any()) and model.bounds.width <= 1 and divisor is not None:
+    divisor = pixel_divisor(*extremes(sample), sample.dim())
+    if bool(outside(sample, model).any()) and model.bounds.width <= 1 and divisor is not None:
         return x / divisor
     return x
 
@@ -108,10 +118,9 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     """Yield a finding on whether input values are inside the bounds of the model, and not in an unexpectedly small part
     of them.
     """
-    numbers = x[~x.isnan()]  # NaN is a missing value
-    low, high = (float(end) for end in (numbers.min(), numbers.max())) if len(numbers) else (0.0, 0.0)
+    low, high = extremes(x)
     text = f"inputs range from {low:.4g} to {high:.4g}"
-    if bool(_outside(x, model).any()):
+    if bool(outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
             way_out, remedies = data.pixels.advice(high)
         elif isinstance(data, Arrays) and data.x.ndim == 2 and data.units is None:
@@ -132,6 +141,21 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
         )
     else:
         yield Finding("range", "good", f"{text}, inside the bounds")
+
+
+def without_estimates(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return findings in which the value range has no advice of its own if there is one on the normalisation: the
+    latter is measured, and the former, an estimate from the values alone, may contradict it.
+    """
+    listed = tuple(findings)
+    if not any(finding.check == "normalisation" for finding in listed):
+        return listed
+    return tuple(
+        replace(finding, advice="see the normalisation below", remedies=())
+        if (finding.check, finding.level) == ("range", "problem")
+        else finding
+        for finding in listed
+    )
 
 
 def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:

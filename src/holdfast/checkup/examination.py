@@ -20,13 +20,15 @@ from holdfast.checkup.data_checks import (
     known_labels,
     labels_outside,
     moved_inside,
+    names_of_labels,
     range_of_labels,
     range_of_values,
     spread_examples,
     strange_classes,
+    without_estimates,
 )
 from holdfast.checkup.examined import Examined, Finding, outputs_of
-from holdfast.checkup.readings import labels_from_one, layouts, units
+from holdfast.checkup.readings import class_orders, labels_from_one, layouts, units
 from holdfast.checkup.served import examine_served
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
@@ -57,7 +59,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             unclear = tuple(_unclear_output(model, data))
             differs = tuple(_predictions(model, data))
             strange = tuple(strange_classes(data))
-            findings = () if unclear else tuple(_findings(model, batch, left_in_training, data))
+            findings = () if unclear else without_estimates(_findings(model, batch, left_in_training, data))
             if strange:  # these findings already explain wrong labels
                 findings = tuple(finding for finding in findings if finding.check != "labels")
             return (*strange, *unclear, *differs, *findings)
@@ -66,17 +68,20 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             module.training = training
 
 
-def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | None, int]:
+def misfit(
+    model: Classifier, batch: Batch, batch_size: int, names: tuple[str, ...] | None = None
+) -> tuple[Finding | None, int]:
     """Return a finding if the data do not fit the model, otherwise None, together with the number of forward passes
     that were made.
 
-    The function checks labels, layout, normalisation, scale and value range. The model must be in eval mode, and the
+    The function checks labels, layout, normalisation, scale and value range. `names` are the class names in the order
+    of their numbers, if the labels of the data are names. The model must be in eval mode, and the
     inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
     them, otherwise about fifteen.
     """
     logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
-    examined = Examined(model, batch, (), logits, batch_size)
-    checks = (labels_from_one, layouts, units)
+    examined = Examined(model, batch, (), logits, batch_size, names=names)
+    checks = (class_orders, labels_from_one, layouts, units)
     problem = next(
         (problem for check in checks for problem in check(examined) if problem.level == "problem"), None
     )
@@ -114,7 +119,8 @@ def _findings(
     yield from (*range_of_values(model, batch.x, data), *labels_outside(*ends, classes, remote=model.remote))
     y, rows = known_labels(batch.y, classes, ends)
     batch = Batch(moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
-    examined = Examined(model, batch, left_in_training, outputs_of(model, batch.x), SAMPLE)
+    logits, names = outputs_of(model, batch.x), names_of_labels(data)
+    examined = Examined(model, batch, left_in_training, logits, SAMPLE, names=names)
     for check in _CHECKS:
         yield from check(examined)
 

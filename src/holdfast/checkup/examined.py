@@ -17,7 +17,8 @@ Level = Literal["problem", "warning", "good"]
 
 BETTER = 0.15
 """Smallest increase of accuracy for which an alternative interpretation of the data is reported."""
-_MORE = 5  # number of additional examples that it must classify correctly
+MORE = 5
+"""Smallest number of additional examples that it must classify correctly."""
 STEADY = 1e-4
 """Largest change of an output that can be due to rounding, relative to the largest logit."""
 
@@ -88,6 +89,8 @@ class Examined:
     """numbers of rows that the alternatives needed which were not tried because too few rows were left"""
     moved_by: float | None = None
     """value of `moved` if it was already measured, else None"""
+    names: tuple[str, ...] | None = None
+    """class names in the order of their numbers, if the labels of the data are names; else None"""
 
     def ask(self, model: Classifier, x: Tensor) -> Tensor:
         """Return the outputs of `model` on the inputs `x`, and count them as queries of the check.
@@ -154,7 +157,7 @@ class Examined:
         if not self.may_be_beaten or self.moved > STEADY:
             return False
         gain = accuracy - max(self.accuracy, 1 / self.logits.shape[1])
-        return gain > BETTER and gain * len(self.batch) > _MORE - 0.5
+        return gain > BETTER and gain * len(self.batch) > MORE - 0.5
 
 
 def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -22,10 +22,12 @@ from holdfast.checkup.data_checks import (
     known_labels,
     labels_outside,
     moved_inside,
+    names_of_labels,
     range_of_labels,
     range_of_values,
     spread_examples,
     strange_classes,
+    without_estimates,
 )
 from holdfast.checkup.examined import BETTER, STEADY, Examined, Finding, outputs_of
 from holdfast.checkup.readings import units
@@ -47,7 +49,7 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
     """
     server = inspection_counter(model)
     assert server is not None
-    findings = tuple(_findings(model, data, server))
+    findings = without_estimates(_findings(model, data, server))
     if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
         findings = tuple(finding for finding in findings if finding.check != "labels")
     text = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
@@ -85,7 +87,8 @@ def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Itera
         way_out = "write $x_last in the template of the requests, which puts the channels last"
         yield Finding("layout", "problem", text, way_out)
     else:
-        yield from _response_findings(model, batch, logits, range_of_labels(data, sample), n_again, server)
+        ends, names = range_of_labels(data, sample), names_of_labels(data)
+        yield from _response_findings(model, batch, logits, ends, n_again, server, names)
 
 
 def _response_findings(
@@ -95,15 +98,25 @@ def _response_findings(
     ends: tuple[int, int],
     again: int,
     server: InspectionCounter,
+    names: tuple[str, ...] | None,
 ) -> Iterator[Finding]:
-    """Yield the findings about the first responses. The first `again` examples are sent once more."""
+    """Yield the findings about the first responses. The first `again` examples are sent once more. `names` are the
+    class names if the labels of the data are names.
+    """
     classes = logits.shape[1] - model.rejects
     yield from labels_outside(*ends, classes, remote=True)
     moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
     y, rows = known_labels(batch.y, classes, ends)
     labelled = Batch(batch.x[rows], y, batch.ids[rows])
     examined = Examined(
-        model, labelled, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
+        model,
+        labelled,
+        (),
+        logits[rows],
+        len(rows),
+        left=lambda: server.remaining,
+        moved_by=moved,
+        names=names,
     )
     off = tuple(label_findings(examined))
     yield from (*outputs(examined), *off, *accuracy_of(examined))

@@ -48,14 +48,17 @@ _COMMANDS = {
 
 
 _SPELLINGS = {
-    "--eps": ("--threat", "linf:{}"),
-    "--epsilon": ("--threat", "linf:{}"),
-    "--attack": ("--suite", "{}"),
-    "--attacks": ("--suite", "{}"),
-    "--steps": ("--set", "attacks=[{{use: PGD, steps: {}}}]"),
-    "--gates": ("--gate", "{}"),
+    "--eps": {"--threat": "--threat linf:{}"},
+    "--epsilon": {"--threat": "--threat linf:{}"},
+    "--norm": {"--threat": "--threat {}:EPS"},
+    "--attack": {"--suite": "--suite {}"},
+    "--attacks": {"--suite": "--suite {}"},
+    "--steps": {"--suite": "--set attacks=[{{use: PGD, steps: {}}}]"},
+    "--gates": {"--gate": "--gate {}"},
+    "--time": {"--budget": "--budget {}", "--time-budget": "--time-budget {}"},
+    "--epochs": {"--recipe": "--set recipe.training.epochs={}"},
 }
-"""Options of other programs, with the option that has their meaning here and its value"""
+"""Options of other programs. Each has, for an option of a command here, the option and value of the same meaning."""
 
 INTERNAL = 5
 """Exit code of an internal error of Holdfast."""
@@ -170,20 +173,20 @@ def _message_of(error: click.ClickException, arguments: Sequence[str]) -> str:
     """Return the message of an error of click, with the command that shows the help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     where = f"; see {context.command_path} --help" if context is not None else ""
-    if other := _other_spelling(error, arguments):
-        return other + where
-    return error.format_message().rstrip(".") + _verbs_with(error) + where
+    text = _other_spelling(error, arguments) or _verbs_with(error) or _second_bound(error, arguments)
+    return (text or error.format_message().rstrip(".")) + where
 
 
 def _other_spelling(error: click.ClickException, arguments: Sequence[str]) -> str:
     """Return the message about an option that other programs have, with its spelling here; else an empty string."""
     if not isinstance(error, click.NoSuchOption) or error.ctx is None:
         return ""
-    spellings = _SPELLINGS.get(error.option_name)
     known = {name for parameter in error.ctx.command.params for name in parameter.opts}
-    if spellings is None or spellings[0] not in known:
+    spellings = _SPELLINGS.get(error.option_name, {})
+    spelling = next((form for option, form in spellings.items() if option in known), None)
+    if spelling is None:
         return ""
-    option, form = spellings
+    option, _, form = spelling.partition(" ")
     words = [part for word in arguments for part in word.split("=", 1 if word.startswith("--") else 0)]
     following = words[words.index(error.option_name) + 1 :]
     value = following[0] if following and not following[0].startswith("-") else "VALUE"
@@ -191,14 +194,34 @@ def _other_spelling(error: click.ClickException, arguments: Sequence[str]) -> st
 
 
 def _verbs_with(error: click.ClickException) -> str:
-    """Part of a message that names the verbs with an option that the command does not have."""
+    """Return the message about an option that only other verbs have, with their names; else an empty string."""
     if not isinstance(error, click.NoSuchOption):
         return ""
     from holdfast.cli.setting_options import flag_names
     from holdfast.config.settings import VERBS
 
-    verbs = [verb for verb, kind in VERBS.items() if error.option_name in flag_names(kind).values()]
-    return f"; it is an option of {', '.join(verbs)}" if verbs else ""
+    name = error.option_name
+    names = {name, f"--{name.removeprefix('--no-')}"}
+    verbs = [verb for verb, kind in VERBS.items() if names & set(flag_names(kind).values())]
+    return f"no such option {name!r}; it is an option of {', '.join(verbs)}" if verbs else ""
+
+
+def _second_bound(error: click.ClickException, arguments: Sequence[str]) -> str:
+    """Return the message about the two numbers of `--bounds` that are separated by a space; else an empty string."""
+    if not isinstance(error, click.UsageError) or "--bounds" not in arguments:
+        return ""
+    low, high = (*arguments[arguments.index("--bounds") + 1 :], "", "")[:2]
+    if not (_is_number(low) and _is_number(high)):
+        return ""
+    return f"bounds is {low}, and {high} is another argument; give --bounds {low},{high}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _report(message: str, code: int, *, debug: bool) -> int:

@@ -12,6 +12,7 @@ from holdfast.cli.early import (
     refuse_reports,
     refuse_server_to_certify,
     refuse_server_to_train,
+    refuse_swapped,
     refuse_unknown_data,
     refuse_unknown_model,
 )
@@ -60,6 +61,7 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
 
     addresses: list[str | None] = [flags.get(key) for key in ("model", "data", "config", "baseline")]
     addresses += [str(parse_surrogate(surrogate)["model"]) for surrogate in flags.get("surrogates", ())]
+    refuse_swapped(flags.get("model"), flags.get("data"))
     for address in (*addresses, *flags.get("across", ())):
         refuse_missing_file(address)
     config = flags.get("config")

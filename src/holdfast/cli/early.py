@@ -13,10 +13,25 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.sources.files import existing
 
-_FILES = (
-    *(".pt", ".pth", ".th", ".ts", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj", ".txt"),
-    *(".npz", ".csv", ".gz", ".parquet", ".py"),
-)
+_MODELS = (
+    ".pt", ".pth", ".th", ".ts", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj", ".txt", ".py",
+)  # fmt: skip
+_DATA = (".npz", ".csv", ".gz", ".parquet")
+
+
+def refuse_swapped(model: str | None, data: str | None) -> None:
+    """Raise `UsageError` if MODEL is data, and DATA is a model: each a name or a file of the other kind."""
+    from holdfast.sources.catalogue import CATALOGUE
+
+    if model is None or data is None:
+        return
+    is_data = model.endswith(_DATA) or model in (*bundled("*.npz"), *CATALOGUE)
+    is_model = _without_function(data).endswith(_MODELS) or data in bundled("*.safetensors")
+    if is_data and is_model:
+        raise UsageError(
+            f"MODEL is {model!r}, which are data, and DATA is {data!r}, which is a model; they seem to be swapped: "
+            "give the model first and then the data"
+        )
 
 
 def refuse_missing_file(address: str | None) -> None:
@@ -26,10 +41,15 @@ def refuse_missing_file(address: str | None) -> None:
     if address is None:
         return
     path = address.removeprefix("rotating:")
-    path = path.rsplit(":", 1)[0] if ".py:" in path else path
-    looks_like_a_file = path.endswith(_FILES) or path.endswith((".yaml", ".yml")) or "/" in path
+    path = _without_function(path)
+    looks_like_a_file = path.endswith((*_MODELS, *_DATA, ".yaml", ".yml")) or "/" in path
     if looks_like_a_file and "://" not in path:
         existing(Path(path), "file or folder")
+
+
+def _without_function(address: str) -> str:
+    """Return the path in an address such as `file.py:factory`, and other addresses unchanged."""
+    return address.rsplit(":", 1)[0] if ".py:" in address else address
 
 
 def refuse_unknown_model(address: str) -> None:

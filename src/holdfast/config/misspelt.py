@@ -14,6 +14,7 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.names import size_text
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.gates.grammar import with_equality
 
 _EPS = ("eps", "epsilon")
 _ATTACKS = ("attack", "attacks")
@@ -45,7 +46,7 @@ def refuse_misspelt(
         if key in (*_EPS, "norm") and "threat" in parameters:
             raise _misspelt(function, key, *_of_threat(key, value, given))
         if key == "gate" and "gates" in parameters:
-            gates = (value,) if isinstance(value, str) else tuple(value)
+            gates = tuple(map(with_equality, (value,) if isinstance(value, str) else value))
             raise _misspelt(function, key, Remedy("gates", gates, "--gate", repeated=True))
         if key in _ATTACKS or (key == "suite" and "attack" in parameters):
             raise _misspelt(function, key, *_of_attack(parameters, key, value))

@@ -9,10 +9,9 @@ import torch
 from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import seconds
 from holdfast.config.guard_settings import read_guard_settings
-from holdfast.config.serve_settings import UPSTREAM_KEY
 from holdfast.config.settings import ServeSettings
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.serving.decisions import Action
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.proxy import UpstreamModel, input_dtype, read_upstream

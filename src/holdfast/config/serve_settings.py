@@ -11,7 +11,7 @@ from pydantic import Field
 from holdfast.config import values
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.sources.remote import SCHEMES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -34,12 +34,6 @@ def is_public(host: str) -> bool:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:  # a host name, which may be that of any interface
         return True
-
-
-UPSTREAM_KEY = Remedy(
-    "upstream_headers", ("Authorization: env:VARIABLE",), "--upstream-header", repeated=True
-)
-"""header with a key of the upstream server that is in an environment variable"""
 
 
 class ServedInference(SettingGroup):

@@ -30,6 +30,7 @@ from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
+from holdfast.gates.grammar import with_equality
 from holdfast.sources.remote import header_variable
 from holdfast.suites import SuiteName
 
@@ -239,10 +240,12 @@ def _duration(argument: str, function: str = "") -> BeforeValidator:
 
 
 def _gates(value: object) -> object:
-    """Refuse a condition that is not in a list."""
+    """Refuse a gate that is not in a list, or that is not valid."""
     if isinstance(value, str):
+        gate = with_equality(value)
+        parse_gate(gate)
         raise UsageError(
-            f"gates is {value!r}; a list was expected", Remedy("gates", (value,), "--gate", repeated=True)
+            f"gates is {value!r}; a list was expected", Remedy("gates", (gate,), "--gate", repeated=True)
         )
     return value
 

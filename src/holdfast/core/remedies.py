@@ -39,6 +39,8 @@ class Remedy:
     ('leave out --geometry', 'leave out geometry')
     >>> Remedy("fit", Placeholder("DATA")).on_command_line()
     'give --fit DATA'
+    >>> Remedy("x", Placeholder("NAME"), also=(Remedy("y", Placeholder("NAME")),)).on_command_line()
+    'give --x NAME --y NAME'
     >>> remedy = Remedy("method", "smoothing", also=(Remedy("threat", "l2:0.5"),))
     >>> remedy.on_command_line(), remedy.in_python()
     ('give --method smoothing --threat l2:0.5', "give method='smoothing', threat='l2:0.5'")
@@ -79,7 +81,8 @@ class Remedy:
         texts = [f"leave out {' and '.join(left_out)}"] if left_out else []
         if words := self.words():
             texts.append(f"give {shlex.join(words)}")
-        forms = "; ".join(part.value.form for part in self._parts if isinstance(part.value, Placeholder))
+        placeholders = (part.value for part in self._parts if isinstance(part.value, Placeholder))
+        forms = "; ".join(each.form for each in placeholders if each.form)
         return self._with_reason(" and ".join(texts)) + (f" ({forms})" if forms else "")
 
     def words(self) -> tuple[str, ...]:
@@ -131,6 +134,10 @@ OTHER_FOLDER = Remedy("run", Placeholder("DIR"), reason="for another folder")
 """folder of a new run"""
 OTHER_EXAMPLES = Remedy("fit", Placeholder("DATA"), reason="for other examples")
 """examples on which a training or an attack is fitted"""
+UPSTREAM_KEY = Remedy(
+    "upstream_headers", ("Authorization: env:VARIABLE",), "--upstream-header", repeated=True
+)
+"""header with a key of the upstream server that is in an environment variable"""
 SURROGATE = Remedy(
     "surrogates", Placeholder("MODEL", "[MODEL]"), "--surrogate", reason="for a model with the same classes"
 )

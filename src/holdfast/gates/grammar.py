@@ -76,6 +76,15 @@ def parse(text: str) -> Claim:
     return Claim(metric, relation, bound, eps, _versus(metric, parts["rest"], text), text.strip())
 
 
+def with_equality(text: str) -> str:
+    """Return a gate with `>=` or `<=` in place of `>` or `<`.
+
+    >>> with_equality("robust_accuracy > 0.4"), with_equality("regression <= 0.01")
+    ('robust_accuracy >= 0.4', 'regression <= 0.01')
+    """
+    return re.sub("[<>](?!=)", r"\g<0>=", text)
+
+
 def _metric(name: str, text: str) -> str:
     metrics = METRICS | ROTATION
     if name in metrics:

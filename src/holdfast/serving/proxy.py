@@ -16,12 +16,12 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.serving.forwarding import forwarded
 from holdfast.serving.protocol_v2 import BINARY, EXTENSIONS, JSON, LENGTH_HEADER, TYPES, Signature, compact
 from holdfast.serving.refusals import Refused
-from holdfast.serving.upstream import METADATA_BYTES, Connection, UpstreamAddress, unusable
+from holdfast.serving.upstream import METADATA_BYTES, Connection, KeyRefused, UpstreamAddress, unusable
 
 _NUMBER_BYTES, _REST_BYTES = 64, 1 << 16
 """largest number of bytes of a number in the JSON of a response, and of everything else in a response"""
@@ -180,6 +180,9 @@ def read_upstream(
         signature = upstream.signature
         x = signature.bounds.clamp(torch.zeros(upstream.batch or 1, *signature.shape)).to(_dtype(signature))
         outputs = _infer(connection, upstream, x, _OTHER_BYTES * len(x) + METADATA_BYTES)
+    except KeyRefused as error:
+        reason = "with a key that the server accepts, if it requires one"
+        raise TargetError(f"{address.url}: {error.reason}", replace(UPSTREAM_KEY, reason=reason)) from error
     except Refused as error:
         raise TargetError(
             f"{address.url}: {error.reason}; check that the server runs, and that it serves this model over the Open "
@@ -194,6 +197,8 @@ def _only_model(connection: Connection, url: str) -> str:
     for path, body in (("/v2/models", None), ("/v2/repository/index", b"{}")):
         try:
             content = connection.json(path, body)
+        except KeyRefused:
+            raise
         except Refused as error:
             if error.status == 503:
                 raise

@@ -31,6 +31,11 @@ _IN_PATH = "/%:@!$&'()*+,;=~"
 _REFUSED = frozenset({400, 413, 415, 422})
 """status codes with which a server refuses the content of a request"""
 _BUSY = frozenset({429, 503})
+_NO_KEY = frozenset({401, 403})
+
+
+class KeyRefused(Refused):
+    """A request to which the upstream server answers that its key is missing or not valid."""
 
 
 def _lost(reason: str) -> Refused:
@@ -274,4 +279,6 @@ def _refuse_status(status: int) -> None:
         raise _lost("is overloaded or not ready")
     if 300 <= status < 400:
         raise unusable("redirects the request, which is not followed")
+    if status in _NO_KEY:
+        raise KeyRefused(502, f"the upstream server answered with status {status}", (), "upstream")
     raise unusable(f"answered with status {status}")

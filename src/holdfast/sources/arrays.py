@@ -21,16 +21,18 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
+from holdfast.sources.class_numbers import Numbered
 from holdfast.sources.declarations import NORMALISED_DATA
 from holdfast.sources.estimates import (
     BYTES,
     as_in_training,
     before_normalisation,
+    extremes,
     pixel_divisor,
     range_of_training,
 )
 from holdfast.sources.expected import Expected
-from holdfast.sources.labels import class_labels
+from holdfast.sources.labels import class_labels, refuse_swapped
 from holdfast.sources.layouts import LayoutReading, reading_of
 from holdfast.sources.probing import ProbedClassifier
 
@@ -128,6 +130,8 @@ class Arrays:
     """names of the columns of a table, in the order of the inputs"""
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+    text_labels: bool = False
+    """whether the labels of the source are names, which were numbered"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -153,6 +157,15 @@ class Arrays:
         """Return a data set that contains only the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
         return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
+
+    def labelled(self, numbering: Numbered) -> "Arrays":
+        """Return the data set with the notes and the objection of `numbering`, from which its labels are."""
+        return replace(
+            self,
+            notes=(*self.notes, *numbering.notes),
+            objection=numbering.objection,
+            text_labels=numbering.names is not None,
+        )
 
     def read(self, start: int, stop: int) -> Batch:
         """Return the examples from `start` to `stop` - 1 as a batch of floats."""
@@ -241,6 +254,7 @@ def from_numpy(
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
+    refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
     if x.ndim < 2 and not preserve:
@@ -408,10 +422,9 @@ def ranges_of_features(data: Arrays) -> Remedy:
     """
     x = _values(data, data.read(0, len(data)).x)
     names = data.features or tuple(map(str, range(x.shape[1])))
-    ends = [(column[~column.isnan()].min(), column[~column.isnan()].max()) for column in x[:, :_EXAMPLES].T]
+    ends = [extremes(column) for column in x[:, :_EXAMPLES].T]
     shown = ", ".join(
-        f'"{name}": [{float(low):g}, {float(high):g}]'
-        for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
+        f'"{name}": [{low:g}, {high:g}]' for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
     )
     mapping = f"{{{shown}{', …' if len(names) > _EXAMPLES else ''}}}"
     measured = data.units is not None

@@ -19,6 +19,7 @@ from holdfast.sources.files import similar_name
 Array = NDArray[Any]
 _NAMES = Placeholder("A,B,C", "[A, B, C]")
 _SHOWN, _SHOWN_CHARACTERS = 10, 60  # names in a message, and characters of each
+_NUMBERED = 6  # class numbers in a note
 MOST_NAMES = 100_000  # labels with more values are rather ids or texts than classes
 MOST_TEXTS = 10_000_000
 """Largest number of string labels of an array; sorting more takes minutes and ten times their memory."""
@@ -96,6 +97,14 @@ class Numbered:
     """names of the classes, if the original labels are strings"""
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note for the report with the number of each class, if the original labels are strings."""
+        if self.names is None:
+            return ()
+        shown = ", ".join(f"{name}={i}" for i, name in enumerate(self.names[:_NUMBERED]))
+        return (f"text labels were numbered: {shown}{' …' if len(self.names) > _NUMBERED else ''}",)
 
 
 def numbered(y: Array, expected: Expected, name: str) -> Numbered:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.sources import tables
 from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
 from holdfast.sources.catalogue import CATALOGUE, data_folder
-from holdfast.sources.class_numbers import MOST_NAMES, matched, numbered, renumbered
+from holdfast.sources.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import reading, similar_file, similar_name
-from holdfast.sources.labels import whole_numbers
+from holdfast.sources.labels import refuse_swapped, whole_numbers
 from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
 from holdfast.sources.npz import Npz, arrays_of_split, named_arrays
@@ -188,16 +188,20 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     rows = selected_rows(n_rows, n=options.n, sample=options.sample, seed=options.seed, name=name)
     stop = int(rows[-1]) + 1
     x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
+    other = Remedy("y", x_name, function="open_data")
+    refuse_swapped(
+        x, all_labels[:stop], repr(address), Remedy("x", y_name, function="open_data", also=(other,))
+    )
     if len(rows) < stop:
         x = x[rows]
     names = place.classes
     if names is None and "classes" in archive.names:
         names = _class_names(archive, address)
-    objection: HoldfastError | None = None
+    numbering = Numbered(all_labels)
     if all_labels.dtype.kind == "U" and all_labels.ndim == 1:
         class_names = options.expected.class_names or names
         numbering = numbered(all_labels, replace(options.expected, class_names=class_names), name)
-        all_labels, names, objection = numbering.y, numbering.names, numbering.objection
+        all_labels, names = numbering.y, numbering.names
     else:
         if names is None and all_labels.dtype.kind in "iu":
             all_labels = numbered(all_labels, options.expected, name).y
@@ -214,7 +218,7 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         class_names=names,
         source_labels=all_labels,
     )
-    return replace(data, objection=objection) if objection else data
+    return data.labelled(numbering)
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:

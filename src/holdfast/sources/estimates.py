@@ -78,11 +78,21 @@ def _rounded(number: float, towards: Callable[[float], int]) -> float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
+def extremes(x: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest value that is present; NaN is a missing value. Both are 0 if all are missing.
+
+    >>> extremes(torch.tensor([2.0, torch.nan, 1.0])), extremes(torch.tensor([torch.nan]))
+    ((1.0, 2.0), (0.0, 0.0))
+    """
+    present = x[~x.isnan()]
+    return (float(present.min()), float(present.max())) if len(present) else (0.0, 0.0)
+
+
 def scaling(x: Tensor) -> tuple[str, tuple[Remedy, ...]]:
     """Return advice and remedies for inputs outside the bounds. They mark numbers that are derived from the data alone
     as estimates.
     """
-    low, high = float(x.min()), float(x.max())
+    low, high = extremes(x)
     advice = as_in_training(low, high, x.dim())
     estimates = [
         f"{name} values, {Normalisation(mean, std)}, would undo it"
@@ -96,5 +106,5 @@ def scaling(x: Tensor) -> tuple[str, tuple[Remedy, ...]]:
 
 def _are_pixels(x: Tensor) -> bool:
     """Return whether the values lie in [0, 1] and cover most of it."""
-    low, high = float(x.min()), float(x.max())
+    low, high = extremes(x)
     return -1e-3 <= low <= 0.05 and 0.95 <= high <= 1 + 1e-3

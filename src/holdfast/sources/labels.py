@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError
 from holdfast.core.labels import CLASSIFIERS_ONLY, off_range
+from holdfast.core.remedies import Remedy
 from holdfast.sources.expected import Expected
 
 Array = NDArray[Any]
@@ -19,6 +20,19 @@ def whole_numbers(y: Array) -> Array:
     """Return labels that are whole numbers stored as floats as int64, and other labels unchanged."""
     is_whole = y.dtype.kind == "f" and bool((np.isfinite(y) & (y == np.round(y))).all())
     return y.astype(np.int64) if is_whole else y
+
+
+def refuse_swapped(x: Array, y: Array, name: str, *remedies: Remedy) -> None:
+    """Raise `TargetError` if the labels have the shape of inputs, and the inputs are whole numbers or names in the
+    shape of labels.
+    """
+    shaped = y.ndim > x.ndim and len(x) == len(y) and y[:1].size > 1
+    if shaped and whole_numbers(x).dtype.kind in "iubU":
+        advice = "" if remedies else "; give the inputs first and then the labels, as in (x, y)"
+        raise TargetError(
+            f"the inputs of {name} have shape {x.shape} and its labels {y.shape}, which seem to be swapped{advice}",
+            *remedies,
+        )
 
 
 def class_labels(

@@ -1,7 +1,6 @@
 """Makes data sets from Python objects: tensors, arrays, torch loaders and torch datasets."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,7 @@ def as_data(
         preserve=isinstance(x, Tensor),
         resolution=resolution,
     )
-    return replace(data, objection=numbering.objection) if numbering.objection else data
+    return data.labelled(numbering)
 
 
 def _user_defined(data: Data, expected: Expected) -> Data:

@@ -18,6 +18,7 @@ from holdfast.sources.arrays import Arrays, from_numpy, handles_missing, selecte
 from holdfast.sources.class_numbers import numbered, numbered_words
 from holdfast.sources.columns import (
     MISSING,
+    NUMBER,
     SPLIT_COLUMN,
     TEXT,
     ColumnInputs,
@@ -32,6 +33,8 @@ from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.tables import table
 from holdfast.sources.pictures import decoded
 
+_MOST = 0.5
+"""Share of numbers above which strings in a column probably stand for missing values."""
 _LISTED = 20
 """Largest number of columns that a remedy lists."""
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
@@ -119,13 +122,7 @@ def table_examples(
     # names are numbered after the model was called with the inputs, which determines its number of classes
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, **of_source)
     numbering = numbered_words(column.words, column.places, expected, table.name)
-    return replace(
-        data,
-        y=numbering.y[chosen],
-        classes=numbering.names,
-        notes=(*data.notes, _numbering(numbering.names or ())),
-        objection=numbering.objection,
-    )
+    return replace(data, y=numbering.y[chosen], classes=numbering.names).labelled(numbering)
 
 
 def _whole_inputs(
@@ -143,12 +140,6 @@ def _whole_inputs(
         return inputs.cells[rows], None, notes
     x, image_notes = decoded([inputs.cells[row] for row in rows], rows.tolist(), name)
     return x, "chw", (*notes, *image_notes)
-
-
-def _numbering(names: tuple[str, ...]) -> str:
-    """Return a note with the number of each class."""
-    shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
-    return f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
 
 
 def _named_by_position(
@@ -304,7 +295,11 @@ def _numbers(
         if text or not handles_missing(x, expected):
             _refuse_missing(table, features, kinds, rows)
         if text:
-            raise _not_numbers(table, features, text)
+            mostly = (kinds == NUMBER).mean(0) > _MOST
+            sparse = [
+                name for name, numeric in zip(features, mostly, strict=True) if numeric and name in text
+            ]
+            raise _not_numbers(table, features, text, sparse)
     return table.numbers[rows][:, places]
 
 
@@ -321,14 +316,22 @@ def _refuse_missing(
             )
 
 
-def _not_numbers(table: ColumnTable, features: Sequence[str], text: list[str]) -> TargetError:
-    """Return the error for columns that contain strings."""
+def _not_numbers(
+    table: ColumnTable, features: Sequence[str], text: Sequence[str], sparse: Sequence[str]
+) -> TargetError:
+    """Return the error for the columns `text`, which contain strings. `sparse` are those of them whose cells are mostly
+    numbers, so that the strings probably stand for missing values.
+    """
     counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
     shown, more = text[:6], " …" if len(text) > 6 else ""
+    empty = (
+        f". Most cells of {sparse[0]} are numbers: leave a cell empty for a missing value" if sparse else ""
+    )
+    words = [name for name in text if name not in sparse]
     return TargetError(
         f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
-        "numbers in place of the text, as the model was trained",
-        *(_without(text) if len(text) < len(features) else ()),
+        f"numbers in place of the text, as the model was trained{empty}",
+        *(_without(words) if 0 < len(words) < len(features) else ()),
     )
 
 

@@ -216,6 +216,18 @@ class Pool:
         self.ledger.refuse(name, why)
 
     @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the sets that are neither admitted nor refused and may serve, in the order in which they were
+        added.
+        """
+        waiting = (
+            member
+            for member in self.ledger.members
+            if member.state == "candidate" and member.role == "service" and member.exposed is None
+        )
+        return tuple(member.name for member in waiting if not member.deleted)
+
+    @property
     def unjudged(self) -> tuple[str, ...]:
         """Names of the admitted sets that wait to serve, but were not assessed against all stolen sets."""
         return self.ledger.unjudged
@@ -267,7 +279,9 @@ class Pool:
 
     def _none_waits(self, serving_text: str, unjudged: int) -> str:
         if not unjudged:
-            return f"{str(self.path)!r} contains no waiting admitted set, so {serving_text}; draw and admit more sets"
+            admit = f"judge the drawn sets with holdfast rotate admit {self.shown}"
+            way_out = admit if self.candidates else "draw and admit more sets"
+            return f"{str(self.path)!r} contains no waiting admitted set, so {serving_text}; {way_out}"
         return (
             f"no waiting set in {str(self.path)!r} was judged against all stolen sets ({unjudged} were admitted before "
             f"the last theft was listed), so {serving_text}; judge them with holdfast rotate admit {self.shown}, or "

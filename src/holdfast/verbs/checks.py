@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from holdfast.checkup import FILLED, share_filled
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, extent
 from holdfast.core.corruptions import Corruptions
@@ -28,7 +29,7 @@ from holdfast.ops.corruptions import refuse_no_images
 from holdfast.ops.pieces import Room
 from holdfast.ops.prepare import multiply_adds
 from holdfast.ops.transformations import refuse_unfit
-from holdfast.sources.estimates import BYTES, before_normalisation, pixel_divisor, range_of_training
+from holdfast.sources.estimates import BYTES, before_normalisation, extremes, pixel_divisor, range_of_training
 
 _VALUES = 1 << 20
 """Input values in one batch on a CPU: 256 small images, or a few large ones."""
@@ -122,17 +123,35 @@ def _smaller_eps(threat: ThreatModel, farthest: float, bounds: Bounds) -> Remedy
 
 
 def small_eps_note(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
-    """Return a note for the report if eps is so small that it was probably meant for other bounds: less than a tenth of
-    an 8-bit pixel step.
+    """Return a note for the report if eps is so small that it was probably meant for other bounds: a change of all
+    values by the same amount is less than a tenth of an 8-bit pixel step.
 
     Returns an empty tuple otherwise.
     """
     eps, width = constraint.eps, bounds.width
-    levels = {Linf: 1.0, L2: math.sqrt(features), L1: float(features)}.get(type(constraint), 0.0)
-    if not 0 < eps < 0.1 * levels * width / 255:
+    divisors = {
+        Linf: (1.0, ""),
+        L2: (math.sqrt(features), f", divided by the square root of the {features:,} values of an input,"),
+        L1: (float(features), f", divided by the {features:,} values of an input,"),
+    }
+    divisor, divided = divisors.get(type(constraint), (0.0, ""))
+    if not 0 < eps < 0.1 * divisor * width / 255:
         return ()
-    note = f"eps {eps:.3g} is less than a tenth of one step between 256 levels of the bounds, whose width is {width:g}"
-    return (f"{note}: check that eps is in the units of the inputs",)
+    step = f"less than a tenth of one step between 256 levels of the bounds, whose width is {width:g}"
+    return (f"eps {eps:.3g}{divided} is {step}: check that eps is in the units of the inputs",)
+
+
+def wide_bounds_note(x: Inputs, bounds: Bounds) -> tuple[str, ...]:
+    """Return a note for the report if the inputs `x` fill at most a tenth of the bounds, which were probably meant for
+    other inputs. Returns an empty tuple otherwise.
+    """
+    share, (low, high) = share_filled(x, bounds), extremes(x)
+    if not 0 < share <= FILLED:
+        return ()
+    filled = f"the inputs range from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds"
+    return (
+        f"{filled}: check that the bounds are the limits of the inputs and that the inputs are scaled as in training",
+    )
 
 
 def refuse_batch(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from holdfast.checkup import spread_examples
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.engine.identity import code_digest, hardware, versions
@@ -14,12 +15,15 @@ from holdfast.engine.resuming import repeatable
 from holdfast.harness import Plan, Target
 from holdfast.reports.numbers import strict
 from holdfast.sources.served import Served
-from holdfast.verbs.checks import batch_size_for, small_eps_note
+from holdfast.verbs.checks import batch_size_for, small_eps_note, wide_bounds_note
 from holdfast.verbs.documents import outline_to_json
 from holdfast.verbs.evidence import DOUBTS
 from holdfast.verbs.measuring import shards_of
 from holdfast.verbs.preparation import model_digest
 from holdfast.verbs.request import AssessRequest, HardenRequest, Subject
+
+_SAMPLE = 64
+"""Number of examples from which the range of the inputs is estimated."""
 
 
 def assess_manifest(
@@ -184,13 +188,15 @@ def _notes(
     subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
 ) -> list[str]:
     """Notes on model, data and threat model that a reader needs before the numbers."""
-    small = small_eps_note(plan.threat.constraint, target.bare.bounds, math.prod(shape))
+    bounds = target.bare.bounds
+    small = small_eps_note(plan.threat.constraint, bounds, math.prod(shape))
+    wide = wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
     surrogates = [
         f"the surrogate {surrogate.card.get('name', '')}: {note}"
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
-    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small]
+    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
 
 
 def _identity(surrogate: Subject) -> dict[str, str]:

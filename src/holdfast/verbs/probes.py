@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.costs import Passes
-from holdfast.checkup import BETTER, FILLED, Finding, misfit
+from holdfast.checkup import BETTER, FILLED, Finding, misfit, names_of_labels
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
@@ -193,7 +193,8 @@ def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
 def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int]:
     """Test whether the data do not fit the model, in smaller batches if memory runs out."""
     room = measurement.run.room(DOUBTS, _FITTING)
-    return in_room(lambda size: misfit(measurement.target.bare, batch, size), room, 0, len(batch))
+    names = names_of_labels(measurement.data)
+    return in_room(lambda size: misfit(measurement.target.bare, batch, size, names), room, 0, len(batch))
 
 
 def _probes(measurement: Measurement, columns: Columns) -> tuple[Probe, ...]:

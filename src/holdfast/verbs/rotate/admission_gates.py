@@ -215,7 +215,7 @@ def reported(measurements: Measurements) -> dict[str, Estimate]:
 def _clean(measurements: Measurements) -> GateResult:
     loss, reference = measurements.clean_loss.estimate, measurements.clean_loss.reference
     limit, bound = measurements.tolerance("clean accuracy")
-    reason = f"clean accuracy is {points_text(loss)} lower than that of {reference}"
+    reason = f"{points_text(loss)} than that of {reference}"
     return GateResult("clean accuracy", loss, bound, AtMost(limit)(loss, NO_DOUBTS), reason, "transfer")
 
 
@@ -223,7 +223,7 @@ def _robust(measurements: Measurements, doubts: Doubts) -> GateResult:
     loss, reference = measurements.robust_loss.estimate, measurements.robust_loss.reference
     limit, bound = measurements.tolerance("robust accuracy")
     verdict = AtMost(limit)(loss, doubts)
-    reason = f"robust accuracy under PGD-20 and APGD is {points_text(loss)} lower than that of {reference}"
+    reason = f"under PGD-20 and APGD {points_text(loss)} than that of {reference}"
     if verdict == "unclear" and loss.high <= limit:
         reason += f", and doubts are open: {', '.join(doubts.open)}"
         return GateResult("robust accuracy", loss, bound, verdict, reason)
@@ -369,7 +369,7 @@ def _odd_gradients(measurements: Measurements, accepted: Mapping[str, str]) -> G
     value = Estimate(times, times, times, same_draw.estimate.n)
     reason = (
         f"examples from sets of the same draw break {times:.1f} times as many as those from stolen sets, and "
-        f"robust accuracy is {points_text(loss)} lower"
+        f"robust accuracy is {points_text(loss)}"
     )
     if loss.low <= 0 or times <= _ODD:
         return GateResult(gate, value, bound, "pass", reason)

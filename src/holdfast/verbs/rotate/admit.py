@@ -40,7 +40,7 @@ from holdfast.verbs.rotate.admission_gates import (
 )
 from holdfast.verbs.rotate.admission_time import admission_time
 from holdfast.verbs.rotate.comparing import robust_mask
-from holdfast.verbs.rotate.contents import bases_left, waiting_candidates
+from holdfast.verbs.rotate.contents import bases_left
 from holdfast.verbs.rotate.measuring import SetMeasurements, judged_ranges, set_subject
 from holdfast.verbs.rotate.pool_store import PoolStore
 from holdfast.verbs.rotate.request import FIRST, RotateRequest, state_of
@@ -183,7 +183,7 @@ class _Admitting:
     @property
     def waiting(self) -> tuple[str, ...]:
         """Names of the candidates, and of admitted sets that were judged before a later theft was reported."""
-        return (*waiting_candidates(self.pool), *self.pool.unjudged)
+        return (*self.pool.candidates, *self.pool.unjudged)
 
     def _foreign(self, name: str) -> Judged | None:
         """The refusal of a set whose tensors do not match the model; None if they match."""

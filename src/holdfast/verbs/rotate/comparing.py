@@ -130,6 +130,14 @@ def share_text(estimate: Estimate) -> str:
 
 
 def points_text(estimate: Estimate) -> str:
-    """Return a difference of fractions as text, in percentage points with its confidence interval and sample size."""
-    low, value, high = (f"{100 * end:.1f}" for end in (estimate.low, estimate.value, estimate.high))
-    return f"{value} points ({low} to {high}, n = {estimate.n:,})"
+    """Return a loss as text: how many percentage points an accuracy is lower, or higher if the loss is negative, with
+    the confidence interval and the sample size.
+
+    >>> points_text(Estimate(0.021, 0.004, 0.038, 500)), points_text(Estimate(-0.009, -0.021, 0.003, 500))
+    ('2.1 points lower (0.4 to 3.8, n = 500)', '0.9 points higher (-0.3 to 2.1, n = 500)')
+    """
+    low, value, high = (100 * end for end in (estimate.low, estimate.value, estimate.high))
+    direction = "lower"
+    if value < 0:
+        low, value, high, direction = -high, -value, -low, "higher"
+    return f"{value:.1f} points {direction} ({low:.1f} to {high:.1f}, n = {estimate.n:,})"

@@ -116,18 +116,6 @@ def bases_left(pool: Pool) -> tuple[str, ...]:
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
-def waiting_candidates(pool: Pool) -> tuple[str, ...]:
-    """Return the names of the candidates of a pool that are neither admitted nor refused, in the order in which they
-    were added.
-    """
-    waiting = (
-        member
-        for member in pool.ledger.members
-        if member.state == "candidate" and member.role == "service" and member.exposed is None
-    )
-    return tuple(member.name for member in waiting if not member.deleted)
-
-
 def generator_of(pool: Pool, request: RotateRequest) -> Generator | None:
     """Return the generator of the pool, or None if there is none."""
     stored = pool.kept(GENERATOR)

@@ -23,7 +23,7 @@ from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.admission_time import admission_time
 from holdfast.verbs.rotate.admit import AdmitRequest, admit, first_sizes
 from holdfast.verbs.rotate.collect import Collected, CollectRequest, collect
-from holdfast.verbs.rotate.contents import trained_generator, waiting_candidates
+from holdfast.verbs.rotate.contents import trained_generator
 from holdfast.verbs.rotate.draw import UPDATES, By, DrawRequest, draw
 from holdfast.verbs.rotate.request import EVERY, FIRST, MOST, RotateRequest
 from holdfast.verbs.rotate.samples import MEASURED_LATER, planned_needs, sufficient, tolerance_text
@@ -245,10 +245,10 @@ class RotationLoop:
         self.swap_if_due()
         goal = n_before + max(settings.keep - len(self.pool.ahead), 0)
         while (missing := goal - self._admitted) > 0 or self.pool.unjudged:
-            if not (waiting_candidates(self.pool) or self.pool.unjudged):
+            if not (self.pool.candidates or self.pool.unjudged):
                 self._draw(missing)
                 self.swap_if_due()
-            last = {name for name in waiting_candidates(self.pool) if self._last_resort(name)}
+            last = {name for name in self.pool.candidates if self._last_resort(name)}
             request = AdmitRequest(
                 self.pool, self.common, settings.claims, settings.accepted, settings.n_judged
             )
