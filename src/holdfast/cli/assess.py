@@ -51,7 +51,7 @@ _CONFIG = "holdfast.yaml"
 V = TypeVar("V", bound=OpeningSettings)
 
 
-def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
+def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
     """Return the validated settings of a command that opens a model, from its flags, `--set` and the configuration
     file.
 
@@ -65,7 +65,7 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
     for address in (*addresses, *flags.get("across", ())):
         refuse_missing_file(address)
     config = flags.get("config")
-    settings: V = settings_of_flags(flags, cast(Any, kind), voice)
+    settings: V = settings_of_flags(flags, cast(Any, kind))
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
     if config:
@@ -82,7 +82,7 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
     return settings
 
 
-def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
+def settings_of_flags(flags: dict[str, Any], kind: type[S]) -> S:
     """Return the validated settings of any command from its flags, `--set` and the configuration file."""
     from holdfast.config.grammar import parse_pairs
 
@@ -238,7 +238,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
     """Run or resume an assessment of MODEL on DATA, or estimate its cost."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
-    settings = settings_from(flags, AssessSettings, voice)
+    settings = settings_from(flags, AssessSettings)
     refuse_resume_without_run(resume=resume, run=run)
     from holdfast.api import carry_out
     from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell

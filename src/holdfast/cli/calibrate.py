@@ -19,7 +19,7 @@ def calibrate(voice: Voice, **flags: Any) -> None:
     DATA must contain benign inputs that MODEL was not trained on. The thresholds are written next to the settings of
     the guard, with the digests of both; the guard refuses them for other settings or another model.
     """
-    settings = settings_from(flags, CalibrateSettings, voice)
+    settings = settings_from(flags, CalibrateSettings)
     from holdfast.config.guard_notes import rate_text
     from holdfast.guarding import carry_out_calibration
 

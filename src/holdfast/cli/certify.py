@@ -37,7 +37,7 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 @with_voice
 def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Run or resume a certification of MODEL on DATA."""
-    settings = settings_from(flags, CertifySettings, voice)
+    settings = settings_from(flags, CertifySettings)
     refuse_resume_without_run(resume=resume, run=run)
     from holdfast.api import carry_out
     from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell

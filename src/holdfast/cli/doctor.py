@@ -21,7 +21,7 @@ def doctor(voice: Voice, **flags: Any) -> int:
 
     Exit code 0 if no problem is found, 3 if one is found.
     """
-    settings = settings_from(flags, DoctorSettings, voice)
+    settings = settings_from(flags, DoctorSettings)
     from rich.text import Text
 
     from holdfast.api import look_over

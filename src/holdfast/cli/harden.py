@@ -33,7 +33,7 @@ DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
 @with_voice
 def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Train a new model with the settings of the flags, or resume such a run, and assess both models."""
-    settings = settings_from(with_named_parts(flags), HardenSettings, voice)
+    settings = settings_from(with_named_parts(flags), HardenSettings)
     refuse_resume_without_run(resume=resume, run=run)
     from holdfast.api import carry_out_hardening
     from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
@@ -59,11 +59,13 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
                 detail=voice.say if voice.verbose else ignore,
                 command=command,
             )
-        outputs = settings.output
+        outputs, place = settings.output, folder
         for output in filter(is_folder, outputs):
-            voice.say(f"model: {hardened.write(output)}")
+            place = hardened.write(output)
+            voice.say(f"model: {place}")
         tell(hardened.after, [output for output in outputs if not is_folder(output)], voice, folder=folder)
     for note in hardened.notes:
         voice.say(f"note: {note}")
     click.echo(line(str(hardened)), err=True)
+    voice.say(f"assess the new model with: {line(hardened.opened_by(place))}")
     return hardened.after.exit_code

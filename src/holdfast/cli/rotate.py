@@ -77,7 +77,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
     of epochs of its recipe.
     """
     _refuse_unused("collect", flags)
-    settings = settings_from(with_named_parts(flags), RotateSettings, voice)
+    settings = settings_from(with_named_parts(flags), RotateSettings)
     if resume and run is None:
         raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
     from holdfast.cli.rotating import collect as step
@@ -99,7 +99,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     _refuse_unused("train", flags)
     from holdfast.cli.rotating import train as step
 
-    return step(pool, settings_of_flags(flags, RotateSettings, voice), voice, expect_head=expect_head)
+    return step(pool, settings_of_flags(flags, RotateSettings), voice, expect_head=expect_head)
 
 
 @rotate.command(short_help="generate new candidates")
@@ -140,7 +140,7 @@ def draw(
 
     return step(
         pool,
-        settings_of_flags(flags, RotateSettings, voice),
+        settings_of_flags(flags, RotateSettings),
         voice,
         wanted=wanted,
         by=by,
@@ -169,7 +169,7 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     _refuse_unused("admit", flags)
     from holdfast.cli.rotating import admit as step
 
-    return step(pool, settings_of_flags(flags, RotateSettings, voice), voice, expect_head=expect_head)
+    return step(pool, settings_of_flags(flags, RotateSettings), voice, expect_head=expect_head)
 
 
 @rotate.command(short_help="replace the serving set by an admitted one")
@@ -283,7 +283,7 @@ def run_(
     generator is admitted, sets are trained from fresh random weights. If five of those are refused in a row and no set
     waits, the serving set continues to serve, and the exit code is 4.
     """
-    settings = settings_from(with_named_parts(flags), RotateSettings, voice)
+    settings = settings_from(with_named_parts(flags), RotateSettings)
     if resume and run is None:
         raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
     from holdfast.cli.rotating import turn

@@ -36,7 +36,7 @@ def serve(voice: Voice, **flags: Any) -> int:
     """Serve MODEL until the process is stopped."""
     for address in (flags.get("model"), flags.get("config")):
         refuse_missing_file(address)
-    settings = settings_of_flags(flags, ServeSettings, voice)
+    settings = settings_of_flags(flags, ServeSettings)
     address = settings.model
     if address is None and settings.proxy is None:
         raise UsageError(

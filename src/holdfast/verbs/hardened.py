@@ -51,6 +51,10 @@ class Hardened:
     """content of the safetensors file with the new model"""
     folder: Path | None = None
 
+    def opened_by(self, folder: Path) -> str:
+        """Return the command line that assesses the new model in the file in `folder`."""
+        return _placed(self.card["opened_by"], folder)
+
     def write(self, folder: str | Path) -> Path:
         """Write the weights, the card and the training curve of the new model to a folder. Return the path of the
         folder.
@@ -59,7 +63,7 @@ class Hardened:
         given.
         """
         place = Path(folder)
-        card = {**self.card, "opened_by": _placed(self.card["opened_by"], place)}
+        card = {**self.card, "opened_by": self.opened_by(place)}
         with usable(place):
             place.mkdir(parents=True, exist_ok=True)
             write_atomically(place / MODEL, self.weights)
