@@ -270,13 +270,13 @@ def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -
     return Suite("corruptions" if kind == "corruptions" else known, 1, found, known == "minimum-norm")
 
 
-def kind_of(norm: str, limits: Container[str]) -> Kind:
+def kind_of_change(norm: str, limits: Container[str]) -> Kind:
     """Return what the attacker may change under a constraint with the name `norm` and the limits of transformations."""
     return "flow" if "flow" in limits else cast("Kind", norm)
 
 
 def _kind(constraint: "Constraint") -> Kind:
-    return kind_of(constraint.name, getattr(constraint, "limits", ()))
+    return kind_of_change(constraint.name, getattr(constraint, "limits", ()))
 
 
 def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageError:

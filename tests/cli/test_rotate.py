@@ -161,7 +161,7 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
         "--run",
         "pool",
         "--resume",
-        "--keep",
+        "--min-waiting",
         "1",
         "--set",
         "n_judged=200",

@@ -145,7 +145,7 @@ class OfTextAndImages(nn.Module):
         return Logits(self.head(images.flatten(1)))
 
 
-def test_images_are_passed_by_the_name_of_their_parameter():
+def test_images_are_passed_by_the_name_of_their_parameter(tmp_path):
     net, x = OfTextAndImages(), torch.rand(8, 1, 6, 6)
     y = net.head(x.flatten(1)).argmax(1)
     mappings = [{"photo": image, "label": int(label)} for image, label in zip(x, y, strict=True)]
@@ -154,6 +154,11 @@ def test_images_are_passed_by_the_name_of_their_parameter():
         assert bool(result.evidence["correct"].all())
     assert holdfast.attack(net, x, y, "fgsm").result.evidence["correct"].all()
     assert Classifier(net).renormalised(None, None).input_name == "pixel_values"
+    both = [{**entry, "pixel_values": entry["photo"]} for entry in mappings]
+    how, run = {"suite": "fgsm", "doubts": False}, tmp_path / "run"
+    holdfast.assess(net, holdfast.open_data(both, x="pixel_values"), "linf:0.01", run=run, **how)
+    with pytest.raises(UsageError, match="another model"):
+        holdfast.assess(net, holdfast.open_data(both, x="photo"), "linf:0.01", run=run, resume=True, **how)
 
 
 class OfTokens(nn.Module):

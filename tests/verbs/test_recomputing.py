@@ -11,9 +11,10 @@ import torch
 
 from holdfast.cli.app import run as command_line
 from holdfast.cli.app import verbs
-from holdfast.core.chain import canonical, digest
+from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
+from holdfast.store.records import line_of
 from holdfast.stored import report, verify
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import runs_in
@@ -311,3 +312,16 @@ def test_the_command_of_a_stored_run_repeats_its_settings(tmp_path):
     words = ["mnist-cnn", "mnist-mini", "--threat", "l2:1.5", "--suite", "quick", "--no-doubts", "-n", "4"]
     assert command_line(["assess", *words, "--seed", "7", "--run", str(run), "-q"]) == 0
     assert report(run).about["command"] == " ".join(("holdfast assess", *words, "--seed", "7"))
+
+
+def test_a_verdict_without_the_record_of_its_doubts_is_refused_on_resume(run):
+    lines, previous = b"", GENESIS
+    for line in (run / "chain.jsonl").read_text().splitlines():
+        recorded = json.loads(line)["content"]
+        if recorded["kind"] != "doubts":
+            link = Link(previous, recorded)
+            lines, previous = lines + line_of(link), link.digest
+    (run / "chain.jsonl").write_bytes(lines)
+    rewritten(run, "verdict.json", lambda content: content.update(exit_code=0))
+    with pytest.raises(TargetError, match="has a verdict but no doubts"):
+        assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)

@@ -29,6 +29,7 @@ from holdfast.config.resolve import (
     sources_at,
 )
 from holdfast.config.settings import AssessSettings, CertifySettings, RotateSettings, check_settings
+from holdfast.config.suites import refuse_uncertifiable
 from holdfast.core.batch import Batch, Data
 from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
@@ -200,6 +201,8 @@ def opened_for_assess(
     Answers of servers are stored in the folder of the run.
     """
     settings, sources = inputs.settings, inputs.sources
+    if isinstance(settings, CertifySettings):
+        refuse_uncertifiable(settings.threat)
     refuse_unusable_cluster(settings, sources.model.address)
     if sources.model.inference.guard is not None and settings.on != "local":
         raise UsageError(

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
 from holdfast.config.grammar import ThreatSpec, did_you_mean, parse_number, parse_threat
+from holdfast.config.misspelt import is_size
 from holdfast.config.naming import GROUP
 from holdfast.config.spellings import attack_class_called
 from holdfast.config.wording import complaint, place
@@ -73,7 +74,7 @@ def threat_written(threat: ThreatLike, where: str = "threat") -> str:
     if not isinstance(constraint, _WRITTEN):
         raise UsageError(
             f"{where} is {threat!r}; expected text as in linf:8/255, or a constraint as in holdfast.Linf(8/255)",
-            *([Remedy("threat", f"linf:{size_text(threat)}")] if isinstance(threat, int | float) else []),
+            *([Remedy("threat", f"linf:{size_text(threat)}")] if is_size(threat) else []),
         )
     if model is None:
         model = ThreatModel(constraint)

@@ -5,9 +5,10 @@ from collections.abc import Container, Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
 from inspect import Parameter
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from holdfast.config.grammar import did_you_mean
+from holdfast.config.naming import AUTO
 from holdfast.config.spellings import folded
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
@@ -19,6 +20,7 @@ from holdfast.gates.grammar import with_equality
 _EPS = ("eps", "epsilon")
 _ATTACKS = ("attack", "attacks")
 _LABELS = ("x", "y")
+_OF_CLUSTERS = ("ship", "gpus_per_worker", "mixed_nodes", "trust_network", "cluster_timeout")
 _TIMES = ("time", "time_limit", "timeout", "max_time")
 _BUDGETS = ("budget", "time_budget")
 _NORMS = {"linf": 8 / 255, "l2": 0.5, "l1": 10, "l0": 10}
@@ -46,19 +48,40 @@ def refuse_misspelt(
         if key in (*_EPS, "norm") and "threat" in parameters:
             raise _misspelt(function, key, *_of_threat(key, value, given))
         if key == "gate" and "gates" in parameters:
-            gates = tuple(map(with_equality, (value,) if isinstance(value, str) else value))
-            raise _misspelt(function, key, Remedy("gates", gates, "--gate", repeated=True))
+            raise _misspelt(function, key, *_of_gate(value))
         if key in _ATTACKS or (key == "suite" and "attack" in parameters):
             raise _misspelt(function, key, *_of_attack(parameters, key, value))
         if key == "steps" and not takes_any:
             raise _misspelt(function, key, *_of_steps(parameters, key, value, given.get("suite")))
         if key in _TIMES and (argument := next((name for name in _BUDGETS if name in parameters), None)):
-            text = value if isinstance(value, str) else f"{value}s"
-            raise _misspelt(function, key, Remedy(argument, text))
+            text = f"{value}s" if is_size(value) else value
+            raise _misspelt(function, key, *([Remedy(argument, text)] if isinstance(text, str) else []))
         if key == "epochs" and "recipe" in parameters:
-            raise _misspelt(function, key, _of_epochs(value, given.get("recipe")))
+            raise _misspelt(function, key, *_of_epochs(value, given.get("recipe")))
+        if key in _OF_CLUSTERS and "on" in parameters:
+            raise UsageError(
+                f"{function} has no argument {key!r}: it is one of holdfast.Ray, as in "
+                f"on=holdfast.Ray({key.removeprefix('cluster_')}=...)"
+            )
+        if key == "output":
+            raise UsageError(
+                f"{function} has no argument {key!r}: write a report of the result, as in result.write('report.html')"
+            )
         if not takes_any and key not in moved:
             raise UsageError(f"{function} has no argument {key!r}{did_you_mean(key, parameters)}")
+
+
+def is_size(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a positive number, such as an eps, a duration or a number of epochs."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _of_gate(value: object) -> tuple[Remedy, ...]:
+    """Return the argument with the gates of a call."""
+    gates = [value] if isinstance(value, str) else value
+    if not isinstance(gates, list | tuple) or not all(isinstance(gate, str) for gate in gates):
+        return ()
+    return (Remedy("gates", tuple(map(with_equality, gates)), "--gate", repeated=True),)
 
 
 def with_eps(threat: object, eps: object) -> str:
@@ -90,6 +113,8 @@ def _of_attack(parameters: Mapping[str, Parameter], key: str, attack: Any) -> tu
 
 def _of_threat(key: str, value: object, given: Mapping[str, Any]) -> tuple[Remedy, ...]:
     """Return the threat of a call whose arguments are a norm, an eps, or both."""
+    if key != "norm" and not is_size(value):
+        return ()
     if "norm" not in given:
         return (Remedy("threat", with_eps(given.get("threat"), value)),)
     name = f"l{re.sub('[^a-z0-9]', '', str(given['norm']).lower()).removeprefix('l')}"
@@ -102,11 +127,13 @@ def _of_threat(key: str, value: object, given: Mapping[str, Any]) -> tuple[Remed
     return (Remedy("threat", with_eps(name, eps)),)
 
 
-def _of_epochs(epochs: object, recipe: object) -> Remedy:
+def _of_epochs(epochs: object, recipe: object) -> tuple[Remedy, ...]:
     """Return the recipe of the call with a number of epochs."""
-    name = recipe if isinstance(recipe, str) else "pgd"
+    if not isinstance(recipe, str | None) or recipe == AUTO or not is_size(epochs):
+        return ()  # an object or a mapping states its own epochs, and `auto` has a budget
+    name = recipe or "pgd"
     settings = f"{{'use': {name!r}, 'training': {{'epochs': {epochs!r}}}}}"
-    return Remedy("recipe", Placeholder(f"{{use: {name}, training: {{epochs: {epochs}}}}}", settings))
+    return (Remedy("recipe", Placeholder(f"{{use: {name}, training: {{epochs: {epochs}}}}}", settings)),)
 
 
 def _of_steps(

@@ -259,6 +259,7 @@ def _subject(
             "access": model.access,
             **({} if model.output is None else {"output": model.output}),
             **({} if model.layout is None else {"layout": model.layout}),
+            **({} if model.input_name is None else {"input_name": model.input_name}),
         }
     )
     identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))

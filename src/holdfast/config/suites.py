@@ -13,7 +13,7 @@ from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.core.remedies import Remedy
-from holdfast.suites import VARIANTS, SuiteName, attacks_of, kind_of
+from holdfast.suites import VARIANTS, SuiteName, attacks_of, kind_of_change
 
 DEFAULT_SUITE: SuiteName = "fast"
 
@@ -33,7 +33,9 @@ def usual_suite(threat: ThreatSpec) -> SuiteName:
 
 def names_in_suite(suite: SuiteName, threat: ThreatSpec) -> tuple[str, ...]:
     """Return the names of the attacks of a suite under a threat model, or an empty tuple if it has none."""
-    return tuple(spec.name for spec in attacks_of(suite, kind_of(threat.norm, threat.limits), threat.access))
+    return tuple(
+        spec.name for spec in attacks_of(suite, kind_of_change(threat.norm, threat.limits), threat.access)
+    )
 
 
 def refuse_unknown(

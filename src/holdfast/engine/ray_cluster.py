@@ -168,12 +168,14 @@ class Cluster:
                 errors.ObjectLostError,
                 errors.GetTimeoutError,
             ),
-            "error": (errors.RayTaskError,),
+            "error": (errors.RayError,),  # an exception of the task, or one that cannot be unpickled
         }
         with self._reachable():
             try:
                 content: bytes = self.ray.get(reference, timeout=_FETCH_S)
-            except tuple(kind for kinds in failures.values() for kind in kinds) as error:
+            except errors.RayError as error:
+                if not self.ray.is_initialized():
+                    raise
                 return next(failure for failure, kinds in failures.items() if isinstance(error, kinds))
         return content
 

@@ -206,15 +206,15 @@ class _Job:
         """
         run, off = measurement.run, self.plan.doubts == "none"
         store = run.store
+        finished = self.folder is not None and store.document(VERDICT) is not None
+        if self.folder is not None and finished:
+            # all documents of a finished run are compared with its columns, the doubts too, which it must have
+            open_run(self.folder)
         if (stored := store.document(DOUBTS)) is not None:
             if (columns := store.stage(FOUND)) is not None:
                 by_stage[FOUND] = columns.columns
-            if self.folder is not None and store.document(VERDICT) is None:
+            if self.folder is not None and not finished:
                 refuse_other_doubts(self.folder, self.manifest, by_stage, stored)
-            elif self.folder is not None:
-                open_run(
-                    self.folder
-                )  # of a finished run all documents are compared with the columns, the doubts too
             return stored
         store.begin(DOUBTS, 0)
         stopwatch = Stopwatch(store, DOUBTS)
