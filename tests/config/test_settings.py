@@ -44,7 +44,7 @@ from holdfast.core.transformations import Colour, Spatial
 from holdfast.doubts.answering import arms
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
-from holdfast.suites import SUITES, VARIANTS, suite, variant
+from holdfast.suites import LABELS_ONLY, SUITES, VARIANTS, curve, suite, variant
 
 REFUSED = [
     ("? [a]\n: b", "is not a valid key"),
@@ -237,6 +237,10 @@ def test_every_attack_of_every_suite_is_built_from_the_catalogue():
             for spec in specs:
                 assert spec.attack in ATTACKS and type(spec.build()).__name__ == spec.attack
                 assert spec.name == spec.attack or VARIANTS[spec.name] == spec.attack
+    for specs in LABELS_ONLY.values():
+        assert all(type(spec.build()).__name__ == spec.attack for spec in specs)
+    for constraint in (Linf(), L2(), L1(), L0()):
+        assert curve(constraint)[1].needs == "gradients"
 
 
 def test_every_printed_name_and_every_short_form_names_one_thing():
@@ -317,7 +321,9 @@ def test_the_members_of_a_suite_are_known_by_their_names():
     for name, by_kind in SUITES.items():
         for norm, constraint in constraints.items():
             if norm in by_kind:
-                assert suite(name, constraint).specs == by_kind[norm]
+                assert [type(attack).__name__ for _, attack in suite(name, constraint).attacks] == [
+                    spec.attack for spec in by_kind[norm]
+                ]
             else:
                 with pytest.raises(
                     UsageError, match="corruptions" if "corruptions" in (name, norm) else norm

@@ -295,7 +295,7 @@ def test_a_draw_is_resumed_with_its_method(pool):
     stored = pool.kept("drawing")
     asked = {**stored.about["asked"], "sets": 2}
     pool.keep("drawing", stored.columns, {**stored.about, "asked": asked})
-    found = steps.draw(pool, terms(), by="retraining", resume=True)
+    found = steps.draw(pool, terms(), resume=True)
     assert found.by == "retraining" and len(found.names) == 2
     assert pool.ledger.member(found.names[1]).why == "drawn by retraining"
     with pytest.raises(UsageError, match=r"\(by: retraining → generator\)"):

@@ -1,5 +1,6 @@
 """Decorators for the functions of the Python interface, whose arguments are the settings of a command."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature, cleandoc, signature
@@ -73,11 +74,23 @@ def verb_with(kind: type[VerbSettings], *only: str) -> Callable[[Callable[P, R]]
         first = [parameter for parameter in own if parameter.name not in _LAST]
         last = [parameter for parameter in own if parameter.name in _LAST]
         call = _checked(function, written.replace(parameters=[*first, *added, *last]))
-        listed = "\n".join(f"    {key}: {field.description}" for key, field in fields.items())
+        listed = "\n".join(
+            f"    {key}: {in_python(field.description or '')}" for key, field in fields.items()
+        )
         call.__doc__ = f"{cleandoc(function.__doc__ or '')}\n\nFurther arguments:\n{listed}\n"
         return call
 
     return decorated
+
+
+def in_python(description: str) -> str:
+    """Return the description of a setting with arguments in place of command-line options.
+
+    >>> in_python("Deviation of the noise of --method smoothing. Ray needs --batch-size.")
+    "Deviation of the noise of method='smoothing'. Ray needs batch_size."
+    """
+    description = re.sub(r"--method (\w+)", r"method='\1'", description)
+    return re.sub(r"--([a-z][a-z-]*)", lambda match: match[1].replace("-", "_"), description)
 
 
 def _checked(function: Callable[P, R], shown: Signature) -> Callable[P, R]:

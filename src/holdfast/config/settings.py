@@ -258,9 +258,12 @@ def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
 
     What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
     """
-    flags = {key: flag_of(field) for key, field in keys_of(type(settings)).items()}
+    fields = keys_of(type(settings))
+    outside = {
+        key for key, field in fields.items() if (flag := flag_of(field)) is not None and not flag.identifies
+    }
     return {
         key: value
         for key, value in plain_settings(settings).items()
-        if (flag := flags[key]) is None or flag.identifies
+        if key not in outside and key != "schema_version"
     }

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -251,6 +251,8 @@ def connected(options: RayOptions, workers: int, *, detail: Notify = ignore) -> 
             stack.enter_context(unchanged_process())
             start = _joined(ray, options) if options.address else _started(ray, workers, options)
             cluster = stack.enter_context(start)
+            # messages of Ray and of its workers must not be part of a report on stdout
+            stack.enter_context(redirect_stdout(sys.stderr))
         if cluster.dashboard:
             detail(f"dashboard of Ray: http://{cluster.dashboard}")
         _current.append(cluster)

@@ -5,7 +5,6 @@ import logging
 import os
 import secrets
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -64,9 +63,7 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
                 )
         except (ConnectionError, RuntimeError, OSError) as error:
             raise TargetError(f"Ray did not start on this machine: {error}{_shorter()}") from error
-        # messages of Ray on lost workers, which must not be part of a report on stdout
-        with contextlib.redirect_stdout(sys.stderr):
-            yield context
+        yield context
 
 
 def _shorter() -> str:
