@@ -77,11 +77,14 @@ def weights(recipe: str) -> Any:
     from benchmarks import networks
     from holdfast import L2, Batch, Classifier, Linf, ThreatModel, recipes
     from holdfast.core.draws import Draws
+    from holdfast.ops.denoiser import DenoisedNetwork
     from holdfast.ops.fit import Training
     from holdfast.ops.recipe import trained_as
 
     x, y = networks.images("mnist", FIT, split="train")
     net = networks.network("mnist_kw01").module
+    if recipe == "Denoising":
+        net = DenoisedNetwork(net, channels=1)
     surrogate = Classifier(networks.network("mnist_cnn_a_adv").module)
     threat = ThreatModel(Linf(EPS), surrogates=(surrogate,))
     settings = {"others": (L2(1.5),)} if recipe == "MultiNormTraining" else {}

@@ -272,8 +272,10 @@ def _attack_records(
 
 
 def _fits(columns: Columns | None) -> int:
-    """Number of fits of a learned attack; 0 if the attack is not learned."""
-    return 0 if columns is None else int(columns["fits"][0])
+    """Number of fits of a learned attack, which is 1 if it is not stated; 0 if the attack is not learned."""
+    if columns is None:
+        return 0
+    return int(columns["fits"][0]) if "fits" in columns else 1
 
 
 def _learned(columns: Columns | None) -> tuple[str, ...]:

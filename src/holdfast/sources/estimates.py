@@ -81,6 +81,7 @@ def _rounded(number: float, towards: Callable[[float], int]) -> float:
 def extremes(x: Tensor) -> tuple[float, float]:
     """Return the smallest and the largest value that is present; NaN is a missing value. Both are 0 if all are missing.
 
+    >>> import torch
     >>> extremes(torch.tensor([2.0, torch.nan, 1.0])), extremes(torch.tensor([torch.nan]))
     ((1.0, 2.0), (0.0, 0.0))
     """
