@@ -211,6 +211,9 @@ def harden(
     measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
     continues the run in it.
     """
+    from holdfast.config import hardening
+    from holdfast.verbs import harden as hardens
+
     checked = check_settings(
         given(
             **settings,
@@ -223,9 +226,6 @@ def harden(
     )
     sources = sources_given(model, data, checked)
     folder = folder_of(run, resume=resume)
-    from holdfast.config import hardening
-    from holdfast.verbs import harden as hardens
-
     subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled, recipe)
     request = hardening.harden_request(
         checked,

@@ -30,6 +30,7 @@ from holdfast.core.lookup import Lookup
 from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
+from holdfast.reports.summary import threat_to_json
 from holdfast.reports.words import threat_syntax
 from holdfast.sources.arrays import Arrays, in_original_form
 from holdfast.sources.memory import as_array
@@ -78,7 +79,7 @@ class Attacked:
         n, wrong, succeeded = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
         more = "".join(f"; {note}" for note in self.notes)
         clean = f"{wrong:,} of them misclassified when clean"
-        threat = threat_syntax(self.result.summary()["threat"])
+        threat = threat_syntax(threat_to_json(self.result.evidence.threat))
         return f"<Attacked: {attacks} under {threat}; {succeeded:,} of {n:,} succeed, {clean}{more}>"
 
 

@@ -21,7 +21,7 @@ The tables name the attacks and their settings, and do not import torch: names a
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
@@ -92,10 +92,6 @@ def _pgd(steps: int, restarts: int) -> AttackSpec:
     return _spec("PGD", steps=steps, reach=20.0, restarts=restarts, loss="margin_loss")
 
 
-def _relay(name: str, *, waves: int = 0, **settings: Any) -> AttackSpec:
-    return _spec(name, "Relay", waves=waves, **settings)
-
-
 def _apgd_t(*, waves: int = 0, **settings: Any) -> AttackSpec:
     return _spec("APGD-T", "APGD", waves=waves, loss="dlr", **settings)
 
@@ -120,13 +116,13 @@ _WHOLE_IMAGE = (_spec("TransformPGD"), _spec("GridSearch"))
 # a few short gradient runs: in `quick`, two from random starts and two towards the nearest classes. `fast` uses one
 # random start, and under L2 and L1 no target class, because more attacks follow and targeted runs break nothing that
 # later attacks do not break (docs/decisions/0007)
-_SPRINT = _relay("Sprint", searches=0, rounds=0)
-_SHORT_SPRINT = _relay("Sprint", searches=0, rounds=0, restarts=1, targets=0)
+_SPRINT = _spec("Sprint", "Relay", searches=0, rounds=0)
+_SHORT_SPRINT = _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1, targets=0)
 # 60 % beyond the plane breaks more than 5 %, and patience ends runs that would stay outside the ball
 _PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=10, refine=20)
 # a first step of twice the length breaks other examples than the default one
 _WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
-_WINDOWS = _relay("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
+_WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
 _RAND = (
     _spec("APGD-CE", "APGD", loss="cross_entropy", steps=100, draws=20),
     _spec("APGD-DLR", "APGD", loss="dlr", steps=100, draws=20),
@@ -152,11 +148,11 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
     },
     "fast": {
         "linf": (
-            _relay("Sprint", searches=0, rounds=0, restarts=1),
+            _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1),
             _spec("FMN", waves=4, steps=60),
             # two Relays, the second on the margins that the first has lowered, break more than one of twice the length
-            _relay("Relay", waves=5, restarts=1, targets=3, searches=2, rounds=2, queries=150),
-            _relay("Relay-2", waves=4, restarts=1, targets=3, searches=3, rounds=3, queries=150),
+            _spec("Relay", waves=5, restarts=1, targets=3, searches=2, rounds=2, queries=150),
+            _spec("Relay-2", "Relay", waves=4, restarts=1, targets=3, searches=3, rounds=3, queries=150),
             *_LAST,
         ),
         "l2": (
@@ -259,10 +255,9 @@ def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -
 
     If `access` is "labels", `black-box` consists of attacks that need only labels.
     """
-    known = next((known for known in get_args(SuiteName) if known == name), None)
-    if known is None:
+    if name not in SUITES:
         raise UsageError(f"there is no suite {name!r}; expected one of {', '.join(SUITES)}")
-    kind = _kind(constraint)
+    known, kind = cast("SuiteName", name), _kind(constraint)
     found = attacks_of(known, kind, access)
     if not found:
         raise _no_suite(known, kind, constraint)

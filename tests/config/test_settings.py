@@ -13,6 +13,7 @@ import torch
 
 import holdfast
 from holdfast import attacks, recipes, rotating
+from holdfast.attacks.pgd import margin_pgd
 from holdfast.config import settings
 from holdfast.config.attacks import build_attack, threat_model, threat_written
 from holdfast.config.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
@@ -237,6 +238,7 @@ def test_every_attack_of_every_suite_is_built_from_the_catalogue():
             for spec in specs:
                 assert spec.attack in ATTACKS and type(spec.build()).__name__ == spec.attack
                 assert spec.name == spec.attack or VARIANTS[spec.name] == spec.attack
+    assert suite("quick", L0(1)).attacks == (("PGD", margin_pgd(steps=50, restarts=2)),)
     for specs in LABELS_ONLY.values():
         assert all(type(spec.build()).__name__ == spec.attack for spec in specs)
     for constraint in (Linf(), L2(), L1(), L0()):

@@ -8,7 +8,7 @@ import click
 
 from holdfast.cli import completing
 from holdfast.cli.options import Voice, with_voice
-from holdfast.suites import SUITES, VARIANTS
+from holdfast.suites import SUITES, VARIANTS, SuiteName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,8 +38,8 @@ def attacks(voice: Voice, name: str | None) -> None:
     """List the attacks with all their names, or show the settings and defaults of the attack NAME."""
     from holdfast.config.spellings import attack_called, is_suite_only, suite_called
 
-    if name is not None and is_suite_only(name):
-        _show_suite(voice, str(suite_called(name)))
+    if name is not None and is_suite_only(name) and (suite := suite_called(name)) is not None:
+        _show_suite(voice, suite)
         return
     chosen = None if name is None else attack_called(name)  # before torch, to report mistakes early
     if chosen is None:
@@ -75,11 +75,11 @@ def _list_attacks(voice: Voice) -> None:
     console.print(suites)
 
 
-def _show_suite(voice: Voice, chosen: str) -> None:
+def _show_suite(voice: Voice, chosen: SuiteName) -> None:
     """Print the names of the attacks of a suite under each norm."""
     click.echo(f"{chosen} is a suite of attacks, for --suite {chosen}\n")
     table = _table("norm", "attacks")
-    for kind, specs in next(by_kind for name, by_kind in SUITES.items() if name == chosen).items():
+    for kind, specs in SUITES[chosen].items():
         table.add_row(kind, ", ".join(spec.name for spec in specs))
     voice.console().print(table)
 

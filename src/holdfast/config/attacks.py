@@ -13,14 +13,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
 from holdfast.config.grammar import ThreatSpec, did_you_mean, parse_number, parse_threat
-from holdfast.config.misspelt import is_size
 from holdfast.config.naming import GROUP
 from holdfast.config.spellings import attack_class_called
 from holdfast.config.wording import complaint, place
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
-from holdfast.core.names import limits_text, size_text, threat_text
+from holdfast.core.names import is_size, limits_text, size_text, threat_text
 from holdfast.core.patches import Patch
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel

@@ -5,22 +5,22 @@ from collections.abc import Container, Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
 from inspect import Parameter
 from types import FunctionType
-from typing import Any, TypeGuard
+from typing import Any
 
 from holdfast.config.grammar import did_you_mean
 from holdfast.config.naming import AUTO
+from holdfast.config.placing import OF_CLUSTERS, CertifyCluster
 from holdfast.config.spellings import folded
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
-from holdfast.core.names import size_text
+from holdfast.core.names import is_size, size_text
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.gates.grammar import with_equality
 
 _EPS = ("eps", "epsilon")
 _ATTACKS = ("attack", "attacks")
 _LABELS = ("x", "y")
-_OF_CLUSTERS = ("ship", "gpus_per_worker", "mixed_nodes", "trust_network", "cluster_timeout")
 _TIMES = ("time", "time_limit", "timeout", "max_time")
 _BUDGETS = ("budget", "time_budget")
 _NORMS = {"linf": 8 / 255, "l2": 0.5, "l1": 10, "l0": 10}
@@ -58,7 +58,7 @@ def refuse_misspelt(
             raise _misspelt(function, key, *([Remedy(argument, text)] if isinstance(text, str) else []))
         if key == "epochs" and "recipe" in parameters:
             raise _misspelt(function, key, *_of_epochs(value, given.get("recipe")))
-        if key in _OF_CLUSTERS and "on" in parameters:
+        if key in (*OF_CLUSTERS, CertifyCluster.waiting_key) and "on" in parameters:
             raise UsageError(
                 f"{function} has no argument {key!r}: it is one of holdfast.Ray, as in "
                 f"on=holdfast.Ray({key.removeprefix('cluster_')}=...)"
@@ -69,11 +69,6 @@ def refuse_misspelt(
             )
         if not takes_any and key not in moved:
             raise UsageError(f"{function} has no argument {key!r}{did_you_mean(key, parameters)}")
-
-
-def is_size(value: object) -> TypeGuard[int | float]:
-    """Return whether a value is a positive number, such as an eps, a duration or a number of epochs."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _of_gate(value: object) -> tuple[Remedy, ...]:

@@ -15,7 +15,7 @@ from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
-from holdfast.suites import SUITES, VARIANTS, Kind, Specs
+from holdfast.suites import SUITES, VARIANTS, Kind, Specs, SuiteName
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
 }
 """Further names of attacks, by the canonical name."""
 
-SUITE_SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
+SUITE_SPELLINGS: Final[Mapping[SuiteName, tuple[str, ...]]] = {
     "standard": ("autoattack", "aa"),
     "rand": ("autoattack-rand", "aa-rand"),
 }
@@ -62,7 +62,7 @@ def folded(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter not in "-_ ")
 
 
-def suite_called(name: str) -> str | None:
+def suite_called(name: str) -> SuiteName | None:
     """Return the canonical name of the suite that has `name` as one of its names, or None if there is no such suite."""
     return _suites().get(folded(name))
 
@@ -187,6 +187,6 @@ def _attacks() -> dict[str, str]:
     return {**added, **papers, **short, **bundled}
 
 
-def _suites() -> dict[str, str]:
+def _suites() -> dict[str, SuiteName]:
     short = {folded(form): name for name, forms in SUITE_SPELLINGS.items() for form in forms}
     return {**short, **{folded(name): name for name in SUITES}}

@@ -4,6 +4,7 @@ appear fast.
 
 import re
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from holdfast.core.errors import UsageError
 
@@ -50,6 +51,11 @@ def with_article(name: str) -> str:
 def kind_of(value: object) -> str:
     """Return the type of a value with its indefinite article, or `None`."""
     return "None" if value is None else with_article(type(value).__name__)
+
+
+def is_size(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a positive number, such as an eps, a duration or a number of epochs."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def size_text(eps: float, digits: int | None = None) -> str:

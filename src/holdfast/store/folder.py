@@ -326,7 +326,7 @@ def refuse_used(path: Path, *, resume: bool) -> None:
         )
     if not resume:
         raise UsageError(f"{str(path)!r} contains a run already", RESUME, OTHER_FOLDER)
-    read_manifest(path)
+    read_manifest(path)  # refuses another schema version before the model is opened
 
 
 def _stored_or_new_manifest(path: Path, manifest: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
