@@ -260,7 +260,7 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         ([*COLLECT, "--run", "pool"], 2, "contains a pool already; give --resume, or give --run DIR"),
         ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "was created with another"),
         (["rotate", "train", "pool", "--set", "codec.rank=0"], 2, "codec: rank"),
-        (["rotate", "train", "pool", "--set", "judged=9"], 2, "not use n_judged .rotate collect and"),
+        (["rotate", "train", "pool", "--set", "n_judged=9"], 2, "not use n_judged .rotate collect and"),
         (["rotate", "admit", "pool", "--set", "immunise.weight=2"], 2, "rotate admit does not use immunise"),
         (["rotate", "train", "pool", "--set", "generator.regulariser=on"], 2, "generator: regulariser"),
         (["rotate", "train", "pool", "--set", "codec.dims=1", "--set", "codec.steps=1"], 4, "sets lose .* points"),

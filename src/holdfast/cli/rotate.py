@@ -34,7 +34,9 @@ def _refuse_unused(command: str, flags: Mapping[str, Any]) -> None:
         if command not in _COMMANDS_WITH.get(name, (command,)):
             others = " and ".join(f"rotate {user}" for user in _COMMANDS_WITH[name])
             do = "do" if len(_COMMANDS_WITH[name]) > 1 else "does"
-            raise UsageError(f"--set {name}: rotate {command} does not use it ({others} {do}); leave it out")
+            raise UsageError(
+                f"--set {name}: rotate {command} does not use {name} ({others} {do}); leave it out"
+            )
 
 
 _EXPECTING = expecting_head(
