@@ -1,7 +1,8 @@
 """Tests in a limited process that a LightGBM model can be loaded and called; a damaged file may crash LightGBM."""
 
-from collections.abc import Iterator, Mapping
-from itertools import accumulate, pairwise
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from holdfast.core.errors import TargetError
 _MOST_FEATURES = 10_000_000
 _SPLITS = ("split_feature", "threshold", "decision_type", "left_child", "right_child")
 """Properties of a tree with one entry for each inner node."""
+_PARAMETERS, _END_OF_PARAMETERS = "parameters:", "end of parameters"
+"""Lines around the training parameters."""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
@@ -43,7 +46,12 @@ def header_of(text: str) -> dict[str, str]:
 
 
 def _properties(text: str) -> dict[str, str]:
-    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return dict(line.split("=", 1) for line in _lines(text) if "=" in line)
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines as LightGBM separates them. `str.splitlines` also separates at other characters."""
+    return re.split("[\r\n]+", text)
 
 
 def refuse_invalid_trees(text: str) -> None:
@@ -53,6 +61,9 @@ def refuse_invalid_trees(text: str) -> None:
     """
     if not text.startswith("tree\n"):
         raise ValueError("it does not begin with the line tree")
+    if "\0" in text:
+        raise ValueError("it contains the character NUL, at which LightGBM stops to read")
+    _refuse_invalid_parameters(_lines(text))
     header = header_of(text)
     width, per_iteration = int(header["max_feature_idx"]) + 1, int(header["num_tree_per_iteration"])
     if not 0 < width <= _MOST_FEATURES or not 0 < per_iteration <= len(text):
@@ -64,6 +75,15 @@ def refuse_invalid_trees(text: str) -> None:
         raise ValueError(f"it has {len(trees)} trees, and a multiple of {per_iteration} was expected")
     for tree in trees:
         refuse_invalid_nodes(tree, width)
+
+
+def _refuse_invalid_parameters(lines: Sequence[str]) -> None:
+    """Raise `ValueError` for a training parameter without a value: LightGBM reads past the end of such a line."""
+    if _PARAMETERS not in lines:
+        return
+    for line in takewhile(_END_OF_PARAMETERS.__ne__, lines[lines.index(_PARAMETERS) + 1 :]):
+        if line and not re.fullmatch(r"\[[^:]+:[^:]+(:.*)?", line):
+            raise ValueError(f"it has the parameter {line[:80]!r}; [name: value] was expected")
 
 
 def _trees(text: str, header: Mapping[str, str]) -> Iterator[dict[str, str]]:
