@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from holdfast.config.references import Sources
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
@@ -12,9 +14,8 @@ from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.reports.numbers import strict
 from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
 from holdfast.sources.remote import Remote
-from holdfast.store import forms
 from holdfast.store.files import POOL_MANIFEST
-from holdfast.store.forms import refuse_form
+from holdfast.store.forms import Count, Real, refuse_form
 
 if TYPE_CHECKING:
     from holdfast.store.pool import Pool
@@ -27,20 +28,29 @@ _WITHOUT_TABLE = (
     "--adaptive for the table of attackers A0 to A6"
 )
 
-_NUMBERS = forms.maybe(forms.list_of(forms.real))
-_SETTINGS = {
-    **dict.fromkeys(("model", "arch", "model_output"), forms.maybe(forms.text)),
-    **dict.fromkeys(("mean", "std"), _NUMBERS),
-    "model_args": forms.maybe(forms.mapped(forms.anything)),
-    "bounds": forms.maybe(forms.pair(forms.real)),
-    "classes": forms.maybe(forms.count),
-    "class_names": forms.maybe(forms.list_of(forms.text)),
-    "data_normalised": forms.maybe(forms.pair(forms.list_of(forms.real))),
-}
-_MANIFEST = forms.record(
-    {"about": forms.record({}, {"settings": forms.record({}, _SETTINGS), "model": forms.record({})})}
-)
-"""Form of the manifest of a pool, which may be untrusted."""
+
+class _Settings(TypedDict, total=False):
+    model: str | None
+    arch: str | None
+    model_output: str | None
+    mean: list[Real] | None
+    std: list[Real] | None
+    model_args: dict[str, Any] | None
+    bounds: tuple[Real, Real] | None
+    classes: Count | None
+    class_names: list[str] | None
+    data_normalised: tuple[list[Real], list[Real]] | None
+
+
+class _About(TypedDict, total=False):
+    settings: _Settings
+    model: dict[str, Any]
+
+
+class _Manifest(TypedDict):
+    """Model of the manifest of a pool, which may be untrusted."""
+
+    about: _About
 
 
 def pool_of(address: str | None) -> "Pool | None":
@@ -166,7 +176,7 @@ def settings_of_pool(pool: "Pool") -> Mapping[str, Any]:
     manifest does not contain them.
     """
     # the manifest may come from elsewhere, so its form is checked before its values are used
-    refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
+    refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _Manifest)
     settings: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not settings.get("model"):
         raise UsageError(

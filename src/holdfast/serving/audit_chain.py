@@ -20,15 +20,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from typing_extensions import TypedDict
 
 from holdfast.core.chain import GENESIS
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.store import files as store
-from holdfast.store import forms
 from holdfast.store.files import content_of, create_private, open_regular
-from holdfast.store.forms import Form, refuse_form
+from holdfast.store.forms import Count, Whole, refuse_form, required
 from holdfast.store.locking import WAIT_S
 
 SUFFIX = ".jsonl"
@@ -241,30 +242,54 @@ def run_of(name: str) -> str | None:
     return None if matched is None else matched[1]
 
 
-def _chain_name(value: Any, where: str) -> None:
-    forms.text(value, where)
-    forms.require(run_of(value) is not None, value, where, "the name of a chain")
+_ChainName = Annotated[str, required(run_of, "the name of a chain")]
+_LastRecord = tuple[_ChainName, Count, str]
+"""Name, length and head of a chain"""
 
 
-_LENGTH_AND_HEAD = (forms.count, forms.text)
-_FORMS: dict[str, Form] = {
-    "started": forms.record({"request": forms.text}),
-    "answered": forms.record({"request": forms.text}),
-    "failed": forms.record({"request": forms.text}),
-    "interrupted": forms.record({"request": forms.text}),
-    "lost": forms.record({"records": forms.count}),
-    "begin": forms.record(
-        {
-            "owner": forms.entries(forms.text, forms.whole, forms.anything),
-            "earlier": forms.list_of(forms.entries(_chain_name, *_LENGTH_AND_HEAD)),
-        }
-    ),
-    "worker": forms.record({"chain": _chain_name}),
-    "heads": forms.record({"chains": forms.list_of(forms.entries(_chain_name, *_LENGTH_AND_HEAD))}),
-    "closed": forms.record({"chain": _chain_name, "records": forms.count, "head": forms.text}),
+class _Request(TypedDict):
+    request: str
+
+
+class _Lost(TypedDict):
+    records: Count
+
+
+class _Begin(TypedDict):
+    owner: tuple[str, Whole, Any]
+    earlier: list[_LastRecord]
+
+
+class _Worker(TypedDict):
+    chain: _ChainName
+
+
+class _Heads(TypedDict):
+    chains: list[_LastRecord]
+
+
+class _Closed(_Worker):
+    records: Count
+    head: str
+
+
+_FORMS: Mapping[str, type] = {
+    **dict.fromkeys(("started", "answered", "failed", "interrupted"), _Request),
+    "lost": _Lost,
+    "begin": _Begin,
+    "worker": _Worker,
+    "heads": _Heads,
+    "closed": _Closed,
 }
-"""Forms of the kinds of records whose contents are used"""
-_RECORD = forms.record({"content": forms.record({"kind": forms.text})})
+"""Models of the kinds of records whose contents are used"""
+
+
+class _Content(TypedDict):
+    kind: str
+
+
+class _Record(TypedDict):
+    content: _Content
 
 
 class ChainReader:
@@ -295,7 +320,7 @@ class ChainReader:
     def _content(self, line: bytes) -> Mapping[str, Any]:
         try:
             record = json.loads(line)
-            refuse_form(self._path, record, _RECORD)
+            refuse_form(self._path, record, _Record)
             content: Mapping[str, Any] = record["content"]
             encoded, head = lines(self.head, [content])
         except (ValueError, TargetError, RecursionError):

@@ -17,13 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, Strict
+from typing_extensions import TypedDict
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.refusals import Refused
-from holdfast.store import forms
 from holdfast.store.files import PRIVATE, content_of, usable, write_atomically
-from holdfast.store.forms import refuse_form
+from holdfast.store.forms import Count, required, validated
 from holdfast.store.locking import locked
 from holdfast.store.records import document, parsed
 
@@ -44,67 +46,34 @@ _log = logging.getLogger("holdfast.serving")
 _CHALLENGE = (("www-authenticate", "Bearer"),)
 
 
-def _rate(value: Any, where: str) -> None:
-    forms.real(value, where)
-    low, high = _RATES
-    forms.require(not isinstance(value, str) and low <= value <= high, value, where, f"{low} to {high}")
-
-
-def _name(value: Any, where: str) -> None:
-    forms.text(value, where)
-    forms.require(_is_name(value), value, where, "1 to 100 printable characters")
-
-
-def _moment(value: Any, where: str) -> None:
-    forms.text(value, where)
-    try:
-        valid = datetime.fromisoformat(value).tzinfo is not None
-    except ValueError:
-        valid = False
-    forms.require(valid, value, where, "a time in ISO 8601 with a time zone")
-
-
 def _is_name(text: str) -> bool:
     return 0 < len(text) <= 100 and text.isprintable()
 
 
-_FIELDS = {
-    "name": _name,
-    "hash": forms.text,
-    "scopes": forms.list_of(forms.text),
-    "created": forms.text,
-    "expires": forms.maybe(_moment),
-    "rate": forms.maybe(_rate),
-    "budget": forms.maybe(forms.count),
-    "revoked": forms.maybe(forms.text),
-}
-
-
-def _key(value: Any, where: str) -> None:
-    forms.record(_FIELDS)(value, where)
-    # a further field may be a limit that only another version enforces
-    forms.require(
-        value.keys() <= _FIELDS.keys(), sorted(value), where, f"an object with {', '.join(_FIELDS)}"
-    )
-
-
-_FORM = forms.record({"schema": forms.one_of(1), "keys": forms.list_of(_key)})
+def _is_moment(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
 class ApiKey:
     """What is stored about an API key. Its name is that of the principal."""
 
-    name: str
+    # a further field may be a limit that only another version enforces
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[str, required(_is_name, "1 to 100 printable characters")]
     hash: str
     """SHA-256 of the key, in hex"""
     scopes: tuple[str, ...]
     created: str
-    expires: str | None = None
+    expires: Annotated[str, required(_is_moment, "a time in ISO 8601 with a time zone")] | None = None
     """time in ISO 8601 from which the key is refused"""
-    rate: float | None = None
+    rate: Annotated[float, Strict(), Field(ge=_RATES[0], le=_RATES[1])] | None = None
     """largest number of inputs per second, averaged; None for no limit"""
-    budget: int | None = None
+    budget: Count | None = None
     """largest number of inputs in total; None for no limit"""
     revoked: str | None = None
     """time in ISO 8601 at which the key was revoked"""
@@ -115,6 +84,11 @@ class ApiKey:
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and _past(self.expires) else "valid"
+
+
+class _Keys(TypedDict):
+    schema: Literal[1]
+    keys: tuple[ApiKey, ...]
 
 
 def burst_of(rate: float) -> int:
@@ -197,8 +171,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             f"{str(path)!r} has the mode {mode:04o}, so that others may read or change it; expected 0600: chmod 600 "
             f"{path}"
         )
-    refuse_form(path, content, _FORM)
-    return tuple(ApiKey(**{**each, "scopes": tuple(each["scopes"])}) for each in content["keys"])
+    keys: tuple[ApiKey, ...] = validated(path, content, _Keys)["keys"]
+    return keys
 
 
 def _write(path: Path, keys: Sequence[ApiKey]) -> None:

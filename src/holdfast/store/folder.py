@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
 from holdfast.store import columns as column_files
-from holdfast.store import forms
 from holdfast.store.differences import differences
 from holdfast.store.files import (
     MANIFEST,
@@ -30,7 +31,7 @@ from holdfast.store.files import (
     usable,
     write_atomically,
 )
-from holdfast.store.forms import refuse_form
+from holdfast.store.forms import Count, Name, refuse_form, validated
 from holdfast.store.journal import NAME as JOURNAL
 from holdfast.store.leases import NAME as STATE
 from holdfast.store.leases import Leases
@@ -42,27 +43,47 @@ SPLITS = "splits.json"
 SAMENESS = ("config", "data", "model", "code")
 """Names of the digests that must be equal in all processes and attempts of a run."""
 
-_SPLIT = {"stage": forms.name, "shard": forms.count, "at": forms.count, "size": forms.count}
-_SPLITS = forms.list_of(forms.record(_SPLIT))
-_ABOUT = forms.record({}, {"created": forms.text})
-_MANIFEST = forms.record(
-    {"digests": forms.record(dict.fromkeys(SAMENESS, forms.text))},
-    {
-        "config": forms.record({}, {"stages": forms.list_of(forms.record({"name": forms.name}))}),
-        "plan": forms.record(
-            {},
-            {
-                "stages": forms.list_of(forms.name),
-                "batch_size": forms.count,
-                "shards": forms.list_of(forms.list_of(forms.count)),
-            },
-        ),
-    },
-)
-"""Fields that are used to resume and verify a run; `runs` reads more."""
 
-Split = Mapping[str, Any]
-"""An out-of-memory event in `stage` and `shard`, before row `at`. After it, batches have `size` examples."""
+class Split(TypedDict):
+    """An out-of-memory event in `stage` and `shard`, before row `at`. After it, batches have `size` examples."""
+
+    stage: Name
+    shard: Count
+    at: Count
+    size: Count
+
+
+class _About(TypedDict, total=False):
+    created: str
+
+
+class _Stage(TypedDict):
+    name: Name
+
+
+class _Config(TypedDict, total=False):
+    stages: list[_Stage]
+
+
+class _Plan(TypedDict, total=False):
+    stages: list[Name]
+    batch_size: Count
+    shards: list[list[Count]]
+
+
+class _Digests(TypedDict):
+    config: str
+    data: str
+    model: str
+    code: str
+
+
+class _Manifest(TypedDict):
+    """Fields that are used to resume and verify a run; `verbs/forms.py` has more."""
+
+    digests: _Digests
+    config: NotRequired[_Config]
+    plan: NotRequired[_Plan]
 
 
 @dataclass(frozen=True)
@@ -204,7 +225,7 @@ class RunFolder:
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
         """Record that memory ran out in a shard, before the run continues with smaller batches."""
-        split = {"stage": stage, "shard": shard, "at": at, "size": size}
+        split = Split(stage=stage, shard=shard, at=at, size=size)
         self.leases.refuse_lost()
         with usable(self.path / SPLITS):
             splits = self.splits()
@@ -258,7 +279,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{str(path / MANIFEST)!r} has schema version {version}; this version reads "
             f"{SCHEMA_VERSION}. Install the holdfast that wrote it"
         )
-    refuse_form(path / MANIFEST, manifest, _MANIFEST)
+    refuse_form(path / MANIFEST, manifest, _Manifest)
     return manifest
 
 
@@ -270,9 +291,8 @@ def read_about(path: Path) -> dict[str, Any]:
     """
     if not (path / ABOUT).is_file():
         return {}
-    about = read_document(path / ABOUT)
-    refuse_form(path / ABOUT, about, _ABOUT)
-    return {key: about[key] for key in ("created",) if key in about}
+    about: dict[str, Any] = validated(path / ABOUT, read_document(path / ABOUT), _About)
+    return about
 
 
 def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
@@ -411,8 +431,8 @@ def read_splits(path: Path) -> list[Split]:
     if not file.exists():
         return []
     try:
-        splits: Sequence[Split] = json.loads(content_of(file))
+        content = json.loads(content_of(file))
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{str(file)!r} was changed after it was written: {error}; restore it") from error
-    refuse_form(file, splits, _SPLITS)
-    return [{key: split[key] for key in _SPLIT} for split in splits]
+    splits: list[Split] = validated(file, content, list[Split])
+    return splits

@@ -1,39 +1,78 @@
-"""Schemas of JSON documents. Each document is validated before its fields are used, because a run folder may be
-untrusted.
+"""Checks JSON documents against their models: annotated types, such as typed dictionaries, which pydantic validates.
+
+Each document is validated before its fields are used, because a run folder may be untrusted. Fields that a typed
+dictionary does not have are allowed and ignored.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 from pathlib import Path
 from reprlib import Repr
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from holdfast.core.errors import TargetError
-
-Form = Callable[[Any, str], None]
-"""Schema: a function of a value and its path in the document that raises `_Mismatch` if the value does not match."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,150}")
 _SHOWN = Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 60
 
 
-class _Mismatch(Exception):
-    def __init__(self, value: Any, where: str, expected: str) -> None:
-        super().__init__(f"{where or 'the document'} is {_SHOWN.repr(value)}; {expected} was expected")
+def refuse_form(file: Path, content: Any, model: Hashable) -> None:
+    """Raise `TargetError` if the content of a JSON document does not match its model."""
+    validated(file, content, model)
 
 
-def refuse_form(file: Path, content: Any, form: Form) -> None:
-    """Raise `TargetError` if the content of a JSON document does not match its schema.
-
-    The message contains the file, the first field that does not match, and what was expected.
+def validated(file: Path, content: Any, model: Hashable) -> Any:
+    """Return the content of a JSON document as a value of its model. Raises `TargetError` if it does not match; the
+    message contains the file, the first field that does not match, and what was expected.
     """
     try:
-        form(content, "")
-    except _Mismatch as error:
+        return _adapter(model).validate_python(content)
+    except ValidationError as error:
+        fault = _fault(error.errors(include_url=False)[0])
         raise TargetError(
-            f"{str(file)!r} has another format than this version writes: {error}; restore it from a copy"
+            f"{str(file)!r} has another format than this version writes: {fault}; restore it from a copy"
         ) from None
+
+
+@lru_cache
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
+
+
+def _fault(error: ErrorDetails) -> str:
+    """The path of a field, its value, and what was expected, as text of limited length."""
+    place, value, expected = list(error["loc"]), error["input"], error["msg"].removeprefix("Input should be ")
+    if error["type"] == "missing":
+        absent = place.pop()
+        value, expected = (
+            (value, "a longer list")
+            if isinstance(value, list)
+            else (sorted(value), f"an object with {absent!r}")
+        )
+    if error["type"] == "too_long":
+        expected = "a shorter list"
+    if error["type"] == "dict_type":
+        expected = "an object"
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{_SHOWN.repr(part)[1:-1]}" for part in place)
+    return f"{path.removeprefix('.') or 'the document'} is {_SHOWN.repr(value)}; {expected} was expected"
+
+
+def required(is_valid: Callable[[Any], object], expected: str) -> AfterValidator:
+    """Return a validator that refuses the values for which `is_valid` returns False. `expected` describes the others
+    in the message.
+    """
+
+    def check(value: Any) -> Any:
+        if not is_valid(value):
+            raise PydanticCustomError("form", "{expected}", {"expected": expected})
+        return value
+
+    return AfterValidator(check)
 
 
 def is_name(value: object) -> bool:
@@ -43,148 +82,23 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
-def anything(value: Any, where: str) -> None:
-    """Schema that accepts any value, for fields that are only displayed."""
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e308
 
 
-def text(value: Any, where: str) -> None:
-    """Schema that accepts a string."""
-    require(isinstance(value, str), value, where, "text")
+Name = Annotated[str, required(is_name, "a name of letters, digits and the characters _.+=-")]
+"""name of a stage, which is also a part of the name of its file"""
+Flag = Annotated[bool, Strict()]
+Whole = Annotated[int, Strict(), Field(gt=-(2**63), lt=2**63)]
+"""integer of at most 63 bits"""
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+Real = Annotated[Any, required(lambda value: _finite(value) or value in ("inf", "-inf", "nan"), "a number")]
+"""number, or one of the strings that represent infinities and NaN in strict JSON"""
 
 
-def name(value: Any, where: str) -> None:
-    """Schema that accepts the name of a stage, which is also a part of the name of its file."""
-    require(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
-
-
-def flag(value: Any, where: str) -> None:
-    """Schema that accepts true or false."""
-    require(isinstance(value, bool), value, where, "true or false")
-
-
-def whole(value: Any, where: str) -> None:
-    """Schema that accepts an integer of at most 63 bits."""
-    is_valid = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    require(is_valid, value, where, "a whole number")
-
-
-def count(value: Any, where: str) -> None:
-    """Schema that accepts a nonnegative integer."""
-    whole(value, where)
-    require(value >= 0, value, where, "a whole number from 0")
-
-
-def real(value: Any, where: str) -> None:
-    """Schema that accepts a number, or one of the strings that represent infinities and NaN in strict JSON."""
-    is_valid = isinstance(value, int | float) and not isinstance(value, bool)
-    is_valid = (is_valid and abs(value) <= 1e308) or (
-        isinstance(value, str) and value in ("inf", "-inf", "nan")
+def distinct(field: str | None = None) -> AfterValidator:
+    """Return a validator of lists that refuses equal entries, or entries with equal values of a field."""
+    return required(
+        lambda entries: len({each if field is None else each[field] for each in entries}) == len(entries),
+        "a list of distinct names",
     )
-    require(is_valid, value, where, "a number")
-
-
-def one_of(*allowed: str | int) -> Form:
-    """Return a schema that accepts only the given values."""
-
-    def check(value: Any, where: str) -> None:
-        is_allowed = any(type(value) is type(word) and value == word for word in allowed)
-        require(is_allowed, value, where, " or ".join(map(repr, allowed)))
-
-    return check
-
-
-def maybe(form: Form) -> Form:
-    """Return a schema that accepts null and every value that the schema `form` accepts."""
-
-    def check(value: Any, where: str) -> None:
-        if value is not None:
-            form(value, where)
-
-    return check
-
-
-def list_of(form: Form) -> Form:
-    """Return a schema that accepts a list whose entries match the schema `form`."""
-
-    def check(value: Any, where: str) -> None:
-        require(isinstance(value, list), value, where, "a list")
-        for index, entry in enumerate(value):
-            form(entry, f"{where}[{index}]")
-
-    return check
-
-
-def distinct(form: Form, field: str | None = None) -> Form:
-    """Return a schema that accepts a list of distinct entries that match the schema `form`.
-
-    With `field`, the entries of the list are objects, and their values of this field must be distinct.
-    """
-
-    def check(value: Any, where: str) -> None:
-        list_of(form)(value, where)
-        earlier = set()
-        for entry in value if field is None else [item[field] for item in value]:
-            require(entry not in earlier, entry, f"an entry of {where}", "a name that occurs once")
-            earlier.add(entry)
-
-    return check
-
-
-def pair(form: Form) -> Form:
-    """Return a schema that accepts a list of two entries that match the schema `form`."""
-
-    def check(value: Any, where: str) -> None:
-        list_of(form)(value, where)
-        require(len(value) == 2, value, where, "a list of two")
-
-    return check
-
-
-def entries(*each: Form) -> Form:
-    """Return a schema that accepts a list whose entries match the schemas `each` in their order."""
-
-    def check(value: Any, where: str) -> None:
-        list_of(anything)(value, where)
-        require(len(value) == len(each), value, where, f"a list of {len(each)}")
-        for index, (form, entry) in enumerate(zip(each, value, strict=True)):
-            form(entry, f"{where}[{index}]")
-
-    return check
-
-
-def mapped(form: Form) -> Form:
-    """Return a schema that accepts a JSON object with any field names, whose values match the schema `form`."""
-
-    def check(value: Any, where: str) -> None:
-        require(isinstance(value, dict), value, where, "an object")
-        for entry in value.values():
-            form(entry, f"a value of {where or 'the document'}")
-
-    return check
-
-
-def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
-    """Return a schema that accepts a JSON object with the given required and optional fields. Further fields are
-    allowed and ignored.
-    """
-
-    def check(value: Any, where: str) -> None:
-        require(isinstance(value, dict), value, where, "an object")
-        for field, form in (optional or {}).items():
-            if field in value:
-                form(value[field], _path_of_field(where, field))
-        for field, form in required.items():
-            require(field in value, sorted(value), where, f"an object with {field!r}")
-            form(value[field], _path_of_field(where, field))
-
-    return check
-
-
-def _path_of_field(where: str, field: str) -> str:
-    return f"{where}.{field}" if where else field
-
-
-def require(is_valid: object, value: Any, where: str, expected: str) -> None:
-    """Refuse a value that a schema does not accept."""
-    if not is_valid:
-        raise _Mismatch(value, where, expected)

@@ -19,14 +19,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.core.errors import TargetError
 from holdfast.core.outputs import REFUSED
 from holdfast.core.purpose import LOOK, Purpose
 from holdfast.sources.sent import KEY_BYTES, Sent, add_record, purpose_record
-from holdfast.store import forms
 from holdfast.store.files import PART, SERVED, usable
-from holdfast.store.forms import refuse_form
+from holdfast.store.forms import Count, refuse_form
 
 NAME = "answers.journal"
 """Name of the journal file in a run folder."""
@@ -39,12 +39,18 @@ _LARGEST = 1 << 30
 """largest size of a record in bytes; a larger length is invalid"""
 Place = tuple[str, int]
 """Name of a stage, and index of a shard."""
-_FIELDS: Mapping[str, forms.Form] = {
-    **dict.fromkeys(("sent", "requests", "refused", "failed_rows", "too_many"), forms.count),
-    **dict.fromkeys(("rows", "rejected", "failed"), forms.mapped(forms.count)),
-    "most": forms.maybe(forms.count),
-}
-_TOTALS = forms.record({}, _FIELDS)
+
+
+class _Totals(TypedDict, total=False):
+    sent: Count
+    requests: Count
+    refused: Count
+    failed_rows: Count
+    too_many: Count
+    rows: dict[str, Count]
+    rejected: dict[str, Count]
+    failed: dict[str, Count]
+    most: Count | None
 
 
 class Journal(Sent):
@@ -261,7 +267,7 @@ class Journal(Sent):
             content = json.loads(record[:line])
             place = _place_of(content)
             if content["t"] == "totals":
-                refuse_form(path, content, _TOTALS)
+                refuse_form(path, content, _Totals)
             add_record(self.totals, content)
             if place is not None:
                 self._positions[place].append((start, len(record)))

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.core.chain import canonical, refuse_no_digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.store import forms
 from holdfast.store.authentic import HEAD, read_head
 from holdfast.store.encryption import Seal
 from holdfast.store.files import POOL_MANIFEST, content_of, refusal_in_pool, usable
-from holdfast.store.forms import refuse_form
+from holdfast.store.forms import Name, refuse_form
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.records import read_document
 
@@ -23,7 +23,12 @@ SEALED = ".sealed"
 NEW = ".new"
 """Suffix of the name of a file until the ledger entry that makes the file valid is written."""
 SCHEMA_VERSION = 2
-_FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record({})})
+
+
+class _Manifest(TypedDict):
+    id: Name
+    key: Name
+    about: dict[str, Any]
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def open_manifest(path: Path) -> dict[str, Any]:
             f"{str(path / POOL_MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install "
             f"the holdfast that wrote it"
         )
-    refuse_form(path / POOL_MANIFEST, manifest, _FORM)
+    refuse_form(path / POOL_MANIFEST, manifest, _Manifest)
     return manifest
 
 

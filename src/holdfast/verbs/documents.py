@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError
@@ -14,8 +16,7 @@ from holdfast.core.transformations import Colour, Spatial
 from holdfast.doubts.concluding import Findings
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Judgement, exit_code
-from holdfast.harness import KINDS, Outline, Probes
-from holdfast.harness import StageOutline as OutlineStep
+from holdfast.harness import KINDS, Outline, Probes, StageOutline
 from holdfast.reports.numbers import number, strict
 from holdfast.store.folder import Split
 
@@ -23,24 +24,16 @@ Json = dict[str, Any]
 
 VERDICT = "verdict"
 """Name of the document with the verdicts of the gates."""
+_OF_STEP = ("name", "attack", "settings", "wave_of", "adaptive")
+doubt_from_json = TypeAdapter(Doubt).validate_python
+"""Function that returns the doubt in a JSON object."""
 
 
 def outline_to_json(outline: Outline) -> Json:
     """Return the outline of a run as strict JSON: its stages, threat model, seed and suite."""
     constraint = outline.threat.constraint
     return {
-        "stages": [
-            {
-                "name": s.name,
-                "kind": s.kind.name,
-                "attack": s.attack,
-                "settings": strict(s.settings),
-                "notes": list(s.notes),
-                "wave_of": s.wave_of,
-                "adaptive": s.adaptive,
-            }
-            for s in outline.steps
-        ],
+        "stages": [strict({**vars(step), "kind": step.kind.name}) for step in outline.steps],
         "threat": {
             "norm": type(constraint).__name__,
             "eps": strict(float(constraint.eps)),
@@ -64,16 +57,12 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
     threat = content["threat"]
     return Outline(
         tuple(
-            OutlineStep(
-                s["name"],
-                KINDS[s["kind"]],
-                s["attack"],
-                s["settings"],
-                tuple(s["notes"]),
-                s["wave_of"],
-                s["adaptive"],
+            StageOutline(
+                **{name: step[name] for name in _OF_STEP},
+                kind=KINDS[step["kind"]],
+                notes=tuple(step["notes"]),
             )
-            for s in content["stages"]
+            for step in content["stages"]
         ),
         ThreatModel(
             _constraint(threat),
@@ -110,45 +99,11 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
     return norms[threat["norm"]](eps)
 
 
-def doubt_to_json(doubt: Doubt) -> Json:
-    """Return a doubt, with its state and its measured value, as strict JSON."""
-    return {
-        "name": doubt.name,
-        "state": doubt.state,
-        "statistic": strict(doubt.statistic),
-        "threshold": strict(doubt.threshold),
-        "n": doubt.n,
-        "message": doubt.message,
-    }
-
-
-def doubt_from_json(content: Mapping[str, Any]) -> Doubt:
-    """Return the doubt that the JSON `content` describes. It is the inverse of `doubt_to_json`."""
-    return Doubt(
-        content["name"],
-        content["state"],
-        _optional(content["statistic"]),
-        _optional(content["threshold"]),
-        content["n"],
-        content["message"],
-    )
-
-
-def _optional(value: float | str | None) -> float | None:
-    return None if value is None else number(value)
-
-
 def judgement_to_json(judgement: Judgement) -> Json:
     """Return a judged gate, with its estimate and its verdict, as strict JSON."""
-    estimate = judgement.estimate
     return {
         "condition": judgement.claim.text,
-        "estimate": {
-            "value": strict(estimate.value),
-            "low": strict(estimate.low),
-            "high": strict(estimate.high),
-            "n": estimate.n,
-        },
+        "estimate": strict(vars(judgement.estimate)),
         "verdict": judgement.verdict,
         "open_doubts": list(judgement.open_doubts),
         **({} if judgement.scope is None else {"scope": judgement.scope}),
@@ -157,13 +112,7 @@ def judgement_to_json(judgement: Judgement) -> Json:
 
 def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
     """Return the judged gate that the JSON `content` describes. It is the inverse of `judgement_to_json`."""
-    content_of_estimate = content["estimate"]
-    estimate = Estimate(
-        number(content_of_estimate["value"]),
-        number(content_of_estimate["low"]),
-        number(content_of_estimate["high"]),
-        content_of_estimate["n"],
-    )
+    estimate = TypeAdapter(Estimate).validate_python(content["estimate"])
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
     return Judgement(parse(content["condition"]), estimate, content["verdict"], doubts, scope)
 
@@ -184,7 +133,7 @@ def doubts_to_json(
     notes on the run, and the smallest batch of each stage in which memory ran out.
     """
     return {
-        "doubts": [doubt_to_json(doubt) for doubt in findings.doubts],
+        "doubts": [strict(vars(doubt)) for doubt in findings.doubts],
         "broken": {name: ids.tolist() for name, ids in findings.fallen.items()},
         "probes": list(probes),
         "notes": [*remarks, *_halved(splits)],

@@ -1,140 +1,163 @@
-"""Schemas of `run.json` and of the other JSON documents of a run. The files are validated against them when they are
+"""Models of `run.json` and of the other JSON documents of a run. The files are validated against them when they are
 read.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from holdfast.core.errors import Interrupted, TargetError
-from holdfast.core.evidence import DoubtState
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Doubt
 from holdfast.core.types import Access
+from holdfast.gates.judging import Verdict
 from holdfast.harness import KINDS
-from holdfast.store.forms import (
-    anything,
-    count,
-    distinct,
-    flag,
-    list_of,
-    mapped,
-    maybe,
-    name,
-    one_of,
-    real,
-    record,
-    text,
-    whole,
-)
+from holdfast.store.forms import Count, Flag, Name, Real, Whole, distinct, required
+
+ExitCode = Literal[0, 1, 4]
 
 
-def _kind(value: object, where: str) -> None:
-    """Schema of the name of a kind of stages, also of one that was added after the import."""
-    one_of(*KINDS)(value, where)
+class _Step(TypedDict):
+    name: Name
+    kind: Annotated[str, required(lambda kind: kind in KINDS, "a kind of stages")]
+    attack: str
+    settings: dict[str, Any]
+    notes: list[str]
+    wave_of: str
+    adaptive: Flag
 
 
-_STEP = record(
-    {
-        "name": name,
-        "kind": _kind,
-        "attack": text,
-        "settings": mapped(anything),
-        "notes": list_of(text),
-        "wave_of": text,
-        "adaptive": flag,
-    }
-)
-_THREAT = record(
-    {
-        "norm": text,
-        "eps": real,
-        "per": maybe(text),
-        "limits": mapped(anything),
-        "goal": maybe(whole),
-        "access": one_of(*get_args(Access)),
-        "queries": maybe(count),
-    },
-    {"unit": text},
-)
-_OTHER = record({"name": text, "digest": text}, {"n": count})
-_DATA = record(
-    {"name": text}, {"n": count, "classes": maybe(list_of(text)), "shape": list_of(count), "digest": text}
-)
-ASSESSED = record(
-    {
-        "verb": text,
-        "digests": mapped(text),
-        "config": record(
-            {
-                "stages": distinct(_STEP, "name"),
-                "threat": _THREAT,
-                "seed": whole,
-                "suite": text,
-                "minimum_norm": flag,
-            }
-        ),
-        "model": record({"randomised": flag}, {"name": text}),
-        "data": _DATA,
-        "notes": list_of(text),
-        "versions": mapped(text),
-        "hardware": text,
-        "details": list_of(text),
-        "surrogates": list_of(_OTHER),
-        "other_data": list_of(_OTHER),
-    }
-)
-"""Schema of the file `run.json` of an assessment."""
-LISTED = record(
-    {
-        "verb": text,
-        "config": record({"threat": record({"norm": text, "eps": real}, {"unit": text}), "suite": text}),
-        "model": record({}, {"name": text}),
-        "data": record({}, {"name": text}),
-        "plan": record({"stages": distinct(name)}),
-    }
-)
-"""Schema of those parts of `run.json` that the list of runs shows; it fits the runs of all verbs."""
-_ESTIMATE = record({"value": real, "low": real, "high": real, "n": count})
-_GATE = record(
-    {
-        "condition": text,
-        "estimate": _ESTIMATE,
-        "verdict": one_of("pass", "fail", "unclear"),
-        "open_doubts": list_of(text),
-    },
-    {"scope": text},
-)
-_CODE = one_of(0, 1, 4)
-DECIDED = record({"gates": list_of(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
-"""Schema of the file `verdict.json` of an assessment."""
-JUDGED = record({"verdict_of": one_of("after"), "exit_code": _CODE})
-"""Schema of `verdict.json` of a hardening, whose verdict is that of the inner run that measured the new model."""
-HEAD = record({"chain": text})
-"""Schema of a document with the chain digest of an inner run."""
-_DOUBT = record(
-    {
-        "name": text,
-        "state": one_of(*get_args(DoubtState)),
-        "statistic": maybe(real),
-        "threshold": maybe(real),
-        "n": count,
-        "message": text,
-    }
-)
-DOUBTED = record(
-    {
-        "cost": record(dict.fromkeys(("forwards", "backwards", "queries"), real)),
-        "doubts": list_of(_DOUBT),
-        "notes": list_of(text),
-        "broken": mapped(list_of(whole)),
-    },
-    {"batches": mapped(count)},
-)
-"""Schema of the file `doubts.json`."""
+class _Size(TypedDict):
+    norm: str
+    eps: Real
+    unit: NotRequired[str]
 
 
-DIFFERING = record({"nodes": list_of(mapped(text))})
-"""Schema of the file `nodes.json`."""
+class _Threat(_Size):
+    per: str | None
+    limits: dict[str, Any]
+    goal: Whole | None
+    access: Access
+    queries: Count | None
+
+
+class _Config(TypedDict):
+    stages: Annotated[list[_Step], distinct("name")]
+    threat: _Threat
+    seed: Whole
+    suite: str
+    minimum_norm: Flag
+
+
+class _Named(TypedDict, total=False):
+    name: str
+
+
+class _Model(_Named):
+    randomised: Flag
+
+
+class _Data(TypedDict):
+    name: str
+    n: NotRequired[Count]
+    classes: NotRequired[list[str] | None]
+    shape: NotRequired[list[Count]]
+    digest: NotRequired[str]
+
+
+class _Other(TypedDict):
+    name: str
+    digest: str
+    n: NotRequired[Count]
+
+
+class Assessed(TypedDict):
+    """Model of the file `run.json` of an assessment."""
+
+    verb: str
+    digests: dict[str, str]
+    config: _Config
+    model: _Model
+    data: _Data
+    notes: list[str]
+    versions: dict[str, str]
+    hardware: str
+    details: list[str]
+    surrogates: list[_Other]
+    other_data: list[_Other]
+
+
+class _ListedConfig(TypedDict):
+    threat: _Size
+    suite: str
+
+
+class _ListedPlan(TypedDict):
+    stages: Annotated[list[Name], distinct()]
+
+
+class Listed(TypedDict):
+    """Model of those parts of `run.json` that the list of runs shows; it fits the runs of all verbs."""
+
+    verb: str
+    config: _ListedConfig
+    model: _Named
+    data: _Named
+    plan: _ListedPlan
+
+
+class _Gate(TypedDict):
+    condition: str
+    estimate: Estimate
+    verdict: Verdict
+    open_doubts: list[str]
+    scope: NotRequired[str]
+
+
+class Decided(TypedDict):
+    """Model of the file `verdict.json` of an assessment."""
+
+    gates: list[_Gate]
+    accepted_doubts: dict[str, str]
+    exit_code: ExitCode
+
+
+class Judged(TypedDict):
+    """Model of `verdict.json` of a hardening, whose verdict is that of the inner run that measured the new model."""
+
+    verdict_of: Literal["after"]
+    exit_code: ExitCode
+
+
+class Inner(TypedDict):
+    """Model of a document with the chain digest of an inner run."""
+
+    chain: str
+
+
+class _Cost(TypedDict):
+    forwards: Real
+    backwards: Real
+    queries: Real
+
+
+class Doubted(TypedDict):
+    """Model of the file `doubts.json`."""
+
+    cost: _Cost
+    doubts: list[Doubt]
+    notes: list[str]
+    broken: dict[str, list[Whole]]
+    batches: NotRequired[dict[str, Count]]
+
+
+class Differing(TypedDict):
+    """Model of the file `nodes.json`."""
+
+    nodes: list[dict[str, str]]
 
 
 @contextmanager

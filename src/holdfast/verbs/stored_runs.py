@@ -38,7 +38,7 @@ from holdfast.verbs.evidence import (
     evidence_of,
     with_attackers,
 )
-from holdfast.verbs.forms import ASSESSED, DECIDED, DIFFERING, DOUBTED, HEAD, JUDGED, LISTED, consistent
+from holdfast.verbs.forms import Assessed, Decided, Differing, Doubted, Inner, Judged, Listed, consistent
 from holdfast.verbs.recomputing import (
     refuse_broken_certificates,
     refuse_other_code,
@@ -156,7 +156,7 @@ def open_run(path: Path) -> Result:
         )
     if "verdict_of" not in decided:
         return _opened(path, manifest, chain, decided)
-    refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
+    refuse_form(path / f"{VERDICT}.json", decided, Judged)
     result = _opened(*_inner_run(path, chain, "after"))
     refuse_other_code(path, decided, result)
     with consistent(path):
@@ -193,7 +193,7 @@ def command_to_resume(path: Path) -> str:
     `assess`, `certify` and `harden`.
     """
     manifest = read_manifest(path)
-    refuse_form(path / MANIFEST, manifest, LISTED)
+    refuse_form(path / MANIFEST, manifest, Listed)
     with consistent(path):
         return command_of(manifest)
 
@@ -207,7 +207,7 @@ def _inner_run(
     inner_path, inner_document = path / inner_name, recorded_document(path, chain, inner_name)
     if inner_document is None or inner_path.is_symlink():
         raise TargetError(f"{str(path)!r} has no inner run {inner_name!r}; restore it from a copy")
-    refuse_form(path / f"{inner_name}.json", inner_document, HEAD)
+    refuse_form(path / f"{inner_name}.json", inner_document, Inner)
     manifest, inner = read_manifest(inner_path), read_chain(inner_path, repair=False)
     # The inner run could otherwise be exchanged for another valid one.
     if inner.head != inner_document["chain"]:
@@ -222,8 +222,8 @@ def _inner_run(
 
 
 def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
-    refuse_form(path / MANIFEST, manifest, ASSESSED)
-    refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
+    refuse_form(path / MANIFEST, manifest, Assessed)
+    refuse_form(path / f"{VERDICT}.json", decided, Decided)
     doubts_json = _doubts(path, chain)
     rotation = recorded_document(path, chain, ROTATION)
     with consistent(path):
@@ -281,14 +281,14 @@ def _entries(parent: Path) -> Iterator[RunEntry]:
 
 def _entry(path: Path) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
-    refuse_form(path / MANIFEST, manifest, LISTED)
+    refuse_form(path / MANIFEST, manifest, Listed)
     refuse_altered(path, chain)
     threat, decided = (
         manifest["config"]["threat"],
         recorded_document(path, chain, VERDICT),
     )
     if decided is not None:
-        refuse_form(path / f"{VERDICT}.json", decided, JUDGED if "verdict_of" in decided else DECIDED)
+        refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
     eps = number(threat["eps"])
     stages = manifest["plan"]["stages"]
     done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
@@ -336,7 +336,7 @@ def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
     doubts_json = recorded_document(path, chain, DOUBTS)
     if doubts_json is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
-    refuse_form(path / f"{DOUBTS}.json", doubts_json, DOUBTED)
+    refuse_form(path / f"{DOUBTS}.json", doubts_json, Doubted)
     return doubts_json
 
 
@@ -353,7 +353,7 @@ def _evidence(
     seconds = {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()}
     nodes = recorded_document(path, chain, NODES)
     if nodes is not None:
-        refuse_form(path / "nodes.json", nodes, DIFFERING)
+        refuse_form(path / "nodes.json", nodes, Differing)
     return evidence_of(manifest, by_stage, doubts_json, seconds, adapted, totals_in(path), nodes)
 
 
