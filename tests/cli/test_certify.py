@@ -13,7 +13,7 @@ import torch
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
-from holdfast.reports.summary import summary_schema
+from holdfast.reports.json_schemas import summary_schema
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -11,7 +11,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import PassRecord
 from holdfast.core.threat import ThreatModel
 from holdfast.reports import comparison
-from holdfast.reports.summary import summary_schema
+from holdfast.reports.json_schemas import summary_schema
 from holdfast.reports.write import COMPARISON_SUFFIXES, check_destination, write_comparison
 from reports import made
 

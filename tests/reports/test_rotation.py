@@ -9,8 +9,9 @@ from holdfast.doubts.names import OF_ROTATION
 from holdfast.reports import markdown, terminal
 from holdfast.reports.concerns import CONCERNS
 from holdfast.reports.html import fragment, page
+from holdfast.reports.json_schemas import summary_schema
 from holdfast.reports.rotation import NAMES
-from holdfast.reports.summary import summary, summary_schema, to_json
+from holdfast.reports.summary import summary, to_json
 from reports import made
 
 HOSTILE = "<script>alert(1)</script>|[x](http://e)\x1b[31m`"

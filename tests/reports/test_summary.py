@@ -11,8 +11,9 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.losses import margin_loss
 from holdfast.reports import markdown, terminal, words
 from holdfast.reports.html import page
+from holdfast.reports.json_schemas import summary_schema
 from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size, strict
-from holdfast.reports.summary import summary_schema, to_json
+from holdfast.reports.summary import to_json
 from reports import made
 
 

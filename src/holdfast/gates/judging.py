@@ -107,16 +107,13 @@ def judge(
     doubts: Doubts,
     *,
     baseline: Evidence | None = None,
-    confidence: float = 0.95,
 ) -> Judgement:
     """Return the verdict of one gate on the evidence of a run. Raises `UsageError` with advice if its metric was not
     measured.
     """
     refuse_rotation(claim)
     try:
-        measured = estimate_of(
-            claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence
-        )
+        measured = estimate_of(claim.metric, evidence, eps=claim.eps, baseline=baseline)
     except UsageError as error:
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error.message}", *error.remedies) from error
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None

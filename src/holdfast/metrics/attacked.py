@@ -77,7 +77,7 @@ def _f1(counts: Counts) -> Tensor:
     return 2 * counts.hits / (counts.labelled + counts.predicted).clamp_min(1)
 
 
-def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Estimate:
+def _macro(evidence: Evidence, score: Score, of: Input) -> Estimate:
     """Unweighted mean over the classes that occur as label or prediction. A class that is never predicted scores 0.
 
     Rejected inputs (-1) count as predictions of no class.
@@ -93,28 +93,28 @@ def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Es
         occurs = counts.labelled + counts.predicted > 0
         return (score(counts) * occurs).sum(1) / occurs.sum(1)
 
-    return bootstrap(statistic, len(y), confidence)
+    return bootstrap(statistic, len(y))
 
 
-def precision(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+def precision(evidence: Evidence, *, of: Input = "clean") -> Estimate:
     """Return the macro precision of a model, which is the unweighted mean of the precision of each class, with a
     confidence interval.
     """
-    return _macro(evidence, _precision, of, confidence)
+    return _macro(evidence, _precision, of)
 
 
-def recall(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+def recall(evidence: Evidence, *, of: Input = "clean") -> Estimate:
     """Return the macro recall of a model, which is the unweighted mean of the recall of each class, with a confidence
     interval.
     """
-    return _macro(evidence, _recall, of, confidence)
+    return _macro(evidence, _recall, of)
 
 
-def f1(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+def f1(evidence: Evidence, *, of: Input = "clean") -> Estimate:
     """Return the macro F1 of a model, which is the mean of the F1 of each class, not the F1 of mean precision and mean
     recall.
     """
-    return _macro(evidence, _f1, of, confidence)
+    return _macro(evidence, _f1, of)
 
 
 def _entropy_limit(evidence: Evidence) -> float:
@@ -123,33 +123,33 @@ def _entropy_limit(evidence: Evidence) -> float:
     return math.log(max(classes, 2))
 
 
-def defensive_entropy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def defensive_entropy(evidence: Evidence) -> Estimate:
     """Return the mean entropy of the predicted class probabilities on attacked inputs, in nats."""
     values = _numbers(_values(evidence, "entropy", "attacked"), "defensive_entropy")
     # the model may have more classes than occur, so that an entropy may exceed this limit
-    return mean(values, confidence, support=Support(0.0, max(_entropy_limit(evidence), float(values.max()))))
+    return mean(values, support=Support(0.0, max(_entropy_limit(evidence), float(values.max()))))
 
 
-def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def defensive_entropy_rise(evidence: Evidence) -> Estimate:
     """Return the mean increase of the entropy of the predicted class probabilities from clean to attacked inputs, in
     nats.
     """
     rise = _values(evidence, "entropy", "attacked").double() - evidence["entropy"].double()
     values = _numbers(rise, "defensive_entropy_rise")
     limit = max(_entropy_limit(evidence), float(values.abs().max()))
-    return mean(values, confidence, support=Support(-limit, limit))
+    return mean(values, support=Support(-limit, limit))
 
 
-def defensive_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def defensive_margin(evidence: Evidence) -> Estimate:
     """Return the mean decrease, from clean to attacked inputs, of the probability of the true class minus the largest
     other probability.
     """
     after = _values(evidence, "probability_margin", "attacked").double()
     drop = _numbers(evidence["probability_margin"].double() - after, "defensive_margin")
-    return mean(drop, confidence, support=Support(-2.0, 2.0))
+    return mean(drop, support=Support(-2.0, 2.0))
 
 
-def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+def calibration_error(evidence: Evidence, *, of: Input = "clean") -> Estimate:
     """Return the expected calibration error of a model: the mean absolute difference between confidence and accuracy
     over bins of confidence.
 
@@ -174,4 +174,4 @@ def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input
         sums = torch.zeros(len(rows), BINS, dtype=torch.float64).scatter_add_(1, bin_of[rows], gap[rows])
         return sums.abs().sum(1) / rows.shape[1]
 
-    return bootstrap(statistic, len(confidences), confidence)
+    return bootstrap(statistic, len(confidences))

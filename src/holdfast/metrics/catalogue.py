@@ -13,8 +13,8 @@ from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import METRICS
 from holdfast.metrics.transfer import transfer_success
 
-Metric = Callable[[Evidence, float], Estimate]
-"""function `metric(evidence, confidence)` that returns an `Estimate`"""
+Metric = Callable[[Evidence], Estimate]
+"""function `metric(evidence)` that returns an `Estimate`"""
 
 PLAIN: Mapping[str, Metric] = {
     "clean_accuracy": shares.clean_accuracy,
@@ -48,7 +48,7 @@ PLAIN: Mapping[str, Metric] = {
 class AtEps(Protocol):
     """Protocol of a metric that can be computed for another perturbation radius eps than that of the run."""
 
-    def __call__(self, evidence: Evidence, confidence: float = ..., *, eps: float | None = ...) -> Estimate:
+    def __call__(self, evidence: Evidence, *, eps: float | None = ...) -> Estimate:
         """Return the metric at `eps`, or at the eps of the run if it is None."""
 
 
@@ -63,7 +63,7 @@ BY_EPS: Mapping[str, AtEps] = {
 }
 """metrics of one run that can be computed at another eps, by name"""
 
-PAIRED: Mapping[str, Callable[[Evidence, Evidence, float], Estimate]] = {
+PAIRED: Mapping[str, Callable[[Evidence, Evidence], Estimate]] = {
     "regression": paired.regression,
     "clean_accuracy_drop": paired.clean_accuracy_drop,
     "mce": corruptions.mce,
@@ -77,7 +77,6 @@ def estimate(
     *,
     eps: float | None = None,
     baseline: Evidence | None = None,
-    confidence: float = 0.95,
 ) -> Estimate:
     """Return the value and the confidence interval of the metric `name`, computed from the evidence of a run.
 
@@ -86,16 +85,16 @@ def estimate(
     if name in PAIRED:
         if baseline is None:
             raise Absent(f"{name} compares two runs", Remedy("baseline", Placeholder("RUN")))
-        return PAIRED[name](evidence, baseline, confidence)
+        return PAIRED[name](evidence, baseline)
     if name in BY_EPS:
-        return BY_EPS[name](evidence, confidence, eps=eps)
+        return BY_EPS[name](evidence, eps=eps)
     if name not in PLAIN:
         raise UsageError(
             f"there is no metric {name!r}; the metrics are {', '.join([*PLAIN, *BY_EPS, *PAIRED])}"
         )
     if eps is not None:
         raise UsageError(f"{name} has no value at another eps; write {name} without @{eps:g}")
-    return PLAIN[name](evidence, confidence)
+    return PLAIN[name](evidence)
 
 
 def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
@@ -113,16 +112,14 @@ def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
     return ()
 
 
-def estimates(
-    evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
-) -> dict[str, Estimate]:
+def estimates(evidence: Evidence, *, baseline: Evidence | None = None) -> dict[str, Estimate]:
     """Return all metrics that can be computed from the evidence of a run, by name, in the order of the
     list of metrics.
     """
     values = {}
     for name in METRICS:
         try:
-            values[name] = estimate(name, evidence, baseline=baseline, confidence=confidence)
+            values[name] = estimate(name, evidence, baseline=baseline)
         except Absent:
             continue
     return values

@@ -17,7 +17,7 @@ from holdfast.core.types import PerExample
 from holdfast.metrics.columns import Absent, column
 from holdfast.metrics.names import CORRUPTIONS
 from holdfast.metrics.paired import paired_examples
-from holdfast.ops.statistics import Support, bonferroni, bootstrap, complement, mean, proportion
+from holdfast.ops.statistics import CONFIDENCE, Support, bonferroni, bootstrap, complement, mean, proportion
 
 _WAY_OUT: Final = "use a threat such as corruptions:3"
 
@@ -35,27 +35,27 @@ def _right(evidence: Evidence) -> Tensor:
     return torch.stack([evidence[f"{name}.right"] for name in names])
 
 
-def corrupted_accuracy(evidence: Evidence, confidence: float = 0.95, *, name: str) -> Estimate:
+def corrupted_accuracy(evidence: Evidence, *, name: str) -> Estimate:
     """Return the share of all examples that the model classifies correctly under the corruption `name`."""
-    return proportion(column(evidence, f"{name}.right", _WAY_OUT), confidence)
+    return proportion(column(evidence, f"{name}.right", _WAY_OUT))
 
 
-def corruption_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def corruption_error_rate(evidence: Evidence) -> Estimate:
     """Return the error rate of the model under common corruptions, averaged over the corruptions that were measured."""
-    return complement(mean(_right(evidence).double().mean(0), confidence))
+    return complement(mean(_right(evidence).double().mean(0)))
 
 
-def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def worst_corruption(evidence: Evidence) -> Estimate:
     """Return the accuracy under the corruption with the lowest accuracy. The interval is corrected for the number of
     corruptions (Bonferroni).
     """
     right = _right(evidence)
-    intervals = [proportion(row, bonferroni(confidence, len(right))) for row in right]
+    intervals = [proportion(row, bonferroni(CONFIDENCE, len(right))) for row in right]
     worst = min(intervals, key=lambda estimate: estimate.value)
     return Estimate(worst.value, min(e.low for e in intervals), min(e.high for e in intervals), worst.n)
 
 
-def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
+def mce(evidence: Evidence, baseline: Evidence) -> Estimate:
     """Return the mean corruption error: the error rate under each corruption divided by that of the baseline, averaged
     over the corruptions.
 
@@ -71,7 +71,7 @@ def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Est
         # if the baseline makes no error in a resample, half an error is counted
         return (errors[0] / errors[1].clamp_min(0.5 / rows.shape[1])).mean(0)
 
-    return bootstrap(statistic, len(shared), confidence, support=Support(0.0, float(2 * len(shared))))
+    return bootstrap(statistic, len(shared), support=Support(0.0, float(2 * len(shared))))
 
 
 def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:

@@ -43,16 +43,16 @@ class EpsCurve:
         return len(self.eps)
 
 
-def eps_curve(evidence: Evidence, confidence: float = 0.95) -> EpsCurve:
+def eps_curve(evidence: Evidence) -> EpsCurve:
     """Return robust accuracy as a function of the perturbation radius eps. Raises `Absent` if no minimum-norm attack
     was run on every example.
     """
-    curve = accuracy_against_eps(evidence, confidence)
+    curve = accuracy_against_eps(evidence)
     value, low, high = ([getattr(y, of) for y in curve.y] for of in ("value", "low", "high"))
     return EpsCurve(curve.x, tuple(value), tuple(low), tuple(high), curve.y[0].n)
 
 
-def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
+def accuracy_against_eps(evidence: Evidence) -> Curve:
     """Return robust accuracy as a function of the perturbation radius eps, computed from the smallest perturbation that
     breaks each example.
 
@@ -60,24 +60,24 @@ def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
     """
     untargeted(evidence, "the eps curve")
     distance = column(evidence, "distance", remedies=MINIMUM_NORM).double()
-    return _decreasing(torch.where(evidence["correct"], distance, 0.0), confidence)
+    return _decreasing(torch.where(evidence["correct"], distance, 0.0))
 
 
-def accuracy_against_queries(evidence: Evidence, confidence: float = 0.95) -> Curve:
+def accuracy_against_queries(evidence: Evidence) -> Curve:
     """Return robust accuracy as a function of the number of queries for each example, computed from the first query
     that broke it.
     """
     broken = broken_examples(evidence, "the query curve", None)
     first_query = column(evidence, "first_success", "run at least one attack").double()
     broken_at = torch.where(broken, first_query, torch.inf)
-    return _decreasing(torch.where(evidence["correct"], broken_at, 0.0), confidence)
+    return _decreasing(torch.where(evidence["correct"], broken_at, 0.0))
 
 
-def _decreasing(broken_at: PerExample, confidence: float) -> Curve:
+def _decreasing(broken_at: PerExample) -> Curve:
     n = len(broken_at)
     steps = torch.unique(broken_at[broken_at.isfinite() & (broken_at > 0)])
     if len(steps) > POINTS - 1:
         steps = steps[torch.linspace(0, len(steps) - 1, POINTS - 1).round().long()]
     x = (0.0, *steps.tolist())
     n_robust = [int((broken_at > at).sum()) for at in x]
-    return Curve(x, tuple(Estimate(k / n, *clopper_pearson(k, n, confidence), n) for k in n_robust))
+    return Curve(x, tuple(Estimate(k / n, *clopper_pearson(k, n), n) for k in n_robust))

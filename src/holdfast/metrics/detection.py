@@ -45,26 +45,24 @@ def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
     return clean[broken], attacked[broken]
 
 
-def auroc_estimate(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:
+def auroc_estimate(evidence: Evidence, *, of: Attacker = "aware") -> Estimate:
     """Return the area under the ROC curve of a detector: the probability that its score is higher for an attacked input
     than for a clean one.
     """
-    return area_under_roc(*_fooled(evidence, of), confidence)
+    return area_under_roc(*_fooled(evidence, of))
 
 
-def rate_estimate(
-    evidence: Evidence, confidence: float = 0.95, *, false_positives: float, of: Attacker = "aware"
-) -> Estimate:
+def rate_estimate(evidence: Evidence, *, false_positives: float, of: Attacker = "aware") -> Estimate:
     """Return the detection rate: the share of attacked inputs that the detector rejects at the threshold with a given
     false positive rate.
 
     `false_positives` is a fraction of the clean inputs.
     """
     attacked = _fooled(evidence, of)[1]
-    return proportion(attacked > _limit(evidence["score"], false_positives), confidence)
+    return proportion(attacked > _limit(evidence["score"], false_positives))
 
 
-def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
+def accepted_right(evidence: Evidence, *, false_positives: float) -> Estimate:
     """Return robust accuracy with rejection: the share of examples that are classified correctly and accepted when
     clean, and for which no attacked input is accepted and misclassified.
 
@@ -72,16 +70,16 @@ def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positi
     """
     clean, attacked, _ = _scores(evidence, "aware")
     limit = _limit(clean, false_positives)
-    return proportion((evidence["class_margin"] > 0) & (clean <= limit) & (attacked > limit), confidence)
+    return proportion((evidence["class_margin"] > 0) & (clean <= limit) & (attacked > limit))
 
 
-def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
+def accepted_wrong(evidence: Evidence, *, false_positives: float) -> Estimate:
     """Return the share of examples for which a clean or attacked input is misclassified and accepted by the detector.
 
     The threshold rejects the fraction `false_positives` of the clean inputs.
     """
     clean, attacked, _ = _scores(evidence, "aware")
-    return proportion(attacked <= _limit(clean, false_positives), confidence)
+    return proportion(attacked <= _limit(clean, false_positives))
 
 
 def _limit(clean: PerExample, false_positives: float) -> float:
@@ -95,8 +93,8 @@ def _limit(clean: PerExample, false_positives: float) -> float:
     return threshold(clean, false_positives)
 
 
-def _at_rates() -> Mapping[str, Callable[[Evidence, float], Estimate]]:
-    metrics: dict[str, Callable[[Evidence, float], Estimate]] = {
+def _at_rates() -> Mapping[str, Callable[[Evidence], Estimate]]:
+    metrics: dict[str, Callable[[Evidence], Estimate]] = {
         "detection_auroc": auroc_estimate,
         "oblivious_detection_auroc": partial(auroc_estimate, of="oblivious"),
     }

@@ -11,7 +11,7 @@ from holdfast.metrics.shares import right_probability
 from holdfast.ops.statistics import independent_difference
 
 
-def robust_error_gap(test: Evidence, training: Evidence, confidence: float = 0.95) -> Estimate:
+def robust_error_gap(test: Evidence, training: Evidence) -> Estimate:
     """Return the robust error on test data minus that on training data, with its confidence interval.
 
     Both are results of the same model under the same threat model. The interval is that of two independent samples. A
@@ -28,7 +28,7 @@ def robust_error_gap(test: Evidence, training: Evidence, confidence: float = 0.9
             )
         wrong = ~robust(evidence, "robust_error_gap", None)
         counts += [int(wrong.sum()), len(wrong)]
-    return independent_difference(counts[0], counts[1], counts[2], counts[3], confidence)
+    return independent_difference(counts[0], counts[1], counts[2], counts[3])
 
 
 def _refuse_incomparable(test: Evidence, training: Evidence) -> None:

@@ -76,7 +76,7 @@ def robust_in_scope(evidence: Evidence, scope: Scope) -> Mask:
     return robust(evidence, "regression")
 
 
-def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
+def regression(evidence: Evidence, baseline: Evidence) -> Estimate:
     """Return the loss of robust accuracy relative to the baseline run, on the examples that both runs share. Positive
     values mean a less robust model.
 
@@ -87,17 +87,15 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
     chance, chance_before = probability(evidence), probability(baseline)
     mask, mask_before = robust_in_scope(evidence, scope), robust_in_scope(baseline, scope)
     if chance is None and chance_before is None:
-        return paired_difference(mask_before[shared.second], mask[shared.first], confidence)
+        return paired_difference(mask_before[shared.second], mask[shared.first])
     after = (mask.double() if chance is None else chance)[shared.first]
     before = (mask_before.double() if chance_before is None else chance_before)[shared.second]
-    return mean(before - after, confidence, support=Support(-1.0, 1.0))
+    return mean(before - after, support=Support(-1.0, 1.0))
 
 
-def clean_accuracy_drop(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
+def clean_accuracy_drop(evidence: Evidence, baseline: Evidence) -> Estimate:
     """Return the loss of clean accuracy relative to the baseline run, on the examples that both runs share. Positive
     values mean a less accurate model.
     """
     shared = paired_examples(evidence, baseline)
-    return paired_difference(
-        baseline["correct"][shared.second], evidence["correct"][shared.first], confidence
-    )
+    return paired_difference(baseline["correct"][shared.second], evidence["correct"][shared.first])

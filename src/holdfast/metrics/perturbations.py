@@ -27,17 +27,17 @@ def _counted(evidence: Evidence) -> Mask:
     return evidence["eligible"] if "eligible" in evidence else torch.ones_like(evidence["correct"])
 
 
-def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
+def perturbation(evidence: Evidence, *, norm: NormName) -> Estimate:
     """Return the median size of the smallest perturbation found for each example: 0 for a misclassified clean input,
     infinite if none was found.
     """
     counted = _counted(evidence)
     if not counted.any():
         raise Absent("no example is eligible, so there is no perturbation to measure")
-    return median(_sizes(evidence, norm)[counted], confidence)
+    return median(_sizes(evidence, norm)[counted])
 
 
-def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
+def mean_perturbation(evidence: Evidence, *, norm: NormName) -> Estimate:
     """Return the mean size of the smallest perturbation of each example that an attack broke. Examples that survive do
     not count.
     """
@@ -51,18 +51,18 @@ def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: Nor
     constraint = evidence.threat.constraint
     most = constraint.eps if isinstance(constraint, _NORMS[norm]) else math.inf
     # the harness allows a tolerance, by which a rounded size may exceed eps
-    return mean(size[broken], confidence, support=Support(0.0, max(most, float(size[broken].max()))))
+    return mean(size[broken], support=Support(0.0, max(most, float(size[broken].max()))))
 
 
-def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def robust_margin(evidence: Evidence) -> Estimate:
     """Return the median size of the perturbations that minimum-norm attacks found, an upper bound on the median size of
     the smallest ones.
     """
     untargeted(evidence, "robust_margin")
-    return median(column(evidence, "distance", remedies=MINIMUM_NORM), confidence)
+    return median(column(evidence, "distance", remedies=MINIMUM_NORM))
 
 
-def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def adversarial_radius(evidence: Evidence) -> Estimate:
     """Return the largest perturbation radius eps at which robust accuracy is at least half of clean accuracy.
 
     It is the upper median of the distances of the correct examples, because at a smaller eps at least half of them are
@@ -72,7 +72,7 @@ def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate
     distance = column(evidence, "distance", remedies=MINIMUM_NORM)[evidence["correct"]].double()
     if not len(distance):
         return Estimate(0.0, 0.0, 0.0, 0)
-    estimate = median(distance, confidence)
+    estimate = median(distance)
     # for an even number, half of the examples may break before the other half must be robust
     upper = float(distance.sort().values[len(distance) // 2])
     return Estimate(upper, estimate.low, estimate.high, len(distance))

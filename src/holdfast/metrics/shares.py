@@ -12,23 +12,23 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
-from holdfast.ops.statistics import bonferroni, complement, mean, proportion
+from holdfast.ops.statistics import CONFIDENCE, bonferroni, complement, mean, proportion
 
 
-def clean_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def clean_accuracy(evidence: Evidence, confidence: float = CONFIDENCE) -> Estimate:
     """Return the clean accuracy: the share of clean inputs that the model classifies correctly."""
     return proportion(evidence["correct"], confidence)
 
 
-def clean_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def clean_error_rate(evidence: Evidence) -> Estimate:
     """Return the share of clean inputs that the model misclassifies, which is one minus the clean accuracy."""
-    return complement(clean_accuracy(evidence, confidence))
+    return complement(clean_accuracy(evidence))
 
 
-def rejection_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def rejection_rate(evidence: Evidence) -> Estimate:
     """Return the share of clean inputs that the detector of a model rejects."""
     way_out = "the model accepts every input; give it a detector with holdfast.with_detector"
-    return proportion(column(evidence, "rejected", way_out), confidence)
+    return proportion(column(evidence, "rejected", way_out))
 
 
 def right_probability(evidence: Evidence, eps: float | None = None) -> PerExample | None:
@@ -42,7 +42,9 @@ def right_probability(evidence: Evidence, eps: float | None = None) -> PerExampl
     )
 
 
-def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
+def robust_accuracy(
+    evidence: Evidence, confidence: float = CONFIDENCE, *, eps: float | None = None
+) -> Estimate:
     """Return the share of all examples that are classified correctly when clean and under every attack. It is an upper
     bound on the true robust accuracy.
 
@@ -54,7 +56,7 @@ def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float 
     return proportion(mask, confidence) if chance is None else mean(chance, confidence)
 
 
-def certified_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
+def certified_accuracy(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the share of all examples for which it is proved that no input of the threat model is misclassified.
 
     With `eps`, it is the share of the correct examples whose certified radius is at least `eps`. It is a lower bound of
@@ -67,14 +69,14 @@ def certified_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: flo
             column(evidence, "certified_radius", "the method smoothing of holdfast certify proves radii")
             >= eps
         )
-    return proportion(certified & evidence["correct"], confidence)
+    return proportion(certified & evidence["correct"])
 
 
-def suite_robust_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def suite_robust_accuracy(evidence: Evidence) -> Estimate:
     """Return the robust accuracy under the attacks of the suite only, for a comparison with published numbers."""
     mask = suite_robust(evidence, "suite_robust_accuracy")
     chance = suite_right_probability(evidence)
-    return proportion(mask, confidence) if chance is None else mean(chance, confidence)
+    return proportion(mask) if chance is None else mean(chance)
 
 
 def suite_right_probability(evidence: Evidence) -> PerExample | None:
@@ -87,20 +89,20 @@ def suite_right_probability(evidence: Evidence) -> PerExample | None:
     return evidence[name].double() if name in evidence else None
 
 
-def robust_error_rate(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
+def robust_error_rate(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the share of examples that are misclassified when clean or under an attack, which is one minus the robust
     accuracy.
     """
-    return complement(robust_accuracy(evidence, confidence, eps=eps))
+    return complement(robust_accuracy(evidence, eps=eps))
 
 
-def robustness_score(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
+def robustness_score(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the harmonic mean of clean accuracy and robust accuracy, with a confidence interval.
 
     It increases with both, so the ends of two simultaneous intervals (Bonferroni) give the ends of its interval. A
     bootstrap would give an interval of width zero for a sample without errors.
     """
-    single_confidence = bonferroni(confidence, 2)
+    single_confidence = bonferroni(CONFIDENCE, 2)
     clean, robust_estimate = (
         clean_accuracy(evidence, single_confidence),
         robust_accuracy(evidence, single_confidence, eps=eps),
@@ -120,26 +122,24 @@ def _harmonic(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b > 0 else 0.0
 
 
-def attack_success_rate(
-    evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None
-) -> Estimate:
+def attack_success_rate(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the share of the examples with a correctly classified clean input that an attack broke."""
     broken = broken_examples(evidence, "attack_success_rate", eps)[evidence["correct"]]
     if not len(broken):
         raise Absent(
             "attack_success_rate is a share of the examples that are correct when clean, and there are none"
         )
-    return proportion(broken, confidence)
+    return proportion(broken)
 
 
-def perturbed_share(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
+def perturbed_share(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the share of all examples that an attack broke. The metrics of the mean perturbation are computed over
     these examples.
     """
-    return proportion(broken_examples(evidence, "perturbed_share", eps), confidence)
+    return proportion(broken_examples(evidence, "perturbed_share", eps))
 
 
-def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def targeted_success_rate(evidence: Evidence) -> Estimate:
     """Return the success rate of targeted attacks, among the examples that are neither labelled nor predicted as the
     target class when clean.
 
@@ -152,7 +152,7 @@ def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
         raise Absent(
             f"no example is eligible: all have class {evidence.threat.goal} as label or clean prediction"
         )
-    return proportion(evidence["success"][eligible], confidence)
+    return proportion(evidence["success"][eligible])
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class ClassRow:
     """robust accuracy of the class; None if the run has no robust accuracy"""
 
 
-def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, ...]:
+def per_class(evidence: Evidence) -> tuple[ClassRow, ...]:
     """Return the clean accuracy and the robust accuracy of each class that occurs in the data.
 
     The intervals are not corrected for the number of classes.
@@ -183,14 +183,14 @@ def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, .
             ClassRow(
                 label,
                 int(members.sum()),
-                proportion(evidence["correct"][members], confidence),
-                _accuracy_of(evidence, members, "robust_accuracy", confidence) if measured else None,
+                proportion(evidence["correct"][members]),
+                _accuracy_of(evidence, members, "robust_accuracy") if measured else None,
             )
         )
     return tuple(rows)
 
 
-def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
+def worst_class(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the robust accuracy of the class with the lowest one, among the classes that occur in the data.
 
     The intervals of all classes are simultaneous (Bonferroni), so the smallest of their ends bound the smallest
@@ -198,7 +198,7 @@ def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | No
     """
     y = evidence["y"]
     labels = torch.unique(y).tolist()
-    single_confidence = bonferroni(confidence, len(labels))
+    single_confidence = bonferroni(CONFIDENCE, len(labels))
     accuracies = [
         _accuracy_of(evidence, y == label, "worst_class", single_confidence, eps) for label in labels
     ]
@@ -207,7 +207,7 @@ def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | No
 
 
 def _accuracy_of(
-    evidence: Evidence, members: Mask, metric: str, confidence: float, eps: float | None = None
+    evidence: Evidence, members: Mask, metric: str, confidence: float = CONFIDENCE, eps: float | None = None
 ) -> Estimate:
     """Robust accuracy of some examples: a share, or the mean probability of a correct answer for a randomised model."""
     chance = right_probability(evidence, eps)

@@ -35,7 +35,7 @@ def model_names(evidence: Evidence) -> tuple[str, ...]:
     return tuple(str(card.get("name", "model")) for card in (evidence.model, *evidence.surrogates))
 
 
-def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, ...]:
+def matrix(evidence: Evidence) -> tuple[TransferRow, ...]:
     """Return the transfer matrix, with one row for each model on which adversarial examples were computed.
 
     Raises `Absent` if no surrogate was given or time ran out.
@@ -51,21 +51,20 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, .
             ALL if of is None else names[of],
             of,
             tuple(
-                proportion(wrong[right[:, j], i, j], confidence) if right[:, j].any() else None
-                for j in range(len(names))
+                proportion(wrong[right[:, j], i, j]) if right[:, j].any() else None for j in range(len(names))
             ),
         )
         for i, of in enumerate(sources)
     )
 
 
-def transfer_success(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def transfer_success(evidence: Evidence) -> Estimate:
     """Return the share of the inputs classified correctly by the target that adversarial examples computed on the
     surrogates break.
 
     The examples are those computed on all surrogates at once.
     """
-    share = matrix(evidence, confidence)[-1].shares[0]
+    share = matrix(evidence)[-1].shares[0]
     if share is None:
         raise Absent("the model classifies no input of the transfer matrix correctly")
     return share

@@ -18,6 +18,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
 from holdfast.core.types import Labels, Mask, PerExample
 
+CONFIDENCE = 0.95
+"""confidence level of the intervals of all metrics"""
+
 RESAMPLES = 2000
 """number of bootstrap resamples; Efron & Tibshirani, "An introduction to the bootstrap", 1993, recommend over 1,000"""
 
@@ -67,7 +70,7 @@ FEWEST = 20
 class"""
 
 
-def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> AgainstMajority:
+def against_majority(correct: Mask, y: Labels, confidence: float = CONFIDENCE) -> AgainstMajority:
     """Compare the accuracy of a model with that of always predicting the most frequent label.
 
     `correct` and `y` have one entry for each example (n). The model is at chance if the upper end of its interval does
@@ -83,7 +86,7 @@ def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> Agai
     return AgainstMajority(low, high, majority, at_chance)
 
 
-def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the exact (Clopper-Pearson) confidence interval of a proportion for which `k` of `n` were observed. Its
     coverage is at least `confidence`.
 
@@ -100,7 +103,7 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
     return low, high
 
 
-def proportion(mask: Mask, confidence: float = 0.95) -> Estimate:
+def proportion(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
     """Return the share of true entries of a mask with its exact (Clopper-Pearson) confidence interval. At least one
     entry is needed.
     """
@@ -113,7 +116,7 @@ def complement(estimate: Estimate) -> Estimate:
     return Estimate(1 - estimate.value, 1 - estimate.high, 1 - estimate.low, estimate.n)
 
 
-def median(values: PerExample, confidence: float = 0.95, *, least: float = 0.0) -> Estimate:
+def median(values: PerExample, confidence: float = CONFIDENCE, *, least: float = 0.0) -> Estimate:
     """Return the median of values, which may be infinite, with its exact confidence interval between two order
     statistics.
 
@@ -165,7 +168,7 @@ UNIT = Support(0.0, 1.0)
 def bootstrap(
     statistic: Statistic,
     n: int,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     *,
     support: Support = UNIT,
     influence: PerExample | None = None,
@@ -215,7 +218,7 @@ def _quantile(values: PerExample, p: float) -> float:
     return float(ordered[min(max(math.ceil(p * len(ordered)) - 1, 0), len(ordered) - 1)])
 
 
-def mean(values: PerExample, confidence: float = 0.95, *, support: Support = UNIT) -> Estimate:
+def mean(values: PerExample, confidence: float = CONFIDENCE, *, support: Support = UNIT) -> Estimate:
     """Return the mean of values with its BCa bootstrap confidence interval."""
     precise = values.double()
     return bootstrap(
@@ -253,7 +256,7 @@ def upper_tail(k: int, n: int, p: float = 0.5) -> float:
     return 1.0 if k <= 0 else float(betainc(k, n - k + 1, p))
 
 
-def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Estimate:
+def paired_difference(first: Mask, second: Mask, confidence: float = CONFIDENCE) -> Estimate:
     """Return the share of true entries of `first` minus that of `second`, measured on the same examples, with the
     confidence interval of Bonett and Price.
     """
@@ -265,7 +268,9 @@ def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Es
     return Estimate(value, max(-1.0, min(centre - reach, value)), min(1.0, max(centre + reach, value)), n)
 
 
-def independent_difference(k: int, n: int, other_k: int, other_n: int, confidence: float = 0.95) -> Estimate:
+def independent_difference(
+    k: int, n: int, other_k: int, other_n: int, confidence: float = CONFIDENCE
+) -> Estimate:
     """Return the difference of two proportions that were measured on different examples, k / n minus other_k / other_n,
     with its hybrid score interval.
 

@@ -5,7 +5,7 @@ It is an entry of the summary and a table. The control is the success of the sam
 random order.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,17 @@ from holdfast.ops.statistics import proportion
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.transfer import distinct_names, shown
+from holdfast.reports.words import TextTable
 
 Json = dict[str, Any]
 
 
-def across(evidence: Evidence, confidence: float) -> Json | None:
+def across(evidence: Evidence) -> Json | None:
     """Return the results of the transfer between data sets for the summary of a run, or None if the transfer was not
     measured.
     """
     try:
-        rows = across_rows(evidence, confidence)
+        rows = across_rows(evidence)
     except Absent:
         return None
     names = distinct_names(sets(evidence))
@@ -44,29 +45,25 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
     }
 
 
-def title(results: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table that shows the transfer of perturbations across data sets."""
-    return (
-        f"across data: share of {count_text(results['n'])} {noun} of each data set whose prediction changes; control: "
-        "the same perturbations in random order"
-    )
-
-
-def headings(results: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table that shows the transfer of perturbations across data sets."""
-    return ["computed on", *(f"applied to {name}" for name in results["data"])]
-
-
-def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table of the transfer across data sets as text: the source data set, and success rates with
-    those of the controls.
+def table(results: Mapping[str, Any], noun: str) -> TextTable:
+    """Return the table of the transfer across data sets: the source data set, and success rates with those of the
+    controls.
     """
-    for row in results["rows"]:
-        pairs = zip(row["shares"], row["controls"], strict=True)
-        yield [
-            row["computed_on"],
-            *(f"{shown(share)}, control {percent(control['value'])}" for share, control in pairs),
-        ]
+    return TextTable(
+        f"across data: share of {count_text(results['n'])} {noun} of each data set whose prediction changes; control: "
+        "the same perturbations in random order",
+        ["computed on", *(f"applied to {name}" for name in results["data"])],
+        [
+            [
+                row["computed_on"],
+                *(
+                    f"{shown(share)}, control {percent(control['value'])}"
+                    for share, control in zip(row["shares"], row["controls"], strict=True)
+                ),
+            ]
+            for row in results["rows"]
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def sets(evidence: Evidence) -> tuple[str, ...]:
     return tuple(str(card.get("name", "data")) for card in (evidence.data, *evidence.others))
 
 
-def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow, ...]:
+def across_rows(evidence: Evidence) -> tuple[AcrossRow, ...]:
     """Return the success rates of the transfer between data sets, with one row for each data set on which perturbations
     were computed.
 
@@ -101,9 +98,7 @@ def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow
             Remedy("across", Placeholder("DATA", "[DATA]"), reason="with inputs of the same shape"),
         )
     shares = {
-        name: [
-            [proportion(mask, confidence) for mask in row] for row in evidence.across[name].permute(1, 2, 0)
-        ]
+        name: [[proportion(mask) for mask in row] for row in evidence.across[name].permute(1, 2, 0)]
         for name in ("turned", "control")
     }
     return tuple(

@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
 from holdfast.reports.numbers import count_text, percent, plain, seconds_text, strict
-from holdfast.reports.words import amount, interval
+from holdfast.reports.words import TextTable, amount, interval
 
 Json = dict[str, Any]
 
@@ -127,11 +127,6 @@ def _entry(
     }
 
 
-def title(results: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of a certification."""
-    return f"certification: {amount(results['n'], noun)}, {results['constraint']}"
-
-
 def _statistical_lines(statistical: Mapping[str, Any] | None, noun: str) -> list[str]:
     """Sentences about the failure probability, abstentions and contradictions of statistical certificates."""
     if statistical is None:
@@ -160,25 +155,15 @@ def _statistical_lines(statistical: Mapping[str, Any] | None, noun: str) -> list
     return lines
 
 
-def headings(results: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of a certification."""
-    return ["method", "tried", "certified", "broken", "undecided", "time", "time each"]
-
-
-def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table of a certification as text, from the clean pass to the sums over all methods."""
+def certification_table(summary: Mapping[str, Any]) -> TextTable | None:
+    """Return the table of a certification, from the clean pass to the sums over all methods; None without one."""
+    results = summary["certification"]
+    if results is None:
+        return None
     n, misclassified = results["n"], results["misclassified"]
-    yield [
-        "no attack",
-        count_text(n),
-        "–",
-        count_text(misclassified),
-        count_text(n - misclassified),
-        "–",
-        "–",
-    ]
-    for row in results["rows"]:
-        yield [
+    rows = [["no attack", count_text(n), "–", *map(count_text, (misclassified, n - misclassified)), "–", "–"]]
+    rows += [
+        [
             row["name"],
             "–" if row["tried"] is None else count_text(row["tried"]),
             "–" if row["name"] in (ATTACKS, OTHER) else count_text(row["certified"]),
@@ -187,9 +172,14 @@ def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
             _time(row["seconds"]),
             _time(row["seconds_per_example"]),
         ]
+        for row in results["rows"]
+    ]
     total = sum(row["seconds"] or 0.0 for row in results["rows"])
     counts = (count_text(results[name]) for name in ("certified", "broken", "unknown"))
-    yield ["all", count_text(n), *counts, _time(total), _time(total / n if n else None)]
+    rows.append(["all", count_text(n), *counts, _time(total), _time(total / n if n else None)])
+    headings = ["method", "tried", "certified", "broken", "undecided", "time", "time each"]
+    title = f"certification: {amount(n, summary['noun'])}, {results['constraint']}"
+    return TextTable(title, headings, rows)
 
 
 def _time(seconds: float | None) -> str:

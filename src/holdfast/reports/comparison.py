@@ -20,7 +20,7 @@ from holdfast.metrics.paired import (
     regression,
     robust_in_scope,
 )
-from holdfast.ops.statistics import mcnemar
+from holdfast.ops.statistics import CONFIDENCE, mcnemar
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent, plain, strict
 from holdfast.reports.words import (
@@ -44,8 +44,6 @@ def comparison(
     first: Evidence,
     second: Evidence,
     summaries: tuple[Mapping[str, Any], Mapping[str, Any]],
-    *,
-    confidence: float = 0.95,
 ) -> Json:
     """Return the content of a comparison of two runs: the changes from the first to the second on the examples that
     both share.
@@ -57,11 +55,11 @@ def comparison(
     paired = {
         "clean_accuracy": _paired(
             (first["correct"], second["correct"]),
-            clean_accuracy_drop(first, second, confidence),
+            clean_accuracy_drop(first, second),
             shared,
         )
     }
-    robust, flipped, scope, note = _robust(first, second, shared, confidence)
+    robust, flipped, scope, note = _robust(first, second, shared)
     notes.append(note)
     content = {
         "schema_version": COMPARISON_VERSION,
@@ -70,7 +68,7 @@ def comparison(
         "headline": "",
         "n": len(shared),
         "noun": summaries[0]["noun"],
-        "confidence": confidence,
+        "confidence": CONFIDENCE,
         "runs": [_run(summary) for summary in summaries],
         "paired": robust | paired,
         "flipped": flipped,
@@ -84,14 +82,12 @@ def comparison(
     return written
 
 
-def _robust(
-    first: Evidence, second: Evidence, shared: Pairs, confidence: float
-) -> tuple[Json, Json, Scope | None, str]:
+def _robust(first: Evidence, second: Evidence, shared: Pairs) -> tuple[Json, Json, Scope | None, str]:
     """The robust accuracies, the changed examples, the scope, and a note; empty if they are not comparable."""
     try:
         scope = basis(first, second)
         masks = robust_in_scope(first, scope), robust_in_scope(second, scope)
-        paired = {"robust_accuracy": _paired(masks, regression(first, second, confidence), shared)}
+        paired = {"robust_accuracy": _paired(masks, regression(first, second), shared)}
     except Absent as absent:
         return {}, {}, None, f"robust accuracy is not compared: {absent.on_command_line()}"
     note = f"robust accuracy is {SCOPES[scope].removeprefix('; ')}"

@@ -37,37 +37,35 @@ def estimate_to_json(value: Estimate) -> Json:
     return {"value": strict(value.value), "low": strict(value.low), "high": strict(value.high), "n": value.n}
 
 
-def accuracy_curves(evidence: Evidence, confidence: float) -> dict[str, list[Json]]:
+def accuracy_curves(evidence: Evidence) -> dict[str, list[Json]]:
     """Return robust accuracy as a function of eps and as a function of queries, as JSON for the summary, with at most a
     hundred steps each.
 
     A curve is empty if the attacks for it were not run.
     """
     return {
-        "eps": _points(accuracy_against_eps, evidence, confidence, "eps"),
-        "queries": _points(accuracy_against_queries, evidence, confidence, "queries"),
+        "eps": _points(accuracy_against_eps, evidence, "eps"),
+        "queries": _points(accuracy_against_queries, evidence, "queries"),
     }
 
 
-def _points(
-    curve: Callable[[Evidence, float], Curve], evidence: Evidence, confidence: float, axis: str
-) -> list[Json]:
+def _points(curve: Callable[[Evidence], Curve], evidence: Evidence, axis: str) -> list[Json]:
     if not len(evidence):
         return []
     try:
-        points = curve(evidence, confidence)
+        points = curve(evidence)
     except Absent:
         return []
     return [{axis: strict(x)} | estimate_to_json(y) for x, y in zip(points.x, points.y, strict=True)]
 
 
-def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
+def per_class_to_json(evidence: Evidence, names: tuple[str, ...]) -> list[Json]:
     """Return the clean and robust accuracy of each class as JSON for the summary. Of more than a thousand classes, the
     worst are included.
     """
     if evidence.threat.goal is not None or not len(evidence):
         return []
-    rows = [row for row in per_class(evidence, confidence) if row.robust_accuracy is not None]
+    rows = [row for row in per_class(evidence) if row.robust_accuracy is not None]
     worst = sorted(rows, key=lambda row: row.robust_accuracy.value if row.robust_accuracy else 0.0)
     return [
         {

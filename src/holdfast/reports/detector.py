@@ -4,11 +4,12 @@ detector and that know it, and the robust accuracy with rejection.
 It is a table of metrics of the summary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from holdfast.metrics.names import PERCENTS, at_percent
 from holdfast.reports.numbers import count_text, percent
+from holdfast.reports.words import TextTable
 
 COLUMNS: Final = (
     ("oblivious_detection_rate", "detected if unknown"),
@@ -32,18 +33,14 @@ def detector(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"n": summary["n"], "rows": rows, "complete": len(measured) == len(rows)} if measured else None
 
 
-def title(results: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of the detector."""
-    text = f"detector: {count_text(results['n'])} {noun} under attacks that do and do not know it"
-    return text if results["complete"] else f"{text}; 0.1 % needs 999 or more"
-
-
-def headings(results: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of the detector."""
-    return ["false positives", *(heading for _, heading in COLUMNS)]
-
-
-def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table of the detector as text."""
-    for row in results["rows"]:
-        yield [f"{row['percent']} %", *("–" if e is None else percent(e["value"]) for e in row["estimates"])]
+def table(results: Mapping[str, Any], noun: str) -> TextTable:
+    """Return the table of the detector."""
+    title = f"detector: {count_text(results['n'])} {noun} under attacks that do and do not know it"
+    return TextTable(
+        title if results["complete"] else f"{title}; 0.1 % needs 999 or more",
+        ["false positives", *(heading for _, heading in COLUMNS)],
+        [
+            [f"{row['percent']} %", *("–" if e is None else percent(e["value"]) for e in row["estimates"])]
+            for row in results["rows"]
+        ],
+    )

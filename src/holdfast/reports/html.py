@@ -56,7 +56,8 @@ def page(summary: Mapping[str, Any]) -> str:
         remarks=summary["notes"],
         details=summary["details"],
         attacker_names=rotation.NAMES,
-        **_certified(summary),
+        proof=certification.certification_table(summary),
+        proof_lines=certification.certification_lines(summary),
         **_doubts(summary["doubts"]),
     )
 
@@ -102,26 +103,14 @@ def fragment(summary: Mapping[str, Any], later_gates: Sequence[Mapping[str, Any]
         s=summary,
         sign=sign,
         word=verdict_text,
-        **_certified(summary),
+        proof=certification.certification_table(summary),
+        proof_lines=certification.certification_lines(summary),
         title=attacks.title(summary),
         headings=headings,
         rows=[[cells[heading] for heading in headings] for cells in rows],
         metrics=metrics,
         notes=notes.shown_notes(summary),
     )
-
-
-def _certified(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of a certification as text, and the sentences about it; empty without one."""
-    results = summary["certification"]
-    if results is None:
-        return {"proof_title": "", "proof_headings": (), "proof_rows": (), "proof_lines": ()}
-    return {
-        "proof_title": certification.title(results, summary["noun"]),
-        "proof_headings": certification.headings(results),
-        "proof_rows": list(certification.cells(results)),
-        "proof_lines": certification.certification_lines(summary),
-    }
 
 
 _SHOWN_DOUBTS = 5

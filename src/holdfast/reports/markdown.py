@@ -5,11 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import printable
-from holdfast.reports import across, certification, detector, rotation, stateful, transfer
+from holdfast.reports import certification, rotation
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes_line, risks, row
 from holdfast.reports.numbers import count_text, percent
+from holdfast.reports.summary import measured_tables
 from holdfast.reports.words import (
     VERDICTS,
+    TextTable,
     capitalized,
     interval,
     label,
@@ -110,20 +112,20 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _escaped_table(table: TextTable) -> list[str]:
+    return markdown_table([*map(escaped, table.headings)], ([*map(escaped, row)] for row in table.rows))
+
+
 def _certification(summary: Mapping[str, Any]) -> list[str]:
     """The table of a certification with the sentences about it."""
-    results = summary["certification"]
-    if results is None:
+    table = certification.certification_table(summary)
+    if table is None:
         return []
-    headings, *rows = (
-        [escaped(text) for text in row]
-        for row in (certification.headings(results), *certification.cells(results))
-    )
     sentences_of = certification.certification_lines(summary)
     return [
         "### Certification",
         "",
-        *markdown_table(headings, rows),
+        *_escaped_table(table),
         *(line for text in sentences_of for line in (f"{escaped(capitalized(text))}.", "")),
     ]
 
@@ -131,25 +133,9 @@ def _certification(summary: Mapping[str, Any]) -> list[str]:
 def _matrices(summary: Mapping[str, Any]) -> list[str]:
     """The transfer matrix, the transfer across data sets, a detector, and black-box attacks on a guard."""
     lines = []
-    for matrix, report in (
-        (summary.get("transfer"), transfer),
-        (summary.get("data_transfer"), across),
-        (detector.detector(summary), detector),
-        (summary.get("query_detector"), stateful),
-    ):
-        if matrix is None:
-            continue
-        headings, *rows = (
-            [escaped(text) for text in row] for row in (report.headings(matrix), *report.cells(matrix))
-        )
-        heading, _, description = report.title(matrix, summary["noun"]).partition(": ")
-        lines += [
-            f"### {heading.capitalize()}",
-            "",
-            f"{escaped(description.capitalize())}.",
-            "",
-            *markdown_table(headings, rows),
-        ]
+    for table in measured_tables(summary):
+        description = f"{escaped(table.description.capitalize())}."
+        lines += [f"### {table.name.capitalize()}", "", description, "", *_escaped_table(table)]
     return lines
 
 
@@ -158,23 +144,11 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
     attackers = summary.get("rotation")
     if attackers is None:
         return []
-
-    def escaped_table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
-        return markdown_table(*([*map(escaped, headings)], ([*map(escaped, row)] for row in rows)))
-
-    noun = summary["noun"]
-    return [
-        "### Attackers of the rotation",
-        "",
-        f"{escaped(capitalized(attackers['conclusion']))}.",
-        "",
-        f"{escaped(capitalized(rotation.title(attackers, noun).partition(': ')[2]))}:",
-        "",
-        *escaped_table(rotation.headings(attackers), rotation.cells(attackers)),
-        f"{escaped(capitalized(rotation.alternatives_title(attackers, noun).partition(': ')[2]))}:",
-        "",
-        *escaped_table(rotation.alternatives_headings(attackers), rotation.alternatives_cells(attackers)),
-    ]
+    lines = ["### Attackers of the rotation", "", f"{escaped(capitalized(attackers['conclusion']))}.", ""]
+    for table in (rotation.attacker_table, rotation.alternative_table):
+        shown_table = table(attackers, summary["noun"])
+        lines += [f"{escaped(capitalized(shown_table.description))}:", "", *_escaped_table(shown_table)]
+    return lines
 
 
 def _metric(name: str, estimate: Mapping[str, Any]) -> list[str]:

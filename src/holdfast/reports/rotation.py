@@ -2,11 +2,12 @@
 and as tables.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from holdfast.reports.numbers import count_text, percent, strict
 from holdfast.reports.transfer import shown
+from holdfast.reports.words import TextTable
 
 Json = dict[str, Any]
 
@@ -51,52 +52,37 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
     return table
 
 
-def title(table: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table that shows the success of attackers with different knowledge of a rotation."""
-    return (
-        f"attackers: share of the {count_text(table['n'])} {noun} classified correctly by set {table['serving_set']} "
-        "that each attacker breaks"
-    )
-
-
-def headings(table: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table that shows the success of attackers with different knowledge of a
-    rotation.
-    """
-    return ["attacker", "broken", "rotation", "attack", "has"]
-
-
-def cells(table: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table that shows the success of attackers with different knowledge of a
-    rotation, as text.
-    """
-    for row in table["rows"]:
+def attacker_table(results: Mapping[str, Any], noun: str) -> TextTable:
+    """Return the table of the success of attackers with different knowledge of a rotation."""
+    rows = []
+    for row in results["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
         has = row["message"] if row["share"] is None else row["has"]
-        yield [NAMES.get(row["attacker"], row["attacker"]), share, row["effect"], row["attack"] or "–", has]
-
-
-def alternatives_title(table: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table that compares a rotation with other uses of the same training time."""
-    return (
-        f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
-        "and white-box attacks on the serving set break"
+        name = NAMES.get(row["attacker"], row["attacker"])
+        rows.append([name, share, row["effect"], row["attack"] or "–", has])
+    return TextTable(
+        f"attackers: share of the {count_text(results['n'])} {noun} classified correctly by set "
+        f"{results['serving_set']} that each attacker breaks",
+        ["attacker", "broken", "rotation", "attack", "has"],
+        rows,
     )
 
 
-def alternatives_headings(table: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table that compares a rotation with other uses of the same training time."""
-    return [
-        "alternative",
-        "clean accuracy",
-        "broken by the stolen set",
-        "broken by white-box attack",
-        "description",
-    ]
-
-
-def alternatives_cells(table: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table that compares a rotation with other uses of the same training time, as text."""
-    for row in table["alternatives"]:
+def alternative_table(results: Mapping[str, Any], noun: str) -> TextTable:
+    """Return the table that compares a rotation with other uses of the same training time."""
+    rows = []
+    for row in results["alternatives"]:
         shares = ("–" if row[key] is None else shown(row[key]) for key in ("stolen_set", "white_box"))
-        yield [row["alternative"], percent(row["clean_accuracy"]["value"]), *shares, row["message"]]
+        rows.append([row["alternative"], percent(row["clean_accuracy"]["value"]), *shares, row["message"]])
+    return TextTable(
+        f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
+        "and white-box attacks on the serving set break",
+        [
+            "alternative",
+            "clean accuracy",
+            "broken by the stolen set",
+            "broken by white-box attack",
+            "description",
+        ],
+        rows,
+    )

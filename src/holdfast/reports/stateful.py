@@ -4,7 +4,7 @@ after how many queries, and after how many queries one is rejected.
 It is an entry of the summary and a table.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from holdfast.core.evidence import Table
 from holdfast.ops.statistics import proportion
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
+from holdfast.reports.words import TextTable
 
 Json = dict[str, Any]
 
@@ -26,7 +27,7 @@ _ATTACKERS = {
 _WORST = "the best of these for each example"  # rejected: each of the attacks had a rejected query
 
 
-def stateful_results(table: Table, confidence: float) -> Json | None:
+def stateful_results(table: Table) -> Json | None:
     """Return the results of the black-box attacks on a guard for the summary; None if no example was attacked."""
     if not len(table):
         return None
@@ -36,7 +37,7 @@ def stateful_results(table: Table, confidence: float) -> Json | None:
         for column in ("without_broken", "with_broken", "with_rejected")
     }
     rows = [
-        _row(_ATTACKERS[name], {column: values[k] for column, values in columns.items()}, confidence)
+        _row(_ATTACKERS[name], {column: values[k] for column, values in columns.items()})
         for k, name in enumerate(names)
     ]
     worst = {
@@ -46,15 +47,15 @@ def stateful_results(table: Table, confidence: float) -> Json | None:
             (columns["with_rejected"] > 0).all(0), columns["with_rejected"].amax(0), 0
         ),
     }
-    return {"n": len(table), "rows": [*rows, _row(_WORST, worst, confidence)]}
+    return {"n": len(table), "rows": [*rows, _row(_WORST, worst)]}
 
 
-def _row(attacker: str, columns: Mapping[str, Tensor], confidence: float) -> Json:
+def _row(attacker: str, columns: Mapping[str, Tensor]) -> Json:
     return {
         "attacker": attacker,
-        **_arm(columns["without_broken"], "without", confidence),
-        **_arm(columns["with_broken"], "with", confidence),
-        **_noticed(columns["with_rejected"], confidence),
+        **_arm(columns["without_broken"], "without"),
+        **_arm(columns["with_broken"], "with"),
+        **_noticed(columns["with_rejected"]),
     }
 
 
@@ -65,17 +66,17 @@ def _first(broken_at: Tensor) -> Tensor:
     return torch.where(least == never, 0, least)
 
 
-def _arm(broken_at: Tensor, arm: str, confidence: float) -> Json:
+def _arm(broken_at: Tensor, arm: str) -> Json:
     """The share of broken examples, and the median number of queries until they were."""
     return {
-        f"broken_{arm}": estimate_to_json(proportion(broken_at > 0, confidence)),
+        f"broken_{arm}": estimate_to_json(proportion(broken_at > 0)),
         f"queries_{arm}": _median(broken_at),
     }
 
 
-def _noticed(rejected_at: Tensor, confidence: float) -> Json:
+def _noticed(rejected_at: Tensor) -> Json:
     return {
-        "rejected": estimate_to_json(proportion(rejected_at > 0, confidence)),
+        "rejected": estimate_to_json(proportion(rejected_at > 0)),
         "rejected_after": _median(rejected_at),
     }
 
@@ -86,36 +87,32 @@ def _median(first: Tensor) -> int | None:
     return int(torch.median(reached)) if len(reached) else None
 
 
-def title(results: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of black-box attacks on a guard."""
-    return f"queries: black-box attacks on {count_text(results['n'])} {noun} with the guard and without it"
-
-
-def headings(results: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of black-box attacks on a guard."""
-    return [
-        "attack",
-        "broken without",
-        "median queries",
-        "broken with",
-        "median queries",
-        "rejected",
-        "after queries",
-    ]
-
-
-def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table of black-box attacks on a guard as text."""
-    for row in results["rows"]:
-        yield [
-            row["attacker"],
-            percent(row["broken_without"]["value"]),
-            _count(row["queries_without"]),
-            percent(row["broken_with"]["value"]),
-            _count(row["queries_with"]),
-            percent(row["rejected"]["value"]),
-            _count(row["rejected_after"]),
-        ]
+def table(results: Mapping[str, Any], noun: str) -> TextTable:
+    """Return the table of black-box attacks on a guard."""
+    return TextTable(
+        f"queries: black-box attacks on {count_text(results['n'])} {noun} with the guard and without it",
+        [
+            "attack",
+            "broken without",
+            "median queries",
+            "broken with",
+            "median queries",
+            "rejected",
+            "after queries",
+        ],
+        [
+            [
+                row["attacker"],
+                percent(row["broken_without"]["value"]),
+                _count(row["queries_without"]),
+                percent(row["broken_with"]["value"]),
+                _count(row["queries_with"]),
+                percent(row["rejected"]["value"]),
+                _count(row["rejected_after"]),
+            ]
+            for row in results["rows"]
+        ],
+    )
 
 
 def _count(value: int | None) -> str:

@@ -1,14 +1,13 @@
 """The summary of a run, which the option `-o FILE.json` writes, and from which all other reports are created.
 
-Its schema is published and versioned (`schema/assessment-2.json`). Strict JSON has no infinity: a number that is not
-finite is one of the strings "inf", "-inf" and "nan".
+Its schema is versioned (`json_schemas.py`). Strict JSON has no infinity: a number that is not finite is one of the
+strings "inf", "-inf" and "nan".
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.constraints import L0, Limited
@@ -20,8 +19,10 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
-from holdfast.ops.statistics import median, proportion
+from holdfast.ops.statistics import CONFIDENCE, median, proportion
+from holdfast.reports import detector
 from holdfast.reports.across import across
+from holdfast.reports.across import table as across_table
 from holdfast.reports.certification import certification
 from holdfast.reports.concerns import concern
 from holdfast.reports.curves import (
@@ -36,8 +37,10 @@ from holdfast.reports.geometry import geometry_results
 from holdfast.reports.numbers import size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
+from holdfast.reports.stateful import table as stateful_table
+from holdfast.reports.transfer import table as transfer_table
 from holdfast.reports.transfer import transfer
-from holdfast.reports.words import headline, open_doubts, threat_in_words, why
+from holdfast.reports.words import TextTable, headline, open_doubts, threat_in_words, why
 
 Json = dict[str, Any]
 
@@ -62,7 +65,6 @@ def summary(
     run: Mapping[str, Any] | None = None,
     rotation: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
-    confidence: float = 0.95,
 ) -> Json:
     """Return the summary of a run, which contains everything that reports show, as strict JSON.
 
@@ -78,10 +80,10 @@ def summary(
         "exit_code": exit_code(gate.verdict for gate in gates),
         "n": int(judged(evidence).sum()),
         "noun": _noun(evidence),
-        "confidence": confidence,
+        "confidence": CONFIDENCE,
         "metrics": {name: estimate_to_json(value) for name, value in metrics.items()},
         "gates": [_gate(gate) for gate in gates],
-        **_measured(evidence, confidence),
+        **_measured(evidence),
         "rotation": rotated(rotation),
         "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
         **_about(run or {}),
@@ -95,18 +97,18 @@ def summary(
     return written
 
 
-def _measured(evidence: Evidence, confidence: float) -> Json:
+def _measured(evidence: Evidence) -> Json:
     """The parts of the summary that come from the evidence."""
     classes = tuple(str(name) for name in evidence.data.get("classes") or ())
     names = [*(record.name for record in evidence.attacks), *(record.name for record in evidence.passes)]
     threat = threat_to_json(evidence.threat)
     return {
         "suite": evidence.suite,
-        "attacks": _attacks(evidence, confidence),
+        "attacks": _attacks(evidence),
         "doubts": [_doubt(doubt, evidence.model.get("output")) for doubt in evidence.doubts],
         "certification": certification(evidence, threat["constraint"]),
         "geometry": _geometry(evidence, classes),
-        "query_detector": _query_detector(evidence, confidence),
+        "query_detector": _query_detector(evidence),
         "threat": {**threat, "unit": eps_unit(evidence.threat, evidence.model)},
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
@@ -114,12 +116,12 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "cost": _cost(evidence.cost),
         "doubts_cost": _cost(evidence.doubts_cost),
         "served": dict(evidence.served),
-        "curves": accuracy_curves(evidence, confidence),
-        "per_class": per_class_to_json(evidence, classes, confidence),
+        "curves": accuracy_curves(evidence),
+        "per_class": per_class_to_json(evidence, classes),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
-        "transfer": transfer(evidence, confidence),
+        "transfer": transfer(evidence),
         "other_data": [_bounded(card) for card in evidence.others],
-        "data_transfer": across(evidence, confidence),
+        "data_transfer": across(evidence),
         "examples": example_images(evidence, classes, names),
         "passes": [_pass(record) for record in evidence.passes],
         "notes": list(evidence.notes),
@@ -138,10 +140,10 @@ def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
     return geometry_results(table, classes, norm=norm, unit=unit, method=method)
 
 
-def _query_detector(evidence: Evidence, confidence: float) -> Json | None:
+def _query_detector(evidence: Evidence) -> Json | None:
     """The attacks on the query detector of a guard; None if they were not run."""
     table = evidence.tables.get("stateful")
-    return None if table is None else stateful_results(table, confidence)
+    return None if table is None else stateful_results(table)
 
 
 def _about(run: Mapping[str, Any]) -> Json:
@@ -154,19 +156,24 @@ def _about(run: Mapping[str, Any]) -> Json:
     }
 
 
+def measured_tables(summary: Mapping[str, Any]) -> Iterator[TextTable]:
+    """Yield the tables of the transfer between models, of the transfer across data sets, of a detector, and of
+    black-box attacks on a guard, if these were measured.
+    """
+    for results, table in (
+        (summary.get("transfer"), transfer_table),
+        (summary.get("data_transfer"), across_table),
+        (detector.detector(summary), detector.table),
+        (summary.get("query_detector"), stateful_table),
+    ):
+        if results is not None:
+            yield table(results, summary["noun"])
+
+
 def to_json(content: Mapping[str, Any]) -> str:
     """Return the summary of a run as strict JSON text, without NaN and infinities, with a newline at the end."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # `-o -` prints it
-
-
-def summary_schema(name: str = "assessment-2") -> Json:
-    """Return the published JSON Schema of the summary of a run or, for the name `comparison-2`, of a comparison of two
-    runs.
-    """
-    text = resources.files("holdfast.reports").joinpath("schema", f"{name}.json").read_text(encoding="utf-8")
-    content: Json = json.loads(text)
-    return content
 
 
 def _noun(evidence: Evidence) -> str:
@@ -201,7 +208,7 @@ def _gate(gate: Judgement) -> Json:
     }
 
 
-def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
+def _attacks(evidence: Evidence) -> list[Json]:
     """An entry for each attack, with the robust accuracy after it and all before it."""
     chosen = judged(evidence)
     bounded = math.isfinite(evidence.threat.constraint.eps)  # else a large enough change breaks any example
@@ -214,8 +221,8 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
         after = None
         if broken_by is not None:
             not_surviving = not_surviving | not_robust & _broke(evidence, place)
-            after = estimate_to_json(proportion(~not_surviving[chosen], confidence)) if chosen.any() else None
-        entries.append(_attack(record, after) | _smallest(evidence, record, confidence))
+            after = estimate_to_json(proportion(~not_surviving[chosen])) if chosen.any() else None
+        entries.append(_attack(record, after) | _smallest(evidence, record))
     return entries
 
 
@@ -228,7 +235,7 @@ def _broke(evidence: Evidence, place: int) -> Mask:
     return broken
 
 
-def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:
+def _smallest(evidence: Evidence, record: AttackRecord) -> Json:
     """The fraction of examples and the median distance that a minimum-norm attack found; None for other attacks."""
     missing = {"success_rate": None, "median_distance": None}
     if f"{record.stage}.distance" not in evidence:
@@ -239,8 +246,8 @@ def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Js
     # a misclassified example has distance 0, unless the attack must reach a target class
     counted = judged(evidence) if evidence.threat.goal is None else attacked
     return {
-        "success_rate": estimate_to_json(proportion(distance[attacked].isfinite(), confidence)),
-        "median_distance": estimate_to_json(median(distance[counted], confidence)),
+        "success_rate": estimate_to_json(proportion(distance[attacked].isfinite())),
+        "median_distance": estimate_to_json(median(distance[counted])),
     }
 
 

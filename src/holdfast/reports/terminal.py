@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
-from holdfast.reports import across, certification, detector, rotation, stateful, transfer
+from holdfast.reports import certification, rotation
 from holdfast.reports.attacks import (
     SMALLEST,
     STANDING,
@@ -17,8 +17,10 @@ from holdfast.reports.attacks import (
     title,
 )
 from holdfast.reports.numbers import count_text, percent
+from holdfast.reports.summary import measured_tables
 from holdfast.reports.words import (
     VERDICTS,
+    TextTable,
     condition_text,
     interval,
     label,
@@ -113,14 +115,13 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
 
 def _certified(summary: Mapping[str, Any], *, colour: bool, width: int | None) -> str:
     """The table of a certification with the sentences about it; empty without one."""
-    results = summary["certification"]
-    if results is None:
+    proof = certification.certification_table(summary)
+    if proof is None:
         return ""
-    table = grid(certification.title(results, summary["noun"]), certification.headings(results))
-    for texts in certification.cells(results):
-        table.add_row(*map(cell, texts))
     lines = [cell(text) for text in certification.certification_lines(summary)]
-    return "".join(f"{as_string(part, colour=colour, width=width).rstrip()}\n\n" for part in (table, *lines))
+    return "".join(
+        f"{as_string(part, colour=colour, width=width).rstrip()}\n\n" for part in (filled(proof), *lines)
+    )
 
 
 def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
@@ -177,20 +178,7 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
     """Return the terminal tables of the transfer between models, of the transfer across data sets, of a detector, of
     black-box attacks on a guard, and of attackers of a rotation, if these were measured.
     """
-    tables = []
-    for matrix, report in (
-        (summary.get("transfer"), transfer),
-        (summary.get("data_transfer"), across),
-        (detector.detector(summary), detector),
-        (summary.get("query_detector"), stateful),
-    ):
-        if matrix is None:
-            continue
-        table = grid(report.title(matrix, summary["noun"]), report.headings(matrix))
-        for texts in report.cells(matrix):
-            table.add_row(*map(cell, texts))
-        tables.append(table)
-    return [*tables, *attackers(summary)]
+    return [*map(filled, measured_tables(summary)), *attackers(summary)]
 
 
 def attackers(summary: Mapping[str, Any]) -> "list[Table]":
@@ -200,14 +188,8 @@ def attackers(summary: Mapping[str, Any]) -> "list[Table]":
     results, noun = summary.get("rotation"), summary["noun"]
     if results is None:
         return []
-    attacker_table = grid(rotation.title(results, noun), rotation.headings(results))
-    for texts in rotation.cells(results):
-        attacker_table.add_row(*map(cell, texts))
-    alternative_table = grid(
-        rotation.alternatives_title(results, noun), rotation.alternatives_headings(results)
-    )
-    for texts in rotation.alternatives_cells(results):
-        alternative_table.add_row(*map(cell, texts))
+    attacker_table = filled(rotation.attacker_table(results, noun))
+    alternative_table = filled(rotation.alternative_table(results, noun))
     for table in (attacker_table, alternative_table):
         table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     attacker_table.columns[-2].justify = "left"
@@ -227,6 +209,14 @@ def grid(title: str, headings: Sequence[str]) -> "Table":
     for place, heading in enumerate(headings):
         table.add_column(cell(heading), justify="right" if place else "left", no_wrap=place > 0)
     return table
+
+
+def filled(table: TextTable) -> "Table":
+    """Return a table of a report as a terminal table."""
+    filled_grid = grid(table.title, table.headings)
+    for texts in table.rows:
+        filled_grid.add_row(*map(cell, texts))
+    return filled_grid
 
 
 def shown_or_dash(metric: str, estimate: Mapping[str, Any] | None) -> str:

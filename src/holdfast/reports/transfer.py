@@ -2,7 +2,7 @@
 summary and as a table.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -11,19 +11,19 @@ from holdfast.metrics.columns import Absent
 from holdfast.metrics.transfer import matrix, model_names
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
-from holdfast.reports.words import interval
+from holdfast.reports.words import TextTable, interval
 
 Json = dict[str, Any]
 
 METRIC = "transfer_success"
 
 
-def transfer(evidence: Evidence, confidence: float) -> Json | None:
+def transfer(evidence: Evidence) -> Json | None:
     """Return the results of the transfer between models for the summary of a run, or None if the transfer was not
     measured.
     """
     try:
-        rows = matrix(evidence, confidence)
+        rows = matrix(evidence)
     except Absent:
         return None
     names = distinct_names(model_names(evidence))
@@ -41,28 +41,20 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
     }
 
 
-def title(results: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the transfer matrix, a table of the transfer of adversarial examples between models."""
+def table(results: Mapping[str, Any], noun: str) -> TextTable:
+    """Return the transfer matrix: the model on which examples were computed, and their success rate on each model."""
     share = (
         f"on {count_text(results['n'])} {noun}: share of those that a model classifies correctly and that the examples "
         "break"
     )
-    return f"transfer: in a pass outside the suite, {share}"
-
-
-def headings(results: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the transfer matrix, a table of the transfer of adversarial examples between
-    models.
-    """
-    return ["computed on", *(f"on {name}" for name in results["models"])]
-
-
-def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the transfer matrix as text: the model on which the examples were computed, and their success
-    rate on each model.
-    """
-    for row in results["rows"]:
-        yield [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
+    return TextTable(
+        f"transfer: in a pass outside the suite, {share}",
+        ["computed on", *(f"on {name}" for name in results["models"])],
+        [
+            [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
+            for row in results["rows"]
+        ],
+    )
 
 
 def shown(share: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast.core.names import threat_text
@@ -47,6 +48,26 @@ _CHANGES = {
     "contrast": "change the contrast by a share of at most {}",
 }
 """Descriptions of the limits of threat models that transform images."""
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table with a title, headings of the columns, and rows of cells."""
+
+    title: str
+    """name of the table, a colon, and what it shows"""
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @property
+    def name(self) -> str:
+        """The part of the title before the colon."""
+        return self.title.partition(": ")[0]
+
+    @property
+    def description(self) -> str:
+        """The part of the title after the colon."""
+        return self.title.partition(": ")[2]
 
 
 def label(metric: str) -> str:

@@ -1,0 +1,707 @@
+"""JSON Schemas of the summary of a run and of a comparison of two runs, derived from the types of their objects."""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import Gt, Lt, MaxLen
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from holdfast.core.evidence import DoubtState, Scope
+from holdfast.core.types import Access, NonNegative
+from holdfast.core.types import Count as Natural
+from holdfast.core.types import Steps as Positive
+from holdfast.gates.judging import Verdict
+
+Number = float | Literal["inf", "-inf", "nan"]
+"""number; strict JSON has no infinity"""
+Confidence = Annotated[float, Gt(0), Lt(1)]
+Picture = Annotated[str, Field(pattern="^data:image/png;base64,")]
+
+
+def summary_schema(name: str = "assessment-2") -> dict[str, Any]:
+    """Return the JSON Schema of the summary of a run or, for the name `comparison-2`, of a comparison of two runs."""
+    model: Any = {"assessment-2": Assessment, "comparison-2": Comparison}[name]
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:holdfast:schema:{name}"}
+    return head | TypeAdapter(model).json_schema()
+
+
+class EstimateJson(TypedDict):
+    """Value of a metric on `n` examples, with its confidence interval."""
+
+    value: Number
+    low: Number
+    high: Number
+    n: Natural
+
+
+class CostJson(TypedDict):
+    """Numbers of passes and queries, and times in seconds."""
+
+    forwards: Natural
+    backwards: Natural
+    queries: Natural
+    seconds: Number
+    cpu_seconds: Number
+
+
+class Gate(TypedDict):
+    """A gate and its verdict.
+
+    - `condition`: the gate as the user wrote it
+    - `scope`: adversarial examples that count in a comparison of robust accuracies; null for other gates
+    """
+
+    condition: str
+    metric: str
+    relation: Literal[">=", "<="]
+    bound: Number
+    eps: Number | None
+    versus: str | None
+    verdict: Verdict
+    estimate: EstimateJson
+    message: str
+    scope: NotRequired[Scope | None]
+
+
+class NotTried(TypedDict):
+    """Surviving examples that an attack was not run on.
+
+    - `max_success_rate`: upper limit of the share of them that would break, with 95 % confidence, if none is easier
+      to break
+    """
+
+    n: Positive
+    max_success_rate: Number
+
+
+class Positions(TypedDict):
+    """Positions of a change of which the worst of each image counts.
+
+    - `surviving_at_random`: examples that survive the change at one random position
+    """
+
+    tried: Positive
+    surviving_at_random: Natural
+
+
+class Attack(CostJson):
+    """An attack of the suite, and its results.
+
+    - `robust_accuracy`: share of robust examples after this attack and all before it
+    - `success_rate`: share of the correct examples for which a minimum-norm attack found a change; null for other
+      attacks
+    - `median_distance`: median of the smallest changes that a minimum-norm attack found, 0 for misclassified clean
+      inputs; null for other attacks
+    - `not_tried`: surviving examples that the attack was not run on, because all examples of its last wave, those of
+      lowest margin, survived; null if it was run on all
+    - `adaptive`: whether it ran because of a doubt, and is not part of the suite's own robust accuracy
+    - `fits`: fits of a learned attack, of which the best was used; 0 for other attacks
+    - `positions`: positions of a change of which the worst of each image counts; null if there is a single one
+    """
+
+    stage: str
+    name: str
+    settings: dict[str, Any]
+    surviving_before: Natural
+    surviving_after: Natural
+    robust_accuracy: EstimateJson | None
+    success_rate: EstimateJson | None
+    median_distance: EstimateJson | None
+    notes: list[str]
+    not_tried: NotTried | None
+    adaptive: bool
+    fits: Natural
+    positions: Positions | None
+
+
+class CertificationRow(TypedDict):
+    """A method of a certification, and what it decided.
+
+    - `name`: name of the method; attacks for the attacks of the suite, other passes for probes and the like
+    - `stage`: name of the stage; empty if the row is no method
+    - `tried`: number of examples that it was run on
+    - `certified`: number of examples that it certified
+    - `broken`: number of examples that it broke and that nothing before it had broken
+    - `undecided`: number of examples that are undecided after it
+    - `seconds`: wall-clock time; null if it was not measured separately
+    - `cpu_seconds`: CPU time; null if it was not measured separately
+    - `seconds_per_example`: mean wall-clock time of an example that it was run on
+    - `confirmed`: number of its counterexamples that the model misclassifies in double precision as well
+    - `stopped`: number of examples for which a time limit ended the search
+    - `subproblems`: number of subproblems whose bounds were computed
+    - `batch`: smallest number of examples that the method processed at once because memory ran out; null if it did
+      not
+    """
+
+    name: str
+    stage: str
+    tried: Natural | None
+    certified: Natural
+    broken: Natural
+    undecided: Natural
+    seconds: Number | None
+    cpu_seconds: Number | None
+    seconds_per_example: Number | None
+    settings: dict[str, Any]
+    confirmed: Natural
+    stopped: Natural
+    subproblems: Natural
+    batch: Positive | None
+
+
+class Statistical(TypedDict):
+    """Certificates with a failure probability, by randomised smoothing.
+
+    - `model`: name of the certified model
+    - `sigma`: standard deviation of the noise
+    - `draws`: largest number of draws of the noise for one example
+    - `failure_probability`: probability, for each example, of a wrong verdict
+    - `any_failure_probability`: probability that any verdict of the run is wrong (union bound)
+    - `tried`: number of examples on which the method was run
+    - `mean_draws`: mean number of draws for one of these examples
+    - `abstained`: number of examples whose prediction the draws do not show
+    - `contradicted`: ids of the examples with a certificate that an attack contradicts; they count as broken
+    """
+
+    model: str
+    sigma: NonNegative
+    draws: Natural
+    failure_probability: NonNegative
+    any_failure_probability: NonNegative
+    tried: Natural
+    mean_draws: NonNegative
+    abstained: Natural
+    contradicted: list[int]
+
+
+class Certification(TypedDict):
+    """Results of a certification, in the order in which the methods ran.
+
+    - `constraint`: the set of inputs that the proofs cover, as in linf:0.1
+    - `n`: number of examples
+    - `certified`: number of examples for which it is proved that no input of the threat model is misclassified
+    - `broken`: number of examples with a known misclassified input, including those that are misclassified when clean
+    - `misclassified`: number of examples that are misclassified when clean
+    - `unknown`: number of the other examples
+    - `attacked_certified`: number of certified examples that attacks were run on, as a test of the certificates
+    - `statistical`: certificates with a failure probability, by randomised smoothing; null for other methods
+    """
+
+    constraint: str
+    n: Natural
+    certified: Natural
+    broken: Natural
+    misclassified: Natural
+    unknown: Natural
+    attacked_certified: Natural
+    rows: list[CertificationRow]
+    statistical: NotRequired[Statistical | None]
+
+
+class Colour(TypedDict):
+    """A class in a picture.
+
+    - `name`: name of the class
+    """
+
+    name: str
+    colour: str
+
+
+class Slice(TypedDict):
+    """A slice through the decision regions, as a picture.
+
+    - `plane`: plane of the slice
+    """
+
+    plane: str
+    picture: Picture
+    side: Positive
+    key: list[Colour]
+
+
+class GeometryRow(TypedDict):
+    """An example, and the geometry around it.
+
+    - `label`: class of the label
+    - `prediction`: predicted class
+    - `rival`: most likely class other than the label
+    - `margin`: logit of the label minus that of the rival
+    - `lower`: proved lower bound of the distance to the nearest misclassified input; nan without sound bounds
+    - `upper`: distance of the nearest misclassified input that attacks found; inf if they found none
+    - `radius`: radius of the ball of the Lipschitz constants
+    - `lipschitz_below`: largest sampled gradient of the margin, which its Lipschitz constant is at least
+    - `lipschitz_above`: proved upper bound of the Lipschitz constant of the margin; nan without sound bounds
+    """
+
+    id: int
+    label: str
+    prediction: str
+    rival: str
+    margin: Number
+    lower: Number
+    upper: Number
+    radius: Number
+    lipschitz_below: Number
+    lipschitz_above: Number
+    slices: list[Slice]
+
+
+class Geometry(TypedDict):
+    """Geometry of the decision boundary around the first examples.
+
+    - `norm`: norm of the distances, such as Linf
+    - `unit`: what an example is called
+    - `method`: method of certification that proved the distances
+    - `proved`: whether the network has sound bounds
+    - `eps`: largest radius of the balls
+    - `one_radius`: whether all balls have the same radius
+    """
+
+    norm: str
+    unit: str
+    method: str
+    proved: bool
+    eps: Number
+    one_radius: bool
+    rows: list[GeometryRow]
+
+
+class QueryDetectorRow(TypedDict):
+    """An attack on the query detector.
+
+    - `attacker`: the attack, and whether it knows the detector
+    - `broken_without`: share of the examples that the attack breaks without the detector
+    - `queries_without`: median number of queries until these were broken; null if none was
+    - `broken_with`: the same with the detector
+    - `queries_with`: median number of queries until these were broken; null if none was
+    - `rejected`: share of the examples of which the detector rejects a query
+    - `rejected_after`: median number of queries until the first rejected one; null if none was rejected
+    """
+
+    attacker: str
+    broken_without: EstimateJson
+    queries_without: Positive | None
+    broken_with: EstimateJson
+    queries_with: Positive | None
+    rejected: EstimateJson
+    rejected_after: Positive | None
+
+
+class QueryDetector(TypedDict):
+    """Attacks on the query detector of a guard.
+
+    - `n`: attacked examples
+    """
+
+    n: Positive
+    rows: list[QueryDetectorRow]
+
+
+class Doubt(TypedDict):
+    """A reason why the robust accuracy may be too high."""
+
+    name: str
+    state: DoubtState
+    statistic: Number | None
+    threshold: Number | None
+    n: Natural
+    title: str
+    meaning: str
+    message: str
+    advice: str
+
+
+class Threat(TypedDict):
+    """The threat model.
+
+    - `unit`: unit of eps; empty if eps is not the size of a change in values
+    - `limits`: for a threat model that is not a ball: the limit of each change, or the place of a patch
+    """
+
+    constraint: str
+    norm: str
+    eps: Number
+    unit: NotRequired[str]
+    per: str | None
+    limits: NotRequired[dict[str, Any]]
+    goal: Natural | None
+    access: Access
+    queries: Natural | None
+    description: list[str]
+
+
+class Retried(TypedDict):
+    """Requests that failed temporarily, which are not among the rows."""
+
+    rows: NotRequired[Natural]
+    requests: NotRequired[Natural]
+    reasons: NotRequired[dict[str, int]]
+
+
+class Served(TypedDict):
+    """Rows and requests sent to the server of a served model, over all attempts of the run; empty for other models.
+
+    - `rows`: rows that the server answered or refused
+    - `refused`: rows of refused requests, which are among the rows
+    - `rejected`: attacked inputs that the server rejected when sent alone, by HTTP status
+    - `retried`: requests that failed temporarily, which are not among the rows
+    - `unanswered`: rows without an answer because the run was stopped, which are not among the rows
+    - `max_rows`: largest number of rows of a request, if the server revealed it
+    - `messages`: the same in sentences
+    """
+
+    rows: NotRequired[Natural]
+    clean: NotRequired[Natural]
+    attacks: NotRequired[Natural]
+    doubts: NotRequired[Natural]
+    judging: NotRequired[Natural]
+    requests: NotRequired[Natural]
+    refused: NotRequired[Natural]
+    rejected: NotRequired[dict[str, int]]
+    retried: NotRequired[Retried]
+    unanswered: NotRequired[int]
+    max_rows: NotRequired[int | None]
+    messages: NotRequired[list[str]]
+
+
+class EpsPoint(EstimateJson):
+    """Robust accuracy at one eps."""
+
+    eps: Number
+
+
+class QueryPoint(EstimateJson):
+    """Robust accuracy after a number of queries."""
+
+    queries: Number
+
+
+class Curves(TypedDict):
+    """Robust accuracy as a function of eps and of queries."""
+
+    eps: Annotated[list[EpsPoint], MaxLen(100)]
+    queries: Annotated[list[QueryPoint], MaxLen(100)]
+
+
+ClassRow = TypedDict(
+    "ClassRow",
+    {
+        "class": int,
+        "name": str,
+        "n": Natural,
+        "clean_accuracy": EstimateJson,
+        "robust_accuracy": EstimateJson,
+    },
+)
+"""The accuracies of a class."""
+
+
+class Surrogate(TypedDict):
+    """A surrogate model of the attacker."""
+
+    name: str
+    how: str
+    digest: str
+
+
+class TransferRow(TypedDict):
+    """Success of the examples that were computed on one model.
+
+    - `source`: index of the source model; null for all surrogates together
+    - `shares`: for each model, the share of its correctly classified inputs that these examples break; null if there
+      are none
+    """
+
+    computed_on: str
+    source: Natural | None
+    shares: list[EstimateJson | None]
+
+
+class Transfer(TypedDict):
+    """Transfer of examples computed on each model to the others.
+
+    - `models`: the model, then the surrogates
+    - `n`: examples of the sample
+    """
+
+    models: list[str]
+    n: Natural
+    rows: list[TransferRow]
+
+
+class OtherData(TypedDict):
+    """A further data set."""
+
+    name: str
+    digest: str
+    n: Positive
+
+
+class DataTransferRow(TypedDict):
+    """Success of the perturbations that were computed on one data set.
+
+    - `computed_on`: the data set that the perturbations were computed on; one row for each, in their order
+    - `shares`: for each data set, the share of inputs whose prediction changes when the perturbations are applied
+    - `controls`: the same for the same perturbations with their coordinates in random order
+    """
+
+    computed_on: str
+    shares: list[EstimateJson]
+    controls: list[EstimateJson]
+
+
+class DataTransfer(TypedDict):
+    """Transfer of perturbations computed on each data set to the others.
+
+    - `data`: the data set of the run, then the others
+    - `n`: examples of each
+    """
+
+    data: list[str]
+    n: Natural
+    rows: list[DataTransferRow]
+
+
+class RotationRow(TypedDict):
+    """Success of an attacker on a model with rotation.
+
+    - `attacker`: name of the attacker: A0 to A6, see the documentation of rotation
+    - `has`: what the attacker has
+    - `share`: share of the correctly classified inputs that the attacker breaks; null if not measured
+    - `attack`: the attack with the highest success rate
+    - `effect`: effect of the rotation on this attacker
+    """
+
+    attacker: str
+    has: str
+    share: EstimateJson | None
+    attack: str
+    effect: Literal["stopped", "slowed", "unclear", "not affected", "not measured"]
+    message: str
+
+
+class Alternative(TypedDict):
+    """Another use of the time of a rotation.
+
+    - `stolen_set`: share that an attacker with the previous, stolen set breaks
+    - `white_box`: share that an attacker with the serving set breaks, by the same attacks
+    """
+
+    alternative: str
+    clean_accuracy: EstimateJson
+    stolen_set: EstimateJson | None
+    white_box: EstimateJson | None
+    message: str
+
+
+class Rotation(TypedDict):
+    """Success of each kind of attacker on a model with rotation.
+
+    - `serving_set`: the parameter set that serves
+    - `n`: number of inputs that the set classifies correctly
+    - `alternatives`: alternatives to rotation that take the same time
+    """
+
+    serving_set: str
+    n: Positive
+    conclusion: str
+    rows: list[RotationRow]
+    alternatives: list[Alternative]
+
+
+class ImageExample(TypedDict):
+    """An adversarial example of a model of images.
+
+    - `amplified`: factor by which the difference is amplified
+    """
+
+    kind: Literal["image"]
+    clean: Picture
+    perturbed: Picture
+    difference: Picture
+    amplified: Number
+    shape: list[Natural]
+
+
+class Change(TypedDict):
+    """The change of a feature."""
+
+    feature: str
+    clean: Number
+    perturbed: Number
+
+
+class TableExample(TypedDict):
+    """An adversarial example of a model of tables."""
+
+    kind: Literal["table"]
+    changed: Natural
+    features: Natural
+    changes: list[Change]
+
+
+class Pass(TypedDict):
+    """A pass outside the suite.
+
+    - `stage`: its name in broken_by of the CSV file
+    - `tried`: examples that it was run on
+    - `broken`: examples that it broke and that survived everything before it
+    - `settings`: settings of its attack; of a fresh pass of the suite, those of its attacks; empty of other probes
+    """
+
+    stage: str
+    name: str
+    tried: Natural
+    broken: Natural
+    settings: NotRequired[dict[str, Any]]
+
+
+class Assessment(TypedDict):
+    """Output of `-o x.json`. All other reports except the CSV are generated from it. Strict JSON has no infinity: a
+    number that is not finite is one of the strings "inf", "-inf" and "nan". Later versions of the tool may add keys;
+    schema_version increases only if readers of the previous version would misinterpret the file.
+
+    - `verdict`: over all gates: any fail is fail, else any unclear is unclear
+    - `headline`: the result in one sentence
+    - `exit_code`: 0 pass or no gate, 1 fail, 4 unclear
+    - `n`: number of evaluated examples
+    - `noun`: plural noun for the examples
+    - `metrics`: metrics by name; those whose attack did not run are omitted
+    - `suite`: name and version, and the omitted attacks, such as standard@1 without Square; empty for a list of
+      attacks
+    - `certification`: results of a certification, in the order in which the methods ran; null if nothing was to be
+      certified
+    - `geometry`: geometry of the decision boundary around the first examples; null if it was not measured
+    - `query_detector`: attacks on the query detector of a guard; null if it has none
+    - `accepted_doubts`: reasons by name of the doubt
+    - `served`: rows and requests sent to the server of a served model, over all attempts of the run; empty for other
+      models
+    - `surrogates`: surrogate models of the attacker
+    - `transfer`: transfer of examples computed on each model to the others; null if no surrogate was given
+    - `other_data`: the data sets, each as source and as target of the transfer
+    - `data_transfer`: transfer of perturbations computed on each data set to the others; null if no other data set
+      was given
+    - `rotation`: success of each kind of attacker on a model with rotation; null if not measured
+    - `reproduce`: the command that repeats the run
+    - `passes`: passes outside the suite, in their order; examples that they broke inside the threat model count as
+      broken in robust accuracy
+    - `notes`: notes on the run and the model that a reader needs with the numbers
+    - `details`: how the copy of the model that attacks query was optimised, without any change of its outputs
+    """
+
+    schema_version: Literal[2]
+    verb: str
+    verdict: Verdict | Literal["no gate"]
+    headline: str
+    exit_code: Literal[0, 1, 4]
+    n: Natural
+    noun: str
+    confidence: Confidence
+    metrics: dict[str, EstimateJson]
+    gates: list[Gate]
+    suite: str
+    attacks: list[Attack]
+    certification: NotRequired[Certification | None]
+    geometry: NotRequired[Geometry | None]
+    query_detector: NotRequired[QueryDetector | None]
+    doubts: list[Doubt]
+    accepted_doubts: dict[str, str]
+    threat: Threat
+    model: dict[str, Any]
+    data: dict[str, Any]
+    seed: int
+    cost: CostJson
+    doubts_cost: CostJson
+    served: Served
+    curves: Curves
+    per_class: Annotated[list[ClassRow], MaxLen(1000)]
+    surrogates: list[Surrogate]
+    transfer: Transfer | None
+    other_data: list[OtherData]
+    data_transfer: DataTransfer | None
+    rotation: Rotation | None
+    examples: Annotated[list[ImageExample | TableExample], MaxLen(12)]
+    reproduce: str
+    run: dict[str, str]
+    hashes: dict[str, Any]
+    versions: dict[str, Any]
+    passes: list[Pass]
+    notes: list[str]
+    details: list[str]
+
+
+class ComparedRun(TypedDict):
+    """One of the two runs."""
+
+    folder: str
+    model: str
+    data: str
+    threat: str
+    suite: str
+    seed: int
+    n: Natural
+    verdict: Verdict | Literal["no gate"]
+    open_doubts: list[str]
+
+
+class PairedResult(TypedDict):
+    """A metric of both runs on the shared examples.
+
+    - `difference`: second minus first
+    - `only_first`: correct in the first run only
+    - `p`: exact McNemar, two-sided
+    """
+
+    first: Number
+    second: Number
+    difference: EstimateJson
+    only_first: Natural
+    only_second: Natural
+    p: Number
+
+
+class Flipped(TypedDict):
+    """Examples that are robust in one of the runs only.
+
+    - `ids`: source rows in the first and in the second run
+    """
+
+    n: Natural
+    ids: Annotated[list[tuple[int, int]], MaxLen(1000)]
+
+
+class Flips(TypedDict):
+    """Examples whose result changed.
+
+    - `lost`: robust in the first run, broken in the second
+    """
+
+    lost: NotRequired[Flipped]
+    gained: NotRequired[Flipped]
+
+
+class Comparison(TypedDict):
+    """Output of `holdfast compare A B -o x.json`. A number that is not finite is one of the strings "inf", "-inf" and
+    "nan".
+
+    - `caution`: warning that the threat models differ; empty if they are equal
+    - `n`: examples in both runs, paired by their content
+    - `scope`: adversarial examples that count in the comparison of robust accuracies; null if they are not compared
+    - `survived`: what robust examples survive, such as `every attack tried`
+    """
+
+    schema_version: Literal[2]
+    verb: Literal["compare"]
+    caution: NotRequired[str]
+    headline: str
+    n: Natural
+    noun: str
+    confidence: Confidence
+    runs: tuple[ComparedRun, ComparedRun]
+    paired: dict[str, PairedResult]
+    flipped: Flips
+    scope: NotRequired[Scope | None]
+    metrics: dict[str, tuple[EstimateJson | None, EstimateJson | None]]
+    notes: list[str]
+    survived: NotRequired[str]
