@@ -64,7 +64,7 @@ from holdfast.core.errors import HoldfastError, TargetError, failure_from_json, 
 from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Install, Placeholder, Remedy
-from holdfast.engine.processes import unshared
+from holdfast.engine.children import unshared
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.harness import Plan
 from holdfast.harness.plan import refuse_unfitted, refuse_what_is_hidden

@@ -318,7 +318,7 @@ class Fake:
             [],
             "",
         )
-        self.process = self
+        self.child = self.process = self
 
     def send(self, content):
         self.sent.append(content)

@@ -18,7 +18,7 @@ import torch
 import holdfast
 from holdfast.attacks import PGD
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.engine.processes import import_path
+from holdfast.engine.children import import_path
 from holdfast.harness import Member, Stage, task_of
 from holdfast.harness.kinds.attack import SuiteAttack
 from holdfast.ops import ascent, losses

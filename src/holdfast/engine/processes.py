@@ -9,23 +9,18 @@ import json
 import math
 import pickle
 import queue
-import struct
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 
-from holdfast.core.errors import TargetError, UsageError, failure_from_json
+from holdfast.core.errors import TargetError, failure_from_json
 from holdfast.core.evidence import Columns, Seconds
-from holdfast.core.remedies import Remedy
+from holdfast.engine.children import Child, unshared
 from holdfast.engine.executor import DEATHS, ERRORS, Measure, Task
 from holdfast.engine.run import Run
 from holdfast.engine.store import Stopwatch
@@ -37,22 +32,6 @@ It can be pickled.
 """
 
 _WAIT_S = 0.5  # time without messages after which dead workers are looked for and the used time is stored
-_START = """\
-import os, sys
-inbox, outbox = os.dup(0), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(2, 1)
-sys.path[:] = sys.argv[1:]
-from holdfast.engine.worker import main
-sys.exit(main(inbox, outbox))
-"""
-"""Code of a worker process. It keeps the pipes for itself, so that neither the libraries and the model nor their child
-processes read tasks or write messages, and sets `sys.path` before any import of a library."""
-BEGINNING = b"\0holdfast worker\0"
-"""First bytes of the messages of a worker. All output of Python before them, such as from a `sitecustomize`, is
-skipped."""
-LENGTH = struct.Struct("<Q")
-"""Format of the number of bytes that precedes each message."""
 _AWAITED_S = 1.0
 """Seconds for which the messages of a worker that has ended are still awaited. A child process of it may keep the pipe
 open for longer."""
@@ -60,12 +39,8 @@ open for longer."""
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker process, with a thread that reads its messages and one that writes its tasks.
+    """A worker process, and what the process of the run knows about it."""
 
-    Writing in the thread of the run could block until the worker has imported its libraries.
-    """
-
-    process: "subprocess.Popen[bytes]"
     messages: "queue.Queue[tuple[_Worker, bytes]]"
     shard: int | None = None
     """the shard that it measures"""
@@ -73,44 +48,21 @@ class _Worker:
     error: Mapping[str, Any] | None = None
     ended_at: float = math.inf
     """`time.monotonic()` at which the end of the process was noticed"""
-    _outgoing: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        for work in (self._read, self._write):
-            threading.Thread(target=work, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        try:
-            with self.process.stdout as pipe:
-                skip_to(BEGINNING, pipe)
-                while (message := read_message(pipe)) is not None:
-                    self.messages.put((self, message))
-        finally:
-            self.messages.put((self, b""))
-
-    def _write(self) -> None:
-        assert self.process.stdin is not None
-        # the end of the worker is noticed by the thread that reads
-        with suppress(OSError), self.process.stdin as pipe:
-            while (content := self._outgoing.get()) is not None:
-                write_message(pipe, content)
-
-    def send(self, content: bytes) -> None:
-        """Send a message to the worker process."""
-        self._outgoing.put(content)
+        self.child = Child("holdfast.engine.worker", lambda message: self.messages.put((self, message)))
 
     def has_ended(self) -> bool:
         """Return whether the worker process has ended and enough time has passed to receive its last messages."""
-        if self.process.poll() is not None and math.isinf(self.ended_at):
+        if self.child.process.poll() is not None and math.isinf(self.ended_at):
             self.ended_at = time.monotonic()
         return time.monotonic() - self.ended_at > _AWAITED_S
 
     def end(self) -> None:
         """Kill the worker process, and wait for its end."""
-        self.process.kill()
-        self.process.wait()
-        self._outgoing.put(None)
+        self.child.process.kill()
+        self.child.process.wait()
+        self.child.close()
 
 
 @dataclass
@@ -148,14 +100,14 @@ class Processes:
             self._notice_ends()
             self._start(min(self.size, len(waiting) + len(finished)))
             for worker in self._workers:
-                if worker.ready and worker.shard is None and waiting and worker.process.poll() is None:
+                if worker.ready and worker.shard is None and waiting and worker.child.process.poll() is None:
                     worker.shard = waiting.popleft()
                     finished[worker.shard] = 0
                     run.store.begin(stage, worker.shard)
                     room = run.room(stage, worker.shard)
                     left_s = until - time.perf_counter()
                     task = tasks[worker.shard], room.size, dict(room.known), left_s
-                    worker.send(pickle.dumps(task))
+                    worker.child.send(pickle.dumps(task))
             if not waiting and not finished:
                 break
             try:
@@ -210,15 +162,8 @@ class Processes:
     def _start(self, wanted: int) -> None:
         """Start missing workers."""
         while len(self._workers) < wanted:
-            # a separate session, since Ctrl-C is handled by the process of the run, which ends the workers
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, *import_path()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-            )
-            worker = _Worker(process, self._messages)
-            worker.send(self.setup)
+            worker = _Worker(self._messages)
+            worker.child.send(self.setup)
             self._workers.append(worker)
 
     def _notice_ends(self) -> None:
@@ -240,8 +185,8 @@ class Processes:
         if self._deaths[at] >= DEATHS:
             where = "before it had started" if worker.shard is None else f"on shard {worker.shard} of {stage}"
             raise TargetError(
-                f"a worker died {DEATHS} times {where}, the last time with status {worker.process.returncode}; if "
-                "memory ran out, fewer workers or smaller batches need less"
+                f"a worker died {DEATHS} times {where}, the last time with status {worker.child.process.returncode}; "
+                "if memory ran out, fewer workers or smaller batches need less"
             )
 
     def pause(self) -> None:
@@ -249,7 +194,7 @@ class Processes:
         ones.
         """
         for worker in self._workers:
-            worker.process.kill()
+            worker.child.process.kill()
         for worker in self._workers:
             worker.end()
         self._workers.clear()
@@ -267,59 +212,3 @@ def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
         yield executor
     finally:
         executor.pause()
-
-
-def unshared(error: Exception) -> UsageError:
-    """Return the error for a model or data that cannot be pickled, and so cannot be sent to a worker process."""
-    return UsageError(
-        f"a worker process cannot receive the model, the data or an attack ({type(error).__name__}: {error}); define "
-        "them in a file that can be imported, or give addresses such as file.py:factory",
-        Remedy("workers"),
-    )
-
-
-def import_path() -> list[str]:
-    """Return the module search path of a worker process, which is that of this process without the current folder.
-
-    If this process has imported a module from the current folder, as a script may do, the folder is added at the end.
-    """
-    here = Path.cwd()
-    known = [getattr(module, "__dict__", {}) for name, module in list(sys.modules.items()) if "." not in name]
-    places = [each.get("__path__") or [each.get("__file__") or ""] for each in known]
-    others = [entry for entry in sys.path if entry and Path(entry).absolute() != here]
-    imported = any(Path(place).parent == here for of_one in places for place in of_one if place)
-    return [*others, str(here)] if imported else others
-
-
-def write_message(file: IO[bytes], content: bytes) -> None:
-    """Write a message and its length to the pipe between the process of a run and a worker process."""
-    for part in (LENGTH.pack(len(content)), content):
-        left = memoryview(part)
-        while left:  # an unbuffered file may write a part
-            left = left[file.write(left) :]
-    file.flush()
-
-
-def skip_to(beginning: bytes, file: IO[bytes]) -> None:
-    """Read and discard the bytes of a pipe until the bytes `beginning` were read, or until the end of the pipe."""
-    last = b""
-    while last != beginning and (byte := file.read(1)):
-        last = (last + byte)[-len(beginning) :]
-
-
-def read_message(file: IO[bytes]) -> bytes | None:
-    """Return the next message from a pipe, or None if the pipe ends before the message is complete."""
-    head = _read(file, LENGTH.size)
-    return None if head is None else _read(file, LENGTH.unpack(head)[0])
-
-
-def _read(file: IO[bytes], n: int) -> bytes | None:
-    """The next `n` bytes of a pipe, of which each read may return a part; None if it ends before."""
-    parts: list[bytes] = []
-    while n:
-        part = file.read(n)
-        if not part:
-            return None
-        parts.append(part)
-        n -= len(part)
-    return b"".join(parts)

@@ -4,22 +4,20 @@ It ends when the pipe is closed, which happens whenever the process of the run e
 its kind: R ready, T time and progress, S batch split, C columns, L out of time, E error.
 """
 
-import json
 import os
 import pickle
 import queue
 import threading
 import time
-import traceback
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 import safetensors.torch
 import torch
 
-from holdfast.core.errors import HoldfastError, failure_to_json
+from holdfast.engine.children import Send, read_message, serve_parent, unshared, write_message
 from holdfast.engine.executor import Measure, OutOfTime, Task
-from holdfast.engine.processes import BEGINNING, Setup, read_message, unshared, write_message
+from holdfast.engine.processes import Setup
 from holdfast.ops.pieces import Room
 
 _REPORTED_S = 1.0
@@ -30,29 +28,16 @@ def main(inbox: int, outbox: int) -> int:
     """Measure the tasks that arrive at the file descriptor `inbox` until its end, write the results to `outbox`, and
     return the exit code of the process.
     """
-    # unbuffered: a buffer would be written again when it is closed, and is locked while a thread reads into it
-    with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
-        pipe.write(BEGINNING)
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-        try:
-            _serve(_Driver(tasks, pipe))
-        except HoldfastError as error:
-            _send(pipe, b"E", failure_to_json(error))
-        except Exception:  # noqa: BLE001 - the process of the run raises it
-            message = f"a worker failed:\n{traceback.format_exc()}"
-            _send(pipe, b"E", failure_to_json(HoldfastError(message)))
-        else:
-            return 0
-    return 1
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return serve_parent(inbox, outbox, lambda tasks, pipe, send: _serve(_Driver(tasks), pipe, send))
 
 
 @dataclass
 class _Driver:
-    """The pipes to the process of the run. At their end this process ends, at once if it is `busy` with a shard."""
+    """The pipe from the process of the run. At its end this process ends, at once if it is `busy` with a shard."""
 
     tasks: IO[bytes]
-    pipe: IO[bytes]
     busy: bool = False
     _messages: "queue.Queue[bytes | None]" = field(default_factory=queue.Queue)
 
@@ -73,7 +58,7 @@ class _Driver:
         return None if message is None else pickle.loads(message)  # noqa: S301
 
 
-def _serve(driver: _Driver) -> None:
+def _serve(driver: _Driver, pipe: IO[bytes], send: Send) -> None:
     try:
         setup: Setup | None = driver.next()
     except Exception as error:
@@ -81,15 +66,21 @@ def _serve(driver: _Driver) -> None:
     if setup is None:
         return
     with setup() as measure:
-        _send(driver.pipe, b"R", {})
+        send(b"R", {})
         while (message := driver.next()) is not None:
             driver.busy = True
-            _measure(driver.pipe, measure, *message)
+            _measure(pipe, send, measure, *message)
             driver.busy = False
 
 
 def _measure(
-    pipe: IO[bytes], measure: Measure, task: Task, size: int, splits: dict[int, int], left_s: float
+    pipe: IO[bytes],
+    send: Send,
+    measure: Measure,
+    task: Task,
+    size: int,
+    splits: dict[int, int],
+    left_s: float,
 ) -> None:
     """Measure a task, and send its columns, or that time ran out."""
     cpu, wall, examples = time.process_time(), time.perf_counter(), 0
@@ -98,7 +89,7 @@ def _measure(
     def send_time() -> None:
         nonlocal cpu, wall, examples
         now = time.process_time()
-        _send(pipe, b"T", {"cpu_s": now - cpu, "examples": examples})
+        send(b"T", {"cpu_s": now - cpu, "examples": examples})
         cpu, wall, examples = now, time.perf_counter(), 0
 
     def progress(n: int) -> None:
@@ -108,22 +99,15 @@ def _measure(
             send_time()
 
     def halved(row: int, size: int) -> None:
-        _send(pipe, b"S", {"row": row, "size": size})
+        send(b"S", {"row": row, "size": size})
 
     try:
         columns = measure(task, Room(size, splits, halved, progress), until)
     except OutOfTime:
         send_time()
-        _send(pipe, b"L", {})
+        send(b"L", {})
         return
     send_time()
     write_message(
         pipe, b"C" + safetensors.torch.save({name: x.contiguous().clone() for name, x in columns.items()})
     )
-
-
-def _send(pipe: IO[bytes], kind: bytes, content: dict[str, Any]) -> None:
-    try:
-        write_message(pipe, kind + json.dumps(content).encode())
-    except BrokenPipeError:  # the process of the run has ended
-        return

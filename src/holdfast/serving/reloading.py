@@ -116,7 +116,7 @@ class Reloading:
         fault = _fault(version, digest, classes)
         if fault:
             worker.error = TargetError(fault)
-            worker.process.kill()
+            worker.child.process.kill()
             return
         if version is self.version:
             self.version = replace(version, classes=classes)
@@ -124,7 +124,7 @@ class Reloading:
             self._following = version
             self._record("set", set=version.name, epoch=version.epoch, model=digest, why="reloaded")
         worker.set_name = version.name
-        worker.send(b"G" + json.dumps({"set": version.name, "epoch": version.epoch}).encode())
+        worker.child.send(b"G" + json.dumps({"set": version.name, "epoch": version.epoch}).encode())
 
     def _announced(self, digest: str, classes: int) -> ServedVersion:
         """Return the version that the first worker of a reload has opened; the present one if the file is unchanged."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json
+from holdfast.engine.children import unshared
 from holdfast.engine.executor import ERRORS
-from holdfast.engine.processes import unshared
 from holdfast.engine.progress import Notify, ignore
 from holdfast.serving.audit_folder import AuditFolder
 from holdfast.serving.host_names import HostNames
@@ -196,7 +196,7 @@ class Supervisor:
             except UsageError as error:
                 self._notify(f"note: {error}")
         for worker in list(self._workers):
-            if worker.process.poll() is not None and worker.ended is None and not worker.ready:
+            if worker.child.process.poll() is not None and worker.ended is None and not worker.ready:
                 self._receive(worker, b"")
         self._replace_hung()
         self._record_heads()
@@ -219,7 +219,7 @@ class Supervisor:
             self._take(worker, message[:1], message[1:])
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             self._notify(f"note: {worker.name} sent an invalid message and is replaced: {error}")
-            worker.process.kill()
+            worker.child.process.kill()
 
     def _take(self, worker: WorkerProcess, kind: bytes, text: bytes) -> None:
         content = json.loads(text)
@@ -255,8 +255,8 @@ class Supervisor:
         assert self._listener is not None
         chain = None if self._audit is None else self._audit.new_worker()
         self._number += 1
-        worker = WorkerProcess.begin(self._number, self._listener, self._inbox, chain)
-        worker.send(self._pickled(chain))
+        worker = WorkerProcess(self._number, self._listener, self._inbox, chain)
+        worker.child.send(self._pickled(chain))
         worker.generation = self._reloading.generation
         if self._swaps is not None:
             self._swaps.introduce(worker)
@@ -271,7 +271,7 @@ class Supervisor:
         old = sorted(self._reloading.old, key=lambda worker: worker.ready)
         if old:
             old[0].retired_s = time.monotonic()
-            old[0].send(b"Q")
+            old[0].child.send(b"Q")
 
     def _replace_hung(self) -> None:
         """Kill workers that make no progress, or that do not start or end in time."""
@@ -296,9 +296,9 @@ class Supervisor:
 
     def _replace(self, worker: WorkerProcess) -> None:
         """Remove a worker that has ended, complete its audit chain, and start another one unless the server stops."""
-        worker.process.kill()
-        code = worker.process.wait()
-        worker.close()
+        worker.child.process.kill()
+        code = worker.child.process.wait()
+        worker.child.close()
         self._workers.remove(worker)
         self.totals.forget(worker.name)
         if self._swaps is not None:
@@ -380,14 +380,14 @@ class Supervisor:
         assert self._listener is not None
         self._listener.close()
         for worker in self._workers:
-            worker.send(b"D")
+            worker.child.send(b"D")
         until = time.monotonic() + self.setup.worker.drain_s + _KILLED_S
         while self._workers and time.monotonic() < until:
             self._step()
 
     def _kill(self) -> None:
         for worker in self._workers:
-            worker.process.kill()
+            worker.child.process.kill()
 
     def _end(self) -> None:
         """Kill workers that remain, write the last answers, and close chains and sockets."""
@@ -412,7 +412,7 @@ class Supervisor:
             "workers": [
                 {
                     "name": worker.name,
-                    "pid": worker.process.pid,
+                    "pid": worker.child.process.pid,
                     "ready": worker.ready,
                     "set": worker.set_name,
                 }

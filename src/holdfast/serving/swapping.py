@@ -76,15 +76,15 @@ class PoolSwaps:
 
     def introduce(self, worker: WorkerProcess) -> None:
         """Send the serving set to a new worker."""
-        worker.send(self.serving.message)
-        worker.send(b"A" + str(self.serving.epoch).encode())
+        worker.child.send(self.serving.message)
+        worker.child.send(b"A" + str(self.serving.epoch).encode())
 
     def joined(self, worker: WorkerProcess) -> None:
         """Send the next set to a worker that became ready during a swap."""
         if self._swap is not None and self._swap.waiting is not None:
             self._swap.waiting.add(worker)
             self._swap.sent_s = time.monotonic()  # it has as much time as the others had
-            worker.send(self._swap.following.message)
+            worker.child.send(self._swap.following.message)
 
     def left(self, worker: WorkerProcess) -> None:
         """Do not wait for a worker that has ended."""
@@ -127,7 +127,7 @@ class PoolSwaps:
                 return
             swap.waiting, swap.sent_s = {worker for worker in self._workers if worker.ready}, now
             for worker in swap.waiting:
-                worker.send(swap.following.message)
+                worker.child.send(swap.following.message)
         elif now - swap.sent_s > _LOADING_S:
             for worker in swap.waiting or ():
                 worker.kill(f"it did not load the set within {_LOADING_S:g} s")
@@ -151,7 +151,7 @@ class PoolSwaps:
             return  # the prepared set is replaced by the next one
         self.serving = swap.following
         for each in self._workers:
-            each.send(b"A" + str(epoch).encode())
+            each.child.send(b"A" + str(epoch).encode())
         self._telemetry.count("holdfast_swaps_total")
         self._record("set", set=swap.following.name, epoch=epoch, why=swap.following.why)
         self._notify(
@@ -164,7 +164,7 @@ class PoolSwaps:
             self._refuse(self._swap, reason)
         elif not worker.ready:  # the serving set itself cannot be loaded by a new worker
             worker.error = TargetError(reason)
-            worker.process.kill()
+            worker.child.process.kill()
 
     def end(self) -> None:
         """Write the last answers to the ledger."""

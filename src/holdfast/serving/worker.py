@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,9 +30,9 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from holdfast.core.errors import HoldfastError, TargetError, failure_to_json
+from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
-from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
+from holdfast.engine.children import Send, read_message, serve_parent, unshared
 from holdfast.rotation.live import loaded
 from holdfast.serving.answer_counts import AnswerCounts
 from holdfast.serving.answering import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
@@ -125,7 +124,7 @@ class _Server(uvicorn.Server):
 class Worker:
     """One worker: the model, the thread that answers batches, the thread that reports, and the loop of the server."""
 
-    def __init__(self, setup: ServingSetup, chain: Path | None, send: Callable[[bytes, Any], None]) -> None:
+    def __init__(self, setup: ServingSetup, chain: Path | None, send: Send) -> None:
         self.setup, self._send = setup, send
         self.telemetry, self.ledger, self.errors = Telemetry(), AnswerCounts(), ErrorLog()
         self.device = torch.device(setup.device)
@@ -361,31 +360,10 @@ def main(inbox: int, outbox: int, listener: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     log_to_stderr()
-    with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
-        with suppress(BrokenPipeError):
-            pipe.write(BEGINNING)
-        lock = threading.Lock()
-
-        def send(kind: bytes, content: Mapping[str, Any]) -> None:
-            with (
-                lock,
-                suppress(BrokenPipeError),
-            ):  # the end of the supervisor is noticed by the thread that reads
-                write_message(pipe, kind + json.dumps(content).encode())
-
-        try:
-            _run(tasks, listener, send)
-        except HoldfastError as error:
-            send(b"E", failure_to_json(error))
-        except Exception:  # noqa: BLE001 - the supervisor reports it
-            message = f"a worker failed:\n{traceback.format_exc()}"
-            send(b"E", failure_to_json(HoldfastError(message)))
-        else:
-            return 0
-    return 1
+    return serve_parent(inbox, outbox, lambda tasks, pipe, send: _run(tasks, listener, send))
 
 
-def _run(tasks: IO[bytes], listener: int, send: Callable[[bytes, Any], None]) -> None:
+def _run(tasks: IO[bytes], listener: int, send: Send) -> None:
     content = read_message(tasks)
     if content is None:
         return

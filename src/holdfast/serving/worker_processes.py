@@ -4,40 +4,28 @@ import math
 import os
 import queue
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import HoldfastError, UsageError
-from holdfast.engine.processes import BEGINNING, import_path, read_message, skip_to, write_message
+from holdfast.engine.children import Child
 from holdfast.store.encryption import KEY_VARIABLE
 
 _BACKLOG = 2048
-_START = """\
-import os, sys
-inbox, outbox = os.dup(0), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(2, 1)
-listener, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
-from holdfast.serving.worker import main
-sys.exit(main(inbox, outbox, listener))
-"""
-"""Code of a worker process, which keeps the pipes for itself and sets `sys.path` before any import of a library."""
 
 
 @dataclass(eq=False)
 class WorkerProcess:
-    """A worker process with a thread that reads its messages and one that writes."""
+    """A worker process, and what the supervisor knows about it."""
 
     number: int
-    process: "subprocess.Popen[bytes]"
+    listener: InitVar[socket.socket]
+    """listening socket, which the process inherits"""
     inbox: "Inbox"
+    """where its messages are put"""
     chain: Path | None
     generation: int = 0
     """number of reloads of the model before it"""
@@ -61,42 +49,16 @@ class WorkerProcess:
     _suspected: bool = False
     killed: str = ""
     """why the supervisor killed it"""
-    _outgoing: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
 
-    def __post_init__(self) -> None:
-        for work in (self._read, self._write):
-            threading.Thread(target=work, daemon=True).start()
-
-    @classmethod
-    def begin(
-        cls, number: int, listener: socket.socket, inbox: "Inbox", chain: Path | None
-    ) -> "WorkerProcess":
-        """Start a process that inherits a listening socket. Its messages are put into `inbox`."""
-        # a session of its own, since Ctrl-C is handled by the supervisor
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(listener.fileno()), *import_path()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+    def __post_init__(self, listener: socket.socket) -> None:
+        self.child = Child(
+            "holdfast.serving.worker",
+            lambda message: self.inbox.put((self, message)),
+            listener.fileno(),
             pass_fds=(listener.fileno(),),
             # a worker parses what clients send, so it must not have the key of the pool
             env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
-            start_new_session=True,
         )
-        return cls(number, process, inbox, chain)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with suppress(OSError, ValueError), self.process.stdout as pipe:
-            skip_to(BEGINNING, pipe)
-            while (message := read_message(pipe)) is not None:
-                self.inbox.put((self, message))
-        self.inbox.put((self, b""))
-
-    def _write(self) -> None:
-        assert self.process.stdin is not None
-        with suppress(OSError), self.process.stdin as pipe:
-            while (content := self._outgoing.get()) is not None:
-                write_message(pipe, content)
 
     @property
     def name(self) -> str:
@@ -120,15 +82,7 @@ class WorkerProcess:
     def kill(self, why: str) -> None:
         """Kill the process, and keep the reason for the audit."""
         self.killed = self.killed or why
-        self.process.kill()
-
-    def send(self, content: bytes) -> None:
-        """Send a message to the worker."""
-        self._outgoing.put(content)
-
-    def close(self) -> None:
-        """Close the pipe to the worker."""
-        self._outgoing.put(None)
+        self.child.process.kill()
 
 
 Inbox = queue.SimpleQueue[tuple[WorkerProcess | None, bytes]]

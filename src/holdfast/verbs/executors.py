@@ -7,8 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.batch import Data
+from holdfast.engine.children import import_path
 from holdfast.engine.executor import Executor, Inline
-from holdfast.engine.processes import import_path, worker_processes
+from holdfast.engine.processes import worker_processes
 from holdfast.engine.progress import Notify
 from holdfast.engine.ray_cluster import RayOptions, connected
 from holdfast.harness import Plan
