@@ -12,6 +12,7 @@ from holdfast.config.references import DataReference
 from holdfast.config.resolve import open_object, open_subject, sources_given
 from holdfast.config.settings import AssessSettings
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.arrays import Choice
 from holdfast.sources.data import open_data
 from holdfast.sources.frames import open_frame
 
@@ -31,8 +32,8 @@ def test_a_frame_is_read_as_its_csv_file(tmp_path: Path, labels: list[object], k
     table = frame(labels)
     table.to_csv(tmp_path / "t.csv", index=False)
     written = open_data(str(tmp_path / "t.csv"), label="label", drop=("b",), n=3)
-    held = open_frame(table.astype({"label": kind}), label="label", drop=("b",), n=3)
-    apart = open_frame((table[["a", "flag", "split"]], table["label"].astype(kind)), n=3)
+    held = open_frame(table.astype({"label": kind}), label="label", drop=("b",), choice=Choice(n=3))
+    apart = open_frame((table[["a", "flag", "split"]], table["label"].astype(kind)), choice=Choice(n=3))
     for other in (held, apart):
         assert np.array_equal(written.x, other.x) and np.array_equal(written.y, other.y)
         assert written.classes == other.classes and np.array_equal(written.ids, other.ids)

@@ -66,7 +66,7 @@ from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
 from holdfast.sources.adapting import object_identity, refuse_no_model
-from holdfast.sources.arrays import Arrays
+from holdfast.sources.arrays import Arrays, Choice
 from holdfast.sources.data import noting_fewer, open_data
 from holdfast.sources.expected import Expected
 from holdfast.sources.frames import is_frame, open_frame
@@ -361,8 +361,7 @@ def _examples(sources: Sources, properties: Expected) -> Data:
             data.given,
             label=source.label,
             drop=source.drop,
-            split=source.split,
-            **chosen,
+            choice=Choice(source.split, **chosen),
             expected=properties,
         )
     else:
@@ -382,9 +381,8 @@ def open_object(data: DataReference, expected: Expected) -> Data:
     """
     if is_frame(data.given):
         source = data.source
-        return open_frame(
-            data.given, label=source.label, drop=source.drop, split=source.split, expected=expected
-        )
+        choice = Choice(source.split)
+        return open_frame(data.given, label=source.label, drop=source.drop, choice=choice, expected=expected)
     return as_data(data.given, expected=expected, entries=(data.source.x, data.source.y))
 
 

@@ -202,6 +202,20 @@ def in_original_form(data: Arrays, changed: Inputs, original: Array) -> Array:
     return np.where(original_values, original.astype(dtype), changed_values.astype(dtype))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which examples of a data set are opened; see `selected_rows`."""
+
+    split: str | None = None
+    n: int | None = None
+    sample: int | None = None
+    seed: int = 0
+
+    def rows(self, n_rows: int, name: str) -> NDArray[np.int64]:
+        """Return the numbers of the selected rows of `n_rows` rows of a split, in ascending order."""
+        return selected_rows(n_rows, n=self.n, sample=self.sample, seed=self.seed, name=name)
+
+
 def selected_rows(
     n_rows: int, *, n: int | None, sample: int | None, seed: int, name: str
 ) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.sources import tables
-from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
+from holdfast.sources.arrays import Array, Arrays, Choice, from_numpy
 from holdfast.sources.catalogue import CATALOGUE, data_folder
 from holdfast.sources.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
@@ -66,7 +66,8 @@ def open_data(
     properties of the data. If `expected` has a model as its probe, the layout of its inputs and the number of its
     classes are determined from the data.
     """
-    options = _Options(split, label, drop, x, y, separator, header, n, sample, seed, expected or Expected())
+    choice = Choice(split, n, sample, seed)
+    options = _Options(choice, label, drop, x, y, separator, header, expected or Expected())
     place = _located(address)
     with reading(address):
         data = _opened(place, address, options)
@@ -87,16 +88,13 @@ def noting_fewer(data: D, requested: int | None) -> D:
 class _Options:
     """Options of the user for opening a data set, other than its address."""
 
-    split: str | None
+    choice: Choice
     label: str | None
     drop: tuple[str, ...]
     x: str | None
     y: str | None
     separator: str | None
     header: bool
-    n: int | None
-    sample: int | None
-    seed: int
     expected: Expected
 
 
@@ -121,24 +119,14 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
     if path.exists():
         _refuse_foreign(path, address, options)
     if path.is_dir():
-        return open_folder(
-            path,
-            split=options.split,
-            n=options.n,
-            sample=options.sample,
-            seed=options.seed,
-            expected=options.expected,
-        )
+        return open_folder(path, options.choice, options.expected)
     if path.name.endswith(tables.SUFFIXES):
         return tables.open_table(
             path,
+            options.choice,
             name=address,
             label=options.label or place.label,
             drop=(*place.drop, *options.drop),
-            split=options.split,
-            n=options.n,
-            sample=options.sample,
-            seed=options.seed,
             expected=options.expected,
             inputs=options.x,
             separator=options.separator,
@@ -177,15 +165,15 @@ def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
 
 def _open_archive(archive: Npz, place: _Location, address: str, options: _Options) -> Arrays:
     if options.x or options.y:
-        x_name, y_name = named_arrays(archive, options.x, options.y, options.split, address)
+        x_name, y_name = named_arrays(archive, options.x, options.y, options.choice.split, address)
     else:
-        x_name, y_name = arrays_of_split(archive, options.split, address)
+        x_name, y_name = arrays_of_split(archive, options.choice.split, address)
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
         message = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
         raise TargetError(f"{message}; one label per example was expected")
     name = f"{x_name} of {address!r}"
-    rows = selected_rows(n_rows, n=options.n, sample=options.sample, seed=options.seed, name=name)
+    rows = options.choice.rows(n_rows, name)
     stop = int(rows[-1]) + 1
     x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
     other = Remedy("y", x_name, function="open_data")

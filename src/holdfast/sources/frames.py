@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.sources.arrays import Arrays
+from holdfast.sources.arrays import Arrays, Choice
 from holdfast.sources.columns import SPLIT_COLUMN, ColumnTable, Words, as_numbers, as_words, side_by_side
 from holdfast.sources.expected import Expected
 from holdfast.sources.tables import table_examples
@@ -31,10 +31,7 @@ def open_frame(
     *,
     label: str | None = None,
     drop: Iterable[str] = (),
-    split: str | None = None,
-    n: int | None = None,
-    sample: int | None = None,
-    seed: int = 0,
+    choice: Choice | None = None,
     expected: Expected | None = None,
 ) -> Arrays:
     """Return the examples of a pandas data frame as a data set with float32 features. The labels are a column of the
@@ -59,13 +56,10 @@ def open_frame(
         label, columns = _with_labels(columns, labels, frame.index)
     return table_examples(
         _table(columns, label),
+        choice or Choice(),
         name=_NAME,
         label=label,
         drop=tuple(drop),
-        split=split,
-        n=n,
-        sample=sample,
-        seed=seed,
         expected=expected,
     )
 

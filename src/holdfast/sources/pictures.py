@@ -21,7 +21,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.sources.archive import refuse_large
-from holdfast.sources.arrays import Arrays, selected_rows
+from holdfast.sources.arrays import Arrays, Choice
 from holdfast.sources.class_numbers import lenient_numbers
 from holdfast.sources.declarations import NORMALISED_DATA
 from holdfast.sources.expected import Expected
@@ -119,22 +119,14 @@ class Pictures:
             return _pixels(path, image, self.mode)
 
 
-def open_folder(
-    folder: Path,
-    *,
-    split: str | None,
-    n: int | None,
-    sample: int | None,
-    seed: int,
-    expected: Expected | None = None,
-) -> Pictures:
+def open_folder(folder: Path, choice: Choice, expected: Expected | None = None) -> Pictures:
     """Return a data set of the images in a folder with one subfolder for each class. Images of different classes
     alternate, so that the first ones include all classes.
 
     A folder without images is a class too. `expected` contains the declared properties of the classes, and the model.
     """
     expected = expected or Expected()
-    root = _split_folder(folder, split)
+    root = _split_folder(folder, choice.split)
     class_folders = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
@@ -143,7 +135,7 @@ def open_folder(
     _refuse_declared(expected, str(root))
     columns = [[(path, name) for path in _images(root / name)] for name in class_folders]
     entries = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
-    rows = selected_rows(len(entries), n=n, sample=sample, seed=seed, name=repr(str(root)))
+    rows = choice.rows(len(entries), repr(str(root)))
     chosen = [entries[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
     on_disk = sum(path.stat().st_size for path in paths)

@@ -14,7 +14,7 @@ from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
-from holdfast.sources.arrays import Arrays, from_numpy, handles_missing, selected_rows
+from holdfast.sources.arrays import Arrays, Choice, from_numpy, handles_missing
 from holdfast.sources.class_numbers import numbered, numbered_words
 from holdfast.sources.columns import (
     MISSING,
@@ -44,14 +44,11 @@ LIMITS = Limits(copies=4, spare_bytes=2**32)
 
 def open_table(
     path: Path,
+    choice: Choice,
     *,
     name: str,
     label: str | None,
     drop: tuple[str, ...] = (),
-    split: str | None,
-    n: int | None,
-    sample: int | None,
-    seed: int,
     expected: Expected | None = None,
     inputs: str | None = None,
     separator: str | None = None,
@@ -72,37 +69,24 @@ def open_table(
         folder,
     ):
         column_table = replace(table(path, description, folder), has_header=header)
-    return table_examples(
-        column_table,
-        name=name,
-        label=label,
-        drop=drop,
-        split=split,
-        n=n,
-        sample=sample,
-        seed=seed,
-        expected=expected,
-    )
+    return table_examples(column_table, choice, name=name, label=label, drop=drop, expected=expected)
 
 
 def table_examples(
     table: ColumnTable,
+    choice: Choice,
     *,
     name: str,
     label: str | None,
     drop: tuple[str, ...] = (),
-    split: str | None = None,
-    n: int | None = None,
-    sample: int | None = None,
-    seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays:
     """Return the rows of one split of a table in memory as a data set, with the same rules as `open_table`."""
     expected = expected or Expected()
     label = _label(label, table)
     _refuse_dropped(drop, label, table)
-    rows_of_split = _rows_of_split(table, split)
-    chosen = rows_of_split[selected_rows(len(rows_of_split), n=n, sample=sample, seed=seed, name=name)]
+    rows_of_split = _rows_of_split(table, choice.split)
+    chosen = rows_of_split[choice.rows(len(rows_of_split), name)]
     column = table.words[label]
     y = _class_numbers(column, name)
     if y is not None:

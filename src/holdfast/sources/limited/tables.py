@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,25 +59,6 @@ _START, _LINES = 1 << 16, 20
 """Number of characters and of lines at the start of a file in which its separator is searched."""
 _ROWS = 256
 """Number of rows with a whole input in one cell that are read at a time."""
-
-
-class Cells(Protocol):
-    """Protocol of the cells of one table column in a block of rows."""
-
-    def __len__(self) -> int:
-        """Return the number of cells."""
-
-    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the values of the cells as float32, with NaN for cells that are not numbers, and whether each cell is
-        a number, missing or text.
-        """
-
-    def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
-        """Return the strings in the cells of a table column, and for each cell the index of its string.
-
-        The indices are None if the strings are those of the cells in order. Raises `NotImplementedError`, whose message
-        is the type of the cells, if they cannot be converted.
-        """
 
 
 class TextCells(list[str]):
@@ -136,6 +117,8 @@ def _texts(column: Any) -> list[str]:
     return ["" if value is None else str(value) for value in column.to_pylist()]
 
 
+Cells = TextCells | ArrowCells
+"""cells of one table column in a block of rows"""
 Blocks = Iterator[Mapping[str, Cells]]
 
 
