@@ -195,14 +195,14 @@ def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: 
     If `unjudged` is True and no other set waits, a set that was not judged against every stolen set is used. Raises
     `Inconclusive` if no set can serve.
     """
-    return swapping.swap(swapping.SwapRequest(_opened(pool, expect_head), why, unjudged))
+    return swapping.swap(_opened(pool, expect_head), why, unjudged=unjudged)
 
 
 def expose(pool: PoolLike, name: str, *, why: str, expect_head: str = "") -> Exposed:
     """Record that an attacker may have the parameter set `name`, with the reason `why`. The set never serves again
     after the next swap.
     """
-    return exposure.expose(exposure.ExposeRequest(_opened(pool, expect_head), name, why))
+    return exposure.expose(_opened(pool, expect_head), name, why)
 
 
 def status(pool: PoolLike, *, expect_head: str = "") -> dict[str, Any]:

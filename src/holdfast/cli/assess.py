@@ -240,11 +240,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         _refuse_bare_resume(Path(run))
     settings = settings_from(flags, AssessSettings)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.api import carry_out
-    from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell
-    from holdfast.engine.progress import ignore
-    from holdfast.engine.resuming import way_out
-    from holdfast.engine.signals import stoppable
+    from holdfast.cli.running import command_line, dry_run_of, folder_of_run, measured_run
 
     if dry_run:
         return dry_run_of(settings, voice)
@@ -253,16 +249,4 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         voice.say(
             f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
         )
-    with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
-        with progress_bar(voice) as progress:
-            result = carry_out(
-                settings,
-                run=folder,
-                resume=resume,
-                progress=progress,
-                notify=voice.say,
-                detail=voice.say if voice.verbose else ignore,
-                command=command,
-            )
-        tell(result, settings.output, voice, folder=folder)
-    return result.exit_code
+    return measured_run(settings, voice, command, folder, resume=resume)

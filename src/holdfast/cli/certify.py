@@ -39,23 +39,7 @@ def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
     """Run or resume a certification of MODEL on DATA."""
     settings = settings_from(flags, CertifySettings)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.api import carry_out
-    from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
-    from holdfast.engine.progress import ignore
-    from holdfast.engine.resuming import way_out
-    from holdfast.engine.signals import stoppable
+    from holdfast.cli.running import command_line, folder_of_run, measured_run
 
     command, folder = command_line(), folder_of_run("certify", settings, run)
-    with stoppable(way_out(command, folder)):
-        with progress_bar(voice) as progress:
-            result = carry_out(
-                settings,
-                run=folder,
-                resume=resume,
-                progress=progress,
-                notify=voice.say,
-                detail=voice.say if voice.verbose else ignore,
-                command=command,
-            )
-        tell(result, settings.output, voice, folder=folder)
-    return result.exit_code
+    return measured_run(settings, voice, command, folder, resume=resume)

@@ -151,7 +151,7 @@ def turn(
 def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
     """Replace the serving set of a pool by another admitted set. Return exit code 0."""
     opened = Pool.open(Path(pool), expect_head=expect_head)
-    swapped = swapping.swap(swapping.SwapRequest(opened, why, unjudged))
+    swapped = swapping.swap(opened, why, unjudged=unjudged)
     click.echo(f"{swapped.name} serves as epoch {swapped.epoch}")
     if swapped.unjudged:
         voice.say(f"note: {swapping.UNJUDGED}")
@@ -166,7 +166,7 @@ def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str)
 def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
     """Record in the ledger of a pool that an attacker may have a certain parameter set. Return exit code 0."""
     opened = Pool.open(Path(pool), expect_head=expect_head)
-    exposed = exposure.expose(exposure.ExposeRequest(opened, name, why))
+    exposed = exposure.expose(opened, name, why)
     click.echo(f"{name} is listed as exposed: {line(why)}")
     if exposed.serving:
         voice.say(f"it is still the serving set; replace it: holdfast rotate swap {shlex.quote(pool)}")

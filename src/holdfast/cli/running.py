@@ -11,15 +11,17 @@ from typing import Any
 
 import click
 
-from holdfast.api import demo, exhibition
+from holdfast.api import carry_out, demo, exhibition
 from holdfast.cli.options import Voice
 from holdfast.config.assess_inputs import rehearse, rehearse_served
-from holdfast.config.settings import AssessSettings, VerbSettings, canonical_settings
+from holdfast.config.settings import AssessSettings, CertifySettings, VerbSettings, canonical_settings
 from holdfast.config.starting import DEMO
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.engine.progress import Progress, Step, silent
+from holdfast.engine.progress import Progress, Step, ignore, silent
+from holdfast.engine.resuming import way_out
+from holdfast.engine.signals import stoppable
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import markdown_document
 from holdfast.reports.notes import shown_notes
@@ -46,6 +48,25 @@ def folder_of_run(verb: str, settings: VerbSettings, run: str | None) -> Path:
     its settings.
     """
     return Path(run) if run else new_folder(verb, digest(as_bytes(canonical_settings(settings))))
+
+
+def measured_run(
+    settings: AssessSettings | CertifySettings, voice: Voice, command: str, folder: Path, *, resume: bool
+) -> int:
+    """Run or resume an assessment or a certification in a folder, report it, and return the exit code."""
+    with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
+        with progress_bar(voice) as progress:
+            result = carry_out(
+                settings,
+                run=folder,
+                resume=resume,
+                progress=progress,
+                notify=voice.say,
+                detail=voice.say if voice.verbose else ignore,
+                command=command,
+            )
+        tell(result, settings.output, voice, folder=folder)
+    return result.exit_code
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:

@@ -8,17 +8,6 @@ from holdfast.store.pool import Pool
 
 
 @dataclass(frozen=True)
-class ExposeRequest:
-    """The parameter set that an attacker is known or assumed to have, its pool, and the reason."""
-
-    pool: Pool
-    name: str
-    """name of the set"""
-    why: str
-    """description of what happened"""
-
-
-@dataclass(frozen=True)
 class Exposed:
     """State of the pool after a parameter set was listed as stolen."""
 
@@ -30,11 +19,10 @@ class Exposed:
     """number of admitted sets that wait to serve and must be judged again"""
 
 
-def expose(request: ExposeRequest) -> Exposed:
-    """List a parameter set as stolen. If it is the serving set, it is replaced at the next swap. New sets are tested
-    against it.
+def expose(pool: Pool, name: str, why: str) -> Exposed:
+    """List a parameter set that an attacker is known or assumed to have as stolen, with a description of what happened.
+    If it is the serving set, it is replaced at the next swap. New sets are tested against it.
     """
-    pool, name, why = request.pool, request.name, request.why
     if not why.strip():
         raise UsageError(
             "the exposure has no reason",

@@ -27,7 +27,7 @@ from holdfast.verbs.rotate.contents import trained_generator
 from holdfast.verbs.rotate.draw import UPDATES, By, DrawRequest, draw
 from holdfast.verbs.rotate.request import EVERY, FIRST, MOST, RotateRequest
 from holdfast.verbs.rotate.samples import MEASURED_LATER, planned_needs, sufficient, tolerance_text
-from holdfast.verbs.rotate.swap import UNJUDGED, SwapRequest, swap
+from holdfast.verbs.rotate.swap import UNJUDGED, swap
 from holdfast.verbs.rotate.train import TrainRequest, train
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission
 
@@ -367,7 +367,7 @@ class RotationLoop:
 
     def _swap(self, epoch: int | None, reason: str, *, unjudged: bool = False) -> None:
         with self.stopper.finishing():
-            swapped = swap(SwapRequest(self.pool, reason, unjudged, epoch))
+            swapped = swap(self.pool, reason, unjudged=unjudged, epoch=epoch)
         self.notify(f"{swapped.name} serves as epoch {swapped.epoch}: {reason}")
         if swapped.unjudged:
             self.notify(f"note: {UNJUDGED}")

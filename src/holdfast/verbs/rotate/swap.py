@@ -12,20 +12,6 @@ UNJUDGED = "it was not judged against all sets that are now listed as stolen"
 
 
 @dataclass(frozen=True)
-class SwapRequest:
-    """The pool whose serving set is to be swapped, and the conditions of the swap."""
-
-    pool: Pool
-    why: str = ""
-    """reason of the swap, which is recorded in the ledger"""
-    unjudged: bool = False
-    """whether a set that was not judged against all stolen sets may serve if no other waits"""
-    epoch: int | None = None
-    """period of service that must be current, so that two processes with the same reason swap only
-    once; None for any"""
-
-
-@dataclass(frozen=True)
 class Swapped:
     """The parameter set that serves after a swap."""
 
@@ -40,13 +26,13 @@ class Swapped:
     """number of admitted sets that wait to serve"""
 
 
-def swap(request: SwapRequest) -> Swapped:
-    """Make a randomly chosen admitted set of the pool the serving set.
+def swap(pool: Pool, why: str = "", *, unjudged: bool = False, epoch: int | None = None) -> Swapped:
+    """Make a randomly chosen admitted set of the pool the serving set. The ledger records the reason `why`.
 
-    Raises `Inconclusive`, and changes nothing, if no set waits that was judged against all stolen sets, unless
-    `request` allows other sets.
+    If `epoch` is given, it must be the current period of service, so that two processes with the same reason swap only
+    once. Raises `Inconclusive`, and changes nothing, if no set waits that was judged against all stolen sets, unless
+    `unjudged` allows other sets.
     """
-    pool = request.pool
-    unjudged = pool.unjudged
-    serving = pool.swap(epoch=request.epoch, why=request.why, choose=next_set, unjudged=request.unjudged)
-    return Swapped(serving.name, serving.epoch, serving.since, serving.name in unjudged, len(pool.ahead))
+    others = pool.unjudged
+    serving = pool.swap(epoch=epoch, why=why, choose=next_set, unjudged=unjudged)
+    return Swapped(serving.name, serving.epoch, serving.since, serving.name in others, len(pool.ahead))
