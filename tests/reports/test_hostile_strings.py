@@ -15,7 +15,7 @@ from holdfast.reports import terminal
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.html import fragment, page
 from holdfast.reports.summary import summary
-from holdfast.reports.write import WRITERS, write
+from holdfast.reports.write import SUFFIXES, write
 from reports import made
 
 HOSTILE = [
@@ -99,7 +99,7 @@ def _shape(text):
 def test_no_output_obeys_a_users_string(text, tmp_path):
     for place, (content, evidence) in enumerate(_summary(text)):
         written = {}
-        for suffix in WRITERS:
+        for suffix in SUFFIXES:
             path = tmp_path / f"{place}{suffix}"
             write(content, evidence.columns, path)
             written[suffix] = path.read_text(encoding="utf-8")

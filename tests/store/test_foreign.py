@@ -87,6 +87,7 @@ def test_a_form_names_the_field_the_value_and_what_was_expected(tmp_path):
     for content, said in (
         ({"a": [0, -1]}, r"a\[1\] is -1; greater than or equal to 0 was"),
         ({"a": [True]}, "a valid integer"),
+        ({"a": ["x"] * 5000}, "5,000 fields have other types"),
         ({"a": [], "b": {"k": "much"}}, "b.k is 'much'; a number"),
         ({"a": [], "b": {"k" * 1000: "much"}}, r"b\.k{1,40}\.\.\.k{1,40} is 'much'"),
         ({"a": [], "c": "y"}, "c is 'y'; 'x' was expected"),

@@ -5,49 +5,24 @@ arXiv:1903.12261. Differs from the published data sets: see `holdfast.ops.corrup
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
+from holdfast.core.names import CorruptionName
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
 from holdfast.ops.corruptions import corrupted
-
-Name = Literal[
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-    "speckle_noise",
-    "gaussian_blur",
-    "spatter",
-    "saturate",
-]
-
-
-COUNTED: tuple[Name, ...] = get_args(Name)[:15]
-"""names of the corruptions that are part of the mean corruption error and of the suite"""
 
 
 @dataclass(frozen=True)
 class Corruption:
     """Applies one common corruption at the severity of the threat model, without queries of the model."""
 
-    name: Name = "gaussian_noise"
+    name: CorruptionName = "gaussian_noise"
     """name of the corruption, as in the paper; the last four names are not part of the suite"""
 
     needs: ClassVar[Access] = "none"

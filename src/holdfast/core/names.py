@@ -4,7 +4,7 @@ appear fast.
 
 import re
 from collections.abc import Mapping
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 from holdfast.core.errors import UsageError
 
@@ -13,6 +13,29 @@ MOST_SCALED = 0.9
 
 _CI_COMMAND = re.compile(r"::(?=[A-Za-z][A-Za-z-]*(\s.*?)?::)")
 _CI_MARK = re.compile(r"##(?=[A-Za-z]*\[)")
+
+CorruptionName = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+    "speckle_noise",
+    "gaussian_blur",
+    "spatter",
+    "saturate",
+]
+"""common corruptions of images, as named in their paper; the last four are not part of the suite"""
 
 
 def slug(name: str) -> str:

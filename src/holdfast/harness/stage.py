@@ -255,6 +255,19 @@ def evaluations(*, randomised: bool) -> int:
     return 1 + 2 * VOTES if randomised else 1
 
 
+def table_of_stage(name: str, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
+    """Return the columns of a stage whose names begin with its name as a table of the evidence; none if the stage was
+    not run or not finished.
+    """
+    prefix = f"{name}."
+    columns = {
+        column.removeprefix(prefix): values
+        for column, values in by_stage.get(name, {}).items()
+        if column.startswith(prefix)
+    }
+    return {name: Table("example", columns)} if columns else {}
+
+
 def suite_columns(
     stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]
 ) -> dict[str, Columns]:

@@ -2,25 +2,11 @@
 refused immediately.
 """
 
-from typing import Final
+from typing import Final, get_args
 
-CORRUPTIONS: Final = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
+from holdfast.core.names import CorruptionName
+
+CORRUPTIONS: Final[tuple[CorruptionName, ...]] = get_args(CorruptionName)[:15]
 """names of the common corruptions that are measured, as in their paper"""
 
 PERCENTS: Final = ("5", "1", "0.1")
@@ -176,29 +162,6 @@ LOWER_BOUNDS: Final = frozenset(
 PROVED: Final = frozenset({"certified_accuracy"})
 """metrics that consist of proofs, which stronger attacks do not change"""
 
-SHARES: Final = AT_EPS | {
-    *ROTATION,
-    *(f"{name}_accuracy" for name in CORRUPTIONS),
-    "corruption_error_rate",
-    "worst_corruption",
-    "clean_accuracy",
-    "clean_error_rate",
-    "suite_robust_accuracy",
-    "rejection_rate",
-    *DETECTION,
-    "targeted_success_rate",
-    "transfer_success",
-    "precision",
-    "recall",
-    "f1",
-    "attacked_precision",
-    "attacked_recall",
-    "attacked_f1",
-    "calibration_error",
-    "attacked_calibration_error",
-}
-"""metrics between 0 and 1, for which a gate such as `robust_accuracy >= 40` is refused"""
-
 PERTURBATIONS: Final = tuple(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0"))
 """metrics that are medians of the smallest perturbations found"""
 
@@ -218,6 +181,9 @@ NOT_SHARES: Final = frozenset(
 
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
 """metrics of two runs on the same examples, as in `regression <= 0.01 vs baseline`"""
+
+SHARES: Final = {*METRICS, *ROTATION} - NOT_SHARES - PAIRED
+"""metrics between 0 and 1, for which a gate such as `robust_accuracy >= 40` is refused"""
 
 DIFFERENCES: Final = PAIRED - {"mce"}
 """metrics of two runs that have values between -1 and 1"""

@@ -15,53 +15,15 @@ if TYPE_CHECKING:
 Summary = Mapping[str, Any]
 
 
-def _html(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.html import page
-
-    file.write(page(summary))
-
-
-def _json(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.summary import to_json
-
-    file.write(to_json(summary))
-
-
-def _junit(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.junit import junit_document
-
-    file.write(junit_document(summary))
-
-
-def _markdown(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.markdown import markdown_document
-
-    file.write(markdown_document(summary))
-
-
-def _csv(summary: Summary, columns: "Columns", file: TextIO) -> None:
-    from holdfast.reports.table import write_rows
-
-    write_rows(summary, columns, file)
-
-
-WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
-    ".html": _html,
-    ".json": _json,
-    ".xml": _junit,
-    ".md": _markdown,
-    ".csv": _csv,
-}
-"""Function that writes the report, for each file suffix."""
-
-
+SUFFIXES = (".html", ".json", ".xml", ".md", ".csv")
+"""File suffixes that are allowed for the report of a run."""
 EXHIBIT_SUFFIXES = (".json",)
 """File suffixes that are allowed for the measurements of the gallery."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for a comparison."""
 
 
-def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
+def check_destination(path: Path, suffixes: Collection[str] = SUFFIXES) -> None:
     """Check before a run that a report can be written to a path.
 
     Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
@@ -86,9 +48,21 @@ def write(summary: Summary, columns: "Columns", path: Path) -> None:
     """Write the report of a run to a file, atomically, in the format that the suffix of the path states. Missing
     folders are created.
     """
-    writer = WRITERS[_suffix(path, WRITERS)]
+    from holdfast.reports import html, junit, markdown, table
+    from holdfast.reports.summary import to_json
+
+    render: Mapping[str, Callable[[Summary], str]] = {
+        ".html": html.page,
+        ".json": to_json,
+        ".xml": junit.junit_document,
+        ".md": markdown.markdown_document,
+    }
+    suffix = _suffix(path, SUFFIXES)
     with _explained(path), replacing(path) as file:
-        writer(summary, columns, file)
+        if suffix == ".csv":
+            table.write_rows(summary, columns, file)
+        else:
+            file.write(render[suffix](summary))
 
 
 def write_comparison(content: Summary, path: Path) -> None:

@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from holdfast.core.errors import TargetError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,150}")
+_DESCRIBED = 1000
+"""largest number of faults of a document that are described, which takes much more memory than the document"""
 _SHOWN = Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 60
 
@@ -33,7 +35,12 @@ def validated(file: Path, content: Any, model: Hashable) -> Any:
     try:
         return _adapter(model).validate_python(content)
     except ValidationError as error:
-        fault = _fault(error.errors(include_url=False)[0])
+        n = error.error_count()
+        fault = (
+            _fault(error.errors(include_url=False)[0])
+            if n <= _DESCRIBED
+            else f"{n:,} fields have other types"
+        )
         raise TargetError(
             f"{str(file)!r} has another format than this version writes: {fault}; restore it from a copy"
         ) from None

@@ -9,7 +9,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Cost, Table
 from holdfast.core.model import Classifier
-from holdfast.harness.stage import Schedule, Stage, StageKind, Work
+from holdfast.harness.stage import Schedule, Stage, StageKind, Work, table_of_stage
 from holdfast.harness.verdict import unattacked
 
 if TYPE_CHECKING:
@@ -65,10 +65,4 @@ class GeometryTable(StageKind):
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
         """Return the table of the evidence with the geometry; none if the stage was not run or not finished."""
-        prefix = f"{GEOMETRY}."
-        columns = {
-            name.removeprefix(prefix): values
-            for name, values in by_stage.get(GEOMETRY, {}).items()
-            if name.startswith(prefix)
-        }
-        return {GEOMETRY: Table("example", columns)} if columns else {}
+        return table_of_stage(GEOMETRY, by_stage)

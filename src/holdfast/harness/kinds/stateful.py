@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Cost, Table
-from holdfast.harness.stage import Schedule, Stage, StageKind, Work
+from holdfast.harness.stage import Schedule, Stage, StageKind, Work, table_of_stage
 from holdfast.harness.target import Target
 from holdfast.harness.verdict import unattacked
 
@@ -71,10 +71,4 @@ class StatefulTable(StageKind):
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
         """Return the table of the evidence with the results; none if the stage was not run or not finished."""
-        prefix = f"{STATEFUL}."
-        columns = {
-            name.removeprefix(prefix): values
-            for name, values in by_stage.get(STATEFUL, {}).items()
-            if name.startswith(prefix)
-        }
-        return {STATEFUL: Table("example", columns)} if columns else {}
+        return table_of_stage(STATEFUL, by_stage)
