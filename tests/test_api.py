@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import holdfast
 from holdfast.attacks import FGSM, FMN, PGD, Corruption
 from holdfast.config.resolve import open_subject, sources_given
-from holdfast.config.settings import AssessSettings
+from holdfast.config.settings import Assess
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -424,7 +424,7 @@ def renamed(cls):
 
 
 def code_of(model):
-    return open_subject(sources_given(model, None, AssessSettings())).digest
+    return open_subject(sources_given(model, None, Assess())).digest
 
 
 def test_a_changed_python_model_is_another_model():
@@ -456,9 +456,9 @@ def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
         "class Net(torch.nn.Module):\n"
         "    def forward(self, x):\n        return net(x) if help('a') else net(-x)\n"
         "from holdfast.config.resolve import open_subject, sources_given\n"
-        "from holdfast.config.settings import AssessSettings\n"
+        "from holdfast.config.settings import Assess\n"
         "for model in (Net(), lambda x: net(x) * 2, Net().forward):\n"
-        "    print(open_subject(sources_given(model, None, AssessSettings())).digest)\n"
+        "    print(open_subject(sources_given(model, None, Assess())).digest)\n"
     )
     said = [
         subprocess.run(

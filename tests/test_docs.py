@@ -23,9 +23,9 @@ from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
 from holdfast.config.recipes import build_recipe, written_fields
 from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    HardenSettings,
+    Assess,
+    Certify,
+    Harden,
     RotateSettings,
     ServeSettings,
     keys_of,
@@ -212,9 +212,9 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
         for kind in (
             ServeSettings,
             RotateSettings,
-            CertifySettings,
-            HardenSettings,
-            AssessSettings,
+            Certify,
+            Harden,
+            Assess,
         )  # of several, the last
         for key, entry in keys_of(kind).items()
     }

@@ -51,9 +51,9 @@ from holdfast.config.resolve import open_all, sources_given
 from holdfast.config.rotate_requests import _loop_settings
 from holdfast.config.serving import _shape, server_setup
 from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    DoctorSettings,
+    Assess,
+    Certify,
+    Doctor,
     RotateSettings,
     ServeSettings,
     check_settings,
@@ -288,7 +288,7 @@ def assessed(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
 
 def planned(open_model=(), **arguments):
     """The plan of an assessment, without a run."""
-    return assess_request(check_settings({"threat": "linf:0.01", **arguments}, "", kind=AssessSettings))
+    return assess_request(check_settings({"threat": "linf:0.01", **arguments}, "", kind=Assess))
 
 
 def attacked(**arguments):
@@ -297,7 +297,7 @@ def attacked(**arguments):
 
 def opened(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
     """The model and the examples, without a run."""
-    settings = check_settings(arguments, "", kind=DoctorSettings)
+    settings = check_settings(arguments, "", kind=Doctor)
     return open_all(
         sources_given(given(model, dict(open_model)), given_data(data, dict(open_data)), settings), ()
     )
@@ -322,7 +322,7 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
     """Prepare a method of certification for a model."""
     if verb == "assess" and not certify:
         return
-    settings = check_settings({"threat": threat, "method": method, **options}, "", kind=CertifySettings)
+    settings = check_settings({"threat": threat, "method": method, **options}, "", kind=Certify)
     at, sample = threat_model(parse_threat(settings.threat)), Batch(X, Y, torch.arange(len(X)))
     with prepared(Classifier(model), sample) as target:
         if method == "smoothing":
@@ -524,7 +524,7 @@ def recipe_of(recipe):
 
 def code_of_config(surrogates=()):
     """A configuration whose surrogate is code."""
-    settings = check_settings({"surrogates": [{"model": "net.py:make"}]}, "", kind=AssessSettings)
+    settings = check_settings({"surrogates": [{"model": "net.py:make"}]}, "", kind=Assess)
     _refuse_code_of_config(settings, {"surrogates": surrogates})
 
 
@@ -726,7 +726,7 @@ def clustered(model=None, **arguments):
     """The options of a cluster."""
     options = {**arguments, **arguments.pop("Ray", {})}
     options.pop("Ray", None)
-    settings = check_settings(options, "", kind=AssessSettings)
+    settings = check_settings(options, "", kind=Assess)
     refuse_unusable_cluster(settings, model)
     return ray_options(settings, arguments.get("device", "cpu"))
 

@@ -31,10 +31,10 @@ from holdfast.config.resolve import (
     sources_given,
 )
 from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    DoctorSettings,
-    HardenSettings,
+    Assess,
+    Certify,
+    Doctor,
+    Harden,
     check_settings,
     given,
 )
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 
-@verb_with(AssessSettings)
+@verb_with(Assess)
 def assess(
     model: ModelLike,
     data: DataLike,
@@ -109,7 +109,7 @@ def assess(
             **cluster_settings(on),
         ),
         "assess()",
-        kind=AssessSettings,
+        kind=Assess,
     )
     sources = sources_given(model, data, checked)
     members = None
@@ -119,7 +119,7 @@ def assess(
     return measured(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
 
 
-@verb_with(CertifySettings)
+@verb_with(Certify)
 def certify(
     model: ModelLike,
     data: DataLike,
@@ -158,7 +158,7 @@ def certify(
             **cluster,
         ),
         "certify()",
-        kind=CertifySettings,
+        kind=Certify,
     )
     sources = sources_given(model, data, checked)
     inputs = AssessInputs(checked, sources, (), None, (), None, baseline_evidence(baseline))
@@ -166,7 +166,7 @@ def certify(
 
 
 def carry_out(
-    settings: AssessSettings | CertifySettings,
+    settings: Assess | Certify,
     *,
     run: Path | None,
     resume: bool = False,
@@ -184,7 +184,7 @@ def carry_out(
     return measured(inputs, run, resume=resume, progress=progress, notify=notify, detail=detail)
 
 
-@verb_with(HardenSettings)
+@verb_with(Harden)
 def harden(
     model: ModelLike,
     data: DataLike,
@@ -222,7 +222,7 @@ def harden(
             **cluster_settings(on),
         ),
         "harden()",
-        kind=HardenSettings,
+        kind=Harden,
     )
     sources = sources_given(model, data, checked)
     folder = folder_of(run, resume=resume)
@@ -242,7 +242,7 @@ def harden(
 
 
 def carry_out_hardening(
-    settings: HardenSettings,
+    settings: Harden,
     *,
     run: Path,
     resume: bool = False,
@@ -321,18 +321,18 @@ def exhibition(
     return tuple(built)
 
 
-@verb_with(DoctorSettings)
+@verb_with(Doctor)
 def doctor(model: ModelLike, data: DataLike, **settings: Any) -> "Checkup":
     """Check within seconds whether a model and its data fit together, and return findings about common mistakes, which
     are printed as `holdfast doctor` prints them.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
     """
-    checked = check_settings(given(**settings), "doctor()", kind=DoctorSettings)
+    checked = check_settings(given(**settings), "doctor()", kind=Doctor)
     return _findings(sources_given(model, data, checked))
 
 
-def look_over(settings: DoctorSettings) -> "Checkup":
+def look_over(settings: Doctor) -> "Checkup":
     """Check a model and its data for common mistakes, with the settings of the command line or of a configuration file,
     and return the findings.
     """

@@ -22,7 +22,7 @@ from holdfast.config.planning import assess_request
 from holdfast.config.python_functions import verb
 from holdfast.config.references import BoundsLike, DataLike, DataReference, ModelLike, Numbers
 from holdfast.config.resolve import device_of_model, open_all, open_fit, sources_given
-from holdfast.config.settings import AssessSettings, check_settings, given
+from holdfast.config.settings import Assess, check_settings, given
 from holdfast.config.spellings import is_suite_only
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
@@ -144,7 +144,7 @@ def attack(
             device=device,
         ),
         "attack()",
-        kind=AssessSettings,
+        kind=Assess,
     )
     inputs, data = _inputs_and_data(x, y)
     sources = sources_given(model, data, settings)

@@ -12,7 +12,7 @@ import holdfast
 from holdfast.config.grammar import parse_threat
 from holdfast.config.references import Sources, data_reference, model_reference
 from holdfast.config.resolve import open_subject
-from holdfast.config.settings import AssessSettings, check_settings
+from holdfast.config.settings import Assess, check_settings
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.units import Units, of_values
@@ -163,7 +163,7 @@ def test_contents_of_files_are_part_of_the_identity_of_a_run(tmp_path: Path):
         path.write_text(
             json.dumps(ends_by_place(dict(enumerate(zip(LOW, (highest, *HIGH[1:]), strict=True)))))
         )
-        inputs = check_settings({"bounds": f"@{path}"}, "", kind=AssessSettings)
+        inputs = check_settings({"bounds": f"@{path}"}, "", kind=Assess)
         sources = Sources(
             model_reference(network()), data_reference((X, Y)), inputs, unit=parse_threat(threat).unit
         )

@@ -13,7 +13,7 @@ import torch
 from holdfast import api
 from holdfast.config import rotating
 from holdfast.config.resolve import open_all, open_subject, sources_at
-from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
+from holdfast.config.settings import Assess, RotateSettings, check_settings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -121,7 +121,7 @@ def settings(pool, data, **changes):
         "model": f"rotating:{pool.path}", "data": f"{data}/test.npz", "threat": "linf:0.1", "n": 24,
         "attacks": [{"use": "PGD", "steps": 5}], "trust_code": True,
     }  # fmt: skip
-    return check_settings({**said, **changes}, "test", kind=AssessSettings)
+    return check_settings({**said, **changes}, "test", kind=Assess)
 
 
 def subject_of(settings):

@@ -29,9 +29,9 @@ from holdfast.cli.setting_options import (
 from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    HardenSettings,
+    Assess,
+    Certify,
+    Harden,
     OpeningSettings,
     S,
     keys_of,
@@ -71,13 +71,13 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
     if config:
         _refuse_hosts_of_config(part(settings, InferenceSource), flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, CertifySettings) or (isinstance(settings, AssessSettings) and settings.certify):
+    if isinstance(settings, Certify) or (isinstance(settings, Assess) and settings.certify):
         refuse_uncertifiable(settings.threat)
-    if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
+    if isinstance(settings, Assess | Certify | Harden):
         refuse_unusable_cluster(settings, settings.model)
-    if isinstance(settings, AssessSettings | CertifySettings):
+    if isinstance(settings, Assess | Certify):
         refuse_reports(settings.output)
-    if isinstance(settings, HardenSettings):
+    if isinstance(settings, Harden):
         refuse_reports(_report_files(settings.output))
     return settings
 
@@ -115,7 +115,7 @@ def _report_files(outputs: Iterable[str]) -> list[str]:
 
 
 def _surrogates(settings: OpeningSettings) -> list[SurrogateSettings]:
-    return settings.surrogates if isinstance(settings, AssessSettings | HardenSettings) else []
+    return settings.surrogates if isinstance(settings, Assess | Harden) else []
 
 
 def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
@@ -132,18 +132,15 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
     for address in (str(model), *(surrogate.model for surrogate in _surrogates(settings))):
         refuse_unknown_model(address)
-    if isinstance(settings, HardenSettings):
+    if isinstance(settings, Harden):
         refuse_server_to_train(str(model))
-    if isinstance(settings, CertifySettings) and settings.method != SMOOTHING:
+    if isinstance(settings, Certify) and settings.method != SMOOTHING:
         refuse_server_to_certify(str(model), settings.threat)
     refuse_foreign_server(str(model), part(settings, InferenceSource).allow_hosts)
-    across = settings.across if isinstance(settings, AssessSettings) else ()
+    across = settings.across if isinstance(settings, Assess) else ()
     for address in (str(data), *across):
         refuse_unknown_data(address)
-    if (
-        isinstance(settings, AssessSettings | CertifySettings | HardenSettings)
-        and settings.baseline is not None
-    ):
+    if isinstance(settings, Assess | Certify | Harden) and settings.baseline is not None:
         refuse_no_run(Path(settings.baseline))
 
 
@@ -232,13 +229,13 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 @click.command(short_help="measure how robust a model is", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("assess"))
 @click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
-@offered(*options_of(AssessSettings), *SETTING)
+@offered(*options_of(Assess), *SETTING)
 @with_voice
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """Run or resume an assessment of MODEL on DATA, or estimate its cost."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
-    settings = settings_from(flags, AssessSettings)
+    settings = settings_from(flags, Assess)
     refuse_resume_without_run(resume=resume, run=run)
     from holdfast.api import carry_out
     from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell

@@ -14,7 +14,7 @@ from holdfast.cli.setting_options import (
     run_options,
     with_named_parts,
 )
-from holdfast.config.settings import HardenSettings
+from holdfast.config.settings import Harden
 
 _HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
@@ -29,11 +29,11 @@ DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
 
 @click.command(short_help="train a new model that is more robust", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("harden"))
-@offered(*options_of(HardenSettings), *SETTING)
+@offered(*options_of(Harden), *SETTING)
 @with_voice
 def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Train a new model with the settings of the flags, or resume such a run, and assess both models."""
-    settings = settings_from(with_named_parts(flags), HardenSettings)
+    settings = settings_from(with_named_parts(flags), Harden)
     refuse_resume_without_run(resume=resume, run=run)
     from holdfast.api import carry_out_hardening
     from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell

@@ -14,7 +14,7 @@ import click
 from holdfast.api import demo, exhibition
 from holdfast.cli.options import Voice
 from holdfast.config.assess_inputs import rehearse, rehearse_served
-from holdfast.config.settings import AssessSettings, VerbSettings, canonical_settings
+from holdfast.config.settings import Assess, VerbSettings, canonical_settings
 from holdfast.config.starting import DEMO
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
@@ -164,7 +164,7 @@ def _texts(step: Step) -> dict[str, Any]:
     return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "surviving": share}
 
 
-def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
+def dry_run_of(settings: Assess, voice: Voice) -> int:
     """Print the expected cost of an assessment, extrapolated from a few examples, and return the exit code of the
     command.
 
@@ -183,7 +183,7 @@ def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
     return 0
 
 
-def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
+def _dry_run_served(settings: Assess, voice: Voice) -> int:
     estimate = rehearse_served(settings)
     click.echo(
         f"{amount(estimate.n, 'examples')}, {amount(len(estimate.attacks), 'attacks')} "

@@ -28,7 +28,7 @@ from holdfast.config.resolve import (
     open_surrogates,
     sources_at,
 )
-from holdfast.config.settings import AssessSettings, CertifySettings, RotateSettings, check_settings
+from holdfast.config.settings import Assess, Certify, RotateSettings, check_settings
 from holdfast.config.suites import refuse_uncertifiable
 from holdfast.core.batch import Batch, Data
 from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
@@ -88,7 +88,7 @@ class AssessInputs:
     opened yet.
     """
 
-    settings: AssessSettings | CertifySettings
+    settings: Assess | Certify
     sources: Sources
     surrogates: Sequence[Any]
     fit: DataLike | None
@@ -99,7 +99,7 @@ class AssessInputs:
     command: str = ""
 
     @classmethod
-    def of(cls, settings: AssessSettings | CertifySettings, command: str = "") -> "AssessInputs":
+    def of(cls, settings: Assess | Certify, command: str = "") -> "AssessInputs":
         """Return the inputs of a measurement from its settings, in which model and data are given as addresses.
         `command` is the command line that repeats the run.
         """
@@ -127,7 +127,7 @@ class AssessInputs:
     def smoothing(self) -> Smoothing | None:
         """Randomised smoothing of the model, if that is the method of a certification; otherwise None."""
         settings = self.settings
-        if not isinstance(settings, CertifySettings) or settings.method != SMOOTHING:
+        if not isinstance(settings, Certify) or settings.method != SMOOTHING:
             return None
         chosen = {name: getattr(settings, name) for name in ("sigma", "draws", "failure_probability", "clip")}
         given = {name: value for name, value in chosen.items() if value is not None}
@@ -149,10 +149,10 @@ class AssessInputs:
         if self.smoothing is not None:
             request = certify_request(request, [self.smoothing], [])
             request = request if subject.model.access == "gradients" else without_attacks(request)
-        elif isinstance(self.settings, CertifySettings):
+        elif isinstance(self.settings, Certify):
             request = certify_request(request, *_provers(self.settings), self.settings.geometry)
         guard = sources.model.inference.guard
-        if guard is not None and not isinstance(self.settings, CertifySettings):
+        if guard is not None and not isinstance(self.settings, Certify):
             request = with_trials(request, guard, subject)
         return replace(
             request,
@@ -181,7 +181,7 @@ def _smoothed(opening: Opening, smoothing: Smoothing) -> tuple[Subject, Data, tu
     return smoothed_subject(subject, smoothing), data, surrogates
 
 
-def _provers(settings: CertifySettings) -> tuple[list[Prover], list[Prover]]:
+def _provers(settings: Certify) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
     names = CASCADE if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
@@ -201,7 +201,7 @@ def opened_for_assess(
     Answers of servers are stored in the folder of the run.
     """
     settings, sources = inputs.settings, inputs.sources
-    if isinstance(settings, CertifySettings):
+    if isinstance(settings, Certify):
         refuse_uncertifiable(settings.threat)
     refuse_unusable_cluster(settings, sources.model.address)
     if sources.model.inference.guard is not None and settings.on != "local":
@@ -240,7 +240,7 @@ def measured(
         )
 
 
-def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
+def rehearse(settings: Assess, n: int) -> tuple[Result, int]:
     """Run an assessment on the first `n` examples without storing anything, as a basis for an estimate of its cost.
 
     Returns the result and the total number of examples.
@@ -252,7 +252,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     return assessing.assess(subject, examples, request), len(data)
 
 
-def rehearse_served(settings: AssessSettings) -> Rehearsed:
+def rehearse_served(settings: Assess) -> Rehearsed:
     """Return an estimate of the number of inputs that an assessment would send to a model behind a server.
 
     At most 64 rows, or one larger batch, are sent to the server for the estimate.

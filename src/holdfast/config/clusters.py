@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config.grammar import seconds
-from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
+from holdfast.config.settings import Assess, Certify, Harden
 from holdfast.config.values import POOL_STAYS
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
@@ -51,9 +51,7 @@ def cluster_settings(on: str | Ray) -> dict[str, Any]:
     }
 
 
-def refuse_unusable_cluster(
-    settings: AssessSettings | CertifySettings | HardenSettings, address: str | None
-) -> None:
+def refuse_unusable_cluster(settings: Assess | Certify | Harden, address: str | None) -> None:
     """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
 
     `address` is that of the model, or None for an object.
@@ -71,9 +69,7 @@ def refuse_unusable_cluster(
     refuse_missing_ray(client=on != "ray")
 
 
-def ray_options(
-    settings: AssessSettings | CertifySettings | HardenSettings, device: str
-) -> RayOptions | None:
+def ray_options(settings: Assess | Certify | Harden, device: str) -> RayOptions | None:
     """Return the options of the cluster on which shards run, or None for this machine."""
     refuse_unusable_cluster(settings, settings.model)
     if settings.on == "local":

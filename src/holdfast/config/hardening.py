@@ -20,7 +20,7 @@ from holdfast.config.naming import AUTO
 from holdfast.config.planning import assess_request, examples_to_fit
 from holdfast.config.recipes import build_recipe, candidates, refuse_unheld, settings_of
 from holdfast.config.references import DataLike, Sources
-from holdfast.config.settings import HardenSettings
+from holdfast.config.settings import Harden
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.draws import Draws
@@ -75,7 +75,7 @@ def open_for_hardening(
     return subject, _with_unlabelled(training, unlabelled, sources, model), judged, all_examples
 
 
-def open_for_settings(settings: HardenSettings, sources: Sources) -> tuple[Subject, Batch, Data, Data]:
+def open_for_settings(settings: Harden, sources: Sources) -> tuple[Subject, Batch, Data, Data]:
     """Return what `open_for_hardening` returns, for the settings of the command line or of a configuration file."""
     return open_for_hardening(sources, settings.fit, settings.unlabelled, settings.recipe)
 
@@ -186,7 +186,7 @@ def _with_unlabelled(batch: Batch, unlabelled: DataLike | None, sources: Sources
 
 
 def harden_request(
-    settings: HardenSettings,
+    settings: Harden,
     sources: Sources,
     subject: Subject,
     *,
@@ -238,7 +238,7 @@ def _candidate(name: str, recipe: Recipe) -> Candidate:
     return Candidate(name, recipe, settings_of(recipe))
 
 
-def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
+def _budget_s(settings: Harden, recipe: Recipe | None) -> float | None:
     """Return the budget in seconds, or None. Raises `UsageError` if both epochs and a budget are given."""
     auto = recipe is None and settings.recipe["use"] == AUTO
     budget = settings.budget or (USUAL_BUDGET if auto else None)

@@ -7,7 +7,7 @@ from typing import Any
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_class, build_attack, checked_attack
 from holdfast.config.groups import SuiteSettings
-from holdfast.config.settings import CertifySettings
+from holdfast.config.settings import Certify
 from holdfast.config.spellings import attack_listed, norms_of_suite
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
@@ -27,9 +27,7 @@ _EXPECTED = (
 )
 
 
-def listed_members(
-    settings: SuiteSettings | CertifySettings, constraint: Constraint
-) -> tuple[Member, ...] | None:
+def listed_members(settings: SuiteSettings | Certify, constraint: Constraint) -> tuple[Member, ...] | None:
     """Return the attacks that the settings list individually, or None if the settings name a whole suite or no attacks
     at all.
     """

@@ -14,7 +14,7 @@ from holdfast.config.clusters import ray_options
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.members import listed_members
 from holdfast.config.naming import chosen
-from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
+from holdfast.config.settings import Assess, Certify, Harden
 from holdfast.config.suites import DEFAULT_SUITE, refuse_uncertifiable, usual_suite
 from holdfast.core.catalogue import CASCADE, PROVERS
 from holdfast.core.corruptions import Corruptions
@@ -30,7 +30,7 @@ from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.suites import curve, suite
 from holdfast.verbs.request import AssessRequest
 
-Measuring = AssessSettings | CertifySettings | HardenSettings
+Measuring = Assess | Certify | Harden
 """Settings of those verbs that measure a model with a suite."""
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}  # usual sizes, for an error message
@@ -128,7 +128,7 @@ def plan(
 
 def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
     """Return the quick methods of certification that an assessment with `certify` begins with."""
-    if not isinstance(settings, AssessSettings) or not settings.certify:
+    if not isinstance(settings, Assess) or not settings.certify:
         return ()
     refuse_uncertifiable(settings.threat)
     if smallest:

@@ -47,7 +47,7 @@ from holdfast.config.references import (
     refuse_other_settings,
 )
 from holdfast.config.settings import (
-    AssessSettings,
+    Assess,
     OpeningSettings,
     check_settings,
     part,
@@ -286,7 +286,7 @@ def open_surrogates(given: Sequence[object], sources: Sources, target: Classifie
 
 def _open_surrogate(surrogate: object, sources: Sources, target: Classifier) -> Subject:
     if isinstance(surrogate, str | Path):
-        surrogate = check_settings({"surrogates": [str(surrogate)]}, "", kind=AssessSettings).surrogates[0]
+        surrogate = check_settings({"surrogates": [str(surrogate)]}, "", kind=Assess).surrogates[0]
     if isinstance(surrogate, ModelReference):
         refuse_other_settings(surrogate, "a surrogate", "arch", "model_args", "trust_code")
     if isinstance(surrogate, ModelReference) and surrogate.address is not None:

@@ -17,11 +17,11 @@ from holdfast.config.grammar import did_you_mean, parse_pairs
 from holdfast.config.groups import Flag
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.verb_settings import (
-    AssessSettings,
+    Assess,
     CalibrateSettings,
-    CertifySettings,
-    DoctorSettings,
-    HardenSettings,
+    Certify,
+    Doctor,
+    Harden,
     OpeningSettings,
     RotateSettings,
     ServeSettings,
@@ -34,11 +34,11 @@ from holdfast.core.errors import UsageError
 
 __all__ = [
     "VERBS",
-    "AssessSettings",
+    "Assess",
     "CalibrateSettings",
-    "CertifySettings",
-    "DoctorSettings",
-    "HardenSettings",
+    "Certify",
+    "Doctor",
+    "Harden",
     "MisplacedKeys",
     "OpeningSettings",
     "RotateSettings",
@@ -58,8 +58,7 @@ __all__ = [
 ]
 
 VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind
-    for kind in (AssessSettings, CertifySettings, HardenSettings, RotateSettings, ServeSettings)
+    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, ServeSettings)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 
@@ -119,7 +118,7 @@ def read_settings(
         _put_assignment(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding
     settings = check_settings(content, "" if path is None else str(path), written, kind=kind)
-    if isinstance(settings, AssessSettings | HardenSettings):
+    if isinstance(settings, Assess | Harden):
         refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
     return settings
 
@@ -132,7 +131,7 @@ def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings
     only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at the top that
     the verb does not use.
     """
-    reading: type[VerbSettings] = AssessSettings if kind in (DoctorSettings, CalibrateSettings) else kind
+    reading: type[VerbSettings] = Assess if kind in (Doctor, CalibrateSettings) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
     shared = {key: value for key, value in loaded.items() if key not in VERBS}
     refuse_consent(shared, where)

@@ -12,9 +12,9 @@ from holdfast.config.guard_settings import check_guard_settings, is_guard
 from holdfast.config.naming import AUTO, CARD
 from holdfast.config.settings import (
     VERBS,
-    AssessSettings,
-    CertifySettings,
-    HardenSettings,
+    Assess,
+    Certify,
+    Harden,
     MisplacedKeys,
     RotateSettings,
     VerbSettings,
@@ -181,7 +181,7 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
 def _is_certifiable(path: Path) -> bool:
     """Whether robustness can be proved under the threat model of a file."""
     try:
-        refuse_uncertifiable(read_settings(path, {}, kind=CertifySettings).threat)
+        refuse_uncertifiable(read_settings(path, {}, kind=Certify).threat)
     except UsageError:
         return False
     return True
@@ -189,29 +189,29 @@ def _is_certifiable(path: Path) -> bool:
 
 def _check_parts(settings: VerbSettings, path: str) -> None:
     """Check the settings that need torch: reports, recipe and attacks."""
-    if isinstance(settings, HardenSettings | RotateSettings):
+    if isinstance(settings, Harden | RotateSettings):
         from holdfast.config.recipes import build_recipe
 
-        recipe, selected = settings.recipe, AUTO if isinstance(settings, HardenSettings) else CARD
+        recipe, selected = settings.recipe, AUTO if isinstance(settings, Harden) else CARD
         if recipe["use"] in (AUTO, CARD) and recipe["use"] != selected:
             raise UsageError(
                 f"{path}: recipe {recipe['use']} is not for {settings.verb}; name a recipe, or {selected}"
             )
         if recipe["use"] != selected:
             build_recipe(recipe)
-    if isinstance(settings, CertifySettings) or (isinstance(settings, AssessSettings) and settings.certify):
+    if isinstance(settings, Certify) or (isinstance(settings, Assess) and settings.certify):
         refuse_uncertifiable(settings.threat)
-    if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
+    if isinstance(settings, Assess | Certify | Harden):
         for output in settings.output:
             if output != "-" and not is_folder(output):
                 check_place(Path(output))
-        if not isinstance(settings, CertifySettings) and settings.attacks is not None:
+        if not isinstance(settings, Certify) and settings.attacks is not None:
             from holdfast.config.attacks import build_attack
 
             for k, spec in enumerate(settings.attacks):
                 build_attack(spec, f"{path}: attacks.{k}")
 
 
-def demo_settings() -> AssessSettings:
+def demo_settings() -> Assess:
     """Return the settings of the assessment that `holdfast demo` runs."""
-    return check_settings(DEMO, "the demo", kind=AssessSettings)
+    return check_settings(DEMO, "the demo", kind=Assess)

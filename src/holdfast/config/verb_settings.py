@@ -18,7 +18,7 @@ class VerbSettings(groups.FileFormat):
     verb: ClassVar[str] = ""
 
 
-class DoctorSettings(
+class Doctor(
     groups.Seed,
     groups.ExampleSelection,
     groups.DataSource,
@@ -48,7 +48,7 @@ class CalibrateSettings(
     verb = "calibrate"
 
 
-class AssessSettings(
+class Assess(
     groups.ServerLimits,
     groups.InferenceSource,
     groups.OtherData,
@@ -72,7 +72,7 @@ class AssessSettings(
     verb = "assess"
 
 
-class HardenSettings(
+class Harden(
     groups.OtherData,
     groups.DataSource,
     groups.InputSpace,
@@ -116,7 +116,7 @@ class RotateSettings(
     verb = "rotate"
 
 
-class CertifySettings(
+class Certify(
     groups.ServerLimits,
     groups.InferenceSource,
     groups.DataSource,
@@ -166,9 +166,7 @@ class ServeSettings(
     verb = "serve"
 
 
-OpeningSettings = (
-    DoctorSettings | CalibrateSettings | AssessSettings | CertifySettings | HardenSettings | RotateSettings
-)
+OpeningSettings = Doctor | CalibrateSettings | Assess | Certify | Harden | RotateSettings
 """Settings of any command that opens a model and data."""
 
 
