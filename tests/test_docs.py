@@ -22,15 +22,9 @@ from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
 from holdfast.config.recipes import build_recipe, written_fields
-from holdfast.config.settings import (
-    Assess,
-    Certify,
-    Harden,
-    RotateSettings,
-    ServeSettings,
-    keys_of,
-)
+from holdfast.config.settings import keys_of
 from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
+from holdfast.config.verb_settings import Assess, Certify, Harden, RotateSettings, ServeSettings
 from holdfast.core.catalogue import ATTACKS as NAMES
 from holdfast.core.catalogue import RECIPES as CLASSES
 from holdfast.core.constraints import L0, L1, L2, Linf

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from holdfast.api import assess, certify, demo, doctor, harden
     from holdfast.attacking import attack
     from holdfast.certifiers.smoothed import Smoothed
-    from holdfast.config.clusters import Ray
+    from holdfast.config.placing import Ray
     from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
+    from holdfast.config.verb_settings import Assess, Certify, Doctor, Harden
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import L0, L1, L2, Linf
     from holdfast.core.corruptions import Corruptions
@@ -35,15 +36,19 @@ __all__ = [
     "L0",
     "L1",
     "L2",
+    "Assess",
     "Batch",
     "Bounds",
+    "Certify",
     "Classifier",
     "Colour",
     "Corruptions",
+    "Doctor",
     "Draws",
     "Evidence",
     "Guard",
     "GuardMiddleware",
+    "Harden",
     "Linf",
     "Patch",
     "Ray",
@@ -71,6 +76,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    **dict.fromkeys(("Assess", "Certify", "Doctor", "Harden"), "holdfast.config.verb_settings"),
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
@@ -85,7 +91,7 @@ _HOMES = {
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.core.patches",
-    "Ray": "holdfast.config.clusters",
+    "Ray": "holdfast.config.placing",
     "Smoothed": "holdfast.certifiers.smoothed",
     "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",

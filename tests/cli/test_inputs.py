@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from holdfast.cli.app import run
-from holdfast.config.settings import Assess, Harden, RotateSettings, check_settings
+from holdfast.config.verb_settings import Assess, Harden, RotateSettings, check_settings
 from holdfast.sources.data import open_data
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

@@ -7,7 +7,8 @@ from torch import nn
 
 from holdfast.config.grammar import parse_pairs
 from holdfast.config.recipes import _checked, build_recipe, built, candidates, settings_of
-from holdfast.config.settings import Harden, read_settings
+from holdfast.config.settings import read_settings
+from holdfast.config.verb_settings import Harden
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.ops.fit import Training

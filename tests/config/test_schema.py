@@ -13,8 +13,9 @@ from holdfast import attacks
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.schema import settings_schema
-from holdfast.config.settings import VERBS, keys_of
+from holdfast.config.settings import keys_of
 from holdfast.config.starting import DEMO, init, validate
+from holdfast.config.verb_settings import VERBS
 from holdfast.core.catalogue import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,13 +17,6 @@ from holdfast.attacks.pgd import margin_pgd
 from holdfast.config import settings
 from holdfast.config.attacks import build_attack, threat_model, threat_written
 from holdfast.config.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
-from holdfast.config.settings import (
-    Assess,
-    Certify,
-    Doctor,
-    Harden,
-    RotateSettings,
-)
 from holdfast.config.spellings import (
     ADAPTIVE,
     SPELLINGS,
@@ -36,6 +29,7 @@ from holdfast.config.spellings import (
 )
 from holdfast.config.starting import validate
 from holdfast.config.suites import names_in_suite, usual_suite
+from holdfast.config.verb_settings import Assess, Certify, Doctor, Harden, RotateSettings
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -85,7 +79,7 @@ REFUSED = [
     ("mean: [a]", "expected a number"),
     ("std: [[1]]", r"std.0 is \[1\]; expected a number$"),
     ("only: PGD", "only is 'PGD'; expected a list$"),
-    ("model: 3", "model is 3; expected text$"),
+    ("model: 3", "model is 3; expected an address"),
     ("model_args: [a]", "expected names with values"),
     ("bounds: [1]", r"bounds are \[1\]; give two numbers, the lower first"),
     ("schema_version: 3", "schema_version is 3; expected 2$"),
@@ -378,7 +372,7 @@ def test_use_takes_the_name_of_an_attack_with_settings(name, said):
 
 def test_the_grammar_reads_what_it_writes():
     for text in ("linf:0.25", "l2", "l0:10px", "l1:12,goal=targeted:3,access=scores,queries=50"):
-        assert str(parse_threat(text)) == text
+        assert threat_written(threat_model(parse_threat(text))) == text
     assert parse_threat("linf:8/255").eps == 8 / 255
     assert parse_threat("l0:inf") == parse_threat("l0")
     assert (seconds("2min", "it"), parse_number("8/255", "it"), parse_pairs(["a=b=c"], "--x")) == (
@@ -631,5 +625,5 @@ def test_settings_of_a_cluster_are_checked(content, said):
 
 def test_a_pool_does_not_leave_the_machine():
     with pytest.raises(UsageError, match="on is 'ray', and a pool .* keys .* leave out on$"):
-        settings.check_settings({"on": "ray"}, "", kind=settings.RotateSettings)
-    assert settings.check_settings({"on": "local"}, "", kind=settings.RotateSettings).on == "local"
+        settings.check_settings({"on": "ray"}, "", kind=RotateSettings)
+    assert settings.check_settings({"on": "local"}, "", kind=RotateSettings).on == "local"

@@ -26,20 +26,10 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
-from holdfast.config.settings import (
-    Assess,
-    Certify,
-    Harden,
-    OpeningSettings,
-    S,
-    keys_of,
-    part,
-    read_settings,
-)
-from holdfast.config.suites import refuse_uncertifiable
+from holdfast.config.settings import S, keys_of, read_settings
 from holdfast.config.values import SurrogateSettings
+from holdfast.config.verb_settings import Assess, Certify, Harden, Opening, ServeSettings, part
 from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
@@ -48,7 +38,7 @@ from holdfast.store.files import refuse_no_run
 _CONFIG = "holdfast.yaml"
 """Default name of the file that `holdfast init` writes."""
 
-V = TypeVar("V", bound=OpeningSettings)
+V = TypeVar("V", bound=Opening)
 
 
 def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
@@ -66,15 +56,12 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
         refuse_missing_file(address)
     config = flags.get("config")
     settings: V = settings_of_flags(flags, cast(Any, kind))
-    if config and not settings.trust_code:
-        _refuse_code_of_config(settings, flags)
+    refuse_code_of_config(settings, flags)
     if config:
         _refuse_hosts_of_config(part(settings, InferenceSource), flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, Certify) or (isinstance(settings, Assess) and settings.certify):
-        refuse_uncertifiable(settings.threat)
     if isinstance(settings, Assess | Certify | Harden):
-        refuse_unusable_cluster(settings, settings.model)
+        settings.refuse_unusable_cluster(settings.workers, settings.model)
     if isinstance(settings, Assess | Certify):
         refuse_reports(settings.output)
     if isinstance(settings, Harden):
@@ -114,11 +101,11 @@ def _report_files(outputs: Iterable[str]) -> list[str]:
     return files
 
 
-def _surrogates(settings: OpeningSettings) -> list[SurrogateSettings]:
+def _surrogates(settings: Opening | ServeSettings) -> list[SurrogateSettings]:
     return settings.surrogates if isinstance(settings, Assess | Harden) else []
 
 
-def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
+def _refuse_targets(settings: Opening, config: str | None) -> None:
     command = click.get_current_context().command_path
     example = f"{command} mnist-cnn mnist-mini"
     if config is None and Path(_CONFIG).is_file():
@@ -157,7 +144,10 @@ def _refuse_bare_resume(run: Path) -> None:
         )
 
 
-def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> None:
+def refuse_code_of_config(settings: Opening | ServeSettings, flags: dict[str, Any]) -> None:
+    """Raise `UsageError` if a configuration file names code that the command line does not name."""
+    if not flags.get("config") or settings.trust_code:
+        return
     for name, value in (("model", settings.model), ("arch", settings.arch)):
         # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:
@@ -237,29 +227,14 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         _refuse_bare_resume(Path(run))
     settings = settings_from(flags, Assess)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.api import carry_out
-    from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell
-    from holdfast.engine.progress import ignore
-    from holdfast.engine.resuming import way_out
-    from holdfast.engine.signals import stoppable
+    from holdfast.cli.running import finished_run, tell
 
     if dry_run:
-        return dry_run_of(settings, voice)
-    command, folder = command_line(), folder_of_run("assess", settings, run)
-    if resume and not (folder.is_dir() and any(folder.iterdir())):
-        voice.say(
-            f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
-        )
-    with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
-        with progress_bar(voice) as progress:
-            result = carry_out(
-                settings,
-                run=folder,
-                resume=resume,
-                progress=progress,
-                notify=voice.say,
-                detail=voice.say if voice.verbose else ignore,
-                command=command,
-            )
+        estimate = settings.estimate()
+        click.echo(estimate)
+        for note in estimate.notes:
+            voice.say(note)
+        return 0
+    with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         tell(result, settings.output, voice, folder=folder)
-    return result.exit_code
+    return int(result.exit_code)

@@ -13,7 +13,7 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.config.settings import Certify
+from holdfast.config.verb_settings import Certify
 
 _HELP = """\
 Prove for each example of DATA that no input of the threat model changes the prediction of MODEL, or find one that does.
@@ -39,23 +39,8 @@ def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
     """Run or resume a certification of MODEL on DATA."""
     settings = settings_from(flags, Certify)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.api import carry_out
-    from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
-    from holdfast.engine.progress import ignore
-    from holdfast.engine.resuming import way_out
-    from holdfast.engine.signals import stoppable
+    from holdfast.cli.running import finished_run, tell
 
-    command, folder = command_line(), folder_of_run("certify", settings, run)
-    with stoppable(way_out(command, folder)):
-        with progress_bar(voice) as progress:
-            result = carry_out(
-                settings,
-                run=folder,
-                resume=resume,
-                progress=progress,
-                notify=voice.say,
-                detail=voice.say if voice.verbose else ignore,
-                command=command,
-            )
+    with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         tell(result, settings.output, voice, folder=folder)
-    return result.exit_code
+    return int(result.exit_code)

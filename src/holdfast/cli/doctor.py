@@ -7,7 +7,7 @@ import click
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
-from holdfast.config.settings import Doctor
+from holdfast.config.verb_settings import Doctor
 from holdfast.core.names import line
 
 _COLOURS = {"problem": "red", "warning": "yellow", "good": "green"}
@@ -24,9 +24,7 @@ def doctor(voice: Voice, **flags: Any) -> int:
     settings = settings_from(flags, Doctor)
     from rich.text import Text
 
-    from holdfast.api import look_over
-
-    findings = look_over(settings)
+    findings = settings.run()
     console = voice.console()
     for finding in findings:
         if finding.level == "good" and voice.quiet:

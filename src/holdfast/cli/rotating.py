@@ -12,7 +12,8 @@ from rich.table import Table
 from holdfast.cli.options import Voice
 from holdfast.cli.running import command_line, progress_bar
 from holdfast.config import rotate_requests
-from holdfast.config.settings import RotateSettings, canonical_settings
+from holdfast.config.settings import canonical_settings
+from holdfast.config.verb_settings import RotateSettings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError

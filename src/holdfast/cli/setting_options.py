@@ -8,7 +8,8 @@ from pydantic.fields import FieldInfo
 
 from holdfast.cli import completing
 from holdfast.config.groups import Flag
-from holdfast.config.settings import VerbSettings, flag_of, keys_of
+from holdfast.config.settings import flag_of, keys_of
+from holdfast.config.verb_settings import VerbSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 

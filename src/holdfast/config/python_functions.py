@@ -10,7 +10,7 @@ from holdfast.config.grad_mode import gradients
 from holdfast.config.groups import DataSource, InferenceSource, ModelSource, ServerLimits, SettingGroup
 from holdfast.config.misspelt import refuse_misspelt
 from holdfast.config.placing import OF_CLUSTERS, Placement
-from holdfast.config.settings import VerbSettings, keys_of
+from holdfast.config.verb_settings import Checked, VerbSettings
 from holdfast.core.errors import UsageError
 
 P = ParamSpec("P")
@@ -42,7 +42,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return _checked(function, signature(function))
 
 
-def verb_with(kind: type[VerbSettings], *only: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def verb_with(kind: type[Checked], *only: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator like `verb` for a function whose last parameter, `**settings`, stands for the settings of a
     command.
 
@@ -53,13 +53,13 @@ def verb_with(kind: type[VerbSettings], *only: str) -> Callable[[Callable[P, R]]
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
         written = signature(function)
         *own, _ = written.parameters.values()
-        elsewhere = {*_ELSEWHERE, *(parameter.name for parameter in own)}
+        elsewhere = {*(_ELSEWHERE if issubclass(kind, VerbSettings) else ()), *(p.name for p in own)}
         if issubclass(kind, Placement):
             elsewhere.add(kind.waiting_key)  # of `holdfast.Ray`
         types = get_type_hints(kind)
         fields = {
             key: field
-            for key, field in keys_of(kind).items()
+            for key, field in kind.model_fields.items()
             if (key in only if only else key not in elsewhere)
         }
         added = [

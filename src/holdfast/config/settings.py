@@ -11,56 +11,22 @@ from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from holdfast.config import values
 from holdfast.config.consent import refuse_consent
-from holdfast.config.grammar import did_you_mean, parse_pairs
+from holdfast.config.grammar import parse_pairs
 from holdfast.config.groups import Flag
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.verb_settings import (
+    VERBS,
     Assess,
     CalibrateSettings,
-    Certify,
     Doctor,
     Harden,
-    OpeningSettings,
-    RotateSettings,
-    ServeSettings,
     VerbSettings,
-    part,
+    check_settings,
+    verbs_with,
 )
-from holdfast.config.wording import checked_group
 from holdfast.config.yaml_text import load, parse_yaml, put_setting
 from holdfast.core.errors import UsageError
-
-__all__ = [
-    "VERBS",
-    "Assess",
-    "CalibrateSettings",
-    "Certify",
-    "Doctor",
-    "Harden",
-    "MisplacedKeys",
-    "OpeningSettings",
-    "RotateSettings",
-    "S",
-    "ServeSettings",
-    "VerbSettings",
-    "canonical_settings",
-    "check_settings",
-    "flag_of",
-    "given",
-    "items",
-    "keys_for_verb",
-    "keys_of",
-    "part",
-    "plain_settings",
-    "read_settings",
-]
-
-VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, ServeSettings)
-}
-"""Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 
 _REPLACING = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
 """Pairs of settings that exclude each other: a flag (or a `--set`) for one replaces the other in the file."""
@@ -164,7 +130,7 @@ def _section(content: object, verb: str, where: str) -> dict[str, Any]:
 def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSettings], command: str) -> None:
     """Raise `UsageError` with the new place of each key at the top that the verb does not use and another does."""
     known = keys_of(kind)
-    elsewhere = {str(key): verbs for key in shared if key not in known and (verbs := _verbs_with(str(key)))}
+    elsewhere = {str(key): verbs for key in shared if key not in known and (verbs := verbs_with(str(key)))}
     if elsewhere:
         places = "; ".join(
             f"{key} in {' or '.join(f'{verb}:' for verb in verbs)}" for key, verbs in elsewhere.items()
@@ -174,42 +140,6 @@ def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSett
             f"verbs of a file use are written in the section of a verb: {places}",
             tuple(elsewhere),
         )
-
-
-def _verbs_with(key: str) -> list[str]:
-    """Verbs that have a key."""
-    return [verb for verb, kind in VERBS.items() if key in keys_of(kind)]
-
-
-def check_settings(
-    content: Mapping[str, Any],
-    where: str,
-    written: Mapping[str, str] = MappingProxyType({}),
-    *,
-    kind: type[S],
-) -> S:
-    """Return the validated settings of a command. Raises `UsageError` that names the first invalid key and the most
-    similar valid one.
-
-    The message begins with `where`, the source of the content, except for keys in `written`, which maps keys to the
-    form in which the user wrote them.
-    """
-    prefix = f"{where}: " if where else ""
-    keys = keys_of(kind)
-    for key in content:
-        if key not in keys:
-            verbs = _verbs_with(str(key))
-            hint = f", which is a setting of {', '.join(verbs)}" if verbs else did_you_mean(str(key), keys)
-            raise UsageError(f"{prefix}unknown key {key!r}{hint}")
-    suite = content.get("suite")
-    if "suite" in keys and suite is not None and not values.is_suite(suite):
-        raise UsageError(
-            f"{prefix}suite is {suite!r}; expected a name, or names as in [pgd, square]; list attacks with settings "
-            "under attacks:, as in [{use: PGD, steps: 100}]"
-        )
-    settings = checked_group(kind, content, prefix, written)
-    settings.refuse_all_contradictions(prefix, written)
-    return settings
 
 
 def given(**settings: Any) -> dict[str, Any]:

@@ -5,24 +5,22 @@ torch is imported only for the settings of attacks in a configuration.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from holdfast.config.grammar import is_folder
 from holdfast.config.guard_settings import check_guard_settings, is_guard
 from holdfast.config.naming import AUTO, CARD
-from holdfast.config.settings import (
+from holdfast.config.settings import MisplacedKeys, keys_for_verb, read_settings
+from holdfast.config.verb_settings import (
     VERBS,
     Assess,
     Certify,
     Harden,
-    MisplacedKeys,
     RotateSettings,
     VerbSettings,
-    check_settings,
-    keys_for_verb,
-    read_settings,
 )
-from holdfast.config.suites import refuse_uncertifiable
 from holdfast.config.yaml_text import load
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
@@ -94,7 +92,7 @@ rules:                   # a rule that is not named is not evaluated
 """
 
 DIGITS = "mnist-mini"
-DEMO = {
+DEMO: Mapping[str, Any] = {
     "model": "mnist-cnn",
     "data": DIGITS,
     "n": 100,
@@ -181,7 +179,7 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
 def _is_certifiable(path: Path) -> bool:
     """Whether robustness can be proved under the threat model of a file."""
     try:
-        refuse_uncertifiable(read_settings(path, {}, kind=Certify).threat)
+        read_settings(path, {}, kind=Certify)
     except UsageError:
         return False
     return True
@@ -199,8 +197,6 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
             )
         if recipe["use"] != selected:
             build_recipe(recipe)
-    if isinstance(settings, Certify) or (isinstance(settings, Assess) and settings.certify):
-        refuse_uncertifiable(settings.threat)
     if isinstance(settings, Assess | Certify | Harden):
         for output in settings.output:
             if output != "-" and not is_folder(output):
@@ -210,8 +206,3 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
 
             for k, spec in enumerate(settings.attacks):
                 build_attack(spec, f"{path}: attacks.{k}")
-
-
-def demo_settings() -> Assess:
-    """Return the settings of the assessment that `holdfast demo` runs."""
-    return check_settings(DEMO, "the demo", kind=Assess)
