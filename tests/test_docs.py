@@ -22,7 +22,6 @@ from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
 from holdfast.config.recipes import build_recipe, written_fields
-from holdfast.config.settings import keys_of
 from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.config.verb_settings import Assess, Certify, Harden, RotateSettings, ServeSettings
 from holdfast.core.catalogue import ATTACKS as NAMES
@@ -210,7 +209,7 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
             Harden,
             Assess,
         )  # of several, the last
-        for key, entry in keys_of(kind).items()
+        for key, entry in kind.model_fields.items()
     }
     for key in CONSENT:
         del known[key]

@@ -17,8 +17,8 @@ from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import parse_threat
 from holdfast.config.planning import SuiteLike, assess_request, members_given
-from holdfast.config.python_functions import verb
-from holdfast.config.references import BoundsLike, DataLike, ModelLike, Numbers
+from holdfast.config.python_functions import verb_with
+from holdfast.config.references import DataLike, ModelLike
 from holdfast.config.resolve import device_of_model, open_fit
 from holdfast.config.settings import given
 from holdfast.config.spellings import is_suite_only
@@ -82,7 +82,14 @@ class Attacked:
         return f"<Attacked: {attacks} under {threat}; {succeeded:,} of {n:,} succeed, {clean}{more}>"
 
 
-@verb
+_OF_RUN = (
+    "seed", "surrogates", "fit", "n", "sample", "bounds", "mean", "std", "data_normalised", "batch_size",
+    "device",
+)  # fmt: skip
+"""Settings of `assess` that `attack` has as well; others are settings of the attack."""
+
+
+@verb_with(Assess, *_OF_RUN)
 def attack(
     model: ModelLike,
     x: DataLike,
@@ -92,19 +99,8 @@ def attack(
     *,
     goal: int | str | None = None,
     queries: int | None = None,
-    seed: int = 0,
-    surrogates: Sequence[ModelLike] = (),
-    fit: DataLike | None = None,
-    n: int | None = None,
-    sample: int | None = None,
-    bounds: BoundsLike | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
     progress: Progress = silent,
-    **settings_of_attack: Any,
+    **others: Any,
 ) -> Attacked:
     """Compute adversarial examples for `x` (n, …) with labels `y` (n), and evaluate them on the model.
 
@@ -123,7 +119,8 @@ def attack(
     Mode, weights and gradients of the model are unchanged. Raises `UsageError` for an unknown name, and for an attack
     that cannot run under this threat or needs more access than the model gives.
     """
-    attack = _with_settings(attack, settings_of_attack)
+    settings_of_run = {key: others.pop(key) for key in _OF_RUN if key in others}
+    attack = _with_settings(attack, others)
     class_name = goal if isinstance(goal, str) and not _WRITTEN_GOAL.fullmatch(goal) else None
     inputs, data = _inputs_and_data(x, y)
     settings = Assess(
@@ -133,17 +130,7 @@ def attack(
             threat=_threat(threat, goal if class_name is None else None, queries),
             suite=attack if isinstance(attack, str) and is_suite_only(attack) else None,
             doubts=False,
-            surrogates=surrogates,
-            fit=fit,
-            seed=seed,
-            n=n,
-            sample=sample,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-            batch_size=batch_size,
-            device=device,
+            **settings_of_run,
         )
     )
     if settings.suite is None:

@@ -529,7 +529,7 @@ def test_every_option_has_one_place_in_python_with_the_same_default(verb):
         for place in (function, holdfast.open_model, holdfast.open_data)
     }
     table = {}
-    for key, entry in settings.keys_of(kind).items():
+    for key, entry in kind.model_fields.items():
         homes = [name for name, parameters in places.items() if key in parameters]
         if key in ("schema_version", "output", "attacks"):  # of a file, Result.write, and suite=[PGD(…)]
             assert not homes

@@ -27,7 +27,7 @@ from holdfast.cli.setting_options import (
     run_options,
 )
 from holdfast.config.groups import InferenceSource
-from holdfast.config.settings import S, keys_of, read_settings
+from holdfast.config.settings import S, read_settings
 from holdfast.config.values import SurrogateSettings
 from holdfast.config.verb_settings import Assess, Certify, Harden, Opening, ServeSettings, part
 from holdfast.core.catalogue import SMOOTHING
@@ -79,7 +79,7 @@ def settings_of_flags(flags: dict[str, Any], kind: type[S]) -> S:
         if key in ("config", "sets"):
             continue
         if isinstance(value, tuple):
-            pairs = key in names and is_mapping(keys_of(kind)[key])
+            pairs = key in names and is_mapping(kind.model_fields[key])
             value = (parse_pairs(value, names[key]) if pairs else list(value)) or None
         content[key] = value
     config = flags.get("config")

@@ -35,24 +35,18 @@ _ELSEWHERE = {
 _LAST = ("run", "resume", "notify", "progress")
 
 
-def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of the Python interface, such as `attack`, so that it runs with gradients enabled and refuses
-    arguments that have another name, or are arguments of `open_model` and `open_data`.
-    """
-    return _checked(function, signature(function))
-
-
 def verb_with(kind: type[Checked], *only: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator like `verb` for a function whose last parameter, `**settings`, stands for the settings of a
-    command.
+    """Return a decorator for a function of the Python interface whose last parameter, `**settings`, stands for the
+    settings of a command. It then runs with gradients enabled, and refuses arguments that have another name, or are
+    arguments of `open_model` and `open_data`.
 
     The signature and the docstring of the function list each setting that is not a parameter of the function, with the
-    default and the description of its field; with `only`, these settings alone.
+    default and the description of its field; with `only`, these settings alone. A last parameter `**others` remains.
     """
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
         written = signature(function)
-        *own, _ = written.parameters.values()
+        *own, rest = written.parameters.values()
         elsewhere = {*(_ELSEWHERE if issubclass(kind, VerbSettings) else ()), *(p.name for p in own)}
         if issubclass(kind, Placement):
             elsewhere.add(kind.waiting_key)  # of `holdfast.Ray`
@@ -72,7 +66,7 @@ def verb_with(kind: type[Checked], *only: str) -> Callable[[Callable[P, R]], Cal
             for key, field in fields.items()
         ]
         first = [parameter for parameter in own if parameter.name not in _LAST]
-        last = [parameter for parameter in own if parameter.name in _LAST]
+        last = [parameter for parameter in (*own, rest) if parameter.name in (*_LAST, "others")]
         call = _checked(function, written.replace(parameters=[*first, *added, *last]))
         listed = "\n".join(
             f"    {key}: {in_python(field.description or '')}" for key, field in fields.items()

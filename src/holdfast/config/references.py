@@ -2,7 +2,7 @@
 `open_data`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,6 @@ from holdfast.sources.adapting import refuse_no_model
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.frames import is_frame
 
-Numbers = Sequence[float]
-BoundsLike = Sequence[Any] | Mapping[str, Sequence[float]] | str
-"""Bounds of inputs: two numbers, two arrays, or a mapping from feature to two numbers, also in a file (`@FILE`)."""
 ModelLike = nn.Module | Callable[[Tensor], Tensor] | Predictor | str | Path | ModelReference
 """A network, a function from inputs to logits, an estimator, an address, or the result of `holdfast.open_model`."""
 DataLike = Any

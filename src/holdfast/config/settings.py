@@ -44,13 +44,6 @@ class MisplacedKeys(UsageError):
         self.keys = keys
 
 
-def keys_of(kind: type[VerbSettings]) -> Mapping[str, FieldInfo]:
-    """Return all settings of a command by their names in configuration files, in the order of the
-    command-line options.
-    """
-    return kind.model_fields
-
-
 def read_settings(
     path: Path | None,
     overrides: Mapping[str, Any],
@@ -109,7 +102,7 @@ def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings
     content = {**shared, **section}
     if reading is not kind:
         check_settings(content, where, kind=reading)
-        content = {key: value for key, value in content.items() if key in keys_of(kind)}
+        content = {key: value for key, value in content.items() if key in kind.model_fields}
     return content
 
 
@@ -129,7 +122,7 @@ def _section(content: object, verb: str, where: str) -> dict[str, Any]:
 
 def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSettings], command: str) -> None:
     """Raise `UsageError` with the new place of each key at the top that the verb does not use and another does."""
-    known = keys_of(kind)
+    known = kind.model_fields
     elsewhere = {str(key): verbs for key in shared if key not in known and (verbs := verbs_with(str(key)))}
     if elsewhere:
         places = "; ".join(
@@ -164,7 +157,7 @@ def _put_assignment(content: dict[str, Any], path: str, value: Any) -> None:
 
 def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
     """Yield the name and the value of every setting of a command, and whether the user gave it."""
-    for key in keys_of(type(settings)):
+    for key in type(settings).model_fields:
         yield key, getattr(settings, key), key in settings.model_fields_set
 
 
@@ -187,7 +180,7 @@ def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
 
     What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
     """
-    fields = keys_of(type(settings))
+    fields = type(settings).model_fields
     outside = {
         key for key, field in fields.items() if (flag := flag_of(field)) is not None and not flag.identifies
     }
