@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
 from holdfast.attacks import FGSM, FMN, PGD, Corruption
-from holdfast.config.resolve import open_subject, sources_given
-from holdfast.config.settings import AssessSettings
+from holdfast.config.resolve import open_subject
+from holdfast.config.verb_settings import Assess
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -68,8 +68,7 @@ def makes():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (5, "model is an int; expected a network, a function from inputs to logits"),
-        (None, "model is None; expected a network"),
+        (5, "(model|surrogates.0) is 5; expected an address, or in Python an object"),
         (network().state_dict(), r"model is an OrderedDict, as a state dict is.*net\.load_state_dict"),
         ({"state_dict": network().state_dict()}, "model is a dict, as a state dict is"),
         (makes, "model is a function that accepts no inputs.*give the network that it returns"),
@@ -424,7 +423,7 @@ def renamed(cls):
 
 
 def code_of(model):
-    return open_subject(sources_given(model, None, AssessSettings())).digest
+    return open_subject(Assess(model=model)).digest
 
 
 def test_a_changed_python_model_is_another_model():
@@ -455,10 +454,10 @@ def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
         "def help(x):\n    return x in {'a', 'b', 'c'}\n"
         "class Net(torch.nn.Module):\n"
         "    def forward(self, x):\n        return net(x) if help('a') else net(-x)\n"
-        "from holdfast.config.resolve import open_subject, sources_given\n"
-        "from holdfast.config.settings import AssessSettings\n"
+        "from holdfast import Assess\n"
+        "from holdfast.config.resolve import open_subject\n"
         "for model in (Net(), lambda x: net(x) * 2, Net().forward):\n"
-        "    print(open_subject(sources_given(model, None, AssessSettings())).digest)\n"
+        "    print(open_subject(Assess(model=model)).digest)\n"
     )
     said = [
         subprocess.run(
@@ -681,7 +680,7 @@ def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
     "given, said",
     [
         ("mnist-cnn", "surrogates is a str; give a list of models"),
-        ([5], "a surrogate is an int"),
+        ([5], "surrogates.0 is 5; expected an address"),
         (["mnist-cn"], "did you mean 'mnist-cnn'"),
         (
             [Classifier(network(), bounds=Bounds(-2.0, 2.0))],

@@ -22,15 +22,8 @@ from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
 from holdfast.config.recipes import build_recipe, written_fields
-from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    HardenSettings,
-    RotateSettings,
-    ServeSettings,
-    keys_of,
-)
 from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
+from holdfast.config.verb_settings import Assess, Certify, Harden, RotateSettings, ServeSettings
 from holdfast.core.catalogue import ATTACKS as NAMES
 from holdfast.core.catalogue import RECIPES as CLASSES
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -212,11 +205,11 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
         for kind in (
             ServeSettings,
             RotateSettings,
-            CertifySettings,
-            HardenSettings,
-            AssessSettings,
+            Certify,
+            Harden,
+            Assess,
         )  # of several, the last
-        for key, entry in keys_of(kind).items()
+        for key, entry in kind.model_fields.items()
     }
     for key in CONSENT:
         del known[key]

@@ -33,10 +33,9 @@ from holdfast.certifiers.region import region_of
 from holdfast.certifiers.smoothing import Smoothing
 from holdfast.checkup import misfit
 from holdfast.cli.app import _COMMANDS, verbs
-from holdfast.cli.assess import _refuse_code_of_config, _refuse_hosts_of_config
+from holdfast.cli.assess import _refuse_hosts_of_config, refuse_code_of_config
 from holdfast.cli.vnn import _needed, vnn
 from holdfast.config.attacks import threat_model
-from holdfast.config.clusters import ray_options, refuse_unusable_cluster
 from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import parse_threat
 from holdfast.config.groups import InferenceSource
@@ -46,14 +45,11 @@ from holdfast.config.misspelt import refuse_misspelt
 from holdfast.config.planning import assess_request, prover
 from holdfast.config.proxying import _refuse_settings_of_models, refuse_forwarded_keys
 from holdfast.config.recipes import build_recipe, built, refuse_unheld
-from holdfast.config.references import model_reference
-from holdfast.config.resolve import open_all, sources_given
 from holdfast.config.rotate_requests import _loop_settings
 from holdfast.config.serving import _shape, server_setup
-from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    DoctorSettings,
+from holdfast.config.verb_settings import (
+    Assess,
+    Certify,
     RotateSettings,
     ServeSettings,
     check_settings,
@@ -288,7 +284,7 @@ def assessed(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
 
 def planned(open_model=(), **arguments):
     """The plan of an assessment, without a run."""
-    return assess_request(check_settings({"threat": "linf:0.01", **arguments}, "", kind=AssessSettings))
+    return assess_request(check_settings({"threat": "linf:0.01", **arguments}, "", kind=Assess))
 
 
 def attacked(**arguments):
@@ -297,10 +293,9 @@ def attacked(**arguments):
 
 def opened(model=LINEAR, data=PAIR, open_model=(), open_data=(), **arguments):
     """The model and the examples, without a run."""
-    settings = check_settings(arguments, "", kind=DoctorSettings)
-    return open_all(
-        sources_given(given(model, dict(open_model)), given_data(data, dict(open_data)), settings), ()
-    )
+    return Assess(
+        model=given(model, dict(open_model)), data=given_data(data, dict(open_data)), **arguments
+    ).open()
 
 
 def opened_by_names(data, open_data=()):
@@ -322,7 +317,7 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
     """Prepare a method of certification for a model."""
     if verb == "assess" and not certify:
         return
-    settings = check_settings({"threat": threat, "method": method, **options}, "", kind=CertifySettings)
+    settings = check_settings({"threat": threat, "method": method, **options}, "", kind=Certify)
     at, sample = threat_model(parse_threat(settings.threat)), Batch(X, Y, torch.arange(len(X)))
     with prepared(Classifier(model), sample) as target:
         if method == "smoothing":
@@ -524,8 +519,8 @@ def recipe_of(recipe):
 
 def code_of_config(surrogates=()):
     """A configuration whose surrogate is code."""
-    settings = check_settings({"surrogates": [{"model": "net.py:make"}]}, "", kind=AssessSettings)
-    _refuse_code_of_config(settings, {"surrogates": surrogates})
+    settings = check_settings({"surrogates": [{"model": "net.py:make"}]}, "", kind=Assess)
+    refuse_code_of_config(settings, {"config": "holdfast.yaml", "surrogates": surrogates})
 
 
 def denoised(recipe):
@@ -726,9 +721,9 @@ def clustered(model=None, **arguments):
     """The options of a cluster."""
     options = {**arguments, **arguments.pop("Ray", {})}
     options.pop("Ray", None)
-    settings = check_settings(options, "", kind=AssessSettings)
-    refuse_unusable_cluster(settings, model)
-    return ray_options(settings, arguments.get("device", "cpu"))
+    settings = check_settings(options, "", kind=Assess)
+    settings.refuse_unusable_cluster(settings.workers, model)
+    return settings.ray_options(arguments.get("device", "cpu"))
 
 
 SITUATIONS: dict[str, Callable[[], Situation]] = {}
@@ -822,7 +817,14 @@ situation("an adaptive attack by name", planned, replaced=["suite"], suite="EOT"
 
 for key, value in (("ship", ["a.py"]), ("mixed_nodes", True)):
     situation(f"{key} of a local run", planned, **{key: value})
-situation("a cluster without workers", planned, on="ray")
+situation("a cluster without workers", clustered, on="ray")
+situation("a guard on a cluster", lambda **on: Assess(guard="guard.yaml", workers=2, **on), on="ray")
+situation("a size as a threat", attacked, threat=0.1)
+situation(
+    "a shape of a network that is trained",
+    lambda open_model=(): holdfast.Harden(model=given("net.onnx", dict(open_model))),
+    open_model={"input_shape": (4,)},
+)
 
 # the model and its outputs
 unit = torch.linspace(0.1, 0.9, 12)
@@ -1421,15 +1423,13 @@ situation(
 )
 situation(
     "a model at a URL",
-    lambda model=None, proxy=None: server_setup(
-        served(**({"proxy": proxy} if proxy else {})), model_reference(model)
-    ),
+    lambda model=None, proxy=None: server_setup(served(**({"proxy": proxy} if proxy else {}), model=model)),
     replaced=["model"],
     model="http://127.0.0.1:9/v2/models/m",
 )
 situation(
     "no input shape",
-    lambda open_model=(): _shape(model_reference(given(file("weights.pt"), dict(open_model))), None),
+    lambda open_model=(): _shape(ServeSettings(model=given(file("weights.pt"), dict(open_model)))),
     {"input_shape": (4,)},
 )
 situation(
@@ -1655,7 +1655,6 @@ NOT_BUILT = {
     "verbs/pace.py:smaller": "several processes that train together",
     "verbs/rotate/": "a pool, whose trainings take minutes; tests/verbs/test_rotate.py has them",
     "verbs/stored_runs.py": "a run that was stopped; tests/verbs/test_assess.py continues one",
-    "config/assess_inputs.py": "a cluster",
     "sources/limited/tables.py": "labels of ten million characters",
     "config/proxying.py:refuse_other_guard": "an upstream server",
     "serving/": "a server with workers; tests/serving has them",

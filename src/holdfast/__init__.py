@@ -6,71 +6,68 @@ A module is imported when one of its names is first used, so that `import holdfa
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import assess, certify, demo, doctor, harden
-    from holdfast.attacking import attack
-    from holdfast.certifiers.smoothed import Smoothed
-    from holdfast.config.clusters import Ray
-    from holdfast.config.references import open_data, open_model
-    from holdfast.config.starting import init, validate
-    from holdfast.core.batch import Batch
-    from holdfast.core.constraints import L0, L1, L2, Linf
-    from holdfast.core.corruptions import Corruptions
-    from holdfast.core.draws import Draws
-    from holdfast.core.evidence import Evidence
-    from holdfast.core.guard import with_detector
-    from holdfast.core.model import Bounds, Classifier
-    from holdfast.core.patches import Patch
-    from holdfast.core.skipped import skipped
-    from holdfast.core.threat import ThreatModel
-    from holdfast.core.through import through
-    from holdfast.core.transformations import Colour, Spatial
-    from holdfast.deploying import serve
-    from holdfast.guarding import Guard
-    from holdfast.serving.middleware import GuardMiddleware
-    from holdfast.stored import compare, report, verify
+    from holdfast.api import (
+        assess as assess,
+    )
+    from holdfast.api import (
+        certify as certify,
+    )
+    from holdfast.api import (
+        demo as demo,
+    )
+    from holdfast.api import (
+        doctor as doctor,
+    )
+    from holdfast.api import (
+        harden as harden,
+    )
+    from holdfast.attacking import attack as attack
+    from holdfast.certifiers.smoothed import Smoothed as Smoothed
+    from holdfast.config.placing import Ray as Ray
+    from holdfast.config.references import open_data as open_data
+    from holdfast.config.references import open_model as open_model
+    from holdfast.config.starting import init as init
+    from holdfast.config.starting import validate as validate
+    from holdfast.config.verb_settings import (
+        Assess as Assess,
+    )
+    from holdfast.config.verb_settings import (
+        Certify as Certify,
+    )
+    from holdfast.config.verb_settings import (
+        Doctor as Doctor,
+    )
+    from holdfast.config.verb_settings import (
+        Harden as Harden,
+    )
+    from holdfast.core.batch import Batch as Batch
+    from holdfast.core.constraints import L0 as L0
+    from holdfast.core.constraints import L1 as L1
+    from holdfast.core.constraints import L2 as L2
+    from holdfast.core.constraints import Linf as Linf
+    from holdfast.core.corruptions import Corruptions as Corruptions
+    from holdfast.core.draws import Draws as Draws
+    from holdfast.core.evidence import Evidence as Evidence
+    from holdfast.core.guard import with_detector as with_detector
+    from holdfast.core.model import Bounds as Bounds
+    from holdfast.core.model import Classifier as Classifier
+    from holdfast.core.patches import Patch as Patch
+    from holdfast.core.skipped import skipped as skipped
+    from holdfast.core.threat import ThreatModel as ThreatModel
+    from holdfast.core.through import through as through
+    from holdfast.core.transformations import Colour as Colour
+    from holdfast.core.transformations import Spatial as Spatial
+    from holdfast.deploying import serve as serve
+    from holdfast.guarding import Guard as Guard
+    from holdfast.serving.middleware import GuardMiddleware as GuardMiddleware
+    from holdfast.stored import compare as compare
+    from holdfast.stored import report as report
+    from holdfast.stored import verify as verify
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "L0",
-    "L1",
-    "L2",
-    "Batch",
-    "Bounds",
-    "Classifier",
-    "Colour",
-    "Corruptions",
-    "Draws",
-    "Evidence",
-    "Guard",
-    "GuardMiddleware",
-    "Linf",
-    "Patch",
-    "Ray",
-    "Smoothed",
-    "Spatial",
-    "ThreatModel",
-    "__version__",
-    "assess",
-    "attack",
-    "certify",
-    "compare",
-    "demo",
-    "doctor",
-    "harden",
-    "init",
-    "open_data",
-    "open_model",
-    "report",
-    "serve",
-    "skipped",
-    "through",
-    "validate",
-    "verify",
-    "with_detector",
-]
-
 _HOMES = {
+    **dict.fromkeys(("Assess", "Certify", "Doctor", "Harden"), "holdfast.config.verb_settings"),
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
@@ -85,7 +82,7 @@ _HOMES = {
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.core.patches",
-    "Ray": "holdfast.config.clusters",
+    "Ray": "holdfast.config.placing",
     "Smoothed": "holdfast.certifiers.smoothed",
     "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",
@@ -108,6 +105,7 @@ _HOMES = {
     "with_detector": "holdfast.core.guard",
 }
 
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 _MODULES = {
     "attacks": "holdfast.attacks",

@@ -1,53 +1,26 @@
 """Python functions that do the same as the commands, with the same names, arguments and results.
 
 Each function accepts a network, a function or an address as its model, and tensors, arrays, a loader or an address as
-its data, and converts them once. The functions that it calls accept one type for each parameter.
+its data. It creates the object with the settings of its command, such as `holdfast.Assess`, and runs it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.config.assess_inputs import AssessInputs, measured
-from holdfast.config.attacks import ThreatLike, threat_model, threat_written
-from holdfast.config.clusters import Ray, cluster_settings
-from holdfast.config.grammar import did_you_mean, parse_threat
-from holdfast.config.members import SuiteLike, members_given
+from holdfast.config.attacks import ThreatLike
+from holdfast.config.grammar import did_you_mean
+from holdfast.config.planning import SuiteLike
 from holdfast.config.python_functions import verb_with
-from holdfast.config.references import (
-    DataLike,
-    ModelLike,
-    Sources,
-    open_data,
-    open_model,
-)
-from holdfast.config.resolve import (
-    device_of_model,
-    folder_of,
-    open_examples,
-    open_subject,
-    open_surrogates,
-    sources_at,
-    sources_given,
-)
-from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    DoctorSettings,
-    HardenSettings,
-    check_settings,
-    given,
-)
-from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
-from holdfast.config.values import is_suite
+from holdfast.config.references import DataLike, ModelLike
+from holdfast.config.settings import given
+from holdfast.config.starting import DEMO, DEMO_COMMAND, DIGITS
+from holdfast.config.verb_settings import Assess, Certify, Doctor, Harden
 from holdfast.core.errors import UsageError
-from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.sources import data as data_sources
-from holdfast.sources.counting import inspection_counter
-from holdfast.stored import baseline_evidence
 from holdfast.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -55,34 +28,16 @@ if TYPE_CHECKING:
     from holdfast.verbs.exhibition import Exhibit
     from holdfast.verbs.hardened import Hardened
 
-__all__ = [
-    "assess",
-    "carry_out",
-    "certify",
-    "demo",
-    "doctor",
-    "exhibition",
-    "harden",
-    "init",
-    "look_over",
-    "open_data",
-    "open_model",
-    "validate",
-]
+__all__ = ["assess", "certify", "demo", "doctor", "exhibition", "harden"]
 
 
-@verb_with(AssessSettings)
+@verb_with(Assess)
 def assess(
     model: ModelLike,
     data: DataLike,
     threat: ThreatLike = "linf:8/255",
     suite: SuiteLike | None = None,
     *,
-    surrogates: Sequence[ModelLike] = (),
-    baseline: Result | Evidence | str | Path | None = None,
-    fit: DataLike | None = None,
-    across: Sequence[DataLike] = (),
-    on: str | Ray = "local",
     run: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
@@ -97,37 +52,22 @@ def assess(
     declares the preprocessing, and `holdfast.skipped` is for skip gradients. `across` lists other data sets with inputs
     of the same shape: perturbations computed on `data` are also evaluated on them, and theirs on `data`. With `certify`
     interval bounds and CROWN come first, and 32 of the examples that they certify are attacked. `fit` contains the
-    examples on which learned attacks are fitted, and `baseline` is the run with which gates compare. `on` states where
-    `workers` measure: on this machine, or on a Ray cluster (`"ray"`, `"ray://HOST:PORT"`, or a `holdfast.Ray`). If
-    `run` is given, all artefacts are stored in that folder, and `resume` continues the run in it.
+    examples on which learned attacks are fitted, and `baseline` is the run with which gates compare: a result, or the
+    folder of a run. `on` states where `workers` measure: on this machine, or on a Ray cluster (`"ray"`,
+    `"ray://HOST:PORT"`, or a `holdfast.Ray`). If `run` is given, all artefacts are stored in that folder, and `resume`
+    continues the run in it.
     """
-    checked = check_settings(
-        given(
-            **settings,
-            threat=threat_written(threat, "assess(): threat"),
-            suite=suite if is_suite(suite) else None,
-            **cluster_settings(on),
-        ),
-        "assess()",
-        kind=AssessSettings,
-    )
-    sources = sources_given(model, data, checked)
-    members = None
-    if suite is not None and checked.suite is None:
-        members = members_given(suite, threat_model(parse_threat(checked.threat)).constraint)
-    inputs = AssessInputs(checked, sources, surrogates, fit, across, members, baseline_evidence(baseline))
-    return measured(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
+    checked = Assess(**given(model=model, data=data, threat=threat, suite=suite, **settings))
+    return checked.run(run, resume=resume, progress=progress)
 
 
-@verb_with(CertifySettings)
+@verb_with(Certify)
 def certify(
     model: ModelLike,
     data: DataLike,
     threat: ThreatLike = "linf:8/255",
     method: str = "auto",
     *,
-    baseline: Result | str | Path | None = None,
-    on: str | Ray = "local",
     run: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
@@ -148,54 +88,17 @@ def certify(
     Raises `UnsoundProof` if an attack breaks a certified example, and `UsageError` for a model or a threat model about
     which the method proves nothing.
     """
-    cluster = cluster_settings(on)
-    checked = check_settings(
-        given(
-            **settings,
-            threat=threat_written(threat, "certify(): threat"),
-            method=method,
-            cluster_timeout=cluster.pop("timeout", None),
-            **cluster,
-        ),
-        "certify()",
-        kind=CertifySettings,
-    )
-    sources = sources_given(model, data, checked)
-    inputs = AssessInputs(checked, sources, (), None, (), None, baseline_evidence(baseline))
-    return measured(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
+    checked = Certify(**given(model=model, data=data, threat=threat, method=method, **settings))
+    return checked.run(run, resume=resume, progress=progress)
 
 
-def carry_out(
-    settings: AssessSettings | CertifySettings,
-    *,
-    run: Path | None,
-    resume: bool = False,
-    progress: Progress = silent,
-    notify: Notify = ignore,
-    detail: Notify = ignore,
-    command: str = "",
-) -> Result:
-    """Run an assessment or a certification with the settings of the command line or of a configuration file, and return
-    its result.
-
-    The run stores the command line `command`. `detail` is called with messages on single shards.
-    """
-    inputs = AssessInputs.of(settings, command)
-    return measured(inputs, run, resume=resume, progress=progress, notify=notify, detail=detail)
-
-
-@verb_with(HardenSettings)
+@verb_with(Harden)
 def harden(
     model: ModelLike,
     data: DataLike,
     threat: ThreatLike = "linf:8/255",
     recipe: Recipe | str | Mapping[str, Any] = "auto",
     *,
-    fit: DataLike | None = None,
-    unlabelled: DataLike | None = None,
-    surrogates: Sequence[ModelLike] = (),
-    baseline: Result | Evidence | str | Path | None = None,
-    on: str | Ray = "local",
     run: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
@@ -211,70 +114,8 @@ def harden(
     measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
     continues the run in it.
     """
-    from holdfast.config import hardening
-    from holdfast.verbs import harden as hardens
-
-    checked = check_settings(
-        given(
-            **settings,
-            threat=threat_written(threat, "harden(): threat"),
-            recipe=recipe if isinstance(recipe, str | Mapping) else None,
-            **cluster_settings(on),
-        ),
-        "harden()",
-        kind=HardenSettings,
-    )
-    sources = sources_given(model, data, checked)
-    folder = folder_of(run, resume=resume)
-    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled, recipe)
-    request = hardening.harden_request(
-        checked,
-        sources,
-        subject,
-        recipe=None if isinstance(recipe, str | Mapping) else recipe,
-        surrogates=open_surrogates(surrogates, sources, subject.model),
-        baseline=baseline_evidence(baseline),
-        training=training,
-        excluded=fit_data,
-        device=device_of_model(sources, subject, checked.device),
-    )
-    return hardens.harden(subject, training, test, request, run=folder, resume=resume, progress=progress)
-
-
-def carry_out_hardening(
-    settings: HardenSettings,
-    *,
-    run: Path,
-    resume: bool = False,
-    progress: Progress = silent,
-    notify: Notify = ignore,
-    detail: Notify = ignore,
-    command: str = "",
-) -> "Hardened":
-    """Train a more robust model with the settings of the command line or of a configuration file, and return it with
-    both assessments.
-
-    `command` is the command line that repeats the run; the run stores it.
-    """
-    from holdfast.config import hardening
-    from holdfast.verbs import harden as hardens
-
-    sources = sources_at(settings)
-    subject, training, test, fit_data = hardening.open_for_settings(settings, sources)
-    request = hardening.harden_request(
-        settings,
-        sources,
-        subject,
-        surrogates=open_surrogates(settings.surrogates, sources, subject.model),
-        baseline=baseline_evidence(settings.baseline),
-        training=training,
-        excluded=fit_data,
-        command=command,
-    )
-    return hardens.harden(
-        subject, training, test, request,
-        run=run, resume=resume, progress=progress, notify=notify, detail=detail,
-    )  # fmt: skip
+    checked = Harden(**given(model=model, data=data, threat=threat, recipe=recipe, **settings))
+    return checked.run(run, resume=resume, progress=progress)
 
 
 def demo(
@@ -289,7 +130,7 @@ def demo(
     for path in paths:
         # before the run, so that it does not end without its reports
         check_place(path)
-    result = carry_out(demo_settings(), run=None, progress=progress, notify=notify, command=DEMO_COMMAND)
+    result = Assess(**DEMO).run(progress=progress, notify=notify, command=DEMO_COMMAND)
     for path in paths:
         result.write(path)
     return result
@@ -321,27 +162,11 @@ def exhibition(
     return tuple(built)
 
 
-@verb_with(DoctorSettings)
+@verb_with(Doctor)
 def doctor(model: ModelLike, data: DataLike, **settings: Any) -> "Checkup":
     """Check within seconds whether a model and its data fit together, and return findings about common mistakes, which
     are printed as `holdfast doctor` prints them.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
     """
-    checked = check_settings(given(**settings), "doctor()", kind=DoctorSettings)
-    return _findings(sources_given(model, data, checked))
-
-
-def look_over(settings: DoctorSettings) -> "Checkup":
-    """Check a model and its data for common mistakes, with the settings of the command line or of a configuration file,
-    and return the findings.
-    """
-    return _findings(sources_at(settings))
-
-
-def _findings(sources: Sources) -> "Checkup":
-    from holdfast.checkup import Checkup, examine
-
-    subject = open_subject(sources)
-    inspection_counter(subject.model)
-    return Checkup(examine(subject.model, open_examples(sources, subject.model, lenient=True)))
+    return Doctor(**given(model=model, data=data, **settings)).run()

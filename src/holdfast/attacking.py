@@ -5,7 +5,6 @@ way as an assessment.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import index
 from typing import Any
 
@@ -17,13 +16,13 @@ from torch import Tensor
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import parse_threat
-from holdfast.config.members import SuiteLike, members_given
-from holdfast.config.planning import assess_request
-from holdfast.config.python_functions import verb
-from holdfast.config.references import BoundsLike, DataLike, DataReference, ModelLike, Numbers
-from holdfast.config.resolve import device_of_model, open_all, open_fit, sources_given
-from holdfast.config.settings import AssessSettings, check_settings, given
+from holdfast.config.planning import SuiteLike, assess_request, members_given
+from holdfast.config.python_functions import verb_with
+from holdfast.config.references import DataLike, ModelLike
+from holdfast.config.resolve import device_of_model, open_fit
+from holdfast.config.settings import given
 from holdfast.config.spellings import is_suite_only
+from holdfast.config.verb_settings import Assess, DataReference
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
@@ -83,7 +82,14 @@ class Attacked:
         return f"<Attacked: {attacks} under {threat}; {succeeded:,} of {n:,} succeed, {clean}{more}>"
 
 
-@verb
+_OF_RUN = (
+    "seed", "surrogates", "fit", "n", "sample", "bounds", "mean", "std", "data_normalised", "batch_size",
+    "device",
+)  # fmt: skip
+"""Settings of `assess` that `attack` has as well; others are settings of the attack."""
+
+
+@verb_with(Assess, *_OF_RUN)
 def attack(
     model: ModelLike,
     x: DataLike,
@@ -93,19 +99,8 @@ def attack(
     *,
     goal: int | str | None = None,
     queries: int | None = None,
-    seed: int = 0,
-    surrogates: Sequence[ModelLike] = (),
-    fit: DataLike | None = None,
-    n: int | None = None,
-    sample: int | None = None,
-    bounds: BoundsLike | None = None,
-    mean: Numbers | None = None,
-    std: Numbers | None = None,
-    data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
     progress: Progress = silent,
-    **settings_of_attack: Any,
+    **others: Any,
 ) -> Attacked:
     """Compute adversarial examples for `x` (n, …) with labels `y` (n), and evaluate them on the model.
 
@@ -124,47 +119,34 @@ def attack(
     Mode, weights and gradients of the model are unchanged. Raises `UsageError` for an unknown name, and for an attack
     that cannot run under this threat or needs more access than the model gives.
     """
-    attack = _with_settings(attack, settings_of_attack)
+    settings_of_run = {key: others.pop(key) for key in _OF_RUN if key in others}
+    attack = _with_settings(attack, others)
     class_name = goal if isinstance(goal, str) and not _WRITTEN_GOAL.fullmatch(goal) else None
-    text = _threat(threat, goal if class_name is None else None, queries)
-    suite = attack if isinstance(attack, str) and is_suite_only(attack) else None
-    settings = check_settings(
-        given(
-            threat=text,
-            suite=suite,
-            doubts=False,
-            seed=seed,
-            n=n,
-            sample=sample,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            data_normalised=data_normalised,
-            batch_size=batch_size,
-            device=device,
-        ),
-        "attack()",
-        kind=AssessSettings,
-    )
     inputs, data = _inputs_and_data(x, y)
-    sources = sources_given(model, data, settings)
-    opening = partial(open_all, sources, surrogates)
-    subject, examples, opened = opening()
-    if class_name is not None:
-        names = sources.model.source.class_names or subject.model.class_names or examples.classes or ()
-        text = _threat(text, _class_called(class_name, names), None)
-        settings = settings.model_copy(update={"threat": text})
-    members = None if suite else members_given(attack, threat_model(parse_threat(text)).constraint, "attack")
-    request = assess_request(
-        settings,
-        members=members,
-        device=device_of_model(sources, subject, device),
-        target=subject.model.access,
+    settings = Assess(
+        **given(
+            model=model,
+            data=data,
+            threat=_threat(threat, goal if class_name is None else None, queries),
+            suite=attack if isinstance(attack, str) and is_suite_only(attack) else None,
+            doubts=False,
+            **settings_of_run,
+        )
     )
+    if settings.suite is None:
+        constraint = threat_model(parse_threat(settings.threat)).constraint
+        settings = settings.model_copy(update={"suite": members_given(attack, constraint, "attack")})
+    subject, examples, opened = settings.open()
+    if class_name is not None:
+        names = settings.class_names or subject.model.class_names or examples.classes or ()
+        text = _threat(settings.threat, _class_called(class_name, names), None)
+        settings = settings.model_copy(update={"threat": text})
+    device_of_run = device_of_model(settings, subject)
+    request = assess_request(settings, device=device_of_run, target=subject.model.access)
     plan = replace(request.plan, alone=True, attacked=False)
-    fit_data = open_fit(sources, fit, subject.model, plan)
+    fit_data = open_fit(settings, subject.model, plan)
     request = replace(request, plan=plan, surrogates=opened, fit=fit_data)
-    result = assessing.assess(subject, examples, request, opening=opening, progress=progress)
+    result = assessing.assess(subject, examples, request, opening=settings.open, progress=progress)
     return _attacked(result, examples, inputs)
 
 
@@ -216,14 +198,14 @@ def _inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
     if isinstance(x, tuple) and len(x) == 2 and y is None:
         x, y = x
     reference = x if isinstance(x, DataReference) else None
-    inputs = x if reference is None else reference.given
+    inputs = x if reference is None else reference.data
     if reference is not None and y is None:
         if isinstance(inputs, tuple) and len(inputs) == 2:
             return inputs[0], reference
         return inputs, reference
     if y is not None:
         pair = (inputs, y)
-        return inputs, pair if reference is None else replace(reference, given=pair)
+        return inputs, pair if reference is None else reference.model_copy(update={"data": pair})
     if isinstance(inputs, Tensor | np.ndarray | list):
         raise UsageError(
             f"y is missing for inputs in {kind_of(x)}; give one label for each, as in attack(model, x, y)"

@@ -1,15 +1,12 @@
 """The function `holdfast.serve`, which answers requests to a model over HTTP until it is stopped."""
 
-from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from holdfast.config.groups import InferenceSource, ModelSource
 from holdfast.config.python_functions import verb_with
-from holdfast.config.references import ModelLike, ModelReference, model_reference
-from holdfast.config.serve_settings import ServedInference
-from holdfast.config.settings import ServeSettings, check_settings, given, part
+from holdfast.config.references import ModelLike
+from holdfast.config.settings import given
+from holdfast.config.verb_settings import ServeSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Install
 from holdfast.engine.progress import Notify, ignore
@@ -18,17 +15,7 @@ _NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
 
 
 @verb_with(ServeSettings)
-def serve(
-    model: ModelLike | None = None,
-    *,
-    proxy: str | None = None,
-    guard: str | Path | None = None,
-    input_shape: Sequence[int] | None = None,
-    keys: str | Path | None = None,
-    audit: str | Path | None = None,
-    notify: Notify = ignore,
-    **settings: Any,
-) -> None:
+def serve(model: ModelLike | None = None, *, notify: Notify = ignore, **settings: Any) -> None:
     """Serve a model over the Open Inference Protocol v2 until SIGTERM or Ctrl-C, and then drain.
 
     `model` is an address, such as that of a pool, `"rotating:pool/"`, or an object that can be pickled; options for
@@ -38,28 +25,9 @@ def serve(
     those of `holdfast serve`. `notify` is called with messages, such as the address when requests are answered. Raises
     `UsageError` and `TargetError`.
     """
-    if (model is None) == (proxy is None):
+    if (model is None) == (settings.get("proxy") is None):
         raise UsageError("give either model (what is served) or proxy (the URL of a server to guard)")
-    paths = {
-        name: str(path)
-        for name, path in (("guard", guard), ("keys", keys), ("audit", audit))
-        if path is not None
-    }
-    checked = check_settings(
-        given(
-            **settings, **paths, proxy=proxy, input_shape=None if input_shape is None else list(input_shape)
-        ),
-        "serve()",
-        kind=ServeSettings,
-    )
-    _served(checked, ModelReference(None) if model is None else model_reference(model), notify)
-
-
-def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:
-    """Serve a model with the settings of the command line or of a configuration file until it is stopped."""
-    given_inference = {key: value for key, value in part(settings, ServedInference) if value is not None}
-    inference = InferenceSource().model_copy(update=given_inference)
-    _served(settings, ModelReference(settings.model, part(settings, ModelSource), inference), notify)
+    carry_out_serving(ServeSettings(**given(model=model, **settings)), notify)
 
 
 def refuse_missing_extra() -> None:
@@ -71,7 +39,8 @@ def refuse_missing_extra() -> None:
         )
 
 
-def _served(settings: ServeSettings, reference: ModelReference, notify: Notify) -> None:
+def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:
+    """Serve a model with the settings of a server until it is stopped."""
     refuse_missing_extra()
     from holdfast.config.serving import server_setup
     from holdfast.serving.admin import AdminServer
@@ -79,7 +48,7 @@ def _served(settings: ServeSettings, reference: ModelReference, notify: Notify) 
     from holdfast.serving.supervisor import Supervisor
     from holdfast.serving.worker_processes import bound_socket
 
-    setup = server_setup(settings, reference)
+    setup = server_setup(settings)
     for note in setup.notes:
         notify(f"note: {note}")
     listener = bound_socket(setup.admin_host, setup.admin_port)

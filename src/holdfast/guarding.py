@@ -25,9 +25,9 @@ from holdfast.config.guard_opening import (
     stored_calibration,
 )
 from holdfast.config.guard_settings import GuardSettings, check_guard_settings, read_guard_settings
-from holdfast.config.references import DataLike, ModelLike, Sources, data_reference, model_reference
-from holdfast.config.resolve import open_examples, open_subject, sources_at
-from holdfast.config.settings import CalibrateSettings
+from holdfast.config.references import DataLike, ModelLike, beside
+from holdfast.config.resolve import open_examples, open_subject
+from holdfast.config.verb_settings import CalibrateSettings, composed
 from holdfast.core.batch import Data
 from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
@@ -89,7 +89,9 @@ class Guard:
         settings = read_guard_settings(Path(path))
         known = None if model_name is None else _digest_of_name(model_name)
         if model is not None:
-            known = served_digest(open_subject(_sources(settings, model, None)))
+            known = served_digest(
+                open_subject(CalibrateSettings(model=model, bounds=bounds_of(settings).bounds))
+            )
         calibration = stored_calibration(settings, Path(path), known)
         return cls(
             settings, ready_guard(settings, Path(path), calibration), Path(path), calibration
@@ -180,8 +182,10 @@ class Guard:
         that of the settings by default. Detectors that need a fit are fitted on `fit`, or on a random fifth of `data`,
         which is then not used for thresholds. Raises `UsageError` for fewer than 1 / `false_positives` - 1 inputs.
         """
-        sources = _sources(self.settings, model, data, seed)
-        return self._with(_calibrate(self.settings, self.path, sources, self._rate(false_positives), fit))
+        settings = CalibrateSettings(
+            model=model, data=data, fit=fit, bounds=bounds_of(self.settings).bounds, seed=seed
+        )
+        return self._with(_calibrate(self.settings, self.path, settings, self._rate(false_positives)))
 
     def calibrate_on(
         self,
@@ -244,36 +248,28 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
     which it was written, and what the radius of the query detector covers.
     """
     path = Path(settings.guard or "guard.yaml")
-    given = sources_at(settings)
-    bare = given.model.inference.model_copy(
-        update={"guard": None}
-    )  # the guard is calibrated on the model alone
-    sources, guard = replace(given, model=replace(given.model, inference=bare)), read_guard_settings(path)
+    guard = read_guard_settings(path)
     range_of_all(settings, "a guard")
     if "bounds" not in settings.model_fields_set:
-        low, high = bounds_of(guard).bounds
-        sources = replace(sources, inputs=sources.inputs.model_copy(update={"bounds": (low, high)}))
+        settings = settings.model_copy(update={"bounds": bounds_of(guard).bounds})
     rate = guard.false_positives if settings.false_positives is None else settings.false_positives
-    calibration, place = (
-        _calibrate(guard, path, sources, rate, settings.fit),
-        calibration_path(guard, path),
-    )
+    calibration, place = _calibrate(guard, path, settings, rate), calibration_path(guard, path)
     write_calibration(calibration, place)
     return calibration, place, coverage(guard, calibration)
 
 
 def _calibrate(
-    settings: GuardSettings, path: Path | None, sources: Sources, rate: float, fit: DataLike | None
+    guard: GuardSettings, path: Path | None, settings: CalibrateSettings, rate: float
 ) -> Calibration:
     """Open the model and the data, and calibrate the guard."""
-    subject = open_subject(sources)
-    examples = open_examples(sources, subject.model)
-    others = None if fit is None else open_examples(replace(sources, data=sources.beside(fit)), subject.model)
-    return _calibration(settings, path, subject, examples, others, rate, sources.seed)
-
-
-def _sources(settings: GuardSettings, model: ModelLike, data: DataLike, seed: int = 0) -> Sources:
-    return Sources(model_reference(model), data_reference(data), bounds_of(settings), seed=seed)
+    settings = settings.model_copy(update={"guard": None})  # the guard is calibrated on the model alone
+    subject = open_subject(settings)
+    examples = open_examples(settings, subject.model)
+    others = None
+    if settings.fit is not None:
+        fit = composed(CalibrateSettings, settings, beside(settings, settings.fit))
+        others = open_examples(fit, subject.model)
+    return _calibration(guard, path, subject, examples, others, rate, settings.seed)
 
 
 def _calibration(

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config import rotate_requests
-from holdfast.config.attacks import ThreatLike, threat_written
-from holdfast.config.groups import DataSource, ModelSource
+from holdfast.config.attacks import ThreatLike
 from holdfast.config.python_functions import verb_with
-from holdfast.config.references import DataReference, ModelReference, refuse_other_settings
 from holdfast.config.resolve import folder_of
-from holdfast.config.settings import RotateSettings, canonical_settings, check_settings, given
+from holdfast.config.settings import canonical_settings, given
+from holdfast.config.verb_settings import DataReference, ModelReference, RotateSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
@@ -89,30 +88,10 @@ def collect(
             "fit is a result of open_data, and a pool stores its address only; give the address, whose columns and "
             "arrays have the names of those of the data"
         )
-    if isinstance(model, ModelReference):
-        field_names = (name for name in ModelSource.model_fields if name != "model")
-        refuse_other_settings(model, "a model that is trained", *field_names)
-    checked = check_settings(
-        given(
-            **settings,
-            threat=threat_written(threat, "rotate.collect(): threat"),
-            source=source,
-            recipe=recipe,
-            fit=None if fit is None else _address("fit", fit),
-        ),
-        "rotate.collect()",
-        kind=RotateSettings,
-    )
-    model_source = model.source if isinstance(model, ModelReference) else ModelSource()
-    data_source = data.source if isinstance(data, DataReference) else DataSource()
-    given_with = {
-        key: value
-        for source in (model_source, data_source)
-        for key, value in source
-        if key in source.model_fields_set
-    }
-    checked = checked.model_copy(
-        update={**given_with, "model": _address("model", model), "data": _address("data", data)}
+    for name, given_object in (("model", model), ("data", data), ("fit", fit or "")):
+        _refuse_object(name, given_object)
+    checked = RotateSettings(
+        **given(model=model, data=data, threat=threat, source=source, recipe=recipe, fit=fit, **settings)
     )
     path = path or new_folder("rotate", digest(canonical(canonical_settings(checked))))
     request = rotate_requests.collect_request(checked, path, resume=resume, expect_head=expect_head)
@@ -133,7 +112,7 @@ def train(
     `Inconclusive` if encoding and decoding costs more than 0.3 points of accuracy. `trust_code` permits the execution
     of the code that builds the pool's model.
     """
-    checked = check_settings(given(**settings), "rotate.train()", kind=RotateSettings)
+    checked = RotateSettings(**given(**settings))
     request = rotate_requests.train_request(_path(pool), checked, expect_head=expect_head)
     return training.train(request, notify=notify)
 
@@ -158,9 +137,7 @@ def draw(
     against examples computed on stolen sets; if there are none, on the serving set or the bases. `resume` continues the
     last draw with its settings.
     """
-    checked = check_settings(
-        given(**settings, immunise=_options(immunise=immunise)), "rotate.draw()", kind=RotateSettings
-    )
+    checked = RotateSettings(**given(**settings, immunise=_options(immunise=immunise)))
     request = rotate_requests.draw_request(
         _path(pool), checked, sets=sets, by=by, immunising=immunise is not False, resume=resume,
         expect_head=expect_head
@@ -183,7 +160,7 @@ def admit(
     reasons. `n_judged` is the number of held-out examples in the first measurement. The result contains the verdict on
     each set; its `exit_code` is 0 if a candidate was admitted and 4 if none was.
     """
-    checked = check_settings(given(**settings), "rotate.admit()", kind=RotateSettings)
+    checked = RotateSettings(**given(**settings))
     request = rotate_requests.admit_request(_path(pool), checked, expect_head=expect_head)
     return admission.admit(request, notify=notify, progress=progress)
 
@@ -244,9 +221,7 @@ def run(
     raises `Inconclusive` if no set is admitted and none waits. If `once` is True, it returns as soon as a set serves
     and enough sets wait. On the command line, this step also creates the pool.
     """
-    checked = check_settings(
-        given(**settings, immunise=_options(immunise=immunise)), "rotate.run()", kind=RotateSettings
-    )
+    checked = RotateSettings(**given(**settings, immunise=_options(immunise=immunise)))
     request = rotate_requests.resumed_run_request(
         checked, _path(pool), by=by, immunising=immunise is not False, once=once, expect_head=expect_head
     )  # fmt: skip
@@ -271,13 +246,13 @@ def _opened(pool: PoolLike, expect_head: str) -> Pool:
     return Pool.open(_path(pool), expect_head=expect_head)
 
 
-def _address(name: str, given: object) -> str:
-    """Return the address of a model or data. Raises `UsageError` for an object; its message states how to give an
-    address.
-    """
-    address = given.given if isinstance(given, ModelReference | DataReference) else given
+def _refuse_object(name: str, given_object: object) -> None:
+    """Raise `UsageError` for a model or data given as an object; its message states how to give an address."""
+    address = given_object
+    if isinstance(given_object, ModelReference | DataReference):
+        address = getattr(given_object, name)
     if isinstance(address, str | Path):
-        return str(address)
+        return
     example = (
         "a function in a file that returns it, as in net.py:make, or a file such as weights.safetensors"
         if name == "model"

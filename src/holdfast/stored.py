@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-from holdfast.core.errors import UsageError
-from holdfast.core.evidence import Evidence
-from holdfast.core.names import kind_of
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 from holdfast.verbs.result import Result
 from holdfast.verbs.stored_runs import Comparison, open_run, refuse_false
 
-__all__ = ["baseline_evidence", "compare", "report", "verify"]
+__all__ = ["compare", "report", "verify"]
 
 
 def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
@@ -32,15 +29,6 @@ def verify(run: str | Path) -> Verified:
     verified = verify_folder(Path(run))
     refuse_false(Path(run))
     return verified
-
-
-def baseline_evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:
-    """Return the evidence of a baseline: of a result, or of the folder of a finished run; None if there is none."""
-    if run is None or isinstance(run, Evidence):
-        return run
-    if not isinstance(run, Result | str | Path):
-        raise UsageError(f"baseline is {kind_of(run)}; give a result, or the folder of a run")
-    return _result(run).evidence
 
 
 def _result(run: Result | str | Path) -> Result:

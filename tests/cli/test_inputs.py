@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from holdfast.cli.app import run
-from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings, check_settings
+from holdfast.config.verb_settings import Assess, Harden, RotateSettings, check_settings
 from holdfast.sources.data import open_data
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -103,8 +103,8 @@ def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
     assert float(first.examples.train.x.min()) == 0
 
 
-@pytest.mark.parametrize("kind", [AssessSettings, HardenSettings, RotateSettings])
-def test_a_mean_and_a_deviation_are_read_in_every_form(kind: type[AssessSettings]) -> None:
+@pytest.mark.parametrize("kind", [Assess, Harden, RotateSettings])
+def test_a_mean_and_a_deviation_are_read_in_every_form(kind: type[Assess]) -> None:
     forms = ["0.5/0.25", (0.5, 0.25), [[0.5], [0.25]], ((0.5,), (0.25,)), (np.array([0.5]), np.array([0.25]))]
     for form in forms:
         assert check_settings({"data_normalised": form}, "", kind=kind).data_normalised == (

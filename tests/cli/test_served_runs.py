@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.api import assess, open_model
+from holdfast import assess, open_model
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost, UsageError
 from servers import Server, examples

@@ -7,7 +7,8 @@ from torch import nn
 
 from holdfast.config.grammar import parse_pairs
 from holdfast.config.recipes import _checked, build_recipe, built, candidates, settings_of
-from holdfast.config.settings import HardenSettings, read_settings
+from holdfast.config.settings import read_settings
+from holdfast.config.verb_settings import Harden
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.ops.fit import Training
@@ -17,7 +18,7 @@ from holdfast.sources.cards import trained_by
 
 
 def told(*sets):
-    return build_recipe(read_settings(None, {}, ["recipe.use=multi-norm", *sets], kind=HardenSettings).recipe)
+    return build_recipe(read_settings(None, {}, ["recipe.use=multi-norm", *sets], kind=Harden).recipe)
 
 
 def test_constraints_are_named_as_threats_are_in_a_flag_and_in_a_list(tmp_path):
@@ -25,7 +26,7 @@ def test_constraints_are_named_as_threats_are_in_a_flag_and_in_a_list(tmp_path):
     assert told("recipe.others=l2:1.5,l1:10", "recipe.method=max") == expected
     file = tmp_path / "holdfast.yaml"
     file.write_text("harden:\n  recipe: {use: multi-norm, method: max, others: ['l2:3/2', 'l1:10']}\n")
-    assert build_recipe(read_settings(file, {}, kind=HardenSettings).recipe) == expected
+    assert build_recipe(read_settings(file, {}, kind=Harden).recipe) == expected
     assert told("recipe.others=l2:1.5").others == (L2(1.5),)
     assert told("recipe.others=[linf:8/255, l1:3]").others == (Linf(8 / 255), L1(3.0))
 

@@ -13,13 +13,13 @@ from holdfast import attacks
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.schema import settings_schema
-from holdfast.config.settings import VERBS, keys_of
 from holdfast.config.starting import DEMO, init, validate
+from holdfast.config.verb_settings import VERBS
 from holdfast.core.catalogue import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "reference" / "holdfast.schema.json"
-ALL_KEYS = {key for kind in VERBS.values() for key in keys_of(kind)}
+ALL_KEYS = {key for kind in VERBS.values() for key in kind.model_fields}
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
@@ -54,7 +54,7 @@ def test_it_is_a_schema_and_holds_every_key_attack_and_recipe():
     assert set(content["properties"]) == {*ALL_KEYS, *VERBS} - {*CONSENT}
     for verb, kind in VERBS.items():
         (section, _) = content["properties"][verb]["anyOf"]
-        assert set(section["properties"]) == set(keys_of(kind)) - {*CONSENT}
+        assert set(section["properties"]) == set(kind.model_fields) - {*CONSENT}
     tags = [attack["properties"]["use"]["const"] for attack in content["$defs"]["attack"]["oneOf"]]
     assert sorted(tags) == sorted(attacks.__all__)
     recipes = [recipe["properties"]["use"]["const"] for recipe in content["$defs"]["recipe"]["oneOf"]]

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.config.grammar import parse_threat
-from holdfast.config.references import Sources, data_reference, model_reference
 from holdfast.config.resolve import open_subject
-from holdfast.config.settings import AssessSettings, check_settings
+from holdfast.config.verb_settings import Assess
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.units import Units, of_values
@@ -163,11 +161,8 @@ def test_contents_of_files_are_part_of_the_identity_of_a_run(tmp_path: Path):
         path.write_text(
             json.dumps(ends_by_place(dict(enumerate(zip(LOW, (highest, *HIGH[1:]), strict=True)))))
         )
-        inputs = check_settings({"bounds": f"@{path}"}, "", kind=AssessSettings)
-        sources = Sources(
-            model_reference(network()), data_reference((X, Y)), inputs, unit=parse_threat(threat).unit
-        )
-        digests.add(open_subject(sources).digest)
+        settings = Assess(model=network(), data=(X, Y), threat=threat, bounds=f"@{path}")
+        digests.add(open_subject(settings).digest)
     assert len(digests) == 3
 
 

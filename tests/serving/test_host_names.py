@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from holdfast.config.references import ModelReference
 from holdfast.config.serving import server_setup
-from holdfast.config.settings import ServeSettings, check_settings
+from holdfast.config.verb_settings import ServeSettings
 from holdfast.core.errors import UsageError
 from holdfast.serving.admin import admin_application
 from holdfast.serving.host_names import HostNames
@@ -79,8 +78,7 @@ def test_both_ports_refuse_other_names():
 
 
 def setup(**settings):
-    prepared = check_settings(settings, "serve()", kind=ServeSettings)
-    return server_setup(prepared, ModelReference("mnist-cnn"))
+    return server_setup(ServeSettings(model="mnist-cnn", **settings))
 
 
 def test_the_names_follow_from_the_addresses_and_from_the_setting(tmp_path):

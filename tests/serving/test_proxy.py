@@ -18,9 +18,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
-from holdfast.config.references import ModelReference
 from holdfast.config.serving import server_setup
-from holdfast.config.settings import ServeSettings, check_settings
+from holdfast.config.verb_settings import ServeSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.answering import Answerer, Job, ServedSet
 from holdfast.serving.audit_folder import verify_audit
@@ -409,8 +408,7 @@ def setup(tmp_path, url, *, rules="{range: {}}", dtype="float64", outputs="proba
     guard = tmp_path / "guard.yaml"
     guard.write_text(GUARD.format(features=FEATURES, dtype=dtype, outputs=outputs, rules=rules))
     values = {"proxy": url, "guard": str(guard), "port": 0, "admin_port": 0, **settings}
-    prepared = check_settings(values, "serve()", kind=ServeSettings)
-    return server_setup(prepared, ModelReference(None))
+    return server_setup(ServeSettings(**values))
 
 
 def test_the_guard_is_compared_with_the_upstream_model(tmp_path):

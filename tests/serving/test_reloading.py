@@ -16,12 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import holdfast
-from holdfast.config.groups import ModelSource
 from holdfast.config.guard_opening import guard_digest
 from holdfast.config.guard_settings import read_guard_settings
-from holdfast.config.references import ModelReference
 from holdfast.config.serving import server_setup
-from holdfast.config.settings import ServeSettings, check_settings, part
+from holdfast.config.verb_settings import ServeSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.serving import signals
@@ -59,8 +57,7 @@ def prepared(tmp_path, **settings):
         "input_shape": [FEATURES],
         **settings,
     }
-    checked = check_settings(values, "serve()", kind=ServeSettings)
-    return server_setup(checked, ModelReference(str(file), part(checked, ModelSource))), file
+    return server_setup(ServeSettings(**values)), file
 
 
 def test_the_guard_states_the_shape_of_the_inputs(tmp_path):

@@ -7,10 +7,8 @@ import pytest
 
 import holdfast
 from holdfast.config.expecting import expected
-from holdfast.config.groups import DataSource
-from holdfast.config.references import DataReference
-from holdfast.config.resolve import open_object, open_subject, sources_given
-from holdfast.config.settings import AssessSettings
+from holdfast.config.resolve import open_object, open_subject
+from holdfast.config.verb_settings import Assess, DataReference
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.arrays import Choice
 from holdfast.sources.data import open_data
@@ -79,8 +77,8 @@ def test_bad_frames_are_refused() -> None:
 
 def test_a_split_of_other_examples_in_a_frame_is_used() -> None:
     table = frame([0, 1, 1, 0, 0, 1])
-    sources = sources_given(lambda x: x, "mnist-mini", AssessSettings())
+    sources = Assess(model=lambda x: x, data="mnist-mini")
     model = open_subject(sources).model
     for split, count in (("train", 2), ("test", 4)):
-        data = DataReference(table, DataSource(label="label", split=split))
+        data = DataReference(data=table, label="label", split=split)
         assert len(open_object(data, expected(sources, model, data))) == count

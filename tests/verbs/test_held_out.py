@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.config.hardening import open_for_hardening
-from holdfast.config.resolve import sources_given
-from holdfast.config.settings import HardenSettings, check_settings
+from holdfast.config.verb_settings import Harden
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -188,9 +186,7 @@ def test_judged_examples_are_drawn_by_the_seed_where_nobody_says_which(tmp_path)
     path = sorted_file(tmp_path)
 
     def judged(**more):
-        settings = check_settings(more, "", kind=HardenSettings)
-        sources = sources_given(fakes.network(), path, settings)
-        return open_for_hardening(sources, None, None)[2].read(0, 3_000)
+        return Harden(model=fakes.network(), data=path, **more).open()[2].read(0, 3_000)
 
     drawn = judged()
     assert len(drawn) == 1_000 and set(drawn.y.tolist()) == {0, 1, 2, 3}
@@ -203,7 +199,7 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
     csv.write_text("a,b\n1,0\n")
 
     def asked(fit):
-        return open_for_hardening(sources_given(fakes.network(), path, HardenSettings()), fit, None)
+        return Harden(model=fakes.network(), data=path, fit=fit).open()
 
     with pytest.raises(UsageError, match="label"):
         asked(str(csv))
@@ -211,7 +207,7 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
     np.savez(whole, x=np.load(path)["x_train"], y=np.load(path)["y_train"])
     assert len(asked(str(whole))[1]) == 3_000
     with pytest.raises(UsageError, match="has no train split to train on"):
-        open_for_hardening(sources_given(fakes.network(), whole, HardenSettings()), None, None)
+        Harden(model=fakes.network(), data=whole).open()
 
 
 def test_a_zero_of_the_other_sign_is_the_same_input():

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast import api
+import holdfast
 from holdfast.config import rotating
-from holdfast.config.resolve import open_all, open_subject, sources_at
-from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
+from holdfast.config.resolve import open_subject
+from holdfast.config.verb_settings import Assess, RotateSettings, check_settings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -121,11 +121,11 @@ def settings(pool, data, **changes):
         "model": f"rotating:{pool.path}", "data": f"{data}/test.npz", "threat": "linf:0.1", "n": 24,
         "attacks": [{"use": "PGD", "steps": 5}], "trust_code": True,
     }  # fmt: skip
-    return check_settings({**said, **changes}, "test", kind=AssessSettings)
+    return check_settings({**said, **changes}, "test", kind=Assess)
 
 
 def subject_of(settings):
-    return open_subject(sources_at(settings), adaptive=settings.adaptive)
+    return open_subject(settings, adaptive=settings.adaptive)
 
 
 # --- the address
@@ -185,7 +185,7 @@ def serving_at(path):
 def test_a_pool_is_no_surrogate(serving, collected):
     of = settings(serving, collected[0], surrogates=[{"model": f"rotating:{serving.path}"}])
     with pytest.raises(UsageError, match="can only be the model of an assessment"):
-        open_all(sources_at(of), of.surrogates)
+        of.open()
 
 
 # --- the table
@@ -206,7 +206,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     serving.expose(contents.bases(serving)[1], "laptop stolen")
     of = settings(serving, collected[0], adaptive=True)
     run = tmp_path / "run"
-    result = api.carry_out(of, run=run)
+    result = of.run(run)
     found = result.summary()["rotation"]
     assert [row["attacker"] for row in found["rows"]] == list(ATTACKERS)
     assert [row["alternative"] for row in found["alternatives"]] == list(INSTEAD)
@@ -228,7 +228,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     for suffix in ("html", "md"):
         text = result.write(tmp_path / f"report.{suffix}").read_text()
         assert "A1u has one unlisted set" in text and "weight noise" in text
-    again = api.carry_out(of, run=run, resume=True)
+    again = of.run(run, resume=True)
     assert len(quick) == 1 and again.summary()["rotation"] == found
     assert open_run(run).summary()["rotation"] == found
     assert open_run(run).doubts == result.doubts
@@ -262,13 +262,13 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     of = settings(serving, collected[0], adaptive=True)
     monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        api.carry_out(of, run=tmp_path / "run")
+        of.run(tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert [row["attacker"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
     monkeypatch.undo()
     monkeypatch.setattr(attackers, "AttackerTable", partial(AttackerTable, means=MEANS))
     monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
-    api.carry_out(of, run=tmp_path / "run", resume=True)
+    of.run(tmp_path / "run", resume=True)
     after = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert after["complete"] and after["rows"][0]["share"] == before["rows"][0]["share"]
 
@@ -281,11 +281,11 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving.expose(first, "laptop stolen")
     monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        api.carry_out(of, run=run)
+        of.run(run)
     monkeypatch.undo()
     monkeypatch.setattr(attackers, "AttackerTable", partial(AttackerTable, means=MEANS))
     serving.expose(second, "another stolen")
-    rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
+    rows = of.run(run, resume=True).summary()["rotation"]["rows"]
     by = {row["attacker"]: row["has"] for row in rows}
     assert (
         by["A1"] == "one of 2 stolen sets, the one with the highest success rate"
@@ -294,8 +294,8 @@ def test_rows_from_before_something_leaked_are_measured_anew(
 
 
 def test_without_adaptive_there_is_no_table(serving, collected, quick):
-    result = api.assess(
-        api.open_model(f"rotating:{serving.path}", trust_code=True),
+    result = holdfast.assess(
+        holdfast.open_model(f"rotating:{serving.path}", trust_code=True),
         f"{collected[0]}/test.npz",
         "linf:0.1",
         n=8,
@@ -312,7 +312,7 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     serving.expose(contents.bases(serving)[0], "laptop stolen")
     serving.serve(serving.ahead[-1], unjudged=True)
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")
-    summary = api.carry_out(of, run=None).summary()
+    summary = of.run().summary()
     by = {row["attacker"]: row for row in summary["rotation"]["rows"]}
     assert by["A1"]["effect"] == "not affected"
     assert summary["rotation"]["conclusion"].startswith("no protection: an attack on one stolen set breaks")
@@ -321,7 +321,7 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
 
 def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick):
     of = settings(serving, collected[0], adaptive=True, threat="l0:3", attacks=None, suite="fast", n=4)
-    summary = api.carry_out(of, run=None).summary()
+    summary = of.run().summary()
     assert summary["rotation"] is None
     assert any("needs an eps under Linf, L2 or L1" in note for note in summary["notes"])
 
@@ -329,7 +329,7 @@ def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick
 def test_a_white_box_is_one_whatever_the_suite_was_let_see(serving, collected, quick):
     spec = [{"use": "Square", "queries": 2}]
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.1,access=scores", attacks=spec)
-    result = api.carry_out(of, run=None)
+    result = of.run()
     by = {row["attacker"]: row for row in result.summary()["rotation"]["rows"]}
     assert by["A5"]["attack"] == "MI"
     assert by["A5"]["share"]["value"] > result.metrics["attack_success_rate"].value

@@ -5,13 +5,14 @@ import torch
 
 import holdfast
 from holdfast.config.hardening import _with_unlabelled
-from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.core.batch import UNLABELLED
 from holdfast.core.errors import UsageError
 from holdfast.testing import fakes
 from holdfast.verbs.held_out import split_of
 
-SOURCES = Sources(ModelReference(None), DataReference(None))
+
+def with_unlabelled(batch, unlabelled, model):
+    return _with_unlabelled(batch, holdfast.Harden(unlabelled=unlabelled), model)
 
 
 def blank(n, every):
@@ -38,17 +39,17 @@ def test_unlabelled_examples_come_behind_with_ids_of_their_own(tmp_path, monkeyp
     file = tmp_path / "more.npz"
     np.savez(file, x_train=images, y_train=np.zeros(30, "int64"), x_test=images, y_test=np.zeros(30, "int64"))
     data = fakes.labelled(fakes.network(), fakes.examples(n=26))
-    both = _with_unlabelled(data, str(file), SOURCES, fakes.network(shape=(3, 4, 4)))
+    both = with_unlabelled(data, str(file), fakes.network(shape=(3, 4, 4)))
     assert len(both) == len(set(both.ids.tolist())) == 56
     assert torch.equal(both.y[:26], data.y)
     assert (both.y[26:] == UNLABELLED).all()
     torch.testing.assert_close(both.x[26:], torch.from_numpy(images).double())
     for given in (images, torch.from_numpy(images), (images, np.ones(30, "int64"))):
-        again = _with_unlabelled(data, given, SOURCES, fakes.network(shape=(3, 4, 4)))
+        again = with_unlabelled(data, given, fakes.network(shape=(3, 4, 4)))
         assert torch.equal(again.x, both.x) and torch.equal(again.y, both.y)
     other = fakes.labelled(fakes.network(shape=(5,)), fakes.examples(n=26, shape=(5,)))
     with pytest.raises(UsageError, match=r"have shape \(3, 4, 4\), and the labelled ones \(5,\)"):
-        _with_unlabelled(other, str(file), SOURCES, fakes.network(shape=(3, 4, 4)))
+        with_unlabelled(other, str(file), fakes.network(shape=(3, 4, 4)))
 
 
 def test_unlabelled_examples_in_hand_are_trained_on_beside_data_in_hand():

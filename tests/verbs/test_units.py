@@ -52,13 +52,11 @@ def test_the_verdict_on_normalised_data_is_that_on_the_pixels(pixels, kind):
 
 
 def test_the_gradient_goes_through_the_normalisation(pixels):
-    from holdfast.config.resolve import open_subject, sources_given
-    from holdfast.config.settings import AssessSettings, check_settings
+    from holdfast.config.resolve import open_subject
 
     x, y = pixels
-    declared = {"data_normalised": "0.49,0.48,0.45/0.25,0.24,0.26"}
-    settings = check_settings(declared, "", kind=AssessSettings)
-    model = open_subject(sources_given(net(), pixels, settings)).model
+    settings = holdfast.Assess(model=net(), data=pixels, data_normalised="0.49,0.48,0.45/0.25,0.24,0.26")
+    model = open_subject(settings).model
     expected = Expected(normalised=Normalisation(MEAN, STD))
     restored = as_data((normalised(x), y), expected=expected).read(0, len(x)).x.requires_grad_()
     raw = x.clone().requires_grad_()

@@ -102,7 +102,7 @@ class Smoothing:
         """Return the error for a threat that is no ball of L2."""
         message = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only"
         if not isinstance(constraint, (Linf, L1)):
-            return UsageError(message, Remedy("threat", "l2:0.5"))
+            return UsageError(f"{message}; give a radius, as in l2:0.5")
         features = sample.x[:1].numel()
         contains = (
             f", whose ball contains that of {constraint.name}:{constraint.eps:g} with {features} features"

@@ -198,7 +198,7 @@ def _verbs_with(error: click.ClickException) -> str:
     if not isinstance(error, click.NoSuchOption):
         return ""
     from holdfast.cli.setting_options import flag_names
-    from holdfast.config.settings import VERBS
+    from holdfast.config.verb_settings import VERBS
 
     name = error.option_name
     names = {name, f"--{name.removeprefix('--no-')}"}

@@ -26,20 +26,10 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
-from holdfast.config.settings import (
-    AssessSettings,
-    CertifySettings,
-    HardenSettings,
-    OpeningSettings,
-    S,
-    keys_of,
-    part,
-    read_settings,
-)
-from holdfast.config.suites import refuse_uncertifiable
+from holdfast.config.settings import S, read_settings
 from holdfast.config.values import SurrogateSettings
+from holdfast.config.verb_settings import Assess, Certify, Harden, Opening, ServeSettings, part
 from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
@@ -48,7 +38,7 @@ from holdfast.store.files import refuse_no_run
 _CONFIG = "holdfast.yaml"
 """Default name of the file that `holdfast init` writes."""
 
-V = TypeVar("V", bound=OpeningSettings)
+V = TypeVar("V", bound=Opening)
 
 
 def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
@@ -66,18 +56,15 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
         refuse_missing_file(address)
     config = flags.get("config")
     settings: V = settings_of_flags(flags, cast(Any, kind))
-    if config and not settings.trust_code:
-        _refuse_code_of_config(settings, flags)
+    refuse_code_of_config(settings, flags)
     if config:
         _refuse_hosts_of_config(part(settings, InferenceSource), flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, CertifySettings) or (isinstance(settings, AssessSettings) and settings.certify):
-        refuse_uncertifiable(settings.threat)
-    if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
-        refuse_unusable_cluster(settings, settings.model)
-    if isinstance(settings, AssessSettings | CertifySettings):
+    if isinstance(settings, Assess | Certify | Harden):
+        settings.refuse_unusable_cluster(settings.workers, settings.model)
+    if isinstance(settings, Assess | Certify):
         refuse_reports(settings.output)
-    if isinstance(settings, HardenSettings):
+    if isinstance(settings, Harden):
         refuse_reports(_report_files(settings.output))
     return settings
 
@@ -92,7 +79,7 @@ def settings_of_flags(flags: dict[str, Any], kind: type[S]) -> S:
         if key in ("config", "sets"):
             continue
         if isinstance(value, tuple):
-            pairs = key in names and is_mapping(keys_of(kind)[key])
+            pairs = key in names and is_mapping(kind.model_fields[key])
             value = (parse_pairs(value, names[key]) if pairs else list(value)) or None
         content[key] = value
     config = flags.get("config")
@@ -114,11 +101,11 @@ def _report_files(outputs: Iterable[str]) -> list[str]:
     return files
 
 
-def _surrogates(settings: OpeningSettings) -> list[SurrogateSettings]:
-    return settings.surrogates if isinstance(settings, AssessSettings | HardenSettings) else []
+def _surrogates(settings: Opening | ServeSettings) -> list[SurrogateSettings]:
+    return settings.surrogates if isinstance(settings, Assess | Harden) else []
 
 
-def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
+def _refuse_targets(settings: Opening, config: str | None) -> None:
     command = click.get_current_context().command_path
     example = f"{command} mnist-cnn mnist-mini"
     if config is None and Path(_CONFIG).is_file():
@@ -132,18 +119,15 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
     for address in (str(model), *(surrogate.model for surrogate in _surrogates(settings))):
         refuse_unknown_model(address)
-    if isinstance(settings, HardenSettings):
+    if isinstance(settings, Harden):
         refuse_server_to_train(str(model))
-    if isinstance(settings, CertifySettings) and settings.method != SMOOTHING:
+    if isinstance(settings, Certify) and settings.method != SMOOTHING:
         refuse_server_to_certify(str(model), settings.threat)
     refuse_foreign_server(str(model), part(settings, InferenceSource).allow_hosts)
-    across = settings.across if isinstance(settings, AssessSettings) else ()
+    across = settings.across if isinstance(settings, Assess) else ()
     for address in (str(data), *across):
         refuse_unknown_data(address)
-    if (
-        isinstance(settings, AssessSettings | CertifySettings | HardenSettings)
-        and settings.baseline is not None
-    ):
+    if isinstance(settings, Assess | Certify | Harden) and settings.baseline is not None:
         refuse_no_run(Path(settings.baseline))
 
 
@@ -160,7 +144,10 @@ def _refuse_bare_resume(run: Path) -> None:
         )
 
 
-def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> None:
+def refuse_code_of_config(settings: Opening | ServeSettings, flags: dict[str, Any]) -> None:
+    """Raise `UsageError` if a configuration file names code that the command line does not name."""
+    if not flags.get("config") or settings.trust_code:
+        return
     for name, value in (("model", settings.model), ("arch", settings.arch)):
         # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:
@@ -232,21 +219,22 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 @click.command(short_help="measure how robust a model is", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("assess"))
 @click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
-@offered(*options_of(AssessSettings), *SETTING)
+@offered(*options_of(Assess), *SETTING)
 @with_voice
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """Run or resume an assessment of MODEL on DATA, or estimate its cost."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
-    settings = settings_from(flags, AssessSettings)
+    settings = settings_from(flags, Assess)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.cli.running import command_line, dry_run_of, folder_of_run, measured_run
+    from holdfast.cli.running import finished_run, tell
 
     if dry_run:
-        return dry_run_of(settings, voice)
-    command, folder = command_line(), folder_of_run("assess", settings, run)
-    if resume and not (folder.is_dir() and any(folder.iterdir())):
-        voice.say(
-            f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
-        )
-    return measured_run(settings, voice, command, folder, resume=resume)
+        estimate = settings.estimate()
+        click.echo(estimate)
+        for note in estimate.notes:
+            voice.say(note)
+        return 0
+    with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
+        tell(result, settings.output, voice, folder=folder)
+    return int(result.exit_code)

@@ -7,7 +7,7 @@ import click
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
-from holdfast.config.settings import CalibrateSettings
+from holdfast.config.verb_settings import CalibrateSettings
 
 
 @click.command(short_help="set the thresholds of a guard from benign inputs")

@@ -13,7 +13,7 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.config.settings import CertifySettings
+from holdfast.config.verb_settings import Certify
 
 _HELP = """\
 Prove for each example of DATA that no input of the threat model changes the prediction of MODEL, or find one that does.
@@ -33,13 +33,14 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 
 @click.command(short_help="prove how robust a model is", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("certify"))
-@offered(*options_of(CertifySettings), *SETTING)
+@offered(*options_of(Certify), *SETTING)
 @with_voice
 def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Run or resume a certification of MODEL on DATA."""
-    settings = settings_from(flags, CertifySettings)
+    settings = settings_from(flags, Certify)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.cli.running import command_line, folder_of_run, measured_run
+    from holdfast.cli.running import finished_run, tell
 
-    command, folder = command_line(), folder_of_run("certify", settings, run)
-    return measured_run(settings, voice, command, folder, resume=resume)
+    with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
+        tell(result, settings.output, voice, folder=folder)
+    return int(result.exit_code)

@@ -1,13 +1,13 @@
 """Types of options and arguments for completion by the shell. They do not validate values, and do not import torch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from holdfast.cli.early import bundled
-from holdfast.config.grammar import Norm
+from holdfast.config.grammar import FORMS
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import every_name
 from holdfast.core.catalogue import ATTACKS, PROVERS, RECIPES
@@ -63,4 +63,4 @@ RECIPE = Completed(lambda: [AUTO, *RECIPES])
 METHOD = Completed(lambda: [AUTO, *PROVERS])
 SETS_RECIPE = Completed(lambda: [CARD, *RECIPES])
 SOURCE = Completed(lambda: list(SOURCES))
-THREAT = Completed(lambda: [f"{norm}:" for norm in get_args(Norm)])
+THREAT = Completed(lambda: [f"{name}:" for name in FORMS])

@@ -7,26 +7,24 @@ import click
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
-from holdfast.config.settings import DoctorSettings
+from holdfast.config.verb_settings import Doctor
 from holdfast.core.names import line
 
 _COLOURS = {"problem": "red", "warning": "yellow", "good": "green"}
 
 
 @click.command(short_help="find common mistakes before a long run")
-@offered(*MODEL_AND_DATA, *options_of(DoctorSettings), *SETTING)
+@offered(*MODEL_AND_DATA, *options_of(Doctor), *SETTING)
 @with_voice
 def doctor(voice: Voice, **flags: Any) -> int:
     """Find common mistakes in MODEL and DATA: scale, normalisation, layout, labels, outputs, randomness, gradients.
 
     Exit code 0 if no problem is found, 3 if one is found.
     """
-    settings = settings_from(flags, DoctorSettings)
+    settings = settings_from(flags, Doctor)
     from rich.text import Text
 
-    from holdfast.api import look_over
-
-    findings = look_over(settings)
+    findings = settings.run()
     console = voice.console()
     for finding in findings:
         if finding.level == "good" and voice.quiet:

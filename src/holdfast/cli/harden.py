@@ -14,7 +14,7 @@ from holdfast.cli.setting_options import (
     run_options,
     with_named_parts,
 )
-from holdfast.config.settings import HardenSettings
+from holdfast.config.verb_settings import Harden
 
 _HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
@@ -29,43 +29,30 @@ DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
 
 @click.command(short_help="train a new model that is more robust", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("harden"))
-@offered(*options_of(HardenSettings), *SETTING)
+@offered(*options_of(Harden), *SETTING)
 @with_voice
 def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Train a new model with the settings of the flags, or resume such a run, and assess both models."""
-    settings = settings_from(with_named_parts(flags), HardenSettings)
+    settings = settings_from(with_named_parts(flags), Harden)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.api import carry_out_hardening
-    from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
+    from holdfast.cli.running import command_line, finished_run, folder_of_run, tell
     from holdfast.config.grammar import is_folder
     from holdfast.core.names import line
-    from holdfast.engine.progress import ignore
-    from holdfast.engine.resuming import way_out
-    from holdfast.engine.signals import stoppable
     from holdfast.ops import distributed
 
-    command, folder = command_line(), folder_of_run("harden", settings, run)
     if not distributed.first():  # other processes train too, and only the first reports
-        carry_out_hardening(settings, run=folder, resume=resume, command=command)
+        settings.run(folder_of_run(settings, run), resume=resume, command=command_line())
         return 0
-    with stoppable(way_out(command, folder)):
-        with progress_bar(voice) as progress:
-            hardened = carry_out_hardening(
-                settings,
-                run=folder,
-                resume=resume,
-                progress=progress,
-                notify=voice.say,
-                detail=voice.say if voice.verbose else ignore,
-                command=command,
-            )
-        outputs, place = settings.output, folder
+    with finished_run(settings, voice, run=run, resume=resume) as (hardened, place):
+        outputs = settings.output
+        files = [output for output in outputs if not is_folder(output)]
+        folder = place
         for output in filter(is_folder, outputs):
             place = hardened.write(output)
             voice.say(f"model: {place}")
-        tell(hardened.after, [output for output in outputs if not is_folder(output)], voice, folder=folder)
+        tell(hardened.after, files, voice, folder=folder)
     for note in hardened.notes:
         voice.say(f"note: {note}")
     click.echo(line(str(hardened)), err=True)
     voice.say(f"assess the new model with: {line(hardened.opened_by(place))}")
-    return hardened.after.exit_code
+    return int(hardened.after.exit_code)

@@ -8,7 +8,7 @@ import click
 from holdfast.cli.assess import settings_from, settings_of_flags
 from holdfast.cli.options import Group, Voice, expecting_head, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
-from holdfast.config.settings import RotateSettings
+from holdfast.config.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 

@@ -10,11 +10,9 @@ import click
 from rich.table import Table
 
 from holdfast.cli.options import Voice
-from holdfast.cli.running import command_line, progress_bar
+from holdfast.cli.running import command_line, folder_of_run, progress_bar
 from holdfast.config import rotate_requests
-from holdfast.config.settings import RotateSettings, canonical_settings
-from holdfast.core.chain import canonical as as_bytes
-from holdfast.core.chain import digest
+from holdfast.config.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.engine.resuming import way_out
@@ -32,7 +30,6 @@ from holdfast.verbs.rotate import status as pool_status
 from holdfast.verbs.rotate import swap as swapping
 from holdfast.verbs.rotate import train as training
 from holdfast.verbs.rotate.verdicts import Judged
-from holdfast.verbs.stored_runs import new_folder
 
 _STDOUT = "-"
 _AHEAD = 2
@@ -43,7 +40,7 @@ def collect(
     settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
 ) -> int:
     """Create a pool, train its first parameter sets, and store them encrypted. Return exit code 0."""
-    folder = _folder(settings, run)
+    folder = folder_of_run(settings, run)
     again = way_out(command_line(), folder)
     with stoppable(again), progress_bar(voice) as progress:
         request = rotate_requests.collect_request(settings, folder, resume=resume, expect_head=expect_head)
@@ -55,11 +52,6 @@ def collect(
     )
     voice.say(f"pool: {collected.pool.path}")
     return 0
-
-
-def _folder(settings: RotateSettings, run: str | None) -> Path:
-    """Return the folder `run`, or the path of a new folder whose name contains the digest of the settings."""
-    return Path(run) if run else new_folder("rotate", digest(as_bytes(canonical_settings(settings))))
 
 
 def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
@@ -137,7 +129,7 @@ def turn(
 
     If `once` is True, the function returns after the steps.
     """
-    folder = _folder(settings, run)
+    folder = folder_of_run(settings, run)
     again = way_out(command_line(), folder)
     with stoppable(again), progress_bar(voice) as progress:
         request = rotate_requests.run_request(

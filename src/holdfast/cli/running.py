@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
-from holdfast.api import carry_out, demo, exhibition
+from holdfast.api import demo, exhibition
 from holdfast.cli.options import Voice
-from holdfast.config.assess_inputs import rehearse, rehearse_served
-from holdfast.config.settings import AssessSettings, CertifySettings, VerbSettings, canonical_settings
+from holdfast.config.settings import canonical_settings
 from holdfast.config.starting import DEMO
+from holdfast.config.verb_settings import Assess, Certify, Harden, VerbSettings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
@@ -27,14 +27,11 @@ from holdfast.reports.markdown import markdown_document
 from holdfast.reports.notes import shown_notes
 from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
-from holdfast.reports.words import amount
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check_destination, write_exhibits
-from holdfast.sources.remote import SCHEMES
 from holdfast.verbs.exhibition import Exhibit
 from holdfast.verbs.result import Result
 from holdfast.verbs.stored_runs import new_folder
 
-_TRIED = 8  # number of examples that a dry run measures; the cost of the others is extrapolated
 _STDOUT = "-"
 
 
@@ -43,30 +40,36 @@ def command_line() -> str:
     return shlex.join(["holdfast", *sys.argv[1:]])
 
 
-def folder_of_run(verb: str, settings: VerbSettings, run: str | None) -> Path:
+def folder_of_run(settings: VerbSettings, run: str | None) -> Path:
     """Return the run folder that the user has given, or the path of a new one, named after the command and a digest of
     its settings.
     """
-    return Path(run) if run else new_folder(verb, digest(as_bytes(canonical_settings(settings))))
+    return Path(run) if run else new_folder(settings.verb, digest(as_bytes(canonical_settings(settings))))
 
 
-def measured_run(
-    settings: AssessSettings | CertifySettings, voice: Voice, command: str, folder: Path, *, resume: bool
-) -> int:
-    """Run or resume an assessment or a certification in a folder, report it, and return the exit code."""
-    with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
+@contextmanager
+def finished_run(
+    settings: Assess | Certify | Harden, voice: Voice, *, run: str | None, resume: bool
+) -> Iterator[tuple[Any, Path]]:
+    """Context manager that takes the steps of a run with a progress bar, and yields its result and its folder. A signal
+    ends the process with the command that resumes the run, also while the caller writes reports.
+    """
+    command, folder = command_line(), folder_of_run(settings, run)
+    if resume and not (folder.is_dir() and any(folder.iterdir())):
+        voice.say(
+            f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
+        )
+    with stoppable(way_out(command, folder)):
         with progress_bar(voice) as progress:
-            result = carry_out(
-                settings,
-                run=folder,
+            result = settings.run(
+                folder,
                 resume=resume,
                 progress=progress,
                 notify=voice.say,
                 detail=voice.say if voice.verbose else ignore,
                 command=command,
             )
-        tell(result, settings.output, voice, folder=folder)
-    return result.exit_code
+        yield result, folder
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:
@@ -183,44 +186,6 @@ def _lines(voice: Voice) -> Progress:
 def _texts(step: Step) -> dict[str, Any]:
     share = f"{step.surviving / step.seen:6.1%} robust" if step.seen else ""
     return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "surviving": share}
-
-
-def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
-    """Print the expected cost of an assessment, extrapolated from a few examples, and return the exit code of the
-    command.
-
-    For a served model, the cost is the number of rows that the run would send.
-    """
-    if (settings.model or "").partition(":")[0] in SCHEMES:
-        return _dry_run_served(settings, voice)
-    sample, n = rehearse(settings, _TRIED)
-    factor, cost = n / len(sample.evidence), sample.cost
-    click.echo(
-        f"{n:,} examples, {len(sample.attacks)} attacks: about {cost.forwards * factor:,.0f} forward passes, "
-        f"{cost.backwards * factor:,.0f} backward passes, {cost.cpu_s * factor:,.0f} s of CPU "
-        f"(measured on the first {len(sample.evidence)})"
-    )
-    voice.say("nothing was stored")
-    return 0
-
-
-def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
-    estimate = rehearse_served(settings)
-    click.echo(
-        f"{amount(estimate.n, 'examples')}, {amount(len(estimate.attacks), 'attacks')} "
-        f"({', '.join(estimate.attacks)}): {estimate.most.description}"
-    )
-    share = f"{estimate.right:,} of {amount(estimate.tried, 'clean examples')}"
-    if estimate.likely is not None:
-        click.echo(
-            f"if the share of correct examples is that of a trial ({share}): {estimate.likely.description}"
-        )
-    elif estimate.tried:
-        click.echo(f"attacks are run on correct examples only; in a trial {share} were correct")
-    if estimate.batches:
-        voice.say(f"note: {estimate.batches}; the rows that fill up a batch are counted")
-    voice.say(f"sent to the server for this estimate: {amount(estimate.sent, 'rows')}; nothing was stored")
-    return 0
 
 
 def run_gallery(place: Path | None, voice: Voice) -> int:

@@ -5,13 +5,13 @@ from typing import Any
 import click
 
 from holdfast.cli import completing
-from holdfast.cli.assess import settings_of_flags
+from holdfast.cli.assess import refuse_code_of_config, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_unknown_model
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import SETTING, options_of
-from holdfast.config.settings import ServeSettings
+from holdfast.config.verb_settings import ServeSettings
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import TRUST_CODE, Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy
 
 _HELP = """\
 Serve MODEL over HTTP in the Open Inference Protocol v2, until SIGTERM or Ctrl-C.
@@ -43,23 +43,10 @@ def serve(voice: Voice, **flags: Any) -> int:
             "MODEL is missing (what is to be served); try holdfast serve mnist-cnn",
             Remedy("proxy", Placeholder("URL")),
         )
-    _refuse_code_of_config(settings, flags)
+    refuse_code_of_config(settings, flags)
     if address is not None:
         refuse_unknown_model(address)
     from holdfast.deploying import carry_out_serving
 
     carry_out_serving(settings, voice.say)
     return 0
-
-
-def _refuse_code_of_config(settings: ServeSettings, flags: dict[str, Any]) -> None:
-    """Raise `UsageError` if a configuration file names code that the command line does not name."""
-    if not flags.get("config") or settings.trust_code:
-        return
-    for name, value in (("model", settings.model), ("arch", settings.arch)):
-        if value and ".py:" in value and flags.get(name) != value:
-            raise UsageError(
-                f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. Repeat the "
-                "address on the command line",
-                TRUST_CODE,
-            )

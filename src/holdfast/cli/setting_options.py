@@ -8,7 +8,8 @@ from pydantic.fields import FieldInfo
 
 from holdfast.cli import completing
 from holdfast.config.groups import Flag
-from holdfast.config.settings import VerbSettings, flag_of, keys_of
+from holdfast.config.settings import flag_of
+from holdfast.config.verb_settings import VerbSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 
@@ -69,7 +70,7 @@ def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple
     If `only` is given, options are returned for these keys only. Settings without a flag have no option.
     """
     options: list[Option] = []
-    for key, field in keys_of(kind).items():
+    for key, field in kind.model_fields.items():
         flag = flag_of(field)
         if flag is None or (only and key not in only):
             continue
@@ -83,7 +84,7 @@ def flag_names(kind: type[VerbSettings]) -> Mapping[str, str]:
     """
     return {
         key: flag.name or _long(key)
-        for key, field in keys_of(kind).items()
+        for key, field in kind.model_fields.items()
         if (flag := flag_of(field)) is not None
     }
 

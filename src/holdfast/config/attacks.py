@@ -12,18 +12,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
-from holdfast.config.grammar import ThreatSpec, did_you_mean, parse_number, parse_threat
+from holdfast.config.grammar import FORMS, ThreatSpec, did_you_mean, parse_number, parse_threat
 from holdfast.config.naming import GROUP
 from holdfast.config.spellings import attack_class_called
 from holdfast.config.wording import complaint, place
-from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
-from holdfast.core.corruptions import Corruptions
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
-from holdfast.core.names import is_size, limits_text, size_text, threat_text
-from holdfast.core.patches import Patch
+from holdfast.core.names import is_size, size_text, threat_text
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.ascent import Schedule, cosine, flat
 from holdfast.ops.losses import (
     Loss,
@@ -38,22 +35,12 @@ _FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
     Loss: (cross_entropy, dlr, margin_loss, probability_margin, scaled_cross_entropy),
     Schedule: (cosine, flat),
 }
-_LIMITED: dict[str, Callable[..., Constraint]] = {"patch": Patch, "spatial": Spatial, "colour": Colour}
 
 
 def threat_model(spec: ThreatSpec) -> ThreatModel:
     """Return the threat model for the parsed form of a text such as `linf:8/255`."""
-    if spec.norm == "corruptions":
-        return ThreatModel(Corruptions(int(spec.eps)), None, spec.access, spec.queries)
-    if spec.norm in _LIMITED:
-        return ThreatModel(_LIMITED[spec.norm](**spec.limits), spec.goal, spec.access, spec.queries)
-    constraints: dict[str, Constraint] = {
-        "linf": Linf(spec.eps),
-        "l2": L2(spec.eps),
-        "l1": L1(spec.eps),
-        "l0": L0(spec.eps, "pixel" if spec.pixels else "value"),
-    }
-    return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries, unit=spec.unit)
+    constraint: Constraint = FORMS[spec.norm].cls(**spec.arguments)
+    return ThreatModel(constraint, spec.goal, spec.access, spec.queries, unit=spec.unit)
 
 
 ThreatLike = str | Constraint | ThreatModel
@@ -70,7 +57,8 @@ def threat_written(threat: ThreatLike, where: str = "threat") -> str:
         return threat
     model = threat if isinstance(threat, ThreatModel) else None
     constraint = threat if model is None else model.constraint
-    if not isinstance(constraint, _WRITTEN):
+    form = FORMS.get(constraint.name) if isinstance(constraint, Constraint) else None
+    if form is None or not isinstance(constraint, Constraint):
         raise UsageError(
             f"{where} is {threat!r}; expected text as in linf:8/255, or a constraint as in holdfast.Linf(8/255)",
             *([Remedy("threat", f"linf:{size_text(threat)}")] if is_size(threat) else []),
@@ -81,24 +69,9 @@ def threat_written(threat: ThreatLike, where: str = "threat") -> str:
         raise UsageError(
             f"{where} contains surrogates; give them as a separate argument, as in surrogates=[net]"
         )
-    return threat_text(_text_with_size(constraint), model.goal, model.access, model.queries, model.unit)
-
-
-def _text_with_size(constraint: Constraint) -> str:
-    """Text of a constraint with its size in full precision."""
-    kind = constraint.name
-    if isinstance(constraint, Limited):
-        exact = {k: v if isinstance(v, str) else repr(v) for k, v in constraint.limits.items()}
-        return limits_text(kind, exact)
-    if isinstance(constraint, Corruptions):
-        return f"{kind}:{constraint.severity}"
-    if math.isinf(constraint.eps):
-        return kind
-    counted = "px" if isinstance(constraint, L0) and constraint.per == "pixel" else ""
-    return f"{kind}:{float(constraint.eps)!r}{counted}"
-
-
-_WRITTEN = (Linf, L2, L1, L0, Corruptions, Patch, Spatial, Colour)
+    value = form.written(constraint)
+    change = f"{constraint.name}:{value}" if value else constraint.name
+    return threat_text(change, model.goal, model.access, model.queries, model.unit)
 
 
 def constraints(value: Any, where: str) -> tuple[Constraint, ...]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from holdfast.config.grammar import did_you_mean
-from holdfast.config.groups import DataSource, InputSpace
-from holdfast.config.references import DataReference, Sources
+from holdfast.config.groups import DataSource, InferenceSource, InputSpace
 from holdfast.config.values import numbers_by_feature
+from holdfast.config.verb_settings import Opening, part
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -26,21 +26,20 @@ from holdfast.sources.probing import ProbedClassifier, settle_gradients, settle_
 from holdfast.verbs.request import Subject
 
 
-def declared(sources: Sources) -> Declared:
+def declared(settings: Opening) -> Declared:
     """Return the properties of the model's input and output that the settings declare. Input bounds are included only
     if the user gave them.
     """
-    source, inputs = sources.model.source, sources.inputs
     return Declared(
-        bounds_of_all(inputs) if "bounds" in inputs.model_fields_set else None,
-        inputs.mean,
-        inputs.std,
-        source.classes,
-        source.model_output,
-        class_names=source.class_names,
-        normalised=normalisation(inputs),
-        input_shape=sources.model.inference.input_shape,
-        input_name=sources.data.source.x,
+        bounds_of_all(settings) if "bounds" in settings.model_fields_set else None,
+        settings.mean,
+        settings.std,
+        settings.classes,
+        settings.model_output,
+        class_names=settings.class_names,
+        normalised=normalisation(settings),
+        input_shape=part(settings, InferenceSource).input_shape,
+        input_name=settings.x,
     )
 
 
@@ -164,37 +163,36 @@ def normalisation(inputs: InputSpace) -> Normalisation | None:
 
 
 def expected(
-    sources: Sources, model: Classifier, data: DataReference | None = None, *, lenient: bool = False
+    settings: Opening, model: Classifier, data: DataSource | None = None, *, lenient: bool = False
 ) -> Expected:
     """Return the properties that data must have to fit the model, such as bounds and number of classes, and options for
     reading the data.
 
     With `lenient`, data that do not fit the model are accepted as well.
     """
-    source = sources.model.source
-    names = source.class_names or model.class_names
+    names = settings.class_names or model.class_names
     return Expected(
         model.bounds,
         model.classes,
         None if names is None else tuple(names),
         model.class_labels,
         model.feature_names,
-        source.class_names is not None,
-        source.class_order,
-        (data or sources.data).source.layout,
-        normalisation(sources.inputs),
+        settings.class_names is not None,
+        settings.class_order,
+        (data or settings).layout,
+        normalisation(settings),
         model.units,
         ProbedClassifier(model),
         lenient,
     )
 
 
-def unlabelled(sources: Sources, model: Classifier, data: DataReference) -> Expected:
+def unlabelled(settings: Opening, model: Classifier, data: DataSource) -> Expected:
     """Return the properties that data must have to fit the model if only their inputs are used and their labels are
     not.
     """
     return replace(
-        expected(sources, model, data),
+        expected(settings, model, data),
         classes=None,
         class_names=None,
         class_labels=None,

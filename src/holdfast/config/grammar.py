@@ -10,36 +10,35 @@ norm for each feature.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed, threat_text
+from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
 
-Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
 Sees = Literal["none", "labels", "scores", "gradients"]
+Argument = float | str
 
 _MOVED = {"rotate": 180.0, "shift": math.inf, "scale": MOST_SCALED}  # a rotation by up to 180 degrees is any
-LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
-    "spatial": {**_MOVED, "flow": math.inf},
-    "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},
-}
-"""Image transformations that a threat model may allow, with the largest value of each."""
+_SPATIAL: Final[Mapping[str, float]] = {**_MOVED, "flow": math.inf}
+_COLOUR: Final[Mapping[str, float]] = {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0}
+"""Largest value of each image transformation that a threat model may allow."""
 
 SEEN: Final[Mapping[str, float]] = {
     **_MOVED,
     "perspective": 0.5,
-    **LIMITS["colour"],
+    **_COLOUR,
     "blur": 10.0,
     "noise": 1.0,
 }
 """Random transformations that may be applied to the inputs of a model, with the largest value of each."""
 
-_AS_IN = {"spatial": "spatial:rotate=30,shift=3", "colour": "colour:hue=18,saturation=0.3,brightness=0.2"}
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _SIZE = re.compile(
     r"\s*(norm=)?(?P<norm>linf|l2|l1|l0)?[=:,(\s]*(eps(ilon)?\s*[=:]\s*)?"
@@ -47,30 +46,56 @@ _SIZE = re.compile(
     re.IGNORECASE,
 )
 """pattern of an eps without a norm, or with another sign than a colon after the norm"""
+_PARTS = re.compile(r"""(?:"[^"]*"|'[^']*'|[^,\s])+""")
+"""pattern of the parts of a threat, which commas and spaces separate, except between quotes"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of threat models in text: `NAME:VALUE,ARGUMENT=VALUE`."""
+
+    constraint: str
+    """module and name of the class of its constraint, which is not imported before it is needed"""
+    value: Callable[[str, str], Mapping[str, Argument]] | None = None
+    """function that reads the text after the colon; its second argument is the whole text, for messages. The result
+    are arguments of the class. Without it, arguments follow the colon"""
+    arguments: Mapping[str, Callable[[str], Argument]] = field(default_factory=lambda: MappingProxyType({}))
+    """functions that read the values of further arguments, by name"""
+    written: Callable[[Any], str] = str
+    """function that returns the text after the colon for a constraint; empty for none"""
+    example: str = ""
+    """text of a threat, for messages"""
+    units: bool = False
+    """whether the size may be in a unit of each feature"""
+    aimed: bool = True
+    """whether the attacker may have a target class"""
+
+    @property
+    def cls(self) -> Callable[..., Any]:
+        """Class of the constraint."""
+        module, _, name = self.constraint.partition(":")
+        found: Callable[..., Any] = getattr(import_module(module), name)
+        return found
 
 
 @dataclass(frozen=True)
 class ThreatSpec:
-    """A threat model parsed from text. Its `eps` is infinite if the attacks search for the smallest change that breaks
-    an example.
-    """
+    """A threat model parsed from text."""
 
-    norm: Norm
-    eps: float = math.inf
-    pixels: bool = False
-    limits: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))
-    """arguments of the constraint, if it is not a norm ball"""
+    norm: str
+    """name of its form"""
+    arguments: Mapping[str, Argument] = field(default_factory=lambda: MappingProxyType({}))
+    """arguments of the class of its constraint"""
     goal: int | None = None
     access: Sees = "gradients"
     queries: int | None = None
     unit: str = ""
     """unit of eps: `range`, `std` or `@FILE`; empty for the unit of the inputs"""
 
-    def __str__(self) -> str:
-        if self.limits:
-            return threat_text(limits_text(self.norm, self.limits), self.goal, self.access, self.queries)
-        size = "" if math.isinf(self.eps) else f":{self.eps:.6g}" + ("px" if self.pixels else "")
-        return threat_text(self.norm + size, self.goal, self.access, self.queries, self.unit)
+    @property
+    def eps(self) -> float:
+        """Size of the change. It is infinite if the attacks search for the smallest change that breaks an example."""
+        return float(self.arguments.get("eps", 1.0))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -170,57 +195,102 @@ def _with_colon(text: str) -> str:
 
 
 def _threat(text: str) -> ThreatSpec:
-    parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
+    parts = _PARTS.findall(text)
     if not parts:
         raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")
-    spec = _constraint(parts[0])
-    for part in parts[1:]:
-        key = part.partition("=")[0]
-        is_limit = key in LIMITS.get(spec.norm, ()) or (
-            spec.norm == "patch" and key in ("at", "jitter", "within")
-        )
-        spec = _limited(spec, part) if is_limit else _condition(spec, part)
-    refuse_mixed(spec.limits)
+    first, *others = parts
+    name, _, value = first.partition(":")
+    name = name.lower()
+    if name not in FORMS:
+        raise UsageError(f"the threat {first!r} has no known norm{did_you_mean(name, FORMS)}")
+    form = FORMS[name]
+    spec = ThreatSpec(name, {}) if form.value is None else ThreatSpec(name, form.value(value, first))
+    for part in others if form.value else (value, *others):
+        key, equals, content = part.partition("=")
+        if key in form.arguments and (equals or part is not value):
+            spec = replace(spec, arguments={**spec.arguments, key: form.arguments[key](content)})
+        elif form.value is None and part is value:
+            given = f"the limit {part!r}" if part else "no limits"
+            raise UsageError(
+                f"the threat {name} has {given}; expected any of {', '.join(form.arguments)}, as in {form.example}"
+            )
+        else:
+            spec = _condition(spec, part)
+    refuse_mixed(spec.arguments)
     return spec
 
 
-def _constraint(text: str) -> ThreatSpec:
-    name, colon, size = text.partition(":")
-    kind = name.lower()
-    if kind not in get_args(Norm):
-        raise UsageError(f"the threat {text!r} has no known norm{did_you_mean(kind, get_args(Norm))}")
-    norm: Norm = kind  # type: ignore[assignment]
-    if norm in LIMITS:
-        return _limited(ThreatSpec(norm, 1.0), size)
-    if norm == "patch":
-        return ThreatSpec(norm, 1.0, limits=_patch(size, text))
-    if not colon and norm != "corruptions":
-        return ThreatSpec(norm)
-    if norm == "corruptions":
-        return ThreatSpec(norm, _severity(size, text))
-    pixels = norm == "l0" and size.endswith("px")
-    eps = parse_number(size.removesuffix("px") if pixels else size, f"eps in {text!r}")
+def _eps(text: str, threat: str) -> Mapping[str, Argument]:
+    """Read the eps of a norm; without one it is infinite."""
+    if ":" not in threat:
+        return {"eps": math.inf}
+    eps = parse_number(text, f"eps in {threat!r}")
     if eps < 0:
-        raise UsageError(f"eps is {eps:g} in {text!r}; it must be 0 (clean accuracy) or more")
-    if (pixels and math.isinf(eps)) or (norm == "l0" and eps % 1 and not math.isinf(eps)):
+        raise UsageError(f"eps is {eps:g} in {threat!r}; it must be 0 (clean accuracy) or more")
+    return {"eps": eps}
+
+
+def _count(text: str, threat: str) -> Mapping[str, Argument]:
+    """Read the number of values or pixels that may change."""
+    per_pixel = text.endswith("px")
+    eps = float(_eps(text.removesuffix("px"), threat)["eps"])
+    if (per_pixel and math.isinf(eps)) or (eps % 1 and not math.isinf(eps)):
         raise UsageError(
-            f"eps is {eps:g} in {text!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
+            f"eps is {eps:g} in {threat!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
         )
-    return ThreatSpec(norm, eps, pixels)
+    return {"eps": eps, "per": "pixel" if per_pixel else "value"}
 
 
-def _limited(spec: ThreatSpec, text: str) -> ThreatSpec:
-    """Add one limit, such as `rotate=30`, to a threat."""
-    key, equals, value = text.partition("=")
-    if spec.norm == "patch":
-        return replace(spec, limits={**spec.limits, key: _placed(key, value)})
-    most = LIMITS[spec.norm]
-    if not equals or key not in most:
-        given_limits = f"the limit {text!r}" if text else "no limits"
-        expected = f"expected any of {', '.join(most)}, as in {_AS_IN[spec.norm]}"
-        raise UsageError(f"the threat {spec.norm} has {given_limits}; {expected}")
-    limit = _limit(key, value, most[key], _AS_IN[spec.norm])
-    return replace(spec, limits={**spec.limits, key: limit})
+def _severity(text: str, threat: str) -> Mapping[str, Argument]:
+    if text not in ("1", "2", "3", "4", "5"):
+        raise UsageError(f"the threat {threat!r} has no severity of 1 to 5; write one, as in corruptions:3")
+    return {"severity": int(text)}
+
+
+def _patch(size: str, threat: str) -> Mapping[str, Argument]:
+    matched = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    if matched is None:
+        raise UsageError(
+            f"the threat {threat!r} has no size in pixels; write height and width, as in patch:5x5 or "
+            f"patch:8x8,at=centre"
+        )
+    return {"height": int(matched[1]), "width": int(matched[2])}
+
+
+def file_argument(name: str) -> Callable[[str, str], Mapping[str, Argument]]:
+    """Return the function that reads the path of a file as the argument `name`. A path with commas or spaces is
+    quoted.
+    """
+
+    def read(text: str, threat: str) -> Mapping[str, Argument]:
+        path = text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[:1] else text
+        if not path:
+            raise UsageError(f"the threat {threat!r} has no file; write its path after the colon")
+        return {name: path}
+
+    return read
+
+
+def path_text(path: str) -> str:
+    """Return the path of a file as text of a threat, quoted if it has commas or spaces."""
+    return path if _PARTS.fullmatch(path) else f'"{path}"'
+
+
+def _matching(
+    name: str, pattern: str, expected: str, kind: type[Argument] = str
+) -> Callable[[str], Argument]:
+    """Return the function that reads an argument whose text matches a pattern."""
+
+    def read(text: str) -> Argument:
+        if not re.fullmatch(pattern, text):
+            raise UsageError(f"{name} is {text!r}; expected {expected}")
+        return kind(text)
+
+    return read
+
+
+def _limits(largest: Mapping[str, float], example: str) -> Mapping[str, Callable[[str], Argument]]:
+    return {key: partial(_limit, key, most=most, example=example) for key, most in largest.items()}
 
 
 def parse_transform(text: str) -> Mapping[str, float]:
@@ -228,12 +298,12 @@ def parse_transform(text: str) -> Mapping[str, float]:
     `rotate=15,scale=0.1,brightness=0.2`.
     """
     limits: dict[str, float] = {}
+    example = "rotate=15,scale=0.1,brightness=0.2"
     for part in re.split(r"[,\s]+", text.strip()):
         key, equals, value = part.partition("=")
         if not equals or key not in SEEN:
-            expected = f"expected any of {', '.join(SEEN)}, as in rotate=15,scale=0.1,brightness=0.2"
-            raise UsageError(f"transform has {part!r}; {expected}")
-        limits[key] = _limit(key, value, SEEN[key], "rotate=15,scale=0.1,brightness=0.2")
+            raise UsageError(f"transform has {part!r}; expected any of {', '.join(SEEN)}, as in {example}")
+        limits[key] = _limit(key, value, SEEN[key], example)
     return limits
 
 
@@ -246,47 +316,12 @@ def _limit(key: str, value: str, most: float, example: str) -> float:
     return limit
 
 
-def _patch(size: str, text: str) -> Mapping[str, float | str]:
-    matched = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
-    if matched is None:
-        raise UsageError(
-            f"the threat {text!r} has no size in pixels; write height and width, as in patch:5x5 or "
-            f"patch:8x8,at=centre"
-        )
-    return {"height": int(matched[1]), "width": int(matched[2]), "at": "anywhere", "jitter": 0}
-
-
-def _placed(key: str, value: str) -> float | str:
-    if key == "jitter":
-        if not re.fullmatch(r"[0-9]{1,4}", value):
-            raise UsageError(f"jitter is {value!r}; expected a number of pixels, as in jitter=3")
-        return int(value)
-    if key == "within":
-        if not re.fullmatch(r"[0-9]{1,5}:[0-9]{1,5}-[0-9]{1,5}:[0-9]{1,5}", value):
-            raise UsageError(
-                f"within is {value!r}; expected ROW:COLUMN-ROW:COLUMN, the first and the last pixel that the patch "
-                f"may cover, as in within=4:4-23:23"
-            )
-        return value
-    if not re.fullmatch(r"anywhere|centre|[0-9]{1,5}:[0-9]{1,5}", value):
-        raise UsageError(
-            f"at is {value!r}; expected anywhere, centre, or ROW:COLUMN of the upper left corner, as in at=3:4"
-        )
-    return value
-
-
-def _severity(text: str, threat: str) -> float:
-    if text not in ("1", "2", "3", "4", "5"):
-        raise UsageError(f"the threat {threat!r} has no severity of 1 to 5; write one, as in corruptions:3")
-    return float(text)
-
-
 def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
     key, equals, value = text.partition("=")
     if not equals or key not in ("goal", "access", "queries", "unit"):
         raise UsageError(f"the threat has {text!r}{did_you_mean(key, ('goal', 'access', 'queries', 'unit'))}")
     if key == "unit":
-        if spec.norm not in ("linf", "l2", "l1"):
+        if not FORMS[spec.norm].units:
             raise UsageError(
                 f"{text} is the unit of an eps, and the size of {spec.norm} has none; leave it out"
             )
@@ -311,11 +346,74 @@ def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
     aimed = re.fullmatch(r"targeted:([0-9]{1,18})", value)
     if value == "untargeted":
         return replace(spec, goal=None)
-    if spec.norm == "corruptions":
+    if not FORMS[spec.norm].aimed:
         raise UsageError(f"common corruptions have no target class; leave {text!r} out")
     if aimed is None:
         raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
     return replace(spec, goal=int(aimed[1]))
+
+
+def _size_written(constraint: Any) -> str:
+    """Return the eps of a norm in full precision."""
+    if math.isinf(constraint.eps):
+        return ""
+    return repr(float(constraint.eps)).removesuffix(".0") + (
+        "px" if getattr(constraint, "per", "") == "pixel" else ""
+    )
+
+
+def _limits_written(constraint: Any) -> str:
+    """Return the limits of a constraint in full precision."""
+    exact = {key: v if isinstance(v, str) else repr(v) for key, v in constraint.limits.items()}
+    return limits_text(constraint.name, exact).partition(":")[2]
+
+
+_NORM = Form("", _eps, written=_size_written, units=True)
+_SPATIAL_EXAMPLE = "spatial:rotate=30,shift=3"
+_COLOUR_EXAMPLE = "colour:hue=18,saturation=0.3,brightness=0.2"
+FORMS: Final[dict[str, Form]] = {
+    "linf": replace(_NORM, constraint="holdfast.core.constraints:Linf"),
+    "l2": replace(_NORM, constraint="holdfast.core.constraints:L2"),
+    "l1": replace(_NORM, constraint="holdfast.core.constraints:L1"),
+    "l0": Form("holdfast.core.constraints:L0", _count, written=_size_written),
+    "corruptions": Form(
+        "holdfast.core.corruptions:Corruptions",
+        _severity,
+        written=lambda corruptions: str(corruptions.severity),
+        aimed=False,
+    ),
+    "patch": Form(
+        "holdfast.core.patches:Patch",
+        _patch,
+        {
+            "at": _matching(
+                "at",
+                "anywhere|centre|[0-9]{1,5}:[0-9]{1,5}",
+                "anywhere, centre, or ROW:COLUMN of the upper left corner, as in at=3:4",
+            ),
+            "jitter": _matching("jitter", "[0-9]{1,4}", "a number of pixels, as in jitter=3", int),
+            "within": _matching(
+                "within",
+                "[0-9]{1,5}:[0-9]{1,5}-[0-9]{1,5}:[0-9]{1,5}",
+                "ROW:COLUMN-ROW:COLUMN, the first and the last pixel that the patch may cover, as in within=4:4-23:23",
+            ),
+        },
+        written=_limits_written,
+    ),
+    "spatial": Form(
+        "holdfast.core.transformations:Spatial",
+        arguments=_limits(_SPATIAL, _SPATIAL_EXAMPLE),
+        written=_limits_written,
+        example=_SPATIAL_EXAMPLE,
+    ),
+    "colour": Form(
+        "holdfast.core.transformations:Colour",
+        arguments=_limits(_COLOUR, _COLOUR_EXAMPLE),
+        written=_limits_written,
+        example=_COLOUR_EXAMPLE,
+    ),
+}
+"""Forms of threat models by name. A new form is one entry; one with a file is read by `file_argument`."""
 
 
 def parse_surrogate(text: str) -> dict[str, object]:

@@ -52,12 +52,6 @@ class SettingGroup(BaseModel):
         user wrote them.
         """
 
-    def refuse_all_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` if settings of any group of this object contradict each other."""
-        for kind in reversed(type(self).__mro__):
-            if "refuse_contradictions" in vars(kind):
-                kind.refuse_contradictions(self, prefix, written)  # type: ignore[attr-defined]
-
 
 class FileFormat(SettingGroup):
     """Setting with the format version of a configuration file."""
@@ -68,7 +62,7 @@ class FileFormat(SettingGroup):
 class ModelSource(SettingGroup):
     """Settings for the model: its address, how it is opened, and the meaning of its outputs."""
 
-    model: str | None = Field(
+    model: values.Given | None = Field(
         default=None,
         description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
         "file, or a URL.",
@@ -144,7 +138,7 @@ class InferenceSource(SettingGroup):
     http_rate: Annotated[values.Rate | None, Flag("N/T")] = Field(
         default=None, description="Maximum rate of requests, as in 4/s or 100/min."
     )
-    guard: Annotated[str | None, Flag("FILE[:RULE]")] = Field(
+    guard: Annotated[values.PathText | None, Flag("FILE[:RULE]")] = Field(
         default=None,
         description="Guard (guard.yaml) whose calibrated detectors, or only RULE, become a part of the model.",
     )
@@ -213,7 +207,7 @@ class InputSpace(SettingGroup):
 class DataSource(SettingGroup):
     """Settings for the examples: their address, and how they are read."""
 
-    data: str | None = Field(
+    data: values.Given | None = Field(
         default=None,
         description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
         "images for each class.",
@@ -262,7 +256,7 @@ class DataSource(SettingGroup):
 class OtherData(SettingGroup):
     """Settings for data other than the examples on which a model is evaluated, such as the data for training."""
 
-    fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+    fit: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
         description="Examples on which attacks are fitted, or models are trained (default: the train split).",
     )
@@ -307,12 +301,10 @@ class SuiteSettings(SettingGroup):
         min_length=1,
         description="Attacks with settings instead of a suite, each `use: NAME` and its settings.",
     )
-    surrogates: Annotated[list[values.Surrogate], Flag("MODEL[,K=V]", "--surrogate", completion="MODEL")] = (
-        Field(
-            default_factory=list,
-            description="Surrogate model of the attacker, on which transfer examples are computed: an address, or "
-            "`model: ADDRESS` with arch, mean, std, skip.",
-        )
+    surrogates: Annotated[values.Surrogates, Flag("MODEL[,K=V]", "--surrogate", completion="MODEL")] = Field(
+        default_factory=list,
+        description="Surrogate model of the attacker, on which transfer examples are computed: an address, or "
+        "`model: ADDRESS` with arch, mean, std, skip.",
     )
     only: Annotated[values.Names, Flag("ATTACK", completion="ATTACK")] = Field(
         default_factory=list, description="Run only these attacks of the suite."
@@ -359,7 +351,7 @@ class GateSettings(SettingGroup):
 class Reports(SettingGroup):
     """Settings for the reports of a run, and for the earlier run with which it is compared."""
 
-    baseline: Annotated[str | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
+    baseline: Annotated[values.Given | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
         default=None, description="Run folder for gates that end in `vs baseline`."
     )
     output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
@@ -403,7 +395,7 @@ class Device(SettingGroup):
 class AssessOptions(SettingGroup):
     """Settings of the command `holdfast assess` that no other command has."""
 
-    across: Annotated[list[str], Flag("DATA", completion="DATA")] = Field(
+    across: Annotated[values.Others, Flag("DATA", completion="DATA")] = Field(
         default_factory=list,
         description="Another data set of the same shape: perturbations are transferred from DATA to it and back.",
     )
@@ -431,7 +423,7 @@ class HardenOptions(SettingGroup):
     budget: Annotated[values.Budget | None, Flag("T")] = Field(
         default=None, description=f"{_BUDGET} The assessments take additional time."
     )
-    unlabelled: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+    unlabelled: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
         description="Additional examples to train on without labels (recipe vat): an address with a train split.",
     )

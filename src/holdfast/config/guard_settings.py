@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from holdfast.config.grammar import did_you_mean, parse_number, seconds
 from holdfast.config.groups import Flag, SettingGroup
-from holdfast.config.values import Numbers, Positive, Probability, Whole
+from holdfast.config.values import Given, Numbers, Positive, Probability, Whole
 from holdfast.config.wording import complaint, place
 from holdfast.config.yaml_text import load
 from holdfast.core.errors import UsageError
@@ -235,7 +235,7 @@ class CalibrateOptions(SettingGroup):
         default=None,
         description="Share of benign inputs on which the rules may fire (default: that of the guard).",
     )
-    fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+    fit: Annotated[Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
         description="Examples on which detectors are fitted (default: a random fifth of DATA, which then sets no "
         "threshold).",

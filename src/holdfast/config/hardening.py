@@ -3,9 +3,10 @@ request.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,15 @@ from torch import nn
 
 from holdfast.config import expecting, resolve
 from holdfast.config.attacks import refuse_settings, threat_model
+from holdfast.config.grad_mode import gradients
 from holdfast.config.grammar import parse_threat, seconds
-from holdfast.config.groups import ExampleSelection
+from holdfast.config.groups import DataSource, ExampleSelection
 from holdfast.config.naming import AUTO
-from holdfast.config.planning import assess_request, examples_to_fit
+from holdfast.config.planning import assess_request, baseline_evidence, examples_to_fit, listed_attacks
 from holdfast.config.recipes import build_recipe, candidates, refuse_unheld, settings_of
-from holdfast.config.references import DataLike, Sources
-from holdfast.config.settings import HardenSettings
+from holdfast.config.references import beside
+from holdfast.config.values import address_of
+from holdfast.config.verb_settings import Harden, RotateSettings, part
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.draws import Draws
@@ -36,6 +39,8 @@ from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.harden import harden
+from holdfast.verbs.hardened import Hardened
 from holdfast.verbs.request import HardenRequest, Subject
 from holdfast.verbs.trainable import copy_of, refuse_untrainable
 
@@ -46,47 +51,60 @@ USUAL_BUDGET = "10min"
 _JUDGED_SHARE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
-def open_for_hardening(
-    sources: Sources,
-    fit: DataLike | None,
-    unlabelled: DataLike | None,
-    recipe: Recipe | str | Mapping[str, Any] | None = None,
-) -> tuple[Subject, Batch, Data, Data]:
-    """Return the model to harden, the training examples, the test examples, and the data set from which the test
-    examples are sampled.
+ForHardening = tuple[Subject, Batch, Data, Data]
+"""The model to harden, the training examples, the test examples, and the data set from which these are sampled."""
+
+
+def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
+    """Open the model and the data of a training.
 
     For the recipe `denoised` the model has an untrained denoiser, which does not change its outputs. If the data are
     given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
     """
-    with drawing(Draws(sources.seed).at("model")):  # a factory initialises weights from the seed
-        subject = resolve.open_subject(sources)
+    with drawing(Draws(settings.seed).at("model")):  # a factory initialises weights from the seed
+        subject = resolve.open_subject(settings)
     model = subject.model
     if model.access != "gradients":
         refuse_untrainable(model)  # before its data are opened
-    if fit is None and sources.data.given is not None and sources.data.address is None:
-        training, judged = _parted(resolve.open_examples(sources.all_examples(), model), sources, model)
+    if settings.fit is None and settings.data is not None and not isinstance(settings.data, str):
+        everything = resolve.open_examples(settings, model, selection=ExampleSelection())
+        training, judged = _parted(everything, settings, model)
         all_examples = judged
     else:
-        training = _open_training(sources, fit, model)
-        judged = resolve.open_examples(_sampled(sources), model)
-        all_examples = resolve.open_examples(sources.all_examples(), model)
+        training = _open_training(settings, model)
+        given = part(settings, ExampleSelection)
+        selection = given if given.n or given.sample else ExampleSelection(sample=JUDGED)
+        judged = resolve.open_examples(settings, model, selection=selection)
+        all_examples = resolve.open_examples(settings, model, selection=ExampleSelection())
     subject = expecting.with_found_properties(subject, (), judged)
-    subject = _with_denoiser(subject, recipe, training, sources.seed)
-    return subject, _with_unlabelled(training, unlabelled, sources, model), judged, all_examples
+    if isinstance(settings, Harden):
+        subject = _with_denoiser(subject, settings.recipe, training, settings.seed)
+        training = _with_unlabelled(training, settings, model)
+    return subject, training, judged, all_examples
 
 
-def open_for_settings(settings: HardenSettings, sources: Sources) -> tuple[Subject, Batch, Data, Data]:
-    """Return what `open_for_hardening` returns, for the settings of the command line or of a configuration file."""
-    return open_for_hardening(sources, settings.fit, settings.unlabelled, settings.recipe)
+def hardened(
+    settings: Harden, run: str | Path | None, *, resume: bool, command: str, **reporting: Any
+) -> Hardened:
+    """Open the model and the data of a hardening, and take the steps of the run."""
+    folder = resolve.folder_of(run, resume=resume)
+    settings.refuse_unusable_cluster(settings.workers, settings.model)
+    with gradients():
+        listed_attacks(settings)  # before the model is opened
+        baseline = baseline_evidence(settings)
+        subject, training, judged, excluded = settings.open()
+        request = harden_request(settings, subject, training, excluded, baseline, command)
+        return harden(subject, training, judged, request, run=folder, resume=resume, **reporting)
 
 
 def _with_denoiser(
-    subject: Subject, recipe: Recipe | str | Mapping[str, Any] | None, training: Batch, seed: int
+    subject: Subject, recipe: Recipe | Mapping[str, Any], training: Batch, seed: int
 ) -> Subject:
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
-    if isinstance(recipe, str | Mapping):
-        spec = {"use": recipe} if isinstance(recipe, str) else recipe
-        recipe = build_recipe(spec) if spec["use"] in RECIPES else None
+    if isinstance(recipe, Mapping):
+        if recipe["use"] not in RECIPES:
+            return subject
+        recipe = build_recipe(recipe)
     model = subject.model
     if not isinstance(recipe, Denoising) or isinstance(model.net, DenoisedNetwork):
         return subject
@@ -110,10 +128,11 @@ def _with_denoiser(
     return replace(subject, model=denoised, card={**subject.card, "denoiser": sizes})
 
 
-def _parted(data: Data, sources: Sources, model: Classifier) -> tuple[Batch, Data]:
+def _parted(data: Data, settings: Harden | RotateSettings, model: Classifier) -> tuple[Batch, Data]:
     examples = data.read(0, len(data))
-    order = Draws(sources.seed).at("judged").bits(examples.ids).argsort()
-    n = sources.selection.n or sources.selection.sample or min(JUDGED, len(examples) // _JUDGED_SHARE)
+    order = Draws(settings.seed).at("judged").bits(examples.ids).argsort()
+    selection = part(settings, ExampleSelection)
+    n = selection.n or selection.sample or min(JUDGED, len(examples) // _JUDGED_SHARE)
     if n >= len(examples):
         raise UsageError(
             f"{n} of {len(examples)} examples are used for the assessment, which leaves none to train on; give a "
@@ -123,57 +142,48 @@ def _parted(data: Data, sources: Sources, model: Classifier) -> tuple[Batch, Dat
     return training, as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
 
 
-def _sampled(sources: Sources) -> Sources:
-    selection = sources.selection
-    return (
-        sources
-        if selection.n or selection.sample
-        else replace(sources, selection=ExampleSelection(sample=JUDGED))
-    )
-
-
-def _open_training(sources: Sources, fit: DataLike | None, model: Classifier) -> Batch:
+def _open_training(settings: Harden | RotateSettings, model: Classifier) -> Batch:
     """Return the train split of `fit`, or all of it if it has none, or the train split of the data."""
-    reference = sources.data if fit is None else sources.beside(fit)
-    address, address_of_data = reference.address, sources.data.address
-    if reference.given is None:
+    fit = settings.fit
+    source: DataSource = settings if fit is None else beside(settings, fit)
+    if source.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    properties = expecting.expected(sources, model, reference)
-    if address is None:
-        examples = resolve.open_object(reference, properties)
+    properties = expecting.expected(settings, model, source)
+    if not isinstance(source.data, str):
+        examples = resolve.open_object(source, properties)
         return examples.read(0, len(examples))
-    open_split = partial(open_data, address, **expecting.names(reference.source), expected=properties)
+    open_split = partial(open_data, source.data, **expecting.names(source), expected=properties)
     try:
-        data = open_split(split="train" if fit is None else reference.source.split or "train")
+        data = open_split(split="train" if fit is None else source.split or "train")
     except NoSplit as error:
-        if fit is None or address == address_of_data:
+        if fit is None or source.data == settings.data:
             where = (
-                f"{address} is also the data set of the assessment"
+                f"{source.data} is also the data set of the assessment"
                 if fit is not None
                 else "the data are used for the assessment"
             )
             raise UsageError(
-                f"{address!r} has no train split to train on, and {where}", OTHER_EXAMPLES
+                f"{source.data!r} has no train split to train on, and {where}", OTHER_EXAMPLES
             ) from error
         data = open_split()
     return data.read(0, len(data))
 
 
-def _with_unlabelled(batch: Batch, unlabelled: DataLike | None, sources: Sources, model: Classifier) -> Batch:
+def _with_unlabelled(batch: Batch, settings: Harden, model: Classifier) -> Batch:
     """Append examples without labels to the labelled ones, from a train split or from inputs given as an object."""
-    if unlabelled is None:
+    if settings.unlabelled is None:
         return batch
-    reference = sources.beside(unlabelled)
-    expected, source = expecting.unlabelled(sources, model, reference), reference.source
-    if reference.address is not None:
+    source = beside(settings, settings.unlabelled)
+    expected = expecting.unlabelled(settings, model, source)
+    if isinstance(source.data, str):
         data: Data = open_data(
-            reference.address, split=source.split or "train", **expecting.names(source), expected=expected
+            source.data, split=source.split or "train", **expecting.names(source), expected=expected
         )
-    elif isinstance(reference.given, torch.Tensor | np.ndarray):
-        labels = np.zeros(len(reference.given), dtype=np.int64)
-        data = as_data(reference.given, labels, expected=expected)
+    elif isinstance(source.data, torch.Tensor | np.ndarray):
+        labels = np.zeros(len(source.data), dtype=np.int64)
+        data = as_data(source.data, labels, expected=expected)
     else:
-        data = resolve.open_object(reference, expected)
+        data = resolve.open_object(source, expected)
     more = data.read(0, len(data))
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(
@@ -186,49 +196,48 @@ def _with_unlabelled(batch: Batch, unlabelled: DataLike | None, sources: Sources
 
 
 def harden_request(
-    settings: HardenSettings,
-    sources: Sources,
+    settings: Harden,
     subject: Subject,
-    *,
-    recipe: Recipe | None = None,
-    surrogates: Sequence[Subject] = (),
-    baseline: Evidence | None = None,
     training: Batch,
     excluded: Data,
-    device: str | None = None,
-    command: str = "",
+    baseline: Evidence | None,
+    command: str,
 ) -> HardenRequest:
     """Return the request of a run of `holdfast harden`, created from its settings and the opened model and data.
 
-    `recipe` is a recipe given as an object, and `excluded` contains the data that must not be trained on. Learned
-    attacks are fitted on training examples.
+    `excluded` contains the data that must not be trained on. Learned attacks are fitted on training examples.
     """
     assessment = assess_request(
-        settings, baseline=baseline, device=device, target=subject.model.access, command=command
+        settings,
+        baseline=baseline,
+        device=resolve.device_of_model(settings, subject),
+        target=subject.model.access,
+        command=command,
     )
-    assessment = replace(assessment, surrogates=tuple(surrogates))
+    surrogates = resolve.open_surrogates(settings, subject.model)
+    assessment = replace(assessment, surrogates=surrogates)
     threat = threat_model(parse_threat(settings.threat))
     threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
-    name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
+    recipe: Any = settings.recipe  # or an object
+    name = str(recipe["use"]) if isinstance(recipe, Mapping) else name_of(recipe)
     refuse_unheld(threat)
     chosen = (
-        candidates(settings.recipe, subject.model, tuple(training.x.shape[1:]))
-        if recipe is None
+        candidates(recipe, subject.model, tuple(training.x.shape[1:]))
+        if isinstance(recipe, Mapping)
         else (_candidate(name, recipe),)
     )
-    budget_s, learn = _budget_s(settings, recipe), examples_to_fit(assessment.plan)
     return HardenRequest(
         name,
         chosen,
         threat,
         assessment,
-        budget_s,
+        _budget_s(settings.budget, recipe),
         settings.seed,
         assessment.device,
         command,
-        learn,
+        examples_to_fit(assessment.plan),
         excluded,
-        _open_options(settings.threat, sources, subject),
+        _open_options(settings, subject),
     )
 
 
@@ -238,14 +247,14 @@ def _candidate(name: str, recipe: Recipe) -> Candidate:
     return Candidate(name, recipe, settings_of(recipe))
 
 
-def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
+def _budget_s(given: str | None, recipe: Recipe | Mapping[str, Any]) -> float | None:
     """Return the budget in seconds, or None. Raises `UsageError` if both epochs and a budget are given."""
-    auto = recipe is None and settings.recipe["use"] == AUTO
-    budget = settings.budget or (USUAL_BUDGET if auto else None)
+    auto = isinstance(recipe, Mapping) and recipe["use"] == AUTO
+    budget = given or (USUAL_BUDGET if auto else None)
     if budget is None:
         return None
-    if recipe is None:
-        epochs = settings.recipe.get("training", {}).get("epochs")
+    if isinstance(recipe, Mapping):
+        epochs = recipe.get("training", {}).get("epochs")
     else:
         epochs_of_recipe = recipe.training.epochs
         epochs = None if epochs_of_recipe == _usual_epochs(recipe) else epochs_of_recipe
@@ -264,28 +273,27 @@ def _usual_epochs(recipe: Any) -> int | None:
     return usual.epochs if isinstance(usual, Training) else None
 
 
-def _open_options(threat: str, sources: Sources, subject: Subject) -> str:
+def _open_options(settings: Harden, subject: Subject) -> str:
     """Flags with which the new model is opened and assessed, as far as its file does not contain them."""
-    flags = ["--threat", threat]
-    model, data = sources.model.source, sources.data.source
+    flags = ["--threat", settings.threat]
     if "architecture" not in subject.card:
-        addresses = (model.arch, sources.model.address)
+        addresses = (settings.arch, address_of(settings.model))
         code = next((address for address in addresses if address and ".py:" in address), None)
         flags += ["--arch", code or "FILE.py:FACTORY"]
-        for key, value in model.model_args.items():
+        for key, value in settings.model_args.items():
             flags += ["--model-args", f"{key}={value}"]
-    normalised = expecting.normalisation(sources.inputs)
+    normalised = expecting.normalisation(settings)
     for flag, text in (
-        ("--split", data.split),
-        ("--label", data.label),
-        ("--x", data.x),
-        ("--y", data.y),
+        ("--split", settings.split),
+        ("--label", settings.label),
+        ("--x", settings.x),
+        ("--y", settings.y),
         ("--data-normalised", None if normalised is None else str(normalised)),
-        ("--layout", data.layout),
-        ("--class-order", model.class_order),
+        ("--layout", settings.layout),
+        ("--class-order", settings.class_order),
     ):
         flags += [flag, text] if text else []
-    for column in data.drop:
+    for column in settings.drop:
         flags += ["--drop", column]
     return shlex.join(flags)
 

@@ -1,18 +1,55 @@
 """Settings of the place where shards run, and those of certification, as groups of `holdfast.config.groups`."""
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from holdfast.config import values
+from holdfast.config.grammar import seconds
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.core.catalogue import PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.engine.ray_cluster import RayOptions, refuse_address
+from holdfast.engine.ray_cluster import RayOptions, refuse_address, refuse_missing_ray
 
+ROTATING = "rotating:"
+"""Beginning of the address of a pool of parameter sets."""
 OF_CLUSTERS = ("ship", "gpus_per_worker", "mixed_nodes", "trust_network")
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A Ray cluster for the argument `on` of `holdfast.assess` and `holdfast.harden`.
+
+    holdfast.assess(net, data, on=holdfast.Ray("ray://head:10001", trust_network=True), workers=64)
+    """
+
+    address: str = "ray"
+    """`ray` for a cluster that is started on this machine, or `ray://HOST:PORT`"""
+    ship: Sequence[str | Path] = ()
+    """files and folders of code that are sent to the nodes"""
+    gpus_per_worker: float | None = None
+    """number of GPUs of each worker, which may be a fraction; None for one if the run is on a GPU, else for none"""
+    mixed_nodes: bool = False
+    """whether nodes may have other devices, threads or builds"""
+    trust_network: bool = False
+    """whether an address is used whose connections are not encrypted"""
+    timeout: str = "10min"
+    """maximum time to wait for CPUs of the cluster"""
+
+    def settings(self, waiting_key: str) -> dict[str, Any]:
+        """Return the settings of a command by key. `waiting_key` is that of `timeout`."""
+        return {
+            "on": self.address,
+            "ship": [str(path) for path in self.ship],
+            "gpus_per_worker": self.gpus_per_worker,
+            "mixed_nodes": self.mixed_nodes,
+            "trust_network": self.trust_network,
+            waiting_key: self.timeout,
+        }
 
 
 class Placement(SettingGroup):
@@ -57,6 +94,42 @@ class Placement(SettingGroup):
                     Remedy("on", "ray"),
                     Remedy(key),
                 )
+
+    def refuse_unusable_cluster(self, workers: int | None, address: object) -> None:
+        """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
+
+        `address` is that of the model, or an object.
+        """
+        if self.on == "local":
+            return
+        if isinstance(address, str) and address.startswith(ROTATING):
+            raise UsageError(f"{address} runs on this machine only: {values.POOL_STAYS}", Remedy("on"))
+        if workers is None:
+            raise UsageError(
+                f"on is {self.on}, which needs the number of shards that are measured at the same time",
+                Remedy("workers", 4),
+            )
+        refuse_missing_ray(client=self.on != "ray")
+
+    def ray_options(self, device: str) -> RayOptions | None:
+        """Return the options of the cluster on which shards run, or None for this machine."""
+        if self.on == "local":
+            return None
+        given = self.gpus_per_worker
+        if given == 0 and device.startswith("cuda"):
+            raise UsageError(
+                f"gpus_per_worker is 0 and the device is {device}",
+                Remedy("gpus_per_worker", 1, function="Ray"),
+                Remedy("device", "cpu"),
+            )
+        return RayOptions(
+            "" if self.on == "ray" else self.on,
+            tuple(Path(path) for path in self.ship),
+            (1.0 if device.startswith("cuda") else 0.0) if given is None else given,
+            self.mixed_nodes,
+            self.trust_network,
+            seconds(getattr(self, self.waiting_key), self.waiting_key),
+        )
 
 
 _WAIT = "Maximum time to wait for CPUs of the cluster (default: 10min)."

@@ -1,37 +1,53 @@
 """Converts the settings of an assessment to its request: the plan of the attacks, the gates and the limits."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from holdfast import certifiers
 from holdfast.attacks.corruption import Corruption
-from holdfast.attacks.protocol import Learned
+from holdfast.attacks.protocol import Attack, Learned
 from holdfast.certifiers.protocol import Prover
-from holdfast.config.attacks import threat_model
-from holdfast.config.clusters import ray_options
+from holdfast.config.attacks import attack_class, build_attack, checked_attack, threat_model
 from holdfast.config.grammar import parse_threat, seconds
-from holdfast.config.members import listed_members
 from holdfast.config.naming import chosen
-from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
-from holdfast.config.suites import DEFAULT_SUITE, refuse_uncertifiable, usual_suite
+from holdfast.config.spellings import attack_listed, norms_of_suite
+from holdfast.config.suites import DEFAULT_SUITE, usual_suite
+from holdfast.config.verb_settings import Assess, Certify, Harden
 from holdfast.core.catalogue import CASCADE, PROVERS
+from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
-from holdfast.core.names import slug
+from holdfast.core.names import kind_of, slug
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.harness import Member, Plan
+from holdfast.harness import Member, Plan, members_of
 from holdfast.harness.plan import DoubtsWanted, adaptive_members
-from holdfast.suites import curve, suite
+from holdfast.suites import VARIANTS, curve, suite, variant
 from holdfast.verbs.request import AssessRequest
+from holdfast.verbs.result import Result
+from holdfast.verbs.stored_runs import open_run
 
-Measuring = AssessSettings | CertifySettings | HardenSettings
+Measuring = Assess | Certify | Harden
 """Settings of those verbs that measure a model with a suite."""
+
+AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
+"""An attack, a class of attacks (for its default settings), a name, or a mapping such as `{"use": "pgd", "steps":
+100}`."""
+
+SuiteLike = AttackLike | Sequence[AttackLike]
+"""The name of a suite, an attack, or a list of attacks."""
+
+_EXPECTED = (
+    "expected the name of a suite or of an attack, an attack such as holdfast.attacks.PGD(steps=100), or a list of "
+    "attacks and their names"
+)
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}  # usual sizes, for an error message
 
@@ -45,10 +61,19 @@ def examples_to_fit(plan: Plan) -> int:
     return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
 
 
+def baseline_evidence(settings: Measuring) -> Evidence | None:
+    """Return the evidence of the run with which gates compare: of a result, or of the folder of a finished run."""
+    run = settings.baseline
+    if run is None or isinstance(run, Evidence):
+        return run
+    if not isinstance(run, Result | str):
+        raise UsageError(f"baseline is {kind_of(run)}; give a result, or the folder of a run")
+    return (run if isinstance(run, Result) else open_run(Path(run))).evidence
+
+
 def assess_request(
     settings: Measuring,
     *,
-    members: tuple[Member, ...] | None = None,
     baseline: Evidence | None = None,
     device: str | None = None,
     target: Access = "gradients",
@@ -56,8 +81,7 @@ def assess_request(
 ) -> AssessRequest:
     """Return the request of an assessment, created from its settings.
 
-    If given, `members` replaces the suite, and `device` replaces the device of the settings. `target` is the highest
-    access that the model allows.
+    If given, `device` replaces the device of the settings. `target` is the highest access that the model allows.
     """
     claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus for claim in claims):
@@ -67,22 +91,84 @@ def assess_request(
         )
     on_device = device_of(settings.device) if device is None else device
     return AssessRequest(
-        plan(settings, members, target),
+        plan(settings, target),
         claims,
         baseline,
         settings.accept_doubts,
         settings.batch_size,
         time_budget_s=None if settings.time_budget is None else seconds(settings.time_budget, "time_budget"),
         workers=settings.workers,
-        ray=ray_options(settings, on_device),
+        ray=settings.ray_options(on_device),
         device=on_device,
         command=command,
     )
 
 
-def plan(
-    settings: Measuring, members: tuple[Member, ...] | None = None, target: Access = "gradients"
-) -> Plan:
+def listed_attacks(settings: Measuring) -> tuple[Member, ...] | None:
+    """Return the attacks that the settings list individually, or None if the settings name a whole suite or no attacks
+    at all.
+    """
+    if settings.attacks is not None:
+        return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
+    if settings.suite is None or isinstance(settings.suite, str):
+        return None
+    return members_given(settings.suite, threat_model(parse_threat(settings.threat)).constraint)
+
+
+def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
+    """Return the named attacks for a Python argument, which is an attack, an attack class, a name, a mapping with the
+    name in `use`, or several of these.
+    """
+    if isinstance(given, Attack | type | Mapping):
+        return (_member_given(given, constraint, where),)
+    names = given if isinstance(given, str) else None
+    if names is not None:
+        given = [name.strip() for name in names.split(",") if name.strip()]
+    several = tuple(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else ()
+    if not several:
+        raise UsageError(f"{where} is {(given if names is None else names)!r}; {_EXPECTED}")
+    return tuple(_member_given(item, constraint, where) for item in several)
+
+
+def _member_given(item: object, constraint: Constraint, where: str) -> Member:
+    if isinstance(item, Member):
+        return item
+    if isinstance(item, Mapping):
+        return members_of([build_attack(item, where)])[0]
+    if isinstance(item, str):
+        return _named(attack_listed(item), constraint)
+    if isinstance(item, type) and not is_dataclass(item):
+        raise UsageError(f"{where} is the class {item.__qualname__}, which is not an attack; {_EXPECTED}")
+    attack = _default_attack(item, item.__name__) if isinstance(item, type) else item
+    if not isinstance(attack, Attack):
+        raise UsageError(f"{where} contains {item!r}; {_EXPECTED}")
+    return members_of([checked_attack(attack)])[0]
+
+
+def _named(name: str, constraint: Constraint) -> Member:
+    if name not in VARIANTS:
+        return Member(name, _default_attack(attack_class(name), name))
+    attack = variant(name, constraint)
+    if attack is None:
+        norm = constraint.name
+        raise UsageError(
+            f"{name} is the name of {VARIANTS[name]} in suites under {', '.join(norms_of_suite(name))}, and the "
+            f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"
+        )
+    return Member(name, attack)
+
+
+def _default_attack(cls: type[Any], name: str) -> Any:
+    """Return an attack with default settings. Raises `UsageError` if a setting has no default."""
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if needed:
+        raise UsageError(
+            f"{name} needs {', '.join(needed)}; give an attack with it, as {name}({needed[0]}=...)"
+        )
+    return cls()
+
+
+def plan(settings: Measuring, target: Access = "gradients") -> Plan:
     """Return the plan of an assessment: its attacks in the order in which they run, and the threat model of the
     settings.
 
@@ -91,7 +177,7 @@ def plan(
     spec = parse_threat(settings.threat)
     threat = threat_model(spec)
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
-    members = members or listed_members(settings, threat.constraint)
+    members = listed_attacks(settings)
     if members is not None:
         name, smallest = "", threat.constraint.eps == float("inf")
     else:
@@ -128,9 +214,8 @@ def plan(
 
 def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
     """Return the quick methods of certification that an assessment with `certify` begins with."""
-    if not isinstance(settings, AssessSettings) or not settings.certify:
+    if not isinstance(settings, Assess) or not settings.certify:
         return ()
-    refuse_uncertifiable(settings.threat)
     if smallest:
         raise UsageError(
             "the suite searches for the smallest change, and robustness is proved within an eps",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from holdfast.config.references import Sources
+from holdfast.config.verb_settings import Opening
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
@@ -20,8 +20,7 @@ from holdfast.store.forms import Count, Real, refuse_form
 if TYPE_CHECKING:
     from holdfast.store.pool import Pool
 
-_OF_SOURCE = ("arch", "model_args", "model_output", "classes")
-_OF_INPUTS = ("bounds", "mean", "std")
+_DETERMINED = ("arch", "model_args", "model_output", "classes", "bounds", "mean", "std")
 """Settings that the manifest of a pool determines, so that the user may not give them."""
 _WITHOUT_TABLE = (
     "the robust accuracy is that under an attacker with the serving set (A5), which rotation does not change; add "
@@ -66,7 +65,7 @@ def pool_of(address: str | None) -> "Pool | None":
 
 
 def open_model_at(
-    address: str, sources: Sources, declared: Declared, remote: Remote, *, adaptive: bool = False
+    address: str, settings: Opening, declared: Declared, remote: Remote, *, adaptive: bool = False
 ) -> OpenedModel:
     """Open the model at an address, which may be that of a rotation pool. Raises `UsageError` or `TargetError` with
     advice.
@@ -75,14 +74,13 @@ def open_model_at(
     """
     pool = pool_of(address)
     if pool is not None:
-        return _serving(address, pool, sources, adaptive=adaptive)
-    source = sources.model.source
+        return _serving(address, pool, settings, adaptive=adaptive)
     return open_model(
         address,
-        arch=source.arch,
-        model_args=source.model_args,
+        arch=settings.arch,
+        model_args=settings.model_args,
         declared=declared,
-        trust_code=source.trust_code,
+        trust_code=settings.trust_code,
         remote=remote,
     )
 
@@ -101,12 +99,11 @@ def refuse_code_in_pool(pool: "Pool", *, trust_code: bool) -> None:
             )
 
 
-def _serving(address: str, pool: "Pool", sources: Sources, *, adaptive: bool) -> OpenedModel:
+def _serving(address: str, pool: "Pool", settings: Opening, *, adaptive: bool) -> OpenedModel:
     """Return the serving set in the architecture that the pool names."""
-    for group, keys in ((sources.model.source, _OF_SOURCE), (sources.inputs, _OF_INPUTS)):
-        for key in keys:
-            if key in group.model_fields_set and getattr(group, key):
-                raise UsageError(f"the pool {address!r} determines {key}, and {key} was given", Remedy(key))
+    for key in _DETERMINED:
+        if key in settings.model_fields_set and getattr(settings, key):
+            raise UsageError(f"the pool {address!r} determines {key}, and {key} was given", Remedy(key))
     serving = pool.serving
     if serving is None:
         waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"
@@ -116,12 +113,12 @@ def _serving(address: str, pool: "Pool", sources: Sources, *, adaptive: bool) ->
             f"set serve: holdfast rotate {step} {pool.shown}"
             + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
-    refuse_code_in_pool(pool, trust_code=sources.model.source.trust_code)
+    refuse_code_in_pool(pool, trust_code=settings.trust_code)
     architecture = open_architecture(
         pool.path,
         settings_of_pool(pool),
         pool.manifest["about"].get("model", {}),
-        trust_code=sources.model.source.trust_code,
+        trust_code=settings.trust_code,
     )
     from holdfast.rotation import loaded
 

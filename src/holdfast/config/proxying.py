@@ -9,7 +9,7 @@ import torch
 from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import seconds
 from holdfast.config.guard_settings import read_guard_settings
-from holdfast.config.settings import ServeSettings
+from holdfast.config.verb_settings import ServeSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.serving.decisions import Action

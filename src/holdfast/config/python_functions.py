@@ -10,7 +10,7 @@ from holdfast.config.grad_mode import gradients
 from holdfast.config.groups import DataSource, InferenceSource, ModelSource, ServerLimits, SettingGroup
 from holdfast.config.misspelt import refuse_misspelt
 from holdfast.config.placing import OF_CLUSTERS, Placement
-from holdfast.config.settings import VerbSettings, keys_of
+from holdfast.config.verb_settings import Checked, VerbSettings
 from holdfast.core.errors import UsageError
 
 P = ParamSpec("P")
@@ -35,31 +35,25 @@ _ELSEWHERE = {
 _LAST = ("run", "resume", "notify", "progress")
 
 
-def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of the Python interface, such as `attack`, so that it runs with gradients enabled and refuses
-    arguments that have another name, or are arguments of `open_model` and `open_data`.
-    """
-    return _checked(function, signature(function))
-
-
-def verb_with(kind: type[VerbSettings], *only: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator like `verb` for a function whose last parameter, `**settings`, stands for the settings of a
-    command.
+def verb_with(kind: type[Checked], *only: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for a function of the Python interface whose last parameter, `**settings`, stands for the
+    settings of a command. It then runs with gradients enabled, and refuses arguments that have another name, or are
+    arguments of `open_model` and `open_data`.
 
     The signature and the docstring of the function list each setting that is not a parameter of the function, with the
-    default and the description of its field; with `only`, these settings alone.
+    default and the description of its field; with `only`, these settings alone. A last parameter `**others` remains.
     """
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
         written = signature(function)
-        *own, _ = written.parameters.values()
-        elsewhere = {*_ELSEWHERE, *(parameter.name for parameter in own)}
+        *own, rest = written.parameters.values()
+        elsewhere = {*(_ELSEWHERE if issubclass(kind, VerbSettings) else ()), *(p.name for p in own)}
         if issubclass(kind, Placement):
             elsewhere.add(kind.waiting_key)  # of `holdfast.Ray`
         types = get_type_hints(kind)
         fields = {
             key: field
-            for key, field in keys_of(kind).items()
+            for key, field in kind.model_fields.items()
             if (key in only if only else key not in elsewhere)
         }
         added = [
@@ -72,7 +66,7 @@ def verb_with(kind: type[VerbSettings], *only: str) -> Callable[[Callable[P, R]]
             for key, field in fields.items()
         ]
         first = [parameter for parameter in own if parameter.name not in _LAST]
-        last = [parameter for parameter in own if parameter.name in _LAST]
+        last = [parameter for parameter in (*own, rest) if parameter.name in (*_LAST, "others")]
         call = _checked(function, written.replace(parameters=[*first, *added, *last]))
         listed = "\n".join(
             f"    {key}: {in_python(field.description or '')}" for key, field in fields.items()

@@ -1,6 +1,6 @@
 """Opens the models and the examples of a run, which are given as addresses or as Python objects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,35 +29,17 @@ from holdfast.config.groups import (
     DataSource,
     ExampleSelection,
     InferenceSource,
-    InputSpace,
-    ModelSource,
-    Seed,
     ServerLimits,
     ThreatSource,
 )
-from holdfast.config.planning import SUPPORTED_DEVICES, examples_to_fit
-from holdfast.config.references import (
-    DataLike,
-    DataReference,
-    ModelLike,
-    ModelReference,
-    Sources,
-    data_reference,
-    model_reference,
-    refuse_other_settings,
-)
-from holdfast.config.settings import (
-    AssessSettings,
-    OpeningSettings,
-    check_settings,
-    part,
-)
-from holdfast.config.values import SurrogateSettings
+from holdfast.config.planning import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
+from holdfast.config.references import beside, refuse_other_settings
+from holdfast.config.values import SurrogateSettings, address_of
+from holdfast.config.verb_settings import Assess, Certify, ModelReference, Opening, part
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.names import kind_of
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.units import Units
@@ -74,12 +56,12 @@ from holdfast.sources.memory import as_data
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.selection import Selection, selected
-from holdfast.verbs.request import Subject
+from holdfast.verbs.request import Opened, Subject
 
 
-def remote(reference: ModelReference) -> Remote:
+def remote(settings: Opening) -> Remote:
     """Return the options for HTTP requests to a model behind a server, such as the timeout and the rate of requests."""
-    inference, limits = reference.inference, reference.limits
+    inference, limits = part(settings, InferenceSource), part(settings, ServerLimits)
     return Remote(
         tuple(inference.allow_hosts),
         tuple(inference.headers),
@@ -113,47 +95,30 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
         )
 
 
-def sources_at(settings: OpeningSettings) -> Sources:
-    """Return the references to the model and the data at the addresses in the settings."""
-    model = ModelReference(
-        settings.model,
-        part(settings, ModelSource),
-        part(settings, InferenceSource),
-        part(settings, ServerLimits),
-    )
-    return _sources(model, DataReference(settings.data, part(settings, DataSource)), settings)
+def unit_of(settings: Opening) -> str:
+    """Return the unit of the eps of the threat model, or an empty string."""
+    return parse_threat(settings.threat).unit if isinstance(settings, ThreatSource) else ""
 
 
-def sources_given(model: ModelLike, data: DataLike, settings: OpeningSettings) -> Sources:
-    """Return the references to the model and the data that a Python function received as objects or addresses."""
-    return _sources(model_reference(model), data_reference(data), settings)
-
-
-def _sources(model: ModelReference, data: DataReference, settings: OpeningSettings) -> Sources:
-    unit = parse_threat(settings.threat).unit if isinstance(settings, ThreatSource) else ""
-    inputs, selection = part(settings, InputSpace), part(settings, ExampleSelection)
-    return Sources(model, data, inputs, selection, part(settings, Seed).seed, unit)
-
-
-def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:
+def open_subject(settings: Opening, *, transform: str | None = None, adaptive: bool = False) -> Subject:
     """Open the model under test. If `transform` is given, random transformations are applied to its inputs."""
-    model_given, properties = sources.model.given, declared(sources)
-    if model_given is None:
+    properties = declared(settings)
+    if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
-    if isinstance(model_given, str):
+    if isinstance(settings.model, str):
         opened = pooled.open_model_at(
-            model_given, sources, properties, remote(sources.model), adaptive=adaptive
+            settings.model, settings, properties, remote(settings), adaptive=adaptive
         )
         card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
         card |= opened.architecture
         model, notes = opened.model, opened.notes
     else:
-        model, card, notes = _wrapped(model_given, properties)
-    refuse_unserved(sources.model.limits, model)
-    notes += _scaled(model, sources)
+        model, card, notes = _wrapped(settings.model, properties)
+    refuse_unserved(part(settings, ServerLimits), model)
+    notes += _scaled(model, settings)
     model, transformed, more = _transformed(model, transform)
     subject = _subject(model, card | transformed, (*notes, *more), properties)
-    guard = sources.model.inference.guard
+    guard = part(settings, InferenceSource).guard
     if guard is None:
         return subject
     from holdfast.config.guard_opening import guarded_subject
@@ -161,33 +126,34 @@ def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bo
     return guarded_subject(subject, guard)
 
 
-def _scaled(model: Classifier, sources: Sources) -> tuple[str, ...]:
+def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
     """Set the bounds and the units of a model if they are declared for each feature. Return a note for the report.
 
     The data are read once more if the features have names, or if their standard deviations are the units.
     """
-    of_all = bounds_of_all(sources.inputs)
-    if of_all is not None and not sources.unit:
+    of_all = bounds_of_all(settings)
+    unit = unit_of(settings)
+    if of_all is not None and not unit:
         return ()
     exact = model.access != "gradients"
-    if of_all is not None and sources.unit == "range":
+    if of_all is not None and unit == "range":
         lowest, highest = ends(of_all)
-        units = Units((lowest,), (highest,), (highest - lowest,), exact, sources.unit)
+        units = Units((lowest,), (highest,), (highest - lowest,), exact, unit)
     else:
-        raw = _values_of(sources, model.feature_names)
+        raw = _values_of(settings, model.feature_names)
         features = _feature_names(model, raw)
-        low, high = bounds_by_feature(sources.inputs, features)
-        if not sources.unit:
+        low, high = bounds_by_feature(settings, features)
+        if not unit:
             model.bounds = Bounds(torch.tensor(low), torch.tensor(high))
             return ()
-        sizes = sizes_by_feature(sources.unit, features, (low, high), raw)
-        if sources.unit == "std":  # a feature without deviations keeps its only value
+        sizes = sizes_by_feature(unit, features, (low, high), raw)
+        if unit == "std":  # a feature without deviations keeps its only value
             low, high = constant_where_still(features, (low, high), sizes, raw)
-        units = Units(low, high, sizes, exact, sources.unit)
+        units = Units(low, high, sizes, exact, unit)
     units.apply(model)
     still = sum(size == 0 for size in units.size)
     fixed = f"; {amount(still, 'features')} with a unit of 0 cannot change" if still else ""
-    return (f"eps is measured in a unit of each feature, unit={sources.unit}{fixed}",)
+    return (f"eps is measured in a unit of each feature, unit={unit}{fixed}",)
 
 
 def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
@@ -198,7 +164,7 @@ def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
     return present or tuple(map(str, range(values.x.shape[1])))
 
 
-def _values_of(sources: Sources, fitted: tuple[str, ...] | None) -> Arrays:
+def _values_of(settings: Opening, fitted: tuple[str, ...] | None) -> Arrays:
     """Return the values of the examples as they are stored, without regard to the model, except that columns without
     names get the `fitted` ones.
 
@@ -209,10 +175,10 @@ def _values_of(sources: Sources, fitted: tuple[str, ...] | None) -> Arrays:
         any_value,
         feature_names=fitted,
         lenient=True,
-        normalised=normalisation(sources.inputs),
+        normalised=normalisation(settings),
         accepts_missing=True,
     )
-    raw = _examples(sources, properties)
+    raw = _examples(settings, properties)
     arrays = (
         raw.whole.taken(raw.rows) if isinstance(raw, Selection) and isinstance(raw.whole, Arrays) else raw
     )
@@ -275,31 +241,24 @@ def _subject(
     return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 
 
-def open_surrogates(given: Sequence[object], sources: Sources, target: Classifier) -> tuple[Subject, ...]:
-    """Open the surrogate models, which are given as settings, as text in the form of the option `--surrogate`, or as
-    objects.
-    """
-    if not isinstance(given, list | tuple):
-        raise UsageError(f"surrogates is {kind_of(given)}; give a list of models, as in surrogates=[net]")
-    return tuple(_open_surrogate(surrogate, sources, target) for surrogate in given)
+def open_surrogates(settings: Measuring, target: Classifier) -> tuple[Subject, ...]:
+    """Open the surrogate models, which are given as settings or as objects."""
+    return tuple(_open_surrogate(surrogate, settings, target) for surrogate in settings.surrogates)
 
 
-def _open_surrogate(surrogate: object, sources: Sources, target: Classifier) -> Subject:
-    if isinstance(surrogate, str | Path):
-        surrogate = check_settings({"surrogates": [str(surrogate)]}, "", kind=AssessSettings).surrogates[0]
+def _open_surrogate(surrogate: object, settings: Measuring, target: Classifier) -> Subject:
     if isinstance(surrogate, ModelReference):
         refuse_other_settings(surrogate, "a surrogate", "arch", "model_args", "trust_code")
-    if isinstance(surrogate, ModelReference) and surrogate.address is not None:
-        source = surrogate.source
-        surrogate = SurrogateSettings(model=surrogate.address, arch=source.arch, model_args=source.model_args)
-        subject = _surrogate_at(surrogate, sources, trust_code=source.trust_code)
+    if isinstance(surrogate, ModelReference) and isinstance(surrogate.model, str):
+        spec = SurrogateSettings(model=surrogate.model, arch=surrogate.arch, model_args=surrogate.model_args)
+        subject = _surrogate_at(spec, settings, trust_code=surrogate.trust_code)
     elif isinstance(surrogate, SurrogateSettings):
-        subject = _surrogate_at(surrogate, sources, trust_code=sources.model.source.trust_code)
+        subject = _surrogate_at(surrogate, settings, trust_code=settings.trust_code)
     else:
-        net = surrogate.given if isinstance(surrogate, ModelReference) else surrogate
+        net = surrogate.model if isinstance(surrogate, ModelReference) else surrogate
         refuse_no_model(net, "a surrogate")
         # its preprocessing is its own, or undoes that of the data
-        properties = Declared(normalised=normalisation(sources.inputs))
+        properties = Declared(normalised=normalisation(settings))
         subject = _subject(*_wrapped(net, properties), properties)
     if target.units is not None:
         target.units.apply(subject.model)
@@ -312,7 +271,7 @@ def _open_surrogate(surrogate: object, sources: Sources, target: Classifier) -> 
     return subject
 
 
-def _surrogate_at(spec: SurrogateSettings, sources: Sources, *, trust_code: bool) -> Subject:
+def _surrogate_at(spec: SurrogateSettings, settings: Measuring, *, trust_code: bool) -> Subject:
     """Open the surrogate at an address."""
     if spec.model.partition(":")[0] in SCHEMES:
         raise UsageError(
@@ -323,7 +282,7 @@ def _surrogate_at(spec: SurrogateSettings, sources: Sources, *, trust_code: bool
         spec.model,
         arch=spec.arch,
         model_args=spec.model_args,
-        declared=Declared(mean=spec.mean, std=spec.std, normalised=normalisation(sources.inputs)),
+        declared=Declared(mean=spec.mean, std=spec.std, normalised=normalisation(settings)),
         trust_code=trust_code,
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest}
@@ -339,79 +298,84 @@ def _surrogate_at(spec: SurrogateSettings, sources: Sources, *, trust_code: bool
     return _subject(opened.model, card, notes)
 
 
-def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False) -> Data:
-    """Open the examples on which the model is evaluated. With `lenient`, examples that do not fit the model are
-    accepted as well.
+def open_examples(
+    settings: Opening,
+    model: Classifier,
+    *,
+    selection: ExampleSelection | None = None,
+    lenient: bool = False,
+) -> Data:
+    """Open the examples on which the model is evaluated, or another `selection` of the data. With `lenient`, examples
+    that do not fit the model are accepted as well.
     """
-    return _examples(sources, expected(sources, model, lenient=lenient))
+    return _examples(settings, expected(settings, model, lenient=lenient), selection)
 
 
-def _examples(sources: Sources, properties: Expected) -> Data:
-    data, selection = sources.data, sources.selection
-    if data.given is None:
+def _examples(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
+    if settings.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": sources.seed}
-    if data.address is not None:
+    selection = selection or part(settings, ExampleSelection)
+    chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": settings.seed}
+    if isinstance(settings.data, str):
         return open_data(
-            data.address, split=data.source.split, **names(data.source), **chosen, expected=properties
+            settings.data, split=settings.split, **names(settings), **chosen, expected=properties
         )
-    if is_frame(data.given):
-        source = data.source
-        examples: Data = open_frame(
-            data.given,
-            label=source.label,
-            drop=source.drop,
-            choice=Choice(source.split, **chosen),
-            expected=properties,
-        )
+    if is_frame(settings.data):
+        examples: Data = _frame(settings, properties, **chosen)
     else:
         all_examples = as_data(
-            data.given,
+            settings.data,
             expected=properties,
             n=selection.n if selection.sample is None else None,
-            entries=(data.source.x, data.source.y),
+            entries=(settings.x, settings.y),
         )
         examples = selected(all_examples, **chosen)
     return noting_fewer(examples, selection.n or selection.sample)
 
 
-def open_object(data: DataReference, expected: Expected) -> Data:
+def _frame(source: DataSource, properties: Expected, **chosen: Any) -> Data:
+    return open_frame(
+        source.data,
+        label=source.label,
+        drop=source.drop,
+        choice=Choice(source.split, **chosen),
+        expected=properties,
+    )
+
+
+def open_object(source: DataSource, expected: Expected) -> Data:
     """Return all examples of additional data that are given as a Python object, such as a pair of arrays or a data
     frame.
     """
-    if is_frame(data.given):
-        source = data.source
-        choice = Choice(source.split)
-        return open_frame(data.given, label=source.label, drop=source.drop, choice=choice, expected=expected)
-    return as_data(data.given, expected=expected, entries=(data.source.x, data.source.y))
+    if is_frame(source.data):
+        return _frame(source, expected)
+    return as_data(source.data, expected=expected, entries=(source.x, source.y))
 
 
-def open_all(
-    sources: Sources, surrogates: Sequence[object], *, transform: str | None = None, adaptive: bool = False
-) -> tuple[Subject, Data, tuple[Subject, ...]]:
+def open_all(settings: Assess | Certify) -> Opened:
     """Open the model, the examples and the surrogates of an assessment."""
-    subject = open_subject(sources, transform=transform, adaptive=adaptive)
-    opened = open_surrogates(surrogates, sources, subject.model)
-    data = open_examples(sources, subject.model)
-    return with_found_properties(subject, opened, data), data, opened
+    subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
+    surrogates = open_surrogates(settings, subject.model)
+    data = open_examples(settings, subject.model)
+    return with_found_properties(subject, surrogates, data), data, surrogates
 
 
-def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Plan) -> Data | None:
+def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:
     """Open the examples on which learned attacks are fitted: those in `fit` or, if `fit` is None, the train split of
     the data.
 
     Returns None if no attack is learned and `fit` is None.
     """
-    count = examples_to_fit(plan)
-    if fit is None and not (count and sources.data.address):
+    count, fit = examples_to_fit(plan), settings.fit
+    if fit is None and not (count and isinstance(settings.data, str)):
         return None
-    reference = sources.data if fit is None else sources.beside(fit)
-    properties, address = expected(sources, model, reference), reference.address
+    source: DataSource = settings if fit is None else beside(settings, fit)
+    properties, address = expected(settings, model, source), address_of(source.data)
     if address is None:
-        return selected(open_object(reference, properties), n=None, sample=count or 1, seed=sources.seed)
-    is_same_data = address == sources.data.address
-    split = None if fit is None else reference.source.split
-    if is_same_data and split in (None, "train") and sources.data.source.split == "train":
+        return selected(open_object(source, properties), n=None, sample=count or 1, seed=settings.seed)
+    is_same_data = address == settings.data
+    split = None if fit is None else source.split
+    if is_same_data and split in (None, "train") and settings.split == "train":
         raise UsageError(
             f"attacks are fitted on the train split of {address!r}, which is also evaluated",
             OTHER_EXAMPLES,
@@ -419,9 +383,9 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
     open_split = partial(
         open_data,
         address,
-        **names(reference.source),
+        **names(source),
         sample=count or 1,
-        seed=sources.seed,
+        seed=settings.seed,
         expected=properties,
     )
     try:
@@ -437,44 +401,39 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
         ) from error
 
 
-def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Data, ...]:
+def open_others(settings: Assess | Certify, model: Classifier) -> tuple[Data, ...]:
     """Open the data sets between which perturbations are transferred. Their labels are not used, so they may have other
     classes than the model.
 
     From data at an address, a random sample is opened, because no more examples are used.
     """
-    if isinstance(given, tuple) and not given:
-        return ()
-    if not isinstance(given, list):
-        raise UsageError(f"across is {kind_of(given)}; give a list of data sets, as in across=['mnist-mini']")
     opened: list[Data] = []
-    for data in given:
-        reference = sources.beside(data)
-        properties = unlabelled(sources, model, reference)
-        if reference.address is None:
-            opened.append(open_object(reference, properties))
+    for data in settings.across:
+        source = beside(settings, data)
+        properties = unlabelled(settings, model, source)
+        if not isinstance(source.data, str):
+            opened.append(open_object(source, properties))
         else:
-            source = reference.source
             opened.append(
                 open_data(
-                    reference.address,
+                    source.data,
                     split=source.split,
                     **names(source),
                     sample=MATRIX_ROWS,
-                    seed=sources.seed,
+                    seed=settings.seed,
                     expected=properties,
                 )
             )
     return tuple(opened)
 
 
-def device_of_model(sources: Sources, subject: Subject, device: str) -> str | None:
-    """Return the device of the weights of a network that is given as an object, or None if the setting `device`
-    determines the device.
+def device_of_model(settings: Measuring, subject: Subject) -> str:
+    """Return the name of the torch device of a run: that of the weights of a network that is given as an object, unless
+    the setting `device` determines another one.
     """
     weight = next(subject.model.parameters(), None)
-    if sources.model.address is not None or device != "auto" or weight is None:
-        return None
+    if isinstance(settings.model, str) or settings.device != "auto" or weight is None:
+        return device_of(settings.device)
     if weight.device.type not in SUPPORTED_DEVICES:
         raise UsageError(
             f"the network is on the device {weight.device}, and one of {', '.join(SUPPORTED_DEVICES)} was expected; "

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from holdfast.config import rotating
-from holdfast.config.settings import RotateSettings
+from holdfast.config.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.store.pool import Pool

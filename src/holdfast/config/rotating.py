@@ -11,7 +11,8 @@ from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import refuse_code_in_pool, settings_of_pool
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
-from holdfast.config.settings import RotateSettings, check_settings, items, plain_settings
+from holdfast.config.settings import items, plain_settings
+from holdfast.config.verb_settings import RotateSettings, check_settings
 from holdfast.core.errors import UsageError
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.triggers import Trigger
@@ -34,14 +35,13 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
 
     Raises `UsageError` and `TargetError`.
     """
-    sources = resolve.sources_at(settings)
-    range_of_all(sources.inputs, "a pool of parameter sets")
-    if sources.unit:
+    range_of_all(settings, "a pool of parameter sets")
+    if resolve.unit_of(settings):
         raise UsageError(
             f"the threat {settings.threat} has a unit for each feature, which a pool does not support; scale "
             "the features before, and leave unit= out"
         )
-    subject, training, _, test = hardening.open_for_hardening(sources, settings.fit, None)
+    subject, training, _, test = hardening.open_for_hardening(settings)
     model = subject.model
     threat = threat_model(parse_threat(settings.threat))
     refuse_unheld(threat)
@@ -51,7 +51,7 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
         )
     device = device_of(settings.device)
     name = settings.fit or settings.data or ""
-    examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, sources.seed)
+    examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
     values = plain_settings(settings)
     opening = {key: values[key] for key, _, given in items(settings) if given and key in _OPENING}
     return RotateRequest(
@@ -61,7 +61,7 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
         candidate=_candidate(settings),
         source=source(settings),
         examples=examples,
-        seed=sources.seed,
+        seed=settings.seed,
         begins=settings.initialisation,
         device=device,
         settings=opening,

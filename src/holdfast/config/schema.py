@@ -14,7 +14,7 @@ from holdfast.config.attacks import attack_names, functions
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.recipes import part_of, written_fields
-from holdfast.config.settings import VERBS, RotateSettings, VerbSettings
+from holdfast.config.verb_settings import VERBS, RotateSettings, VerbSettings
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training

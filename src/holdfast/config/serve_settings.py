@@ -44,7 +44,7 @@ class ServedInference(SettingGroup):
         description="Sizes of one example without the batch, as in 3,32,32. Bundled models, pools and guards state "
         "theirs.",
     )
-    guard: Annotated[str | None, Flag("FILE", completion="PATH")] = Field(
+    guard: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
         default=None, description="Guard (guard.yaml) that decides about each request."
     )
 
@@ -79,7 +79,7 @@ class ServeOptions(SettingGroup):
     workers: Annotated[values.Positive, Flag("N")] = Field(
         default=1, description="Number of processes that answer requests (default: 1)."
     )
-    keys: Annotated[str | None, Flag("FILE", completion="PATH")] = Field(
+    keys: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
         default=None,
         description="File of API keys (see holdfast keys). Without it, every client is answered.",
     )
@@ -92,7 +92,7 @@ class ServeOptions(SettingGroup):
         default=60,
         description="Largest number of swaps in an hour, except those of stolen sets (default: 60).",
     )
-    audit: Annotated[str | None, Flag("DIR", completion="PATH")] = Field(
+    audit: Annotated[values.PathText | None, Flag("DIR", completion="PATH")] = Field(
         default=None, description="Folder of the audit chains, which holdfast verify checks (default: none)."
     )
     on_audit_failure: Annotated[Literal["refuse", "answer"], Flag("HOW")] = Field(

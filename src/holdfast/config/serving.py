@@ -3,23 +3,22 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from holdfast.config.expecting import range_of_all
 from holdfast.config.grammar import parse_every, seconds
-from holdfast.config.groups import InputSpace
 from holdfast.config.guard_notes import notes_of_file
 from holdfast.config.guard_opening import open_guard, served_digest
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
 from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
-from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
-from holdfast.config.serve_settings import RequestLimits, ServedInference, ServeOptions, is_public
-from holdfast.config.settings import ServeSettings, part
+from holdfast.config.serve_settings import RequestLimits, ServeOptions, is_public
+from holdfast.config.values import address_of
+from holdfast.config.verb_settings import Doctor, ServeSettings, composed
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -49,12 +48,12 @@ _HUNG_LATENCIES, _HUNG_TIMEOUTS = 10, 3
 that makes no progress is replaced."""
 
 
-def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSetup:
-    """Return the setup of a server from its settings and the reference to its model.
+def server_setup(settings: ServeSettings) -> ServerSetup:
+    """Return the setup of a server from its settings.
 
     Raises `UsageError` and `TargetError`.
     """
-    address = reference.address
+    address = address_of(settings.model)
     if address is not None and address.partition(":")[0] in SCHEMES:
         raise UsageError(
             f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
@@ -62,12 +61,8 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         )
     if settings.proxy is not None:
         refuse_forwarded_keys(settings)
-    # the guard of a server decides about requests, and is not a part of the model
-    own = {key: value for key, value in part(settings, ServedInference) if value is not None}
-    inference = reference.inference.model_copy(update={**own, "guard": None})
-    guard_file = settings.guard or reference.inference.guard
-    served = _served(settings, replace(reference, inference=inference), guard_file)
-    guard, notes = _guard(guard_file, served)
+    served = _served(settings, address)
+    guard, notes = _guard(settings.guard, served)
     signature = None if served.upstream is None else served.upstream.signature
     keys = None if settings.keys is None else Path(settings.keys)
     if keys is not None:
@@ -155,33 +150,33 @@ class _Served:
         return math.ceil(max_rows / (self.upstream.batch or max_rows)) * self.upstream.address.timeout_s
 
 
-def _served(settings: ServeSettings, reference: ModelReference, guard: str | None) -> _Served:
+def _served(settings: ServeSettings, address: str | None) -> _Served:
     if settings.proxy is not None:
         return _served_upstream(open_upstream(settings))
-    pool, triggers = pool_of(reference.address), _triggers(settings.every)
+    pool, triggers = pool_of(address), _triggers(settings.every)
     if pool is not None:
-        return _served_pool(pool, triggers, settings.swaps_per_hour, reference)
+        return _served_pool(pool, triggers, settings.swaps_per_hour, trust_code=settings.trust_code)
     if triggers:
         raise UsageError(
-            f"every is {', '.join(settings.every)}, and {reference.address or 'the model'} is no pool, so "
+            f"every is {', '.join(settings.every)}, and {address or 'the model'} is no pool, so "
             f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
         )
-    range_of_all(part(settings, InputSpace), "a server")
-    shape = _shape(reference, guard)
-    if Path(reference.address or "").suffix != ".onnx":  # only an ONNX file is opened with the shape
-        inference = reference.inference.model_copy(update={"input_shape": None})
-        reference = replace(reference, inference=inference)
-    sources = Sources(reference, DataReference(None), part(settings, InputSpace))
-    subject = open_subject(sources)  # here, so that a mistake is reported before workers start
-    known = None if reference.address is not None else (subject.digest, served_digest(subject))
+    range_of_all(settings, "a server")
+    shape = _shape(settings)
+    # only an ONNX file is opened with the shape; the guard of a server decides about requests, and is not a part of the
+    # model
+    unused = {"guard": None, **({} if Path(address or "").suffix == ".onnx" else {"input_shape": None})}
+    model = composed(Doctor, settings).model_copy(update=unused)
+    subject = open_subject(model)  # here, so that a mistake is reported before workers start
+    known = None if address is not None else (subject.digest, served_digest(subject))
     return _Served(
-        partial(_opened, sources, known),
+        partial(_opened, model, known),
         shape,
         subject.digest[:NAME_DIGITS],
         {"model": subject.digest},
         digest=subject.digest,
         guard_digest=served_digest(subject),
-        reloadable=reference.address is not None,
+        reloadable=address is not None,
     )
 
 
@@ -193,9 +188,8 @@ def _served_upstream(upstream: UpstreamModel) -> _Served:
 
 
 def _served_pool(
-    pool: Pool, triggers: Sequence[Trigger], swaps_per_hour: int, reference: ModelReference
+    pool: Pool, triggers: Sequence[Trigger], swaps_per_hour: int, *, trust_code: bool
 ) -> _Served:
-    trust_code = reference.source.trust_code
     refuse_code_in_pool(pool, trust_code=trust_code)
     architecture = partial(
         _architecture,
@@ -264,9 +258,9 @@ def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
     )
 
 
-def _opened(sources: Sources, known: tuple[str, str] | None) -> LoadedModel:
+def _opened(settings: Doctor, known: tuple[str, str] | None) -> LoadedModel:
     """Return the model with its digests, or with the known ones of a Python object, which cannot change."""
-    subject = open_subject(sources)
+    subject = open_subject(settings)
     return LoadedModel(subject.model, *(known or (subject.digest, served_digest(subject))))
 
 
@@ -283,16 +277,16 @@ def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> C
     return open_architecture(Path(path), created, about, trust_code=trust_code).model
 
 
-def _shape(reference: ModelReference, guard: str | None) -> tuple[int, ...]:
+def _shape(settings: ServeSettings) -> tuple[int, ...]:
     """Return the shape of one input: the declared one, or that of the inputs of the guard in a file. Raises
     `UsageError` if it is not known.
     """
-    if reference.inference.input_shape is not None:
-        return tuple(reference.inference.input_shape)
-    shape = shape_of_guard(guard)
+    if settings.input_shape is not None:
+        return tuple(settings.input_shape)
+    shape = shape_of_guard(settings.guard)
     if shape is not None:
         return shape
-    if reference.address in bundled_models():
+    if settings.model in bundled_models():
         return _BUNDLED_SHAPE
     raise UsageError(
         "the shape of the inputs is not known, which requests are checked against",

@@ -11,57 +11,22 @@ from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from holdfast.config import values
 from holdfast.config.consent import refuse_consent
-from holdfast.config.grammar import did_you_mean, parse_pairs
+from holdfast.config.grammar import parse_pairs
 from holdfast.config.groups import Flag
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.verb_settings import (
-    AssessSettings,
+    VERBS,
+    Assess,
     CalibrateSettings,
-    CertifySettings,
-    DoctorSettings,
-    HardenSettings,
-    OpeningSettings,
-    RotateSettings,
-    ServeSettings,
+    Doctor,
+    Harden,
     VerbSettings,
-    part,
+    check_settings,
+    verbs_with,
 )
-from holdfast.config.wording import checked_group
 from holdfast.config.yaml_text import load, parse_yaml, put_setting
 from holdfast.core.errors import UsageError
-
-__all__ = [
-    "VERBS",
-    "AssessSettings",
-    "CalibrateSettings",
-    "CertifySettings",
-    "DoctorSettings",
-    "HardenSettings",
-    "MisplacedKeys",
-    "OpeningSettings",
-    "RotateSettings",
-    "S",
-    "ServeSettings",
-    "VerbSettings",
-    "canonical_settings",
-    "check_settings",
-    "flag_of",
-    "given",
-    "items",
-    "keys_for_verb",
-    "keys_of",
-    "part",
-    "plain_settings",
-    "read_settings",
-]
-
-VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind
-    for kind in (AssessSettings, CertifySettings, HardenSettings, RotateSettings, ServeSettings)
-}
-"""Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 
 _REPLACING = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
 """Pairs of settings that exclude each other: a flag (or a `--set`) for one replaces the other in the file."""
@@ -77,13 +42,6 @@ class MisplacedKeys(UsageError):
     def __init__(self, message: str, keys: tuple[str, ...]) -> None:
         super().__init__(message)
         self.keys = keys
-
-
-def keys_of(kind: type[VerbSettings]) -> Mapping[str, FieldInfo]:
-    """Return all settings of a command by their names in configuration files, in the order of the
-    command-line options.
-    """
-    return kind.model_fields
 
 
 def read_settings(
@@ -119,7 +77,7 @@ def read_settings(
         _put_assignment(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding
     settings = check_settings(content, "" if path is None else str(path), written, kind=kind)
-    if isinstance(settings, AssessSettings | HardenSettings):
+    if isinstance(settings, Assess | Harden):
         refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
     return settings
 
@@ -132,7 +90,7 @@ def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings
     only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at the top that
     the verb does not use.
     """
-    reading: type[VerbSettings] = AssessSettings if kind in (DoctorSettings, CalibrateSettings) else kind
+    reading: type[VerbSettings] = Assess if kind in (Doctor, CalibrateSettings) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
     shared = {key: value for key, value in loaded.items() if key not in VERBS}
     refuse_consent(shared, where)
@@ -144,7 +102,7 @@ def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings
     content = {**shared, **section}
     if reading is not kind:
         check_settings(content, where, kind=reading)
-        content = {key: value for key, value in content.items() if key in keys_of(kind)}
+        content = {key: value for key, value in content.items() if key in kind.model_fields}
     return content
 
 
@@ -164,8 +122,8 @@ def _section(content: object, verb: str, where: str) -> dict[str, Any]:
 
 def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSettings], command: str) -> None:
     """Raise `UsageError` with the new place of each key at the top that the verb does not use and another does."""
-    known = keys_of(kind)
-    elsewhere = {str(key): verbs for key in shared if key not in known and (verbs := _verbs_with(str(key)))}
+    known = kind.model_fields
+    elsewhere = {str(key): verbs for key in shared if key not in known and (verbs := verbs_with(str(key)))}
     if elsewhere:
         places = "; ".join(
             f"{key} in {' or '.join(f'{verb}:' for verb in verbs)}" for key, verbs in elsewhere.items()
@@ -175,42 +133,6 @@ def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSett
             f"verbs of a file use are written in the section of a verb: {places}",
             tuple(elsewhere),
         )
-
-
-def _verbs_with(key: str) -> list[str]:
-    """Verbs that have a key."""
-    return [verb for verb, kind in VERBS.items() if key in keys_of(kind)]
-
-
-def check_settings(
-    content: Mapping[str, Any],
-    where: str,
-    written: Mapping[str, str] = MappingProxyType({}),
-    *,
-    kind: type[S],
-) -> S:
-    """Return the validated settings of a command. Raises `UsageError` that names the first invalid key and the most
-    similar valid one.
-
-    The message begins with `where`, the source of the content, except for keys in `written`, which maps keys to the
-    form in which the user wrote them.
-    """
-    prefix = f"{where}: " if where else ""
-    keys = keys_of(kind)
-    for key in content:
-        if key not in keys:
-            verbs = _verbs_with(str(key))
-            hint = f", which is a setting of {', '.join(verbs)}" if verbs else did_you_mean(str(key), keys)
-            raise UsageError(f"{prefix}unknown key {key!r}{hint}")
-    suite = content.get("suite")
-    if "suite" in keys and suite is not None and not values.is_suite(suite):
-        raise UsageError(
-            f"{prefix}suite is {suite!r}; expected a name, or names as in [pgd, square]; list attacks with settings "
-            "under attacks:, as in [{use: PGD, steps: 100}]"
-        )
-    settings = checked_group(kind, content, prefix, written)
-    settings.refuse_all_contradictions(prefix, written)
-    return settings
 
 
 def given(**settings: Any) -> dict[str, Any]:
@@ -235,7 +157,7 @@ def _put_assignment(content: dict[str, Any], path: str, value: Any) -> None:
 
 def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
     """Yield the name and the value of every setting of a command, and whether the user gave it."""
-    for key in keys_of(type(settings)):
+    for key in type(settings).model_fields:
         yield key, getattr(settings, key), key in settings.model_fields_set
 
 
@@ -258,7 +180,7 @@ def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
 
     What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
     """
-    fields = keys_of(type(settings))
+    fields = type(settings).model_fields
     outside = {
         key for key, field in fields.items() if (flag := flag_of(field)) is not None and not flag.identifies
     }

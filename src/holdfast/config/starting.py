@@ -5,24 +5,22 @@ torch is imported only for the settings of attacks in a configuration.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from holdfast.config.grammar import is_folder
 from holdfast.config.guard_settings import check_guard_settings, is_guard
 from holdfast.config.naming import AUTO, CARD
-from holdfast.config.settings import (
+from holdfast.config.settings import MisplacedKeys, keys_for_verb, read_settings
+from holdfast.config.verb_settings import (
     VERBS,
-    AssessSettings,
-    CertifySettings,
-    HardenSettings,
-    MisplacedKeys,
+    Assess,
+    Certify,
+    Harden,
     RotateSettings,
     VerbSettings,
-    check_settings,
-    keys_for_verb,
-    read_settings,
 )
-from holdfast.config.suites import refuse_uncertifiable
 from holdfast.config.yaml_text import load
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
@@ -94,7 +92,7 @@ rules:                   # a rule that is not named is not evaluated
 """
 
 DIGITS = "mnist-mini"
-DEMO = {
+DEMO: Mapping[str, Any] = {
     "model": "mnist-cnn",
     "data": DIGITS,
     "n": 100,
@@ -181,7 +179,7 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
 def _is_certifiable(path: Path) -> bool:
     """Whether robustness can be proved under the threat model of a file."""
     try:
-        refuse_uncertifiable(read_settings(path, {}, kind=CertifySettings).threat)
+        read_settings(path, {}, kind=Certify)
     except UsageError:
         return False
     return True
@@ -189,29 +187,22 @@ def _is_certifiable(path: Path) -> bool:
 
 def _check_parts(settings: VerbSettings, path: str) -> None:
     """Check the settings that need torch: reports, recipe and attacks."""
-    if isinstance(settings, HardenSettings | RotateSettings):
+    if isinstance(settings, Harden | RotateSettings):
         from holdfast.config.recipes import build_recipe
 
-        recipe, selected = settings.recipe, AUTO if isinstance(settings, HardenSettings) else CARD
+        recipe, selected = settings.recipe, AUTO if isinstance(settings, Harden) else CARD
         if recipe["use"] in (AUTO, CARD) and recipe["use"] != selected:
             raise UsageError(
                 f"{path}: recipe {recipe['use']} is not for {settings.verb}; name a recipe, or {selected}"
             )
         if recipe["use"] != selected:
             build_recipe(recipe)
-    if isinstance(settings, CertifySettings) or (isinstance(settings, AssessSettings) and settings.certify):
-        refuse_uncertifiable(settings.threat)
-    if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
+    if isinstance(settings, Assess | Certify | Harden):
         for output in settings.output:
             if output != "-" and not is_folder(output):
                 check_place(Path(output))
-        if not isinstance(settings, CertifySettings) and settings.attacks is not None:
+        if not isinstance(settings, Certify) and settings.attacks is not None:
             from holdfast.config.attacks import build_attack
 
             for k, spec in enumerate(settings.attacks):
                 build_attack(spec, f"{path}: attacks.{k}")
-
-
-def demo_settings() -> AssessSettings:
-    """Return the settings of the assessment that `holdfast demo` runs."""
-    return check_settings(DEMO, "the demo", kind=AssessSettings)

@@ -34,7 +34,7 @@ def usual_suite(threat: ThreatSpec) -> SuiteName:
 def names_in_suite(suite: SuiteName, threat: ThreatSpec) -> tuple[str, ...]:
     """Return the names of the attacks of a suite under a threat model, or an empty tuple if it has none."""
     return tuple(
-        spec.name for spec in attacks_of(suite, kind_of_change(threat.norm, threat.limits), threat.access)
+        spec.name for spec in attacks_of(suite, kind_of_change(threat.norm, threat.arguments), threat.access)
     )
 
 

@@ -1,15 +1,25 @@
 """Types of settings, which parse and validate values from files and from the command line."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
 from operator import index
 from pathlib import Path
-from typing import Annotated, Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex, cast
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 from holdfast.config.grammar import (
     did_you_mean,
@@ -32,7 +42,6 @@ from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.gates.grammar import with_equality
 from holdfast.sources.remote import header_variable
-from holdfast.suites import SuiteName
 
 POOL_STAYS = (
     "a pool of parameter sets is not sent to a Ray cluster: its keys and its sets would lie unencrypted in the object "
@@ -40,6 +49,60 @@ POOL_STAYS = (
 )
 """Reason why a pool does not run on a cluster."""
 _DOUBTS = {**DOUBTS, **OF_ROTATION, **OF_ADMISSION}
+
+
+def address_of(given: object) -> str | None:
+    """Return the path, URL or bundled name of a model or data; None for a Python object."""
+    return given if isinstance(given, str) else None
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a file could contain the value."""
+    if isinstance(value, Mapping | list):
+        return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
+    return value is None or isinstance(value, str | int | float)
+
+
+_NOT_GIVEN = PydanticCustomError("given", "expected an address, or in Python an object")
+
+
+def _given(value: object) -> object:
+    """Return the text of an address, and a Python object unchanged. Other values that a file can contain are
+    refused.
+    """
+    if isinstance(value, str | Path):
+        return str(value)
+    if _is_plain(value):
+        raise _NOT_GIVEN
+    return value
+
+
+def _data_sets(value: object) -> object:
+    """Refuse further data sets that are not in a list, such as a pair of inputs and labels."""
+    if value != () and not isinstance(value, list):
+        raise UsageError(f"across is {kind_of(value)}; give a list of data sets, as in across=['mnist-mini']")
+    return value
+
+
+def _models(value: object) -> object:
+    """Refuse surrogates that are not in a list."""
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"surrogates is {kind_of(value)}; give a list of models, as in surrogates=[net]")
+    return value
+
+
+def _threat(value: object) -> object:
+    """Check a threat model, and return it as text."""
+    if isinstance(value, str) or _is_number(value):
+        parse_threat(str(value))
+        return value
+    if _is_plain(value):
+        return value
+    from holdfast.config.attacks import threat_written  # for objects only, whose classes import torch
+
+    text = threat_written(cast(Any, value))
+    parse_threat(text)
+    return text
 
 
 def _fractions(value: object) -> object:
@@ -292,7 +355,9 @@ def _suite(value: object) -> object:
     """Return the canonical name of a suite, or those of attacks from `pgd,square` or a list."""
     if isinstance(value, str):
         return suite_or_attacks([value])
-    return suite_or_attacks(value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, Iterator):
+        return tuple(value)
+    return suite_or_attacks(cast(Sequence[str], value)) if is_suite(value) else value
 
 
 def _accepted(value: object) -> object:
@@ -311,8 +376,14 @@ def _accepted(value: object) -> object:
     return value
 
 
-def _surrogate(value: object) -> object:
-    surrogate = parse_surrogate(value) if isinstance(value, str) else value
+def _surrogate(value: object, validated: ValidatorFunctionWrapHandler) -> object:
+    """Return the settings of a surrogate, and a Python object unchanged."""
+    surrogate = parse_surrogate(str(value)) if isinstance(value, str | Path) else value
+    if isinstance(surrogate, int | float | list | None):
+        raise _NOT_GIVEN
+    of_settings = isinstance(surrogate, Mapping) and isinstance(surrogate.get("model"), str)
+    if not of_settings and not _is_plain(surrogate):
+        return surrogate
     if (
         isinstance(surrogate, Mapping)
         and surrogate.get("decay") is not None
@@ -322,10 +393,14 @@ def _surrogate(value: object) -> object:
             f"the surrogate {surrogate.get('model')} has decay={surrogate['decay']} but no residual branches; give "
             "the last module of each, as in skip=layer*.*.bn2, or leave decay out"
         )
-    return surrogate
+    return validated(surrogate)
 
 
-SuiteSpec = Annotated[SuiteName | tuple[str, ...], BeforeValidator(_suite)]
+SuiteSpec = Annotated[Any, BeforeValidator(_suite), WithJsonSchema({"type": "string"})]
+Given = Annotated[Any, BeforeValidator(_given), WithJsonSchema({"type": "string"})]
+"""Address of a model or data, or a Python object."""
+PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+Others = Annotated[list[Given], BeforeValidator(_data_sets)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
 Normalised = Annotated[tuple[tuple[float, ...], tuple[float, ...]], BeforeValidator(_normalised)]
 Bounds = Annotated[
@@ -339,7 +414,7 @@ Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
 Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
-Threat = Annotated[str, _read_by(parse_threat)]
+Threat = Annotated[str, BeforeValidator(_threat)]
 Transform = Annotated[str, _read_by(parse_transform)]
 Gates = Annotated[list[Annotated[str, _read_by(parse_gate)]], BeforeValidator(_gates)]
 TimeBudget = Annotated[str, _duration("time_budget")]
@@ -393,6 +468,8 @@ def _named_spec(kind: str, usual: str, known: Sequence[str]) -> Callable[[object
             if name.lower() not in known:
                 raise UsageError(f"there is no {kind} {name!r}{did_you_mean(name.lower(), known)}")
             return {**spec, "use": name.lower()}
+        if _is_plain(spec):
+            raise PydanticCustomError("name", "expected a name, or settings with it, as in {use: NAME}")
         return spec
 
     return read
@@ -400,7 +477,14 @@ def _named_spec(kind: str, usual: str, known: Sequence[str]) -> Callable[[object
 
 _NAMED_RECIPES = [*RECIPES, AUTO, CARD]
 Method = Annotated[str, BeforeValidator(_method)]
-RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", AUTO, _NAMED_RECIPES))]
+RecipeSpec = Annotated[
+    dict[str, Any],
+    WrapValidator(lambda value, validated: validated(value) if _is_plain(value) else value),
+    BeforeValidator(_named_spec("recipe", AUTO, _NAMED_RECIPES)),
+]
+"""Name or settings of a recipe, or a Python object."""
 SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _NAMED_RECIPES))]
 SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", [*SOURCES]))]
-Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]
+Surrogates = Annotated[
+    list[Annotated[SurrogateSettings, WrapValidator(_surrogate)]], BeforeValidator(_models)
+]

@@ -1,15 +1,8 @@
-"""Validates groups of settings. The message of an error states the invalid value and the expected one."""
-
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+"""Messages of validation errors, which state the invalid value and the expected one."""
 
 from pydantic import ValidationError
 
 from holdfast.config.grammar import did_you_mean
-from holdfast.config.groups import SettingGroup
-from holdfast.core.errors import UsageError
-
-G = TypeVar("G", bound=SettingGroup)
 
 _KINDS = {
     "int": "a whole number",
@@ -32,32 +25,6 @@ _LENGTHS = {"too_short": ("at least", "min_length"), "too_long": ("at most", "ma
 
 _SHOWN = 200
 """number of characters of a value that a message shows"""
-
-
-def check_groups(
-    where: str, content: Mapping[str, Any], kinds: Sequence[type[SettingGroup]]
-) -> tuple[Any, ...]:
-    """Return validated groups of settings, created from one mapping with the settings of all of them. A setting that is
-    None has its default.
-    """
-    checked = []
-    for kind in kinds:
-        part = {name: content[name] for name in kind.model_fields if content.get(name) is not None}
-        checked.append(checked_group(kind, part, f"{where}: ", {}))
-    for each in checked:
-        each.refuse_all_contradictions(f"{where}: ", {})
-    return tuple(checked)
-
-
-def checked_group(kind: type[G], content: Mapping[str, Any], prefix: str, written: Mapping[str, str]) -> G:
-    """Return a validated group of settings. Raises `UsageError` that begins with `prefix`, except for keys in
-    `written`, which maps keys to the form in which the user wrote them.
-    """
-    try:
-        return kind.model_validate(dict(content))
-    except ValidationError as error:
-        key, dot, rest = place(error).partition(".")
-        raise UsageError(f"{written.get(key, prefix + key)}{dot}{rest} {complaint(error)}") from None
 
 
 def place(error: ValidationError) -> str:

@@ -19,6 +19,7 @@ from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
 from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
 from holdfast.harness.kinds.proof import AT_ONCE
 from holdfast.ops.logits import change
+from holdfast.reports.words import amount
 from holdfast.sources.counting import InspectionCounter, rows_of_calls
 from holdfast.sources.selection import concatenated
 from holdfast.verbs.checks import refuse_data
@@ -241,6 +242,25 @@ class Rehearsed:
     """number of rows that were sent to the server for the estimate"""
     batches: str = ""
     """description of the batch sizes that the server accepts; empty if it accepts any number of rows"""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the estimate itself."""
+        sent = f"sent to the server for this estimate: {amount(self.sent, 'rows')}; nothing was stored"
+        if not self.batches:
+            return (sent,)
+        return f"note: {self.batches}; the rows that fill up a batch are counted", sent
+
+    def __str__(self) -> str:
+        """Return the estimate as one or two lines."""
+        attacks = f"{amount(len(self.attacks), 'attacks')} ({', '.join(self.attacks)})"
+        text = f"{amount(self.n, 'examples')}, {attacks}: {self.most.description}"
+        share = f"{self.right:,} of {amount(self.tried, 'clean examples')}"
+        if self.likely is not None:
+            return f"{text}\nif the share of correct examples is that of a trial ({share}): {self.likely.description}"
+        if self.tried:
+            return f"{text}\nattacks are run on correct examples only; in a trial {share} were correct"
+        return text
 
 
 def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: InspectionCounter) -> Rehearsed:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -46,6 +47,32 @@ class ExpectedTime:
         """
         texts = [duration(max(seconds, 1)) for seconds in (self.least_s, self.most_s)]
         return f"about {' to '.join(dict.fromkeys(texts))}"
+
+
+@dataclass(frozen=True)
+class ExpectedCost:
+    """Estimated cost of a run, extrapolated from a few examples."""
+
+    n: int
+    """number of examples of the run"""
+    attacks: int
+    """number of attacks"""
+    forwards: float
+    """forward passes of single examples"""
+    backwards: float
+    """backward passes of single examples"""
+    cpu_s: float
+    """seconds of CPU time"""
+    tried: int
+    """number of examples that were measured for the estimate"""
+    notes: ClassVar[tuple[str, ...]] = ("nothing was stored",)
+
+    def __str__(self) -> str:
+        """Return the cost as one sentence."""
+        return (
+            f"{self.n:,} examples, {self.attacks} attacks: about {self.forwards:,.0f} forward passes, "
+            f"{self.backwards:,.0f} backward passes, {self.cpu_s:,.0f} s of CPU (measured on the first {self.tried})"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -33,7 +33,9 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-Opening = Callable[[], tuple[Subject, Data, tuple[Subject, ...]]]
+Opened = tuple[Subject, Data, tuple[Subject, ...]]
+"""The opened model, data and surrogates of a run."""
+Opening = Callable[[], Opened]
 """Function that opens the model, the data and the surrogates, possibly in another process."""
 
 
