@@ -41,7 +41,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Spatial
-from holdfast.doubts.names import DOUBTS
+from holdfast.doubts.probing import doubt_tests
 from holdfast.harness import measure
 from holdfast.metrics.names import METRICS
 from holdfast.ops.denoiser import with_denoiser
@@ -198,7 +198,8 @@ def test_every_suite_metric_doubt_command_and_bundled_model_is_documented():
         if f"`{name}`" not in documented and f"`_{name.split('_')[-1]}`" not in documented
     ]
     assert not missing
-    assert not [name for name in DOUBTS if f"`{name}`" not in text("concepts/doubts.md")]
+    documented = {row["doubt"].strip("`"): row["is raised if"] for row in rows("concepts/doubts.md", "doubt")}
+    assert documented == {name: test.raised_if for name, test in doubt_tests().items()}
     assert not [name for name in _COMMANDS if f"`holdfast {name}" not in text("reference/command-line.md")]
     assert not [name for name in bundled_models() if f"`{name}`" not in text("reference/bundled.md")]
 

@@ -24,11 +24,10 @@ from holdfast.config.grammar import (
 )
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import suite_or_attacks
-from holdfast.core.catalogue import PROVERS, RECIPES
+from holdfast.core.catalogue import PROVERS, RECIPES, names
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.gates.grammar import with_equality
 from holdfast.sources.remote import header_variable
@@ -39,7 +38,6 @@ POOL_STAYS = (
     "store, where every process of the cluster can read them"
 )
 """Reason why a pool does not run on a cluster."""
-_DOUBTS = {**DOUBTS, **OF_ROTATION, **OF_ADMISSION}
 
 
 def _fractions(value: object) -> object:
@@ -297,8 +295,8 @@ def _suite(value: object) -> object:
 
 def _accepted(value: object) -> object:
     for name, reason in value.items() if isinstance(value, Mapping) else ():
-        if name not in _DOUBTS:
-            raise UsageError(f"there is no doubt {name!r}{did_you_mean(str(name), _DOUBTS)}")
+        if name not in names("doubts"):
+            raise UsageError(f"there is no doubt {name!r}{did_you_mean(str(name), names('doubts'))}")
         if reason is None or not str(reason).strip():
             raise UsageError(
                 f"the doubt {name} is accepted without a reason",

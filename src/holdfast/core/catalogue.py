@@ -7,7 +7,12 @@ first used; settings, help, completion and documentation read the names here.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Final, Literal
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, Literal, TypeVar
+
+from holdfast.core.errors import UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,65 @@ PROVERS: Final[Mapping[str, ProverEntry]] = {
 CASCADE: Final = ("ibp", "crown", "branch-and-bound")
 """methods that `auto` runs, in their order; the attacks are run after the quick ones. Branch and bound begins with
 optimised slopes, as alpha-CROWN does, and respects the time limit"""
+
+DOUBTS: Final = (
+    "zero-gradient",
+    "probabilities",
+    "scale",
+    "one-step",
+    "black-box",
+    "noise",
+    "not-exhausted",
+    "transfer",
+    "whole-box",
+    "randomness",
+    "state",
+    "loss-spread",
+    "shattered",
+    "nan",
+    "chance",
+    "constant",
+    "input",
+    "fine-tuning",
+    "odd-gradients",
+)
+"""names of the doubts, in the order of reports; each has a module in `holdfast.doubts`"""
+
+_BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
+    "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},
+    "doubts": {name: f"holdfast.doubts.{name.replace('-', '_')}:TEST" for name in DOUBTS},
+}
+"""objects of Holdfast by kind and name, each with its module and attribute"""
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Return the names of all attacks, doubts or objects of another kind: those of Holdfast, followed by those of other
+    packages in the entry-point group `holdfast.KIND`. No other package can replace one of Holdfast.
+    """
+    return (*_BUNDLED[kind], *_added(kind))
+
+
+def load(kind: str, name: str, cls: type[T]) -> T:
+    """Import and return the object with a name that `names` lists.
+
+    Raises `UsageError` if an object of another package is not an instance of `cls`.
+    """
+    if name in _BUNDLED[kind]:
+        module, _, attribute = _BUNDLED[kind][name].partition(":")
+        bundled: T = getattr(import_module(module), attribute)
+        return bundled
+    added = _added(kind)[name].load()
+    if not isinstance(added, cls):
+        raise UsageError(
+            f"the entry point {name!r} of the group holdfast.{kind} is {added!r}; expected an instance of "
+            f"{cls.__module__}.{cls.__qualname__}; correct or uninstall the package that registers it"
+        )
+    return added
+
+
+def _added(kind: str) -> dict[str, EntryPoint]:
+    points = entry_points(group=f"holdfast.{kind}")
+    return {point.name: point for point in points if point.name not in _BUNDLED[kind]}
 
 
 def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:
