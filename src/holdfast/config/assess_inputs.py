@@ -31,7 +31,7 @@ from holdfast.config.resolve import (
 from holdfast.config.settings import AssessSettings, CertifySettings, RotateSettings, check_settings
 from holdfast.config.suites import refuse_uncertifiable
 from holdfast.core.batch import Batch, Data
-from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
+from holdfast.core.catalogue import CASCADE, LATE, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Remedy
@@ -186,8 +186,8 @@ def _provers(settings: CertifySettings) -> tuple[list[Prover], list[Prover]]:
     names = CASCADE if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (
-        [prover(name, limit) for name in names if PROVERS[name].quick],
-        [prover(name, limit) for name in names if not PROVERS[name].quick],
+        [prover(name, limit) for name in names if name not in LATE],
+        [prover(name, limit) for name in names if name in LATE],
     )
 
 

@@ -22,7 +22,7 @@ from holdfast.config.recipes import build_recipe, candidates, refuse_unheld, set
 from holdfast.config.references import DataLike, Sources
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data
-from holdfast.core.catalogue import RECIPES
+from holdfast.core.catalogue import RECIPES, names
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
@@ -86,7 +86,7 @@ def _with_denoiser(
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
     if isinstance(recipe, str | Mapping):
         spec = {"use": recipe} if isinstance(recipe, str) else recipe
-        recipe = build_recipe(spec) if spec["use"] in RECIPES else None
+        recipe = build_recipe(spec) if spec["use"] in names("recipes") else None
     model = subject.model
     if not isinstance(recipe, Denoising) or isinstance(model.net, DenoisedNetwork):
         return subject

@@ -1,11 +1,10 @@
 """Converts the settings of an assessment to its request: the plan of the attacks, the gates and the limits."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
-from holdfast import certifiers
 from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Learned
 from holdfast.certifiers.protocol import Prover
@@ -16,7 +15,7 @@ from holdfast.config.members import listed_members
 from holdfast.config.naming import chosen
 from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
 from holdfast.config.suites import DEFAULT_SUITE, refuse_uncertifiable, usual_suite
-from holdfast.core.catalogue import CASCADE, PROVERS
+from holdfast.core.catalogue import CASCADE, LATE, load
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
@@ -137,16 +136,16 @@ def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
             Remedy("certify"),
             Remedy("suite", DEFAULT_SUITE),
         )
-    return tuple(prover(name) for name in CASCADE if PROVERS[name].quick)
+    return tuple(prover(name) for name in CASCADE if name not in LATE)
 
 
 def prover(name: str, timeout_s: float | None = None) -> Prover:
     """Return the method of certification with a name of the catalogue. `timeout_s` limits the time for each example in
     seconds, if the method has a time limit.
     """
-    entry = PROVERS[name]
-    limits = {"timeout_s": timeout_s} if entry.timed and timeout_s is not None else {}
-    method: Prover = getattr(certifiers, entry.cls)(**limits)
+    cls = load("certifiers", name, type)
+    timed = timeout_s is not None and "timeout_s" in {field.name for field in fields(cls)}
+    method: Prover = cls(**({"timeout_s": timeout_s} if timed else {}))
     return method
 
 

@@ -46,8 +46,11 @@ class Arm:
     weight: float | None = None
     """weight of a detector's score, in multiples of the weight that balances it with the classes; if it is set, the
     attack runs on every model with a detector"""
-    averages: bool = False
-    """whether the gradients of the attack are means over several forward passes"""
+
+    @property
+    def averages(self) -> bool:
+        """Whether the gradients of the attack are means over several forward passes."""
+        return self.attack.needs == "gradients" and "average" in self.means
 
     @property
     def single_draw(self) -> bool:
@@ -79,12 +82,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
     )
     return (
         *on_pair,
-        Arm(
-            "EOT",
-            APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE),
-            ("average",),
-            averages=True,
-        ),
+        Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), ("average",)),
         Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), ("bypass",)),
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), ("bypass",)),
         *(() if isinstance(constraint, Linf) else nearest),

@@ -1,4 +1,4 @@
-"""The doubt `black-box`: if a search without gradients breaks more than gradients do, the gradients are misleading."""
+"""The doubt `black-box` is raised if an attack without gradients breaks more than one with gradients."""
 
 from functools import partial
 
@@ -38,7 +38,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="an attack without gradients breaks more than one with gradients",
     title="Search without gradients breaks more",
     meaning="An attack without gradients breaks more examples than one with gradients, so the gradients are "
     "misleading.",

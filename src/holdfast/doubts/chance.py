@@ -1,4 +1,7 @@
-"""The doubt `chance`: the robust accuracy of a model that is no better than chance is not meaningful."""
+"""The doubt `chance` is raised if the upper end of the interval of clean accuracy does not exceed the share of the
+majority class; or the lower end does not, if the accuracy is at most 1.5 times that of guessing (with 20 examples or
+more).
+"""
 
 import torch
 
@@ -25,8 +28,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the upper end of the interval of clean accuracy does not exceed the share of the majority class; or the "
-    "lower end does not, if the accuracy is at most 1.5 times that of guessing (with 20 examples or more)",
     title="The model is no better than chance",
     meaning="The clean accuracy may be that of always predicting the majority class. The robust accuracy of such a "
     "model is not meaningful.",

@@ -1,4 +1,6 @@
-"""The doubt `constant`: no attack can change the prediction of a model whose outputs do not depend on the input."""
+"""The doubt `constant` is raised if the outputs do not depend on the input: over all examples they differ by at most
+1e-6 of the largest margin. Not applicable if all examples have one label and all predictions are right.
+"""
 
 import torch
 
@@ -43,8 +45,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the outputs do not depend on the input: over all examples they differ by at most 1e-6 of the largest "
-    "margin. Not applicable if all examples have one label and all predictions are right",
     title="The outputs do not depend on the input",
     meaning="Every example has the same output, so no attack can change a prediction, and surviving an attack means "
     "nothing.",

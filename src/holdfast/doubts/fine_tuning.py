@@ -1,10 +1,12 @@
-"""The doubt `fine-tuning` of a model with rotation, which `verbs/rotate/alternatives.py` measures."""
+"""The doubt `fine-tuning` is raised if the parameter sets of a model with [rotation](rotation.md) were never trained
+against attacks, and the same time of adversarial training leaves less to an attacker than rotation does.
+
+It is measured by `verbs/rotate/alternatives.py`.
+"""
 
 from holdfast.doubts.protocol import DoubtTest
 
 TEST = DoubtTest(
-    raised_if="for a model with [rotation](rotation.md): its parameter sets were never trained against attacks, and "
-    "the same time of adversarial training leaves less to an attacker than rotation does",
     title="Adversarial fine-tuning for the same time does more",
     meaning="The parameter sets were not trained against attacks, and rotation does not protect against an attacker "
     "who has the serving set.",

@@ -1,4 +1,4 @@
-"""The doubt `nan`: an example with a NaN output counts as broken."""
+"""The doubt `nan` is raised if an output is not a number."""
 
 import torch
 
@@ -21,7 +21,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="an output is not a number",
     title="Some outputs are not a number",
     meaning="An example with a NaN output counts as broken. NaN usually means an overflow in the model.",
     advice="Find the inputs that cause NaN: they are marked in the evidence.",

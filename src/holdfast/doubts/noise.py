@@ -1,4 +1,6 @@
-"""The doubt `noise`: if random inputs break examples that survived the suite, the suite is too weak."""
+"""The doubt `noise` is raised if random points of the ball break examples that survived the attacks; not tested for a
+randomised model.
+"""
 
 import torch
 from torch import Tensor
@@ -65,7 +67,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="random points of the ball break examples that survived the attacks; not tested for a randomised model",
     title="Random noise breaks examples that attacks did not",
     meaning="Random perturbations inside the threat model break examples that survived the suite.",
     advice="The suite is too weak: add attacks, steps or restarts.",

@@ -1,4 +1,6 @@
-"""The doubt `not-exhausted`: if a fresh pass of the suite or a probe breaks more, another run would measure less."""
+"""The doubt `not-exhausted` is raised if the same suite with other random draws breaks three or more of 32 surviving
+examples, or a probe, the fixed PGD-40 pass, the curve or the transfer matrix breaks one.
+"""
 
 from functools import partial
 
@@ -69,8 +71,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the same suite with other random draws breaks three or more of 32 surviving examples, or a probe, the "
-    "fixed PGD-40 pass, the curve or the transfer matrix breaks one",
     title="A fresh pass of the suite breaks more",
     meaning="A fresh pass of the suite, or a probe, breaks some of the surviving examples, so another run would "
     "measure a lower robust accuracy.",

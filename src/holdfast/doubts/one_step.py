@@ -1,4 +1,4 @@
-"""The doubt `one-step`: if one step breaks more than many, local gradients point in wrong directions."""
+"""The doubt `one-step` is raised if one gradient step breaks more than twenty."""
 
 from functools import partial
 
@@ -26,7 +26,6 @@ ONE_STEP = Probe("one-step", "gradients", one_step, queries=2, order=4)
 
 
 TEST = DoubtTest(
-    raised_if="one gradient step breaks more than twenty",
     title="One step breaks more than many",
     meaning="A single gradient step breaks more examples than twenty smaller ones. This is a sign of gradient "
     "masking: local gradients point in wrong directions.",

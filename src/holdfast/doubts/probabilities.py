@@ -1,4 +1,4 @@
-"""The doubt `probabilities`: the gradient of a saturated softmax is close to zero."""
+"""The doubt `probabilities` is raised if the outputs are probabilities instead of logits."""
 
 from holdfast.core.evidence import Doubt, DoubtState
 from holdfast.doubts.protocol import Case, DoubtTest, limit
@@ -16,7 +16,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the outputs are probabilities instead of logits",
     title="The model returns probabilities",
     meaning="Outputs that sum to one come from a softmax. Where it saturates, the gradient of every loss is close to "
     "zero.",

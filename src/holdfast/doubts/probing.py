@@ -22,7 +22,7 @@ def doubt_tests() -> dict[str, DoubtTest]:
 def doubt_test(name: str) -> DoubtTest:
     """Return the test of a doubt. If no installed package has it, as for a stored run, it consists of its name."""
     known = name in DOUBTS or name in names("doubts")
-    return load("doubts", name, DoubtTest) if known else DoubtTest("", name.replace("-", " ").capitalize())
+    return load("doubts", name, DoubtTest) if known else DoubtTest(name.replace("-", " ").capitalize())
 
 
 def all_probes() -> tuple[Probe, ...]:

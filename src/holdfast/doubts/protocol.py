@@ -144,10 +144,8 @@ class Case:
 class DoubtTest:
     """The test of one doubt, and its explanation: the object `TEST` of its module in `holdfast.doubts`."""
 
-    raised_if: str
-    """condition under which the doubt is raised, for the documentation"""
     title: str
-    """the condition in few words, for readers of reports"""
+    """condition under which it is raised, in few words, for readers of reports"""
     meaning: str = ""
     """what the condition means for the measured robust accuracy"""
     advice: str = ""
@@ -155,8 +153,7 @@ class DoubtTest:
     advice_for_probabilities: str = ""
     """advice if the model is declared to return probabilities; empty if it is the same"""
     conclude: Callable[[Case], Doubt] | None = None
-    """function that decides the state of the doubt; None for a doubt that only a rotation can raise, whose verbs decide
-    it"""
+    """function that decides the state of the doubt; None if the verbs of a rotation decide it"""
     probes: tuple[Probe, ...] = ()
     """probes whose results the doubt uses; doubts may share them"""
     of_suite: Callable[[tuple[Attack, ...]], Probe] | None = None
@@ -164,14 +161,11 @@ class DoubtTest:
     thresholds: tuple[float, ...] = ()
     """thresholds that the doubt may have; empty if they depend on the model or the data"""
     free: bool = False
-    """whether the doubt costs at most a few forward passes in addition to the attacks; a list of attacks raises only
-    these"""
+    """whether the doubt costs at most a few forward passes; a list of attacks raises only these"""
     of_strength: bool = False
-    """whether the doubt implies that stronger attacks would break more: the true robust accuracy may be lower, but not
-    higher"""
+    """whether the doubt implies that stronger attacks would break more: robust accuracy may be lower, but not higher"""
     meaningless: int = 0
-    """rank among the doubts under which the robust accuracy is meaningless for the model, 1 for the most informative
-    one; 0 if it has a meaning"""
+    """rank among the doubts under which robust accuracy has no meaning, the most informative one first; 0 for others"""
     needs_surrogate: bool = False
     """whether the doubt is measured only with a surrogate of the attacker"""
     answered_by: tuple[Literal["bypass", "search", "average"], ...] = ()

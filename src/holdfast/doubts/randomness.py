@@ -1,4 +1,4 @@
-"""The doubt `randomness`: if outputs differ from call to call, an example can survive by chance."""
+"""The doubt `randomness` is raised if the same input gives different outputs."""
 
 import torch
 from torch import Tensor
@@ -75,7 +75,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the same input gives different outputs",
     title="The output changes between calls",
     meaning="The same input has different outputs, so an example can survive by chance.",
     advice="Use --adaptive or --suite rand, which average over draws, or disable the randomness.",

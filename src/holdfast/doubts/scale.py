@@ -1,4 +1,6 @@
-"""The doubt `scale`: large logits saturate the softmax and mask the gradient of the cross-entropy."""
+"""The doubt `scale` is raised if the same attack breaks more if the logits are scaled down, because they saturate
+(exact McNemar p < 0.01 and at least 3 points).
+"""
 
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Doubt
@@ -42,8 +44,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the same attack breaks more if the logits are scaled down, because they saturate (exact McNemar "
-    "p < 0.01 and at least 3 points)",
     title="Large logits mask the gradient",
     meaning="The same attack breaks more examples when the logits are scaled down, so saturation made the attacks "
     "weaker.",

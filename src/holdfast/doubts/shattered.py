@@ -1,4 +1,4 @@
-"""The doubt `shattered`: attacks cannot follow a gradient that does not predict the effect of a small step."""
+"""The doubt `shattered` is raised if the gradient does not predict the effect of a small step."""
 
 from holdfast.core.evidence import Doubt, DoubtState
 from holdfast.doubts.protocol import Case, DoubtTest
@@ -23,7 +23,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the gradient does not predict the effect of a small step",
     title="The gradient does not predict the output",
     meaning="A small step along the gradient changes the output by much more or much less than the gradient predicts.",
     advice="Add --adaptive, which replaces the gradient of the part that shatters it and also searches without "

@@ -1,4 +1,6 @@
-"""The doubt `state`: outputs that depend on more than the input are not those of the model that is served."""
+"""The doubt `state` is raised if outputs depend on the order, the batch or earlier calls, or layers were in training
+mode.
+"""
 
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.protocol import Case, DoubtTest, largest
@@ -37,7 +39,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="outputs depend on the order, the batch or earlier calls, or layers were in training mode",
     title="The output depends on more than the input",
     meaning="The order, the batch or earlier calls change the outputs, or modules are in training mode.",
     advice="If modules are in training mode, call model.eval() before the model is passed, or in its factory. "

@@ -1,4 +1,6 @@
-"""The doubt `transfer`: if examples from other models break more, the gradient of this model is misleading."""
+"""The doubt `transfer` is raised if examples from the surrogates (`--surrogate`) break more than the attack on the
+model itself: exact McNemar p < 0.01 and at least 2 points.
+"""
 
 from functools import partial
 
@@ -41,8 +43,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="examples from the surrogates (`--surrogate`) break more than the attack on the model itself: exact "
-    "McNemar p < 0.01 and at least 2 points",
     title="Transferred examples break more",
     meaning="Examples computed on another model break this one more often than examples computed on it directly.",
     advice="Use attacks on the surrogate, and find the part of this model that masks its gradient.",

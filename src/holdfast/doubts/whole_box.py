@@ -1,4 +1,6 @@
-"""The doubt `whole-box`: an attack that fails although every input is allowed does not work on the model."""
+"""The doubt `whole-box` is raised if the attack fails even if every input inside the bounds is allowed, so it does
+not work.
+"""
 
 from torch import Tensor
 
@@ -42,7 +44,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the attack fails even if every input inside the bounds is allowed, so it does not work",
     title="Unlimited changes do not break the model",
     meaning="With unlimited changes an attack should always succeed. Here it does not, so the attack does not work on "
     "this model.",

@@ -1,4 +1,6 @@
-"""The doubt `zero-gradient`: attacks that follow the gradient do not move where it is zero."""
+"""The doubt `zero-gradient` is raised if the gradient of the margin is zero or not a number at the input and at a
+random point near it, or the gradient of a detector's score is so everywhere.
+"""
 
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.protocol import Case, DoubtTest
@@ -37,8 +39,6 @@ def conclude(case: Case) -> Doubt:
 
 
 TEST = DoubtTest(
-    raised_if="the gradient of the margin is zero or not a number at the input and at a random point near it, or the "
-    "gradient of a detector's score is so everywhere",
     title="Gradients vanish",
     meaning="Attacks follow the gradient of the model. Where it is zero or NaN they do not move, and the model "
     "appears more robust than it is.",

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from holdfast.core.catalogue import load, names
 from holdfast.core.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
@@ -14,59 +16,20 @@ if TYPE_CHECKING:
 
 Summary = Mapping[str, Any]
 
-
-def _html(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.html import page
-
-    file.write(page(summary))
-
-
-def _json(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.summary import to_json
-
-    file.write(to_json(summary))
-
-
-def _junit(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.junit import junit_document
-
-    file.write(junit_document(summary))
-
-
-def _markdown(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.markdown import markdown_document
-
-    file.write(markdown_document(summary))
-
-
-def _csv(summary: Summary, columns: "Columns", file: TextIO) -> None:
-    from holdfast.reports.table import write_rows
-
-    write_rows(summary, columns, file)
-
-
-WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
-    ".html": _html,
-    ".json": _json,
-    ".xml": _junit,
-    ".md": _markdown,
-    ".csv": _csv,
-}
-"""Function that writes the report, for each file suffix."""
-
-
+TABLE = ".csv"
+"""File suffix of the table with one row for each example."""
 EXHIBIT_SUFFIXES = (".json",)
 """File suffixes that are allowed for the measurements of the gallery."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for a comparison."""
 
 
-def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
-    """Check before a run that a report can be written to a path.
+def check_destination(path: Path, suffixes: Collection[str] | None = None) -> None:
+    """Check before a run that a file can be written to a path. Without `suffixes` it is a report.
 
     Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
     """
-    _suffix(path, suffixes)
+    _suffix(path, names("reports") if suffixes is None else suffixes)
     if path.is_dir():
         raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
     folder = path.absolute().parent
@@ -86,9 +49,13 @@ def write(summary: Summary, columns: "Columns", path: Path) -> None:
     """Write the report of a run to a file, atomically, in the format that the suffix of the path states. Missing
     folders are created.
     """
-    writer = WRITERS[_suffix(path, WRITERS)]
+    suffix = _suffix(path, names("reports"))
+    render = load("reports", suffix, FunctionType)
     with _explained(path), replacing(path) as file:
-        writer(summary, columns, file)
+        if suffix == TABLE:  # is written row by row, since it may be large
+            render(summary, columns, file)
+        else:
+            file.write(render(summary))
 
 
 def write_comparison(content: Summary, path: Path) -> None:
