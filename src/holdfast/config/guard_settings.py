@@ -216,11 +216,12 @@ def check_guard_settings(content: Mapping[str, Any], where: str) -> GuardSetting
     """
     try:
         settings = _with_detectors().model_validate(dict(content))
+        detectors = detectors_of(settings)
     except ValidationError as error:
         raise UsageError(f"{where}: {_fault(error)}") from None
-    except UsageError as error:  # of a value that a parser refuses
+    except UsageError as error:  # of a value that a parser or a detector refuses
         raise error.reworded(f"{where}: {error.message}") from None
-    _refuse_contradictions(settings, where)
+    _refuse_contradictions(settings, detectors, where)
     return settings
 
 
@@ -243,17 +244,23 @@ def _settings_of(detector: str) -> type[ScoredSettings]:
         is_whole = type(f.default) is int  # text, booleans and 2.0 are not integers
         hint = Annotated[hints[f.name], BeforeValidator(whole), Strict()] if is_whole else hints[f.name]
         keys[f.name] = hint, f.default
-    return create_model(cls.__name__, __base__=ScoredSettings, **keys)
+    return create_model(f"{cls.__name__}Settings", __base__=ScoredSettings, **keys)
 
 
 def detectors_of(settings: GuardSettings) -> dict[str, "Detector"]:
-    """Return the stateless detectors of a guard, before their fit, by the names of their rules."""
+    """Return the stateless detectors of a guard, before their fit, by the names of their rules.
+
+    Raises `UsageError` if a detector refuses its settings.
+    """
     ends = {"low": min(settings.inputs.low), "high": max(settings.inputs.high)}
     detectors = {}
     for name, group in settings.rules.detectors.items():
         cls, chosen = catalogue.load("detectors", name, type), group.model_dump()
         of_inputs = {f.name: ends[f.name] for f in fields(cls) if f.name in ends}
-        detectors[name] = cls(**{f.name: chosen[f.name] for f in written_fields(cls)}, **of_inputs)
+        try:
+            detectors[name] = cls(**{f.name: chosen[f.name] for f in written_fields(cls)}, **of_inputs)
+        except UsageError as error:
+            raise error.reworded(f"rules.{name}: {error.message}") from None
     return detectors
 
 
@@ -293,7 +300,7 @@ def _keys(path: str) -> list[str]:
     return [info.alias or name for name, info in group.model_fields.items()]
 
 
-def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
+def _refuse_contradictions(settings: GuardSettings, detectors: Mapping[str, "Detector"], where: str) -> None:
     """Raise `UsageError` if settings of a guard contradict each other."""
     inputs, rules = settings.inputs, settings.rules
     seconds(settings.delay, f"{where}: delay")
@@ -316,10 +323,6 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
         raise UsageError(
             f"{where}: inputs.low is {inputs.low} and inputs.high {inputs.high}; low must be below high"
         )
-    try:
-        detectors = detectors_of(settings)
-    except UsageError as error:
-        raise error.reworded(f"{where}: rules: {error.message}") from None
     if not inputs.dtype.startswith(("float", "bfloat")):
         changing = [f"rules.{name}" for name, detector in detectors.items() if "network" in detector.needs]
         for name in (*(["defence"] if any(settings.defence.model_dump().values()) else []), *changing):
