@@ -25,7 +25,7 @@ def test_all_probes_together_keep_to_the_budget_and_none_runs_on_too_few(batches
     wanted = {name: min(n, 32) if name == "again" else n for name in probes}
 
     def cost(name, k):
-        return probe_rows(probes[name], attacks, THREAT, k, passes, randomised=False)
+        return probe_rows(probes[name], THREAT, k, passes, randomised=False)
 
     found = allotted(wanted, budget, cost)
     assert sum(cost(name, k) for name, k in found.examples.items()) <= budget
@@ -53,9 +53,7 @@ def test_a_probe_asks_for_no_more_rows_than_was_computed(batches, randomised):
         rows.clear()
         look = probe.voted if randomised and probe.voted else probe.run
         look(Sent(), batch, threat, Draws(0))
-        assert (
-            0 < sum(rows) <= probe_rows(probe, (Square(), RayS()), threat, n, passes, randomised=randomised)
-        )
+        assert 0 < sum(rows) <= probe_rows(probe, threat, n, passes, randomised=randomised)
 
 
 def test_an_attack_that_nothing_bounds_is_not_run_again():
@@ -63,7 +61,7 @@ def test_an_attack_that_nothing_bounds_is_not_run_again():
     again = {probe.name: probe for probe in probes_for(threat, (PGD(),))}["again"]
 
     def cost(name, k):
-        return probe_rows(again, (PGD(),), threat, k, Passes(8), randomised=False)
+        return probe_rows(again, threat, k, Passes(8), randomised=False)
 
     found = allotted({"again": 9}, 10**9, cost)
     assert found.examples == {} and "queries=1000" in found.reasons["again"]

@@ -21,10 +21,12 @@ from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
-from holdfast.config.recipes import build_recipe, written_fields
+from holdfast.config.recipes import build_recipe
 from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
+from holdfast.config.values import written_fields
 from holdfast.config.verb_settings import Assess, Certify, Harden, RotateSettings, ServeSettings
 from holdfast.core.catalogue import ATTACKS as NAMES
+from holdfast.core.catalogue import DOUBTS as CATALOGUED_DOUBTS
 from holdfast.core.catalogue import RECIPES as CLASSES
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -34,7 +36,6 @@ from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Spatial
-from holdfast.doubts.names import DOUBTS
 from holdfast.harness import measure
 from holdfast.metrics.names import METRICS
 from holdfast.ops.denoiser import with_denoiser
@@ -191,7 +192,12 @@ def test_every_suite_metric_doubt_command_and_bundled_model_is_documented():
         if f"`{name}`" not in documented and f"`_{name.split('_')[-1]}`" not in documented
     ]
     assert not missing
-    assert not [name for name in DOUBTS if f"`{name}`" not in text("concepts/doubts.md")]
+    documented = {row["doubt"].strip("`"): row["is raised if"] for row in rows("concepts/doubts.md", "doubt")}
+    modules = {name: import_module(f"holdfast.doubts.{name.replace('-', '_')}") for name in CATALOGUED_DOUBTS}
+    described = {name: " ".join(module.__doc__.split()) for name, module in modules.items()}
+    assert list(documented) == list(described)
+    for name, condition in documented.items():
+        assert described[name].startswith(f"The doubt `{name}` is raised if {condition}.")
     assert not [name for name in _COMMANDS if f"`holdfast {name}" not in text("reference/command-line.md")]
     assert not [name for name in bundled_models() if f"`{name}`" not in text("reference/bundled.md")]
 

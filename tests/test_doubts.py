@@ -16,26 +16,24 @@ from holdfast.core.meter import Metered
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts import thresholds
-from holdfast.doubts.concluding import Circumstances, conclude
-from holdfast.doubts.names import DOUBTS, FREE
+from holdfast.doubts.concluding import conclude
 from holdfast.doubts.probing import (
-    PROBES,
-    Probed,
+    all_probes,
     counts,
-    probe_title,
+    doubt_tests,
     probes_for,
-    probing_threat,
     rows_for,
     sample_rows,
     surviving_examples,
 )
+from holdfast.doubts.protocol import Circumstances, Probed, probe_title, probing_threat
 from holdfast.harness import measure, prepared
 from holdfast.ops.logits import change
 from holdfast.ops.prepare import in_training
 
 THREAT = ThreatModel(Linf(0.04))
 SUITE = (PGD(steps=40, restarts=2), PGD(steps=40, reach=10))
-CHEAP = {probe.name for probe in PROBES} - {"search"}
+CHEAP = {probe.name for probe in all_probes()} - {"search"}
 """All but the search, whose thousand queries take longer than the others together."""
 EVIDENCE = (
     "scale",
@@ -152,7 +150,9 @@ def raised(module, **options):
 
 def test_an_honest_network_raises_nothing(net):
     result = findings(net)
-    assert [doubt.name for doubt in result.doubts] == list(DOUBTS)
+    assert [doubt.name for doubt in result.doubts] == [
+        name for name, test in doubt_tests().items() if test.conclude
+    ]
     assert not [doubt for doubt in result.doubts if doubt.state == "raised"]
     assert {doubt.name for doubt in result.doubts if doubt.state == "not measured"} == {"transfer"}
     assert not result.fallen
@@ -359,7 +359,7 @@ def test_probes_stay_within_their_budget(net):
     columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
     _, spent = probe_all(model, batch, columns, ThreatModel(Linf(0.01)))
     apart = {"search", "again"}
-    assert set(spent) == {probe.name for probe in PROBES} - {"transfer"} | {"again"}
+    assert set(spent) == {probe.name for probe in all_probes()} - {"transfer"} | {"again"}
     forwards = sum(int(s.queries.max()) for name, s in spent.items() if name not in apart)
     backwards = sum(int(s.backwards.max()) for name, s in spent.items() if name not in apart)
     assert 200 < forwards <= thresholds.FORWARDS
@@ -400,7 +400,7 @@ def test_probes_say_how_much_they_ask(net):
     model, batch = Classifier(net), patterns(80, seed=2)
     columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
     _, spent = probe_all(model, batch, columns, ThreatModel(Linf(0.01)))
-    said = {probe.name: probe.queries for probe in PROBES if probe.queries}
+    said = {probe.name: probe.queries for probe in all_probes() if probe.queries}
     assert said == {name: int(spent[name].queries.max()) for name in said}
 
 
@@ -443,7 +443,9 @@ def test_a_list_of_attacks_raises_the_free_doubts_only(net):
     dead = torch.zeros(60, dtype=torch.bool)
     fitting = Doubt("input", "clear")
     free = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=dead, input=fitting))
-    assert [doubt.name for doubt in free.doubts] == [name for name in DOUBTS if name in FREE]
+    assert [doubt.name for doubt in free.doubts] == [
+        name for name, test in doubt_tests().items() if test.free
+    ]
     assert {doubt.state for doubt in free.doubts} == {"clear"}
     vanished = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=~dead, in_training=("net.1",)))
     assert {doubt.name for doubt in vanished.doubts if doubt.state == "raised"} == {"zero-gradient", "state"}

@@ -13,7 +13,8 @@ from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.probing import Probe, probes_for
+from holdfast.doubts.probing import probes_for
+from holdfast.doubts.protocol import Probe
 from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, SAMPLE
 
 WHAT = "doubts: flags on honest networks under three suites, on masked ones, and the cost of the probes"

@@ -5,7 +5,8 @@ threshold.
 from benchmarks import controls
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.doubts.thresholds import LOSS_SPREAD, SAMPLE
+from holdfast.doubts.loss_spread import LOSS_SPREAD
+from holdfast.doubts.thresholds import SAMPLE
 from holdfast.gallery import ITEMS, undefended
 from holdfast.harness.kinds.passes import FIXED
 from holdfast.sources.data import open_data

@@ -24,7 +24,12 @@ from holdfast.config.guard_opening import (
     served_digest,
     stored_calibration,
 )
-from holdfast.config.guard_settings import GuardSettings, check_guard_settings, read_guard_settings
+from holdfast.config.guard_settings import (
+    GuardSettings,
+    check_guard_settings,
+    detectors_of,
+    read_guard_settings,
+)
 from holdfast.config.references import DataLike, ModelLike, beside
 from holdfast.config.resolve import open_examples, open_subject
 from holdfast.config.verb_settings import CalibrateSettings, composed
@@ -33,7 +38,7 @@ from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.detectors.features import features_of
-from holdfast.detectors.protocol import Observation
+from holdfast.detectors.protocol import Fitted, Observation
 from holdfast.harness import Target
 from holdfast.serving.calibration import (
     Calibration,
@@ -313,7 +318,8 @@ def _with_radius(calibration: Calibration, radius: float | None) -> Calibration:
 
 def _divided(settings: GuardSettings, data: Data, seed: int) -> tuple[Data, Data | None]:
     """The examples for the thresholds, and those for the fit of detectors, or None if there is nothing to fit."""
-    if settings.rules.mahalanobis is None and not fits_radius(settings):
+    fitted = any(isinstance(detector, Fitted) for detector in detectors_of(settings).values())
+    if not fitted and not fits_radius(settings):
         return data, None
     rows = _fitted_rows(len(data), seed, data.name)
     chosen = set(rows)
@@ -361,13 +367,14 @@ def _observe(
 
 
 def _features(settings: GuardSettings, target: Target) -> AbstractContextManager[Callable[[], Tensor] | None]:
-    """The features of the layer that the Mahalanobis distance is measured on; None if it is measured on logits."""
-    rule = settings.rules.mahalanobis
-    if rule is None or rule.on == "logits":
-        return nullcontext()
-    if rule.layer is None:
-        raise UsageError(
-            "rules.mahalanobis has on: features and no layer, so that it cannot be calibrated; name one, as in "
-            "layer: layer4"
-        )
-    return features_of(target.bare.net, rule.layer)
+    """The features of the layer that a detector needs; None if no detector needs features."""
+    for name, detector in detectors_of(settings).items():
+        if "features" in detector.needs:
+            layer = settings.rules.detectors[name].model_dump()["layer"]
+            if layer is None:
+                raise UsageError(
+                    f"rules.{name} has on: features and no layer, so that it cannot be calibrated; name one, as in "
+                    "layer: layer4"
+                )
+            return features_of(target.bare.net, layer)
+    return nullcontext()

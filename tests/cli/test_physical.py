@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from holdfast.cli.app import run
-from holdfast.doubts.names import FREE
+from holdfast.doubts.probing import doubt_test
 from holdfast.store import columns
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -64,7 +64,7 @@ def test_a_threat_that_is_no_ball(threat, attacks, says):
     assert says in content["threat"]["description"][0]
     assert [attack["name"] for attack in content["attacks"]] == attacks
     assert content["metrics"]["robust_accuracy"]["value"] < 1
-    assert all(doubt["name"] in FREE for doubt in content["doubts"])
+    assert all(doubt_test(doubt["name"]).free for doubt in content["doubts"])
 
 
 def test_a_patch_is_learned_once_and_its_cost_is_told():

@@ -8,6 +8,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from holdfast.core.catalogue import names
 from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Judgement
@@ -15,7 +16,7 @@ from holdfast.reports import terminal
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.html import fragment, page
 from holdfast.reports.summary import summary
-from holdfast.reports.write import SUFFIXES, write
+from holdfast.reports.write import write
 from reports import made
 
 HOSTILE = [
@@ -99,7 +100,7 @@ def _shape(text):
 def test_no_output_obeys_a_users_string(text, tmp_path):
     for place, (content, evidence) in enumerate(_summary(text)):
         written = {}
-        for suffix in SUFFIXES:
+        for suffix in names("reports"):
             path = tmp_path / f"{place}{suffix}"
             write(content, evidence.columns, path)
             written[suffix] = path.read_text(encoding="utf-8")

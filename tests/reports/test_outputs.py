@@ -12,10 +12,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from holdfast.core.catalogue import names
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.reports import html, junit, markdown, terminal
-from holdfast.reports.write import SUFFIXES, check_destination, replacing, write
+from holdfast.reports.write import check_destination, replacing, write
 from reports import made
 
 
@@ -214,7 +215,7 @@ def test_tables_fit_the_terminal(failing, width):
     assert any("58.0 %" in line for line in lines)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", names("reports"))
 def test_every_output_is_written_whole_and_the_same_each_time(suffix, failing, evidence, tmp_path):
     path = tmp_path / "new" / f"report{suffix}"
     write(failing, evidence.columns, path)

@@ -5,9 +5,8 @@ import json
 import jsonschema
 import pytest
 
-from holdfast.doubts.names import OF_ROTATION
+from holdfast.doubts.probing import doubt_test
 from holdfast.reports import markdown, terminal
-from holdfast.reports.concerns import CONCERNS
 from holdfast.reports.html import fragment, page
 from holdfast.reports.json_schemas import summary_schema
 from holdfast.reports.rotation import NAMES
@@ -89,4 +88,4 @@ def test_without_a_whole_table_nothing_is_said(rotation):
 
 
 def test_the_doubt_is_explained():
-    assert set(OF_ROTATION) <= set(CONCERNS)
+    assert doubt_test("fine-tuning").meaning and doubt_test("fine-tuning").advice

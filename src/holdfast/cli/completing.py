@@ -10,7 +10,7 @@ from holdfast.cli.early import bundled
 from holdfast.config.grammar import FORMS
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import every_name
-from holdfast.core.catalogue import ATTACKS, PROVERS, RECIPES
+from holdfast.core.catalogue import names
 from holdfast.suites import VARIANTS
 
 
@@ -52,15 +52,15 @@ def _data() -> list[str]:
 
 
 def _attacks() -> list[str]:
-    return sorted((*ATTACKS, *VARIANTS), key=str.lower)
+    return sorted((*names("attacks"), *VARIANTS), key=str.lower)
 
 
 MODEL = Completed(lambda: bundled("*.safetensors"))
 DATA = Completed(_data)
 ATTACK = Completed(_attacks, listed=True)
 SUITE = Completed(every_name, listed=True)
-RECIPE = Completed(lambda: [AUTO, *RECIPES])
-METHOD = Completed(lambda: [AUTO, *PROVERS])
-SETS_RECIPE = Completed(lambda: [CARD, *RECIPES])
+RECIPE = Completed(lambda: [AUTO, *names("recipes")])
+METHOD = Completed(lambda: [AUTO, *names("certifiers")])
+SETS_RECIPE = Completed(lambda: [CARD, *names("recipes")])
 SOURCE = Completed(lambda: list(SOURCES))
 THREAT = Completed(lambda: [f"{name}:" for name in FORMS])

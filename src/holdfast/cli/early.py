@@ -126,11 +126,11 @@ def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = No
     An output `-` is stdout and is not checked. `suffixes` are the permitted suffixes, by default all formats of
     reports.
     """
-    from holdfast.reports.write import SUFFIXES, check_destination
+    from holdfast.reports.write import check_destination
 
     for output in outputs:
         if output != "-":
-            check_destination(Path(output), SUFFIXES if suffixes is None else suffixes)
+            check_destination(Path(output), suffixes)
 
 
 def _offered(address: str, names: Iterable[str]) -> str:

@@ -5,17 +5,15 @@ settings.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from importlib.metadata import entry_points
 from typing import Any, Literal, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
 from holdfast.config.grammar import FORMS, ThreatSpec, did_you_mean, parse_number, parse_threat
-from holdfast.config.naming import GROUP
 from holdfast.config.spellings import attack_class_called
 from holdfast.config.wording import complaint, place
+from holdfast.core.catalogue import load, names
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import is_size, size_text, threat_text
@@ -99,9 +97,7 @@ def attack_names() -> dict[str, type[Any]]:
 
     These are the attacks of the catalogue and those of other packages in the entry-point group `holdfast.attacks`.
     """
-    bundled = {name: getattr(catalogue, name) for name in catalogue.__all__}
-    # the bundled attacks come last, so that no other package can replace one
-    return {**{entry.name: entry.load() for entry in entry_points(group=GROUP)}, **bundled}
+    return {name: load("attacks", name, type) for name in sorted(names("attacks"))}
 
 
 def attack_class(name: str) -> type[Any]:
@@ -109,11 +105,7 @@ def attack_class(name: str) -> type[Any]:
 
     Raises `UsageError` with the most similar name if there is none.
     """
-    canonical = attack_class_called(name)
-    if canonical in catalogue.__all__:  # only this attack is imported
-        found: type[Any] = getattr(catalogue, canonical)
-        return found
-    return attack_names()[canonical]
+    return load("attacks", attack_class_called(name), type)
 
 
 def build_attack(spec: Mapping[str, Any], where: str) -> Attack:

@@ -13,14 +13,11 @@ from holdfast.config.groups import InputSpace
 from holdfast.config.guard_settings import (
     ENVIRONMENT,
     SQLITE,
-    EnergySettings,
     GuardSettings,
-    MahalanobisSettings,
     QueriesSettings,
     RuleSettings,
     ScoredSettings,
-    SqueezingSettings,
-    StabilitySettings,
+    detectors_of,
     is_state,
     read_guard_settings,
 )
@@ -28,12 +25,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.detectors.clusters import QueryState, StateLimits
-from holdfast.detectors.energy import Energy
-from holdfast.detectors.mahalanobis import Mahalanobis
-from holdfast.detectors.protocol import Detector
 from holdfast.detectors.queries import QueryDetector, QuerySettings, radius_for
-from holdfast.detectors.squeezing import FeatureSqueezing
-from holdfast.detectors.stability import NoiseStability
 from holdfast.reports.numbers import strict
 from holdfast.serving.calibration import Calibration, read_calibration, refuse_stale, with_calibration
 from holdfast.serving.decisions import Action, Mode
@@ -235,11 +227,7 @@ def guard_pipeline(
     pipeline = GuardPipeline(
         schema=schema_of(settings),
         rules={name: _rule(name, group, settings.mode, calibration) for name, group in groups.items()},
-        detectors={
-            name: _detector(group, low, high)
-            for name, group in groups.items()
-            if name not in (SCHEMA, RANGE, QUERIES)
-        },
+        detectors=detectors_of(settings),
         defence=InputDefence(squeezes.bits, squeezes.median, low, high)
         if squeezes.bits or squeezes.median
         else None,
@@ -301,10 +289,7 @@ def rules_of(settings: GuardSettings) -> dict[str, RuleSettings]:
         SCHEMA: rules.schema_,
         RANGE: rules.range,
         QUERIES: rules.queries,
-        "energy": rules.energy,
-        "squeezing": rules.squeezing,
-        "mahalanobis": rules.mahalanobis,
-        "stability": rules.stability,
+        **rules.detectors,
     }
     return {name: group for name, group in named.items() if group is not None}
 
@@ -386,16 +371,3 @@ def _query_settings(rule: QueriesSettings, radius: float | None) -> QuerySetting
         threshold=usual.threshold if rule.threshold is None else rule.threshold,
         radius=usual.radius if fitted is None else fitted,
     )
-
-
-def _detector(group: RuleSettings, low: float, high: float) -> Detector:
-    match group:
-        case EnergySettings():
-            return Energy(group.temperature)
-        case SqueezingSettings():
-            return FeatureSqueezing(group.bits, group.median, low, high)
-        case MahalanobisSettings():
-            return Mahalanobis(group.on, group.shrinkage)
-        case StabilitySettings():
-            return NoiseStability(group.sigma, group.draws, group.seed)
-    raise AssertionError(f"{type(group).__name__} has no detector")

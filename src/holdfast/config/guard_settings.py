@@ -1,18 +1,23 @@
 """The settings of a guard, which are the keys of a guard.yaml. The module imports pydantic, but not torch."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, create_model
 
 from holdfast.config.grammar import did_you_mean, parse_number, seconds
 from holdfast.config.groups import Flag, SettingGroup
-from holdfast.config.values import Given, Numbers, Positive, Probability, Whole
+from holdfast.config.values import Given, Numbers, Positive, Probability, Whole, whole, written_fields
 from holdfast.config.wording import complaint, place
 from holdfast.config.yaml_text import load
+from holdfast.core import catalogue
 from holdfast.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from holdfast.detectors.protocol import Detector
 
 ModeName = Literal["observe", "shadow", "enforce"]
 ActionName = Literal["allow", "flag", "label_only", "abstain", "delay", "block"]
@@ -69,43 +74,6 @@ class ScoredSettings(RuleSettings):
     )
 
 
-class EnergySettings(ScoredSettings):
-    """Settings of the rule `energy`."""
-
-    temperature: Annotated[float, Gt(0)] = Field(default=1.0, description="Temperature of the logits.")
-
-
-class SqueezingSettings(ScoredSettings):
-    """Settings of the rule `squeezing`. It costs one forward pass for each squeeze."""
-
-    bits: Bits = Field(
-        default=5, description="Bits of each value after squeezing; 0 leaves this squeeze out."
-    )
-    median: Window = Field(default=2, description="Side of the median filter in pixels; 0 leaves it out.")
-
-
-class MahalanobisSettings(ScoredSettings):
-    """Settings of the rule `mahalanobis`."""
-
-    on: Literal["logits", "features"] = Field(
-        default="logits", description="Vectors whose distance is measured: the logits, or given features."
-    )
-    layer: str | None = Field(
-        default=None, description="Module of the network whose output are the features, as in layer4."
-    )
-    shrinkage: Annotated[float, Ge(0), Le(1)] = Field(
-        default=0.01, description="Weight of the identity in the covariance."
-    )
-
-
-class StabilitySettings(ScoredSettings):
-    """Settings of the rule `stability`. It costs `draws` forward passes."""
-
-    sigma: Annotated[float, Gt(0)] = Field(default=0.05, description="Standard deviation of the noise.")
-    draws: Positive = Field(default=4, description="Number of noisy versions of each input.")
-    seed: Whole = Field(default=0, description="Seed of the noise.")
-
-
 class QueriesSettings(ScoredSettings):
     """Settings of the rule `queries`, the stateful query detector."""
 
@@ -138,18 +106,11 @@ class RulesSettings(SettingGroup):
     queries: Annotated[QueriesSettings | None, BeforeValidator(_defaults)] = Field(
         default=None, description="Detects sequences of similar queries, as attacks send them."
     )
-    energy: Annotated[EnergySettings | None, BeforeValidator(_defaults)] = Field(
-        default=None, description="Energy of the logits. No further forward pass."
-    )
-    squeezing: Annotated[SqueezingSettings | None, BeforeValidator(_defaults)] = Field(
-        default=None, description="Change of the prediction if the input is squeezed."
-    )
-    mahalanobis: Annotated[MahalanobisSettings | None, BeforeValidator(_defaults)] = Field(
-        default=None, description="Distance to the nearest class mean. No further forward pass."
-    )
-    stability: Annotated[StabilitySettings | None, BeforeValidator(_defaults)] = Field(
-        default=None, description="Change of the prediction under noise."
-    )
+
+    @property
+    def detectors(self) -> dict[str, ScoredSettings]:
+        """Settings of the rules of stateless detectors, by name. Each detector of the catalogue has a key."""
+        return {name: group for name, group in self if name not in RulesSettings.model_fields and group}
 
 
 class InputSettings(SettingGroup):
@@ -254,13 +215,53 @@ def check_guard_settings(content: Mapping[str, Any], where: str) -> GuardSetting
     key.
     """
     try:
-        settings = GuardSettings.model_validate(dict(content))
+        settings = _with_detectors().model_validate(dict(content))
+        detectors = detectors_of(settings)
     except ValidationError as error:
         raise UsageError(f"{where}: {_fault(error)}") from None
-    except UsageError as error:  # of a value that a parser refuses
+    except UsageError as error:  # of a value that a parser or a detector refuses
         raise error.reworded(f"{where}: {error.message}") from None
-    _refuse_contradictions(settings, where)
+    _refuse_contradictions(settings, detectors, where)
     return settings
+
+
+def _with_detectors() -> type[GuardSettings]:
+    """The settings of a guard, with the key of a rule for each detector of the catalogue and of other packages."""
+    keys: dict[str, Any] = {
+        name: (Annotated[_settings_of(name) | None, BeforeValidator(_defaults)], None)
+        for name in catalogue.names("detectors")
+    }
+    rules = create_model("RulesSettings", __base__=RulesSettings, **keys)
+    return create_model("GuardSettings", __base__=GuardSettings, rules=(rules, ...))
+
+
+def _settings_of(detector: str) -> type[ScoredSettings]:
+    """The settings of the rule of a detector: those of every scored rule, and the fields of its class."""
+    cls = catalogue.load("detectors", detector, type)
+    hints = get_type_hints(cls, include_extras=True)
+    keys: dict[str, Any] = {}
+    for f in written_fields(cls):
+        is_whole = type(f.default) is int  # text, booleans and 2.0 are not integers
+        hint = Annotated[hints[f.name], BeforeValidator(whole), Strict()] if is_whole else hints[f.name]
+        keys[f.name] = hint, f.default
+    return create_model(f"{cls.__name__}Settings", __base__=ScoredSettings, **keys)
+
+
+def detectors_of(settings: GuardSettings) -> dict[str, "Detector"]:
+    """Return the stateless detectors of a guard, before their fit, by the names of their rules.
+
+    Raises `UsageError` if a detector refuses its settings.
+    """
+    ends = {"low": min(settings.inputs.low), "high": max(settings.inputs.high)}
+    detectors = {}
+    for name, group in settings.rules.detectors.items():
+        cls, chosen = catalogue.load("detectors", name, type), group.model_dump()
+        of_inputs = {f.name: ends[f.name] for f in fields(cls) if f.name in ends}
+        try:
+            detectors[name] = cls(**{f.name: chosen[f.name] for f in written_fields(cls)}, **of_inputs)
+        except UsageError as error:
+            raise error.reworded(f"rules.{name}: {error.message}") from None
+    return detectors
 
 
 def is_state(at: str) -> bool:
@@ -288,7 +289,7 @@ def _fault(error: ValidationError) -> str:
 
 def _keys(path: str) -> list[str]:
     """The keys of the group of settings at a dotted path."""
-    group: type[BaseModel] = GuardSettings
+    group: type[BaseModel] = _with_detectors()
     for key in path.split(".") if path else ():
         field = next(info for name, info in group.model_fields.items() if key in (name, info.alias))
         kinds = [
@@ -299,7 +300,7 @@ def _keys(path: str) -> list[str]:
     return [info.alias or name for name, info in group.model_fields.items()]
 
 
-def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
+def _refuse_contradictions(settings: GuardSettings, detectors: Mapping[str, "Detector"], where: str) -> None:
     """Raise `UsageError` if settings of a guard contradict each other."""
     inputs, rules = settings.inputs, settings.rules
     seconds(settings.delay, f"{where}: delay")
@@ -322,26 +323,22 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
         raise UsageError(
             f"{where}: inputs.low is {inputs.low} and inputs.high {inputs.high}; low must be below high"
         )
-    squeezing = rules.squeezing
     if not inputs.dtype.startswith(("float", "bfloat")):
-        for name, used in (
-            ("defence", settings.defence.bits or settings.defence.median),
-            ("rules.squeezing", squeezing),
-            ("rules.stability", rules.stability),
-        ):
-            if used:
-                raise UsageError(
-                    f"{where}: {name} changes values of the inputs, and inputs.dtype is {inputs.dtype}; remove it, "
-                    "or let the guard see the inputs after their conversion to float32"
-                )
-    images = len(inputs.shape) == 3
-    for name, group in (("defence", settings.defence), ("rules.squeezing", squeezing)):
-        if group is not None and group.median and not images:
+        changing = [f"rules.{name}" for name, detector in detectors.items() if "network" in detector.needs]
+        for name in (*(["defence"] if any(settings.defence.model_dump().values()) else []), *changing):
             raise UsageError(
-                f"{where}: {name}.median is {group.median}, and inputs of shape {list(inputs.shape)} are not images; "
+                f"{where}: {name} changes values of the inputs, and inputs.dtype is {inputs.dtype}; remove it, "
+                "or let the guard see the inputs after their conversion to float32"
+            )
+    for name, group in (
+        ("defence", settings.defence),
+        *((f"rules.{name}", group) for name, group in rules.detectors.items()),
+    ):
+        median = group.model_dump().get("median")
+        if median and len(inputs.shape) != 3:
+            raise UsageError(
+                f"{where}: {name}.median is {median}, and inputs of shape {list(inputs.shape)} are not images; "
                 "set it to 0"
             )
-    if squeezing is not None and not squeezing.bits and not squeezing.median:
-        raise UsageError(f"{where}: rules.squeezing has bits 0 and median 0; give at least one of them")
     if not rules.model_fields_set:
         raise UsageError(f"{where}: rules is empty; name at least one, as in rules: {{energy: {{}}}}")

@@ -25,7 +25,7 @@ from holdfast.config.references import beside
 from holdfast.config.values import address_of
 from holdfast.config.verb_settings import Harden, RotateSettings, part
 from holdfast.core.batch import UNLABELLED, Batch, Data
-from holdfast.core.catalogue import RECIPES
+from holdfast.core.catalogue import RECIPES, names
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
@@ -102,7 +102,7 @@ def _with_denoiser(
 ) -> Subject:
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
     if isinstance(recipe, Mapping):
-        if recipe["use"] not in RECIPES:
+        if recipe["use"] not in names("recipes"):
             return subject
         recipe = build_recipe(recipe)
     model = subject.model

@@ -27,7 +27,7 @@ from holdfast.config.resolve import (
 from holdfast.config.values import address_of
 from holdfast.config.verb_settings import Assess, Certify, RotateSettings, check_settings
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
+from holdfast.core.catalogue import CASCADE, LATE, SMOOTHING
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Progress
 from holdfast.sources.counting import inspection_counter
@@ -198,6 +198,6 @@ def _provers(settings: Certify) -> tuple[list[Prover], list[Prover]]:
     names = CASCADE if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (
-        [prover(name, limit) for name in names if PROVERS[name].quick],
-        [prover(name, limit) for name in names if not PROVERS[name].quick],
+        [prover(name, limit) for name in names if name not in LATE],
+        [prover(name, limit) for name in names if name in LATE],
     )

@@ -11,9 +11,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.suites import VARIANTS
 
-GROUP: Final = "holdfast.attacks"
-"""Entry-point group in which other packages register attacks."""
-
 AUTO: Final = "auto"
 """Value of `--recipe` that selects a recipe automatically."""
 

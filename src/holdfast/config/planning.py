@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from holdfast import certifiers
 from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned
 from holdfast.certifiers.protocol import Prover
@@ -17,7 +16,7 @@ from holdfast.config.naming import chosen
 from holdfast.config.spellings import attack_listed, norms_of_suite
 from holdfast.config.suites import DEFAULT_SUITE, usual_suite
 from holdfast.config.verb_settings import Assess, Certify, Harden
-from holdfast.core.catalogue import CASCADE, PROVERS
+from holdfast.core.catalogue import CASCADE, LATE, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -222,16 +221,16 @@ def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
             Remedy("certify"),
             Remedy("suite", DEFAULT_SUITE),
         )
-    return tuple(prover(name) for name in CASCADE if PROVERS[name].quick)
+    return tuple(prover(name) for name in CASCADE if name not in LATE)
 
 
 def prover(name: str, timeout_s: float | None = None) -> Prover:
     """Return the method of certification with a name of the catalogue. `timeout_s` limits the time for each example in
     seconds, if the method has a time limit.
     """
-    entry = PROVERS[name]
-    limits = {"timeout_s": timeout_s} if entry.timed and timeout_s is not None else {}
-    method: Prover = getattr(certifiers, entry.cls)(**limits)
+    cls = load("certifiers", name, type)
+    timed = timeout_s is not None and "timeout_s" in {field.name for field in fields(cls)}
+    method: Prover = cls(**({"timeout_s": timeout_s} if timed else {}))
     return method
 
 

@@ -3,16 +3,16 @@ settings.
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
-from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
 from holdfast.config.grammar import did_you_mean
 from holdfast.config.naming import AUTO, CARD
-from holdfast.core.catalogue import RECIPES
+from holdfast.config.values import written_fields
+from holdfast.core.catalogue import RECIPES, load, names
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
@@ -99,14 +99,14 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     its type and range.
     """
     name = str(spec["use"])
-    if name not in RECIPES:  # the name is from a card; other settings were validated before
+    if name not in names("recipes"):  # the name is from a card; other settings were validated before
         raise UsageError(
-            f"the card names the recipe {name!r}, which does not exist{did_you_mean(name, RECIPES)}",
+            f"the card names the recipe {name!r}, which does not exist{did_you_mean(name, names('recipes'))}",
             Remedy("recipe", "pgd"),
         )
-    cls = getattr(catalogue, RECIPES[name].cls)
-    settings = {**RECIPES[name].settings, **{key: value for key, value in spec.items() if key != "use"}}
-    recipe: Recipe = built(cls, settings, f"recipe {name}", "recipe")
+    usual = RECIPES[name].settings if name in RECIPES else {}
+    settings = {**usual, **{key: value for key, value in spec.items() if key != "use"}}
+    recipe: Recipe = built(load("recipes", name, type), settings, f"recipe {name}", "recipe")
     return recipe
 
 
@@ -122,11 +122,6 @@ def built(cls: type[Built], given: Mapping[str, Any], where: str, key: str) -> B
                 Remedy(f"{key}.{field.name}", Placeholder("VALUE")),
             )
     return cls(**checked)
-
-
-def written_fields(cls: type[Any]) -> list[Field[Any]]:
-    """Return those fields of a dataclass of settings that a configuration file may set."""
-    return [f for f in fields(cls) if f.metadata.get("written", True)]
 
 
 def part_of(field: Field[Any], hint: Any) -> type[Any] | None:

@@ -8,14 +8,15 @@ from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from holdfast import recipes, rotation
+from holdfast import rotation
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
-from holdfast.config.recipes import part_of, written_fields
+from holdfast.config.recipes import part_of
+from holdfast.config.values import written_fields
 from holdfast.config.verb_settings import VERBS, RotateSettings, VerbSettings
-from holdfast.core.catalogue import RECIPES
+from holdfast.core.catalogue import RECIPES, load, names
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion
@@ -30,7 +31,7 @@ def settings_schema() -> dict[str, Any]:
     """
     definitions: dict[str, Any] = {
         "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},
-        "recipe": {"oneOf": [_recipe(name) for name in (AUTO, CARD, *RECIPES)]},
+        "recipe": {"oneOf": [_recipe(name) for name in (AUTO, CARD, *names("recipes"))]},
         "source": {"oneOf": [_tagged(n, getattr(rotation, of), {}) for n, of in SOURCES.items()]},
     }
     keys_by_verb = {verb: _keys(kind, definitions) for verb, kind in VERBS.items()}
@@ -39,7 +40,7 @@ def settings_schema() -> dict[str, Any]:
     shared = {key: value for verb in order for key, value in keys_by_verb[verb].items()}
     shared["recipe"] = {
         "description": "Training method, see holdfast harden and holdfast rotate.",
-        "anyOf": [{"enum": [AUTO, CARD, *RECIPES]}, {"$ref": "#/$defs/recipe"}],
+        "anyOf": [{"enum": [AUTO, CARD, *names("recipes")]}, {"$ref": "#/$defs/recipe"}],
     }
     for key in ("mean", "std"):
         _take_numbers(definitions["SurrogateSettings"]["properties"][key], optional=True)
@@ -75,11 +76,11 @@ def _keys(kind: type[VerbSettings], definitions: dict[str, Any]) -> dict[str, An
     if "suite" in properties:
         _take_attacks(properties)
     if "recipe" in properties:
-        default, names = (CARD, [CARD, *RECIPES]) if kind is RotateSettings else (AUTO, [AUTO, *RECIPES])
+        default = CARD if kind is RotateSettings else AUTO
         properties["recipe"] = {
             "description": properties["recipe"]["description"],
             "default": default,
-            "anyOf": [{"enum": names}, {"$ref": "#/$defs/recipe"}],
+            "anyOf": [{"enum": [default, *names("recipes")]}, {"$ref": "#/$defs/recipe"}],
         }
     if "source" in properties:
         properties["source"] = {
@@ -141,7 +142,7 @@ def _recipe(name: str) -> dict[str, Any]:
         training = _settings(Training, {})
         properties = {"use": {"const": name}, "training": training}
         return {"type": "object", "title": name, "properties": properties, "additionalProperties": False}
-    return _tagged(name, getattr(recipes, RECIPES[name].cls), RECIPES[name].settings)
+    return _tagged(name, load("recipes", name, type), RECIPES[name].settings if name in RECIPES else {})
 
 
 def _tagged(name: str, cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,10 @@ Case, `-`, `_` and spaces are ignored: `hop-skip-jump` is HopSkipJump.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Final
 
 from holdfast.config.grammar import did_you_mean
-from holdfast.config.naming import GROUP
-from holdfast.core.catalogue import ATTACKS
+from holdfast.core.catalogue import ATTACKS, names
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
@@ -175,7 +173,7 @@ def every_name() -> tuple[str, ...]:
 
 
 def _canonical_names() -> list[str]:
-    return [*ATTACKS, *(entry.name for entry in entry_points(group=GROUP)), *VARIANTS]
+    return [*names("attacks"), *VARIANTS]
 
 
 def _attacks() -> dict[str, str]:
@@ -183,7 +181,7 @@ def _attacks() -> dict[str, str]:
     bundled = {folded(name): name for name in (*ATTACKS, *VARIANTS)}
     short = {folded(form): name for name, spelling in SPELLINGS.items() for form in spelling.short}
     papers = {folded(spelling.paper): name for name, spelling in SPELLINGS.items() if spelling.paper}
-    added = {folded(entry.name): entry.name for entry in entry_points(group=GROUP)}
+    added = {folded(name): name for name in names("attacks")}
     return {**added, **papers, **short, **bundled}
 
 

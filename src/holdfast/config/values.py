@@ -1,5 +1,6 @@
 """Types of settings, which parse and validate values from files and from the command line."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -34,11 +35,10 @@ from holdfast.config.grammar import (
 )
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import suite_or_attacks
-from holdfast.core.catalogue import PROVERS, RECIPES
+from holdfast.core.catalogue import names
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.gates.grammar import with_equality
 from holdfast.sources.remote import header_variable
@@ -48,7 +48,6 @@ POOL_STAYS = (
     "store, where every process of the cluster can read them"
 )
 """Reason why a pool does not run on a cluster."""
-_DOUBTS = {**DOUBTS, **OF_ROTATION, **OF_ADMISSION}
 
 
 def address_of(given: object) -> str | None:
@@ -313,8 +312,8 @@ def _gates(value: object) -> object:
     return value
 
 
-def _whole(value: object) -> object:
-    """Convert any integer type to int. Text, booleans and 2.0 are not integers."""
+def whole(value: object) -> object:
+    """Convert any integer type to int, for a validator of strict integers. Text, booleans and 2.0 are not integers."""
     return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
 
 
@@ -362,8 +361,8 @@ def _suite(value: object) -> object:
 
 def _accepted(value: object) -> object:
     for name, reason in value.items() if isinstance(value, Mapping) else ():
-        if name not in _DOUBTS:
-            raise UsageError(f"there is no doubt {name!r}{did_you_mean(str(name), _DOUBTS)}")
+        if name not in names("doubts"):
+            raise UsageError(f"there is no doubt {name!r}{did_you_mean(str(name), names('doubts'))}")
         if reason is None or not str(reason).strip():
             raise UsageError(
                 f"the doubt {name} is accepted without a reason",
@@ -410,9 +409,9 @@ Bounds = Annotated[
 InputShape = Annotated[tuple[int, ...], BeforeValidator(_input_shape)]
 Separator = Annotated[str, BeforeValidator(_separator)]
 ClassNames = Annotated[tuple[str, ...], MinLen(2), BeforeValidator(_class_names)]
-Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
-Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
-Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
+Whole = Annotated[StrictInt, Ge(0), BeforeValidator(whole)]
+Positive = Annotated[StrictInt, Ge(1), BeforeValidator(whole)]
+Classes = Annotated[StrictInt, Ge(2), BeforeValidator(whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 Threat = Annotated[str, BeforeValidator(_threat)]
 Transform = Annotated[str, _read_by(parse_transform)]
@@ -453,18 +452,19 @@ class SurrogateSettings(BaseModel):
 def _method(value: object) -> object:
     """Check the name of a method of certification."""
     name = value.lower().replace("_", "-") if isinstance(value, str) else value
-    if isinstance(name, str) and name not in (AUTO, *PROVERS):
-        raise UsageError(f"there is no method {value!r}{did_you_mean(name, (AUTO, *PROVERS))}")
+    methods = (AUTO, *names("certifiers"))
+    if isinstance(name, str) and name not in methods:
+        raise UsageError(f"there is no method {value!r}{did_you_mean(name, methods)}")
     return name
 
 
-def _named_spec(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], object]:
-    """Return a validator for a name, or a mapping with the name in `use:`."""
+def _named_spec(kind: str, usual: str, every: Callable[[], Sequence[str]]) -> Callable[[object], object]:
+    """Return a validator for one of the names that `every` returns, or a mapping with the name in `use:`."""
 
     def read(value: object) -> object:
         spec = {"use": value} if isinstance(value, str) else value
         if isinstance(spec, Mapping):
-            name = str(spec.get("use", usual))
+            name, known = str(spec.get("use", usual)), every()
             if name.lower() not in known:
                 raise UsageError(f"there is no {kind} {name!r}{did_you_mean(name.lower(), known)}")
             return {**spec, "use": name.lower()}
@@ -475,16 +475,24 @@ def _named_spec(kind: str, usual: str, known: Sequence[str]) -> Callable[[object
     return read
 
 
-_NAMED_RECIPES = [*RECIPES, AUTO, CARD]
+def written_fields(cls: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Return those fields of a dataclass of settings that a configuration file may set."""
+    return [f for f in dataclasses.fields(cls) if f.metadata.get("written", True)]
+
+
+def _recipes() -> list[str]:
+    return [*names("recipes"), AUTO, CARD]
+
+
 Method = Annotated[str, BeforeValidator(_method)]
 RecipeSpec = Annotated[
     dict[str, Any],
     WrapValidator(lambda value, validated: validated(value) if _is_plain(value) else value),
-    BeforeValidator(_named_spec("recipe", AUTO, _NAMED_RECIPES)),
+    BeforeValidator(_named_spec("recipe", AUTO, _recipes)),
 ]
 """Name or settings of a recipe, or a Python object."""
-SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _NAMED_RECIPES))]
-SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", [*SOURCES]))]
+SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _recipes))]
+SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", lambda: [*SOURCES]))]
 Surrogates = Annotated[
     list[Annotated[SurrogateSettings, WrapValidator(_surrogate)]], BeforeValidator(_models)
 ]

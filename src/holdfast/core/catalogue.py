@@ -1,13 +1,20 @@
-"""Catalogue of attacks, recipes and provers, with their names, modules and properties. It does not import torch.
+"""Catalogue of attacks, recipes, doubts, detectors, methods of certification and formats of reports. It does not import
+torch.
 
 It is the only list of them. `holdfast.attacks`, `holdfast.recipes` and `holdfast.certifiers` import a class when it is
-first used; settings, help, completion and documentation read the names here.
+first used; settings, help, completion and documentation read the names here. `names` and `load` include what other
+packages register in entry-point groups.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Final, Literal
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, Literal, TypeVar
+
+from holdfast.core.errors import UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,6 @@ class RecipeEntry:
     """name of the module in `holdfast.recipes`"""
     settings: Mapping[str, float | bool] = field(default_factory=dict)
     """settings whose defaults under this name differ from those of the class"""
-
-
-@dataclass(frozen=True)
-class ProverEntry:
-    """Entry of the catalogue for one method of certification, which the option `--method` selects by its name."""
-
-    name: str
-    cls: str
-    """name of the class in `holdfast.certifiers`"""
-    module: str
-    """name of the module in `holdfast.certifiers`"""
-    quick: bool = True
-    """whether the method is run before the attacks; the others are run on the examples that survive the attacks"""
-    timed: bool = False
-    """whether the class has a setting `timeout_s`, the time limit for each example in seconds"""
 
 
 ATTACKS: Final[Mapping[str, AttackEntry]] = {
@@ -133,21 +125,80 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 }
 SMOOTHING: Final = "smoothing"
 """method that certifies another model than the given one: the smoothed classifier"""
-PROVERS: Final[Mapping[str, ProverEntry]] = {
-    entry.name: entry
-    for entry in (
-        ProverEntry("ibp", "IBP", "provers"),
-        ProverEntry("crown-ibp", "CrownIBP", "provers"),
-        ProverEntry("crown", "Crown", "provers", timed=True),
-        ProverEntry("lipschitz", "Lipschitz", "lipschitz"),
-        ProverEntry(SMOOTHING, "Smoothing", "smoothing"),
-        ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False, timed=True),
-        ProverEntry("branch-and-bound", "BranchAndBound", "searching", quick=False, timed=True),
-    )
+PROVERS: Final[Mapping[str, str]] = {
+    "ibp": "provers:IBP",
+    "crown-ibp": "provers:CrownIBP",
+    "crown": "provers:Crown",
+    "lipschitz": "lipschitz:Lipschitz",
+    SMOOTHING: "smoothing:Smoothing",
+    "alpha-crown": "searching:AlphaCrown",
+    "branch-and-bound": "searching:BranchAndBound",
 }
+"""module and class in `holdfast.certifiers` of each method of certification, which the option `--method` selects"""
+LATE: Final = ("alpha-crown", "branch-and-bound")
+"""methods that are run on the examples that survive the attacks; the others are run before the attacks"""
 CASCADE: Final = ("ibp", "crown", "branch-and-bound")
 """methods that `auto` runs, in their order; the attacks are run after the quick ones. Branch and bound begins with
 optimised slopes, as alpha-CROWN does, and respects the time limit"""
+
+DOUBTS: Final = (
+    "zero-gradient", "probabilities", "scale", "one-step", "black-box", "noise", "not-exhausted", "transfer",
+    "whole-box", "randomness", "state", "loss-spread", "shattered", "nan", "chance", "constant", "input",
+    "fine-tuning", "odd-gradients",
+)  # fmt: skip
+"""names of the doubts, in the order of reports; each has a module in `holdfast.doubts`"""
+
+BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
+    "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},
+    "certifiers": {name: f"holdfast.certifiers.{path}" for name, path in PROVERS.items()},
+    "detectors": {
+        "energy": "holdfast.detectors.energy:Energy",
+        "squeezing": "holdfast.detectors.squeezing:FeatureSqueezing",
+        "mahalanobis": "holdfast.detectors.mahalanobis:Mahalanobis",
+        "stability": "holdfast.detectors.stability:NoiseStability",
+    },
+    "doubts": {name: f"holdfast.doubts.{name.replace('-', '_')}:TEST" for name in DOUBTS},
+    "recipes": {name: f"holdfast.recipes.{entry.module}:{entry.cls}" for name, entry in RECIPES.items()},
+    "reports": {
+        ".html": "holdfast.reports.html:page",
+        ".json": "holdfast.reports.summary:to_json",
+        ".xml": "holdfast.reports.junit:junit_document",
+        ".md": "holdfast.reports.markdown:markdown_document",
+        ".csv": "holdfast.reports.table:write_rows",
+    },
+}
+"""objects of Holdfast by kind and name, each with its module and attribute; detectors are in the order in which a guard
+evaluates them"""
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Return the names of all attacks, doubts or objects of another kind: those of Holdfast, followed by those of other
+    packages in the entry-point group `holdfast.KIND`. No other package can replace one of Holdfast.
+    """
+    return (*BUNDLED[kind], *_added(kind))
+
+
+def load(kind: str, name: str, cls: type[T]) -> T:
+    """Import and return the object with a name that `names` lists.
+
+    Raises `UsageError` if an object of another package is not an instance of `cls`.
+    """
+    if name in BUNDLED[kind]:
+        module, _, attribute = BUNDLED[kind][name].partition(":")
+        bundled: T = getattr(import_module(module), attribute)
+        return bundled
+    added = _added(kind)[name].load()
+    if not isinstance(added, cls):
+        raise UsageError(
+            f"the entry point {name!r} of the group holdfast.{kind} is {added!r}; expected an instance of "
+            f"{cls.__module__}.{cls.__qualname__}; correct or uninstall the package that registers it"
+        )
+    return added
+
+
+def _added(kind: str) -> dict[str, EntryPoint]:
+    points = entry_points(group=f"holdfast.{kind}")
+    return {point.name: point for point in points if point.name not in BUNDLED[kind]}
 
 
 def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:

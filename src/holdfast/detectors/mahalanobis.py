@@ -6,7 +6,7 @@ Differs from the paper: one layer is used, and inputs are not preprocessed by a 
 is needed. The covariance is shrunk towards a multiple of the identity, as features may be linearly dependent.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,11 +25,13 @@ class Mahalanobis:
 
     on: Literal["logits", "features"] = "logits"
     """vectors whose distance is measured: the logits, or the features that the application passes to the guard"""
+    layer: str | None = None
+    """module of the network whose output are the features, as in layer4; the guard computes them with it"""
     shrinkage: Fraction = 0.01
     """weight of the identity in the covariance"""
-    means: Tensor | None = None
+    means: Tensor | None = field(default=None, metadata={"written": False})
     """class means (classes, d), float32; None before the fit"""
-    precision: Tensor | None = None
+    precision: Tensor | None = field(default=None, metadata={"written": False})
     """inverse of the covariance (d, d) that the classes share, float32"""
 
     @property

@@ -27,7 +27,11 @@ class Observation:
 
 
 class Detector(Protocol):
-    """Protocol of a stateless detector: a function from inputs and outputs to one score for each input."""
+    """Protocol of a stateless detector: a frozen dataclass that maps inputs and outputs to one score for each input.
+
+    Its fields are the settings of its rule in a guard.yaml, except those with the metadata `{"written": False}`: `low`
+    and `high`, which the guard sets to the valid range of the inputs, and the parameters of a `Fitted` detector.
+    """
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -39,7 +43,9 @@ class Detector(Protocol):
 
 @runtime_checkable
 class Fitted(Protocol):
-    """Protocol of a detector with parameters that are estimated from clean examples."""
+    """Protocol of a detector with parameters that are estimated from clean examples. They are float32 tensors in fields
+    with the metadata `{"written": False}`, which a calibration stores.
+    """
 
     @property
     def fitted(self) -> bool:

@@ -6,11 +6,12 @@ Differs from the paper: there is no smoothing by non-local means.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Le
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
@@ -25,14 +26,14 @@ class FeatureSqueezing:
     costs one forward pass for each squeeze.
     """
 
-    bits: Count = 5
+    bits: Annotated[Count, Le(16)] = 5
     """number of bits of each value; 0 leaves this squeeze out. The paper uses 1 for MNIST and 4 or 5 for CIFAR-10"""
-    median: Count = 2
+    median: Annotated[Count, Le(15)] = 2
     """side of the window of the median filter in pixels; 0 leaves this squeeze out, which inputs that are not images
     need"""
-    low: float = 0.0
+    low: float = field(default=0.0, metadata={"written": False})
     """lowest valid value of the inputs"""
-    high: float = 1.0
+    high: float = field(default=1.0, metadata={"written": False})
     """highest valid value of the inputs"""
 
     needs: ClassVar[tuple[Need, ...]] = ("network",)

@@ -8,13 +8,12 @@ follow from the columns of the suite, and a resumed run computes the same ones.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from holdfast.attacks.costs import Passes, most_rows
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.costs import Passes
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import VOTES
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.probing import AGAIN, SEARCHES, Probe, counts, within_budget
-from holdfast.doubts.thresholds import NOISE_DRAWS
+from holdfast.doubts.probing import counts, doubt_test
+from holdfast.doubts.protocol import AGAIN, Probe
 
 LEAST = 8
 """Smallest useful number of examples for a probe: if it breaks none of 8, it may still break up to a third of all
@@ -26,13 +25,6 @@ OMITTED_FIRST = ("search", AGAIN, "noise", "steadiness")
 because it decides no doubt alone."""
 
 _SHARED = "for a served model all doubts together may use at most as many rows as the suite"
-_DECIDING_PROBE = {
-    "randomness": "steadiness",
-    "state": "steadiness",
-    "noise": "noise",
-    "not-exhausted": AGAIN,
-}
-"""The probe that decides each of these doubts, unless something else raises it."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +39,15 @@ class Allotment:
     """reason why a probe is omitted, by its name"""
 
 
-def probe_rows(
-    probe: Probe, attacks: Sequence[Attack], threat: ThreatModel, n: int, passes: Passes, *, randomised: bool
-) -> int | None:
+def probe_rows(probe: Probe, threat: ThreatModel, n: int, passes: Passes, *, randomised: bool) -> int | None:
     """Return an upper bound on the number of inputs that a probe sends to a server if it is run on `n` examples.
 
     Returns None if the number is unknown, as for an attack of another package without a budget.
     """
-    votes, pass_rows = (VOTES if randomised and probe.voted is not None else 1), passes.once(n)
-    if probe.name == "steadiness":
-        return 4 * pass_rows + sum(_halves(piece, passes) for piece in passes.pieces(n))
-    judged = JUDGED_AT_RANDOM if randomised else 1
-    judging = judged * pass_rows if counts(probe, threat) else 0
-    if probe.name == "noise":
-        return within_budget(NOISE_DRAWS, threat) * pass_rows + judging
-    if probe.name == "search":
-        return (within_budget(SEARCHES, threat) + votes) * pass_rows + judging
-    if probe.name == AGAIN:
-        fresh = [most_rows(attack, threat, n, passes) for attack in attacks]
-        known = [rows for rows in fresh if rows is not None]
-        return sum(known) + len(fresh) * votes * pass_rows + judging if len(known) == len(fresh) else None
-    return None
-
-
-def _halves(n: int, passes: Passes) -> int:
-    """The rows of a piece that is evaluated in two halves, and a remainder."""
-    half = max(1, n // 2)
-    return sum(passes.filled(min(half, n - start)) for start in range(0, n, half))
+    votes = VOTES if randomised and probe.voted is not None else 1
+    rows = None if probe.rows is None else probe.rows(threat, n, passes, votes)
+    judging = (JUDGED_AT_RANDOM if randomised else 1) * passes.once(n) if counts(probe, threat) else 0
+    return None if rows is None else rows + judging
 
 
 def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], int | None]) -> Allotment:
@@ -130,7 +104,7 @@ def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, .
     """
 
     def with_note(doubt: Doubt) -> Doubt:
-        probe = _DECIDING_PROBE.get(doubt.name, "")
+        probe = doubt_test(doubt.name).served_probe
         if probe in allotment.reasons and doubt.state in ("clear", "not measured"):
             return Doubt(doubt.name, "not measured", message=allotment.reasons[probe])
         n, wanted = allotment.examples.get(probe, 0), allotment.wanted.get(probe, 0)

@@ -8,6 +8,7 @@ that bypass the stages that mask them (`core.through`). Examples that it breaks 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -16,21 +17,16 @@ from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, Constraint, Linf
 from holdfast.core.evidence import Columns, Doubt
-from holdfast.doubts.thresholds import ZERO_GRADIENTS
+from holdfast.doubts.probing import doubt_test
+from holdfast.doubts.zero_gradient import ZERO_GRADIENTS
 from holdfast.ops.losses import dlr, margin_loss
 
 DRAWS = 20
 """number of forward passes over which EOT (expectation over transformation) averages a gradient"""
 SURE = 0.95
 """fraction of the forward passes that must misclassify an example before EOT stops; a mere majority may not last"""
-MISLEADING = (
-    "zero-gradient", "probabilities", "scale", "one-step", "black-box", "noise", "not-exhausted", "whole-box",
-    "loss-spread", "shattered",
-)  # fmt: skip
-"""doubts about zero gradients, misleading gradients, or attacks with too few steps"""
-BLIND = ("zero-gradient", "one-step", "black-box", "noise", "not-exhausted", "whole-box", "shattered")
-"""doubts among `MISLEADING` that a search without gradients can also answer"""
-RANDOM = ("randomness",)
+Means = Literal["bypass", "search", "average"]
+"""kinds of adaptive attacks, as in `DoubtTest.answered_by`"""
 DETECTOR = "a detector"
 """reason, listed with the doubts, for attacks on a network together with its detector"""
 EVEN = 0.3
@@ -41,16 +37,20 @@ WEIGHTS = {"Pair": EVEN, "Pair-light": EVEN / 10, "Pair-heavy": EVEN * 10}
 
 @dataclass(frozen=True)
 class Arm:
-    """An adaptive attack, and the names of the doubts that require it."""
+    """An adaptive attack, and the kinds of doubts that require it."""
 
     name: str
     attack: Attack
-    doubts: tuple[str, ...]
+    means: tuple[Means, ...]
+    """what the attack does; it answers the doubts that are answered by one of these"""
     weight: float | None = None
     """weight of a detector's score, in multiples of the weight that balances it with the classes; if it is set, the
     attack runs on every model with a detector"""
-    averages: bool = False
-    """whether the gradients of the attack are means over several forward passes"""
+
+    @property
+    def averages(self) -> bool:
+        """Whether the gradients of the attack are means over several forward passes."""
+        return self.attack.needs == "gradients" and "average" in self.means
 
     @property
     def single_draw(self) -> bool:
@@ -69,29 +69,24 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
     added, since they break examples that survive attacks inside the ball (docs/decisions/0008).
     """
     pair = margin_pgd(steps=100, restarts=8)
-    on_pair = tuple(Arm(name, pair, MISLEADING, weight) for name, weight in WEIGHTS.items())
+    on_pair = tuple(Arm(name, pair, ("bypass",), weight) for name, weight in WEIGHTS.items())
     if isinstance(constraint, L0):
         return (
             *on_pair,
-            Arm("BPDA", margin_pgd(steps=100, restarts=5), MISLEADING),
-            Arm("Search", SparseRS(queries=10_000), BLIND),
+            Arm("BPDA", margin_pgd(steps=100, restarts=5), ("bypass",)),
+            Arm("Search", SparseRS(queries=10_000), ("search",)),
         )
     nearest = (
-        Arm("BPDA-ALMA", ALMA(steps=100, reach=4, refine=20), MISLEADING),
-        Arm("BPDA-FAB", FAB(steps=100, targets=9, eta=1.3, refine=20), MISLEADING),
+        Arm("BPDA-ALMA", ALMA(steps=100, reach=4, refine=20), ("bypass",)),
+        Arm("BPDA-FAB", FAB(steps=100, targets=9, eta=1.3, refine=20), ("bypass",)),
     )
     return (
         *on_pair,
-        Arm(
-            "EOT",
-            APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE),
-            RANDOM,
-            averages=True,
-        ),
-        Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), MISLEADING),
-        Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), MISLEADING),
+        Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), ("average",)),
+        Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), ("bypass",)),
+        Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), ("bypass",)),
         *(() if isinstance(constraint, Linf) else nearest),
-        Arm("Search", Square(queries=5000), (*RANDOM, *BLIND)),
+        Arm("Search", Square(queries=5000), ("average", "search")),
     )
 
 
@@ -101,14 +96,16 @@ def required_attacks(available: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[
     On a randomised model, EOT is the only attack that uses gradients, since a single misclassified forward pass proves
     nothing.
     """
-    raised = [doubt.name for doubt in doubts if doubt.state == "raised"]
-    averaged = any(arm.averages for arm in available) and any(map(_random, doubts))
+    answers = {doubt.name: doubt_test(doubt.name).answered_by for doubt in doubts}
+    averaged = any(arm.averages for arm in available) and any(
+        "average" in answers[doubt.name] and _random(doubt) for doubt in doubts
+    )
     required: dict[str, tuple[str, ...]] = {}
     for arm in available:
         if averaged and arm.single_draw:
             continue
-        answerable = (*RANDOM, *MISLEADING) if averaged and arm.averages else arm.doubts
-        because = tuple(name for name in raised if name in answerable)
+        means = {*arm.means, "bypass"} if averaged and arm.averages else {*arm.means}
+        because = tuple(d.name for d in doubts if d.state == "raised" and means & {*answers[d.name]})
         # these attacks run on every model with a detector, whether or not a doubt requires them
         if arm.weight:
             because = (DETECTOR, *because)
@@ -119,7 +116,7 @@ def required_attacks(available: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[
 def _random(doubt: Doubt) -> bool:
     """Whether the doubt shows that the model is randomised, even if a suite that averages over draws has cleared it."""
     moved = doubt.statistic is not None and doubt.threshold is not None and doubt.statistic > doubt.threshold
-    return doubt.name == "randomness" and (doubt.state == "raised" or moved)
+    return doubt.state == "raised" or moved
 
 
 def with_answers(
@@ -145,10 +142,11 @@ def with_answers(
         required = [arm for arm, names in because.items() if doubt.name in names]
         if doubt.state != "raised" or not required or not set(required) <= set(ran):
             return doubt
-        dead = doubt.name in ("zero-gradient", "whole-box") and (blind or _dead(ran, required))
-        if dead or (doubt.name == "shattered" and not bypassed and "EOT" not in required):
+        unless = doubt_test(doubt.name).unanswered_if
+        dead = unless == "dead" and (blind or _dead(ran, required))
+        if dead or (unless == "not bypassed" and not bypassed and "EOT" not in required):
             return replace(doubt, message=f"{doubt.message}; the adaptive attacks did not circumvent it")
-        if doubt.name == "not-exhausted" and fell:
+        if unless == "fallen" and fell:
             return doubt
         return _answered(doubt, ran, required)
 

@@ -8,6 +8,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask, PerExample
+from holdfast.doubts.protocol import Probe
 from holdfast.ops.ascent import gradient
 from holdfast.ops.logits import scale
 from holdfast.ops.losses import cross_entropy, margin_loss
@@ -53,3 +54,8 @@ def _ratio(model: Model, batch: Batch, threat: ThreatModel, grad: Inputs, logits
         measured = margin_loss(model(moved, batch.ids), batch) - margin_loss(logits, batch)
     resolved = predicted > _RESOLVED * scale(logits)
     return torch.where(resolved, measured / predicted, torch.nan)
+
+
+GRADIENTS = Probe(
+    "gradients", "gradients", gradient_properties, breaks=False, applies=lambda threat: True, order=1
+)

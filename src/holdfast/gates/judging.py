@@ -7,7 +7,7 @@ from typing import Literal
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence, Scope
-from holdfast.doubts.names import OF_STRENGTH
+from holdfast.doubts.probing import doubt_test
 from holdfast.gates.grammar import Claim
 from holdfast.metrics.catalogue import estimate as estimate_of
 from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
@@ -140,7 +140,7 @@ def depends_on(metric: str, relation: str, doubt: str) -> bool:
     bound, or do not change it, as they do not change a proof.
     """
     safe = PROVED | (UPPER_BOUNDS if relation == "<=" else LOWER_BOUNDS)
-    return metric not in safe or doubt not in OF_STRENGTH
+    return metric not in safe or not doubt_test(doubt).of_strength
 
 
 def refuse_rotation(claim: Claim) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.core.evidence import Columns
 from holdfast.core.lookup import Lookup
-from holdfast.doubts.probing import AGAIN, probe_title
+from holdfast.doubts.protocol import AGAIN, probe_title
 from holdfast.harness.stage import Outline
 from holdfast.harness.verdict import DISTANCES, unattacked
 

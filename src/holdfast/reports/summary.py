@@ -17,6 +17,7 @@ from holdfast.core.names import limits_text
 from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
+from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
 from holdfast.ops.statistics import CONFIDENCE, median, proportion
@@ -24,7 +25,6 @@ from holdfast.reports import detector
 from holdfast.reports.across import across
 from holdfast.reports.across import table as across_table
 from holdfast.reports.certification import certification
-from holdfast.reports.concerns import concern
 from holdfast.reports.curves import (
     accuracy_curves,
     estimate_to_json,
@@ -301,17 +301,18 @@ def _cost(cost: Cost) -> Json:
 
 
 def _doubt(doubt: Doubt, output: str | None) -> Json:
-    explanation = concern(doubt.name, output)
+    test = doubt_test(doubt.name)
+    saturated = test.advice_for_probabilities if output == "probability" else ""
     return {
         "name": doubt.name,
         "state": doubt.state,
         "statistic": strict(doubt.statistic),
         "threshold": strict(doubt.threshold),
         "n": doubt.n,
-        "title": explanation.title,
-        "meaning": explanation.meaning,
+        "title": test.title,
+        "meaning": test.meaning,
         "message": doubt.message,
-        "advice": explanation.advice,
+        "advice": saturated or test.advice,
     }
 
 

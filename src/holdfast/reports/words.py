@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.core.names import threat_text
-from holdfast.doubts.names import MEANINGLESS, NEEDS_SURROGATE
+from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on
 from holdfast.metrics.names import METRICS, NOT_SHARES, PERTURBATIONS
 from holdfast.reports.numbers import count_text, number, percent, plain, size
@@ -260,7 +260,7 @@ def unmeasured_doubts(summary: Mapping[str, Any]) -> list[str]:
         doubt["name"]
         for doubt in summary["doubts"]
         if doubt["state"] == "not measured"
-        and doubt["name"] not in NEEDS_SURROGATE
+        and not doubt_test(doubt["name"]).needs_surrogate
         and any(depends_on(gate["metric"], gate["relation"], doubt["name"]) for gate in passed)
     ]
 
@@ -334,8 +334,9 @@ def _meaning(summary: Mapping[str, Any], result: str) -> str:
 def _meaningless(summary: Mapping[str, Any]) -> str:
     """Reason why the robust accuracy is not meaningful, from the open doubts; empty if it is meaningful."""
     doubts = {doubt["name"]: doubt for doubt in summary["doubts"]}
-    open_ = [name for name in MEANINGLESS if name in open_doubts(summary)]
-    title = str(doubts[open_[0]]["title"]) if open_ else ""
+    ranks = {name: doubt_test(name).meaningless for name in open_doubts(summary)}
+    meaningless = sorted(filter(ranks.get, ranks), key=ranks.__getitem__)
+    title = str(doubts[meaningless[0]]["title"]) if meaningless else ""
     return title[:1].lower() + title[1:]
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from holdfast.core.catalogue import load, names
 from holdfast.core.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
@@ -14,21 +16,20 @@ if TYPE_CHECKING:
 
 Summary = Mapping[str, Any]
 
-
-SUFFIXES = (".html", ".json", ".xml", ".md", ".csv")
-"""File suffixes that are allowed for the report of a run."""
+TABLE = ".csv"
+"""File suffix of the table with one row for each example."""
 EXHIBIT_SUFFIXES = (".json",)
 """File suffixes that are allowed for the measurements of the gallery."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for a comparison."""
 
 
-def check_destination(path: Path, suffixes: Collection[str] = SUFFIXES) -> None:
-    """Check before a run that a report can be written to a path.
+def check_destination(path: Path, suffixes: Collection[str] | None = None) -> None:
+    """Check before a run that a file can be written to a path. Without `suffixes` it is a report.
 
     Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
     """
-    _suffix(path, suffixes)
+    _suffix(path, names("reports") if suffixes is None else suffixes)
     if path.is_dir():
         raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
     folder = path.absolute().parent
@@ -48,21 +49,13 @@ def write(summary: Summary, columns: "Columns", path: Path) -> None:
     """Write the report of a run to a file, atomically, in the format that the suffix of the path states. Missing
     folders are created.
     """
-    from holdfast.reports import html, junit, markdown, table
-    from holdfast.reports.summary import to_json
-
-    render: Mapping[str, Callable[[Summary], str]] = {
-        ".html": html.page,
-        ".json": to_json,
-        ".xml": junit.junit_document,
-        ".md": markdown.markdown_document,
-    }
-    suffix = _suffix(path, SUFFIXES)
+    suffix = _suffix(path, names("reports"))
+    render = load("reports", suffix, FunctionType)
     with _explained(path), replacing(path) as file:
-        if suffix == ".csv":
-            table.write_rows(summary, columns, file)
+        if suffix == TABLE:  # is written row by row, since it may be large
+            render(summary, columns, file)
         else:
-            file.write(render[suffix](summary))
+            file.write(render(summary))
 
 
 def write_comparison(content: Summary, path: Path) -> None:

@@ -4,7 +4,7 @@ import base64
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
-from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Fitted, Observation
 from holdfast.ops.conformal import combined_thresholds, fewest_examples
 from holdfast.ops.statistics import clopper_pearson
@@ -147,11 +146,9 @@ def with_calibration(pipeline: GuardPipeline, calibration: Calibration) -> Guard
     """Return the guard with the thresholds and the fitted detectors of a calibration."""
     detectors = dict(pipeline.detectors)
     for name, parameters in calibration.parameters.items():
-        detector = detectors.get(name)
-        if isinstance(detector, Mahalanobis):
-            detectors[name] = replace(
-                detector, means=_tensor(parameters["means"]), precision=_tensor(parameters["precision"])
-            )
+        if isinstance(detectors.get(name), Fitted):
+            tensors = {key: _tensor(stored) for key, stored in parameters.items()}
+            detectors[name] = replace(detectors[name], **tensors)  # type: ignore[type-var]  # a dataclass
     return with_thresholds(replace(pipeline, detectors=detectors), calibration.thresholds)
 
 
@@ -320,9 +317,13 @@ def _refuse_constant(name: str, scores: Tensor) -> None:
 
 def _parameters(pipeline: GuardPipeline) -> dict[str, dict[str, Any]]:
     return {
-        name: {"means": _stored(detector.means), "precision": _stored(detector.precision)}
+        name: {
+            f.name: _stored(getattr(detector, f.name))
+            for f in fields(detector)  # type: ignore[arg-type]  # a dataclass
+            if not f.metadata.get("written", True)
+        }
         for name, detector in pipeline.detectors.items()
-        if isinstance(detector, Mahalanobis) and detector.means is not None and detector.precision is not None
+        if isinstance(detector, Fitted) and detector.fitted
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.core.catalogue import names
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import RESUME
@@ -124,7 +125,6 @@ _BESIDE = frozenset(
     (CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, STATE, f"{STATE}-wal", f"{STATE}-shm", "report.json", "curve.svg")
 )
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""
-_REPORTS = frozenset((".html", ".xml", ".md", ".csv"))
 _EVIDENCE = re.compile(
     r".+\.safetensors|(run|doubts|verdict|adaptive|nodes|rotation|before|after|checked(-\d+)?|training|card)\.json",
     re.IGNORECASE,
@@ -237,7 +237,9 @@ def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
 
 def _is_rest(file: Path) -> bool:
     """Whether a file is a report, or an incomplete file that a kill left."""
-    return file.suffix.lower() in _REPORTS or (file.name.startswith(".") and file.name.endswith(PART))
+    return file.suffix.lower() in {*names("reports")} - {".json"} or (
+        file.name.startswith(".") and file.name.endswith(PART)
+    )
 
 
 def _strays_of_folder(folder: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.core.catalogue import RECIPES
+from holdfast.core.catalogue import names
 from holdfast.core.names import threat_text
 from holdfast.gates.judging import Judgement
 from holdfast.reports.numbers import size
@@ -43,7 +43,7 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     config = manifest["config"]
     words = ["holdfast", verb, _address(manifest["model"], "MODEL"), _address(manifest["data"], "DATA")]
     words += ["--threat", _threat(config)]
-    if config.get("recipe") in RECIPES:
+    if config.get("recipe") in names("recipes"):
         words += ["--recipe", config["recipe"]]
     if isinstance(config.get("budget_s"), int | float):
         words += ["--budget", f"{config['budget_s']:g}s"]

@@ -14,8 +14,7 @@ from holdfast.certifiers.votes import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVot
 from holdfast.core.batch import Batch, Data
 from holdfast.core.model import VOTES, Classifier
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
-from holdfast.doubts.probing import AGAIN, probes_for
-from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
+from holdfast.doubts.probing import probes_for
 from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
 from holdfast.harness.kinds.proof import AT_ONCE
 from holdfast.ops.logits import change
@@ -182,18 +181,10 @@ def _doubts(plan: Plan, due: int, passes: Passes, *, randomised: bool) -> int:
     """Rows of all probes on their largest number of examples, limited by the rows of the suite."""
     if plan.doubts != "all":
         return 0
-    unsharded, attacks = replace(passes, shards=()), [member.attack for member in plan.members]
+    unsharded, attacks = replace(passes, shards=()), tuple(member.attack for member in plan.members)
     probes = sum(
-        probe_rows(
-            probe,
-            attacks,
-            plan.threat,
-            min(due, FRESH_ROWS if probe.name == AGAIN else SAMPLE),
-            unsharded,
-            randomised=randomised,
-        )
-        or 0
-        for probe in probes_for(plan.threat, tuple(attacks))
+        probe_rows(probe, plan.threat, min(due, probe.most), unsharded, randomised=randomised) or 0
+        for probe in probes_for(plan.threat, attacks)
     )
     suite, unknown = _attacked(plan.members, plan, due, Passes(passes.size))
     judged = JUDGED_AT_RANDOM if randomised else 1

@@ -15,8 +15,7 @@ from holdfast.certifiers.smoothing import Smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.doubts.probing import SEARCHES
-from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE
+from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE, SEARCHES
 from holdfast.harness import LOOKED_AT, Plan, Target
 from holdfast.harness.kinds.proof import prepared_prover
 from holdfast.ops.ascent import gradient

@@ -16,17 +16,9 @@ from holdfast.core.missing import without_missing
 from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, Allotment, allotted, as_allotted, probe_rows
-from holdfast.doubts.concluding import Circumstances, Findings, conclude, missed_by_suite
-from holdfast.doubts.probing import (
-    Probe,
-    Probed,
-    Run,
-    counts,
-    probes_for,
-    probing_threat,
-    rows_for,
-    surviving_examples,
-)
+from holdfast.doubts.concluding import Findings, conclude, missed_by_suite
+from holdfast.doubts.probing import counts, probes_for, rows_for, surviving_examples
+from holdfast.doubts.protocol import Circumstances, Probe, Probed, Run, probing_threat
 from holdfast.doubts.thresholds import SAMPLE
 from holdfast.engine.store import Stopwatch
 from holdfast.harness import (
@@ -152,13 +144,13 @@ def _allotment(
     if measurement.served is None:
         return None
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
-    within, attacks = probing_threat(plan.threat, columns), [member.attack for member in plan.members]
+    within = probing_threat(plan.threat, columns)
     probes = {probe.name: probe for probe in _probes(measurement, columns)}
     n_by_probe = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
     passes = Passes(measurement.run.room(DOUBTS, 0).size, measurement.target.bare.batches)
 
     def cost(name: str, n: int) -> int | None:
-        return probe_rows(probes[name], attacks, within, n, passes, randomised=measurement.target.randomised)
+        return probe_rows(probes[name], within, n, passes, randomised=measurement.target.randomised)
 
     judged = JUDGED_AT_RANDOM if measurement.target.randomised else 1
     suite = suite_columns(plan.stages(), by_stage).values()

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.core.catalogue import DOUBTS as BUNDLED
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UnsoundProof, UsageError
 from holdfast.core.evidence import Columns, Doubt, Evidence
 from holdfast.doubts.answering import arms, required_attacks
-from holdfast.doubts.concluding import THRESHOLDS, Circumstances, Findings, conclude
-from holdfast.doubts.names import DOUBTS as ALL_DOUBTS
+from holdfast.doubts.concluding import Findings, conclude
+from holdfast.doubts.probing import doubt_test
+from holdfast.doubts.protocol import Circumstances
 from holdfast.engine.identity import code_digest
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
 from holdfast.harness import FOUND, KINDS, PROBE, Outline, assemble, probe_passes, stage_passes
@@ -33,11 +35,6 @@ from holdfast.verbs.result import Result
 from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
 Json = Mapping[str, Any]
-
-_OF_COLUMNS = ("probabilities", "chance", "constant")
-"""Doubts that the clean columns alone decide."""
-_ABOVE = ("zero-gradient", "noise", "not-exhausted", "whole-box", "state", "nan")
-"""Doubts that are raised whenever their statistic is above the threshold."""
 
 
 def refuse_other_stages(path: Path, manifest: Json, chain: Chain, adapted: Json | None) -> None:
@@ -155,9 +152,12 @@ def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
     before = _before_adaptive(outline, by_stage)
     columns = _suite_columns(outline, before)
     doubts = conclude({}, columns, Circumstances(outline.threat, suite="any")).doubts
-    # of these the model, the surrogates or the data decide
-    elsewhere = {"input", "transfer", *(("noise",) if manifest["model"]["randomised"] else ())}
-    return {doubt.name for doubt in doubts if doubt.state != "not applicable"} - elsewhere
+    decided_by = {"threat"} if manifest["model"]["randomised"] else {"threat", "randomness"}
+    return {
+        doubt.name
+        for doubt in doubts
+        if doubt.state != "not applicable" and doubt_test(doubt.name).inapplicable_by in decided_by
+    }
 
 
 def _refuse_broken(file: Path, doubts_json: Json, findings: Findings) -> None:
@@ -174,28 +174,31 @@ def _refuse_doubts(
     findings: Findings,
 ) -> None:
     doubts, computed = manifest["config"]["doubts"], {doubt.name: doubt for doubt in findings.doubts}
-    names = [doubt.name for doubt in stored]
+    # those of other packages depend on what is installed
+    names = [doubt.name for doubt in stored if doubt.name in BUNDLED]
     if doubts == "none":
         refuse_other(file, "doubts", names, [])
         return
-    expected = ALL_DOUBTS if doubts == "all" and manifest["config"]["suite"] else computed
-    refuse_other(file, "doubts", names, [name for name in ALL_DOUBTS if name in expected])
+    expected = BUNDLED if doubts == "all" and manifest["config"]["suite"] else computed
+    of_runs = [name for name in BUNDLED if name in expected and doubt_test(name).conclude is not None]
+    refuse_other(file, "doubts", names, of_runs)
     applicable = _applicable(manifest, by_stage)
     for place, doubt in enumerate(stored):
-        again, field = computed.get(doubt.name), f"doubts[{place}].state ({doubt.name})"
+        test, again = doubt_test(doubt.name), computed.get(doubt.name)
+        field = f"doubts[{place}].state ({doubt.name})"
         exceeded = doubt.statistic is not None and doubt.statistic > (doubt.threshold or 0.0)
-        if doubt.name in _ABOVE and exceeded:
+        if test.recomputed == "above" and exceeded:
             refuse_other(file, field, doubt.state, "raised")
         if doubt.state == "clear" and doubt.statistic is None:
             refuse_other(file, field, doubt.state, "not measured")
         if doubt.state == "not applicable" and doubt.name in applicable:
             refuse_other(file, field, doubt.state, "not measured")
-        limits = THRESHOLDS.get(doubt.name, ())
-        if limits and doubt.threshold is not None and doubt.threshold not in limits:
-            refuse_other(file, f"doubts[{place}].threshold ({doubt.name})", doubt.threshold, limits[-1])
+        limits, threshold = test.thresholds, doubt.threshold
+        if limits and threshold is not None and threshold not in limits:
+            refuse_other(file, f"doubts[{place}].threshold ({doubt.name})", threshold, limits[-1])
         if again is None:
             continue
-        if doubt.name in _OF_COLUMNS:
+        if test.recomputed == "from columns":
             for key in ("state", "statistic", "threshold", "n"):
                 refuse_other(
                     file, f"doubts[{place}].{key} ({doubt.name})", getattr(doubt, key), getattr(again, key)

@@ -1,0 +1,86 @@
+"""The doubt `not-exhausted` is raised if the same suite with other random draws breaks three or more of 32 surviving
+examples, or a probe, the fixed PGD-40 pass, the curve or the transfer matrix breaks one.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.costs import Passes, most_rows
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Doubt
+from holdfast.core.model import VOTES, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts.protocol import AGAIN, Case, DoubtTest, Probe, probe_title
+from holdfast.doubts.short_attacks import unbroken_columns, update_lower, voted_columns
+
+FRESH_BROKEN = 3
+"""number of the `FRESH_ROWS` examples that a fresh pass must break to raise the doubt"""
+
+
+def again(attacks: tuple[Attack, ...]) -> Probe:
+    """Return the probe that runs the attacks of the suite a second time, on the surviving examples with the lowest
+    margin.
+    """
+
+    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1) -> dict[str, Tensor]:
+        columns = unbroken_columns(batch)
+        for place, attack in enumerate(attacks):
+            surviving = (~columns["broken"]).nonzero()[:, 0]
+            if not len(surviving):
+                break
+            part, stream = batch.take(surviving), rng.at("again", place)
+            update_lower(columns, voted_columns(attack, model, part, threat, stream, votes), surviving)
+        return columns
+
+    def rows(threat: ThreatModel, n: int, passes: Passes, votes: int) -> int | None:
+        fresh = [most_rows(attack, threat, n, passes) for attack in attacks]
+        known = [rows for rows in fresh if rows is not None]
+        return sum(known) + len(fresh) * votes * passes.once(n) if len(known) == len(fresh) else None
+
+    return Probe(AGAIN, "none", run, on="closest", voted=partial(run, votes=VOTES), rows=rows)
+
+
+def conclude(case: Case) -> Doubt:
+    """Return the doubt from the fresh pass, and from all examples that were broken outside the suite."""
+    fresh_pass = case.results.get(AGAIN)
+    elsewhere_ids = {title: ids for title, ids in case.fallen.items() if title != probe_title(AGAIN)}
+    if fresh_pass is None and not elsewhere_ids and not case.attacked:
+        return case.absent()
+    n_elsewhere = torch.unique(
+        torch.cat([torch.empty(0, dtype=torch.int64), *elsewhere_ids.values()])
+    ).numel()
+    fresh, n_fresh, texts = 0, 0, []
+    if fresh_pass is not None:
+        fresh, n_fresh = int(fresh_pass.columns["broken"].sum()), len(fresh_pass.columns["broken"])
+        texts.append(
+            f"a fresh pass of the suite breaks {fresh} of the {n_fresh} surviving examples closest to the boundary"
+        )
+    if n_elsewhere:
+        texts.append(
+            f"{n_elsewhere} {('example' if n_elsewhere == 1 else 'examples')} that survived the suite "
+            f"{('was' if n_elsewhere == 1 else 'were')} broken by {', '.join(sorted(elsewhere_ids))}"
+        )
+        # one example is a proof, since these attacks obey the threat model too
+        return case.judged(float(n_elsewhere), 0.0, n_fresh, "; ".join(texts))
+    # `judged` raises a doubt above its threshold, and `FRESH_BROKEN` examples are enough
+    return case.judged(float(fresh), float(FRESH_BROKEN - 1), n_fresh, "; ".join(texts))
+
+
+TEST = DoubtTest(
+    title="A fresh pass of the suite breaks more",
+    meaning="A fresh pass of the suite, or a probe, breaks some of the surviving examples, so another run would "
+    "measure a lower robust accuracy.",
+    advice="Use a stronger suite or more restarts before you report the robust accuracy.",
+    conclude=conclude,
+    of_suite=again,
+    thresholds=(0.0, float(FRESH_BROKEN - 1)),
+    of_strength=True,
+    answered_by=("bypass", "search"),
+    unanswered_if="fallen",
+    served_probe=AGAIN,
+    recomputed="above",
+)

@@ -1,0 +1,225 @@
+"""The interface of a doubt: its test, the probes that measure something for it, and what its conclusion receives.
+
+A probe is a pure function of model, batch, threat model and random stream, and returns columns. All probes use the same
+random stream, so that two losses start from the same points.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.costs import Passes
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns, Doubt, DoubtState
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Ids, Mask, Rows
+from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
+
+Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
+"""function that returns the columns of a probe for a batch; attacks return `broken`, the lowest `margin`, and its input
+`x`"""
+
+AGAIN = "again"
+"""name of the probe that runs the suite once more"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement or attack on a small number of examples, whose result decides whether doubts are raised."""
+
+    name: str
+    needs: Access
+    run: Run
+    on: Literal["correct", "surviving", "closest"] = "correct"
+    """examples that the probe runs on: a sample of the correct ones (`correct`), a sample of the surviving ones
+    (`surviving`), or the surviving ones with the lowest margin (`closest`)"""
+    breaks: bool = True
+    """whether the inputs of the probe are inside the threat model, so that a broken example counts against the suite"""
+    queries: int = 0
+    """largest number of queries for an example; 0 if the probe respects the budget of the threat model"""
+    voted: Run | None = None
+    """variant for a randomised model, in which a majority of votes decides whether a final input is adversarial; None
+    if the probe has no final inputs"""
+    applies: Callable[[ThreatModel], bool] = lambda threat: threat.constraint.eps != 0
+    """whether the probe is possible under a threat model that gives the access that it needs"""
+    rows: Callable[[ThreatModel, int, Passes, int], int | None] | None = None
+    """largest number of inputs that the probe sends to a server for a number of examples, from the threat model, that
+    number, the batches and the number of votes for a final input; None for a probe that needs gradients"""
+    order: int = 99
+    """place of the probe among all: they run in the order of these numbers, and the new run of the suite is last"""
+
+    @property
+    def most(self) -> int:
+        """Largest number of examples that the probe runs on."""
+        return FRESH_ROWS if self.on == "closest" else SAMPLE
+
+
+def probe_title(probe: str) -> str:
+    """Return a description of a probe for use in a sentence, such as `the probe noise`."""
+    return "a fresh pass of the suite" if probe == AGAIN else f"the probe {probe}"
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The result of a probe: its columns, and the row indices of the examples on which it was run."""
+
+    rows: Rows
+    columns: Columns
+
+
+ProbeResults = Mapping[str, Probed]
+"""examples and returned columns of each probe, by name of the probe"""
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Information on a run that decides doubts in addition to the columns of its attacks, such as its threat model."""
+
+    threat: ThreatModel
+    suite: str = ""
+    """name and version of the suite; empty for a list of attacks, for which only `free` doubts are raised"""
+    in_training: tuple[str, ...] = ()
+    """names of the layers that were in train mode; the model was measured in eval mode"""
+    first_gradient_dead: Mask | None = None
+    """mask of the examples whose first gradient is zero or NaN, for a list of attacks; None if it was not recorded"""
+    blind: bool = False
+    """whether a detector's score has no gradient with respect to any input"""
+    randomised: bool = False
+    """whether the model is randomised, so that a single output proves nothing"""
+    input: Doubt = Doubt("input", "not measured")
+    """doubt whether the data fit the model, which is measured before the attacks"""
+    access: Access = "gradients"
+    """largest access that the model itself gives, regardless of what the threat model allows"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the conclusion of a doubt receives: the results of all probes, and the columns of the suite."""
+
+    name: str
+    """name of the doubt"""
+    results: ProbeResults
+    columns: Columns
+    circumstances: Circumstances
+    fallen: Mapping[str, Ids]
+    """ids of the examples that a probe or pass broke and the suite did not, by name of the probe or pass"""
+    attacked: bool
+    """whether a probe with inputs inside the threat model was run"""
+
+    def broken(self, probe: Probe, column: str = "broken") -> Mask | None:
+        """Return which examples a probe broke; None if it was not run."""
+        return self.results[probe.name].columns[column] if probe.name in self.results else None
+
+    def judged(self, statistic: float, threshold: float, n: int, text: str, *, more: bool = True) -> Doubt:
+        """Return the doubt, raised if the statistic is above the threshold and `more` is true, otherwise clear."""
+        state: DoubtState = "raised" if statistic > threshold and more else "clear"
+        return Doubt(self.name, state, statistic, threshold, n, text)
+
+    def inapplicable(self, reason: str) -> Doubt:
+        """Return the doubt as one that has no meaning for this run."""
+        return Doubt(self.name, "not applicable", message=reason)
+
+    def absent(self, *probes: Probe) -> Doubt:
+        """Return the doubt as one that could not be tested because its probes did not run, with the reason."""
+        threat = self.circumstances.threat
+        probed = probing_threat(threat, self.columns)
+        if probed.constraint.eps == 0:
+            return self.inapplicable("eps is 0, so no input may change")
+        for probe in probes:
+            if not threat.gives(probe.needs):
+                lacking = limit(threat, self.circumstances.access, probe.needs)
+                return self.inapplicable(f"it needs access to {probe.needs}, and {lacking}")
+        if not all(probe.applies(probed) for probe in probes):
+            return self.inapplicable(f"there is no such attack under {probed.constraint}")
+        return Doubt(self.name, "not measured", message="there was no example to measure it on")
+
+
+@dataclass(frozen=True)
+class DoubtTest:
+    """The test of one doubt, and its explanation: the object `TEST` of its module in `holdfast.doubts`."""
+
+    title: str
+    """condition under which it is raised, in few words, for readers of reports"""
+    meaning: str = ""
+    """what the condition means for the measured robust accuracy"""
+    advice: str = ""
+    """what readers of a report can do"""
+    advice_for_probabilities: str = ""
+    """advice if the model is declared to return probabilities; empty if it is the same"""
+    conclude: Callable[[Case], Doubt] | None = None
+    """function that decides the state of the doubt; None if the verbs of a rotation decide it"""
+    probes: tuple[Probe, ...] = ()
+    """probes whose results the doubt uses; doubts may share them"""
+    of_suite: Callable[[tuple[Attack, ...]], Probe] | None = None
+    """function that returns a probe for the attacks of the suite"""
+    thresholds: tuple[float, ...] = ()
+    """thresholds that the doubt may have; empty if they depend on the model or the data"""
+    free: bool = False
+    """whether the doubt costs at most a few forward passes; a list of attacks raises only these"""
+    of_strength: bool = False
+    """whether the doubt implies that stronger attacks would break more: robust accuracy may be lower, but not higher"""
+    meaningless: int = 0
+    """rank among the doubts under which robust accuracy has no meaning, the most informative one first; 0 for others"""
+    needs_surrogate: bool = False
+    """whether the doubt is measured only with a surrogate of the attacker"""
+    answered_by: tuple[Literal["bypass", "search", "average"], ...] = ()
+    """adaptive attacks that answer the doubt: those whose gradients bypass stages that mask them, a search without
+    gradients, or those that average over the outputs of a randomised model"""
+    unanswered_if: Literal["never", "dead", "not bypassed", "fallen"] = "never"
+    """when these attacks do not answer it: the gradients of the attacks are zero too, no stage was bypassed and no
+    gradient averaged, or an example that a probe broke survives"""
+    served_probe: str = ""
+    """name of the probe that decides the doubt for a model behind a server, unless something else raises it"""
+    recomputed: Literal["no", "from columns", "above"] = "no"
+    """how the state in a stored run is checked: the clean columns alone decide it, or the doubt is raised whenever its
+    statistic is above its threshold"""
+    inapplicable_by: Literal["threat", "randomness", "anything"] = "threat"
+    """what decides that the doubt is not applicable: the threat model and the columns, or also a randomised model, or
+    also surrogates and data, which a stored run does not contain"""
+
+
+def percent(share: float) -> str:
+    """Return a fraction as text, such as `12.5 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def share(mask: Mask) -> str:
+    """Return the fraction of true values as text, such as `12.5 %`."""
+    return percent(float(mask.double().mean()))
+
+
+def largest(values: Tensor) -> float:
+    """Return the largest of some values (n), or 0 if there are none."""
+    return float(values.max()) if len(values) else 0.0
+
+
+def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
+    """Return the threat model of a run. An infinite radius eps is replaced by a finite one, which probes need.
+
+    For a minimum-norm run, it is the median distance of the adversarial examples.
+    """
+    constraint = threat.constraint
+    if constraint.eps == torch.inf:
+        distances = columns["distance"][columns["correct"] & columns["distance"].isfinite()]
+        constraint = constraint.resized(float(distances.median()) if len(distances) else 0.0)
+    return replace(threat, constraint=constraint)
+
+
+def limit(threat: ThreatModel, access: Access, needed: Access) -> str:
+    """Return in words why a probe lacks the access that it needs, such as gradients: the model or the threat model does
+    not provide it.
+    """
+    if not replace(threat, access=access).gives(needed):
+        return f"the model gives {access} only"
+    return f"the threat model allows {('no access' if threat.access == 'none' else f'access to {threat.access} only')}"
+
+
+def within_budget(n: int, threat: ThreatModel) -> int:
+    """Return `n` queries, or the largest number of queries that the threat model permits if that is smaller."""
+    return n if threat.queries is None else min(n, threat.queries)

@@ -1,0 +1,116 @@
+"""Parts of probes that are attacks: short PGD attacks, which several doubts share, and the judging of final inputs.
+
+PGD-20 on the cross-entropy is used by `scale`, `one-step` and `loss-spread`; PGD on the margin, two restarts of 20
+steps, is used by `black-box`, by `transfer` and, with its first restart, by `loss-spread`.
+"""
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import BudgetSpent
+from holdfast.core.evidence import Doubt
+from holdfast.core.meter import Metered
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, PerExample, Rows
+from holdfast.doubts.protocol import Case, Probe, Run, share
+from holdfast.doubts.thresholds import P_BY_RIVAL, POINTS_BY_RIVAL
+from holdfast.ops.ascent import ascend
+from holdfast.ops.losses import Loss, cross_entropy, margin, margin_loss
+from holdfast.ops.statistics import mcnemar
+
+STEPS = 20
+"""number of gradient steps of the short attacks"""
+REACH = 2.5
+"""path length of a short attack in multiples of eps, with a constant step size, as in Madry et al."""
+
+
+def broken_columns(margin: PerExample, x: Inputs) -> dict[str, Tensor]:
+    """Return the result of an attack as columns: the lowest margin of each example, whether it is broken (margin at
+    most 0 or NaN), and the input.
+    """
+    return {"broken": ~(margin > 0), "margin": margin, "x": x}
+
+
+def unbroken_columns(batch: Batch) -> dict[str, Tensor]:
+    """Return the columns of an attack before its start: the clean inputs with an infinite margin."""
+    return broken_columns(torch.full_like(batch.x.flatten(1)[:, 0], torch.inf), batch.x.clone())
+
+
+def update_lower(lowest: dict[str, Tensor], attempt: dict[str, Tensor], rows: Rows) -> None:
+    """Update the columns of `rows` in `lowest` with those of `attempt` where the margin is lower."""
+    lower = ~(attempt["margin"] >= lowest["margin"][rows])  # NaN counts as broken
+    for name, values in attempt.items():
+        lowest[name][rows[lower]] = values[lower]
+
+
+def short_pgd(
+    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, loss: Loss, *, eps: float | None = None
+) -> dict[str, Tensor]:
+    """Return the columns of a short PGD attack from a random start inside the threat model. If `eps` is given, it is
+    the radius of the ball for the steps.
+    """
+    ball = threat.constraint if eps is None else threat.constraint.resized(eps)
+    start = threat.constraint.sample(batch, model.bounds, rng.at("start"))
+    x, height = ascend(model, batch, start, loss, ball, steps=STEPS, step_size=REACH * ball.eps / STEPS)
+    return broken_columns(height, x)
+
+
+def short_pgd_on(loss: Loss) -> Run:
+    """Return a probe function that runs a short PGD attack on a loss."""
+
+    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+        return short_pgd(model, batch, threat, rng, loss)
+
+    return run
+
+
+def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """PGD on the margin with two restarts: `broken` by either, `once` by the first."""
+    columns = short_pgd(model, batch, threat, rng, margin_loss)
+    by_first = columns["broken"].clone()
+    surviving = (~by_first).nonzero()[:, 0]
+    if len(surviving):
+        second = short_pgd(model, batch.take(surviving), threat, rng.at("again"), margin_loss)
+        update_lower(columns, second, surviving)
+    return {**columns, "once": by_first}
+
+
+CROSS_ENTROPY = Probe("cross-entropy", "gradients", short_pgd_on(cross_entropy), queries=STEPS + 1, order=2)
+MARGIN = Probe("margin", "gradients", _margin_twice, queries=2 * (STEPS + 1), order=5)
+MARGIN_TITLE = "PGD on the margin, twice 20 steps,"
+
+
+def voted_columns(
+    attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int
+) -> dict[str, Tensor]:
+    """Return the result of an attack as columns, with the median margin of its inputs over `votes` forward passes."""
+    meter = Metered(model, batch, threat)
+    try:
+        x_adv = attack(meter, batch, threat, rng=rng)
+    except BudgetSpent:
+        x_adv = meter.adversarial()
+
+    with torch.no_grad():
+        margins = torch.stack([margin(model(x_adv, batch.ids), batch) for _ in range(votes)])
+    # the median: the worst of several passes would break any example of a model that errs now and then
+    return broken_columns(margins.nan_to_num(nan=-torch.inf).sort(0).values[votes // 2], x_adv)
+
+
+def compared(case: Case, weak: tuple[Probe, str], strong: tuple[Probe, str]) -> Doubt:
+    """Return a doubt that is raised if a weaker attack breaks more than a stronger one on the same sample. Each attack
+    is a probe and its name in a sentence.
+    """
+    weak_broken, strong_broken = case.broken(weak[0]), case.broken(strong[0])
+    if weak_broken is None or strong_broken is None:
+        return case.absent(strong[0], weak[0])
+    test, n = mcnemar(weak_broken, strong_broken), len(weak_broken)
+    ahead = (test.only_first - test.only_second) / n
+    text = (
+        f"{weak[1]} breaks {share(weak_broken)} of the sample, {strong[1]} "
+        f"{share(strong_broken)} (exact McNemar p = {test.p:.2g})"
+    )
+    return case.judged(ahead, POINTS_BY_RIVAL, n, text, more=test.p < P_BY_RIVAL)

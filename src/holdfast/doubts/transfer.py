@@ -1,0 +1,55 @@
+"""The doubt `transfer` is raised if examples from the surrogates (`--surrogate`) break more than the attack on the
+model itself: exact McNemar p < 0.01 and at least 2 points.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from holdfast.attacks.transfer import Transfer
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Doubt
+from holdfast.core.model import VOTES, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts.protocol import Case, DoubtTest, Probe
+from holdfast.doubts.short_attacks import MARGIN, MARGIN_TITLE, compared, voted_columns
+from holdfast.doubts.thresholds import POINTS_BY_RIVAL
+
+
+def transferred(
+    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1
+) -> dict[str, Tensor]:
+    """Return the columns of inputs that are computed on the surrogates."""
+    return voted_columns(Transfer(), model, batch, threat, rng.at("transfer"), votes)
+
+
+TRANSFER = Probe(
+    "transfer",
+    "gradients",
+    transferred,
+    voted=partial(transferred, votes=VOTES),
+    applies=lambda threat: threat.constraint.eps != 0 and bool(threat.surrogates),
+    order=11,
+)
+
+
+def conclude(case: Case) -> Doubt:
+    """Return the doubt from the inputs of the surrogates and PGD on the margin."""
+    if not case.circumstances.threat.surrogates:
+        message = "no surrogate was declared; name one with --surrogate MODEL"
+        return Doubt(case.name, "not measured", message=message)
+    return compared(case, (TRANSFER, "a transfer attack from the surrogates"), (MARGIN, MARGIN_TITLE))
+
+
+TEST = DoubtTest(
+    title="Transferred examples break more",
+    meaning="Examples computed on another model break this one more often than examples computed on it directly.",
+    advice="Use attacks on the surrogate, and find the part of this model that masks its gradient.",
+    conclude=conclude,
+    probes=(MARGIN, TRANSFER),
+    thresholds=(POINTS_BY_RIVAL,),
+    of_strength=True,
+    needs_surrogate=True,
+    inapplicable_by="anything",
+)
