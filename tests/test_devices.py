@@ -20,6 +20,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.doubts.probing import probes_for
+from holdfast.harness import measure
 from holdfast.ops.corruptions import EXTRA, STANDARD
 from holdfast.ops.denoiser import with_denoiser
 from holdfast.ops.recipe import trained_as
@@ -48,7 +50,8 @@ def brief(attack):
         "fits": 1,
         "examples": N,
         "batch": N,
-        "refine": 1, "turns": 2,
+        "refine": 1,
+        "turns": 2,
         "values": 2,
     }
     settings = {field.name for field in fields(attack)} & set(limits)
@@ -250,3 +253,29 @@ def test_operations_that_mix_devices_fail():
         ):
             with pytest.raises(RuntimeError, match=r"several devices|expected a generator"):
                 mixed()
+
+
+PROBES = [probe for probe in probes_for(ThreatModel(Linf(0.06))) if probe.name != "search"]
+"""the search is that of `Square`, with many queries"""
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.name)
+def test_a_probe_of_a_doubt_follows_the_device_of_its_input(probe):
+    model, threat = network(), ThreatModel(Linf(0.06))
+    batch = labelled(model, examples(n=N))
+
+    def probed(model, batch):
+        columns = probe.run(model, batch, threat, Draws(0))
+        return torch.cat([column.double().flatten() for column in columns.values()])
+
+    same(probed(model, batch), there(probed, model, batch))
+
+
+def test_the_evidence_of_an_attack_is_on_the_cpu():
+    case = cases.brief(cases.ATTACKS[0])
+    model, batch, threat = laws.problem(case, n=N)
+    expected = measure(model, [batch], [case.attack], threat)
+    with pretended():
+        found = measure(model.to(DEVICE), [batch.to(DEVICE)], [case.attack], threat)
+    for name, column in expected.columns.items():
+        torch.testing.assert_close(found[name], column)
