@@ -34,6 +34,7 @@ def twin(digits):
     return undefended(digits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.name)
 def test_an_item_reads_digits_and_names_its_paper(item, digits, twin):
     before = torch.random.get_rng_state()

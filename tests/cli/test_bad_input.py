@@ -306,6 +306,7 @@ def test_an_attack_is_shown_by_the_name_that_a_suite_gives_it(name, capsys):
     assert "shrink" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -438,6 +439,7 @@ def test_a_signal_after_the_last_word_leaves_the_exit_code_alone(name):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
 def test_a_full_disk_behind_stdout_is_no_internal_error():
     with Path("/dev/full").open("w") as full:

@@ -48,6 +48,7 @@ def test_an_assignment_of_version_1_can_be_replayed(tmp_path, capsys, network):
     )
 
 
+@pytest.mark.slow
 def test_unsat_is_one_line_and_an_assignment_can_be_written_to_files(tmp_path, capsys, network):
     assert called(capsys, "verify", query(tmp_path, IMPOSSIBLE), "--network", f"f={network}")[:2] == (
         0,

@@ -196,6 +196,7 @@ def test_a_query_may_compare_two_copies_of_a_network(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_time_that_is_too_short_gives_no_verdict_and_boxes_continue(tmp_path):
     layers, box = random_layers((4, 16, 16, 2), 5), [UNIT] * 4
     most = exact_maximum(layers, [0] * 4, [1] * 4, [1, 0])

@@ -112,6 +112,7 @@ class Proxied(Here):
         return self("POST", path, json={"inputs": [tensor]}, **settings)
 
 
+@pytest.mark.slow
 def test_other_inputs_and_outputs_are_passed_on_unchanged():
     flowers = Flowers()
     with listening(flowers.app) as url:
@@ -204,6 +205,7 @@ FAILURES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_failures_of_the_upstream_server_give_one_reason():
     flowers = Flowers()
     with listening(flowers.app) as url:

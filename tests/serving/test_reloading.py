@@ -254,6 +254,7 @@ def test_a_damaged_model_is_refused():
     refuse_damaged(damaged(lambda net: None), (FEATURES,), cpu)
 
 
+@pytest.mark.slow
 def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monkeypatch):
     worker, terminal = ServingSetup(stuck, "small", (FEATURES,), set_name="file"), [True]
     monkeypatch.setattr(signals, "has_terminal", lambda: terminal[0])

@@ -228,6 +228,7 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(live, monkeypatch):
     assert term.answers == {prepared.pool.pseudonym("alice"): 3} and term.others == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_opened_is_reported_and_no_worker_has_the_key_of_the_pool(monkeypatch):
     monkeypatch.setenv("HOLDFAST_POOL_KEY", "secret")
     prepared = ServerSetup(ServingSetup(unusable, "small", (FEATURES,), set_name="file"), port=0)

@@ -91,6 +91,7 @@ def one(alone):
     return alone[0]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_leaves_the_same_bytes(alone, tmp_path):
     result = assess(subject(), data(), asked(doubts="all", workers=2), run=tmp_path / "run")
     run, expected = alone
@@ -139,6 +140,7 @@ def test_a_shard_that_kills_every_worker_ends_the_run_with_the_way_out(tmp_path)
         assess(deadly, data(), asked(workers=1), run=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_a_worker_raises_is_said_by_the_run(tmp_path):
     with pytest.raises(TargetError, match="the model raised ValueError .*: no such thing"):
         assess(subject(Broken(tmp_path / "raised", times=99)), data(), asked(workers=1), run=tmp_path / "run")
@@ -190,6 +192,7 @@ def test_time_that_ran_out_is_told(tmp_path):
     assert any("time ran out: PGD and PGD-again finished none" in note for note in result.evidence.notes)
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_refused_by_the_worker(tmp_path):
     opening = partial(_another, data())
     with pytest.raises(TargetError, match="the model changed while a worker opened it"):
