@@ -360,7 +360,7 @@ for words in {SLIPS!r}:
 def test_a_signal_before_the_run_is_told_too(name, code):
     words = [*with_model("m.py:stopped", "--model-args", f"by={name}")]
     ended = subprocess.run(
-        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == code
     assert f"stopped by {name}; finished steps are stored; resume with: holdfast assess" in ended.stderr
@@ -433,7 +433,7 @@ def test_a_signal_after_the_last_word_leaves_the_exit_code_alone(name):
         "m.py:late", "--model-args", f"by={name}", "--no-doubts", "--gate", "clean_accuracy >= 1"
     )
     ended = subprocess.run(
-        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr

@@ -25,6 +25,7 @@ from holdfast.ops import ascent, losses
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
 from verbs.fakes import data, network, order, settled, subject
+from waiting import until
 
 
 def asked(**changes):
@@ -220,9 +221,7 @@ def test_killed_with_its_workers_at_work_it_goes_on_with_another_number(tmp_path
     command = [sys.executable, "-m", "holdfast", *words]
     run = tmp_path / "run"
     first = subprocess.Popen([*command, "--run", str(run), "--workers", "2", "-q"])
-    deadline = time.monotonic() + 120
-    while not (run / "1-sprint").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until((run / "1-sprint").is_dir, seconds=120)
     first.kill()
     assert first.wait() == -signal.SIGKILL
     done = subprocess.run([*command, "--run", str(run), "--workers", "1", "--resume", "-q"], check=False)
@@ -245,7 +244,7 @@ class Talkative(torch.nn.Module):
         self.__dict__.update(state)
         print("printed while it was opened")
         os.write(1, b"written while it was opened\n")
-        self.child = subprocess.run(["cat"], stdout=subprocess.DEVNULL, check=True, timeout=20).args
+        self.child = subprocess.run(["cat"], stdout=subprocess.DEVNULL, check=True, timeout=60).args
 
     def forward(self, x):
         return self.net(x)
