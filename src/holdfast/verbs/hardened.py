@@ -16,11 +16,12 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.model import Classifier
+from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import against_majority, proportion
 from holdfast.reports.card import card_document as as_markdown
-from holdfast.reports.card import compared_metrics, curve_svg, judged
+from holdfast.reports.card import compared_metrics, curve_svg, generalisation_note, judged
 from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.words import threat_syntax
 from holdfast.sources.weights import METADATA_KEY
@@ -75,7 +76,7 @@ class Hardened:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the training of the new model for the report."""
-        return tuple(self.card["notes"])
+        return (*self.card["notes"], generalisation_note(self.card["generalisation"]))
 
     def __str__(self) -> str:
         before, after = (self.card[side]["metrics"] for side in ("before", "after"))
@@ -207,6 +208,9 @@ def card_of(
             "after": judged(sides[1].summary()),
             "chosen": best.chosen.to_json(),
             "held_out": _held_out(best.chosen, **entries["held_out"]),
+            "generalisation": generalisation(
+                entries["held_out"]["n"], best.chosen.robust, **entries["generalisation"]
+            ),
             "curve": [point.to_json() for point in best.curve],
             "notes": [
                 *entries["notes"],
@@ -256,6 +260,18 @@ def _held_out(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, A
     """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
     after = held_out_metrics(n, chosen.clean, chosen.robust)
     return {"n": n, "before": held_out_metrics(n, *before), "after": after}
+
+
+def generalisation(n: int, robust: float, n_training: int, robust_in_training: float) -> dict[str, Any]:
+    """Return the robust accuracy on training examples, and the robust error on `n` held-out examples minus that on the
+    training examples.
+    """
+    counts = round(robust * n), n, round(robust_in_training * n_training), n_training
+    return {
+        "n_training": n_training,
+        "robust_in_training": robust_in_training,
+        "robust_error_gap": vars(robust_error_gap(*counts)),
+    }
 
 
 def held_out_metrics(n: int, clean: float, robust: float) -> dict[str, Any]:
