@@ -43,6 +43,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     from holdfast.engine.resuming import way_out
     from holdfast.engine.signals import stoppable
     from holdfast.ops import distributed
+    from holdfast.reports.card import generalisation_note
 
     command, folder = command_line(), folder_of_run("harden", settings, run)
     if not distributed.first():  # other processes train too, and only the first reports
@@ -64,7 +65,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
             place = hardened.write(output)
             voice.say(f"model: {place}")
         tell(hardened.after, [output for output in outputs if not is_folder(output)], voice, folder=folder)
-    for note in hardened.notes:
+    for note in (*hardened.notes, generalisation_note(hardened.card["generalisation"])):
         voice.say(f"note: {note}")
     click.echo(line(str(hardened)), err=True)
     voice.say(f"assess the new model with: {line(hardened.opened_by(place))}")

@@ -21,7 +21,7 @@ from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import against_majority, proportion
 from holdfast.reports.card import card_document as as_markdown
-from holdfast.reports.card import compared_metrics, curve_svg, generalisation_note, judged
+from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.words import threat_syntax
 from holdfast.sources.weights import METADATA_KEY
@@ -76,7 +76,7 @@ class Hardened:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the training of the new model for the report."""
-        return (*self.card["notes"], generalisation_note(self.card["generalisation"]))
+        return tuple(self.card["notes"])
 
     def __str__(self) -> str:
         before, after = (self.card[side]["metrics"] for side in ("before", "after"))
