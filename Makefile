@@ -1,6 +1,6 @@
 # Everything is installed into .venv, which is created on first use and updated only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve test check static docs quick slow fuzz bench benchmarks-page check-servers figures bundled data clean
+.PHONY: help demo demo-serve test check static docs quick slow fuzz bench gpu benchmarks-page check-servers figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -28,6 +28,7 @@ help:
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds until it is stopped'
 	@echo 'make bench [PEERS=dir]   run the benchmarks and write dated records'
+	@echo 'make gpu [PYTHON=…]      measure on an accelerator, with the Python and torch that are there, in 9 minutes'
 	@echo 'make benchmarks-page     write docs/benchmarks.md from the newest records'
 	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
 	@echo 'make figures             draw the figures of the documentation from the newest records'
@@ -98,6 +99,10 @@ fuzz: $(DEV)
 
 bench: $(BENCH)
 	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
+
+# Without .venv: such a machine may have no network. HOLDFAST_DATA and HOLDFAST_MODELS name the folders of files.
+gpu:
+	@PYTHONPATH=src $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 benchmarks-page: $(RUN)
 	$(BIN)/python -m benchmarks.page

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 # Before torch is imported: small networks gain nothing from more threads, and the sums stay in one order.
@@ -70,4 +71,13 @@ def _shapes() -> Iterator[None]:
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             import_module(module.name)
     with watching(*(package.__name__ for package in packages)):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fast_if_slow(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check no shapes in slow tests, which call the functions that quick tests call, many more times."""
+    from holdfast.testing.shapes import unchecked
+
+    with unchecked() if request.node.get_closest_marker("slow") else nullcontext():
         yield

@@ -3,10 +3,11 @@
 import shutil
 import socket
 import subprocess
-import time
 from contextlib import contextmanager
 
 import pytest
+
+from waiting import until
 
 
 @contextmanager
@@ -23,12 +24,12 @@ def redis_server(folder):
 
     def start():
         running.append(subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL))
-        for _ in range(200):
+
+        def answers():
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.05)
-        raise RuntimeError("redis-server does not answer")
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        until(answers)
 
     def stop():
         while running:

@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def slow(self, body):
-        self.served.release.wait(5)
+        self.served.release.wait(60)
         self.close_connection = True
 
     def patience(self, body):

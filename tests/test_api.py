@@ -487,6 +487,7 @@ def test_a_model_that_is_no_classifier_of_these_is_refused():
         holdfast.assess(lambda x: x.flatten(1)[:, :2], (X, torch.arange(N) % CLASSES))
 
 
+@pytest.mark.slow
 def test_a_function_of_numpy_is_told_the_way_that_works():
     weights = network()[1].weight.detach().numpy()
 

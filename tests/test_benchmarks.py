@@ -2,11 +2,12 @@
 
 import importlib
 import json
+import time
 
 import pytest
 import torch
 
-from benchmarks import networks, record
+from benchmarks import gpu, networks, record
 from benchmarks.__main__ import ROWS
 from benchmarks.absent import Absent
 from benchmarks.rows import standard
@@ -72,3 +73,41 @@ def test_the_rate_beyond_the_references_own_is_over_all_pairs_of_runs():
     same = runs("xx..", "xx..", "xx..")
     assert standard._jackknifed(same, same) == 0.0
     assert standard._jackknifed([*theirs, *theirs[:1]], [*mine, *mine[:1]]) > 0
+
+
+def test_the_measurement_on_an_accelerator_records_what_it_has_even_if_a_part_fails_or_is_late(tmp_path):
+    def failing(device, sizes, end):
+        yield {"what": "one", "ok": True}
+        raise ValueError("no such operation")
+
+    def late(device, sizes, end):
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:  # noqa: BLE001 - as code that handles every failure
+                pytest.fail("code of a part handled the time limit")
+        yield {}
+
+    path = tmp_path / "gpu.json"
+    parts = (gpu.Part("a", 60, failing), gpu.Part("b", 1, late))
+    rows = gpu.measured(torch.device("cpu"), gpu.Sizes(), parts, path)
+    assert [(row["part"], row["ok"]) for row in rows] == [("a", True), ("a", False), ("b", False)]
+    assert rows[1]["what"] == "ValueError: no such operation" and rows[2]["what"] == "stopped after 1 s"
+    assert json.loads(path.read_text())["table"] == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part", [part for part in gpu.PARTS if part.name != "laws"], ids=lambda part: part.name
+)
+def test_a_part_of_the_measurement_on_an_accelerator_runs_on_a_processor(part, data_folder, models_folder):
+    small = gpu.Sizes(verdicts=2, exact=1, certified=2, training=16, judged=4, width=2, batch=8)
+    rows = list(part.rows(torch.device("cpu"), small, time.monotonic() + 5))
+    assert rows and all(row["ok"] for row in rows)
+
+
+def test_without_an_accelerator_nothing_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["gpu", "--record", str(tmp_path / "gpu.json")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2
+    assert "torch finds no accelerator" in capsys.readouterr().err and not list(tmp_path.iterdir())

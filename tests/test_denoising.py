@@ -49,6 +49,7 @@ def stripes(n=64):
     return Classifier(net.eval(), mean=(0.5,), std=(0.3,)), Batch(x, y, torch.arange(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [{}, {"mse": 0.0}])
 def test_a_trained_denoiser_removes_noise_and_leaves_the_classifier(weights):
     model, data = stripes(128)

@@ -70,6 +70,7 @@ def reach(batch):
     return torch.where(nearest < farthest, gap - LIMIT, torch.inf)
 
 
+@pytest.mark.slow
 def test_no_pass_wins_within_the_closed_form_and_thresholds_are_reached():
     batch, found = problem()[1], usual().evidence
     truth, aware = reach(batch), found["aware_score"].double()
@@ -105,6 +106,7 @@ def test_a_detector_without_a_gradient_raises_a_doubt_that_only_a_way_round_it_a
     assert left >= stands.sum()
 
 
+@pytest.mark.slow
 def test_a_detector_with_a_gradient_raises_none():
     model, batch, _, _ = problem()
     found = assessed(model, batch, doubts="all")
@@ -184,12 +186,14 @@ def test_a_soft_gradient_changes_no_logit():
     torch.testing.assert_close(tiny, rejected_as_correct(model(batch.x), batch.y), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_a_pass_on_the_detector_breaks_is_a_doubt():
     doubt = next(doubt for doubt in walled().doubts if doubt.name == "not-exhausted")
     assert doubt.state == "raised"
     assert "on the detector" in doubt.message
 
 
+@pytest.mark.slow
 def test_the_adaptive_run_tries_several_weights_and_only_on_a_detector():
     _, batch, _, stands = problem()
     short = PGD(steps=20, restarts=2)
@@ -208,6 +212,7 @@ def test_the_adaptive_run_tries_several_weights_and_only_on_a_detector():
     assert {member.name for member in adaptive_members(L0(2)) if member.against} == {m.name for m in arms}
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_of_who_has_no_detector_or_another_goal():
     model, batch, _, _ = problem()
     bare = assessed(sides, batch)
@@ -223,6 +228,7 @@ def test_nothing_is_measured_of_who_has_no_detector_or_another_goal():
     assert gated.gates[0].verdict == "fail"
 
 
+@pytest.mark.slow
 def test_a_pair_without_a_say_is_no_detector():
     _, batch, _, _ = problem()
     found = assessed(

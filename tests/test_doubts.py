@@ -161,21 +161,25 @@ def test_an_honest_network_raises_nothing(net):
         assert doubt.name == "transfer" or doubt.n > 0
 
 
+@pytest.mark.slow
 def test_losses_that_break_alike_are_not_played_off(net):
     hardly = ThreatModel(Linf(1e-6))
     (found,) = (doubt for doubt in findings(net, threat=hardly).doubts if doubt.name == "loss-spread")
     assert found.message == "with each of its untargeted losses PGD-20 breaks 0.0 %"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [1e3, -1e3])
 def test_logits_that_share_an_offset_raise_nothing(net, bias):
     assert raised(Changed(net, after=Function(lambda logits: logits + bias)), only=CHEAP) == set()
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_logits(net):
     assert raised(Changed(net, after=nn.LogSoftmax(1)), only=CHEAP) == set()
 
 
+@pytest.mark.slow
 def test_a_network_with_batch_norm_raises_nothing():
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -201,6 +205,7 @@ def test_saturation_raises_scale_and_is_no_zero_gradient(net):
     assert "saturation" in by_name["zero-gradient"].message
 
 
+@pytest.mark.slow
 def test_distillation_raises_scale():
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -315,6 +320,7 @@ def test_a_gradient_that_lies_is_shattered(net):
     assert "shattered" in raised(Changed(net, before=ripples), only={"gradients"})
 
 
+@pytest.mark.slow
 def test_the_same_weights_without_what_hides_them_raise_transfer(net):
     ripples = Changed(net, before=Function(lambda x: x + 0.005 * torch.sin(4000 * x)))
     held = ThreatModel(Linf(0.08), surrogates=(Classifier(net).eval().requires_grad_(False),))
@@ -343,6 +349,7 @@ def test_a_suite_that_does_too_little_is_not_exhausted(net):
         assert len(ids) > 0
 
 
+@pytest.mark.slow
 def test_the_examples_that_probes_broke_stood(net):
     model, batch = Classifier(net), patterns(80, seed=2)
     columns = evidence_columns(model, batch, suite=(PGD(steps=1, reach=0.5),))
@@ -354,6 +361,7 @@ def test_the_examples_that_probes_broke_stood(net):
     assert fallen and all(set(ids.tolist()) <= held for ids in fallen.values())
 
 
+@pytest.mark.slow
 def test_probes_stay_within_their_budget(net):
     model, batch = Classifier(net), patterns(80, seed=2)
     columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
@@ -396,6 +404,7 @@ def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(n
     assert (probe_title("margin") in fallen) is (queries is None)
 
 
+@pytest.mark.slow
 def test_probes_say_how_much_they_ask(net):
     model, batch = Classifier(net), patterns(80, seed=2)
     columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
@@ -404,6 +413,7 @@ def test_probes_say_how_much_they_ask(net):
     assert said == {name: int(spent[name].queries.max()) for name in said}
 
 
+@pytest.mark.slow
 def test_probes_draw_by_example_and_not_by_batch(net):
     model, batch = Classifier(net.double()), patterns(40, seed=2)
     try:
@@ -531,6 +541,7 @@ class HalfNan(torch.autograd.Function):
         return grad.index_fill(2, torch.arange(4), torch.nan)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_a_number_is_dead_to_the_probes_too(net):
     model = Classifier(Changed(net, before=Function(HalfNan.apply)))
     batch = patterns(20, seed=2)

@@ -34,6 +34,7 @@ def twin(digits):
     return undefended(digits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.name)
 def test_an_item_reads_digits_and_names_its_paper(item, digits, twin):
     before = torch.random.get_rng_state()
@@ -57,8 +58,10 @@ def test_a_name_that_is_not_shown_is_answered_with_the_nearest():
 
 @pytest.mark.slow
 def test_every_item_is_given_away_and_falls():
-    """All items at once, which share a twin."""
-    items = {item.name: item for item in exhibition(n=100)}
+    """All items but one at once, which share a twin; the doubts of k-winners need more examples."""
+    others = tuple(item.name for item in ITEMS if item.name != "k-winners")
+    shown = (*exhibition(n=40, only=others), *exhibition(n=100, only=("k-winners",)))
+    items = {item.name: item for item in shown}
     assert set(items) == {item.name for item in ITEMS}
     for item in items.values():
         assert set(item.doubts) - {"not-exhausted"}, item.name

@@ -173,6 +173,7 @@ class Off(torch.nn.Module):
         return (x - 0.5).flatten(1).norm(dim=1, keepdim=True)
 
 
+@pytest.mark.slow
 def test_doubts_and_gates_see_the_pair():
     asked = order(doubts="all", gates=("rejection_rate <= 1", "robust_accuracy >= 0"), shard_size=40)
     whole = assess(subject(pair()), data(), asked).evidence

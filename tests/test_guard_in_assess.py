@@ -59,6 +59,7 @@ def assessed(path, rule="", **settings):
     return holdfast.assess(reference, data, threat, "fgsm", doubts=False, **settings)
 
 
+@pytest.mark.slow
 def test_the_model_rejects_exactly_where_a_calibrated_rule_fires(tmp_path):
     path = guard(tmp_path, "{energy: {}, squeezing: {bits: 3, median: 0}, stability: {draws: 2}}")
     result = assessed(path)

@@ -33,27 +33,44 @@ SIZES = {
 """The laws with inputs of several types and sizes; only there shapes are checked, which takes a quarter of the time."""
 
 
+OF_THE_ATTACK = {
+    laws.is_reproducible,
+    laws.does_not_change_the_model,
+    laws.does_not_change_its_arguments,
+    laws.needs_only_the_declared_access,
+}
+"""The laws of the attack's own code, which is the same under every norm: one norm is enough."""
+
+
 def shapes_checked(law):
     return nullcontext() if law in SIZES else unchecked()
 
 
-def one_norm_quickly(listed):
-    """The cases as parameters of which all but the first of each attack are slow."""
-    first = {type(case.attack): case for case in reversed(listed)}.values()
-    return [
-        pytest.param(case, marks=() if case in first else pytest.mark.slow, id=repr(case)) for case in listed
-    ]
+def of_each(listed, all_laws):
+    """The cases with their laws, as parameters. Slow are all but the first norm of each attack, and the laws of
+    strength for attacks that search or estimate gradients, which need many queries.
+    """
+    first = {(type(case.attack), case.variant): case for case in reversed(listed)}.values()
+    parameters = []
+    for case in listed:
+        for law in all_laws:
+            if law in OF_THE_ATTACK and case not in first:
+                continue
+            quick = (
+                case in first and not case.variant and (law not in STRONG or case.attack.needs == "gradients")
+            )
+            marks = () if quick else pytest.mark.slow
+            parameters.append(pytest.param(case, law, marks=marks, id=f"{case!r}-{law.__name__}"))
+    return parameters
 
 
-@pytest.mark.parametrize("law", laws.ATTACK_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("case", one_norm_quickly(cases.ATTACKS))
+@pytest.mark.parametrize(("case", "law"), of_each(cases.ATTACKS, laws.ATTACK_LAWS))
 def test_law(case, law):
     with shapes_checked(law):
         law(case if law in STRONG else cases.brief(case))
 
 
-@pytest.mark.parametrize("law", laws.LIMITED_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("case", one_norm_quickly(cases.LIMITED))
+@pytest.mark.parametrize(("case", "law"), of_each(cases.LIMITED, laws.LIMITED_LAWS))
 def test_law_of_what_is_no_ball(case, law):
     with shapes_checked(law):
         law(case)

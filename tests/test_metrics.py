@@ -18,6 +18,8 @@ from holdfast.metrics.curves import POINTS, accuracy_against_eps, accuracy_again
 from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.names import AT_EPS, DETECTION, METRICS
 from holdfast.metrics.names import PAIRED as PAIRED_NAMES
+from holdfast.reports.card import generalisation_note
+from holdfast.verbs.hardened import generalisation
 
 EPS = 0.25
 
@@ -370,16 +372,8 @@ def test_classes_of_a_randomised_model_count_chances_as_the_whole_does():
     assert shares.robust_accuracy(evidence).value == 0.5
 
 
-def test_the_robust_error_gap_is_the_difference_of_both_errors():
-    digest = torch.arange(100, 160)[:, None].expand(60, 32).to(torch.uint8)
-    broken = torch.arange(60) % 5 == 1
-    training = evidence(digest=digest, correct=torch.ones(60, dtype=torch.bool), success=broken)
-    test = evidence()
-    errors = [1 - float((each["correct"] & ~each["success"]).double().mean()) for each in (test, training)]
-    gap = robust_error_gap(test, training)
-    assert gap.value == pytest.approx(errors[0] - errors[1])
-    assert 0 < gap.low < gap.value < gap.high < 1
-    with pytest.raises(UsageError, match="60 of 60 test examples are training examples"):
-        robust_error_gap(test, test)
-    with pytest.raises(UsageError, match="the threat model of the first is Linf"):
-        robust_error_gap(test, dataclasses.replace(training, threat=ThreatModel(L2(1.0))))
+def test_the_robust_generalisation_gap_is_a_difference_of_errors_and_has_a_sentence_on_the_card():
+    gap = robust_error_gap(60, 100, 90, 100)
+    assert gap.value == pytest.approx(0.3) and 0.15 < gap.low < 0.3 < gap.high < 0.45
+    note = generalisation_note(generalisation(100, 0.6, n_training=100, robust_in_training=0.9))
+    assert "on held-out examples minus that on 100 training examples is 30.0 percentage points (18." in note

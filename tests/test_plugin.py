@@ -86,6 +86,7 @@ def message(outcome, test):
     return outcome.split(f"_ {test} _")[1].split("\n____")[0].split("\n=====")[0]
 
 
+@pytest.mark.slow
 def test_a_robust_model_passes_and_its_result_comes_back(outcome):
     assert "3 failed, 2 passed" in outcome, outcome
 

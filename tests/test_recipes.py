@@ -183,6 +183,7 @@ def test_at_eps_0_its_loss_is_its_own_on_the_inputs_as_they_are(recipe, monkeypa
         )
 
 
+@pytest.mark.slow
 def test_the_guard_undoes_the_last_updates_and_adds_a_step(monkeypatch):
     model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=900))
     recipe, looks = SingleStep(training=replace(SHORT, epochs=2, batch=4)), []

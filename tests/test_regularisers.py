@@ -174,6 +174,7 @@ def test_under_l2_it_goes_on_exactly_for_what_the_power_iteration_knows_is_kept(
     assert all(torch.equal(value, again.tensors[name]) for name, value in last.tensors.items())
 
 
+@pytest.mark.slow
 def test_spectral_normalisation_bounds_the_gain_under_l2_whatever_the_threat():
     model, batch = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=26))
     recipe = LipschitzConstraint(gain=1.5, norm="l2", training=replace(SHORT, epochs=20))

@@ -123,6 +123,7 @@ def test_free_costs_a_forward_and_a_backward_an_update_and_makes_no_attack():
     assert passes == ["forward", "backward"] * (2 * 2 * 5)
 
 
+@pytest.mark.slow
 def test_free_learns_what_holds_under_its_perturbation():
     model, some = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=64))
     how = replace(SHORT, epochs=20, batch=16)
@@ -141,6 +142,7 @@ def test_the_virtual_adversarial_direction_of_a_linear_network_is_its_weight_eit
     torch.testing.assert_close(moved, towards[:, None] * expected)
 
 
+@pytest.mark.slow
 def test_virtual_adversarial_training_learns_from_examples_without_labels():
     some = fakes.labelled(fakes.network(), fakes.examples(n=26))
     blank = some.labelled(torch.where(torch.arange(26) < 13, some.y, UNLABELLED))

@@ -64,7 +64,8 @@ def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     assert len(lines) == len(re.findall(r"^\$", page("rotation"), re.MULTILINE)) > 5
     assert sum("--sets 3" in line for line in lines) == 1
     for line in lines:
-        line = line.replace("--sets 3", "--sets 1")  # each is trained, and judged for a minute
+        # each set is trained, and judged for a minute
+        line = line.replace("--sets 3", "--sets 1").replace("n_judged=500", "n_judged=100")
         serving = Pool.open(tmp_path / "pool").serving if "SET" in line else None
         words = shlex.split(line if serving is None else line.replace("SET", serving.name))
         assert run(words) == 0, (line, capsys.readouterr().out)
@@ -73,6 +74,7 @@ def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     assert [one.name for one in pool.ledger.members if one.state == "candidate"]
 
 
+@pytest.mark.slow
 def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
     testing = pytest.importorskip("fastapi.testclient")
     monkeypatch.chdir(tmp_path)

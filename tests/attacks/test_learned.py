@@ -37,6 +37,7 @@ def case():
     return open_model("mnist-cnn").model, whole.take(torch.arange(100)), whole.take(torch.arange(100, 400))
 
 
+@pytest.mark.slow
 @EACH
 def test_breaks_what_it_has_never_seen_more_than_noise_does(case, attack, constraint):
     model, batch, other = case
@@ -53,6 +54,7 @@ def test_breaks_what_it_has_never_seen_more_than_noise_does(case, attack, constr
     assert record.fits == attack.fits
 
 
+@pytest.mark.slow
 @EACH
 def test_is_the_same_for_every_example_and_stays_inside(case, attack, constraint):
     model, batch, other = case
@@ -65,6 +67,7 @@ def test_is_the_same_for_every_example_and_stays_inside(case, attack, constraint
     assert torch.equal(fitted(model, batch.take(torch.tensor([7])), threat, rng=Draws(0)), whole[7:8])
 
 
+@pytest.mark.slow
 def test_stops_once_enough_are_fooled(case):
     model, batch, other = case
     threat, attack = ThreatModel(L2(8.0)), UniversalDeepFool(fits=1, examples=60, passes=3)

@@ -409,6 +409,7 @@ def test_a_sum_that_overflows_proves_nothing(prover: Crown) -> None:
     assert not prover.ready(model, batch, ThreatModel(Linf(1e-3)))(batch).certified
 
 
+@pytest.mark.slow
 def test_rounding_errors_of_many_constants_are_subtracted() -> None:
     # in a sum from the last constant to the first, all others are lost
     net, x = Shifted([(-0.49 * 2.0**-23, 0.0)] * 600 + [(1.5, 0.0)]), torch.full((1, 1, 2, 2), 0.5)

@@ -129,6 +129,7 @@ def geometry(model, batch, threat, n):
     return boundary_geometry(model, first.at(first.x.float()), threat, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_geometry_of_an_example_orders_what_is_proved_and_what_is_found(norm):
     oracle, batch = linear_problem(0, n=5, dtype=torch.float32)
@@ -151,6 +152,7 @@ def test_the_geometry_of_an_example_orders_what_is_proved_and_what_is_found(norm
     assert all(torch.equal(values, columns[name][:2]) for name, values in again.items())
 
 
+@pytest.mark.slow
 def test_the_geometry_without_sound_bounds_is_that_of_attacks():
     class Sorted(nn.Module):
         def forward(self, x):
@@ -163,6 +165,7 @@ def test_the_geometry_without_sound_bounds_is_that_of_attacks():
         assert (columns["lipschitz_below"] > 0).all()
 
 
+@pytest.mark.slow
 def test_the_geometry_under_a_norm_without_eps_uses_the_attacked_distance():
     model = network(0).float()
     batch = labelled(model, examples(n=2, dtype=torch.float32))

@@ -69,6 +69,7 @@ def test_common_corruptions_are_measured_one_by_one(capsys):
     assert json.loads(Path("again.json").read_text())["metrics"] == content["metrics"]
 
 
+@pytest.mark.slow
 def test_corruptions_beside_a_baseline_are_relative_to_it(capsys):
     data = ["mnist-mini", "-n", "60", "--threat", "corruptions:5", "--only", "frost,fog"]
     assert run(["assess", "mnist-cnn", *data, "--run", "first"]) == 0
@@ -163,6 +164,7 @@ def test_eps_0_is_clean_accuracy(capsys):
     assert metrics["robust_accuracy"]["value"] == metrics["clean_accuracy"]["value"]
 
 
+@pytest.mark.slow
 def test_a_suite_without_an_eps_shows_what_each_attack_found(capsys):
     words = ["assess", "mnist-cnn", "mnist-mini", "-n", "20", "-t", "l2", "-s", "minimum-norm", "--no-doubts"]
     assert run([*words, "--run", "r"]) == 0
@@ -275,6 +277,7 @@ def test_the_configuration_is_the_flags(capsys):
     assert not content["suite"]
 
 
+@pytest.mark.slow
 def test_only_and_skip_choose_by_name(capsys):
     assert run(["assess", "mnist-cnn", "mnist-mini", *FAST, "--skip", "square,apgd-t,relay", "-o", "-"]) == 0
     left = [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]]
@@ -306,6 +309,7 @@ def test_a_table_with_names_in_it_is_measured_without_them(elsewhere, capsys):
     assert ["shape", "2"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_dry_run_keeps_nothing(elsewhere, capsys):
     assert (
         run(["assess", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "--suite", "quick", "--dry-run"])
@@ -390,6 +394,7 @@ def test_reports_and_exit_code_do_not_need_a_reader(claim: str, code: int, close
     os.close(writing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["attacks"], ["attacks", "pgd"], ["--help"], ["report", "--help"], ["runs"]]
 )

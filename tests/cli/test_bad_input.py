@@ -306,6 +306,7 @@ def test_an_attack_is_shown_by_the_name_that_a_suite_gives_it(name, capsys):
     assert "shrink" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -359,7 +360,7 @@ for words in {SLIPS!r}:
 def test_a_signal_before_the_run_is_told_too(name, code):
     words = [*with_model("m.py:stopped", "--model-args", f"by={name}")]
     ended = subprocess.run(
-        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == code
     assert f"stopped by {name}; finished steps are stored; resume with: holdfast assess" in ended.stderr
@@ -432,12 +433,13 @@ def test_a_signal_after_the_last_word_leaves_the_exit_code_alone(name):
         "m.py:late", "--model-args", f"by={name}", "--no-doubts", "--gate", "clean_accuracy >= 1"
     )
     ended = subprocess.run(
-        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
 def test_a_full_disk_behind_stdout_is_no_internal_error():
     with Path("/dev/full").open("w") as full:

@@ -41,6 +41,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_certification_is_printed_stored_and_reported_again(capsys):
     outputs = [word for name in ("r.html", "r.json", "r.md", "r.csv") for word in ("-o", name)]
     gate = ["--gate", "certified_accuracy >= 0.2", "--method", "ibp"]
@@ -67,6 +68,7 @@ def test_a_certification_is_printed_stored_and_reported_again(capsys):
     assert run(["certify", *FEW, *gate, "--run", "run", "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_the_geometry_of_the_first_examples_is_in_the_report(capsys):
     few = ["certify", *FEW, "--method", "ibp", "--geometry", "2", "--run", "geo"]
     assert run([*few, "-o", "g.json", "-o", "g.html"]) == 0
@@ -83,6 +85,7 @@ def test_the_geometry_of_the_first_examples_is_in_the_report(capsys):
     assert "another config" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_smoothing_certifies_the_smoothed_classifier(capsys):
     few = [*FEW[:2], "--threat", "l2:0.05", "--method", "smoothing", "--sigma", "0.1", "--draws", "200"]
     assert run(["certify", *few, "--run", "smooth", "-o", "s.json"]) == 0
@@ -103,6 +106,7 @@ def test_an_assessment_shows_certified_beside_robust_accuracy(capsys):
     assert content["verb"] == "assess"
 
 
+@pytest.mark.slow
 def test_the_python_function_has_the_same_result():
     result = holdfast.certify("net.py:make", "few.npz", "linf:0.01", "ibp", gates=["clean_accuracy >= 0.1"])
     assert result.gates[0]

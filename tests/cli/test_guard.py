@@ -14,6 +14,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_guard_is_written_checked_calibrated_and_assessed(capsys):
     assert run(["init", "--guard"]) == 0
     assert run(["init", "--guard"]) == 2

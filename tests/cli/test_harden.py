@@ -128,6 +128,7 @@ def test_what_cannot_be_is_refused(capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_eps_beyond_the_box_is_refused(capsys):
     assert run(["harden", "mnist-cnn", "mnist-mini", "--threat", "linf:2", *JUDGED]) == 2
     assert "no two inputs inside the bounds are further apart" in capsys.readouterr().err
@@ -149,6 +150,7 @@ def make(width="8"):
 """
 
 
+@pytest.mark.slow
 def test_the_command_on_the_card_opens_and_judges_what_was_made(capsys):
     Path("net.py").write_text(CODE)
     words = ["--threat", "linf:0.05", "--recipe", "standard", "--mean", "0.1307", "--std", "0.3081"]
@@ -159,6 +161,7 @@ def test_the_command_on_the_card_opens_and_judges_what_was_made(capsys):
     assert_its_command_opens(card)
 
 
+@pytest.mark.slow
 def test_the_command_opens_what_was_made_of_a_classifier_that_a_factory_declares(capsys):
     declared = CODE.replace("return torch", "from holdfast import Bounds, Classifier\n    net = torch")
     Path("net.py").write_text(
@@ -169,6 +172,7 @@ def test_the_command_opens_what_was_made_of_a_classifier_that_a_factory_declares
     assert_its_command_opens(json.loads(Path("hardened/card.json").read_text()))
 
 
+@pytest.mark.slow
 def test_the_command_names_the_columns_of_a_table(capsys):
     Path("net.py").write_text("import torch\n\ndef make():\n    return torch.nn.Linear(2, 2)\n")
     draws = torch.rand(700, 2, generator=torch.Generator().manual_seed(0)).tolist()
@@ -190,6 +194,7 @@ def test_labels_that_are_no_classes_are_refused_before_anything_is_timed(capsys)
     assert "range from 0 to 9, but the model has 4 classes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_attacks_that_are_learned_learn_on_the_training_examples():
     learned = [
         "-n",

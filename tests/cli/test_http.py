@@ -101,6 +101,7 @@ def test_the_default_suite_needs_no_gradients_and_a_named_one_is_refused_with_th
         assert "give --suite black-box" in said
 
 
+@pytest.mark.slow
 def test_labels_are_attacked_by_what_needs_no_more(capsys):
     Path("h.yaml").write_text("attacks: [{use: RayS}]\n")
     labels = (

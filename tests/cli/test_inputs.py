@@ -47,6 +47,7 @@ def robust(file: str) -> float:
     return value
 
 
+@pytest.mark.slow
 def test_flags_and_a_file_declare_the_same_and_the_run_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:
     declared = ["--mean", "0.1307", "--std", "0.3081", "-o", "raw.json"]
     assert run(["assess", "net.py:bare", "mnist-mini", *QUICK, *declared]) == 0

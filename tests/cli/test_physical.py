@@ -67,6 +67,7 @@ def test_a_threat_that_is_no_ball(threat, attacks, says):
     assert all(doubt_test(doubt["name"]).free for doubt in content["doubts"])
 
 
+@pytest.mark.slow
 def test_a_patch_is_learned_once_and_its_cost_is_told():
     patch = ["--set", "attacks=[{use: AdversarialPatch, steps: 30, batch: 50, examples: 200}]"]
     content = assessed("mnist-cnn", "mnist-mini", "-n", "50", "--threat", "patch:9x9,at=centre", *patch)
@@ -86,6 +87,7 @@ def test_a_patch_is_learned_once_and_its_cost_is_told():
     assert Path("third/1-adversarialpatch.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_is_learned_needs_other_examples(capsys):
     x, y = np.random.default_rng(0).random((8, 1, 28, 28), np.float32), np.arange(8)
     np.savez("only.npz", x=x, y=y)

@@ -93,6 +93,7 @@ def test_a_run_that_is_killed_again_and_again_sends_nothing_twice():
     assert not list(Path("cut").glob("answers*"))
 
 
+@pytest.mark.slow
 def test_a_quota_smaller_than_one_attack_is_enough_in_the_end(capsys):
     with Server() as server:
         assert run(words(server, "--run", "whole")) == 0
@@ -249,6 +250,7 @@ def test_a_stop_in_the_look_and_a_finished_run_send_nothing_twice():
         assert report("r")["served"]["rows"] == len(server.rows) == rows
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_requests_under_way():
     with Server() as server:
         assert run(words(server, "--run", "one", "--http-max-rows", "3")) == 0

@@ -3,13 +3,13 @@
 import io
 import re
 import sys
-import time
 
 import pytest
 
 from holdfast.cli.options import Voice
 from holdfast.cli.running import progress_bar
 from holdfast.engine.progress import Step
+from waiting import until
 
 
 class Terminal(io.StringIO):
@@ -49,14 +49,8 @@ def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: 
         Voice().say("a set is drawn")
         return "1/12 run 1" in terminal.getvalue().rpartition("a set is drawn")[2]
 
-    def comes(state: bool) -> bool:
-        end = time.monotonic() + 10  # the bar is drawn anew ten times a second
-        while stands() is not state and time.monotonic() < end:
-            time.sleep(0.05)
-        return stands() is state
-
     with progress_bar(Voice()) as progress:
         progress(Step("run 1", 1, 12, 1, 2, 0, 0))
-        assert comes(True)
+        until(stands)  # the bar is drawn anew ten times a second
         progress(Step("run 1", 1, 12, 2, 2, 0, 0))
-        assert comes(False)
+        until(lambda: not stands())

@@ -146,7 +146,7 @@ def test_shapes_of_the_file_do_not_matter(tmp_path, shape):
     for excess, expected in ((-0.01, "sat"), (0.01, "unsat")):
         query = tmp_path / "query.vnnlib"
         query.write_text(query_text(3, len(row), box, f"(>= Y_0 {most + excess!r})"))
-        assert decide(read_query(query), {"": network}, deadline=time.perf_counter() + 20).answer == expected
+        assert decide(read_query(query), {"": network}, deadline=time.perf_counter() + 60).answer == expected
 
 
 def test_networks_of_64_bits_and_smooth_activations_are_decided(tmp_path):
@@ -188,7 +188,7 @@ def test_a_query_may_compare_two_copies_of_a_network(tmp_path):
     folded = [increasing[0], (np.array([[1.0, -2.0]], np.float32), np.zeros(1, np.float32))]
     for layers, expected in ((increasing, "unsat"), (folded, "sat")):
         network = open_network(write_mlp(tmp_path / "net.onnx", layers))
-        result = decide(two_copies(), {"f": network}, deadline=time.perf_counter() + 20)
+        result = decide(two_copies(), {"f": network}, deadline=time.perf_counter() + 60)
         assert result.answer == expected
     assert (
         result.witness.inputs[1] >= result.witness.inputs[0] + 0.1
@@ -196,6 +196,7 @@ def test_a_query_may_compare_two_copies_of_a_network(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_time_that_is_too_short_gives_no_verdict_and_boxes_continue(tmp_path):
     layers, box = random_layers((4, 16, 16, 2), 5), [UNIT] * 4
     most = exact_maximum(layers, [0] * 4, [1] * 4, [1, 0])

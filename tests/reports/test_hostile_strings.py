@@ -131,6 +131,7 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
         assert not re.search(r"[\x7f-\x9f\u202e\u2066]", written[".json"])
 
 
+@pytest.mark.slow
 def test_tags_of_the_page_do_not_depend_on_the_strings():
     for made_of in (page, fragment):
         plain = [_shape(made_of(content)).tags for content, _ in _summary("plain")]

@@ -88,6 +88,7 @@ def test_every_summary_makes_a_page(case):
     assert "Undefined" not in text
 
 
+@pytest.mark.slow
 def test_schema_refuses_what_a_reader_would_misread():
     content = made.summarised(made.evidence())
     jsonschema.Draft202012Validator.check_schema(summary_schema())
@@ -251,6 +252,7 @@ def test_features_of_a_table_are_listed_by_how_much_they_changed():
     assert example["changed"] == 3
 
 
+@pytest.mark.slow
 def test_large_evidence_stays_a_small_page():
     classes = tuple(f"class {i}" for i in range(300))
     evidence = made.evidence(200_000, classes=classes, gallery=0)

@@ -39,6 +39,7 @@ def test_every_source_gives_sets_that_work_and_the_same_for_the_same_seed():
             assert min(found) > 0.9, source
 
 
+@pytest.mark.slow
 def test_sets_of_one_run_are_neighbours_and_those_of_two_are_strangers():
     members = collect(Basins(seeds=3, sets=3, every=2), task(), rng=Draws(0))
     assert members.basins.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

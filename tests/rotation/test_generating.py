@@ -35,6 +35,7 @@ def flat(members):
     return torch.cat([value.flatten(1) for value in members.tensors.values()], 1).double()
 
 
+@pytest.mark.slow
 def test_the_span_is_that_of_the_singular_vectors_and_loses_nothing(members):
     whole = span(members)
     assert whole.rank == len(members) - 1
@@ -72,6 +73,7 @@ def test_the_round_trip_keeps_the_accuracy_and_latents_are_standardised(members,
         assert after >= before - 0.01
 
 
+@pytest.mark.slow
 def test_noise_on_latents_makes_the_decoder_steady(members, embedding):
     bare = Codec(rank=12, dims=6, hidden=64, steps=400, parameter_noise=0, latent_noise=0)(
         members, rng=Draws(1)
@@ -86,6 +88,7 @@ def test_noise_on_latents_makes_the_decoder_steady(members, embedding):
     assert bare.lost < embedding.lost
 
 
+@pytest.mark.slow
 def test_draws_lie_among_the_collection_and_some_work(members, generator):
     drawn = generator.drawn(40, Draws(7))
     again = generator.drawn(40, Draws(7))

@@ -37,6 +37,7 @@ def broken(target: Classifier, source: Classifier, eps: float) -> float:
         return (target(x_adv).argmax(1) != held.y)[right].float().mean().item()
 
 
+@pytest.mark.slow
 def test_what_leaked_breaks_less_than_before(seeds):
     old, fresh = seeds
     job = task()
@@ -79,6 +80,7 @@ def test_examples_are_made_of_training_inputs_within_their_ball_and_shared_out(s
         CRAFTING([], data, THREAT, rng=Draws(1))
 
 
+@pytest.mark.slow
 def test_what_serves_is_frozen_and_can_be_trained_on_and_against():
     job = task(norm=True)
     served = loaded(job.model, trained_from_fresh_weights(job, Draws(1)).net.state_dict(), "served")

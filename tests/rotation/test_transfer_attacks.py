@@ -23,6 +23,7 @@ def made(models):
     return TransferAttacker().crafted(models, examples(5, 60), THREAT, rng=Draws(1))
 
 
+@pytest.mark.slow
 def test_every_attack_leaves_examples_that_may_be_and_stops_at_no_success(models, made):
     batch = examples(5, 60)
     with torch.no_grad():

@@ -71,6 +71,7 @@ def run(test):
     return asyncio.run(test())
 
 
+@pytest.mark.slow
 def test_headers_that_arrive_too_slowly_end_the_connection():
     async def test():
         async with serving(header_timeout_s=0.1) as port:
@@ -114,6 +115,7 @@ def test_a_second_request_on_a_connection_has_the_same_limit():
     run(test)
 
 
+@pytest.mark.slow
 def test_a_thousand_connections_are_limited_and_the_others_are_answered():
     async def test():
         async with serving(most=50) as port:

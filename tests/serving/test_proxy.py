@@ -30,10 +30,11 @@ from holdfast.serving.proxy import read_upstream
 from holdfast.serving.refusals import Refused
 from holdfast.serving.upstream import UpstreamAddress
 from holdfast.serving.worker_processes import bound_socket
+from waiting import until
 
 from .small import FEATURES, network
 from .test_app import Here, scores
-from .test_server import running, until
+from .test_server import running
 
 X = torch.rand(3, FEATURES, generator=torch.Generator().manual_seed(1))
 INFER = "/v2/models/flowers/infer"
@@ -50,7 +51,7 @@ def listening(app, port=0):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
         listener.close()
 
 
@@ -111,6 +112,7 @@ class Proxied(Here):
         return self("POST", path, json={"inputs": [tensor]}, **settings)
 
 
+@pytest.mark.slow
 def test_other_inputs_and_outputs_are_passed_on_unchanged():
     flowers = Flowers()
     with listening(flowers.app) as url:
@@ -203,6 +205,7 @@ FAILURES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_failures_of_the_upstream_server_give_one_reason():
     flowers = Flowers()
     with listening(flowers.app) as url:
@@ -330,13 +333,13 @@ def sending(parts, pause_s=0.02):
 @pytest.mark.parametrize("name", SLOW)
 def test_one_deadline_and_one_size_apply_to_the_whole_response(name):
     parts, (status, reason) = SLOW[name]
-    timeout_s = 0.2 if reason == LATE[1] else 5.0
+    timeout_s = 0.2 if reason == LATE[1] else 60.0
     with sending(parts) as (url, _):
         connection = UpstreamAddress(url, timeout_s=timeout_s).connect()
         begin = time.monotonic()
         with pytest.raises(Refused, match=reason) as refused:
             connection.request("/v2", b"{}", most=1_000_000)
-        assert refused.value.status == status and time.monotonic() - begin < timeout_s + 2.0
+        assert refused.value.status == status and time.monotonic() - begin < timeout_s + 60
         with pytest.raises(TargetError, match=reason):  # also at the start
             read_upstream(UpstreamAddress(url, timeout_s=timeout_s), "m")
 
@@ -347,7 +350,7 @@ def test_the_deadline_applies_to_a_server_that_reads_slowly_and_to_the_name_serv
         with pytest.raises(Refused, match=LATE[1]):
             UpstreamAddress(url, timeout_s=0.1).connect().request("/v2", bytes(50_000_000))
     ended = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **settings: ended.wait(5.0) and [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **settings: ended.wait(60) and [])
     with pytest.raises(Refused, match=LATE[1]):
         UpstreamAddress("http://somewhere", timeout_s=0.1).connect().request("/v2")
     ended.set()

@@ -30,9 +30,10 @@ from holdfast.serving.reloading import Reloading, ServedVersion
 from holdfast.serving.supervisor import ServerSetup, Supervisor
 from holdfast.serving.telemetry import MetricTotals, Telemetry
 from holdfast.serving.worker import ServingSetup
+from waiting import until
 
 from .small import FEATURES, network, request
-from .test_server import JSON, X, running, scores, setup, until
+from .test_server import JSON, X, running, scores, setup
 
 CODE = f"from torch import nn\n\ndef make():\n    return nn.Linear({FEATURES}, 3)\n"
 
@@ -89,7 +90,7 @@ class Load:
 
     def run(self, url, reused):
         limits = httpx.Limits() if reused else httpx.Limits(max_keepalive_connections=0)
-        with httpx.Client(timeout=30, limits=limits) as client:
+        with httpx.Client(timeout=60, limits=limits) as client:
             while not self.stopped.is_set():
                 try:
                     response = client.post(url, content=request(X), headers=JSON)
@@ -251,6 +252,7 @@ def test_a_damaged_model_is_refused():
     refuse_damaged(damaged(lambda net: None), (FEATURES,), cpu)
 
 
+@pytest.mark.slow
 def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monkeypatch):
     worker, terminal = ServingSetup(stuck, "small", (FEATURES,), set_name="file"), [True]
     monkeypatch.setattr(signals, "has_terminal", lambda: terminal[0])
@@ -261,8 +263,7 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
     try:
         with server.hang_ups():
             os.kill(os.getpid(), signal.SIGHUP)
-            server._step()
-            assert server.status()["model"]["reload"] == "running"
+            until(lambda: server._step() or server.status()["model"]["reload"] == "running")
             assert not server.status()["draining"]
             terminal[0] = False
             os.kill(os.getpid(), signal.SIGHUP)
@@ -275,8 +276,7 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
     server = Supervisor(ServerSetup(worker, reloadable=True))
     with server.hang_ups():
         os.kill(os.getpid(), signal.SIGHUP)
-        server._step()
-        assert server.status()["model"]["reload"] == "running"
+        until(lambda: server._step() or server.status()["model"]["reload"] == "running")
         assert not server.status()["draining"]
     with pytest.raises(UsageError, match="has no pool and no file"):
         Supervisor(ServerSetup(worker)).request_swap("")

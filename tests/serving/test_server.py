@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 from contextlib import contextmanager
 
 import httpx
@@ -21,6 +20,7 @@ from holdfast.serving.loaded_model import LoadedModel
 from holdfast.serving.supervisor import ServerSetup, Supervisor
 from holdfast.serving.worker import ServingSetup
 from holdfast.store.pool import Pool
+from waiting import until
 
 from .small import FEATURES, network, pool, request
 
@@ -61,20 +61,12 @@ def scores(response):
     return torch.tensor(response.json()["outputs"][0]["data"])
 
 
-def until(condition, seconds=60.0):
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_a_client_that_retries_sees_no_failure_when_workers_are_killed(tmp_path):
     expected, stop, failures, answered = network()(X)[0], threading.Event(), [], []
 
     def load(url):
-        with httpx.Client(timeout=30) as client:
+        with httpx.Client(timeout=60) as client:
             while not stop.is_set():
                 try:
                     response = client.post(url, content=request(X), headers=JSON)
@@ -108,7 +100,7 @@ def test_a_server_drains_and_answers_what_it_received(tmp_path):
     with running(setup(tmp_path)) as (server, url, _):
 
         async def burst():
-            async with httpx.AsyncClient(timeout=30) as client:
+            async with httpx.AsyncClient(timeout=60) as client:
                 posts = [
                     asyncio.ensure_future(client.post(url, content=request(X), headers=JSON))
                     for _ in range(50)
@@ -143,7 +135,7 @@ def test_swaps_under_load_answer_every_request_by_one_serving_set(tmp_path, live
     names = [member.name for member in prepared.pool.ledger.members]
     sets = {name: network(seed)(X)[0] for seed, name in enumerate(names)}
     with running(setup(tmp_path, workers=2, live=prepared)) as (server, url, messages):
-        with httpx.Client(timeout=30) as client:
+        with httpx.Client(timeout=60) as client:
             seen = []
             while prepared.alarm != "empty":
                 response = client.post(url, content=request(X), headers=JSON)
@@ -228,6 +220,7 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(live, monkeypatch):
     assert term.answers == {prepared.pool.pseudonym("alice"): 3} and term.others == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_opened_is_reported_and_no_worker_has_the_key_of_the_pool(monkeypatch):
     monkeypatch.setenv("HOLDFAST_POOL_KEY", "secret")
     prepared = ServerSetup(ServingSetup(unusable, "small", (FEATURES,), set_name="file"), port=0)

@@ -35,6 +35,7 @@ def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP
     return path
 
 
+@pytest.mark.slow
 def test_a_state_dict_comes_back_bit_for_bit(tmp_path: Path) -> None:
     state = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict()
     for legacy in (False, True):
@@ -83,6 +84,7 @@ def test_a_pickle_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path, *,
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_a_bare_pickle_is_refused_and_nothing_runs(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb(marker)))
@@ -91,6 +93,7 @@ def test_a_bare_pickle_is_refused_and_nothing_runs(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_a_pickle_inside_a_pickle_is_not_opened(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     inner = io.BytesIO()
@@ -176,6 +179,7 @@ def test_the_tar_format_of_old_is_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "w.pt")
 
 
+@pytest.mark.slow
 def test_a_tensor_far_larger_than_its_file_meets_the_memory_limit(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1).expand(10**10)}, tmp_path / "w.pt")
     assert (tmp_path / "w.pt").stat().st_size < 10_000
@@ -189,6 +193,7 @@ def test_a_file_without_tensors_says_what_it_holds(content: object) -> None:
         state_dict(content)
 
 
+@pytest.mark.slow
 def test_real_checkpoints_are_read(models_folder: Path) -> None:
     found = read_weights(models_folder / "cifar_resnet20.th")
     assert len(found.tensors) == 97

@@ -54,6 +54,7 @@ def accuracy(data: dict[str, object], **options: object) -> float:
     return found.metrics["clean_accuracy"].value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folders", "table"])
 def test_a_missing_class_is_refused_and_names_give_the_right_numbers(kind: str, tmp_path: Path) -> None:
     data = made(kind, tmp_path, {"bird": 0, "dog": 2, "frog": 3})

@@ -83,6 +83,7 @@ def doubling(depth):
     return [helper.make_node(f"F{depth}", ["x"], ["y"], domain="own")], found
 
 
+@pytest.mark.slow
 def test_functions_of_an_onnx_model_are_put_in_place_where_they_stand_for_few_nodes(tmp_path):
     nodes, functions = doubling(1)
     found = open_model(saved(tmp_path / "two.onnx", nodes, functions=functions)).model

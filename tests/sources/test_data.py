@@ -388,6 +388,7 @@ def test_a_label_that_is_no_whole_number_among_numbers_is_shown(tmp_path: Path, 
         )
 
 
+@pytest.mark.slow
 def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -419,6 +420,7 @@ def test_labels_of_an_extension_type_are_refused_with_the_type(tmp_path: Path) -
         open_data(str(tmp_path / "t.parquet"), label="y")
 
 
+@pytest.mark.slow
 def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
     rows = [["id", "a", "full name", "y"], ["7", "0.5", "Ann", "0"], ["8", "0.25", "Bob", "1"]]
     address = table(tmp_path / "t.csv", rows)

@@ -256,6 +256,7 @@ def of_many_profiles() -> bytes:
     return png([first, *[(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20)))] * 3000, *rest])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "make"), [("x.jpg", of_many_scans), ("x.png", of_many_profiles)])
 def test_an_image_that_takes_long_is_given_up_before_it_is_read(tmp_path: Path, monkeypatch, name, make):
     monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")
@@ -370,6 +371,7 @@ def test_sample_inputs_of_a_program_are_unpickled_under_the_memory_limit(tmp_pat
         open_model(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are those of POSIX")
 def test_a_loop_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch):
     onnx = pytest.importorskip("onnx")

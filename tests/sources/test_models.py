@@ -129,6 +129,7 @@ def test_what_is_wrong_with_a_factory_is_said(
         open_model(f"{code}:{factory}", model_args=arguments)
 
 
+@pytest.mark.slow
 def test_a_network_or_a_function_will_do(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(
@@ -307,6 +308,7 @@ def test_bundled_models_open_by_name() -> None:
         open_model(name[:-1])
 
 
+@pytest.mark.slow
 def test_real_models_open_by_factory_and_by_weights(models_folder: Path) -> None:
     file = models_folder / "mnist_trades_smallcnn.pt"
     code = models_folder / "architectures.py"

@@ -161,6 +161,7 @@ def test_binary_and_damaged_files_are_refused(tmp_path):
             read_query(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_the_time_is_linear_in_the_size_of_the_file(tmp_path):
     seconds = []
     for n in (2_000, 16_000):

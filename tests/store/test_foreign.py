@@ -197,6 +197,7 @@ def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp
         verify(run)
 
 
+@pytest.mark.slow
 def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
     run = shutil.copytree(stored.hardening(), tmp_path / "run")
     assert open_run(run).metrics["robust_accuracy"].value == 0.5

@@ -621,6 +621,7 @@ WRITER = """
 """
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once_never_fork_the_chain(tmp_path):
     writers = [
         subprocess.Popen(

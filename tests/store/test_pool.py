@@ -436,6 +436,7 @@ with Pool.open(Path(sys.argv[1])).alone_at("admit"):
 """
 
 
+@pytest.mark.slow
 def test_a_step_is_one_process_and_nobody_waits_for_a_dead_one(pool):
     other = subprocess.Popen([sys.executable, "-c", ALONE, str(pool.path)], stdout=subprocess.PIPE)
     try:
@@ -555,6 +556,7 @@ def test_a_pool_whose_beginning_was_killed_is_begun_again(lives):
     assert lives["begun"]["calls"] > 10
 
 
+@pytest.mark.slow
 def test_twenty_kills_among_swaps_leave_the_old_set_serving_or_the_new(lives):
     assert lives["random"]["epoch"] > 20
 

@@ -88,6 +88,7 @@ def test_pairs_do_not_go_by_the_order_of_the_files():
     assert torch.equal(paired(batch, 0, 0).ids, first.ids)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_it_tells_it_again_and_books_what_it_asked(tmp_path):
     asked = carrying(elsewhere(), elsewhere(seed=6))
     kept = assess(subject(), data(), asked, run=tmp_path / "run")
@@ -102,6 +103,7 @@ def test_a_run_keeps_it_tells_it_again_and_books_what_it_asked(tmp_path):
     assert again.summary() == kept.summary()
 
 
+@pytest.mark.slow
 def test_batches_and_resumption_change_nothing_of_it(tmp_path, monkeypatch):
     asked = carrying(elsewhere())
     whole = assess(subject(), data(), asked, run=tmp_path / "whole")
@@ -142,6 +144,7 @@ def test_where_the_model_shows_no_gradient_changes_are_made_on_surrogates():
         assess(subject(), data(), replace(carrying(elsewhere()), plan=replace(asked.plan, members=(FAST,))))
 
 
+@pytest.mark.slow
 def test_workers_leave_it_to_the_process_that_holds_the_run(tmp_path):
     first = Member("PGD", PGD(steps=3, loss=losses.cross_entropy, schedule=ascent.flat))
     asked = carrying(elsewhere(n=9), members=(first,), shard_size=20)

@@ -40,6 +40,7 @@ def states(result):
     return {doubt.name: doubt.state for doubt in result.doubts}
 
 
+@pytest.mark.slow
 def test_a_masked_model_falls_to_what_its_doubts_call_for():
     naive, adaptive = (
         assess(masked(), data(), adaptive_order(arms=chosen, gates=("robust_accuracy >= 0.7",)))
@@ -61,6 +62,7 @@ def test_a_masked_model_falls_to_what_its_doubts_call_for():
     assert (adaptive.evidence["broken_by"] == 1).any()
 
 
+@pytest.mark.slow
 def test_an_answered_doubt_lets_a_gate_pass():
     """At an eps at which nothing falls, so that only the doubts stood between the gate and a pass."""
     small = {"threat": holdfast.ThreatModel(Linf(1e-3)), "gates": ("robust_accuracy >= 0.5",)}
@@ -91,6 +93,7 @@ def test_an_honest_model_has_no_adaptive_attack():
     assert "no doubt requires an adaptive attack, so none was run" in result.evidence.notes
 
 
+@pytest.mark.slow
 def test_a_model_that_draws_is_attacked_on_average():
     chosen = (Member("EOT", APGD(steps=5, draws=4, sure=0.95)), *ARMS)
     result = assess(masked(Noisy()), data(), adaptive_order(arms=chosen))
@@ -99,6 +102,7 @@ def test_a_model_that_draws_is_attacked_on_average():
     assert states(result)["randomness"] == "answered"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["2-bpda", "3-search"])
 def test_a_run_stopped_in_its_adaptive_part_ends_with_the_same_bytes(tmp_path, at):
     whole = assess(masked(), data(), adaptive_order(), run=tmp_path / "whole")
@@ -199,6 +203,7 @@ def test_what_adaptive_attacks_cannot_go_with_is_said(settings, says):
         holdfast.assess(network().float(), (x, y), **{"threat": "linf:0.1", **settings}, adaptive=True)
 
 
+@pytest.mark.slow
 def test_from_scores_alone_only_the_search_is_left():
     settings = {"threat": holdfast.ThreatModel(Linf(0.06), access="scores")}
     chosen = order(Member("Square", Square(queries=3)), adaptive=ARMS, doubts="all", **settings)

@@ -129,6 +129,7 @@ def test_each_gate_stands_on_runs_whose_columns_say_what_became_of_each_example(
     assert any(name.startswith("2-a1-") for name in stages)
 
 
+@pytest.mark.slow
 def test_five_refusals_in_a_row_end_the_call(tmp_path):
     pool = begun(tmp_path / "pool")
     for k in range(6):
@@ -153,6 +154,7 @@ def test_a_call_without_candidates_or_with_a_claim_beyond_it_is_refused(tmp_path
         admit(pool, terms(), claims=["f1 >= 0.5"], transfer_attacker=QUICK)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_before_it_measures(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     pool.add(state(trained(6)), {})

@@ -52,6 +52,7 @@ def same(one: Evidence, other: Evidence):
         assert getattr(one, name) == getattr(other, name), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
     [
@@ -95,6 +96,7 @@ def test_the_model_comes_back_as_it_was():
     assert all(weight.requires_grad for weight in net.parameters())
 
 
+@pytest.mark.slow
 def test_progress_goes_forward_and_ends_complete():
     steps = []
     result = assess(subject(), data(), order(doubts="all"), progress=steps.append)
@@ -299,6 +301,7 @@ class Wild(torch.nn.Module):
         return torch.where((x[:, :1] * 100).long() % 3 == 0, torch.nan, self.net(x))
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_no_number_is_broken_and_doubted():
     result = assess(subject(Wild()), data(), order(doubts="all"))
     assert {d.name: d.state for d in result.doubts}["nan"] == "raised"
@@ -316,6 +319,7 @@ class Noisy(torch.nn.Module):
         return self.net(x) + 0.3 * torch.randn(len(x), CLASSES, dtype=x.dtype)
 
 
+@pytest.mark.slow
 def test_a_randomised_model_is_measured_the_same_twice(tmp_path):
     state = torch.random.get_rng_state()
     first = assess(subject(Noisy()), data(), order(), run=tmp_path / "run").evidence
@@ -362,6 +366,7 @@ def test_data_is_read_shard_by_shard():
     assert lazy.most == 10
 
 
+@pytest.mark.slow
 def test_a_result_answers_for_itself(tmp_path):
     result = assess(subject(), data(), order(FAST, THOROUGH, doubts="all"))
     assert 0 < result.metrics["robust_accuracy"].value < result.metrics["clean_accuracy"].value < 1
@@ -443,6 +448,7 @@ def test_a_notebook_shows_gates_doubts_with_what_to_do_and_examples():
     assert result.exit_code == 4 and len(result.summary()["gates"]) == 1
 
 
+@pytest.mark.slow
 def test_an_accepted_doubt_stands_beside_the_verdict(tmp_path):
     def soft():
         return subject(torch.nn.Sequential(network(), torch.nn.Softmax(1)))
@@ -458,6 +464,7 @@ def test_an_accepted_doubt_stands_beside_the_verdict(tmp_path):
     assert open_run(tmp_path / "run").accepted_doubts == why
 
 
+@pytest.mark.slow
 def test_runs_are_listed_finished_or_not(tmp_path):
     assess(subject(), data(), order(), run=tmp_path / "a")
 
@@ -554,6 +561,7 @@ def test_every_successful_input_is_kept_where_asked(tmp_path):
     assert not assess(given, data(), order()).adversarial
 
 
+@pytest.mark.slow
 def test_every_adversarial_example_counts_is_named_and_kept(tmp_path):
     """What probes, the fixed pass and the curve broke is part of every number; the suite's own number is kept."""
     given, asked = subject(), order(WEAK, doubts="all", curve=(SMALLEST,), keep_adversarial=True)
@@ -583,6 +591,7 @@ def test_every_adversarial_example_counts_is_named_and_kept(tmp_path):
     assert torch.equal(reopened.adversarial["x"], kept["x"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_its_doubts_are_recorded_finds_the_same(tmp_path, monkeypatch):
     asked = order(WEAK, doubts="all", keep_adversarial=True)
     whole = assess(subject(), data(), asked, run=tmp_path / "whole")
@@ -600,6 +609,7 @@ def test_a_run_that_is_killed_before_its_doubts_are_recorded_finds_the_same(tmp_
     assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_comparisons_count_every_pass_only_where_both_runs_made_the_same():
     few, more = (
         assess(subject(), data(), order(WEAK, doubts=doubts, attacked=False)) for doubts in ("free", "all")
@@ -643,6 +653,7 @@ class Flipping(torch.nn.Module):
         return torch.where(torch.rand(len(x), 1) < 0.1, logits.roll(1, dims=1), logits)
 
 
+@pytest.mark.slow
 def test_an_unlucky_look_at_a_model_that_draws_breaks_nothing():
     asked = order(Member("PGD", PGD(steps=3)), doubts="all")
     tiny = replace(asked, plan=replace(asked.plan, threat=ThreatModel(Linf(1e-6))))

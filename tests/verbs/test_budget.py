@@ -164,6 +164,7 @@ def last_of(run):
     return found.checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("overfitting")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_stopped_run_goes_on_to_the_same_plans_and_weights(tmp_path, name):
@@ -181,6 +182,7 @@ def test_a_stopped_run_goes_on_to_the_same_plans_and_weights(tmp_path, name):
     assert same(one, other) and again.weights == whole.weights
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("overfitting")
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch, name):

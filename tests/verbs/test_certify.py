@@ -112,6 +112,7 @@ def test_a_sample_of_the_certified_examples_is_attacked(many, full):
     assert torch.equal(shards["attacked"], evidence["attacked"])
 
 
+@pytest.mark.slow
 def test_a_counterexample_of_a_method_is_judged_and_counts(many):
     net, batch = few(many)
     plan = Plan((), ThreatModel(Linf(0.3)), late_proofs=(Corners(),), keep_adversarial=True)
@@ -122,6 +123,7 @@ def test_a_counterexample_of_a_method_is_judged_and_counts(many):
     assert len(evidence.gallery["id"]) > 0
 
 
+@pytest.mark.slow
 def test_a_claim_that_the_model_does_not_confirm_breaks_nothing(many, monkeypatch):
     net, batch = few(many)
     honest = Corners.proofs
@@ -147,6 +149,7 @@ def test_a_wrong_certificate_ends_the_run_without_a_result(tmp_path):
     assert not (run / "verdict.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["proof-1-interval", "1-pgd", "proof-2-corners"])
 def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, whole, stage):
     run, _, _ = whole
@@ -156,6 +159,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, whole, stage):
     assert settled(stopped) == settled(run)
 
 
+@pytest.mark.slow
 def test_worker_processes_store_the_same_columns(tmp_path, whole):
     run, _, _ = whole
     shared = tmp_path / "shared"
@@ -242,6 +246,7 @@ class Crowded(Interval):
         return super().proofs(model, eps, batch)
 
 
+@pytest.mark.slow
 def test_the_report_states_the_batch_with_which_a_method_continued_when_memory_ran_out(tmp_path, whole):
     result = assess(subject(), data(), order(proofs=(Crowded(),)), run=tmp_path / "run")
     results = open_run(tmp_path / "run").summary()["certification"]

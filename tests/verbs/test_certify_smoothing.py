@@ -42,6 +42,7 @@ def whole(tmp_path_factory):
     return run, assess(smoothed_subject(subject(), HOW), data(), order(), run=run)
 
 
+@pytest.mark.slow
 def test_the_run_is_about_the_smoothed_classifier(whole):
     run, result = whole
     evidence, results = result.evidence, open_run(run).summary()["certification"]
@@ -119,6 +120,7 @@ def broken_ids(eps):
     return evidence["id"][evidence["success"] & evidence["correct"]].tolist()
 
 
+@pytest.mark.slow
 def test_one_contradiction_is_listed_and_many_end_the_run(monkeypatch):
     eps = 0.3
     broken = broken_ids(eps)

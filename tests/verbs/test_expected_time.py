@@ -31,6 +31,7 @@ def test_the_passes_of_an_attack_follow_from_its_settings(attack, forwards, back
     assert max(few) <= 25
 
 
+@pytest.mark.slow
 def test_an_assessment_states_its_expected_time_once_and_as_a_step_of_another_run_not_at_all(tmp_path):
     said = []
     wanted = order(doubts="all", time_budget_s=60.0)

@@ -72,6 +72,7 @@ def wish(recipe=RECIPE, *more, **changes):
     return HardenRequest("pgd", candidates, THREAT, assessment, **changes)
 
 
+@pytest.mark.slow
 def test_the_new_model_is_measured_and_the_given_one_stays(tmp_path):
     subject = trainable()
     before = copy.deepcopy(subject.model.state_dict())
@@ -89,6 +90,7 @@ def test_the_new_model_is_measured_and_the_given_one_stays(tmp_path):
     assert (place / "curve.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "at_chance"), [(0, False), (1, True)])
 def test_a_given_model_at_chance_is_stated_instead_of_an_improvement(tmp_path, seed, at_chance):
     found = harden(trainable(seed), training(), fakes.data(), wish())
@@ -98,6 +100,7 @@ def test_a_given_model_at_chance_is_stated_instead_of_an_improvement(tmp_path, s
     assert ("no better than one that always predicts the majority class" in card) == at_chance
 
 
+@pytest.mark.slow
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = harden(trainable(), training(), fakes.data(), wish())
@@ -126,6 +129,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch
     assert any(step.stage == "training PGDTraining" for step in steps)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_once(tmp_path):
     patient = PGDTraining(steps=1, training=replace(HOW, epochs=9, lr=1e-9, patience=2, warmup=0))
     found = harden(trainable(), training(), fakes.data(), wish(patient), run=tmp_path / "r")
@@ -136,6 +140,7 @@ def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_on
     assert len(harden(trainable(), training(), fakes.data(), wish(grows)).curve) == 7
 
 
+@pytest.mark.slow
 def test_a_guard_that_asked_for_another_step_is_on_the_card(monkeypatch):
     def right(guard, steps):
         return 0.1 if steps > 1 and not int(guard.learner.state[RAISED]) else 0.9
@@ -146,6 +151,7 @@ def test_a_guard_that_asked_for_another_step_is_on_the_card(monkeypatch):
     assert found.notes[-1].endswith("so the guard asked for another one once")
 
 
+@pytest.mark.slow
 def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_path):
     def asked(name, recipe, eps=0.06, seed=0):
         one = Candidate(name, recipe, settings_of(recipe))
@@ -163,6 +169,7 @@ def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_
             harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp_path, monkeypatch):
     def stop(step):
         if step.stage.startswith("training") and step.done == 2:
@@ -182,6 +189,7 @@ def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp
     assert (tmp_path / "r/chain.jsonl").read_bytes() == chain
 
 
+@pytest.mark.slow
 def test_code_that_decides_what_is_learned_is_part_of_what_makes_two_runs_the_same(tmp_path, monkeypatch):
     package = shutil.copytree(Path(holdfast.__file__).parent, tmp_path / "holdfast")
     monkeypatch.setattr(holdfast, "__file__", str(package / "__init__.py"))
@@ -193,6 +201,7 @@ def test_code_that_decides_what_is_learned_is_part_of_what_makes_two_runs_the_sa
     assert len(digests) == 4
 
 
+@pytest.mark.slow
 def test_a_nested_run_that_is_gone_is_missed(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     (tmp_path / "r/after").rename(tmp_path / "elsewhere")
@@ -200,6 +209,7 @@ def test_a_nested_run_that_is_gone_is_missed(tmp_path):
         verify(tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_going_on_with_a_finished_run_by_another_command_changes_nothing(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     chain = (tmp_path / "r/chain.jsonl").read_bytes()
@@ -208,6 +218,7 @@ def test_going_on_with_a_finished_run_by_another_command_changes_nothing(tmp_pat
     assert (tmp_path / "r/chain.jsonl").read_bytes() == chain
 
 
+@pytest.mark.slow
 def test_a_file_of_the_nested_run_that_was_changed_is_found(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     (tmp_path / "r/after/verdict.json").write_text("{}")
@@ -215,6 +226,7 @@ def test_a_file_of_the_nested_run_that_was_changed_is_found(tmp_path):
         verify(tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_another_run_in_the_place_of_the_nested_one_is_found(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     shutil.rmtree(tmp_path / "r/after")
@@ -280,6 +292,7 @@ def test_extra_state_that_is_no_tensor_and_lazy_layers_are_refused():
         harden(fakes.subject(lazy), training(), fakes.data(), wish())
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_and_is_named():
     subject = trainable()
     subject.model.net[1].weight.requires_grad_(False)
@@ -303,6 +316,7 @@ class Halving(torch.nn.Sequential):
         return super().forward(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("always", [True, False])
 @pytest.mark.parametrize(
     "recipe", [RECIPE, GradientRegularisation(training=HOW)], ids=lambda one: type(one).__name__
@@ -324,6 +338,7 @@ class Rounding(torch.nn.Module):
         return (4 * x).round() / 4
 
 
+@pytest.mark.slow
 def test_a_model_that_passes_no_gradient_back_to_its_input_has_it_said_on_the_card():
     said = "no gradient reaches any of the first 8 held-out examples"
     for first, notes in ((Rounding(), 1), (torch.nn.Identity(), 0)):
@@ -332,6 +347,7 @@ def test_a_model_that_passes_no_gradient_back_to_its_input_has_it_said_on_the_ca
         assert [note.startswith(said) for note in found.notes] == [True] * notes
 
 
+@pytest.mark.slow
 def test_surrogates_that_change_their_input_are_given_copies():
     recipe, found = EnsembleTraining(steps=2, training=HOW), {}
     for inplace in (True, False):
@@ -350,6 +366,7 @@ class Greedy(torch.nn.Sequential):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_batches_are_halved_and_the_training_goes_on():
     net = Greedy(*fakes.network(1)).requires_grad_()
     found = harden(fakes.subject(net), training(), fakes.data(), wish())
@@ -361,6 +378,7 @@ def test_where_memory_runs_out_batches_are_halved_and_the_training_goes_on():
     assert found.curve[0].lr == pytest.approx(hardening_rate(found))
 
 
+@pytest.mark.slow
 def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_epoch(tmp_path):
     """As where another process has left by then, and there would be room again."""
 
@@ -442,6 +460,7 @@ def test_a_lost_loss_keeps_what_was_trained_where_nobody_named_a_folder(monkeypa
     assert repr(str(made)) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
@@ -495,6 +514,7 @@ def objecting(monkeypatch):
 BOTH = wish(SingleStep(training=HOW), RECIPE, budget_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     doubted, looked_at = objecting
     doubted["checked"] = ("one-step", 0.9)
@@ -526,12 +546,14 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     assert again.weights == found.weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "stands"), [((0.9, 0.4), "SingleStep"), ((0.4, 0.9), "PGDTraining")])
 def test_of_what_doubts_object_to_what_holds_best_stands(objecting, values, stands):
     objecting[0].update(zip(("checked", "checked-2"), (("one-step", value) for value in values), strict=True))
     assert harden(trainable(), training(), fakes.data(), BOTH).card["recipe"] == stands
 
 
+@pytest.mark.slow
 def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_path):
     objecting[0]["checked"] = ("one-step", 0.4)
     accepting = replace(
@@ -543,6 +565,7 @@ def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_
     assert again.card["recipes_tried"] == ["SingleStep"] and again.weights == found.weights
 
 
+@pytest.mark.slow
 def test_a_suite_that_is_too_weak_is_no_objection(objecting):
     objecting[0]["checked"] = ("not-exhausted", 0.4)
     assert harden(trainable(), training(), fakes.data(), BOTH).card["recipes_tried"] == ["SingleStep"]
@@ -599,6 +622,7 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert tried(90.0) == [("Standard", 77.6)]  # more than a tenth, after which nothing else is timed
 
 
+@pytest.mark.slow
 def test_the_twin_takes_data_in_hand_and_keeps_a_tenth_aside():
     data = training(1_000)
     net = fakes.network(1).requires_grad_()
@@ -627,6 +651,7 @@ class Widening(torch.nn.Sequential):
         return super().forward(x.to(torch.float64))
 
 
+@pytest.mark.slow
 def test_what_is_advised_to_weights_of_another_type_can_be_hardened():
     data = training(1_000)
     net = fakes.network(1).requires_grad_()
@@ -645,6 +670,7 @@ def test_what_is_advised_to_weights_of_another_type_can_be_hardened():
         assert hardened(given).model.net[1].weight.dtype == given[1].weight.dtype
 
 
+@pytest.mark.slow
 def test_a_factory_of_the_twin_draws_the_weights_of_the_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = f"torch.nn.Linear({fakes.FEATURES}, {fakes.CLASSES}).double()"
@@ -713,6 +739,7 @@ def test_a_recipe_of_ones_own_needs_to_count_nothing(tmp_path):
     assert "through the network" not in (found.write(tmp_path / "made") / "card.md").read_text()
 
 
+@pytest.mark.slow
 def test_surrogates_are_in_eval_mode_and_frozen_whatever_they_were():
     seen = []
 
@@ -734,6 +761,7 @@ def test_surrogates_are_in_eval_mode_and_frozen_whatever_they_were():
     assert other.training and all(weight.requires_grad for weight in other.parameters())
 
 
+@pytest.mark.slow
 def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch):
     """Ten steps break all as soon as much may be changed, as they do of a network that is not hardened yet."""
     recipe, threat = SingleStep(training=replace(HOW, epochs=1, batch=8)), ThreatModel(Linf(0.3))
@@ -815,6 +843,7 @@ def test_a_folder_that_is_used_is_refused_before_anything_is_timed(tmp_path, mon
         harden(trainable(), training(), fakes.data(), wish(budget_s=60.0), run=tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_other_surrogates_are_another_run(tmp_path):
     def asked(digest):
         near = fakes.subject(fakes.network(2), digest=digest * 64)
@@ -826,6 +855,7 @@ def test_other_surrogates_are_another_run(tmp_path):
         harden(trainable(), training(), fakes.data(), asked("c"), run=tmp_path / "r", resume=True)
 
 
+@pytest.mark.slow
 def test_what_is_said_of_the_judging_is_on_the_card(tmp_path):
     asked = wish()
     judged = replace(asked, assessment=replace(asked.assessment, time_budget_s=1e-9))

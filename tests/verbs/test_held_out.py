@@ -30,6 +30,7 @@ from verbs import fakes
 from verbs.test_hardening import HOW, THREAT, trainable, training, wish
 
 
+@pytest.mark.slow
 def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
     data, test = training(), fakes.data()
     judged = test.read(0, len(test))
@@ -47,6 +48,7 @@ def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
         without_judged(judged, test)
 
 
+@pytest.mark.slow
 def test_training_examples_that_equal_those_that_choose_are_left_out():
     data = training()
     _, held = split_of(data, 0)
@@ -123,6 +125,7 @@ class Narrow(torch.nn.Sequential):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_in_a_look_the_look_is_halved_and_the_batch_stays():
     net = Narrow(*fakes.network(1)).requires_grad_()
     whole = harden(trainable(), training(1_000), fakes.data(), wish())
@@ -182,6 +185,7 @@ def sorted_file(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_judged_examples_are_drawn_by_the_seed_where_nobody_says_which(tmp_path):
     path = sorted_file(tmp_path)
 
@@ -221,6 +225,7 @@ def test_a_zero_of_the_other_sign_is_the_same_input():
     assert set(range(600)) - set(kept.ids.tolist()) == {3}
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_certified_training_is_that_of_which_most_is_proved(monkeypatch):
     proved = iter((0.2, 0.5, 0.4))
     monkeypatch.setattr(epochs, "proved_accuracy", lambda *_: next(proved))

@@ -57,6 +57,7 @@ def _radius(monkeypatch):
     monkeypatch.setitem(KINDS, Radius.name, Radius())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_radius")
 def test_a_further_kind_is_measured_in_memory_in_shards_and_on_disk(tmp_path):
     whole = assess(subject(), data(), order(gates=()))

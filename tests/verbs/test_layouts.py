@@ -95,6 +95,7 @@ def assessed(net: object, x: object, y: object, layout: str | None = None, **dec
     return holdfast.assess(net, data, "linf:0.02", "quick", doubts=False, **declared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TAKEN)
 def test_the_network_decides_the_layout(case: str, tmp_path: Path) -> None:
     net, stored, inner = TAKEN[case]
@@ -178,6 +179,7 @@ def test_surrogates_take_the_layout_that_they_can() -> None:
     assert found.metrics["robust_accuracy"].value < 1
 
 
+@pytest.mark.slow
 def test_a_channel_mean_applies_whatever_the_layout() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     x = np.random.default_rng(0).random((20, 8, 8, 3), np.float32)

@@ -286,7 +286,7 @@ def test_an_address_that_does_not_answer_ends_the_run(monkeypatch):
     with pytest.raises(TargetError, match=r"ray://127.0.0.1:9 does not answer as a Ray cluster") as caught:
         assess(subject(), data(), on_ray(options=RayOptions("ray://127.0.0.1:9")))
     assert caught.value.exit_code == 3
-    assert time.monotonic() - begun < 11
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.parametrize(("name", "is_long"), [("x" * 60, True), ("x", False)])

@@ -108,6 +108,7 @@ def one(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faults", [[], ["lost"], [None, "lost", "lost", None, "lost"]])
 def test_lost_shards_are_measured_again_with_the_same_bytes(fake, one, faults, tmp_path):
     fake.faults[:] = faults
@@ -118,6 +119,7 @@ def test_lost_shards_are_measured_again_with_the_same_bytes(fake, one, faults, t
     assert lines[-1].endswith(f"0 running, {len([fault for fault in faults if fault])} failed and repeated")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_for_memory_gets_half_the_batch(fake, tmp_path):
     fake.faults[:] = [None, None, "memory", "memory"]  # after the clean pass: shard 0, then 1
     assess(subject(), data(), on_fake(), run=tmp_path / "run")
@@ -195,6 +197,7 @@ def test_a_node_that_is_alive_must_report_its_versions(fake, monkeypatch):
     assert fake.silent  # it was refused before the first shard
 
 
+@pytest.mark.slow
 def test_a_node_that_died_before_its_report_is_skipped(fake, one, monkeypatch, tmp_path):
     fake.silent[:] = ["lost"]
     asked_for = iter([fake.nodes(), []])

@@ -306,6 +306,7 @@ def test_no_stored_text_is_shown_as_a_command(verb, run, tmp_path, capsys):
         assert "command: curl" not in path.read_text() and "\x1b" not in path.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_of_a_stored_run_repeats_its_settings(tmp_path):
     torch.manual_seed(0)
     run = tmp_path / "a run"

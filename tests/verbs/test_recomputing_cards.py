@@ -54,6 +54,7 @@ FORGED = [
     (within(data={"name": "CIFAR-10", "n": 10000}), "states data"),
     (within("chosen", robust=1.0), "values that its curve does not contain"),
     (within("held_out", n=10_000), "held_out.before"),
+    (within("generalisation", "robust_error_gap", value=0.0), "generalisation"),
     (within("held_out", "after", "robust_accuracy", value=1.0), "held_out.after"),
     (within("model", name="another"), "states model"),
 ]

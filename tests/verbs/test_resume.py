@@ -50,6 +50,7 @@ def killed(tmp_path, *arguments):
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 
 
+@pytest.mark.slow
 @forks
 def test_three_kills_change_no_byte(tmp_path):
     assert killed(tmp_path, "random", 1, 3) == {"hits": 3}
@@ -57,9 +58,8 @@ def test_three_kills_change_no_byte(tmp_path):
 
 @forks
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-def test_twenty_kills_change_no_byte(tmp_path, seed):
-    assert killed(tmp_path, "random", seed, 20) == {"hits": 20}
+def test_twenty_kills_change_no_byte(tmp_path):
+    assert killed(tmp_path, "random", 2, 20) == {"hits": 20}
 
 
 @forks
@@ -198,6 +198,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
         assess(subject(), data(), order(), run=tmp_path / "file" / "run")
 
 
+@pytest.mark.slow
 def test_the_state_may_be_deleted_or_broken_at_will(tmp_path, whole):
     for name, content in (("deleted", None), ("broken", b"no database" * 500)):
         run = tmp_path / name
@@ -349,6 +350,7 @@ class Greedy(torch.nn.Module):
         return self.net(x)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path):
     run = tmp_path / "run"
     result = assess(subject(Greedy(9)), data(), order(batch_size=16), run=run)
@@ -360,6 +362,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path):
     assert verify(run).complete
 
 
+@pytest.mark.slow
 def test_a_split_is_replayed_even_where_memory_would_do_today(tmp_path):
     """A machine that ran out of memory once, for one attempt, leaves the same bytes as one that was killed after it."""
     uninterrupted = tmp_path / "uninterrupted"

@@ -131,6 +131,7 @@ def subject_of(settings):
 # --- the address
 
 
+@pytest.mark.slow
 def test_the_address_opens_the_set_that_serves(serving, collected):
     subject = subject_of(settings(serving, collected[0]))
     weights, now = serving.weights(serving.serving.name), serving.serving
@@ -201,6 +202,7 @@ FORGED_TABLES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collected, quick, tmp_path):
     serving.expose(contents.bases(serving)[0], "laptop stolen")
     serving.expose(contents.bases(serving)[1], "laptop stolen")
@@ -258,6 +260,7 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
     assert said.startswith(f"as many passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):
     of = settings(serving, collected[0], adaptive=True)
     monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
@@ -273,6 +276,7 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     assert after["complete"] and after["rows"][0]["share"] == before["rows"][0]["share"]
 
 
+@pytest.mark.slow
 def test_rows_from_before_something_leaked_are_measured_anew(
     serving, collected, quick, tmp_path, monkeypatch
 ):
@@ -326,6 +330,7 @@ def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick
     assert any("needs an eps under Linf, L2 or L1" in note for note in summary["notes"])
 
 
+@pytest.mark.slow
 def test_a_white_box_is_one_whatever_the_suite_was_let_see(serving, collected, quick):
     spec = [{"use": "Square", "queries": 2}]
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.1,access=scores", attacks=spec)

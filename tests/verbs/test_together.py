@@ -22,12 +22,10 @@ from holdfast.ops.fit import Training
 from holdfast.recipes import ATTA, IKL, PGDTraining, SingleStep, TRADES, VAT
 
 def examples(n, seed):
-    exact = torch.float64 if sys.argv[2] == "exact" else torch.float32
     x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).to(exact)
     return x, (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long()
 
 def make():
-    exact = torch.float64 if sys.argv[2] == "exact" else torch.float32
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # that of the first process counts
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 2))
     return net.to(exact)
@@ -49,26 +47,28 @@ recipes = {
     "stopped": PGDTraining(steps=2, training=how()),
     "exact": PGDTraining(steps=2, training=Training(epochs=20, batch=700, averaging="none")),  # one update an epoch
 }
-folder, name = sys.argv[1:]
+folder, *names = sys.argv[1:]
 rank = os.environ.get("RANK", "0")
 if os.environ.get("STOP") and rank == "0":  # as a first process that is killed after an epoch
     from holdfast.verbs import epochs
     epochs._step = lambda *_: os._exit(9)
-more = {"budget": "20s"} if name == "budget" else {}
-if name == "unknown":
-    more["unlabelled"] = examples(300, 3)[0]
-if name == "budget" and rank == "1":  # whose clock says another thing about every trial
+if names == ["budget"] and rank == "1":  # whose clock says another thing about every trial
     from holdfast.verbs import candidates, pace
     class Slow:
         perf_counter = staticmethod(lambda: 1e4 * time.perf_counter())
     pace.time = candidates.time = Slow
-made = holdfast.harden(
-    make(), examples(32, 1), "linf:0.05", recipes[name], fit=examples(700, int(rank) if name == "other" else 0),
-    suite="quick", run=f"{folder}/{name}", resume=True, **more,
-)
-torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
-with open(f"{folder}/{name}-{rank}.txt", "w") as measured:  # lines of two processes on one stdout may mix
-    measured.write(str(made.after.metrics["robust_accuracy"].value))
+for name in names:
+    exact = torch.float64 if name == "exact" else torch.float32
+    more = {"budget": "20s"} if name == "budget" else {}
+    if name == "unknown":
+        more["unlabelled"] = examples(300, 3)[0]
+    made = holdfast.harden(
+        make(), examples(32, 1), "linf:0.05", recipes[name], fit=examples(700, int(rank) if name == "other" else 0),
+        suite="quick", run=f"{folder}/{name}", resume=True, **more,
+    )
+    torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
+    with open(f"{folder}/{name}-{rank}.txt", "w") as measured:  # lines of two processes on one stdout may mix
+        measured.write(str(made.after.metrics["robust_accuracy"].value))
 tasks = "/proc/self/task"  # a thread of the group that outlives it may abort the process as it ends
 for task in os.listdir(tasks) if os.path.isdir(tasks) else ():
     try:
@@ -93,38 +93,53 @@ def started(*words, cwd=None, **more):
     )
 
 
-def ran(tmp_path, name, *, together, **more):
+def ran(tmp_path, *names, together, **more):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     begin = TOGETHER if together else (sys.executable,)
     place = tmp_path / ("two" if together else "one")
     place.mkdir(exist_ok=True)
-    return started(*begin, script, place, name, **more), place
+    return started(*begin, script, place, *names, **more), place
 
 
-@pytest.mark.parametrize("name", ["mixed", "trades", "guarded", "means"])
-def test_two_processes_train_the_weights_of_one(tmp_path, name):
-    _, alone = ran(tmp_path, name, together=False)
-    done, both = ran(tmp_path, name, together=True)
-    assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(path) for path in (alone / f"{name}-0.pt", *sorted(both.glob("*.pt"))))
+TRAINED = ("mixed", "trades", "guarded", "means")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of one process, and of two, that trained several networks one after another."""
+    path = tmp_path_factory.mktemp("trained")
+    names = (*TRAINED, "exact", "stopped")
+    folders = []
+    for together in (False, True):
+        done, place = ran(path, *names, together=together)
+        assert done.returncode == 0, done.stderr
+        folders.append(place)
+    return folders
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_processes_train_the_weights_of_one(trained, name):
+    alone, both = trained
+    one, first, second = (
+        torch.load(path) for path in (alone / f"{name}-0.pt", *sorted(both.glob(f"{name}-*.pt")))
+    )
     for key, value in one.items():
         torch.testing.assert_close(first[key], value, atol=1e-4, rtol=1e-3)
         assert torch.equal(first[key], second[key])
-    measured = [path.read_text() for path in sorted(both.glob("*.txt"))]
+    measured = [path.read_text() for path in sorted(both.glob(f"{name}-*.txt"))]
     assert len(measured) == 2
     assert measured[0] == measured[1]
     assert "2 processes" in json.loads((both / name / "run.json").read_text())["hardware"]
-    if name == "trades":  # one recipe shows that a finished run is opened again
-        again, _ = ran(tmp_path, name, together=True)
-        assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.slow
-def test_twenty_updates_in_float64_differ_in_the_order_of_sums_only(tmp_path):
-    _, alone = ran(tmp_path, "exact", together=False)
-    done, both = ran(tmp_path, "exact", together=True)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_open_a_finished_run_again(trained):
+    again, _ = ran(trained[1].parent, "trades", together=True)
+    assert again.returncode == 0, again.stderr
+
+
+def test_twenty_updates_in_float64_differ_in_the_order_of_sums_only(trained):
+    alone, both = trained
     last = Path("exact", CHECKPOINTS, LAST)
     one, two = (safetensors.torch.load_file(place / last) for place in (alone, both))
     assert one["memory.0.step"] == two["memory.0.step"] == 20
@@ -151,45 +166,17 @@ def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
     assert said in done.stderr
 
 
-def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(tmp_path):
+def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(trained, tmp_path):
     stopped, place = ran(tmp_path, "stopped", together=True, STOP="1")
     assert stopped.returncode != 0
     assert not list(place.glob("*.pt"))
     assert (place / "stopped" / "checkpoints" / "last.safetensors").is_file()
     on, _ = ran(tmp_path, "stopped", together=True)
     assert on.returncode == 0, on.stderr
-    _, alone = ran(tmp_path, "stopped", together=False)
-    one, *both = (torch.load(path) for path in (alone / "stopped-0.pt", *sorted(place.glob("*.pt"))))
+    one, *both = (torch.load(path) for path in (trained[0] / "stopped-0.pt", *sorted(place.glob("*.pt"))))
     for key, value in one.items():
         for other in both:
             torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
-
-
-AGAIN = """
-import sys, torch, holdfast
-from holdfast.ops.fit import Training
-from holdfast.recipes import PGDTraining
-
-x = torch.rand(632, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-y = (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long()
-torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 2))
-recipe = PGDTraining(steps=1, training=Training(epochs=1, batch=100))
-weights = []
-for turn in range(6):
-    made = holdfast.harden(
-        net, (x[:32], y[:32]), "linf:0.05", recipe, fit=(x[32:], y[32:]), suite="quick", doubts=False,
-        run=f"{sys.argv[1]}/{turn}",
-    )
-    weights.append(torch.cat([value.flatten() for value in made.model.state_dict().values()]))
-assert all(torch.equal(each, weights[0]) for each in weights)
-"""
-
-
-def test_two_processes_train_again_after_a_training(tmp_path):
-    (tmp_path / "script.py").write_text(AGAIN)
-    done = started(*TOGETHER, tmp_path / "script.py", tmp_path)
-    assert done.returncode == 0, done.stderr
 
 
 def test_two_processes_plan_alike(tmp_path):

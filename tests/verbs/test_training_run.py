@@ -52,6 +52,7 @@ def test_unlabelled_examples_come_behind_with_ids_of_their_own(tmp_path, monkeyp
         with_unlabelled(other, str(file), fakes.network(shape=(3, 4, 4)))
 
 
+@pytest.mark.slow
 def test_unlabelled_examples_in_hand_are_trained_on_beside_data_in_hand():
     data = fakes.labelled(fakes.network(), fakes.examples(n=660))
     data.y[:24] = torch.arange(24) % 4  # of each class a few

@@ -71,6 +71,7 @@ def test_a_standing_example_that_the_matrix_turned_is_told_and_doubted():
     assert doubt.state == "raised" and "the transfer matrix" in doubt.message
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_matrix_and_tells_it_again(tmp_path):
     asked = with_surrogates(other(), doubts="all", gates=("transfer_success <= 0.99",))
     kept = assess(subject(), data(), asked, run=tmp_path / "run")
@@ -91,6 +92,7 @@ def test_a_run_keeps_its_matrix_and_tells_it_again(tmp_path):
     assert again.summary() == kept.summary()
 
 
+@pytest.mark.slow
 def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatch):
     asked = with_surrogates(other(), other(2, "third"))
     whole = assess(subject(), data(), asked)
@@ -114,6 +116,7 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatc
     assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_sample_is_bounded_and_seeded(monkeypatch):
     monkeypatch.setattr("holdfast.harness.kinds.transfer.MATRIX_ROWS", 11)
     found = assess(subject(), data(), with_surrogates(other(), shard_size=5))
@@ -149,6 +152,7 @@ def test_under_a_goal_only_the_target_class_counts():
     assert 0 < shares(found)[0][0] <= 1
 
 
+@pytest.mark.slow
 def test_the_smallest_changes_have_no_matrix_and_the_doubt_all_the_same():
     threat = ThreatModel(L2(math.inf))
     asked = with_surrogates(

@@ -37,6 +37,7 @@ def normalised(x: Inputs) -> Inputs:
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensor", "array", "half"])
 def test_the_verdict_on_normalised_data_is_that_on_the_pixels(pixels, kind):
     x, y = pixels
@@ -85,6 +86,7 @@ def test_rounding_is_moved_to_the_bounds_and_nothing_else():
             read([wrong, 0.5])
 
 
+@pytest.mark.slow
 def test_a_model_with_its_own_normalisation_keeps_it(pixels):
     x, y = pixels
     own = holdfast.Classifier(net(), mean=MEAN, std=STD)
@@ -124,6 +126,7 @@ def test_bytes_are_no_normalised_values(pixels, tmp_path: Path):
         holdfast.assess(net(), tmp_path / "bytes.npz", "linf:0.02", "quick", data_normalised=(MEAN, STD))
 
 
+@pytest.mark.slow
 def test_a_hardened_model_opens_with_the_preprocessing_it_was_trained_with(pixels, tmp_path: Path):
     x, y = pixels
     z, fit = normalised(x), torch.rand(510, 3, 8, 8, generator=torch.Generator().manual_seed(1))

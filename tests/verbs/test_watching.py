@@ -47,6 +47,7 @@ def strict(monkeypatch):
     monkeypatch.setattr(watching, "admit", admit)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):
     one = turner(pool, immunise=IMMUNISE)
@@ -73,6 +74,7 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
     assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not pool.unjudged, "judged again"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatch):
     turner(pool).begin()
@@ -96,6 +98,7 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatc
     assert len(pool.ahead) == 3 and one.check() and len(pool.ahead) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):
     one = turner(pool, Elapsed(3600))
@@ -171,6 +174,7 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
     assert pool.serving.epoch == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
     one = turner(pool, AnswersPerPrincipal(5), keep=1)
@@ -185,6 +189,7 @@ def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
     assert pool.serving.epoch == 2, "whatever the reason says, and be it nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_it_waits_where_another_process_draws(pool):
     one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
@@ -197,6 +202,7 @@ def test_it_waits_where_another_process_draws(pool):
     assert one.check() and len(pool.ahead) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict")
 def test_five_refusals_in_a_row_end_it(pool):
     one = turner(pool, Elapsed(3600), keep=2, by="generator")
@@ -218,6 +224,7 @@ def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitte
     assert sum("from now on sets are trained from fresh weights" in text for text in said) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict")
 def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admitted(pool):
     said = []
@@ -234,6 +241,7 @@ def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admi
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_a_schedule_faster_than_generation_is_refused(pool):
     with pytest.raises(
@@ -242,6 +250,7 @@ def test_a_schedule_faster_than_generation_is_refused(pool):
         replace_every(turner(pool), Elapsed(1e-6)).begin()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_ends(pool):
     one, said = turner(pool), []
@@ -256,6 +265,7 @@ def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_end
     assert pool.serving.epoch >= before + 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_it_says_that_nothing_serves_any_more(pool):
     one, said = turner(pool), []

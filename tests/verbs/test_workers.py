@@ -25,6 +25,7 @@ from holdfast.ops import ascent, losses
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
 from verbs.fakes import data, network, order, settled, subject
+from waiting import until
 
 
 def asked(**changes):
@@ -91,6 +92,7 @@ def one(alone):
     return alone[0]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_leaves_the_same_bytes(alone, tmp_path):
     result = assess(subject(), data(), asked(doubts="all", workers=2), run=tmp_path / "run")
     run, expected = alone
@@ -139,6 +141,7 @@ def test_a_shard_that_kills_every_worker_ends_the_run_with_the_way_out(tmp_path)
         assess(deadly, data(), asked(workers=1), run=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_a_worker_raises_is_said_by_the_run(tmp_path):
     with pytest.raises(TargetError, match="the model raised ValueError .*: no such thing"):
         assess(subject(Broken(tmp_path / "raised", times=99)), data(), asked(workers=1), run=tmp_path / "run")
@@ -190,6 +193,7 @@ def test_time_that_ran_out_is_told(tmp_path):
     assert any("time ran out: PGD and PGD-again finished none" in note for note in result.evidence.notes)
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_refused_by_the_worker(tmp_path):
     opening = partial(_another, data())
     with pytest.raises(TargetError, match="the model changed while a worker opened it"):
@@ -217,9 +221,7 @@ def test_killed_with_its_workers_at_work_it_goes_on_with_another_number(tmp_path
     command = [sys.executable, "-m", "holdfast", *words]
     run = tmp_path / "run"
     first = subprocess.Popen([*command, "--run", str(run), "--workers", "2", "-q"])
-    deadline = time.monotonic() + 120
-    while not (run / "1-sprint").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until((run / "1-sprint").is_dir, seconds=120)
     first.kill()
     assert first.wait() == -signal.SIGKILL
     done = subprocess.run([*command, "--run", str(run), "--workers", "1", "--resume", "-q"], check=False)
@@ -242,7 +244,7 @@ class Talkative(torch.nn.Module):
         self.__dict__.update(state)
         print("printed while it was opened")
         os.write(1, b"written while it was opened\n")
-        self.child = subprocess.run(["cat"], stdout=subprocess.DEVNULL, check=True, timeout=20).args
+        self.child = subprocess.run(["cat"], stdout=subprocess.DEVNULL, check=True, timeout=60).args
 
     def forward(self, x):
         return self.net(x)

@@ -39,6 +39,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     from holdfast.config.grammar import is_folder
     from holdfast.core.names import line
     from holdfast.ops import distributed
+    from holdfast.reports.card import generalisation_note
 
     if not distributed.first():  # other processes train too, and only the first reports
         settings.run(folder_of_run(settings, run), resume=resume, command=command_line())
@@ -51,7 +52,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
             place = hardened.write(output)
             voice.say(f"model: {place}")
         tell(hardened.after, files, voice, folder=folder)
-    for note in hardened.notes:
+    for note in (*hardened.notes, generalisation_note(hardened.card["generalisation"])):
         voice.say(f"note: {note}")
     click.echo(line(str(hardened)), err=True)
     voice.say(f"assess the new model with: {line(hardened.opened_by(place))}")

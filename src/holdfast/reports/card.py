@@ -89,6 +89,16 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def generalisation_note(generalisation: Mapping[str, Any]) -> str:
+    """Return a sentence on the robust generalisation of a hardened model, without a full stop."""
+    gap = generalisation["robust_error_gap"]
+    value, low, high = (f"{100 * gap[name]:.1f}" for name in ("value", "low", "high"))
+    return (
+        f"the robust error on held-out examples minus that on {generalisation['n_training']:,} training examples is "
+        f"{value} percentage points ({low} to {high}); an interval above 0 shows that the model overfits"
+    )
+
+
 def card_document(card: Mapping[str, Any]) -> str:
     """Return the card of a hardened model as a Markdown document."""
     before, after, chosen = card["before"], card["after"], card["chosen"]
@@ -116,6 +126,7 @@ def card_document(card: Mapping[str, Any]) -> str:
         held_out["after"],
         _HELD_OUT,
     )
+    lines += [f"{capitalized(generalisation_note(card['generalisation']))}.", ""]
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     lines += _reservations(card)
     lines += [

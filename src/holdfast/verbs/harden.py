@@ -235,7 +235,8 @@ class _Job:
             net = best.subject.model.net
             assert isinstance(net, nn.Module)  # other models were refused before
             weights = written(net, weights_metadata(self.subject, self.manifest))
-            card = card_of(trained, best, (before, after), folder.manifest, self._entries(accuracies_before))
+            entries = {**self._entries(accuracies_before), "generalisation": self._on_training(best)}
+            card = card_of(trained, best, (before, after), folder.manifest, entries)
             model = of_values(best.subject.model)
             result = Hardened(model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
@@ -270,6 +271,15 @@ class _Job:
             "opened_by": opened_by(request.open_options, str(self.manifest["data"]["name"])),
             "held_out": {"n": len(self.evaluated), "before": accuracies_before},
         }
+
+    def _on_training(self, best: Made) -> dict[str, Any]:
+        """Robust accuracy of the new model on as many training examples as are held out for evaluations."""
+        labelled = self.rest.take(self.rest.y != UNLABELLED)
+        order = Draws(self.request.seed).at("generalisation").bits(labelled.ids).argsort()
+        sample = labelled.take(order[: len(self.evaluated)].sort().values)
+        model = learner_of(best.subject.model, sample.x[:_IN_PLACE_EXAMPLES])
+        _, robust = held_out_accuracies(model, sample, self.request.threat)
+        return {"n_training": len(sample), "robust_in_training": robust}
 
     def _trained_attempts(self, run: Run) -> tuple[list[Made], Made]:
         """Train the attempts of the plan until no doubt is raised, and return all trained models and the best one.

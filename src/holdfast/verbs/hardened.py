@@ -16,6 +16,7 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.model import Classifier
+from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import against_majority, proportion
@@ -207,6 +208,9 @@ def card_of(
             "after": judged(sides[1].summary()),
             "chosen": best.chosen.to_json(),
             "held_out": _held_out(best.chosen, **entries["held_out"]),
+            "generalisation": generalisation(
+                entries["held_out"]["n"], best.chosen.robust, **entries["generalisation"]
+            ),
             "curve": [point.to_json() for point in best.curve],
             "notes": [
                 *entries["notes"],
@@ -256,6 +260,18 @@ def _held_out(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, A
     """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
     after = held_out_metrics(n, chosen.clean, chosen.robust)
     return {"n": n, "before": held_out_metrics(n, *before), "after": after}
+
+
+def generalisation(n: int, robust: float, n_training: int, robust_in_training: float) -> dict[str, Any]:
+    """Return the robust accuracy on training examples, and the robust error on `n` held-out examples minus that on the
+    training examples.
+    """
+    counts = round(robust * n), n, round(robust_in_training * n_training), n_training
+    return {
+        "n_training": n_training,
+        "robust_in_training": robust_in_training,
+        "robust_error_gap": vars(robust_error_gap(*counts)),
+    }
 
 
 def held_out_metrics(n: int, clean: float, robust: float) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from holdfast.store.files import MANIFEST
 from holdfast.verbs.hardened import (
     MODEL,
     digest_of_weights,
+    generalisation,
     held_out_metrics,
     training_digest,
     weights_and_metadata,
@@ -158,6 +159,10 @@ def _refuse_training(run: StoredHardening) -> None:
     shares = {"before": stated, "after": [chosen["clean"], chosen["robust"]]}
     for side, values in shares.items():
         refuse_other(file, f"held_out.{side}", held_out[side], held_out_metrics(held_out["n"], *values))
+    stated = card["generalisation"]
+    on_training = {name: stated[name] for name in ("n_training", "robust_in_training")}
+    expected = generalisation(held_out["n"], chosen["robust"], **on_training)
+    refuse_other(file, "generalisation", stated, expected)
 
 
 def _without(model: Json) -> dict[str, Any]:
