@@ -614,7 +614,7 @@ def test_a_suite_and_a_threat_may_be_given_in_every_form():
     evidence = holdfast.assess(network(), (X, Y), given, "square", doubts=False).evidence
     assert evidence.threat == given
     with pytest.raises(
-        UsageError, match=r"assess\(\): threat is 0.1; expected text as in linf:8/255, or a constr"
+        UsageError, match="threat is '0.1'; a norm, a colon and a size were expected; give threat='linf:0.1'"
     ):
         holdfast.assess(network(), (X, Y), 0.1)
 
