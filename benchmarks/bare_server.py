@@ -1,4 +1,4 @@
-"""A model behind bare FastAPI and uvicorn, with the batches of `holdfast.serving.batching` and nothing else.
+"""A model behind bare FastAPI and uvicorn, with the batches of `holdfast.server.batching` and nothing else.
 
 python -m benchmarks.bare_server NETWORK PORT
 """
@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from benchmarks.networks import network
-from holdfast.serving.batching import Batcher
+from holdfast.server.batching import Batcher
 
 MAX_ROWS, MAX_LATENCY_S = 64, 5.0
 

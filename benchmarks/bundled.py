@@ -25,11 +25,11 @@ from torch import Tensor, nn
 import holdfast
 from benchmarks import by_hand
 from benchmarks.by_hand import ARCHITECTURE, MEAN, STD
-from holdfast.config.recipes import settings_of
-from holdfast.ops.fit import Training
+from holdfast.api.recipe_building import settings_of
+from holdfast.io.models.architectures import ARCHITECTURES
+from holdfast.io.models.weights import written
 from holdfast.recipes import ATTA
-from holdfast.sources.architectures import ARCHITECTURES
-from holdfast.sources.weights import written
+from holdfast.recipes.training.fit import Training
 
 BUNDLED = Path(__file__).parents[1] / "src" / "holdfast" / "bundled"
 UNDEFENDED, HARDENED = "mnist-cnn", "mnist-cnn-hardened"

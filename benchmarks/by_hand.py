@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.absent import Absent
 from benchmarks.networks import CACHE, images
-from holdfast.sources.architectures import ARCHITECTURES
+from holdfast.io.models.architectures import ARCHITECTURES
 
 ARCHITECTURE = "mnist-cnn"
 MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images

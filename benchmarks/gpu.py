@@ -86,12 +86,12 @@ def verdicts(device: "Device", sizes: Sizes, end: float) -> Iterator[Row]:
     import torch
 
     from benchmarks.networks import present
+    from holdfast.attacks.suites import suite
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import Linf
     from holdfast.core.model import Classifier
     from holdfast.core.threat import ThreatModel
-    from holdfast.harness import measure
-    from holdfast.suites import suite
+    from holdfast.runs.harness import measure
 
     settings = (("mnist_cnn_a_adv", 0.3), ("cifar_cnn_a_adv", 2 / 255), ("cifar_resnet20", 1 / 255))
     for name, n in (("fast", sizes.verdicts), ("standard", sizes.exact)):
@@ -168,8 +168,8 @@ def throughput(device: "Device", sizes: Sizes, end: float) -> Iterator[Row]:
     from holdfast.core.constraints import Linf
     from holdfast.core.draws import Draws
     from holdfast.core.model import Classifier
+    from holdfast.core.number_format import Precision, computing, lay_out
     from holdfast.core.threat import ThreatModel
-    from holdfast.ops.number_format import Precision, computing, lay_out
 
     n, attack, threat = sizes.batch, PGD(steps=10, drop=False), ThreatModel(Linf(8 / 255))
     batch = Batch(torch.rand(n, 3, 32, 32), torch.zeros(n, dtype=torch.long), torch.arange(n)).to(device)
@@ -218,7 +218,7 @@ def tracks(device: "Device", sizes: Sizes, end: float) -> Iterator[Row]:
     from holdfast.core.constraints import Linf
     from holdfast.core.model import Classifier
     from holdfast.core.threat import ThreatModel
-    from holdfast.harness import measure
+    from holdfast.runs.harness import measure
 
     data, judged = cifar("train", sizes.training, device), cifar("test", sizes.judged, device)
     for place, name in enumerate(TRACKS):
@@ -257,7 +257,7 @@ PARTS = (
 
 def resnet18(sizes: Sizes) -> Any:
     """A new ResNet-18 for CIFAR-10, or a narrower one."""
-    from holdfast.sources.architectures import ARCHITECTURES
+    from holdfast.io.models.architectures import ARCHITECTURES
 
     return ARCHITECTURES["resnet"](width=sizes.width, blocks=2, stages=4)
 
@@ -272,8 +272,8 @@ def learned(name: str, sizes: Sizes, data: "Batch", device: "Device", n_epochs: 
     from holdfast.core.draws import Draws
     from holdfast.core.model import Classifier
     from holdfast.core.threat import ThreatModel
-    from holdfast.ops.fit import Training
-    from holdfast.ops.recipe import trained_as
+    from holdfast.recipes.training.fit import Training
+    from holdfast.recipes.training.recipe import trained_as
 
     torch.manual_seed(0)
     how = Training(

@@ -13,7 +13,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
-from holdfast.sources.data import bundled_data
+from holdfast.io.data.data import bundled_data
 
 N = 1_000
 Examples = tuple[Tensor, Tensor]

@@ -14,9 +14,9 @@ from benchmarks.rotated import Kind, accuracy, seeds, success, transfer, white_b
 from holdfast.attacks import PGD
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.ops.fit import Training
-from holdfast.ops.recipe import Recipe
 from holdfast.recipes import PGDTraining
+from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.rotation.immunising import Crafting, Immunise, chain
 

@@ -82,7 +82,7 @@ def _single_step() -> tuple[nn.Module, Path]:
 
 def _of_ours(path: Path) -> tuple[nn.Module, Path]:
     try:
-        from holdfast.sources.models import open_model
+        from holdfast.io.models.models import open_model
     except ImportError as e:
         raise Absent(f"{path.name} needs holdfast importable ({e})") from e
     return open_model(str(path)).model, path

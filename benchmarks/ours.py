@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.attacks.protocol import Attack
+from holdfast.attacks.suites import suite
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.harness import Member, Plan, measure, measure_plan
-from holdfast.suites import suite
+from holdfast.runs.harness import Member, Plan, measure, measure_plan
 
 NORMS: dict[str, type[Linf] | type[L2] | type[L1] | type[L0]] = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.draws import Draws
-from holdfast.ops.corruptions import EXTRA, STANDARD
-from holdfast.ops.corruptions.constants import LARGE, SMALL
+from holdfast.corruptions import EXTRA, STANDARD
+from holdfast.corruptions.constants import LARGE, SMALL
 
 SIZES = {32: ("make_cifar_c.py", SMALL), 224: ("make_imagenet_c.py", LARGE)}
 """Sides of the picture, with the file and the constants for each"""

@@ -20,21 +20,21 @@ from benchmarks.hardened import dataset
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
 from holdfast.attacks import Transfer
+from holdfast.attacks.parts.ascent import ascend
+from holdfast.attacks.parts.averaged_models import Ensemble
+from holdfast.attacks.parts.losses import cross_entropy, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.ascent import ascend
-from holdfast.ops.ensemble import Ensemble
-from holdfast.ops.fit import Training
-from holdfast.ops.losses import cross_entropy, margin_loss
-from holdfast.ops.recipe import Recipe
+from holdfast.io.data.data import open_data
+from holdfast.io.data.expected import Expected
 from holdfast.recipes import SingleStep, Standard
+from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation import Basins, Immunise, Members, Task, collect, put, weights_of
 from holdfast.rotation.collecting import trained_from_fresh_weights
-from holdfast.sources.data import open_data
-from holdfast.sources.expected import Expected
 
 HELD = 5_000
 POINT = 0.01

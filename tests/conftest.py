@@ -57,7 +57,7 @@ def models_folder() -> Path:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse files here: another process takes 2 s to import torch, and other tests read a file as users do."""
-    monkeypatch.setattr("holdfast.sources.limited.calling.HERE.limited", True)
+    monkeypatch.setattr("holdfast.io.limited.calling.HERE.limited", True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.verbs.rotate import contents, draw
+from holdfast.rotation.steps import contents, draw
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,8 +11,8 @@ from holdfast.attacks import FMN, PGD, Square, Universal
 from holdfast.core.constraints import allowed
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.sources.data import open_data
-from holdfast.sources.models import open_model
+from holdfast.io.data.data import open_data
+from holdfast.io.models.models import open_model
 
 N = 60
 DIGITS = open_data("mnist-mini", n=N).read(0, N)

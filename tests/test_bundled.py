@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import holdfast
-from holdfast.sources.architectures import ARCHITECTURES
+from holdfast.io.models.architectures import ARCHITECTURES
 
 BUNDLED = Path(holdfast.__file__).with_name("bundled")
 NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")

@@ -12,7 +12,7 @@ from torch import nn
 import cases
 from holdfast import certifiers, recipes
 from holdfast.attacks import AdversarialPatch, Corruption, Universal, UniversalDeepFool
-from holdfast.certifiers import tracing
+from holdfast.certifiers.bounds import tracing
 from holdfast.core.catalogue import PROVERS, RECIPES
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.corruptions import Corruptions
@@ -20,11 +20,11 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.corruptions import EXTRA, STANDARD
 from holdfast.doubts.probing import probes_for
-from holdfast.harness import measure
-from holdfast.ops.corruptions import EXTRA, STANDARD
-from holdfast.ops.denoiser import with_denoiser
-from holdfast.ops.recipe import trained_as
+from holdfast.io.models.denoiser import with_denoiser
+from holdfast.recipes.training.recipe import trained_as
+from holdfast.runs.harness import measure
 from holdfast.testing import laws
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.recipes import SHORT

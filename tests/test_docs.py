@@ -17,14 +17,12 @@ from benchmarks.__main__ import ROWS
 from benchmarks.record import newest
 from benchmarks.rows.recipes import FOR_SMOOTHING
 from holdfast import attacks
+from holdfast.api.recipe_building import build_recipe
+from holdfast.api.verb_settings import Assess, Certify, Harden, RotateSettings, ServeSettings
 from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
+from holdfast.attacks.suites import SUITES, VARIANTS, suite
 from holdfast.cli.app import _COMMANDS
-from holdfast.config.consent import CONSENT
-from holdfast.config.recipes import build_recipe
-from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
-from holdfast.config.values import written_fields
-from holdfast.config.verb_settings import Assess, Certify, Harden, RotateSettings, ServeSettings
 from holdfast.core.catalogue import ATTACKS as NAMES
 from holdfast.core.catalogue import DOUBTS as CATALOGUED_DOUBTS
 from holdfast.core.catalogue import RECIPES as CLASSES
@@ -36,13 +34,15 @@ from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Spatial
-from holdfast.harness import measure
+from holdfast.io.data.data import open_data
+from holdfast.io.models.denoiser import with_denoiser
+from holdfast.io.models.models import bundled_models, open_model
 from holdfast.metrics.names import METRICS
-from holdfast.ops.denoiser import with_denoiser
-from holdfast.ops.fit import Training
-from holdfast.sources.data import open_data
-from holdfast.sources.models import bundled_models, open_model
-from holdfast.suites import SUITES, VARIANTS, suite
+from holdfast.recipes.training.fit import Training
+from holdfast.runs.harness import measure
+from holdfast.settings.consent import CONSENT
+from holdfast.settings.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
+from holdfast.settings.values import written_fields
 from holdfast.testing import fakes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,8 @@ import torch
 import yaml
 
 import holdfast
-from holdfast.config.recipes import build_recipe
-from holdfast.config.verb_settings import Harden
+from holdfast.api.recipe_building import build_recipe
+from holdfast.api.verb_settings import Harden
 from holdfast.core import catalogue
 from holdfast.core.errors import UsageError
 

@@ -7,11 +7,11 @@ import torch
 
 import holdfast
 from holdfast import L2, Batch, Linf, ThreatModel
+from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, GraphProver
-from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
 from holdfast.core.errors import HoldfastError
-from holdfast.sources.data import open_data
-from holdfast.sources.models import open_model
+from holdfast.io.data.data import open_data
+from holdfast.io.models.models import open_model
 
 pytestmark = [
     pytest.mark.gpu,

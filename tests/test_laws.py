@@ -7,9 +7,9 @@ import pytest
 import cases
 from holdfast import attacks
 from holdfast.attacks import APGD, DDN, FAB, PGD, CarliniWagner, DeepFool, Square
+from holdfast.attacks.parts.losses import dlr
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
-from holdfast.ops.losses import dlr
 from holdfast.testing import laws
 from holdfast.testing.laws import Case
 from holdfast.testing.shapes import unchecked

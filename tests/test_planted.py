@@ -6,17 +6,17 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
+import test_gates
 import torch
 
-import test_gates
 from holdfast.attacks import PGD
+from holdfast.attacks.parts import ascent
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.judging import AtLeast
-from holdfast.harness import verdict
-from holdfast.ops import ascent
+from holdfast.runs.harness import verdict
 from holdfast.testing import geometry, laws
 from holdfast.testing.laws import Case
 

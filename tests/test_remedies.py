@@ -27,66 +27,60 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.api.expecting import range_of_all
+from holdfast.api.guard_opening import guarded_subject
+from holdfast.api.hardening import _with_denoiser
+from holdfast.api.misspelt import refuse_misspelt
+from holdfast.api.plans import assess_request, prover
+from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_keys
+from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
+from holdfast.api.rotate_requests import _loop_settings
+from holdfast.api.serving import _shape, server_setup
+from holdfast.api.verb_settings import Assess, Certify, RotateSettings, ServeSettings, check_settings
 from holdfast.attacks import PGD
 from holdfast.certifiers import register
-from holdfast.certifiers.region import region_of
-from holdfast.certifiers.smoothing import Smoothing
-from holdfast.checkup import misfit
+from holdfast.certifiers.boundary_geometry import boundary_geometry
+from holdfast.certifiers.bounds.region import region_of
+from holdfast.certifiers.smoothing.smoothing import Smoothing
+from holdfast.certifiers.vnnlib.deciding import _fitting
+from holdfast.certifiers.vnnlib.reading import read_query
 from holdfast.cli.app import _COMMANDS, verbs
 from holdfast.cli.assess import _refuse_hosts_of_config, refuse_code_of_config
 from holdfast.cli.vnn import _needed, vnn
-from holdfast.config.attacks import threat_model
-from holdfast.config.expecting import range_of_all
-from holdfast.config.grammar import parse_threat
-from holdfast.config.groups import InferenceSource
-from holdfast.config.guard_opening import guarded_subject
-from holdfast.config.hardening import _with_denoiser
-from holdfast.config.misspelt import refuse_misspelt
-from holdfast.config.planning import assess_request, prover
-from holdfast.config.proxying import _refuse_settings_of_models, refuse_forwarded_keys
-from holdfast.config.recipes import build_recipe, built, refuse_unheld
-from holdfast.config.rotate_requests import _loop_settings
-from holdfast.config.serving import _shape, server_setup
-from holdfast.config.verb_settings import (
-    Assess,
-    Certify,
-    RotateSettings,
-    ServeSettings,
-    check_settings,
-)
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, failure_from_json, failure_to_json
 from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.refusals import refuse_lost
 from holdfast.core.remedies import Install, Placeholder, Remedy
-from holdfast.engine.children import unshared
+from holdfast.corruptions import refuse_no_images
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.harness import Plan
-from holdfast.harness.plan import refuse_unfitted, refuse_what_is_hidden
-from holdfast.harness.target import prepared
+from holdfast.io.data.arrays import selected_rows
+from holdfast.io.data.class_numbers import MOST_NAMES, class_numbers, matched, numbered_words
+from holdfast.io.data.data import open_data as open_table_file
+from holdfast.io.data.expected import Expected
+from holdfast.io.doctor import misfit
+from holdfast.io.limited.calling import HERE
+from holdfast.io.models.cards import CARD, trained_by
+from holdfast.io.onnx.reading import _filled
+from holdfast.io.remote.answers import ServerAnswers
+from holdfast.io.remote.counting import InspectionCounter
+from holdfast.io.remote.payloads import Shaped, Template
+from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.metrics.catalogue import estimate
-from holdfast.ops.corruptions import refuse_no_images
-from holdfast.ops.gains import order_of
-from holdfast.ops.refusals import refuse_lost
-from holdfast.proving.deciding import _fitting
-from holdfast.proving.geometry import boundary_geometry
+from holdfast.recipes.training.gains import order_of
 from holdfast.reports.across import across_rows
-from holdfast.sources.answers import ServerAnswers
-from holdfast.sources.arrays import selected_rows
-from holdfast.sources.cards import CARD, trained_by
-from holdfast.sources.class_numbers import MOST_NAMES, class_numbers, matched, numbered_words
-from holdfast.sources.counting import InspectionCounter
-from holdfast.sources.data import open_data as open_table_file
-from holdfast.sources.expected import Expected
-from holdfast.sources.limited.calling import HERE
-from holdfast.sources.onnx.reading import _filled
-from holdfast.sources.payloads import Shaped, Template
-from holdfast.sources.probing import ProbedClassifier
-from holdfast.sources.vnnlib.reading import read_query
-from holdfast.verbs.certify import refuse_unprovable
-from holdfast.verbs.pace import Pace, too_small
-from holdfast.verbs.request import Subject
+from holdfast.runs.assess.certify import refuse_unprovable
+from holdfast.runs.assess.request import Subject
+from holdfast.runs.engine.children import unshared
+from holdfast.runs.harden.pace import Pace, too_small
+from holdfast.runs.harness import Plan
+from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
+from holdfast.runs.harness.target import prepared
+from holdfast.settings.attack_building import threat_model
+from holdfast.settings.grammar import parse_threat
+from holdfast.settings.groups import InferenceSource
 from servers import Server
 from servers import examples as served_examples
 
@@ -1646,17 +1640,17 @@ def test_every_remedy_of_the_code_has_a_situation():
 
 
 NOT_BUILT = {
-    "config/pooled.py": "a pool, whose trainings take minutes",
+    "api/pooled.py": "a pool, whose trainings take minutes",
     "core/remedies.py": "the class itself, and constants that other files use",
     "engine/ray_": "a cluster",
-    "verbs/sending.py": "a cluster",
-    "ops/distributed.py": "several processes that train together",
-    "ops/learner.py:_refuse_foreign: Remedy('recipe', 'pgd')": "several processes that train together",
-    "verbs/pace.py:smaller": "several processes that train together",
-    "verbs/rotate/": "a pool, whose trainings take minutes; tests/verbs/test_rotate.py has them",
-    "verbs/stored_runs.py": "a run that was stopped; tests/verbs/test_assess.py continues one",
-    "sources/limited/tables.py": "labels of ten million characters",
-    "config/proxying.py:refuse_other_guard": "an upstream server",
-    "serving/": "a server with workers; tests/serving has them",
+    "runs/assess/sending.py": "a cluster",
+    "recipes/training/distributed.py": "several processes that train together",
+    "recipes/training/learner.py:_refuse_foreign: Remedy('recipe', 'pgd')": "several processes that train together",
+    "runs/harden/pace.py:smaller": "several processes that train together",
+    "verbs/rotate/": "a pool, whose trainings take minutes; tests/runs/test_rotate.py has them",
+    "runs/stored/stored_runs.py": "a run that was stopped; tests/runs/test_assess.py continues one",
+    "io/limited/tables.py": "labels of ten million characters",
+    "api/proxying.py:refuse_other_guard": "an upstream server",
+    "serving/": "a server with workers; tests/server has them",
 }
 """Files, functions or remedies that a test cannot reach, with the reason."""

@@ -49,7 +49,7 @@ def test_checks_are_suspended_until_the_end_of_the_block():
 
 
 def test_watching_ends():
-    from holdfast.ops import losses
+    from holdfast.attacks.parts import losses
 
     before = losses.margin_loss
     with watching("holdfast.ops"):

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from holdfast.cli.app import run
+from holdfast.io.data.data import open_data
+from holdfast.io.models.models import open_model
 from holdfast.rotation import canary
-from holdfast.sources.data import open_data
-from holdfast.sources.models import open_model
-from holdfast.store.pool import Pool
+from holdfast.rotation.pool.pool import Pool
 from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
 
 TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"

@@ -5,7 +5,7 @@ from functools import partial
 from benchmarks.comparisons.comparison import Comparison
 from benchmarks.comparisons.running import advlib, autoattack, cleverhans, foolbox, sparse, torchattacks
 from holdfast.attacks import APGD, BIM, FAB, FGSM, PGD, MomentumPGD
-from holdfast.ops.losses import cross_entropy, dlr
+from holdfast.attacks.parts.losses import cross_entropy, dlr
 
 REACH = 2.5
 """40 steps of 0.01875 at eps 0.3, of 0.125 at 2, of 0.625 at 10: each a path of 2.5 eps."""

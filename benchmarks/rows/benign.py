@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from benchmarks.absent import Absent
 from benchmarks.networks import folder, images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.detectors.queries import covered_eps
-from holdfast.guarding import Guard
-from holdfast.serving.decisions import Action
+from holdfast.api.guards import Guard
+from holdfast.guard.decisions import Action
+from holdfast.guard.detectors.queries import covered_eps
 
 WHAT = "benign images and rows of tables that the guard refuses, before and after its calibration"
 TABLES = {"adult": "income", "phishing_url": "status", "nsl_kdd_train20": "category"}

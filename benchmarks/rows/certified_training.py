@@ -11,14 +11,14 @@ from benchmarks.hardened import made, percent, spent
 from benchmarks.networks import images
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
+from holdfast.certifiers.branching.searching import BranchAndBound
 from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.provers import IBP, Crown
-from holdfast.certifiers.searching import BranchAndBound
-from holdfast.config.attacks import threat_model
-from holdfast.config.grammar import parse_threat
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
-from holdfast.sources.models import open_model
+from holdfast.io.models.models import open_model
+from holdfast.settings.attack_building import threat_model
+from holdfast.settings.grammar import parse_threat
 
 WHAT = "certified training of the bundled network, MNIST linf:0.1: proved by bounds and branch and bound, all images"
 ROW, SEED, THREADS, THREAT, MODEL = "certified-training", 0, 1, "linf:0.1", "mnist-cnn"

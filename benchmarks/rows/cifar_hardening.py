@@ -11,7 +11,7 @@ import torch
 from benchmarks.hardened import made, percent, shares, spent
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.sources.architectures import ARCHITECTURES
+from holdfast.io.models.architectures import ARCHITECTURES
 
 WHAT = "CIFAR-10 hardened within minutes: ResNet-18 on an accelerator, a small network without one; `fast`"
 RESNET18 = {"width": 64, "blocks": 2, "stages": 4}

@@ -19,10 +19,10 @@ import holdfast
 from benchmarks.absent import Absent
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.batch import Batch
-from holdfast.engine.processes import Processes
-from holdfast.engine.ray_cluster import imported_ray
-from holdfast.engine.ray_tasks import RayTasks
-from holdfast.sources.models import open_model
+from holdfast.io.models.models import open_model
+from holdfast.runs.engine.processes import Processes
+from holdfast.runs.engine.ray_cluster import imported_ray
+from holdfast.runs.engine.ray_tasks import RayTasks
 
 WHAT = (
     "the same assessment with two worker processes and with two tasks of Ray: columns that differ, time, the driver, "

@@ -17,7 +17,7 @@ from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import DDN, FGSM, PGD, CarliniWagner, DeepFool, MomentumPGD, Square
 from holdfast.attacks.protocol import Attack
-from holdfast.ops.statistics import paired_difference
+from holdfast.statistics.intervals import paired_difference
 
 WHAT = "default settings of seven attacks beside those of Foolbox and torchattacks"
 N = 300

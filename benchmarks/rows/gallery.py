@@ -3,14 +3,14 @@
 from benchmarks import controls
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api import exhibition
+from holdfast.api.verbs import exhibition
+from holdfast.doubts.gallery import EPS, ITEMS, undefended
 from holdfast.doubts.thresholds import SAMPLE
-from holdfast.gallery import EPS, ITEMS, undefended
-from holdfast.harness.kinds.passes import FIXED
-from holdfast.sources.data import open_data
-from holdfast.sources.memory import as_data
-from holdfast.verbs.exhibition import assessed_net as by_attacks
-from holdfast.verbs.exhibition import raised
+from holdfast.io.data.data import open_data
+from holdfast.io.data.memory import as_data
+from holdfast.runs.assess.exhibition import assessed_net as by_attacks
+from holdfast.runs.assess.exhibition import raised
+from holdfast.runs.harness.kinds.passes import FIXED
 
 WHAT = "the gallery of masked models: naive, adaptive and the twin's robust accuracy, and the doubts raised"
 N, GRID = 500, 0.025

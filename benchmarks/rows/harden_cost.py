@@ -17,8 +17,8 @@ from benchmarks.side_by_side import FLOOR, ratio, timed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.fit import Training
 from holdfast.recipes import PGDTraining
+from holdfast.recipes.training.fit import Training
 
 WHAT = (
     "adversarial training with PGD-7, batches of 128: CPU time over the bare loop of k + 1 passes, one thread"

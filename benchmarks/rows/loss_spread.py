@@ -5,14 +5,14 @@ threshold.
 from benchmarks import controls
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
+from holdfast.doubts.gallery import ITEMS, undefended
 from holdfast.doubts.loss_spread import LOSS_SPREAD
 from holdfast.doubts.thresholds import SAMPLE
-from holdfast.gallery import ITEMS, undefended
-from holdfast.harness.kinds.passes import FIXED
-from holdfast.sources.data import open_data
-from holdfast.sources.memory import as_data
-from holdfast.verbs.exhibition import assessed_net
-from holdfast.verbs.result import Result
+from holdfast.io.data.data import open_data
+from holdfast.io.data.memory import as_data
+from holdfast.runs.assess.exhibition import assessed_net
+from holdfast.runs.assess.result import Result
+from holdfast.runs.harness.kinds.passes import FIXED
 
 WHAT = "the statistic of the doubt loss-spread on masked and on honest networks"
 DOUBT = "loss-spread"

@@ -32,8 +32,8 @@ from benchmarks.rotated import (
 )
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.ops.fit import Training
 from holdfast.recipes import Standard
+from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, Members, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
 from holdfast.rotation.distances import nearest_sets

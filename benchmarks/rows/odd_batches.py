@@ -33,11 +33,11 @@ from holdfast.attacks import (
     Square,
     SurFree,
 )
+from holdfast.attacks.parts.losses import cross_entropy, dlr
 from holdfast.attacks.protocol import Attack
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.losses import cross_entropy, dlr
 
 WHAT = "odd batches: already broken, empty, one image, non-contiguous, channels last"
 N, EPS = 16, 2 / 255

@@ -17,7 +17,7 @@ from benchmarks import peers
 from benchmarks.absent import Absent
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.errors import HoldfastError
-from holdfast.sources.models import Declared, open_model
+from holdfast.io.models.models import Declared, open_model
 
 WHAT = (
     "ONNX files of others: opened with gradients, or refused with the input or output that is not supported"

@@ -14,11 +14,11 @@ from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.traffic_signs import CLASSES, signs, trained
 from holdfast.attacks import AdversarialPatch
+from holdfast.attacks.parts.patch_places import pasted
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.patches import pasted
 
 WHAT = "a patch of 8x8 pixels learned on the train split of traffic signs, and ART's at equal steps"
 SIDE, BATCH, EPOCHS, JITTER, SEED = 8, 64, 3, 3, 0

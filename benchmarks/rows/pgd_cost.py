@@ -11,7 +11,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.peers_pgd import PEERS, apgd
 from benchmarks.side_by_side import FLOOR, ratio, timed
 from holdfast.attacks import PGD
-from holdfast.ops.losses import cross_entropy
+from holdfast.attacks.parts.losses import cross_entropy
 
 WHAT = "PGD-40 as a list of attacks (free doubts only): CPU time over the naive floor, n = 200, one thread"
 STEPS, N, ROUNDS = 40, 200, 5

@@ -11,7 +11,7 @@ from benchmarks.networks import present
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.peers_pgd import PEERS, apgd
 from holdfast.attacks import APGD, PGD
-from holdfast.ops.losses import cross_entropy
+from holdfast.attacks.parts.losses import cross_entropy
 
 WHAT = "robust accuracy after PGD at 40 steps, five seeds, same images; APGD-CE beside it"
 STEPS, N, SEEDS = 40, 200, (0, 1, 2, 3, 4)

@@ -25,13 +25,13 @@ from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.detectors.blacklight import Blacklight
-from holdfast.detectors.informed import InformedSquare
-from holdfast.detectors.oars import OARS, Base
-from holdfast.detectors.queries import QueryDetector, QuerySettings, radius_for
-from holdfast.detectors.screened import Screened
-from holdfast.serving.states.memory import MemoryState
-from holdfast.serving.states.sqlite import SQLiteState
+from holdfast.guard.detectors.blacklight import Blacklight
+from holdfast.guard.detectors.informed import InformedSquare
+from holdfast.guard.detectors.oars import OARS, Base
+from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, radius_for
+from holdfast.guard.detectors.screened import Screened
+from holdfast.guard.states.memory import MemoryState
+from holdfast.guard.states.sqlite import SQLiteState
 
 WHAT = "stateful query detector: benign streams, attacks over workers and clients, OARS, an attacker who knows it, cost"
 KEY, SEED, BENIGN, CALIBRATION = bytes(range(32)), 0, 100_000, 20_000

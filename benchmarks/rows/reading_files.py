@@ -24,8 +24,8 @@ from torch import nn
 
 from benchmarks.absent import Absent
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.sources.architectures import cnn, mlp
-from holdfast.sources.models import bundled_models
+from holdfast.io.models.architectures import cnn, mlp
+from holdfast.io.models.models import bundled_models
 
 WHAT = "holdfast assess on files of each format: CPU time with limits of memory and time, and before there were any"
 BEFORE = "e09f51d"

@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.store.files import CHECKPOINTS
-from holdfast.verbs.hardened import MODEL
-from holdfast.verbs.training import LAST, Point, saved
+from holdfast.runs.harden.checkpoints import LAST, Point, saved
+from holdfast.runs.harden.hardened import MODEL
+from holdfast.runs.store.files import CHECKPOINTS
 
 WHAT = "hardenings that are killed ten times while they train, on a CPU: weights that differ from an uninterrupted run"
 KILLS, EPOCHS, SEED = 10, 24, 0

@@ -33,7 +33,7 @@ from benchmarks.rotated import (
 )
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.ops.fit import Training
+from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Codec, Distilled, Immunise, LatentDiffusion, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, trained_from_fresh_weights
 

@@ -19,10 +19,10 @@ from benchmarks.rows.rotation import Construction, generated, immunised, indepen
 from benchmarks.rows.rotation_robust import outcome
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
-from holdfast.ops.fit import Training
+from holdfast.io.models.architectures import ARCHITECTURES
+from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Basins, Immunise
 from holdfast.rotation.immunising import Crafting
-from holdfast.sources.architectures import ARCHITECTURES
 
 WHAT = "rotating hardened sets of a residual network on CIFAR-10: ResNet-18 on an accelerator, a small one without"
 ROW, SEEDS = "rotation-cifar", (0,)

@@ -14,7 +14,7 @@ import holdfast
 from benchmarks.hardened import dataset, made, percent
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.sources.architectures import ARCHITECTURES
+from holdfast.io.models.architectures import ARCHITECTURES
 
 WHAT = "three kinds of hardening and none, MNIST linf:0.1, three seeds: accuracy, error, norms, success rates"
 ROW, THREAT, BUDGET, SEEDS, THREADS = "seed-tables", "linf:0.1", "2min", (0, 1, 2), 2

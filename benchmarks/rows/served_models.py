@@ -18,8 +18,8 @@ import torch
 import holdfast
 from benchmarks.counting_server import Array, CountingServer
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.sources.data import open_data
-from holdfast.verbs.result import Result
+from holdfast.io.data.data import open_data
+from holdfast.runs.assess.result import Result
 
 WHAT = (
     "a model behind HTTP and the same in the process: verdicts, queries, and the rows that the server counts"

@@ -22,17 +22,17 @@ from benchmarks.networks import images, network
 from benchmarks.peers import server_python, server_version
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.throughput import Contestant, alternated, bare, cells, litserve, ratio
-from holdfast.config.guard_opening import open_guard
+from holdfast.api.guard_opening import open_guard
 from holdfast.core.model import Classifier
 from holdfast.rotation.live import canary
-from holdfast.serving.app import ConnectionLimits
-from holdfast.serving.audit_chain import AuditKey
-from holdfast.serving.audit_folder import verify_audit
-from holdfast.serving.live_pool import LivePool
-from holdfast.serving.loaded_model import LoadedModel
-from holdfast.serving.supervisor import ServerSetup, Supervisor
-from holdfast.serving.worker import ServingSetup
-from holdfast.store.pool import Pool
+from holdfast.rotation.pool.pool import Pool
+from holdfast.server.app import ConnectionLimits
+from holdfast.server.audit_chain import AuditKey
+from holdfast.server.audit_folder import verify_audit
+from holdfast.server.live_pool import LivePool
+from holdfast.server.loaded_model import LoadedModel
+from holdfast.server.server_worker import ServingSetup
+from holdfast.server.supervisor import ServerSetup, Supervisor
 
 WHAT = "holdfast serve, ResNet-20 on CIFAR-10: throughput beside other servers, and latency while sets are swapped"
 NAME, SHAPE = "cifar_resnet20", (3, 32, 32)

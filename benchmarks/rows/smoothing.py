@@ -13,20 +13,20 @@ from benchmarks.hardened import dataset
 from benchmarks.networks import CACHE
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.certifiers.smoothing import Smoothing, miss_limit
+from holdfast.certifiers.smoothing.noise import numbered_noise
+from holdfast.certifiers.smoothing.smoothing import Smoothing, miss_limit
+from holdfast.certifiers.smoothing.votes import votes_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.denoiser import with_denoiser
-from holdfast.ops.fit import Training
-from holdfast.ops.noise import numbered_noise
-from holdfast.ops.sequential import sequential_test
-from holdfast.ops.votes import votes_of
+from holdfast.io.models.architectures import mnist_cnn
+from holdfast.io.models.denoiser import with_denoiser
+from holdfast.io.models.models import open_model
 from holdfast.recipes import Denoising, GaussianNoise
-from holdfast.sources.architectures import mnist_cnn
-from holdfast.sources.models import open_model
+from holdfast.recipes.training.fit import Training
+from holdfast.statistics.sequential import sequential_test
 
 WHAT = "smoothing, MNIST L2, sigma 0.5, 500 images: those that Cohen's procedure certifies with 10,000 draws, and draws"
 ROW, SIGMA, DRAWS, ALPHA, N = "smoothing", 0.5, 10_000, 0.001, 500

@@ -29,10 +29,10 @@ from benchmarks.guarded import calibrate, environment, fill, holdfast
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.retrying import KINDS, Received, steady, traffic
-from holdfast.detectors.clusters import StateLimits
-from holdfast.serving.audit_chain import AuditKey
-from holdfast.serving.audit_folder import VerifiedAudit, verify_audit
-from holdfast.serving.keys import add_key
+from holdfast.guard.detectors.query_clusters import StateLimits
+from holdfast.server.audit_chain import AuditKey
+from holdfast.server.audit_folder import VerifiedAudit, verify_audit
+from holdfast.server.keys import add_key
 
 WHAT = (
     "20 minutes of holdfast serve: clients that retry, a worker killed each minute, audit records and memory"

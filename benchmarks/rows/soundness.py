@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast import Batch, Classifier, Linf, ThreatModel
+from holdfast.certifiers.branching.searching import BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, prepared_graph
-from holdfast.certifiers.searching import BranchAndBound
 
 WHAT = (
     "10,000 certificates of random small networks beside a mixed-integer solver, and hidden counterexamples"

@@ -16,7 +16,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import images, network
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.reference_verdicts import CASES, Case
-from holdfast.suites import suite
+from holdfast.attacks.suites import suite
 
 WHAT = "`standard` beside the reference AutoAttack: examples that it breaks and ours does not"
 

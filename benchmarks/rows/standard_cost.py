@@ -13,8 +13,8 @@ from benchmarks.networks import images, network
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.side_by_side import ratio, timed
+from holdfast.attacks.suites import suite
 from holdfast.core.evidence import Evidence
-from holdfast.suites import suite
 
 WHAT = "`standard`: CPU time over the floor of its own passes and over the reference AutoAttack's"
 SETTINGS = (

@@ -21,7 +21,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Spatial
-from holdfast.harness import measure
+from holdfast.runs.harness import measure
 
 WHAT = "turns and shifts, and universal changes: accuracy left, beside Foolbox's and ART's"
 NETS = ("mnist-cnn", "hardened-by-hand")

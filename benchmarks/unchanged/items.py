@@ -77,9 +77,9 @@ def weights(recipe: str) -> Any:
     from benchmarks import networks
     from holdfast import L2, Batch, Classifier, Linf, ThreatModel, recipes
     from holdfast.core.draws import Draws
-    from holdfast.ops.denoiser import DenoisedNetwork
-    from holdfast.ops.fit import Training
-    from holdfast.ops.recipe import trained_as
+    from holdfast.io.models.denoiser import DenoisedNetwork
+    from holdfast.recipes.training.fit import Training
+    from holdfast.recipes.training.recipe import trained_as
 
     x, y = networks.images("mnist", FIT, split="train")
     net = networks.network("mnist_kw01").module

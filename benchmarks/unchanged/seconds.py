@@ -30,9 +30,9 @@ def _run(what: str, network: str) -> None:
     from holdfast import Batch, Classifier
     from holdfast.core.draws import Draws
     from holdfast.core.threat import ThreatModel
-    from holdfast.ops.fit import Training
-    from holdfast.ops.recipe import trained_as
     from holdfast.recipes import PGDTraining
+    from holdfast.recipes.training.fit import Training
+    from holdfast.recipes.training.recipe import trained_as
 
     found = networks.network(network)
     x, y = networks.images(found.data, N)

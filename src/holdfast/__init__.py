@@ -6,40 +6,27 @@ A module is imported when one of its names is first used, so that `import holdfa
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import (
-        assess as assess,
-    )
-    from holdfast.api import (
-        certify as certify,
-    )
-    from holdfast.api import (
-        demo as demo,
-    )
-    from holdfast.api import (
-        doctor as doctor,
-    )
-    from holdfast.api import (
-        harden as harden,
-    )
-    from holdfast.attacking import attack as attack
-    from holdfast.certifiers.smoothed import Smoothed as Smoothed
-    from holdfast.config.placing import Ray as Ray
-    from holdfast.config.references import open_data as open_data
-    from holdfast.config.references import open_model as open_model
-    from holdfast.config.starting import init as init
-    from holdfast.config.starting import validate as validate
-    from holdfast.config.verb_settings import (
-        Assess as Assess,
-    )
-    from holdfast.config.verb_settings import (
-        Certify as Certify,
-    )
-    from holdfast.config.verb_settings import (
-        Doctor as Doctor,
-    )
-    from holdfast.config.verb_settings import (
-        Harden as Harden,
-    )
+    from holdfast.api.attack import attack as attack
+    from holdfast.api.guards import Guard as Guard
+    from holdfast.api.placing import Ray as Ray
+    from holdfast.api.references import open_data as open_data
+    from holdfast.api.references import open_model as open_model
+    from holdfast.api.serve import serve as serve
+    from holdfast.api.starting import init as init
+    from holdfast.api.starting import validate as validate
+    from holdfast.api.stored import compare as compare
+    from holdfast.api.stored import report as report
+    from holdfast.api.stored import verify as verify
+    from holdfast.api.verb_settings import Assess as Assess
+    from holdfast.api.verb_settings import Certify as Certify
+    from holdfast.api.verb_settings import Doctor as Doctor
+    from holdfast.api.verb_settings import Harden as Harden
+    from holdfast.api.verbs import assess as assess
+    from holdfast.api.verbs import certify as certify
+    from holdfast.api.verbs import demo as demo
+    from holdfast.api.verbs import doctor as doctor
+    from holdfast.api.verbs import harden as harden
+    from holdfast.certifiers.smoothing.smoothed import Smoothed as Smoothed
     from holdfast.core.batch import Batch as Batch
     from holdfast.core.constraints import L0 as L0
     from holdfast.core.constraints import L1 as L1
@@ -57,17 +44,12 @@ if TYPE_CHECKING:
     from holdfast.core.through import through as through
     from holdfast.core.transformations import Colour as Colour
     from holdfast.core.transformations import Spatial as Spatial
-    from holdfast.deploying import serve as serve
-    from holdfast.guarding import Guard as Guard
-    from holdfast.serving.middleware import GuardMiddleware as GuardMiddleware
-    from holdfast.stored import compare as compare
-    from holdfast.stored import report as report
-    from holdfast.stored import verify as verify
+    from holdfast.server.middleware import GuardMiddleware as GuardMiddleware
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    **dict.fromkeys(("Assess", "Certify", "Doctor", "Harden"), "holdfast.config.verb_settings"),
+    **dict.fromkeys(("Assess", "Certify", "Doctor", "Harden"), "holdfast.api.verb_settings"),
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
@@ -75,33 +57,33 @@ _HOMES = {
     "Corruptions": "holdfast.core.corruptions",
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
-    "Guard": "holdfast.guarding",
-    "GuardMiddleware": "holdfast.serving.middleware",
+    "Guard": "holdfast.api.guards",
+    "GuardMiddleware": "holdfast.server.middleware",
     "L0": "holdfast.core.constraints",
     "L1": "holdfast.core.constraints",
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.core.patches",
-    "Ray": "holdfast.config.placing",
-    "Smoothed": "holdfast.certifiers.smoothed",
+    "Ray": "holdfast.api.placing",
+    "Smoothed": "holdfast.certifiers.smoothing.smoothed",
     "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",
-    "assess": "holdfast.api",
-    "attack": "holdfast.attacking",
-    "certify": "holdfast.api",
-    "compare": "holdfast.stored",
-    "demo": "holdfast.api",
-    "doctor": "holdfast.api",
-    "harden": "holdfast.api",
-    "init": "holdfast.config.starting",
-    "open_data": "holdfast.config.references",
-    "open_model": "holdfast.config.references",
-    "report": "holdfast.stored",
-    "serve": "holdfast.deploying",
+    "assess": "holdfast.api.verbs",
+    "attack": "holdfast.api.attack",
+    "certify": "holdfast.api.verbs",
+    "compare": "holdfast.api.stored",
+    "demo": "holdfast.api.verbs",
+    "doctor": "holdfast.api.verbs",
+    "harden": "holdfast.api.verbs",
+    "init": "holdfast.api.starting",
+    "open_data": "holdfast.api.references",
+    "open_model": "holdfast.api.references",
+    "report": "holdfast.api.stored",
+    "serve": "holdfast.api.serve",
     "skipped": "holdfast.core.skipped",
     "through": "holdfast.core.through",
-    "validate": "holdfast.config.starting",
-    "verify": "holdfast.stored",
+    "validate": "holdfast.api.starting",
+    "verify": "holdfast.api.stored",
     "with_detector": "holdfast.core.guard",
 }
 
@@ -110,7 +92,7 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 _MODULES = {
     "attacks": "holdfast.attacks",
     "recipes": "holdfast.recipes",
-    "rotate": "holdfast.rotating",
+    "rotate": "holdfast.api.rotate",
     "rotation": "holdfast.rotation",
 }
 """Modules that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""

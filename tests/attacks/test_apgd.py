@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from holdfast.attacks import APGD
+from holdfast.attacks.parts.adaptive_ascent import Climb
+from holdfast.attacks.parts.losses import cross_entropy, dlr, likeliest, margin_loss
+from holdfast.attacks.parts.starts import surface
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.apgd import Climb
-from holdfast.ops.losses import cross_entropy, dlr, likeliest, margin_loss
-from holdfast.ops.starts import surface
 from holdfast.testing.fakes import Constant, examples, labelled, network
 from holdfast.testing.linear import linear_problem
 

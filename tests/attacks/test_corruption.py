@@ -12,11 +12,11 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
 from holdfast.core.threat import ThreatModel
-from holdfast.harness import measure
+from holdfast.corruptions import corrupted
+from holdfast.io.data.data import open_data
+from holdfast.io.models.models import open_model
 from holdfast.metrics.catalogue import estimate, estimates
-from holdfast.ops.corruptions import corrupted
-from holdfast.sources.data import open_data
-from holdfast.sources.models import open_model
+from holdfast.runs.harness import measure
 
 NAMES = ("gaussian_noise", "fog")
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.attacks import FAB
+from holdfast.attacks.parts.halfspace import to_plane
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.halfspace import to_plane
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import LinearOracle, linear_problem
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from holdfast.attacks import AdversarialPatch, Universal, UniversalDeepFool
+from holdfast.attacks.parts.learned import Pasted
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, allowed
 from holdfast.core.draws import Draws
@@ -14,11 +15,10 @@ from holdfast.core.meter import margin
 from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
-from holdfast.harness import measure
-from holdfast.harness.kinds.fit import best_fit
-from holdfast.ops.learned import Pasted
-from holdfast.sources.data import open_data
-from holdfast.sources.models import open_model
+from holdfast.io.data.data import open_data
+from holdfast.io.models.models import open_model
+from holdfast.runs.harness import measure
+from holdfast.runs.harness.kinds.fit import best_fit
 
 CASES = [
     (Universal(fits=2, examples=200, steps=40, batch=50, step_size=0.15), Linf(0.2)),

@@ -7,14 +7,14 @@ import torch
 
 import cases
 from holdfast.attacks import DDN, FAB, FMN, CarliniWagner, DeepFool
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.line_search import to_boundary
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import Metered
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.laws import broken, problem, run
 from holdfast.testing.linear import linear_problem

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from holdfast.attacks import Square
+from holdfast.attacks.parts.squares import as_image, pattern, window, window_share
 from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.squares import as_image, pattern, window, window_share
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
 

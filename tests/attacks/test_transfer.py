@@ -5,16 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.attacks import Transfer
+from holdfast.attacks.parts.ascent import ascend
+from holdfast.attacks.parts.averaged_models import Ensemble
+from holdfast.attacks.parts.losses import cross_entropy, margin_loss
+from holdfast.attacks.suites import PUBLISHED
 from holdfast.attacks.transfer import SHRUNK, halved_view, resized, shifted
 from holdfast.core.constraints import L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.ascent import ascend
-from holdfast.ops.ensemble import Ensemble
-from holdfast.ops.losses import cross_entropy, margin_loss
-from holdfast.suites import PUBLISHED
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
 

@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
-from holdfast.certifiers.alpha import optimised, sharpen
-from holdfast.certifiers.branching import OutputProperty, Search, Tree, _Problems
-from holdfast.certifiers.crown import NO_CHOICES, cuts, refine, relaxed, substitute
-from holdfast.certifiers.graph import gamma
-from holdfast.certifiers.nonlinear import ReLU
+from holdfast.certifiers.bounds.alpha import optimised, sharpen
+from holdfast.certifiers.bounds.crown import NO_CHOICES, cuts, refine, relaxed, substitute
+from holdfast.certifiers.bounds.graph import gamma
+from holdfast.certifiers.bounds.nonlinear import ReLU
+from holdfast.certifiers.bounds.reduction import AffineSum, reduced
+from holdfast.certifiers.bounds.region import Region, region_of
+from holdfast.certifiers.bounds.relaxation import Relaxation
+from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.bounds.windows import frames
+from holdfast.certifiers.branching.branching import OutputProperty, Search, Tree, _Problems
+from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
-from holdfast.certifiers.reduction import AffineSum, reduced
-from holdfast.certifiers.region import Region, region_of
-from holdfast.certifiers.relaxation import Relaxation
-from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
-from holdfast.certifiers.tracing import traced
-from holdfast.certifiers.windows import frames
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 
@@ -271,12 +271,12 @@ def test_bounds_on_windows_are_those_of_the_whole_value(name: str, monkeypatch: 
     model, x = network(name)
     graph = traced(model, x).to(torch.float64)
     assert any(len(frames(graph, index, 0)) > 1 for index in graph.bounded)
-    monkeypatch.setattr("holdfast.certifiers.crown.cuts", lambda *_: [])
+    monkeypatch.setattr("holdfast.certifiers.bounds.crown.cuts", lambda *_: [])
     for constraint in (Linf(0.02), L2(0.1)):
         region = region_of(x, constraint, Bounds()).to(torch.float64)
         by_windows = relaxed(graph, region)
         with monkeypatch.context() as patch:
-            patch.setattr("holdfast.certifiers.windows.frames", lambda *_: {})
+            patch.setattr("holdfast.certifiers.bounds.windows.frames", lambda *_: {})
             whole = relaxed(graph, region)
         for index in graph.bounded:
             for one, other in zip(by_windows.bound(index), whole.bound(index), strict=True):
@@ -289,10 +289,10 @@ def test_substitutions_that_end_early_leave_the_other_bounds_as_they_are(
     model, x = network("deep residual")
     graph = traced(model, x).to(torch.float64)
     region = region_of(x, Linf(0.01), Bounds()).to(torch.float64)
-    monkeypatch.setattr("holdfast.certifiers.crown._MANY", 1)
+    monkeypatch.setattr("holdfast.certifiers.bounds.crown._MANY", 1)
     assert any(cuts(graph, index) for index in graph.bounded)
     ended = relaxed(graph, region)
-    monkeypatch.setattr("holdfast.certifiers.crown.cuts", lambda *_: [])
+    monkeypatch.setattr("holdfast.certifiers.bounds.crown.cuts", lambda *_: [])
     complete = relaxed(graph, region)
     inside = graph.values(points(region))
     for index in graph.bounded:
@@ -580,7 +580,8 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
 
 
 def test_a_function_of_the_user_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from holdfast.certifiers import operators, register
+    from holdfast.certifiers import register
+    from holdfast.certifiers.bounds import operators
 
     model = Classifier(torch.erf).eval()
     x = torch.rand(2, 3)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.certifiers.crown import relaxed
-from holdfast.certifiers.geometry import certified_distance, lipschitz_from_above, lipschitz_from_below
-from holdfast.certifiers.jacobian import local_lipschitz
+from holdfast.certifiers.boundary_geometry import SIDE, boundary_geometry
+from holdfast.certifiers.bounds.crown import relaxed
+from holdfast.certifiers.bounds.jacobian import local_lipschitz
+from holdfast.certifiers.bounds.region import region_of
+from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.distances import certified_distance, lipschitz_from_above, lipschitz_from_below
 from holdfast.certifiers.provers import Crown
-from holdfast.certifiers.region import region_of
-from holdfast.certifiers.tracing import traced
+from holdfast.certifiers.slices import beside, boundary_slices
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -19,8 +21,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.slices import beside, boundary_slices
-from holdfast.proving.geometry import SIDE, boundary_geometry
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
 from holdfast.testing.relu import relu_problem

@@ -6,9 +6,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from holdfast.certifiers.lipschitz import Lipschitz
+from holdfast.certifiers.bounds.lipschitz import Lipschitz
+from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, GraphProver
-from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.threat import ThreatModel
 from holdfast.testing import proofs

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast.attacks import DDN
-from holdfast.certifiers import spectral
-from holdfast.certifiers.lipschitz import Lipschitz, LipschitzProver, lipschitz_bounds
-from holdfast.certifiers.spectral import convolution_bound, overlap_bound, spectral_bound
-from holdfast.certifiers.tracing import traced
+from holdfast.certifiers.bounds import spectral
+from holdfast.certifiers.bounds.lipschitz import Lipschitz, LipschitzProver, lipschitz_bounds
+from holdfast.certifiers.bounds.spectral import convolution_bound, overlap_bound, spectral_bound
+from holdfast.certifiers.bounds.tracing import traced
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.lipschitz import MaxMin, SLLConv2d, certified_radius, input_constant
-from holdfast.sources.architectures import ARCHITECTURES
+from holdfast.io.models.architectures import ARCHITECTURES
+from holdfast.io.models.lipschitz_layers import MaxMin, SLLConv2d, certified_radius, input_constant
 from holdfast.testing.fakes import examples, labelled
 
 

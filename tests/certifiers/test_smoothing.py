@@ -8,15 +8,15 @@ from scipy.special import ndtr
 from torch import nn
 
 from holdfast.certifiers.protocol import Proofs
-from holdfast.certifiers.smoothed import ABSTAINED, Smoothed
-from holdfast.certifiers.smoothing import Smoothing
+from holdfast.certifiers.smoothing.noise import numbered_noise
+from holdfast.certifiers.smoothing.smoothed import ABSTAINED, Smoothed
+from holdfast.certifiers.smoothing.smoothing import Smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.noise import numbered_noise
 from holdfast.testing.linear import LinearOracle
 
 SIGMA = 0.5

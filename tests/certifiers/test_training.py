@@ -7,12 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.attacks.pgd import PGD
-from holdfast.certifiers.graph import Graph, Node
-from holdfast.certifiers.linear import Dense
-from holdfast.certifiers.nonlinear import ReLU
+from holdfast.certifiers.bounds.graph import Graph, Node
+from holdfast.certifiers.bounds.linear import Dense
+from holdfast.certifiers.bounds.nonlinear import ReLU
 from holdfast.certifiers.provers import Crown
-from holdfast.certifiers.training import (
+from holdfast.core.constraints import L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.io.data.data import open_data
+from holdfast.io.models.architectures import mlp
+from holdfast.recipes import SABR, IBPTraining, Standard
+from holdfast.recipes.training.bounds import (
     box,
     initialised,
     live_graph,
@@ -20,16 +29,7 @@ from holdfast.certifiers.training import (
     regularisation,
     robust_cross_entropy,
 )
-from holdfast.core.constraints import L2, Linf
-from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
-from holdfast.core.model import Bounds, Classifier
-from holdfast.core.threat import ThreatModel
-from holdfast.ops.fit import Training
-from holdfast.ops.losses import cross_entropy
-from holdfast.recipes import SABR, IBPTraining, Standard
-from holdfast.sources.architectures import mlp
-from holdfast.sources.data import open_data
+from holdfast.recipes.training.fit import Training
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 

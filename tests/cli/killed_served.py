@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-import holdfast.api
+import holdfast.api.verbs
 import holdfast.cli.running  # noqa: F401
 from holdfast.cli.app import run
 from servers import Server

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.attacks.suites import SUITES, VARIANTS
 from holdfast.cli.app import run
-from holdfast.config.spellings import ADAPTIVE
 from holdfast.core.catalogue import ATTACKS
-from holdfast.suites import SUITES, VARIANTS
+from holdfast.settings.spellings import ADAPTIVE
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast.api import assess
+from holdfast.api.verbs import assess
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
 from servers import Server, examples
@@ -174,7 +174,7 @@ def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys)
 
 
 def test_what_was_sent_again_stands_in_the_notes(capsys, monkeypatch):
-    monkeypatch.setattr("holdfast.sources.http_client._FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("holdfast.io.remote.http_client._FIRST_WAIT_S", 0.001)
     with Server([None] * 12 + [(429, {"Retry-After": "0"}), 503]) as server:
         assert run(words(server, *BLACK_BOX, "-o", "-")) == 0
         content = json.loads(capsys.readouterr().out)

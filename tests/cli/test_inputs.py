@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from holdfast.api.verb_settings import Assess, Harden, RotateSettings, check_settings
 from holdfast.cli.app import run
-from holdfast.config.verb_settings import Assess, Harden, RotateSettings, check_settings
-from holdfast.sources.data import open_data
+from holdfast.io.data.data import open_data
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 QUICK = ["--threat", "linf:0.1", "--suite", "quick", "--no-doubts", "-n", "60"]
@@ -25,7 +25,7 @@ def probability():
 
 
 def bare():
-    from holdfast.sources.models import open_model
+    from holdfast.io.models.models import open_model
 
     return open_model("mnist-cnn").model.net
 """
@@ -89,7 +89,7 @@ def test_refusals_name_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
-    from holdfast.config.rotating import rotate_request
+    from holdfast.api.rotation_opening import rotate_request
 
     digits = open_data("mnist-mini", split="train", n=1500)
     batch = digits.read(0, 1500)

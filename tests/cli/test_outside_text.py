@@ -7,7 +7,7 @@ from holdfast.cli.app import run
 from holdfast.cli.options import Voice
 from holdfast.core.names import line
 from reports.test_hostile_strings import CI_COMMAND
-from verbs.stored import assessment
+from runs.stored import assessment
 
 HOSTILE = "a\n::error file=x::owned\x1b[2J[red]##[error]"
 

@@ -8,7 +8,7 @@ import pytest
 
 from holdfast.cli.app import run
 from holdfast.doubts.probing import doubt_test
-from holdfast.store import columns
+from holdfast.runs.store import columns
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -11,10 +11,10 @@ import safetensors.torch
 
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
-from holdfast.store.pool import Pool
-from holdfast.verbs.rotate import run as loop
-from holdfast.verbs.rotate import train as training
-from holdfast.verbs.rotate.collect import Collected
+from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.steps import rotation_run as loop
+from holdfast.rotation.steps import train as training
+from holdfast.rotation.steps.collect import Collected
 
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.slow]
 

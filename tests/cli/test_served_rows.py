@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.checkup import examine
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost
 from holdfast.core.model import EVERY, Batches, Classifier
-from holdfast.sources.answers import ServerAnswers
-from holdfast.sources.counting import InspectionCounter, rows_of_calls
-from holdfast.sources.expected import Expected
-from holdfast.sources.memory import as_data
-from holdfast.sources.payloads import Template
-from holdfast.sources.remote import Remote
-from holdfast.sources.served import Served
-from holdfast.verbs.expected_rows import ExpectedRows
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.memory import as_data
+from holdfast.io.doctor import examine
+from holdfast.io.remote.answers import ServerAnswers
+from holdfast.io.remote.counting import InspectionCounter, rows_of_calls
+from holdfast.io.remote.payloads import Template
+from holdfast.io.remote.remote import Remote
+from holdfast.io.remote.served_model import Served
+from holdfast.runs.assess.expected_rows import ExpectedRows
 from servers import Server, examples
 
 RADIUS = 0.05

@@ -158,7 +158,9 @@ def test_a_journal_that_was_cut_or_changed_is_refused_by_name(stopped, capsys):
 def test_a_full_disk_ends_the_run_and_it_goes_on_with_space(stopped, capsys, monkeypatch):
     full = OSError(28, "No space left on device")
     with monkeypatch.context() as patched:
-        patched.setattr("holdfast.store.journal._write", lambda file, content: (_ for _ in ()).throw(full))
+        patched.setattr(
+            "holdfast.runs.store.journal._write", lambda file, content: (_ for _ in ()).throw(full)
+        )
         assert run(words(stopped, "--run", "r", "--resume")) == 3
         said = capsys.readouterr().err
         assert "the disk is full: 'r/answers.journal'" in said and "--resume" in said

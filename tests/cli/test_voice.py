@@ -8,7 +8,7 @@ import pytest
 
 from holdfast.cli.options import Voice
 from holdfast.cli.running import progress_bar
-from holdfast.engine.progress import Step
+from holdfast.runs.engine.progress import Step
 from waiting import until
 
 

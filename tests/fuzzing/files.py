@@ -19,8 +19,8 @@ from PIL import Image
 from torch import nn
 
 from holdfast.core.chain import GENESIS, Link, digest
-from holdfast.store.records import line_of
-from verbs.stored import assessment
+from holdfast.runs.store.records import line_of
+from runs.stored import assessment
 
 CANARY = "canary"
 """the file, in the current folder, that code of a file would make"""
@@ -176,8 +176,8 @@ def pictures() -> Sequence[File]:
 
 def described() -> Sequence[File]:
     """Weights that name a network of the catalogue."""
-    from holdfast.sources.architectures import ARCHITECTURES
-    from holdfast.sources.weights import written
+    from holdfast.io.models.architectures import ARCHITECTURES
+    from holdfast.io.models.weights import written
 
     common = {
         "bounds": [0, 1],
@@ -200,7 +200,7 @@ def described() -> Sequence[File]:
 
 def state_dicts() -> Sequence[File]:
     """Weights as torch saves them now and did before, nested, sparse, and two files that call a function."""
-    from holdfast.sources.architectures import mlp
+    from holdfast.io.models.architectures import mlp
 
     weights = mlp(FEATURES, CLASSES, 3, 1).state_dict()
     sparse = {**weights, "1.weight": weights["1.weight"].to_sparse()}

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from fuzzing.files import CANARY, CHAIN, File, beside, good, sealed
 from fuzzing.worker import SLACK, limit, serve
-from holdfast.sources.limited.calling import _ENVIRONMENT
+from holdfast.io.limited.calling import _ENVIRONMENT
 
 SECONDS = 60
 """for one file"""
@@ -21,9 +21,9 @@ _RENEWED = 250
 """files after which the process is started again, so that what its libraries keep does not add up"""
 _PRELOADED = [
     "torch",
-    "holdfast.sources.data",
-    "holdfast.sources.models",
-    "holdfast.config.starting",
+    "holdfast.io.data.data",
+    "holdfast.io.models.models",
+    "holdfast.api.starting",
     "pyarrow.parquet",
     "onnx.inliner",
     "onnxruntime",

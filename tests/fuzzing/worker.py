@@ -17,9 +17,9 @@ import torch
 from fuzzing.files import CLASSES, FEATURES, SIDE
 from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Bounds
-from holdfast.sources.limited import calling, limits
-from holdfast.sources.limited.answering import is_out_of_memory
-from holdfast.sources.models import Declared, open_model
+from holdfast.io.limited import calling, limits
+from holdfast.io.limited.limited_main import is_out_of_memory
+from holdfast.io.models.models import Declared, open_model
 
 SLACK = 200 * 10**6
 """memory beyond the limit that opening a file may take"""
@@ -30,7 +30,7 @@ INTERNAL = 5
 
 
 def _data(path: Path, label: str | None = None) -> None:
-    from holdfast.sources.data import open_data
+    from holdfast.io.data.data import open_data
 
     data = open_data(str(path), label=label)
     data.read(0, min(2, len(data)))
@@ -52,7 +52,7 @@ def _described(path: Path) -> None:
 
 
 def _onnx(path: Path) -> None:
-    from holdfast.sources.onnx.reading import OnnxInput, read_onnx
+    from holdfast.io.onnx.reading import OnnxInput, read_onnx
 
     opened = open_model(str(path), declared=Declared(bounds=Bounds(0.0, 1.0)))
     found: OnnxInput = read_onnx(path).input
@@ -60,15 +60,15 @@ def _onnx(path: Path) -> None:
 
 
 def _configuration(path: Path) -> None:
-    from holdfast.config.starting import validate
+    from holdfast.api.starting import validate
 
     validate(path)
 
 
 def _run(folder: Path) -> None:
     """Verify a run and write its reports; one must not keep the other from being tried."""
-    from holdfast.stored import report, verify
-    from holdfast.verbs.forms import consistent
+    from holdfast.api.stored import report, verify
+    from holdfast.runs.stored.run_forms import consistent
 
     with suppress(HoldfastError):
         verify(folder)
@@ -115,8 +115,9 @@ PARSED_APART = (
 
 def limit(form: str) -> int:
     """Bytes that a file of a few kilobytes may take; those of the process of its parser where it has one."""
-    from holdfast.sources import archive, exported, skops_files, tables, trees
-    from holdfast.sources.onnx import opening
+    from holdfast.io.data import tables
+    from holdfast.io.models import archive, exported, skops_files, trees
+    from holdfast.io.onnx import opening
 
     parsers = {
         "csv": tables,

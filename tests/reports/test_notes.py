@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from holdfast.attacks.parts.prepare import quickened
 from holdfast.core.model import Classifier
-from holdfast.ops.prepare import quickened
 from holdfast.reports.notes import shown_notes
 
 

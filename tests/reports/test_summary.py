@@ -6,9 +6,9 @@ import jsonschema
 import pytest
 import torch
 
+from holdfast.attacks.parts.losses import margin_loss
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.losses import margin_loss
 from holdfast.reports import markdown, terminal, words
 from holdfast.reports.html import page
 from holdfast.reports.json_schemas import summary_schema

@@ -8,8 +8,8 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.fit import Training
 from holdfast.recipes import SingleStep, Standard
+from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Task
 
 THREAT = ThreatModel(Linf(0.1))

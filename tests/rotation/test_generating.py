@@ -5,9 +5,9 @@ import torch
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
-from holdfast.ops.diffusion import Diffusion
 from holdfast.rotation import Basins, Codec, LatentDiffusion, Members, collect, put
 from holdfast.rotation.codec import span
+from holdfast.rotation.diffusion import Diffusion
 from holdfast.rotation.distances import apart, nearest_sets
 from holdfast.rotation.generating import packed_generator, unpacked_generator
 from rotation.problem import accuracy, examples, task

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.store import columns
+from holdfast.runs.store import columns
 
 EXAMPLE = {
     "flag": torch.tensor([True, False, True]),

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store import encryption
-from holdfast.store.encryption import KEY_VARIABLE, Seal, existing_seal, key_file, new_seal
-from holdfast.store.files import create_private
+from holdfast.runs.store import encryption
+from holdfast.runs.store.encryption import KEY_VARIABLE, Seal, existing_seal, key_file, new_seal
+from holdfast.runs.store.files import create_private
 
 SEAL, OTHER = Seal(bytes(range(32))), Seal(bytes(32))
 HEX = "0123456789abcdefABCDEF0123456789" * 2
@@ -182,6 +182,6 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 
 def test_importing_the_store_asks_for_no_library():
-    code = "import sys; import holdfast.store.encryption; print(any(m.startswith('cryptography') for m in sys.modules))"
+    code = "import sys; import holdfast.runs.store.encryption; print(any(m.startswith('cryptography') for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

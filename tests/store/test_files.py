@@ -9,14 +9,7 @@ import pytest
 
 from disk import failing
 from holdfast.core.errors import TargetError
-from holdfast.store.files import (
-    PRIVATE,
-    append,
-    clear_parts,
-    refusal_in_pool,
-    usable,
-    write_atomically,
-)
+from holdfast.runs.store.files import PRIVATE, append, clear_parts, refusal_in_pool, usable, write_atomically
 
 
 @pytest.mark.parametrize("at", range(1, 7))

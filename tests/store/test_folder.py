@@ -14,10 +14,10 @@ import torch
 
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store.folder import open_run_folder
-from holdfast.store.leases import FOREIGN_LEASE_S, Leases, Owner, spent_in, start_time
-from holdfast.store.records import parsed
-from holdfast.store.verify import verify
+from holdfast.runs.store.folder import open_run_folder
+from holdfast.runs.store.leases import FOREIGN_LEASE_S, Leases, Owner, spent_in, start_time
+from holdfast.runs.store.records import parsed
+from holdfast.runs.store.verify import verify
 
 MANIFEST = {
     "digests": {"config": "c", "data": "d", "model": "m", "code": "k"},
@@ -218,7 +218,7 @@ def test_a_manifest_of_another_version_is_refused(whole, tmp_path):
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from holdfast.store.leases import Leases
+    from holdfast.runs.store.leases import Leases
     leases = Leases(Path(sys.argv[1]))
     leases.take_lease()
     print("held", flush=True)

@@ -10,22 +10,22 @@ import pytest
 from click.testing import CliRunner
 from typing_extensions import TypedDict
 
+from holdfast.api.pooled import settings_of_pool
 from holdfast.cli.app import run as command_line
 from holdfast.cli.report import verify as verify_command
-from holdfast.config.pooled import settings_of_pool
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
-from holdfast.store import journal
-from holdfast.store.encryption import KEY_VARIABLE
-from holdfast.store.folder import open_run_folder
-from holdfast.store.forms import Count, Real, refuse_form
-from holdfast.store.leases import Leases, spent_in
-from holdfast.store.pool import Pool
-from holdfast.store.records import line_of
-from holdfast.store.verify import verify
-from holdfast.verbs.stored_runs import open_run, runs_in
+from holdfast.rotation.pool.pool import Pool
+from holdfast.runs.store import journal
+from holdfast.runs.store.encryption import KEY_VARIABLE
+from holdfast.runs.store.folder import open_run_folder
+from holdfast.runs.store.forms import Count, Real, refuse_form
+from holdfast.runs.store.leases import Leases, spent_in
+from holdfast.runs.store.records import line_of
+from holdfast.runs.store.verify import verify
+from holdfast.runs.stored.stored_runs import open_run, runs_in
+from runs import stored
 from store.test_folder import MANIFEST, SHARDS
-from verbs import stored
 
 
 @pytest.fixture

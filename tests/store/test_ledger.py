@@ -13,11 +13,18 @@ from hypothesis import strategies as st
 
 from holdfast.core.chain import GENESIS, Link, broken_at, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store import Ledger as AnyLedger
-from holdfast.store.authentic import HEAD, Head, LedgerKey, authenticated_line, read_entries, write_head
-from holdfast.store.ledger import utc_now
-from holdfast.store.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
-from holdfast.store.locking import locked
+from holdfast.rotation.pool.authentic import (
+    HEAD,
+    Head,
+    LedgerKey,
+    authenticated_line,
+    read_entries,
+    write_head,
+)
+from holdfast.rotation.pool.ledger import utc_now
+from holdfast.rotation.pool.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
+from holdfast.runs.store import Ledger as AnyLedger
+from holdfast.runs.store.locking import locked
 
 DIGEST = "d" * 64
 KEY = LedgerKey(b"k" * 32)
@@ -601,8 +608,8 @@ WRITER = """
     import sys
     from pathlib import Path
     from holdfast.core.errors import UsageError
-    from holdfast.store.authentic import LedgerKey
-    from holdfast.store.ledger import Ledger
+    from holdfast.rotation.pool.authentic import LedgerKey
+    from holdfast.rotation.pool.ledger import Ledger
     folder, me, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     ledger, swaps = Ledger(folder, LedgerKey(b"k" * 32)), 0
     print("ready", flush=True)

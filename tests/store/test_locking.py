@@ -8,9 +8,9 @@ from contextlib import closing, suppress
 import pytest
 
 from holdfast.core.errors import TargetError
-from holdfast.serving.states.sqlite import SQLiteState
-from holdfast.store.leases import Leases
-from holdfast.store.locking import locked
+from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.runs.store.leases import Leases
+from holdfast.runs.store.locking import locked
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 

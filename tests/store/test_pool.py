@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
-from holdfast.store import Pool
-from holdfast.store.encryption import KEY_VARIABLE, Seal, key_file
-from holdfast.store.manifest import is_complete
-from holdfast.store.verify import verify_pool
+from holdfast.rotation.pool.pool_manifest import is_complete
+from holdfast.runs.store import Pool
+from holdfast.runs.store.encryption import KEY_VARIABLE, Seal, key_file
+from holdfast.runs.store.verify import verify_pool
 from store.lives import begun, weights
 
 HERE = Path(__file__).resolve().parent
@@ -250,7 +250,7 @@ def test_what_else_is_secret_is_kept_sealed(pool):
 
 
 def test_both_are_had_from_the_floor():
-    from holdfast import store
+    from holdfast.runs import store
 
     assert {"Ledger", "Pool"} == set(dir(store)) and store.Pool.__name__ == "Pool"
     with pytest.raises(AttributeError, match="no attribute 'Legder'; it has Ledger, Pool"):
@@ -428,7 +428,7 @@ def test_a_set_whose_writer_was_killed_before_it_had_its_name_is_had_by_those_wh
 ALONE = """
 import sys, time
 from pathlib import Path
-from holdfast.store import Pool
+from holdfast.runs.store import Pool
 
 with Pool.open(Path(sys.argv[1])).alone_at("admit"):
     print("held", flush=True)

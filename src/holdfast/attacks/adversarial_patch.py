@@ -12,15 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import cosine
+from holdfast.attacks.parts.learned import Pasted, draw_minibatch, truncated, unfitted
+from holdfast.attacks.parts.patch_places import expect_patch, pasted
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
+from holdfast.core.gradients import input_gradient
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
-from holdfast.ops.ascent import cosine
-from holdfast.ops.gradients import input_gradient
-from holdfast.ops.learned import Pasted, draw_minibatch, truncated, unfitted
-from holdfast.ops.patches import expect_patch, pasted
 
 
 @dataclass(frozen=True)

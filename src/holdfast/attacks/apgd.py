@@ -10,17 +10,17 @@ first checkpoint counts the first step as a rise only if it raised the loss.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from holdfast.attacks.parts.adaptive_ascent import Climb
+from holdfast.attacks.parts.best import Best
+from holdfast.attacks.parts.losses import Loss, aims, cross_entropy
+from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.starts import surface
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, PerExample, Restarts, Steps
-from holdfast.ops.apgd import Climb
-from holdfast.ops.best import Best
-from holdfast.ops.losses import Loss, aims, cross_entropy
-from holdfast.ops.norms import expect_eps
-from holdfast.ops.starts import surface
 
 # stages before the one at eps: radius in multiples of eps, share of the steps
 _STAGES = ((3.0, 0.3), (2.0, 0.3))

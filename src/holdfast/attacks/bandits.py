@@ -12,6 +12,10 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.best import Best
+from holdfast.attacks.parts.gradient_estimates import gaussian, look
+from holdfast.attacks.parts.norms import expect_eps, expect_norm, length
+from holdfast.attacks.parts.squares import as_image
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, Norm
 from holdfast.core.draws import Draws
@@ -19,10 +23,6 @@ from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
-from holdfast.ops.best import Best
-from holdfast.ops.estimates import gaussian, look
-from holdfast.ops.norms import expect_eps, expect_norm, length
-from holdfast.ops.squares import as_image
 
 _EVALUATE_EVERY = 10  # steps between evaluations of the point itself
 

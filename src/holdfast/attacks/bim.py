@@ -7,14 +7,14 @@ paper: the step size is a fraction of eps instead of one grey level, and the bes
 from dataclasses import dataclass
 from typing import ClassVar
 
+from holdfast.attacks.parts.ascent import ascend
+from holdfast.attacks.parts.losses import Loss, cross_entropy
+from holdfast.attacks.parts.norms import expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
-from holdfast.ops.ascent import ascend
-from holdfast.ops.losses import Loss, cross_entropy
-from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.directions import ray_and_orthogonal
+from holdfast.attacks.parts.label_search import Decisions
+from holdfast.attacks.parts.norms import expect_norm
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
@@ -18,9 +21,6 @@ from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Mask, PerExample, Positive, Steps
-from holdfast.ops.decisions import Decisions
-from holdfast.ops.directions import ray_and_orthogonal
-from holdfast.ops.norms import expect_norm
 
 
 @dataclass(frozen=True)

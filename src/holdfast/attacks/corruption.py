@@ -1,7 +1,7 @@
 """Corruption: one common corruption, such as fog or JPEG compression, independent of the model.
 
 Hendrycks & Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019,
-arXiv:1903.12261. Differs from the published data sets: see `holdfast.ops.corruptions`.
+arXiv:1903.12261. Differs from the published data sets: see `holdfast.corruptions`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from holdfast.core.model import Model
 from holdfast.core.names import CorruptionName
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
-from holdfast.ops.corruptions import corrupted
+from holdfast.corruptions import corrupted
 
 
 @dataclass(frozen=True)

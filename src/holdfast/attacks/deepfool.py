@@ -12,16 +12,16 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.norms import expect_norm, free
+from holdfast.attacks.parts.planes import across, planes, rivals_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
-from holdfast.ops.norms import expect_norm, free
-from holdfast.ops.planes import across, planes, rivals_of
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,11 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.losses import margin_loss
+from holdfast.attacks.parts.norms import expect_norm
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, Norm
 from holdfast.core.draws import Draws
@@ -18,11 +23,6 @@ from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, PerExample, Positive, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
-from holdfast.ops.losses import margin_loss
-from holdfast.ops.norms import expect_norm
 
 _TINIEST = 1e-30  # prevents a division by zero where the gradient is zero
 _GROWTH = 10.0  # growth of the weight while none was large enough

@@ -13,6 +13,12 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.closest import Closest, leeway
+from holdfast.attacks.parts.halfspace import Flat, plane, to_plane
+from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.losses import aims, margin
+from holdfast.attacks.parts.norms import expect_norm, farthest
+from holdfast.attacks.parts.starts import unit_noise
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -32,12 +38,6 @@ from holdfast.core.types import (
     Restarts,
     Steps,
 )
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, leeway
-from holdfast.ops.halfspace import Flat, plane, to_plane
-from holdfast.ops.losses import aims, margin
-from holdfast.ops.norms import expect_norm, farthest
-from holdfast.ops.starts import unit_noise
 
 _NEAR = 1.35  # multiple of eps within which points are refined (docs/decisions/0007)
 _NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # upper limits of eta and beta in these runs

@@ -12,6 +12,9 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.label_search import Decisions
+from holdfast.attacks.parts.normals import normal
+from holdfast.attacks.parts.norms import expect_norm, farthest
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
@@ -19,9 +22,6 @@ from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
-from holdfast.ops.decisions import Decisions
-from holdfast.ops.normals import normal
-from holdfast.ops.norms import expect_norm, farthest
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.label_search import Decisions
+from holdfast.attacks.parts.normals import normal
+from holdfast.attacks.parts.norms import expect_norm
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
@@ -20,9 +23,6 @@ from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, PerExample, Positive, Steps
-from holdfast.ops.decisions import Decisions
-from holdfast.ops.normals import normal
-from holdfast.ops.norms import expect_norm
 
 _JUMPS = 6  # number of step sizes that are tried along one normal, each half the one before
 

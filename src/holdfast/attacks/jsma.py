@@ -14,17 +14,17 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.losses import cross_entropy
+from holdfast.attacks.parts.norms import expect_norm, free
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
-from holdfast.ops.losses import cross_entropy
-from holdfast.ops.norms import expect_norm, free
 
 
 @dataclass(frozen=True)

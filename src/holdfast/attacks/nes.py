@@ -11,13 +11,13 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.gradient_estimates import climb, gaussian
+from holdfast.attacks.parts.norms import expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Rows, Steps
-from holdfast.ops.estimates import climb, gaussian
-from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)

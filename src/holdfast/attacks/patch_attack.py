@@ -13,16 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import cosine, gradient
+from holdfast.attacks.parts.best import Best
+from holdfast.attacks.parts.losses import Loss, margin, margin_loss
+from holdfast.attacks.parts.patch_places import expect_patch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.patches import Corners, Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
-from holdfast.ops.ascent import cosine, gradient
-from holdfast.ops.best import Best
-from holdfast.ops.losses import Loss, margin, margin_loss
-from holdfast.ops.patches import expect_patch
 
 
 @dataclass(frozen=True)

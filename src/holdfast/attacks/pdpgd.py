@@ -21,6 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.attacks.parts.adam import Adam
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.losses import margin, margin_loss
+from holdfast.attacks.parts.norms import expect_norm, farthest, gap
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, Norm
 from holdfast.core.draws import Draws
@@ -28,12 +34,6 @@ from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Logits, PerExample, Positive, Steps
-from holdfast.ops.adam import Adam
-from holdfast.ops.ascent import gradient
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
-from holdfast.ops.losses import margin, margin_loss
-from holdfast.ops.norms import expect_norm, farthest, gap
 
 _TINY = 1e-30  # prevents divisions by zero
 _LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of the penalty

@@ -9,15 +9,15 @@ the best iterate of each example is returned instead of the last. The paper's ow
 from dataclasses import dataclass
 from typing import ClassVar
 
+from holdfast.attacks.parts.ascent import Schedule, ascend, cosine
+from holdfast.attacks.parts.best import Best
+from holdfast.attacks.parts.losses import Loss, margin_loss, scaled_cross_entropy
+from holdfast.attacks.parts.norms import expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Restarts, Steps
-from holdfast.ops.ascent import Schedule, ascend, cosine
-from holdfast.ops.best import Best
-from holdfast.ops.losses import Loss, margin_loss, scaled_cross_entropy
-from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)

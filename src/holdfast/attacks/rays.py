@@ -14,6 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.directions import waves
+from holdfast.attacks.parts.norms import expect_norm
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -21,9 +24,6 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, Positive, Rows, Steps
-from holdfast.ops.closest import Closest, firmly_broken
-from holdfast.ops.directions import waves
-from holdfast.ops.norms import expect_norm
 
 _COARSE = 16  # most blocks of flips while nothing is broken; finer ones give similar corners
 _SLOW = 0.15  # share of an image's lowest frequencies that new random signs are made of

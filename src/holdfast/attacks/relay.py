@@ -14,18 +14,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import descend
+from holdfast.attacks.parts.best import Best
+from holdfast.attacks.parts.losses import likeliest
+from holdfast.attacks.parts.norms import expect_eps, expect_norm
+from holdfast.attacks.parts.squares import proposals_for, search, window_share
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
+from holdfast.core.gradients import input_gradient
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, Positive, Steps
-from holdfast.ops.ascent import descend
-from holdfast.ops.best import Best
-from holdfast.ops.gradients import input_gradient
-from holdfast.ops.losses import likeliest
-from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.squares import proposals_for, search, window_share
 
 _FROM_BEST = 0.6  # factor of the path length of a run that starts from the result of a search
 

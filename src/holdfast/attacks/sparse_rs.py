@@ -13,16 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.best import Best
+from holdfast.attacks.parts.losses import margin
+from holdfast.attacks.parts.norms import expect_eps, expect_norm
+from holdfast.attacks.parts.sampling import distinct_positions
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Mask, Steps
-from holdfast.ops.best import Best
-from holdfast.ops.losses import margin
-from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.sampling import distinct_positions
 
 _BLOCK = 64  # steps whose random numbers are drawn at once, which is faster for small batches
 _FALLS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 steps: after each the share falls to the

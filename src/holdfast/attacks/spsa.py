@@ -12,14 +12,14 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.adam import Adam
+from holdfast.attacks.parts.gradient_estimates import climb, rademacher
+from holdfast.attacks.parts.norms import expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
-from holdfast.ops.adam import Adam
-from holdfast.ops.estimates import climb, rademacher
-from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.attacks.parts.best import Best
+from holdfast.attacks.parts.norms import expect_eps, expect_norm
+from holdfast.attacks.parts.squares import proposals_for, search, window_share
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Steps
-from holdfast.ops.best import Best
-from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.squares import proposals_for, search, window_share
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.losses import margin_loss
+from holdfast.attacks.parts.norms import expect_norm, free
+from holdfast.attacks.parts.planes import across, planes, rivals_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Norm
 from holdfast.core.draws import Draws
@@ -22,12 +28,6 @@ from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
-from holdfast.ops.losses import margin_loss
-from holdfast.ops.norms import expect_norm, free
-from holdfast.ops.planes import across, planes, rivals_of
 
 _HALF = 0.5  # share of the way of a projection; the whole way oscillates (see the docstring)
 _MAX_FAILURES = 3  # consecutive broken points that come no closer, after which an example is dropped

@@ -16,18 +16,18 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.averaged_models import Ensemble
+from holdfast.attacks.parts.losses import Loss, cross_entropy
+from holdfast.attacks.parts.norms import expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.gradients import levelled
 from holdfast.core.model import Bounds, Model
 from holdfast.core.remedies import SURROGATE
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Ids, Inputs, Logits, NonNegative, Positive, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.ensemble import Ensemble
-from holdfast.ops.gradients import levelled
-from holdfast.ops.losses import Loss, cross_entropy
-from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import cosine, gradient
+from holdfast.attacks.parts.learned import Added, draw_minibatch, truncated, unfitted
+from holdfast.attacks.parts.norms import expect_norm
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
-from holdfast.ops.ascent import cosine, gradient
-from holdfast.ops.learned import Added, draw_minibatch, truncated, unfitted
-from holdfast.ops.norms import expect_norm
 
 _TINY = 1e-30  # prevents a division by zero where the gradient is zero
 _BEGIN = 1 / 3  # share of the steps that are targeted

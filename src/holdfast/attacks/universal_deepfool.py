@@ -12,16 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.closest import firmly_broken
+from holdfast.attacks.parts.learned import Added, draw_minibatch, unfitted
+from holdfast.attacks.parts.norms import expect_norm
+from holdfast.attacks.parts.planes import across, planes, rivals_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
-from holdfast.ops.closest import firmly_broken
-from holdfast.ops.learned import Added, draw_minibatch, unfitted
-from holdfast.ops.norms import expect_norm
-from holdfast.ops.planes import across, planes, rivals_of
 
 _PLAIN = L2(1.0)  # steps are Euclidean under any norm, as in the paper; only their sum is projected
 _EVERYWHERE = Bounds(-torch.inf, torch.inf)

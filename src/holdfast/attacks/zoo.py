@@ -14,17 +14,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.closest import Closest, firmly_broken
+from holdfast.attacks.parts.gradient_estimates import coordinate_slopes
+from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.norms import expect_norm
+from holdfast.attacks.parts.sampling import distinct_positions
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, PerExample, Positive, Rows, Steps
-from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
-from holdfast.ops.estimates import coordinate_slopes
-from holdfast.ops.norms import expect_norm
-from holdfast.ops.sampling import distinct_positions
 
 _H = 1e-4  # the paper's step to either side, in widths of the box
 _PRICE, _GROWTH = 10.0, 10.0  # first weight of the margin, and its factor while no search broke the example

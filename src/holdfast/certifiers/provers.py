@@ -10,19 +10,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.crown import finite, relaxed, substitute
-from holdfast.certifiers.graph import Graph
-from holdfast.certifiers.linear import Dense
+from holdfast.certifiers.bounds.crown import finite, relaxed, substitute
+from holdfast.certifiers.bounds.graph import Graph
+from holdfast.certifiers.bounds.linear import Dense
+from holdfast.certifiers.bounds.region import Region, region_of
+from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.protocol import Proofs, ReadyProver
-from holdfast.certifiers.region import Region, region_of
-from holdfast.certifiers.tracing import traced
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.number_format import exactly
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Labels
-from holdfast.ops.number_format import exactly
 
 _INTERVALS_AT_ONCE, _BOUNDS_AT_ONCE = 256, 8
 """numbers of examples whose bounds are computed together, so that the values fit into the caches"""

@@ -17,7 +17,7 @@ from holdfast import __version__
 from holdfast.cli.options import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
 from holdfast.core.names import line
-from holdfast.engine.signals import Stopped, Stopper
+from holdfast.runs.engine.signals import Stopped, Stopper
 
 _COMMANDS = {
     "demo": ("first", "assess a bundled model on bundled images, offline, in about a minute"),
@@ -72,7 +72,7 @@ class _Verbs(Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            from holdfast.config.grammar import did_you_mean
+            from holdfast.settings.grammar import did_you_mean
 
             raise UsageError(f"there is no command {cmd_name!r}{did_you_mean(cmd_name, _COMMANDS)}")
         module = importlib.import_module(f"holdfast.cli.{_COMMANDS[cmd_name][0]}")
@@ -197,8 +197,8 @@ def _verbs_with(error: click.ClickException) -> str:
     """Return the message about an option that only other verbs have, with their names; else an empty string."""
     if not isinstance(error, click.NoSuchOption):
         return ""
+    from holdfast.api.verb_settings import VERBS
     from holdfast.cli.setting_options import flag_names
-    from holdfast.config.verb_settings import VERBS
 
     name = error.option_name
     names = {name, f"--{name.removeprefix('--no-')}"}

@@ -6,6 +6,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from holdfast.api.reading_settings import S, read_settings
+from holdfast.api.verb_settings import Assess, Certify, Harden, Opening, ServeSettings, part
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -26,14 +28,12 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.config.groups import InferenceSource
-from holdfast.config.settings import S, read_settings
-from holdfast.config.values import SurrogateSettings
-from holdfast.config.verb_settings import Assess, Certify, Harden, Opening, ServeSettings, part
 from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
-from holdfast.store.files import refuse_no_run
+from holdfast.runs.store.files import refuse_no_run
+from holdfast.settings.groups import InferenceSource
+from holdfast.settings.values import SurrogateSettings
 
 _CONFIG = "holdfast.yaml"
 """Default name of the file that `holdfast init` writes."""
@@ -47,7 +47,7 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
 
     A file that does not exist is reported before an argument that is missing.
     """
-    from holdfast.config.grammar import parse_surrogate
+    from holdfast.settings.grammar import parse_surrogate
 
     addresses: list[str | None] = [flags.get(key) for key in ("model", "data", "config", "baseline")]
     addresses += [str(parse_surrogate(surrogate)["model"]) for surrogate in flags.get("surrogates", ())]
@@ -71,7 +71,7 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
 
 def settings_of_flags(flags: dict[str, Any], kind: type[S]) -> S:
     """Return the validated settings of any command from its flags, `--set` and the configuration file."""
-    from holdfast.config.grammar import parse_pairs
+    from holdfast.settings.grammar import parse_pairs
 
     names = flag_names(kind)
     content: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def settings_of_flags(flags: dict[str, Any], kind: type[S]) -> S:
 
 def _report_files(outputs: Iterable[str]) -> list[str]:
     """Return those `outputs` of `harden` that are report files, without the folders for the new model."""
-    from holdfast.config.grammar import is_folder
+    from holdfast.settings.grammar import is_folder
 
     files = [output for output in outputs if not is_folder(output)]
     for output in files:
@@ -133,8 +133,8 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
 
 def _refuse_bare_resume(run: Path) -> None:
     """Raise `UsageError` with the command of a run, because `--resume` was given without MODEL."""
-    from holdfast.engine.resuming import way_out
-    from holdfast.verbs.stored_runs import command_to_resume
+    from holdfast.runs.engine.resuming import way_out
+    from holdfast.runs.stored.stored_runs import command_to_resume
 
     command = command_to_resume(run)
     if command:

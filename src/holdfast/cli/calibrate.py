@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
+from holdfast.api.verb_settings import CalibrateSettings
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
-from holdfast.config.verb_settings import CalibrateSettings
 
 
 @click.command(short_help="set the thresholds of a guard from benign inputs")
@@ -20,8 +20,8 @@ def calibrate(voice: Voice, **flags: Any) -> None:
     the guard, with the digests of both; the guard refuses them for other settings or another model.
     """
     settings = settings_from(flags, CalibrateSettings)
-    from holdfast.config.guard_notes import rate_text
-    from holdfast.guarding import carry_out_calibration
+    from holdfast.api.guard_notes import rate_text
+    from holdfast.api.guards import carry_out_calibration
 
     calibration, path, covered = carry_out_calibration(settings)
     for name, threshold in calibration.thresholds.items():

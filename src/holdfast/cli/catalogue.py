@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdfast.attacks.suites import SUITES, VARIANTS, SuiteName
 from holdfast.cli import completing
 from holdfast.cli.options import Voice, with_voice
-from holdfast.suites import SUITES, VARIANTS, SuiteName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,8 +20,8 @@ def models(voice: Voice) -> None:
     """List the bundled models, and the architectures for files that contain only parameters (--arch)."""
     from rich.table import Table
 
-    from holdfast.sources.architectures import ARCHITECTURES
-    from holdfast.sources.models import bundled_models
+    from holdfast.io.models.architectures import ARCHITECTURES
+    from holdfast.io.models.models import bundled_models
 
     table = Table("name", "description", box=None, pad_edge=False, header_style="bold")
     for name in sorted(bundled_models()):
@@ -36,7 +36,7 @@ def models(voice: Voice) -> None:
 @with_voice
 def attacks(voice: Voice, name: str | None) -> None:
     """List the attacks with all their names, or show the settings and defaults of the attack NAME."""
-    from holdfast.config.spellings import attack_called, is_suite_only, suite_called
+    from holdfast.settings.spellings import attack_called, is_suite_only, suite_called
 
     if name is not None and is_suite_only(name) and (suite := suite_called(name)) is not None:
         _show_suite(voice, suite)
@@ -50,9 +50,9 @@ def attacks(voice: Voice, name: str | None) -> None:
 
 def _list_attacks(voice: Voice) -> None:
     """Print tables of the attacks, of their variants in suites, and of the suites, each with its other names."""
-    from holdfast.config.attacks import attack_names
-    from holdfast.config.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, suites_of
     from holdfast.metrics.names import CORRUPTIONS
+    from holdfast.settings.attack_building import attack_names
+    from holdfast.settings.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, suites_of
 
     console = voice.console()
     table = _table("name", "other names", "access", "description")
@@ -86,8 +86,8 @@ def _show_suite(voice: Voice, chosen: SuiteName) -> None:
 
 def _show_attack(voice: Voice, chosen: str) -> None:
     """Print one attack with its paper, its other names and its settings."""
-    from holdfast.config.attacks import attack_class
-    from holdfast.config.spellings import SPELLINGS, suites_of
+    from holdfast.settings.attack_building import attack_class
+    from holdfast.settings.spellings import SPELLINGS, suites_of
 
     of = VARIANTS.get(chosen, chosen)
     cls = attack_class(of)

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from holdfast.api.verb_settings import Certify
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import (
@@ -13,7 +14,6 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.config.verb_settings import Certify
 
 _HELP = """\
 Prove for each example of DATA that no input of the threat model changes the prediction of MODEL, or find one that does.

@@ -6,12 +6,12 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from holdfast.attacks.suites import VARIANTS
 from holdfast.cli.early import bundled
-from holdfast.config.grammar import FORMS
-from holdfast.config.naming import AUTO, CARD, SOURCES
-from holdfast.config.spellings import every_name
 from holdfast.core.catalogue import names
-from holdfast.suites import VARIANTS
+from holdfast.settings.grammar import FORMS
+from holdfast.settings.naming import AUTO, CARD, SOURCES
+from holdfast.settings.spellings import every_name
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
@@ -46,7 +46,7 @@ class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new ve
 
 
 def _data() -> list[str]:
-    from holdfast.sources.catalogue import CATALOGUE
+    from holdfast.io.data_catalogue import CATALOGUE
 
     return [*bundled("*.npz"), *CATALOGUE]
 

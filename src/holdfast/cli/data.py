@@ -28,8 +28,8 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     """List the data sets of the catalogue, and whether each is on this machine."""
     from rich.table import Table
 
-    from holdfast.sources.catalogue import data_folder, listed_data_sets
-    from holdfast.sources.data import bundled_data
+    from holdfast.io.data.data import bundled_data
+    from holdfast.io.data_catalogue import data_folder, listed_data_sets
 
     table = Table("name", "description", "available", box=None, pad_edge=False, header_style="bold")
     for name in bundled_data():
@@ -53,10 +53,10 @@ def show(voice: Voice, *, address: str, **options: Any) -> None:
     from rich.table import Table
 
     from holdfast.core.model import Bounds
+    from holdfast.io.data.data import open_data
+    from holdfast.io.data.expected import Expected
+    from holdfast.io.data_catalogue import CATALOGUE
     from holdfast.reports.terminal import cell
-    from holdfast.sources.catalogue import CATALOGUE
-    from holdfast.sources.data import open_data
-    from holdfast.sources.expected import Expected
 
     table = Table(box=None, pad_edge=False, show_header=False)
     entry = CATALOGUE.get(address)
@@ -84,7 +84,7 @@ def show(voice: Voice, *, address: str, **options: Any) -> None:
 @with_voice
 def fetch(voice: Voice, name: str) -> None:
     """Download a data set from its official mirror. Every file must match its published checksum."""
-    from holdfast.sources.fetching import fetch as bring
+    from holdfast.io.remote.fetching import fetch as bring
 
     voice.say(f"fetching {name}")
     click.echo(bring(name))
@@ -102,7 +102,7 @@ def import_(voice: Voice, folder: Path) -> None:
     Of mnist, fashion-mnist and cifar10 the files of the official mirrors are imported as well. Files under other names
     need no import: give their path as DATA.
     """
-    from holdfast.sources.fetching import import_folder
+    from holdfast.io.remote.fetching import import_folder
 
     for imported in import_folder(folder):
         click.echo(line(f"{imported.name}: {imported.path} (from {', '.join(imported.files)})"))

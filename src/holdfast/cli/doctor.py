@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
+from holdfast.api.verb_settings import Doctor
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
-from holdfast.config.verb_settings import Doctor
 from holdfast.core.names import line
 
 _COLOURS = {"problem": "red", "warning": "yellow", "good": "green"}

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import holdfast
-from holdfast.config.grammar import did_you_mean
 from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.sources.files import existing
+from holdfast.io.files import existing
+from holdfast.settings.grammar import did_you_mean
 
 _MODELS = (
     ".pt", ".pth", ".th", ".ts", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj", ".txt", ".py",
@@ -21,7 +21,7 @@ _DATA = (".npz", ".csv", ".gz", ".parquet")
 
 def refuse_swapped(model: str | None, data: str | None) -> None:
     """Raise `UsageError` if MODEL is data, and DATA is a model: each a name or a file of the other kind."""
-    from holdfast.sources.catalogue import CATALOGUE
+    from holdfast.io.data_catalogue import CATALOGUE
 
     if model is None or data is None:
         return
@@ -66,7 +66,7 @@ def refuse_unknown_model(address: str) -> None:
 
 def refuse_unknown_data(address: str) -> None:
     """Raise `UsageError` if the address of a data set is a plain word that is neither a known data set nor a file."""
-    from holdfast.sources.catalogue import CATALOGUE
+    from holdfast.io.data_catalogue import CATALOGUE
 
     names = [*bundled("*.npz"), *CATALOGUE]
     if _is_word(address) and address not in names:
@@ -80,7 +80,7 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
     """Raise `UsageError` if the address of a model is the URL of a server to which the user has not permitted requests
     (`hosts`).
     """
-    from holdfast.sources.remote import SCHEMES, allowed_address
+    from holdfast.io.remote.remote import SCHEMES, allowed_address
 
     if address.partition(":")[0] in SCHEMES:
         allowed_address(address, hosts)
@@ -88,7 +88,7 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
 
 def refuse_server_to_certify(address: str, threat: str) -> None:
     """Raise `UsageError` if the model to certify is given as the URL of a server, whose operations are not known."""
-    from holdfast.sources.remote import SCHEMES
+    from holdfast.io.remote.remote import SCHEMES
 
     if address.partition(":")[0] in SCHEMES:
         raise UsageError(
@@ -110,7 +110,7 @@ def refuse_server_to_train(address: str) -> None:
     """Raise `UsageError` if the model to train is given as the URL of a server, because its weights are
     not accessible.
     """
-    from holdfast.sources.remote import SCHEMES
+    from holdfast.io.remote.remote import SCHEMES
 
     if address.partition(":")[0] in SCHEMES:
         raise UsageError(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from holdfast.api.starting import GUARD
+from holdfast.api.starting import init as write_starting_file
+from holdfast.api.starting import validate as check_file
 from holdfast.cli import completing
 from holdfast.cli.options import Voice, with_voice
-from holdfast.config.starting import GUARD
-from holdfast.config.starting import init as write_starting_file
-from holdfast.config.starting import validate as check_file
 
 
 @click.command(short_help="write a commented holdfast.yaml")
@@ -46,7 +46,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     The file may also contain the settings of a guard, with which its calibration is compared. No model is opened.
     """
     if print_schema:
-        from holdfast.config.schema import settings_schema
+        from holdfast.api.schema import settings_schema
 
         click.echo(json.dumps(settings_schema(), indent=2))
         return
@@ -54,7 +54,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     kinds = check_file(path)
     voice.say(f"{path} is valid for {', '.join(kinds)}")
     if kinds == (GUARD,):
-        from holdfast.config.guard_notes import notes_of_file, unchecked_of_file
+        from holdfast.api.guard_notes import notes_of_file, unchecked_of_file
 
         for note in (*notes_of_file(path), unchecked_of_file(path)):
             voice.say(f"note: {note}")

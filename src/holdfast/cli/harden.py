@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from holdfast.api.verb_settings import Harden
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import (
@@ -14,7 +15,6 @@ from holdfast.cli.setting_options import (
     run_options,
     with_named_parts,
 )
-from holdfast.config.verb_settings import Harden
 
 _HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
@@ -36,10 +36,10 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     settings = settings_from(with_named_parts(flags), Harden)
     refuse_resume_without_run(resume=resume, run=run)
     from holdfast.cli.running import command_line, finished_run, folder_of_run, tell
-    from holdfast.config.grammar import is_folder
     from holdfast.core.names import line
-    from holdfast.ops import distributed
+    from holdfast.recipes.training import distributed
     from holdfast.reports.card import generalisation_note
+    from holdfast.settings.grammar import is_folder
 
     if not distributed.first():  # other processes train too, and only the first reports
         settings.run(folder_of_run(settings, run), resume=resume, command=command_line())

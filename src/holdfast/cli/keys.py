@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 
 from holdfast.cli.options import Group, Voice, with_voice
-from holdfast.config.grammar import per_second, seconds
 from holdfast.core.errors import UsageError
+from holdfast.settings.grammar import per_second, seconds
 
 _FILE = click.option(
     "--file",
@@ -70,7 +70,7 @@ def add(
         raise UsageError(f"--budget is {budget}; a number of inputs from 1 on was expected")
     moment = None if expires is None else _moment(expires)
     number = None if rate is None else per_second(rate, "--rate")
-    from holdfast.serving.keys import add_key, burst_of
+    from holdfast.server.keys import add_key, burst_of
 
     key = add_key(file, name, scopes or ("infer",), expires=moment, rate=number, budget=budget)
     voice.say(f"{file} contains the hash of this key; store the key itself in a safe place:")
@@ -89,7 +89,7 @@ def list_keys(voice: Voice, file: Path) -> None:
     from rich.table import Table
 
     from holdfast.reports.terminal import cell
-    from holdfast.serving.keys import read_keys
+    from holdfast.server.keys import read_keys
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("name", "scopes", "state", "expires", "rate", "budget", "created"):
@@ -108,7 +108,7 @@ def list_keys(voice: Voice, file: Path) -> None:
 @with_voice
 def revoke(voice: Voice, name: str, file: Path) -> None:
     """Revoke the key of the client NAME. A running server refuses it within two seconds."""
-    from holdfast.serving.keys import revoke_key
+    from holdfast.server.keys import revoke_key
 
     revoke_key(file, name)
     voice.say(f"the key {name} is revoked")

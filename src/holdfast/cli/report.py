@@ -11,7 +11,7 @@ from holdfast.cli.options import Voice, expecting_head, with_voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.core.remedies import Remedy
-from holdfast.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
+from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
 
 
 @click.command(short_help="write the reports of a finished run again")
@@ -28,9 +28,9 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run."""
     refuse_no_run(run)
     refuse_reports(output)
+    from holdfast.api.stored import report as opened
     from holdfast.cli.running import tell
-    from holdfast.stored import report as opened
-    from holdfast.verbs.forms import consistent
+    from holdfast.runs.stored.run_forms import consistent
 
     result = opened(run)
     with consistent(run):
@@ -65,7 +65,7 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
             Remedy("expect_head"),
         )
     refuse_no_run(run)
-    from holdfast.stored import verify as checked
+    from holdfast.api.stored import verify as checked
 
     verified = checked(run)
     state = "complete" if verified.complete else "not finished yet"
@@ -78,7 +78,7 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
 
 
 def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
-    from holdfast.store.verify import verify_pool
+    from holdfast.runs.store.verify import verify_pool
 
     verified = verify_pool(pool, expect_head=expect_head)
     if verified.authenticated:
@@ -97,7 +97,7 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
 
 
 def _verify_audit(voice: Voice, folder: Path, expect_head: str) -> None:
-    from holdfast.serving.audit_folder import verify_audit
+    from holdfast.server.audit_folder import verify_audit
 
     verified = verify_audit(folder, expect_head=expect_head)
     lost = f", {verified.lost} lost while the disk was full" if verified.lost else ""
@@ -123,7 +123,7 @@ def runs(voice: Voice, folder: Path) -> None:
 
     from holdfast.reports.numbers import percent
     from holdfast.reports.terminal import cell
-    from holdfast.verbs.stored_runs import runs_in
+    from holdfast.runs.stored.stored_runs import runs_in
 
     entries = runs_in(folder)
     if not entries:
@@ -162,9 +162,9 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
 
     refuse_no_run(first, second)
     refuse_reports(output, COMPARISON_SUFFIXES)
-    from holdfast.stored import compare as compared
-    from holdfast.stored import report as opened
-    from holdfast.verbs.forms import consistent
+    from holdfast.api.stored import compare as compared
+    from holdfast.api.stored import report as opened
+    from holdfast.runs.stored.run_forms import consistent
 
     results = []
     for run in (first, second):

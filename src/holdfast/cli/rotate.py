@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
+from holdfast.api.verb_settings import RotateSettings
 from holdfast.cli.assess import settings_from, settings_of_flags
 from holdfast.cli.options import Group, Voice, expecting_head, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
-from holdfast.config.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 
@@ -82,7 +82,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
     settings = settings_from(with_named_parts(flags), RotateSettings)
     if resume and run is None:
         raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
-    from holdfast.cli.rotating import collect as step
+    from holdfast.cli.rotate_steps import collect as step
 
     return step(settings, voice, run=run, resume=resume, expect_head=expect_head)
 
@@ -99,7 +99,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     encoding and decoding costs more than 0.3 points of accuracy, no generator is trained (exit code 4).
     """
     _refuse_unused("train", flags)
-    from holdfast.cli.rotating import train as step
+    from holdfast.cli.rotate_steps import train as step
 
     return step(pool, settings_of_flags(flags, RotateSettings), voice, expect_head=expect_head)
 
@@ -138,7 +138,7 @@ def draw(
 ) -> int:
     """Add new candidates to POOL. A candidate must be admitted before it may serve."""
     _refuse_unused("draw", flags)
-    from holdfast.cli.rotating import draw as step
+    from holdfast.cli.rotate_steps import draw as step
 
     return step(
         pool,
@@ -169,7 +169,7 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     0 if a candidate was admitted, 4 if none.
     """
     _refuse_unused("admit", flags)
-    from holdfast.cli.rotating import admit as step
+    from holdfast.cli.rotate_steps import admit as step
 
     return step(pool, settings_of_flags(flags, RotateSettings), voice, expect_head=expect_head)
 
@@ -189,7 +189,7 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
 
     Exit code 4 if no admitted set waits that was judged against every stolen set.
     """
-    from holdfast.cli.rotating import swap as step
+    from holdfast.cli.rotate_steps import swap as step
 
     return step(pool, voice, why=why, unjudged=unjudged, expect_head=expect_head)
 
@@ -203,7 +203,7 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
 @with_voice
 def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str) -> int:
     """Show the sets of POOL and their states, after every entry of its ledger was verified."""
-    from holdfast.cli.rotating import status as step
+    from holdfast.cli.rotate_steps import status as step
 
     return step(pool, voice, outputs=output, expect_head=expect_head)
 
@@ -218,7 +218,7 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     A later command with --expect-head DIGEST refuses the pool if its ledger does not contain that entry. Then the
     folder was replaced by an older copy, which nothing inside the folder can detect.
     """
-    from holdfast.cli.rotating import head as step
+    from holdfast.cli.rotate_steps import head as step
 
     return step(pool, voice, expect_head=expect_head)
 
@@ -231,7 +231,7 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
 @with_voice
 def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) -> int:
     """Record in the ledger of POOL that an attacker may have SET. After the next swap it never serves again."""
-    from holdfast.cli.rotating import expose as step
+    from holdfast.cli.rotate_steps import expose as step
 
     return step(pool, name, voice, why=why, expect_head=expect_head)
 
@@ -288,7 +288,7 @@ def run_(
     settings = settings_from(with_named_parts(flags), RotateSettings)
     if resume and run is None:
         raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
-    from holdfast.cli.rotating import turn
+    from holdfast.cli.rotate_steps import turn
 
     return turn(
         settings,

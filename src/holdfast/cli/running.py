@@ -11,26 +11,26 @@ from typing import Any
 
 import click
 
-from holdfast.api import demo, exhibition
+from holdfast.api.reading_settings import canonical_settings
+from holdfast.api.starting import DEMO
+from holdfast.api.verb_settings import Assess, Certify, Harden, VerbSettings
+from holdfast.api.verbs import demo, exhibition
 from holdfast.cli.options import Voice
-from holdfast.config.settings import canonical_settings
-from holdfast.config.starting import DEMO
-from holdfast.config.verb_settings import Assess, Certify, Harden, VerbSettings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.engine.progress import Progress, Step, ignore, silent
-from holdfast.engine.resuming import way_out
-from holdfast.engine.signals import stoppable
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import markdown_document
 from holdfast.reports.notes import shown_notes
 from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check_destination, write_exhibits
-from holdfast.verbs.exhibition import Exhibit
-from holdfast.verbs.result import Result
-from holdfast.verbs.stored_runs import new_folder
+from holdfast.runs.assess.exhibition import Exhibit
+from holdfast.runs.assess.result import Result
+from holdfast.runs.engine.progress import Progress, Step, ignore, silent
+from holdfast.runs.engine.resuming import way_out
+from holdfast.runs.engine.signals import stoppable
+from holdfast.runs.stored.stored_runs import new_folder
 
 _STDOUT = "-"
 

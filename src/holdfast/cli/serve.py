@@ -4,12 +4,12 @@ from typing import Any
 
 import click
 
+from holdfast.api.verb_settings import ServeSettings
 from holdfast.cli import completing
 from holdfast.cli.assess import refuse_code_of_config, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_unknown_model
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import SETTING, options_of
-from holdfast.config.verb_settings import ServeSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 
@@ -46,7 +46,7 @@ def serve(voice: Voice, **flags: Any) -> int:
     refuse_code_of_config(settings, flags)
     if address is not None:
         refuse_unknown_model(address)
-    from holdfast.deploying import carry_out_serving
+    from holdfast.api.serve import carry_out_serving
 
     carry_out_serving(settings, voice.say)
     return 0

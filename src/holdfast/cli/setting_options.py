@@ -6,12 +6,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from holdfast.api.reading_settings import flag_of
+from holdfast.api.verb_settings import VerbSettings
 from holdfast.cli import completing
-from holdfast.config.groups import Flag
-from holdfast.config.settings import flag_of
-from holdfast.config.verb_settings import VerbSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
+from holdfast.settings.groups import Flag
 
 Option = Callable[[Any], Any]
 

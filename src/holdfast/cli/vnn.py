@@ -20,9 +20,9 @@ from holdfast.core.spelling import suggestion
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from holdfast.proving.subject import Witness
-    from holdfast.sources.onnx.networks import OnnxNetwork
-    from holdfast.sources.vnnlib.query import Query, Variable
+    from holdfast.certifiers.vnnlib.query import Query, Variable
+    from holdfast.certifiers.vnnlib.subject import Witness
+    from holdfast.io.onnx.networks import OnnxNetwork
 
 _NAME = "holdfast-vnn"
 _STARTED = 0.35
@@ -48,13 +48,13 @@ def _capabilities() -> dict[str, Callable[[], tuple[str, ...]]]:
 
 
 def _element_types() -> tuple[str, ...]:
-    from holdfast.proving.deciding import ELEMENT_TYPES
+    from holdfast.certifiers.vnnlib.deciding import ELEMENT_TYPES
 
     return tuple(ELEMENT_TYPES)
 
 
 def _operators() -> tuple[str, ...]:
-    from holdfast.sources.onnx.converting import OPERATORS
+    from holdfast.io.onnx.converting import OPERATORS
 
     return tuple(sorted(OPERATORS))
 
@@ -208,13 +208,13 @@ def _answer(
     path: Path, files: dict[str, Path], deadline: float, folder: Path | None
 ) -> tuple[str, dict[Path, bytes]]:
     """The text of the verdict, and the content of the files of an assignment that is not printed."""
-    from holdfast.sources.vnnlib.reading import read_query
+    from holdfast.certifiers.vnnlib.reading import read_query
 
     query = read_query(path)
     names = _needed(query, files)
 
-    from holdfast.proving.deciding import decide
-    from holdfast.sources.onnx.networks import open_network
+    from holdfast.certifiers.vnnlib.deciding import decide
+    from holdfast.io.onnx.networks import open_network
 
     networks = {name: open_network(files[given]) for name, given in names.items()}
     verdict = decide(query, networks, deadline=deadline)

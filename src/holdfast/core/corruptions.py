@@ -14,7 +14,7 @@ class Corruptions(Whole):
     """Constraint of one common corruption of an image, such as fog, at a severity from 1 to 5. The severity is `eps`.
 
     There is no ball: any image inside the box is allowed, since only corruptions run under this constraint and every
-    other attack raises `UsageError`. The corruptions are in `holdfast.ops.corruptions`.
+    other attack raises `UsageError`. The corruptions are in `holdfast.corruptions`.
     """
 
     name: ClassVar[str] = "corruptions"

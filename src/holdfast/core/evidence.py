@@ -204,7 +204,7 @@ class Evidence:
 
     `columns` are the table of the examples, `tables` are all others, and the other fields are the header. A
     measurement of something else, such as a certificate, an episode or a generated sample, is a further table, which
-    the kind of its stage adds (see `holdfast.harness.stage.StageKind`).
+    the kind of its stage adds (see `holdfast.runs.harness.stage.StageKind`).
 
     Columns of an assessment: `id`, `y`, `digest` (n, 32) and the clean `prediction`, `margin`, `confidence`, `entropy`,
     `probability_margin`, `correct`. The worst case over all attacks and passes: `success`; `broken_by` (index into

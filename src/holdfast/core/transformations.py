@@ -56,7 +56,7 @@ class Spatial(Whole):
 
     @property
     def axes(self) -> Mapping[str, float]:
-        """Largest amount of each transformation in both directions, by the names that `holdfast.ops.transformations`
+        """Largest amount of each transformation in both directions, by the names that `holdfast.attacks.parts.image_transforms`
         uses, such as `shift_x`.
         """
         along = {"shift": ("shift_x", "shift_y")}

@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 
 from holdfast.attacks import ALMA, APGD, FAB, SparseRS, Square
+from holdfast.attacks.parts.losses import dlr, margin_loss
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, Constraint, Linf
 from holdfast.core.evidence import Columns, Doubt
 from holdfast.doubts.probing import doubt_test
 from holdfast.doubts.zero_gradient import ZERO_GRADIENTS
-from holdfast.ops.losses import dlr, margin_loss
 
 DRAWS = 20
 """number of forward passes over which EOT (expectation over transformation) averages a gradient"""

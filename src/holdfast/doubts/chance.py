@@ -7,7 +7,7 @@ import torch
 
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.protocol import Case, DoubtTest, percent, share
-from holdfast.ops.statistics import against_majority
+from holdfast.statistics.intervals import against_majority
 
 
 def conclude(case: Case) -> Doubt:

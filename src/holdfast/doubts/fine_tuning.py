@@ -1,7 +1,7 @@
 """The doubt `fine-tuning` is raised if the parameter sets of a model with [rotation](rotation.md) were never trained
 against attacks, and the same time of adversarial training leaves less to an attacker than rotation does.
 
-It is measured by `verbs/rotate/alternatives.py`.
+It is measured by `rotation/steps/alternatives.py`.
 """
 
 from holdfast.doubts.protocol import DoubtTest

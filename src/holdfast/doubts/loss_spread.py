@@ -6,6 +6,7 @@ that any of the losses breaks counts as broken.
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.losses import cross_entropy, likeliest, probability_margin
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
@@ -16,8 +17,7 @@ from holdfast.core.types import Logits, PerExample
 from holdfast.doubts.protocol import Case, DoubtTest, Probe, share
 from holdfast.doubts.short_attacks import CROSS_ENTROPY, MARGIN, STEPS, short_pgd, short_pgd_on
 from holdfast.doubts.thresholds import P_BY_RIVAL
-from holdfast.ops.losses import cross_entropy, likeliest, probability_margin
-from holdfast.ops.statistics import mcnemar
+from holdfast.statistics.intervals import mcnemar
 
 LOSS_SPREAD = 0.15
 """difference between the success rates of the best loss and the worst untargeted one above which the doubt is raised;

@@ -5,6 +5,7 @@ randomised model.
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.losses import margin
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
@@ -14,7 +15,6 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.doubts.protocol import Case, DoubtTest, Probe, within_budget
 from holdfast.doubts.short_attacks import broken_columns, unbroken_columns, update_lower
-from holdfast.ops.losses import margin
 
 THRESHOLD = 0.005
 """fraction of the surviving examples that random inputs may break without raising the doubt"""

@@ -1,7 +1,7 @@
 """The doubt `odd-gradients` is raised if attacks on a candidate set of a rotation succeed more often than on the
 serving set, and examples from sets of the same draw transfer to it three times as often as those from stolen sets.
 
-It is measured by `verbs/rotate/admission_gates.py`.
+It is measured by `rotation/steps/admission_gates.py`.
 """
 
 from holdfast.doubts.protocol import DoubtTest

@@ -4,6 +4,8 @@ from functools import partial
 
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import ascend
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
@@ -11,8 +13,6 @@ from holdfast.core.threat import ThreatModel
 from holdfast.doubts.protocol import DoubtTest, Probe
 from holdfast.doubts.short_attacks import CROSS_ENTROPY, broken_columns, compared
 from holdfast.doubts.thresholds import POINTS_BY_RIVAL
-from holdfast.ops.ascent import ascend
-from holdfast.ops.losses import cross_entropy
 
 
 def one_step(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:

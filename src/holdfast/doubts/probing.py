@@ -2,6 +2,7 @@
 
 import torch
 
+from holdfast.attacks.parts.sampling import sample_rows
 from holdfast.attacks.protocol import Attack
 from holdfast.core.catalogue import DOUBTS, load, names
 from holdfast.core.draws import Draws
@@ -9,7 +10,6 @@ from holdfast.core.evidence import Columns
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask, Rows
 from holdfast.doubts.protocol import DoubtTest, Probe, probing_threat, within_budget
-from holdfast.ops.sampling import sample_rows
 
 
 def doubt_tests() -> dict[str, DoubtTest]:

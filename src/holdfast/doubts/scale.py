@@ -2,14 +2,14 @@
 (exact McNemar p < 0.01 and at least 3 points).
 """
 
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Doubt
 from holdfast.core.types import Logits, PerExample
 from holdfast.doubts.protocol import Case, DoubtTest, Probe, share
 from holdfast.doubts.short_attacks import CROSS_ENTROPY, STEPS, short_pgd_on
 from holdfast.doubts.thresholds import P_BY_RIVAL
-from holdfast.ops.losses import cross_entropy
-from holdfast.ops.statistics import mcnemar
+from holdfast.statistics.intervals import mcnemar
 
 POINTS_BY_SCALE = 0.03
 """fraction of examples that the attack on scaled-down logits must break in addition to that on the original logits"""

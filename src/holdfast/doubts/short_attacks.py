@@ -7,6 +7,8 @@ steps, is used by `black-box`, by `transfer` and, with its first restart, by `lo
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import ascend
+from holdfast.attacks.parts.losses import Loss, cross_entropy, margin, margin_loss
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -18,9 +20,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Rows
 from holdfast.doubts.protocol import Case, Probe, Run, share
 from holdfast.doubts.thresholds import P_BY_RIVAL, POINTS_BY_RIVAL
-from holdfast.ops.ascent import ascend
-from holdfast.ops.losses import Loss, cross_entropy, margin, margin_loss
-from holdfast.ops.statistics import mcnemar
+from holdfast.statistics.intervals import mcnemar
 
 STEPS = 20
 """number of gradient steps of the short attacks"""

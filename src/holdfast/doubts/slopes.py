@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.losses import cross_entropy, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
+from holdfast.core.logit_scale import scale
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask, PerExample
 from holdfast.doubts.protocol import Probe
-from holdfast.ops.ascent import gradient
-from holdfast.ops.logits import scale
-from holdfast.ops.losses import cross_entropy, margin_loss
 
 REACH = 0.05
 """length of the step in multiples of eps: less than half of one step of PGD-20"""

@@ -4,6 +4,7 @@ not work.
 
 from torch import Tensor
 
+from holdfast.attacks.parts.losses import margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import extent
 from holdfast.core.draws import Draws
@@ -12,8 +13,7 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.protocol import Case, DoubtTest, Probe, percent
 from holdfast.doubts.short_attacks import short_pgd
-from holdfast.ops.losses import margin_loss
-from holdfast.ops.statistics import clopper_pearson
+from holdfast.statistics.intervals import clopper_pearson
 
 THRESHOLD = 0.05
 """largest fraction of examples that may survive if every input inside the bounds is allowed, by the lower end of its

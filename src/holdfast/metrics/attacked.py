@@ -16,7 +16,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Labels, PerExample
 from holdfast.metrics.columns import ATTACKED_INPUT, Absent, column
-from holdfast.ops.statistics import Support, bootstrap, mean
+from holdfast.statistics.intervals import Support, bootstrap, mean
 
 BINS = 15
 """number of equal-width bins of confidence, as in Guo et al. 2017"""

@@ -17,7 +17,15 @@ from holdfast.core.types import PerExample
 from holdfast.metrics.columns import Absent, column
 from holdfast.metrics.names import CORRUPTIONS
 from holdfast.metrics.paired import paired_examples
-from holdfast.ops.statistics import CONFIDENCE, Support, bonferroni, bootstrap, complement, mean, proportion
+from holdfast.statistics.intervals import (
+    CONFIDENCE,
+    Support,
+    bonferroni,
+    bootstrap,
+    complement,
+    mean,
+    proportion,
+)
 
 _WAY_OUT: Final = "use a threat such as corruptions:3"
 

@@ -8,7 +8,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import PerExample
 from holdfast.metrics.columns import MINIMUM_NORM, broken_examples, column, untargeted
-from holdfast.ops.statistics import clopper_pearson
+from holdfast.statistics.intervals import clopper_pearson
 
 POINTS = 100
 """largest number of steps of a curve; a page cannot show more"""

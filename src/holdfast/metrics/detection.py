@@ -19,10 +19,10 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, column
 from holdfast.metrics.names import DETECTION, PERCENTS, at_percent
-from holdfast.ops.conformal import fewest_examples
-from holdfast.ops.detection import auroc as area_under_roc
-from holdfast.ops.detection import threshold
-from holdfast.ops.statistics import proportion
+from holdfast.statistics.conformal import fewest_examples
+from holdfast.statistics.detection_rates import auroc as area_under_roc
+from holdfast.statistics.detection_rates import threshold
+from holdfast.statistics.intervals import proportion
 
 Attacker = Literal["aware", "oblivious"]
 _MEASURABLE = 0.01

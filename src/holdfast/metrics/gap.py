@@ -4,7 +4,7 @@ Schmidt et al., "Adversarially Robust Generalization Requires More Data", NeurIP
 """
 
 from holdfast.core.estimate import Estimate
-from holdfast.ops.statistics import independent_difference
+from holdfast.statistics.intervals import independent_difference
 
 
 def robust_error_gap(robust: int, n: int, robust_in_training: int, n_training: int) -> Estimate:

@@ -12,7 +12,7 @@ from holdfast.core.evidence import Evidence, Scope
 from holdfast.core.types import Mask, Rows
 from holdfast.metrics.columns import robust, suite_robust
 from holdfast.metrics.shares import right_probability, suite_right_probability
-from holdfast.ops.statistics import Support, mean, paired_difference
+from holdfast.statistics.intervals import Support, mean, paired_difference
 
 
 @dataclass(frozen=True)

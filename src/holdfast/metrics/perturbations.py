@@ -11,7 +11,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import MINIMUM_NORM, Absent, column, untargeted
-from holdfast.ops.statistics import Support, mean, median
+from holdfast.statistics.intervals import Support, mean, median
 
 NormName = Literal["linf", "l2", "l1", "l0"]
 _NORMS: dict[NormName, type[Constraint]] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}

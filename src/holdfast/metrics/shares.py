@@ -12,7 +12,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
-from holdfast.ops.statistics import CONFIDENCE, bonferroni, complement, mean, proportion
+from holdfast.statistics.intervals import CONFIDENCE, bonferroni, complement, mean, proportion
 
 
 def clean_accuracy(evidence: Evidence, confidence: float = CONFIDENCE) -> Estimate:

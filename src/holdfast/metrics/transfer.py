@@ -10,7 +10,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import SURROGATE
 from holdfast.metrics.columns import Absent
-from holdfast.ops.statistics import proportion
+from holdfast.statistics.intervals import proportion
 
 ALL = "all surrogates"
 """name of the row of examples that were computed on the mean of all surrogates"""

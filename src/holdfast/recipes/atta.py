@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import ascend
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import L1, L2, Linf
@@ -24,11 +26,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Rows, Steps
-from holdfast.ops.ascent import ascend
-from holdfast.ops.augment import moves
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
-from holdfast.ops.losses import cross_entropy
+from holdfast.recipes.training.augment import moves
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
 
 
 @dataclass(frozen=True)

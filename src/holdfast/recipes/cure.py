@@ -16,12 +16,12 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
+from holdfast.core.gradients import gradient_of, sloped
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive
-from holdfast.ops.fit import Training
-from holdfast.ops.gradients import gradient_of, sloped
-from holdfast.ops.learner import Learner, clean_inputs, hits, trained
+from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Count, Fraction, Inputs, Logits, Positive, Rows, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
-from holdfast.ops.losses import cross_entropy
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
 
 
 @dataclass(frozen=True)

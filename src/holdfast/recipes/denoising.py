@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
+from holdfast.certifiers.smoothing.noise import numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
@@ -25,10 +26,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Steps
-from holdfast.ops.denoiser import DEPTH, WIDTH, DenoisedNetwork
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
-from holdfast.ops.noise import numbered_noise
+from holdfast.io.models.denoiser import DEPTH, WIDTH, DenoisedNetwork
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Denoising:
         if not isinstance(model.net, DenoisedNetwork):
             raise UsageError(
                 "denoised trains a denoiser, and the model has none; put an untrained one in front of its network, as "
-                "harden does: Classifier(DenoisedNetwork(net, channels=3)), from holdfast.ops.denoiser"
+                "harden does: Classifier(DenoisedNetwork(net, channels=3)), from holdfast.io.models.denoiser"
             )
         if not self.mse and not self.stability:
             raise UsageError("mse and stability are both 0; give at least one of them a positive weight")

@@ -20,8 +20,8 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
 
 _DELTA = "delta"
 _EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation is not clipped: it is used on other images

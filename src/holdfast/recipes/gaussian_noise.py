@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
+from holdfast.certifiers.smoothing.noise import numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
-from holdfast.ops.noise import numbered_noise
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.ops.divergences import kullback_leibler
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.recipes.training.divergences import kullback_leibler
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 _N_TESTED, _MIN_ACCURACY = (
     1_000,

@@ -24,10 +24,10 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, Steps
-from holdfast.ops.distributed import average
-from holdfast.ops.divergences import kullback_leibler, weighted_gaps
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.recipes.training.distributed import average
+from holdfast.recipes.training.divergences import kullback_leibler, weighted_gaps
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)

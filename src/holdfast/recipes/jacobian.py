@@ -15,12 +15,12 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
+from holdfast.core.gradients import gradient_of
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Steps
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.gradients import gradient_of
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 _PLACE = "place"  # state with the seed of an update's projections, the same for every evaluation of the loss
 

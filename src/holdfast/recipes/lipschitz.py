@@ -5,8 +5,8 @@ Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuit
 arXiv:1804.04368, for the constraint, which under L2 is a spectral normalisation (Miyato et al., "Spectral Normalization
 for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957) that shrinks and never enlarges; Finlay & Oberman,
 "Scaleable input gradient regularization for adversarial robustness", arXiv:1905.11468, for the penalty. Differs from
-the papers: both are combined, eps grows at first, and see `ops/gains.py`. The bound of a whole network is the product
-over its layers and far too loose for a certificate: see `ops/lipschitz.py` for layers that are made for one.
+the papers: both are combined, eps grows at first, and see `recipes/training/gains.py`. The bound of a whole network is the product
+over its layers and far too loose for a certificate: see `io/models/lipschitz_layers.py` for layers that are made for one.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
+from holdfast.core.gradients import rise, sloped
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
-from holdfast.ops.fit import Training
-from holdfast.ops.gains import Confined, gain_directions, order_of, trained_layers
-from holdfast.ops.gradients import rise, sloped
-from holdfast.ops.learner import Learner, adversarial_cross_entropy, clean_inputs, hits, trained
+from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.gains import Confined, gain_directions, order_of, trained_layers
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, clean_inputs, hits, trained
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
+from holdfast.core.gradients import gradient_of, sloped
 from holdfast.core.model import Classifier
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.gradients import gradient_of, sloped
-from holdfast.ops.learner import Learner, hits, trained
-from holdfast.ops.losses import cross_entropy
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ robustness in a ball.
 Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
 arXiv:2208.03160. Differs from the paper: the offset is in multiples of the margin that certifies the ball of the
 threat, instead of the square root of two for every ball; eps grows at first, the weights are averaged, and the learning
-rate follows one cycle. Any network can be trained in this way; only one of the layers in `ops/lipschitz.py` has the
+rate follows one cycle. Any network can be trained in this way; only one of the layers in `io/models/lipschitz_layers.py` has the
 certificate.
 """
 
@@ -22,9 +22,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
-from holdfast.ops.fit import Training
-from holdfast.ops.learner import Learner, clean_inputs, hits, trained
-from holdfast.ops.lipschitz import input_constant
+from holdfast.io.models.lipschitz_layers import input_constant
+from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.ops.divergences import kullback_leibler
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.recipes.training.divergences import kullback_leibler
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 _ABOVE_ONE = 1.0001  # as in the authors' code, so that the argument of the logarithm is positive
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import L1, L2, Constraint, Linf
@@ -26,10 +28,8 @@ from holdfast.core.per_example import spread
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Positive, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, trained
-from holdfast.ops.losses import cross_entropy
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, trained
 
 _OTHERS = Remedy("recipe.others", Placeholder("l2:1.5,l1:10", "(L2(1.5), L1(10.0))"))
 

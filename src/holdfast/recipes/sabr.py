@@ -14,21 +14,21 @@ from functools import partial
 
 from torch import Tensor
 
-from holdfast.certifiers.training import (
-    BoundedLoss,
-    Initialisation,
-    initialised,
-    live_graph,
-    refuse_without_bounds,
-)
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, trained
+from holdfast.recipes.training.bounds import (
+    BoundedLoss,
+    Initialisation,
+    initialised,
+    live_graph,
+    refuse_without_bounds,
+)
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, trained
 
 
 @dataclass(frozen=True)

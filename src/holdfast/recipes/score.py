@@ -17,9 +17,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.ops.divergences import squared_error
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.recipes.training.divergences import squared_error
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import L1, L2, Linf
@@ -22,11 +24,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
-from holdfast.ops.ascent import gradient
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
-from holdfast.ops.losses import cross_entropy
-from holdfast.ops.overfitting import N_HELD_OUT, RAISED, OverfittingGuard
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.overfitting import N_HELD_OUT, RAISED, OverfittingGuard
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs
-from holdfast.ops.fit import Training
-from holdfast.ops.learner import Learner, adversarial_cross_entropy, clean_inputs, trained
+from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, clean_inputs, trained
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.ops.ascent import gradient
-from holdfast.ops.divergences import kullback_leibler
-from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.recipes.training.divergences import kullback_leibler
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)

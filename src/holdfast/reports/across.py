@@ -13,11 +13,11 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.metrics.columns import Absent
-from holdfast.ops.statistics import proportion
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.transfer import distinct_names, shown
 from holdfast.reports.words import TextTable
+from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]
 

@@ -20,7 +20,6 @@ from holdfast.metrics.paired import (
     regression,
     robust_in_scope,
 )
-from holdfast.ops.statistics import CONFIDENCE, mcnemar
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent, plain, strict
 from holdfast.reports.words import (
@@ -31,6 +30,7 @@ from holdfast.reports.words import (
     threat_syntax,
     without_redundant,
 )
+from holdfast.statistics.intervals import CONFIDENCE, mcnemar
 
 Json = dict[str, Any]
 

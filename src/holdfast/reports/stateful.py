@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import Table
-from holdfast.ops.statistics import proportion
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import TextTable
+from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]
 

@@ -20,7 +20,6 @@ from holdfast.core.types import Mask
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
-from holdfast.ops.statistics import CONFIDENCE, median, proportion
 from holdfast.reports import detector
 from holdfast.reports.across import across
 from holdfast.reports.across import table as across_table
@@ -41,6 +40,7 @@ from holdfast.reports.stateful import table as stateful_table
 from holdfast.reports.transfer import table as transfer_table
 from holdfast.reports.transfer import transfer
 from holdfast.reports.words import TextTable, headline, open_doubts, threat_in_words, why
+from holdfast.statistics.intervals import CONFIDENCE, median, proportion
 
 Json = dict[str, Any]
 

@@ -8,8 +8,8 @@ from holdfast.rotation.distilling import Distilled
 from holdfast.rotation.generating import Generator, LatentDiffusion
 from holdfast.rotation.immunising import Crafting, Immunise, chain
 from holdfast.rotation.live import Live, canary, churn, loaded, next_set
-from holdfast.rotation.members import Members, put, weights_of
-from holdfast.rotation.rotating import Answers, RotatingModel
+from holdfast.rotation.parameter_sets import Members, put, weights_of
+from holdfast.rotation.rotating_model import Answers, RotatingModel
 from holdfast.rotation.triggers import AnswersPerPrincipal, Elapsed, Watch, refuse_faster
 
 __all__ = [

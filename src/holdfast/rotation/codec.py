@@ -24,8 +24,8 @@ from holdfast.core.checkpoint import without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
 from holdfast.core.types import NonNegative, Positive, Steps
-from holdfast.ops.fit import drawing
-from holdfast.rotation.members import Members
+from holdfast.recipes.training.fit import drawing
+from holdfast.rotation.parameter_sets import Members
 
 _NOTHING = 1e-10  # eigenvalues below this share of the largest are rounding errors
 _ROUNDING = (

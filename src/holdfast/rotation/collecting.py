@@ -21,9 +21,9 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Positive, Steps
-from holdfast.ops.fit import drawing
-from holdfast.ops.recipe import Recipe, trained_as
-from holdfast.rotation.members import Members, rotated, weights_of
+from holdfast.recipes.training.fit import drawing
+from holdfast.recipes.training.recipe import Recipe, trained_as
+from holdfast.rotation.parameter_sets import Members, rotated, weights_of
 
 Beginning = Literal["he", "own"]
 

@@ -5,7 +5,7 @@ transfers to another.
 import torch
 from torch import Tensor
 
-from holdfast.rotation.members import Members
+from holdfast.rotation.parameter_sets import Members
 
 
 def l1(sets: Members, other_sets: Members) -> Tensor:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from holdfast.attacks.parts.ascent import ascend
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Logits, PerExample, Positive, Steps
-from holdfast.ops.ascent import ascend
 from holdfast.rotation.immunising import ball, shared_out
 
 

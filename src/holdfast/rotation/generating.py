@@ -22,12 +22,12 @@ from holdfast.core.checkpoint import without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.types import NonNegative, Positive, Steps
-from holdfast.ops.diffusion import Diffusion
-from holdfast.ops.fit import drawing
+from holdfast.recipes.training.fit import drawing
 from holdfast.rotation import codec
 from holdfast.rotation.codec import Embedding, stepped
+from holdfast.rotation.diffusion import Diffusion
 from holdfast.rotation.distances import apart
-from holdfast.rotation.members import Members
+from holdfast.rotation.parameter_sets import Members
 
 Regulariser = Literal["off", "printed", "away", "hinge"]
 Sampler = Literal["ddpm", "ddim"]

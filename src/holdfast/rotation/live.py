@@ -17,8 +17,8 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.model import Classifier, Model, refuse_lazy
 from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs, Labels, Logits
-from holdfast.ops.statistics import proportion
-from holdfast.rotation.members import Weights, refuse_foreign
+from holdfast.rotation.parameter_sets import Weights, refuse_foreign
+from holdfast.statistics.intervals import proportion
 
 CANARIES = 256
 """default number of canary inputs on which a parameter set is tested before it serves"""

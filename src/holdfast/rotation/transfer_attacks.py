@@ -17,6 +17,10 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from holdfast.attacks.parts.ascent import ascend, cosine
+from holdfast.attacks.parts.averaged_models import Ensemble
+from holdfast.attacks.parts.losses import Loss, margin_loss
+from holdfast.attacks.parts.norms import expect_eps
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.transfer import Transfer
 from holdfast.core.batch import Batch
@@ -25,10 +29,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
-from holdfast.ops.ascent import ascend, cosine
-from holdfast.ops.ensemble import Ensemble
-from holdfast.ops.losses import Loss, margin_loss
-from holdfast.ops.norms import expect_eps
 
 M = TypeVar("M", bound=torch.nn.Module)
 _AT_ONCE = 250  # examples in one batch

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from holdfast.attacks import FMN, PGD
-from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.bounds.graph import Graph
 from holdfast.certifiers.protocol import Proofs, Prover
 from holdfast.certifiers.provers import GraphProver, prepared_graph
 from holdfast.core.batch import Batch

@@ -13,10 +13,10 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.denoiser import with_denoiser
-from holdfast.ops.fit import Training, drawing
-from holdfast.ops.recipe import Recipe, trained_as
+from holdfast.io.models.denoiser import with_denoiser
 from holdfast.recipes import Denoising
+from holdfast.recipes.training.fit import Training, drawing
+from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.testing.fakes import SHAPE, examples, labelled, network
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)

@@ -1,0 +1,1 @@
+"""The Python functions and the opening of models and data from settings."""

@@ -1,0 +1,203 @@
+"""Opens the model and the data of an assessment or a certification, makes its request, and estimates its cost."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from holdfast.api.expecting import with_found_properties
+from holdfast.api.grad_mode import gradients
+from holdfast.api.plans import assess_request, baseline_evidence, listed_attacks, prover
+from holdfast.api.pooled import pool_of
+from holdfast.api.resolve import (
+    device_of_model,
+    folder_of,
+    open_all,
+    open_examples,
+    open_fit,
+    open_others,
+    open_subject,
+    open_surrogates,
+)
+from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_settings
+from holdfast.certifiers.protocol import Prover
+from holdfast.certifiers.smoothing.smoothing import Smoothing
+from holdfast.core.batch import Batch
+from holdfast.core.catalogue import CASCADE, LATE, SMOOTHING
+from holdfast.core.evidence import Evidence
+from holdfast.io.data.selection import selected
+from holdfast.io.remote.counting import inspection_counter
+from holdfast.io.remote.remote import SCHEMES
+from holdfast.runs.assess.assess import assess
+from holdfast.runs.assess.certify import certify_request, smoothed_subject, without_attacks
+from holdfast.runs.assess.expected_rows import Rehearsed, rehearsed
+from holdfast.runs.assess.expected_time import ExpectedCost
+from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, Opened, Subject
+from holdfast.runs.assess.result import Result
+from holdfast.runs.assess.served_runs import journaled
+from holdfast.runs.engine.progress import Progress
+from holdfast.settings.grammar import seconds
+from holdfast.settings.naming import AUTO
+from holdfast.settings.values import address_of
+
+_TRIED = 8
+"""Number of examples that an estimate measures; the cost of the others is extrapolated."""
+
+
+def measured(
+    settings: Assess | Certify, run: str | Path | None, *, resume: bool, command: str, **reporting: Any
+) -> Result:
+    """Open the model and the data of an assessment or a certification, and take the steps of the run."""
+    folder = folder_of(run, resume=resume)
+    settings.refuse_unusable_cluster(settings.workers, settings.model)
+    listed_attacks(settings)  # before the model is opened
+    baseline = baseline_evidence(settings)
+    with gradients(), journaled(folder, resume=resume, keep=settings.keep_answers):
+        subject, data, surrogates = settings.open()
+        request = replace(
+            _request(settings, subject, surrogates, baseline),
+            attackers=_attackers(settings),
+            command=command,
+        )
+        return assess(subject, data, request, run=folder, resume=resume, opening=settings.open, **reporting)
+
+
+def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:
+    """Return the expected cost of a run, from a few examples: for a model behind a server, the number of rows that the
+    run would send to it, otherwise the numbers of passes and the time.
+    """
+    baseline = baseline_evidence(settings)
+    if isinstance(settings.model, str) and settings.model.partition(":")[0] in SCHEMES:
+        return _estimated_rows(settings, baseline)
+    with gradients():
+        subject, data, surrogates = settings.open()
+        request = _request(settings, subject, surrogates, baseline)
+        examples = selected(data, n=min(_TRIED, len(data)), sample=None, seed=settings.seed)
+        result = assess(subject, examples, replace(request, gates=(), workers=None, ray=None))
+    cost, factor = result.cost, len(data) / len(examples)
+    return ExpectedCost(
+        len(data),
+        len(result.attacks),
+        cost.forwards * factor,
+        cost.backwards * factor,
+        cost.cpu_s * factor,
+        len(examples),
+    )
+
+
+def _estimated_rows(settings: Assess | Certify, baseline: Evidence | None) -> Rehearsed:
+    """Return the expected number of rows. At most 64, or one larger batch, are sent to the server for it."""
+    subject = open_subject(settings, transform=settings.transform)
+    sent = inspection_counter(subject.model)
+    assert sent is not None
+    surrogates = open_surrogates(settings, subject.model)
+    data = open_examples(settings, subject.model)
+    subject = with_found_properties(subject, surrogates, data)
+    return rehearsed(subject, data, _request(settings, subject, surrogates, baseline), sent)
+
+
+def opened(settings: Assess | Certify) -> Opened:
+    """Open the model, the data and the surrogates of an assessment or a certification, whose model may be the smoothed
+    classifier of the opened one.
+    """
+    subject, data, surrogates = open_all(settings)
+    smoothing = _smoothing(settings)
+    return subject if smoothing is None else smoothed_subject(subject, smoothing), data, surrogates
+
+
+def _smoothing(settings: Assess | Certify) -> Smoothing | None:
+    """Return the randomised smoothing of the model, if that is the method of a certification; otherwise None."""
+    if not isinstance(settings, Certify) or settings.method != SMOOTHING:
+        return None
+    chosen = {name: getattr(settings, name) for name in ("sigma", "draws", "failure_probability", "clip")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return Smoothing(**given, seed=settings.seed)
+
+
+def _request(
+    settings: Assess | Certify,
+    subject: Subject,
+    surrogates: tuple[Subject, ...],
+    baseline: Evidence | None,
+) -> AssessRequest:
+    """Return the request of an assessment of the opened model and surrogates. It does not contain the measurement
+    of attackers of a rotation pool.
+    """
+    request = assess_request(
+        settings,
+        baseline=baseline,
+        device=device_of_model(settings, subject),
+        target=subject.model.access,
+    )
+    smoothing, guard = _smoothing(settings), settings.guard
+    if smoothing is not None:
+        request = certify_request(request, [smoothing], [])
+        request = request if subject.model.access == "gradients" else without_attacks(request)
+    elif isinstance(settings, Certify):
+        request = certify_request(request, *_provers(settings), settings.geometry)
+    elif guard is not None:
+        request = _with_trials(request, guard, subject)
+    return replace(
+        request,
+        fit=open_fit(settings, subject.model, request.plan),
+        surrogates=surrogates,
+        across=open_others(settings, subject.model),
+    )
+
+
+def _attackers(settings: Assess | Certify) -> MeasureAttackers | None:
+    """Return a function that measures the success of attackers with different knowledge of the rotation pool that is
+    assessed.
+
+    Returns None if the model is not a pool or the setting `adaptive` is false.
+    """
+    address = address_of(settings.model)
+    if address is None or not settings.adaptive or not pool_of(address):
+        return None
+    return partial(_table, address, settings.device, trust_code=settings.trust_code)
+
+
+def _table(
+    address: str,
+    device: str,
+    evidence: Evidence,
+    judged_on: Batch,
+    *,
+    trust_code: bool,
+    known: Mapping[str, Any] | None,
+    keep: Keep,
+    progress: Progress,
+) -> Mapping[str, Any]:
+    """Open the training data of the pool only when the table is measured, because they may be large."""
+    from holdfast.api import rotation_opening as rotating
+    from holdfast.rotation.steps.attackers import AttackerTable
+
+    pool = pool_of(address)
+    assert pool is not None
+    trusted = {"device": device, "trust_code": trust_code}
+    request = rotating.reopened(pool, check_settings(trusted, address, kind=RotateSettings))
+    return AttackerTable(pool, request)(evidence, judged_on, known=known, keep=keep, progress=progress)
+
+
+def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> AssessRequest:
+    """Return the request of an assessment with the black-box attacks that measure the detectors of a guard, if it has
+    any and the threat model supports them.
+    """
+    from holdfast.api.guard_opening import query_trials
+    from holdfast.guard.query_trials import measurable
+
+    trials = query_trials(guard)
+    if trials is None or not measurable(request.plan.threat, subject.model.access):
+        return request
+    return replace(request, plan=replace(request.plan, trials=trials))
+
+
+def _provers(settings: Certify) -> tuple[list[Prover], list[Prover]]:
+    """The methods that run before the attacks, and those that run after them."""
+    names = CASCADE if settings.method == AUTO else (settings.method,)
+    limit = seconds(settings.timeout, "timeout")
+    return (
+        [prover(name, limit) for name in names if name not in LATE],
+        [prover(name, limit) for name in names if name in LATE],
+    )

@@ -1,0 +1,246 @@
+"""Converts settings to declared properties of the model and the data, such as bounds and classes, and determines
+properties that are not declared.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from holdfast.api.verb_settings import Opening, part
+from holdfast.core.batch import Data
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import Remedy
+from holdfast.io.data.arrays import Arrays
+from holdfast.io.data.data import Names
+from holdfast.io.data.expected import Expected
+from holdfast.io.models.models import Declared
+from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
+from holdfast.runs.assess.request import Subject
+from holdfast.settings.grammar import did_you_mean
+from holdfast.settings.groups import DataSource, InferenceSource, InputSpace
+from holdfast.settings.values import numbers_by_feature
+
+
+def declared(settings: Opening) -> Declared:
+    """Return the properties of the model's input and output that the settings declare. Input bounds are included only
+    if the user gave them.
+    """
+    return Declared(
+        bounds_of_all(settings) if "bounds" in settings.model_fields_set else None,
+        settings.mean,
+        settings.std,
+        settings.classes,
+        settings.model_output,
+        class_names=settings.class_names,
+        normalised=normalisation(settings),
+        input_shape=part(settings, InferenceSource).input_shape,
+        input_name=settings.x,
+    )
+
+
+def bounds_of_all(inputs: InputSpace) -> Bounds | None:
+    """Return the declared bounds if they are the same for all features, else None."""
+    if isinstance(inputs.bounds, Mapping):
+        return None
+    low, high = inputs.bounds
+    return Bounds(low, high) if isinstance(low, float) and isinstance(high, float) else None
+
+
+def range_of_all(inputs: InputSpace, what: str) -> Bounds:
+    """Return the declared bounds of all features. Raises `UsageError` if they were declared for each feature, which
+    `what` does not support.
+    """
+    bounds = bounds_of_all(inputs)
+    if bounds is not None:
+        return bounds
+    sides = inputs.bounds.values() if isinstance(inputs.bounds, Mapping) else zip(*inputs.bounds, strict=True)
+    lowest, highest = zip(*sides, strict=True)
+    raise UsageError(
+        f"bounds were given for each feature, and {what} has one range for all",
+        Remedy("bounds", (f"{min(lowest):g}", f"{max(highest):g}")),
+    )
+
+
+def bounds_by_feature(
+    inputs: InputSpace, features: Sequence[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the lowest and the highest valid value of each feature. Raises `UsageError` if one is not declared."""
+    if not isinstance(inputs.bounds, Mapping):
+        low, high = (
+            side if isinstance(side, tuple) else (float(side),) * len(features) for side in inputs.bounds
+        )
+        if len(low) != len(features):
+            raise UsageError(f"bounds are of {len(low)} features, and the data have {len(features)}")
+        return low, high
+    sides = [_of_feature(inputs.bounds, features, place, "bounds") for place in range(len(features))]
+    return tuple(low for low, _ in sides), tuple(high for _, high in sides)
+
+
+def sizes_by_feature(
+    unit: str, features: Sequence[str], bounds: tuple[Sequence[float], Sequence[float]], values: Arrays
+) -> tuple[float, ...]:
+    """Return the size of the unit of each feature: the range of its bounds, the standard deviation of its values in the
+    examples, or the number in a file.
+    """
+    if unit == "range":
+        return tuple(high - low for low, high in zip(*bounds, strict=True))
+    if unit == "std":
+        names = values.features or features
+        columns = dict(zip(names, values.read(0, len(values)).x.double().T, strict=True))
+        present = (columns[name][~columns[name].isnan()] for name in features)
+        return tuple(float(column.std(correction=0)) if len(column) else 0.0 for column in present)
+    sizes = numbers_by_feature(unit.removeprefix("@"), "unit")
+    return tuple(_size_of(sizes, features, place) for place in range(len(features)))
+
+
+def constant_where_still(
+    features: Sequence[str],
+    bounds: tuple[Sequence[float], Sequence[float]],
+    sizes: Sequence[float],
+    values: Arrays,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the bounds with both of a feature at its only value if its standard deviation is 0."""
+    names = values.features or features
+    first = dict(zip(names, values.read(0, 1).x[0].tolist(), strict=True))
+    still = [size == 0 and not math.isnan(first[name]) for name, size in zip(features, sizes, strict=True)]
+    low, high = (
+        tuple(first[name] if fixed else end for name, fixed, end in zip(features, still, side, strict=True))
+        for side in bounds
+    )
+    return low, high
+
+
+def _size_of(sizes: Mapping[str, Any], features: Sequence[str], place: int) -> float:
+    size = _of_feature(sizes, features, place, "unit")
+    if not isinstance(size, int | float) or not 0 < size < float("inf"):
+        raise UsageError(
+            f"the unit of {features[place]} is {size!r}; give a number above 0. A feature that does not change has "
+            "equal bounds, if it is constant in the data"
+        )
+    return float(size)
+
+
+def _of_feature(content: Mapping[str, Any], features: Sequence[str], place: int, what: str) -> Any:
+    """Return the entry of a feature, by its name or its position. Raises `UsageError` if there is none, or one of a
+    feature that the data do not have.
+    """
+    known = {*features, *map(str, range(len(features)))}
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise UsageError(f"{what} has the feature {unknown[0]!r}{did_you_mean(unknown[0], features)}")
+    for name in (features[place], str(place)):
+        if name in content:
+            return content[name]
+    raise UsageError(
+        f"{what} has no entry for {features[place]!r}; give one for each of {len(features)} features"
+    )
+
+
+def names(source: DataSource) -> Names:
+    """Return the names of arrays and columns to read from data files, such as that of the label column, and the
+    separator and the header of a CSV file, as given in the settings.
+    """
+    return {
+        "label": source.label,
+        "drop": tuple(source.drop),
+        "x": source.x,
+        "y": source.y,
+        "separator": source.separator,
+        "header": source.header,
+    }
+
+
+def normalisation(inputs: InputSpace) -> Normalisation | None:
+    """Return the normalisation that was applied to the data before they were stored, as declared in the settings, or
+    None if none is declared.
+    """
+    return None if inputs.data_normalised is None else Normalisation(*inputs.data_normalised)
+
+
+def expected(
+    settings: Opening, model: Classifier, data: DataSource | None = None, *, lenient: bool = False
+) -> Expected:
+    """Return the properties that data must have to fit the model, such as bounds and number of classes, and options for
+    reading the data.
+
+    With `lenient`, data that do not fit the model are accepted as well.
+    """
+    names = settings.class_names or model.class_names
+    return Expected(
+        model.bounds,
+        model.classes,
+        None if names is None else tuple(names),
+        model.class_labels,
+        model.feature_names,
+        settings.class_names is not None,
+        settings.class_order,
+        (data or settings).layout,
+        normalisation(settings),
+        model.units,
+        ProbedClassifier(model),
+        lenient,
+    )
+
+
+def unlabelled(settings: Opening, model: Classifier, data: DataSource) -> Expected:
+    """Return the properties that data must have to fit the model if only their inputs are used and their labels are
+    not.
+    """
+    return replace(
+        expected(settings, model, data),
+        classes=None,
+        class_names=None,
+        class_labels=None,
+        checks_labels=False,
+    )
+
+
+def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
+    """Determine those properties of the model that are not declared, by tests on the data. Return the model under test
+    with notes about them.
+
+    The properties are: whether single outputs are logits, whether the largest score of an estimator is that of its
+    class, whether the backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` if single
+    outputs may be probabilities.
+    """
+    model = subject.model
+    for examined in (model, *(surrogate.model for surrogate in surrogates)):
+        if examined is not model:
+            ProbedClassifier(examined).suit(data.read(0, min(2, len(data))).x)
+        settle_output(examined, data)
+    notes = (*settle_predictions(model, data), *settle_gradients(model, data))
+    card = {**subject.card, "access": model.access} if notes else subject.card
+    return replace(subject, card=card, notes=(*subject.notes, *notes))
+
+
+def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:
+    """Return a note on the unit of the perturbation radius eps if inputs are not in [0, 1]; otherwise an empty
+    tuple.
+    """
+    if model.units is not None:
+        return ()
+    low, high = ends(model.bounds)
+    legal = f"legal values from {low:g} to {high:g}"
+    if normalised is not None:
+        note = (
+            f"the data were normalised by {normalised}; this is undone, and eps is in the units before the "
+            f"normalisation, with {legal}"
+        )
+        return (f"{note}; the model normalises its input inside",)
+    if (low, high) == (0.0, 1.0):
+        return ()
+    return (f"eps is in the units of the inputs, with {legal}",)
+
+
+def ends(bounds: Bounds) -> tuple[float, float]:
+    """Return the lowest and the highest value that the input bounds of a model permit for any feature."""
+    return _end(bounds.low, min), _end(bounds.high, max)
+
+
+def _end(side: float | torch.Tensor, extreme: Any) -> float:
+    return float(extreme(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)

@@ -1,0 +1,179 @@
+"""Creates recipes from names and settings. For example, `{use: trades, beta: 6}` becomes a TRADES recipe with validated
+settings.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, is_dataclass, replace
+from typing import Any, TypeVar, get_type_hints
+
+from torch import nn
+
+from holdfast.core.catalogue import RECIPES, load, names
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.threat import ThreatModel
+from holdfast.recipes.training.distributed import started
+from holdfast.recipes.training.recipe import Recipe
+from holdfast.runs.harden.candidates import Candidate
+from holdfast.settings.attack_building import setting
+from holdfast.settings.grammar import did_you_mean
+from holdfast.settings.naming import AUTO, CARD
+from holdfast.settings.values import written_fields
+
+Built = TypeVar("Built")
+
+
+def refuse_unheld(threat: ThreatModel) -> None:
+    """Raise `UsageError` for a threat model that no recipe can train against."""
+    constraint = threat.constraint
+    if not isinstance(constraint, (Linf, L2, L1)):
+        raise UsageError(
+            f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",
+            Remedy("threat", "linf:8/255"),
+        )
+    if threat.goal is not None:
+        raise UsageError(
+            f"recipes train against attacks without a target class, and the goal is class {threat.goal}; leave goal= "
+            f"out, and assess the new model with it"
+        )
+
+
+def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]) -> tuple[Candidate, ...]:
+    """Return the recipes, with their settings, from which a run of `holdfast harden` may choose. A recipe that is given
+    by name is the only one.
+
+    For the name `auto`, returns all candidates for inputs of the shape `shape`, ordered from the fastest to the
+    strongest.
+    """
+    if spec["use"] == CARD:
+        raise UsageError(
+            "recipe card is for rotate, which trains as the model was trained; name a recipe, or auto"
+        )
+    if spec["use"] != AUTO:
+        return (_candidate(spec),)
+    given_settings = {key: value for key, value in spec.items() if key != "use"}
+    other_keys = [key for key in given_settings if key != "training"]
+    if other_keys:
+        raise UsageError(
+            f"recipe auto selects one of several recipes, so it has no setting {other_keys[0]!r}; name the recipe "
+            "that has it, or give a setting that all have, such as recipe.training.batch"
+        )
+    return tuple(
+        _candidate(
+            {"use": name, **more, "training": {**training, **given_settings.get("training", {})}}, least
+        )
+        for name, least, more, training in _ladder(shape, model, given_settings.get("training", {}))
+    )
+
+
+def _ladder(
+    shape: tuple[int, ...], model: nn.Module, training: Mapping[str, Any]
+) -> tuple[tuple[str, int, dict[str, Any], dict[str, Any]], ...]:
+    """Return name, least number of epochs, settings and training settings of each recipe of `auto`.
+
+    With fewer epochs, a weaker recipe gives better results.
+    """
+    photographs = len(shape) == 3 and shape[0] == 3
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    adam = training.get("optimizer") == "adamw"
+    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if has_batch_norm and not adam else {}
+    if len(shape) == 3 and not photographs:
+        cutmix = training.get("cutmix", 0)
+        atta_possible = not cutmix and started() == 1  # atta stores a perturbation of each example
+        # from two epochs on it is at least as robust as quicker recipes
+        middle = ("atta", 2) if atta_possible else ("pgd", 10)
+        return ("fgsm-rs", 1, {}, how), (*middle, {}, how), ("trades", 60, {}, how)
+    if photographs:
+        how["augment"] = "shift"  # a mirrored traffic sign may have another meaning
+    return ("n-fgsm", 1, {}, how), ("pgd", 10, {}, how), ("trades", 30, {}, {**how, "awp": 0.005})
+
+
+def _candidate(spec: Mapping[str, Any], least: int = 1) -> Candidate:
+    recipe = build_recipe(spec)
+    return Candidate(str(spec["use"]), recipe, settings_of(recipe), least)
+
+
+def build_recipe(spec: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that a mapping such as `{use: trades, beta: 6}` describes. Each setting is validated against
+    its type and range.
+    """
+    name = str(spec["use"])
+    if name not in names("recipes"):  # the name is from a card; other settings were validated before
+        raise UsageError(
+            f"the card names the recipe {name!r}, which does not exist{did_you_mean(name, names('recipes'))}",
+            Remedy("recipe", "pgd"),
+        )
+    usual = RECIPES[name].settings if name in RECIPES else {}
+    settings = {**usual, **{key: value for key, value in spec.items() if key != "use"}}
+    recipe: Recipe = built(load("recipes", name, type), settings, f"recipe {name}", "recipe")
+    return recipe
+
+
+def built(cls: type[Built], given: Mapping[str, Any], where: str, key: str) -> Built:
+    """Return an instance of a dataclass of settings, with each value validated. `key` is the path of these settings in
+    a configuration file.
+    """
+    checked = _checked(cls, given, where, key)
+    for field in written_fields(cls):
+        if field.default is field.default_factory is MISSING and field.name not in checked:
+            raise UsageError(
+                f"{where} needs {field.name}, and none was given",
+                Remedy(f"{key}.{field.name}", Placeholder("VALUE")),
+            )
+    return cls(**checked)
+
+
+def part_of(field: Field[Any], hint: Any) -> type[Any] | None:
+    """Return the dataclass of the nested settings in a field, or None if the field contains a plain value such as a
+    number.
+
+    If the type of the field is not a dataclass, that of its default is used.
+    """
+    kinds = (kind for kind in (hint, field.default_factory) if isinstance(kind, type) and is_dataclass(kind))
+    return next(kinds, None)
+
+
+def _checked(cls: type[Any], given: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
+    """Return the given settings, each validated by the type of its field.
+
+    Parts keep the recipe's values for other settings.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    written = {f.name: f for f in written_fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in written:
+            raise UsageError(f"{where} has no setting {key!r}{did_you_mean(str(key), written)}")
+        hint = hints[key]
+        part_class = part_of(written[key], hint)
+        if part_class is not None:
+            if not isinstance(value, Mapping):
+                raise UsageError(
+                    f"{where}: {key} is {value!r}; it has parts, which are set one by one",
+                    Remedy(f"{path}.{key}.{written_fields(part_class)[0].name}", Placeholder("VALUE")),
+                )
+            part = written[key].default_factory
+            assert part is not MISSING
+            values[key] = replace(part(), **_checked(part_class, value, f"{where}: {key}", f"{path}.{key}"))
+        else:
+            values[key] = setting(hint, value, f"{where}: {key}")
+    return values
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Return all settings of a recipe as plain values, such as numbers and strings, with nested settings as
+    dictionaries.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (Linf, L2, L1)):
+            return f"{type(value).__name__.lower()}:{value.eps!r}"
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        if is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
+        return getattr(value, "__name__", value) if callable(value) else value
+
+    values: dict[str, Any] = plain(recipe)
+    return values

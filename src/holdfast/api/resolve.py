@@ -1,0 +1,445 @@
+"""Opens the models and the examples of a run, which are given as addresses or as Python objects."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.api import pooled
+from holdfast.api.expecting import (
+    bounds_by_feature,
+    bounds_of_all,
+    constant_where_still,
+    declared,
+    ends,
+    expected,
+    names,
+    normalisation,
+    sizes_by_feature,
+    units_of_eps,
+    unlabelled,
+    with_found_properties,
+)
+from holdfast.api.grad_mode import differentiable
+from holdfast.api.plans import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
+from holdfast.api.references import beside, refuse_other_settings
+from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening, part
+from holdfast.attacks.parts.expectation import seen_through
+from holdfast.core.batch import Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
+from holdfast.core.skipped import DECAY, skipped
+from holdfast.core.units import Units
+from holdfast.io.data.arrays import Arrays, Choice
+from holdfast.io.data.data import noting_fewer, open_data
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.frames import is_frame, open_frame
+from holdfast.io.data.memory import as_data
+from holdfast.io.data.selection import Selection, selected
+from holdfast.io.models.adapting import object_identity, refuse_no_model
+from holdfast.io.models.models import Declared, open_model
+from holdfast.io.remote.remote import SCHEMES, Remote
+from holdfast.reports.numbers import strict
+from holdfast.reports.words import amount
+from holdfast.runs.assess.request import Opened, Subject
+from holdfast.runs.harness import MATRIX_ROWS, Plan
+from holdfast.settings.grammar import parse_threat, parse_transform, per_second, seconds
+from holdfast.settings.groups import DataSource, ExampleSelection, InferenceSource, ServerLimits, ThreatSource
+from holdfast.settings.values import SurrogateSettings, address_of
+
+
+def remote(settings: Opening) -> Remote:
+    """Return the options for HTTP requests to a model behind a server, such as the timeout and the rate of requests."""
+    inference, limits = part(settings, InferenceSource), part(settings, ServerLimits)
+    return Remote(
+        tuple(inference.allow_hosts),
+        tuple(inference.headers),
+        inference.http_request,
+        inference.http_response,
+        inference.http_labels,
+        inference.http_max_rows,
+        seconds(inference.http_timeout, "http_timeout"),
+        inference.http_retries,
+        inference.http_concurrency,
+        None if inference.http_rate is None else per_second(inference.http_rate),
+        limits.max_queries,
+        limits.on_refused,
+    )
+
+
+def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
+    """Raise `UsageError` if limits for a server are given but the model is not behind a server."""
+    if model.remote:
+        return
+    if limits.max_queries is not None:
+        raise UsageError(
+            f"max_queries is {limits.max_queries}, which limits the rows sent to a server, and this model is not "
+            "behind a server; a threat such as linf:8/255,queries=1000 limits the queries of each attack on each "
+            "example"
+        )
+    if limits.keep_answers:
+        raise UsageError(
+            "keep_answers keeps the answers of a server, and this model is not behind a server",
+            Remedy("keep_answers", function="open_model"),
+        )
+
+
+def unit_of(settings: Opening) -> str:
+    """Return the unit of the eps of the threat model, or an empty string."""
+    return parse_threat(settings.threat).unit if isinstance(settings, ThreatSource) else ""
+
+
+def open_subject(settings: Opening, *, transform: str | None = None, adaptive: bool = False) -> Subject:
+    """Open the model under test. If `transform` is given, random transformations are applied to its inputs."""
+    properties = declared(settings)
+    if settings.model is None:
+        raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
+    if isinstance(settings.model, str):
+        opened = pooled.open_model_at(
+            settings.model, settings, properties, remote(settings), adaptive=adaptive
+        )
+        card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
+        card |= opened.architecture
+        model, notes = opened.model, opened.notes
+    else:
+        model, card, notes = _wrapped(settings.model, properties)
+    refuse_unserved(part(settings, ServerLimits), model)
+    notes += _scaled(model, settings)
+    model, transformed, more = _transformed(model, transform)
+    subject = _subject(model, card | transformed, (*notes, *more), properties)
+    guard = part(settings, InferenceSource).guard
+    if guard is None:
+        return subject
+    from holdfast.api.guard_opening import guarded_subject
+
+    return guarded_subject(subject, guard)
+
+
+def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
+    """Set the bounds and the units of a model if they are declared for each feature. Return a note for the report.
+
+    The data are read once more if the features have names, or if their standard deviations are the units.
+    """
+    of_all = bounds_of_all(settings)
+    unit = unit_of(settings)
+    if of_all is not None and not unit:
+        return ()
+    exact = model.access != "gradients"
+    if of_all is not None and unit == "range":
+        lowest, highest = ends(of_all)
+        units = Units((lowest,), (highest,), (highest - lowest,), exact, unit)
+    else:
+        raw = _values_of(settings, model.feature_names)
+        features = _feature_names(model, raw)
+        low, high = bounds_by_feature(settings, features)
+        if not unit:
+            model.bounds = Bounds(torch.tensor(low), torch.tensor(high))
+            return ()
+        sizes = sizes_by_feature(unit, features, (low, high), raw)
+        if unit == "std":  # a feature without deviations keeps its only value
+            low, high = constant_where_still(features, (low, high), sizes, raw)
+        units = Units(low, high, sizes, exact, unit)
+    units.apply(model)
+    still = sum(size == 0 for size in units.size)
+    fixed = f"; {amount(still, 'features')} with a unit of 0 cannot change" if still else ""
+    return (f"eps is measured in a unit of each feature, unit={unit}{fixed}",)
+
+
+def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
+    """Return the names of the features in the order of the model's inputs; their positions if there are no names."""
+    fitted, present = model.feature_names, values.features
+    if fitted is not None and len(fitted) == values.x.shape[1] and {*fitted} == {*(present or fitted)}:
+        return fitted
+    return present or tuple(map(str, range(values.x.shape[1])))
+
+
+def _values_of(settings: Opening, fitted: tuple[str, ...] | None) -> Arrays:
+    """Return the values of the examples as they are stored, without regard to the model, except that columns without
+    names get the `fitted` ones.
+
+    Raises `UsageError` if they are not a table, because only its features have bounds and units of their own.
+    """
+    any_value = Bounds(torch.tensor(-torch.inf), torch.tensor(torch.inf))
+    properties = Expected(
+        any_value,
+        feature_names=fitted,
+        lenient=True,
+        normalised=normalisation(settings),
+        accepts_missing=True,
+    )
+    raw = _examples(settings, properties)
+    arrays = (
+        raw.whole.taken(raw.rows) if isinstance(raw, Selection) and isinstance(raw.whole, Arrays) else raw
+    )
+    if not isinstance(arrays, Arrays) or arrays.x.ndim != 2:
+        raise UsageError(
+            "bounds or units of each feature were given, and the inputs are not rows of features (n, features); give "
+            "two numbers as bounds, and an eps without unit="
+        )
+    return arrays
+
+
+def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
+    """Return a model given as an object, its card and notes.
+
+    It is identified by its weights, its code and the objects that it refers to.
+    """
+    model = properties.wrap(differentiable(net) if isinstance(net, nn.Module) else net)  # type: ignore[arg-type]
+    name, identity, notes = object_identity(model.net)
+    return model, {"name": name, "how": "python", "digest": digest(canonical(identity))}, notes
+
+
+def _transformed(
+    model: Classifier, transform: str | None
+) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
+    """Return the model behind the named random transformations, with entries for its card and notes."""
+    if transform is None:
+        return model, {}, ()
+    limits = parse_transform(transform)
+    listed = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
+    note = f"every input is transformed at random before the model, in both directions by up to {listed}"
+    return seen_through(model, limits), {"seen_through": limits}, (note,)
+
+
+def _subject(
+    model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...], declared: Declared | None = None
+) -> Subject:
+    properties = strict(
+        {
+            "bounds": [model.bounds.low, model.bounds.high],
+            **({} if model.units is None else {"units": model.units}),
+            "mean": model.mean,
+            "std": model.std,
+            "classes": model.classes,
+            "access": model.access,
+            **({} if model.output is None else {"output": model.output}),
+            **({} if model.layout is None else {"layout": model.layout}),
+            **({} if model.input_name is None else {"input_name": model.input_name}),
+        }
+    )
+    identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))
+    shown_properties = {**properties, "bounds": list(ends(model.bounds))}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    normalised = None if declared is None else declared.normalised
+    if normalised is not None:
+        shown_properties["data_normalised"] = str(normalised)
+    if model.units is not None:  # of the values, with which a hardened model is opened again
+        mean, std = model.units.normalisation_of_values(model)
+        shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
+    units = units_of_eps(model, normalised)
+    return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
+
+
+def open_surrogates(settings: Measuring, target: Classifier) -> tuple[Subject, ...]:
+    """Open the surrogate models, which are given as settings or as objects."""
+    return tuple(_open_surrogate(surrogate, settings, target) for surrogate in settings.surrogates)
+
+
+def _open_surrogate(surrogate: object, settings: Measuring, target: Classifier) -> Subject:
+    if isinstance(surrogate, ModelReference):
+        refuse_other_settings(surrogate, "a surrogate", "arch", "model_args", "trust_code")
+    if isinstance(surrogate, ModelReference) and isinstance(surrogate.model, str):
+        spec = SurrogateSettings(model=surrogate.model, arch=surrogate.arch, model_args=surrogate.model_args)
+        subject = _surrogate_at(spec, settings, trust_code=surrogate.trust_code)
+    elif isinstance(surrogate, SurrogateSettings):
+        subject = _surrogate_at(surrogate, settings, trust_code=settings.trust_code)
+    else:
+        net = surrogate.model if isinstance(surrogate, ModelReference) else surrogate
+        refuse_no_model(net, "a surrogate")
+        # its preprocessing is its own, or undoes that of the data
+        properties = Declared(normalised=normalisation(settings))
+        subject = _subject(*_wrapped(net, properties), properties)
+    if target.units is not None:
+        target.units.apply(subject.model)
+    bounds, target_ends = (ends(model.bounds) for model in (subject.model, target))
+    if bounds not in (target_ends, ends(Bounds())):
+        raise UsageError(
+            f"the surrogate {subject.card['name']} takes inputs from {bounds[0]:g} to {bounds[1]:g}, the model from "
+            f"{target_ends[0]:g} to {target_ends[1]:g}; wrap it in a factory that rescales them"
+        )
+    return subject
+
+
+def _surrogate_at(spec: SurrogateSettings, settings: Measuring, *, trust_code: bool) -> Subject:
+    """Open the surrogate at an address."""
+    if spec.model.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"the surrogate {spec.model} is behind a server, and transfer examples are computed from gradients; give "
+            f"its weights"
+        )
+    opened = open_model(
+        spec.model,
+        arch=spec.arch,
+        model_args=spec.model_args,
+        declared=Declared(mean=spec.mean, std=spec.std, normalised=normalisation(settings)),
+        trust_code=trust_code,
+    )
+    card = {"name": opened.name, "how": opened.how, "digest": opened.digest}
+    notes = opened.notes
+    if spec.skip is not None:
+        share = DECAY if spec.decay is None else spec.decay
+        net = skipped(opened.model.net, spec.skip, decay=share)
+        opened.model.net = net
+        card["digest"] = digest(canonical([opened.digest, spec.skip, share]))
+        notes += (
+            f"{share:g} of the gradient passes back through {spec.skip}, {len(net.branches)} of its modules",
+        )
+    return _subject(opened.model, card, notes)
+
+
+def open_examples(
+    settings: Opening,
+    model: Classifier,
+    *,
+    selection: ExampleSelection | None = None,
+    lenient: bool = False,
+) -> Data:
+    """Open the examples on which the model is evaluated, or another `selection` of the data. With `lenient`, examples
+    that do not fit the model are accepted as well.
+    """
+    return _examples(settings, expected(settings, model, lenient=lenient), selection)
+
+
+def _examples(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
+    if settings.data is None:
+        raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
+    selection = selection or part(settings, ExampleSelection)
+    chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": settings.seed}
+    if isinstance(settings.data, str):
+        return open_data(
+            settings.data, split=settings.split, **names(settings), **chosen, expected=properties
+        )
+    if is_frame(settings.data):
+        examples: Data = _frame(settings, properties, **chosen)
+    else:
+        all_examples = as_data(
+            settings.data,
+            expected=properties,
+            n=selection.n if selection.sample is None else None,
+            entries=(settings.x, settings.y),
+        )
+        examples = selected(all_examples, **chosen)
+    return noting_fewer(examples, selection.n or selection.sample)
+
+
+def _frame(source: DataSource, properties: Expected, **chosen: Any) -> Data:
+    return open_frame(
+        source.data,
+        label=source.label,
+        drop=source.drop,
+        choice=Choice(source.split, **chosen),
+        expected=properties,
+    )
+
+
+def open_object(source: DataSource, expected: Expected) -> Data:
+    """Return all examples of additional data that are given as a Python object, such as a pair of arrays or a data
+    frame.
+    """
+    if is_frame(source.data):
+        return _frame(source, expected)
+    return as_data(source.data, expected=expected, entries=(source.x, source.y))
+
+
+def open_all(settings: Assess | Certify) -> Opened:
+    """Open the model, the examples and the surrogates of an assessment."""
+    subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
+    surrogates = open_surrogates(settings, subject.model)
+    data = open_examples(settings, subject.model)
+    return with_found_properties(subject, surrogates, data), data, surrogates
+
+
+def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:
+    """Open the examples on which learned attacks are fitted: those in `fit` or, if `fit` is None, the train split of
+    the data.
+
+    Returns None if no attack is learned and `fit` is None.
+    """
+    count, fit = examples_to_fit(plan), settings.fit
+    if fit is None and not (count and isinstance(settings.data, str)):
+        return None
+    source: DataSource = settings if fit is None else beside(settings, fit)
+    properties, address = expected(settings, model, source), address_of(source.data)
+    if address is None:
+        return selected(open_object(source, properties), n=None, sample=count or 1, seed=settings.seed)
+    is_same_data = address == settings.data
+    split = None if fit is None else source.split
+    if is_same_data and split in (None, "train") and settings.split == "train":
+        raise UsageError(
+            f"attacks are fitted on the train split of {address!r}, which is also evaluated",
+            OTHER_EXAMPLES,
+        )
+    open_split = partial(
+        open_data,
+        address,
+        **names(source),
+        sample=count or 1,
+        seed=settings.seed,
+        expected=properties,
+    )
+    try:
+        return open_split(split=split or "train")
+    except (UsageError, TargetError) as error:
+        if split is not None:
+            raise
+        if not is_same_data:  # data that were given for the fit are used as a whole if they have no split
+            return open_split()
+        raise UsageError(
+            f"{address!r} has no train split to fit attacks on ({error.message})",
+            OTHER_EXAMPLES,
+        ) from error
+
+
+def open_others(settings: Assess | Certify, model: Classifier) -> tuple[Data, ...]:
+    """Open the data sets between which perturbations are transferred. Their labels are not used, so they may have other
+    classes than the model.
+
+    From data at an address, a random sample is opened, because no more examples are used.
+    """
+    opened: list[Data] = []
+    for data in settings.across:
+        source = beside(settings, data)
+        properties = unlabelled(settings, model, source)
+        if not isinstance(source.data, str):
+            opened.append(open_object(source, properties))
+        else:
+            opened.append(
+                open_data(
+                    source.data,
+                    split=source.split,
+                    **names(source),
+                    sample=MATRIX_ROWS,
+                    seed=settings.seed,
+                    expected=properties,
+                )
+            )
+    return tuple(opened)
+
+
+def device_of_model(settings: Measuring, subject: Subject) -> str:
+    """Return the name of the torch device of a run: that of the weights of a network that is given as an object, unless
+    the setting `device` determines another one.
+    """
+    weight = next(subject.model.parameters(), None)
+    if isinstance(settings.model, str) or settings.device != "auto" or weight is None:
+        return device_of(settings.device)
+    if weight.device.type not in SUPPORTED_DEVICES:
+        raise UsageError(
+            f"the network is on the device {weight.device}, and one of {', '.join(SUPPORTED_DEVICES)} was expected; "
+            "move it before you pass it, as in net.to('cpu')"
+        )
+    return str(weight.device)
+
+
+def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
+    """Return the path of a run folder, or None if none is given. Raises `UsageError` if a run is to be resumed and no
+    folder is given.
+    """
+    if resume and run is None:
+        raise UsageError("resume=True continues a run; give its folder, as in run='runs/h1'")
+    return None if run is None else Path(run)

@@ -1,0 +1,160 @@
+"""Converts the settings of `holdfast rotate` to objects: the request of a pool, its model, its data, and the triggers
+of swaps.
+"""
+
+from holdfast import rotation
+from holdfast.api import hardening, resolve
+from holdfast.api.expecting import range_of_all
+from holdfast.api.plans import device_of
+from holdfast.api.pooled import refuse_code_in_pool, settings_of_pool
+from holdfast.api.reading_settings import items, plain_settings
+from holdfast.api.recipe_building import build_recipe, built, refuse_unheld, settings_of
+from holdfast.api.verb_settings import RotateSettings, check_settings
+from holdfast.core.errors import UsageError
+from holdfast.io.models.cards import trained_by
+from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
+from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
+from holdfast.rotation.triggers import Trigger
+from holdfast.runs.harden.candidates import Candidate
+from holdfast.settings.attack_building import threat_model
+from holdfast.settings.grammar import parse_every, parse_threat, seconds
+from holdfast.settings.naming import AUTO, CARD, SOURCES
+
+_OPENING = (
+    "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
+    "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "separator", "header",
+    "fit", "threat",
+    "recipe", "source", "initialisation", "seed",
+)  # fmt: skip
+"""Settings with which the model and the data of a pool are opened again."""
+
+
+def rotate_request(settings: RotateSettings) -> RotateRequest:
+    """Return the properties that all parameter sets of a new rotation pool share, with the opened model and data.
+
+    Raises `UsageError` and `TargetError`.
+    """
+    range_of_all(settings, "a pool of parameter sets")
+    if resolve.unit_of(settings):
+        raise UsageError(
+            f"the threat {settings.threat} has a unit for each feature, which a pool does not support; scale "
+            "the features before, and leave unit= out"
+        )
+    subject, training, _, test = hardening.open_for_hardening(settings)
+    model = subject.model
+    threat = threat_model(parse_threat(settings.threat))
+    refuse_unheld(threat)
+    if getattr(threat.constraint, "eps", None) == 0:
+        raise UsageError(
+            f"threat {settings.threat} allows no change, so no set could be judged; give an eps above 0"
+        )
+    device = device_of(settings.device)
+    name = settings.fit or settings.data or ""
+    examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
+    values = plain_settings(settings)
+    opening = {key: values[key] for key, _, given in items(settings) if given and key in _OPENING}
+    return RotateRequest(
+        subject=trainable_subject(subject, device, examples),
+        threat=threat,
+        threat_text=settings.threat,
+        candidate=_candidate(settings),
+        source=source(settings),
+        examples=examples,
+        seed=settings.seed,
+        begins=settings.initialisation,
+        device=device,
+        settings=opening,
+    )
+
+
+def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
+    """Return the properties that all parameter sets of an existing rotation pool share, as stored in its manifest.
+
+    Only the device and `trust_code` are taken from `settings`. Code runs only if `trust_code` is true, because the
+    manifest is not a command line. Raises `UsageError` if other settings differ from the manifest.
+    """
+    refuse_code_in_pool(pool, trust_code=settings.trust_code)
+    own_settings = {"device": settings.device, "trust_code": settings.trust_code}
+    present = {
+        key: value for key, value in {**settings_of_pool(pool), **own_settings}.items() if value is not None
+    }
+    opening = check_settings(present, str(pool.path), kind=RotateSettings)
+    stored = {key: value for key, value, _ in items(opening)}
+    for key, value, given in items(settings):
+        expected = stored[key]
+        if given and key in _OPENING and value != expected:
+            raise UsageError(
+                f"{key} is {expected} in {str(pool.path)!r}, and {value} was given; leave it out, or create another "
+                f"pool with holdfast rotate collect"
+            )
+    request = rotate_request(opening)
+    request.refuse_other(pool)
+    return request
+
+
+def _candidate(settings: RotateSettings) -> Candidate:
+    """Return the recipe in the settings: a named one, or that of the model's card with changes, or `standard`."""
+    spec = dict(settings.recipe)
+    if spec["use"] == AUTO:
+        raise UsageError(
+            "recipe auto selects a recipe for a single training, and all sets of a pool have the same one; name a "
+            "recipe, or card"
+        )
+    if spec["use"] == CARD:
+        card = trained_by(str(settings.model)) or {"use": "standard"}
+        given_settings = {key: value for key, value in spec.items() if key != "use"}
+        training = {**card.get("training", {}), **given_settings.pop("training", {})}
+        spec = {**card, **given_settings, **({"training": training} if training else {})}
+    recipe = build_recipe(spec)
+    budget, epochs = settings.budget, settings.recipe.get("training", {}).get("epochs")
+    if budget is not None and epochs is not None:
+        raise UsageError(
+            f"recipe.training.epochs is {epochs}, and the budget is {budget}, "
+            f"which determines them; give only one of both"
+        )
+    return Candidate(str(spec["use"]), recipe, settings_of(recipe))
+
+
+def budget_s(settings: RotateSettings) -> float | None:
+    """Return the time in seconds for training the first sets of a rotation pool, or None if the recipe's number of
+    epochs applies.
+    """
+    return None if settings.budget is None else seconds(settings.budget, "budget")
+
+
+def source(settings: RotateSettings) -> Source:
+    """Return the method by which the parameter sets of a rotation pool are trained, as named in the settings."""
+    spec = settings.source
+    name = str(spec["use"])
+    settings_of_source = {key: value for key, value in spec.items() if key != "use"}
+    chosen: Source = built(getattr(rotation, SOURCES[name]), settings_of_source, f"source {name}", "source")
+    return chosen
+
+
+def codec(settings: RotateSettings) -> Codec:
+    """Return the codec in the settings of a rotation. A codec represents each parameter set by a few numbers."""
+    return built(Codec, settings.codec, "codec", "codec")
+
+
+def diffusion(settings: RotateSettings) -> LatentDiffusion:
+    """Return the diffusion model in the settings of a rotation. It learns the distribution of parameter sets in the
+    low-dimensional form of the codec.
+    """
+    return built(LatentDiffusion, settings.generator, "generator", "generator")
+
+
+def immunise(settings: RotateSettings) -> Immunise:
+    """Return the settings for immunising a parameter set, which is training against adversarial examples
+    of other sets.
+    """
+    return built(Immunise, settings.immunise, "immunise", "immunise")
+
+
+def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
+    """Return the conditions under which the serving set of a rotation is swapped, as listed in the settings."""
+    parsed: list[Trigger] = []
+    for text in settings.every:
+        kind, size = parse_every(text)
+        parsed.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
+    return tuple(parsed)

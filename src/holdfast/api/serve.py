@@ -1,0 +1,73 @@
+"""The function `holdfast.serve`, which answers requests to a model over HTTP until it is stopped."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from holdfast.api.python_functions import verb_with
+from holdfast.api.reading_settings import given
+from holdfast.api.references import ModelLike
+from holdfast.api.verb_settings import ServeSettings
+from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Install
+from holdfast.runs.engine.progress import Notify, ignore
+
+_NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
+
+
+@verb_with(ServeSettings)
+def serve(model: ModelLike | None = None, *, notify: Notify = ignore, **settings: Any) -> None:
+    """Serve a model over the Open Inference Protocol v2 until SIGTERM or Ctrl-C, and then drain.
+
+    `model` is an address, such as that of a pool, `"rotating:pool/"`, or an object that can be pickled; options for
+    opening it are given with `holdfast.open_model`. With `proxy`, the URL of a server of the same protocol, there is no
+    model, and requests are passed on to that server. `guard` is the file of the guard that decides about each request,
+    and `input_shape` the shape of one input; both may also be given with `holdfast.open_model`. The other arguments are
+    those of `holdfast serve`. `notify` is called with messages, such as the address when requests are answered. Raises
+    `UsageError` and `TargetError`.
+    """
+    if (model is None) == (settings.get("proxy") is None):
+        raise UsageError("give either model (what is served) or proxy (the URL of a server to guard)")
+    carry_out_serving(ServeSettings(**given(model=model, **settings)), notify)
+
+
+def refuse_missing_extra() -> None:
+    """Raise `UsageError` if a package of the extra `serve` is not installed."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"serve needs packages that are not installed: {', '.join(missing)}", Install("serve")
+        )
+
+
+def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:
+    """Serve a model with the settings of a server until it is stopped."""
+    refuse_missing_extra()
+    from holdfast.api.serving import server_setup
+    from holdfast.server.admin import AdminServer
+    from holdfast.server.keys import KeyFile
+    from holdfast.server.supervisor import Supervisor
+    from holdfast.server.worker_processes import bound_socket
+
+    setup = server_setup(settings)
+    for note in setup.notes:
+        notify(f"note: {note}")
+    listener = bound_socket(setup.admin_host, setup.admin_port)
+    keys = None if setup.worker.keys is None else KeyFile(setup.worker.keys)
+    supervisor = Supervisor(setup, notify)
+    admin = AdminServer(supervisor, listener, keys)
+    with supervisor.hang_ups():
+        try:
+            admin.start()
+            supervisor.start()
+            served = f"http://{_shown(supervisor.address)}/v2/models/{setup.worker.name}"
+            notify(f"serving {served} with {setup.workers} worker{'s' if setup.workers > 1 else ''}")
+            notify(f"metrics: http://{_shown(listener.getsockname())}/metrics")
+            supervisor.run()
+            notify("all requests in progress were answered; the server has ended")
+        finally:
+            admin.stop()
+
+
+def _shown(address: tuple[str, int]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,316 @@
+"""Converts the settings of `holdfast serve` to the setup of a server: workers, pool, keys and audit chains."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from holdfast.api.expecting import range_of_all
+from holdfast.api.guard_notes import notes_of_file
+from holdfast.api.guard_opening import open_guard, served_digest
+from holdfast.api.plans import device_of
+from holdfast.api.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
+from holdfast.api.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
+from holdfast.api.resolve import open_subject
+from holdfast.api.verb_settings import Doctor, ServeSettings, composed
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.guard.protocol import RequestGuard
+from holdfast.io.models.models import ROTATING, bundled_models
+from holdfast.io.remote.remote import SCHEMES
+from holdfast.rotation import AnswersPerPrincipal, Elapsed
+from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.triggers import Trigger
+from holdfast.server.app import ConnectionLimits
+from holdfast.server.audit_chain import AuditKey
+from holdfast.server.host_names import HostNames
+from holdfast.server.keys import read_keys
+from holdfast.server.live_pool import LivePool
+from holdfast.server.loaded_model import LoadedModel, no_rules
+from holdfast.server.proxy import UpstreamModel
+from holdfast.server.reloading import NAME_DIGITS
+from holdfast.server.server_worker import HUNG_S, ServingSetup
+from holdfast.server.supervisor import ServerSetup
+from holdfast.settings.grammar import parse_every, seconds
+from holdfast.settings.serve_settings import RequestLimits, ServeOptions, is_public
+from holdfast.settings.values import address_of
+
+_BUNDLED_SHAPE = (1, 28, 28)
+"""Shape of the inputs of all bundled models, which classify MNIST."""
+_UNNAMED = "model"
+_HUNG_LATENCIES, _HUNG_TIMEOUTS = 10, 3
+"""Multiples of --max-latency, and of the time in which an upstream server must answer a batch, after which a worker
+that makes no progress is replaced."""
+
+
+def server_setup(settings: ServeSettings) -> ServerSetup:
+    """Return the setup of a server from its settings.
+
+    Raises `UsageError` and `TargetError`.
+    """
+    address = address_of(settings.model)
+    if address is not None and address.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
+            Remedy("proxy", address),
+        )
+    if settings.proxy is not None:
+        refuse_forwarded_keys(settings)
+    served = _served(settings, address)
+    guard, notes = _guard(settings.guard, served)
+    signature = None if served.upstream is None else served.upstream.signature
+    keys = None if settings.keys is None else Path(settings.keys)
+    if keys is not None:
+        read_keys(keys)
+    audit = None if settings.audit is None else Path(settings.audit)
+    worker = ServingSetup(
+        opening=served.opening,
+        name=signature.name if signature is not None else settings.name or _name_of(address),
+        shape=served.shape,
+        version=settings.model_version if signature is None else signature.version,
+        set_name=served.set_name,
+        digest=served.digest,
+        device=device_of(settings.device),
+        threads=_threads(settings.workers),
+        max_rows=settings.max_rows,
+        limits=_connection_limits(settings),
+        drain_s=seconds(settings.drain, "drain"),
+        hung_s=_hung_s(settings, served),
+        guard=guard,
+        guard_fails_open=settings.on_guard_failure == "answer",
+        keys=keys,
+        quotas=None if keys is None else keys.with_name(f"{keys.name}.quota"),
+        audit_key=None if audit is None else AuditKey.of(audit),
+        audit_fails_open=settings.on_audit_failure == "answer",
+        signature=signature,
+        forwards=tuple(name.lower() for name in settings.forward_headers),
+        hosts=_host_names(settings, everything=is_public(settings.host) and not settings.accepted_hosts),
+    )
+    return ServerSetup(
+        worker,
+        settings.host,
+        settings.port,
+        settings.admin_host,
+        settings.admin_port,
+        settings.workers,
+        served.pool,
+        audit,
+        {**served.about, "name": worker.name, "version": worker.version},
+        reloadable=served.reloadable,
+        notes=notes,
+        admin_hosts=_host_names(settings),
+    )
+
+
+def _host_names(options: ServeOptions, *, everything: bool = False) -> HostNames:
+    names = (*options.accepted_hosts, options.host, options.admin_host)
+    return HostNames(frozenset(name.lower().removesuffix(".") for name in names), everything)
+
+
+def _connection_limits(limits: RequestLimits) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_body=limits.max_body,
+        body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+        header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
+        write_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+        max_connections=limits.max_connections,
+        max_latency_s=seconds(limits.max_latency, "max_latency"),
+    )
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What is served: how each worker opens it, the shape of its inputs, and its pool, if it is one."""
+
+    opening: Callable[[], LoadedModel]
+    shape: tuple[int, ...]
+    set_name: str
+    about: Mapping[str, str]
+    pool: LivePool | None = None
+    digest: str = ""
+    """digest of the model; empty for a pool and for an upstream server"""
+    guard_digest: str | None = None
+    """digest of the model that a calibration of a guard names; None for a pool and for an upstream server"""
+    reloadable: bool = False
+    """whether the model is in a file"""
+    upstream: UpstreamModel | None = None
+    """the model of an upstream server"""
+
+    def upstream_timeout_s(self, max_rows: int) -> float:
+        """Return the seconds in which an upstream server must answer a batch, with several requests if it accepts only
+        smaller ones; 0 without such a server.
+        """
+        if self.upstream is None:
+            return 0.0
+        return math.ceil(max_rows / (self.upstream.batch or max_rows)) * self.upstream.address.timeout_s
+
+
+def _served(settings: ServeSettings, address: str | None) -> _Served:
+    if settings.proxy is not None:
+        return _served_upstream(open_upstream(settings))
+    pool, triggers = pool_of(address), _triggers(settings.every)
+    if pool is not None:
+        return _served_pool(pool, triggers, settings.swaps_per_hour, trust_code=settings.trust_code)
+    if triggers:
+        raise UsageError(
+            f"every is {', '.join(settings.every)}, and {address or 'the model'} is no pool, so "
+            f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
+        )
+    range_of_all(settings, "a server")
+    shape = _shape(settings)
+    # only an ONNX file is opened with the shape; the guard of a server decides about requests, and is not a part of the
+    # model
+    unused = {"guard": None, **({} if Path(address or "").suffix == ".onnx" else {"input_shape": None})}
+    model = composed(Doctor, settings).model_copy(update=unused)
+    subject = open_subject(model)  # here, so that a mistake is reported before workers start
+    known = None if address is not None else (subject.digest, served_digest(subject))
+    return _Served(
+        partial(_opened, model, known),
+        shape,
+        subject.digest[:NAME_DIGITS],
+        {"model": subject.digest},
+        digest=subject.digest,
+        guard_digest=served_digest(subject),
+        reloadable=address is not None,
+    )
+
+
+def _served_upstream(upstream: UpstreamModel) -> _Served:
+    signature, url = upstream.signature, upstream.address.url
+    about = {"upstream": f"{url}{upstream.path}", "signature": repr(signature.metadata())}
+    name = digest(canonical(about))[:16]
+    return _Served(partial(_upstream, upstream), signature.shape, name, about, upstream=upstream)
+
+
+def _served_pool(
+    pool: Pool, triggers: Sequence[Trigger], swaps_per_hour: int, *, trust_code: bool
+) -> _Served:
+    refuse_code_in_pool(pool, trust_code=trust_code)
+    architecture = partial(
+        _architecture,
+        str(pool.path),
+        settings_of_pool(pool),
+        pool.manifest["about"].get("model", {}),
+        trust_code=trust_code,
+    )
+    live = LivePool(pool, architecture, triggers, swaps_per_hour)
+    return _Served(
+        partial(_of_pool, architecture),
+        tuple(live.canaries.shape[1:]),
+        "",
+        {"pool": pool.manifest["id"]},
+        live,
+    )
+
+
+def _guard(file: str | None, served: _Served) -> tuple[Callable[[str | None], RequestGuard], tuple[str, ...]]:
+    """Return the function that opens the guard in each worker, after a check that it suits the model, and notes about
+    its rules.
+    """
+    if file is None:
+        return no_rules, ()
+    opening = partial(_opened_guard, file, served.shape, served.upstream)
+    opening(served.guard_digest)
+    return opening, notes_of_file(Path(file))
+
+
+def _opened_guard(
+    file: str, shape: tuple[int, ...], upstream: UpstreamModel | None, model: str | None
+) -> RequestGuard:
+    """Return the guard of a server whose model has inputs of this shape. Raises `UsageError` if it does not suit it, or
+    if it was calibrated with another model.
+    """
+    pipeline = open_guard(Path(file), model, logits=upstream is None)
+    sizes = pipeline.schema.shape
+    if len(sizes) != len(shape) or any(
+        size not in (None, actual) for size, actual in zip(sizes, shape, strict=True)
+    ):
+        raise UsageError(
+            f"{file}: inputs.shape is {list(sizes)}, and the model takes {list(shape)}; correct one of them"
+        )
+    if pipeline.needs_features:
+        raise UsageError(
+            f"{file}: the rule mahalanobis needs features of an inner layer, which the server does not compute; set "
+            "its setting on to logits"
+        )
+    if upstream is not None:
+        refuse_other_guard(pipeline, upstream, file)
+    return pipeline
+
+
+def _hung_s(limits: RequestLimits, served: _Served) -> float:
+    """Return the seconds without progress after which a worker is replaced."""
+    latency_s = seconds(limits.max_latency, "max_latency")
+    return max(
+        HUNG_S, _HUNG_LATENCIES * latency_s, _HUNG_TIMEOUTS * served.upstream_timeout_s(limits.max_rows)
+    )
+
+
+def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
+    kinds = [parse_every(text) for text in texts]
+    return tuple(
+        AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size) for kind, size in kinds
+    )
+
+
+def _opened(settings: Doctor, known: tuple[str, str] | None) -> LoadedModel:
+    """Return the model with its digests, or with the known ones of a Python object, which cannot change."""
+    subject = open_subject(settings)
+    return LoadedModel(subject.model, *(known or (subject.digest, served_digest(subject))))
+
+
+def _upstream(upstream: UpstreamModel) -> LoadedModel:
+    return LoadedModel(upstream.opened())
+
+
+def _of_pool(architecture: Callable[[], Classifier]) -> LoadedModel:
+    return LoadedModel(architecture())
+
+
+def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> Classifier:
+    """Return the network of a pool with the parameters of the file that it was created with."""
+    return open_architecture(Path(path), created, about, trust_code=trust_code).model
+
+
+def _shape(settings: ServeSettings) -> tuple[int, ...]:
+    """Return the shape of one input: the declared one, or that of the inputs of the guard in a file. Raises
+    `UsageError` if it is not known.
+    """
+    if settings.input_shape is not None:
+        return tuple(settings.input_shape)
+    shape = shape_of_guard(settings.guard)
+    if shape is not None:
+        return shape
+    if settings.model in bundled_models():
+        return _BUNDLED_SHAPE
+    raise UsageError(
+        "the shape of the inputs is not known, which requests are checked against",
+        Remedy(
+            "input_shape", Placeholder("C,H,W", "(C, H, W)"), function="open_model", reason="as in 3,32,32"
+        ),
+    )
+
+
+def _name_of(address: str | None) -> str:
+    """Return the name of a model in URLs, from its address."""
+    if address is None:
+        return _UNNAMED
+    path = address.removeprefix(ROTATING)
+    path = path.rsplit(":", 1)[0] if ".py:" in path else path
+    kept = [
+        letter if letter.isascii() and (letter.isalnum() or letter in "_.-") else "-"
+        for letter in Path(path).stem
+    ]
+    return "".join(kept).strip("-._") or _UNNAMED
+
+
+def _threads(workers: int) -> int | None:
+    """Return the number of threads of the network in each worker; None for that of the environment."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, (os.cpu_count() or 1) // workers)

@@ -1,0 +1,201 @@
+"""Creates a commented configuration file to start from (`holdfast init`), and checks an existing one (`holdfast
+validate`).
+
+torch is imported only for the settings of attacks in a configuration.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.api.reading_settings import MisplacedKeys, keys_for_verb, read_settings
+from holdfast.api.verb_settings import VERBS, Assess, Certify, Harden, RotateSettings, VerbSettings
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
+from holdfast.reports.write import check_destination as check_place
+from holdfast.settings.grammar import is_folder
+from holdfast.settings.guard_settings import check_guard_settings, is_guard
+from holdfast.settings.naming import AUTO, CARD
+from holdfast.settings.yaml_text import load
+
+_TEMPLATE = """\
+# Settings of `holdfast assess --config holdfast.yaml`. Every key is also a flag, and an argument in Python.
+# Flags take precedence over this file. Check it with: holdfast validate holdfast.yaml
+schema_version: 2
+
+model: {model}        # a bundled name, file.py:factory, a model file (.pt, .onnx, .skops, …), or a URL
+data: {data}          # a bundled or catalogue name, .npz, .csv, .parquet, or a folder of class folders
+n: 200                   # the first 200 examples; leave out for all of them
+
+threat: "linf:0.2"       # what an attacker may change: linf, l2, l1 or l0, and the maximum size
+suite: fast              # the default; standard has the attacks of AutoAttack
+gates:
+  - "clean_accuracy >= 0.95"
+  - "robust_accuracy >= 0.50"
+
+# mean: [0.1307]         # preprocessing is part of the model, so that gradients pass through it
+# std: [0.3081]
+# curve: true            # robust accuracy as a function of eps
+# attacks:               # attacks with settings instead of a suite
+#   - {{use: PGD, steps: 100, restarts: 5}}
+output: [report.html, junit.xml]
+seed: 0
+
+# harden:                # keys of one verb are in a section with its name
+#   recipe: {{use: trades, beta: 6}}
+"""
+
+_GUARD_TEMPLATE = """\
+# Settings of a guard, which decides about requests to a model: holdfast.Guard.from_yaml("guard.yaml").
+# Check this file with: holdfast validate guard.yaml
+schema_version: 1
+
+# observe: a rule records its score. shadow: it also records what it would have done. enforce: it acts, if it was
+# calibrated or its threshold: is given (of queries: its radius:).
+mode: observe
+
+inputs:                  # what the model accepts, without the batch; null where any size is accepted
+  shape: [1, 28, 28]
+  dtype: float32
+  low: 0
+  high: 1
+outputs: logit           # or probability
+
+# Share of benign inputs on which the calibrated rules together may fire. Their thresholds are set by
+#   holdfast calibrate mnist-cnn mnist-mini --guard guard.yaml
+# with the bundled model and digits, or with your model and benign inputs on which it was not trained. The 1,000 digits
+# suffice for 0.0025. Two rules at 0.001 need up to 1,999 inputs, besides a fifth that fits the query detector.
+false_positives: 0.01
+
+rules:                   # a rule that is not named is not evaluated
+  schema: {mode: enforce, action: block}     # shape and data type
+  range: {mode: enforce, action: block}      # NaN, infinity, values outside low and high
+  queries: {action: block, eps: 8/255}       # sequences of similar queries, as attacks with changes up to eps send them
+  energy: {action: abstain}                  # outputs unlike those of benign inputs
+  # mahalanobis: {action: flag, on: logits}  # distance to the class means; fitted by the calibration
+  # squeezing: {action: flag, bits: 5, median: 2}      # two further forward passes
+  # stability: {action: flag, sigma: 0.05, draws: 4}   # four further forward passes
+  # Actions: allow, flag, label_only, abstain, delay, block. A rule with a given threshold: is not calibrated.
+
+# defence: {bits: 5, median: 2}   # squeezes of the inputs before the model
+# state: {at: "sqlite:guard-state.sqlite", on_loss: closed}   # of queries; redis://HOST:6379/0 for several machines
+# delay: 1s                       # time by which the action delay delays a response
+# store: {inputs: flagged, folder: guard-inputs, retention_days: 30}   # encrypted; the default is inputs: none
+"""
+
+DIGITS = "mnist-mini"
+DEMO: Mapping[str, Any] = {
+    "model": "mnist-cnn",
+    "data": DIGITS,
+    "n": 100,
+    "threat": "linf:0.1",
+    "suite": "fast",
+    "curve": True,
+    "gates": ["clean_accuracy >= 0.95", "robust_accuracy >= 0.50"],
+}
+"""Settings of `holdfast demo`, with which one gate passes and one fails."""
+
+DEMO_COMMAND = (
+    "holdfast assess mnist-cnn mnist-mini -n 100 --threat linf:0.1 --suite fast --curve "
+    "--gate 'clean_accuracy >= 0.95' --gate 'robust_accuracy >= 0.50' -o report.html"
+)
+"""Command that is equivalent to `holdfast demo`."""
+
+
+GUARD = "guard"
+"""what a file with the settings of a guard is valid for"""
+
+
+def init(
+    path: str | Path | None = None,
+    *,
+    model: str = "mnist-cnn",
+    data: str = "mnist-mini",
+    guard: bool = False,
+    force: bool = False,
+) -> Path:
+    """Write a commented configuration file, and return its path: holdfast.yaml, or with `guard` the settings of a
+    guard, guard.yaml. An existing file is overwritten only if `force` is true.
+    """
+    place = Path(path or ("guard.yaml" if guard else "holdfast.yaml"))
+    text = _GUARD_TEMPLATE if guard else _TEMPLATE.format(model=json.dumps(model), data=json.dumps(data))
+    if place.exists() and not force:
+        raise UsageError(
+            f"{place} exists already; give another name", Remedy("force", True, reason="to overwrite it")
+        )
+    try:
+        place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        way_out = "name a file in a folder that can be written"
+        raise TargetError(f"cannot write {place}: {error.strerror}; {way_out}") from error
+    return place
+
+
+def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
+    """Check all keys of a configuration file, and its threat models, gates, suites, attacks, recipes and reports.
+
+    Nothing is run, and no model is opened. The calibration of a guard is compared with its settings. Returns the verbs
+    for which the file is valid, which are those that use all keys at its top, or `guard` for the settings of a guard.
+    Raises `UsageError` for the first fault, and if there is no such verb.
+    """
+    loaded = load(Path(path))
+    if not loaded:
+        raise UsageError(
+            f"{path} contains no keys; expected keys such as model: and data:, as holdfast init writes them"
+        )
+    if is_guard(loaded):
+        check_guard_settings(loaded, str(path))
+        from holdfast.api.guard_opening import refuse_unusable
+
+        refuse_unusable(Path(path))
+        return (GUARD,)
+    verbs, faults = [], []
+    for verb, kind in VERBS.items():
+        try:
+            keys_for_verb(loaded, str(path), kind)
+        except MisplacedKeys as error:
+            if verb in loaded:  # its section could not be used
+                raise
+            faults.append(error)
+        else:
+            verbs.append(verb)
+    if not verbs:
+        raise min(faults, key=lambda error: len(error.keys))
+    if "certify" in verbs and "certify" not in loaded and not _is_certifiable(Path(path)):
+        verbs.remove("certify")
+    for verb in verbs:
+        _check_parts(read_settings(Path(path), {}, kind=VERBS[verb]), str(path))
+    return tuple(verbs)
+
+
+def _is_certifiable(path: Path) -> bool:
+    """Whether robustness can be proved under the threat model of a file."""
+    try:
+        read_settings(path, {}, kind=Certify)
+    except UsageError:
+        return False
+    return True
+
+
+def _check_parts(settings: VerbSettings, path: str) -> None:
+    """Check the settings that need torch: reports, recipe and attacks."""
+    if isinstance(settings, Harden | RotateSettings):
+        from holdfast.api.recipe_building import build_recipe
+
+        recipe, selected = settings.recipe, AUTO if isinstance(settings, Harden) else CARD
+        if recipe["use"] in (AUTO, CARD) and recipe["use"] != selected:
+            raise UsageError(
+                f"{path}: recipe {recipe['use']} is not for {settings.verb}; name a recipe, or {selected}"
+            )
+        if recipe["use"] != selected:
+            build_recipe(recipe)
+    if isinstance(settings, Assess | Certify | Harden):
+        for output in settings.output:
+            if output != "-" and not is_folder(output):
+                check_place(Path(output))
+        if not isinstance(settings, Certify) and settings.attacks is not None:
+            from holdfast.settings.attack_building import build_attack
+
+            for k, spec in enumerate(settings.attacks):
+                build_attack(spec, f"{path}: attacks.{k}")

@@ -1,0 +1,35 @@
+"""Functions of the Python interface that read stored runs: `compare`, `report` and `verify`."""
+
+from pathlib import Path
+
+from holdfast.runs.assess.result import Result
+from holdfast.runs.store.verify import Verified
+from holdfast.runs.store.verify import verify as verify_folder
+from holdfast.runs.stored.stored_runs import Comparison, open_run, refuse_false
+
+__all__ = ["compare", "report", "verify"]
+
+
+def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
+    """Compare two runs on the examples that both contain, and return the differences between them."""
+    return Comparison(_result(first), _result(second))
+
+
+def report(run: str | Path) -> Result:
+    """Read the folder of a finished run and return its result."""
+    return open_run(Path(run))
+
+
+def verify(run: str | Path) -> Verified:
+    """Check that the files in the folder of a run match its hash chain, and that its verdict follows from its columns.
+    Return the number of files and the state of the run.
+
+    Raises `TargetError` for the first difference.
+    """
+    verified = verify_folder(Path(run))
+    refuse_false(Path(run))
+    return verified
+
+
+def _result(run: Result | str | Path) -> Result:
+    return run if isinstance(run, Result) else open_run(Path(run))

@@ -1,0 +1,406 @@
+"""The settings of each command, composed of groups of settings. Each class is also the command in Python:
+`holdfast.Assess(model="mnist-cnn", data="mnist-mini").run()`.
+
+A class lists its groups in reverse order: pydantic begins with the fields of the last base class, and options are shown
+in the order of the fields. The classes do not import torch; their methods do.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+from pydantic import ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
+
+from holdfast.api import placing
+from holdfast.api.placing import Ray
+from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
+from holdfast.settings import groups, guard_settings, serve_settings, values
+from holdfast.settings.default_suite import refuse_uncertifiable
+from holdfast.settings.grammar import did_you_mean
+from holdfast.settings.groups import SettingGroup
+from holdfast.settings.wording import complaint, place
+
+if TYPE_CHECKING:
+    from holdfast.api.hardening import ForHardening
+    from holdfast.core.batch import Data
+    from holdfast.io.doctor import Checkup
+    from holdfast.runs.assess.expected_rows import Rehearsed
+    from holdfast.runs.assess.expected_time import ExpectedCost
+    from holdfast.runs.assess.request import Opened, Subject
+    from holdfast.runs.assess.result import Result
+    from holdfast.runs.harden.hardened import Hardened
+
+G = TypeVar("G", bound=SettingGroup)
+S = TypeVar("S", bound="Checked")
+
+
+class Checked(SettingGroup):
+    """Base class of settings whose construction raises `UsageError` that names the first invalid one."""
+
+    verb: ClassVar[str] = ""
+    """name of the command, or of the Python function, that has these settings"""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, given: Any, filled: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        source: tuple[str, Mapping[str, str]] = info.context or (f"{cls.verb}(): ", {})
+        prefix, written = source
+        content = cls._flat(given)
+        for key in content:
+            if key not in cls.model_fields:
+                raise UsageError(f"{prefix}unknown key {key!r}{_of_other_verbs(str(key), cls)}")
+        try:
+            settings = filled(content)
+        except ValidationError as error:
+            key, dot, rest = place(error).partition(".")
+            raise UsageError(f"{written.get(key, prefix + key)}{dot}{rest} {complaint(error)}") from None
+        for kind in reversed(cls.__mro__):
+            if "refuse_contradictions" in vars(kind):
+                kind.refuse_contradictions(settings, prefix, written)  # type: ignore[attr-defined]
+        return settings
+
+    @classmethod
+    def _flat(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return settings in which results of `open_model` and `open_data`, and a `Ray`, are replaced by the settings
+        that they contain.
+        """
+        content = dict(given)
+        for key, kind in (("model", ModelReference), ("data", DataReference)):
+            reference = content.get(key)
+            if isinstance(reference, kind) and cls is not kind:
+                own = {name: getattr(reference, name) for name in reference.model_fields_set}
+                if twice := sorted(own.keys() & content.keys() - {key}):
+                    raise UsageError(f"{twice[0]} is given to {cls.verb} and to {kind.verb}; give it once")
+                if unused := [name for name in own if name not in cls.model_fields and name not in _LIMITS]:
+                    raise UsageError(
+                        f"{unused[0]}={own[unused[0]]!r} is not possible for the model of {cls.verb}",
+                        Remedy(unused[0], function=kind.verb),
+                    )
+                content |= {name: value for name, value in own.items() if name in cls.model_fields}
+        if isinstance(on := content.get("on"), Ray) and issubclass(cls, placing.Placement):
+            content |= on.settings(cls.waiting_key)
+        return content
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Return the settings that were given, for the text of the object."""
+        return ((key, getattr(self, key)) for key in type(self).model_fields if key in self.model_fields_set)
+
+
+_LIMITS = groups.ServerLimits.model_fields
+"""Settings of `open_model` that a command without limits of a server does not use."""
+
+
+class ModelReference(groups.ServerLimits, groups.InferenceSource, groups.ModelSource, Checked):
+    """A model that is not opened yet, and options for opening it. The run opens it, so that the run counts all requests
+    to a server.
+    """
+
+    verb = "open_model"
+
+
+class DataReference(groups.DataSource, Checked):
+    """Examples that are not read yet, and options for reading them. The run reads them, because some options depend on
+    the model.
+    """
+
+    verb = "open_data"
+
+
+class VerbSettings(groups.FileFormat, Checked):
+    """Base class of the settings of one command, such as `assess`."""
+
+
+class _Measured(VerbSettings):
+    """The steps that an assessment and a certification share."""
+
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a proof that is not possible under the threat model, and for a guard on a cluster."""
+        if isinstance(self, Certify) or self.certify:
+            refuse_uncertifiable(self.threat)
+        if self.guard is not None and self.on != "local":
+            raise UsageError(
+                f"the guard {self.guard} is read on this machine only, and shards run on {self.on}",
+                Remedy("on"),
+            )
+
+    def open(self: Any) -> "Opened":
+        """Open the model, the data and the surrogates, and return them. Worker processes call it as well."""
+        from holdfast.api.assess_requests import opened
+
+        return opened(self)
+
+    def estimate(self: Any) -> "ExpectedCost | Rehearsed":
+        """Estimate the cost of a run on a few examples, without storing anything."""
+        from holdfast.api.assess_requests import estimated
+
+        return estimated(self)
+
+    def run(
+        self: Any,
+        folder: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress = silent,
+        notify: Notify = ignore,
+        detail: Notify = ignore,
+        command: str = "",
+    ) -> "Result":
+        """Measure the model and judge the gates, and return the result.
+
+        If `folder` is given, all artefacts are stored in it, with the command line `command` that repeats the run, and
+        `resume` continues the run in it. `notify` is called with messages, and `detail` with those on single shards.
+        """
+        from holdfast.api.assess_requests import measured
+
+        return measured(
+            self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command
+        )
+
+
+class Doctor(
+    groups.Seed,
+    groups.ExampleSelection,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.InferenceSource,
+    groups.ModelSource,
+    VerbSettings,
+):
+    """All settings of the command `holdfast doctor`."""
+
+    verb = "doctor"
+
+    def open(self) -> "tuple[Subject, Data]":
+        """Open the model and the data, and return them. Data that do not fit the model are opened as well."""
+        from holdfast.api.resolve import open_examples, open_subject
+        from holdfast.io.remote.counting import inspection_counter
+
+        subject = open_subject(self)
+        inspection_counter(subject.model)
+        return subject, open_examples(self, subject.model, lenient=True)
+
+    def run(self) -> "Checkup":
+        """Check the model and the data for common mistakes, and return the findings."""
+        from holdfast.api.grad_mode import gradients
+        from holdfast.io.doctor import Checkup, examine
+
+        with gradients():
+            subject, data = self.open()
+            return Checkup(examine(subject.model, data))
+
+
+class CalibrateSettings(
+    groups.Seed,
+    groups.ExampleSelection,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.ServerLimits,
+    groups.InferenceSource,
+    groups.ModelSource,
+    guard_settings.CalibrateOptions,
+    VerbSettings,
+):
+    """All settings of the command `holdfast calibrate`."""
+
+    verb = "calibrate"
+
+
+class Assess(
+    groups.ServerLimits,
+    groups.InferenceSource,
+    groups.OtherData,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.ModelSource,
+    groups.Device,
+    placing.ClusterSettings,
+    groups.Execution,
+    groups.Seed,
+    groups.ExampleSelection,
+    groups.AssessOptions,
+    groups.Reports,
+    groups.GateSettings,
+    groups.SuiteSettings,
+    groups.ThreatSource,
+    _Measured,
+):
+    """All settings of the command `holdfast assess`."""
+
+    verb = "assess"
+
+
+class Harden(
+    groups.OtherData,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.ModelSource,
+    groups.Device,
+    placing.ClusterSettings,
+    groups.Execution,
+    groups.Seed,
+    groups.ExampleSelection,
+    groups.Reports,
+    groups.GateSettings,
+    groups.SuiteSettings,
+    groups.ThreatSource,
+    groups.HardenOptions,
+    VerbSettings,
+):
+    """All settings of the command `holdfast harden`: those of the training, and those of the assessments before and
+    after it.
+    """
+
+    verb = "harden"
+
+    def open(self) -> "ForHardening":
+        """Open the model, the examples for training and those for the assessments, and return them."""
+        from holdfast.api.hardening import open_for_hardening
+
+        return open_for_hardening(self)
+
+    def run(
+        self,
+        folder: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress = silent,
+        notify: Notify = ignore,
+        detail: Notify = ignore,
+        command: str = "",
+    ) -> "Hardened":
+        """Train a new model that is more robust, assess both, and return them. The arguments are those of
+        `Assess.run`.
+        """
+        from holdfast.api.hardening import hardened
+
+        return hardened(
+            self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command
+        )
+
+
+class RotateSettings(
+    groups.OtherData,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.ModelSource,
+    groups.Device,
+    placing.LocalOnly,
+    groups.Seed,
+    groups.GateSettings,
+    groups.RotateOptions,
+    groups.ThreatSource,
+    VerbSettings,
+):
+    """All settings of the command `holdfast rotate`: how parameter sets are trained and generated, and when they are
+    swapped.
+    """
+
+    verb = "rotate"
+
+
+class Certify(
+    groups.ServerLimits,
+    groups.InferenceSource,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.ModelSource,
+    groups.Device,
+    placing.CertifyCluster,
+    groups.Execution,
+    groups.Seed,
+    groups.ExampleSelection,
+    groups.Reports,
+    groups.GateSettings,
+    placing.CertifyOptions,
+    groups.ThreatSource,
+    _Measured,
+):
+    """All settings of the command `holdfast certify`. Its attacks are those of the default suite, so that the settings
+    of an assessment for other attacks have fixed values.
+    """
+
+    verb = "certify"
+    suite: ClassVar[None] = None
+    attacks: ClassVar[None] = None
+    surrogates: ClassVar[tuple[()]] = ()
+    only: ClassVar[tuple[()]] = ()
+    skip: ClassVar[tuple[()]] = ()
+    curve: ClassVar[bool] = False
+    doubts: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = False
+    fit: ClassVar[None] = None
+    across: ClassVar[tuple[()]] = ()
+    transform: ClassVar[None] = None
+
+
+class ServeSettings(
+    groups.InputSpace,
+    serve_settings.ServedInference,
+    groups.ModelSource,
+    groups.Device,
+    serve_settings.RequestLimits,
+    serve_settings.ProxySettings,
+    serve_settings.ServeOptions,
+    VerbSettings,
+):
+    """All settings of the command `holdfast serve`."""
+
+    verb = "serve"
+
+
+Opening = Doctor | CalibrateSettings | Assess | Certify | Harden | RotateSettings
+"""Settings of any command that opens a model and data."""
+
+VERBS: Mapping[str, type[VerbSettings]] = {
+    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, ServeSettings)
+}
+"""Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
+
+
+def verbs_with(key: str) -> list[str]:
+    """Return the verbs that have a setting."""
+    return [verb for verb, kind in VERBS.items() if key in kind.model_fields]
+
+
+def _of_other_verbs(key: str, kind: type[SettingGroup]) -> str:
+    verbs = verbs_with(key)
+    return f", which is a setting of {', '.join(verbs)}" if verbs else did_you_mean(key, kind.model_fields)
+
+
+def check_settings(
+    content: Mapping[str, Any],
+    where: str,
+    written: Mapping[str, str] = MappingProxyType({}),
+    *,
+    kind: type[S],
+) -> S:
+    """Return the settings of a command from text, such as a file or options. Raises `UsageError` that names the first
+    invalid key and the most similar valid one.
+
+    The message begins with `where`, the source of the content, except for keys in `written`, which maps keys to the
+    form in which the user wrote them.
+    """
+    prefix, suite = f"{where}: " if where else "", content.get("suite")
+    if "suite" in kind.model_fields and suite is not None and not values.is_suite(suite):
+        raise UsageError(
+            f"{prefix}suite is {suite!r}; expected a name, or names as in [pgd, square]; list attacks with settings "
+            "under attacks:, as in [{use: PGD, steps: 100}]"
+        )
+    return kind.model_validate(dict(content), context=(prefix, written))
+
+
+def part(settings: SettingGroup, kind: type[G]) -> G:
+    """Return those settings of a command that belong to a group, or the defaults if the command does not have them."""
+    if not isinstance(settings, kind):
+        return kind.model_construct()
+    return composed(kind, settings)
+
+
+def composed(kind: type[G], *settings: SettingGroup) -> G:
+    """Return an object with those settings of others that it has, and its defaults for the rest."""
+    own = {key: value for each in settings for key, value in each if key in kind.model_fields}
+    given = {key for each in settings for key in each.model_fields_set}
+    return kind.model_construct(_fields_set=given & own.keys(), **own)

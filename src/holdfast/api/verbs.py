@@ -1,0 +1,172 @@
+"""Python functions that do the same as the commands, with the same names, arguments and results.
+
+Each function accepts a network, a function or an address as its model, and tensors, arrays, a loader or an address as
+its data. It creates the object with the settings of its command, such as `holdfast.Assess`, and runs it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.api.plans import SuiteLike
+from holdfast.api.python_functions import verb_with
+from holdfast.api.reading_settings import given
+from holdfast.api.references import DataLike, ModelLike
+from holdfast.api.starting import DEMO, DEMO_COMMAND, DIGITS
+from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden
+from holdfast.core.errors import UsageError
+from holdfast.io.data import data as data_sources
+from holdfast.recipes.training.recipe import Recipe
+from holdfast.reports.write import check_destination as check_place
+from holdfast.runs.assess.result import Result
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
+from holdfast.settings.attack_building import ThreatLike
+from holdfast.settings.grammar import did_you_mean
+
+if TYPE_CHECKING:
+    from holdfast.io.doctor import Checkup
+    from holdfast.runs.assess.exhibition import Exhibit
+    from holdfast.runs.harden.hardened import Hardened
+
+__all__ = ["assess", "certify", "demo", "doctor", "exhibition", "harden"]
+
+
+@verb_with(Assess)
+def assess(
+    model: ModelLike,
+    data: DataLike,
+    threat: ThreatLike = "linf:8/255",
+    suite: SuiteLike | None = None,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Result:
+    """Measure the robust accuracy of a model against a suite of attacks, with confidence intervals and doubts.
+
+    An example is robust if no attack of the suite breaks it. `model` and `data` are objects, addresses, or results of
+    `open_model` and `open_data`. `threat` is a string, or a constraint such as `holdfast.Linf(8/255)`. `suite` is the
+    name of a suite or of attacks (`"pgd,square"`), an attack, a class of attacks, or a list of these. The default is
+    `fast`, or `transfer` for a threat with access=none. `surrogates` are models of the attacker; a `Classifier`
+    declares the preprocessing, and `holdfast.skipped` is for skip gradients. `across` lists other data sets with inputs
+    of the same shape: perturbations computed on `data` are also evaluated on them, and theirs on `data`. With `certify`
+    interval bounds and CROWN come first, and 32 of the examples that they certify are attacked. `fit` contains the
+    examples on which learned attacks are fitted, and `baseline` is the run with which gates compare: a result, or the
+    folder of a run. `on` states where `workers` measure: on this machine, or on a Ray cluster (`"ray"`,
+    `"ray://HOST:PORT"`, or a `holdfast.Ray`). If `run` is given, all artefacts are stored in that folder, and `resume`
+    continues the run in it.
+    """
+    checked = Assess(**given(model=model, data=data, threat=threat, suite=suite, **settings))
+    return checked.run(run, resume=resume, progress=progress)
+
+
+@verb_with(Certify)
+def certify(
+    model: ModelLike,
+    data: DataLike,
+    threat: ThreatLike = "linf:8/255",
+    method: str = "auto",
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Result:
+    """Prove for each example that no input of the threat model is misclassified, or find one that is.
+
+    Every example is certified, broken or unknown. `method` is `auto`, which runs interval bounds, CROWN, attacks, and
+    branch and bound, or one method, which is run with the attacks. CROWN, alpha-CROWN and branch and bound take at most
+    `timeout` for each example.
+    With `method="smoothing"` the model of the result is the smoothed classifier of `model` with noise of standard
+    deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
+    of at most `failure_probability` (0.001 by default) for each example. With `clip`, noisy inputs are first clamped to
+    the legal range.
+    With `geometry`, the report shows the decision boundary around as many examples.
+    The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
+    other arguments are those of `assess`.
+    Raises `UnsoundProof` if an attack breaks a certified example, and `UsageError` for a model or a threat model about
+    which the method proves nothing.
+    """
+    checked = Certify(**given(model=model, data=data, threat=threat, method=method, **settings))
+    return checked.run(run, resume=resume, progress=progress)
+
+
+@verb_with(Harden)
+def harden(
+    model: ModelLike,
+    data: DataLike,
+    threat: ThreatLike = "linf:8/255",
+    recipe: Recipe | str | Mapping[str, Any] = "auto",
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> "Hardened":
+    """Train a new model that is more robust than `model`, and assess both. The given model is never changed.
+
+    `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. If `data` is an address, its
+    train split is used for training and its test split for measurement. If it is an object, it is used for measurement
+    and `fit` for training; without `fit`, a tenth of it is held out for measurement. `unlabelled` contains further
+    inputs for training, as an address or an object, for recipes that use inputs without labels. `budget` is the
+    wall-clock time for the training, as in "10min". The other arguments are those of `assess`, and apply to the
+    measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
+    continues the run in it.
+    """
+    checked = Harden(**given(model=model, data=data, threat=threat, recipe=recipe, **settings))
+    return checked.run(run, resume=resume, progress=progress)
+
+
+def demo(
+    folder: str | Path = "holdfast-demo", *, progress: Progress = silent, notify: Notify = ignore
+) -> Result:
+    """Assess a bundled model on bundled data, without a network connection, and write `report.html` and `report.json`
+    to `folder`.
+
+    The model is a bundled network, and the data are real images of digits. `notify` is called with the expected time.
+    """
+    paths = [Path(folder) / name for name in ("report.html", "report.json")]
+    for path in paths:
+        # before the run, so that it does not end without its reports
+        check_place(path)
+    result = Assess(**DEMO).run(progress=progress, notify=notify, command=DEMO_COMMAND)
+    for path in paths:
+        result.write(path)
+    return result
+
+
+def exhibition(
+    *, n: int = 500, only: Sequence[str] = (), shown: "Callable[[Exhibit], None]" = lambda exhibit: None
+) -> "tuple[Exhibit, ...]":
+    """Build each model of the gallery, whose gradients are masked on purpose, and measure it on the first `n` bundled
+    images of digits.
+
+    `shown` is called with each result as soon as it is known. `only` lists the names of the models to build; if it is
+    empty, all are built. Raises `UsageError` for an unknown name.
+    """
+    from holdfast.doubts.gallery import ITEMS
+    from holdfast.runs.assess.exhibition import exhibits
+
+    names = [item.name for item in ITEMS]
+    for name in only:
+        if name not in names:
+            raise UsageError(f"there is no {name!r} in the gallery{did_you_mean(name, names)}")
+    items = [item for item in ITEMS if not only or item.name in only]
+    training = data_sources.open_data(DIGITS, split="train")
+    digits = training.read(0, len(training))
+    built = []
+    for exhibit in exhibits(digits, data_sources.open_data(DIGITS, n=n), items):
+        shown(exhibit)
+        built.append(exhibit)
+    return tuple(built)
+
+
+@verb_with(Doctor)
+def doctor(model: ModelLike, data: DataLike, **settings: Any) -> "Checkup":
+    """Check within seconds whether a model and its data fit together, and return findings about common mistakes, which
+    are printed as `holdfast doctor` prints them.
+
+    `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
+    """
+    return Doctor(**given(model=model, data=data, **settings)).run()

@@ -1,0 +1,316 @@
+"""Suites of attacks, with names and versions. Suites with equal names and versions contain the same attacks with the
+same settings.
+
+`fast` is Holdfast's default suite. Its order starts with the attacks that break the most examples for their cost. The
+later attacks process the examples in waves, those nearest to being broken first, and stop after a wave in which they
+break none (docs/decisions/0007). `quick` consists of its first attack, with other settings.
+
+`standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
+an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
+arXiv:2103.01208), and `rand` that of its version for randomised models, so that the numbers can be compared with
+published ones. There is no AutoAttack for L0; there `standard` consists of projected gradient descent, PDPGD, SigmaZero
+and Sparse-RS.
+
+`black-box` uses only what the threat model allows: scores, or labels. `transfer` sends no queries to the target and
+computes its examples on surrogates. Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of
+Hendrycks & Dietterich.
+
+The tables name the attacks and their settings, and do not import torch: names are checked before it is imported.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
+from holdfast.metrics.names import CORRUPTIONS
+
+if TYPE_CHECKING:
+    from holdfast.attacks.protocol import Attack
+    from holdfast.core.constraints import Constraint
+    from holdfast.core.types import Access
+
+SuiteName = Literal[
+    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
+]
+Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow"]
+"""What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """An attack of a suite: its name there, the name of its class, and the settings that differ from the defaults."""
+
+    name: str
+    attack: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    waves: int = 0
+    """number of halvings of the robust examples, for an attack that starts with those nearest to being broken"""
+
+    def build(self) -> "Attack":
+        """Return the attack."""
+        from holdfast import attacks
+        from holdfast.attacks.parts import losses
+
+        settings = {
+            name: getattr(losses, value) if name == "loss" else value for name, value in self.settings.items()
+        }
+        built: Attack = getattr(attacks, self.attack)(**settings)
+        return built
+
+
+Specs = tuple[AttackSpec, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A list of attacks with a name and a version. The attacks are run in the order of the list."""
+
+    name: str
+    version: int
+    specs: Specs
+    smallest: bool = False
+    """whether the suite searches for the smallest change of every example, instead of any change within eps"""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def attacks(self) -> tuple[tuple[str, "Attack"], ...]:
+        """Name in the suite and attack, for each attack."""
+        return tuple((spec.name, spec.build()) for spec in self.specs)
+
+
+def _spec(name: str, attack: str = "", *, waves: int = 0, **settings: Any) -> AttackSpec:
+    return AttackSpec(name, attack or name, MappingProxyType(settings), waves)
+
+
+def _pgd(steps: int, restarts: int) -> AttackSpec:
+    """PGD with the settings of `holdfast.attacks.pgd.margin_pgd`."""
+    return _spec("PGD", steps=steps, reach=20.0, restarts=restarts, loss="margin_loss")
+
+
+def _apgd_t(*, waves: int = 0, **settings: Any) -> AttackSpec:
+    return _spec("APGD-T", "APGD", waves=waves, loss="dlr", **settings)
+
+
+PUBLISHED: Final[Specs] = (
+    _spec("MI-FGSM", "Transfer", reach=1, neighbours=0),
+    _spec("NI-FGSM", "Transfer", reach=1, neighbours=0, ahead=True),
+    _spec("DI-FGSM", "Transfer", reach=1, diversity=0.5, neighbours=0, momentum=0),
+    _spec("TI-FGSM", "Transfer", reach=1, shifts=7, neighbours=0, momentum=0),
+    _spec("SI-NI-FGSM", "Transfer", reach=1, neighbours=0, ahead=True, halvings=4),
+    _spec("VMI-FGSM", "Transfer", reach=1, neighbours=5, around=1.5),
+)
+"""`Transfer` with the settings of published attacks, except that VMI has 5 neighbours and its paper 20."""
+
+_TRANSFER = (_spec("Transfer"), *PUBLISHED)
+_CORRUPTIONS = tuple(AttackSpec(name, "Corruption", {"name": name}) for name in CORRUPTIONS)
+_SQUARE = _spec("Square", queries=5000)
+_SPARSE_RS = _spec("SparseRS", queries=5000)
+_LAST = (_spec("Square", waves=5, queries=500), _apgd_t(waves=5, steps=50, targets=3))
+_PATCHES = (_spec("PatchAttack", places=50), _pgd(100, 2))
+_WHOLE_IMAGE = (_spec("TransformPGD"), _spec("GridSearch"))
+# a few short gradient runs: in `quick`, two from random starts and two towards the nearest classes. `fast` uses one
+# random start, and under L2 and L1 no target class, because more attacks follow and targeted runs break nothing that
+# later attacks do not break (docs/decisions/0007)
+_SPRINT = _spec("Sprint", "Relay", searches=0, rounds=0)
+_SHORT_SPRINT = _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1, targets=0)
+# 60 % beyond the plane breaks more than 5 %, and patience ends runs that would stay outside the ball
+_PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=10, refine=20)
+# a first step of twice the length breaks other examples than the default one
+_WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
+_WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
+_RAND = (
+    _spec("APGD-CE", "APGD", loss="cross_entropy", steps=100, draws=20),
+    _spec("APGD-DLR", "APGD", loss="dlr", steps=100, draws=20),
+)
+
+
+def _standard(*, sparse: bool) -> Specs:
+    return (
+        _spec("APGD-CE", "APGD", loss="cross_entropy", steps=100, restarts=5 if sparse else 1, shrink=sparse),
+        _apgd_t(steps=100, targets=5 if sparse else 9, shrink=sparse),
+        _spec("FAB-T", "FAB", steps=100, targets=9),
+        _spec("Square", queries=5000, scale_schedule=False),
+    )
+
+
+SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
+    "quick": {
+        **dict.fromkeys(("linf", "l2", "l1"), (_SPRINT,)),
+        "l0": (_pgd(50, 2),),
+        "patch": (_spec("PatchAttack", places=8),),
+        **dict.fromkeys(("spatial", "colour"), (_spec("TransformPGD"),)),
+        "flow": (_spec("Flow", restarts=2),),
+    },
+    "fast": {
+        "linf": (
+            _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1),
+            _spec("FMN", waves=4, steps=60),
+            # two Relays, the second on the margins that the first has lowered, break more than one of twice the length
+            _spec("Relay", waves=5, restarts=1, targets=3, searches=2, rounds=2, queries=150),
+            _spec("Relay-2", "Relay", waves=4, restarts=1, targets=3, searches=3, rounds=3, queries=150),
+            *_LAST,
+        ),
+        "l2": (
+            _SHORT_SPRINT,
+            _spec("ALMA", waves=3, steps=60, refine=20),
+            _PLANES,
+            _WIDER,
+            _spec("PDPGD", waves=4, steps=50, refine=20),
+            # steps of 30 % beyond the plane break examples that those of 60 % miss
+            _spec("FAB-T-2", "FAB", waves=4, steps=45, targets=4, eta=1.3, patience=15, refine=20),
+            _WINDOWS,
+            *_LAST,
+        ),
+        "l1": (
+            _SHORT_SPRINT,
+            _spec("PDPGD", waves=4, steps=100, refine=20),
+            _PLANES,
+            _WIDER,
+            _WINDOWS,
+            _spec("Square", waves=5, queries=1000),
+            _apgd_t(waves=5, steps=100, targets=3),
+        ),
+        "l0": (_pgd(100, 2), replace(_SPARSE_RS, waves=4)),
+        "corruptions": _CORRUPTIONS,
+        "patch": _PATCHES,
+        **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
+        "flow": (_spec("Flow"),),
+    },
+    "standard": {
+        **dict.fromkeys(("linf", "l2"), _standard(sparse=False)),
+        "l1": _standard(sparse=True),
+        "l0": (
+            _pgd(100, 5),
+            _spec("PGD-CE", "PGD", steps=100, reach=20.0, restarts=2, loss="cross_entropy"),
+            _spec("PDPGD", steps=100),
+            _spec("SigmaZero", steps=100),
+            _SPARSE_RS,
+        ),
+        "corruptions": _CORRUPTIONS,
+        "patch": _PATCHES,
+        **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
+        "flow": (_spec("Flow"),),
+    },
+    "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), _RAND),
+    "black-box": {
+        **dict.fromkeys(("linf", "l2", "l1"), (_SQUARE,)),
+        "l0": (_SPARSE_RS,),
+        **dict.fromkeys(("spatial", "colour"), (_spec("GridSearch"),)),
+    },
+    "minimum-norm": {
+        "linf": (_spec("DeepFool"), _spec("FMN", steps=100)),
+        "l2": (_spec("DeepFool"), _spec("ALMA", steps=100), _spec("PDPGD", steps=100)),
+        "l1": (_spec("ALMA", steps=100), _spec("PDPGD", steps=200)),
+        "l0": (_spec("PDPGD", steps=100), _spec("SigmaZero", steps=200)),
+    },
+    "corruptions": {"corruptions": _CORRUPTIONS},
+    "transfer": dict.fromkeys(("linf", "l2", "l1", "l0", "patch"), _TRANSFER),
+}
+"""The attacks of each suite, by what the attacker may change."""
+
+LABELS_ONLY: Final[Mapping[Kind, Specs]] = {
+    "linf": (_spec("RayS", queries=5000),),
+    "l2": (_spec("HopSkipJump", queries=5000), _spec("SurFree", queries=5000)),
+}
+"""The attacks of the suite `black-box` for an attacker who gets only the predicted labels."""
+
+_CURVE: Final[Mapping[str, AttackSpec]] = {
+    "linf": _spec("FMN", steps=100),
+    "l2": _spec("ALMA", steps=100),
+}
+
+_FIRST: tuple[SuiteName, ...] = (
+    "standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box"
+)  # fmt: skip
+"""Names of suites, in the order in which `variant` searches them for the name of an attack."""
+
+
+def _all_specs() -> Iterator[AttackSpec]:
+    for name in _FIRST:
+        for specs in SUITES[name].values():
+            yield from specs
+
+
+VARIANTS: Final[Mapping[str, str]] = {
+    spec.name: spec.attack for spec in _all_specs() if spec.name != spec.attack
+}
+"""Names of attacks with certain settings in suites and tables, with the names of these attacks."""
+
+
+def attacks_of(name: SuiteName, kind: Kind, access: "Access" = "gradients") -> Specs:
+    """Return the attacks of a suite, or an empty tuple if it has none for what the attacker may change."""
+    if name == "black-box" and access == "labels" and kind in ("linf", "l2", "l1", "l0"):
+        return LABELS_ONLY.get(kind, ())
+    return SUITES[name].get(kind, ())
+
+
+def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -> Suite:
+    """Return the suite of attacks called `name` for a constraint, such as a ball of a norm. Raises `UsageError` if
+    there is no such suite for this constraint.
+
+    If `access` is "labels", `black-box` consists of attacks that need only labels.
+    """
+    if name not in SUITES:
+        raise UsageError(f"there is no suite {name!r}; expected one of {', '.join(SUITES)}")
+    known, kind = cast("SuiteName", name), _kind(constraint)
+    found = attacks_of(known, kind, access)
+    if not found:
+        raise _no_suite(known, kind, constraint)
+    # under corruptions, `fast` and `standard` are the suite `corruptions`
+    return Suite("corruptions" if kind == "corruptions" else known, 1, found, known == "minimum-norm")
+
+
+def kind_of_change(norm: str, limits: Container[str]) -> Kind:
+    """Return what the attacker may change under a constraint with the name `norm` and the limits of transformations."""
+    return "flow" if "flow" in limits else cast("Kind", norm)
+
+
+def _kind(constraint: "Constraint") -> Kind:
+    return kind_of_change(constraint.name, getattr(constraint, "limits", ()))
+
+
+def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageError:
+    """The error for a suite without attacks on what the attacker may change."""
+    if kind == "corruptions":
+        return UsageError(f"there is no suite {name!r} of common corruptions", Remedy("suite", "corruptions"))
+    if name == "corruptions" and kind in ("linf", "l2", "l1", "l0"):
+        return UsageError(
+            f"the suite corruptions has no attack under {kind}", Remedy("threat", "corruptions:3")
+        )
+    if name == "black-box" and kind in ("l1", "l0"):
+        return UsageError(
+            f"the suite 'black-box' has no attack under {kind} that needs only labels; use linf or l2"
+        )
+    if name == "transfer":
+        return UsageError(
+            f"under {constraint} whole images are transformed, and no attack uses a surrogate; give the attacker "
+            "access to the model, as in access=gradients",
+            Remedy("threat", "linf:8/255"),
+        )
+    others = sorted(other for other, by_kind in SUITES.items() if kind in by_kind)
+    return UsageError(f"there is no suite {name!r} under {constraint}; expected one of {', '.join(others)}")
+
+
+def variant(name: str, constraint: "Constraint") -> "Attack | None":
+    """Return the attack that suites for a constraint list under `name`, with its settings, or None if no suite does.
+
+    If several suites use the name for attacks with different settings, the first of `standard`, `quick`, `fast`,
+    `rand`, `minimum-norm`, `corruptions`, `transfer` and `black-box` decides.
+    """
+    kind = _kind(constraint)
+    found = (spec for suite_name in _FIRST for spec in SUITES[suite_name].get(kind, ()) if spec.name == name)
+    first = next(found, None)
+    return None if first is None else first.build()
+
+
+def curve(constraint: "Constraint") -> tuple[str, "Attack"]:
+    """Return the minimum-norm attack that is used to compute robust accuracy as a function of eps under a constraint,
+    with its name.
+    """
+    spec = _CURVE.get(constraint.name, _spec("PDPGD", steps=100))
+    return spec.name, spec.build()

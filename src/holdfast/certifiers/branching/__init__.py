@@ -1,0 +1,1 @@
+"""Branch and bound: a region is divided until each part is proved or broken."""

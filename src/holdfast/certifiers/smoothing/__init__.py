@@ -1,0 +1,1 @@
+"""Randomised smoothing: predictions of a classifier under noise, and the radius that they prove."""

@@ -1,0 +1,18 @@
+"""Masked models, which are small versions of published defences that seem robust only because their gradients are
+masked.
+
+They serve to test whether the doubts about such an evaluation are raised; none of them is suitable as a defence. Each
+is built like the defence in its paper, within seconds on 5,000 digits, and is compared with an undefended twin, which
+is the same network without the defence. For each, `holdfast demo --gallery` shows the robust accuracy under plain PGD
+and under an adaptive attack, and the doubts that are raised.
+"""
+
+from holdfast.doubts.gallery import activations, generative, images
+from holdfast.doubts.gallery import logit_masks as logits
+from holdfast.doubts.gallery.item import EPS, Item
+from holdfast.doubts.gallery.small_networks import undefended
+
+ITEMS: tuple[Item, ...] = (*logits.ITEMS, *images.ITEMS, *activations.ITEMS, *generative.ITEMS)
+"""All masked models, grouped by the module that defines them."""
+
+__all__ = ["EPS", "ITEMS", "Item", "undefended"]

@@ -1,0 +1,1 @@
+"""The guard of a model: rules, detectors, their calibration, and the states that processes share. It imports no HTTP."""

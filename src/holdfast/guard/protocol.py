@@ -1,0 +1,49 @@
+"""The interface between the server and the guard, and the guard without rules."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from holdfast.guard.decisions import Decision, Incoming, RowDecision
+
+
+class RequestGuard(Protocol):
+    """Protocol of a guard: it decides about requests before and after the model was called."""
+
+    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+        """Return the decision about each request. The model is called with `Decision.x` of those with `answered`."""
+
+    def after_many(
+        self,
+        decisions: Sequence[Decision],
+        outputs: Sequence[Tensor | None],
+        features: Sequence[Tensor | None] | None = None,
+        *,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Decision]:
+        """Return the decisions after the model returned the logits (n, classes) of each request. `network` is the model
+        for detectors that need further forward passes.
+        """
+
+
+class NoRules:
+    """A guard without rules, which allows every request."""
+
+    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+        """Return decisions that allow all requests."""
+        return [
+            Decision(each.request, each.principal, (RowDecision(),) * len(each.x), x=each.x)
+            for each in requests
+        ]
+
+    def after_many(
+        self,
+        decisions: Sequence[Decision],
+        outputs: Sequence[Tensor | None],
+        features: Sequence[Tensor | None] | None = None,
+        *,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Decision]:
+        """Return the decisions unchanged."""
+        return list(decisions)

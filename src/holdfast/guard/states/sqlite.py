@@ -1,0 +1,392 @@
+"""State of the query detector and of rates in a SQLite file, for several processes of one machine.
+
+The file is in WAL mode: a batch of queries is one transaction of a few writes. After a crash of a process nothing is
+lost; after a power failure, the last transactions may be, which only forgets the last queries.
+"""
+
+import itertools
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+
+from holdfast.core.errors import TargetError
+from holdfast.guard.detectors.query_clusters import (
+    Account,
+    Fail,
+    Health,
+    QueryCluster,
+    StateLimits,
+    StateView,
+    SteadyClock,
+    Wanted,
+)
+from holdfast.guard.states.checkpoints import AT_LAST, Checkpoints
+from holdfast.guard.states.packing import sketch_bytes, sketches_from
+from holdfast.guard.states.reachability import Reachability
+from holdfast.guard.states.spending import Balance, Charge, Grant, spent
+from holdfast.runs.store.files import PRIVATE, open_regular
+from holdfast.runs.store.locking import has_foreign_journal
+
+_FORMAT = 1
+_RETRY_S = 0.5  # between two attempts to use a file that was lost
+Counts = tuple[int, int, int]
+"""numbers of clusters, answers and accounts"""
+
+_GAIN = 50  # new rows of one process after which it drops old ones
+_AGAIN_S = 0.02  # between two attempts to open a file that another process creates
+_LOGGED = (
+    600  # new rows of one process, at most 30 MB of the write-ahead log, after which it makes a checkpoint
+)
+_ROWS = 64  # most rows of one statement
+_PARAMETERS = 5000  # in one statement; SQLite allows 32,766
+_NUMBER = (int, float)
+_BALANCE, _CLUSTER = (_NUMBER, _NUMBER, int, _NUMBER), (bytes, _NUMBER, int, _NUMBER)
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS state (
+    id INTEGER PRIMARY KEY CHECK (id = 1), wall REAL, steady REAL, clusters INTEGER, answers INTEGER, accounts INTEGER);
+CREATE TABLE IF NOT EXISTS clusters (
+    key INTEGER PRIMARY KEY, leader BLOB, hashes BLOB, mass REAL, members INTEGER, seen REAL);
+CREATE INDEX IF NOT EXISTS clusters_seen ON clusters (seen);
+CREATE TABLE IF NOT EXISTS buckets (hash INTEGER, key INTEGER, PRIMARY KEY (hash, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers (digest INTEGER PRIMARY KEY, seen REAL);
+CREATE INDEX IF NOT EXISTS answers_seen ON answers (seen);
+CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, queries REAL, mass REAL, seen REAL);
+CREATE INDEX IF NOT EXISTS accounts_seen ON accounts (seen);
+CREATE TABLE IF NOT EXISTS balances (name TEXT PRIMARY KEY, tokens REAL, seen REAL, used INTEGER, began REAL);
+CREATE INDEX IF NOT EXISTS balances_seen ON balances (seen);
+PRAGMA user_version = {_FORMAT};
+"""
+
+
+class SQLiteState:
+    """State in a SQLite file, which any number of processes of one machine open at the same time.
+
+    `wait_s` is how long a transaction waits for those of other processes. Raises `TargetError` if the file cannot be
+    opened; later errors are reported, and handled as `fail` states.
+    """
+
+    def __init__(
+        self, path: Path, limits: StateLimits | None = None, *, fail: Fail = "closed", wait_s: float = 2.0
+    ) -> None:
+        self.path, self.limits, self.fail = path, limits or StateLimits(), fail
+        self._wait_s, self._lock, self._clock = wait_s, Lock(), SteadyClock()
+        self._files = tuple(f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
+        self._reach, self._gained = Reachability(f"state in {path}", fail, _RETRY_S), 0
+        self._checkpoints, self._logged = Checkpoints(path, self._lock, wait_s), 0
+        try:
+            self._db = self._opened()
+        except (sqlite3.Error, OSError) as error:
+            raise TargetError(
+                f"the state {path} cannot be opened ({error}); expected a file in a writable folder of a local disk"
+            ) from error
+
+    @property
+    def health(self) -> Health:
+        """Whether the file can be used, and how often it could not."""
+        return self._reach.health
+
+    def exchange(self, wanted: Wanted, now: float, decide: Callable[[StateView], None]) -> bool:
+        """Read, decide and store in one transaction, like `QueryState.exchange`."""
+
+        def work(db: sqlite3.Connection) -> None:
+            time, counts = self._begun(db, now)
+            view = self._view(db, wanted, time)
+            decide(view)
+            self._store(db, view)
+            self._finish(db, view, now, counts)
+
+        return self._run(work)
+
+    def spend(self, charges: Sequence[Charge], now: float) -> list[Grant]:
+        """Answer charges in one transaction, like `SharedState.spend`."""
+        grants: list[Grant] = []
+
+        def work(db: sqlite3.Connection) -> None:
+            time, counts = self._begun(db, now)
+            for charge in charges:
+                row = db.execute(
+                    "SELECT tokens, seen, used, began FROM balances WHERE name = ?", (charge.principal,)
+                ).fetchone()
+                old = Balance(*_typed(row, *_BALANCE)) if row else None
+                grant, new = spent(charge, old, time)
+                db.execute(
+                    "INSERT OR REPLACE INTO balances VALUES (?, ?, ?, ?, ?)",
+                    (charge.principal, new.tokens, new.seen, new.used, new.began),
+                )
+                grants.append(grant)
+            self._logged += len(charges)
+            _save(db, now, time, counts)
+
+        if not self._run(work):
+            return [Grant(granted=self.fail == "open", reason="lost", lost=True) for _ in charges]
+        return grants
+
+    def close(self) -> None:
+        """Close the file."""
+        self._checkpoints.close()
+        with self._lock:
+            self._db.close()
+
+    def _opened(self) -> sqlite3.Connection:
+        """Open the file. If several processes create it at the same time, SQLite does not wait, but fails at once."""
+        until = monotonic() + self._wait_s
+        while True:
+            try:
+                return self._connected()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or monotonic() >= until:
+                    raise
+            sleep(_AGAIN_S)
+
+    def _connected(self) -> sqlite3.Connection:
+        # readable by this user only, before SQLite creates it and the files beside it with the same mode
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, PRIVATE))
+        handle = open_regular(self.path, os.O_RDWR)  # no link, which may be replaced to change another file
+        try:
+            identity = _identity(os.fstat(handle))
+        finally:
+            os.close(handle)
+        if has_foreign_journal(self.path):
+            raise TargetError(f"the journal beside the state {self.path} is not one of this state; remove it")
+        self._pid = os.getpid()
+        db = sqlite3.connect(
+            self.path,
+            timeout=self._wait_s,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA cache_size = -32000")  # KiB
+            db.execute(f"PRAGMA wal_autocheckpoint = {AT_LAST}")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _FORMAT):
+                raise TargetError(
+                    f"the state {self.path} has the format {version}; expected {_FORMAT}. Delete the file to start a "
+                    "new state"
+                )
+            if version == 0:
+                db.executescript(_SCHEMA)
+            # of the file that was opened first: if another one is there by now, it differs
+            self._identities = (identity, *map(_identity, self._statuses()[1:]))
+            self._size = 0
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _run(self, work: Callable[[sqlite3.Connection], None]) -> bool:
+        with self._lock:
+            if self._reach.waiting:
+                return False
+            try:
+                if self._pid != os.getpid():  # a connection must not be used after a fork
+                    self._db = self._opened()
+                    self._checkpoints = Checkpoints(self.path, self._lock, self._wait_s)
+                self._refuse_replaced()
+                with _transaction(self._db) as db:
+                    work(db)
+            except (sqlite3.Error, OSError, TargetError) as error:
+                self._reach.lost(error)
+                self._reopen()
+                return False
+            self._reach.reached()
+            if self._logged >= _LOGGED:
+                self._checkpoints.due()
+                self._logged = 0
+            return True
+
+    def _statuses(self) -> list[os.stat_result]:
+        return [os.stat(file) for file in self._files]  # noqa: PTH116 - takes half the time
+
+    def _refuse_replaced(self) -> None:
+        """Raise `OSError` if the files at the path are not those of the connection, or were shortened. SQLite itself
+        would continue to use files that were removed, of which other processes and the next server know nothing.
+        """
+        try:
+            statuses = self._statuses()
+            size = statuses[0].st_size
+            replaced = tuple(map(_identity, statuses)) != self._identities or size < self._size
+        except FileNotFoundError:
+            size, replaced = 0, True
+        if replaced:
+            if self._reach.health.reachable:
+                self._reach.emptied()
+            raise OSError("the file, or the log beside it, was removed or replaced")
+        self._size = size
+
+    def _reopen(self) -> None:
+        """Open the file again, because a connection to a file that was removed or damaged stays unusable."""
+        self._db.close()  # first, because the last connection to a file removes the files beside it
+        with suppress(sqlite3.Error, OSError, TargetError):  # the next attempt reports it
+            self._db = self._opened()
+
+    def _begun(self, db: sqlite3.Connection, now: float) -> tuple[float, Counts]:
+        """Time of the state, and the numbers of clusters, answers and accounts."""
+        row = db.execute("SELECT wall, steady, clusters, answers, accounts FROM state").fetchone()
+        if row is None:
+            return self._clock.at(now, None), (0, 0, 0)
+        wall, steady, *counts = _typed(row, _NUMBER, _NUMBER, int, int, int)
+        return self._clock.at(now, (wall, steady)), (counts[0], counts[1], counts[2])
+
+    def _view(self, db: sqlite3.Connection, wanted: Wanted, now: float) -> StateView:
+        stored: dict[int, Sequence[Any]] = {}
+        buckets: dict[int, list[int]] = {}
+        for each, key, *cluster in _rows(
+            db,
+            "SELECT hash, key, leader, mass, members, seen FROM buckets JOIN clusters USING (key) WHERE hash IN",
+            dict.fromkeys(wanted.hashes.ravel().tolist()),
+        ):
+            buckets.setdefault(each, []).append(key)
+            stored[key] = _typed(cluster, *_CLUSTER)
+        leaders = sketches_from([leader for leader, *_ in stored.values()])
+        clusters = {
+            key: QueryCluster(key, leader, mass, members, seen)
+            for (key, (_, mass, members, seen)), leader in zip(stored.items(), leaders, strict=True)
+        }
+        answered = {row[0] for row in _rows(db, "SELECT digest FROM answers WHERE digest IN", wanted.digests)}
+        accounts = {
+            name: Account(*_typed(account, _NUMBER, _NUMBER, _NUMBER))
+            for name, *account in _rows(
+                db, "SELECT name, queries, mass, seen FROM accounts WHERE name IN", wanted.principals
+            )
+        }
+        return StateView(now, self.limits.half_life_s, clusters, buckets, answered, accounts)
+
+    def _store(self, db: sqlite3.Connection, view: StateView) -> None:
+        added = [(view.clusters[key], hashes) for key, hashes in view.added.items()]
+        _insert(
+            db,
+            "INSERT INTO clusters",
+            [
+                (
+                    each.key,
+                    sketch_bytes(each.leader),
+                    np.array(hashes, "<i8").tobytes(),
+                    each.mass,
+                    each.members,
+                    each.seen,
+                )
+                for each, hashes in added
+            ],
+        )
+        pairs = sorted((each, key) for key, hashes in view.added.items() for each in hashes)
+        _insert(db, "INSERT OR IGNORE INTO buckets", pairs)
+        touched = [view.clusters[key] for key in view.touched.keys() - view.added.keys()]
+        db.executemany(
+            "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE key = ?",
+            [(min(each.mass, self.limits.heaviest), each.members, view.now, each.key) for each in touched],
+        )
+        db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", view.dropped)
+        _insert(db, "INSERT OR IGNORE INTO answers", [(each, view.now) for each in view.answers])
+
+    def _finish(self, db: sqlite3.Connection, view: StateView, now: float, counts: Counts) -> None:
+        """Store the accounts, drop what is too old or too much, and store the clock and the counts."""
+        n_accounts = counts[2]
+        for name in view.charged:
+            account = view.accounts[name]
+            row = (account.queries, account.mass, account.seen, name)
+            if not db.execute(
+                "UPDATE accounts SET queries = ?, mass = ?, seen = ? WHERE name = ?", row
+            ).rowcount:
+                db.execute("INSERT INTO accounts VALUES (?, ?, ?, ?)", (name, *row[:3]))
+                n_accounts += 1
+        counts = counts[0] + len(view.added), counts[1] + len(view.answers), n_accounts
+        gained = len(view.added) + len(view.answers) + len(view.charged)
+        self._gained, self._logged = self._gained + gained, self._logged + gained
+        if self._gained >= _GAIN:
+            counts, self._gained = self._dropped(db, view.now, counts), 0
+        _save(db, now, view.now, counts)
+
+    def _dropped(self, db: sqlite3.Connection, now: float, counts: Counts) -> Counts:
+        """Drop what is too old or too much, and return the numbers of what is left. Several times as much is dropped as
+        was gained, so that a shrunken limit is reached without a long transaction.
+        """
+        oldest, most = now - self.limits.lifetime_s, 4 * self._gained
+        _drop(db, "balances", oldest, 0, most)
+        return (
+            counts[0] - self._drop_clusters(db, oldest, counts[0] - self.limits.clusters, most),
+            counts[1] - _drop(db, "answers", oldest, counts[1] - self.limits.digests, most),
+            counts[2] - _drop(db, "accounts", oldest, counts[2] - self.limits.accounts, most),
+        )
+
+    def _drop_clusters(self, db: sqlite3.Connection, oldest: float, excess: int, most: int) -> int:
+        rows = db.execute(
+            "SELECT key, hashes, seen FROM clusters ORDER BY seen LIMIT ?", (min(max(excess, 1), most),)
+        ).fetchall()
+        old = [(key, hashes) for n, (key, hashes, seen) in enumerate(rows) if n < excess or seen < oldest]
+        for key, hashes in old:
+            pairs = [(each, key) for each in np.frombuffer(hashes, "<i8").tolist()]
+            db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", pairs)
+            db.execute("DELETE FROM clusters WHERE key = ?", (key,))
+        return len(old)
+
+
+def _typed(row: Sequence[Any], *kinds: type | tuple[type, ...]) -> Sequence[Any]:
+    """Return a row whose values are of the given types. SQLite stores values of any type in any column."""
+    if not all(map(isinstance, row, kinds)):
+        raise sqlite3.DataError("the file contains values of other types than those of a state")
+    return row
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    db.execute("BEGIN IMMEDIATE")  # a read that is upgraded later could fail, because another process wrote
+    try:
+        yield db
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def _rows(db: sqlite3.Connection, query: str, values: Iterable[object]) -> Iterator[tuple[Any, ...]]:
+    """Rows of a query that ends with IN, over any number of values."""
+    every = list(values)
+    for start in range(0, len(every), _PARAMETERS):
+        part = every[start : start + _PARAMETERS]
+        # all at once: a cursor that an error leaves open could be closed after its connection
+        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part).fetchall()
+
+
+def _insert(db: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+    """Insert rows, many with each statement.
+
+    SQLite releases the interpreter lock in each step of a statement, and a thread that computes a model may keep it
+    then. `executemany` takes one step for each row. Numbers of rows are powers of two, so that few statements are
+    compiled.
+    """
+    first = 0
+    while first < len(rows):
+        n = min(_ROWS, 1 << (len(rows) - first).bit_length() - 1)
+        values = ",".join([f"({','.join('?' * len(rows[first]))})"] * n)
+        db.execute(f"{statement} VALUES {values}", list(itertools.chain(*rows[first : first + n])))
+        first += n
+
+
+def _drop(db: sqlite3.Connection, table: str, oldest: float, excess: int, most: int) -> int:
+    """Delete rows that are too old, or `excess` rows beyond the limit, at most `most`; returns their number."""
+    limit = min(max(excess, 1), most)
+    return db.execute(
+        f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY seen LIMIT ?) AND (? OR seen < ?)",  # noqa: S608
+        (limit, excess > 0, oldest),
+    ).rowcount
+
+
+def _save(db: sqlite3.Connection, wall: float, steady: float, counts: Counts) -> None:
+    db.execute("INSERT OR REPLACE INTO state VALUES (1, ?, ?, ?, ?, ?)", (wall, steady, *counts))

@@ -1,0 +1,1 @@
+"""Opens data: files, tables, images, arrays and loaders."""

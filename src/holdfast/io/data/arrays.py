@@ -1,0 +1,572 @@
+"""Data sets of arrays in memory. The arrays are checked once and keep their original type; each batch is converted to
+floats when it is read.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.normalisation import Normalisation
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.types import Inputs, Layout
+from holdfast.core.units import Units
+from holdfast.io.data.class_numbers import Numbered
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.labels import class_labels, refuse_swapped
+from holdfast.io.data.layouts import LayoutReading, reading_of
+from holdfast.io.models.declarations import NORMALISED_DATA
+from holdfast.io.remote.probing import ProbedClassifier
+from holdfast.io.remote.value_ranges import (
+    BYTES,
+    as_in_training,
+    before_normalisation,
+    extremes,
+    pixel_divisor,
+    range_of_training,
+)
+
+_CHUNK = 1 << 24
+"""Number of values that are checked at a time."""
+_ROUNDING = 1e-6
+"""Largest distance outside the bounds, relative to their width, that is treated as rounding."""
+
+_EXAMPLES = 3
+"""Number of features in an example of bounds."""
+
+_IDS = 2
+"""Number of rows with which it is tested whether the inputs are ids of tokens."""
+
+_COMPARED = 64
+"""Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
+
+Array = NDArray[Any]
+
+_EXACT = 1 << 24
+"""Largest number up to which float32 represents all whole numbers."""
+
+_NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
+SUPPORTED = (
+    "Inputs are images, signals or tables of numbers, which attacks change by small amounts; text and ids of tokens "
+    "are not supported"
+)
+"""Sentence about the kinds of inputs for messages about others."""
+
+
+_NORMALISED_INSIDE = "mean and std are for a model that needs normalised inputs"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Callable that converts normalised inputs back to pixel values."""
+
+    normalised: Normalisation
+    bounds: Bounds
+    """bounds of the pixels"""
+    slack: float
+    """largest distance outside the bounds that rounding can explain; such pixels are clamped to the bounds"""
+
+    @classmethod
+    def of(cls, normalised: Normalisation, bounds: Bounds, resolution: float) -> "Pixels":
+        """Return the conversion from inputs with the given normalisation to pixel values.
+
+        `bounds` are those of the pixels, and `resolution` is the relative rounding error of the type in which the
+        values were stored.
+        """
+        low, high = (torch.as_tensor(side, dtype=torch.float64) for side in (bounds.low, bounds.high))
+        reach = float(torch.maximum(low.abs().max(), high.abs().max())) + max(map(abs, normalised.mean))
+        return cls(normalised, bounds, max(_ROUNDING * bounds.width, 2 * resolution * reach))
+
+    def __call__(self, x: Inputs) -> Inputs:
+        """Return the pixels. Values further outside the bounds than rounding explains are not clamped."""
+        pixels = self.normalised.undone(x)
+        inside = self.bounds.clamp(pixels)
+        return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
+
+    def advice(self, highest: float) -> tuple[str, tuple[Remedy, ...]]:
+        """Return advice and remedies for values outside the bounds. `highest` is the largest value after the
+        conversion.
+        """
+        if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
+            return (
+                "mean and std of data_normalised seem to be on the scale of 0 to 255: divide them by 255",
+                (BYTES,),
+            )
+        return "correct data_normalised: give the mean and std by which the data were normalised", ()
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set whose examples are in memory. Bytes are converted to floats when they are read."""
+
+    name: str
+    x: Array
+    """uint8 or float, (N, …); images with the channels first"""
+    y: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    """row numbers of the examples in the source"""
+    classes: tuple[str, ...] | None = None
+    scale: float = 1.0
+    """divisor of the stored values"""
+    notes: tuple[str, ...] = ()
+    """notes for the report"""
+    pixels: Pixels | None = None
+    """conversion of the stored values to pixels, if the stored values are normalised; else None"""
+    units: Units | None = None
+    """units in which the examples are returned; None for the values themselves"""
+    reading: LayoutReading = LayoutReading("asis")
+    """conversion of the axes of the original array to those of `x`"""
+    features: tuple[str, ...] | None = None
+    """names of the columns of a table, in the order of the inputs"""
+    objection: HoldfastError | None = None
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+    text_labels: bool = False
+    """whether the labels of the source are names, which were numbered"""
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of the values, labels and ids of the data set, and of the type, shape, scale and normalisation
+        of the values.
+        """
+        digest = hashlib.sha256(f"{self.x.dtype} {self.x.shape} {self.scale}".encode())
+        if self.pixels is not None:
+            digest.update(repr(self.pixels.normalised).encode())
+        if self.units is not None:
+            digest.update(repr(self.units).encode())
+        rows = _rows(self)
+        for start in range(0, len(self.x), rows):
+            digest.update(np.ascontiguousarray(self.x[start : start + rows]).tobytes())
+        digest.update(self.y.tobytes())
+        digest.update(self.ids.tobytes())
+        return digest.hexdigest()
+
+    def taken(self, rows: Sequence[int]) -> "Arrays":
+        """Return a data set that contains only the examples in the given rows."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
+
+    def labelled(self, numbering: Numbered) -> "Arrays":
+        """Return the data set with the notes and the objection of `numbering`, from which its labels are."""
+        return replace(
+            self,
+            notes=(*self.notes, *numbering.notes),
+            objection=numbering.objection,
+            text_labels=numbering.names is not None,
+        )
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Return the examples from `start` to `stop` - 1 as a batch of floats."""
+        rows = slice(start, stop)
+        # Copies, so that a change of the batch in place does not reach the data.
+        stored = torch.from_numpy(np.array(self.x[rows], order="C"))
+        x = stored if stored.is_floating_point() else stored.float()
+        if self.scale != 1.0:
+            x = x / self.scale
+        if self.pixels is not None:
+            x = self.pixels(x)
+        if self.units is not None:
+            x = self.units.normalisation.undone(x.double() if self.units.exact else x)
+        return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
+
+
+def in_original_form(data: Arrays, changed: Inputs, original: Array) -> Array:
+    """Convert the attacked inputs `changed` back to the axes, the scale and the normalisation of the user's array
+    `original`, and return them as an array.
+
+    The type is that of `original`. It is float32 if `original` has integers or half precision, because these types
+    would round small changes away. Values that did not change are bitwise equal to those of `original`.
+    """
+    x = data.read(0, len(data)).x
+    unchanged, changed = changed == x, changed.to(x.dtype)
+    values = changed if data.units is None else data.units.normalisation.done(changed)
+    values = values if data.pixels is None else data.pixels.normalised.done(values)
+    if data.scale != 1.0:
+        values = values * data.scale
+    original_values, changed_values = (
+        data.reading.array(array.numpy(), original.ndim) for array in (unchanged, values)
+    )
+    dtype = original.dtype if original.dtype in (np.float32, np.float64) else np.dtype(np.float32)
+    return np.where(original_values, original.astype(dtype), changed_values.astype(dtype))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which examples of a data set are opened; see `selected_rows`."""
+
+    split: str | None = None
+    n: int | None = None
+    sample: int | None = None
+    seed: int = 0
+
+    def rows(self, n_rows: int, name: str) -> NDArray[np.int64]:
+        """Return the numbers of the selected rows of `n_rows` rows of a split, in ascending order."""
+        return selected_rows(n_rows, n=self.n, sample=self.sample, seed=self.seed, name=name)
+
+
+def selected_rows(
+    n_rows: int, *, n: int | None, sample: int | None, seed: int, name: str
+) -> NDArray[np.int64]:
+    """Return the row numbers of the selected examples in ascending order: the first `n`, a random sample that depends
+    on `seed`, or all.
+
+    Raises `UsageError` if both `n` and `sample` are given or one is less than 1, and `TargetError` if there are no
+    rows.
+    """
+    if n is not None and sample is not None:
+        raise UsageError(
+            f"n is {n} and sample is {sample}, which exclude each other: n is for the first examples, and sample for "
+            "random ones",
+            Remedy("sample"),
+            Remedy("n", option="-n"),
+        )
+    for argument, number in (("n", n), ("sample", sample)):
+        if number is not None and number < 1:
+            raise UsageError(f"{argument} is {number}; at least one example is needed")
+    if n_rows == 0:
+        raise TargetError(f"{name} is empty; at least one example is needed")
+    if sample is not None and sample < n_rows:
+        return np.sort(np.random.default_rng(seed).choice(n_rows, sample, replace=False)).astype(np.int64)
+    return np.arange(min(n or n_rows, n_rows), dtype=np.int64)
+
+
+def from_numpy(
+    name: str,
+    x: Array,
+    y: Array,
+    ids: NDArray[np.int64],
+    expected: Expected | None = None,
+    *,
+    layout: Layout | None = None,
+    class_names: tuple[str, ...] | None = None,
+    notes: tuple[str, ...] = (),
+    source_labels: Array | None = None,
+    preserve: bool = False,
+    resolution: float | None = None,
+    features: tuple[str, ...] | None = None,
+) -> Arrays:
+    """Return a data set of the inputs `x` and the labels `y` after checks of their shapes, types and values. The rows
+    must already be selected.
+
+    `layout` is the layout of the source; a layout declared in `expected` takes precedence. `source_labels` contains the
+    labels of the whole source, and `features` the names of the columns of a table. `preserve` is True for a tensor,
+    whose axes and float64 type are preserved; `resolution` is then the relative rounding error of its type.
+    """
+    expected = expected or Expected()
+    names, probe = class_names or expected.class_names, expected.probe
+    if len(x) == 0:
+        raise TargetError(f"{name} is empty; at least one example is needed")
+    refuse_swapped(x, y, name)
+    if x.dtype.kind not in "iubf":
+        raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
+    if x.ndim < 2 and not preserve:
+        raise TargetError(
+            f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
+            "x.reshape(len(x), -1)"
+        )
+    if (
+        x.ndim == 2
+        and probe is not None
+        and probe.takes_ids(torch.from_numpy(np.array(x[:_IDS], np.float32)))
+    ):
+        raise TargetError(
+            f"the model rejects floats and accepts whole numbers, as models of texts do. {SUPPORTED}"
+        )
+    n_classes = expected.classes or (None if names is None else len(names))
+    y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
+    stored, scale, scale_notes = _stored(x, expected.bounds_of_values, name, preserve=preserve)
+    pixels = _pixels(x, expected, name, resolution)
+    unmoved = Arrays(
+        name, stored, y, ids, names, scale, pixels=pixels, units=expected.units, features=features
+    )
+    declared = expected.layout or layout
+    axis = _equal_channels(unmoved, probe)
+    source = unmoved if axis is None else replace(unmoved, x=stored.take([0], axis=axis))
+    reading = LayoutReading("asis") if preserve and declared is None else _reading(source, declared, probe)
+    reading = replace(reading, equal_channels=axis)
+    inputs = np.ascontiguousarray(reading.inputs(stored))
+    data = replace(unmoved, x=inputs, reading=reading, notes=(*notes, *reading.notes, *scale_notes))
+    if probe is not None:
+        probe.own.layout = "asis" if declared == "asis" else reading.network or probe.own.layout
+        data = with_network_layout(data, expected)
+        if declared is not None:
+            probe.own.layout = probe.own.layout or "chw"
+        # Again, because the number of classes may have become known with the first outputs of the network.
+        class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
+    check_inputs(data, expected)
+    return data
+
+
+def with_network_layout(data: Arrays, expected: Expected) -> Arrays:
+    """Determine the order of axes that the network accepts for its inputs. Return the data set, with a note for the
+    report if the layout of the network was set.
+    """
+    if expected.probe is None:
+        return data
+    return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
+
+
+def _reading(data: Arrays, declared: Layout | None, probe: ProbedClassifier | None) -> LayoutReading:
+    """Return how the axes of the stored array correspond to those of the inputs."""
+    n = 2 if probe is not None and probe.model.remote else _COMPARED
+    positions = np.unique(np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64))
+    if len(positions) == 1:
+        # Two rows, because a network may treat a single one as an example without a batch axis.
+        positions = positions.repeat(2)
+
+    def rows(reading: LayoutReading) -> Tensor:
+        chosen = replace(
+            data, x=reading.inputs(data.x[positions]), y=data.y[positions], ids=data.ids[positions]
+        )
+        return chosen.read(0, len(positions)).x
+
+    y = torch.from_numpy(data.y[positions])
+    return reading_of(data.x.shape, declared, probe, rows, y, data.name)
+
+
+def _equal_channels(data: Arrays, probe: ProbedClassifier | None) -> int | None:
+    """Return the axis of three equal channels of images, if the network rejects colour images and accepts grey ones."""
+    rows = data.x[:_COMPARED]
+    axes = [axis for axis in (1, 3) if rows.ndim == 4 and rows.shape[axis] == 3]
+    equal = [axis for axis in axes if (rows == rows.take([0], axis=axis)).all()]
+    if probe is None or not equal or not (data.x == data.x.take([0], axis=equal[0])).all():
+        return None
+    few = replace(data, x=np.moveaxis(rows, equal[0], 1), y=data.y[: len(rows)], ids=data.ids[: len(rows)])
+    return equal[0] if probe.needs_grey(few.read(0, 2).x) else None
+
+
+def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -> Pixels | None:
+    if expected.normalised is None:
+        return None
+    if x.dtype.kind != "f":
+        raise TargetError(
+            f"the inputs of {name} are {x.dtype}, but normalised values are floats; {_NORMALISED_INSIDE}",
+            NORMALISED_DATA,
+        )
+    if min(expected.normalised.mean) > 0 and x.min() >= 0 and x.max() <= 1:
+        raise TargetError(
+            f"the inputs of {name} range from {x.min():.6g} to {x.max():.6g}, but normalised values lie on both sides "
+            f"of 0: these seem not to be normalised; {_NORMALISED_INSIDE}",
+            NORMALISED_DATA,
+        )
+    return Pixels.of(
+        expected.normalised, expected.bounds_of_values, resolution or float(np.finfo(x.dtype).eps)
+    )
+
+
+def check_inputs(data: Arrays, expected: Expected) -> None:
+    """Raise `TargetError` if inputs of the data set are not finite or are outside the bounds. Bytes divided by 255 are
+    always valid and are not checked.
+
+    NaN is a missing value, which is accepted if the model has finite outputs for the examples with missing values.
+    """
+    bounds, probe = expected.bounds, expected.probe
+    if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
+        return
+    lowest, highest, outside = np.inf, -np.inf, False
+    rows = _rows(data)
+    for start in range(0, len(data), rows):
+        batch = data.read(start, start + rows)
+        not_finite = ~torch.isfinite(batch.x.reshape(len(batch), -1)).all(1)
+        if not_finite.any():
+            x = batch.x[not_finite]
+            handled = expected.accepts_missing or (probe is not None and probe.handles_missing(x))
+            if x.isinf().any() or not handled:
+                raise TargetError(
+                    f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}, and the "
+                    "model has no finite output for such rows; replace or remove them"
+                )
+        numbers = batch.x[~batch.x.isnan()]
+        if len(numbers):
+            lowest, highest = min(lowest, float(numbers.min())), max(highest, float(numbers.max()))
+        outside |= _outside(batch.x, bounds, data.name)
+    if outside and not expected.lenient:
+        if isinstance(bounds.high, Tensor) or data.units is not None:
+            raise _outside_of_feature(data, bounds)
+        raise _out_of_range(data, lowest, highest, bounds)
+
+
+def handles_missing(x: Array, expected: Expected) -> bool:
+    """Return whether the model accepts the rows `x` (n, features) of a table that have missing values."""
+    rows = np.isnan(x).any(1)
+    ids = np.flatnonzero(rows)
+    pixels = _pixels(x, expected, "the table", None)
+    data = Arrays(
+        "the table", x[rows], np.zeros(len(ids), np.int64), ids, pixels=pixels, units=expected.units
+    )
+    if expected.accepts_missing:
+        return True
+    return expected.probe is not None and expected.probe.handles_missing(data.read(0, len(data)).x)
+
+
+def _rows(data: Arrays) -> int:
+    """Return the number of examples that are checked at a time."""
+    return max(1, _CHUNK // max(1, prod(data.x.shape[1:])))
+
+
+def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
+    low, high = bounds.like(x)
+    try:
+        slack = _ROUNDING * (high - low)
+        return bool(((x < low - slack) | (x > high + slack)).any())
+    except RuntimeError as error:
+        raise UsageError(
+            f"the bounds have shape {tuple(low.shape)}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
+            "two numbers, or bounds of the shape of an input"
+        ) from error
+
+
+def ranges_of_features(data: Arrays) -> Remedy:
+    """Return the remedy for a table whose features are not scaled to one range: bounds of each feature, in which eps is
+    measured, unless it is measured in other units already.
+
+    The bounds of the example are the ranges of the values.
+    """
+    x = _values(data, data.read(0, len(data)).x)
+    names = data.features or tuple(map(str, range(x.shape[1])))
+    ends = [extremes(column) for column in x[:, :_EXAMPLES].T]
+    shown = ", ".join(
+        f'"{name}": [{low:g}, {high:g}]' for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
+    )
+    mapping = f"{{{shown}{', …' if len(names) > _EXAMPLES else ''}}}"
+    measured = data.units is not None
+    return Remedy(
+        "bounds",
+        Placeholder("@FILE", mapping, f"FILE contains JSON such as {mapping}"),
+        also=() if measured else (Remedy("threat", "linf:0.05,unit=range"),),
+        reason=f"for features with different ranges{'' if measured else ', in which eps is then measured'}",
+    )
+
+
+def _values(data: Arrays, x: Tensor) -> Tensor:
+    """Return the values of a data set in their own units."""
+    return x if data.units is None else data.units.normalisation.done(x)
+
+
+def _outside_of_feature(data: Arrays, bounds: Bounds) -> TargetError:
+    """Return the error for the first value outside the bounds of its feature."""
+    batch = data.read(0, len(data))
+    low, high = bounds.like(batch.x)
+    row, *place = ((batch.x < low) | (batch.x > high)).nonzero()[0].tolist()
+    values = _values(data, batch.x)
+    sides = bounds if data.units is None else data.units.values
+    lowest, highest = (
+        float(torch.as_tensor(side).expand(batch.x.shape[1:])[tuple(place)]) for side in sides.like(batch.x)
+    )
+    feature = data.features[place[0]] if data.features is not None else f"feature {place[0]}"
+    found = (
+        f"the value of {feature} in row {int(batch.ids[row])} of {data.name} is {float(values[row, *place]):g}, "
+        f"outside its bounds {lowest:g} to {highest:g}"
+    )
+    if data.units is not None and len({*zip(data.units.low, data.units.high, strict=True)}) == 1:
+        # the same bounds for all, such as those by default
+        return TargetError(
+            f"{found}; a unit of each feature, unit={data.units.text}, needs the bounds of each feature",
+            ranges_of_features(data),
+        )
+    return TargetError(f"{found}; correct the bounds, or remove such rows")
+
+
+def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> TargetError:
+    """Return the error for inputs outside the bounds."""
+    expected = f"{_side(bounds.low)} to {_side(bounds.high)} was expected"
+    message = f"range from {lowest:.6g} to {highest:.6g}; {expected}"
+    if data.pixels is not None:
+        subject = f"the inputs of {data.name}, their normalisation {data.pixels.normalised} undone, {message}"
+        advice, remedies = data.pixels.advice(highest)
+        return TargetError(f"{subject}; {advice}", *remedies)
+    message = f"the inputs of {data.name} {message}"
+    if not _is_unit(bounds):
+        return TargetError(f"{message}; scale them", range_of_training(lowest, highest))
+    bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
+    advice = (
+        "divide them by 255 (or save them as uint8)"
+        if bytes_
+        else as_in_training(lowest, highest, data.x.ndim)
+    )
+    if data.features is None and data.x.ndim == 2 and bool((data.x == np.round(data.x)).all()):
+        # they may be ids of tokens
+        advice = f"{advice}. {SUPPORTED}."
+    by_feature = () if data.features is None else (ranges_of_features(data),)
+    common = (before_normalisation(), range_of_training(lowest, highest))
+    return TargetError(f"{message}; {advice}", *common, *by_feature)
+
+
+def _side(side: float | Tensor) -> str:
+    return (
+        f"{side:g}" if isinstance(side, (int, float)) else f"[{float(side.min()):g} … {float(side.max()):g}]"
+    )
+
+
+def _is_unit(bounds: Bounds) -> bool:
+    return isinstance(bounds.low, (int, float)) and (bounds.low, bounds.high) == (0, 1)
+
+
+def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Array, float, tuple[str, ...]]:
+    """Return the values to store, the number by which they are divided when they are read, and notes for the report."""
+    if x.dtype == np.bool_:
+        return x.astype(np.uint8), 1.0, ()
+    if x.dtype == np.uint8:
+        # A table of binary features; dividing it by 255 would make all values nearly equal.
+        if x.ndim == 2 and x.max() <= 1:
+            return x, 1.0, ("the features are 0 or 1 and were not divided by 255",)
+        if isinstance(bounds.high, (int, float)) and (bounds.low, bounds.high) == (0, 255):
+            return x, 1.0, ("the bounds are 0 to 255, so the bytes were not divided by 255",)
+        if isinstance(bounds.high, Tensor):
+            return x, 1.0, ("each feature has its own bounds, so the bytes were not divided by 255",)
+        return x, 255.0, ()
+    if x.dtype.kind == "f":
+        return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
+    if _is_unit(bounds) and (x.ndim > 2 or _may_be_audio(x)):
+        raise _of_integers(x, name)
+    lowest, highest = int(x.min()), int(x.max())
+    if max(abs(lowest), abs(highest)) > _EXACT:
+        raise TargetError(
+            f"the inputs of {name} are {x.dtype} from {lowest} to {highest}, and float32, in which the model computes, "
+            f"represents all whole numbers only up to {_EXACT}: scale the features as in training"
+        )
+    return x.astype(np.float32), 1.0, ()
+
+
+def _of_integers(x: Array, name: str) -> TargetError:
+    """Return the error for integers of a scale that is not known, in a model whose inputs are from 0 to 1.
+
+    Bytes are recognised by their range, and samples of audio by their type.
+    """
+    lowest, highest = int(x.min()), int(x.max())
+    message = f"the inputs of {name} are {x.dtype} from {lowest} to {highest}; {_NUMBERS} were expected"
+    if _may_be_audio(x):
+        return TargetError(
+            f"{message}: if they are samples of audio, whose largest value is 32768, and the model was trained on "
+            "values from -1 to 1, give x.astype('float32') / 32768 and bounds from -1 to 1",
+            Remedy(
+                "bounds",
+                (-32768, 32767),
+                reason="if it was trained on these values (eps is then on that scale)",
+            ),
+        )
+    if pixel_divisor(lowest, highest, x.ndim) == 255:
+        return TargetError(f"{message}: give x.astype('float32') / 255 if they are pixels. {SUPPORTED}")
+    return TargetError(
+        f"{message}: if they are signals or pixels, scale them as in the training of the model. {SUPPORTED}"
+    )
+
+
+def _may_be_audio(x: Array) -> bool:
+    return x.dtype == np.int16 and int(x.min()) < 0
+
+
+def _type(x: Array) -> str:
+    return "text" if x.dtype.kind in "UST" else str(x.dtype)

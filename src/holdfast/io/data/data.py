@@ -1,0 +1,253 @@
+"""Opens a data set of any supported format: a file, a folder or a name in the catalogue."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+from holdfast.core.batch import Data
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
+from holdfast.core.types import Layout
+from holdfast.io.data import tables
+from holdfast.io.data.arrays import Array, Arrays, Choice, from_numpy
+from holdfast.io.data.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.labels import refuse_swapped, whole_numbers
+from holdfast.io.data.layouts import CHANNELS
+from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
+from holdfast.io.data.pictures import Pictures, open_folder
+from holdfast.io.data_catalogue import CATALOGUE, data_folder
+from holdfast.io.files import reading, similar_file, similar_name
+from holdfast.io.models.models import BUNDLED_FOLDER
+
+D = TypeVar("D", bound=Data)
+
+_FORMS = "a bundled or catalogue name, .npz, a folder of class folders, or a table in .csv or .parquet"
+
+
+def bundled_data() -> dict[str, Path]:
+    """Return the paths of the data sets that are bundled with Holdfast, by name."""
+    return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.npz"))}
+
+
+class Names(TypedDict):
+    """Arguments of `open_data` that select columns of a table, or arrays of an `.npz` file, by name."""
+
+    label: str | None
+    drop: tuple[str, ...]
+    x: str | None
+    y: str | None
+    separator: str | None
+    header: bool
+
+
+def open_data(
+    address: str,
+    *,
+    split: str | None = None,
+    label: str | None = None,
+    drop: tuple[str, ...] = (),
+    x: str | None = None,
+    y: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
+    n: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    expected: Expected | None = None,
+) -> Arrays | Pictures:
+    """Return the data set at an address, which is a path or a name. Raises `UsageError` or `TargetError` with advice.
+
+    `n` selects the first n examples of the split in source order, `sample` a random sample that depends on `seed`. If
+    `split` is None, the test split is used if there is one. `label` is the label column of a table, and `drop` lists
+    columns that are not features. `x` and `y` are names of arrays in an `.npz` file, and `x` that of a column of images
+    or of arrays in a `.parquet` file. `separator` and `header` are those of a `.csv` file. `expected` declares
+    properties of the data. If `expected` has a model as its probe, the layout of its inputs and the number of its
+    classes are determined from the data.
+    """
+    choice = Choice(split, n, sample, seed)
+    options = _Options(choice, label, drop, x, y, separator, header, expected or Expected())
+    place = _located(address)
+    with reading(address):
+        data = _opened(place, address, options)
+    return noting_fewer(data, n or sample)
+
+
+def noting_fewer(data: D, requested: int | None) -> D:
+    """Add a note for the report to a data set that has fewer examples than the `requested` number, and return the data
+    set.
+    """
+    if requested is None or len(data) >= requested or not isinstance(data, Arrays | Pictures):
+        return data
+    note = f"{requested:,} examples were requested, and the data have {len(data):,}: all of them were used"
+    return replace(data, notes=(*data.notes, note))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options of the user for opening a data set, other than its address."""
+
+    choice: Choice
+    label: str | None
+    drop: tuple[str, ...]
+    x: str | None
+    y: str | None
+    separator: str | None
+    header: bool
+    expected: Expected
+
+
+@dataclass(frozen=True)
+class _Location:
+    """The file or folder of an address, with the properties that the catalogue declares for it."""
+
+    path: Path
+    classes: tuple[str, ...] | None = None
+    label: str | None = None
+    drop: tuple[str, ...] = ()
+    layout: Layout | None = None
+    """layout of the arrays that the catalogue declares"""
+
+
+def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictures:
+    path = place.path
+    if options.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
+        raise UsageError(
+            f"{address!r} is not a table and has no columns", Remedy("drop", function="open_data")
+        )
+    if path.exists():
+        _refuse_foreign(path, address, options)
+    if path.is_dir():
+        return open_folder(path, options.choice, options.expected)
+    if path.name.endswith(tables.SUFFIXES):
+        return tables.open_table(
+            path,
+            options.choice,
+            name=address,
+            label=options.label or place.label,
+            drop=(*place.drop, *options.drop),
+            expected=options.expected,
+            inputs=options.x,
+            separator=options.separator,
+            header=options.header,
+        )
+    if path.suffix != ".npz" and path.exists():
+        raise UsageError(f"{address!r} has an unknown data format; give {_FORMS}")
+    return _open_archive(Npz(path), place, address, options)
+
+
+def _refuse_foreign(path: Path, address: str, options: _Options) -> None:
+    """Raise `UsageError` for options of other formats."""
+    has_column = path.suffix == ".parquet"
+    named = [name for name in "xy" if getattr(options, name) and not (name == "x" and has_column)]
+    if named and path.suffix != ".npz":
+        first, *others = (Remedy(name, function="open_data") for name in named)
+        raise UsageError(
+            f"{address!r} is not an .npz file and has no named arrays", replace(first, also=tuple(others))
+        )
+    for key, value, default in (("separator", options.separator, None), ("header", options.header, True)):
+        if value != default and not path.name.endswith((".csv", ".csv.gz")):
+            raise UsageError(
+                f"{address!r} is not a .csv file, and {key} is {value!r}", Remedy(key, function="open_data")
+            )
+
+
+def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
+    """Return the class names in an archive. Their number is checked before they are read."""
+    n = archive.rows("classes")
+    if n > MOST_NAMES:
+        raise TargetError(
+            f"classes in {address!r} has {n:,} entries; at most {MOST_NAMES:,} class names were expected"
+        )
+    return tuple(str(name) for name in archive.array("classes"))
+
+
+def _open_archive(archive: Npz, place: _Location, address: str, options: _Options) -> Arrays:
+    if options.x or options.y:
+        x_name, y_name = named_arrays(archive, options.x, options.y, options.choice.split, address)
+    else:
+        x_name, y_name = arrays_of_split(archive, options.choice.split, address)
+    n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
+    if n_rows != n_labels:
+        message = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
+        raise TargetError(f"{message}; one label per example was expected")
+    name = f"{x_name} of {address!r}"
+    rows = options.choice.rows(n_rows, name)
+    stop = int(rows[-1]) + 1
+    x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
+    other = Remedy("y", x_name, function="open_data")
+    refuse_swapped(
+        x, all_labels[:stop], repr(address), Remedy("x", y_name, function="open_data", also=(other,))
+    )
+    if len(rows) < stop:
+        x = x[rows]
+    names = place.classes
+    if names is None and "classes" in archive.names:
+        names = _class_names(archive, address)
+    numbering = Numbered(all_labels)
+    if all_labels.dtype.kind == "U" and all_labels.ndim == 1:
+        class_names = options.expected.class_names or names
+        numbering = numbered(all_labels, replace(options.expected, class_names=class_names), name)
+        all_labels, names = numbering.y, numbering.names
+    else:
+        if names is None and all_labels.dtype.kind in "iu":
+            all_labels = numbered(all_labels, options.expected, name).y
+        names, numbers = matched(names, options.expected)
+        if numbers is not None and all_labels.dtype.kind in "iu" and all_labels.ndim == 1:
+            all_labels = renumbered(all_labels, numbers, address)
+    data = from_numpy(
+        address,
+        x,
+        all_labels[rows],
+        rows,
+        options.expected,
+        layout=_layout(place.layout, x),
+        class_names=names,
+        source_labels=all_labels,
+    )
+    return data.labelled(numbering)
+
+
+def _layout(declared: Layout | None, x: Array) -> Layout | None:
+    """Return the layout of the images in an archive of the catalogue; colour images may have their channels last."""
+    if declared is None or x.ndim not in (3, 4):
+        return None
+    return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else declared
+
+
+def _located(address: str) -> _Location:
+    if not address.strip():
+        raise UsageError(f"the address of the data is empty ({address!r}); give {_FORMS}")
+    bundled = bundled_data()
+    if address in bundled:
+        return _Location(bundled[address], layout="chw")
+    if address in CATALOGUE:
+        return _in_catalogue(address)
+    if "://" in address:
+        raise UsageError(
+            f"{address!r} is a URL, but data are read from files: download it first, and give {_FORMS}"
+        )
+    path = Path(address)
+    if path.exists():
+        return _Location(path)
+    if os.sep in address or path.suffix:
+        raise TargetError(f"data {address!r} does not exist{similar_file(path)}; give {_FORMS}")
+    raise UsageError(
+        f"there is no data set {address!r}{similar_name(address, [*bundled, *CATALOGUE])}; give {_FORMS}"
+    )
+
+
+def _in_catalogue(name: str) -> _Location:
+    entry = CATALOGUE[name]
+    path = data_folder() / entry.file
+    if not path.exists():
+        fetch = (
+            f"get it with holdfast data fetch {name}"
+            if entry.remotes
+            else "it has no official mirror that can be downloaded"
+        )
+        raise TargetError(
+            f"{name} is not in {str(data_folder())!r}: {fetch}, or fill the folder with holdfast data import FOLDER"
+        )
+    return _Location(path, entry.classes, entry.label, entry.drop, layout="chw")

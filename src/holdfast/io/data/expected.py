@@ -1,0 +1,65 @@
+"""The properties that a user or a model declares for a data set: the valid range, the layout, the normalisation and the
+classes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from holdfast.core.model import Bounds
+from holdfast.core.normalisation import Normalisation
+from holdfast.core.types import Layout
+from holdfast.core.units import Units
+from holdfast.io.remote.probing import ProbedClassifier
+
+ClassOrder = Literal["lexical", "numeric"]
+"""Order in which class folders and string labels are numbered if no class names are declared."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Declared properties of a data set, and the model that will be called with it. A property is None if it is
+    unknown.
+    """
+
+    bounds: Bounds = Bounds()
+    """valid range; floats outside it are rejected, and it determines how bytes are scaled"""
+    classes: int | None = None
+    """number of classes; labels that are not below it are rejected"""
+    class_names: tuple[str, ...] | None = None
+    """names of the model's outputs, in their order"""
+    class_labels: tuple[int, ...] | None = None
+    """labels of the model's outputs, in their order, if they are integers other than 0, 1, 2, …"""
+    feature_names: tuple[str, ...] | None = None
+    """names of the columns of the table that the model was fitted on, in their order"""
+    names_declared: bool = False
+    """whether the user declared the class names; False if they come from the model's file"""
+    class_order: ClassOrder | None = None
+    layout: Layout | None = None
+    """layout of the stored arrays"""
+    normalised: Normalisation | None = None
+    """normalisation of the stored values; it is undone when they are read"""
+    units: Units | None = None
+    """units in which inputs are measured when they are read; `bounds` are in these units"""
+    probe: ProbedClassifier | None = None
+    """model whose accepted input shapes and number of classes are determined by calling it"""
+    lenient: bool = False
+    """whether values outside the bounds and labels outside the classes are accepted"""
+    accepts_missing: bool = False
+    """whether missing values are accepted without a test of the model"""
+    checks_labels: bool = True
+    """whether labels are checked; False if they are not used"""
+
+    @property
+    def bounds_of_values(self) -> Bounds:
+        """Valid range of the stored values."""
+        return self.bounds if self.units is None else self.units.values
+
+    @property
+    def any_label(self) -> bool:
+        """Whether labels outside the classes of the model are accepted."""
+        return self.lenient or not self.checks_labels
+
+    @property
+    def remote(self) -> bool:
+        """Whether the model that will be called with the data is behind a server."""
+        return self.probe is not None and self.probe.model.remote

@@ -1,0 +1,377 @@
+"""Data sets of images in one folder per class. The headers of the files are read when the data set is opened, and each
+image is decoded when it is read.
+"""
+
+import hashlib
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from holdfast.core.batch import Batch
+from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
+from holdfast.core.remedies import Remedy
+from holdfast.io.data.arrays import Arrays, Choice
+from holdfast.io.data.class_numbers import lenient_numbers
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import GREY_NOTE
+from holdfast.io.files import megabytes, sha256_of_file, similar_name
+from holdfast.io.limited.calling import too_slow
+from holdfast.io.limited.limits import MEMORY, cpu_seconds, requested_memory
+from holdfast.io.models.archive import refuse_large
+from holdfast.io.models.declarations import NORMALISED_DATA
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
+"""Formats that are decoded; files of other formats with one of the suffixes are rejected."""
+MAX_PIXELS = 64_000_000
+"""Largest number of pixels of one image according to its header, checked before decoding."""
+MAX_BYTES = 2**30
+"""Largest number of bytes of the file of one image; 64 million pixels of plain numbers take 0.8 GB."""
+_MOST_EXIF = 2
+"""Largest number of Exif segments of a JPEG file. Pillow joins them, in quadratic time, and its older versions take
+quadratic memory for the result.
+"""
+_BLOCK = 8192
+"""Number of bytes that a decoder is given at a time; before each block the CPU time is compared with its limit. A block
+may contain hundreds of scans of a progressive JPEG image, each of which passes over the whole image.
+"""
+_SMALL, _RATIO = 2**30, 200
+"""Images that need more than 1 GiB and more than 200 times the size of their files are rejected as a decompression
+bomb.
+"""
+_GREY = ("1", "L", "LA", "I;16", "I", "F")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A data set of images of one size in folders, one folder for each class."""
+
+    name: str
+    paths: tuple[Path, ...]
+    y: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    classes: tuple[str, ...]
+    mode: str
+    """colour mode of all images, `L` or `RGB`"""
+    size: tuple[int, int]
+    """width and height of all images"""
+    notes: tuple[str, ...] = ()
+    objection: HoldfastError | None = None
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """SHA-256 in hex of each file."""
+        return tuple(map(sha256_of_file, self.paths))  # the files are not loaded as a whole
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of the colour mode, the contents of the image files, the labels and the ids."""
+        digest = hashlib.sha256(self.mode.encode())
+        for file_digest in self.digests:
+            digest.update(bytes.fromhex(file_digest))
+        digest.update(self.y.tobytes())
+        digest.update(self.ids.tobytes())
+        return digest.hexdigest()
+
+    def stored(self, start: int, stop: int) -> Arrays:
+        """Return the decoded images from `start` to `stop` - 1 as bytes, which take a quarter of the floats.
+
+        Raises `TargetError` for an image that cannot be decoded, and for a file that changed after it was opened.
+        """
+        rows = slice(start, stop)
+        images = np.stack([self._decoded(row) for row in range(len(self))[rows]])
+        return Arrays(self.name, images, self.y[rows], self.ids[rows], self.classes, 255.0)
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Return the images from `start` to `stop` - 1 as floats in [0, 1], with the channels first.
+
+        Raises `TargetError` for an image that cannot be decoded, and for a file that changed after it was opened.
+        """
+        return self.stored(start, stop).read(0, stop - start)
+
+    def _decoded(self, row: int) -> NDArray[np.uint8]:
+        """Return an image (channels, height, width). Its file is read once: the bytes of the digest are decoded."""
+        path = self.paths[row]
+        try:
+            refuse_large(path, MAX_BYTES)
+            content = path.read_bytes()
+        except OSError as error:
+            raise TargetError(f"image {str(path)!r} cannot be read: {error}; restore it") from error
+        if hashlib.sha256(content).hexdigest() != self.digests[row]:
+            raise _changed(path)
+        with _opened(path, io.BytesIO(content)) as image:
+            if image.size != self.size:
+                raise _changed(path)
+            return _pixels(path, image, self.mode)
+
+
+def open_folder(folder: Path, choice: Choice, expected: Expected | None = None) -> Pictures:
+    """Return a data set of the images in a folder with one subfolder for each class. Images of different classes
+    alternate, so that the first ones include all classes.
+
+    A folder without images is a class too. `expected` contains the declared properties of the classes, and the model.
+    """
+    expected = expected or Expected()
+    root = _split_folder(folder, choice.split)
+    class_folders = sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not class_folders:
+        raise TargetError(f"{str(root)!r} holds no class folders; images were expected in {root.name}/CLASS/")
+    _refuse_declared(expected, str(root))
+    columns = [[(path, name) for path in _images(root / name)] for name in class_folders]
+    entries = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
+    rows = choice.rows(len(entries), repr(str(root)))
+    chosen = [entries[row] for row in rows]
+    paths = tuple(path for path, _ in chosen)
+    on_disk = sum(path.stat().st_size for path in paths)
+    mode, size, mode_notes = _measured(paths, repr(str(folder)), on_disk, _header)
+    notes = (*mode_notes, *_nested(root, class_folders))
+    empty = [name for name, column in zip(class_folders, columns, strict=True) if not column]
+    if empty:
+        counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
+        notes += (f"{counted} no image ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
+    unnumbered = Pictures(
+        str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(class_folders), mode, size, notes
+    )
+    if expected.probe is not None:
+        first = unnumbered.read(0, min(2, len(paths))).x
+        if mode == "RGB" and bool((first == first[:, :1]).all()) and expected.probe.needs_grey(first):
+            unnumbered, first = replace(unnumbered, mode="L"), first[:, :1]
+            notes += (GREY_NOTE,)
+        notes += expected.probe.suit(first)
+    names, objection = lenient_numbers(class_folders, expected, repr(str(root)), "class folders")
+    # Reversed, so that of two equal names the first one counts.
+    numbers = {name: number for number, name in reversed([*enumerate(names)])}
+    y = np.array([numbers[name] for _, name in chosen], dtype=np.int64)
+    return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
+
+
+def _refuse_declared(expected: Expected, name: str) -> None:
+    """Raise `UsageError` for a declared normalisation or layout, because images are always read in the same way."""
+    if expected.normalised is not None:
+        raise UsageError(
+            f"{name!r} contains images, which are not normalised; mean and std are for a model that needs normalised "
+            "inputs",
+            NORMALISED_DATA,
+        )
+    if expected.layout not in (None, "chw"):
+        raise UsageError(
+            f"{name!r} contains images, which are read with the channels first, and the layout is {expected.layout}",
+            Remedy("layout", function="open_data"),
+        )
+
+
+def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note on folders inside class folders, which are not read."""
+    nested = [f"{name}/{entry.name}" for name in names for entry in (root / name).iterdir() if entry.is_dir()]
+    if not nested:
+        return ()
+    shown = ", ".join(sorted(nested)[:3]) + (" …" if len(nested) > 3 else "")
+    return (f"folders inside class folders are not read: {shown}",)
+
+
+def _split_folder(folder: Path, split: str | None) -> Path:
+    """Return the sub-folder of a split: the given one, else `test` if it exists, else `folder` itself."""
+    splits = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and entry.name in ("train", "val", "valid", "test")
+    ]
+    name = split or ("test" if "test" in splits else None)
+    if name is None:
+        return folder
+    if not (folder / name).is_dir():
+        raise NoSplit(
+            f"{str(folder)!r} has no folder {name!r}{similar_name(name, splits)}",
+            Remedy("split", function="open_data", reason="to read the whole folder"),
+        )
+    return folder / name
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    return iter(
+        sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    )
+
+
+def decoded(
+    contents: Sequence[bytes], rows: Sequence[int], name: str
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Return images (n, channels, height, width) from the contents of their files, which are the given rows of the
+    source `name`, and notes for the report.
+
+    The formats and the limits are those of files in folders. Raises `TargetError` for images of several sizes, and for
+    one that cannot be decoded.
+    """
+    images = {Path(f"row {row} of {name}"): content for row, content in zip(rows, contents, strict=True)}
+
+    def header(place: Path) -> tuple[tuple[int, int], str]:
+        with _opened(place, io.BytesIO(images[place])) as image:
+            return image.size, image.mode
+
+    mode, _, notes = _measured(tuple(images), name, sum(map(len, contents)), header)
+    pixels = []
+    for place, content in images.items():
+        with _opened(place, io.BytesIO(content)) as image:
+            pixels.append(_pixels(place, image, mode))
+    return np.stack(pixels), notes
+
+
+def _measured(
+    paths: tuple[Path, ...], name: str, n_bytes: int, header: Callable[[Path], tuple[tuple[int, int], str]]
+) -> tuple[str, tuple[int, int], tuple[str, ...]]:
+    """Return the colour mode and the size of all images, and notes. Raises `TargetError` for images of several
+    sizes.
+
+    `header` returns the size and the Pillow mode of an image, and `n_bytes` is the size of all files.
+    """
+    first = header(paths[0])
+    modes = {first[1]}
+    for path in paths[1:]:
+        size, mode = header(path)
+        modes.add(mode)
+        if size != first[0]:
+            raise TargetError(
+                f"images differ in size: {str(paths[0])!r} is {first[0][0]} x {first[0][1]}, {str(path)!r} is "
+                f"{size[0]} x {size[1]}; resize them to the size that the model takes"
+            )
+    channels = 1 if modes <= {*_GREY} else 3
+    _refuse_bomb(name, len(paths), n_bytes, first[0][0] * first[0][1] * channels)
+    grey = {mode for mode in modes if mode in _GREY}
+    notes: tuple[str, ...] = ()
+    if grey and grey != modes:
+        notes += ("grey and colour images were mixed; all were read as colour",)
+    if any("A" in mode for mode in modes):
+        notes += ("transparency was dropped",)
+    return ("L" if grey == modes else "RGB"), first[0], notes
+
+
+def _refuse_bomb(name: str, n: int, on_disk: int, n_bytes: int) -> None:
+    """Raise `TargetError` for `n` images that need much more memory than their files, which have `on_disk` bytes.
+
+    `n_bytes` is the size of one decoded image.
+    """
+    if n * n_bytes > max(_SMALL, _RATIO * on_disk, requested_memory()):
+        raise TargetError(
+            f"{name} holds {n:,} images of {megabytes(on_disk)}, which take {megabytes(n * n_bytes)} when they are "
+            f"decoded: a bomb rather than data. If they are data, raise the limit with {MEMORY}=16GB"
+        )
+
+
+def _header(path: Path) -> tuple[tuple[int, int], str]:
+    refuse_large(path, MAX_BYTES)
+    with io.FileIO(path) as file, _opened(path, file) as image:
+        return image.size, image.mode
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels (channels, height, width) of an image that Pillow has opened."""
+    return _pixels(Path("an image in memory"), image, "L" if image.mode in _GREY else "RGB")
+
+
+def _changed(path: Path) -> TargetError:
+    return TargetError(
+        f"image {str(path)!r} changed after it was opened; the file that was checked was expected: start again"
+    )
+
+
+def _pixels(path: Path, image: Image.Image, mode: str) -> NDArray[np.uint8]:
+    try:
+        if mode == "L" and image.mode not in _GREY:
+            image = _grey(path, image)
+        # Pillow clips 16-bit grey at 255 in the conversion, so the values are scaled first.
+        pixels = (
+            np.asarray(image, np.float64) / 257
+            if image.mode.startswith("I")
+            else np.asarray(image.convert(mode))
+        )
+    except HoldfastError:
+        raise
+    except Exception as error:  # decoders raise errors of many classes
+        raise TargetError(
+            f"image {str(path)!r} is damaged or truncated: {type(error).__name__}: {error}; replace or remove it"
+        ) from error
+    pixels = np.rint(pixels).astype(np.uint8) if pixels.dtype != np.uint8 else pixels
+    if mode == "RGB" and pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0))
+
+
+def _grey(path: Path, image: Image.Image) -> Image.Image:
+    """Return one channel of a colour image with equal channels."""
+    red, green, blue = image.convert("RGB").split()
+    if red.tobytes() != green.tobytes() or red.tobytes() != blue.tobytes():
+        raise TargetError(
+            f"image {str(path)!r} is in colour, and the network takes grey images, as the first ones are; convert it "
+            "as those of the training were converted"
+        )
+    return red
+
+
+@contextmanager
+def _opened(path: Path, file: io.FileIO | io.BytesIO) -> Iterator[Image.Image]:
+    """Context manager that yields the image in a file whose header was read. Its pixels are decoded on demand."""
+    with _Timed(path, file) as timed, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about each wrong entry of the metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(timed, formats=FORMATS)
+        except HoldfastError:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise TargetError(f"image {str(path)!r} is too large to decode: {error}") from error
+        except Exception as error:  # as decoders do
+            reason = str(error) or type(error).__name__
+            raise TargetError(
+                f"image {str(path)!r} cannot be read as {', '.join(FORMATS)}: {reason}"
+            ) from error
+        if image.width * image.height > MAX_PIXELS:
+            raise TargetError(
+                f"image {str(path)!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded: "
+                "resize it"
+            )
+        image.decodermaxblock = _BLOCK
+        yield image
+
+
+class _Timed(io.BufferedReader):
+    """The stream of an image file. It raises `TargetError` if a read begins after the limit of CPU time for one file.
+
+    Decoders read little at a time, so that a separate process, which costs more than an ordinary image, is not needed.
+    """
+
+    def __init__(self, path: Path, file: io.FileIO | io.BytesIO) -> None:
+        super().__init__(file)
+        self._path, self._n_exif, self._seconds = path, 0, cpu_seconds()
+        self._cpu = time.thread_time()
+        self._due = time.monotonic() + self._seconds
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes. Raises `TargetError` after the limit of time, and for a third Exif segment."""
+        # the clock is faster to read than the CPU time, which is at most the same
+        if time.monotonic() > self._due and time.thread_time() - self._cpu > self._seconds:
+            raise too_slow(self._path, f"{self._seconds} s of CPU time")
+        content = super().read(size)
+        if content.startswith(b"Exif\0\0"):
+            self._n_exif += 1
+            if self._n_exif > _MOST_EXIF:
+                raise TargetError(
+                    f"image {str(self._path)!r} has more than {_MOST_EXIF} segments of Exif metadata; 1 was expected: "
+                    "remove its metadata, or save it again"
+                )
+        return content

@@ -1,0 +1,325 @@
+"""Data sets from tables: numeric columns are the features, and one column is the label."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.core.errors import NoSplit, TargetError, UsageError
+from holdfast.core.labels import CLASSIFIERS_ONLY
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import most_similar
+from holdfast.core.types import Layout
+from holdfast.io.data.arrays import Arrays, Choice, from_numpy, handles_missing
+from holdfast.io.data.class_numbers import numbered, numbered_words
+from holdfast.io.data.columns import (
+    MISSING,
+    NUMBER,
+    SPLIT_COLUMN,
+    TEXT,
+    ColumnInputs,
+    ColumnTable,
+    Words,
+    number_of,
+)
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.pictures import decoded
+from holdfast.io.files import names_of, readable_file, similar_name
+from holdfast.io.limited.calling import read_under_limits
+from holdfast.io.limited.limits import Limits
+from holdfast.io.limited.tables import table
+
+_MOST = 0.5
+"""Share of numbers above which strings in a column probably stand for missing values."""
+_LISTED = 20
+"""Largest number of columns that a remedy lists."""
+SUFFIXES = (".csv", ".csv.gz", ".parquet")
+LIMITS = Limits(copies=4, spare_bytes=2**32)
+"""Limits of the process that reads the file."""
+
+
+def open_table(
+    path: Path,
+    choice: Choice,
+    *,
+    name: str,
+    label: str | None,
+    drop: tuple[str, ...] = (),
+    expected: Expected | None = None,
+    inputs: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
+) -> Arrays:
+    """Return the rows of one split of a table file as a data set with float32 features.
+
+    Labels that are integers from 0 on are the class numbers. Other labels are class names. `name` is the name of the
+    table in messages, `label` the label column, and `drop` lists columns that are not features. If a parquet file has a
+    column of images or of arrays, its cells are the inputs; `inputs` names it if there are several. `separator` and
+    `header` are those of a CSV file. The columns of a file without a header get the names of the columns that the model
+    was fitted on, in their order, if their number is equal.
+    """
+    readable_file(path, "data file")
+    request: dict[str, Any] = {"inputs": inputs, "separator": separator or ",", "header": header}
+    with read_under_limits("tables", path, LIMITS, label=label, drop=drop, **request) as (
+        description,
+        folder,
+    ):
+        column_table = replace(table(path, description, folder), has_header=header)
+    return table_examples(column_table, choice, name=name, label=label, drop=drop, expected=expected)
+
+
+def table_examples(
+    table: ColumnTable,
+    choice: Choice,
+    *,
+    name: str,
+    label: str | None,
+    drop: tuple[str, ...] = (),
+    expected: Expected | None = None,
+) -> Arrays:
+    """Return the rows of one split of a table in memory as a data set, with the same rules as `open_table`."""
+    expected = expected or Expected()
+    label = _label(label, table)
+    _refuse_dropped(drop, label, table)
+    rows_of_split = _rows_of_split(table, choice.split)
+    chosen = rows_of_split[choice.rows(len(rows_of_split), name)]
+    column = table.words[label]
+    y = _class_numbers(column, name)
+    if y is not None:
+        y = numbered(y, expected, name).y
+    features: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    layout: Layout | None = None
+    if table.inputs is not None:
+        x, layout, notes = _whole_inputs(table.inputs, chosen, name)
+    else:
+        table, notes = _named_by_position(table, drop, expected)
+        features = tuple(_as_fitted([name for name in table.features if name not in drop], table, expected))
+        x = _numbers(table, features, chosen, expected)
+    of_source: dict[str, Any] = {"layout": layout, "notes": notes, "features": features}
+    if y is not None:
+        return from_numpy(name, x, y[chosen], chosen, expected, source_labels=y, **of_source)
+    # names are numbered after the model was called with the inputs, which determines its number of classes
+    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, **of_source)
+    numbering = numbered_words(column.words, column.places, expected, table.name)
+    return replace(data, y=numbering.y[chosen], classes=numbering.names).labelled(numbering)
+
+
+def _whole_inputs(
+    inputs: ColumnInputs, rows: NDArray[np.int64], name: str
+) -> tuple[NDArray[Any], Layout | None, tuple[str, ...]]:
+    """Return the inputs in the given rows of a column of images or of arrays, their layout, and notes for the report.
+
+    The layout of arrays is unknown.
+    """
+    notes: tuple[str, ...] = ()
+    if inputs.unread:
+        shown = f"{', '.join(inputs.unread[:6])}{' …' if len(inputs.unread) > 6 else ''}"
+        notes = (f"the inputs are the column {inputs.column}; other columns were not read: {shown}",)
+    if isinstance(inputs.cells, np.ndarray):
+        return inputs.cells[rows], None, notes
+    x, image_notes = decoded([inputs.cells[row] for row in rows], rows.tolist(), name)
+    return x, "chw", (*notes, *image_notes)
+
+
+def _named_by_position(
+    table: ColumnTable, drop: tuple[str, ...], expected: Expected
+) -> tuple[ColumnTable, tuple[str, ...]]:
+    """Return a table without a header whose features have the names of the columns that the model was fitted on, and a
+    note for the report.
+
+    The table does not change if it has a header, or if the model declares no names. Raises `TargetError` if the number
+    of columns differs.
+    """
+    fitted = expected.feature_names
+    if table.has_header or fitted is None:
+        return table, ()
+    features = [name for name in table.features if name not in drop]
+    if len(features) != len(fitted):
+        more = len(features) > len(fitted)
+        raise TargetError(
+            f"the model was fitted on {len(fitted)} columns ({names_of(fitted)}), and {table.name}, which has no "
+            f"header, has {len(features)} beside its label ({names_of(features)}); give as many, in the same order",
+            *((Remedy("drop", Placeholder("COLUMN", "[COLUMN]"), function="open_data"),) if more else ()),
+        )
+    named = dict(zip(features, fitted, strict=True))
+    shown = ", ".join(f"{position}={name}" for position, name in list(named.items())[:6])
+    more_names = " …" if len(named) > 6 else ""
+    note = f"the file has no header; its columns were taken in the order of the model's: {shown}{more_names}"
+    return replace(table, features=tuple(named.get(name, name) for name in table.features)), (note,)
+
+
+def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> list[str]:
+    """Return the names of the features in the order in which the model was fitted, if the model declares names.
+
+    Raises `TargetError` if the columns differ.
+    """
+    fitted_names = expected.feature_names
+    if fitted_names is None or expected.lenient:
+        return features
+    present, expected_names = set(features), set(fitted_names)
+    missing = [name for name in fitted_names if name not in present]
+    extra = [name for name in features if name not in expected_names]
+    if missing or extra:
+        lacks = (
+            f"lacks {', '.join(map(repr, missing[:6]))}{' …' if len(missing) > 6 else ''}" if missing else ""
+        )
+        has = (
+            f"has {', '.join(map(repr, extra[:6]))}{' …' if len(extra) > 6 else ''} beside them"
+            if extra
+            else ""
+        )
+        raise TargetError(
+            f"the model was fitted on {len(fitted_names)} named columns, and {table.name} "
+            f"{' and '.join(filter(None, (lacks, has)))}; give the columns as in training",
+            *(() if missing else _without(extra)),
+        )
+    return list(fitted_names)
+
+
+def _label(label: str | None, table: ColumnTable) -> str:
+    """Return the name of the label column. Raises `UsageError` if it does not exist."""
+    if label is not None and label in table.columns:
+        return label
+    wrong = (
+        f"{table.name} has no column {label!r}"
+        if label
+        else f"the label column of {table.name} is not stated"
+    )
+    similar = most_similar(label, table.columns) if label else None
+    raise UsageError(
+        f"{wrong}; its columns are {names_of(table.columns)}",
+        Remedy("label", similar or Placeholder("COLUMN"), function="open_data"),
+    )
+
+
+def _refuse_dropped(drop: tuple[str, ...], label: str, table: ColumnTable) -> None:
+    for column in drop:
+        if column not in table.columns:
+            several = column.split(",")
+            if len(several) > 1 and all(part.strip() in table.columns for part in several):
+                raise UsageError(
+                    f"{table.name} has no column {column!r}; columns are listed one by one",
+                    *_without([part.strip() for part in several]),
+                )
+            raise UsageError(
+                f"{table.name} has no column {column!r} to drop{similar_name(column, table.columns)}"
+            )
+        if column == label:
+            raise UsageError(
+                f"{column!r} is the label of {table.name}, and is dropped",
+                Remedy("drop", function="open_data"),
+            )
+
+
+def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
+    column = table.words.get(SPLIT_COLUMN)
+    if column is None:
+        if split is not None:
+            raise NoSplit(
+                f"{table.name} has no column {SPLIT_COLUMN!r}, and the split {split!r} is chosen",
+                Remedy("split", function="open_data"),
+            )
+        return np.arange(len(table), dtype=np.int64)
+    name = split or "test"
+    if name not in column.words:
+        splits = sorted(column.words)
+        raise NoSplit(
+            f"{table.name} has no split {name!r}{similar_name(name, splits)}; it has {names_of(splits)}"
+        )
+    return np.flatnonzero(column.places == column.words.index(name)).astype(np.int64)
+
+
+def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
+    """Return labels that are integers from 0 on, which are the class numbers, or None for labels that are names."""
+
+    def first(places: list[int]) -> int:
+        """Return the number of the first row whose label is one of the given strings."""
+        chosen = np.zeros(len(column.words), bool)
+        chosen[places] = True
+        return int(chosen[column.places].argmax())
+
+    empty = [place for place, word in enumerate(column.words) if not word.strip()]
+    if empty:
+        raise TargetError(f"the label of row {first(empty)} of {name} is missing; drop such rows")
+    integers = [_whole(word) for word in column.words]
+    numbers = [number for number in integers if number is not None]
+    if len(numbers) == len(integers) and all(number >= 0 for number in numbers):
+        return np.array(numbers, dtype=np.int64)[column.places]
+    if None in integers and all(number_of(word) is not None for word in column.words):
+        row = first([place for place, number in enumerate(integers) if number is None])
+        raise TargetError(
+            f"the label of row {row} of {name} is {column.words[column.places[row]]}; whole numbers from 0 on, or "
+            f"names, were expected. {CLASSIFIERS_ONLY}"
+        )
+    return None
+
+
+def _whole(text: str) -> int | None:
+    number = number_of(text)
+    # Larger numbers do not fit into int64.
+    return int(number) if number is not None and number.is_integer() and abs(number) < 2**63 else None
+
+
+def _numbers(
+    table: ColumnTable, features: Sequence[str], rows: NDArray[np.int64], expected: Expected
+) -> NDArray[np.float32]:
+    if not features:
+        raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
+    numbers = {name: place for place, name in enumerate(table.features)}
+    places = [numbers[name] for name in features]
+    if table.kinds is not None:
+        kinds = table.kinds[rows][:, places]
+        text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
+        x = table.numbers[rows][:, places]
+        if text or not handles_missing(x, expected):
+            _refuse_missing(table, features, kinds, rows)
+        if text:
+            mostly = (kinds == NUMBER).mean(0) > _MOST
+            sparse = [
+                name for name, numeric in zip(features, mostly, strict=True) if numeric and name in text
+            ]
+            raise _not_numbers(table, features, text, sparse)
+    return table.numbers[rows][:, places]
+
+
+def _refuse_missing(
+    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+) -> None:
+    """Raise `TargetError` for a numeric column with an empty cell."""
+    for name, column in zip(features, kinds.T, strict=True):
+        missing = np.flatnonzero(column == MISSING)
+        if len(missing) and not (column == TEXT).any():
+            raise TargetError(
+                f"the value of {name} in row {rows[missing[0]]} of {table.name} is missing; fill or drop such rows, or "
+                f"leave the column out with --drop {shlex.quote(name)}"
+            )
+
+
+def _not_numbers(
+    table: ColumnTable, features: Sequence[str], text: Sequence[str], sparse: Sequence[str]
+) -> TargetError:
+    """Return the error for the columns `text`, which contain strings. `sparse` are those of them whose cells are mostly
+    numbers, so that the strings probably stand for missing values.
+    """
+    counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
+    shown, more = text[:6], " …" if len(text) > 6 else ""
+    empty = (
+        f". Most cells of {sparse[0]} are numbers: leave a cell empty for a missing value" if sparse else ""
+    )
+    words = [name for name in text if name not in sparse]
+    return TargetError(
+        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
+        f"numbers in place of the text, as the model was trained{empty}",
+        *(_without(words) if 0 < len(words) < len(features) else ()),
+    )
+
+
+def _without(columns: Sequence[str]) -> tuple[Remedy, ...]:
+    """Return the argument with which columns are no features; none if they are too many to be listed."""
+    drop = Remedy("drop", tuple(columns), function="open_data", repeated=True)
+    return (drop,) if len(columns) <= _LISTED else ()

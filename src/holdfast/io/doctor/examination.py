@@ -1,0 +1,155 @@
+"""Runs the checks of `holdfast doctor` on a model and its data, and a shorter selection of the checks before an
+assessment.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from holdfast.attacks.parts.prepare import in_training
+from holdfast.core.batch import Batch, Data
+from holdfast.core.errors import TargetError, UnclearOutput
+from holdfast.core.model import IN_PLACE, Classifier, fitted
+from holdfast.io.doctor.behaviour import (
+    accuracy_of,
+    batch_sizes,
+    gradient_findings,
+    label_findings,
+    outputs,
+    steadiness_findings,
+    unclear_output,
+)
+from holdfast.io.doctor.data_checks import (
+    SAMPLE,
+    known_labels,
+    labels_outside,
+    moved_inside,
+    names_of_labels,
+    range_of_labels,
+    range_of_values,
+    spread_examples,
+    strange_classes,
+    without_estimates,
+)
+from holdfast.io.doctor.examined import Examined, Finding, outputs_of
+from holdfast.io.doctor.readings import class_orders, labels_from_one, layouts, units
+from holdfast.io.doctor.served_checks import examine_served
+from holdfast.io.remote.probing import settle_output, settle_predictions
+
+
+def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
+    """Run all checks of `holdfast doctor` on a model and a data set, and return their findings. The train or eval mode
+    of the model is restored.
+
+    At most 64 rows are sent to a served model; this number includes the rows that were sent when the data were opened,
+    if those were counted. Raises `TargetError` if the model can be run on the data neither in this layout nor with the
+    channels last.
+    """
+    if not len(data):
+        raise TargetError(f"{data.name} contains no examples; expected at least one")
+    if model.remote:
+        return examine_served(model, data)
+    batch = spread_examples(data, SAMPLE, model)
+    # a frozen script has no mode
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
+    left_in_training = in_training(model)
+    try:
+        model.eval()
+        with fitted(model, batch.x):
+            unclear = tuple(_unclear_output(model, data))
+            differs = tuple(_predictions(model, data))
+            strange = tuple(strange_classes(data))
+            findings = () if unclear else without_estimates(_findings(model, batch, left_in_training, data))
+            if strange:  # these findings already explain wrong labels
+                findings = tuple(finding for finding in findings if finding.check != "labels")
+            return (*strange, *unclear, *differs, *findings)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def misfit(
+    model: Classifier, batch: Batch, batch_size: int, names: tuple[str, ...] | None = None
+) -> tuple[Finding | None, int]:
+    """Return a finding if the data do not fit the model, otherwise None, together with the number of forward passes
+    that were made.
+
+    The function checks labels, layout, normalisation, scale and value range. `names` are the class names in the order
+    of their numbers, if the labels of the data are names. The model must be in eval mode, and the
+    inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
+    them, otherwise about fifteen.
+    """
+    logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
+    examined = Examined(model, batch, (), logits, batch_size, names=names)
+    checks = (class_orders, labels_from_one, layouts, units)
+    problem = next(
+        (problem for check in checks for problem in check(examined) if problem.level == "problem"), None
+    )
+    return problem, len(batch) + sum(examined.calls)
+
+
+def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
+    """Yield a finding if the model has one output per example that may be a logit or a probability."""
+    try:
+        settle_output(model, data)
+    except UnclearOutput as error:
+        yield unclear_output(error)
+
+
+def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
+    """Yield a finding if an estimator's largest score belongs to another class than its prediction."""
+    for note in settle_predictions(model, data):
+        yield Finding(
+            "predictions", "warning", note, "if this is not intended, give an estimator without a threshold"
+        )
+
+
+def _findings(
+    model: Classifier, batch: Batch, left_in_training: tuple[str, ...], data: Data
+) -> Iterator[Finding]:
+    wrong_layout = _layout(model, batch)
+    if wrong_layout is not None:
+        yield wrong_layout
+        return
+    yield from batch_sizes(model)
+    if model.rewrites:
+        yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in its code instead of x -= mean")
+    classes = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
+    ends = range_of_labels(data, batch)
+    yield from (*range_of_values(model, batch.x, data), *labels_outside(*ends, classes, remote=model.remote))
+    y, rows = known_labels(batch.y, classes, ends)
+    batch = Batch(moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
+    logits, names = outputs_of(model, batch.x), names_of_labels(data)
+    examined = Examined(model, batch, left_in_training, logits, SAMPLE, names=names)
+    for check in _CHECKS:
+        yield from check(examined)
+
+
+def _layout(model: Classifier, batch: Batch) -> Finding | None:
+    """Return a finding if the model rejects the inputs but accepts them with the channels last, else None."""
+    try:
+        outputs_of(model, batch.x[:2])
+    except TargetError as refused:
+        if batch.x.dim() != 4:
+            raise
+        try:
+            outputs_of(model, batch.x[:2].permute(0, 2, 3, 1).contiguous())
+        except TargetError:
+            raise refused from None
+        return Finding(
+            "layout",
+            "problem",
+            f"the model refuses inputs of shape {tuple(batch.x.shape[1:])}, but accepts them with the channels last",
+            "wrap it so that it permutes its input: x.permute(0, 2, 3, 1)",
+        )
+    return None
+
+
+_CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
+    outputs,
+    label_findings,
+    accuracy_of,
+    units,
+    steadiness_findings,
+    gradient_findings,
+)

@@ -1,0 +1,1 @@
+"""Opens models: files, Python objects, estimators, and architectures."""

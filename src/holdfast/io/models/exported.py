@@ -1,0 +1,364 @@
+"""Opens `.pt2` files, which contain programs of `torch.export`, that may be untrusted.
+
+The loader of torch evaluates symbolic expressions of the file, resolves its operators by attribute, writes its names
+into source code, and falls back to unsafe unpickling. Therefore the archive is read once and checked first, with the
+same reader that loads it. Plain tensors, operators of networks, plain names, and shape expressions of known words are
+accepted. Anything else requires the user's trust. `torch.export.load` is not called, because it tries an older format
+if the new one fails.
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Batches
+from holdfast.core.remedies import TRUST_CODE
+from holdfast.io.limited.calling import read_under_limits
+from holdfast.io.limited.limited_main import is_out_of_memory
+from holdfast.io.limited.limits import Limits
+from holdfast.io.models.archive import check_archive, read_once
+from holdfast.io.models.exported_operators import is_operator_of_networks, replace_unchecked
+
+Sizes = tuple[int | None, ...]
+LIMITS = Limits(copies=8, spare_bytes=2**31)
+"""Limits of the process in which a program is first loaded and run."""
+_MOST_TRIED = 2**24
+"""Largest number of input values of a fixed batch for which other batch sizes are tried.
+
+Other batch sizes use two to four times the memory of the fixed one.
+"""
+_NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
+"""Pattern of dotted names that may be written into generated code.
+
+Names with two underscores at both ends do not match, because Python reserves them.
+"""
+_TEXT = re.compile(r"[\w .,:;+<>=*/-]*", re.ASCII)
+_TENSOR_FILE = re.compile(r"(weight|tensor)_\d+", re.ASCII)
+_CONTAINERS = frozenset({"builtins.tuple", "builtins.list", "builtins.dict"})
+_PROGRAM = "models/model.json"
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+)
+"""Errors that torch's reader and this module raise for a damaged archive."""
+_WORDS = frozenset(
+    {
+        "Symbol",
+        "Integer",
+        "Add",
+        "Mul",
+        "Mod",
+        "Pow",
+        "Max",
+        "Min",
+        "FloorDiv",
+        "CleanDiv",
+        "PythonMod",
+        "int_oo",
+    }
+    | {"Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or", "Not", "True", "False", "None", "and", "or", "not"}
+    | {"positive", "integer", "nonnegative", "negative", "real", "finite", "L", "size"}
+)
+_TOKENS = re.compile(r"[A-Za-z_]\w*|\d+|[\s'\"()\[\],.=<>!+\-*/%]")
+_SYMBOL = re.compile(r"[su]\d+")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program of `torch.export` wrapped as a module, and the only batch size that it accepts, or None if it accepts
+    any.
+    """
+
+    net: nn.Module
+    batch_size: int | None
+    digest: str
+    """SHA-256 of the file, in hex"""
+
+
+class FixedBatch(nn.Module):
+    """A module that runs an exported program with a fixed batch size on any number of rows, one slice after another.
+
+    The last slice is filled up with copies of its last row.
+    """
+
+    def __init__(self, net: nn.Module, size: int) -> None:
+        super().__init__()
+        self.net = net
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the exported program for all rows of a batch."""
+        if not len(x):
+            empty: Tensor = self.net(x.new_zeros(self.size, *x.shape[1:]))[:0]
+            return empty
+        return Batches(self.size).through(self.net, x)
+
+
+def open_program(path: Path, *, trust_code: bool) -> Program:
+    """Return the exported program in a `.pt2` file. Raises `UsageError` for a file that contains code unless
+    `trust_code` is True.
+
+    Without trust, the program is checked, loaded and run once in a separate process before it is loaded in this one.
+    """
+    content = read_once(path, "exported program")  # the checked bytes are the loaded ones
+    check_archive(path, content)
+    if trust_code:
+        reasons_to_refuse(path, content)  # a damaged file is refused with trust, too
+    else:
+        with read_under_limits("programs", path, LIMITS, content=content):
+            pass  # it is loaded here after that has gone well
+    net, sizes = loaded_program(path, content)
+    size = _batch_size(net, sizes)
+    digest = hashlib.sha256(content).hexdigest()
+    return Program(net if size is None else FixedBatch(net, size), size, digest)
+
+
+def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
+    """Return descriptions of all parts of an exported program that could run code, which are all parts other than
+    tensors and operators of networks.
+
+    Raises `TargetError` if the program is damaged.
+    """
+    try:
+        return list(_needs_trust(content))
+    except _DAMAGE as error:
+        raise TargetError(
+            f"{str(path)!r} is no program of torch.export.save, or is damaged: {error}"
+        ) from error
+
+
+def refuse_code_in_program(path: Path, content: bytes) -> None:
+    """Raise `UsageError` for an exported program that contains anything other than tensors and neural-network
+    operators, because other parts could run code.
+    """
+    reasons = reasons_to_refuse(path, content)
+    if reasons:
+        raise UsageError(
+            f"{str(path)!r} carries what could run as code, or reach outside of its tensors: "
+            f"{'; '.join(reasons[:3])}; export it to ONNX, or give the network as file.py:factory",
+            TRUST_CODE,
+        )
+
+
+def loaded_program(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
+    """Load a `.pt2` file that was checked or is trusted. Return its network and the shape of its input.
+
+    A size is None if the program accepts any.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = _loaded(content)
+            net = _plain(program.module())
+    except (
+        Exception
+    ) as error:  # the loader may raise anything, from KeyError to AssertionError, for an untrusted file
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TargetError(
+            f"{str(path)!r} could not be opened by torch {torch.__version__}: {first_line[:200]}"
+        ) from error
+    return net, _input_shape(program)
+
+
+def _batch_size(net: nn.Module, sizes: Sizes) -> int | None:
+    """Return the only batch size that the network accepts, or None if it accepts any."""
+    size = sizes[0]
+    return None if size is None or _takes_any_batch(net, size, sizes[1:]) else size
+
+
+def _loaded(content: bytes) -> torch.export.ExportedProgram:
+    from torch.export.pt2_archive._package import load_pt2  # late: it is slow to import, and few need it
+
+    program: torch.export.ExportedProgram = load_pt2(io.BytesIO(content)).exported_programs["model"]
+    return program
+
+
+def _plain(exported: fx.GraphModule) -> fx.GraphModule:
+    """Return the program as an ordinary module in eval mode, without checks of sizes.
+
+    A program with one output returns a tensor instead of a tuple.
+    """
+    graph = fx.Graph()
+    output = graph.graph_copy(exported.graph, {})
+    graph.output(output[0] if isinstance(output, (tuple, list)) and len(output) == 1 else output)
+    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
+        graph.erase_node(node)
+    replace_unchecked(graph)
+    module = fx.GraphModule(exported, graph, "Exported")
+    module.delete_all_unused_submodules()
+    return module.eval()
+
+
+def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
+    """Return the sizes of the axes of the only input; a size is None if it is free."""
+    users = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    values = [node.meta["val"] for node in nodes]
+    if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].dim() == 0:
+        raise TargetError(
+            f"the exported program takes {len(values)} inputs; a classifier takes one batch of inputs"
+        )
+    sizes: tuple[object, ...] = tuple(values[0].shape)  # torch does not annotate the symbols of free sizes
+    return tuple(size if isinstance(size, int) else None for size in sizes)
+
+
+def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -> bool:
+    """Return whether a program exported for one batch size returns equal rows for other batch sizes.
+
+    The test is worthwhile because slices are many times slower. It is not made if the batch is large.
+    """
+    if None in shape or size * math.prod(side or 1 for side in shape) > _MOST_TRIED:
+        return False
+    slices = FixedBatch(net, size)
+    for n in (size + 1, 2 * size + 3):
+        x = torch.rand((n, *(side or 1 for side in shape)), generator=torch.Generator().manual_seed(n))
+        try:
+            with torch.no_grad():
+                torch.testing.assert_close(net(x), slices(x), rtol=1e-4, atol=1e-5)
+        except (AssertionError, RuntimeError, ValueError):
+            return False
+    return True
+
+
+def _needs_trust(content: bytes) -> Iterator[str]:
+    """Yield the reasons why a program contains more than tensors and known operators."""
+    from torch.export.pt2_archive._package import PT2ArchiveReader  # late, as above
+
+    expected = _member_names(content)
+    with PT2ArchiveReader(io.BytesIO(content)) as archive:
+        names = archive.get_file_names()
+        if sorted(names) != sorted(expected):
+            raise ValueError("its two lists of members differ")
+        if _PROGRAM not in names:
+            raise ValueError(f"it holds no {_PROGRAM}")
+        for name in names:
+            if name.startswith("data/sample_inputs/"):
+                yield from _unsafe_pickle(archive.read_bytes(name), name)
+            elif name.startswith("data/aotinductor/") or name.endswith((".so", ".pt", ".pkl")):
+                yield f"the member {name}"
+            elif name.startswith("models/") and name != _PROGRAM:
+                yield f"the second program {name}"
+            elif re.fullmatch(r"data/(weights|constants)/.*config\.json", name):
+                yield from _unsafe_tensors(json.loads(archive.read_bytes(name))["config"])
+        yield from _unsafe_graph(json.loads(archive.read_bytes(_PROGRAM)), "")
+
+
+def _member_names(content: bytes) -> list[str]:
+    """Return the names of the members inside their common folder. Raises `ValueError` if names differ only by case.
+
+    torch ignores case in these names.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = [name.partition("/") for name in archive.namelist()]
+    folders, names = {folder for folder, _, _ in parts}, [name for _, _, name in parts]
+    if len(folders) != 1 or "" in folders or "" in names:
+        raise ValueError("its members do not all lie in one folder")
+    if any("\\" in name for name in names) or len({name.casefold() for name in names}) < len(names):
+        raise ValueError("two of its members have one name, or a name has a backslash")
+    return names
+
+
+def _unsafe_tensors(entries: dict[str, Any]) -> Iterator[str]:
+    """Yield tensors that are not stored as plain bytes, because torch unpickles these, and names that are not plain."""
+    for entry, how in entries.items():
+        if how["use_pickle"] or not _TENSOR_FILE.fullmatch(how["path_name"]):
+            yield f"the pickled tensor {entry[:60]!r}"
+        elif not _NAME.fullmatch(entry):
+            yield f"the name {entry[:60]!r}"
+
+
+def _unsafe_pickle(content: bytes, name: str) -> Iterator[str]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            yield f"the compressed pickle {name}"
+            return
+    try:
+        torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:  # whatever it is, the loader would then fall back to unsafe unpickling
+        if is_out_of_memory(error):
+            raise
+        yield f"the pickle {name}"
+
+
+def _unsafe_graph(value: Any, key: str) -> Iterator[str]:
+    """Yield the parts of a graph that torch would resolve, evaluate or write into source code, if they are not known.
+
+    `metadata` of strings is not among them.
+    """
+    if isinstance(value, dict):
+        if key == "custom_obj_values" and value:
+            yield "custom objects"
+        for name, entry in value.items():
+            if not _NAME.fullmatch(name):
+                yield f"the name {name[:60]!r}"
+            is_metadata = name == "metadata" and not key.endswith("_values")
+            if not is_metadata or not all(isinstance(text, str) for text in entry.values()):
+                yield from _unsafe_graph(entry, name)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _unsafe_graph(entry, key)
+    elif isinstance(value, str):
+        yield from _unsafe_text(key, value)
+
+
+def _unsafe_text(key: str, text: str) -> Iterator[str]:
+    if key in ("target", "as_operator"):
+        kind, is_harmless = "operator", is_operator_of_networks(text)
+    elif key in ("expr_str", "guards_code"):
+        kind, is_harmless = "expression", _harmless(text)
+    elif key in ("in_spec", "out_spec"):
+        kind, is_harmless = "container", _plain_container(json.loads(text)[1])
+    elif key in ("as_string", "torch_version"):
+        kind, is_harmless = "text", bool(_TEXT.fullmatch(text))
+    else:
+        kind, is_harmless = "name", bool(_NAME.fullmatch(text))
+    if not is_harmless:
+        yield f"the {kind} {text[:60]!r}"
+
+
+def _plain_container(spec: dict[str, Any]) -> bool:
+    """Return whether a container is a tuple, a list or a dictionary with names as keys.
+
+    The context of any other container may import a module.
+    """
+    if spec["type"] is None:
+        return True
+    context = json.loads(spec["context"])
+    keys = [] if context is None else context
+    has_names_as_keys = isinstance(keys, list) and all(
+        isinstance(k, str) and _NAME.fullmatch(k) for k in keys
+    )
+    return (
+        has_names_as_keys
+        and spec["type"] in _CONTAINERS
+        and all(map(_plain_container, spec["children_spec"]))
+    )
+
+
+def _harmless(expression: str) -> bool:
+    tokens = _TOKENS.findall(expression)
+    words = [token for token in tokens if token[0].isalpha() or token[0] == "_"]
+    all_known = all(word in _WORDS or _SYMBOL.fullmatch(word) or _quoted(word, expression) for word in words)
+    return "".join(tokens) == expression and all_known
+
+
+def _quoted(word: str, expression: str) -> bool:
+    """Return whether an input name occurs in an expression only as `L['input']`."""
+    return expression.count(word) == expression.count(f"L['{word}']") and "__" not in word

@@ -1,0 +1,114 @@
+"""Wraps XGBoost models as torch modules. They are given as Python objects or as `.json` and `.ubj` files.
+
+A file is first loaded in a separate process with limits of memory and time, because the reader is native code and a
+damaged file could crash the process. The files are data and run no code.
+"""
+
+import hashlib
+import json
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.labels import CLASSIFIERS_ONLY
+from holdfast.core.remedies import Install
+from holdfast.io.limited.calling import read_under_limits
+from holdfast.io.limited.limits import Limits
+from holdfast.io.limited.trees import best_iteration, damaged, first_line
+from holdfast.io.models.adapted import Adapted
+from holdfast.io.models.archive import read_once
+from holdfast.io.models.estimators import Array, EstimatorInterface, as_model
+
+MAX_BYTES = 2**30
+"""Largest number of bytes of a file; a booster of 10,000 deep trees has some hundred megabytes."""
+LIMITS = Limits(copies=8, spare_bytes=2**30)
+"""Limits of the process that first loads a file; JSON needs memory for eight copies."""
+_OBJECTIVES = frozenset(
+    {"binary:logistic", "binary:logitraw", "binary:hinge", "multi:softmax", "multi:softprob"}
+)
+"""Training objectives of boosters whose margins are logits of classes."""
+
+
+def adapted_booster(booster: Any) -> Adapted:
+    """Return an XGBoost classifier wrapped as a model. The untransformed outputs of XGBoost are the logits of the
+    classes.
+
+    Raises `TargetError` for another objective.
+    """
+    return _adapted(booster, hashlib.sha256(bytes(booster.save_raw("ubj"))).hexdigest(), None)
+
+
+def open_booster(path: Path) -> tuple[Adapted, str]:
+    """Return the XGBoost model in a `.json` or `.ubj` file wrapped as a torch module, and the SHA-256 of the file.
+
+    If `XGBClassifier` wrote the file after early stopping, trees after the best iteration are not used, as in
+    `XGBClassifier`.
+    """
+    content = read_once(path, "model", max_bytes=MAX_BYTES)
+    try:
+        import xgboost
+    except ImportError as error:
+        raise UsageError(
+            f"{str(path)!r} is a model of XGBoost, and xgboost is missing", Install("trees")
+        ) from error
+    with read_under_limits("trees", path, LIMITS, content=content):
+        pass  # loaded here after the separate process succeeded
+    booster = xgboost.Booster()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns about files of another version
+            booster.load_model(bytearray(content))
+        last_iteration = best_iteration(booster)
+        adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), last_iteration)
+    except xgboost.core.XGBoostError as error:
+        raise damaged(path, str(error)) from error
+    return adapted, hashlib.sha256(content).hexdigest()
+
+
+def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
+    learner = json.loads(booster.save_config())["learner"]
+    objective, parameters = learner["objective"]["name"], learner["learner_model_param"]
+    if objective not in _OBJECTIVES:
+        raise TargetError(
+            f"the booster has the objective {objective}; one of {', '.join(sorted(_OBJECTIVES))} was expected. "
+            f"{CLASSIFIERS_ONLY}; for a classifier with another objective, give a function from inputs to logits"
+        )
+    if int(parameters.get("num_target", 1)) > 1:
+        raise TargetError(
+            f"the booster predicts {parameters['num_target']} labels per example, but one was expected; train it on "
+            "one label"
+        )
+    classes = max(int(parameters["num_class"]), 2)
+    interface = EstimatorInterface(
+        "Booster",
+        partial(_margins, booster, (0, 0 if last_iteration is None else last_iteration + 1)),
+        features=booster.num_features(),
+        dtype=np.float32,
+        kind="logit",
+    )
+    names = booster.feature_names
+    return replace(
+        as_model(interface, digest), classes=classes, feature_names=None if names is None else tuple(names)
+    )
+
+
+def _margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
+    """Return the logits (n, classes) of the rows, or those (n,) of class 1. Raises `XGBoostError` with one line."""
+    import xgboost
+
+    try:
+        matrix = xgboost.DMatrix(
+            rows,
+            feature_names=booster.feature_names,
+            feature_types=booster.feature_types,
+            enable_categorical=True,
+        )
+        margins: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
+    except xgboost.core.XGBoostError as error:
+        raise type(error)(first_line(str(error))) from error
+    return margins

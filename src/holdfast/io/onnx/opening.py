@@ -1,0 +1,322 @@
+"""Opens an ONNX classifier. It is converted to torch and checked if its operators are supported, and otherwise run in
+onnxruntime.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError
+from holdfast.core.outputs import is_single
+from holdfast.core.types import Access
+from holdfast.io.limited.calling import read_under_limits
+from holdfast.io.limited.limits import Limits
+from holdfast.io.models.exported import FixedBatch
+from holdfast.io.onnx.building import Unsupported
+from holdfast.io.onnx.converting import convert, random_batch, unknown_operators
+from holdfast.io.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, read_onnx
+from holdfast.io.onnx.runtime import run_session, session
+
+TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
+"""Largest difference between import and onnxruntime, in units of the largest output (at least 1), by input type."""
+CHECKED_SIZES = (1, 3)
+"""Batch sizes on which the import is compared with onnxruntime."""
+LIMITS = Limits(copies=8, spare_bytes=2**31)
+"""Limits of the process that first parses and runs a file."""
+
+_COMPARED = 64
+"""Number of random inputs on which scores and labels of a file are compared."""
+_NUMBERS = frozenset(f"tensor({kind})" for kind in ("float16", "float", "double", "int32", "int64", "bool"))
+"""Types of numeric outputs in onnxruntime; strings, maps and sequences are not scores."""
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A network from an ONNX file, with its properties and notes for the report."""
+
+    net: nn.Module
+    access: Access
+    hides: str
+    """reason why the model gives no gradients; empty if it gives them"""
+    classes: int
+    files: Mapping[str, str]
+    notes: tuple[str, ...]
+    class_names: tuple[str, ...] | None = None
+    """names of the classes, if the labels in the file are strings"""
+    class_labels: tuple[int, ...] | None = None
+    """labels of the classes, if they are integers other than 0, 1, 2, …"""
+
+
+class Converted(nn.Module):
+    """Wrapper of a network that computes in another float type than that of its inputs and outputs. Gradients are
+    propagated.
+    """
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the network, converted to the float type of the inputs."""
+        y: Tensor = self.net(x.to(self.dtype))
+        return y.to(x.dtype)
+
+
+class Runtime(nn.Module):
+    """An ONNX model that runs in onnxruntime and returns scores without gradients."""
+
+    def __init__(self, file: OnnxFile, output: str | None = None) -> None:
+        super().__init__()
+        self.input: OnnxInput = file.input
+        self.session = session(file.content, torch.get_num_threads())
+        self.kinds = {value.name: value.type for value in self.session.get_outputs()}
+        self.outputs = [output] if output else [name for name, kind in self.kinds.items() if kind in _NUMBERS]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores of a batch. If the batch size of the file is fixed, the batch is processed in slices."""
+        return self.all(x)[0].to(x.dtype)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Runtime":
+        """Return the object itself, because a session cannot be copied and has no state that changes."""
+        return self
+
+    def all(self, x: Tensor) -> list[Tensor]:
+        """Return all outputs of the ONNX model on a batch as tensors."""
+        return [torch.from_numpy(values).to(x.device) for values in self.values(x)]
+
+    def values(self, x: Tensor) -> list[np.ndarray[Any, Any]]:
+        """Return all outputs of the ONNX model on a batch as arrays, which may contain strings."""
+        batch = x.detach().cpu().numpy().astype(self.input.dtype)
+        size = self.input.shape[0] or len(batch)
+        parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+    def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
+        missing = size - len(rows) if self.input.shape[0] else 0
+        filled = np.concatenate((rows, np.repeat(rows[-1:], missing, axis=0))) if missing else rows
+        outputs = run_session(self.session, self.outputs, self.input.name, filled)
+        return [values[: len(rows)] if missing else values for values in outputs]
+
+
+class RuntimeLabels(nn.Module):
+    """A module that returns the classes that an ONNX model predicts in onnxruntime as one-hot rows."""
+
+    def __init__(self, runtime: Runtime, classes: Sequence[str | int]) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.places = {label: place for place, label in enumerate(classes)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the predicted class of each example as a one-hot row; the shape is (n, classes)."""
+        return nn.functional.one_hot(self.of(x), len(self.places)).to(x.dtype)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the predicted class number (n,) of each example."""
+        answers = self.runtime.values(x)[0].reshape(-1).tolist()
+        return torch.tensor([self.places[answer] for answer in answers], dtype=torch.int64, device=x.device)
+
+
+def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel:
+    """Return the classifier in an ONNX file: converted to torch and compared with onnxruntime, or run in onnxruntime.
+
+    A model that cannot be imported gives only scores or labels, without gradients. `input_shape` is the shape of one
+    example, which is needed for a file with free sizes. Raises `TargetError` for a file that is not a classifier, or if
+    the import differs from onnxruntime.
+    """
+    content = onnx_content(path)
+    shape = None if input_shape is None else list(input_shape)
+    with read_under_limits(
+        "onnx_files", path, LIMITS, content=content, n_bytes_beside=bytes_beside(path), input_shape=shape
+    ):
+        pass  # it is opened here after that has gone well
+    file = read_onnx(path, input_shape, content=content)
+    _refuse_regressor(file, path)
+    output, classes, notes = _chosen_output(file, path)
+    label_module = _differing_labels(file, output, path)
+    if label_module is not None:
+        hides = f"the largest value of {output} is not that of the class in {label_module.runtime.outputs[0]}"
+        notes = (f"{hides}, so only the classes are used, without scores and gradients",)
+        return OnnxModel(
+            label_module, "labels", hides, classes, file.files, notes, *_class_names(file.labels, classes)
+        )
+    unknown = unknown_operators(file)
+    access: Access
+    try:
+        if unknown:
+            raise Unsupported(f"the operators {', '.join(unknown)}")
+        net, import_notes = _imported(file, output)
+        _compare(net, file, output, path)
+        access, hides = "gradients", ""
+        notes += import_notes
+    except Unsupported as reason:
+        net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
+        notes += (f"{hides}; the model runs in onnxruntime, with scores only and without gradients",)
+    return OnnxModel(net, access, hides, classes, file.files, notes, *_class_names(file.labels, classes))
+
+
+def _refuse_regressor(file: OnnxFile, path: Path) -> None:
+    """Raise `TargetError` if an output of the file is that of a regressor of ai.onnx.ml."""
+    graph = file.proto.graph
+    for node in graph.node:
+        if node.op_type.endswith("Regressor") and {*node.output} & {value.name for value in graph.output}:
+            raise TargetError(
+                f"{str(path)!r} returns {node.output[0]} of a {node.op_type}, which is a number and not the scores of "
+                "classes. Classifiers are supported: a float output of shape (N, classes)"
+            )
+
+
+def _differing_labels(file: OnnxFile, output: str, path: Path) -> RuntimeLabels | None:
+    """Return the labels of the file as a module if they differ from the classes of the largest scores, or None.
+
+    A support vector machine predicts by the votes of pairs of classes, so its labels are used. For other classifiers
+    the largest score is used, because onnxruntime computes the labels of some small tree ensembles differently. Raises
+    `TargetError` for a file without class labels whose integer output is not the class of the largest score, such as a
+    clustering.
+    """
+    voting = any(node.op_type == "SVMClassifier" for node in file.proto.graph.node)
+    if file.labels and not voting:
+        return None
+    runtime = Runtime(file, output)
+    label_type = "tensor(string)" if file.labels and isinstance(file.labels[0], str) else "tensor(int64)"
+    names = [name for name, kind in runtime.kinds.items() if kind == label_type and name != output]
+    if not names:
+        return None
+    x = random_batch(file, file.input.shape[0] or _COMPARED)
+    scores = runtime.all(x)[0]
+    if scores.dim() != 2 or scores.shape[1] < 2 or (file.labels and len(file.labels) != scores.shape[1]):
+        return None
+    largest, second_largest = scores.topk(2, dim=1).values.T
+    clear = largest > second_largest
+    for name in names:
+        labels = Runtime(file, name)
+        if file.labels:
+            answered = RuntimeLabels(labels, file.labels)
+            if not torch.equal(answered.of(x)[clear], scores.argmax(1)[clear]):
+                return answered
+            continue
+        predicted = labels.all(x)[0].reshape(len(x), -1)
+        if predicted.shape[1] == 1 and not torch.equal(predicted[clear, 0], scores.argmax(1)[clear]):
+            raise TargetError(
+                f"{str(path)!r} returns {name}, which is not the index of the largest value of {output}, as a "
+                "clustering does. Classifiers are supported: a float output of shape (N, classes), whose largest value "
+                "is at the predicted class"
+            )
+    return None
+
+
+def _class_names(
+    labels: Sequence[str | int], classes: int
+) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """Return the names of the classes and their labels, of which at least one is None.
+
+    Strings are names. Integers are labels, unless they are 0, 1, 2, ….
+    """
+    if len(labels) != classes or tuple(labels) == tuple(range(classes)):
+        return None, None
+    if all(isinstance(label, str) for label in labels):
+        return tuple(map(str, labels)), None
+    return None, tuple(map(int, labels))
+
+
+def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the converted network, and notes.
+
+    It accepts any batch size. If its operators need the batch size of the file, it processes batches in slices of that
+    size.
+    """
+    net: nn.Module
+    notes: tuple[str, ...] = ()
+    try:
+        net = convert(file, output, batch_size=None)
+    except Unsupported:
+        size = file.input.shape[0]
+        if size is None:
+            raise
+        notes = (f"the model accepts only batches of {size} examples; other batches are split and padded",)
+        net = FixedBatch(convert(file, output, batch_size=size), size)
+    net.register_forward_pre_hook(partial(_refuse_shape, file.input.shape[1:]))
+    if file.input.dtype == np.float32:
+        return net, notes
+    return Converted(net, _torch_type(file)), (*notes, f"the model computes in {file.input.dtype}")
+
+
+def _refuse_shape(shape: tuple[int | None, ...], net: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Raise `TargetError` for inputs of another shape. The error of torch would refer to generated code."""
+    if tuple(inputs[0].shape[1:]) != shape:
+        raise TargetError(
+            f"an input has shape {tuple(inputs[0].shape[1:])}, but the ONNX file requires {shape}. "
+            "Reshape the data, or correct the input shape if the sizes in the file are free"
+        )
+
+
+def _torch_type(file: OnnxFile) -> torch.dtype:
+    return random_batch(file, 1).dtype
+
+
+def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...]]:
+    """Return the name of the first output with a float for every class of every example, the number of classes, and
+    notes.
+    """
+    # Three rows reveal a file in which the size of one example is fixed.
+    runtime, n = Runtime(file), file.input.shape[0] or 3
+    answers = runtime.all(random_batch(file, n)) if runtime.outputs else []
+    outputs = dict(zip(runtime.outputs, answers, strict=True))
+    floats = {name: y for name, y in outputs.items() if y.is_floating_point() and y.dim() and len(y) == n}
+    scores = {name: y for name, y in floats.items() if y.dim() == 2}
+    scores = scores or {name: y for name, y in floats.items() if y.dim() == 1}
+    _refuse_several(scores, path)
+    if not scores:
+        shapes = ", ".join(
+            f"{name} {tuple(outputs[name].shape) if name in outputs else kind}"
+            for name, kind in runtime.kinds.items()
+        )
+        expected = f"float logits of shape ({n}, classes) were expected"
+        raise TargetError(f"{str(path)!r} returns {shapes} for {n} inputs; {expected}")
+    name, logits = next(iter(scores.items()))
+    several = len(runtime.kinds) > 1
+    notes = (
+        (f"the output {name} is used as the scores (outputs: {', '.join(runtime.kinds)})",) if several else ()
+    )
+    return name, 2 if is_single(logits) else logits.shape[1], notes
+
+
+def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `TargetError` if several outputs may be the scores and their largest values belong to different classes."""
+    (first, *others) = scores.values() if scores else (torch.empty(0),)
+    alike = all(y.shape == first.shape and torch.equal(y.argmax(-1), first.argmax(-1)) for y in others)
+    if others and (first.dim() == 1 or not alike):
+        listed = ", ".join(f"{name} {tuple(y.shape)}" for name, y in scores.items())
+        columns = (
+            "; of skl2onnx give options={'zipmap': False}, which writes one output for all classes"
+            if first.dim() == 1
+            else ""
+        )
+        raise TargetError(
+            f"{str(path)!r} returns {listed}, and it is not clear which output contains the scores. Export the model "
+            f"with one output of shape (N, classes){columns}"
+        )
+
+
+def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
+    runtime = Runtime(file, output)
+    for n in CHECKED_SIZES:
+        x = random_batch(file, n)
+        with torch.no_grad():
+            imported, reference = net(x), runtime(x)
+        if imported.shape != reference.shape:
+            raise TargetError(
+                f"{str(path)!r}: the import returns {tuple(imported.shape)}, onnxruntime {tuple(reference.shape)}"
+            )
+        difference = float((imported - reference).abs().max())
+        allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(reference.abs().max()))
+        if not difference <= allowed:  # a NaN is a difference too
+            raise TargetError(
+                f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g} on a batch of {n}; at most "
+                f"{allowed:.3g} was expected. Please report the model's operators"
+            )

@@ -1,0 +1,277 @@
+"""Calls a model on a few examples to determine its input layout, its number of classes, and whether its outputs are
+logits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.attacks.parts.expectation import inner
+from holdfast.core.batch import Data
+from holdfast.core.errors import HoldfastError, NoLogits, TargetError, TargetLost, UnclearOutput
+from holdfast.core.model import Classifier, fitted, out_of_memory
+from holdfast.core.refusals import CUTS
+from holdfast.core.remedies import Remedy
+from holdfast.core.types import Layout, Logits
+from holdfast.io.models.estimators import Estimator
+
+_ROWS = 2
+"""Number of examples with which a shape is tested; a single row might be treated as an image without a batch axis."""
+_SEARCHED = 2048
+"""Number of examples that are searched for an output outside [0, 1]."""
+_CHUNK, _VALUES = 256, 1 << 26
+"""Largest number of examples, and largest number of their values, that are processed at a time."""
+_COMPARED = 512
+"""Number of examples whose scores are compared with the labels that an estimator predicts."""
+HWC_NOTE = "the network has its channels last; its inputs are transposed inside the model"
+"""Note for a `Classifier` whose layout was found to be hwc."""
+
+NO_GRADIENT = (
+    "no gradient reaches the input, so gradient-based attacks stay near their starting points, and the robust accuracy "
+    f"is not meaningful; remove the operations that interrupt it ({CUTS}), or use the suite black-box, which needs "
+    "only scores"
+)
+"""Note for a model whose outputs have no computation graph."""
+
+
+class ProbedClassifier:
+    """Wrapper that computes test outputs of a classifier in eval mode, without gradients, and restores its state
+    afterwards.
+
+    The random numbers of a randomised network start from a fixed seed, so that equal inputs have equal outputs.
+    """
+
+    def __init__(self, model: Classifier) -> None:
+        self.model = model
+        self.own = inner(model)
+        """the classifier without the transformations that wrap it"""
+        self.classes = model.classes
+        """number of classes of the network; None before its first outputs"""
+        self.refused: TargetError | None = None
+        """error of the network for the last inputs that it rejected"""
+
+    def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
+        """Return the logits of the inputs `x` (n, *features) if the network has the given layout, or None if the
+        network rejects the inputs. Raises `NoLogits` if it accepts them and returns something else.
+
+        If `whole` is True, all rows are passed at once, else in batches of a size that the network accepts. Outputs
+        that may be logits or probabilities are treated as logits.
+        """
+        own = self.own
+        saved = own.layout, own.output
+        own.layout = layout or saved[0]
+        try:
+            logits = self._logits(x, whole=whole)
+        except (TargetLost, NoLogits):
+            raise
+        except TargetError as error:
+            self.refused = error
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not whole:
+                raise
+            self.refused = TargetError(str(error))
+            return None
+        finally:
+            own.layout, own.output = saved
+        self.classes = logits.shape[1] - self.model.rejects
+        return logits
+
+    def _logits(self, x: Tensor, *, whole: bool) -> Logits:
+        try:
+            return _forwarded(self.model, x, whole=whole)
+        except UnclearOutput:
+            self.own.output = "logit"
+            return _forwarded(self.model, x, whole=whole)
+
+    def suit(self, x: Tensor) -> tuple[str, ...]:
+        """Detect a network that accepts images only with the channels last, and set its layout. Return a note for the
+        report if the layout was set.
+
+        `x` contains examples as the data set returns them. Networks behind a server are not called, because queries may
+        cost money. Raises `TargetError` if the network accepts the examples only with another order of the axes or with
+        an axis for one channel.
+        """
+        if self.model.remote:
+            return ()
+        rows = x[torch.arange(_ROWS) % len(x)]
+        if self.outputs(rows) is not None:
+            return ()
+        refused = self.refused
+        if self.own.layout is None and x.dim() >= 4 and self.outputs(rows, "hwc") is not None:
+            self.own.layout = "hwc"
+            return (HWC_NOTE,)
+        if x.dim() > 3 and self.outputs(rows.movedim(-1, 1)) is not None:
+            raise TargetError(
+                f"the model rejects an example of shape {tuple(x.shape[1:])} and accepts one with its last axis first",
+                Remedy("layout", "hwc", function="open_data"),
+            )
+        if x.dim() in (2, 3, 4) and self.outputs(rows[:, None]) is not None:
+            raise TargetError(
+                f"the model rejects an example of shape {tuple(x.shape[1:])} and accepts one of shape "
+                f"{(1, *x.shape[1:])}: insert an axis for one channel in the data, as in x[:, None], or in the network"
+            )
+        self.refused = refused
+        return ()
+
+    def handles_missing(self, x: Tensor) -> bool:
+        """Return whether the outputs of the network are finite for the inputs `x`, some values of which are NaN."""
+        logits = self.outputs(x)
+        return logits is not None and bool(logits.isfinite().all())
+
+    def takes_ids(self, x: Tensor) -> bool:
+        """Return whether the network rejects the rows `x` (n, features) and accepts whole numbers, because its inputs
+        are the numbers of the entries of an embedding.
+        """
+        net = self.own.net
+        if self.model.remote or not (isinstance(net, nn.Module) and any(map(_is_embedding, net.modules()))):
+            return False
+        if self.outputs(x[torch.arange(_ROWS) % len(x)]) is not None:
+            return False
+        weight = next(net.parameters(), x)
+        with _evaluating(self.model), suppress(Exception):  # the code of the network may raise anything
+            net(torch.zeros(_ROWS, x.shape[1], dtype=torch.int64, device=weight.device))
+            return True
+        return False
+
+    def needs_grey(self, x: Tensor) -> bool:
+        """Return whether the network rejects the colour images `x` (n, 3, height, width) and accepts one of their
+        channels.
+        """
+        if self.model.remote:
+            return False
+        rows = x[torch.arange(_ROWS) % len(x)]
+
+        def accepts(images: Tensor) -> bool:
+            return self.outputs(images) is not None or self.outputs(images, "hwc") is not None
+
+        return not accepts(rows) and accepts(rows[:, :1])
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def settle_output(model: Classifier, data: Data) -> None:
+    """Determine whether a model with one output per example returns a logit or a probability. An output outside [0, 1]
+    proves that it is a logit.
+
+    Raises `UnclearOutput` if no example has such a value. Cost: forward passes of at most 2048 examples, until one is
+    found; of two examples for a model with an output for each class. A model whose outputs are declared, or that is
+    behind a server, is not called.
+    """
+    if inner(model).output is not None or model.remote or model.rejects:
+        return
+    unclear: UnclearOutput | None = None
+    chunk = max(1, min(_CHUNK, _VALUES // max(1, data.read(0, 1).x.numel()))) if len(data) else _CHUNK
+    for start in (0, *range(_ROWS, min(len(data), _SEARCHED), chunk)):
+        stop = _ROWS if start == 0 else start + chunk
+        try:
+            _forwarded(model, data.read(start, min(stop, len(data))).x)
+        except UnclearOutput as error:
+            unclear = error
+        except TargetLost:
+            raise
+        except (TargetError, RuntimeError, MemoryError):
+            return  # raised again by the run, with advice
+        else:
+            return
+    if unclear is not None:
+        raise unclear
+
+
+def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
+    """Compare the class with the largest score of an estimator with the class that it predicts. Return a note for the
+    report if they differ.
+
+    Cost: the scores and the labels of at most 1,024 rows. Models other than estimators are not called.
+    """
+    classifier = inner(model)
+    if not isinstance(classifier.net, Estimator) or not len(data):
+        return ()
+    notes = classifier.net.settle(classifier.preprocess(data.read(0, min(_COMPARED, len(data))).x))
+    if classifier.net.gives == "labels":
+        classifier.access = model.access = "labels"
+        if notes:
+            classifier.hides = model.hides = (
+                f"the scores of {classifier.net.name} are not those of its classes"
+            )
+    return notes
+
+
+def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
+    """Restrict attacks to the scores of a model whose backward pass raises an error. Return a note for the report with
+    the reason.
+
+    Such models are common: an operator without a derivative, a value that is changed in place after it was saved, a
+    cuDNN LSTM in eval mode. If the outputs have no graph, only a note is returned: attacks continue, and the doubt
+    `zero-gradient` is raised. Cost: one forward and one backward pass of two examples.
+    """
+    if model.access != "gradients" or model.remote or not len(data):
+        return ()
+    weight = next(model.parameters(), None)
+    rows = data.read(0, min(_ROWS, len(data))).x
+    x = (rows if weight is None else rows.to(weight.device)).clone().requires_grad_()
+    with _evaluating(model), torch.enable_grad():
+        try:
+            logits = model(x)
+        except TargetLost:
+            raise
+        except (HoldfastError, RuntimeError, MemoryError):
+            return ()  # raised again by the run, with advice
+        if not logits.requires_grad:
+            return (NO_GRADIENT,)
+        try:
+            grad = cast("Tensor | None", torch.autograd.grad(logits.sum(), x, allow_unused=True)[0])
+        except RuntimeError as error:
+            if out_of_memory(error):
+                return ()
+            model.access, model.failing = "scores", True
+            first_line = (str(error).splitlines() or [""])[0].rstrip(".")
+            model.hides = f"its backward pass raises {type(error).__name__}: {first_line}"
+            return (f"attacks use only the scores of the model, because {model.hides}",)
+    return () if grad is not None else (NO_GRADIENT,)
+
+
+def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
+    """Return the logits of `x` on the CPU.
+
+    If the network rejects all rows at once and `whole` is False, they are computed in batches of a size that it
+    accepts.
+    """
+    weight = next(model.parameters(), None)
+    rows = x if weight is None else x.to(weight.device)
+    with _evaluating(model):
+        try:
+            # Cloned, because a network may change its inputs in place, and the rows are used again below.
+            logits: Logits = model(rows.clone())
+            return logits.cpu()
+        except (TargetLost, UnclearOutput):
+            raise
+        except (TargetError, RuntimeError, MemoryError) as error:
+            if whole or model.remote or not (isinstance(error, TargetError) or out_of_memory(error)):
+                raise
+        with fitted(model, rows[:1]):
+            logits = model(rows.clone())
+        return logits.cpu()
+
+
+@contextmanager
+def _evaluating(model: Classifier) -> Iterator[None]:
+    """Context manager that sets the model to eval mode without gradients, and restores its mode and torch's
+    generators.
+    """
+    # a frozen script has no mode
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
+    try:
+        model.eval()
+        # The random state of the user is restored, so that a probe does not change the numbers of later draws.
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

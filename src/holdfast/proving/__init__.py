@@ -1,1 +1,0 @@
-"""Combines provers with attacks: decides queries about networks, and measures the geometry of decision boundaries."""

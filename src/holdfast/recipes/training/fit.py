@@ -1,0 +1,432 @@
+"""The training loop of every recipe: batches, updates of the weights, averages of the weights, and a checkpoint after
+each epoch.
+
+Within a time budget the number of updates is planned again as the training proceeds (`Training.pacing`). An update is a
+function of the plans so far, which are part of the checkpoint, and the last epoch may be incomplete.
+
+A recipe adds `inner`, which attacks the inputs of a batch, and `loss`, the mean loss of a batch and its attacked
+inputs, whose graph includes the weights. All random numbers (order of the examples, augmentation, starts of attacks,
+dropout) are functions of the seed, the epoch and the step, so that a training that is stopped after an epoch and
+resumed ends with the same weights.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, count
+from types import MappingProxyType
+from typing import Annotated, Literal, Protocol
+
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor, nn
+
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint, without_prefix
+from holdfast.core.draws import Draws
+from holdfast.core.number_format import Layout, Precision, computing, laid_out
+from holdfast.core.refusals import refuse_changed, refuse_cut, refuse_lost, unsaved
+from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.recipes.training.augment import Augmentation, augmented, cut_and_mixed
+from holdfast.recipes.training.distributed import average, mean_factor, processes, rank, share
+from holdfast.recipes.training.frozen import Statistics
+from holdfast.recipes.training.immunity import Immunity
+from holdfast.recipes.training.schedules import Pacing, Plans
+from holdfast.recipes.training.weights import ema, perturbed, swa
+
+
+@dataclass(frozen=True)
+class Turn:
+    """State of a training that a recipe receives with each batch: random numbers for the attack on the batch, and the
+    fraction of the training that is complete.
+    """
+
+    rng: Draws
+    """random numbers of the update, which also determine the augmentation of its images"""
+    epoch: int
+    """number of completed epochs"""
+    done: float
+    """completed fraction of all planned updates, on which the schedules of learning rate and eps depend"""
+    grown: float
+    """factor of eps, which grows during the warm-up and may exceed 1"""
+
+
+Inner = Callable[[Batch, Turn], Inputs]
+"""function that returns the inputs on which a batch is trained"""
+TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
+"""function that returns the mean loss of a batch and its attacked inputs, and how many of these are classified
+correctly"""
+
+UNWRITTEN = MappingProxyType({"written": False})
+"""metadata of a field that can be set in Python only, and not in a file"""
+
+Rate = Literal["cycle", "cosine", "steps", "flat"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the training loop, such as epochs, batch size and optimiser. They do not depend on the loss of the
+    recipe.
+    """
+
+    epochs: Steps = 30
+    """number of passes over the training data; a time budget replaces it"""
+    patience: Count = 0
+    """number of epochs without a better robust accuracy on held-out examples after which `harden` stops; 0 for never"""
+    batch: Steps = 128
+    """number of examples in one update"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """optimiser; adamw also works for networks without batch norm, and sgd with a learning rate of 0.1 is common for
+    networks with batch norm"""
+    lr: Positive = 3e-3
+    """largest learning rate"""
+    schedule: Rate = "cycle"
+    """schedule of the learning rate: up and down (`cycle`), down along a cosine, times 0.1 at half and at three
+    quarters (`steps`), or `flat`"""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """momentum of sgd"""
+    weight_decay: NonNegative | None = None
+    """fraction of each weight that a step with a learning rate of 1 removes; None for 0.1 with adamw and 0.0005 with
+    sgd"""
+    averaging: Literal["ema", "swa", "none"] = "ema"
+    """which weights the new model has: a running average (`ema`), the mean of those after the last epochs (`swa`; use a
+    learning rate that does not fall to zero, such as `flat`), or the last ones (`none`)"""
+    average: Annotated[float, Ge(0), Lt(1)] = 0.999
+    """with ema: decay, that is the weight of the earlier average in each update"""
+    tail: Fraction = 0.25
+    """with swa: fraction of the epochs, the last ones, after each of which the weights are included in the average"""
+    warmup: Fraction = 0.25
+    """fraction of the training over which eps grows linearly: a network that is attacked with the full eps from the
+    start may lose its accuracy"""
+    overshoot: Positive = 1.0
+    """factor of the threat's eps in training: a value slightly above 1 may give more robust accuracy at the threat's
+    eps, at the cost of clean accuracy"""
+    awp: NonNegative = 0.0
+    """size of the adversarial weight perturbation, as a fraction of the norm of each weight tensor; 0 for none"""
+    attack_statistics: Statistics = "running"
+    """statistics that batch norm uses while the network is attacked: the running ones, as in eval mode, or those of the
+    attacked batch, as in train mode; the attack does not update them"""
+    augment: Augmentation = "none"
+    """augmentation of training images: `none`, a `shift` by up to two pixels, or `crop-flip`, a shift by up to four and
+    a flip"""
+    cutmix: Fraction = 0.0
+    """fraction of the batches with CutMix: a box of another image replaces a part of each image, and its label has the
+    weight of that part"""
+    precision: Precision = "auto"
+    """number format of products in training: float32, bfloat16, or auto, which is bfloat16 on a GPU that supports it,
+    else float32"""
+    layout: Layout = "auto"
+    """memory layout of images: channels-first, channels-last, or auto, which is channels-last on a GPU, else
+    channels-first"""
+    compiled: bool = False
+    """whether torch compiles the network, which takes minutes at first and makes updates faster; not with a gradient
+    penalty"""
+    immunity: Immunity | None = field(default=None, metadata=UNWRITTEN)
+    """adversarial examples of other networks, whose loss is added to that of the recipe; it cannot be set in a file"""
+    pacing: Pacing | None = field(default=None, metadata=UNWRITTEN)
+    """function that plans the number of updates within a time budget, in place of `epochs`; it is set by `harden`"""
+
+    @property
+    def decay(self) -> float:
+        """Weight decay of the training. If it was not set, it is the default for the optimiser."""
+        return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
+
+
+_DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # a similar share of a weight at the usual rates and momentum
+_ENDS = "ends"  # state of swa: the number of epochs in the average
+
+
+def rate(schedule: Rate, done: float) -> float:
+    """Return the factor of the largest learning rate in a schedule, after the fraction `done` of the training."""
+    if schedule == "cycle":
+        return done / 0.3 if done < 0.3 else (1 - done) / 0.7
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "steps":
+        return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
+    return 1.0
+
+
+def _eps_factor(how: Training, done: float) -> float:
+    return how.overshoot * (1.0 if done >= how.warmup else done / how.warmup)
+
+
+def updates(n: int, batch: int) -> int:
+    """Return the number of updates in one epoch for `n` examples. An incomplete last batch is omitted, unless it is the
+    only one.
+    """
+    return max(n // batch, 1)
+
+
+class EpochGuard(Protocol):
+    """Protocol of a check that is made every few updates of a training. If it fails, the updates since the last check
+    are repeated.
+    """
+
+    @property
+    def every(self) -> int:
+        """Number of updates between two checks."""
+
+    @property
+    def dearer(self) -> float:
+        """Current cost of an update of the training, in multiples of the cost of the first update."""
+
+    def passes(self) -> bool:
+        """Return whether the check of the network passes. If it does not, this call has changed the training so that a
+        later check can pass.
+        """
+
+
+def fit(
+    model: nn.Module,
+    data: Batch,
+    inner: Inner,
+    loss: TrainingLoss,
+    how: Training,
+    *,
+    rng: Draws,
+    after: Checkpoint | None = None,
+    state: Mapping[str, Tensor] = MappingProxyType({}),
+    guard: EpochGuard | None = None,
+    replays: int = 1,
+    settle: Callable[[], None] | None = None,
+) -> Iterator[Checkpoint]:
+    """Train the weights of `model` in place, and yield a checkpoint after each epoch. The last epoch may be incomplete.
+
+    `settle` is called after each update, before the average is updated, and may change the weights too. With `after`
+    the training resumes from that checkpoint. `state` contains tensors that the loss or `settle` change in place. They
+    are saved and restored, except that changes by a `guard` remain when the guard undoes the last updates. Each batch
+    is used for `replays` consecutive updates. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
+    buffer changes that is not in the state dict.
+    """
+    if how.averaging == "swa":
+        state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
+    plans = Plans(how.epochs, updates(len(data), how.batch) * replays, how.pacing)
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans)
+    first_epoch = 0
+    if after is not None:
+        first_epoch = after.epoch
+        loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
+        plans.resume(after)
+    before = unsaved(model)
+    for epoch in count(first_epoch):
+        plans.review(0)
+        if plans.ended():
+            return
+        measured = loop.epoch(epoch, guard)
+        refuse_changed(model, before)
+        # copied, because on a CPU `cpu` returns the tensor itself, which later updates change
+        tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
+        of = max(-(-plans.end // plans.per_epoch), epoch + 1)
+        part = plans.updates / plans.per_epoch - epoch
+        yield Checkpoint(epoch + 1, of, tensors, measured, part, plans.updates, plans.kept)
+
+
+class _Loop:
+    """The network, its average and its optimiser during a training."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batch,
+        inner: Inner,
+        loss: TrainingLoss,
+        how: Training,
+        rng: Draws,
+        state: Mapping[str, Tensor],
+        replays: int,
+        settle: Callable[[], None] | None,
+        plans: Plans,
+    ) -> None:
+        self._model, self._data, self._inner, self._loss = model, data, inner, loss
+        self._how, self._rng, self._state = how, rng, state
+        self._replays, self._settle = replays, settle
+        self._parameters = [weight for weight in model.parameters() if weight.requires_grad]
+        self._optimizer = _optimizer(self._parameters, how)
+        initial = {} if how.averaging == "none" else model.state_dict()
+        self._average = {name: value.detach().clone() for name, value in initial.items()}
+        self._plans = plans
+
+    def epoch(self, epoch: int, guard: EpochGuard | None) -> dict[str, float]:
+        """Perform the updates of one epoch, or of the planned part of it, and return the measurements of the epoch."""
+        plans, per_epoch = self._plans, self._plans.per_epoch
+        rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
+        rows = rows[: per_epoch // self._replays * self._how.batch]
+        batches = [
+            batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
+        ]
+        every = per_epoch if guard is None else guard.every
+        losses, right, step = [], torch.zeros((), device=rows.device), 0
+        while step < per_epoch and (step == 0 or not plans.ended()):
+            snapshot = {} if guard is None else self._snapshot()
+            results = self._run_updates(epoch, batches[: step + every], step)
+            if guard is not None and not self._guard_passes(guard, epoch, step):
+                self.restore(snapshot)
+                plans.rewind(epoch * per_epoch + step, step)
+                continue
+            losses += [value for value, _ in results]
+            right += sum(hits for _, hits in results)
+            step += len(results)
+        epoch_losses = torch.stack(losses).double()
+        average((epoch_losses, right))
+        # after the average, so that a loss that is not finite stops all processes
+        refuse_lost(epoch_losses, epoch, self._how.lr)
+        if self._how.averaging == "swa":
+            ends = self._state[_ENDS]
+            swa(self._average, self._model, int(ends))
+            ends.add_(self._in_tail(epoch))
+        plans.review(step)
+        n_labelled = int((self._data.y[torch.cat(batches[:step])] != UNLABELLED).sum())
+        lr = self._optimizer.param_groups[0]["lr"]
+        accuracy = processes() * right.item() / max(n_labelled, 1)
+        dearer = 1.0 if guard is None else guard.dearer
+        return {"loss": epoch_losses.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
+
+    def _run_updates(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
+        """Run the updates of an epoch from `begin` to the last batch or the end of the plan, and at least one."""
+        plans = self._plans
+        results: list[tuple[Tensor, Tensor]] = []
+        for step in range(begin, len(batches)):
+            if results and plans.due():
+                results[-1][0].item()  # waits for the device, so that the time includes all updates
+                plans.review(step)
+            if results and plans.ended():
+                break
+            results.append(self._update(epoch, step, batches[step]))
+            plans.updates = epoch * plans.per_epoch + step + 1
+        return results
+
+    def _in_tail(self, epoch: int) -> bool:
+        """Whether the weights at the end of an epoch are part of the SWA mean."""
+        how = self._how
+        if self._plans.paced:
+            return self._plans.share > 1 - how.tail
+        return epoch >= how.epochs - max(round(how.tail * how.epochs), 1)
+
+    def _guard_passes(self, guard: EpochGuard, epoch: int, begin: int) -> bool:
+        """Whether the guard's check passes, with torch's random numbers fixed by epoch and step."""
+        with drawing(self._rng.at("guard", epoch, begin), self._data.x.device):
+            return guard.passes()
+
+    def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Run one update; return its loss and the number of correctly classified examples."""
+        how, update_rng, n_done = self._how, self._rng.at(epoch, step), epoch * self._plans.per_epoch + step
+        plan = self._plans.at(n_done)
+        for group in self._optimizer.param_groups:
+            group["lr"] = how.lr * rate(how.schedule, plan.rated(n_done))
+        batch_rng = self._rng.at(
+            epoch, step - step % self._replays
+        )  # a replayed batch has the same augmentation
+        batch = augmented(self._data.take(rows), how.augment, batch_rng)
+        batch, mixed_in, own_share = cut_and_mixed(batch, how.cutmix, batch_rng)
+        factor, masks = 1.0, update_rng
+        if processes() > 1:
+            masks = update_rng.at("share", rank())  # each process has other examples and other dropout masks
+            own_rows = share(torch.arange(len(rows), device=rows.device))
+            batch, mixed_in, factor = (
+                batch.take(own_rows),
+                mixed_in.take(own_rows),
+                mean_factor(len(own_rows), len(rows)),
+            )
+        batch = batch.at(laid_out(batch.x, how.layout))
+
+        def measured() -> tuple[Tensor, Tensor]:
+            with computing(how.precision, rows.device):
+                value, hits = self._loss(batch, x_adv)
+                # two batches with hard labels instead of mixed ones, so that no loss needs soft labels
+                value = (
+                    value if own_share == 1 else torch.lerp(self._loss(mixed_in, x_adv)[0], value, own_share)
+                )
+                if how.immunity is not None:
+                    value = value + how.immunity(self._model, update_rng)
+            return factor * value, hits
+
+        with torch.enable_grad(), drawing(masks, rows.device):
+            turn = Turn(update_rng, epoch, plan.done(n_done), _eps_factor(how, plan.done(n_done)))
+            with computing(how.precision, rows.device):
+                x_adv = self._inner(batch, turn)
+            self._optimizer.zero_grad(set_to_none=True)
+            with perturbed(self._model, lambda: measured()[0], how.awp):
+                value, hits = measured()
+                refuse_cut(value)
+                value.backward()  # type: ignore[no-untyped-call]
+        # with awp, the gradient at the perturbed weights is applied to the restored ones
+        average(weight.grad for weight in self._parameters)
+        self._optimizer.step()
+        # batch norm has used other examples in each process
+        average(chain(self._model.buffers(), self._state.values()))
+        # before the average, which then consists of weights within the constraint
+        if self._settle is not None:
+            self._settle()
+        if how.averaging == "ema":
+            ema(self._average, self._model, how.average, n_done)
+        return value.detach(), hits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that are needed to resume the training, by name. They are not copied, so later updates
+        change them.
+        """
+        tensors = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
+        tensors |= {AVERAGE + name: value for name, value in self._average.items()}
+        tensors |= {STATE + name: value for name, value in self._state.items()}
+        for index, memory in self._optimizer.state_dict()["state"].items():
+            for name, value in memory.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{MEMORY}{index}.{name}"] = value
+        return tensors
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: _copy(value) for name, value in self.tensors().items()}
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Restore the model, the average of its weights and the optimiser from the tensors of a checkpoint. Of the
+        state of the loss, only the entries in `state` are restored.
+        """
+        self._model.load_state_dict(without_prefix(tensors, WEIGHTS))
+        for name, value in without_prefix(tensors, AVERAGE).items():
+            self._average[name].copy_(value)
+        for name, value in without_prefix(tensors, STATE).items():
+            if (
+                name in state and state[name].shape == value.shape
+            ):  # the shape differs if the batch size was reduced because memory ran out
+                state[name].copy_(value)
+        memory: dict[int, dict[str, Tensor]] = {}
+        for name, value in without_prefix(tensors, MEMORY).items():
+            index, _, key = name.partition(".")
+            value = value.cpu() if key == "step" else value  # read without waiting for the device
+            memory.setdefault(int(index), {})[key] = _copy(value)
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
+    """Context manager inside which PyTorch's global random generators, which dropout uses, are seeded from `rng`. Their
+    former state is restored on exit.
+
+    With `device`, only the CPU generator and that of this GPU are seeded; without it, those of all GPUs.
+    """
+    key = rng.at("torch").key >> 1
+    with torch.random.fork_rng(None if device is None else [device] if device.type == "cuda" else []):
+        if device is None:
+            torch.manual_seed(key)
+        else:
+            torch.default_generator.manual_seed(key)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(key)
+        yield
+
+
+def _optimizer(parameters: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
+        )
+    return torch.optim.AdamW(parameters, how.lr, weight_decay=how.decay)

@@ -1,0 +1,254 @@
+"""Objects that a recipe's loss needs in training: the network, its frozen copy for attacks, and the threat model."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.attacks.parts.ascent import ascend
+from holdfast.attacks.parts.losses import Loss, cross_entropy
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier, Model
+from holdfast.core.number_format import have_compiled, lay_out
+from holdfast.core.remedies import Remedy
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
+from holdfast.recipes.training.augment import refuse_augmentation
+from holdfast.recipes.training.distributed import processes, refuse_few
+from holdfast.recipes.training.fit import EpochGuard, Training, Turn, fit
+from holdfast.recipes.training.frozen import twin
+
+GROWN = "grown"
+"""name of the state tensor with the current factor of eps"""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The network that a recipe trains, in train mode, with a frozen copy for attacks and the threat model."""
+
+    net: Classifier
+    frozen: Classifier
+    """copy with the same weights, in eval mode, which attacks use"""
+    threat: ThreatModel
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """tensors that the loss stores from one update to the next"""
+
+    @property
+    def with_current_eps(self) -> "Learner":
+        """The same object with the eps of the threat model multiplied by its current factor, which grows during the
+        warm-up of a training.
+        """
+        constraint, factor = self.threat.constraint, float(self.state.get(GROWN, 1.0))
+        if factor == 1:
+            return self
+        return replace(
+            self, threat=replace(self.threat, constraint=constraint.resized(factor * constraint.eps))
+        )
+
+    def worst(
+        self,
+        batch: Batch,
+        rng: Draws,
+        *,
+        steps: int,
+        reach: float,
+        loss: Loss = cross_entropy,
+        on: Model | None = None,
+    ) -> Inputs:
+        """Attack a batch in training: maximise `loss` by `steps` gradient steps from a random start, and return the
+        last points. The path is `reach` times eps long.
+
+        `on` is the model that is attacked, if it is not the frozen copy. Cost: `steps` forwards and backwards of it.
+        """
+        constraint, model = self.threat.constraint, self.frozen if on is None else on
+        start = constraint.sample(batch, model.bounds, rng.at("start"))
+        size = reach * constraint.eps / steps
+        return ascend(model, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[0]
+
+    def most_divergent(
+        self,
+        batch: Batch,
+        rng: Draws,
+        distance: Callable[[Logits, Logits], PerExample],
+        *,
+        steps: int,
+        reach: float,
+    ) -> Inputs:
+        """Attack a batch in training: maximise a `distance` between attacked and clean prediction by gradient steps
+        from a random start, and return the last points.
+        """
+        with torch.no_grad():
+            clean = self.frozen(batch.x)
+        return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
+
+    def repeated_forward(self) -> Callable[[Inputs], Logits]:
+        """Return a function that repeats the next forward pass of the network on other inputs, with the same random
+        numbers and the same buffers.
+
+        It uses the same random numbers, as for dropout, and starts with the same buffers; its updates of buffers, as by
+        batch norm, are discarded. Call this before the pass, once for each pair of passes. Cost: a copy of the buffers.
+        """
+        device = next(self.net.parameters()).device
+        buffers = {name: value.clone() for name, value in self.net.named_buffers()}
+        rng_state = torch.get_rng_state()
+        cuda_rng_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+        def repeated(x: Inputs) -> Logits:
+            torch.set_rng_state(rng_state)
+            if cuda_rng_state is not None:
+                torch.cuda.set_rng_state(cuda_rng_state, device)
+            logits: Logits = torch.func.functional_call(self.net, buffers, (x,))
+            return logits
+
+        return repeated
+
+
+InnerOf = Callable[[Learner, Batch, Turn], Inputs]
+"""function that returns the inputs on which a batch is trained"""
+LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
+"""function that returns the mean loss of a batch and its attacked inputs, and how many of these are classified
+correctly"""
+
+
+def trained(
+    inner: InnerOf,
+    loss: LossOf,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    how: Training,
+    *,
+    rng: Draws,
+    after: Checkpoint | None = None,
+    state: dict[str, Tensor] | None = None,
+    guard: Callable[[Learner], EpochGuard] | None = None,
+    replays: int = 1,
+    settle: Callable[[Learner], Callable[[], None]] | None = None,
+    linear: bool = False,
+    unlabelled: bool = False,
+    slope: bool = False,
+    alone: bool = False,
+) -> Iterator[Checkpoint]:
+    """Train a copy of a model with the attack `inner` and the loss `loss` of a recipe, and yield a checkpoint after
+    each epoch.
+
+    `inner` and `loss` get the threat model with its current eps. `guard` and `settle` return, for a learner, the
+    arguments of `fit` of the same names. The flags declare properties of the recipe. `linear`: its loss is linear in
+    the label (up to terms without a gradient), so that labels can be mixed. `unlabelled`: it learns from examples
+    without labels. `slope`: its loss contains a gradient, so that a pass is differentiated twice. `alone`: it must
+    train in one process, because it stores data of all examples. Settings that contradict these raise `UsageError`
+    before the first update.
+    """
+    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
+    net = deepcopy(model).train()
+    # before `twin`, because the copy shares the memory of the weights
+    lay_out(net, how.layout)
+    state_tensors = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
+    learner = Learner(net, twin(net, how.attack_statistics), threat, state_tensors)
+    for copied in (learner.net, learner.frozen) if how.compiled else ():
+        have_compiled(copied)
+    checkpoints = fit(
+        net,
+        data,
+        partial(_attacked, inner, learner),
+        partial(_loss_of, loss, learner),
+        how,
+        rng=rng,
+        after=after,
+        state=learner.state,
+        guard=None if guard is None else guard(learner),
+        replays=replays,
+        settle=None if settle is None else settle(learner),
+    )
+    return _with_forwards(checkpoints, learner, len(data))
+
+
+def _with_forwards(checkpoints: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:
+    """The same checkpoints with the measurement `forwards`: forward passes of an example in the epoch, on average."""
+    rows = 0
+
+    def count(_: nn.Module, inputs: tuple[Inputs, ...]) -> None:
+        nonlocal rows
+        rows += len(inputs[0])
+
+    for copied in (learner.net, learner.frozen):
+        copied.register_forward_pre_hook(count)
+    for checkpoint in checkpoints:
+        forwards = processes() * rows / n  # each process counts its own share of the examples
+        rows = 0
+        yield replace(checkpoint, measured={**checkpoint.measured, "forwards": forwards})
+
+
+def _attacked(inner: InnerOf, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    learner.state[GROWN].fill_(turn.grown)
+    return inner(learner.with_current_eps, batch, turn)
+
+
+def _loss_of(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+    return loss(learner.with_current_eps, batch, x_adv)
+
+
+def _refuse_foreign(
+    data: Batch, how: Training, *, linear: bool, unlabelled: bool, slope: bool, alone: bool
+) -> None:
+    """Raise `UsageError` for data or settings that the recipe's loss does not support."""
+    if alone and processes() > 1:
+        raise UsageError(
+            f"this recipe needs all examples in one process, and {processes()} processes share them; start one "
+            "process",
+            Remedy("recipe", "pgd"),
+        )
+    if how.compiled and slope:
+        raise UsageError(
+            "compiled is true, and the loss of this recipe contains a gradient, which needs two backward passes "
+            "through the network; a compiled network supports only one; leave recipe.training.compiled out"
+        )
+    if how.cutmix and not linear:
+        raise UsageError(
+            f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
+            "mixed in it; leave recipe.training.cutmix out",
+            Remedy("recipe", "pgd"),
+        )
+    refuse_augmentation(data.x, how.augment, how.cutmix)
+    refuse_few(min(how.batch, len(data)))
+    n = int((data.y == UNLABELLED).sum())
+    if n and not unlabelled:
+        raise UsageError(
+            f"{n:,} of {len(data):,} training examples have no label, and this recipe uses only labelled ones; leave "
+            "them out",
+            Remedy("recipe", "vat"),
+        )
+
+
+def clean_inputs(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    """Return the clean inputs of a batch, as the training inputs of recipes without an attack."""
+    return batch.x
+
+
+def adversarial_cross_entropy(
+    learner: Learner, batch: Batch, x_adv: Inputs, *, clean: float = 0.0, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the training loss of a batch and the number of correct attacked inputs. The loss is the cross-entropy at
+    `x_adv` plus `clean` times the cross-entropy at the clean inputs.
+
+    `smoothing` is the fraction of each label that is spread evenly over all classes. Cost: a forward, and another if
+    `clean` is not 0.
+    """
+    loss = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
+    logits = learner.net(x_adv)
+    value = loss(logits)
+    if clean:
+        value = value + clean * loss(learner.net(batch.x))
+    return value, hits(logits, batch.y)
+
+
+def hits(logits: Logits, y: Labels) -> Tensor:
+    """Return the number of correctly classified examples of a batch. An example without a label never counts."""
+    return (logits.argmax(1) == y).sum()

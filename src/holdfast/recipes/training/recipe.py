@@ -1,0 +1,45 @@
+"""Protocol of recipes. A recipe is an object with settings, which trains a copy of a model and yields checkpoints when
+it is called.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.recipes.training.fit import Training
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """Protocol of a recipe: a frozen dataclass whose fields are its settings. When it is called, it trains a copy of
+    the model and does not change the model itself.
+    """
+
+    @property
+    def training(self) -> Training:
+        """Settings of the training loop, such as epochs, batch size and optimiser."""
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        """Yield a checkpoint after each epoch, the last one with the new model; with `after`, resume from that
+        checkpoint.
+        """
+
+
+def trained_as(recipe: Recipe, how: Training) -> Recipe:
+    """Return the same recipe with other settings of the training loop."""
+    settings: Any = recipe  # every recipe is a dataclass
+    changed: Recipe = replace(settings, training=how)
+    return changed

@@ -1,0 +1,1 @@
+"""The pool of a rotation: encrypted parameter sets, and the ledger of their use."""

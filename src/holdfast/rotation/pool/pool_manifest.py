@@ -1,0 +1,149 @@
+"""Reads the manifest of a pool, and checks the format and the files of the pool."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from holdfast.core.chain import canonical, refuse_no_digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import kind_of
+from holdfast.rotation.pool.authentic import HEAD, read_head
+from holdfast.rotation.pool.ledger import NAME as LEDGER
+from holdfast.runs.store.encryption import Seal
+from holdfast.runs.store.files import POOL_MANIFEST, content_of, refusal_in_pool, usable
+from holdfast.runs.store.forms import Name, refuse_form
+from holdfast.runs.store.records import read_document
+
+SETS = "sets"
+SEALED = ".sealed"
+NEW = ".new"
+"""Suffix of the name of a file until the ledger entry that makes the file valid is written."""
+SCHEMA_VERSION = 2
+
+
+class _Manifest(TypedDict):
+    id: Name
+    key: Name
+    about: dict[str, Any]
+
+
+def open_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a pool of the current format. Raises `TargetError` if there is no pool or if it has
+    another format.
+    """
+    if not is_complete(path):
+        _refuse_incomplete(path)
+        raise TargetError(
+            f"{str(path)!r} is not a pool, or its creation was interrupted; create it with holdfast rotate collect "
+            f"MODEL DATA --run {shlex.quote(str(path))}, or in Python with Pool.create"
+        )
+    manifest = read_document(path / POOL_MANIFEST)
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise TargetError(
+            f"{str(path / POOL_MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install "
+            f"the holdfast that wrote it"
+        )
+    refuse_form(path / POOL_MANIFEST, manifest, _Manifest)
+    return manifest
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether a folder contains a pool whose creation is complete."""
+    with usable(path, refusal_in_pool):
+        return (path / POOL_MANIFEST).is_file() and _has_entries(path / LEDGER)
+
+
+def _has_entries(ledger: Path) -> bool:
+    if not ledger.is_file():
+        return False
+    return b"\n" in content_of(ledger, refusal_in_pool)
+
+
+def refuse_begun(path: Path) -> None:
+    """Raise `UsageError` if the folder contains a pool, and `TargetError` if it contains a pool whose creation was
+    interrupted.
+    """
+    if is_complete(path):
+        raise UsageError(f"{str(path)!r} contains a pool already; use that pool, or name another folder")
+    _refuse_incomplete(path)
+
+
+def _refuse_incomplete(path: Path) -> None:
+    """Raise `TargetError` if the folder contains an incomplete pool that is not just being created."""
+    with usable(path, refusal_in_pool):
+        has_entries, has_sets = _has_entries(path / LEDGER), any((path / SETS).glob(f"*{SEALED}"))
+    # Without the key, because here only the presence of entries matters.
+    head = read_head(path / HEAD, None)
+    for missing, expected in (
+        (POOL_MANIFEST, has_entries),
+        (LEDGER, has_sets or (head is not None and head.entries > 1)),
+    ):
+        if expected:
+            raise TargetError(
+                f"{str(path)!r} contains a pool whose {missing} is missing; restore it from a copy, or name another "
+                "folder"
+            )
+
+
+def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int | None]) -> None:
+    """Raise `TargetError` if no entry of the ledger has the digest `expected`, and `UsageError` if `expected` is not a
+    digest.
+
+    An empty `expected` is not checked. `entry_of` returns the number of the entry with a digest, or None.
+    """
+    refuse_no_digest(expected, f"holdfast rotate head {shlex.quote(str(path))}")
+    if expected and entry_of(expected) is None:
+        raise TargetError(
+            f"no entry of {str(path / LEDGER)!r} has the digest {expected[:16]}… that was expected: the folder is "
+            "an older copy, or another pool. Restore the newest copy, and find out how the folder was replaced; "
+            "until then no set of this pool is served"
+        )
+
+
+# --- encrypted files
+
+
+def bound(pool: str, name: str) -> str:
+    """Return the name under which a file of a pool is encrypted. It contains the pool's id and format, so files of
+    other pools or formats cannot be decrypted.
+    """
+    return f"{pool}/{SCHEMA_VERSION}/{name}"
+
+
+def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, path: Path) -> bytes:
+    """Return the decrypted content of a file of a pool."""
+    return seal.open(data, bound(manifest["id"], name), path)
+
+
+# --- validation of new sets
+
+
+def refuse_unserialisable(about: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if the metadata of a pool or of a parameter set cannot be represented as JSON."""
+    try:
+        canonical(about)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the metadata of the set cannot be stored: {error}; expected text, finite numbers, lists and mappings "
+            "of them"
+        ) from error
+
+
+def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
+    """Raise `UsageError` unless the tensors of a parameter set are a state dict with at least one tensor and without
+    NaN.
+    """
+    if not weights:
+        raise UsageError("the set contains no parameters; give the state dict of a network")
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} of the set is {kind_of(value)}; a tensor was expected")
+        if bool(value.isnan().any()):
+            raise UsageError(
+                f"{name} of the set contains NaN or infinite values: its training diverged; leave the set out"
+            )

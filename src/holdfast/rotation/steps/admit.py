@@ -1,0 +1,439 @@
+"""The step `admit` of a rotation: it tests each candidate against attackers with the stolen sets, then admits or
+refuses it.
+
+All verdicts are in the ledger. If the step is killed, the next call continues with the same candidate, and reuses its
+finished assessments.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.types import Inputs
+from holdfast.gates.grammar import Claim, parse
+from holdfast.gates.judging import Doubts
+from holdfast.reports.words import amount
+from holdfast.rotation import canary
+from holdfast.rotation.live import CANARIES
+from holdfast.rotation.parameter_sets import refuse_foreign, rotated
+from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
+from holdfast.rotation.steps.admission_gates import (
+    CLAIMABLE,
+    Family,
+    GateResult,
+    Measurements,
+    gate_results,
+    reported,
+)
+from holdfast.rotation.steps.admission_time import admission_time
+from holdfast.rotation.steps.comparing import robust_mask
+from holdfast.rotation.steps.contents import bases_left
+from holdfast.rotation.steps.pool_store import PoolStore
+from holdfast.rotation.steps.rotation_request import FIRST, RotateRequest, state_of
+from holdfast.rotation.steps.samples import Gate, Need, measured_needs, statement, widened
+from holdfast.rotation.steps.sanity import distance, duplicate_gate, nonfinite_tensors, tensor_gate
+from holdfast.rotation.steps.set_measuring import SetMeasurements, judged_ranges, set_subject
+from holdfast.rotation.steps.transfer_examples import (
+    TransferExamples,
+    attackers_against,
+    exposed_for,
+    sets_of_same_draw,
+)
+from holdfast.rotation.steps.verdicts import IN_A_ROW, Admission, Judged
+from holdfast.rotation.transfer_attacks import TransferAttacker
+from holdfast.runs.assess.request import Subject
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
+from holdfast.runs.engine.run import Run
+from holdfast.runs.engine.signals import stoppable
+from holdfast.runs.store.columns import content_digest
+from holdfast.runs.store.folder import StoredStage
+
+CANARY_INPUTS = "canaries"
+"""Name of the file of the pool with the canary inputs."""
+_WHITE, _SAME_DRAW = 2, 10
+"""Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
+generated in the same draw, which decide no gate."""
+_FAMILIES: Mapping[Family, str] = {
+    "transfer": "transfer attacks",
+    "white-box": "white-box attacks",
+    "same draw": "attacks from sets of the same draw",
+}
+
+
+@dataclass(frozen=True)
+class AdmitRequest:
+    """The pool whose candidates are judged, and the settings of the gates and measurements."""
+
+    pool: Pool
+    common: RotateRequest
+    """the settings that all sets of the pool share"""
+    claims: Sequence[str] = ()
+    """gates in addition to the default ones, as text"""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+    """accepted doubts by name, with reasons"""
+    n_judged: int = FIRST
+    """number of held-out examples on which each set is judged first"""
+    transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
+
+
+def admit(
+    request: AdmitRequest,
+    *,
+    again: str = "",
+    notify: Notify = ignore,
+    progress: Progress = silent,
+    is_step: bool = False,
+) -> Admission:
+    """Judge every candidate of a pool, starting with the one farthest from the stolen sets, and record the verdicts in
+    the ledger.
+
+    Admitted sets that do not serve yet are judged again if a set was stolen after their admission. The call ends after
+    five refusals in a row. The expected time is stated, unless the admission `is_step` of a rotation, which states the
+    time of all its steps. `again` states how a stopped call is resumed. Raises `UsageError` if there is no candidate,
+    a gate cannot be judged, or another process admits sets.
+    """
+    pool = request.pool
+    again = again or f"finished steps are stored; resume with: holdfast rotate admit {pool.shown}"
+    claims = tuple(map(_parsed_claim, request.claims))
+    with stoppable(again) as stopper, pool.alone_at("admit"), request.common.enough_threads():
+        examples = TransferExamples(pool, request.common, request.transfer_attacker, notify)
+        measuring = SetMeasurements(pool, examples, progress, again)
+        run = Run((CANARY_INPUTS,), PoolStore(pool=pool), stopper=stopper, progress=progress)
+        admitting = _Admitting(measuring, run, claims, request.accepted, request.n_judged, notify)
+        if not admitting.waiting:
+            raise UsageError(
+                f"{str(pool.path)!r} contains no candidate; generate some with holdfast rotate draw {pool.shown}"
+            )
+        if notify is not ignore and not is_step:
+            notify(admitting.expected_time())
+        judged: list[Judged] = []
+        refused_in_a_row = 0
+        while refused_in_a_row < IN_A_ROW and admitting.waiting:
+            verdict = admitting.next_verdict()
+            if not admitting.record(verdict):
+                continue
+            judged.append(verdict)
+            refused_in_a_row = 0 if verdict.verdict == "admitted" else refused_in_a_row + 1
+            notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
+        return Admission(tuple(judged), admitting.waiting)
+
+
+def _parsed_claim(text: str) -> Claim:
+    claim = parse(text)
+    if claim.metric not in CLAIMABLE or claim.eps is not None:
+        raise UsageError(
+            f"gate {text!r}: an admission can test {', '.join(CLAIMABLE)}, at the eps of the pool; for other "
+            "metrics use holdfast assess"
+        )
+    return claim
+
+
+@dataclass
+class _Admitting:
+    """The measurements and verdicts of one call of `admit`."""
+
+    measuring: SetMeasurements
+    run: Run
+    claims: tuple[Claim, ...]
+    accepted: Mapping[str, str]
+    n_judged: int
+    notify: Notify
+    _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def pool(self) -> Pool:
+        """The pool whose candidates are judged."""
+        return self.measuring.pool
+
+    @property
+    def request(self) -> RotateRequest:
+        """The settings that all parameter sets of the pool share."""
+        return self.measuring.transfer_examples.request
+
+    def expected_time(self) -> str:
+        """Return a message with the expected time of the admission."""
+        waiting = self.waiting
+        expected = admission_time(
+            self.request,
+            first_sizes(self.n_judged),
+            len(waiting),
+            len(self._bases) + len(self._incumbents),
+            max(len(exposed_for(self.pool, name)) for name in waiting),
+        )
+        return (
+            f"expected total time: {expected} for {amount(len(waiting), 'sets')}, depending on how many examples the "
+            "gates need, and on which examples of attackers are already stored"
+        )
+
+    def next_verdict(self) -> Judged:
+        """Judge the next parameter set: one whose tensors do not match the model, or else the set that is farthest from
+        the stolen sets.
+        """
+        waiting = self.waiting
+        # A set with tensors of another shape has no distance, so these sets are refused first.
+        foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
+        return foreign[0] if foreign else self._judged(max(waiting, key=self._distance))
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Names of the candidates, and of admitted sets that were judged before a later theft was reported."""
+        return (*self.pool.candidates, *self.pool.unjudged)
+
+    def _foreign(self, name: str) -> Judged | None:
+        """The refusal of a set whose tensors do not match the model; None if they match."""
+        try:
+            refuse_foreign({**self.weights(name)}, _shapes(self.request.model), f"set {name!r}")
+        except TargetError as error:
+            gate = GateResult("tensors", None, "those of the model", "fail", error.message)
+            return Judged(name, "refused", (gate,), gate.description, gate.name)
+        return None
+
+    def _judged(self, name: str) -> Judged:
+        weights, exposed = self.weights(name), self._exposed(name)
+        tensors = tensor_gate(weights, self._known, self._names)
+        refusal_gate = (
+            tensors
+            if tensors.verdict == "fail"
+            else duplicate_gate(weights, self._weights_by_name(exposed), self._names)
+        )
+        if refusal_gate is not None:
+            return Judged(
+                name, "refused", (refusal_gate,), refusal_gate.description, refusal_gate.name, exposed
+            )
+        n_examples = dict(self._first)
+        n_held = len(self.request.held_out)
+        while True:
+            n_examples = {family: min(size, n_held) for family, size in n_examples.items()}
+            measurements = self._measurements(name, exposed, n_examples)
+            gates = (tensors, *gate_results(measurements, self._doubts(measurements), self.claims))
+            unclear = {
+                gate.family
+                for gate in gates
+                if gate.verdict == "unclear" and gate.family and n_examples[gate.family] < n_held
+            }
+            if not unclear or any(gate.verdict == "fail" for gate in gates):
+                break
+            self.notify(
+                f"{name}: unclear for {', '.join(_FAMILIES[family] for family in sorted(unclear))}; measuring "
+                "again with twice as many examples"
+            )
+            n_examples = {
+                family: 2 * size if family in unclear else size for family, size in n_examples.items()
+            }
+        decisive = next(
+            (gate for verdict in ("fail", "unclear") for gate in gates if gate.verdict == verdict), None
+        )
+        if decisive is None:
+            return Judged(name, "admitted", gates, self._reason(gates), "", exposed, reported(measurements))
+        suffix = " (unclear on all held-out examples)" if decisive.verdict == "unclear" else ""
+        return Judged(
+            name,
+            "refused",
+            gates,
+            f"{decisive.description}{suffix}",
+            decisive.name,
+            exposed,
+            reported(measurements),
+        )
+
+    def record(self, judged: Judged) -> bool:
+        """Record the verdict on a parameter set in the ledger. Return whether it was recorded.
+
+        It is not recorded if the set already serves, or if another set was stolen in the meantime and must be
+        considered. The bases of an admitted set are listed as stolen before the set is admitted, so that a kill
+        cannot omit them.
+        """
+        fingerprint = ""
+        if judged.verdict == "admitted":
+            fingerprint = canary(self.request.of_set(self.pool, judged.name), self._canaries)
+        with self.run.stopper.finishing(), self.pool.ledger.alone():
+            member = self.pool.ledger.member(judged.name)
+            if member.state not in ("candidate", "admitted"):
+                self.notify(
+                    f"note: {judged.name} is {member.state} already, so the verdict {judged.verdict} is not recorded: "
+                    f"{judged.why}"
+                )
+                return False
+            if judged.verdict == "refused":
+                self.pool.refuse(judged.name, judged.why)
+                return True
+            if set(judged.against) != set(self._exposed(judged.name)):
+                self.notify(
+                    f"{judged.name}: another set was listed as stolen in the meantime, so this one is judged again"
+                )
+                return False
+            for base in map(self.pool.ledger.member, member.bases):
+                if base.exposed is None and not base.deleted:
+                    reason = f"{judged.name}, which was generated from it, was admitted"
+                    self.pool.expose(base.name, reason, automatic=True)
+            # Read again, because the bases were listed as stolen just before.
+            against = exposed_for(self.pool, judged.name)
+            self.pool.admit(judged.name, judged.why, canary=fingerprint, against=against)
+        return True
+
+    def _reason(self, gates: Sequence[GateResult]) -> str:
+        """The reason for an admission, with widened tolerances."""
+        named_gates = ("clean accuracy", "theft", "ensemble theft")
+        reasons = [f"{gate.name}: {gate.why}" for gate in gates if gate.name in named_gates]
+        return "; ".join([*reasons, *widened(self._needs.values())])
+
+    # --- measurements
+
+    def _measurements(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
+        transfer_examples, subject = self.measuring.transfer_examples, self._subject(name)
+        same_draw = sets_of_same_draw(self.pool, name, self._finite)
+        attackers = attackers_against(transfer_examples, name, exposed, same_draw)
+        all_attackers = (attackers.nothing, *attackers.one, attackers.several, attackers.evenly)
+        measured_attackers = list(
+            dict.fromkeys(attacker for attacker in all_attackers if attacker is not None)
+        )
+        transferred = self.measuring.transferred(
+            subject, measured_attackers, n["transfer"], first=self._first["transfer"]
+        )
+        transferred_same_draw = None
+        if attackers.same_draw is not None:
+            transferred_same_draw = self.measuring.transferred(
+                subject, [attackers.same_draw], n["same draw"], first=self._first["same draw"]
+            )
+        return Measurements(
+            attackers,
+            transferred,
+            self._white((subject,), n["white-box"])[0],
+            transferred_same_draw,
+            self._clean(self._incumbents, n["transfer"]),
+            self._white(self._incumbents, n["white-box"]),
+            self._clean(self._bases, n["transfer"]),
+            self._white(self._bases, n["white-box"]),
+            self.pool.serving is not None,
+            self._looks,
+            self._needs,
+        )
+
+    def _clean(self, subjects: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.clean(subject, n, first=self._first["transfer"]) for subject in subjects)
+
+    def _white(self, subjects: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.white(subject, n, first=self._first["white-box"]) for subject in subjects)
+
+    @cached_property
+    def _first(self) -> dict[Family, int]:
+        """First number of examples of each kind of measurement."""
+        transfer, white, same_draw = first_sizes(self.n_judged)
+        return {"transfer": transfer, "white-box": white, "same draw": same_draw}
+
+    @cached_property
+    def _looks(self) -> dict[Family, int]:
+        """Largest number of times that each kind of measurement is made; each time, the number of
+        examples is doubled.
+        """
+        return {
+            family: len(judged_ranges(len(self.request.held_out), first))
+            for family, first in self._first.items()
+        }
+
+    @cached_property
+    def _needs(self) -> dict[Gate, Need]:
+        """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
+        n = len(self.request.held_out)
+        first_sizes = {family: min(size, n) for family, size in self._first.items()}
+        references = [*self._bases, *self._surrogates]
+        clean = [evidence["correct"] for evidence in self._clean(references, first_sizes["transfer"])]
+        white = self._white(references[: max(len(self._bases), 2)], first_sizes["white-box"])
+        needs = measured_needs(clean, [robust_mask(evidence) for evidence in white], n, self.n_judged)
+        if any(need.widened for need in needs):
+            self.notify(f"note: {statement(needs, self.n_judged, planned=False)}")
+        return {need.gate: need for need in needs}
+
+    def _doubts(self, measurements: Measurements) -> Doubts:
+        """The doubts of the candidate that were not raised for all sets that it is compared with."""
+        raised = [
+            {doubt.name for doubt in evidence.doubts if doubt.state == "raised"}
+            for evidence in measurements.before_white
+        ]
+        raised_for_all = set.intersection(*raised)
+        return Doubts(
+            tuple(doubt for doubt in measurements.white.doubts if doubt.name not in raised_for_all),
+            self.accepted,
+        )
+
+    @cached_property
+    def _bases(self) -> tuple[Subject, ...]:
+        """The bases; if they were deleted, the surrogates, which are trained in the same way."""
+        return tuple(map(self._subject, bases_left(self.pool))) or self._surrogates
+
+    @cached_property
+    def _surrogates(self) -> tuple[Subject, ...]:
+        subjects = []
+        for model in self.measuring.transfer_examples.own:
+            sha = content_digest(state_of(model))
+            subjects.append(set_subject(self.request, f"own-{sha[:NAME_DIGITS]}", sha, model))
+        return tuple(subjects)
+
+    @cached_property
+    def _incumbents(self) -> tuple[Subject, ...]:
+        """The serving set; if there is none, the bases."""
+        serving = self.pool.serving
+        return self._bases if serving is None else (self._subject(serving.name),)
+
+    def _subject(self, name: str) -> Subject:
+        sha = self.pool.ledger.member(name).digest
+        return set_subject(self.request, name, sha, self.request.of_set(self.pool, name))
+
+    @cached_property
+    def _canaries(self) -> Inputs:
+        """The canary inputs, stored encrypted in the pool."""
+        x = self.request.held_out.x
+        stored = self.run.step(CANARY_INPUTS, lambda: StoredStage({"x": x[:CANARIES].cpu()}))
+        return stored.columns["x"].to(x)
+
+    # --- weights
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a parameter set of the pool from a cache."""
+        if name not in self._weights:
+            self._weights[name] = self.pool.weights(name)
+        return self._weights[name]
+
+    def _finite(self, name: str) -> bool:
+        """Whether a set has finite parameters, so that it can be attacked."""
+        return not nonfinite_tensors(self.weights(name), state_of(self.request.model))
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return rotated(self.request.model)
+
+    @cached_property
+    def _known(self) -> list[Mapping[str, Tensor]]:
+        """The parameters of bases and surrogates, for the usual range of norms."""
+        subjects = {subject.digest: subject for subject in (*self._bases, *self._surrogates)}
+        return [state_of(subject.model) for subject in subjects.values()]
+
+    def _exposed(self, name: str) -> tuple[str, ...]:
+        return tuple(stolen for stolen in exposed_for(self.pool, name) if self._finite(stolen))
+
+    def _distance(self, name: str) -> float:
+        return distance(self.weights(name), self._weights_by_name(self._exposed(name)), self._names)[0]
+
+    def _weights_by_name(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+        return {name: self.weights(name) for name in names}
+
+
+def first_sizes(n_judged: int) -> tuple[int, int, int]:
+    """Return on how many held-out examples a set is first judged by transfer attacks, by white-box attacks, and by
+    attacks from sets of the same draw.
+    """
+    return n_judged, max(n_judged // _WHITE, 1), max(n_judged // _SAME_DRAW, 1)
+
+
+def _shapes(model: Classifier) -> dict[str, Tensor]:
+    """Tensors with the names, shapes and types of the model, in which infinity marks that any value is allowed."""
+    return {
+        name: torch.full_like(value, torch.inf) if value.is_floating_point() else value
+        for name, value in state_of(model).items()
+    }

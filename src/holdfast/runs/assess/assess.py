@@ -1,0 +1,345 @@
+"""The verb assess, from the request to the result: it checks the inputs, runs the attacks and the probes, and judges
+the gates.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Data
+from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.purpose import purpose
+from holdfast.doubts.answering import arms, required_attacks
+from holdfast.gates.judging import Doubts, Judgement, judge
+from holdfast.io.remote.served_model import Served
+from holdfast.runs.assess import probes
+from holdfast.runs.assess.certify import refuse_unsound
+from holdfast.runs.assess.checks import refuse_data, refuse_gates
+from holdfast.runs.assess.collecting_evidence import (
+    ADAPTIVE,
+    DOUBTS,
+    ROTATION,
+    adversarial,
+    counted_passes,
+    evidence_of,
+    with_attackers,
+)
+from holdfast.runs.assess.executors import executor_for
+from holdfast.runs.assess.expected_rows import expected_of
+from holdfast.runs.assess.expected_time import TRIED, expected_time
+from holdfast.runs.assess.measuring import Measurement, ShardMeasure
+from holdfast.runs.assess.preparation import learning_examples, paired_sets, plan_for, readied
+from holdfast.runs.assess.request import AssessRequest, Opening, Subject
+from holdfast.runs.assess.result import Result, about_of
+from holdfast.runs.assess.served_runs import attach, finish, refuse_early, served_by
+from holdfast.runs.engine.executor import Executor
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
+from holdfast.runs.engine.ray_cluster import NODES
+from holdfast.runs.engine.resuming import resumable, way_out
+from holdfast.runs.engine.run import Run
+from holdfast.runs.engine.signals import Stopper, stoppable
+from holdfast.runs.engine.store import MemoryStore, Stopwatch, Store
+from holdfast.runs.harness import FOUND, Plan, Target
+from holdfast.runs.harness.kinds.geometry import GEOMETRY
+from holdfast.runs.harness.kinds.stateful import STATEFUL
+from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
+from holdfast.runs.stored.commands import command_of
+from holdfast.runs.stored.documents import (
+    VERDICT,
+    doubt_from_json,
+    doubts_to_json,
+    judgement_from_json,
+    verdict_to_json,
+)
+from holdfast.runs.stored.recomputing import refuse_other_doubts
+from holdfast.runs.stored.run_manifest import about_run, assess_manifest
+from holdfast.runs.stored.stored_runs import open_run
+
+JUDGED_BY_ATTACKERS = 1_000
+"""Largest number of examples that the table of attackers is measured on; the first ones of the data are used."""
+
+
+def assess(
+    subject: Subject,
+    data: Data,
+    request: AssessRequest,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    opening: Opening | None = None,
+    again: str = "",
+    notify: Notify = ignore,
+    detail: Notify = ignore,
+    is_step: bool = False,
+) -> Result:
+    """Measure how robust a model is under attacks, and judge the gates of the request.
+
+    With `run`, all results are written to that folder. With `resume`, an interrupted run in that folder is continued,
+    and the stored result of a finished run is returned. `again` is the command that resumes the run that contains this
+    one. Worker processes open the model and the data with `opening`; without it they receive copies of `subject` and
+    `data`. `notify` is called with messages before the run, such as the largest number of rows that are sent to a
+    server, or the expected time, unless the assessment `is_step` of a run that states the time of all its steps.
+    `detail` is called with messages on single shards of a cluster.
+    Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
+    """
+    refuse_data(data)
+    served = served_by(subject.model)
+    if served is not None:
+        refuse_early(served, subject, request)
+    device, adaptive = torch.device(request.device), bool(request.plan.adaptive)
+    again = again or ("" if run is None else way_out(request.command, run))
+    with (
+        nullcontext() if run is None else resumable(again, partial(way_out, request.command, run)),
+        readied(subject, data, device, adaptive=adaptive, batch_size=request.batch_size) as (target, sample),
+        ExitStack() as stack,
+    ):
+        plan = plan_for(subject, data, request, target, sample, stack)
+        refuse_gates(request.gates, plan, target, sample)
+        stored, shape = None if run is None else stored_manifest(run), tuple(sample.x.shape[1:])
+        manifest: Mapping[str, Any] = assess_manifest(
+            subject, data, request, plan, target, shape, served=served, stored=stored
+        )
+        stopper = Stopper() if run is None else stack.enter_context(stoppable(again))
+        about = about_run(request.command)
+        store: Store = MemoryStore()
+        if run is not None:
+            secret = "pool" in subject.card  # adversarial inputs of a serving set are secret
+            store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume, secret=secret))
+            manifest, about = store.manifest, store.about()
+            attach(served)
+        job = _Job(subject, data, request, plan, target, device, manifest, served, run)
+        measure = ShardMeasure(plan, target, data, device, served)
+        chosen = executor_for(request, subject, measure, manifest["digests"], opening, notify, detail)
+        with chosen as executor:
+            work = job.run(store, executor, stopper, progress)
+            if store.document(DOUBTS) is None:
+                job.announce(notify, is_step=is_step)
+            measurement, by_stage = job.measurement(work), dict[str, Columns]()
+            missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
+            executor.pause()  # the probes run in this process, and need the memory of the workers
+            doubts_document = job.doubted(measurement, by_stage, missed)
+            adapted = job.adapted(measurement, by_stage, doubts_document) if plan.adaptive else None
+        evidence = job.evidence(work, by_stage, doubts_document, adapted)
+        rotation = job.attackers(work, evidence)
+        evidence = with_attackers(evidence, rotation)
+        gates, accepted = job.judged(evidence, store.document(VERDICT))
+        work.record(VERDICT, verdict_to_json(gates, accepted))
+        head = store.chain.head if isinstance(store, RunFolder) else None
+        shown = about_of(manifest, {**about, **job.command(gates)}, run, head)
+        adversarial_examples = job.adversarial(by_stage, doubts_document)
+        return Result(evidence, gates, accepted, shown, run, adversarial_examples, request.baseline, rotation)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The inputs of an assessment, and its steps."""
+
+    subject: Subject
+    data: Data
+    request: AssessRequest
+    plan: Plan
+    target: Target
+    device: torch.device
+    manifest: Mapping[str, Any]
+    served: Served | None
+    """connection to the server of a served model"""
+    folder: Path | None
+    """folder of the run; None for a run in memory"""
+
+    def command(self, gates: Sequence[Judgement]) -> dict[str, str]:
+        """Return the command line of a run in a folder, as when the run is opened later; nothing for one in memory."""
+        return {} if self.folder is None else {"command": command_of(self.manifest, gates)}
+
+    def run(self, store: Store, executor: Executor, stopper: Stopper, progress: Progress) -> Run:
+        """Create the run whose results are written to a store. The time that earlier attempts used is subtracted from
+        the time budget.
+        """
+        work, budget_s = self.manifest["plan"], self.request.time_budget_s
+        spent_s = sum(store.spent(name).wall for name in work["stages"])
+        return Run(
+            tuple(work["stages"]),
+            store,
+            executor,
+            tuple((start, stop) for start, stop in work["shards"]),
+            work["batch_size"],
+            math.inf if budget_s is None else time.perf_counter() + budget_s - spent_s,
+            stopper,
+            progress,
+            self.settle,
+        )
+
+    def settle(self, stage: str, shard: int | None) -> None:
+        """Delete the stored answers of a model server for a shard or stage whose results are stored."""
+        if self.served is not None:
+            self.served.sent.done(stage, shard)
+
+    def measurement(self, run: Run) -> Measurement:
+        """Return the state that all stages of the run share: the plan, the models and the data."""
+        fit = learning_examples(self.plan, self.target, self.data, self.request.fit)
+        across = paired_sets(self.plan, self.data, self.request.across)
+        sets = {"fit": () if fit is None else (fit,), "across": across}
+        if self.plan.geometry is not None:
+            sets[GEOMETRY] = (self.data.read(0, min(self.plan.geometry.n, len(self.data))),)
+        if self.plan.trials is not None:
+            sets[STATEFUL] = (self.data.read(0, min(self.plan.trials.n, len(self.data))),)
+        return Measurement(run, self.plan, self.target, self.data, self.device, sets, self.served)
+
+    def doubted(
+        self, measurement: Measurement, by_stage: dict[str, Columns], missed: Sequence[str]
+    ) -> Mapping[str, Any]:
+        """Measure and store the doubts, with notes on the probes for which there was no time. If the doubts are already
+        stored, they are returned unchanged.
+
+        Adversarial examples of the probes are added to `by_stage`.
+        """
+        run, off = measurement.run, self.plan.doubts == "none"
+        store = run.store
+        finished = self.folder is not None and store.document(VERDICT) is not None
+        if self.folder is not None and finished:
+            # all documents of a finished run are compared with its columns, the doubts too, which it must have
+            open_run(self.folder)
+        if (stored := store.document(DOUBTS)) is not None:
+            if (columns := store.stage(FOUND)) is not None:
+                by_stage[FOUND] = columns.columns
+            if self.folder is not None and not finished:
+                refuse_other_doubts(self.folder, self.manifest, by_stage, stored)
+            return stored
+        store.begin(DOUBTS, 0)
+        stopwatch = Stopwatch(store, DOUBTS)
+        not_measured = (
+            ["no doubt was measured, because the doubts were switched off"]
+            if off and self.plan.members and not self.plan.alone
+            else []
+        )
+        with purpose(DOUBTS, 0, "doubts"):
+            results = probes.run_probes(measurement, by_stage, missed, stopwatch)
+        measurement.confirm()
+        if results.found:
+            by_stage[FOUND] = results.found
+        document = doubts_to_json(
+            results.findings, results.probes, results.cost, [*missed, *not_measured], store.splits()
+        )
+        # The inputs are stored first: if the document exists, a resumed run assumes that they are complete.
+        with run.stopper.finishing():
+            if results.found and store.stage(FOUND) is None:  # a killed attempt may have stored it already
+                store.complete(FOUND, results.found)
+            store.record(DOUBTS, document)
+            stopwatch.tick(done=True)
+        run.stored(DOUBTS, None)
+        return document
+
+    def adapted(
+        self, measurement: Measurement, by_stage: dict[str, Columns], doubts_document: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Run the adaptive attacks that the doubts require, and record which doubts require each attack."""
+        doubts = tuple(map(doubt_from_json, doubts_document["doubts"]))
+        members = {member.name for member in self.plan.adaptive}
+        because = required_attacks(
+            [arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubts
+        )
+        stages = [s for s in self.plan.stages() if s.adaptive and s.member and s.member.name in because]
+        missed = measurement.stages(stages, by_stage)
+        return measurement.run.document(
+            ADAPTIVE,
+            lambda: {
+                "reasons": {arm: list(names) for arm, names in because.items()},
+                "bypassed": list(self.target.masking.descriptions),
+                "no_detector_gradient": self.target.blind_view,
+                "unfinished": list(missed),
+                "notes": [] if because else ["no doubt requires an adaptive attack, so none was run"],
+            },
+        )
+
+    def evidence(
+        self,
+        run: Run,
+        by_stage: Mapping[str, Columns],
+        doubts_document: Mapping[str, Any],
+        adapted: Mapping[str, Any] | None,
+    ) -> Evidence:
+        """Return the evidence of the run, which consists of the columns of the stages, the doubts and the results of
+        adaptive attacks. Raises `UnsoundProof` if a certified example is broken.
+        """
+        if self.served is not None:
+            finish(self.served)
+        sent = None if self.served is None else self.served.sent.totals
+        seconds = {name: run.store.spent(name) for name in run.stages}
+        nodes = run.store.document(NODES)
+        evidence = evidence_of(self.manifest, by_stage, doubts_document, seconds, adapted, sent, nodes)
+        refuse_unsound(evidence)
+        return evidence
+
+    def adversarial(self, by_stage: Mapping[str, Columns], doubts_document: Mapping[str, Any]) -> Columns:
+        """Return the adversarial examples that the run stores."""
+        attacks = [stage.name for stage in self.plan.stages() if stage.kind.in_suite]
+        counted = counted_passes(self.manifest, by_stage, doubts_document)
+        return adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+
+    def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
+        """Measure the success rates of all attackers of a model with rotation. The result for each attacker is stored
+        as soon as it is measured.
+        """
+        stored, keep = run.store.document(ROTATION), partial(run.record, ROTATION)
+        if self.request.attackers is None or (stored is not None and stored["complete"]):
+            return stored
+        judged_on = self.data.read(0, min(JUDGED_BY_ATTACKERS, len(self.data)))
+        table = self.request.attackers(evidence, judged_on, known=stored, keep=keep, progress=run.progress)
+        keep(table)
+        return table
+
+    def judged(
+        self, evidence: Evidence, stored: Mapping[str, Any] | None
+    ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
+        """Judge the gates, and return them with the accepted doubts. If the request contains neither, those of the
+        stored run are used.
+        """
+        request, claims, accepted = self.request, self.request.gates, self.request.accepted
+        if stored is not None:
+            before = tuple(map(judgement_from_json, stored["gates"]))
+            if not claims and not accepted:
+                return before, stored["accepted_doubts"]
+            claims = claims or tuple(judgement.claim for judgement in before)
+            accepted = accepted or stored["accepted_doubts"]
+        doubts = Doubts(evidence.doubts, accepted)
+        return tuple(judge(claim, evidence, doubts, baseline=request.baseline) for claim in claims), accepted
+
+    def announce(self, notify: Notify, *, is_step: bool) -> None:
+        """Notify the user of the expected cost of the run: the number of rows that are sent to a model server, or the
+        time, unless the run is a step of another one.
+        """
+        if self.served is not None:
+            notify(self.expected_rows(self.served))
+        elif notify is not ignore and not is_step:
+            notify(self.expected_time())
+
+    def expected_rows(self, served: Served) -> str:
+        """Return a message with the number of rows that the run is expected to send to the model server, and the number
+        that earlier attempts sent.
+        """
+        work = self.manifest["plan"]
+        rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
+        earlier = served.sent.earlier
+        return f"expected: {rows.description}" + (
+            f"; {earlier:,} rows were sent before the stop" if earlier else ""
+        )
+
+    def expected_time(self) -> str:
+        """Return a message with the expected time of the run, and the part that its time budget limits."""
+        work, budget_s = self.manifest["plan"], self.request.time_budget_s
+        n, workers = len(self.data), self.request.workers or 1
+        sample = self.data.read(0, min(TRIED, n)).to(self.device)
+        expected = expected_time(self.plan, self.target, sample, n, work["batch_size"], workers)
+        limit = (
+            ""
+            if budget_s is None
+            else f"; the attacks and proofs end after the time budget of {budget_s:g} s"
+        )
+        return f"expected total time: {expected}{limit}"

@@ -1,0 +1,195 @@
+"""The verb certify: an assessment whose plan contains proofs.
+
+A certification takes the steps of an assessment (`holdfast.runs.assess.assess`). This module contains what proofs add to
+them: the request, the refusal of models that cannot be certified, and the test of the certificates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from holdfast.certifiers.protocol import Prover
+from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, smoothed_model
+from holdfast.certifiers.smoothing.smoothing import Smoothing, by_smoothing
+from holdfast.core.batch import Batch
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
+from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.harness import Plan, Target, prepared_prover
+from holdfast.statistics.intervals import upper_tail
+
+_NAMED = 10
+"""Largest number of examples that the message about wrong certificates names."""
+IMPROBABLE = 1e-6
+"""Probability below which the number of contradictions between statistical certificates and attacks is not chance."""
+
+
+def certify_request(
+    request: AssessRequest,
+    proofs: Sequence[Prover],
+    late_proofs: Sequence[Prover],
+    geometry: int | None = None,
+) -> AssessRequest:
+    """Return the request of a certification, created from that of an assessment with the attacks that refute.
+
+    `proofs` are run before the attacks, and `late_proofs` after them. The geometry of the decision boundary is measured
+    around the first `geometry` examples. The fixed PGD-40 pass and the probes of doubts
+    are left out, because they are run on examples that are decided already.
+    """
+    from holdfast.certifiers.boundary_geometry import BoundaryGeometry
+
+    plan = replace(
+        request.plan,
+        proofs=tuple(proofs),
+        late_proofs=tuple(late_proofs),
+        geometry=None if geometry is None else BoundaryGeometry(geometry),
+        attacked=False,
+        doubts="free",
+    )
+    return replace(request, plan=plan, verb="certify")
+
+
+def without_attacks(request: AssessRequest) -> AssessRequest:
+    """Return the request without attacks, for a smoothed classifier whose base classifier gives no gradients: each of
+    the many queries of a black-box attack would be many queries of it.
+    """
+    return replace(request, plan=replace(request.plan, members=(), adaptive=(), suite="", doubts="none"))
+
+
+def smoothed_subject(subject: Subject, smoothing: Smoothing) -> Subject:
+    """Return the smoothed classifier of a model, as the model of a run. All numbers of the run are about it.
+
+    Raises `UsageError` for a model with a detector.
+    """
+    base = subject.model
+    if base.rejects:
+        raise UsageError(
+            "the model has a detector that rejects inputs, and votes are counted for classes; give the network without "
+            "its detector"
+        )
+    name = subject.card.get("name", "the model")
+    identity = [smoothing.sigma, smoothing.clip, smoothing.seed, ATTACKED_DRAWS, JUDGING_DRAWS]
+    card = {
+        **subject.card,
+        "name": f"smoothed classifier, σ = {smoothing.sigma:g}, on top of {name}",
+        "smoothed": {"base": name, "sigma": smoothing.sigma, "clip": smoothing.clip},
+    }
+    what = (
+        f"all numbers are about the smoothed classifier, which predicts the most frequent class of {name} under "
+        f"Gaussian noise of standard deviation {smoothing.sigma:g}; predictions are those of {JUDGING_DRAWS} draws"
+    )
+    attacked = base.access == "gradients"
+    unattacked = (
+        f"{name} gives {base.access} only, so that no attack is run and no doubt is examined: robust accuracy is that "
+        "on clean inputs"
+    )
+    return replace(
+        subject,
+        model=smoothed_model(base, smoothing),
+        digest=digest(canonical([subject.digest, "smoothed", *identity])),
+        card=card,
+        notes=(*subject.notes, what, *(() if attacked else (unattacked,))),
+    )
+
+
+def refuse_unprovable(
+    plan: Plan, target: Target, sample: Batch, verb: Literal["assess", "certify"] = "certify"
+) -> None:
+    """Raise `UsageError` for a model about which the methods of a plan prove nothing, such as a randomised one, or one
+    with an operation without sound bounds. Nothing is refused if the plan contains no proofs.
+
+    The methods are prepared for the model, and remain prepared for the run. The remedies of the error are arguments of
+    the given verb.
+    """
+    stages = [stage for stage in plan.stages() if stage.prover is not None]
+    if not stages:
+        return
+
+    def without_bounds() -> tuple[Remedy, ...]:
+        # only if a model is refused: the trial of smoothing calls the model
+        if verb == "assess":
+            return (Remedy("certify"),)
+        return by_smoothing(plan.threat.constraint, sample, target.bare)
+
+    if target.smoothed is None and (target.bare.remote or target.bare.access != "gradients"):
+        raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", *without_bounds())
+    if target.rejects:
+        raise UsageError(
+            "the model has a detector that rejects inputs, about which nothing is proved; give the network without "
+            "its detector"
+        )
+    if target.randomised:
+        raise UsageError(
+            "the outputs of the model are random, and bounds are computed for a fixed function; remove the source of "
+            "randomness, such as dropout in eval mode"
+        )
+    for stage in stages:
+        assert stage.prover is not None
+        try:
+            prepared_prover(target, stage.prover, sample, plan.threat)
+        except NoBounds as error:
+            raise NoBounds(error.message, *without_bounds()) from error
+
+
+_BOUNDS = "bounds are computed from the operations of a network in torch"
+
+
+def _without_operations(model: Classifier) -> str:
+    """Return the reason why the operations of a model are not known, with what can be done about it."""
+    if model.failing:
+        return (
+            f"and no gradients can be computed for this network: {model.hides}; correct its code. The cause is often "
+            "a change in place, such as h += 1, for which h = h + 1 can be written"
+        )
+    gives = "is behind a server" if model.remote else f"gives {model.access} only"
+    why = f" ({model.hides})" if model.hides and not model.remote else ""
+    return f"and the model {gives}{why}; give the network itself, as in file.py:factory"
+
+
+def refuse_unsound(evidence: Evidence) -> None:
+    """Raise `UnsoundProof` if an attack or another pass broke an example that is certified, as judged by the original
+    model. Evidence without certificates is not refused.
+    """
+    if "certified" not in evidence:
+        return
+    statistical = "contradicted" in evidence
+    wrong = evidence["contradicted"] if statistical else evidence["certified"] & evidence["success"]
+    rows = wrong.nonzero()[:, 0].tolist()
+    tested = int(((evidence["certified"] | wrong) & evidence["attacked"]).sum())
+    if not rows or (statistical and not improbable(len(rows), tested, evidence)):
+        return
+    breakers = [*(record.name for record in evidence.attacks), *(record.name for record in evidence.passes)]
+    named = ", ".join(
+        f"{int(evidence['id'][row])} (certified by {_certifier(evidence, row)}, broken "
+        f"by {breakers[int(evidence['broken_by'][row])]})"
+        for row in rows[:_NAMED]
+    )
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    by_chance = ", more than by chance" if statistical else ""
+    raise UnsoundProof(
+        f"the test of the certificates failed: {len(rows)} of {tested} attacked certified examples are broken"
+        f"{by_chance}: {named}{more}. No certificate is issued; report it as a bug of the method, or choose another "
+        "method"
+    )
+
+
+def improbable(contradicted: int, tested: int, evidence: Evidence) -> bool:
+    """Return whether so many contradictions between certificates and attacks have a probability below `IMPROBABLE`.
+
+    A contradiction needs a wrong certificate or a wrong verdict about one of the attacks, each of which has at most the
+    failure probability of the method.
+    """
+    alpha = max(float(record.settings.get("failure_probability", 0.0)) for record in evidence.proofs)
+    rate = min(1.0, alpha * (1 + len(evidence.attacks)))
+    return upper_tail(contradicted, tested, rate) < IMPROBABLE
+
+
+def _certifier(evidence: Evidence, row: int) -> str:
+    """Name of the method that certified an example; of a contradicted one, the statistical method."""
+    place = int(evidence["certified_by"][row])
+    if place >= 0:
+        return evidence.proofs[place].name
+    return next(record.name for record in evidence.proofs if "failure_probability" in record.settings)

@@ -1,0 +1,114 @@
+"""Measures the models of the gallery, whose defences are known to be weak, with PGD and with adaptive attacks, and
+records which doubts are raised.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from holdfast.attacks.suites import suite
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Linf
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts.gallery import ITEMS, Item, undefended
+from holdfast.runs.assess.assess import assess
+from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.result import Result
+from holdfast.runs.harness import Member, Plan
+from holdfast.runs.harness.kinds.passes import FIXED
+from holdfast.runs.harness.plan import DoubtsWanted, adaptive_members
+
+NAIVE = "naive@1"
+"""Name of the naive evaluation: PGD-40 on the cross-entropy with ordinary autograd, which gradient masking misleads."""
+SOUND = "standard"
+"""Name of the suite with which the undefended model is evaluated."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """The measurements of one model of the gallery: its accuracies under several evaluations, and the doubts that were
+    raised.
+    """
+
+    name: str
+    source: str
+    eps: float
+    clean_accuracy: float
+    naive_robust_accuracy: float
+    twin_robust_accuracy: float
+    adaptive_robust_accuracy: float
+    doubts: tuple[str, ...]
+    """names of the doubts that the naive evaluation raised"""
+    adaptive: tuple[str, ...]
+    """names of the adaptive attacks that were run"""
+    bypassed: tuple[str, ...]
+    """the stages that the adaptive attacks bypassed, and how they did it"""
+    n: int
+    cpu_s: float
+    """CPU time of the naive and the adaptive evaluation, in seconds"""
+
+
+def exhibits(
+    training: Batch,
+    data: Data,
+    items: Sequence[Item] = ITEMS,
+    *,
+    seed: int = 0,
+) -> Iterator[Exhibit]:
+    """Build each model of the gallery from the training digits, measure it on `data`, and yield the measurements."""
+    twin, sound = undefended(training), dict[float, Result]()
+    for item in items:
+        model = item.build(training, twin)
+        if item.eps not in sound:
+            members = tuple(Member(*named) for named in suite(SOUND, Linf(item.eps)).attacks)
+            sound[item.eps] = assessed_net(twin, data, item.eps, members, seed=seed)
+        naive = assessed_net(model, data, item.eps, (FIXED,), seed=seed)
+        adaptive = assessed_net(model, data, item.eps, (FIXED,), seed=seed, doubts="all", adaptive=True)
+        ran = adaptive.attacks[1:]
+        yield Exhibit(
+            item.name,
+            item.source,
+            item.eps,
+            naive.metrics["clean_accuracy"].value,
+            naive.metrics["robust_accuracy"].value,
+            sound[item.eps].metrics["robust_accuracy"].value,
+            adaptive.metrics["robust_accuracy"].value,
+            raised(adaptive),
+            tuple(record.name for record in ran),
+            tuple(note for record in ran[:1] for note in record.notes[1:]),
+            len(data),
+            naive.cost.cpu_s + adaptive.cost.cpu_s,
+        )
+
+
+def raised(result: Result) -> tuple[str, ...]:
+    """Return the names of the doubts that an assessment raised, including those that an adaptive attack answered."""
+    return tuple(doubt.name for doubt in result.doubts if doubt.state in ("raised", "answered"))
+
+
+def assessed_net(
+    net: nn.Module,
+    data: Data,
+    eps: float,
+    members: tuple[Member, ...],
+    *,
+    seed: int = 0,
+    doubts: DoubtsWanted = "none",
+    adaptive: bool = False,
+) -> Result:
+    """Return the assessment of a network with the attacks `members`, within an Linf ball of radius `eps`.
+
+    With `adaptive`, the adaptive attacks that the raised doubts call for are run as well.
+    """
+    plan = Plan(
+        members,
+        ThreatModel(Linf(eps)),
+        seed,
+        NAIVE,
+        doubts=doubts,
+        adaptive=adaptive_members(Linf(eps)) if adaptive else (),
+    )
+    return assess(Subject(Classifier(net), digest(canonical([]))), data, AssessRequest(plan))

@@ -1,0 +1,119 @@
+"""Requests of the verbs: the settings that determine what a run measures, trains and judges."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.gates.grammar import Claim
+from holdfast.runs.engine.progress import Progress
+from holdfast.runs.engine.ray_cluster import RayOptions
+from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harness import Plan
+
+SHARD_SIZE = 1000
+"""Number of examples in a shard, which is the largest number whose results are lost if the run is killed.
+
+In smaller shards, the later attacks of a suite run on few examples and are slow.
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that a run assesses or trains, and its description for the evidence."""
+
+    model: Classifier
+    digest: str
+    """SHA-256 of everything that determines the outputs of the model, in hex"""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    """`name`, `how` (how the model was opened), `digest`, `parameters`, `bounds` and other properties"""
+    notes: tuple[str, ...] = ()
+
+
+Opened = tuple[Subject, Data, tuple[Subject, ...]]
+"""The opened model, data and surrogates of a run."""
+Opening = Callable[[], Opened]
+"""Function that opens the model, the data and the surrogates, possibly in another process."""
+
+
+@dataclass(frozen=True)
+class AssessRequest:
+    """The settings of an assessment, such as its attacks, gates and limits."""
+
+    plan: Plan
+    gates: tuple[Claim, ...] = ()
+    baseline: Evidence | None = None
+    """evidence of the run with which gates compare; None without such gates"""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+    """accepted doubts by name, each with the reason that the user gave"""
+    batch_size: int | None = None
+    """number of examples in a forward pass; with None it depends on the size of the inputs and the device"""
+    shard_size: int = SHARD_SIZE
+    fit: Data | None = None
+    """examples on which learned attacks are fitted, disjoint from the test examples"""
+    across: tuple[Data, ...] = ()
+    """other data sets, for the transfer of perturbations between data sets"""
+    time_budget_s: float | None = None
+    """wall-clock seconds for the attacks over all attempts; shards are then at most as large as batches, so that little
+    is lost"""
+    workers: int | None = None
+    """number of worker processes that measure shards, each with one thread; shards are then at most
+    as large as batches"""
+    ray: RayOptions | None = None
+    """cluster on which `workers` tasks measure shards; None for processes of this machine"""
+    device: str = "cpu"
+    surrogates: tuple[Subject, ...] = ()
+    """surrogate models of the attacker"""
+    attackers: "MeasureAttackers | None" = None
+    """function that measures the table of attackers of a model with rotation after the suite; None without rotation"""
+    command: str = ""
+    """command that repeats the run"""
+    verb: Literal["assess", "certify"] = "assess"
+    """name of the verb in the run folder and in reports"""
+
+
+@dataclass(frozen=True)
+class HardenRequest:
+    """The settings of a hardening, such as its recipe, time budget and assessments."""
+
+    name: str
+    """name of the recipe that the user requested"""
+    candidates: tuple[Candidate, ...]
+    """the requested recipe, or the recipes to choose from, ordered from the fastest to the strongest"""
+    threat: ThreatModel
+    assessment: AssessRequest
+    """settings of the assessments before and after the training"""
+    budget_s: float | None = None
+    """wall-clock seconds of the training with its evaluations; None for the epochs that the recipe states"""
+    seed: int = 0
+    device: str = "cpu"
+    command: str = ""
+    examples: int = 0
+    """number of training examples for learned attacks of the evaluation, if the suite contains such attacks"""
+    excluded: Data | None = None
+    """data that must not be trained on: the whole set from which the test examples are taken; None for the test
+    examples only"""
+    open_options: str = ""
+    """command-line options with which the new model is opened, in addition to its file and the data"""
+
+
+Keep = Callable[[Mapping[str, Any]], None]
+"""Function that stores the current content of a document, which may be unfinished."""
+
+
+class MeasureAttackers(Protocol):
+    """Protocol of functions that measure the success rates of the attackers of a model with rotation."""
+
+    def __call__(
+        self,
+        evidence: Evidence,
+        judged_on: Batch,
+        *,
+        known: Mapping[str, Any] | None,
+        keep: Keep,
+        progress: Progress,
+    ) -> Mapping[str, Any]:
+        """Return the table of attackers as a document. Rows in `known` are not measured again."""

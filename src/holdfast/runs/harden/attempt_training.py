@@ -1,0 +1,101 @@
+"""Trains one attempt of a hardening, i.e. one recipe, within its time budget and in batches that fit into memory."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from holdfast.core.checkpoint import STATE, Checkpoint
+from holdfast.core.errors import LostLoss
+from holdfast.io.models.weights import written
+from holdfast.recipes.training.overfitting import RAISED
+from holdfast.runs.assess.request import Subject
+from holdfast.runs.engine.run import Run
+from holdfast.runs.harden import checkpoints as training
+from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.checkpoints import BEST, LAST, Point
+from holdfast.runs.harden.epochs import Trainer, ended_by
+from holdfast.runs.harden.hardened import MODEL, Made, digest_of_weights
+from holdfast.runs.harden.pace import Clock, Pacer, smaller
+from holdfast.runs.store.files import usable, write_atomically
+
+
+@dataclass(frozen=True)
+class AttemptTraining:
+    """Trains a copy of the model with the recipe of one attempt of a hardening."""
+
+    subject: Subject
+    trainer: Trainer
+    plan: Mapping[str, Any]
+    """plan of the hardening: `attempts`, `budget_s` (None if the epochs of the recipe are used) and `planning_s`"""
+    metadata: Mapping[str, str]
+    """metadata for the file with the weights of the model"""
+    clock: Clock
+
+    def trained(self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run) -> Made:
+        """Train until the training is finished, with checkpoints in the folder `place`, and return the model of the
+        best checkpoint.
+        """
+        curve = self._curve(place, candidate, attempt, run)
+        best, last = training.saved(place, BEST), training.saved(place, LAST)
+        assert best is not None and last is not None
+        new = self._new_model(best.checkpoint, candidate)
+        state = last.checkpoint.tensors.get(STATE + RAISED)
+        guard_steps = 0 if state is None else int(state)
+        # if the budget left no update, no checkpoint records the end
+        end_reason = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
+        plans = len(last.checkpoint.plans)
+        return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans)
+
+    def _curve(
+        self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run
+    ) -> tuple[Point, ...]:
+        """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
+        settings = candidate.recipe.training
+        if self.plan["budget_s"] is not None:
+            # a recipe with its own loop uses the epochs of the first plan
+            epochs = max(int(attempt["epochs"]), 1)
+            settings = replace(settings, epochs=epochs, pacing=self._pacer(place, attempt))
+        batch = training.saved_batch(place) or settings.batch
+        while True:
+            try:
+                sized = replace(settings, batch=batch, lr=settings.lr * batch / settings.batch)
+                return self.trainer.course(place, candidate, sized, run)
+            except (RuntimeError, MemoryError) as error:
+                batch = smaller(batch, error)
+                with run.stopper.finishing():
+                    training.save_batch(place, batch)
+            except LostLoss as error:
+                raise error.ended(self._save_best(place, candidate)) from error
+
+    def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
+        """The pacer for the rest of the budget, after the planning and the epochs that are done."""
+        last = training.saved(place, LAST)
+        curve = () if last is None else last.curve
+        spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
+        times = (attempt["epoch_s"], attempt["evaluation_s"])
+        return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
+
+    def _save_best(self, place: Path, candidate: Candidate) -> str:
+        """Save the best model so far, if there is one, and return a sentence with its path."""
+        best, last = training.saved(place, BEST), training.saved(place, LAST)
+        if best is None or last is None:
+            return "no epoch had been finished"
+        net = self._new_model(best.checkpoint, candidate).model.net
+        assert isinstance(net, nn.Module)
+        path = place / MODEL
+        with usable(path):
+            write_atomically(path, written(net, self.metadata))
+        return f"the best of the {len(last.curve)} epochs before is in {str(path)!r}"
+
+    def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
+        new = deepcopy(self.subject.model)
+        checkpoint.put_into(new)
+        name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
+        card = {**self.subject.card, "name": name}
+        assert isinstance(new.net, nn.Module)
+        digest = digest_of_weights(new.net.state_dict())  # of the tensors in the file of the new model
+        return replace(self.subject, model=new.eval(), digest=digest, card=card)

@@ -1,0 +1,334 @@
+"""The result of a hardening: the new model, its model card, and the measurements before and after."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.model import Classifier
+from holdfast.io.models.weights import METADATA_KEY
+from holdfast.metrics.gap import robust_error_gap
+from holdfast.metrics.paired import basis
+from holdfast.recipes.training.overfitting import MOST_RAISED
+from holdfast.reports.card import card_document as as_markdown
+from holdfast.reports.card import compared_metrics, curve_svg, judged
+from holdfast.reports.numbers import percent, plain, strict
+from holdfast.reports.words import threat_syntax
+from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.result import Result
+from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.checkpoints import Point
+from holdfast.runs.harden.epochs import EndedBy
+from holdfast.runs.store.files import usable, write_atomically
+from holdfast.runs.store.records import document
+from holdfast.statistics.intervals import against_majority, proportion
+
+MODEL = "model.safetensors"
+"""Name of the file with the new model."""
+
+
+@dataclass(frozen=True)
+class Hardened:
+    """The result of a hardening: the new model, its training, and the measurements of the original and new models."""
+
+    model: Classifier
+    before: Result
+    after: Result
+    curve: tuple[Point, ...]
+    """training curve of the new model, with one point for each epoch"""
+    card: Mapping[str, Any]
+    """recipe, settings, plan, both measurements, cost and versions, as strict JSON"""
+    weights: bytes
+    """content of the safetensors file with the new model"""
+    folder: Path | None = None
+
+    def opened_by(self, folder: Path) -> str:
+        """Return the command line that assesses the new model in the file in `folder`."""
+        return _placed(self.card["opened_by"], folder)
+
+    def write(self, folder: str | Path) -> Path:
+        """Write the weights, the card and the training curve of the new model to a folder. Return the path of the
+        folder.
+
+        The folder is created if it does not exist. On the card, the command that opens the model contains `folder` as
+        given.
+        """
+        place = Path(folder)
+        card = {**self.card, "opened_by": self.opened_by(place)}
+        with usable(place):
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomically(place / MODEL, self.weights)
+            write_atomically(place / "card.json", document(card))
+            write_atomically(place / "card.md", as_markdown(card).encode())
+            write_atomically(place / "curve.svg", curve_svg(self.card["curve"]).encode())
+        return place
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the training of the new model for the report."""
+        return tuple(self.card["notes"])
+
+    def __str__(self) -> str:
+        before, after = (self.card[side]["metrics"] for side in ("before", "after"))
+        names, at_chance = compared_metrics(self.card), self.card["before"]["at_chance"]
+        metrics = [
+            f"{name} {'' if at_chance else percent(before[name]['value']) + ' → '}{percent(after[name]['value'])}"
+            for name in names
+        ]
+        epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
+        text = f"{self.card['recipe']}: {', '.join(metrics)} ({epoch})"
+        if at_chance:
+            text += f"; the given model was at chance ({names[0]} {percent(before[names[0]]['value'])})"
+        return text
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model that was trained with one candidate recipe of a hardening, and the course of its training."""
+
+    candidate: Candidate
+    attempt: Mapping[str, Any]
+    subject: Subject
+    curve: tuple[Point, ...]
+    chosen: Point
+    raised: int
+    """how often the guard of the recipe increased its number of attack steps"""
+    ended_by: EndedBy
+    plans: int = 0
+    """number of plans made within the budget"""
+
+    @property
+    def epochs(self) -> float:
+        """Number of epochs for which the model was trained. It is an integer if the last epoch is complete."""
+        epochs = self.curve[-1].epochs
+        return int(epochs) if epochs == int(epochs) else epochs
+
+
+def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata that is written to the weights file of a hardened model: how the model is opened, and the
+    digest of its training.
+    """
+    architecture = {
+        key: subject.card[key] for key in ("architecture", "arguments", "denoiser") if key in subject.card
+    }
+    properties = {
+        key: subject.card[key]
+        for key in ("bounds", "mean", "std", "classes")
+        if subject.card.get(key) is not None
+    }
+    model = subject.model
+    output_properties = {
+        "output": model.output,
+        "layout": model.layout,
+        "class_names": model.class_names or manifest["data"].get("classes"),
+    }
+    properties |= {key: value for key, value in output_properties.items() if value is not None}
+    return {
+        **architecture,
+        **properties,
+        "training": training_digest(manifest),
+    }
+
+
+def training_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 that identifies the hardening with a manifest in the file of its new model, in hex."""
+    return digest(canonical([manifest["digests"], manifest["plan"]]))
+
+
+def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, types, shapes and values of the tensors of a network, in hex."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def weights_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors in the file of a hardened model, and its metadata."""
+    with safetensors.safe_open(file, "pt") as content:
+        metadata = json.loads((content.metadata() or {}).get(METADATA_KEY, "{}"))
+    return safetensors.torch.load_file(file), metadata
+
+
+def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model card without its times and its command line, which may differ between two equal runs."""
+    points = [_timeless_point(point) for point in card["curve"]]
+    entries = {name: value for name, value in card.items() if name not in {"cost", "command"}}
+    return {
+        **entries,
+        "curve": points,
+        "chosen": _timeless_point(card["chosen"]),
+    }
+
+
+def _timeless_point(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in point.items() if name not in {"cpu_s", "wall_s"}}
+
+
+def card_of(
+    trained: Sequence[Made],
+    best: Made,
+    sides: tuple[Result, Result],
+    manifest: Mapping[str, Any],
+    entries: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the model card of the best model that a hardening trained.
+
+    `trained` are all trained models and `best` is one of them. `sides` are the results before and after the training.
+    `entries` contains the entries of the card that come from the request.
+    """
+    recipes = [attempt.candidate.name for attempt in trained]
+    given = sides[0].evidence
+    at_chance = against_majority(given["correct"], given["y"]).at_chance
+    card: dict[str, Any] = strict(
+        {
+            **entries,
+            "name": best.subject.card["name"],
+            "evaluated_under": threat_syntax(sides[1].summary()["threat"]),
+            "recipe": best.candidate.name,
+            "reason": best.attempt["reason"],
+            "epochs": best.epochs,
+            "ended_by": best.ended_by,
+            "settings": _as_trained(best),
+            "plan": manifest["plan"],
+            "recipes_tried": recipes,
+            "scope": basis(sides[0].evidence, sides[1].evidence),
+            "before": {**judged(sides[0].summary()), "at_chance": at_chance},
+            "after": judged(sides[1].summary()),
+            "chosen": best.chosen.to_json(),
+            "held_out": _held_out(best.chosen, **entries["held_out"]),
+            "generalisation": generalisation(
+                entries["held_out"]["n"], best.chosen.robust, **entries["generalisation"]
+            ),
+            "curve": [point.to_json() for point in best.curve],
+            "notes": [
+                *entries["notes"],
+                *(note for attempt in trained for note in _training_notes(attempt)),
+                *_attempts_note(recipes, best),
+            ],
+            "cost": _cost(trained, best, manifest["plan"]),
+            "model": dict(best.subject.card),
+            "data": manifest["data"],
+            "versions": manifest["versions"],
+            "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
+        }
+    )
+    return card
+
+
+def _cost(trained: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str, float]:
+    """Cost of all trainings and of the planning; `budget_used` is the share of the budget that the best one used."""
+    points = [point for attempt in trained for point in attempt.curve]
+    totals = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
+    totals["planning_s"] = plan["planning_s"]
+    if plan["budget_s"] is None:
+        return totals
+    used_s = plan["planning_s"] + sum(point.wall_s for point in best.curve)
+    return {
+        **totals,
+        "budget_s": plan["budget_s"],
+        "budget_used": used_s / plan["budget_s"],
+        "plans": best.plans,
+    }
+
+
+def _as_trained(trained: Made) -> dict[str, Any]:
+    """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
+    settings_of_training, last = trained.candidate.recipe.training, trained.curve[-1]
+    decided = {"epochs": trained.epochs, "weight_decay": settings_of_training.decay}
+    if last.batch != settings_of_training.batch:  # batches were split after an out-of-memory error
+        decided |= {
+            "batch": last.batch,
+            "lr": settings_of_training.lr * last.batch / settings_of_training.batch,
+        }
+    settings = trained.candidate.settings
+    return {**settings, "training": {**settings.get("training", {}), **decided}}
+
+
+def _held_out(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
+    """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
+    after = held_out_metrics(n, chosen.clean, chosen.robust)
+    return {"n": n, "before": held_out_metrics(n, *before), "after": after}
+
+
+def generalisation(n: int, robust: float, n_training: int, robust_in_training: float) -> dict[str, Any]:
+    """Return the robust accuracy on training examples, and the robust error on `n` held-out examples minus that on the
+    training examples.
+    """
+    counts = round(robust * n), n, round(robust_in_training * n_training), n_training
+    return {
+        "n_training": n_training,
+        "robust_in_training": robust_in_training,
+        "robust_error_gap": vars(robust_error_gap(*counts)),
+    }
+
+
+def held_out_metrics(n: int, clean: float, robust: float) -> dict[str, Any]:
+    """Return the clean and the robust accuracy on `n` held-out examples with their intervals, from their values."""
+    shares = {"clean_accuracy": clean, "robust_accuracy": robust}
+    return {name: vars(proportion(torch.arange(n) < round(share * n))) for name, share in shares.items()}
+
+
+def _placed(command: str, folder: Path) -> str:
+    """The command that opens the model, with the path of the file in `folder`."""
+    words = shlex.split(command)
+    return shlex.join(str(folder / MODEL) if word == MODEL else word for word in words)
+
+
+def opened_by(opens: str, data: str) -> str:
+    """Return the command line that assesses the new model. It contains the placeholder `DATA` if the data cannot be
+    named in one word.
+    """
+    return f"holdfast assess {MODEL} {'DATA' if ' ' in data else shlex.quote(data)} {opens}".rstrip()
+
+
+def _attempts_note(recipes: Sequence[str], best: Made) -> list[str]:
+    """A note on why there was more than one training."""
+    if len(recipes) == 1:
+        return []
+    return [
+        (
+            f"doubts were raised, so several recipes were tried: {', '.join(recipes)}; the result is that of "
+            f"{best.candidate.name}"
+        )
+    ]
+
+
+def _training_notes(trained: Made) -> list[str]:
+    """Notes on a training: where memory ran out, how often its guard added a step, and its certified accuracy."""
+    notes = _batch_size_notes(trained.curve, trained.candidate)
+    if trained.raised:
+        times = "once" if trained.raised == 1 else f"{trained.raised} times"
+        limit_text = ", which is as often as it may" if trained.raised == MOST_RAISED else ""
+        guard_text = (
+            f"a single step was overfitted to, so the guard asked for another one {times}{limit_text}"
+        )
+        notes.append(f"{trained.candidate.name}: {guard_text}")
+    if trained.chosen.certified is not None:
+        notes.append(
+            f"{trained.candidate.name}: the checkpoint was chosen by the accuracy that CROWN-IBP proves on the "
+            f"held-out examples, {100 * trained.chosen.certified:.1f} %; better bounds prove as much or more"
+        )
+    return notes
+
+
+def _batch_size_notes(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
+    """Notes on where memory ran out, and the new batch size."""
+    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
+    return [
+        f"memory ran out in epoch {epoch}: batches of {size} in place of {size_before} from there on, the rate scaled "
+        "alike"
+        for epoch, (size_before, size) in enumerate(pairwise(sizes), 1)
+        if size != size_before
+    ]

@@ -1,0 +1,220 @@
+"""Separates held-out examples, on which the best checkpoint is chosen, and removes test examples from the training
+examples.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from holdfast.attacks.parts.losses import margin
+from holdfast.attacks.pgd import margin_pgd
+from holdfast.certifiers.provers import CrownIBP
+from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.pieces import results_in_pieces
+from holdfast.core.remedies import OTHER_EXAMPLES
+from holdfast.core.threat import ThreatModel
+from holdfast.recipes import SABR, IBPTraining
+from holdfast.recipes.training.fit import drawing
+from holdfast.recipes.training.recipe import Recipe
+
+EVALUATION_ATTACK = margin_pgd(steps=20)
+"""The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another
+loss than in training."""
+CERTIFIED = (IBPTraining, SABR)
+"""The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
+_HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
+_EVERY = 10  # at most one training example of this many is held out
+_TRACED = 8  # examples on which the graph of operations is compared with the model
+_HARMLESS = 0.001  # size of the threat model in multiples of eps
+_NAMED = 3  # duplicates that a message names
+
+
+@dataclass(frozen=True)
+class TrainingExamples:
+    """The training examples of a hardening, and the held-out examples on which the best checkpoint is chosen."""
+
+    rest: Batch
+    held_out: Batch
+    digest: str
+    """SHA-256 over all training and held-out examples, in hex"""
+    notes: tuple[str, ...]
+    """notes on which examples were left out of the training, and why"""
+
+
+def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> TrainingExamples:
+    """Split `data` into training examples and held-out examples, after removing all inputs that also occur in
+    `excluded`.
+
+    `excluded` contains the test examples. Raises an error if a class has no training example left.
+    """
+    refuse_missing_classes(data, classes)
+    fresh, judged = without_judged(data, excluded)
+    rest, held = split_of(fresh, seed)
+    rest, chosen_by = without_held(rest, held)
+    notes = tuple(note for note in (judged, chosen_by) if note)
+    if notes:
+        refuse_missing_classes(rest, classes, after="; ".join(notes))
+    return TrainingExamples(rest, held, digest_of(fresh), notes)
+
+
+def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
+    """Split labelled examples into training examples and held-out examples at random. The split is determined by the
+    seed.
+
+    At least one example of each class stays in the training examples. At most `most` examples are held out, and at most
+    one in `every`. Raises `UsageError` if fewer than 50 would be held out.
+    """
+    labelled = data.y != UNLABELLED
+    order = Draws(seed).at("held out").bits(data.ids).argsort()
+    order = order[labelled[order]]
+    last_of_class = {label: place for place, label in enumerate(data.y[order].tolist())}
+    can_be_held_out = torch.ones_like(order, dtype=torch.bool)
+    can_be_held_out[list(last_of_class.values())] = False
+    n = min(most, len(order) // every, int(can_be_held_out.sum()))
+    if n < _LEAST_HELD_OUT:
+        raise UsageError(
+            f"{len(order)} training examples leave {n} held-out examples; at least "
+            f"{_LEAST_HELD_OUT * every} training examples are needed",
+            replace(OTHER_EXAMPLES, reason="for more examples"),
+        )
+    held_out = torch.zeros_like(labelled)
+    held_out[order[can_be_held_out][:n]] = True
+    return data.take(~held_out), data.take(held_out)
+
+
+def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel) -> tuple[float, float]:
+    """Return the clean accuracy of a model on the held-out examples, and its accuracy under the short attack that
+    compares checkpoints.
+    """
+    mode = model.training
+    model.eval()
+
+    def counts(part: Batch) -> tuple[int, int]:
+        with torch.no_grad():
+            correct = margin(model(part.x), part) > 0
+        correct_examples, n_robust = part.take(correct), 0
+        if len(correct_examples):
+            x_adv = EVALUATION_ATTACK(model, correct_examples, threat, rng=Draws(0).at("look"))
+            with torch.no_grad():
+                n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
+        return int(correct.sum()), n_robust
+
+    with drawing(Draws(0).at("look"), held_out.x.device):
+        right, n_robust = map(sum, zip(*results_in_pieces(held_out, counts), strict=True))
+    model.train(mode)
+    return right / len(held_out), n_robust / len(held_out)
+
+
+def proved_accuracy(
+    model: Classifier, held_out: Batch, threat: ThreatModel, recipes: Sequence[Recipe]
+) -> float | None:
+    """Return the share of the held-out examples for which CROWN-IBP proves that no input of the threat model is
+    misclassified; None if none of the recipes is a certified training.
+    """
+    if not any(isinstance(recipe, CERTIFIED) for recipe in recipes):
+        return None
+    mode = model.training
+    prover = CrownIBP().ready(model.eval(), held_out.take(torch.arange(min(_TRACED, len(held_out)))), threat)
+    certified = results_in_pieces(held_out, lambda part: int(prover(part).certified.sum()))
+    model.train(mode)
+    return sum(certified) / len(held_out)
+
+
+def harmless(threat: ThreatModel) -> ThreatModel:
+    """Return the threat model with an eps so small that attacks break no example. It is used to measure how long
+    attacks take.
+
+    Attacks then take as many passes as on a robust model. Eps is not zero, because a projection would then do less
+    work.
+    """
+    constraint = threat.constraint
+    return replace(threat, constraint=constraint.resized(_HARMLESS * constraint.eps))
+
+
+def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
+    """Remove the test examples from the training examples. Return the remaining ones, and a note on the number of
+    duplicates.
+
+    Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
+    """
+    judged: dict[bytes, int] = {}
+    for begin in range(0, len(test), 1_000):
+        part = test.read(begin, min(begin + 1_000, len(test)))
+        judged |= dict(zip(_input_hashes(part), part.ids.tolist(), strict=True))
+    fresh, duplicates = _without_duplicates(data, judged)
+    if not duplicates:
+        return data, ""
+    pairs = ", ".join(f"{row} is test example {test_id}" for row, test_id in duplicates[:_NAMED])
+    more = f" and {len(duplicates) - _NAMED:,} more" if len(duplicates) > _NAMED else ""
+    note = (
+        f"{len(duplicates):,} of {len(data):,} training examples are also test examples: training example "
+        f"{pairs}{more}"
+    )
+    if not len(fresh):
+        raise UsageError(f"{note}; give other test examples, or other training examples", OTHER_EXAMPLES)
+    return fresh, f"{note}; they are not used for the training"
+
+
+def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
+    """Remove the training examples that are equal to a held-out example. Return the remaining ones, and a note on the
+    number of duplicates.
+
+    Raises `UsageError` if no example is left.
+    """
+    fresh, duplicates = _without_duplicates(
+        rest, dict(zip(_input_hashes(held), held.ids.tolist(), strict=True))
+    )
+    if not duplicates:
+        return rest, ""
+    note = f"{len(duplicates):,} training examples equal one of the {len(held):,} that choose the checkpoint"
+    if not len(fresh):
+        raise UsageError(f"all {note}, so no training example is left", OTHER_EXAMPLES)
+    return fresh, f"{note}; they are not used for the training"
+
+
+def _without_duplicates(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
+    """The examples whose inputs are not in `others`, and the ids of the others with the ids of their duplicates."""
+    names = _input_hashes(data)
+    fresh = torch.tensor([name not in others for name in names], device=data.x.device)
+    rows = zip(data.ids.tolist(), names, strict=True)
+    return data.take(fresh), [(row, others[name]) for row, name in rows if name in others]
+
+
+def _input_hashes(data: Batch) -> list[bytes]:
+    """A hash of the bytes of each input; -0 is treated as 0."""
+    rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
+    # Adding zero turns -0 into 0.
+    return [hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest() for row in rows]
+
+
+def digest_of(data: Batch) -> str:
+    """Return the SHA-256 of the inputs and labels of a batch, in hex."""
+    sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
+    sha.update(data.y.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> None:
+    """Raise `TargetError` if the training data have fewer than two classes, or no example of a class of the model.
+
+    `after` is a note for the message on examples that were left out before.
+    """
+    present = torch.unique(data.y[data.y != UNLABELLED]).tolist()
+    prefix = f"{after}; " if after else ""
+    if len(present) < 2:
+        finding = f"all training labels are {present[0]}" if present else "no training example has a label"
+        raise TargetError(
+            f"{prefix}{finding}; at least two classes are needed: check the label column",
+            OTHER_EXAMPLES,
+        )
+    missing = sorted(set(range(classes)) - set(present))
+    if missing:
+        raise TargetError(
+            f"{prefix}no training example is of class {', '.join(map(str, missing))}, of the {classes} that the model "
+            f"has; add examples, or give a model of {classes - len(missing)} classes"
+        )

@@ -1,0 +1,327 @@
+"""Measures how long the updates of a recipe take on this machine, and plans how many of them fit into a time budget."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.checkpoint import STATE, Checkpoint, TrainingPlan
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.pieces import half_batch, results_in_pieces
+from holdfast.core.remedies import Remedy
+from holdfast.core.threat import ThreatModel
+from holdfast.recipes.training.distributed import broadcast, processes
+from holdfast.recipes.training.fit import updates
+from holdfast.recipes.training.recipe import Recipe, trained_as
+from holdfast.runs.harden.checkpoints import BEST, LAST, save
+from holdfast.runs.harden.held_out import harmless
+
+_SHORT = 3  # updates in the shorter trial
+_LEAST_EXAMPLES = 512  # smallest number of examples in it: guards need more than 256
+_LEAST, _MOST = 2, 400  # smallest and largest number of further updates in the longer trial
+_TRIED = 0.01  # largest share of the budget for each of the two trials
+_NEGLIGIBLE_LR = 1e-9  # a learning rate so small that the loss cannot diverge
+_TRIALS = 3  # trials of a single slow update, since a busy machine may be slow for a moment
+_AGAIN = 0.05  # largest share of the budget for all these trials; later plans correct a slow measurement
+_RETIMED = 0.4  # share of the budget above which a first update is timed once more
+_SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
+_USED = 0.97  # share of the budget that is planned if plans are repeated during the training
+_EVALUATION_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
+_FIRST = 50  # smallest number of updates in the first plan, which is replaced after one update
+_REVIEW = 0.01  # share of the budget between two plans
+_REVIEW_LEFT = 0.1  # the same of the rest of the budget, for a machine that becomes slower
+
+Clock = Callable[[], float]
+"""Function that returns the time in seconds since an arbitrary moment."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Measured training time of a recipe on this machine, in seconds per update and per epoch."""
+
+    update: float
+    epoch: float
+    """seconds of all updates of an epoch, of saving its checkpoint and, if its time is known, of the evaluation after
+    it"""
+
+    held_out: int = 0
+    """number of held-out examples in an evaluation; 0 if the evaluation was not timed"""
+
+    def between(self, per_epoch: int) -> float:
+        """Return the seconds of an epoch of `per_epoch` updates that are used for other work than updates, such as
+        saving the checkpoint.
+        """
+        return max(self.epoch - per_epoch * self.update, 0.0)
+
+
+def pace(
+    recipe: Recipe,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    budget_s: float,
+    clock: Clock = time.perf_counter,
+) -> Pace:
+    """Measure how long the updates of a recipe take, by training a copy of the model for some updates. The copy is then
+    discarded.
+
+    The time of an evaluation is not included. If memory runs out, smaller batches are used.
+    """
+    size = min(recipe.training.batch, len(data))
+    while True:
+        try:
+            return _paced(recipe, size, model, data, threat, budget_s, clock)
+        except (RuntimeError, MemoryError) as error:
+            size = smaller(size, error)
+
+
+def smaller(batch: int, error: BaseException) -> int:
+    """Return half of a training batch size, after the error `error` reported that memory ran out.
+
+    Any other error is raised again. Raises `TargetError` if the batch cannot be halved, or if several processes train
+    together, because these cannot change the batch size.
+    """
+    half = half_batch(batch, error)
+    if processes() > 1:
+        raise TargetError(
+            f"memory ran out for a batch of {batch} on {processes()} processes; start a new run with a smaller one",
+            Remedy("recipe.training.batch", half),
+        ) from error
+    return half
+
+
+@dataclass(frozen=True)
+class _Trial:
+    seconds: float
+    updates: int
+    examples: int
+    last: Checkpoint
+
+    @property
+    def each(self) -> float:
+        """Seconds for each update of the trial training, including a share of the fixed costs."""
+        return self.seconds / self.updates
+
+
+def _paced(
+    recipe: Recipe,
+    size: int,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    budget_s: float,
+    clock: Clock,
+) -> Pace:
+    """Measure two trials of different length; costs that are the same in both are counted once for each epoch.
+
+    The labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
+    model, and no guard adds a step. If an update is slow, a single one is timed and includes the fixed costs.
+    """
+    settings = recipe.training
+    short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size)
+    rows, least_examples = torch.arange(len(data), device=data.x.device), max(_SHORT * size, _LEAST_EXAMPLES)
+    n_updates = updates(len(data), size)
+
+    def trial(n: int) -> _Trial:
+        part = with_predicted_labels(model, data.take(rows[:n]))
+        start = clock()
+        *_, last = trained_as(recipe, short_settings)(model, part, harmless(threat), rng=Draws(0))
+        seconds = broadcast(clock() - start)  # all processes take the same decisions
+        return _Trial(seconds, updates(len(part), size), len(part), last)
+
+    update_trial = trial(size)  # selects kernels and fills caches, so it is slower than the next ones
+    spent_s = update_trial.seconds
+    if settings.compiled or spent_s <= _AGAIN * budget_s or spent_s > _RETIMED * budget_s:
+        update_trial = trial(size)
+        spent_s += update_trial.seconds
+    if not settings.compiled and updates(least_examples, size) * update_trial.seconds > _TRIED * budget_s:
+        update_trial = _quickest(update_trial, lambda: trial(size), spent_s, budget_s)
+        kept_s = _saving_s(update_trial.last, update_trial.examples, len(data), clock)
+        return Pace(update_trial.seconds, update_trial.seconds * n_updates + kept_s)
+    short = trial(least_examples)
+    update, fixed_s = short.each, 0.0
+    n_more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
+    if n_more >= _LEAST:
+        # The difference of two trials does not contain the fixed costs of a training, such as the first compilation.
+        update = _marginal_s(short, trial(least_examples + n_more * size))
+        fixed_s = 0.0 if settings.compiled else max(short.seconds - short.updates * update, 0.0)
+    return Pace(
+        update, update * n_updates + fixed_s + _saving_s(short.last, short.examples, len(data), clock)
+    )
+
+
+def _quickest(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
+    """The fastest of several trials: the first one, and repetitions as far as the budget allows."""
+    for _ in range(_TRIALS - 1):
+        if spent_s + trial.seconds > _AGAIN * budget_s:
+            break
+        trial = min(trial, repeat(), key=lambda candidate: candidate.seconds)
+        spent_s += trial.seconds
+    return trial
+
+
+def with_predicted_labels(model: Classifier, data: Batch) -> Batch:
+    """Replace the labels of the data by the predictions of the model. Unlabelled examples remain unlabelled."""
+    mode = model.training
+    model.eval()
+    with torch.no_grad():
+        predictions = torch.cat(results_in_pieces(data, lambda part: model(part.x).argmax(1)))
+    model.train(mode)
+    return data.labelled(torch.where(data.y == UNLABELLED, data.y, predictions))
+
+
+def _marginal_s(short: _Trial, long: _Trial) -> float:
+    """Seconds for each update, from the difference of two trials."""
+    if long.updates == short.updates:
+        return long.each
+    return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
+
+
+def _saving_s(checkpoint: Checkpoint, n_trial: int, n_all: int, clock: Clock) -> float:
+    """Seconds to write a checkpoint as the last and as the best one, at the size it would have with all examples."""
+    with tempfile.TemporaryDirectory() as place:
+        enlarged = _grown(checkpoint, n_trial, n_all)
+        start = clock()
+        for name in (LAST, BEST):
+            save(Path(place), name, enlarged, ())
+        return broadcast(clock() - start)
+
+
+def _grown(checkpoint: Checkpoint, n_trial: int, n_all: int) -> Checkpoint:
+    """The checkpoint with `n_all` examples instead of `n_trial`: the recipe's state for each example grows."""
+    tensors = {
+        name: value.new_zeros(n_all, *value.shape[1:])
+        if name.startswith(STATE) and value.shape[:1] == (n_trial,)
+        else value
+        for name, value in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
+
+
+def whole_epochs(budget_s: float, measured: Pace) -> int:
+    """Return the number of whole epochs of a training that fit into a time budget. It is 0 if not even one fits."""
+    return max(int(_SPARE * budget_s / measured.epoch), 0)
+
+
+def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
+    """Return the number of training updates that fit into `seconds` of time. After each epoch, an evaluation takes
+    `look_s` seconds.
+
+    The count starts after `position` updates of an epoch of `per_epoch` updates. The last epoch may be incomplete; an
+    evaluation follows it as well.
+    """
+    left_in_epoch = per_epoch - position
+    first_s = left_in_epoch * update_s + look_s
+    if seconds < first_s:
+        return _whole((seconds - look_s) / max(update_s, 1e-9))
+    whole_epoch = max(per_epoch * update_s + look_s, 1e-9)
+    n_whole = _whole((seconds - first_s) / whole_epoch)
+    rest_s = seconds - first_s - n_whole * whole_epoch - look_s
+    return left_in_epoch + n_whole * per_epoch + _whole(rest_s / max(update_s, 1e-9))
+
+
+def _whole(times: float) -> int:
+    """Round down, with a tolerance for rounding errors."""
+    return max(int(times + 1e-6), 0)
+
+
+def epochs_fitting(budget_s: float, measured: Pace, per_epoch: int) -> float:
+    """Return the number of epochs of a training that fit into a time budget, which may be fractional. It is 0 if not
+    even one update fits.
+    """
+    look_s = measured.between(per_epoch)
+    return updates_fitting(_planned_s(budget_s, look_s), measured.update, look_s, 0, per_epoch) / per_epoch
+
+
+def seconds_for_an_epoch(budget_s: float, epochs: float, epoch_s: float) -> int:
+    """Return the seconds of a time budget that suffices for one epoch of `epoch_s` seconds, rounded up, if a part of an
+    epoch, `epochs`, fits into `budget_s`.
+    """
+    return math.ceil(budget_s + (1 - epochs) * epoch_s / _USED)
+
+
+def _planned_s(budget_s: float, look_s: float) -> float:
+    """The seconds of a budget that are planned."""
+    return _USED * budget_s - _EVALUATION_SPARE * look_s
+
+
+class Pacer:
+    """Plans how many updates of a training fit into a time budget, and repeats the plan during the training.
+
+    A plan depends only on the plan before and on the elapsed time.
+    """
+
+    def __init__(
+        self, budget_s: float, epoch_s: float, look_s: float, spent_s: float, clock: Clock = time.perf_counter
+    ) -> None:
+        """Create a pacer for a budget of `budget_s` seconds, of which `spent_s` are already used.
+
+        `epoch_s` and `look_s` are the seconds of an epoch and of the evaluation within it, measured before the
+        training.
+        """
+        self._budget_s, self._updates_s, self._look_s, self._clock = (
+            budget_s,
+            epoch_s - look_s,
+            look_s,
+            clock,
+        )
+        self._begun = clock() - spent_s
+
+    def __call__(self, done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
+        """Return the plan after `done` updates, of which `position` belong to the current epoch."""
+        spent_s = self._clock() - self._begun
+        update_s, look_s, interval = self._estimated(done, spent_s, per_epoch, last)
+        planned_s = _planned_s(self._budget_s, look_s) - spent_s
+        n = updates_fitting(planned_s, update_s, look_s, position, per_epoch)
+        end = done + (n if done else max(n, _FIRST))
+        between_s = min(_REVIEW * self._budget_s, _REVIEW_LEFT * max(planned_s - look_s, 0.0))
+        largest_interval = max(int(between_s / max(update_s, 1e-9)), 1)
+        share = 0.0 if last is None else last.done(done)
+        return TrainingPlan(
+            done, share, end, done + min(interval, largest_interval), spent_s, update_s, look_s
+        )
+
+    def _estimated(
+        self, done: int, spent_s: float, per_epoch: int, last: TrainingPlan | None
+    ) -> tuple[float, float, int]:
+        """Current estimates of the seconds of an update and of an evaluation, and the updates until the next plan."""
+        if last is None:
+            return self._updates_s / per_epoch, self._look_s, 1
+        n, seconds = done - last.at, spent_s - last.spent_s
+        if not n:  # two plans at the same update differ by an evaluation only
+            look_s = seconds if done <= per_epoch else (last.look_s + seconds) / 2
+            return last.update_s, look_s, max(last.review - last.at, 1)
+        seconds_per_update = seconds / n
+        # the measurement before the training, or the first updates, may have been slow for a moment
+        update_s = (
+            min(last.update_s, seconds_per_update)
+            if last.at == 0
+            else (last.update_s + seconds_per_update) / 2
+        )
+        return update_s, last.look_s, 2 * n
+
+
+def too_small(budget_s: float, measured: Pace, per_epoch: int, spent_s: float) -> UsageError:
+    """Return the error for a time budget in which no training update fits. It states a budget that would be
+    enough.
+    """
+    look_s = measured.between(per_epoch)
+    least_s = math.ceil((measured.update + (1 + _EVALUATION_SPARE) * look_s + spent_s) / _USED)
+    suggestion = f"{least_s}s" if least_s < 120 else f"{math.ceil(least_s / 60)}min"
+    return UsageError(
+        f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(measured.update)} on this machine, "
+        f"the evaluation and the checkpoint after it {_seconds(look_s)}, and measuring these times took "
+        f"{_seconds(spent_s)}; fewer steps take less time",
+        Remedy("budget", suggestion, reason="or more"),
+    )
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.2g} s" if time < 10 else f"{time:.0f} s"

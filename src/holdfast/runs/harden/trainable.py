@@ -1,0 +1,157 @@
+"""Checks whether a model can be trained, and creates a copy of it for training."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.gradients import input_gradient
+from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
+from holdfast.core.names import kind_of
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs
+from holdfast.io.models.keras_models import KerasNet
+from holdfast.recipes import MultiNormTraining
+from holdfast.recipes.training.fit import drawing
+from holdfast.recipes.training.recipe import Recipe
+
+_NAMED = 3  # frozen parameters that a message names
+
+
+def refuse_untrainable(model: Classifier) -> None:
+    """Raise an error if a model cannot be trained, for example because it has no gradients.
+
+    Raises `TargetError` if it is not a network, has no gradients or cannot be saved in a checkpoint, and `UsageError`
+    if all parameters are frozen.
+    """
+    if model.access != "gradients":
+        raise TargetError(
+            f"the model gives only {model.access} and no gradients, so it cannot be trained: {model.hides}"
+        )
+    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
+        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TargetError(
+            "the model is TorchScript, whose copies cannot be trained; give the network from which it was made, as in "
+            "net.py:make"
+        )
+    if isinstance(model.net, KerasNet):
+        raise TargetError(
+            f"the model is a {model.net.name} of Keras, whose layers have state that is not part of a checkpoint; "
+            "train it with Keras, or give the same network built of torch.nn, as in net.py:make"
+        )
+    refuse_lazy(model)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TargetError(
+                f"{name} of the model is {kind_of(value)}, and a checkpoint contains only tensors; keep what "
+                f"get_extra_state returns in buffers, with register_buffer"
+            )
+    frozen = _frozen(model)
+    if len(frozen) == sum(1 for _ in model.parameters()):
+        raise UsageError(
+            f"all {len(frozen)} parameters are frozen; set requires_grad=True in the function that builds the model"
+        )
+
+
+def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
+    """Return notes for the report on properties of a model that impair its training, such as frozen parameters.
+
+    A note states that some parameters are frozen, that the loss does not depend on some, that the model changes its
+    inputs in place, or that no gradient reaches the inputs.
+    """
+    frozen, unused = _frozen(model), _unused(model, x)
+    n_parameters = sum(1 for _ in model.parameters())
+    frozen_note = (
+        f"{len(frozen)} of {n_parameters} parameters are frozen and are not trained: {_shown(frozen)}"
+    )
+    unused_note = (
+        f"{len(unused)} of {n_parameters} parameters are not trained, because the logits do not depend on them: "
+        f"{_shown(unused)}. Of several outputs in training mode, as of auxiliary classifiers, only the first is trained"
+    )
+    flat_note = (
+        f"no gradient reaches any of the first {len(x)} held-out examples, so a gradient-based attack in the training "
+        f"changes them at random; find the operation that stops it (detach, no_grad, rounding) with holdfast doctor"
+    )
+    return tuple(
+        text
+        for text, applies in (
+            (frozen_note, frozen),
+            (unused_note, unused),
+            (IN_PLACE, model.rewrites),
+            (flat_note, _flat(model, x)),
+        )
+        if applies
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+def _unused(model: Classifier, x: Inputs) -> list[str]:
+    """Names of the parameters on which the logits in training mode do not depend, without frozen ones."""
+    copied = deepcopy(model).train()
+    weights = {name: weight for name, weight in copied.named_parameters() if weight.requires_grad}
+    try:
+        with torch.enable_grad(), drawing(Draws(0).at("unused"), x.device):
+            copied(x).sum().backward()
+    except (TargetError, RuntimeError, MemoryError):
+        return []  # the training raises it again
+    return [name for name, weight in weights.items() if weight.grad is None]
+
+
+def _flat(model: Classifier, x: Inputs) -> bool:
+    """Whether no gradient reaches the inputs."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad(), drawing(Draws(0).at("flat"), x.device):
+        top = deepcopy(model).eval()(leaf).amax(1)
+        return not input_gradient(top, leaf).any()
+
+
+def _frozen(model: Classifier) -> list[str]:
+    return [name for name, weight in model.named_parameters() if not weight.requires_grad]
+
+
+def copy_of(model: Classifier) -> Classifier:
+    """Return a copy of a model. Raises `TargetError` if the model cannot be copied, or the copy shares its weights."""
+    try:
+        copied = deepcopy(model)
+    except Exception as error:  # a layer may raise any exception
+        raise TargetError(
+            "the model cannot be copied, but a copy is needed because the given model is never changed: "
+            f"{type(error).__name__}: {error}; define the methods that copy.deepcopy needs, such as __deepcopy__"
+        ) from error
+    addresses = {
+        weight.data_ptr() for weight in model.parameters() if weight.numel()
+    }  # others have the address 0
+    if any(weight.data_ptr() in addresses for weight in copied.parameters()):
+        raise TargetError(
+            "a copy of the model shares its weights, but the given model must not change; let its "
+            "__deepcopy__ copy them"
+        )
+    return copied
+
+
+def learner_of(model: Classifier, x: Inputs) -> Classifier:
+    """Return a copy of a model that can be trained or attacked, on the device of the inputs `x`.
+
+    If the model changes its inputs in place, the copy clones them before each pass. Training and evaluation mode are
+    both tested, because for example dropout changes inputs in training mode only.
+    """
+    copied = copy_of(model).to(x.device)
+    with drawing(Draws(0).at("in place"), x.device):
+        copied.rewrites = any(
+            rewrites(deepcopy(copied).train(is_training), x) for is_training in (False, True)
+        )
+    return copied
+
+
+def threats_of(threat: ThreatModel, recipes: Sequence[Recipe]) -> list[ThreatModel]:
+    """Return the given threat model, followed by a copy of it for each other norm that the recipes train for."""
+    others = [norm for recipe in recipes if isinstance(recipe, MultiNormTraining) for norm in recipe.others]
+    return [threat, *(replace(threat, constraint=norm) for norm in others)]

@@ -1,0 +1,324 @@
+"""Stages that run an attack on some of the examples, such as the stages of the attacks of the suite."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.parts.sampling import sample_rows
+from holdfast.attacks.protocol import Learned, Placed
+from holdfast.core.batch import Batch
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns, in_table
+from holdfast.core.guard import Aim
+from holdfast.core.names import slug
+from holdfast.core.pieces import Pieces
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Ids, Mask, PerExample
+from holdfast.runs.harness.kinds.fit import Fit, fit_stage_of
+from holdfast.runs.harness.stage import (
+    Against,
+    Member,
+    Outline,
+    Schedule,
+    Stage,
+    StageKind,
+    Work,
+    broken_by_suite,
+    certified_in,
+    suite_columns,
+)
+from holdfast.runs.harness.verdict import (
+    DISTANCES,
+    aimed,
+    cost_columns,
+    returned,
+    stored_inputs,
+    unattacked,
+    verdict_of,
+    votes,
+)
+from holdfast.statistics.detection_rates import balance, median_width, threshold
+
+if TYPE_CHECKING:
+    from holdfast.runs.harness.plan import Plan
+
+LEAST = 32
+"""Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
+AT_TIMES = 0.05
+"""Adaptive attacks continue with a broken example if it is correct in more than this fraction of the votes."""
+TESTED = 32
+"""Number of certified examples that attacks are run on, as a test of the certificates."""
+_PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
+
+
+class AttackKind(StageKind, Protocol):
+    """Base class of the kinds of stages that run an attack on chosen examples."""
+
+    aware: ClassVar[bool] = False
+    """whether the attack always uses knowledge of the defence"""
+
+    def ready(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
+        """Return the stage with values from earlier stages: the fitted perturbation of a learned attack, or the
+        detector's threshold that the attack evades.
+
+        A stage that needs neither is returned unchanged.
+        """
+        if stage.member is not None and stage.member.against is not None:
+            return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
+        learned = learned_for(stage, by_stage)
+        return stage if learned is None else with_learned(stage, learned)
+
+    def run(self, stage: Stage, work: Work) -> Columns:
+        """Run the attack of the stage on the chosen examples of a shard, and return the columns of all examples of the
+        shard.
+
+        A pass outside the suite does not store inputs of examples that the suite has already broken.
+        """
+        batch, plan, chosen = work.batch, work.plan, work.chosen
+        target = work.target
+        aware = stage.adaptive or self.aware
+        target = replace(target, quick=target.view if aware else target.quick, aim=stage.aim)
+        missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
+        rng, work = Draws(plan.seed).at("stage", stage.name), replace(work, target=target)
+        columns = self.columns(work.clean)
+        if isinstance(stage.attack, Placed):
+            columns |= {name: torch.zeros_like(columns["queries"]) for name in (_PLACES, _BROKEN_AT_RANDOM)}
+        chosen = torch.ones_like(work.clean["correct"]) if chosen is None else chosen
+        # the examples that are not attacked count as finished in the progress of the shard
+        work.room.progress(int((~chosen).sum()))
+        if not chosen.any():
+            return columns
+        pieces = Pieces(batch.take(chosen), work.room)
+        for piece in pieces:
+            with pieces.attempt():
+                pieces.add(self.piece(stage, work, piece, rng, missed))
+        for name, values in pieces.columns().items():
+            if in_table(name):
+                columns[name] = values
+            else:
+                columns[name][chosen] = values
+        if plan.threat.constraint.judges_misclassified:
+            # the other examples were evaluated as well, but a misclassified one cannot be broken
+            columns["success"] &= work.clean["correct"] & work.clean["eligible"]
+        return columns
+
+    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
+        """Run the attack on one batch, and return as columns the judgement of its inputs by the original model, and its
+        cost.
+
+        Of the examples in `missed`, adversarial inputs are stored.
+        """
+        plan, target, threat = work.plan, work.target, self.threat(work.plan)
+        batch = aimed(batch, threat)
+        with target.repeatable(rng.at(int(batch.ids[0]))):
+            x_adv, spent = returned(stage.attack, threat, target, batch, rng)
+            _, columns = verdict_of(plan, target, batch, x_adv)
+            columns |= _at_random(stage, work, threat, batch, rng)
+        columns |= {
+            **cost_columns(spent),
+            "dead": spent.dead,
+            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
+        }
+        return {name: values.cpu() for name, values in columns.items()}
+
+    def threat(self, plan: "Plan") -> ThreatModel:
+        """Return the threat model under which an attack runs: that of the plan, or for minimum-norm attacks the same
+        without a limit eps.
+        """
+        return unlimited(plan.threat) if plan.smallest else plan.threat
+
+    def columns(self, clean: Columns) -> dict[str, Tensor]:
+        """Return the columns of an attack for examples that were not attacked."""
+        return unattacked(clean)
+
+    def as_if_broken(self, stage: Stage, work: Work) -> Columns:
+        """Return the columns that the stage would have if a change of size 0 broke every correct example. They serve to
+        check gates before a run.
+        """
+        unattacked_columns = self.columns(work.clean)
+        zeros = {
+            name: torch.zeros_like(unattacked_columns[name])
+            for name in (*DISTANCES, "score")
+            if name in unattacked_columns
+        }
+        return {**unattacked_columns, **zeros, "success": work.clean["correct"].clone()}
+
+
+class SuiteAttack(AttackKind):
+    """Kind of stage for the attacks of the suite and the adaptive attacks. Each is run on the examples that survive the
+    attacks before it.
+    """
+
+    name = "attack"
+    named = r"\d+-.*"
+    in_suite = True
+    listed = "attacks"
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """Return the stages of the attacks of the suite in their order, followed by those of the adaptive attacks.
+
+        A learned attack is preceded by the stage that fits it.
+        """
+        attacks = [
+            stage
+            for k, m in enumerate(plan.members, 1)
+            for stage in self._waves(plan, f"{k}-{slug(m.name)}", m)
+        ]
+        first = len(plan.members) + 1
+        return [
+            *attacks,
+            *(
+                Stage(f"{k}-{slug(m.name)}", self, m, adaptive=True)
+                for k, m in enumerate(plan.adaptive, first)
+            ),
+        ]
+
+    def _waves(self, plan: "Plan", name: str, member: Member) -> list[Stage]:
+        later = 0 if plan.full or plan.smallest else member.waves
+        names = (name, *(f"{name}-wave-{wave + 2}" for wave in range(later)))
+        fit = [Stage(fit_stage_of(name), Fit(), member)] if isinstance(member.attack, Learned) else []
+        return [*fit, *(Stage(stage_name, self, member, names[:k]) for k, stage_name in enumerate(names))]
+
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+        """Return the mask of the examples that an attack is run on: the surviving ones or, if the plan requires a full
+        measurement, all correct ones.
+
+        An attack with waves starts with the surviving examples of the lowest margins and continues while it succeeds:
+        the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
+        as the one before. No wave has fewer than `LEAST` examples, and a wave that breaks none is the last.
+
+        Of the examples that earlier stages certified, only a random sample is attacked, once by each attack.
+        """
+        clean, stages = by_stage["clean"], plan.stages()
+        eligible = clean["correct"] & clean["eligible"]
+        if plan.smallest or plan.full:
+            return eligible
+        certified = certified_in(stages, by_stage)
+        surviving, tested = (
+            eligible & ~broken_by_suite(stages, by_stage),
+            _tested(plan, by_stage["clean"], certified),
+        )
+        surviving, tested = surviving & ~certified, surviving & tested
+        measured = suite_columns(stages, by_stage)
+        if stage.adaptive:
+            return surviving | tested | eligible & ~certified & (_chance(clean, measured) > AT_TIMES)
+        first = (*stage.earlier, stage.name)[0]
+        waves = sum(later.earlier[:1] == (first,) for later in stages)
+        if not waves:
+            return surviving | tested
+        earlier = [by_stage[name] for name in stage.earlier]
+        if earlier and not earlier[-1]["success"].any():
+            return torch.zeros_like(surviving)
+        tried = (
+            torch.stack([torch.zeros_like(surviving), *(columns["ran"] for columns in earlier)]).any(0)
+            & ~certified
+        )
+        n_first = int((surviving & ~tried).sum() + tried.sum())
+        share = math.ceil(n_first / 2 ** (waves - max(len(earlier) - 1, 0)))
+        last = len(earlier) == waves
+        heights = _heights(clean, measured, goal=plan.threat.goal)
+        wave = _lowest(surviving & ~tried, heights, n_first if last else max(share, LEAST))
+        return wave if earlier else wave | tested
+
+    def evidence(
+        self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
+    ) -> Mapping[str, Tensor]:
+        """Return columns that single attacks add to the evidence: the distances of each minimum-norm attack, and
+        whether each example is correct under each corruption.
+        """
+        added: dict[str, Tensor] = {}
+        steps = [step for step in outline.steps if step.kind is self and step.name in by_stage]
+        if outline.smallest:
+            added |= {f"{step.name}.distance": by_stage[step.name]["distance"] for step in steps}
+        if isinstance(outline.threat.constraint, Corruptions):
+            added |= {f"{step.settings['name']}.right": by_stage[step.name]["right"] > 0.5 for step in steps}
+        return added
+
+
+def _tested(plan: Schedule, clean: Columns, certified: Mask) -> Mask:
+    """The random sample of the certified examples that are attacked as a test of their certificates."""
+    tested = torch.zeros_like(certified)
+    if certified.any():
+        tested[sample_rows(clean, certified, Draws(plan.seed).at("certified"), TESTED)] = True
+    return tested
+
+
+def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng: Draws) -> dict[str, Tensor]:
+    """The result at one random place of each image, for an attack that chooses among places; else empty."""
+    attack, target = stage.attack, work.target
+    if not isinstance(attack, Placed):
+        return {}
+    x_adv = attack.at_random(target.bare, batch, threat, rng=rng)
+    _, right, _ = votes(target, batch, x_adv, lambda logits: target.judged_logits(logits, batch.y))
+    tried = attack.tried(threat, batch.x.shape[1:])
+    return {_PLACES: torch.full_like(batch.ids, tried), _BROKEN_AT_RANDOM: (right <= 0.5).long()}
+
+
+def unlimited(threat: ThreatModel) -> ThreatModel:
+    """Return the threat model with a ball of infinite radius, because minimum-norm attacks search for the smallest
+    change.
+    """
+    return replace(threat, constraint=threat.constraint.resized(torch.inf))
+
+
+def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
+    """Return the perturbation that was fitted in an earlier stage for the attack of a stage, or None if its attack is
+    not a learned one.
+    """
+    first = fit_stage_of((*stage.earlier, stage.name)[0])
+    return by_stage[first]["learned.x"] if first in by_stage else None
+
+
+def with_learned(stage: Stage, learned: Tensor) -> Stage:
+    """Return a copy of the stage whose attack applies the perturbation that was fitted in an earlier stage."""
+    assert stage.member is not None
+    attack = stage.member.attack
+    assert isinstance(attack, Learned)
+    return replace(stage, member=replace(stage.member, attack=attack.fitted(learned)))
+
+
+def _heights(clean: Columns, measured: Mapping[str, Columns], *, goal: int | None) -> PerExample:
+    """The lowest margin reached for each example; the clean margin is included for an untargeted threat model."""
+    lowest = clean["margin"] if goal is None else torch.full_like(clean["margin"], torch.inf)
+    for columns in measured.values():
+        lowest = torch.where(columns["ran"], torch.minimum(lowest, columns["height"]), lowest)
+    return lowest
+
+
+def _chance(clean: Columns, measured: Mapping[str, Columns]) -> Tensor:
+    """The lowest share of votes in which each example is correct; 0 or 1 for a deterministic model."""
+    lowest = clean["right"]
+    for columns in measured.values():
+        lowest = torch.where(columns["ran"], torch.minimum(lowest, columns["right"]), lowest)
+    return lowest
+
+
+def _lowest(among: Mask, heights: PerExample, n: int) -> Mask:
+    """The `n` examples of lowest margin; the first ones among equals."""
+    rows = among.nonzero()[:, 0]
+    chosen = torch.zeros_like(among)
+    chosen[rows[heights[rows].argsort(stable=True)[:n]]] = True
+    return chosen
+
+
+SOFTNESS = 0.2
+"""Width of the transition of the gradient from network to detector, as a fraction of the median margin.
+
+See `Aim.softness`. With a sharp transition, the steps of an attack alternate between the two goals.
+"""
+
+
+def aim_of(against: Against, clean: Columns) -> Aim:
+    """Return the weight and the threshold with which an attack evades the detector of a model, computed from the
+    detector's scores for clean inputs.
+    """
+    if not against.weight:
+        return Aim(beyond=torch.inf)
+    scores, width = clean["score"], median_width(clean["class_margin"])
+    beyond = 0.0 if against.rejecting is None else threshold(scores, against.rejecting)
+    return Aim(against.weight * balance(scores, width), beyond, SOFTNESS * width)

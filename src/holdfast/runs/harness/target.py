@@ -1,0 +1,323 @@
+"""The model under test, which is frozen and in eval mode during a measurement."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.parts.masking import Masking, masking
+from holdfast.attacks.parts.prepare import in_training, quickened
+from holdfast.certifiers.smoothing.smoothed_votes import (
+    ATTACKED_DRAWS,
+    JUDGING_DRAWS,
+    SmoothedVotes,
+    smoothed_votes,
+)
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.guard import (
+    Aim,
+    refuse_inner,
+    rejected_as_correct,
+    score,
+    softly_rejected_as_correct,
+    with_aim,
+)
+from holdfast.core.logit_scale import change
+from holdfast.core.lookup import Lookup
+from holdfast.core.missing import WithMissing
+from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
+from holdfast.core.outputs import refused
+from holdfast.core.pieces import no_memory
+from holdfast.core.purpose import judging
+from holdfast.core.refused import Answering, for_label
+from holdfast.core.through import View, instead
+from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
+
+_T = TypeVar("_T")
+LOOKED_AT = 8
+"""Number of examples on which the model is inspected before a measurement."""
+
+REJECTS = (
+    "the model rejects inputs with a high detector score: an example survives if its clean input is accepted and "
+    "classified correctly, and no attacked input is accepted and misclassified; the attacks use network and detector "
+    "together"
+)
+"""Note on a model with a detector that rejects inputs."""
+
+_SAME = 1e-4  # largest difference, relative to the largest logit, of the outputs of a deterministic model
+
+
+@dataclass(frozen=True)
+class WithDetector:
+    """Wrapper of a model with a detector, as an ordinary classifier for attacks. An input that the model rejects counts
+    as correctly classified.
+    """
+
+    model: Model
+    batch: Batch
+    aim: Aim = Aim()
+
+    @property
+    def bounds(self) -> Bounds:
+        """Lowest and highest valid input values of the model."""
+        return self.model.bounds
+
+    @cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(self.batch.ids)
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Return the logits of the classes that attacks use; see `rejected_as_correct`."""
+        y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
+        logits = self.model(x, ids)
+        if self.aim == Aim():
+            return rejected_as_correct(logits, y)
+        aimed = with_aim(logits, self.aim)
+        exact = rejected_as_correct(aimed, y)
+        if not self.aim.softness:
+            return exact
+        return instead(exact, softly_rejected_as_correct(aimed, y, self.aim.softness))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model under test in two versions: the original `bare`, which judges inputs, and an equivalent frozen copy
+    `quick`, which attacks query.
+
+    Adaptive attacks query `view`, which has the same outputs, and gradients that bypass the parts of the model in
+    `masking`.
+    """
+
+    bare: Classifier
+    quick: Model
+    view: Model
+    randomised: bool
+    classes: int
+    notes: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
+    """notes on how `quick` was optimised"""
+    in_training: tuple[str, ...] = ()
+    """names of the dropout and batch norm layers that were in training mode; the model was measured
+    in evaluation mode"""
+    masking: Masking = Masking()
+    aim: Aim = Aim()
+    """how attacks treat the detector of a model that rejects inputs"""
+    blind: bool = False
+    """whether no gradient of the detector's score reaches an input, for example because the score
+    is rounded or binary"""
+    blind_view: bool = False
+    """whether no gradient of the detector's score reaches an input through `view`"""
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: str, make: Callable[[], _T]) -> _T:
+        """Return the result of `make` for a name, which is computed at the first call and kept for all copies of this
+        target, such as the traced graph of the model.
+        """
+        if name not in self._kept:
+            self._kept[name] = make()
+        kept: _T = self._kept[name]
+        return kept
+
+    @property
+    def smoothed(self) -> SmoothedVotes | None:
+        """Smoothed classifier that is the model under test; None for another model."""
+        return smoothed_votes(self.bare)
+
+    @property
+    def rejects(self) -> bool:
+        """Whether the model has an additional last logit for "rejected", which is not one of the `classes`."""
+        return self.bare.rejects
+
+    def logits(self, x: Inputs) -> Logits:
+        """Return the logits of the original model for the inputs `x`, computed without gradients."""
+        with torch.no_grad(), judging():
+            logits: Logits = self.bare(x)
+        return logits
+
+    def queried(self, model: Model, batch: Batch) -> Model:
+        """Return the model that attacks on a batch query. If the model has a detector, a rejected input counts as
+        correctly classified. Values that are missing in the batch stay missing.
+        """
+        if batch.x.isnan().any():
+            model = WithMissing(model, batch)
+        model = Answering(model, batch) if self.bare.remote else model
+        return WithDetector(model, batch, self.aim) if self.rejects else model
+
+    def judged_logits(self, logits: Logits, y: Labels) -> Tensor:
+        """Return the logits by which an attacked input is judged. An input that the model rejects counts as correctly
+        classified.
+        """
+        logits = for_label(logits, y) if self.bare.remote else logits
+        return rejected_as_correct(logits, y) if self.rejects else logits
+
+    def predicted(self, logits: Logits) -> Labels:
+        """Return the predicted class of each input, or -1 if the detector or the server of the model
+        rejects the input.
+        """
+        best = logits[:, : self.classes].argmax(1)
+        if self.bare.remote:
+            best = torch.where(refused(logits), -1, best)
+        return torch.where(self.rejected(logits), -1, best) if self.rejects else best
+
+    def rejected(self, logits: Logits) -> Mask:
+        """Return the mask of the inputs that the detector of the model rejects."""
+        return logits[:, -1] > logits[:, :-1].amax(1)
+
+    @contextmanager
+    def repeatable(self, rng: Draws) -> Iterator[None]:
+        """Context manager in which a randomised model uses the random numbers of `rng`. The random state of torch is
+        restored on exit.
+        """
+        if not self.randomised:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(rng.key >> 1)
+            yield
+
+
+@contextmanager
+def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[Target]:
+    """Context manager that puts the model into eval mode, yields it as the target of a measurement, and restores it on
+    exit.
+
+    With `adaptive`, the parts of the model are searched for causes of gradient masking.
+    """
+    # a frozen script module has no mode
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
+    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
+    left_in_training = in_training(model)
+    refuse_inner(model, outermost=model.rejects)
+    try:
+        model.eval().requires_grad_(False)
+        with fitted(base_of(model), sample.x):
+            target = _inspected(model, sample, left_in_training)
+            yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
+    finally:
+        # also after an error, since the model belongs to the caller
+        for module, training in modes:
+            module.training = training
+        for weight, trained in weights:
+            weight.requires_grad_(trained)
+
+
+def base_of(model: Classifier) -> Classifier:
+    """Return the base classifier of a smoothed one; another model is returned unchanged."""
+    smoothed = smoothed_votes(model)
+    return model if smoothed is None else smoothed.base
+
+
+def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
+    base = base_of(model)  # a smoothed classifier is as random as its base, which is many times cheaper
+    state = _generators(sample.x.device)
+    logits = _first_logits(base, sample)
+    # a model may use its random numbers rarely, for example in every tenth call
+    n_calls = 1 if torch.equal(state, _generators(sample.x.device)) else VOTES
+    randomised = any(
+        bool((change(logits, _first_logits(base, sample)) > _SAME).any()) for _ in range(n_calls)
+    )
+    quick, details = _attacked(model, sample, randomised=randomised)
+    filling = () if base.batches is None or base.batches == EVERY else (base.batches.description,)
+    if base.rewrites:
+        filling = (*filling, IN_PLACE)
+    class_logits = logits[:, :-1] if model.rejects else logits
+    notes = (
+        *filling,
+        *_remarks(class_logits, randomised=randomised),
+        *((REJECTS,) if model.rejects else ()),
+    )
+    blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
+    target = Target(model, quick, quick, randomised, class_logits.shape[1], notes, details, left_in_training)
+    return replace(target, blind=blind, blind_view=blind)
+
+
+def _attacked(model: Classifier, sample: Batch, *, randomised: bool) -> tuple[Model, tuple[str, ...]]:
+    """The copy of a model that attacks query, with notes on it."""
+    smoothed = smoothed_votes(model)
+    if smoothed is not None:
+        how = (
+            f"attacks query the mean probabilities of {ATTACKED_DRAWS} draws of the noise, and inputs are judged by "
+            f"the most frequent class in {JUDGING_DRAWS} others; a query is {ATTACKED_DRAWS} forward passes of the "
+            f"base classifier, and a judgement {JUDGING_DRAWS}"
+        )
+        return smoothed.network(), (how,)
+    # a faster copy is tested by its outputs, which a randomised model does not repeat
+    return (model, ()) if randomised else quickened(model, sample.x)
+
+
+def _blind(model: Model, sample: Batch) -> bool:
+    """Whether no gradient of the detector's score reaches the inputs, or points between them and noise.
+
+    A score may be constant at clean inputs or far away from them, so several points are tested.
+    """
+    noise = Draws(0).at("detector").uniform(sample.ids, *sample.x.shape[1:], dtype=sample.x.dtype)
+    for share in (0.0, 0.1, 0.3, 1.0):
+        low, high = model.bounds.like(sample.x)
+        x = (sample.x + share * (low + noise * (high - low) - sample.x)).requires_grad_()
+        try:
+            with torch.enable_grad():
+                scores = score(model(x))
+        except TargetError:  # reported by the first attack that needs a gradient
+            return True
+        if scores.requires_grad:
+            (grad,) = torch.autograd.grad(scores.sum(), x, materialize_grads=True)
+            if grad.any():
+                return False
+    return True
+
+
+def _with_view(target: Target, sample: Batch) -> Target:
+    try:
+        masked = masking(target.bare, sample.x)
+    except UsageError:
+        raise
+    except Exception:  # noqa: BLE001  a network may fail in any way
+        note = "the stages of the model cannot be inspected one by one, so adaptive attacks bypass none"
+        return replace(target, notes=(*target.notes, note))
+    if not masked:
+        return target
+    view = View(target.bare, masked.replacements, masked.steps)
+    return replace(target, view=view, masking=masked, blind_view=target.blind and _blind(view, sample))
+
+
+def _generators(device: torch.device) -> Tensor:
+    """States of torch's random generators. A forward pass that changes them is randomised, if only rarely."""
+    states = [torch.get_rng_state()]
+    return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)
+
+
+def _first_logits(model: Classifier, sample: Batch) -> Logits:
+    try:
+        with torch.no_grad():
+            logits: Logits = model(sample.x)
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise no_memory(len(sample), error) from error
+        raise
+    return logits
+
+
+def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
+    """Notes on the model that a reader needs before the numbers: constant, NaN or randomised outputs."""
+    remarks = []
+    n_nan = int(logits.isnan().any(1).sum())
+    if n_nan:
+        share = f"{n_nan} of the first {len(logits)} examples"
+        text = f"the model returns NaN for {share}; these count as wrong predictions"
+        remarks.append(f"{text}; look for a division or a logarithm of zero with holdfast doctor")
+    elif len(logits) > 1 and bool((logits == logits[0]).all()):
+        text = f"the model gives each of {len(logits)} examples the same output, so that there is nothing to attack"
+        remarks.append(f"{text}; check its weights and its preprocessing with holdfast doctor")
+    if randomised:
+        remarks.append(
+            f"the outputs of the model are random: an example is broken if most of {VOTES} evaluations are wrong, and "
+            f"robust accuracy is the mean share of correct ones over {VOTES} new evaluations; the suite rand attacks "
+            "the average of the outputs"
+        )
+    return tuple(remarks)

@@ -1,0 +1,83 @@
+"""Describes how the settings of the run in a folder differ from the settings of the requested run."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from holdfast.core.names import limits_text, threat_text
+from holdfast.runs.harness import KINDS
+
+MOST = 4
+"""Largest number of differences that are listed; further ones are only counted."""
+_FIRST = ("threat", "suite", "seed")
+_DIGITS = 12  # digits of a digest that are shown
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
+    """Return the differences between the settings of two runs as text, such as `threat: linf:0.1 → linf:0.2; seed: 0 →
+    1`.
+
+    The text is empty if no difference can be listed.
+    """
+    names = dict.fromkeys([*_FIRST, *sorted({*stored, *requested} - {"stages"}), "stages"])
+    lines = [line for name in names for line in _of(name, stored.get(name), requested.get(name))]
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return "; ".join([*lines[:MOST], *more])
+
+
+def _of(name: str, stored: Any, requested: Any) -> Iterator[str]:
+    try:
+        if name == "threat":
+            stored, requested = _threat(stored), _threat(requested)
+        elif name == "settings":  # settings by recipe; a different recipe is shown under `recipe`
+            common = stored.keys() & requested.keys()
+            stored, requested = ({recipe: side[recipe] for recipe in common} for side in (stored, requested))
+        elif name == "stages":
+            yield from _stages(stored, requested)
+            return
+    except (AttributeError, KeyError, TypeError, ValueError):  # another version has another format
+        pass
+    yield from _changes(stored, requested, name)
+
+
+def _threat(threat: Mapping[str, Any]) -> str:
+    """The threat model in the syntax of the command line."""
+    eps = float(threat["eps"])
+    size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat.get("per") == "pixel" else "")
+    kind = str(threat["norm"]).lower()
+    change = limits_text(kind, threat["limits"]) if threat.get("limits") else f"{kind}{size}"
+    goal, access, queries = threat.get("goal"), threat.get("access", "gradients"), threat.get("queries")
+    return threat_text(change, goal, access, queries, threat.get("unit", ""))
+
+
+def _stages(stored: Sequence[Mapping[str, Any]], requested: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Differences of the attacks by name; for equal attacks, differences of their settings."""
+    for kind in KINDS.values():
+        if not kind.listed:
+            continue
+        sides = [[stage for stage in stages if stage["kind"] == kind.name] for stages in (stored, requested)]
+        stored_attacks, requested_attacks = ([stage["attack"] for stage in side] for side in sides)
+        if stored_attacks != requested_attacks:
+            yield f"{kind.listed}: {', '.join(stored_attacks) or 'none'} → {', '.join(requested_attacks) or 'none'}"
+            continue
+        for stored_stage, requested_stage in zip(*sides, strict=True):
+            yield from _changes(stored_stage["settings"], requested_stage["settings"], stored_stage["attack"])
+
+
+def _changes(stored: object, requested: object, path: str) -> Iterator[str]:
+    """`PGD.steps: 3 → 5` for every value that differs."""
+    if isinstance(stored, dict) and isinstance(requested, dict):
+        for name in sorted({*stored, *requested}):
+            yield from _changes(stored.get(name), requested.get(name), f"{path}.{name}")
+    elif stored != requested:
+        yield f"{path}: {_shown(stored)} → {_shown(requested)}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value[:_DIGITS] if _DIGEST.fullmatch(value) else value
+    return json.dumps(value)

@@ -1,0 +1,438 @@
+"""Reads and writes the folder of a run: its manifest, its measurements, and the hash chain over them.
+
+`run.json` describes what is measured. `<stage>/<shard>.safetensors` are shards of an incomplete stage, which are joined
+to `<stage>.safetensors` when the stage is complete. `chain.jsonl` lists the digests of the files in the order in which
+they were recorded. If the process is killed during a step, the next process repeats the step.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Columns, Seconds
+from holdfast.core.remedies import OTHER_FOLDER, RESUME
+from holdfast.runs.store import columns as column_files
+from holdfast.runs.store.differences import differences
+from holdfast.runs.store.files import (
+    MANIFEST,
+    PART,
+    clear_parts,
+    content_of,
+    flush_folder,
+    refuse_no_run,
+    usable,
+    write_atomically,
+)
+from holdfast.runs.store.forms import Count, Name, refuse_form, validated
+from holdfast.runs.store.journal import NAME as JOURNAL
+from holdfast.runs.store.leases import NAME as STATE
+from holdfast.runs.store.leases import Leases
+from holdfast.runs.store.records import Chain, document, parsed, read_chain, read_document
+
+SCHEMA_VERSION = 2
+ABOUT = "about.json"
+SPLITS = "splits.json"
+SAMENESS = ("config", "data", "model", "code")
+"""Names of the digests that must be equal in all processes and attempts of a run."""
+
+
+class Split(TypedDict):
+    """An out-of-memory event in `stage` and `shard`, before row `at`. After it, batches have `size` examples."""
+
+    stage: Name
+    shard: Count
+    at: Count
+    size: Count
+
+
+class _About(TypedDict, total=False):
+    created: str
+
+
+class _Stage(TypedDict):
+    name: Name
+
+
+class _Config(TypedDict, total=False):
+    stages: list[_Stage]
+
+
+class _Plan(TypedDict, total=False):
+    stages: list[Name]
+    batch_size: Count
+    shards: list[list[Count]]
+
+
+class _Digests(TypedDict):
+    config: str
+    data: str
+    model: str
+    code: str
+
+
+class _Manifest(TypedDict):
+    """Fields that are used to resume and verify a run; `runs/stored/run_forms.py` has more."""
+
+    digests: _Digests
+    config: NotRequired[_Config]
+    plan: NotRequired[_Plan]
+
+
+@dataclass(frozen=True)
+class StoredStage:
+    """The stored columns of a finished stage, and the number of measured shards if time ran out."""
+
+    columns: Columns
+    reached: int | None = None
+    """number of measured shards if time ran out; the columns contain only these"""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """plain values that describe the columns, such as the accuracy of a trained network"""
+
+
+class RunFolder:
+    """The folder of a run for which this process has the lease, so that it may write to the folder."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, leases: Leases) -> None:
+        self.path, self.manifest, self.chain, self.leases = path, manifest, chain, leases
+
+    def stage(self, name: str) -> StoredStage | None:
+        """Return a complete stage of the run, or None if it is not complete. Shard files of a complete stage that
+        remain after a kill are deleted.
+        """
+        stage = read_stage(self.path, self.chain, name)
+        if stage is not None:
+            self.drop_shards(name)
+        return stage
+
+    def shards(self, stage: str) -> dict[int, Columns]:
+        """Return the columns of the finished shards of an incomplete stage, by the index of the shard.
+
+        Invalid shards are deleted, so that they are measured again.
+        """
+        columns_of_shards: dict[int, Columns] = {}
+        folder = self.path / stage
+        with usable(folder):
+            if folder.is_dir():
+                clear_parts(folder)
+            for path in sorted(folder.glob(f"*{column_files.SUFFIX}")):
+                shard = _shard_of(path)
+                try:
+                    columns_of_shards[shard] = column_files.read(path).columns
+                except TargetError:
+                    path.unlink()
+        # The files decide which shards are finished; the database may be older or newer after a kill.
+        self.leases.reconcile(stage, columns_of_shards)
+        return columns_of_shards
+
+    def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
+        """Write the columns of a finished shard to the run folder."""
+        self.leases.refuse_lost()
+        folder = self.path / stage
+        with usable(folder):
+            if not folder.is_dir():
+                folder.mkdir()
+                flush_folder(self.path)  # otherwise a power failure could remove the folder with its files
+        column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
+
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Write the columns of a finished stage, record their digest in the chain, and then delete the shard files of
+        the stage.
+        """
+        self.leases.refuse_lost()
+        path = self.path / f"{stage}{column_files.SUFFIX}"
+        splits = [split for split in self.splits() if split["stage"] == stage]
+        rows = len(columns["id"])
+        file_digest = column_files.write(path, columns, {"stage": stage, "rows": rows, **about})
+        record = {"kind": "stage", "name": stage, "file": path.name, "digest": file_digest, "rows": rows}
+        time_limit_entry = {} if reached is None else {"reached": reached}
+        self.chain.add(record | ({"splits": splits} if splits else {}) | time_limit_entry)
+        self.drop_shards(stage)
+
+    def drop_shards(self, stage: str) -> None:
+        """Delete the shard files of a complete stage."""
+        folder = self.path / stage
+        with usable(folder):
+            if folder.is_dir():
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
+
+    def document(self, kind: str) -> dict[str, Any] | None:
+        """Return a JSON document of the run, such as the doubts, after verification of its digest, or None if it is not
+        recorded.
+        """
+        return recorded_document(self.path, self.chain, kind)
+
+    def record(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON document to the run folder, and record its digest in the chain. Writing the same document again
+        changes nothing.
+        """
+        self.keep(kind, f"{kind}.json", document(content))
+
+    def keep(self, kind: str, name: str, data: bytes) -> None:
+        """Write a file to the run folder, and record its digest in the chain. Writing the same content again changes
+        nothing.
+        """
+        self.leases.refuse_lost()
+        path = self.path / name
+        recorded = self.chain.last(kind)
+        if (
+            recorded is not None
+            and recorded["digest"] == digest(data)
+            and path.exists()
+            and path.read_bytes() == data
+        ):
+            return
+        with usable(path):
+            write_atomically(path, data)
+        if recorded is None or recorded["digest"] != digest(data):
+            self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
+
+    def begin(self, stage: str, shard: int) -> None:
+        """Record that an attempt to measure a shard begins."""
+        self.leases.begin(stage, shard)
+
+    def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
+        """Add CPU and wall-clock time to the recorded time of a shard."""
+        self.leases.spend(stage, shard, seconds.cpu, seconds.wall, done=done)
+
+    def spent(self, stage: str) -> Seconds:
+        """Return the CPU and wall-clock time of a stage, summed over all attempts."""
+        times = self.leases.spent(stage)
+        return Seconds(times.cpu_s, times.wall_s)
+
+    def about(self) -> dict[str, Any]:
+        """Return the start time of the run."""
+        return read_about(self.path)
+
+    def splits(self) -> tuple[Split, ...]:
+        """Return the events of the run in which memory ran out and a batch was split, in a fixed order."""
+        return tuple(read_splits(self.path))
+
+    def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
+        """Record that memory ran out in a shard, before the run continues with smaller batches."""
+        split = Split(stage=stage, shard=shard, at=at, size=size)
+        self.leases.refuse_lost()
+        with usable(self.path / SPLITS):
+            splits = self.splits()
+            if split not in splits:
+                write_atomically(self.path / SPLITS, document(_in_order([*splits, split])))
+
+
+@contextmanager
+def open_run_folder(
+    path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
+) -> Iterator[RunFolder]:
+    """Context manager that starts or resumes a run in a folder, and takes the exclusive lease of the folder.
+
+    `manifest` contains the `digests` of config, data, model and code, and the description of the measurements. `about`
+    contains what may differ between equal runs, such as the time and the command. If `secret`, only the owner can
+    access the folder. Raises `UsageError` if the folder contains other files, is in use, or contains another run, and
+    `TargetError` if it cannot be written.
+    """
+    refuse_used(path, resume=resume)
+    # Through JSON, so that it has the types of the stored manifest with which it is compared, such as lists for
+    # tuples.
+    requested: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
+    with usable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if secret:
+            path.chmod(0o700)
+    leases = Leases(path)
+    has_lease = False
+    try:
+        leases.take_lease()
+        has_lease = True
+        with usable(path):
+            clear_parts(path)  # with the lease, because unfinished files may belong to a running process
+        yield RunFolder(path, _stored_or_new_manifest(path, requested, about), _started_chain(path), leases)
+    finally:
+        leases.close(release=has_lease)
+
+
+def stored_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of the run in a folder, or None if there is none."""
+    return read_manifest(path) if (path / MANIFEST).is_file() else None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the content of `run.json`. Raises `TargetError` if it is missing, invalid, or of an unknown version."""
+    refuse_no_run(path)
+    manifest = read_document(path / MANIFEST)
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise TargetError(
+            f"{str(path / MANIFEST)!r} has schema version {version}; this version reads "
+            f"{SCHEMA_VERSION}. Install the holdfast that wrote it"
+        )
+    refuse_form(path / MANIFEST, manifest, _Manifest)
+    return manifest
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return the start time of a run. The result is empty if the file with it is missing.
+
+    The file is not part of the chain, so other fields in it are ignored. Its command line is a record for the owner of
+    the run, and is never shown, since it could be any command.
+    """
+    if not (path / ABOUT).is_file():
+        return {}
+    about: dict[str, Any] = validated(path / ABOUT, read_document(path / ABOUT), _About)
+    return about
+
+
+def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
+    """Return a complete stage of the run in a folder, or None if it is not complete. No lease is needed."""
+    recorded = chain.last("stage", name)
+    if recorded is None:
+        return None
+    file = path / str(recorded["file"])
+    file_content = column_files.read(file)
+    if file_content.digest != recorded["digest"]:
+        raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
+    about = {key: value for key, value in file_content.about.items() if key not in ("stage", "rows")}
+    return StoredStage(file_content.columns, recorded.get("reached"), about)
+
+
+def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:
+    """Return a JSON document of a run after verification of its digest, or None if the chain of the run does not list
+    it.
+    """
+    recorded = chain.last(kind)
+    if recorded is None:
+        return None
+    file = path / str(recorded["file"])
+    data = content_of(file)
+    if digest(data) != recorded["digest"]:
+        raise TargetError(f"{str(file)!r} is not what the chain recorded; restore it from a copy")
+    return parsed(file, data)
+
+
+def refuse_used(path: Path, *, resume: bool) -> None:
+    """Raise `UsageError` if a run cannot use a folder: it contains other files, or it contains a run and `resume` is
+    false.
+    """
+    with usable(path):
+        if not path.is_dir():
+            return
+        names = sorted(entry.name for entry in path.iterdir())
+    names_before_manifest = (ABOUT, JOURNAL)
+    run_files = [
+        n
+        for n in names
+        if n in names_before_manifest or n.startswith(STATE) or (n.startswith(".") and n.endswith(PART))
+    ]
+    if len(run_files) == len(names):
+        return
+    if MANIFEST not in names:
+        foreign_file = next(name for name in names if name not in run_files)
+        raise UsageError(
+            f"{str(path)!r} is not a run folder (it contains {foreign_file!r})",
+            replace(OTHER_FOLDER, reason="for an empty or a new folder"),
+        )
+    if not resume:
+        raise UsageError(f"{str(path)!r} contains a run already", RESUME, OTHER_FOLDER)
+    read_manifest(path)  # refuses another schema version before the model is opened
+
+
+def _stored_or_new_manifest(path: Path, manifest: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest in the folder, which is written if it is missing.
+
+    Raises `UsageError` if the folder contains another run.
+    """
+    if (path / MANIFEST).exists():
+        stored = read_manifest(path)
+        _refuse_other_run(path, stored, manifest)
+        return stored
+    with usable(path):
+        # The manifest is written last, because its presence marks the folder as a run.
+        write_atomically(path / ABOUT, document(about))
+        write_atomically(path / MANIFEST, document(manifest))
+    return manifest
+
+
+def _refuse_other_run(path: Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+    differing = [key for key in SAMENESS if stored["digests"].get(key) != requested["digests"][key]]
+    if not differing:
+        return
+    details = (
+        differences(stored.get("config", {}), requested.get("config", {})) if "config" in differing else ""
+    )
+    shown_details = f" ({details})" if details else ""
+    remedy = "use the settings of that run"
+    if differing == ["code"]:
+        remedy = "resume it with the version of Holdfast that wrote it"
+    raise UsageError(
+        f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown_details}, so it cannot be "
+        f"resumed; {remedy}",
+        OTHER_FOLDER,
+    )
+
+
+def _started_chain(path: Path) -> Chain:
+    """The chain, with a first record for the manifest."""
+    chain = read_chain(path, repair=True)
+    if not chain.links:
+        chain.add({"kind": "run", "file": MANIFEST, "digest": _digest_of(path / MANIFEST)})
+    refuse_altered(path, chain)
+    return chain
+
+
+def refuse_altered(path: Path, chain: Chain) -> None:
+    """Raise `TargetError` if the manifest of a run does not match its digest in the first record of the chain."""
+    if chain.links and chain.links[0].content.get("digest") != _digest_of(path / MANIFEST):
+        raise TargetError(f"{str(path / MANIFEST)!r} is not what the chain recorded; restore it from a copy")
+
+
+def _digest_of(file: Path) -> str:
+    return digest(content_of(file))
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}{column_files.SUFFIX}"
+
+
+def _shard_of(path: Path) -> int:
+    # The length is limited, because int() refuses thousands of digits with an error of its own.
+    has_shard_number = path.stem.isascii() and path.stem.isdecimal() and len(path.stem) < 20
+    if not has_shard_number or path.name != _shard_path(path.parent, int(path.stem)).name:
+        raise TargetError(
+            f"{str(path)!r} is not a shard of this run (shards have names such as 00012{column_files.SUFFIX}); "
+            "remove it"
+        )
+    return int(path.stem)
+
+
+def _in_order(splits: Sequence[Split]) -> list[Split]:
+    """The events ordered by stage, shard and row, independent of the order of the workers."""
+    stages = list(dict.fromkeys(split["stage"] for split in splits))
+    return sorted(splits, key=lambda s: (stages.index(s["stage"]), s["shard"], s["at"], -s["size"]))
+
+
+def read_splits(path: Path) -> list[Split]:
+    """Return the events of a run in which memory ran out and a batch was split, in order. Raises `TargetError` for an
+    invalid file.
+    """
+    file = path / SPLITS
+    if not file.exists():
+        return []
+    try:
+        content = json.loads(content_of(file))
+    except (ValueError, RecursionError) as error:
+        raise TargetError(f"{str(file)!r} was changed after it was written: {error}; restore it") from error
+    splits: list[Split] = validated(file, content, list[Split])
+    return splits

@@ -1,0 +1,97 @@
+"""Writes the command line of a stored run from its settings in `run.json`.
+
+A run folder may come from someone else, and users copy the command from a report into a shell. Therefore no stored
+command line is shown: the program and its options are those of Holdfast, and every value is quoted as one word.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from holdfast.attacks.suites import SUITES
+from holdfast.core.catalogue import names
+from holdfast.core.names import threat_text
+from holdfast.gates.judging import Judgement
+from holdfast.io.models.factories import names_code
+from holdfast.reports.numbers import size
+from holdfast.reports.summary import threat_to_json
+from holdfast.reports.words import threat_syntax
+from holdfast.runs.stored.documents import outline_from_json
+
+_ADDRESS = re.compile(r"[\w./@][\w./:@+=-]*")
+"""Address of a model or of data that is shown: one word that no program reads as an option."""
+_SUITE = re.compile(r"([\w-]+)@\d+")
+"""Name and version of a whole suite, without `--only` and `--skip`."""
+_SWITCHES = {"full": "--full", "keep_adversarial": "--save-adversarial"}
+_OPTIONS_OF_KINDS = {"curve": "--curve", "quick-proof": "--certify"}
+"""options of `assess` that add a stage, by the kind of the stage"""
+_NORMS = ("Linf", "L2", "L1")
+"""Norms of which eps is the only parameter."""
+
+
+def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> str:
+    """Return the command line of a run of `assess`, `certify` or `harden`, and "" for a run of another verb.
+
+    `manifest` is the content of `run.json`, and `gates` are the judged gates. A placeholder, such as MODEL, stands for
+    what `run.json` does not state in one word, and for a model that runs code when it is opened. Options that it does
+    not contain, such as the label column of a table, are missing.
+    """
+    verb = manifest.get("verb")
+    if verb not in ("assess", "certify", "harden"):
+        return ""
+    config = manifest["config"]
+    words = ["holdfast", verb, _address(manifest["model"], "MODEL"), _address(manifest["data"], "DATA")]
+    words += ["--threat", _threat(config)]
+    if config.get("recipe") in names("recipes"):
+        words += ["--recipe", config["recipe"]]
+    if isinstance(config.get("budget_s"), int | float):
+        words += ["--budget", f"{config['budget_s']:g}s"]
+    if verb != "certify":  # which has no options for its attacks
+        words += _attacks(manifest)
+    if isinstance(manifest["data"].get("n"), int):
+        words += ["-n", str(manifest["data"]["n"])]
+    words += [option for key, option in _SWITCHES.items() if config.get(key) is True]
+    if isinstance(config.get("time_budget_s"), int | float):
+        words += ["--time-budget", f"{config['time_budget_s']:g}s"]
+    if isinstance(config.get("seed"), int) and config["seed"]:
+        words += ["--seed", str(config["seed"])]
+    for gate in gates:
+        words += ["--gate", gate.claim.text]
+    return shlex.join(words)
+
+
+def _attacks(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the options for the attacks and the doubts of a run."""
+    config = manifest["config"]
+    named = _SUITE.fullmatch(config["suite"])
+    words = ["--suite", named[1] if named and named[1] in SUITES else "ATTACKS"]
+    for option, cards in (
+        ("--surrogate", manifest.get("surrogates", ())),
+        ("--across", manifest.get("other_data", ())),
+    ):
+        words += [word for card in cards for word in (option, _address(card, option[2:].upper()))]
+    steps = config.get("stages", ())
+    if any(step.get("adaptive") is True for step in steps):
+        words.append("--adaptive")
+    kinds = {step.get("kind") for step in steps}
+    words += [option for kind, option in _OPTIONS_OF_KINDS.items() if kind in kinds]
+    return [*words, "--no-doubts"] if config.get("doubts") == "none" else words
+
+
+def _threat(config: Mapping[str, Any]) -> str:
+    """Return the threat model of a run as an argument. A hardening lists only its norm and eps."""
+    threat = config["threat"]
+    if "access" in threat:
+        return threat_syntax(threat_to_json(outline_from_json(config).threat))
+    if threat["norm"] not in _NORMS:
+        return "THREAT"
+    change = f"{threat['norm'].lower()}:{size(threat['eps'])}"
+    return threat_text(change, None, "gradients", None, threat.get("unit", ""))
+
+
+def _address(card: Mapping[str, Any], placeholder: str) -> str:
+    """Return the name of a model or of data if it can be its address, and otherwise the placeholder."""
+    name = card.get("name")
+    shown = isinstance(name, str) and _ADDRESS.fullmatch(name) is not None and not names_code(name)
+    return str(name) if shown and card.get("how") != "python" else placeholder

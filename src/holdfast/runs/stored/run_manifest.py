@@ -1,0 +1,205 @@
+"""Builds the content of `run.json`, which contains all values that identify a run and its results."""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Data
+from holdfast.core.chain import canonical, digest
+from holdfast.io.doctor import spread_examples
+from holdfast.io.remote.served_model import Served
+from holdfast.reports.numbers import strict
+from holdfast.runs.assess.checks import batch_size_for, small_eps_note, wide_bounds_note
+from holdfast.runs.assess.collecting_evidence import DOUBTS
+from holdfast.runs.assess.measuring import shards_of
+from holdfast.runs.assess.preparation import model_digest
+from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
+from holdfast.runs.engine.identity import code_digest, hardware, versions
+from holdfast.runs.engine.resuming import repeatable
+from holdfast.runs.harness import Plan, Target
+from holdfast.runs.stored.documents import outline_to_json
+
+_SAMPLE = 64
+"""Number of examples from which the range of the inputs is estimated."""
+
+
+def assess_manifest(
+    subject: Subject,
+    data: Data,
+    request: AssessRequest,
+    plan: Plan,
+    target: Target,
+    shape: tuple[int, ...],
+    *,
+    served: Served | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the content of `run.json` of an assessment. `shape` is the shape of one input.
+
+    `stored` is the manifest of the run in the folder, if there is one: a resumed run uses the batch size of its first
+    attempt.
+    """
+    config = _config(request, plan, target)
+    return {
+        "verb": request.verb,
+        "digests": {
+            "config": digest(canonical(config)),
+            "model": model_digest(subject, target),
+            "data": data.digest,
+            "code": code_digest(),
+        },
+        "config": config,
+        "model": strict({**subject.card, "randomised": target.randomised}),
+        "surrogates": [_identity(surrogate) for surrogate in request.surrogates],
+        "other_data": [
+            {"name": dataset.name, "digest": dataset.digest, "n": len(dataset)} for dataset in request.across
+        ],
+        "data": _data_card(data, shape),
+        "notes": _notes(subject, data, request, plan, target, shape),
+        "details": list(target.details),
+        "versions": versions(),
+        "hardware": hardware(torch.device(request.device)),
+        "seed": plan.seed,
+        "plan": work_of(len(data), request, plan, shape, served=served, stored=stored),
+    }
+
+
+def work_of(
+    n: int,
+    request: AssessRequest,
+    plan: Plan,
+    shape: tuple[int, ...],
+    *,
+    served: Served | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return how a run on `n` examples is divided: the shards, the batch size and the names of the stages."""
+    divided = request.time_budget_s is not None or request.workers is not None
+    size = request.batch_size or batch_size_for(math.prod(shape), request.device)
+    if request.batch_size is None and served is not None:
+        size = max(size, served.at_once)  # so that one batch fills all parallel requests
+    if stored is not None:
+        size = stored["plan"]["batch_size"]
+    stages = plan.stages()
+    return {
+        "shards": shards_of(n, min(request.shard_size, size) if divided else request.shard_size),
+        "batch_size": size,
+        "stages": [
+            *(stage.name for stage in stages if not stage.adaptive),
+            DOUBTS,
+            *(stage.name for stage in stages if stage.adaptive),
+        ],
+    }
+
+
+def harden_manifest(
+    subject: Subject,
+    digests: list[str],
+    test: Data,
+    request: HardenRequest,
+    plan: Mapping[str, Any],
+    machine: str,
+) -> dict[str, Any]:
+    """Return the content of `run.json` of a hardening.
+
+    `plan` contains the attempts. `digests` are those of the test examples and of the training examples. `machine`
+    describes the hardware.
+    """
+    constraint = request.threat.constraint
+    surrogates = request.assessment.surrogates
+    config = strict(
+        {
+            "recipe": request.name,
+            "settings": {item.name: item.settings for item in request.candidates},
+            "threat": {
+                "norm": type(constraint).__name__,
+                "eps": constraint.eps,
+                **({"unit": request.threat.unit} if request.threat.unit else {}),
+            },
+            "suite": request.assessment.plan.suite,
+            "surrogates": {f"{k} {item.card['name']}": item.digest for k, item in enumerate(surrogates, 1)},
+            "budget_s": request.budget_s,
+            "seed": request.seed,
+        }
+    )
+    return {
+        "verb": "harden",
+        "digests": {
+            "config": digest(canonical(config)),
+            "model": subject.digest,
+            "data": digest(canonical(digests)),
+            "code": code_digest(),
+        },
+        "config": config,
+        "model": strict(dict(subject.card)),
+        "data": {"name": test.name, "n": len(test)},
+        "versions": versions(),
+        "hardware": machine,
+        "seed": request.seed,
+        "plan": dict(plan),
+    }
+
+
+def about_run(command: str) -> dict[str, Any]:
+    """Return the time of creation and the command line of a run, which may differ between two equal runs."""
+    return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(command)}
+
+
+def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any]:
+    """The settings of the run that can change a number."""
+    surrogates = [_identity(surrogate) for surrogate in request.surrogates]
+    return {
+        **outline_to_json(plan.outline(target.classes)),
+        "full": plan.full,
+        "keep_adversarial": plan.keep_adversarial,
+        "doubts": plan.doubts,
+        "batch_size": request.batch_size,
+        "shard_size": request.shard_size,
+        "time_budget_s": request.time_budget_s,
+        "fit": None if request.fit is None else request.fit.digest,
+        "surrogates": {f"{place} {item['name']}": item["digest"] for place, item in enumerate(surrogates, 1)},
+        "across": {f"{place} {item.name}": item.digest for place, item in enumerate(request.across, 1)},
+        **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
+        **({} if plan.trials is None else {"trials": plan.trials.identity}),
+    }
+
+
+def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Name, digest, size, shape, classes and features of the data."""
+    features = getattr(data, "features", None)
+    columns = {} if features is None else {"features": features}
+    card: dict[str, Any] = strict(
+        {
+            "name": data.name,
+            "digest": data.digest,
+            "n": len(data),
+            "shape": shape,
+            "classes": data.classes,
+            **columns,
+        }
+    )
+    return card
+
+
+def _notes(
+    subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
+) -> list[str]:
+    """Notes on model, data and threat model that a reader needs before the numbers."""
+    bounds = target.bare.bounds
+    small = small_eps_note(plan.threat.constraint, bounds, math.prod(shape))
+    wide = wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
+    surrogates = [
+        f"the surrogate {surrogate.card.get('name', '')}: {note}"
+        for surrogate in request.surrogates
+        for note in surrogate.notes
+    ]
+    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
+
+
+def _identity(surrogate: Subject) -> dict[str, str]:
+    """Name, origin and digest of a surrogate model."""
+    name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
+    return {"name": name, "how": how, "digest": surrogate.digest}

@@ -1,0 +1,377 @@
+"""Opens stored runs, lists the runs in a folder, creates the path of a new run, and compares two runs."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Columns, Evidence, Seconds
+from holdfast.core.remedies import RESUME, Remedy
+from holdfast.metrics.paired import clean_accuracy_drop, regression
+from holdfast.metrics.shares import robust_accuracy
+from holdfast.reports import comparison as reported
+from holdfast.reports.numbers import number
+from holdfast.reports.summary import Json
+from holdfast.reports.write import write_comparison
+from holdfast.runs.assess.collecting_evidence import (
+    ADAPTIVE,
+    DOUBTS,
+    ROTATION,
+    adversarial,
+    counted,
+    counted_passes,
+    evidence_of,
+    with_attackers,
+)
+from holdfast.runs.assess.result import Result, about_of
+from holdfast.runs.assess.served_runs import totals_in
+from holdfast.runs.engine.ray_cluster import NODES
+from holdfast.runs.harness import FOUND, KINDS
+from holdfast.runs.store.files import MANIFEST
+from holdfast.runs.store.folder import (
+    read_about,
+    read_manifest,
+    read_stage,
+    recorded_document,
+    refuse_altered,
+)
+from holdfast.runs.store.forms import refuse_form
+from holdfast.runs.store.leases import spent_in
+from holdfast.runs.store.records import Chain, read_chain
+from holdfast.runs.stored.commands import command_of
+from holdfast.runs.stored.documents import VERDICT, judgement_from_json
+from holdfast.runs.stored.recomputing import (
+    refuse_broken_certificates,
+    refuse_other_code,
+    refuse_other_doubts,
+    refuse_other_shares,
+    refuse_other_stages,
+    refuse_other_verdict,
+)
+from holdfast.runs.stored.recomputing_cards import StoredHardening, refuse_other_card
+from holdfast.runs.stored.recomputing_columns import refuse_other_rows
+from holdfast.runs.stored.run_forms import (
+    Assessed,
+    Decided,
+    Differing,
+    Doubted,
+    Inner,
+    Judged,
+    Listed,
+    consistent,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of two runs on the examples that they have in common. Raises `UsageError` if they
+    have none in common.
+    """
+
+    first: Result
+    second: Result
+
+    @property
+    def regression(self) -> Estimate:
+        """Robust accuracy of the first run minus that of the second; positive if the second run is worse."""
+        return regression(self.second.evidence, self.first.evidence)
+
+    @property
+    def clean_accuracy_drop(self) -> Estimate:
+        """Clean accuracy of the first run minus that of the second; positive if the second run is worse."""
+        return clean_accuracy_drop(self.second.evidence, self.first.evidence)
+
+    def summary(self) -> Json:
+        """Return the content of all reports of the comparison as strict JSON."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Json:
+        summaries = self.first.summary(), self.second.summary()
+        return reported.comparison(self.first.evidence, self.second.evidence, summaries)
+
+    def text(self, *, colour: bool = False, width: int | None = None) -> str:
+        """Return the comparison as text for a terminal: the changes, and the metrics of both runs."""
+        return reported.text(self._summary, colour=colour, width=width)
+
+    def to_json(self) -> str:
+        """Return the summary of the comparison as JSON text."""
+        return reported.comparison_to_json(self._summary)
+
+    def write(self, path: str | Path) -> Path:
+        """Write a report of the comparison in the format of the file suffix, `.html`, `.json` or `.md`. Return the
+        path.
+        """
+        write_comparison(self._summary, Path(path))
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        """HTML representation of the comparison for notebooks."""
+        return reported.comparison_fragment(self._summary)
+
+    def __str__(self) -> str:
+        return " ".join(sentence for key in ("caution", "headline") if (sentence := self._summary[key]))
+
+
+RUNS = Path("holdfast-runs")
+"""Parent folder of runs for which no folder is given."""
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """A stored run as one row of the list of runs."""
+
+    path: Path
+    verb: str
+    created: str
+    model: str
+    data: str
+    threat: str
+    suite: str
+    finished: bool
+    stages_done: int
+    stages: int
+    exit_code: int | None = None
+    """exit code of the run; None until it is finished, and if `open_run` refuses it"""
+    robust: float | None = None
+    """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
+
+
+def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
+    """Return an unused path `<time>-<verb>-<digest>` in `parent` for a new run, with a number at the end if needed."""
+    stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
+    path, k = parent / f"{stamp}-{verb}-{digest[:6]}", 2
+    while path.exists():
+        path, k = path.with_name(f"{stamp}-{verb}-{digest[:6]}-{k}"), k + 1
+    return path
+
+
+def open_run(path: Path) -> Result:
+    """Return the result of the finished run in the folder `path`. For a hardening, it is the assessment of the new
+    model.
+
+    Raises `TargetError` if there is no run in the folder, or if it is unfinished or altered.
+    """
+    manifest, chain = read_manifest(path), read_chain(path, repair=False)
+    refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
+    decided = recorded_document(path, chain, VERDICT)
+    if decided is None:
+        raise TargetError(f"the run in {str(path)!r} is not finished", _resumed(path))
+    verbs = ("harden",) if "verdict_of" in decided else ("assess", "certify")
+    if manifest.get("verb") not in verbs:
+        raise TargetError(
+            f"{str(path / MANIFEST)!r} states the verb {str(manifest.get('verb'))!r}, but {VERDICT}.json is that of "
+            f"{' or '.join(verbs)}; restore it from a copy"
+        )
+    if "verdict_of" not in decided:
+        return _opened(path, manifest, chain, decided)
+    refuse_form(path / f"{VERDICT}.json", decided, Judged)
+    result = _opened(*_inner_run(path, chain, "after"))
+    refuse_other_code(path, decided, result)
+    with consistent(path):
+        _refuse_contradictory(path, manifest, chain, result)
+        command = command_of(manifest, result.gates)
+    return replace(result, about={**result.about, "command": command})
+
+
+def _refuse_contradictory(path: Path, manifest: dict[str, Any], chain: Chain, after: Result) -> None:
+    """Raise `TargetError` if the documents of a hardening contradict its two measurements."""
+    card, training = (recorded_document(path, chain, kind) for kind in ("card", "training"))
+    weights = chain.last("model")
+    if card is None or training is None or weights is None:
+        raise TargetError(f"{str(path)!r} has a verdict but no card and no model; restore it from a copy")
+    sides = {"before": _opened(*_inner_run(path, chain, "before")), "after": after}
+    inner = {side: read_manifest(path / side) for side in sides}
+    refuse_other_card(StoredHardening(path, manifest, card, training, weights["digest"], inner, sides))
+
+
+def refuse_false(path: Path) -> None:
+    """Raise `TargetError` if a document of the finished run in a folder, or of a run inside it, contradicts its
+    columns. An unfinished run is not examined.
+    """
+    if read_chain(path, repair=False).last(VERDICT) is None:
+        return
+    open_run(path)
+    for inner in sorted(path.iterdir()):
+        if (inner / MANIFEST).is_file() and inner.name not in ("before", "after"):
+            open_run(inner)
+
+
+def command_to_resume(path: Path) -> str:
+    """Return the command line of the run in a folder, finished or not, from its settings; "" for another verb than
+    `assess`, `certify` and `harden`.
+    """
+    manifest = read_manifest(path)
+    refuse_form(path / MANIFEST, manifest, Listed)
+    with consistent(path):
+        return command_of(manifest)
+
+
+def _inner_run(
+    path: Path, chain: Chain, inner_name: str
+) -> tuple[Path, dict[str, Any], Chain, dict[str, Any]]:
+    """The inner run of a hardening that measured the given or the new model; it must match the digest in the outer
+    chain.
+    """
+    inner_path, inner_document = path / inner_name, recorded_document(path, chain, inner_name)
+    if inner_document is None or inner_path.is_symlink():
+        raise TargetError(f"{str(path)!r} has no inner run {inner_name!r}; restore it from a copy")
+    refuse_form(path / f"{inner_name}.json", inner_document, Inner)
+    manifest, inner = read_manifest(inner_path), read_chain(inner_path, repair=False)
+    # The inner run could otherwise be exchanged for another valid one.
+    if inner.head != inner_document["chain"]:
+        raise TargetError(
+            f"{str(inner_path)!r} is not the run whose chain is recorded in {inner_name}.json; restore it from a copy"
+        )
+    refuse_altered(inner_path, inner)
+    verdict = recorded_document(inner_path, inner, VERDICT)
+    if verdict is None:
+        raise TargetError(f"the run in {str(inner_path)!r} is not finished", _resumed(path))
+    return inner_path, manifest, inner, verdict
+
+
+def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
+    refuse_form(path / MANIFEST, manifest, Assessed)
+    refuse_form(path / f"{VERDICT}.json", decided, Decided)
+    doubts_json = _doubts(path, chain)
+    rotation = recorded_document(path, chain, ROTATION)
+    with consistent(path):
+        return _result(path, manifest, chain, decided, doubts_json, rotation)
+
+
+def _result(
+    path: Path,
+    manifest: dict[str, Any],
+    chain: Chain,
+    decided: dict[str, Any],
+    doubts_json: dict[str, Any],
+    rotation: dict[str, Any] | None,
+) -> Result:
+    gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
+    adapted = recorded_document(path, chain, ADAPTIVE)
+    by_stage = _stages(path, manifest, chain)
+    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
+    refuse_other_stages(path, manifest, chain, adapted)
+    refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
+    refuse_other_rows(path, manifest, chain, by_stage, doubts_json, adapted)
+    if rotation is not None:
+        refuse_other_shares(path, manifest, rotation, evidence)
+    refuse_broken_certificates(path, evidence)
+    refuse_other_verdict(path, decided, evidence)
+    attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
+    counted = counted_passes(manifest, by_stage, doubts_json)
+    adversarial_inputs = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["minimum_norm"])
+    about = {**read_about(path), "command": command_of(manifest, gates)}
+    return Result(
+        evidence,
+        gates,
+        decided["accepted_doubts"],
+        about_of(manifest, about, path, chain.head),
+        path,
+        adversarial_inputs,
+        rotation=rotation,
+    )
+
+
+def runs_in(parent: Path = RUNS) -> list[RunEntry]:
+    """Return the runs in a folder, oldest first. Subfolders without a readable run are skipped."""
+    if not parent.is_dir():
+        return []
+    return sorted(_entries(parent), key=lambda entry: (entry.created, entry.path.name))
+
+
+def _entries(parent: Path) -> Iterator[RunEntry]:
+    for folder in parent.iterdir():
+        with suppress(HoldfastError, OSError):
+            if (folder / MANIFEST).is_file():
+                with consistent(folder):
+                    yield _entry(folder)
+
+
+def _entry(path: Path) -> RunEntry:
+    manifest, chain = read_manifest(path), read_chain(path, repair=False)
+    refuse_form(path / MANIFEST, manifest, Listed)
+    refuse_altered(path, chain)
+    threat, decided = (
+        manifest["config"]["threat"],
+        recorded_document(path, chain, VERDICT),
+    )
+    if decided is not None:
+        refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
+    eps = number(threat["eps"])
+    stages = manifest["plan"]["stages"]
+    done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
+    return RunEntry(
+        path,
+        manifest["verb"],
+        str(read_about(path).get("created", "")),
+        str(manifest["model"].get("name", "")),
+        str(manifest["data"].get("name", "")),
+        threat["norm"].lower() + ("" if math.isinf(eps) else f":{eps:.4g}"),
+        manifest["config"]["suite"],
+        decided is not None,
+        done,
+        len(manifest["plan"]["stages"]),
+        *((None, None) if decided is None else _outcome(path)),
+    )
+
+
+def _outcome(path: Path) -> tuple[int | None, float | None]:
+    """The exit code and the robust accuracy as in the report; None for what the folder does not show."""
+    try:
+        result = open_run(path)
+    except HoldfastError:
+        return None, None
+    try:
+        return result.exit_code, robust_accuracy(
+            result.evidence
+        ).value  # `metrics` would compute all others, too
+    except HoldfastError:
+        return result.exit_code, None
+
+
+def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Columns]:
+    by_stage: dict[str, Columns] = {}
+    for step in manifest["config"]["stages"]:
+        stage = read_stage(path, chain, step["name"])
+        columns = None if stage is None else counted(KINDS[step["kind"]], stage, by_stage)
+        if columns is not None:
+            by_stage[step["name"]] = columns
+    found_by_probes = read_stage(path, chain, FOUND)
+    return by_stage if found_by_probes is None else {**by_stage, FOUND: found_by_probes.columns}
+
+
+def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
+    doubts_json = recorded_document(path, chain, DOUBTS)
+    if doubts_json is None:
+        raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
+    refuse_form(path / f"{DOUBTS}.json", doubts_json, Doubted)
+    return doubts_json
+
+
+def _evidence(
+    path: Path,
+    manifest: dict[str, Any],
+    by_stage: dict[str, Columns],
+    chain: Chain,
+    doubts_json: Mapping[str, Any],
+    adapted: Mapping[str, Any] | None,
+) -> Evidence:
+    recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
+    times = {name: time for name, time in spent_in(path).items() if name in recorded}
+    seconds = {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()}
+    nodes = recorded_document(path, chain, NODES)
+    if nodes is not None:
+        refuse_form(path / "nodes.json", nodes, Differing)
+    return evidence_of(manifest, by_stage, doubts_json, seconds, adapted, totals_in(path), nodes)
+
+
+def _resumed(path: Path) -> Remedy:
+    """Return the arguments of the verb that finish a run."""
+    return Remedy("run", str(path), also=(RESUME,))

@@ -1,0 +1,122 @@
+"""The port of the operator: metrics for Prometheus, the state of the server, and swaps and reloads on demand."""
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.server.connections import limited_protocol
+from holdfast.server.error_log import ErrorLog
+from holdfast.server.http_refusals import Refused
+from holdfast.server.keys import KeyFile
+from holdfast.server.protocol_v2 import JSON, compact
+from holdfast.server.supervisor import Supervisor
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_CONNECTIONS, _HEADER_S = 64, 10.0
+_STARTED_S = 10.0
+
+
+def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette:
+    """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope `admin`."""
+
+    def permitted(request: Request) -> None:
+        supervisor.setup.admin_hosts.refuse_other(request.scope["headers"])
+        if keys is not None:
+            header = request.headers.get("authorization")
+            keys.authenticated(None if header is None else header.encode("latin-1"), "admin")
+
+    async def metrics(request: Request) -> Response:
+        permitted(request)
+        return Response(supervisor.totals.text(), media_type=METRICS_TYPE)
+
+    async def status(request: Request) -> Response:
+        permitted(request)
+        return Response(compact(supervisor.status()), media_type=JSON)
+
+    async def swap(request: Request) -> Response:
+        permitted(request)
+        if (
+            "origin" in request.headers
+        ):  # a page in the operator's browser could send this request without a key
+            raise Refused(403, "requests of web pages are not accepted")
+        try:
+            supervisor.request_swap("requested by the operator")
+        except UsageError as error:
+            raise Refused(409, str(error)) from error
+        return Response(compact({"requested": True}), 202, media_type=JSON)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, Refused):
+            return Response(
+                compact({"error": error.reason}), error.status, dict(error.headers), media_type=JSON
+            )
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        reason = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
+        return Response(compact({"error": reason.get(status, "internal error")}), status, media_type=JSON)
+
+    handlers: dict[Any, Any] = {Refused: refused, HTTPException: refused, Exception: refused}
+    routes = [
+        Route("/metrics", metrics, methods=["GET"]),
+        Route("/status", status, methods=["GET"]),
+        Route("/swap", swap, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+class AdminServer:
+    """The operator's port, served by a thread of the supervisor."""
+
+    def __init__(self, supervisor: Supervisor, listener: socket.socket, keys: KeyFile | None) -> None:
+        config = uvicorn.Config(
+            admin_application(supervisor, keys),
+            http=limited_protocol(_CONNECTIONS, _HEADER_S, errors=ErrorLog()),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        self._server, self._listener = _Quiet(config), listener
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [listener]}, name="admin", daemon=True
+        )
+
+    def start(self) -> None:
+        """Start the thread, and wait until it answers."""
+        self._thread.start()
+        until = time.monotonic() + _STARTED_S
+        while not self._server.started:
+            if time.monotonic() > until or not self._thread.is_alive():
+                raise TargetError(
+                    "the operator's port did not start",
+                    Remedy("admin_port", Placeholder("PORT"), reason="for another port"),
+                )
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Close the port, and wait for the end of the thread."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join()
+        self._listener.close()
+
+
+class _Quiet(uvicorn.Server):
+    """A server of uvicorn that leaves signals to the supervisor."""
+
+    @contextmanager
+    def capture_signals(self) -> Any:
+        """Do not handle signals."""
+        yield

@@ -1,0 +1,416 @@
+"""Answers a batch of requests: limits of keys, audit, guard, model, and the scores of each request.
+
+Each batch takes one reference to a network that is never modified, so that all of its requests are answered by the
+same parameter set, and a swap never waits for a batch or changes one.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import isfinite
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.core.model import Classifier
+from holdfast.guard.decisions import Action, Decision, Incoming
+from holdfast.guard.protocol import RequestGuard
+from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, start_record
+from holdfast.server.error_log import ErrorLog
+from holdfast.server.forwarding import Headers, forwarding
+from holdfast.server.http_refusals import Refused, wait_first
+from holdfast.server.quotas import Quotas, Spending
+from holdfast.server.telemetry import Telemetry
+
+_AUDIT_FULL = "the audit log cannot be written, so no request is answered"
+_MODEL = "the model failed"
+_STATE_S = 1.0
+"""seconds after which a client may send a request again that could not be checked"""
+_OF_UPSTREAM = frozenset({502, 503})
+"""status codes of a failed upstream server, which concern all requests of a batch"""
+_SERVER_ERROR = 500
+"""smallest status code of a failure of a server"""
+_LEAST_USED = 0.9
+"""smallest share of requests passed on unchanged by the guard, from which the model computes before its decision"""
+_USED_WEIGHT = 0.1
+"""weight of the last batch in the moving average of this share"""
+_ABSTAINS = "no prediction is returned for input {}"
+
+
+@dataclass(frozen=True, eq=False)
+class ServedSet:
+    """A network that is never modified, with the name of its parameter set and its epoch of service."""
+
+    model: Classifier
+    name: str
+    epoch: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A request in a batch, with the limits of its key."""
+
+    incoming: Incoming
+    rate: float | None = None
+    budget: int | None = None
+    digest: str = ""
+    """digest of the inputs for the audit chain"""
+    forwarded: Headers = ()
+    """headers of the client that a proxy passes on"""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The scores of a request, and the seconds by which its response is delayed."""
+
+    scores: Tensor
+    delay_s: float = 0.0
+
+
+class Audit(Protocol):
+    """Protocol of the audit chain of a worker."""
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Record that requests have started. Raises `OSError` if they must not be answered."""
+
+    def end(self, outcomes: Sequence["Outcome"], served: ServedSet) -> None:
+        """Record the ends of requests. Raises `OSError` if their answers must not be returned."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The end of a request: its scores, or why it is refused."""
+
+    job: Job
+    decision: Decision | None = None
+    answer: Answer | None = None
+    refusal: Refused | None = None
+    action: Action = Action.ALLOW
+    """action of the decision, which is computed only once"""
+
+
+class NoAudit:
+    """An audit that records nothing."""
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Record nothing."""
+
+    def end(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+        """Record nothing."""
+
+
+@dataclass(eq=False)
+class ChainAudit:
+    """The audit chain of a worker. After a failure to write in `end`, the records are written by the next call."""
+
+    chain: ChainFile
+    key: AuditKey
+    _owed: list[dict[str, object]] = field(default_factory=list)
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Record that requests have started. Raises `OSError` if they must not be answered."""
+        records = [
+            start_record(
+                job.incoming.request,
+                self.key.pseudonym(job.incoming.principal),
+                len(job.incoming.x),
+                job.digest,
+            )
+            for job in jobs
+        ]
+        self._add(records)
+
+    def end(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+        """Record the ends of requests. Raises `OSError` if their answers must not be returned."""
+        records = [_record(outcome, served) for outcome in outcomes]
+        try:
+            self._add(records)
+        except OSError:
+            # The requests were started and are refused now, which is recorded once the disk is writable again.
+            self._owed += [
+                end_record("failed", outcome.job.incoming.request, reason="audit") for outcome in outcomes
+            ]
+            raise
+
+    def _add(self, records: Sequence[dict[str, object]]) -> None:
+        self.chain.add([*self._owed, *records])
+        self._owed.clear()
+
+
+def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
+    request, decision = outcome.job.incoming.request, outcome.decision
+    if decision is None or (outcome.refusal is not None and outcome.refusal.cause != "guard"):
+        status = 500 if outcome.refusal is None else outcome.refusal.status
+        notes = {"notes": dict(decision.notes)} if decision is not None and decision.notes else {}
+        return end_record("failed", request, status=status, **notes)
+    rows = [
+        [
+            str(row.action),
+            {
+                s.rule: [round(s.value, 6) if isfinite(s.value) else str(s.value), s.fired, s.mode.value]
+                for s in row.scores
+            },
+        ]
+        for row in decision.rows
+        if row.scores
+    ]
+    return end_record(
+        "answered",
+        request,
+        status=200 if outcome.refusal is None else outcome.refusal.status,
+        action=str(outcome.action),
+        set=served.name,
+        epoch=served.epoch,
+        **({"rows": rows} if rows else {}),
+        **({"notes": dict(decision.notes)} if decision.notes else {}),
+    )
+
+
+@dataclass(eq=False)
+class Answerer:
+    """Function from the jobs of a batch to their answers. It is called by one thread.
+
+    `guard_fails_open` states whether requests are answered although the guard raised an error.
+    """
+
+    served: ServedSet
+    """the serving set; a swap replaces the reference"""
+    guard: RequestGuard
+    audit: Audit = field(default_factory=NoAudit)
+    quotas: Quotas | None = None
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    guard_fails_open: bool = False
+    answered: Callable[[ServedSet, str, int], object] = lambda served, principal, rows: None
+    """called with the set, the principal and the number of inputs of each answered request"""
+    device: torch.device = torch.device("cpu")
+    errors: ErrorLog = field(default_factory=ErrorLog)
+    """log of errors for the operator"""
+    progress: Callable[[], object] = lambda: None
+    """called after each call of the model"""
+    overlapping: bool = False
+    """whether the model may compute while the guard decides. Its scores for refused inputs are then discarded"""
+    _used: float = field(default=1.0, init=False)
+    """moving average of the share of requests that the guard passes on unchanged"""
+    _beside: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "guard"), init=False, repr=False
+    )
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
+        served = self.served
+        refusals = self._spent(jobs)
+        due = [job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
+        outcomes = iter(self._audited(due, served) if due else ())
+        settled = [
+            next(outcomes) if refusal is None else Outcome(job, refusal=refusal)
+            for job, refusal in zip(jobs, refusals, strict=True)
+        ]
+        self._count(settled, served)
+        return [self._returned(outcome) for outcome in settled]
+
+    def _spent(self, jobs: Sequence[Job]) -> list[Refused | None]:
+        if self.quotas is None:
+            return [None] * len(jobs)
+        return self.quotas.take(
+            [Spending(job.incoming.principal, len(job.incoming.x), job.rate, job.budget) for job in jobs]
+        )
+
+    def _audited(self, jobs: Sequence[Job], served: ServedSet) -> list[Outcome]:
+        try:
+            self.audit.start(jobs)
+            outcomes = self._guarded(jobs, served)
+            self.audit.end(outcomes, served)
+        except OSError as error:
+            self.telemetry.set("holdfast_audit_failing", 1)
+            self.errors(
+                "requests are refused, as the audit chain cannot be written", error, advice=advice_for(error)
+            )
+            return [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
+        self.telemetry.set("holdfast_audit_failing", 0)
+        return outcomes
+
+    def _guarded(self, jobs: Sequence[Job], served: ServedSet) -> list[Outcome]:
+        """Return the outcome of each job after guard and model."""
+        decisions, early = self._before_and_early(jobs, served)
+        if decisions is None:
+            return [_failed(job, "the guard failed", "guard") for job in jobs]
+        pairs = list(zip(jobs, decisions, strict=True))
+        passed = [(job, d) for job, d in pairs if d.answered]
+        unchanged = [d.x is job.incoming.x for job, d in passed]
+        self._used += _USED_WEIGHT * (sum(unchanged) / len(jobs) - self._used)
+        if early is not None and all(unchanged):
+            outputs: Sequence[Tensor | Refused] = [
+                scores for scores, (_, d) in zip(early, pairs, strict=True) if d.answered
+            ]
+        else:
+            outputs = self._answers(passed, served)
+        scored = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if isinstance(out, Tensor)]
+        after = iter(self._after([d for d, _ in scored], [out for _, out in scored], served))
+        logits = iter(outputs)
+        outcomes = []
+        for job, decision in zip(jobs, decisions, strict=True):
+            if not decision.answered:
+                outcomes.append(_decided(job, decision, None))
+            elif isinstance(scores := next(logits), Refused):
+                outcomes.append(Outcome(job, refusal=scores))
+            else:
+                outcomes.append(_decided(job, next(after), scores))
+        return outcomes
+
+    def _before_and_early(
+        self, jobs: Sequence[Job], served: ServedSet
+    ) -> tuple[Sequence[Decision] | None, Sequence[Tensor] | None]:
+        """Return the decisions of the guard before the model, and the logits of each request if the model computed them
+        meanwhile.
+
+        The guard waits for its state, and computes little. While it refuses or changes more than a tenth of the
+        requests, as during an attack, the model does not compute before the decision.
+        """
+        if not self.overlapping or self._used < _LEAST_USED:
+            return self._before(jobs), None
+        pending = self._beside.submit(self._before, jobs)
+        try:
+            with torch.inference_mode():
+                logits = self._logits(served, torch.cat([job.incoming.x for job in jobs]))
+            parts = torch.split(logits, [len(job.incoming.x) for job in jobs])
+            early = parts if bool(logits.isfinite().all()) else None
+        except Exception:  # noqa: BLE001 - perhaps of an input that the guard refuses; otherwise it is raised again
+            early = None
+        return pending.result(), early
+
+    def _before(self, jobs: Sequence[Job]) -> Sequence[Decision] | None:
+        incoming = [job.incoming for job in jobs]
+        try:
+            return self.guard.before_many(incoming)
+        except Exception as error:  # noqa: BLE001 - an error of the guard must not end the thread of the batches
+            self._guard_failed(error)
+            return _unguarded(incoming) if self.guard_fails_open else None
+
+    def _after(
+        self, decisions: Sequence[Decision], outputs: Sequence[Tensor], served: ServedSet
+    ) -> Sequence[Decision]:
+        if not decisions:
+            return decisions
+        try:
+            return self.guard.after_many(decisions, outputs, network=partial(self._logits, served))
+        except Exception as error:  # noqa: BLE001 - as above
+            self._guard_failed(error)
+            reason = "the guard failed"
+            return decisions if self.guard_fails_open else [replace(d, refusal=reason) for d in decisions]
+
+    def _guard_failed(self, error: Exception) -> None:
+        self.telemetry.count("holdfast_guard_failures_total")
+        outcome = "answered without it" if self.guard_fails_open else "refused"
+        self.errors(f"the guard failed, and requests are {outcome}", error)
+
+    def _answers(self, passed: Sequence[tuple[Job, Decision]], served: ServedSet) -> list[Tensor | Refused]:
+        """Return the logits of each request, with one call of the model for all requests with the same forwarded
+        headers.
+        """
+        results: dict[int, Tensor | Refused] = {}
+        groups: dict[Headers, list[int]] = {}
+        for place, (job, _) in enumerate(passed):
+            groups.setdefault(job.forwarded, []).append(place)
+        for headers, places in groups.items():
+            with forwarding(headers):
+                outputs = self._outputs([_inputs(*passed[place]) for place in places], served)
+            results.update(zip(places, outputs, strict=True))
+        return [results[place] for place in range(len(passed))]
+
+    def _outputs(self, inputs: Sequence[Tensor], served: ServedSet) -> list[Tensor | Refused]:
+        """Return the logits of each request, or the refusal if the model raised an error or returned no finite
+        numbers.
+        """
+        failure = Refused(500, _MODEL, (), "model")
+        try:
+            with torch.inference_mode():
+                logits = self._logits(served, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)))
+        except Exception as error:  # noqa: BLE001 - of the model, which may be any code
+            refusal = error if isinstance(error, Refused) else failure
+            if refusal.status >= _SERVER_ERROR:
+                self.errors(
+                    refusal.reason if refusal is error else _MODEL, None if refusal is error else error
+                )
+            if len(inputs) == 1 or refusal.status in _OF_UPSTREAM:
+                return [refusal] * len(inputs)
+            # The request that causes the error must not fail the others.
+            return [self._outputs([x], served)[0] for x in inputs]
+        parts = torch.split(logits, [len(x) for x in inputs])
+        if bool(logits.isfinite().all()):
+            return list(parts)
+        self.errors("the model returned NaN or infinite scores")
+        return [part if bool(part.isfinite().all()) else failure for part in parts]
+
+    def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
+        try:
+            logits: Tensor = served.model(x.to(self.device)).cpu()
+        finally:  # an error ends the call as well
+            self.progress()
+        return logits
+
+    def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+        """Count the outcomes of a batch for the metrics and for the pool."""
+        actions, fired, rows, unchecked = Counter[Action](), Counter[tuple[str, str]](), 0, 0
+        for outcome in outcomes:
+            decision = outcome.decision
+            if decision is not None:
+                unchecked += len(decision.rows) if decision.unchecked else 0
+                actions[outcome.action] += not decision.unavailable
+                fired.update(
+                    (score.rule, score.mode.value)
+                    for row in decision.rows
+                    for score in row.scores
+                    if score.fired
+                )
+            if outcome.answer is not None:
+                n = len(outcome.answer.scores)
+                rows += n
+                self.answered(served, outcome.job.incoming.principal, n)
+        self.telemetry.count("holdfast_inputs_total", n=rows)
+        self.telemetry.count("holdfast_guard_unchecked_total", n=unchecked)
+        for action, n in actions.items():
+            self.telemetry.count("holdfast_decisions_total", str(action), n=n)
+        for (rule, mode), n in fired.items():
+            self.telemetry.count("holdfast_rule_fired_total", rule, mode, n=n)
+
+    @staticmethod
+    def _returned(outcome: Outcome) -> Answer | Exception:
+        """Return an outcome as the batcher expects it."""
+        if outcome.answer is not None:
+            return outcome.answer
+        assert outcome.refusal is not None
+        return outcome.refusal
+
+
+def _inputs(job: Job, decision: Decision) -> Tensor:
+    return job.incoming.x if decision.x is None else decision.x
+
+
+def _unguarded(requests: Sequence[Incoming]) -> list[Decision]:
+    return [Decision(r.request, r.principal, (), x=r.x, notes={"guard": "failed"}) for r in requests]
+
+
+def _failed(job: Job, reason: str, cause: str) -> Outcome:
+    return Outcome(job, refusal=Refused(500, reason, (), cause))
+
+
+def _decided(job: Job, decision: Decision, logits: Tensor | None) -> Outcome:
+    """Return the outcome of a request from its final decision and the logits (n, classes) of the model."""
+    action = decision.action
+    if decision.unavailable:
+        return Outcome(job, decision, refusal=wait_first(decision.refusal, _STATE_S, cause="state"))
+    if action is Action.BLOCK or decision.refusal or logits is None:
+        reason = decision.refusal or "the request is refused"
+        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
+    if action is Action.ABSTAIN:
+        rows = [str(row) for row, each in enumerate(decision.actions) if each is Action.ABSTAIN]
+        reason = _ABSTAINS.format(", ".join(rows))
+        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
+    if action >= Action.LABEL_ONLY and logits.shape[1] > 1:  # a single column is a class number of a proxy
+        labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
+        logits = logits.clone()
+        one_hot = torch.nn.functional.one_hot(logits[labelled].argmax(1), logits.shape[1])
+        logits[labelled] = one_hot.to(logits.dtype)
+    return Outcome(job, decision, Answer(logits, decision.delay_s), action=action)

@@ -1,0 +1,351 @@
+"""The ASGI application of a worker: health, metadata and `infer` of the Open Inference Protocol v2.
+
+Everything that can be refused without the body is refused before it is read. A 4xx or 5xx response contains one reason,
+`{"error": …}`, and nothing else.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from holdfast import __version__
+from holdfast.guard.decisions import Incoming
+from holdfast.server import openapi
+from holdfast.server.answering_requests import Answer, Job
+from holdfast.server.audit_chain import AuditKey
+from holdfast.server.batching import Batcher
+from holdfast.server.error_log import ErrorLog
+from holdfast.server.forwarding import is_sendable
+from holdfast.server.host_names import HostNames
+from holdfast.server.http_refusals import Refused
+from holdfast.server.keys import ApiKey, KeyFile
+from holdfast.server.protocol_v2 import (
+    BINARY,
+    EXTENSIONS,
+    JSON,
+    LENGTH_HEADER,
+    Encoded,
+    Signature,
+    compact,
+    encoded,
+    read_request,
+)
+from holdfast.server.telemetry import Telemetry
+
+Jobs = Batcher[Job, Answer]
+Endpoint = Callable[[Request], Awaitable[Response]]
+_DISCARD_S = 0.5
+"""seconds for which the body of a refused request is read"""
+_DISCARDED = 4
+"""largest size of what is read of it, in multiples of the largest body"""
+_REASONS = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Limits of requests and connections of one worker."""
+
+    max_body: int | None = None
+    """largest number of bytes of a body; None for the largest that a valid request can need"""
+    body_timeout_s: float = 30.0
+    """seconds after which the whole body must have arrived"""
+    header_timeout_s: float = 10.0
+    """seconds after which the headers of a request must have arrived"""
+    keep_alive_s: float = 30.0
+    """seconds after which an idle connection is closed"""
+    write_timeout_s: float = 30.0
+    """seconds in which a client must read a response"""
+    max_connections: int = 1000
+    """largest number of open connections"""
+    max_latency_s: float = 1.0
+    """seconds for which a request may wait for the model; further requests are refused"""
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """What the application of a worker needs: the model's signature, the queue of batches, keys, limits, metrics."""
+
+    signature: Signature
+    batcher: Jobs
+    keys: KeyFile | None = None
+    audit_key: AuditKey | None = None
+    """key of the digests in the audit chain; None without an audit"""
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    forwards: tuple[str, ...] = ()
+    """names of the headers, in lower case, that a proxy passes on"""
+    errors: ErrorLog = field(default_factory=ErrorLog)
+    """log of errors for the operator"""
+    hosts: HostNames = field(default_factory=HostNames)
+    """host names under which requests are answered"""
+    ready: bool = True
+    """whether requests are answered; false while the server drains"""
+    closing: bool = False
+    """whether each connection is closed after its next response, because this process ends"""
+
+    @property
+    def max_body(self) -> int:
+        """Largest number of bytes of a request body."""
+        return self.limits.max_body or self.signature.most_bytes
+
+    # --- endpoints
+
+    async def live(self, request: Request) -> Response:
+        """Answer that the process runs."""
+        return _json({"live": True})
+
+    async def is_ready(self, request: Request) -> Response:
+        """Answer whether requests are answered."""
+        if not self.ready:
+            raise Refused(503, "the server is draining", (("retry-after", "1"),), "overload")
+        return _json({"ready": True})
+
+    async def server(self, request: Request) -> Response:
+        """Return the metadata of the server."""
+        self._principal(request)
+        return _json({"name": "holdfast", "version": __version__, "extensions": list(EXTENSIONS)})
+
+    async def models(self, request: Request) -> Response:
+        """Return the names of the models, as servers of KServe do."""
+        self._principal(request)
+        return _json({"models": [self.signature.name]})
+
+    async def document(self, request: Request) -> Response:
+        """Return the OpenAPI document."""
+        self._principal(request)
+        return _json(
+            openapi.openapi_document(self.signature, keys=self.keys is not None, max_body=self.max_body)
+        )
+
+    async def metadata(self, request: Request) -> Response:
+        """Return the metadata of the model."""
+        self._principal(request)
+        self._refuse_other_model(request)
+        return _json(self.signature.metadata())
+
+    async def model_ready(self, request: Request) -> Response:
+        """Answer whether the model answers requests."""
+        self._principal(request)
+        self._refuse_other_model(request)
+        if not self.ready:
+            raise Refused(503, "the server is draining", (("retry-after", "1"),), "overload")
+        return _json({"name": self.signature.name, "ready": True})
+
+    async def infer(self, request: Request) -> Response:
+        """Return the scores of the inputs in a request, if it is for this model."""
+        self._principal(request)
+        self._refuse_other_model(request)
+        return await self.scores(request)
+
+    async def scores(self, request: Request) -> Response:
+        """Return the scores of the inputs in a request."""
+        begin = time.perf_counter()
+        key = self._principal(request)
+        header_length = self._header_length(request)
+        body = await self._body(request)
+        content = read_request(body, header_length, self.signature)
+        incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16), content.sent)
+        limits = (None, None) if key is None else (key.rate, key.budget)
+        # here and not in the thread of the batches, for which the digest of a large input would cost a switch
+        digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
+        forwarded = self._forwarded(request) if self.forwards else ()
+        job = Job(incoming, *limits, digest, forwarded)
+        answer = await self.batcher.submit(job, len(content.x))
+        if answer.delay_s:
+            await asyncio.sleep(answer.delay_s)
+        response = _encoded(encoded(answer.scores, content, self.signature))
+        self.telemetry.observe("holdfast_request_seconds", time.perf_counter() - begin)
+        return response
+
+    # --- checks
+
+    def _principal(self, request: Request) -> ApiKey | None:
+        if self.keys is None:
+            return None
+        return self.keys.authenticated(_header(request, b"authorization"), "infer")
+
+    def _forwarded(self, request: Request) -> tuple[tuple[str, str], ...]:
+        """Return the headers that a proxy passes on. Raises `Refused` for a value that cannot be sent."""
+        names = {name.encode(): name for name in self.forwards}
+        passed = [(names[k], v.decode("latin-1").strip()) for k, v in request.scope["headers"] if k in names]
+        for name, value in passed:
+            if not is_sendable(value):
+                raise Refused(400, f"the header {name} contains other characters than printable ASCII")
+        return tuple(passed)
+
+    def _refuse_other_model(self, request: Request) -> None:
+        if request.path_params["model"] != self.signature.name:
+            raise Refused(404, "there is no model of this name")
+        if request.path_params.get("version", self.signature.version) != self.signature.version:
+            raise Refused(404, "there is no such version of the model")
+
+    def _header_length(self, request: Request) -> int | None:
+        """Check the headers of a request with a body, and return the number of bytes of its JSON if tensors follow."""
+        coding = _header(request, b"content-encoding")
+        if coding is not None and coding.strip().lower() not in (b"", b"identity"):
+            raise Refused(415, "compressed bodies are not accepted; send the body without Content-Encoding")
+        length = _header(request, b"content-length")
+        if length is not None and _header(request, b"transfer-encoding") is not None:
+            # a reverse proxy that uses the other one would see other requests on the connection
+            raise Refused(400, "the request has both Content-Length and Transfer-Encoding")
+        if length is not None and (not length.isdigit() or int(length) > self.max_body):
+            raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
+        media = (_header(request, b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")
+        header = _header(request, LENGTH_HEADER.encode())
+        if not media and _header(request, b"origin") is None:
+            # tritonclient states no type; a page of another site, which may omit it, states its origin
+            media = JSON
+        if header is None:
+            if media != JSON:
+                raise Refused(415, f"the content type must be {JSON}, or {BINARY} with {LENGTH_HEADER}")
+            return None
+        if media not in (BINARY, JSON):
+            raise Refused(415, f"the content type must be {BINARY} with the header {LENGTH_HEADER}")
+        if not header.isdigit() or len(header) > 12:
+            raise Refused(400, f"the header {LENGTH_HEADER} must be a number of bytes")
+        return int(header)
+
+    async def _body(self, request: Request) -> bytes:
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.max_body:
+                        raise Refused(
+                            413, f"the body is too large; at most {self.max_body} bytes are accepted"
+                        )
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refused(408, "the body did not arrive in time") from error
+        request.state.read = True
+        return b"".join(parts)
+
+    # --- errors
+
+    async def refused(self, request: Request, error: Exception) -> Response:
+        """Return the response for a refused request."""
+        assert isinstance(error, Refused)
+        self.telemetry.count("holdfast_refused_total", error.cause)
+        headers = dict(error.headers)
+        if request.method == "POST" and not getattr(request.state, "read", False):
+            headers["connection"] = "close"
+            await self._discard(request)
+        return _json({"error": error.reason}, error.status, headers)
+
+    async def _discard(self, request: Request) -> None:
+        """Read the body of a refused request for a short time, because a client that is still sending would see a reset
+        connection instead of the response. A client that waits for `100 Continue` reads the response first.
+        """
+        size = 0
+        if _header(request, b"expect") is None:
+            with suppress(TimeoutError, ClientDisconnect):
+                async with asyncio.timeout(_DISCARD_S):
+                    async for part in request.stream():
+                        size += len(part)
+                        if size > _DISCARDED * self.max_body:
+                            break
+
+    async def of_http(self, request: Request, error: Exception) -> Response:
+        """Return the response for a path or a method that does not exist."""
+        assert isinstance(error, HTTPException)
+        reason = _REASONS.get(error.status_code, "the request is not valid")
+        headers = dict(error.headers or {})
+        return await self.refused(request, replace_reason(error.status_code, reason, headers))
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        """Return the response for an internal error, which discloses nothing about it."""
+        if not isinstance(error, ClientDisconnect):
+            self.errors("an internal error", error)
+        return await self.refused(request, Refused(500, "internal error", (), "model"))
+
+
+def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refused:
+    """Return a refusal with a status code, a reason and headers."""
+    return Refused(status, reason, tuple(headers.items()))
+
+
+class Watched:
+    """ASGI middleware that counts responses.
+
+    Requests for scores of the served model are answered without the router, which costs as much as their parsing.
+    """
+
+    def __init__(self, app: ASGIApp, served: ServedModel) -> None:
+        self._app, self._served = app, served
+        model = f"/v2/models/{served.signature.name}"
+        self._paths = frozenset((f"{model}/infer", f"{model}/versions/{served.signature.version}/infer"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        served = self._served
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                served.telemetry.count("holdfast_requests_total", str(message["status"]))
+                if served.closing:
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        request = Request(scope, receive)
+        try:
+            served.hosts.refuse_other(scope["headers"])
+            if scope["method"] != "POST" or scope["path"] not in self._paths:
+                await self._app(scope, receive, counted)
+                return
+            response = await served.scores(request)
+        except Refused as error:
+            response = await served.refused(request, error)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # noqa: BLE001 - an error discloses nothing to the client
+            response = await served.failed(request, error)
+        await response(scope, receive, counted)
+
+
+def application(served: ServedModel) -> ASGIApp:
+    """Return the ASGI application of a worker."""
+    model = "/v2/models/{model}"
+    version = f"{model}/versions/{{version}}"
+    routes = [
+        Route("/v2/health/live", served.live, methods=["GET"]),
+        Route("/v2/health/ready", served.is_ready, methods=["GET"]),
+        Route("/v2", served.server, methods=["GET"]),
+        Route("/v2/models", served.models, methods=["GET"]),
+        Route("/openapi.json", served.document, methods=["GET"]),
+        *(Route(path, served.metadata, methods=["GET"]) for path in (model, version)),
+        *(Route(f"{path}/ready", served.model_ready, methods=["GET"]) for path in (model, version)),
+        *(Route(f"{path}/infer", served.infer, methods=["POST"]) for path in (model, version)),
+    ]
+    handlers: dict[Any, Any] = {
+        Refused: served.refused,
+        HTTPException: served.of_http,
+        ClientDisconnect: served.failed,
+        Exception: served.failed,
+    }
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Watched(app, served)
+
+
+def _header(request: Request, name: bytes) -> bytes | None:
+    return next((value for key, value in request.scope["headers"] if key == name), None)
+
+
+def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(compact(content), status, headers, JSON)
+
+
+def _encoded(content: Encoded) -> Response:
+    return Response(content.body, 200, dict(content.headers), content.media_type)

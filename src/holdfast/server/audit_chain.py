@@ -1,0 +1,393 @@
+"""Audit chains of a server: one hash chain for each worker process, and one for the supervisor, which lists the others.
+
+A chain is a file `RUN.worker-N.jsonl` or `RUN.server.jsonl` in the audit folder. A record `started` is written before
+the model is called, and `answered` with the decision before the response is sent. Records of a batch are written with
+one call. When a worker dies, the supervisor adds a record `interrupted` for each request that was not answered.
+Principals are stored as pseudonyms and inputs as keyed digests; the key is in a file beside the folder.
+"""
+
+import errno
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+from typing_extensions import TypedDict
+
+from holdfast.core.chain import GENESIS
+from holdfast.core.errors import TargetError
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.runs.store import files as store
+from holdfast.runs.store.files import content_of, create_private, open_regular
+from holdfast.runs.store.forms import Count, Whole, refuse_form, required
+from holdfast.runs.store.locking import WAIT_S
+
+SUFFIX = ".jsonl"
+SERVER = ".server"
+_NAME = re.compile(rf"([0-9]{{8}}T[0-9]{{12}}-[0-9a-f]{{6}})(\{SERVER}|\.worker-[1-9][0-9]{{0,8}})\{SUFFIX}")
+"""Names of chains, with the run that wrote them. Names in a chain are compared with it before they are used as paths,
+because a folder may be from elsewhere."""
+_LINE_BYTES = 1 << 26
+"""Largest number of bytes of a record: that of a request with 400,000 inputs. A longer line is not read into memory."""
+_BEGINNING = b'{"content":{"'
+"""first bytes of each record"""
+_KEY_BYTES, _DIGITS = 32, 32
+_POLL_S = 0.1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ENDS = frozenset({"answered", "interrupted", "failed"})
+"""kinds of records that end a request"""
+
+
+def advice_for(error: OSError) -> str:
+    """Return what an operator can do about a chain that cannot be written."""
+    if error.errno in _FULL:
+        return (
+            "free some space; if on_audit_failure is answer, requests are answered without records until then"
+        )
+    return "check the disk and its permissions"
+
+
+def refusal_in_audit(path: Path, error: OSError) -> TargetError:
+    """Return the error for a file of an audit folder that cannot be read or written."""
+    cause = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+    return TargetError(
+        f"{str(path)!r} cannot be used: {cause}; {advice_for(error)}",
+        Remedy("audit", Placeholder("DIR"), reason="for another folder"),
+    )
+
+
+usable = partial(store.usable, refused=refusal_in_audit)
+"""context manager that converts an `OSError` to a `TargetError` with advice about the audit folder"""
+
+
+@dataclass(frozen=True)
+class AuditKey:
+    """The key of the pseudonyms and digests in audit chains."""
+
+    key: bytes
+
+    @classmethod
+    def of(cls, folder: Path) -> "AuditKey":
+        """Return the key of an audit folder, from the file beside it, which is created if it does not exist."""
+        file = folder.with_name(f"{folder.name}.key")
+        with usable(file), suppress(FileExistsError):
+            create_private(file, secrets.token_hex(_KEY_BYTES).encode())
+        text = content_of(file, refusal_in_audit, follow=True).decode("ascii", "replace").strip()
+        if len(text) != 2 * _KEY_BYTES or not all(digit in "0123456789abcdef" for digit in text):
+            raise TargetError(
+                f"{str(file)!r} is not the key of an audit folder; {2 * _KEY_BYTES} hex digits were expected: restore "
+                "it from a copy, or give another folder"
+            )
+        return cls(bytes.fromhex(text))
+
+    def pseudonym(self, principal: str) -> str:
+        """Return the pseudonym under which a client is recorded; empty for a client without a name."""
+        return self._mac(b"principal\0", principal.encode()) if principal else ""
+
+    def digest(self, content: bytes) -> str:
+        """Return the digest of the bytes of an input tensor, as it is recorded."""
+        return self._mac(b"request\0", content)
+
+    def _mac(self, purpose: bytes, content: bytes) -> str:
+        mac = hmac.new(self.key, purpose, hashlib.sha256)
+        mac.update(content)
+        return mac.hexdigest()[:_DIGITS]
+
+
+class ChainFile:
+    """A hash chain in a file of its own, to which one process adds records. It locks the file until it ends.
+
+    With `fail_open`, records that cannot be written are counted, and a record `lost` states their number as soon as the
+    disk is writable again. Otherwise `OSError` is raised. The file then has its old content.
+    """
+
+    def __init__(self, path: Path, *, fail_open: bool = False) -> None:
+        self.path, self._fail_open = path, fail_open
+        self._lock = threading.Lock()
+        self.head, self.records, self.lost = GENESIS, 0, 0
+        self.flushed = (0, GENESIS)
+        """number of records that outlast a power failure, and the digest of the last one"""
+        self.lost_in_total = 0
+        with usable(path):
+            with suppress(FileExistsError):  # the supervisor has created that of a worker
+                create_private(path, b"")
+            self._handle = open_regular(path, os.O_WRONLY)
+            if not _locked(self._handle) or os.fstat(self._handle).st_size:
+                os.close(self._handle)
+                raise FileExistsError(errno.EEXIST, "the chain is that of another process", str(path))
+        self._size = self._synced = 0
+
+    def add(self, contents: Sequence[Mapping[str, Any]]) -> None:
+        """Append records with one write. Every record has a `kind`."""
+        with self._lock:
+            lost = [{"kind": "lost", "records": self.lost, "time": now()}] if self.lost else []
+            data, head = lines(self.head, (*lost, *contents))
+            try:
+                self._write(data)
+            except OSError:
+                if not self._fail_open:
+                    raise
+                self.lost += len(contents)
+                self.lost_in_total += len(contents)
+                return
+            self.head, self.records, self.lost = head, self.records + len(lost) + len(contents), 0
+
+    def _write(self, data: bytes) -> None:
+        view, at = memoryview(data), self._size
+        try:
+            while view:
+                # at a position: bytes of a failed write are overwritten by the next one
+                written = os.pwrite(self._handle, view, at)
+                view, at = view[written:], at + written
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._handle, self._size)
+            raise
+        self._size = at
+
+    def flush(self) -> None:
+        """Flush the records to the disk, so that they outlast a power failure."""
+        with self._lock:
+            size, flushed = self._size, (self.records, self.head)
+        if size != self._synced:
+            os.fsync(self._handle)
+            self._synced, self.flushed = size, flushed
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        with suppress(OSError):
+            self.flush()
+        with self._lock, suppress(OSError):
+            os.close(self._handle)
+
+
+def _locked(handle: int) -> bool:
+    """Lock an open file for this process until it is closed, and return whether that is possible now."""
+    import fcntl  # absent on Windows, where chains are verified only
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
+    """Return records as lines of a chain file, each with the digest of the one before, and the digest of the last one.
+    `head` is the digest of the record before them.
+
+    The lines equal those of `store.records.line_of`; the canonical text of a content is computed only once, because
+    this is called for every request.
+    """
+    parts: list[bytes] = []
+    for content in contents:
+        text = _encoded(content)
+        previous = head.encode()
+        head = hashlib.sha256(b'{"content":' + text + b',"previous":"' + previous + b'"}').hexdigest()
+        parts += (
+            b'{"content":',
+            text,
+            b',"digest":"',
+            head.encode(),
+            b'","previous":"',
+            previous,
+            b'"}\n',
+        )
+    return b"".join(parts), head
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    """Return the text of `core.chain.canonical`, without creating an encoder for each record."""
+    return _ENCODER.encode(content).encode()
+
+
+def now() -> float:
+    """Return the time in seconds since 1970, with microseconds, as it is recorded."""
+    return round(time.time(), 6)
+
+
+def start_record(request: str, principal: str, rows: int, digest: str) -> dict[str, Any]:
+    """Return the record of a request before the model is called."""
+    return {
+        "kind": "started",
+        "request": request,
+        "principal": principal,
+        "rows": rows,
+        "digest": digest,
+        "time": now(),
+    }
+
+
+def end_record(kind: str, request: str, **facts: Any) -> dict[str, Any]:
+    """Return the record of the end of a request: `answered`, `failed` or `interrupted`."""
+    return {"kind": kind, "request": request, **facts, "time": now()}
+
+
+def run_of(name: str) -> str | None:
+    """Return the run in the name of a chain, or None for a name that is not that of a chain."""
+    matched = _NAME.fullmatch(name)
+    return None if matched is None else matched[1]
+
+
+_ChainName = Annotated[str, required(run_of, "the name of a chain")]
+_LastRecord = tuple[_ChainName, Count, str]
+"""Name, length and head of a chain"""
+
+
+class _Request(TypedDict):
+    request: str
+
+
+class _Lost(TypedDict):
+    records: Count
+
+
+class _Begin(TypedDict):
+    owner: tuple[str, Whole, Any]
+    earlier: list[_LastRecord]
+
+
+class _Worker(TypedDict):
+    chain: _ChainName
+
+
+class _Heads(TypedDict):
+    chains: list[_LastRecord]
+
+
+class _Closed(_Worker):
+    records: Count
+    head: str
+
+
+_FORMS: Mapping[str, type] = {
+    **dict.fromkeys(("started", "answered", "failed", "interrupted"), _Request),
+    "lost": _Lost,
+    "begin": _Begin,
+    "worker": _Worker,
+    "heads": _Heads,
+    "closed": _Closed,
+}
+"""Models of the kinds of records whose contents are used"""
+
+
+class _Content(TypedDict):
+    kind: str
+
+
+class _Record(TypedDict):
+    content: _Content
+
+
+class ChainReader:
+    """Iterator over the contents of the records of a chain, from an open file, which verifies each record first.
+
+    The incomplete last line, which a kill or a write in progress leaves, is no record. Raises `TargetError` for the
+    first record that is not the canonical text of a content of a known form with the digest of the record before.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self.head, self.records = GENESIS, 0
+        self.size, self.rest = 0, b""
+        """number of bytes of the records, and the incomplete last line, once all records are read"""
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        while True:
+            line = self._file.readline(_LINE_BYTES)
+            if not line.endswith(b"\n"):
+                self.rest = line
+                if len(line) == _LINE_BYTES:
+                    raise self._fault(f"is longer than {_LINE_BYTES:,} bytes")
+                return
+            content = self._content(line)
+            self.records, self.size = self.records + 1, self.size + len(line)
+            yield content
+
+    def _content(self, line: bytes) -> Mapping[str, Any]:
+        try:
+            record = json.loads(line)
+            refuse_form(self._path, record, _Record)
+            content: Mapping[str, Any] = record["content"]
+            encoded, head = lines(self.head, [content])
+        except (ValueError, TargetError, RecursionError):
+            encoded = b""
+        if encoded != line:
+            raise self._fault("was changed, or a record before it was removed")
+        if content["kind"] in _FORMS:
+            refuse_form(self._path, content, _FORMS[content["kind"]])
+        self.head = head
+        return content
+
+    def _fault(self, fault: str) -> TargetError:
+        return TargetError(
+            f"record {self.records + 1} of {str(self._path)!r} {fault}; restore it from a copy"
+        )
+
+
+@contextmanager
+def reading_chain(path: Path) -> Iterator[ChainReader]:
+    """Context manager that opens a chain for reading. Raises `TargetError` for anything else than a regular file."""
+    with usable(path), os.fdopen(open_regular(path), "rb") as file:
+        yield ChainReader(file, path)
+
+
+def end_chain(
+    path: Path, contents: Sequence[Mapping[str, Any]] = (), *, reason: str = "", wait_s: float = WAIT_S
+) -> tuple[int, int, str]:
+    """Add the record `interrupted` with a reason for each open request of a chain whose process has ended, and then the
+    records `contents`. Return the number of open requests, the number of records, and the digest of the last one.
+
+    A worker whose supervisor was killed ends by itself once it has answered what it received, for which `wait_s`
+    seconds are waited. An incomplete last line, which a kill may leave, is removed. The file is changed only if it is a
+    chain, and if it has no other name, under which it may be a file of someone else. Raises `OSError` if the file
+    cannot be written, or if its process does not end.
+    """
+    with os.fdopen(open_regular(path, os.O_RDWR), "r+b") as file:
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise TargetError(
+                f"{str(path)!r} has further names (hard links), under which it would be changed, too; replace it by a "
+                "copy"
+            )
+        until = time.monotonic() + wait_s
+        while not _locked(file.fileno()):
+            if time.monotonic() >= until:
+                raise OSError(
+                    errno.EBUSY, "a worker of a killed server still writes to it; end that process", str(path)
+                )
+            time.sleep(_POLL_S)
+        chain, pending = ChainReader(file, path), dict[str, None]()
+        for content in chain:
+            if content["kind"] == "started":
+                pending[content["request"]] = None
+            elif content["kind"] in _ENDS:
+                pending.pop(content["request"], None)
+        if not (chain.rest.startswith(_BEGINNING) or _BEGINNING.startswith(chain.rest)):
+            raise TargetError(
+                f"{str(path)!r} ends with {len(chain.rest)} bytes that are not the beginning of a record, and is not "
+                "changed; restore it from a copy"
+            )
+        more: list[Mapping[str, Any]] = [
+            end_record("interrupted", request, reason=reason) for request in pending
+        ]
+        more += contents
+        data, head = lines(chain.head, more)
+        file.truncate(chain.size)
+        file.seek(chain.size)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(pending), chain.records + len(more), head

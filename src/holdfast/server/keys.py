@@ -1,0 +1,256 @@
+"""API keys of a server: a file with their hashes, scopes, expiry, rates and budgets, which only its owner may read.
+
+A key is 32 random bytes, so that a single SHA-256 is sufficient for its hash. The key itself is printed once, when it
+is created, and never stored.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, Strict
+from typing_extensions import TypedDict
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.runs.store.files import PRIVATE, content_of, usable, write_atomically
+from holdfast.runs.store.forms import Count, required, validated
+from holdfast.runs.store.locking import locked
+from holdfast.runs.store.records import document, parsed
+from holdfast.server.http_refusals import Refused
+
+SCOPES = ("infer", "admin")
+"""what a key may permit: `infer` requests to the model, `admin` requests to the port of the operator"""
+_PREFIX, _KEY_BYTES = "hf_", 32
+_SCHEME = b"bearer "
+_CHECK_S = 1.0
+"""seconds between two looks at the file, after which a revoked key is refused"""
+_BURST_S = 10.0
+"""number of seconds of a rate that may be used at once"""
+_ROUNDED = 1e-9  # so that ten seconds of 0.3/s count as 3
+_RATES = 1e-12, 1e9
+"""smallest and largest number of inputs per second"""
+_MOST_INPUTS = 2**53
+"""largest budget"""
+_log = logging.getLogger("holdfast.server")
+_CHALLENGE = (("www-authenticate", "Bearer"),)
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= 100 and text.isprintable()
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """What is stored about an API key. Its name is that of the principal."""
+
+    # a further field may be a limit that only another version enforces
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[str, required(_is_name, "1 to 100 printable characters")]
+    hash: str
+    """SHA-256 of the key, in hex"""
+    scopes: tuple[str, ...]
+    created: str
+    expires: Annotated[str, required(_is_moment, "a time in ISO 8601 with a time zone")] | None = None
+    """time in ISO 8601 from which the key is refused"""
+    rate: Annotated[float, Strict(), Field(ge=_RATES[0], le=_RATES[1])] | None = None
+    """largest number of inputs per second, averaged; None for no limit"""
+    budget: Count | None = None
+    """largest number of inputs in total; None for no limit"""
+    revoked: str | None = None
+    """time in ISO 8601 at which the key was revoked"""
+
+    @property
+    def state(self) -> str:
+        """State of the key: `valid`, `expired` or `revoked`."""
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.expires is not None and _past(self.expires) else "valid"
+
+
+class _Keys(TypedDict):
+    schema: Literal[1]
+    keys: tuple[ApiKey, ...]
+
+
+def burst_of(rate: float) -> int:
+    """Return the largest number of inputs that a key with a rate may send at once, after a pause: those of ten seconds,
+    and at least one. It is also the largest number of inputs of a request.
+
+    >>> burst_of(2.0), burst_of(1 / 60)
+    (20, 1)
+    """
+    return max(1, math.floor(_BURST_S * rate + _ROUNDED))
+
+
+def _past(moment: str) -> bool:
+    return datetime.fromisoformat(moment) <= datetime.now(UTC)
+
+
+def add_key(
+    path: Path,
+    name: str,
+    scopes: Sequence[str],
+    *,
+    expires: str | None = None,
+    rate: float | None = None,
+    budget: int | None = None,
+) -> str:
+    """Add a key to the file, which is created if it does not exist, and return the key. It cannot be read again.
+
+    `expires` is a time in ISO 8601. Raises `UsageError` if another key that is not revoked has the name, or if a limit
+    is outside of its range.
+    """
+    if not _is_name(name):
+        raise UsageError(
+            f"the name of a key is {name!r}; expected 1 to 100 printable characters, as in alice"
+        )
+    if rate is not None and not _RATES[0] <= rate <= _RATES[1]:
+        raise UsageError(f"the rate is {rate:g} inputs per second; expected {_RATES[0]} to {_RATES[1]}")
+    if budget is not None and not 1 <= budget <= _MOST_INPUTS:
+        raise UsageError(f"the budget is {budget}; expected 1 to {_MOST_INPUTS} inputs")
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    if unknown or not scopes:
+        raise UsageError(f"the scopes are {list(scopes)}; expected one or more of {', '.join(SCOPES)}")
+    key = f"{_PREFIX}{secrets.token_urlsafe(_KEY_BYTES)}"
+    with locked(_lock(path)):
+        keys = list(read_keys(path)) if path.exists() else []
+        if any(each.name == name and each.revoked is None for each in keys):
+            raise UsageError(
+                f"{str(path)!r} contains a key with the name {name!r}; revoke it first with holdfast keys revoke "
+                f"{name}, or choose another name"
+            )
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        keys.append(ApiKey(name, _hash(key.encode()), tuple(scopes), created, expires, rate, budget))
+        _write(path, keys)
+    return key
+
+
+def revoke_key(path: Path, name: str) -> ApiKey:
+    """Revoke the key with a name, and return it. Raises `UsageError` if there is no such key."""
+    with locked(_lock(path)):
+        keys = list(read_keys(path))
+        for place, key in enumerate(keys):
+            if key.name == name and key.revoked is None:
+                keys[place] = replace(key, revoked=datetime.now(UTC).isoformat(timespec="seconds"))
+                _write(path, keys)
+                return keys[place]
+    names = ", ".join(key.name for key in keys if key.revoked is None) or "no key that is not revoked"
+    raise UsageError(f"{str(path)!r} contains no key {name!r} that is not revoked; it contains {names}")
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """Return the keys of a file. Raises `TargetError` if there is no such file, if others may read it, or if its
+    content is invalid.
+    """
+    if not path.exists():
+        raise TargetError(f"there is no file {str(path)!r}; holdfast keys add NAME --file {path} writes it")
+    content = parsed(path, content_of(path))
+    with usable(path):
+        mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name != "nt" and mode & 0o077:
+        raise TargetError(
+            f"{str(path)!r} has the mode {mode:04o}, so that others may read or change it; expected 0600: chmod 600 "
+            f"{path}"
+        )
+    keys: tuple[ApiKey, ...] = validated(path, content, _Keys)["keys"]
+    return keys
+
+
+def _write(path: Path, keys: Sequence[ApiKey]) -> None:
+    content: dict[str, Any] = {"schema": 1, "keys": [vars(key) for key in keys]}
+    with usable(path):
+        write_atomically(path, document(json.loads(json.dumps(content))), PRIVATE)
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _hash(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
+
+
+class KeyFile:
+    """The keys of a running server. The file is read again when it has changed, so that a revoked key is soon refused.
+
+    If it cannot be read then, the earlier keys remain, and `failure` has the reason.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = path, clock
+        self._lock = threading.Lock()
+        self.failure = ""
+        self._keys = _by_hash(read_keys(path))
+        self._seen, self._looked_s = self._stamp(), self._clock()
+
+    def _stamp(self) -> tuple[int, int, int]:
+        status = self._path.stat()
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def authenticated(self, authorization: bytes | None, scope: str) -> ApiKey:
+        """Return the key in the header `Authorization: Bearer KEY`.
+
+        Raises `Refused` with status 401 for a missing or invalid key, and 403 for one without the scope.
+        """
+        self._look()
+        if authorization is None:
+            raise Refused(
+                401, "the header Authorization is missing; Bearer KEY was expected", _CHALLENGE, "key"
+            )
+        given = authorization.strip()
+        if given[: len(_SCHEME)].lower() != _SCHEME:
+            raise Refused(401, "the header Authorization must be Bearer KEY", _CHALLENGE, "key")
+        # The lookup compares hashes of the keys, so its duration does not depend on how much of a key is right.
+        key = self._keys.get(_hash(given[len(_SCHEME) :].strip()))
+        if key is None or key.revoked is not None:
+            raise Refused(401, "the key is not valid", _CHALLENGE, "key")
+        if key.state == "expired":
+            raise Refused(401, "the key has expired", _CHALLENGE, "key")
+        if scope not in key.scopes:
+            raise Refused(403, f"the key does not permit {scope}", (), "key")
+        return key
+
+    def _look(self) -> None:
+        if self._clock() - self._looked_s < _CHECK_S:
+            return
+        with self._lock:
+            self._looked_s = self._clock()
+            try:
+                stamp = self._stamp()
+                if stamp != self._seen:
+                    self._keys, self._seen = _by_hash(read_keys(self._path)), stamp
+                self._report("")
+            except (OSError, TargetError) as error:
+                self._report(str(error))
+
+    def _report(self, failure: str) -> None:
+        if failure and failure != self.failure:
+            _log.warning(
+                "The file of keys cannot be read; the keys that it contained before are used: %s", failure
+            )
+        elif self.failure and not failure:
+            _log.warning("The file of keys can be read again")
+        self.failure = failure
+
+
+def _by_hash(keys: Sequence[ApiKey]) -> dict[str, ApiKey]:
+    return {key.hash: key for key in keys}

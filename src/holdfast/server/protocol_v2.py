@@ -1,0 +1,330 @@
+"""Requests and responses of the Open Inference Protocol v2, in JSON and with the binary tensor extension.
+
+KServe, "Open Inference Protocol (V2 Inference Protocol)", REST. Triton, "Binary Tensor Data Extension": the header
+`Inference-Header-Content-Length` is the length of the JSON, after which the tensors follow as little-endian bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.model import Bounds
+from holdfast.server.http_refusals import Refused
+
+INPUT, OUTPUT = "input", "scores"
+"""names of the only input and the only output of a served model"""
+JSON, BINARY = "application/json", "application/octet-stream"
+LENGTH_HEADER = "inference-header-content-length"
+EXTENSIONS = ("binary_tensor_data",)
+_SHOWN = 60
+"""number of characters of a client's text that a message repeats"""
+_NUMBER_BYTES, _HEADER_BYTES = 32, 16_384
+"""largest number of bytes of one number in JSON with its separator, and of everything else in a request"""
+TYPES = {
+    "FP32": "<f4",
+    "FP64": "<f8",
+    "UINT8": "|u1",
+    "INT8": "|i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+}
+"""Data types of inputs and outputs by their names in the protocol, as numpy writes them. Only a proxy has others than
+FP32."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Name, version, and shapes of a served model, as its metadata describe them."""
+
+    name: str
+    shape: tuple[int, ...]
+    """shape of one input, without the axis of the rows"""
+    classes: int
+    bounds: Bounds = field(default_factory=Bounds)
+    version: str = "1"
+    max_rows: int = 64
+    """largest number of inputs in a request"""
+    input_name: str = INPUT
+    output_name: str = OUTPUT
+    input_type: str = "FP32"
+    output_type: str = "FP32"
+    flat: bool = False
+    """whether the output has one number for each input and no axis of classes"""
+    proxied: bool = False
+    """whether the model is that of another server"""
+
+    @property
+    def values(self) -> int:
+        """Number of values of one input."""
+        return prod(self.shape)
+
+    @property
+    def most_bytes(self) -> int:
+        """Largest number of bytes of a valid request body, in JSON with 32 bytes for each value."""
+        return _HEADER_BYTES + self.max_rows * self.values * _NUMBER_BYTES
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata of the model in the form that the protocol defines."""
+        return {
+            "name": self.name,
+            "versions": [self.version],
+            "platform": "holdfast_proxy" if self.proxied else "holdfast_torch",
+            "inputs": [{"name": self.input_name, "datatype": self.input_type, "shape": [-1, *self.shape]}],
+            "outputs": [
+                {
+                    "name": self.output_name,
+                    "datatype": self.output_type,
+                    "shape": [-1] if self.flat else [-1, self.classes],
+                }
+            ],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class InferRequest:
+    """The content of a valid request to `infer`."""
+
+    x: Tensor
+    """inputs (n, *shape) in the data type of the signature"""
+    id: str | None = None
+    binary: bool = False
+    """whether the scores are returned as bytes after the JSON"""
+    sent: Tensor | None = None
+    """inputs in float64, if numbers in JSON may have been rounded to the data type of the signature"""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def read_request(body: bytes, header_length: int | None, signature: Signature) -> InferRequest:
+    """Return the content of a request to `infer`. `header_length` is the number of bytes of its JSON if tensors follow
+    as bytes, else None.
+
+    Raises `Refused` with status 400 and the first mistake.
+    """
+    if header_length is None:
+        text, tail = body, b""
+    else:
+        if header_length > len(body):
+            raise _wrong(
+                f"the header states {header_length} bytes of JSON, and the body has {len(body)} bytes"
+            )
+        text, tail = body[:header_length], body[header_length:]
+    content = _object(text)
+    tensor = _only_input(content.get("inputs"), signature.input_name)
+    shape = _shape(tensor.get("shape"), signature)
+    kind = signature.input_type
+    if tensor.get("datatype") != kind:
+        raise _wrong(f"the datatype of the input is {_shown(tensor.get('datatype'))}; {kind} was expected")
+    dtype = np.dtype(TYPES[kind])
+    size, sent = _parameters(tensor).get("binary_data_size"), None
+    if size is not None:
+        values = _binary_values(tensor, tail, size, prod(shape), dtype)
+    elif tail:
+        raise _wrong(f"{len(tail)} bytes follow the JSON; no input has the parameter binary_data_size")
+    else:
+        exact = _json_values(tensor.get("data"), text, prod(shape), shape, dtype).reshape(shape)
+        values = _rounded(exact, dtype)
+        if dtype.kind == "f":
+            sent = torch.from_numpy(exact.astype(np.float64, copy=False))
+    x = torch.from_numpy(values.reshape(shape))
+    _refuse_range(x, signature.bounds)
+    name = content.get("id", "")
+    if not isinstance(name, str):
+        raise _wrong("the id of a request must be text")
+    return InferRequest(
+        x, name if "id" in content else None, _binary_output(content, signature.output_name), sent
+    )
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        content = _DECODER.decode(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise _wrong("the body is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise _wrong("the body is not a JSON object")
+    return content
+
+
+def _only_input(inputs: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise _wrong("inputs must be a list with one object, the input of the model")
+    tensor: dict[str, Any] = inputs[0]
+    if tensor.get("name") != name:
+        raise _wrong(f"the name of the input is {_shown(tensor.get('name'))}; {name!r} was expected")
+    return tensor
+
+
+def _shape(shape: object, signature: Signature) -> tuple[int, ...]:
+    """Return the shape of the inputs with the number of rows. Raises `Refused` if the model does not accept it."""
+    expected = ["n", *signature.shape]
+    if not isinstance(shape, list) or any(type(size) is not int for size in shape):
+        raise _wrong(f"shape must be a list of integers, [{', '.join(map(str, expected))}]")
+    if tuple(shape[1:]) != signature.shape or not shape:
+        raise _wrong(f"shape is {_shown(shape)}; [{', '.join(map(str, expected))}] was expected")
+    if not 1 <= shape[0] <= signature.max_rows:
+        raise _wrong(f"the request has {_shown(shape[0])} rows; 1 to {signature.max_rows} were expected")
+    return tuple(shape)
+
+
+def _parameters(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = content.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise _wrong("parameters must be an object")
+    return parameters
+
+
+def _binary_values(
+    tensor: Mapping[str, Any], tail: bytes, size: object, count: int, dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
+    if "data" in tensor:
+        raise _wrong("the input has data and the parameter binary_data_size; one of them was expected")
+    if type(size) is not int or size != count * dtype.itemsize:
+        raise _wrong(
+            f"binary_data_size is {_shown(size)}; {count * dtype.itemsize} was expected for this shape"
+        )
+    if len(tail) != size:
+        raise _wrong(f"{len(tail)} bytes follow the JSON; {size} were expected")
+    # a copy: a tensor must not share the read-only memory of the body
+    return np.frombuffer(tail, dtype).astype(dtype.newbyteorder("="), copy=True)
+
+
+def _json_values(
+    data: object, text: bytes, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
+    """Return the numbers of `data`, which is flat or nested like the shape, as they were sent."""
+    if not isinstance(data, list):
+        raise _wrong("data must be a list of numbers")
+    if not _is_numeric(data, len(shape)):
+        raise _wrong("data must contain numbers only, in a flat list or nested like shape")
+    try:
+        # without a type first, so that text is not converted to numbers
+        values = np.array(data)
+    except ValueError as error:
+        raise _wrong("data is neither a flat list of numbers nor nested like shape") from error
+    if values.dtype.kind not in "iuf" or ((b"true" in text or b"false" in text) and _has_booleans(data)):
+        raise _wrong("data must contain numbers only")
+    if values.size != count or (values.ndim > 1 and values.shape != shape):
+        raise _wrong(f"data has {values.size} values in {values.ndim} dimensions; {count} were expected")
+    if dtype.kind in "iu":
+        ends = np.iinfo(dtype)
+        if values.dtype.kind == "f" or values.min() < ends.min or values.max() > ends.max:
+            raise _wrong(f"data must contain whole numbers from {ends.min} to {ends.max} only")
+    return values
+
+
+def _rounded(values: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    # values beyond the range of float32 become infinite, and are refused as such
+    with np.errstate(over="ignore"):
+        return values.astype(dtype.newbyteorder("="))
+
+
+def _is_numeric(data: list[Any], depth: int) -> bool:
+    """Return whether lists nested at most `depth` times contain only numbers and booleans.
+
+    Without this check, numpy would give each value of a list with one text the size of that text.
+    """
+    if data and isinstance(data[0], list):
+        return depth > 1 and all(isinstance(part, list) and _is_numeric(part, depth - 1) for part in data)
+    try:
+        sum(data)  # the fastest check of the types
+    except (TypeError, OverflowError):
+        return False
+    return True
+
+
+def _has_booleans(data: object) -> bool:
+    if isinstance(data, list):
+        return any(map(_has_booleans, data))
+    return isinstance(data, bool)
+
+
+def _refuse_range(x: Tensor, bounds: Bounds) -> None:
+    """Raise `Refused` for values outside of the range of the model, which includes NaN."""
+    low, high = bounds.low, bounds.high
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        lows, highs = bounds.like(x)
+        inside = bool(((x >= lows) & (x <= highs)).all())
+        span = "the range that the model declares"
+    else:
+        least, most = torch.aminmax(x)
+        inside = low <= float(least) and float(most) <= high
+        span = f"{low:g} to {high:g}"
+    if not inside:
+        raise _wrong(f"data contains a value outside of {span}, or one that is not a number")
+
+
+def _binary_output(content: Mapping[str, Any], name: str) -> bool:
+    """Return whether the scores are requested as bytes. Raises `Refused` for an unknown output."""
+    binary = _parameters(content).get("binary_data_output", False)
+    if "outputs" in content:
+        outputs = content["outputs"]
+        if not isinstance(outputs, list) or len(outputs) > 1 or any(not isinstance(o, dict) for o in outputs):
+            raise _wrong("outputs must be a list with at most one object")
+        for output in outputs:
+            if output.get("name") != name:
+                raise _wrong(f"the output {_shown(output.get('name'))} does not exist; {name!r} was expected")
+            parameters = _parameters(output)
+            if parameters.get("classification") is not None:
+                raise _wrong("the classification extension is not supported")
+            binary = parameters.get("binary_data", binary)
+    if not isinstance(binary, bool):
+        raise _wrong("binary_data and binary_data_output must be true or false")
+    return binary
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _wrong(reason: str) -> Refused:
+    return Refused(400, reason)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A response body with its content type and further headers."""
+
+    body: bytes
+    media_type: str = JSON
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def encoded(scores: Tensor, request: InferRequest, signature: Signature) -> Encoded:
+    """Return the response with the scores (n, classes), in JSON or with the scores as bytes after the JSON."""
+    values = scores.detach().cpu().numpy().astype(TYPES[signature.output_type], copy=False)
+    if signature.flat:
+        values = values.reshape(len(values))
+    output: dict[str, Any] = {
+        "name": signature.output_name,
+        "datatype": signature.output_type,
+        "shape": list(values.shape),
+    }
+    content: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
+    if request.id is not None:
+        content["id"] = request.id
+    if not request.binary:
+        content["outputs"] = [{**output, "data": values.flatten().tolist()}]
+        return Encoded(compact(content))
+    tail = values.tobytes()
+    content["outputs"] = [{**output, "parameters": {"binary_data_size": len(tail)}}]
+    head = compact(content)
+    return Encoded(head + tail, BINARY, ((LENGTH_HEADER, str(len(head))),))
+
+
+def compact(content: object) -> bytes:
+    """Return content as JSON without spaces. Raises `ValueError` for NaN and infinity, which JSON does not have."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,428 @@
+"""A worker process of a server. It answers requests at the socket that it inherits, and keeps no state of its own.
+
+It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
+letter of a message is its kind. From the supervisor: G serve the opened model under this name, S a parameter set to
+prepare, A the set that serves from now on, D drain since the server ends, Q drain since another worker is in its place.
+To the supervisor: O the model is opened, R ready, L a set is prepared, U a set is unusable, T counts and metrics, E
+error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+import uvicorn
+from torch import Tensor
+
+from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.model import Classifier
+from holdfast.guard.guard import GuardPipeline
+from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.rotation.live import loaded
+from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
+from holdfast.server.answer_counts import AnswerCounts
+from holdfast.server.answering_requests import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
+from holdfast.server.app import ConnectionLimits, ServedModel, application
+from holdfast.server.audit_chain import AuditKey, ChainFile
+from holdfast.server.batching import Batcher
+from holdfast.server.connections import limited_protocol
+from holdfast.server.error_log import ErrorLog, log_to_stderr
+from holdfast.server.host_names import HostNames
+from holdfast.server.keys import KeyFile
+from holdfast.server.loaded_model import LoadedModel, no_rules, refuse_damaged
+from holdfast.server.protocol_v2 import Signature
+from holdfast.server.quotas import Quotas
+from holdfast.server.telemetry import Telemetry
+
+_ENDING_S = 3.0
+"""seconds in which a worker without a supervisor must end after its drain"""
+HUNG_S = 30.0
+"""least number of seconds without progress after which a worker is replaced"""
+_SLOW = 4
+"""a worker is not replaced before so many times the usual time of a batch of the largest size"""
+_BEAT_S = 0.1
+"""seconds between two signs of life of the loop of the server"""
+_LINGER_S = 1.0
+"""seconds for which a worker that drains leaves idle connections open, whose clients may be sending a request"""
+_REPORT_S, _HASTE_S = 0.5, 0.02
+"""seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
+
+_SPACE = "free some space on the disk of the audit folder, or check its permissions"
+_OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
+_SWITCH_S = 0.001
+"""Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
+this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
+
+
+@dataclass(frozen=True)
+class ServingSetup:
+    """What a worker needs to start. It is pickled, and its functions open the model and the guard in the worker."""
+
+    opening: Callable[[], LoadedModel]
+    """function that opens the model; for a pool, the architecture with any parameters"""
+    name: str
+    shape: tuple[int, ...]
+    """shape of one input"""
+    version: str = "1"
+    set_name: str = ""
+    """name under which the parameters of the model are recorded; empty for a pool, which sends its sets"""
+    digest: str = ""
+    """digest of the model that was opened before the workers start, which that of each worker must equal"""
+    device: str = "cpu"
+    threads: int | None = None
+    max_rows: int = 64
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    drain_s: float = 30.0
+    hung_s: float = HUNG_S
+    """seconds without progress after which a worker is replaced; longer for a slow model, see `Worker.patience_s`"""
+    guard: Callable[[str | None], RequestGuard] = no_rules
+    """function that opens the guard, given the digest of the model that its calibration must name"""
+    guard_fails_open: bool = False
+    keys: Path | None = None
+    quotas: Path | None = None
+    audit_key: AuditKey | None = field(default=None, repr=False)
+    audit_fails_open: bool = False
+    signature: Signature | None = None
+    """signature of a proxied model, which is known at the start; None for a model that is called to find it"""
+    forwards: tuple[str, ...] = ()
+    """names of the headers that a proxy passes on"""
+    hosts: HostNames = field(default_factory=HostNames)
+    """host names under which requests are answered"""
+
+    @property
+    def rotating(self) -> bool:
+        """Whether the parameter sets are those of a pool."""
+        return not self.set_name
+
+
+class _Server(uvicorn.Server):
+    """A server of uvicorn that leaves signals to the supervisor."""
+
+    @contextmanager
+    def capture_signals(self) -> Any:
+        """Do not handle signals."""
+        yield
+
+
+class Worker:
+    """One worker: the model, the thread that answers batches, the thread that reports, and the loop of the server."""
+
+    def __init__(self, setup: ServingSetup, chain: Path | None, send: Send) -> None:
+        self.setup, self._send = setup, send
+        self.telemetry, self.ledger, self.errors = Telemetry(), AnswerCounts(), ErrorLog()
+        self.device = torch.device(setup.device)
+        opened = setup.opening()
+        self.digest = opened.digest
+        self._pristine = opened.model.to(self.device).eval().requires_grad_(False)
+        self._prepared: dict[int, ServedSet] = {}
+        self._row_s, self._beat_s = 0.0, math.inf
+        self._leaving = threading.Event()
+        self._lost, self._observed = 0, (0, 0)
+        self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
+        audit: Audit = NoAudit()
+        if self.chain is not None:
+            assert setup.audit_key is not None
+            audit = ChainAudit(self.chain, setup.audit_key)
+        self.answering = Answerer(
+            ServedSet(self._pristine, setup.set_name, 1),
+            setup.guard(opened.guard_digest),
+            audit,
+            None if setup.quotas is None else Quotas(SQLiteState(setup.quotas)),
+            self.telemetry,
+            setup.guard_fails_open,
+            self.ledger.add if setup.rotating else lambda served, principal, rows: None,
+            self.device,
+            self.errors,
+        )
+        guard = self.answering.guard
+        self.answering.overlapping = (
+            isinstance(guard, GuardPipeline) and guard.queries is not None and setup.signature is None
+        )
+        self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
+        self.batcher: Batcher[Job, Answer] = Batcher(
+            self.answering,
+            max_rows=setup.max_rows,
+            max_latency_s=setup.limits.max_latency_s,
+            seen=self._seen,
+        )
+        self.answering.progress = self.batcher.progress
+        self.served = ServedModel(
+            setup.signature or self._signature(),
+            self.batcher,
+            None if setup.keys is None else KeyFile(setup.keys),
+            None if chain is None else setup.audit_key,
+            setup.limits,
+            self.telemetry,
+            setup.forwards,
+            self.errors,
+            setup.hosts,
+        )
+        self.server = self._server()
+
+    def _server(self) -> _Server:
+        """Return the HTTP server, which leaves the limits of connections to the protocol."""
+        setup = self.setup
+        config = uvicorn.Config(
+            application(self.served),
+            http=limited_protocol(
+                setup.limits.max_connections,
+                setup.limits.header_timeout_s,
+                self.served.max_body,
+                partial(self.telemetry.count, "holdfast_refused_total"),
+                setup.limits.write_timeout_s,
+                self.errors,
+            ),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=max(1, round(setup.limits.keep_alive_s)),
+            timeout_graceful_shutdown=max(1, round(setup.drain_s)),
+        )
+        return _Server(config)
+
+    def _signature(self) -> Signature:
+        """Return the signature of the model, which is called to find the number of classes."""
+        setup = self.setup
+        if not setup.rotating:
+            refuse_damaged(self._pristine, setup.shape, self.device)
+        begin = time.perf_counter()
+        classes = self._n_classes(self._pristine)
+        self._row_s = time.perf_counter() - begin
+        return Signature(
+            setup.name, setup.shape, classes, self._pristine.bounds, setup.version, setup.max_rows
+        )
+
+    def _n_classes(self, model: Classifier) -> int:
+        """Return the number of classes, after a first forward pass, which is the slowest one."""
+        low = self._pristine.bounds.low
+        x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
+        with torch.inference_mode():
+            return int(model(x.float().to(self.device)).shape[1])
+
+    def _seen(self, rows: int, seconds: float) -> None:
+        self.telemetry.observe("holdfast_batch_rows", rows)
+        self.telemetry.observe("holdfast_batch_seconds", seconds)
+
+    # --- parameter sets
+
+    def prepare(self, content: bytes) -> None:
+        """Load a parameter set into a copy of the network, and report whether it can serve. The supervisor has tested
+        it on the canary inputs.
+        """
+        size = int.from_bytes(content[:8], "little")
+        about = json.loads(content[8 : 8 + size])
+        try:
+            weights = safetensors.torch.load(content[8 + size :])
+            model = loaded(self._pristine, weights, about["name"])
+            self._n_classes(model)
+        except HoldfastError as error:
+            self._send(b"U", {"epoch": about["epoch"], "reason": error.on_command_line()})
+            return
+        self._prepared[about["epoch"]] = ServedSet(model, about["name"], about["epoch"])
+        self._send(b"L", {"epoch": about["epoch"]})
+
+    def activate(self, epoch: int) -> None:
+        """Serve the prepared set of an epoch from the next batch on."""
+        self.answering.served = self._prepared[epoch]
+        self._prepared = {}
+
+    def serve_as(self, name: str, epoch: int) -> None:
+        """Record the opened model under this name."""
+        self.answering.served = ServedSet(self._pristine, name, epoch)
+
+    # --- progress
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds without progress after which this worker is to be replaced."""
+        row_s = self.batcher.row_s or self._row_s
+        return max(self.setup.hung_s, _SLOW * self.setup.max_rows * row_s)
+
+    @property
+    def stalled(self) -> str:
+        """What makes no progress: the loop of the server or a batch; empty if both do."""
+        if time.monotonic() - self._beat_s > self.patience_s:
+            return "the event loop"
+        return "a batch" if self.batcher.busy_s > self.patience_s else ""
+
+    # --- reports
+
+    def report(self) -> None:
+        """Send the counts of answers and the metrics to the supervisor."""
+        self.telemetry.set("holdfast_connections", len(self.server.server_state.connections))
+        self.telemetry.set("holdfast_waiting_inputs", self.batcher.waiting)
+        if self.served.keys is not None:
+            self.telemetry.set("holdfast_keys_failing", bool(self.served.keys.failure))
+        if self.chain is not None:
+            lost = self.chain.lost_in_total
+            self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
+            if lost > self._lost:
+                self.errors(
+                    "requests are answered without audit records, which cannot be written", advice=_SPACE
+                )
+            self._lost = lost
+        if isinstance(self.answering.guard, GuardPipeline):
+            observed = self.answering.guard.observed
+            counts = observed.n, observed.alarms
+            for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
+                self.telemetry.count(name, n=now - before)
+            self._observed = counts
+        chain = None if self.chain is None else self.chain.flushed
+        state = {"stalled": self.stalled, "patience_s": self.patience_s, "chain": chain}
+        self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report(), **state})
+
+    def _report_often(self) -> None:
+        while True:
+            self.ledger.arrived.wait(_REPORT_S)
+            self.ledger.arrived.clear()
+            self.report()
+            time.sleep(_HASTE_S)
+
+    def _flush_often(self) -> None:
+        """Flush the audit chain, in a thread of its own because a slow disk must not delay the reports."""
+        while self.chain is not None:
+            with suppress(OSError):  # the next write reports it
+                self.chain.flush()
+            time.sleep(_REPORT_S)
+
+    # --- service
+
+    def run(self, listener: socket.socket) -> None:
+        """Answer requests until `drain` is called, and then those that were received before."""
+        for repeated in (self._report_often, self._flush_often):
+            threading.Thread(target=repeated, daemon=True).start()
+        asyncio.run(self._serve(listener))
+        self.batcher.close()
+        self.report()
+        head, records = "", 0
+        if self.chain is not None:
+            self.chain.close()
+            head, records = self.chain.head, self.chain.records
+        self._send(b"X", {"head": head, "records": records})
+
+    async def _serve(self, listener: socket.socket) -> None:
+        serving = asyncio.create_task(self.server.serve([listener]))
+        while not self.server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        self._send(b"R", {})
+        beating = asyncio.create_task(self._beat())
+        await serving
+        beating.cancel()
+        self._beat_s = math.inf
+
+    async def _beat(self) -> None:
+        """Give signs of life. To drain, stop accepting connections, and close those that are idle after a while: a
+        client may have sent a request over one of them.
+        """
+        until = math.inf
+        while True:
+            now = self._beat_s = time.monotonic()
+            if until < math.inf and (now >= until or not self.server.server_state.connections):
+                self.server.should_exit = True  # after the connections that were accepted just before
+            if self._leaving.is_set() and until == math.inf:
+                self.served.closing, until = True, now + _LINGER_S
+                for accepting in (each for server in self.server.servers for each in server.sockets):
+                    asyncio.get_running_loop().remove_reader(accepting.fileno())
+            await asyncio.sleep(_BEAT_S)
+
+    def drain(self, *, ready: bool = False) -> None:
+        """Accept no further connections, answer what was received, and end. `ready` states whether the server, of which
+        this is one worker, still answers requests.
+        """
+        self.served.ready = ready
+        self._leaving.set()
+
+
+def main(inbox: int, outbox: int, listener: int) -> int:
+    """Run a worker with the pipes to the supervisor and the socket at these file descriptors. Return the exit code."""
+    sys.setswitchinterval(_SWITCH_S)
+    # Ctrl-C is sent to all processes of a terminal; the supervisor handles it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    log_to_stderr()
+    return serve_parent(inbox, outbox, lambda tasks, pipe, send: _run(tasks, listener, send))
+
+
+def _run(tasks: IO[bytes], listener: int, send: Send) -> None:
+    content = read_message(tasks)
+    if content is None:
+        return
+    try:
+        # sent by the process that started this one
+        setup, chain = pickle.loads(content)  # noqa: S301
+    except Exception as error:
+        raise unshared(error) from error
+    if setup.threads is not None:
+        torch.set_num_threads(setup.threads)
+    worker = Worker(setup, chain, send)
+    if not setup.rotating:
+        send(b"O", {"digest": worker.digest, "classes": worker.served.signature.classes})
+    if not _served(worker, tasks):
+        return
+    threading.Thread(target=_follow, args=(worker, tasks), daemon=True).start()
+    worker.run(socket.socket(fileno=listener))
+
+
+def _served(worker: Worker, tasks: IO[bytes]) -> bool:
+    """Take messages until a model or a set serves, and return whether one does."""
+    while (message := read_message(tasks)) is not None and message[:1] not in b"DQ":
+        _take(worker, message)
+        if message[:1] in b"AG":
+            return True
+    return False
+
+
+def _follow(worker: Worker, tasks: IO[bytes]) -> None:
+    while (message := read_message(tasks)) is not None:
+        try:
+            _take(worker, message)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise TargetError(f"the supervisor sent an invalid message: {error}") from error
+    worker.drain()
+    # The supervisor may have been killed. Its successor waits until this process has ended, which must not take longer
+    # than the drain even if the model hangs.
+    time.sleep(worker.setup.drain_s + _ENDING_S)
+    os._exit(1)
+
+
+def _take(worker: Worker, message: bytes) -> None:
+    kind, content = message[:1], message[1:]
+    match kind:
+        case b"S":
+            worker.prepare(content)
+        case b"A":
+            worker.activate(int(content))
+        case b"G":
+            about = json.loads(content)
+            worker.serve_as(about["set"], about["epoch"])
+        case b"D":
+            worker.drain()
+        case b"Q":
+            worker.drain(ready=True)
+
+
+def set_message(name: str, epoch: int, weights: Mapping[str, Tensor]) -> bytes:
+    """Return the message with which the supervisor sends a parameter set."""
+    about = json.dumps({"name": name, "epoch": epoch}).encode()
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    return b"S" + len(about).to_bytes(8, "little") + about + safetensors.torch.save(tensors)

@@ -1,0 +1,473 @@
+"""The settings of all commands, each declared once in a group of related settings. The module imports pydantic, but not
+torch.
+
+A verb uses several groups (`holdfast.api.reading_settings`). The keys of a configuration file, the options of the command
+line and the JSON Schema are generated from the fields of the groups.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from holdfast.attacks.suites import SUITES
+from holdfast.core.catalogue import RECIPES
+from holdfast.core.errors import UsageError
+from holdfast.settings import values
+from holdfast.settings.default_suite import DEFAULT_SUITE
+from holdfast.settings.naming import CARD, SOURCES
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The command-line option of a setting: its name, its short form and the placeholder of its value in the help."""
+
+    metavar: str = ""
+    name: str = ""
+    """name of the option, if it is not `--` followed by the key with hyphens; `--no-…` for one that sets False"""
+    short: str = ""
+    """one-letter form of the option"""
+    completion: str = ""
+    """values that the shell completes: a name of `holdfast.cli.completing`, or PATH"""
+    negated: bool = False
+    """whether the option also exists in the form `--no-…`"""
+    identifies: bool = True
+    """whether the value affects the evidence, so that it is part of the digest in the name of a new run folder"""
+    help: str = ""
+    """help text of the option, if it is not the description of the setting"""
+
+
+class SettingGroup(BaseModel):
+    """Base class of groups of related settings, such as those of the data or of the threat model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if settings of this group contradict each other. Groups with such settings override this
+        method.
+
+        `prefix` begins the message with the source of the settings, and `written` maps keys to the form in which the
+        user wrote them.
+        """
+
+
+class FileFormat(SettingGroup):
+    """Setting with the format version of a configuration file."""
+
+    schema_version: Literal[2] = Field(default=2, description="Version of the format of this file.")
+
+
+class ModelSource(SettingGroup):
+    """Settings for the model: its address, how it is opened, and the meaning of its outputs."""
+
+    model: values.Given | None = Field(
+        default=None,
+        description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
+        "file, or a URL.",
+    )
+    arch: Annotated[str | None, Flag("NAME|FILE.py:F")] = Field(
+        default=None,
+        description="Architecture of a state dict: a name (see holdfast models) or a function in a file.",
+    )
+    model_args: Annotated[dict[str, str], Flag("K=V")] = Field(
+        default_factory=dict,
+        description="Argument of the function that returns the model (file.py:factory).",
+    )
+    model_output: Annotated[Literal["logit", "probability"] | None, Flag("KIND")] = Field(
+        default=None,
+        description="What the model returns: logit or probability. Required for one number per example from 0 to 1.",
+    )
+    classes: Annotated[values.Classes | None, Flag("N")] = Field(
+        default=None, description="Expected number of classes."
+    )
+    class_names: Annotated[values.ClassNames | None, Flag("A,B,…|@FILE")] = Field(
+        default=None,
+        description="Names of the classes in the order of the model's outputs, or a file with one name per line. Class "
+        "folders and text labels are matched with them.",
+    )
+    class_order: Annotated[Literal["lexical", "numeric"] | None, Flag("ORDER")] = Field(
+        default=None,
+        description="Order by which classes were numbered in training, if no names are given: lexical or numeric.",
+    )
+    trust_code: Annotated[bool, Flag()] = Field(
+        default=False, description="Allow files to run the code that they contain."
+    )
+
+
+class InferenceSource(SettingGroup):
+    """Settings for opening a model that can be evaluated but not trained: an ONNX file, or a model behind a server."""
+
+    input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
+        default=None,
+        description="Sizes of one example without the batch, as in 3,224,224, if an .onnx file does not fix them.",
+    )
+    allow_hosts: Annotated[values.Names, Flag("HOST[:PORT]", "--allow-host")] = Field(
+        default_factory=list, description="Server to which requests may be sent."
+    )
+    headers: Annotated[list[values.Header], Flag("'NAME: env:VAR'", "--header")] = Field(
+        default_factory=list,
+        description="Header of the requests. Its value is read from an environment variable.",
+    )
+    http_request: Annotated[str | None, Flag("JSON")] = Field(
+        default=None,
+        description="JSON of a request, with $x for the rows, as in '{\"instances\": $x}', or $x_one for one example "
+        "without a batch axis ($x_last and $x_one_last: channels last). Default: the Open Inference Protocol.",
+    )
+    http_response: Annotated[str | None, Flag("PATH")] = Field(
+        default=None,
+        description="Path of the scores or classes in the JSON of an answer, as in predictions or rows.*.scores. In "
+        "the Open Inference Protocol the name of an output.",
+    )
+    http_labels: Annotated[bool, Flag()] = Field(
+        default=False, description="Answers contain classes (numbers or names) instead of scores."
+    )
+    http_max_rows: Annotated[values.Positive, Flag("N")] = Field(
+        default=64, description="Maximum number of rows in a request (default: 64)."
+    )
+    http_timeout: Annotated[values.Timeout, Flag("T")] = Field(
+        default="30s", description="Maximum time for an answer (default: 30s)."
+    )
+    http_retries: Annotated[values.Whole, Flag("N")] = Field(
+        default=5, description="Number of retries of a request that failed temporarily (default: 5)."
+    )
+    http_concurrency: Annotated[values.Positive, Flag("N")] = Field(
+        default=1, description="Maximum number of simultaneous requests (default: 1)."
+    )
+    http_rate: Annotated[values.Rate | None, Flag("N/T")] = Field(
+        default=None, description="Maximum rate of requests, as in 4/s or 100/min."
+    )
+    guard: Annotated[values.PathText | None, Flag("FILE[:RULE]")] = Field(
+        default=None,
+        description="Guard (guard.yaml) whose calibrated detectors, or only RULE, become a part of the model.",
+    )
+
+
+class ServerLimits(SettingGroup):
+    """Settings that limit the requests of a run to a model behind a server."""
+
+    max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Maximum number of rows sent to a server. Then the run stops; continue it with --resume.",
+    )
+    on_refused: Annotated[Literal["reject", "stop"], Flag("HOW")] = Field(
+        default="reject",
+        description="Effect of an attacked input that a server refuses (400, 422): reject (it counts as rejected, the "
+        "default) or stop (the run stops).",
+    )
+    keep_answers: Annotated[bool, Flag()] = Field(
+        default=False, description="Keep the server's answers in the run folder after the run."
+    )
+
+
+class InputSpace(SettingGroup):
+    """Settings for the inputs of a model: their bounds, and the normalisation that is applied inside the model."""
+
+    bounds: Annotated[values.Bounds, Flag("LOW,HIGH|@FILE")] = Field(
+        default=(0.0, 1.0),
+        description="Lowest and highest legal input value (default: 0,1), or a JSON file with the two values of each "
+        "feature by its name or position. In Python also two arrays.",
+    )
+    mean: Annotated[values.Numbers | None, Flag("M,…")] = Field(
+        default=None, description="Subtracted from the input inside the model, one number per channel."
+    )
+    std: Annotated[values.Numbers | None, Flag("S,…")] = Field(
+        default=None, description="Divides the input inside the model, one number per channel."
+    )
+    data_normalised: Annotated[values.Normalised | None, Flag("M,…/S,…")] = Field(
+        default=None,
+        description="Mean and standard deviation by which the data were normalised. This is undone, and done inside "
+        "the model instead, so that eps is in the units before the normalisation.",
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if a standard deviation or the bounds are invalid, or if the normalisation of the inputs
+        is declared twice.
+        """
+        if self.std is not None and not all(number > 0 for number in self.std):
+            raise UsageError(
+                f"{written.get('std', f'{prefix}std')} is {list(self.std)}; every number must be positive, as in "
+                "0.2470,0.2435,0.2616"
+            )
+        if self.data_normalised is not None and (self.mean is not None or self.std is not None):
+            raise UsageError(
+                f"{prefix}give data_normalised, for data that were normalised beforehand, or mean and std, for data "
+                "that were not and a model that expects normalised input, not both"
+            )
+        if not isinstance(self.bounds, tuple) or not isinstance(self.bounds[0], float):
+            return  # checked when they were parsed, with the name of the feature
+        low, high = self.bounds
+        if not low < high or not all(map(math.isfinite, (low, high))):
+            raise UsageError(
+                f"{prefix}bounds are {self.bounds}; give two numbers, the lower first, as in 0,1"
+            )
+
+
+class DataSource(SettingGroup):
+    """Settings for the examples: their address, and how they are read."""
+
+    data: values.Given | None = Field(
+        default=None,
+        description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
+        "images for each class.",
+    )
+    split: Annotated[str | None, Flag("NAME")] = Field(
+        default=None,
+        description="Split of the data, or a value of a table's split column (default: test if there is one).",
+    )
+    label: Annotated[str | None, Flag("COL")] = Field(default=None, description="Label column of a table.")
+    drop: Annotated[list[str], Flag("COL")] = Field(
+        default_factory=list, description="Leave out a column of a table, such as an id."
+    )
+    x: Annotated[str | None, Flag("NAME")] = Field(
+        default=None,
+        description="Name of the inputs: an array of an .npz file (default: x_test or x), a column of images or of "
+        "arrays in a .parquet file, or an entry of batches that are mappings.",
+    )
+    y: Annotated[str | None, Flag("NAME")] = Field(
+        default=None,
+        description="Name of the labels: an array of an .npz file (default: y_test or y), or an entry of batches that "
+        "are mappings.",
+    )
+    separator: Annotated[values.Separator | None, Flag("C")] = Field(
+        default=None,
+        description="Character between the cells of a .csv file, as in ';' or tab (default: a comma).",
+    )
+    header: Annotated[
+        bool,
+        Flag(
+            name="--no-header",
+            help="Read the first row of a .csv file as data. The columns get the names 0, 1, 2, …, or those of the "
+            "model if their number is equal.",
+        ),
+    ] = Field(
+        default=True,
+        description="Whether the first row of a .csv file contains the names of the columns (default: yes). Otherwise "
+        "they are named 0, 1, 2, …, or as those of the model if their number is equal.",
+    )
+    layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
+        default=None,
+        description="Axes of stored arrays: chw (channels first), hwc (channels last), or asis (unchanged). By default "
+        "they are determined with the model.",
+    )
+
+
+class OtherData(SettingGroup):
+    """Settings for data other than the examples on which a model is evaluated, such as the data for training."""
+
+    fit: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples on which attacks are fitted, or models are trained (default: the train split).",
+    )
+
+
+class ExampleSelection(SettingGroup):
+    """Settings that select some of the examples from a data set."""
+
+    n: Annotated[values.Positive | None, Flag("N", "-n")] = Field(
+        default=None, description="Use the first N examples."
+    )
+    sample: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None, description="Use N examples chosen at random by the seed."
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if both `n` and `sample` are given."""
+        if self.n is not None and self.sample is not None:
+            raise UsageError(f"{prefix}give n (the first N) or sample (a random N), not both")
+
+
+class ThreatSource(SettingGroup):
+    """Setting with the threat model, which states what the attacker may change and use."""
+
+    threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT")] = Field(
+        default="linf:8/255",
+        description="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000 (default: "
+        "linf:8/255).",
+    )
+
+
+class SuiteSettings(SettingGroup):
+    """Settings for the attacks of an assessment and for measurements in addition to them."""
+
+    suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE")] = Field(
+        default=None,
+        description=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box for a model without "
+        "gradients, transfer for access=none), or attacks by name, as in pgd,square.",
+    )
+    attacks: list[dict[str, Any]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Attacks with settings instead of a suite, each `use: NAME` and its settings.",
+    )
+    surrogates: Annotated[values.Surrogates, Flag("MODEL[,K=V]", "--surrogate", completion="MODEL")] = Field(
+        default_factory=list,
+        description="Surrogate model of the attacker, on which transfer examples are computed: an address, or "
+        "`model: ADDRESS` with arch, mean, std, skip.",
+    )
+    only: Annotated[values.Names, Flag("ATTACK", completion="ATTACK")] = Field(
+        default_factory=list, description="Run only these attacks of the suite."
+    )
+    skip: Annotated[values.Names, Flag("ATTACK", completion="ATTACK")] = Field(
+        default_factory=list, description="Leave these attacks of the suite out."
+    )
+    curve: Annotated[bool, Flag(negated=True)] = Field(
+        default=False,
+        description="Also measure robust accuracy as a function of eps, with minimum-norm attacks.",
+    )
+    full: Annotated[bool, Flag()] = Field(
+        default=False, description="Run every attack on every example, even if an earlier one broke it."
+    )
+    doubts: Annotated[bool, Flag(negated=True)] = Field(
+        default=True, description="Test for reasons why the result may be too optimistic (default: on)."
+    )
+    adaptive: Annotated[bool, Flag(negated=True)] = Field(
+        default=False,
+        description="Also run adaptive attacks, chosen by the raised doubts and for a detector (BPDA, EOT, search).",
+    )
+    save_adversarial: Annotated[bool, Flag()] = Field(
+        default=False, description="Store all adversarial examples in the run folder."
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if both a suite and a list of attacks are given."""
+        if self.suite is not None and self.attacks is not None:
+            raise UsageError(f"{prefix}give a suite or a list of attacks, not both")
+
+
+class GateSettings(SettingGroup):
+    """Settings for the gates of a run, and for the doubts that the user accepts."""
+
+    gates: Annotated[values.Gates, Flag("G", "--gate", "-g", identifies=False)] = Field(
+        default_factory=list,
+        description='Condition on a metric, as in "robust_accuracy >= 0.40".',
+    )
+    accept_doubts: Annotated[values.Reasons, Flag('NAME="why"', "--accept-doubt", identifies=False)] = Field(
+        default_factory=dict, description="Accept a raised doubt, with the reason."
+    )
+
+
+class Reports(SettingGroup):
+    """Settings for the reports of a run, and for the earlier run with which it is compared."""
+
+    baseline: Annotated[values.Given | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
+        default=None, description="Run folder for gates that end in `vs baseline`."
+    )
+    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+        default_factory=list,
+        description="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
+    )
+
+
+class Execution(SettingGroup):
+    """Settings for the execution of a run, such as the batch size, the number of worker processes and
+    the time limit.
+    """
+
+    time_budget: Annotated[values.TimeBudget | None, Flag("T")] = Field(
+        default=None, description="Stop attacking after this time, as in 10min."
+    )
+    batch_size: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None, description="Examples in one call of the model."
+    )
+    workers: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None, description="Number of processes that share the work, each with one thread."
+    )
+
+
+class Seed(SettingGroup):
+    """Setting with the seed of all random numbers."""
+
+    seed: Annotated[values.Whole, Flag("N")] = Field(
+        default=0, description="Seed of all random numbers (default: 0)."
+    )
+
+
+class Device(SettingGroup):
+    """Setting with the torch device on which the model runs."""
+
+    device: Annotated[str, Flag("NAME", identifies=False)] = Field(
+        default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
+    )
+
+
+class AssessOptions(SettingGroup):
+    """Settings of the command `holdfast assess` that no other command has."""
+
+    across: Annotated[values.Others, Flag("DATA", completion="DATA")] = Field(
+        default_factory=list,
+        description="Another data set of the same shape: perturbations are transferred from DATA to it and back.",
+    )
+    certify: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="First prove robustness by interval bounds and CROWN. Of the certified examples, 32 are attacked.",
+    )
+    transform: Annotated[values.Transform | None, Flag("T")] = Field(
+        default=None,
+        description="Transform every input at random before the model, as in rotate=15,scale=0.1,brightness=0.2.",
+    )
+
+
+_BUDGET = "Time for the training, as in 10min (default: the epochs of the recipe)."
+
+
+class HardenOptions(SettingGroup):
+    """Settings of the command `holdfast harden` that no other command has."""
+
+    recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
+        default_factory=lambda: {"use": "auto"},
+        description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}. Settings: --set "
+        "recipe.NAME=VALUE, or `use: NAME` with its settings.",
+    )
+    budget: Annotated[values.Budget | None, Flag("T")] = Field(
+        default=None, description=f"{_BUDGET} The assessments take additional time."
+    )
+    unlabelled: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Additional examples to train on without labels (recipe vat): an address with a train split.",
+    )
+
+
+class RotateOptions(SettingGroup):
+    """Settings of the command `holdfast rotate` that no other command has: how parameter sets are trained and
+    generated, and when they are swapped.
+    """
+
+    recipe: Annotated[values.SetsRecipeSpec, Flag("R", completion="SETS_RECIPE")] = Field(
+        default_factory=lambda: {"use": CARD},
+        description=f"Training method of the sets: card (the default: as the model was trained, else standard), "
+        f"{', '.join(RECIPES)}.",
+    )
+    budget: Annotated[values.Budget | None, Flag("T")] = Field(
+        default=None,
+        description="Time for all trainings together, as in 20min (default: the epochs of the recipe).",
+    )
+    source: Annotated[values.SourceSpec, Flag("S", completion="SOURCE")] = Field(
+        default_factory=lambda: {"use": "basins"},
+        description=f"Method that collects sets: {', '.join(SOURCES)} (default: basins). Settings: --set "
+        "source.NAME=VALUE, or `use: NAME` with its settings.",
+    )
+    initialisation: Literal["he", "own"] = Field(
+        default="he",
+        description="Initial weights of an independent training: he (He initialisation) or own (that of each layer).",
+    )
+    codec: dict[str, Any] = Field(default_factory=dict, description="Settings of the codec.")
+    generator: dict[str, Any] = Field(default_factory=dict, description="Settings of the latent diffusion.")
+    immunise: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of the training against examples computed on stolen sets.",
+    )
+    every: Annotated[list[values.Every], Flag("T")] = Field(
+        default_factory=list,
+        description="When to swap, as in 50q/principal (answers to one principal) or 24h. A stolen serving set is "
+        "always swapped.",
+    )
+    min_waiting: Annotated[values.Positive, Flag("N")] = Field(
+        default=8, description="Number of admitted sets that should wait (default: 8)."
+    )
+    n_judged: values.Positive = Field(
+        default=2000,
+        description="Number of held-out examples on which a set is judged first. It is doubled while a gate is "
+        "inconclusive.",
+    )

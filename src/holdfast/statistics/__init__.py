@@ -1,0 +1,1 @@
+"""Confidence intervals, statistical tests, and rates of detectors."""

@@ -1,0 +1,280 @@
+"""Keeping a pool turning: what is made ahead, when it swaps, and what serves where nothing can be had."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from holdfast.core.errors import Inconclusive, UsageError
+from holdfast.rotation import AnswersPerPrincipal, Elapsed
+from holdfast.rotation.steps import rotation_run as watching
+from holdfast.rotation.steps.rotation_run import LoopSettings, RotationLoop
+from holdfast.rotation.steps.verdicts import Admission, Judged
+from runs import steps
+from runs.collected_pool import IMMUNISE, terms
+
+
+def turner(of, *triggers, keep=2, **more):
+    return RotationLoop(of, terms(), LoopSettings(triggers, keep, **more))
+
+
+@pytest.fixture
+def generous(monkeypatch):
+    """An admission that takes every candidate."""
+
+    def admit(request, **given):
+        of = request.pool
+        found = (*of.candidates, *of.unjudged)
+        for name in found:
+            of.admit(name, against=[one.name for one in of.ledger.exposed()])
+        return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
+
+    monkeypatch.setattr(watching, "admit", admit)
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    """One that takes none."""
+
+    def admit(request, **given):
+        of = request.pool
+        found = of.candidates
+        for name in found:
+            of.refuse(name, "it falls")
+        judged = tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found)
+        return Admission(judged, ())
+
+    monkeypatch.setattr(watching, "admit", admit)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):
+    one = turner(pool, immunise=IMMUNISE)
+    one.begin()
+    assert pool.serving.epoch == 1 and len(pool.ahead) == 2
+    before = pool.ledger.entries
+    one.begin()
+    assert pool.ledger.entries == before, "and does nothing where that is so already"
+
+
+@pytest.mark.usefixtures("generous")
+def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
+    one = turner(pool, AnswersPerPrincipal(50))
+    one.begin()
+    assert one.check() and pool.serving.epoch == 1
+    pool.answered(1, {"alice": 49, "bob": 30})
+    assert one.check() and pool.serving.epoch == 1
+    pool.answered(1, {"alice": 1})
+    assert one.check() and pool.serving.epoch == 2 and len(pool.ahead) == 2
+    waited = pool.ahead
+    pool.expose(pool.serving.name, "laptop stolen")
+    assert one.check() and pool.serving.epoch == 3
+    assert pool.ledger.member(pool.serving.name).why == "listed as stolen: laptop stolen"
+    assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not pool.unjudged, "judged again"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatch):
+    turner(pool).begin()
+    one, draw, admit, served = turner(pool, keep=4), watching.draw, watching.admit, []
+
+    def drawn(*given, **more):
+        found = draw(*given, **more)
+        if not served:
+            pool.expose(pool.serving.name, "laptop stolen")
+        served.append(pool.serving.epoch)
+        return found
+
+    def admitted(*given, **more):
+        served.append(pool.serving.epoch)
+        return admit(*given, **more)
+
+    monkeypatch.setattr(watching, "draw", drawn)
+    monkeypatch.setattr(watching, "admit", admitted)
+    assert one.check()
+    assert served[:2] == [1, 2], "it swapped before what was drawn was judged"
+    assert len(pool.ahead) == 3 and one.check() and len(pool.ahead) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):
+    one = turner(pool, Elapsed(3600))
+    one.begin()
+    assert one.check() and pool.serving.epoch == 1
+
+    class Later(datetime):
+        hours = 2
+
+        @classmethod
+        def now(cls, tz=None):
+            later = datetime.now(UTC) + timedelta(hours=cls.hours)
+            cls.hours = 0  # the set that is swapped in has not served for two hours
+            return later
+
+    monkeypatch.setattr(watching, "datetime", Later)
+    assert one.check() and pool.serving.epoch == 2
+
+
+@pytest.fixture
+def begun(pool, monkeypatch, strict):
+    """A turner whose first set serves and whose second waits, before admissions refuse everything; what it says."""
+    for name in ("first", "second"):
+        (drawn,) = steps.draw(pool, terms(), 1).names
+        pool.admit(drawn, name)
+    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+    one.begin()
+    one.notify = said.append
+    return one, said
+
+
+@pytest.mark.slow
+def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_ends(pool, begun):
+    one, _ = begun
+    pool.answered(1, {"alice": 5})
+    with pytest.raises(
+        Inconclusive, match="5 sets trained from fresh weights were refused in a row"
+    ) as caught:
+        one.watch(checks=3, sleep=lambda _: None)
+    assert caught.value.exit_code == 4
+    now = pool.serving
+    assert now.epoch == 2, "the one that waited serves"
+    assert f"{now.name} remains the serving set, in epoch 2, and 0 admitted sets are waiting" in str(
+        caught.value
+    )
+    refused = [member for member in pool.ledger.members if member.why == "it falls"]
+    assert [bool(member.bases) for member in refused] == [True] + [False] * 5, "the generator's, then others"
+
+
+@pytest.mark.slow
+def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):
+    one, said = begun
+    one.settings, waited = replace(one.settings, keep=2), []
+    one.watch(checks=1, sleep=waited.append)
+    assert pool.serving.epoch == 1 and len(pool.ahead) == 1, "nothing is due, and one set waits"
+    assert waited[-1] > 30 and "were refused in a row" in said[-1]
+
+
+@pytest.mark.slow
+def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
+    left = iter([True] + [False] * 99)
+
+    def admit(request, **given):
+        of = request.pool
+        found = [(name, "admitted" if next(left) else "refused") for name in (*of.candidates, *of.unjudged)]
+        for name, verdict in found:
+            (of.admit if verdict == "admitted" else of.refuse)(name, "it was judged")
+        return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())
+
+    monkeypatch.setattr(watching, "admit", admit)
+    with pytest.raises(Inconclusive, match="no set serves, and 1 admitted sets are waiting"):
+        turner(pool, keep=2).begin()
+    assert pool.serving.epoch == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
+    one = turner(pool, AnswersPerPrincipal(5), keep=1)
+    one.begin()
+    base = next(member.name for member in pool.ledger.members if member.role == "base")
+    pool.expose(base, "laptop stolen")
+    pool.answered(1, {"alice": 5})
+    one.swap_if_due()
+    assert pool.serving.epoch == 1 and len(pool.unjudged) == 1, "answers alone wait for the judgement"
+    pool.expose(pool.serving.name, "")
+    one.swap_if_due()
+    assert pool.serving.epoch == 2, "whatever the reason says, and be it nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_it_waits_where_another_process_draws(pool):
+    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+    one.begin()
+    one.notify = said.append
+    pool.answered(1, {"alice": 5})
+    with pool.alone_at("draw"):
+        assert not one.check() and pool.serving.epoch == 2, "what waited serves"
+    assert "another process runs draw" in said[-1]
+    assert one.check() and len(pool.ahead) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("strict")
+def test_five_refusals_in_a_row_end_it(pool):
+    one = turner(pool, Elapsed(3600), keep=2, by="generator")
+    with pytest.raises(Inconclusive, match="6 sets of the generator were refused in a row.*no set serves"):
+        one.begin()
+    assert pool.serving is None
+    assert sum(member.why == "it falls" for member in pool.ledger.members) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("strict")
+def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):
+    said = []
+    one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=3), notify=said.append)
+    with pytest.raises(Inconclusive):
+        one.begin()
+    drawn = [member for member in pool.ledger.members if member.why == "it falls"]
+    assert [bool(member.bases) for member in drawn] == [True] * 3 + [False] * 6
+    assert sum("from now on sets are trained from fresh weights" in text for text in said) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("strict")
+def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admitted(pool):
+    said = []
+    with pytest.raises(Inconclusive):
+        turner(pool, Elapsed(3600), keep=5, by="generator").begin()
+    one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=5), notify=said.append)
+    with pytest.raises(Inconclusive):
+        one.begin()
+    drawn = [member for member in pool.ledger.members if member.why == "it falls"]
+    assert [bool(member.bases) for member in drawn] == [True] * 5 + [False] * 5
+    assert (
+        said[0]
+        == "note: the last 5 generated sets were refused; from now on sets are trained from fresh weights"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_a_schedule_faster_than_generation_is_refused(pool):
+    with pytest.raises(
+        UsageError, match="a swap is due every 1e-06 s, but it takes .* to produce an admitted set"
+    ):
+        replace_every(turner(pool), Elapsed(1e-6)).begin()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_ends(pool):
+    one, said = turner(pool), []
+    one.begin()
+    one = replace_every(one, Elapsed(1e-6))
+    one.notify = said.append
+    one.begin()
+    assert pool.serving.epoch > 1
+    assert sum("a swap is due every 1e-06 s" in text for text in said) == 1
+    before = pool.serving.epoch
+    one.watch(checks=2, sleep=lambda _: None)
+    assert pool.serving.epoch >= before + 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("generous")
+def test_it_says_that_nothing_serves_any_more(pool):
+    one, said = turner(pool), []
+    one.begin()
+    pool.retire(pool.serving.name, "by hand")
+    one.notify = said.append
+    assert not one.check() and "no set serves" in said[-1]
+    assert pool.serving is None
+
+
+def replace_every(one, trigger):
+    return RotationLoop(one.pool, one.common, replace(one.settings, triggers=(trigger,)))

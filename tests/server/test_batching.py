@@ -1,0 +1,103 @@
+"""Batches: they grow with the load, keep the order, and a request that would wait too long is refused."""
+
+import asyncio
+import threading
+
+import pytest
+
+from holdfast.server.batching import Batcher
+from holdfast.server.http_refusals import Refused
+
+
+class Gated:
+    """Answers a batch only after `gate` is set, and records the batches."""
+
+    def __init__(self):
+        self.gate, self.batches, self.entered = threading.Event(), [], threading.Event()
+
+    def __call__(self, batch):
+        self.entered.set()
+        self.gate.wait(60)
+        self.batches.append(list(batch))
+        return [ValueError(str(x)) if x < 0 else x * 10 for x in batch]
+
+
+def batcher(answer, **settings):
+    return Batcher(answer, **{"max_rows": 4, "max_latency_s": 1.0, **settings})
+
+
+def test_requests_that_arrive_during_a_batch_form_the_next_one():
+    answer = Gated()
+
+    async def main():
+        queue = batcher(answer)
+        first = asyncio.ensure_future(queue.submit(0, 1))
+        await asyncio.to_thread(answer.entered.wait, 10)
+        others = [
+            asyncio.ensure_future(queue.submit(x, rows)) for x, rows in ((1, 2), (2, 2), (3, 1), (-4, 1))
+        ]
+        await asyncio.sleep(0)
+        assert queue.waiting == 6
+        answer.gate.set()
+        results = await asyncio.gather(first, *others, return_exceptions=True)
+        queue.close()
+        return results
+
+    results = asyncio.run(main())
+    assert results[:4] == [0, 10, 20, 30] and str(results[4]) == "-4"
+    assert answer.batches == [[0], [1, 2], [3, -4]]
+
+
+def test_one_cancelled_request_and_one_error_do_not_affect_the_others():
+    answer = Gated()
+
+    async def main():
+        queue = batcher(answer)
+        requests = [asyncio.ensure_future(queue.submit(x, 1)) for x in (1, -2, 3)]
+        await asyncio.sleep(0)
+        requests[0].cancel()
+        answer.gate.set()
+        results = await asyncio.gather(*requests, return_exceptions=True)
+        queue.close()
+        return results
+
+    cancelled, failed, answered = asyncio.run(main())
+    assert isinstance(cancelled, asyncio.CancelledError) and isinstance(failed, ValueError) and answered == 30
+
+
+def test_an_error_of_a_whole_batch_reaches_its_requests_and_the_thread_continues():
+    def answer(batch):
+        if 0 in batch:
+            raise RuntimeError("broken")
+        return batch
+
+    async def main():
+        queue = batcher(answer)
+        with pytest.raises(RuntimeError, match="broken"):
+            await queue.submit(0, 1)
+        assert await queue.submit(5, 1) == 5
+        queue.close()
+        with pytest.raises(Refused) as refused:
+            await queue.submit(5, 1)
+        assert refused.value.status == 503
+
+    asyncio.run(main())
+
+
+def test_batches_shrink_and_requests_are_refused_if_the_model_is_slow():
+    answer = Gated()
+
+    async def main():
+        queue = batcher(answer, max_rows=64)
+        queue._row_s = 0.1  # as measured before: a tenth of a second for each input
+        assert queue.largest == 5
+        waiting = [asyncio.ensure_future(queue.submit(x, 4)) for x in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refused) as refused:
+            await queue.submit(9, 1)
+        assert refused.value.status == 503 and dict(refused.value.headers) == {"retry-after": "2"}
+        answer.gate.set()
+        assert await asyncio.gather(*waiting) == [0, 10, 20]
+        queue.close()
+
+    asyncio.run(main())

@@ -1,0 +1,170 @@
+"""The files for operators: every metric in the dashboard and in the alert rules exists, with its labels."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from holdfast.cli.app import run
+from holdfast.guard.rules import Rule
+from holdfast.server.telemetry import METRICS, MetricTotals, Telemetry
+from holdfast.settings.guard_settings import check_guard_settings
+from waiting import until
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+OF_PROMETHEUS = {"instance", "job", "le"}
+
+
+def alerts():
+    (group,) = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+    return {rule["alert"]: rule["expr"] for rule in group["rules"]}
+
+
+def panels():
+    board = json.loads((DEPLOY / "dashboard.json").read_text())
+    variable = {entry["name"]: entry.get("definition", "") for entry in board["templating"]["list"]}
+    return {
+        panel["title"]: [target["expr"] for target in panel["targets"]] for panel in board["panels"]
+    }, variable
+
+
+def samples():
+    """The names of the samples on `/metrics` of a server whose guard has a rule, with their labels."""
+    telemetry, totals = Telemetry(), MetricTotals()
+    telemetry.begin({"queries": Rule("queries")})
+    telemetry.set("holdfast_pool_alarm", 0, "empty")
+    totals.add("worker-1", telemetry.report())
+    families = text_string_to_metric_families(totals.text().decode())
+    return {sample.name: {*sample.labels} for family in families for sample in family.samples}
+
+
+def test_every_metric_of_the_dashboard_and_of_the_alerts_exists_with_its_labels():
+    boards, variables = panels()
+    known, used = samples(), set()
+    expressions = [
+        *alerts().values(),
+        *(each for several in boards.values() for each in several),
+        *variables.values(),
+    ]
+    for expression in expressions:
+        names = set(re.findall(r"\bholdfast_\w+", expression))
+        assert names <= {*known}, names - {*known}
+        labels = {label for name in names for label in known[name]} | OF_PROMETHEUS
+        given = re.findall(r"(\w+)\s*[=!]~?\s*\"", expression)
+        for group in re.findall(r"\b(?:by|ignoring)\s*\(([^)]*)\)", expression):
+            given += re.split(r",\s*", group)
+        assert {*given} <= labels, (expression, {*given} - labels)
+        used |= {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
+    assert used == {*METRICS}  # a metric that no panel and no alert shows is of no use
+
+
+def test_every_alert_is_explained():
+    page = (DEPLOY.parent / "docs" / "how-to" / "operate.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"`(Holdfast\w+)`", page)} == {*alerts()}
+
+
+def test_the_guard_of_the_tutorial_is_that_of_the_demonstration():
+    page = (DEPLOY.parent / "docs" / "tutorials" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    demonstration = (DEPLOY / "demo-guard.yaml").read_text()
+    assert yaml.safe_load(block) == yaml.safe_load(demonstration)
+    assert check_guard_settings(yaml.safe_load(block), "guard").rules.queries.action == "flag"
+
+
+@contextmanager
+def demonstration(folder):
+    """The server of the demonstration: its ports, and what it printed."""
+    ports = [free_port(), free_port()]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    server = subprocess.Popen(
+        [DEPLOY / "demo-serve.sh", folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PATH": path, "PORT": str(ports[0]), "ADMIN_PORT": str(ports[1])},
+    )
+    try:
+        shown = ""
+        while "metrics:" not in shown:
+            line = server.stdout.readline()
+            assert line, shown
+            shown += line
+        yield ports, shown
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+        server.stdout.close()
+
+
+@pytest.mark.slow
+def test_the_demonstration_serves_the_bundled_model_and_prints_a_command_with_a_key(tmp_path):
+    with demonstration(tmp_path / "demo") as (ports, shown):
+        attacker, operator = re.findall(r"hf_[\w-]+", shown)
+        answer = httpx.get(
+            f"http://127.0.0.1:{ports[0]}/v2/models/mnist-cnn",
+            headers={"Authorization": f"Bearer {attacker}"},
+        )
+        assert answer.json()["name"] == "mnist-cnn"
+        fired = 'holdfast_rule_fired_total{mode="enforce",rule="queries"} 0.0'
+        key = {"Authorization": f"Bearer {operator}"}
+        # workers report every half second
+        until(lambda: fired in httpx.get(f"http://127.0.0.1:{ports[1]}/metrics", headers=key).text)
+        command = shown[shown.index("holdfast assess") :].split("\n\n")[0].replace("\\\n", " ")
+        assert run([*shlex.split(command)[1:], "--dry-run"]) == 2  # KEY is not set
+        os.environ["KEY"] = f"Bearer {attacker}"
+        try:
+            assert run([*shlex.split(command)[1:-2], "--dry-run"]) == 0
+        finally:
+            del os.environ["KEY"]
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_fault_in_the_server_with_guard_and_keys(tmp_path):
+    schemathesis = shutil.which("schemathesis")
+    if schemathesis is None:
+        pytest.skip("schemathesis is not installed (from PyPI, in an environment of its own)")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    checks += ",response_schema_conformance,negative_data_rejection"
+    with demonstration(tmp_path / "demo") as (ports, shown):
+        key = re.findall(r"hf_[\w-]+", shown)[0]
+        done = subprocess.run(
+            [
+                *(schemathesis, "run", f"http://127.0.0.1:{ports[0]}/openapi.json"),
+                *("--header", f"Authorization: Bearer {key}", "--checks", checks),
+                *("--max-examples", "40", "--seed", "1", "--no-color"),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No issues found" in done.stdout
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_promtool_accepts_the_rules_and_the_configuration(tmp_path):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus)")
+    for kind, name in (("rules", "alerts.yml"), ("config", "prometheus.yml")):
+        done = subprocess.run(
+            [promtool, "check", kind, DEPLOY / name], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,117 @@
+"""The settings of a verb as an object: it is checked without torch, and runs as the function and the command do."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import holdfast
+from holdfast.api.reading_settings import read_settings
+from holdfast.cli.app import run as command
+from holdfast.core.errors import UsageError
+from holdfast.settings.attack_building import threat_model, threat_written
+from holdfast.settings.grammar import FORMS, Form, file_argument, parse_threat, path_text
+
+ASSESSED = {"model": "mnist-cnn", "data": "mnist-mini", "threat": "linf:0.1", "suite": "quick", "n": 16}
+
+
+def test_objects_are_created_without_torch():
+    code = (
+        "import sys, holdfast as h\n"
+        "given = {'model': 'mnist-cnn', 'data': 'mnist-mini', 'threat': 'linf:0.1'}\n"
+        "h.Assess(**given, surrogates=['mnist-cnn'], gates=['robust_accuracy >= 0.5'], on='local')\n"
+        "h.Certify(**given, method='ibp'), h.Harden(**given, recipe='trades'), h.Doctor(model='mnist-cnn')\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_object_the_function_the_file_and_the_command_make_the_same_run(tmp_path: Path):
+    file = tmp_path / "holdfast.yaml"
+    file.write_text(json.dumps({**ASSESSED, "doubts": False}))
+    given = {**ASSESSED, "doubts": False}
+    runs = [tmp_path / name for name in ("object", "function", "file", "command")]
+    results = [
+        holdfast.Assess(**given).run(runs[0]),
+        holdfast.assess(**given, run=runs[1]),
+        read_settings(file, {}, kind=holdfast.Assess).run(runs[2]),
+    ]
+    options = [str(part) for key in ("threat", "suite") for part in (f"--{key}", ASSESSED[key])]
+    arguments = ["assess", "mnist-cnn", "mnist-mini", *options, "-n", "16", "--no-doubts", "-q"]
+    assert command([*arguments, "--run", str(runs[3])]) == 0
+    results.append(holdfast.report(runs[3]))
+    for result in results[1:]:
+        for column in ("correct", "success", "queries"):
+            assert torch.equal(result.evidence[column], results[0].evidence[column])
+    about = [json.loads((run / "run.json").read_text()) for run in runs]
+    assert all(each["digests"] == about[0]["digests"] for each in about)
+    resumed = holdfast.Assess(**given).run(runs[3], resume=True)
+    assert resumed["robust_accuracy"] == results[0]["robust_accuracy"]
+
+
+def test_an_estimate_is_that_of_a_dry_run(capsys):
+    estimate = holdfast.Assess(**ASSESSED, doubts=False).estimate()
+    assert (estimate.n, estimate.attacks, estimate.tried) == (16, 1, 8)
+    assert str(estimate).startswith("16 examples, 1 attacks: about ")
+
+
+def test_references_and_clusters_are_settings_of_the_object():
+    model = holdfast.open_model("net.pt", arch="net.py:make", trust_code=True)
+    data = holdfast.open_data("table.csv", label="species")
+    of_references = holdfast.Assess(model=model, data=data, on=holdfast.Ray("ray", timeout="1min"), workers=2)
+    flat = holdfast.Assess(
+        model="net.pt", arch="net.py:make", trust_code=True, data="table.csv", label="species",
+        on="ray", timeout="1min", workers=2,
+    )  # fmt: skip
+    assert of_references.model_dump() == flat.model_dump()
+    assert repr(holdfast.Doctor(model="net.pt")) == "Doctor(model='net.pt')"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("Assess", {"n": 0}, r"assess\(\): n is 0; expected at least 1"),
+        ("Assess", {"thret": "l2:1"}, r"assess\(\): unknown key 'thret'; did you mean 'threat'"),
+        ("Assess", {"model": 3}, r"assess\(\): model is 3; expected an address"),
+        ("Certify", {"threat": "patch:5x5"}, "proved under linf, l2 and l1 only"),
+        ("Certify", {"method": "smoothing"}, "sigma is missing"),
+        ("Harden", {"recipe": "tradez"}, "did you mean 'trades'"),
+        ("Harden", {"recipe": 5}, r"recipe is 5; expected a name, or settings with it, as in .use: NAME."),
+        ("Assess", {"across": ("a", "b")}, "across is a tuple; give a list"),
+        ("Harden", {"model": holdfast.open_model("net.onnx", input_shape=(4,))}, "input_shape=.4,. is not possible"),
+        ("Assess", {"model": holdfast.open_model("net.pt", classes=3), "classes": 4}, "classes is given to assess and"),
+    ],
+)  # fmt: skip
+def test_an_object_is_checked_when_it_is_created(kind, settings, message):
+    with pytest.raises(UsageError, match=message):
+        getattr(holdfast, kind)(**settings)
+
+
+@dataclass(frozen=True)
+class Listed(holdfast.Linf):
+    """A constraint that a file describes."""
+
+    name = "table"
+    eps: float = 1.0
+    path: str = ""
+
+
+def test_a_form_of_threats_is_one_entry_and_may_name_a_file(monkeypatch):
+    form = Form(f"{__name__}:Listed", file_argument("path"), written=lambda listed: path_text(listed.path))
+    monkeypatch.setitem(FORMS, "table", form)
+    for path in ("changes.json", "my changes, new.json"):
+        text = f"table:{path_text(path)},access=scores,queries=9"
+        spec = parse_threat(text)
+        assert (spec.arguments, spec.access, spec.queries) == ({"path": path}, "scores", 9)
+        threat = threat_model(spec)
+        assert threat.constraint == Listed(path=path)
+        assert threat_written(threat) == text
+        assert holdfast.Assess(threat=threat).threat == text
+    with pytest.raises(UsageError, match="the threat 'table:' has no file"):
+        parse_threat("table:")
+    with pytest.raises(UsageError, match="did you mean 'table'"):
+        parse_threat("tabel:x")
