@@ -63,12 +63,13 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _shapes() -> Iterator[None]:
     """Check at run time that tensors have the shapes that the annotations promise, in whatever a test runs."""
-    from holdfast import attacks, core, ops
+    from holdfast import attacks, core, corruptions, statistics
+    from holdfast.recipes import training
     from holdfast.testing.shapes import watching
 
-    packages = (core, ops, attacks)
+    packages = (core, statistics, corruptions, attacks, training)
     for package in packages:
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             import_module(module.name)
     with watching(*(package.__name__ for package in packages)):
         yield

@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 
 import holdfast
+from holdfast.core.catalogue import ATTACKS
 from holdfast.runs.engine.identity import DECIDING, NOT_DECIDING
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "holdfast"
 MODULES = sorted(SOURCE.rglob("*.py"))
+ATTACK_MODULES = {entry.module for entry in ATTACKS.values()}
 NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
 
 # Functions that are one algorithm and read worse in pieces (docstrings do not count): "file:function" -> lines.
-LONG_FUNCTIONS: dict[str, int] = {"attacking.py:attack": 65, "api/references.py:open_model": 62}
+LONG_FUNCTIONS: dict[str, int] = {"api/attack.py:attack": 65, "api/references.py:open_model": 62}
 """Functions that are one thing though they are long, and how long they may be."""
 
 
@@ -105,7 +107,7 @@ def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_
     code = "import sys, holdfast.runs.assess.assess, holdfast.runs.harden.harden, holdfast.rotation.steps.set_measuring"
     names = python("-c", f"{code}; print(*sys.modules)").split()
     packages = {name.split(".")[1] for name in names if name.startswith("holdfast.")}
-    covered = {name.removesuffix(".py") for name in DECIDING}
+    covered = {name.partition("/")[0] for name in DECIDING}
     assert packages - covered == set(NOT_DECIDING)
 
 
@@ -181,7 +183,7 @@ def test_the_wheel_holds_the_bundled_files_and_runs_the_demo_in_a_fresh_environm
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_an_attack_and_a_function_read_in_one_sitting(path):
     text = path.read_text(encoding="utf-8")
-    if path.parent.name == "attacks":
+    if path.parent.name == "attacks" and path.stem in ATTACK_MODULES:
         assert text.count("\n") <= 180, f"{path.name} has {text.count(chr(10))} lines; at most 180"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -227,7 +229,7 @@ def test_everything_public_is_documented(path):
     ):
         methods = public(part for part in node.body if isinstance(part, ast.FunctionDef))
         missing = [part.name for part in methods if not ast.get_docstring(part)]
-        if path.parent.name == "attacks":
+        if path.parent.name == "attacks" and path.stem in ATTACK_MODULES:
             # Their fields are settings, and what is said of them is the help text.
             missing += undocumented_fields(node)
         assert not missing, f"{node.name}: nothing is said about {', '.join(missing)}"

@@ -1642,15 +1642,15 @@ def test_every_remedy_of_the_code_has_a_situation():
 NOT_BUILT = {
     "api/pooled.py": "a pool, whose trainings take minutes",
     "core/remedies.py": "the class itself, and constants that other files use",
-    "engine/ray_": "a cluster",
+    "runs/engine/ray_": "a cluster",
     "runs/assess/sending.py": "a cluster",
     "recipes/training/distributed.py": "several processes that train together",
     "recipes/training/learner.py:_refuse_foreign: Remedy('recipe', 'pgd')": "several processes that train together",
     "runs/harden/pace.py:smaller": "several processes that train together",
-    "verbs/rotate/": "a pool, whose trainings take minutes; tests/runs/test_rotate.py has them",
+    "rotation/steps/": "a pool, whose trainings take minutes; tests/runs/test_rotate.py has them",
     "runs/stored/stored_runs.py": "a run that was stopped; tests/runs/test_assess.py continues one",
     "io/limited/tables.py": "labels of ten million characters",
     "api/proxying.py:refuse_other_guard": "an upstream server",
-    "serving/": "a server with workers; tests/server has them",
+    "server/": "a server with workers; tests/server has them",
 }
 """Files, functions or remedies that a test cannot reach, with the reason."""

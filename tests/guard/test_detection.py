@@ -265,7 +265,7 @@ def test_batches_make_no_difference():
 
 @pytest.mark.slow
 def test_the_example_of_the_documentation_prints_what_it_says(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "concepts" / "adaptive.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "concepts" / "adaptive.md").read_text(encoding="utf-8")
     code, printed = re.search(
         r"```python\n(import holdfast\n.*?)```\n\n```text\n(.*?)```", page, re.DOTALL
     ).groups()

@@ -78,7 +78,7 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
 
 
 def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
-    from holdfast.runs.store.verify import verify_pool
+    from holdfast.rotation.pool.verify_pool import verify_pool
 
     verified = verify_pool(pool, expect_head=expect_head)
     if verified.authenticated:

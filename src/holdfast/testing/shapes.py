@@ -54,7 +54,10 @@ def checked(function: F) -> F:
     """Return a function that also checks its tensors: it raises `TypeError` if an argument or the result does not have
     the annotated shape.
     """
-    hints = _shapes(get_type_hints(function, include_extras=True))
+    try:
+        hints = _shapes(get_type_hints(function, include_extras=True))
+    except NameError:  # of a type that is imported for type checkers only
+        return function
     if not hints:
         return function
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -14,7 +14,7 @@ from holdfast.core.errors import NoBounds, UsageError
 
 ROWS = 3
 """number of example inputs with which a model is traced; no value but the batch is likely to have this size"""
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 """folders of code that is not the user's"""
 
 

@@ -44,7 +44,7 @@ _SPARE = 1_000
 
 Up to this number the error message can list the missing tensors.
 """
-BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
+BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
 ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
