@@ -4,13 +4,14 @@ Written anew with `HOLDFAST_WRITE_HELP=1 python -m pytest tests/cli/test_help.py
 """
 
 import os
+import shlex
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from holdfast.cli.app import run, verbs
+from holdfast.cli.app import _COMMANDS, run, verbs
 from holdfast.cli.vnn import vnn
 
 KEPT = Path(__file__).parent / "help"
@@ -60,3 +61,13 @@ def test_every_command_runs_without_arguments_or_names_the_missing_one(
     assert written.out or written.err
     if code == 2:
         assert "Usage" in written.err or "missing" in written.err.lower()
+
+
+@pytest.mark.parametrize("line", [line for _, _, *lines in _COMMANDS.values() for line in lines])
+def test_an_example_of_a_help_text_is_a_command_with_its_options(line):
+    """Files that an example names need not exist."""
+    command, words = verbs, shlex.split(line)
+    while isinstance(command, click.Group) and words:
+        command = command.get_command(click.Context(command), words.pop(0))
+    _, rest, _ = command.make_parser(click.Context(command)).parse_args(words)
+    assert not rest

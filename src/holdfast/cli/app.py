@@ -24,27 +24,82 @@ _COMMANDS = {
     "assess": (
         "assess",
         "measure how robust a model is: the worst case over several attacks, with confidence intervals",
+        "assess mnist-cnn mnist-mini --threat linf:0.1 -n 100 -o report.html",
+        'assess net.py:make data.npz --threat linf:8/255 --gate "robust_accuracy >= 0.4"',
     ),
     "certify": (
         "certify",
         "prove for each example that no allowed change is misclassified, or find one that is",
+        "certify mnist-cnn-hardened mnist-mini --threat linf:0.1 -n 20",
+        "certify net.py:make data.npz --threat l2:0.25 --method smoothing --sigma 0.25",
     ),
-    "harden": ("harden", "train a new model that is more robust, within a time budget"),
-    "rotate": ("rotate", "serve several parameter sets in turn, so that a stolen set is soon out of use"),
-    "calibrate": ("calibrate", "set the thresholds of a guard from benign inputs"),
-    "serve": ("serve", "serve a model, or a pool of parameter sets, over HTTP"),
-    "keys": ("keys", "create, list and revoke the API keys of a server"),
-    "compare": ("report", "show what changed between two runs on the same examples"),
-    "report": ("report", "write the reports of a finished run again"),
-    "verify": ("report", "check that the files of a run or a pool are complete and unchanged"),
-    "runs": ("report", "list the runs in a folder"),
-    "doctor": ("doctor", "find common mistakes in a model and its data before a long run"),
+    "harden": (
+        "harden",
+        "train a new model that is more robust, within a time budget",
+        "harden mnist-cnn mnist --threat linf:0.3 --budget 10min -o hardened/",
+        "harden net.py:make images/ --recipe trades --budget 1h -o hardened/",
+    ),
+    "rotate": (
+        "rotate",
+        "serve several parameter sets in turn, so that a stolen set is soon out of use",
+        "rotate run mnist-cnn mnist --budget 20min --every 24h --by retraining --run pool/",
+        "rotate status pool/",
+    ),
+    "calibrate": (
+        "calibrate",
+        "set the thresholds of a guard from benign inputs",
+        "calibrate mnist-cnn mnist-mini --guard guard.yaml",
+        "calibrate model.onnx benign.npz --guard guard.yaml",
+    ),
+    "serve": (
+        "serve",
+        "serve a model, or a pool of parameter sets, over HTTP",
+        "serve mnist-cnn --guard guard.yaml --keys keys.json --audit audit",
+        "serve rotating:pool/ --keys keys.json --workers 2",
+    ),
+    "keys": (
+        "keys",
+        "create, list and revoke the API keys of a server",
+        "keys add alice --expires 90d --rate 100/min",
+        "keys list",
+    ),
+    "compare": (
+        "report",
+        "show what changed between two runs on the same examples",
+        "compare runs/before runs/after",
+        "compare runs/before runs/after -o comparison.html",
+    ),
+    "report": (
+        "report",
+        "write the reports of a finished run again",
+        "report runs/a",
+        "report runs/a -o report.html -o junit.xml",
+    ),
+    "verify": (
+        "report",
+        "check that the files of a run or a pool are complete and unchanged",
+        "verify runs/a",
+        "verify pool/",
+    ),
+    "runs": ("report", "list the runs in a folder", "runs", "runs runs/"),
+    "doctor": (
+        "doctor",
+        "find common mistakes in a model and its data before a long run",
+        "doctor mnist-cnn mnist-mini",
+        "doctor net.py:make data.npz",
+    ),
     "init": ("first", "write a commented holdfast.yaml"),
     "validate": ("first", "check a holdfast.yaml without running it"),
-    "data": ("data", "list, show, download and import data sets"),
+    "data": (
+        "data",
+        "list, show, download and import data sets",
+        "data list",
+        "data fetch mnist",
+    ),
     "models": ("catalogue", "list the bundled models and architectures"),
-    "attacks": ("catalogue", "list the attacks, or show one with its settings"),
+    "attacks": ("catalogue", "list the attacks, or show one with its settings", "attacks", "attacks pgd"),
 }
+"""Name of each command: its module in `holdfast.cli`, what it does in a few words, and examples for its help."""
 
 
 _SPELLINGS = {
@@ -60,6 +115,7 @@ _SPELLINGS = {
 }
 """Options of other programs. Each has, for an option of a command here, the option and value of the same meaning."""
 
+_EXAMPLES = "Examples:"
 INTERNAL = 5
 """Exit code of an internal error of Holdfast."""
 
@@ -77,11 +133,14 @@ class _Verbs(Group):
             raise UsageError(f"there is no command {cmd_name!r}{did_you_mean(cmd_name, _COMMANDS)}")
         module = importlib.import_module(f"holdfast.cli.{_COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name)
+        examples = "".join(f"\n  holdfast {example}" for example in _COMMANDS[cmd_name][2:])
+        if examples and _EXAMPLES not in (command.help or ""):
+            command.help = f"\b\n{_EXAMPLES}{examples}\n\n{command.help}"
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, about) in _COMMANDS.items()])
+            formatter.write_dl([(name, about) for name, (_, about, *_examples) in _COMMANDS.items()])
 
 
 @click.group(
