@@ -6,7 +6,7 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
-import test_gates
+from metrics import test_gates
 import torch
 
 from holdfast.attacks import PGD

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_guard import LIMIT, N, offset, pair, problem, sides
+from guard.test_guard import LIMIT, N, offset, pair, problem, sides
 
 from holdfast.attacks import PGD
 from holdfast.core.constraints import L0, Linf

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_metrics import evidence
+from metrics.test_metrics import evidence
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate

@@ -129,10 +129,10 @@ PROVERS: Final[Mapping[str, str]] = {
     "ibp": "provers:IBP",
     "crown-ibp": "provers:CrownIBP",
     "crown": "provers:Crown",
-    "lipschitz": "lipschitz:Lipschitz",
-    SMOOTHING: "smoothing:Smoothing",
-    "alpha-crown": "searching:AlphaCrown",
-    "branch-and-bound": "searching:BranchAndBound",
+    "lipschitz": "bounds.lipschitz:Lipschitz",
+    SMOOTHING: "smoothing.smoothing:Smoothing",
+    "alpha-crown": "branching.searching:AlphaCrown",
+    "branch-and-bound": "branching.searching:BranchAndBound",
 }
 """module and class in `holdfast.certifiers` of each method of certification, which the option `--method` selects"""
 LATE: Final = ("alpha-crown", "branch-and-bound")
