@@ -368,7 +368,7 @@ def test_the_page_has_the_recorded_numbers_of_smoothing():
 
 
 def test_the_page_has_the_recorded_numbers_of_rotating():
-    documented = rows("concepts/rotation.md", "construction")
+    documented = rows("concepts/rotation-measurements.md", "construction")
     assert documented == [
         {
             "construction": row["construction"],
@@ -391,7 +391,7 @@ def test_the_page_has_the_recorded_numbers_of_rotating():
 def test_the_page_has_the_recorded_numbers_of_rotating_hardened_sets(row, of_sets, of_lines):
     table = newest(row)["table"]
     sets, lines = ([row for row in table if ("A2" not in row) is line] for line in (False, True))
-    assert rows("concepts/rotation.md", of_sets) == [
+    assert rows("concepts/rotation-measurements.md", of_sets) == [
         {
             of_sets: row["what"],
             "clean, %": f"{row['clean, %']:.1f}",
@@ -399,7 +399,7 @@ def test_the_page_has_the_recorded_numbers_of_rotating_hardened_sets(row, of_set
         }
         for row in sets
     ]
-    assert rows("concepts/rotation.md", of_lines) == [
+    assert rows("concepts/rotation-measurements.md", of_lines) == [
         {
             of_lines: row["what"],
             "clean, %": f"{row['clean, %']:.1f}",
@@ -418,7 +418,7 @@ def test_the_page_has_the_recorded_numbers_of_new_basins():
         "lost halfway": ("lost halfway", 1),
         "s per set": ("s for a set", 2),
     }
-    assert rows("concepts/rotation.md", "attempt") == [
+    assert rows("concepts/rotation-measurements.md", "attempt") == [
         {
             "attempt": row["attempt"],
             **{
