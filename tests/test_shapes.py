@@ -52,6 +52,6 @@ def test_watching_ends():
     from holdfast.attacks.parts import losses
 
     before = losses.margin_loss
-    with watching("holdfast.ops"):
+    with watching("holdfast.attacks.parts"):
         assert losses.margin_loss is not before
     assert losses.margin_loss is before

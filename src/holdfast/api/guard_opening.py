@@ -219,7 +219,7 @@ def guard_pipeline(
 ) -> GuardPipeline:
     """Return the guard that the settings describe, with its calibration if there is one.
 
-    A stateless detector without a threshold in the settings never fires until `serving.calibration` has set it.
+    A stateless detector without a threshold in the settings never fires until `guard.calibration` has set it.
     """
     groups = rules_of(settings)
     low, high = min(settings.inputs.low), max(settings.inputs.high)

@@ -186,8 +186,8 @@ def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]
     """Return records as lines of a chain file, each with the digest of the one before, and the digest of the last one.
     `head` is the digest of the record before them.
 
-    The lines equal those of `store.records.line_of`; the canonical text of a content is computed only once, because
-    this is called for every request.
+    The lines equal those of `runs.store.records.line_of`; the canonical text of a content is computed only once,
+    because this is called for every request.
     """
     parts: list[bytes] = []
     for content in contents:

@@ -1,8 +1,8 @@
 """Run-time checks for tests that tensors have the shapes in the annotations of functions.
 
-`checked(f)` wraps a function. `watching("holdfast.ops")` wraps all public functions of packages for the duration of a
-test, and `unchecked()` suspends the checks. A name in a shape has one size within a call: `n` is the same for `x` and
-for `y`.
+`checked(f)` wraps a function. `watching("holdfast.attacks.parts")` wraps all public functions of packages for the
+duration of a test, and `unchecked()` suspends the checks. A name in a shape has one size within a call: `n` is the same
+for `x` and for `y`.
 """
 
 import inspect

@@ -2,7 +2,7 @@
 channels last.
 
 Each change is compared with the original network on real inputs, and omitted if outputs differ or it is not faster. The
-gradient of convolutions on the image itself is computed in a faster way: see `ops.stem`.
+gradient of convolutions on the image itself is computed in a faster way: see `attacks.parts.stem`.
 """
 
 import copy

@@ -124,7 +124,7 @@ class SentModel:
 
 @dataclass(frozen=True)
 class Shipment:
-    """The pickled model, and the code that it needs. Calling it opens the model: see `engine.ray_worker`."""
+    """The pickled model, and the code that it needs. Calling it opens the model: see `runs.engine.ray_worker`."""
 
     content: list[bytes]
     """the pickled `SentModel`; empty once it is opened, so that a worker keeps one copy of the model"""
