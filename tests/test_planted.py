@@ -6,7 +6,6 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
-from metrics import test_gates
 import torch
 
 from holdfast.attacks import PGD
@@ -19,6 +18,7 @@ from holdfast.gates.judging import AtLeast
 from holdfast.runs.harness import verdict
 from holdfast.testing import geometry, laws
 from holdfast.testing.laws import Case
+from metrics import test_gates
 
 CLIMB = PGD(steps=8)
 LINF, EUCLID = Case(CLIMB, Linf), Case(CLIMB, L2)

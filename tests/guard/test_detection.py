@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from guard.test_guard import LIMIT, N, offset, pair, problem, sides
 
+from guard.test_guard import LIMIT, N, offset, pair, problem, sides
 from holdfast.attacks import PGD
 from holdfast.core.constraints import L0, Linf
 from holdfast.core.errors import UsageError

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from metrics.test_metrics import evidence
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
@@ -15,6 +14,7 @@ from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, exit_code, judge
 from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES
+from metrics.test_metrics import evidence
 
 NONE = Doubts()
 RAISED = Doubts((Doubt("scale", "raised"), Doubt("noise", "clear")))

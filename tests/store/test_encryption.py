@@ -182,6 +182,6 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 
 def test_importing_the_store_asks_for_no_library():
-    code = "import sys; import holdfast.runs.store.encryption; print(any(m.startswith('cryptography') for m in sys.modules))"
+    code = "import sys, holdfast.runs.store.encryption; print(any(m.startswith('cryptography') for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -8,7 +8,9 @@ from typing import Any
 
 from holdfast.core.catalogue import PROVERS, load_class
 
-_MODULES = {path.split(":")[1]: path.split(":")[0] for path in (*PROVERS.values(), "bounds.operators:register")}
+_MODULES = {
+    path.split(":")[1]: path.split(":")[0] for path in (*PROVERS.values(), "bounds.operators:register")
+}
 __all__ = sorted(_MODULES)  # noqa: PLE0605
 
 

@@ -56,8 +56,8 @@ class Spatial(Whole):
 
     @property
     def axes(self) -> Mapping[str, float]:
-        """Largest amount of each transformation in both directions, by the names that `holdfast.attacks.parts.image_transforms`
-        uses, such as `shift_x`.
+        """Largest amount of each transformation in both directions, by the names that
+        `holdfast.attacks.parts.image_transforms` uses, such as `shift_x`.
         """
         along = {"shift": ("shift_x", "shift_y")}
         return {axis: limit for name, limit in self.limits.items() for axis in along.get(name, (name,))}

@@ -1,1 +1,1 @@
-"""The guard of a model: rules, detectors, their calibration, and the states that processes share. It imports no HTTP."""
+"""The guard of a model: rules, detectors, their calibration, and states that processes share. It imports no HTTP."""

@@ -5,8 +5,9 @@ Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuit
 arXiv:1804.04368, for the constraint, which under L2 is a spectral normalisation (Miyato et al., "Spectral Normalization
 for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957) that shrinks and never enlarges; Finlay & Oberman,
 "Scaleable input gradient regularization for adversarial robustness", arXiv:1905.11468, for the penalty. Differs from
-the papers: both are combined, eps grows at first, and see `recipes/training/gains.py`. The bound of a whole network is the product
-over its layers and far too loose for a certificate: see `io/models/lipschitz_layers.py` for layers that are made for one.
+the papers: both are combined, eps grows at first, and see `recipes/training/gains.py`. The bound of a whole network is
+the product over its layers and far too loose for a certificate: see `io/models/lipschitz_layers.py` for layers that are
+made for one.
 """
 
 from collections.abc import Iterator

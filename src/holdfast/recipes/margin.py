@@ -4,8 +4,8 @@ robustness in a ball.
 Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
 arXiv:2208.03160. Differs from the paper: the offset is in multiples of the margin that certifies the ball of the
 threat, instead of the square root of two for every ball; eps grows at first, the weights are averaged, and the learning
-rate follows one cycle. Any network can be trained in this way; only one of the layers in `io/models/lipschitz_layers.py` has the
-certificate.
+rate follows one cycle. Any network can be trained in this way; only one of the layers in
+`io/models/lipschitz_layers.py` has the certificate.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The settings of all commands, each declared once in a group of related settings. The module imports pydantic, but not
 torch.
 
-A verb uses several groups (`holdfast.api.reading_settings`). The keys of a configuration file, the options of the command
-line and the JSON Schema are generated from the fields of the groups.
+A verb uses several groups (`holdfast.api.reading_settings`). The keys of a configuration file, the options of the
+command line and the JSON Schema are generated from the fields of the groups.
 """
 
 import math

@@ -22,8 +22,8 @@ class Transformed(nn.Module):
     """Network that applies a random transformation to each input before it calls a classifier. The amount of a
     transformation is at most its limit, in both directions.
 
-    The limits are those of `holdfast.attacks.parts.image_transforms`, and `noise`, the standard deviation of the noise that a
-    printer or sensor adds to every value, as a fraction of the box's width. Random numbers are those of torch's
+    The limits are those of `holdfast.attacks.parts.image_transforms`, and `noise`, the standard deviation of the noise
+    that a printer or sensor adds to every value, as a fraction of the box's width. Random numbers are those of torch's
     generator.
     """
 

@@ -3,8 +3,8 @@
 If the logits of a network have the Lipschitz constant L, the difference of two logits has at most sqrt(2) L, so that no
 input within margin / (sqrt(2) L) is misclassified (Tsuzuku, Sato & Sugiyama, "Lipschitz-Margin Training: Scalable
 Certification of Perturbation Invariance for Deep Neural Networks", NeurIPS 2018, arXiv:1802.04034). L is bounded by the
-product over the layers of proved upper bounds of their gains (`certifiers/bounds/spectral.py`). If the last operation is
-linear, the difference of its two rows replaces sqrt(2) times its gain, as in the same paper.
+product over the layers of proved upper bounds of their gains (`certifiers/bounds/spectral.py`). If the last operation
+is linear, the difference of its two rows replaces sqrt(2) times its gain, as in the same paper.
 """
 
 import math

@@ -4,8 +4,8 @@ Cohen, Rosenfeld & Kolter, "Certified Adversarial Robustness via Randomized Smoo
 the base classifier predicts the label with a probability above p for x plus Gaussian noise of standard deviation sigma,
 then the smoothed classifier predicts the label everywhere within sigma Φ⁻¹(p) of x. p is a lower confidence limit from
 draws of the noise. Differs from the paper: the class is the label and needs no draws of its own, and the draws end
-once the verdict at eps is known (`statistics/sequential.py`), at most `draws` in all. Without an eps, all draws are used, and
-the radius is that of the paper.
+once the verdict at eps is known (`statistics/sequential.py`), at most `draws` in all. Without an eps, all draws are
+used, and the radius is that of the paper.
 
 A certificate is about the smoothed classifier. It needs predicted labels only, and holds for any base classifier,
 because the noise is drawn independently of it.

@@ -26,7 +26,7 @@ from holdfast.rotation.steps.contents import bases, bases_left, epochs_of, gener
 from holdfast.rotation.steps.rotation_request import RotateRequest, accuracy, state_of
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.engine.signals import Stopper, stoppable
-from holdfast.runs.stored.differences import differences
+from holdfast.runs.store.differences import differences
 
 By = Literal["generator", "retraining"]
 """How sets are produced: sampled from the generator, or trained from fresh random weights."""

@@ -34,7 +34,7 @@ from holdfast.runs.harden.held_out import (
     without_judged,
 )
 from holdfast.runs.harden.trainable import learner_of, refuse_untrainable
-from holdfast.runs.stored.differences import differences
+from holdfast.runs.store.differences import differences
 
 FIRST = 2_000
 """Number of held-out examples on which a set is judged first; it is doubled as long as a gate is unclear."""

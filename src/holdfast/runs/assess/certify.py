@@ -1,7 +1,7 @@
 """The verb certify: an assessment whose plan contains proofs.
 
-A certification takes the steps of an assessment (`holdfast.runs.assess.assess`). This module contains what proofs add to
-them: the request, the refusal of models that cannot be certified, and the test of the certificates.
+A certification takes the steps of an assessment (`holdfast.runs.assess.assess`). This module contains what proofs add
+to them: the request, the refusal of models that cannot be certified, and the test of the certificates.
 """
 
 from collections.abc import Sequence

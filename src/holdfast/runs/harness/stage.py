@@ -1,7 +1,7 @@
 """A stage of a measurement, and the base class of the kinds of stages.
 
-The kinds are in `holdfast.runs.harness.kinds`. A new kind is a subclass of `StageKind` in a file of that package, and an
-entry in `KINDS`. No other module distinguishes kinds.
+The kinds are in `holdfast.runs.harness.kinds`. A new kind is a subclass of `StageKind` in a file of that package, and
+an entry in `KINDS`. No other module distinguishes kinds.
 """
 
 from abc import abstractmethod

@@ -20,7 +20,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.stored.differences import differences
+from holdfast.runs.store.differences import differences
 from holdfast.runs.store.files import (
     MANIFEST,
     PART,
