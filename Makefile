@@ -22,9 +22,9 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/py
 help:
 	@echo 'make demo                assess the bundled network, offline, in about a minute, and print the path of the report'
 	@echo 'make demo-serve          serve the bundled network with a guard, and print the command that attacks it'
-	@echo 'make test                all checks and tests (about 20 minutes on two cores)'
-	@echo 'make check               format, lint, types, layers, documentation, quick tests'
-	@echo 'make quick               quick tests only (about 6 minutes)'
+	@echo 'make test                all checks and tests (about 25 minutes on two cores)'
+	@echo 'make check               format, lint, types, layers, documentation, quick tests (about 4 minutes)'
+	@echo 'make quick               quick tests only (about 4 minutes)'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds until it is stopped'
 	@echo 'make bench [PEERS=dir]   run the benchmarks and write dated records'

@@ -54,7 +54,6 @@ from holdfast.runs.stored.recomputing import (
     refuse_other_stages,
     refuse_other_verdict,
 )
-from holdfast.runs.stored.recomputing_cards import StoredHardening, refuse_other_card
 from holdfast.runs.stored.recomputing_columns import refuse_other_rows
 from holdfast.runs.stored.run_forms import (
     Assessed,
@@ -182,6 +181,8 @@ def open_run(path: Path) -> Result:
 
 def _refuse_contradictory(path: Path, manifest: dict[str, Any], chain: Chain, after: Result) -> None:
     """Raise `TargetError` if the documents of a hardening contradict its two measurements."""
+    from holdfast.runs.stored.recomputing_cards import StoredHardening, refuse_other_card
+
     card, training = (recorded_document(path, chain, kind) for kind in ("card", "training"))
     weights = chain.last("model")
     if card is None or training is None or weights is None:
