@@ -17,7 +17,7 @@ from PIL import Image
 
 from holdfast.cli.data import import_ as import_command
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io import data_catalogue as catalogue
+from holdfast.io import data_catalogue
 from holdfast.io.data.data import open_data
 from holdfast.io.data_catalogue import CATALOGUE, RemoteFile, entry_of, listed_data_sets
 from holdfast.io.remote.fetching import cifar_arrays, download, fetch, idx, import_folder
@@ -119,7 +119,7 @@ def test_the_official_form_of_mnist_is_fetched_and_opened(
     serve(server, monkeypatch, "mnist", {name: idx_bytes(array) for name, array in arrays.items()})
     seen: list[tuple[str, int, int]] = []
     path = fetch("mnist", progress=lambda *report: seen.append(report))
-    assert path == catalogue.data_folder() / "mnist.npz"
+    assert path == data_catalogue.data_folder() / "mnist.npz"
     data = open_data("mnist")
     assert (data.read(0, 3).x[:, 0].numpy() * 255).round().astype(np.uint8).tolist() == arrays[
         "t10k-images-idx3-ubyte.gz"
@@ -127,7 +127,9 @@ def test_the_official_form_of_mnist_is_fetched_and_opened(
     assert data.classes == tuple("0123456789")
     assert len(open_data("mnist", split="train")) == 6
     assert {file for file, *_ in seen} == set(arrays) and all(done <= total for _, done, total in seen)
-    assert [entry.name for entry in catalogue.data_folder().iterdir() if entry.is_file()] == ["mnist.npz"]
+    assert [entry.name for entry in data_catalogue.data_folder().iterdir() if entry.is_file()] == [
+        "mnist.npz"
+    ]
     n_requests = len(server.asked)
     fetch("mnist")
     assert len(server.asked) == n_requests
@@ -249,7 +251,7 @@ def test_a_folder_is_imported_in_whatever_form_it_holds(
     assert len(open_data("mnist")) == 3 and len(open_data("gtsrb")) == 6
     present = {row.name for row in listed_data_sets() if row.present}
     assert present == set(brought)
-    assert not [path for path in catalogue.data_folder().iterdir() if path.name.startswith(".")]
+    assert not [path for path in data_catalogue.data_folder().iterdir() if path.name.startswith(".")]
 
 
 def test_folders_that_cannot_be_imported_are_refused(tmp_path: Path, folder: Path) -> None:

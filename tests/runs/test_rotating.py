@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api import rotation_opening as rotating
+from holdfast.api import rotation_opening
 from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Assess, RotateSettings, check_settings
 from holdfast.core.draws import Draws
@@ -70,7 +70,7 @@ def collected(tmp_path_factory):
         },
         "source": {"use": "basins", "seeds": 2, "sets": 3, "every": 2, "lr": 1e-3},
     }  # fmt: skip
-    terms = rotating.rotate_request(check_settings(said, "test", kind=RotateSettings))
+    terms = rotation_opening.rotate_request(check_settings(said, "test", kind=RotateSettings))
     pool = steps.create(place / "pool", terms)
     stages: list[Step] = []
     steps.collect(pool, terms, progress=stages.append)

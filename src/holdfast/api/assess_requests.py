@@ -170,13 +170,13 @@ def _table(
     progress: Progress,
 ) -> Mapping[str, Any]:
     """Open the training data of the pool only when the table is measured, because they may be large."""
-    from holdfast.api import rotation_opening as rotating
+    from holdfast.api import rotation_opening
     from holdfast.rotation.steps.attackers import AttackerTable
 
     pool = pool_of(address)
     assert pool is not None
     trusted = {"device": device, "trust_code": trust_code}
-    request = rotating.reopened(pool, check_settings(trusted, address, kind=RotateSettings))
+    request = rotation_opening.reopened(pool, check_settings(trusted, address, kind=RotateSettings))
     return AttackerTable(pool, request)(evidence, judged_on, known=known, keep=keep, progress=progress)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from holdfast.api import rotation_opening as rotating
+from holdfast.api import rotation_opening
 from holdfast.api.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
@@ -20,7 +20,7 @@ def collect_request(
     """Return the request for the training of the first parameter sets of a rotation pool, which is created in the
     folder `path`.
     """
-    common, budget_s = rotating.rotate_request(settings), rotating.budget_s(settings)
+    common, budget_s = rotation_opening.rotate_request(settings), rotation_opening.budget_s(settings)
     return CollectRequest(path, common, resume, budget_s, settings.n_judged, expect_head)
 
 
@@ -29,8 +29,8 @@ def train_request(path: Path, settings: RotateSettings, *, expect_head: str = ""
     folder `path`.
     """
     pool = Pool.open(path, expect_head=expect_head)
-    common = rotating.reopened(pool, settings)
-    return TrainRequest(pool, common, rotating.codec(settings), rotating.diffusion(settings))
+    common = rotation_opening.reopened(pool, settings)
+    return TrainRequest(pool, common, rotation_opening.codec(settings), rotation_opening.diffusion(settings))
 
 
 def draw_request(
@@ -49,8 +49,8 @@ def draw_request(
     _refuse_no_count(sets)
     method = by_named(by)
     pool = Pool.open(path, expect_head=expect_head)
-    common = rotating.reopened(pool, settings)
-    immunise = rotating.immunise(settings) if immunising else None
+    common = rotation_opening.reopened(pool, settings)
+    immunise = rotation_opening.immunise(settings) if immunising else None
     return DrawRequest(pool, common, sets, method, immunise, resume)
 
 
@@ -64,7 +64,7 @@ def admit_request(path: Path, settings: RotateSettings, *, expect_head: str = ""
     whether they may serve.
     """
     pool = Pool.open(path, expect_head=expect_head)
-    common = rotating.reopened(pool, settings)
+    common = rotation_opening.reopened(pool, settings)
     return AdmitRequest(pool, common, settings.gates, settings.accept_doubts, settings.n_judged)
 
 
@@ -84,7 +84,9 @@ def run_request(
     """
     loop = _loop_settings(settings, by_named(by), immunising=immunising, once=once)
     collection = collect_request(settings, path, resume=resume, expect_head=expect_head)
-    return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once, anyway)
+    return RunRequest(
+        collection, loop, rotation_opening.codec(settings), rotation_opening.diffusion(settings), once, anyway
+    )
 
 
 def resumed_run_request(
@@ -98,14 +100,16 @@ def resumed_run_request(
 ) -> RunRequest:
     """Return the request for all steps of a rotation with an existing pool, whose model and data are opened again."""
     loop = _loop_settings(settings, by_named(by), immunising=immunising, once=once)
-    common = rotating.reopened(Pool.open(path, expect_head=expect_head), settings)
+    common = rotation_opening.reopened(Pool.open(path, expect_head=expect_head), settings)
     collection = CollectRequest(path, common, True, n_judged=settings.n_judged, expect_head=expect_head)
-    return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once)
+    return RunRequest(
+        collection, loop, rotation_opening.codec(settings), rotation_opening.diffusion(settings), once
+    )
 
 
 def _loop_settings(settings: RotateSettings, by: By | None, *, immunising: bool, once: bool) -> LoopSettings:
     """Return when sets are swapped and how new ones are produced and judged."""
-    triggers = rotating.triggers(settings)
+    triggers = rotation_opening.triggers(settings)
     if not (triggers or once):
         raise UsageError(
             "no condition for swaps is given",
@@ -113,6 +117,6 @@ def _loop_settings(settings: RotateSettings, by: By | None, *, immunising: bool,
             Remedy("every", ("24h",), repeated=True),
             Remedy("once", True),
         )
-    immunise = rotating.immunise(settings) if immunising else None
+    immunise = rotation_opening.immunise(settings) if immunising else None
     gates, accepted = settings.gates, settings.accept_doubts
     return LoopSettings(triggers, settings.min_waiting, immunise, by, gates, accepted, settings.n_judged)

@@ -14,7 +14,7 @@ from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, Verdict, overall
 from holdfast.metrics.attacked import calibration_error
 from holdfast.metrics.shares import worst_class
-from holdfast.reports import rotation_effects as wording
+from holdfast.reports import rotation_effects
 from holdfast.reports.numbers import percent
 from holdfast.rotation.steps.comparing import (
     Loss,
@@ -305,7 +305,7 @@ def _of_static(theft: Worst, measurements: Measurements) -> GateResult:
             gate, None, "not applicable", "pass", "white-box attacks on the serving set break nothing"
         )
     assert surrogates_only is not None
-    half, limit = STATIC * static.value, wording.NOTHING * static.value
+    half, limit = STATIC * static.value, rotation_effects.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
     against_surrogates = _within_multiple(
         theft, surrogates_only, NOTHING, 0.0, measurements.confidence("transfer")

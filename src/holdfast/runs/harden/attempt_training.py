@@ -14,7 +14,7 @@ from holdfast.io.models.weights import written
 from holdfast.recipes.training.overfitting import RAISED
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
-from holdfast.runs.harden import checkpoints as training
+from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point
 from holdfast.runs.harden.epochs import Trainer, ended_by
@@ -40,7 +40,7 @@ class AttemptTraining:
         best checkpoint.
         """
         curve = self._curve(place, candidate, attempt, run)
-        best, last = training.saved(place, BEST), training.saved(place, LAST)
+        best, last = checkpoints.saved(place, BEST), checkpoints.saved(place, LAST)
         assert best is not None and last is not None
         new = self._new_model(best.checkpoint, candidate)
         state = last.checkpoint.tensors.get(STATE + RAISED)
@@ -59,7 +59,7 @@ class AttemptTraining:
             # a recipe with its own loop uses the epochs of the first plan
             epochs = max(int(attempt["epochs"]), 1)
             settings = replace(settings, epochs=epochs, pacing=self._pacer(place, attempt))
-        batch = training.saved_batch(place) or settings.batch
+        batch = checkpoints.saved_batch(place) or settings.batch
         while True:
             try:
                 sized = replace(settings, batch=batch, lr=settings.lr * batch / settings.batch)
@@ -67,13 +67,13 @@ class AttemptTraining:
             except (RuntimeError, MemoryError) as error:
                 batch = smaller(batch, error)
                 with run.stopper.finishing():
-                    training.save_batch(place, batch)
+                    checkpoints.save_batch(place, batch)
             except LostLoss as error:
                 raise error.ended(self._save_best(place, candidate)) from error
 
     def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
         """The pacer for the rest of the budget, after the planning and the epochs that are done."""
-        last = training.saved(place, LAST)
+        last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
         spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
         times = (attempt["epoch_s"], attempt["evaluation_s"])
@@ -81,7 +81,7 @@ class AttemptTraining:
 
     def _save_best(self, place: Path, candidate: Candidate) -> str:
         """Save the best model so far, if there is one, and return a sentence with its path."""
-        best, last = training.saved(place, BEST), training.saved(place, LAST)
+        best, last = checkpoints.saved(place, BEST), checkpoints.saved(place, LAST)
         if best is None or last is None:
             return "no epoch had been finished"
         net = self._new_model(best.checkpoint, candidate).model.net

@@ -20,7 +20,7 @@ from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.runs.engine.progress import Step
 from holdfast.runs.engine.run import Run
-from holdfast.runs.harden import checkpoints as training
+from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point
 from holdfast.runs.harden.held_out import held_out_accuracies, proved_accuracy
@@ -76,7 +76,7 @@ class Trainer:
         """Continue the training from the last saved checkpoint until it ends. Return the training curve, which has one
         point for each epoch.
         """
-        last = training.saved(place, LAST)
+        last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
         if last is not None and ended_by(last.checkpoint, curve, settings):
             return curve
@@ -105,8 +105,8 @@ class Trainer:
                 # with the same result.
                 if point.score > highest:
                     highest = point.score
-                    training.save(place, BEST, checkpoint, curve)
-                training.save(place, LAST, checkpoint, curve)
+                    checkpoints.save(place, BEST, checkpoint, curve)
+                checkpoints.save(place, LAST, checkpoint, curve)
             run.progress(_step(candidate, point, checkpoint.of, len(self.held_out)))
             if not distributed.broadcast(not _stale(curve, settings)):
                 break
