@@ -164,7 +164,7 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
         "--min-waiting",
         "1",
         "--set",
-        "n_judged=50",
+        "n_judged=200",
     ]
     assert run([*words, "--once"]) in (0, 4)
     said = capsys.readouterr().err
