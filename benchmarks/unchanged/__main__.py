@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import networks
 from benchmarks.unchanged.items import KINDS, LATER, NETWORKS, SUITES, VERBS
 from benchmarks.unchanged.seconds import contestants
 
@@ -45,12 +46,16 @@ def items() -> Iterator[tuple[str, ...]]:
 
 @contextmanager
 def sources(commit: str | None) -> Iterator[Path]:
-    """The folder with the package of a commit; of this checkout where none is given."""
+    """The folder with the package of a commit, beside the benchmarks that import its modules; of this checkout where
+    none is given.
+    """
     if commit is None:
         yield ROOT / "src"
         return
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True, check=True)
+        done = subprocess.run(
+            ["git", "archive", commit, "src", "benchmarks"], cwd=ROOT, capture_output=True, check=True
+        )
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
             archive.extractall(folder, filter="data")
         yield Path(folder) / "src"
@@ -58,10 +63,17 @@ def sources(commit: str | None) -> Iterator[Path]:
 
 def computed(item: tuple[str, ...], source: Path) -> Any:
     """An item as a process with that package finds it."""
-    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-P", "-m", "benchmarks.unchanged.items", *item]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=_environment(source), stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
+
+
+def _environment(source: Path) -> dict[str, str]:
+    folders = {
+        variable: str(networks.folder(variable, beside))
+        for variable, beside in (("HOLDFAST_MODELS", "models"), ("HOLDFAST_DATA", "data"))
+    }
+    return {**os.environ, **folders, "PYTHONPATH": f"{source}{os.pathsep}{source.parent}"}
 
 
 def save(folder: Path, commit: str | None, kinds: list[str]) -> None:
@@ -129,10 +141,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 @contextmanager
 def _worker(source: Path) -> Iterator["subprocess.Popen[str]"]:
-    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-P", "-m", "benchmarks.unchanged.seconds"]
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, env=_environment(source), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         yield process
         assert process.stdin is not None
