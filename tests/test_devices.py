@@ -13,7 +13,7 @@ import cases
 from holdfast import certifiers, recipes
 from holdfast.attacks import AdversarialPatch, Corruption, Universal, UniversalDeepFool
 from holdfast.certifiers.bounds import tracing
-from holdfast.core.catalogue import PROVERS, RECIPES
+from holdfast.core.catalogue import PROVERS, RECIPES, load
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
@@ -209,7 +209,7 @@ def convolutional():
 @pytest.mark.parametrize("name", PROVERS)
 def test_a_prover_follows_the_device_of_its_input(name):
     settings = {"smoothing": {"sigma": 0.5, "draws": 200}}.get(name, {})
-    prover = brief(getattr(certifiers, PROVERS[name].cls)(**settings))
+    prover = brief(load("certifiers", name, type)(**settings))
     norm = L2 if name in ("lipschitz", "smoothing") else Linf
     model = convolutional()
     batch = labelled(model, examples(n=N))

@@ -108,7 +108,7 @@ def serve(server: Server, monkeypatch: pytest.MonkeyPatch, name: str, files: dic
     server.files |= files
     remotes = tuple(RemoteFile(server.url(file), md5(content)) for file, content in files.items())
     changed = CATALOGUE | {name: dataclasses.replace(CATALOGUE[name], remotes=remotes)}
-    for module in ("catalogue", "fetching", "data"):
+    for module in ("data_catalogue", "remote.fetching", "data.data"):
         monkeypatch.setattr(f"holdfast.io.{module}.CATALOGUE", changed)
 
 

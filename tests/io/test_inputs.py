@@ -308,7 +308,7 @@ def test_the_remedies_for_another_separator_and_for_no_header_work(separator, tm
     path.write_text("\n".join(separator.join(row) for row in (("a", "b", "c", "y"), *ROWS)))
     with pytest.raises(TargetError, match="its rows seem to be separated by") as caught:
         open_data(str(path), **options)
-    separated = holdfast.open_data(path, separator=caught.value.remedy.value).source.separator
+    separated = holdfast.open_data(path, separator=caught.value.remedy.value).separator
     assert open_data(str(path), **options, separator=separated).read(0, 3).x[0].tolist() == [0.75, 1, 0.25]
     path.write_text("\n".join(separator.join(row) for row in ROWS))
     with pytest.raises(TargetError, match=r"the first row of .* has numbers \(0.75, 1, 0.25, 0") as caught:

@@ -333,7 +333,7 @@ def test_arrays_and_tables_are_read_up_to_their_size(tmp_path: Path, monkeypatch
     with zipfile.ZipFile(arrays) as archive:
         size = sum(member.file_size for member in archive.infolist())
     for module, path, label, most in (
-        ("npz", str(arrays), None, size),
+        ("data.npz", str(arrays), None, size),
         ("limited.tables", address, "label", Path(address).stat().st_size),
     ):
         monkeypatch.setattr(f"holdfast.io.{module}.MAX_BYTES", most)

@@ -169,6 +169,7 @@ def test_a_card_shows_hostile_names_and_its_lines_do_not_depend_on_them(text):
             "chosen": {"epoch": 1},
             "epochs": 2,
             "held_out": {"n": 9, "before": held, "after": held},
+            "generalisation": {"n_training": 9, "robust_in_training": 0.5, "robust_error_gap": share},
             "notes": [word],
             "cost": {"wall_s": 1.0, "cpu_s": 1.0, "forwards": 0, "planning_s": 0},
             "seed": 0,
