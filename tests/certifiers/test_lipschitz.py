@@ -9,7 +9,7 @@ from torch import nn
 
 from holdfast.attacks import DDN
 from holdfast.certifiers.bounds import spectral
-from holdfast.certifiers.bounds.lipschitz import Lipschitz, LipschitzProver, lipschitz_bounds
+from holdfast.certifiers.bounds.lipschitz import Lipschitz, PreparedLipschitz, lipschitz_bounds
 from holdfast.certifiers.bounds.spectral import convolution_bound, overlap_bound, spectral_bound
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.core.batch import Batch
@@ -129,7 +129,7 @@ def test_networks_of_lipschitz_layers_have_the_gain_that_they_are_made_for(name)
     torch.manual_seed(0)
     model = Classifier(ARCHITECTURES[name](side=8, width=8, hidden=12, classes=4), std=[0.5]).eval()
     batch = labelled(model, examples(n=9, shape=(1, 8, 8), dtype=torch.float32))
-    prover = LipschitzProver.of(model, batch, ThreatModel(L2(0.01)))
+    prover = PreparedLipschitz.of(model, batch, ThreatModel(L2(0.01)))
     assert prover.bounds.logits == pytest.approx(2.0, rel=1e-4)
     with torch.no_grad():
         expected = certified_radius(model(batch.x), constant=input_constant(model))
@@ -156,7 +156,7 @@ def test_divisors_that_are_too_small_raise_the_gain_of_a_residual_layer(monkeypa
 
 def lipschitz_bounds_of(net, x):
     model, rows = Classifier(net).eval(), torch.zeros(len(x), dtype=torch.int64)
-    return LipschitzProver.of(model, Batch(x, rows, rows), ThreatModel(L2(0.1))).bounds
+    return PreparedLipschitz.of(model, Batch(x, rows, rows), ThreatModel(L2(0.1))).bounds
 
 
 def test_the_radius_of_a_linear_model_is_its_exact_distance():
@@ -168,7 +168,7 @@ def test_the_radius_of_a_linear_model_is_its_exact_distance():
     gaps = gaps.gather(1, batch.y[:, None]) - gaps
     lengths = (weight[batch.y][:, None] - weight[None]).norm(dim=2)
     exact = torch.where(lengths > 0, gaps / lengths, math.inf).amin(1)
-    radii = LipschitzProver.of(model, batch, ThreatModel(L2(0.1))).radii(batch)
+    radii = PreparedLipschitz.of(model, batch, ThreatModel(L2(0.1))).radii(batch)
     assert (radii <= exact).all()
     torch.testing.assert_close(radii, exact, rtol=1e-9, atol=1e-11)
 

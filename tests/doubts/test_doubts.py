@@ -28,7 +28,7 @@ from holdfast.doubts.probing import (
     sample_rows,
     surviving_examples,
 )
-from holdfast.doubts.protocol import Circumstances, Probed, probe_title, probing_threat
+from holdfast.doubts.protocol import MeasurementContext, Probed, probe_title, probing_threat
 from holdfast.runs.harness import measure, prepared
 
 THREAT = ThreatModel(Linf(0.04))
@@ -123,14 +123,14 @@ def probe_all(model, batch, columns, threat=THREAT, suite=SUITE, *, only=None, s
     return found, spent
 
 
-def findings(module, *, batch=None, threat=THREAT, suite=SUITE, circumstances=None, only=None):
+def findings(module, *, batch=None, threat=THREAT, suite=SUITE, context=None, only=None):
     model = Classifier(module).eval().requires_grad_(False)
     batch = batch or patterns(80, seed=2)
     columns = evidence_columns(model, batch, threat, suite)
     found, _ = probe_all(model, batch, columns, threat, suite, only=only)
     fitting = Doubt("input", "clear", 0.0, 0.15, len(batch), "the data fit the model")
-    circumstances = dataclasses.replace(circumstances or Circumstances(threat, "standard@1"), input=fitting)
-    return conclude(found, columns, circumstances, broken_by(found, columns, threat))
+    context = dataclasses.replace(context or MeasurementContext(threat, "standard@1"), input=fitting)
+    return conclude(found, columns, context, broken_by(found, columns, threat))
 
 
 def broken_by(found, columns, threat):
@@ -225,7 +225,7 @@ def test_noise_on_the_input_raises_randomness_and_not_state(net):
 
 def test_a_suite_that_averages_over_draws_answers_randomness(net):
     noisy = Changed(net, before=Function(lambda x: x + 0.02 * torch.randn_like(x)))
-    averaged = findings(noisy, circumstances=Circumstances(THREAT, "rand@1"), only={"steadiness"})
+    averaged = findings(noisy, context=MeasurementContext(THREAT, "rand@1"), only={"steadiness"})
     doubt = next(d for d in averaged.doubts if d.name == "randomness")
     assert doubt.state == "clear"
     assert "averages" in doubt.message
@@ -253,7 +253,7 @@ def test_logits_that_depend_on_history_raise_state(net):
 def test_layers_in_train_mode_raise_state(net):
     result = findings(
         net,
-        circumstances=Circumstances(THREAT, "standard@1", in_training=("net.1", "net.4")),
+        context=MeasurementContext(THREAT, "standard@1", in_training=("net.1", "net.4")),
         only={"steadiness"},
     )
     doubt = next(d for d in result.doubts if d.name == "state")
@@ -356,7 +356,7 @@ def test_the_examples_that_probes_broke_stood(net):
     found, _ = probe_all(model, batch, columns)
     held = set(columns["id"][surviving_examples(columns, THREAT)].tolist())
     passes = broken_by(found, columns, THREAT)
-    fallen = conclude(found, columns, Circumstances(THREAT, "quick@1"), passes).fallen
+    fallen = conclude(found, columns, MeasurementContext(THREAT, "quick@1"), passes).fallen
     assert probe_title("whole-box") not in fallen
     assert fallen and all(set(ids.tolist()) <= held for ids in fallen.values())
 
@@ -385,7 +385,9 @@ def test_what_breaks_a_standing_example_keeps_to_the_budget_of_the_threat(net, a
     judged = 1
     for name in ("noise", "search", "again"):
         assert 0 < int(spent[name].queries.max()) <= threat.queries + judged
-    said = {d.name: d.message for d in conclude(found, columns, Circumstances(threat, "black-box@1")).doubts}
+    said = {
+        d.name: d.message for d in conclude(found, columns, MeasurementContext(threat, "black-box@1")).doubts
+    }
     assert said["noise"].startswith("30 random inputs")
 
 
@@ -399,7 +401,7 @@ def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(n
     found, _ = probe_all(model, batch, columns, threat, (PGD(steps=1, reach=0.01),))
     assert found["one-step"].columns["broken"].any() and found["margin"].columns["broken"].any()
     passes = broken_by(found, columns, threat)
-    fallen = conclude(found, columns, Circumstances(threat, "quick@1"), passes).fallen
+    fallen = conclude(found, columns, MeasurementContext(threat, "quick@1"), passes).fallen
     assert (probe_title("one-step") in fallen) is counted
     assert (probe_title("margin") in fallen) is (queries is None)
 
@@ -452,14 +454,16 @@ def test_a_list_of_attacks_raises_the_free_doubts_only(net):
     columns = evidence_columns(model, batch)
     dead = torch.zeros(60, dtype=torch.bool)
     fitting = Doubt("input", "clear")
-    free = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=dead, input=fitting))
+    free = conclude({}, columns, MeasurementContext(THREAT, first_gradient_dead=dead, input=fitting))
     assert [doubt.name for doubt in free.doubts] == [
         name for name, test in doubt_tests().items() if test.free
     ]
     assert {doubt.state for doubt in free.doubts} == {"clear"}
-    vanished = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=~dead, in_training=("net.1",)))
+    vanished = conclude(
+        {}, columns, MeasurementContext(THREAT, first_gradient_dead=~dead, in_training=("net.1",))
+    )
     assert {doubt.name for doubt in vanished.doubts if doubt.state == "raised"} == {"zero-gradient", "state"}
-    unwatched = conclude({}, columns, Circumstances(THREAT))
+    unwatched = conclude({}, columns, MeasurementContext(THREAT))
     assert next(d for d in unwatched.doubts if d.name == "zero-gradient").state == "not measured"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError
-from holdfast.guard.decisions import Action, Decision, Mode, RowDecision, Score
+from holdfast.guard.decisions import Action, Mode, RequestDecision, RowDecision, Score
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.runs.store.encryption import Seal
 
@@ -23,7 +23,7 @@ def decision(request, principal="client", fired=(True, False), dtype=torch.float
     rows = tuple(
         RowDecision((Score("energy", torch.inf, each, Mode.OBSERVE, Action.FLAG),)) for each in fired
     )
-    return Decision(request, principal, rows, x=x)
+    return RequestDecision(request, principal, rows, x=x)
 
 
 def opened(folder, key=b"k" * 32, **settings):

@@ -38,7 +38,7 @@ from holdfast.guard.calibration import (
     refuse_too_few,
     write_calibration,
 )
-from holdfast.guard.decisions import Action, Decision, Incoming
+from holdfast.guard.decisions import Action, Incoming, RequestDecision
 from holdfast.guard.detectors.detector_protocol import Fitted, Observation
 from holdfast.guard.detectors.features import features_of
 from holdfast.guard.guard import GuardPipeline
@@ -112,24 +112,24 @@ class Guard:
         checked = check_guard_settings(settings, "Guard.from_settings()")
         return cls(checked, ready_guard(checked, None, None))._logged()
 
-    def before(self, x: Tensor, *, principal: str = "") -> Decision:
+    def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
         """Return the decision about the inputs (n, *shape) of a request before the model is called; see
         `GuardPipeline.before`.
         """
         return self.pipeline.before(x, principal=principal)
 
-    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+    def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
         """Return the decisions about several requests before the model is called."""
         return self.pipeline.before_many(requests)
 
     def after(
         self,
-        decision: Decision,
+        decision: RequestDecision,
         outputs: Tensor,
         features: Tensor | None = None,
         *,
         network: Callable[[Tensor], Tensor] | None = None,
-    ) -> Decision:
+    ) -> RequestDecision:
         """Return the final decision about a request, given the outputs (n, classes) of the model; see
         `GuardPipeline.after`.
         """
@@ -137,12 +137,12 @@ class Guard:
 
     def after_many(
         self,
-        decisions: Sequence[Decision],
+        decisions: Sequence[RequestDecision],
         outputs: Sequence[Tensor | None],
         features: Sequence[Tensor | None] | None = None,
         *,
         network: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[Decision]:
+    ) -> list[RequestDecision]:
         """Return the final decisions about several requests; see `GuardPipeline.after_many`."""
         return self.pipeline.after_many(decisions, outputs, features, network=network)
 

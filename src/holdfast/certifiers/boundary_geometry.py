@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks import DDN, FMN
-from holdfast.certifiers.bounds.lipschitz import LipschitzProver
+from holdfast.certifiers.bounds.lipschitz import PreparedLipschitz
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.distances import certified_distance, lipschitz_from_above, lipschitz_from_below
 from holdfast.certifiers.protocol import Prover
@@ -187,7 +187,7 @@ def _proved(
         found.append(_Proved(distance, lipschitz_from_above(graph, model, batch, norm, radius, rivals)))
     if isinstance(norm, L2):
         with suppress(UsageError):
-            layers = LipschitzProver.of(model, batch, ThreatModel(norm))
+            layers = PreparedLipschitz.of(model, batch, ThreatModel(norm))
             constants = layers.bounds.margins[batch.y.cpu(), rivals.cpu()]
             found.append(_Proved(layers.radii(batch).cpu(), constants))
     if not found:

@@ -33,7 +33,7 @@ SEARCH = Probe(
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the search and PGD on the margin."""
-    blind = f"Square with {within_budget(SEARCHES, case.circumstances.threat):,} queries"
+    blind = f"Square with {within_budget(SEARCHES, case.context.threat):,} queries"
     return compared(case, (SEARCH, blind), (MARGIN, MARGIN_TITLE))
 
 

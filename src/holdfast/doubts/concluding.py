@@ -7,7 +7,7 @@ from holdfast.core.evidence import Columns, Doubt
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Mask
 from holdfast.doubts.probing import all_probes, doubt_tests, surviving_examples
-from holdfast.doubts.protocol import Case, Circumstances, ProbeResults
+from holdfast.doubts.protocol import Case, MeasurementContext, ProbeResults
 
 NO_PASSES: Mapping[str, Mask] = {}
 
@@ -24,7 +24,7 @@ class Findings:
 def conclude(
     results: ProbeResults,
     columns: Columns,
-    circumstances: Circumstances,
+    context: MeasurementContext,
     passes: Mapping[str, Mask] = NO_PASSES,
 ) -> Findings:
     """Return all doubts with their states, such as raised or clear, computed from the results of the probes and the
@@ -34,13 +34,12 @@ def conclude(
     that each pass or probe outside the suite broke, as evaluated by the harness. For a list of attacks (no suite), only
     the doubts that are `free` are returned, and `not-exhausted` if a pass broke examples that survived the attacks.
     """
-    fallen = missed_by_suite(columns, circumstances.threat, passes)
+    fallen = missed_by_suite(columns, context.threat, passes)
     attacked = any(probe.breaks and probe.name in results for probe in all_probes())
     doubts = [
-        test.conclude(Case(name, results, columns, circumstances, fallen, attacked))
+        test.conclude(Case(name, results, columns, context, fallen, attacked))
         for name, test in doubt_tests().items()
-        if test.conclude is not None
-        and (circumstances.suite or test.free or (fallen and name == "not-exhausted"))
+        if test.conclude is not None and (context.suite or test.free or (fallen and name == "not-exhausted"))
     ]
     return Findings(tuple(doubts), fallen)
 

@@ -14,7 +14,7 @@ TEST = DoubtTest(
     "on a different task than that of the training.",
     advice="Declare the preprocessing of your training: --mean and --std, --data-normalised, --bounds or --layout. "
     "Labels count from 0.",
-    conclude=lambda case: case.circumstances.input,
+    conclude=lambda case: case.context.input,
     free=True,
     meaningless=2,
     inapplicable_by="anything",

@@ -57,11 +57,11 @@ def conclude(case: Case) -> Doubt:
     broken = case.broken(NOISE)
     if broken is None:
         return case.absent(NOISE)
-    if case.circumstances.randomised:
+    if case.context.randomised:
         return case.inapplicable(
             "the model is randomised, so that one of many outputs may be wrong for any input"
         )
-    draws = within_budget(DRAWS, case.circumstances.threat)
+    draws = within_budget(DRAWS, case.context.threat)
     text = f"{draws} random inputs break {int(broken.sum())} of {len(broken)} surviving examples"
     return case.judged(float(broken.double().mean()), THRESHOLD, len(broken), text)
 

@@ -6,9 +6,9 @@ from holdfast.doubts.protocol import Case, DoubtTest, limit
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the clean outputs."""
-    rows, threat = case.columns["is_probability"], case.circumstances.threat
+    rows, threat = case.columns["is_probability"], case.context.threat
     if not threat.gives("scores"):
-        lacking = limit(threat, case.circumstances.access, "scores")
+        lacking = limit(threat, case.context.access, "scores")
         return case.inapplicable(f"{lacking}, so the attacker sees no scores")
     text = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
     state: DoubtState = "raised" if bool(rows.all()) else "clear"

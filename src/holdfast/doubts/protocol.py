@@ -78,7 +78,7 @@ ProbeResults = Mapping[str, Probed]
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class MeasurementContext:
     """Information on a run that decides doubts in addition to the columns of its attacks, such as its threat model."""
 
     threat: ThreatModel
@@ -106,7 +106,7 @@ class Case:
     """name of the doubt"""
     results: ProbeResults
     columns: Columns
-    circumstances: Circumstances
+    context: MeasurementContext
     fallen: Mapping[str, Ids]
     """ids of the examples that a probe or pass broke and the suite did not, by name of the probe or pass"""
     attacked: bool
@@ -127,13 +127,13 @@ class Case:
 
     def absent(self, *probes: Probe) -> Doubt:
         """Return the doubt as one that could not be tested because its probes did not run, with the reason."""
-        threat = self.circumstances.threat
+        threat = self.context.threat
         probed = probing_threat(threat, self.columns)
         if probed.constraint.eps == 0:
             return self.inapplicable("eps is 0, so no input may change")
         for probe in probes:
             if not threat.gives(probe.needs):
-                lacking = limit(threat, self.circumstances.access, probe.needs)
+                lacking = limit(threat, self.context.access, probe.needs)
                 return self.inapplicable(f"it needs access to {probe.needs}, and {lacking}")
         if not all(probe.applies(probed) for probe in probes):
             return self.inapplicable(f"there is no such attack under {probed.constraint}")

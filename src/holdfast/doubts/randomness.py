@@ -66,7 +66,7 @@ def conclude(case: Case) -> Doubt:
     text = "two calls with the same input return the same logits"
     if most > 0:
         text = f"two calls with the same input differ by at most {most:.1g} of the largest logit"
-    averaged = suite_name(case.circumstances.suite) == "rand"
+    averaged = suite_name(case.context.suite) == "rand"
     if most > CHANGE:
         text += (
             "; the suite averages over draws" if averaged else "; use --suite rand, which averages over draws"

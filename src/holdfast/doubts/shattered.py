@@ -10,7 +10,7 @@ SLOPE_RATIO = (0.5, 2.0)
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the ratio of measured to predicted change along the gradient."""
-    if GRADIENTS.name not in case.results or case.circumstances.threat.constraint.eps == 0:
+    if GRADIENTS.name not in case.results or case.context.threat.constraint.eps == 0:
         return case.absent(GRADIENTS)
     ratios = case.results[GRADIENTS.name].columns["ratio"].double()
     resolved = ratios[~ratios.isnan()]

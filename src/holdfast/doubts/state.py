@@ -10,7 +10,7 @@ from holdfast.doubts.thresholds import CHANGE
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the mode of the layers, and from calls in another order, batch and history."""
-    training = case.circumstances.in_training
+    training = case.context.in_training
     listed = ", ".join(training[:3]) + (" …" if len(training) > 3 else "")
     modes = (
         f"layers were in training mode ({listed}), but measured in evaluation mode: call model.eval() before the "

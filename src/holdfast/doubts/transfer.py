@@ -36,7 +36,7 @@ TRANSFER = Probe(
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the inputs of the surrogates and PGD on the margin."""
-    if not case.circumstances.threat.surrogates:
+    if not case.context.threat.surrogates:
         message = "no surrogate was declared; name one with --surrogate MODEL"
         return Doubt(case.name, "not measured", message=message)
     return compared(case, (TRANSFER, "a transfer attack from the surrogates"), (MARGIN, MARGIN_TITLE))

@@ -13,7 +13,7 @@ gradient at one point, but rarely at two"""
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the gradients of the probe, or from the first gradient of each attack."""
-    first_dead = case.circumstances.first_gradient_dead
+    first_dead = case.context.first_gradient_dead
     if GRADIENTS.name in case.results:
         columns = case.results[GRADIENTS.name].columns
         dead, flat = columns["dead"], columns["flat"]
@@ -30,7 +30,7 @@ def conclude(case: Case) -> Doubt:
         )
     else:
         return case.absent(GRADIENTS)
-    if case.circumstances.blind:
+    if case.context.blind:
         text += (
             "; no gradient of the detector's score reaches any input, so attacks cannot evade it by gradients"
         )

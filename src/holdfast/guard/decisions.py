@@ -81,7 +81,7 @@ class RowDecision:
 
 
 @dataclass(frozen=True)
-class Decision:
+class RequestDecision:
     """Decision about a request with one or more inputs."""
 
     request: str

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
-from holdfast.guard.decisions import Action, Decision, Incoming, Mode, RowDecision
+from holdfast.guard.decisions import Action, Incoming, Mode, RequestDecision, RowDecision
 from holdfast.guard.detectors.detector_protocol import Detector, Fitted, Observation
 from holdfast.guard.detectors.query_clusters import Fail
 from holdfast.guard.observed import ObservedRate
@@ -42,7 +42,7 @@ class QueryResult:
 class InputStore(Protocol):
     """Protocol of the storage of the inputs of clients."""
 
-    def add(self, decision: Decision) -> bool:
+    def add(self, decision: RequestDecision) -> bool:
         """Store the inputs of a request on which a rule fired, and return whether they could be stored."""
 
 
@@ -119,15 +119,15 @@ class GuardPipeline:
     def _after(self) -> tuple[str, ...]:
         return tuple(name for name in self.rules if name in self.detectors)
 
-    def before(self, x: Tensor, *, principal: str = "") -> Decision:
+    def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
         """Return the decision about the inputs (n, *shape) of one request before the model is called.
 
-        `Decision.x` contains the inputs for the model. A refused request (`Decision.answered` is False) must not be
-        given to the model.
+        The field `x` of the result contains the inputs for the model. A refused request, whose field `answered` is
+        False, must not be given to the model.
         """
         return self.before_many([Incoming(x, principal)])[0]
 
-    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+    def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
         """Return the decisions about several requests, with one call of each rule for all of them.
 
         The query detector receives the inputs in the order of the requests.
@@ -145,12 +145,12 @@ class GuardPipeline:
 
     def after(
         self,
-        decision: Decision,
+        decision: RequestDecision,
         outputs: Tensor,
         features: Tensor | None = None,
         *,
         network: Callable[[Tensor], Tensor] | None = None,
-    ) -> Decision:
+    ) -> RequestDecision:
         """Return the final decision about one request, given the outputs (n, classes) of the model.
 
         `features` (n, d) are the activations for the Mahalanobis distance on features, and `network` the function from
@@ -161,12 +161,12 @@ class GuardPipeline:
 
     def after_many(
         self,
-        decisions: Sequence[Decision],
+        decisions: Sequence[RequestDecision],
         outputs: Sequence[Tensor | None],
         features: Sequence[Tensor | None] | None = None,
         *,
         network: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[Decision]:
+    ) -> list[RequestDecision]:
         """Return the final decisions about several requests, with one call of each detector for all of them.
 
         `outputs` has one tensor for each decision, and None for a refused request, whose decision is unchanged.
@@ -190,7 +190,7 @@ class GuardPipeline:
             result[place] = self._recorded(self._finished(result[place]))
         return result
 
-    def alarms(self, decision: Decision) -> int:
+    def alarms(self, decision: RequestDecision) -> int:
         """Return the number of inputs of a request for which a calibrated rule fired, whatever its mode."""
         names = self.calibrated
         return sum(any(s.fired and s.rule in names for s in row.scores) for row in decision.rows)
@@ -201,15 +201,15 @@ class GuardPipeline:
         """
         return of_classes(outputs if outputs.is_floating_point() else outputs.float(), self.outputs)
 
-    def _with_schema(self, request: Incoming) -> Decision:
+    def _with_schema(self, request: Incoming) -> RequestDecision:
         """The decision about a request after the rule on its shape and data type."""
         fault, rule = self.schema.fault(request.x), self.rules.get(SCHEMA)
         scores = () if rule is None else (rule.score(float(bool(fault))),)
         rows = (RowDecision(scores),) * max(len(request.x) if request.x.dim() else 1, 1)
         notes = {SCHEMA: fault} if fault else {}
-        return Decision(request.request, request.principal, rows, x=request.x, notes=notes)
+        return RequestDecision(request.request, request.principal, rows, x=request.x, notes=notes)
 
-    def _add_range(self, decisions: list[Decision]) -> None:
+    def _add_range(self, decisions: list[RequestDecision]) -> None:
         """Add the score of the rule on the range to all decisions about inputs of a valid shape and data type."""
         rule = self.rules.get(RANGE)
         if rule is None:
@@ -225,7 +225,7 @@ class GuardPipeline:
                 notes = {**decisions[place].notes, RANGE: message}
                 decisions[place] = replace(decisions[place], notes=notes)
 
-    def _add_queries(self, decisions: list[Decision], sent: Sequence[Tensor | None]) -> None:
+    def _add_queries(self, decisions: list[RequestDecision], sent: Sequence[Tensor | None]) -> None:
         """Add the scores of the query detector to the decisions about requests that are not refused.
 
         Inputs with a wrong shape and inputs that are not finite are not added to its state. If the state cannot be
@@ -264,7 +264,7 @@ class GuardPipeline:
                     notes={**decisions[place].notes, QUERIES: LOST},
                 )
 
-    def _of_equal_shape(self, decisions: Sequence[Decision], places: Sequence[int]) -> list[list[int]]:
+    def _of_equal_shape(self, decisions: Sequence[RequestDecision], places: Sequence[int]) -> list[list[int]]:
         """Divide requests into groups whose inputs have the same shape. There is one group, unless the schema leaves
         sizes open.
         """
@@ -275,7 +275,9 @@ class GuardPipeline:
             groups.setdefault(tuple(_x(decisions[place]).shape[1:]), []).append(place)
         return list(groups.values())
 
-    def _add(self, decisions: list[Decision], places: Sequence[int], rule: Rule, values: Tensor) -> None:
+    def _add(
+        self, decisions: list[RequestDecision], places: Sequence[int], rule: Rule, values: Tensor
+    ) -> None:
         """Add the scores (n,) of a rule, one for each input, to the decisions about these requests."""
         scores = iter(values.tolist())
         for place in places:
@@ -314,7 +316,7 @@ class GuardPipeline:
             for name, score in scores.items()
         }
 
-    def _finished(self, decision: Decision) -> Decision:
+    def _finished(self, decision: RequestDecision) -> RequestDecision:
         """The decision with the reason of a refusal, and with the delay of the response."""
         action = decision.action
         if action is Action.ALLOW:
@@ -327,7 +329,7 @@ class GuardPipeline:
         delayed = any(s.taken is Action.DELAY for row in decision.rows for s in row.scores)
         return replace(decision, delay_s=self.delay_s) if delayed else decision
 
-    def _recorded(self, decision: Decision) -> Decision:
+    def _recorded(self, decision: RequestDecision) -> RequestDecision:
         """The final decision, after it was counted and its inputs were stored if they are to be.
 
         The calibrated rate is that of all rules together, so that inputs without one of them are not counted.
@@ -339,12 +341,12 @@ class GuardPipeline:
         return decision
 
 
-def _x(decision: Decision) -> Tensor:
+def _x(decision: RequestDecision) -> Tensor:
     assert decision.x is not None, "the guard makes no decision without inputs"
     return decision.x
 
 
-def _joined(decisions: Sequence[Decision], places: Sequence[int]) -> Tensor:
+def _joined(decisions: Sequence[RequestDecision], places: Sequence[int]) -> Tensor:
     """The inputs of several requests in one tensor."""
     return _concatenated([_x(decisions[place]) for place in places])
 
@@ -354,7 +356,7 @@ def _concatenated(tensors: Sequence[Tensor | None]) -> Tensor:
     return given[0] if len(given) == 1 else torch.cat(given)
 
 
-def _refuse_other_length(decision: Decision, outputs: Tensor | None) -> None:
+def _refuse_other_length(decision: RequestDecision, outputs: Tensor | None) -> None:
     """Raise `UsageError` if the outputs do not have one row for each input of a request."""
     if outputs is None or len(outputs) != len(decision.rows):
         n = "no outputs" if outputs is None else f"{len(outputs)} outputs"

@@ -5,23 +5,23 @@ from typing import Protocol
 
 from torch import Tensor
 
-from holdfast.guard.decisions import Decision, Incoming, RowDecision
+from holdfast.guard.decisions import Incoming, RequestDecision, RowDecision
 
 
 class RequestGuard(Protocol):
     """Protocol of a guard: it decides about requests before and after the model was called."""
 
-    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
-        """Return the decision about each request. The model is called with `Decision.x` of those with `answered`."""
+    def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
+        """Return the decision about each request. The model is called with the inputs `x` of those with `answered`."""
 
     def after_many(
         self,
-        decisions: Sequence[Decision],
+        decisions: Sequence[RequestDecision],
         outputs: Sequence[Tensor | None],
         features: Sequence[Tensor | None] | None = None,
         *,
         network: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[Decision]:
+    ) -> list[RequestDecision]:
         """Return the decisions after the model returned the logits (n, classes) of each request. `network` is the model
         for detectors that need further forward passes.
         """
@@ -30,20 +30,20 @@ class RequestGuard(Protocol):
 class NoRules:
     """A guard without rules, which allows every request."""
 
-    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+    def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
         """Return decisions that allow all requests."""
         return [
-            Decision(each.request, each.principal, (RowDecision(),) * len(each.x), x=each.x)
+            RequestDecision(each.request, each.principal, (RowDecision(),) * len(each.x), x=each.x)
             for each in requests
         ]
 
     def after_many(
         self,
-        decisions: Sequence[Decision],
+        decisions: Sequence[RequestDecision],
         outputs: Sequence[Tensor | None],
         features: Sequence[Tensor | None] | None = None,
         *,
         network: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[Decision]:
+    ) -> list[RequestDecision]:
         """Return the decisions unchanged."""
         return list(decisions)

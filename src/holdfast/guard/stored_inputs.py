@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.guard.decisions import Decision
+from holdfast.guard.decisions import RequestDecision
 from holdfast.runs.store.encryption import Seal
 from holdfast.runs.store.files import PRIVATE, open_regular, write_atomically
 
@@ -72,7 +72,7 @@ class StoredInputs:
             ) from error
         self.purge()
 
-    def add(self, decision: Decision) -> bool:
+    def add(self, decision: RequestDecision) -> bool:
         """Store the inputs of a request on which a rule fired, and return whether they could be stored. A full disk is
         counted in `failures`, and never fails the request.
         """

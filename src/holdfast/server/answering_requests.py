@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Decision, Incoming
+from holdfast.guard.decisions import Action, Incoming, RequestDecision
 from holdfast.guard.protocol import RequestGuard
 from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, start_record
 from holdfast.server.error_log import ErrorLog
@@ -85,7 +85,7 @@ class Outcome:
     """The end of a request: its scores, or why it is refused."""
 
     job: Job
-    decision: Decision | None = None
+    decision: RequestDecision | None = None
     answer: Answer | None = None
     refusal: Refused | None = None
     action: Action = Action.ALLOW
@@ -261,7 +261,7 @@ class Answerer:
 
     def _before_and_early(
         self, jobs: Sequence[Job], served: ServedSet
-    ) -> tuple[Sequence[Decision] | None, Sequence[Tensor] | None]:
+    ) -> tuple[Sequence[RequestDecision] | None, Sequence[Tensor] | None]:
         """Return the decisions of the guard before the model, and the logits of each request if the model computed them
         meanwhile.
 
@@ -280,7 +280,7 @@ class Answerer:
             early = None
         return pending.result(), early
 
-    def _before(self, jobs: Sequence[Job]) -> Sequence[Decision] | None:
+    def _before(self, jobs: Sequence[Job]) -> Sequence[RequestDecision] | None:
         incoming = [job.incoming for job in jobs]
         try:
             return self.guard.before_many(incoming)
@@ -289,8 +289,8 @@ class Answerer:
             return _unguarded(incoming) if self.guard_fails_open else None
 
     def _after(
-        self, decisions: Sequence[Decision], outputs: Sequence[Tensor], served: ServedSet
-    ) -> Sequence[Decision]:
+        self, decisions: Sequence[RequestDecision], outputs: Sequence[Tensor], served: ServedSet
+    ) -> Sequence[RequestDecision]:
         if not decisions:
             return decisions
         try:
@@ -305,7 +305,9 @@ class Answerer:
         outcome = "answered without it" if self.guard_fails_open else "refused"
         self.errors(f"the guard failed, and requests are {outcome}", error)
 
-    def _answers(self, passed: Sequence[tuple[Job, Decision]], served: ServedSet) -> list[Tensor | Refused]:
+    def _answers(
+        self, passed: Sequence[tuple[Job, RequestDecision]], served: ServedSet
+    ) -> list[Tensor | Refused]:
         """Return the logits of each request, with one call of the model for all requests with the same forwarded
         headers.
         """
@@ -384,19 +386,19 @@ class Answerer:
         return outcome.refusal
 
 
-def _inputs(job: Job, decision: Decision) -> Tensor:
+def _inputs(job: Job, decision: RequestDecision) -> Tensor:
     return job.incoming.x if decision.x is None else decision.x
 
 
-def _unguarded(requests: Sequence[Incoming]) -> list[Decision]:
-    return [Decision(r.request, r.principal, (), x=r.x, notes={"guard": "failed"}) for r in requests]
+def _unguarded(requests: Sequence[Incoming]) -> list[RequestDecision]:
+    return [RequestDecision(r.request, r.principal, (), x=r.x, notes={"guard": "failed"}) for r in requests]
 
 
 def _failed(job: Job, reason: str, cause: str) -> Outcome:
     return Outcome(job, refusal=Refused(500, reason, (), cause))
 
 
-def _decided(job: Job, decision: Decision, logits: Tensor | None) -> Outcome:
+def _decided(job: Job, decision: RequestDecision, logits: Tensor | None) -> Outcome:
     """Return the outcome of a request from its final decision and the logits (n, classes) of the model."""
     action = decision.action
     if decision.unavailable:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
-from holdfast.guard.decisions import Action, Decision
+from holdfast.guard.decisions import Action, RequestDecision
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.guarded_routes import Endpoints, GuardedRoutes, Scope
 
@@ -30,17 +30,17 @@ _RETRY_S = b"1"
 class DecidingGuard(Protocol):
     """Protocol of the part of a guard that the middleware uses, such as `holdfast.Guard`."""
 
-    def before(self, x: Tensor, *, principal: str = "") -> Decision:
+    def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
         """Return the decision about a request before the application is called."""
 
     def after(
         self,
-        decision: Decision,
+        decision: RequestDecision,
         outputs: Tensor,
         features: Tensor | None = None,
         *,
         network: Callable[[Tensor], Tensor] | None = None,
-    ) -> Decision:
+    ) -> RequestDecision:
         """Return the final decision, given the outputs of the model."""
 
     @property
@@ -178,7 +178,7 @@ class GuardMiddleware:
         return await self._released(decision, response, send)
 
     async def _released(
-        self, decision: Decision, response: "_Response", send: Send
+        self, decision: RequestDecision, response: "_Response", send: Send
     ) -> tuple[int, str] | None:
         """Send the response of the application as far as the final decision allows."""
         final = await self._decided(
@@ -201,7 +201,7 @@ class GuardMiddleware:
         await response.send_to(send)
         return None
 
-    async def _decided(self, decide: Callable[[], Decision]) -> Decision | None:
+    async def _decided(self, decide: Callable[[], RequestDecision]) -> RequestDecision | None:
         """The decision, computed outside of the event loop; None if the guard raised an error."""
         try:
             return await asyncio.to_thread(decide)

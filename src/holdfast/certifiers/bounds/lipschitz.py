@@ -191,11 +191,11 @@ class Lipschitz:
                 Remedy("method", "crown"),
                 Remedy("threat", "l2:0.5"),
             )
-        return LipschitzProver.of(model, sample, threat)
+        return PreparedLipschitz.of(model, sample, threat)
 
 
 @dataclass(frozen=True, eq=False)
-class LipschitzProver:
+class PreparedLipschitz:
     """The method with the bounds of one network."""
 
     model: Classifier
@@ -205,10 +205,10 @@ class LipschitzProver:
     threat: ThreatModel
 
     @staticmethod
-    def of(model: Classifier, sample: Batch, threat: ThreatModel) -> "LipschitzProver":
+    def of(model: Classifier, sample: Batch, threat: ThreatModel) -> "PreparedLipschitz":
         """Prepare the method for a network, by tracing it on `sample`."""
         graph = traced_by_layers(model, sample.x)
-        return LipschitzProver(model, graph.to(torch.float64), lipschitz_bounds(graph), threat)
+        return PreparedLipschitz(model, graph.to(torch.float64), lipschitz_bounds(graph), threat)
 
     def __call__(self, batch: Batch) -> Proofs:
         """Return for each example whether its margin exceeds the change that is possible within eps."""

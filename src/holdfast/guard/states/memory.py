@@ -15,7 +15,7 @@ from holdfast.guard.detectors.query_clusters import (
     SteadyClock,
     Wanted,
 )
-from holdfast.guard.states.spending import Balance, Charge, Grant, spent
+from holdfast.guard.states.spending import Charge, Grant, TokenBucket, spent
 
 
 class MemoryState:
@@ -32,7 +32,7 @@ class MemoryState:
         self._clusters: OrderedDict[int, QueryCluster] = OrderedDict()
         self._accounts: OrderedDict[str, Account] = OrderedDict()
         self._answers: OrderedDict[int, float] = OrderedDict()
-        self._balances: OrderedDict[str, Balance] = OrderedDict()
+        self._balances: OrderedDict[str, TokenBucket] = OrderedDict()
         self._hashes: dict[int, list[int]] = {}
         self._buckets: dict[int, list[int]] = {}
 

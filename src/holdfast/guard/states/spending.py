@@ -43,7 +43,7 @@ class Charge:
 
 
 @dataclass(frozen=True)
-class Balance:
+class TokenBucket:
     """What is stored about the rate and the budget of a principal."""
 
     tokens: float
@@ -69,14 +69,14 @@ class Grant:
     """whether the state could not be reached, so that the answer follows from `fail` of the state alone"""
 
 
-def spent(charge: Charge, balance: Balance | None, now: float) -> tuple[Grant, Balance]:
+def spent(charge: Charge, balance: TokenBucket | None, now: float) -> tuple[Grant, TokenBucket]:
     """Return the answer to a charge and the new balance. A charge that is not granted costs nothing."""
     limits, n = charge.allowance, charge.n
-    old = balance or Balance(limits.burst, now, 0, now)
+    old = balance or TokenBucket(limits.burst, now, 0, now)
     tokens = min(limits.burst, old.tokens + max(0.0, now - old.seen) * (limits.rate_per_s or 0.0))
     fresh = now >= old.began + limits.period_s
     used, began = (0, now) if fresh else (old.used, old.began)
-    kept = Balance(tokens, now, used, began)
+    kept = TokenBucket(tokens, now, used, began)
     if (limits.rate_per_s is not None and n > limits.burst) or (
         limits.budget is not None and n > limits.budget
     ):
@@ -84,11 +84,11 @@ def spent(charge: Charge, balance: Balance | None, now: float) -> tuple[Grant, B
     if limits.budget is not None and used + n > limits.budget:
         return Grant(granted=False, reason="budget", retry_after_s=began + limits.period_s - now), kept
     if limits.rate_per_s is None:
-        return Grant(granted=True), Balance(tokens, now, used + n, began)
+        return Grant(granted=True), TokenBucket(tokens, now, used + n, began)
     # a rounding error of the refill must not refuse a request that was sent after the stated wait
     if n > tokens + 1e-9:
         return Grant(granted=False, reason="rate", retry_after_s=(n - tokens) / limits.rate_per_s), kept
-    return Grant(granted=True), Balance(tokens - n, now, used + n, began)
+    return Grant(granted=True), TokenBucket(tokens - n, now, used + n, began)
 
 
 class SharedState(QueryState, Protocol):

@@ -30,7 +30,7 @@ from holdfast.guard.detectors.query_clusters import (
 from holdfast.guard.states.checkpoints import AT_LAST, Checkpoints
 from holdfast.guard.states.packing import sketch_bytes, sketches_from
 from holdfast.guard.states.reachability import Reachability
-from holdfast.guard.states.spending import Balance, Charge, Grant, spent
+from holdfast.guard.states.spending import Charge, Grant, TokenBucket, spent
 from holdfast.runs.store.files import PRIVATE, open_regular
 from holdfast.runs.store.locking import has_foreign_journal
 
@@ -114,7 +114,7 @@ class SQLiteState:
                 row = db.execute(
                     "SELECT tokens, seen, used, began FROM balances WHERE name = ?", (charge.principal,)
                 ).fetchone()
-                old = Balance(*_typed(row, *_BALANCE)) if row else None
+                old = TokenBucket(*_typed(row, *_BALANCE)) if row else None
                 grant, new = spent(charge, old, time)
                 db.execute(
                     "INSERT OR REPLACE INTO balances VALUES (?, ?, ?, ?, ?)",

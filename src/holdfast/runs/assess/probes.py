@@ -19,7 +19,7 @@ from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, Allotment, allotted, as_allotted, probe_rows
 from holdfast.doubts.concluding import Findings, conclude, missed_by_suite
 from holdfast.doubts.probing import counts, probes_for, rows_for, surviving_examples
-from holdfast.doubts.protocol import Circumstances, Probe, Probed, Run, probing_threat
+from holdfast.doubts.protocol import MeasurementContext, Probe, Probed, Run, probing_threat
 from holdfast.doubts.thresholds import SAMPLE
 from holdfast.io.data.selection import concatenated
 from holdfast.io.doctor import BETTER, FILLED, Finding, misfit, names_of_labels
@@ -95,7 +95,7 @@ def run_probes(
         return ProbeResults(Findings((), missed_by_suite(columns, plan.threat, broken_by)))
     suite = plan.suite if plan.doubts == "all" else ""
     target = measurement.target
-    circumstances = Circumstances(
+    context = MeasurementContext(
         plan.threat,
         suite,
         target.in_training,
@@ -107,9 +107,9 @@ def run_probes(
     counting_model = PassCounter(measurement.target.quick)
     fitting, n_forwards = _input(measurement, columns)
     counting_model.forwards += n_forwards
-    circumstances = replace(circumstances, input=fitting)
+    context = replace(context, input=fitting)
     if not suite or missed:
-        findings = conclude({}, columns, circumstances, broken_by)
+        findings = conclude({}, columns, context, broken_by)
         findings = _unfinished(findings, missed) if suite else findings
         return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
     allotment = _allotment(measurement, columns, by_stage)
@@ -126,7 +126,7 @@ def run_probes(
         outline, {**by_stage, **({FOUND: adversarial} if adversarial else {})}, counted_probes
     )
     broken_by |= {passed.name: passed.columns["success"] for passed in by_probe}
-    findings = conclude(probed, columns, circumstances, broken_by)
+    findings = conclude(probed, columns, context, broken_by)
     return ProbeResults(_as_allotted(findings, allotment), cost, counted_probes, adversarial)
 
 

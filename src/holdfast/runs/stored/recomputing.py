@@ -19,7 +19,7 @@ from holdfast.core.evidence import Columns, Doubt, Evidence
 from holdfast.doubts.answering import arms, required_attacks
 from holdfast.doubts.concluding import Findings, conclude
 from holdfast.doubts.probing import doubt_test
-from holdfast.doubts.protocol import Circumstances
+from holdfast.doubts.protocol import MeasurementContext
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
 from holdfast.metrics.names import PAIRED
 from holdfast.reports.rotation_effects import protection_verdict, with_effects
@@ -143,7 +143,7 @@ def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]
     )
     columns = _suite_columns(outline, before)
     broken = {passed.name: passed.columns["success"] for passed in counted}
-    return conclude({}, columns, Circumstances(outline.threat), broken)
+    return conclude({}, columns, MeasurementContext(outline.threat), broken)
 
 
 def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
@@ -151,7 +151,7 @@ def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
     outline = outline_from_json(manifest["config"])
     before = _before_adaptive(outline, by_stage)
     columns = _suite_columns(outline, before)
-    doubts = conclude({}, columns, Circumstances(outline.threat, suite="any")).doubts
+    doubts = conclude({}, columns, MeasurementContext(outline.threat, suite="any")).doubts
     decided_by = {"threat"} if manifest["model"]["randomised"] else {"threat", "randomness"}
     return {
         doubt.name
