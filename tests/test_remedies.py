@@ -78,9 +78,9 @@ from holdfast.runs.harden.pace import Pace, too_small
 from holdfast.runs.harness import Plan
 from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.target import prepared
-from holdfast.settings.attack_building import threat_model
 from holdfast.settings.grammar import parse_threat
 from holdfast.settings.groups import InferenceSource
+from holdfast.settings.threats_and_attacks import threat_model
 from servers import Server
 from servers import examples as served_examples
 

@@ -17,8 +17,8 @@ from holdfast.certifiers.provers import IBP, Crown
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.io.models.models import open_model
-from holdfast.settings.attack_building import threat_model
 from holdfast.settings.grammar import parse_threat
+from holdfast.settings.threats_and_attacks import threat_model
 
 WHAT = "certified training of the bundled network, MNIST linf:0.1: proved by bounds and branch and bound, all images"
 ROW, SEED, THREADS, THREAT, MODEL = "certified-training", 0, 1, "linf:0.1", "mnist-cnn"

@@ -17,9 +17,9 @@ from holdfast.api.verb_settings import Assess, RotateSettings, check_settings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.gates.rotation_effects import protection_verdict, with_effects
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.recipe import trained_as
-from holdfast.reports.rotation_effects import protection_verdict, with_effects
 from holdfast.reports.terminal import tables
 from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.pool.pool import Pool

@@ -13,8 +13,8 @@ import holdfast
 from holdfast.api.reading_settings import read_settings
 from holdfast.cli.app import run as command
 from holdfast.core.errors import UsageError
-from holdfast.settings.attack_building import threat_model, threat_written
 from holdfast.settings.grammar import FORMS, Form, file_argument, parse_threat, path_text
+from holdfast.settings.threats_and_attacks import threat_model, threat_written
 
 ASSESSED = {"model": "mnist-cnn", "data": "mnist-mini", "threat": "linf:0.1", "suite": "quick", "n": 16}
 

@@ -28,7 +28,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.patches import Patch
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.doubts.answering import arms
-from holdfast.settings.attack_building import build_attack, threat_model, threat_written
 from holdfast.settings.default_suite import names_in_suite, usual_suite
 from holdfast.settings.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
 from holdfast.settings.spellings import (
@@ -41,6 +40,7 @@ from holdfast.settings.spellings import (
     norms_of_suite,
     suite_or_attacks,
 )
+from holdfast.settings.threats_and_attacks import build_attack, threat_model, threat_written
 
 REFUSED = [
     ("? [a]\n: b", "is not a valid key"),
@@ -117,6 +117,7 @@ REFUSED = [
     ("output: [report.pdf]", "has the suffix '.pdf'"),
     ("time_budget: 5 weeks", "expected a duration"),
     ("std: [0.5, 0]", r"std is \[0.5, 0.0\]; every number must be positive"),
+    ("serve: {drain: 5 weeks}", "drain is '5 weeks'; expected a duration"),
     ("threat: linf:-1", "eps is -1"),
     ("threat: l0:1.5", "must be whole"),
     ("threat: l0:infpx", "must be whole"),

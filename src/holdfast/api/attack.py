@@ -33,9 +33,9 @@ from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess import assess as assessing
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Progress, silent
-from holdfast.settings.attack_building import ThreatLike, threat_model, threat_written
 from holdfast.settings.grammar import parse_threat
 from holdfast.settings.spellings import is_suite_only
+from holdfast.settings.threats_and_attacks import ThreatLike, threat_model, threat_written
 
 Array = Tensor | NDArray[Any]
 """Type of the results: a tensor if the inputs were a tensor, a loader or an address, else a numpy array."""

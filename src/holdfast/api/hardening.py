@@ -38,10 +38,10 @@ from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable
-from holdfast.settings.attack_building import refuse_settings, threat_model
 from holdfast.settings.grammar import parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
+from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
 from holdfast.settings.values import address_of
 
 JUDGED = 1_000

@@ -27,11 +27,11 @@ from holdfast.runs.assess.result import Result
 from holdfast.runs.harness import Member, Plan, members_of
 from holdfast.runs.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.runs.stored.stored_runs import open_run
-from holdfast.settings.attack_building import attack_class, build_attack, checked_attack, threat_model
 from holdfast.settings.default_suite import DEFAULT_SUITE, usual_suite
 from holdfast.settings.grammar import parse_threat, seconds
 from holdfast.settings.naming import chosen
 from holdfast.settings.spellings import attack_listed, norms_of_suite
+from holdfast.settings.threats_and_attacks import attack_class, build_attack, checked_attack, threat_model
 
 Measuring = Assess | Certify | Harden
 """Settings of those verbs that measure a model with a suite."""

@@ -16,9 +16,9 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.distributed import started
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.settings.attack_building import setting
 from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.naming import AUTO, CARD
+from holdfast.settings.threats_and_attacks import setting
 from holdfast.settings.values import written_fields
 
 Built = TypeVar("Built")

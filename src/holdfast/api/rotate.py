@@ -43,7 +43,7 @@ from holdfast.rotation.steps.swap import Swapped
 from holdfast.rotation.steps.verdicts import Admission
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.stored.stored_runs import new_folder
-from holdfast.settings.attack_building import ThreatLike
+from holdfast.settings.threats_and_attacks import ThreatLike
 
 __all__ = ["admit", "collect", "draw", "expose", "head", "run", "status", "swap", "train"]
 

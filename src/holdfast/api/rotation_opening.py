@@ -17,9 +17,9 @@ from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
 from holdfast.rotation.triggers import Trigger
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.settings.attack_building import threat_model
 from holdfast.settings.grammar import parse_every, parse_threat, seconds
 from holdfast.settings.naming import AUTO, CARD, SOURCES
+from holdfast.settings.threats_and_attacks import threat_model
 
 _OPENING = (
     "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",

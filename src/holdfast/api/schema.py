@@ -17,9 +17,9 @@ from holdfast.core.catalogue import RECIPES, load, names
 from holdfast.core.constraints import Constraint
 from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion
-from holdfast.settings.attack_building import attack_names, functions
 from holdfast.settings.consent import CONSENT
 from holdfast.settings.naming import AUTO, CARD, SOURCES
+from holdfast.settings.threats_and_attacks import attack_names, functions
 from holdfast.settings.values import written_fields
 
 

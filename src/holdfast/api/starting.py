@@ -195,7 +195,7 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
             if output != "-" and not is_folder(output):
                 check_place(Path(output))
         if not isinstance(settings, Certify) and settings.attacks is not None:
-            from holdfast.settings.attack_building import build_attack
+            from holdfast.settings.threats_and_attacks import build_attack
 
             for k, spec in enumerate(settings.attacks):
                 build_attack(spec, f"{path}: attacks.{k}")

@@ -20,8 +20,8 @@ from holdfast.recipes.training.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.settings.attack_building import ThreatLike
 from holdfast.settings.grammar import did_you_mean
+from holdfast.settings.threats_and_attacks import ThreatLike
 
 if TYPE_CHECKING:
     from holdfast.io.doctor import Checkup

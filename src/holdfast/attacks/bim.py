@@ -24,9 +24,9 @@ class BIM:
     steps: Steps = 10
     """number of gradient steps"""
     reach: Positive = 1.25
-    """path length in multiples of eps; the paper uses 1.25 eps steps of one grey level"""
+    """path length in multiples of eps; in the paper, 1.25 steps of one grey level for each grey level in eps"""
     loss: Loss = cross_entropy
-    """loss that is maximised"""
+    """loss that is maximised, such as the cross-entropy or the margin"""
 
     needs: ClassVar[Access] = "gradients"
 

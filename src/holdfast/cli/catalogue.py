@@ -51,8 +51,8 @@ def attacks(voice: Voice, name: str | None) -> None:
 def _list_attacks(voice: Voice) -> None:
     """Print tables of the attacks, of their variants in suites, and of the suites, each with its other names."""
     from holdfast.metrics.names import CORRUPTIONS
-    from holdfast.settings.attack_building import attack_names
     from holdfast.settings.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, suites_of
+    from holdfast.settings.threats_and_attacks import attack_names
 
     console = voice.console()
     table = _table("name", "other names", "access", "description")
@@ -86,8 +86,8 @@ def _show_suite(voice: Voice, chosen: SuiteName) -> None:
 
 def _show_attack(voice: Voice, chosen: str) -> None:
     """Print one attack with its paper, its other names and its settings."""
-    from holdfast.settings.attack_building import attack_class
     from holdfast.settings.spellings import SPELLINGS, suites_of
+    from holdfast.settings.threats_and_attacks import attack_class
 
     of = VARIANTS.get(chosen, chosen)
     cls = attack_class(of)

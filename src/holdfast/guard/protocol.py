@@ -22,8 +22,9 @@ class RequestGuard(Protocol):
         *,
         network: Callable[[Tensor], Tensor] | None = None,
     ) -> list[RequestDecision]:
-        """Return the decisions after the model returned the logits (n, classes) of each request. `network` is the model
-        for detectors that need further forward passes.
+        """Return the decisions after the model returned the logits (n, classes) of each request, which are None for a
+        request that the model does not answer. `features` are the outputs (n, …) of the layer that a detector needs;
+        None if no detector needs any. `network` is the model for detectors that need further forward passes.
         """
 
 

@@ -68,7 +68,9 @@ def plain(value: float | str, digits: int = 3) -> str:
 
 
 def count_text(value: float | str) -> str:
-    """Return an integer as text with thousands separators."""
+    """Return a number, rounded to an integer, as text with thousands separators. NaN and infinity, which JSON contains
+    as text, have the form of `plain`.
+    """
     amount = number(value)
     return f"{amount:,.0f}" if math.isfinite(amount) else plain(amount)
 

@@ -70,12 +70,15 @@ class Generator:
     """
 
     embedding: Embedding
+    """encoder of parameter sets to latents, and decoder"""
     denoiser: nn.Module
+    """network that predicts the noise in latents (n, dims)"""
     diffusion: Diffusion
+    """noise schedule"""
 
     def drawn(self, n: int, rng: Draws, sampler: Sampler = "ddpm") -> Members:
-        """Generate `n` parameter sets. The same `rng` generates the same sets, so `rng` must be secret if the
-        sets are.
+        """Generate `n` parameter sets with the stochastic sampler `ddpm` or the deterministic one, `ddim`. The same
+        `rng` generates the same sets, so `rng` must be secret if the sets are.
         """
         ids = torch.arange(n, device=self.embedding.mean.device)
         draw = self.diffusion.ddpm if sampler == "ddpm" else self.diffusion.ddim

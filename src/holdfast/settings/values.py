@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictInt,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
@@ -97,7 +98,7 @@ def _threat(value: object) -> object:
         return value
     if _is_plain(value):
         return value
-    from holdfast.settings.attack_building import (
+    from holdfast.settings.threats_and_attacks import (
         threat_written,  # for objects only, whose classes import torch
     )
 
@@ -282,6 +283,13 @@ def _read_by(parse: Callable[[str], object]) -> BeforeValidator:
     return BeforeValidator(checked)
 
 
+def _waiting_time(value: object, field: ValidationInfo) -> object:
+    """Check a duration and keep its text. An error contains the name of the setting."""
+    if isinstance(value, str) or _is_number(value):
+        seconds(str(value), field.field_name or "time")
+    return value
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -421,7 +429,7 @@ Gates = Annotated[list[Annotated[str, _read_by(parse_gate)]], BeforeValidator(_g
 TimeBudget = Annotated[str, _duration("time_budget")]
 Budget = Annotated[str, _duration("budget")]
 Timeout = Annotated[str, _duration("http_timeout", "open_model")]
-WaitingTime = Annotated[str, _read_by(lambda text: seconds(text, "timeout"))]
+WaitingTime = Annotated[str, BeforeValidator(_waiting_time)]
 Place = Annotated[str, BeforeValidator(_place)]
 Here = Annotated[str, BeforeValidator(_here)]
 Amount = Annotated[float, Ge(0), Le(1024)]

@@ -32,7 +32,7 @@ from holdfast.recipes.training.augment import Augmentation, augmented, cut_and_m
 from holdfast.recipes.training.distributed import average, mean_factor, processes, rank, share
 from holdfast.recipes.training.frozen import Statistics
 from holdfast.recipes.training.immunity import Immunity
-from holdfast.recipes.training.schedules import Pacing, Plans
+from holdfast.recipes.training.update_plans import Pacing, Plans
 from holdfast.recipes.training.weights import ema, perturbed, swa
 
 

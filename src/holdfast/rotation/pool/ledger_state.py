@@ -110,10 +110,13 @@ class Term:
     """A period in which a parameter set serves, with the number of requests that it answered."""
 
     name: str
+    """name of the parameter set"""
     epoch: int
+    """number of the period, from 1"""
     since: str
+    """time at which it began, in UTC, as in 2026-11-27T12:00:00Z"""
     until: str | None
-    """time at which it ended, in UTC; None for the current period"""
+    """time at which it ended, in the same form; None for the current period"""
     answers: Mapping[str, int]
     """number of answers to each principal"""
     others: int

@@ -10,11 +10,11 @@ from typing import Literal
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask
+from holdfast.gates import rotation_effects
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, Verdict, overall
 from holdfast.metrics.attacked import calibration_error
 from holdfast.metrics.shares import worst_class
-from holdfast.reports import rotation_effects
 from holdfast.reports.numbers import percent
 from holdfast.rotation.steps.comparing import (
     Loss,

@@ -24,8 +24,8 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask, Steps
+from holdfast.gates.rotation_effects import protection_verdict, with_effects
 from holdfast.recipes.training.recipe import trained_as
-from holdfast.reports.rotation_effects import protection_verdict, with_effects
 from holdfast.reports.words import amount
 from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
 from holdfast.rotation.pool.pool import Pool

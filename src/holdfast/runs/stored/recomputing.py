@@ -21,8 +21,8 @@ from holdfast.doubts.concluding import Findings, conclude
 from holdfast.doubts.probing import doubt_test
 from holdfast.doubts.protocol import MeasurementContext
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
+from holdfast.gates.rotation_effects import protection_verdict, with_effects
 from holdfast.metrics.names import PAIRED
-from holdfast.reports.rotation_effects import protection_verdict, with_effects
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.collecting_evidence import ADAPTIVE, DOUBTS, ROTATION
 from holdfast.runs.assess.result import Result
