@@ -680,7 +680,7 @@ def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ("mnist-cnn", "surrogates is a str; give a list of models"),
+        ("mnist-cnn", "surrogates is 'mnist-cnn'; expected a list of models"),
         ([5], "surrogates.0 is 5; expected an address"),
         (["mnist-cn"], "did you mean 'mnist-cnn'"),
         (

@@ -11,6 +11,8 @@ from holdfast.api.recipe_building import build_recipe
 from holdfast.api.verb_settings import Harden
 from holdfast.core import catalogue
 from holdfast.core.errors import UsageError
+from holdfast.reports.write import check_destination
+from holdfast.settings.guard_settings import check_guard_settings
 
 SOURCE = """
 from dataclasses import dataclass
@@ -142,3 +144,23 @@ def test_an_entry_point_of_another_type_is_refused_and_none_replaces_a_bundled_o
     assert catalogue.names("doubts").count("noise") == 1
     with pytest.raises(UsageError, match=r"'odd' of the group holdfast\.doubts .* expected an instance of"):
         holdfast.assess("mnist-cnn", "mnist-mini", suite="fgsm", **FEW)
+
+
+def test_a_package_that_cannot_be_imported_is_named_before_the_run(installed, tmp_path):
+    installed("reports", ".foo = absent_package:write")
+    with pytest.raises(UsageError, match=r"'\.foo' of the group holdfast\.reports cannot be imported"):
+        check_destination(tmp_path / "report.foo")
+
+
+@pytest.mark.parametrize("point", ["queries = added_package:Norm", "schema = added_package:Norm"])
+def test_a_detector_of_another_package_replaces_no_rule_of_a_guard(point, installed):
+    installed("detectors", point)
+    name = point.split(" ")[0]
+    settings = check_guard_settings({"inputs": {"shape": [3]}, "rules": {name: {}}}, "guard.yaml")
+    assert not settings.rules.detectors
+
+
+def test_a_detector_that_is_no_dataclass_is_named(installed):
+    installed("detectors", "odd = builtins:int")
+    with pytest.raises(UsageError, match="'odd' of the group holdfast.detectors .* expected a dataclass"):
+        check_guard_settings({"inputs": {"shape": [3]}, "rules": {"energy": {}}}, "guard.yaml")

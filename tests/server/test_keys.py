@@ -98,6 +98,16 @@ def test_an_unknown_scope_and_a_foreign_file_are_refused(place):
             read_keys(place)
 
 
+@pytest.mark.parametrize("field", ["expires", "rate", "budget", "revoked"])
+def test_a_key_without_the_field_of_a_limit_is_refused(field, place):
+    add_key(place, "alice", ["infer"])
+    content = json.loads(place.read_bytes())
+    del content["keys"][0][field]
+    place.write_text(json.dumps(content))
+    with pytest.raises(TargetError, match=f"an object with '{field}' was expected"):
+        read_keys(place)
+
+
 def test_damaged_files_are_refused_as_such(place):
     add_key(place, "alice", ["infer"], expires="2100-01-01T00:00:00+00:00", rate=1.0, budget=5)
     whole = json.loads(place.read_bytes())

@@ -53,6 +53,20 @@ def test_the_object_the_function_the_file_and_the_command_make_the_same_run(tmp_
     assert resumed["robust_accuracy"] == results[0]["robust_accuracy"]
 
 
+def test_a_setting_is_given_once_and_only_to_a_command_that_uses_it():
+    ray = holdfast.Ray("ray", ship=("nets.py",))
+    with pytest.raises(UsageError, match="ship is given to assess and to Ray"):
+        holdfast.Assess(**ASSESSED, on=ray, ship=["other.py"], workers=2)
+    limited = holdfast.open_model("mnist-cnn", max_queries=3)
+    with pytest.raises(UsageError, match="max_queries=3 is not possible for the model of harden"):
+        holdfast.Harden(model=limited, data="mnist-mini")
+    assert holdfast.Doctor(model=limited).max_queries == 3
+    with pytest.raises(UsageError, match="max_queries"):  # of a model that is not behind a server
+        holdfast.doctor(limited, "mnist-mini", n=4)
+    with pytest.raises(UsageError, match="expected a mapping"):
+        holdfast.Assess.model_validate(None)
+
+
 def test_an_estimate_is_that_of_a_dry_run(capsys):
     estimate = holdfast.Assess(**ASSESSED, doubts=False).estimate()
     assert (estimate.n, estimate.attacks, estimate.tried) == (16, 1, 8)

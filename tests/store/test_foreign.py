@@ -63,6 +63,13 @@ WRONG = [
     ("verdict.json", lambda c: c.update(gates=[7])),
     ("doubts.json", lambda c: c["doubts"][0].update(state="odd")),
     ("doubts.json", lambda c: c.update(broken=[])),
+    ("doubts.json", lambda c: c["doubts"][0].update(n=-5)),
+    ("doubts.json", lambda c: c["doubts"][0].update(n="7")),
+    ("doubts.json", lambda c: c["doubts"][0].update(statistic="0.25")),
+    ("doubts.json", lambda c: c["doubts"][0].pop("message")),
+    ("verdict.json", lambda c: c.update(exit_code=float(c["exit_code"]))),
+    ("verdict.json", lambda c: c["gates"][0]["estimate"].update(n="20")),
+    ("verdict.json", lambda c: c["gates"][0]["estimate"].update(value=True)),
 ]
 
 

@@ -26,7 +26,7 @@ from holdfast.api.expecting import (
 from holdfast.api.grad_mode import differentiable
 from holdfast.api.plans import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
 from holdfast.api.references import beside, refuse_other_settings
-from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening, part
+from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening, composed, part
 from holdfast.attacks.parts.expectation import seen_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
@@ -55,7 +55,7 @@ from holdfast.settings.values import SurrogateSettings, address_of
 
 def remote(settings: Opening) -> Remote:
     """Return the options for HTTP requests to a model behind a server, such as the timeout and the rate of requests."""
-    inference, limits = part(settings, InferenceSource), part(settings, ServerLimits)
+    inference, limits = part(settings, InferenceSource), composed(ServerLimits, settings)
     return Remote(
         tuple(inference.allow_hosts),
         tuple(inference.headers),
@@ -108,7 +108,7 @@ def open_subject(settings: Opening, *, transform: str | None = None, adaptive: b
         model, notes = opened.model, opened.notes
     else:
         model, card, notes = _wrapped(settings.model, properties)
-    refuse_unserved(part(settings, ServerLimits), model)
+    refuse_unserved(composed(ServerLimits, settings), model)
     notes += _scaled(model, settings)
     model, transformed, more = _transformed(model, transform)
     subject = _subject(model, card | transformed, (*notes, *more), properties)

@@ -15,6 +15,7 @@ from pydantic import ModelWrapValidatorHandler, ValidationError, ValidationInfo,
 from holdfast.api import placing
 from holdfast.api.placing import Ray
 from holdfast.core.errors import UsageError
+from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings import groups, guard_settings, serve_settings, values
@@ -48,6 +49,8 @@ class Checked(SettingGroup):
     def _check(cls, given: Any, filled: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         source: tuple[str, Mapping[str, str]] = info.context or (f"{cls.verb}(): ", {})
         prefix, written = source
+        if not isinstance(given, Mapping):
+            raise UsageError(f"{prefix}the settings are {kind_of(given)}; expected a mapping")
         content = cls._flat(given)
         for key in content:
             if key not in cls.model_fields:
@@ -74,23 +77,22 @@ class Checked(SettingGroup):
                 own = {name: getattr(reference, name) for name in reference.model_fields_set}
                 if twice := sorted(own.keys() & content.keys() - {key}):
                     raise UsageError(f"{twice[0]} is given to {cls.verb} and to {kind.verb}; give it once")
-                if unused := [name for name in own if name not in cls.model_fields and name not in _LIMITS]:
+                if unused := [name for name in own if name not in cls.model_fields]:
                     raise UsageError(
                         f"{unused[0]}={own[unused[0]]!r} is not possible for the model of {cls.verb}",
                         Remedy(unused[0], function=kind.verb),
                     )
-                content |= {name: value for name, value in own.items() if name in cls.model_fields}
+                content |= own
         if isinstance(on := content.get("on"), Ray) and issubclass(cls, placing.Placement):
-            content |= on.settings(cls.waiting_key)
+            own = on.settings(cls.waiting_key)
+            if twice := sorted(own.keys() & content.keys() - {"on"}):
+                raise UsageError(f"{twice[0]} is given to {cls.verb} and to Ray; give it once")
+            content |= own
         return content
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         """Return the settings that were given, for the text of the object."""
         return ((key, getattr(self, key)) for key in type(self).model_fields if key in self.model_fields_set)
-
-
-_LIMITS = groups.ServerLimits.model_fields
-"""Settings of `open_model` that a command without limits of a server does not use."""
 
 
 class ModelReference(groups.ServerLimits, groups.InferenceSource, groups.ModelSource, Checked):
@@ -165,6 +167,7 @@ class Doctor(
     groups.ExampleSelection,
     groups.DataSource,
     groups.InputSpace,
+    groups.QueryLimit,
     groups.InferenceSource,
     groups.ModelSource,
     VerbSettings,

@@ -181,19 +181,29 @@ def names(kind: str) -> tuple[str, ...]:
 def load(kind: str, name: str, cls: type[T]) -> T:
     """Import and return the object with a name that `names` lists.
 
-    Raises `UsageError` if an object of another package is not an instance of `cls`.
+    Raises `UsageError` if an object of another package cannot be imported, or is not an instance of `cls`.
     """
     if name in BUNDLED[kind]:
         module, _, attribute = BUNDLED[kind][name].partition(":")
         bundled: T = getattr(import_module(module), attribute)
         return bundled
-    added = _added(kind)[name].load()
+    point = _added(kind)[name]
+    try:
+        added = point.load()
+    except Exception as error:  # code of another package may raise anything
+        raise foreign(kind, name, f"cannot be imported ({type(error).__name__}: {error})") from error
     if not isinstance(added, cls):
-        raise UsageError(
-            f"the entry point {name!r} of the group holdfast.{kind} is {added!r}; expected an instance of "
-            f"{cls.__module__}.{cls.__qualname__}; correct or uninstall the package that registers it"
-        )
+        expected = f"{cls.__module__}.{cls.__qualname__}"
+        raise foreign(kind, name, f"is {added!r}; expected an instance of {expected}")
     return added
+
+
+def foreign(kind: str, name: str, fault: str) -> UsageError:
+    """Return the error for an entry point of another package."""
+    return UsageError(
+        f"the entry point {name!r} of the group holdfast.{kind} {fault}; correct or uninstall the package that "
+        "registers it"
+    )
 
 
 def _added(kind: str) -> dict[str, EntryPoint]:

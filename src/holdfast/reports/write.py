@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from holdfast.core.catalogue import load, names
+from holdfast.core.catalogue import BUNDLED, load, names
 from holdfast.core.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ def check_destination(path: Path, suffixes: Collection[str] | None = None) -> No
 
     Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
     """
-    _suffix(path, names("reports") if suffixes is None else suffixes)
+    suffix = _suffix(path, names("reports") if suffixes is None else suffixes)
+    if (
+        suffixes is None and suffix not in BUNDLED["reports"]
+    ):  # a package that cannot be imported ends no finished run
+        load("reports", suffix, FunctionType)
     if path.is_dir():
         raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
     folder = path.absolute().parent

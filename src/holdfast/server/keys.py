@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, Strict
 from typing_extensions import TypedDict
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.runs.store.files import PRIVATE, content_of, usable, write_atomically
-from holdfast.runs.store.forms import Count, required, validated
+from holdfast.runs.store.forms import Count, Whole, required, validated
 from holdfast.runs.store.locking import locked
 from holdfast.runs.store.records import document, parsed
 from holdfast.server.http_refusals import Refused
@@ -61,7 +61,7 @@ def _is_moment(text: str) -> bool:
 class ApiKey:
     """What is stored about an API key. Its name is that of the principal."""
 
-    # a further field may be a limit that only another version enforces
+    # a further field may be a limit that only another version enforces, and a missing one may have been removed
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Annotated[str, required(_is_name, "1 to 100 printable characters")]
@@ -69,13 +69,13 @@ class ApiKey:
     """SHA-256 of the key, in hex"""
     scopes: tuple[str, ...]
     created: str
-    expires: Annotated[str, required(_is_moment, "a time in ISO 8601 with a time zone")] | None = None
+    expires: Annotated[str, required(_is_moment, "a time in ISO 8601 with a time zone")] | None
     """time in ISO 8601 from which the key is refused"""
-    rate: Annotated[float, Strict(), Field(ge=_RATES[0], le=_RATES[1])] | None = None
+    rate: Annotated[float, Strict(), Field(ge=_RATES[0], le=_RATES[1])] | None
     """largest number of inputs per second, averaged; None for no limit"""
-    budget: Count | None = None
+    budget: Count | None
     """largest number of inputs in total; None for no limit"""
-    revoked: str | None = None
+    revoked: str | None
     """time in ISO 8601 at which the key was revoked"""
 
     @property
@@ -87,7 +87,7 @@ class ApiKey:
 
 
 class _Keys(TypedDict):
-    schema: Literal[1]
+    schema: Annotated[Whole, required((1).__eq__, "1")]
     keys: tuple[ApiKey, ...]
 
 
@@ -139,7 +139,7 @@ def add_key(
                 f"{name}, or choose another name"
             )
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        keys.append(ApiKey(name, _hash(key.encode()), tuple(scopes), created, expires, rate, budget))
+        keys.append(ApiKey(name, _hash(key.encode()), tuple(scopes), created, expires, rate, budget, None))
         _write(path, keys)
     return key
 

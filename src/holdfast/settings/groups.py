@@ -144,13 +144,18 @@ class InferenceSource(SettingGroup):
     )
 
 
-class ServerLimits(SettingGroup):
-    """Settings that limit the requests of a run to a model behind a server."""
+class QueryLimit(SettingGroup):
+    """Limit of the number of rows that are sent to a model behind a server."""
 
     max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
         description="Maximum number of rows sent to a server. Then the run stops; continue it with --resume.",
     )
+
+
+class ServerLimits(QueryLimit):
+    """Settings that limit the requests of a run to a model behind a server."""
+
     on_refused: Annotated[Literal["reject", "stop"], Flag("HOW")] = Field(
         default="reject",
         description="Effect of an attacked input that a server refuses (400, 422): reject (it counts as rejected, the "

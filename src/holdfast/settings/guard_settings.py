@@ -1,7 +1,7 @@
 """The settings of a guard, which are the keys of a guard.yaml. The module imports pydantic, but not torch."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
@@ -111,6 +111,10 @@ class RulesSettings(SettingGroup):
     def detectors(self) -> dict[str, ScoredSettings]:
         """Settings of the rules of stateless detectors, by name. Each detector of the catalogue has a key."""
         return {name: group for name, group in self if name not in RulesSettings.model_fields and group}
+
+
+_RESERVED = {info.alias or name for name, info in RulesSettings.model_fields.items()} | {"detectors"}
+"""Names of rules that no detector of another package replaces."""
 
 
 class InputSettings(SettingGroup):
@@ -230,6 +234,7 @@ def _with_detectors() -> type[GuardSettings]:
     keys: dict[str, Any] = {
         name: (Annotated[_settings_of(name) | None, BeforeValidator(_defaults)], None)
         for name in catalogue.names("detectors")
+        if name not in _RESERVED
     }
     rules = create_model("RulesSettings", __base__=RulesSettings, **keys)
     return create_model("GuardSettings", __base__=GuardSettings, rules=(rules, ...))
@@ -238,6 +243,8 @@ def _with_detectors() -> type[GuardSettings]:
 def _settings_of(detector: str) -> type[ScoredSettings]:
     """The settings of the rule of a detector: those of every scored rule, and the fields of its class."""
     cls = catalogue.load("detectors", detector, type)
+    if not is_dataclass(cls):
+        raise catalogue.foreign("detectors", detector, f"is {cls!r}; expected a dataclass")
     hints = get_type_hints(cls, include_extras=True)
     keys: dict[str, Any] = {}
     for f in written_fields(cls):

@@ -80,6 +80,8 @@ def _given(value: object) -> object:
 def _data_sets(value: object) -> object:
     """Refuse further data sets that are not in a list, such as a pair of inputs and labels."""
     if value != () and not isinstance(value, list):
+        if _is_plain(value):
+            raise PydanticCustomError("given", "expected a list of data sets, as in ['mnist-mini']")
         raise UsageError(f"across is {kind_of(value)}; give a list of data sets, as in across=['mnist-mini']")
     return value
 
@@ -87,6 +89,8 @@ def _data_sets(value: object) -> object:
 def _models(value: object) -> object:
     """Refuse surrogates that are not in a list."""
     if not isinstance(value, list | tuple):
+        if _is_plain(value):
+            raise PydanticCustomError("given", "expected a list of models, as in ['mnist-cnn-hardened']")
         raise UsageError(f"surrogates is {kind_of(value)}; give a list of models, as in surrogates=[net]")
     return value
 

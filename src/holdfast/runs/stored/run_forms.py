@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from holdfast.core.errors import Interrupted, TargetError
-from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Doubt
+from holdfast.core.evidence import DoubtState
 from holdfast.core.types import Access
 from holdfast.gates.judging import Verdict
 from holdfast.runs.harness import KINDS
 from holdfast.runs.store.forms import Count, Flag, Name, Real, Whole, distinct, required
 
-ExitCode = Literal[0, 1, 4]
+ExitCode = Annotated[Whole, required((0, 1, 4).__contains__, "0, 1 or 4")]
 
 
 class _Step(TypedDict):
@@ -109,9 +108,16 @@ class Listed(TypedDict):
     plan: _ListedPlan
 
 
+class _Estimate(TypedDict):
+    value: Real
+    low: Real
+    high: Real
+    n: Count
+
+
 class _Gate(TypedDict):
     condition: str
-    estimate: Estimate
+    estimate: _Estimate
     verdict: Verdict
     open_doubts: list[str]
     scope: NotRequired[str]
@@ -144,11 +150,20 @@ class _Cost(TypedDict):
     queries: Real
 
 
+class _Doubt(TypedDict):
+    name: str
+    state: DoubtState
+    statistic: Real | None
+    threshold: Real | None
+    n: Count
+    message: str
+
+
 class Doubted(TypedDict):
     """Model of the file `doubts.json`."""
 
     cost: _Cost
-    doubts: list[Doubt]
+    doubts: list[_Doubt]
     notes: list[str]
     broken: dict[str, list[Whole]]
     batches: NotRequired[dict[str, Count]]
