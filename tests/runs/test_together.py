@@ -50,10 +50,10 @@ recipes = {
 folder, *names = sys.argv[1:]
 rank = os.environ.get("RANK", "0")
 if os.environ.get("STOP") and rank == "0":  # as a first process that is killed after an epoch
-    from holdfast.runs import epochs
+    from holdfast.runs.harden import epochs
     epochs._step = lambda *_: os._exit(9)
 if names == ["budget"] and rank == "1":  # whose clock says another thing about every trial
-    from holdfast.runs import candidates, pace
+    from holdfast.runs.harden import candidates, pace
     class Slow:
         perf_counter = staticmethod(lambda: 1e4 * time.perf_counter())
     pace.time = candidates.time = Slow
