@@ -75,8 +75,7 @@ class Checked(SettingGroup):
             reference = content.get(key)
             if isinstance(reference, kind) and cls is not kind:
                 own = {name: getattr(reference, name) for name in reference.model_fields_set}
-                if twice := sorted(own.keys() & content.keys() - {key}):
-                    raise UsageError(f"{twice[0]} is given to {cls.verb} and to {kind.verb}; give it once")
+                cls._refuse_twice(own.keys() & content.keys() - {key}, kind.verb)
                 if unused := [name for name in own if name not in cls.model_fields]:
                     raise UsageError(
                         f"{unused[0]}={own[unused[0]]!r} is not possible for the model of {cls.verb}",
@@ -85,10 +84,15 @@ class Checked(SettingGroup):
                 content |= own
         if isinstance(on := content.get("on"), Ray) and issubclass(cls, placing.Placement):
             own = on.settings(cls.waiting_key)
-            if twice := sorted(own.keys() & content.keys() - {"on"}):
-                raise UsageError(f"{twice[0]} is given to {cls.verb} and to Ray; give it once")
+            cls._refuse_twice(own.keys() & content.keys() - {"on"}, "Ray")
             content |= own
         return content
+
+    @classmethod
+    def _refuse_twice(cls, keys: set[str], other: str) -> None:
+        """Raise `UsageError` for the first setting that is given both to this command and to another function."""
+        if keys:
+            raise UsageError(f"{min(keys)} is given to {cls.verb} and to {other}; give it once")
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         """Return the settings that were given, for the text of the object."""
