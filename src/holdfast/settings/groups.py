@@ -149,7 +149,7 @@ class QueryLimit(SettingGroup):
 
     max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
-        description="Maximum number of rows sent to a server. Then the run stops; continue it with --resume.",
+        description="Maximum number of rows sent to a server. A run stops there, and --resume continues it.",
     )
 
 
