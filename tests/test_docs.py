@@ -18,7 +18,7 @@ from benchmarks.record import newest
 from benchmarks.rows.recipes import FOR_SMOOTHING
 from holdfast import attacks
 from holdfast.api.recipe_building import build_recipe
-from holdfast.api.verb_settings import Assess, Certify, Harden, RotateSettings, ServeSettings
+from holdfast.api.verb_settings import Assess, Certify, Harden, RotateSettings, Serve
 from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.attacks.suites import SUITES, VARIANTS, suite
@@ -209,7 +209,7 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
     known = {
         key: entry.description
         for kind in (
-            ServeSettings,
+            Serve,
             RotateSettings,
             Certify,
             Harden,

@@ -36,7 +36,7 @@ from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_k
 from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
 from holdfast.api.rotate_requests import _loop_settings
 from holdfast.api.serving import _shape, server_setup
-from holdfast.api.verb_settings import Assess, Certify, RotateSettings, ServeSettings, check_settings
+from holdfast.api.verb_settings import Assess, Certify, RotateSettings, Serve, check_settings
 from holdfast.attacks import PGD
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
@@ -704,7 +704,7 @@ def inspected(open_model=()):
 
 
 def served(**arguments):
-    return check_settings(arguments, "", kind=ServeSettings)
+    return check_settings(arguments, "", kind=Serve)
 
 
 def rotated(**arguments):
@@ -910,7 +910,7 @@ situation(
 )
 situation(
     "the name of a file as bounds",
-    lambda bounds: check_settings({"bounds": bounds}, "", kind=ServeSettings),
+    lambda bounds: check_settings({"bounds": bounds}, "", kind=Serve),
     bounds=Later(lambda: file("bounds.json")),
 )
 situation("a misspelt label", opened, data=Later(lambda: file("numbers.csv")), open_data={"label": "labl"})
@@ -923,7 +923,7 @@ situation(
 )
 situation(
     "bounds of each feature of a server",
-    lambda bounds: range_of_all(check_settings({"bounds": bounds}, "", kind=ServeSettings), "a server"),
+    lambda bounds: range_of_all(check_settings({"bounds": bounds}, "", kind=Serve), "a server"),
     bounds=([0, 0, 0, 0], [1, 2, 3, 4]),
 )
 situation("no device of torch", planned, device="mps")
@@ -1423,7 +1423,7 @@ situation(
 )
 situation(
     "no input shape",
-    lambda open_model=(): _shape(ServeSettings(model=given(file("weights.pt"), dict(open_model)))),
+    lambda open_model=(): _shape(Serve(model=given(file("weights.pt"), dict(open_model)))),
     {"input_shape": (4,)},
 )
 situation(

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from holdfast.api.stored import report as report
     from holdfast.api.stored import verify as verify
     from holdfast.api.verb_settings import Assess as Assess
+    from holdfast.api.verb_settings import Calibrate as Calibrate
     from holdfast.api.verb_settings import Certify as Certify
     from holdfast.api.verb_settings import Doctor as Doctor
     from holdfast.api.verb_settings import Harden as Harden
+    from holdfast.api.verb_settings import Serve as Serve
     from holdfast.api.verbs import assess as assess
     from holdfast.api.verbs import certify as certify
     from holdfast.api.verbs import demo as demo
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    **dict.fromkeys(("Assess", "Certify", "Doctor", "Harden"), "holdfast.api.verb_settings"),
+    **dict.fromkeys(
+        ("Assess", "Calibrate", "Certify", "Doctor", "Harden", "Serve"), "holdfast.api.verb_settings"
+    ),
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",

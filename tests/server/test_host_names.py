@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from holdfast.api.serving import server_setup
-from holdfast.api.verb_settings import ServeSettings
+from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import UsageError
 from holdfast.server.admin import admin_application
 from holdfast.server.host_names import HostNames
@@ -78,7 +78,7 @@ def test_both_ports_refuse_other_names():
 
 
 def setup(**settings):
-    return server_setup(ServeSettings(model="mnist-cnn", **settings))
+    return server_setup(Serve(model="mnist-cnn", **settings))
 
 
 def test_the_names_follow_from_the_addresses_and_from_the_setting(tmp_path):

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
 from holdfast.api.serving import server_setup
-from holdfast.api.verb_settings import ServeSettings
+from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.decisions import Incoming
 from holdfast.guard.protocol import NoRules
@@ -411,7 +411,7 @@ def setup(tmp_path, url, *, rules="{range: {}}", dtype="float64", outputs="proba
     guard = tmp_path / "guard.yaml"
     guard.write_text(GUARD.format(features=FEATURES, dtype=dtype, outputs=outputs, rules=rules))
     values = {"proxy": url, "guard": str(guard), "port": 0, "admin_port": 0, **settings}
-    return server_setup(ServeSettings(**values))
+    return server_setup(Serve(**values))
 
 
 def test_the_guard_is_compared_with_the_upstream_model(tmp_path):

@@ -18,7 +18,7 @@ from torch import nn
 import holdfast
 from holdfast.api.guard_opening import guard_digest
 from holdfast.api.serving import server_setup
-from holdfast.api.verb_settings import ServeSettings
+from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.guard.calibration import Calibration, write_calibration
@@ -58,7 +58,7 @@ def prepared(tmp_path, **settings):
         "input_shape": [FEATURES],
         **settings,
     }
-    return server_setup(ServeSettings(**values)), file
+    return server_setup(Serve(**values)), file
 
 
 def test_the_guard_states_the_shape_of_the_inputs(tmp_path):

@@ -26,7 +26,7 @@ from holdfast.api.guard_opening import (
 )
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_subject
-from holdfast.api.verb_settings import CalibrateSettings, composed
+from holdfast.api.verb_settings import Calibrate, composed
 from holdfast.core.batch import Data
 from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
@@ -94,9 +94,7 @@ class Guard:
         settings = read_guard_settings(Path(path))
         known = None if model_name is None else _digest_of_name(model_name)
         if model is not None:
-            known = served_digest(
-                open_subject(CalibrateSettings(model=model, bounds=bounds_of(settings).bounds))
-            )
+            known = served_digest(open_subject(Calibrate(model=model, bounds=bounds_of(settings).bounds)))
         calibration = stored_calibration(settings, Path(path), known)
         return cls(
             settings, ready_guard(settings, Path(path), calibration), Path(path), calibration
@@ -187,7 +185,7 @@ class Guard:
         that of the settings by default. Detectors that need a fit are fitted on `fit`, or on a random fifth of `data`,
         which is then not used for thresholds. Raises `UsageError` for fewer than 1 / `false_positives` - 1 inputs.
         """
-        settings = CalibrateSettings(
+        settings = Calibrate(
             model=model, data=data, fit=fit, bounds=bounds_of(self.settings).bounds, seed=seed
         )
         return self._with(_calibrate(self.settings, self.path, settings, self._rate(false_positives)))
@@ -248,10 +246,19 @@ def _digest_of_name(name: str) -> str:
     return digest(f"model name {name}".encode())
 
 
-def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path, Coverage | None]:
-    """Calibrate the guard in a file with the settings of the command line, and return the calibration, the path to
-    which it was written, and what the radius of the query detector covers.
-    """
+@dataclass(frozen=True)
+class Calibrated:
+    """The calibration of the guard in a file."""
+
+    calibration: Calibration
+    path: Path
+    """file to which the calibration was written"""
+    coverage: Coverage | None
+    """what the radius of the query detector covers; None if there is none"""
+
+
+def calibrate_file(settings: Calibrate) -> Calibrated:
+    """Calibrate the guard in a file, write the calibration beside it, and return it."""
     path = Path(settings.guard or "guard.yaml")
     guard = read_guard_settings(path)
     range_of_all(settings, "a guard")
@@ -260,19 +267,17 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
     rate = guard.false_positives if settings.false_positives is None else settings.false_positives
     calibration, place = _calibrate(guard, path, settings, rate), calibration_path(guard, path)
     write_calibration(calibration, place)
-    return calibration, place, coverage(guard, calibration)
+    return Calibrated(calibration, place, coverage(guard, calibration))
 
 
-def _calibrate(
-    guard: GuardSettings, path: Path | None, settings: CalibrateSettings, rate: float
-) -> Calibration:
+def _calibrate(guard: GuardSettings, path: Path | None, settings: Calibrate, rate: float) -> Calibration:
     """Open the model and the data, and calibrate the guard."""
     settings = settings.model_copy(update={"guard": None})  # the guard is calibrated on the model alone
     subject = open_subject(settings)
     examples = open_examples(settings, subject.model)
     others = None
     if settings.fit is not None:
-        fit = composed(CalibrateSettings, settings, beside(settings, settings.fit))
+        fit = composed(Calibrate, settings, beside(settings, settings.fit))
         others = open_examples(fit, subject.model)
     return _calibration(guard, path, subject, examples, others, rate, settings.seed)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from holdfast.api.expecting import range_of_all
-from holdfast.api.verb_settings import ServeSettings
+from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.guard.decisions import Action
@@ -22,7 +22,7 @@ _ADDRESS = re.compile(
 )
 
 
-def open_upstream(settings: ServeSettings) -> UpstreamModel:
+def open_upstream(settings: Serve) -> UpstreamModel:
     """Return the model of the server that `--proxy` names, under the name and the version at which it is served.
 
     Raises `UsageError` for settings of a model that the proxy does not open, and `TargetError` if that server does not
@@ -82,7 +82,7 @@ def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: s
             )
 
 
-def refuse_forwarded_keys(settings: ServeSettings) -> None:
+def refuse_forwarded_keys(settings: Serve) -> None:
     """Raise `UsageError` if the keys of clients would be passed on to the upstream server."""
     names = [name.lower() for name in settings.forward_headers]
     if settings.keys is not None and "authorization" in names:
@@ -106,7 +106,7 @@ def shape_of_guard(file: str | None) -> tuple[int, ...] | None:
     return tuple(sizes) if len(sizes) == len(shape) else None
 
 
-def _refuse_settings_of_models(settings: ServeSettings) -> None:
+def _refuse_settings_of_models(settings: Serve) -> None:
     """Raise `UsageError` for settings that belong to a model of this server."""
     if settings.model is not None:
         raise UsageError(

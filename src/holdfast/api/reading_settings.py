@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from holdfast.api.verb_settings import (
     VERBS,
     Assess,
-    CalibrateSettings,
+    Calibrate,
     Doctor,
     Harden,
     VerbSettings,
@@ -90,7 +90,7 @@ def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings
     only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at the top that
     the verb does not use.
     """
-    reading: type[VerbSettings] = Assess if kind in (Doctor, CalibrateSettings) else kind
+    reading: type[VerbSettings] = Assess if kind in (Doctor, Calibrate) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
     shared = {key: value for key, value in loaded.items() if key not in VERBS}
     refuse_consent(shared, where)

@@ -1,20 +1,23 @@
 """The function `holdfast.serve`, which answers requests to a model over HTTP until it is stopped."""
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import ModelLike
-from holdfast.api.verb_settings import ServeSettings
+from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Install
 from holdfast.runs.engine.progress import Notify, ignore
 
+if TYPE_CHECKING:
+    from holdfast.server.supervisor import ServerSetup
+
 _NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
 
 
-@verb_with(ServeSettings)
+@verb_with(Serve)
 def serve(model: ModelLike | None = None, *, notify: Notify = ignore, **settings: Any) -> None:
     """Serve a model over the Open Inference Protocol v2 until SIGTERM or Ctrl-C, and then drain.
 
@@ -25,9 +28,7 @@ def serve(model: ModelLike | None = None, *, notify: Notify = ignore, **settings
     those of `holdfast serve`. `notify` is called with messages, such as the address when requests are answered. Raises
     `UsageError` and `TargetError`.
     """
-    if (model is None) == (settings.get("proxy") is None):
-        raise UsageError("give either model (what is served) or proxy (the URL of a server to guard)")
-    carry_out_serving(ServeSettings(**given(model=model, **settings)), notify)
+    Serve(**given(model=model, **settings)).run(notify=notify)
 
 
 def refuse_missing_extra() -> None:
@@ -39,16 +40,23 @@ def refuse_missing_extra() -> None:
         )
 
 
-def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:
-    """Serve a model with the settings of a server until it is stopped."""
+def open_for_serving(settings: Serve) -> "ServerSetup":
+    """Open the model that is served, its guard and its keys, and return the setup of the server."""
+    if settings.model is None and settings.proxy is None:
+        raise UsageError("neither model (what is served) nor proxy (the URL of a server to guard) was given")
     refuse_missing_extra()
     from holdfast.api.serving import server_setup
+
+    return server_setup(settings)
+
+
+def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
+    """Start the workers of a server, and answer requests until SIGTERM or Ctrl-C."""
     from holdfast.server.admin import AdminServer
     from holdfast.server.keys import KeyFile
     from holdfast.server.supervisor import Supervisor
     from holdfast.server.worker_processes import bound_socket
 
-    setup = server_setup(settings)
     for note in setup.notes:
         notify(f"note: {note}")
     listener = bound_socket(setup.admin_host, setup.admin_port)

@@ -15,7 +15,7 @@ from holdfast.api.plans import device_of
 from holdfast.api.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
 from holdfast.api.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
 from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Doctor, ServeSettings, composed
+from holdfast.api.verb_settings import Doctor, Serve, composed
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -48,7 +48,7 @@ _HUNG_LATENCIES, _HUNG_TIMEOUTS = 10, 3
 that makes no progress is replaced."""
 
 
-def server_setup(settings: ServeSettings) -> ServerSetup:
+def server_setup(settings: Serve) -> ServerSetup:
     """Return the setup of a server from its settings.
 
     Raises `UsageError` and `TargetError`.
@@ -150,7 +150,7 @@ class _Served:
         return math.ceil(max_rows / (self.upstream.batch or max_rows)) * self.upstream.address.timeout_s
 
 
-def _served(settings: ServeSettings, address: str | None) -> _Served:
+def _served(settings: Serve, address: str | None) -> _Served:
     if settings.proxy is not None:
         return _served_upstream(open_upstream(settings))
     pool, triggers = pool_of(address), _triggers(settings.every)
@@ -277,7 +277,7 @@ def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> C
     return open_architecture(Path(path), created, about, trust_code=trust_code).model
 
 
-def _shape(settings: ServeSettings) -> tuple[int, ...]:
+def _shape(settings: Serve) -> tuple[int, ...]:
     """Return the shape of one input: the declared one, or that of the inputs of the guard in a file. Raises
     `UsageError` if it is not known.
     """

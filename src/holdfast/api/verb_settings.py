@@ -25,6 +25,7 @@ from holdfast.settings.groups import SettingGroup
 from holdfast.settings.wording import complaint, place
 
 if TYPE_CHECKING:
+    from holdfast.api.guards import Calibrated
     from holdfast.api.hardening import ForHardening
     from holdfast.core.batch import Data
     from holdfast.io.doctor import Checkup
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from holdfast.runs.assess.request import Opened, Subject
     from holdfast.runs.assess.result import Result
     from holdfast.runs.harden.hardened import Hardened
+    from holdfast.server.supervisor import ServerSetup
 
 G = TypeVar("G", bound=SettingGroup)
 S = TypeVar("S", bound="Checked")
@@ -199,7 +201,7 @@ class Doctor(
             return Checkup(examine(subject.model, data))
 
 
-class CalibrateSettings(
+class Calibrate(
     groups.Seed,
     groups.ExampleSelection,
     groups.DataSource,
@@ -213,6 +215,14 @@ class CalibrateSettings(
     """All settings of the command `holdfast calibrate`."""
 
     verb = "calibrate"
+
+    def run(self) -> "Calibrated":
+        """Calibrate the guard in the file `guard`, and write its calibration beside that file."""
+        from holdfast.api.grad_mode import gradients
+        from holdfast.api.guards import calibrate_file
+
+        with gradients():
+            return calibrate_file(self)
 
 
 class Assess(
@@ -343,7 +353,7 @@ class Certify(
     transform: ClassVar[None] = None
 
 
-class ServeSettings(
+class Serve(
     groups.InputSpace,
     serve_settings.ServedInference,
     groups.ModelSource,
@@ -357,12 +367,26 @@ class ServeSettings(
 
     verb = "serve"
 
+    def open(self) -> "ServerSetup":
+        """Open the model, the guard and the keys once, and return the setup of the server."""
+        from holdfast.api.serve import open_for_serving
 
-Opening = Doctor | CalibrateSettings | Assess | Certify | Harden | RotateSettings
+        return open_for_serving(self)
+
+    def run(self, *, notify: Notify = ignore) -> None:
+        """Serve the model until SIGTERM or Ctrl-C, and then drain. `notify` is called with messages, such as the
+        address when requests are answered.
+        """
+        from holdfast.api.serve import serve_until_stopped
+
+        serve_until_stopped(self.open(), notify)
+
+
+Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings
 """Settings of any command that opens a model and data."""
 
 VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, ServeSettings)
+    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, Serve)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from holdfast.api.reading_settings import S, read_settings
-from holdfast.api.verb_settings import Assess, Certify, Harden, Opening, ServeSettings, part
+from holdfast.api.verb_settings import Assess, Certify, Harden, Opening, Serve, part
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -101,7 +101,7 @@ def _report_files(outputs: Iterable[str]) -> list[str]:
     return files
 
 
-def _surrogates(settings: Opening | ServeSettings) -> list[SurrogateSettings]:
+def _surrogates(settings: Opening | Serve) -> list[SurrogateSettings]:
     return settings.surrogates if isinstance(settings, Assess | Harden) else []
 
 
@@ -144,7 +144,7 @@ def _refuse_bare_resume(run: Path) -> None:
         )
 
 
-def refuse_code_of_config(settings: Opening | ServeSettings, flags: dict[str, Any]) -> None:
+def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> None:
     """Raise `UsageError` if a configuration file names code that the command line does not name."""
     if not flags.get("config") or settings.trust_code:
         return

@@ -4,14 +4,14 @@ from typing import Any
 
 import click
 
-from holdfast.api.verb_settings import CalibrateSettings
+from holdfast.api.verb_settings import Calibrate
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
 
 
 @click.command(short_help="set the thresholds of a guard from benign inputs")
-@offered(*MODEL_AND_DATA, *options_of(CalibrateSettings), *SETTING)
+@offered(*MODEL_AND_DATA, *options_of(Calibrate), *SETTING)
 @with_voice
 def calibrate(voice: Voice, **flags: Any) -> None:
     """Set the thresholds of a guard so that its rules together fire on at most a share of benign inputs like DATA.
@@ -19,17 +19,17 @@ def calibrate(voice: Voice, **flags: Any) -> None:
     DATA must contain benign inputs that MODEL was not trained on. The thresholds are written next to the settings of
     the guard, with the digests of both; the guard refuses them for other settings or another model.
     """
-    settings = settings_from(flags, CalibrateSettings)
+    settings = settings_from(flags, Calibrate)
     from holdfast.api.guard_notes import rate_text
-    from holdfast.api.guards import carry_out_calibration
 
-    calibration, path, covered = carry_out_calibration(settings)
+    calibrated = settings.run()
+    calibration, covered = calibrated.calibration, calibrated.coverage
     for name, threshold in calibration.thresholds.items():
         voice.say(f"{name}: fires above {threshold:.6g}")
     if covered is not None:
         voice.say(f"{'warning: ' if covered.short else ''}{covered.text}")
     voice.say(
-        f"wrote {path}: its rules fire on at most {100 * calibration.false_positives:g} % of benign "
+        f"wrote {calibrated.path}: its rules fire on at most {100 * calibration.false_positives:g} % of benign "
         "inputs like these"
     )
     voice.say(

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from holdfast.api.verb_settings import ServeSettings
+from holdfast.api.verb_settings import Serve
 from holdfast.cli import completing
 from holdfast.cli.assess import refuse_code_of_config, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_unknown_model
@@ -30,13 +30,13 @@ With --proxy URL there is no MODEL: requests are passed on to another server, af
 
 @click.command(short_help="serve a model over HTTP", help=_HELP)
 @click.argument("model", required=False, type=completing.MODEL)
-@offered(*options_of(ServeSettings), *SETTING)
+@offered(*options_of(Serve), *SETTING)
 @with_voice
 def serve(voice: Voice, **flags: Any) -> int:
     """Serve MODEL until the process is stopped."""
     for address in (flags.get("model"), flags.get("config")):
         refuse_missing_file(address)
-    settings = settings_of_flags(flags, ServeSettings)
+    settings = settings_of_flags(flags, Serve)
     address = settings.model
     if address is None and settings.proxy is None:
         raise UsageError(
@@ -46,7 +46,5 @@ def serve(voice: Voice, **flags: Any) -> int:
     refuse_code_of_config(settings, flags)
     if address is not None:
         refuse_unknown_model(address)
-    from holdfast.api.serve import carry_out_serving
-
-    carry_out_serving(settings, voice.say)
+    settings.run(notify=voice.say)
     return 0
