@@ -19,6 +19,7 @@ from holdfast.rotation import Basins, Codec, Seeds, Subset
 from holdfast.rotation.collecting import last_of
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps import collect, contents, draw
+from holdfast.rotation.steps.generator_quality import trained_generator
 from holdfast.rotation.steps.rotation_request import split_examples
 from holdfast.rotation.steps.status import status
 from rotation.problem import THREAT, accuracy, examples, network
@@ -178,7 +179,7 @@ def test_learns_a_generator_whose_draws_work(pool, collected):
     generator = contents.generator_of(pool, terms())
     drawn = generator.drawn(4, Draws(3))
     assert max(accuracy(terms().of_weights(drawn.one(k)), terms().held_out) for k in range(4)) > 0.9
-    assert contents.trained_generator(pool) == learned
+    assert trained_generator(pool) == learned
 
 
 def test_a_codec_that_loses_too_much_learns_nothing(pool):

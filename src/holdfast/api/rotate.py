@@ -35,9 +35,9 @@ from holdfast.rotation.steps import status as pool_status
 from holdfast.rotation.steps import swap as swapping
 from holdfast.rotation.steps import train as training
 from holdfast.rotation.steps.collect import Collected
-from holdfast.rotation.steps.contents import TrainedGenerator
 from holdfast.rotation.steps.draw import By, Drawn
 from holdfast.rotation.steps.expose import Exposed
+from holdfast.rotation.steps.generator_quality import TrainedGenerator
 from holdfast.rotation.steps.rotation_run import Rotated
 from holdfast.rotation.steps.swap import Swapped
 from holdfast.rotation.steps.verdicts import Admission

@@ -189,7 +189,7 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
 
     Exit code 4 if no admitted set waits that was judged against every stolen set.
     """
-    from holdfast.cli.rotate_steps import swap as step
+    from holdfast.cli.ledger_steps import swap as step
 
     return step(pool, voice, why=why, unjudged=unjudged, expect_head=expect_head)
 
@@ -203,7 +203,7 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
 @with_voice
 def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str) -> int:
     """Show the sets of POOL and their states, after every entry of its ledger was verified."""
-    from holdfast.cli.rotate_steps import status as step
+    from holdfast.cli.ledger_steps import status as step
 
     return step(pool, voice, outputs=output, expect_head=expect_head)
 
@@ -218,7 +218,7 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     A later command with --expect-head DIGEST refuses the pool if its ledger does not contain that entry. Then the
     folder was replaced by an older copy, which nothing inside the folder can detect.
     """
-    from holdfast.cli.rotate_steps import head as step
+    from holdfast.cli.ledger_steps import head as step
 
     return step(pool, voice, expect_head=expect_head)
 
@@ -231,7 +231,7 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
 @with_voice
 def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) -> int:
     """Record in the ledger of POOL that an attacker may have SET. After the next swap it never serves again."""
-    from holdfast.cli.rotate_steps import expose as step
+    from holdfast.cli.ledger_steps import expose as step
 
     return step(pool, name, voice, why=why, expect_head=expect_head)
 

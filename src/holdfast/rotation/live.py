@@ -4,7 +4,6 @@ canaries.
 
 import hashlib
 import re
-import secrets
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from holdfast.core.errors import Inconclusive, TargetError
+from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.model import Classifier, Model, refuse_lazy
 from holdfast.core.names import kind_of
@@ -147,20 +146,6 @@ def _digest(classes: Labels, excluded: Sequence[int]) -> str:
     excluded_set = set(excluded)
     text = ",".join(str(k) for place, k in enumerate(classes.tolist()) if place not in excluded_set)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def next_set(waiting: Sequence[str]) -> str:
-    """Return the name of the set that serves next, chosen at random from the waiting admitted sets so that an attacker
-    cannot predict it.
-
-    Raises `Inconclusive` if `waiting` is empty.
-    """
-    if not waiting:
-        raise Inconclusive(
-            "no admitted set is waiting, so the serving set is not changed; draw and admit more sets"
-        )
-    # not from the run's draws, which an attacker with the seed could repeat
-    return secrets.choice(waiting)
 
 
 @torch.no_grad()

@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
@@ -53,6 +51,9 @@ from holdfast.runs.store.files import (
 )
 from holdfast.runs.store.locking import locked
 from holdfast.runs.store.records import document
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME_DIGITS = 16
 """Number of hex digits in the name of a set, which are the first digits of its digest."""
@@ -131,7 +132,7 @@ class Pool:
 
     def add(
         self,
-        weights: Mapping[str, Tensor],
+        weights: "Mapping[str, Tensor]",
         about: Mapping[str, Any],
         *,
         bases: Sequence[str] = (),
@@ -171,7 +172,7 @@ class Pool:
             self._rename_new(path)
         return name
 
-    def weights(self, name: str) -> dict[str, Tensor]:
+    def weights(self, name: str) -> "dict[str, Tensor]":
         """Return the decrypted parameters and buffers of a set, by the names of the tensors."""
         return self._opened(name).columns
 
@@ -317,7 +318,7 @@ class Pool:
 
     # --- other encrypted tensors
 
-    def keep(self, name: str, columns: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    def keep(self, name: str, columns: "Mapping[str, Tensor]", about: Mapping[str, Any]) -> None:
         """Encrypt tensors, such as those of the pool's generator, and store them in the pool under a name. Earlier
         tensors of this name are replaced.
         """

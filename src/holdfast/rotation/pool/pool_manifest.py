@@ -3,9 +3,8 @@
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from holdfast.core.chain import canonical, refuse_no_digest
@@ -17,6 +16,9 @@ from holdfast.runs.store.encryption import Seal
 from holdfast.runs.store.files import POOL_MANIFEST, content_of, refusal_in_pool, usable
 from holdfast.runs.store.forms import Name, refuse_form
 from holdfast.runs.store.records import read_document
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SETS = "sets"
 SEALED = ".sealed"
@@ -134,10 +136,12 @@ def refuse_unserialisable(about: Mapping[str, Any]) -> None:
         ) from error
 
 
-def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
+def refuse_no_set(weights: "Mapping[str, Tensor]") -> None:
     """Raise `UsageError` unless the tensors of a parameter set are a state dict with at least one tensor and without
     NaN.
     """
+    from torch import Tensor
+
     if not weights:
         raise UsageError("the set contains no parameters; give the state dict of a network")
     for name, value in weights.items():

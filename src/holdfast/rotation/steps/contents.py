@@ -1,7 +1,6 @@
 """Reads the contents of a pool: parameter sets, surrogates, the generator, candidates, and the secret seed."""
 
 import secrets
-from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +11,7 @@ from holdfast.core.model import Classifier
 from holdfast.rotation import Generator, Members, loaded
 from holdfast.rotation.generating import unpacked_generator
 from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.steps.generator_quality import GENERATOR
 from holdfast.rotation.steps.rotation_request import RotateRequest
 from holdfast.runs.store.columns import ColumnFile
 
@@ -19,25 +19,7 @@ OWN = 4
 """Number of surrogates of a surrogate-only attacker."""
 PLAN = "plan"
 """Name of the file with the plan of a collection, which contains the number of epochs of each training."""
-GENERATOR = "generator"
-"""Name of the file with the trained generator."""
 _SEED = "secret"  # name of the file with the secret seed
-
-
-@dataclass(frozen=True)
-class TrainedGenerator:
-    """Size and quality of the trained generator of a pool."""
-
-    sets: int
-    parameters: int
-    rank: int
-    """number of directions in which the sets differ"""
-    variance_lost: float
-    """fraction of the variance that the codec does not reconstruct"""
-    accuracy_lost: float
-    """accuracy that a set loses by encoding and decoding, as a mean over sets"""
-    codec_s: float
-    diffusion_s: float
 
 
 def training_name(k: int) -> str:
@@ -123,9 +105,3 @@ def generator_of(pool: Pool, request: RotateRequest) -> Generator | None:
         return None
     device = torch.device(request.device)
     return unpacked_generator({name: value.to(device) for name, value in stored.columns.items()})
-
-
-def trained_generator(pool: Pool) -> TrainedGenerator | None:
-    """Return the size and the quality of the generator of a pool, or None if there is no generator."""
-    stored = pool.kept(GENERATOR)
-    return None if stored is None else TrainedGenerator(**stored.about)

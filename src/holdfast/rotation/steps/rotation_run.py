@@ -19,8 +19,8 @@ from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.admission_time import admission_time
 from holdfast.rotation.steps.admit import AdmitRequest, admit, first_sizes
 from holdfast.rotation.steps.collect import Collected, CollectRequest, collect
-from holdfast.rotation.steps.contents import trained_generator
 from holdfast.rotation.steps.draw import UPDATES, By, DrawRequest, draw
+from holdfast.rotation.steps.generator_quality import trained_generator
 from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest
 from holdfast.rotation.steps.samples import MEASURED_LATER, planned_needs, sufficient, tolerance_text
 from holdfast.rotation.steps.swap import UNJUDGED, swap

@@ -7,7 +7,7 @@ from typing import Any
 from holdfast.rotation.pool.authentic import Head
 from holdfast.rotation.pool.ledger_state import SetRecord, Term
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.contents import trained_generator
+from holdfast.rotation.steps.generator_quality import trained_generator
 
 
 def head(pool: Pool) -> Head:

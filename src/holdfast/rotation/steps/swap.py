@@ -2,9 +2,11 @@
 same ledger entry.
 """
 
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from holdfast.rotation import next_set
+from holdfast.core.errors import Inconclusive
 from holdfast.rotation.pool.pool import Pool
 
 UNJUDGED = "it was not judged against all sets that are now listed as stolen"
@@ -36,3 +38,17 @@ def swap(pool: Pool, why: str = "", *, unjudged: bool = False, epoch: int | None
     others = pool.unjudged
     serving = pool.swap(epoch=epoch, why=why, choose=next_set, unjudged=unjudged)
     return Swapped(serving.name, serving.epoch, serving.since, serving.name in others, len(pool.ahead))
+
+
+def next_set(waiting: Sequence[str]) -> str:
+    """Return the name of the set that serves next, chosen at random from the waiting admitted sets so that an attacker
+    cannot predict it.
+
+    Raises `Inconclusive` if `waiting` is empty.
+    """
+    if not waiting:
+        raise Inconclusive(
+            "no admitted set is waiting, so the serving set is not changed; draw and admit more sets"
+        )
+    # not from the run's draws, which an attacker with the seed could repeat
+    return secrets.choice(waiting)

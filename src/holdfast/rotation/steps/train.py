@@ -14,7 +14,8 @@ from holdfast.core.remedies import Remedy
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.generating import packed_generator
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.contents import GENERATOR, TrainedGenerator, collected_members, secret
+from holdfast.rotation.steps.contents import collected_members, secret
+from holdfast.rotation.steps.generator_quality import GENERATOR, TrainedGenerator
 from holdfast.rotation.steps.rotation_request import RotateRequest, accuracy
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.engine.signals import stoppable

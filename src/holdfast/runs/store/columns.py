@@ -9,17 +9,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
-from holdfast.core.evidence import Columns
 from holdfast.runs.store.files import content_of, usable, write_atomically
+
+if TYPE_CHECKING:  # torch is imported when a file is read or written, not for the ledger of a pool alone
+    from torch import Tensor
+
+    from holdfast.core.evidence import Columns
 
 SUFFIX = ".safetensors"
 _KEY = "holdfast"
@@ -30,15 +29,17 @@ _VERSION = 1
 class ColumnFile:
     """The content of a column file: the columns of a stage, and metadata."""
 
-    columns: dict[str, Tensor]
+    columns: "dict[str, Tensor]"
     about: Mapping[str, Any] = field(default_factory=dict)
     """metadata that were passed to `encode`"""
     digest: str = ""
     """SHA-256 of the bytes of the file, in hex"""
 
 
-def encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
+def encode(columns: "Columns", about: Mapping[str, Any]) -> bytes:
     """Return the bytes of a column file with the given columns and metadata. Equal content gives equal bytes."""
+    from safetensors.torch import save
+
     tensors = {name: values.clone() for name, values in sorted(_plain(columns).items())}
     metadata = {"schema_version": _VERSION, "about": dict(about), "columns": content_digest(tensors)}
     return save(tensors, metadata={_KEY: canonical(metadata).decode()})
@@ -48,6 +49,9 @@ def decode(data: bytes, name: str) -> ColumnFile:
     """Return the content of a column file from its bytes. Raises `TargetError`, which contains `name`, if the bytes
     were altered.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = json.loads(header["__metadata__"][_KEY])
@@ -66,7 +70,7 @@ def decode(data: bytes, name: str) -> ColumnFile:
     return ColumnFile(tensors, about, digest(data))
 
 
-def write(path: Path, columns: Columns, about: Mapping[str, Any]) -> str:
+def write(path: Path, columns: "Columns", about: Mapping[str, Any]) -> str:
     """Write a column file atomically, and return its SHA-256 in hex."""
     data = encode(columns, about)
     with usable(path):
@@ -79,8 +83,10 @@ def read(path: Path) -> ColumnFile:
     return decode(content_of(path), str(path))
 
 
-def content_digest(tensors: Mapping[str, Tensor]) -> str:
+def content_digest(tensors: "Mapping[str, Tensor]") -> str:
     """Return the SHA-256 of the names, types, shapes and values of tensors, in hex."""
+    import torch
+
     sha = hashlib.sha256()
     for name, values in sorted(_plain(tensors).items()):
         sha.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
@@ -88,5 +94,5 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     return {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
