@@ -63,7 +63,7 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
     assert run(["rotate", "swap", "pool/", "--why", "the first"]) == 0
     said = capsys.readouterr()
     assert re.match(r"[0-9a-f]{16} serves as epoch 1\n", said.out)
-    assert "note: 1 admitted sets wait, fewer than the recommended 2" in said.err
+    assert "note: number of admitted sets that wait: 1, and at least 2 are recommended" in said.err
     serving = said.out.split()[0]
     assert run(["rotate", "expose", "pool/", serving, "--why", "laptop stolen"]) == 0
     said = capsys.readouterr()
@@ -187,7 +187,7 @@ def test_run_refuses_data_and_budgets_that_are_too_small_before_it_trains(capsys
     assert said.rstrip().endswith("give --anyway to start nevertheless") and not Path("small").exists()
     assert run([*words, "--anyway"]) == 2
     said = capsys.readouterr().err
-    assert "expected total time: 1 s for 12 trainings, which the budget limits, and about " in said
+    assert "expected total time: 1 s for 12 trainings, which the budget limits; then, not limited by" in said
     assert "a budget of 1 s is too small" in said and said.count("expected total time") == 1
 
 

@@ -11,7 +11,7 @@ from holdfast.rotation.steps import rotation_run as watching
 from holdfast.rotation.steps.rotation_run import LoopSettings, RotationLoop
 from holdfast.rotation.steps.verdicts import Admission, Judged
 from runs import steps
-from runs.collected_pool import IMMUNISE, terms
+from runs.collected_pool import terms
 
 
 def turner(of, *triggers, keep=2, **more):
@@ -49,19 +49,26 @@ def strict(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
-def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):
-    one = turner(pool, immunise=IMMUNISE)
-    one.begin()
+def test_the_first_admitted_set_serves_before_the_others_are_trained(pool, monkeypatch):
+    one, draw, drawn = turner(pool, by="retraining"), watching.draw, []
+
+    def recorded(request, **given):
+        drawn.append((pool.serving is not None, request.sets))
+        return draw(request, **given)
+
+    monkeypatch.setattr(watching, "draw", recorded)
+    one.fill()
+    assert drawn == [(False, 1), (True, 2)]
     assert pool.serving.epoch == 1 and len(pool.ahead) == 2
     before = pool.ledger.entries
-    one.begin()
+    one.fill()
     assert pool.ledger.entries == before, "and does nothing where that is so already"
 
 
 @pytest.mark.usefixtures("generous")
 def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
     one = turner(pool, AnswersPerPrincipal(50))
-    one.begin()
+    one.fill()
     assert one.check() and pool.serving.epoch == 1
     pool.answered(1, {"alice": 49, "bob": 30})
     assert one.check() and pool.serving.epoch == 1
@@ -77,7 +84,7 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatch):
-    turner(pool).begin()
+    turner(pool).fill()
     one, draw, admit, served = turner(pool, keep=4), watching.draw, watching.admit, []
 
     def drawn(*given, **more):
@@ -102,7 +109,7 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatc
 @pytest.mark.usefixtures("generous")
 def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):
     one = turner(pool, Elapsed(3600))
-    one.begin()
+    one.fill()
     assert one.check() and pool.serving.epoch == 1
 
     class Later(datetime):
@@ -125,7 +132,7 @@ def begun(pool, monkeypatch, strict):
         (drawn,) = steps.draw(pool, terms(), 1).names
         pool.admit(drawn, name)
     one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
-    one.begin()
+    one.fill()
     one.notify = said.append
     return one, said
 
@@ -169,8 +176,10 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
         return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())
 
     monkeypatch.setattr(watching, "admit", admit)
-    with pytest.raises(Inconclusive, match="no set serves, and 1 admitted sets are waiting"):
-        turner(pool, keep=2).begin()
+    with pytest.raises(
+        Inconclusive, match="remains the serving set, in epoch 1, and 0 admitted sets are waiting"
+    ):
+        turner(pool, keep=2).fill()
     assert pool.serving.epoch == 1
 
 
@@ -178,7 +187,7 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
 @pytest.mark.usefixtures("generous")
 def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
     one = turner(pool, AnswersPerPrincipal(5), keep=1)
-    one.begin()
+    one.fill()
     base = next(member.name for member in pool.ledger.members if member.role == "base")
     pool.expose(base, "laptop stolen")
     pool.answered(1, {"alice": 5})
@@ -193,7 +202,7 @@ def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
 @pytest.mark.usefixtures("generous")
 def test_it_waits_where_another_process_draws(pool):
     one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
-    one.begin()
+    one.fill()
     one.notify = said.append
     pool.answered(1, {"alice": 5})
     with pool.alone_at("draw"):
@@ -207,7 +216,7 @@ def test_it_waits_where_another_process_draws(pool):
 def test_five_refusals_in_a_row_end_it(pool):
     one = turner(pool, Elapsed(3600), keep=2, by="generator")
     with pytest.raises(Inconclusive, match="6 sets of the generator were refused in a row.*no set serves"):
-        one.begin()
+        one.fill()
     assert pool.serving is None
     assert sum(member.why == "it falls" for member in pool.ledger.members) == 6
 
@@ -218,9 +227,9 @@ def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitte
     said = []
     one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=3), notify=said.append)
     with pytest.raises(Inconclusive):
-        one.begin()
+        one.fill()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
-    assert [bool(member.bases) for member in drawn] == [True] * 3 + [False] * 6
+    assert [bool(member.bases) for member in drawn] == [True] * 4 + [False] * 5
     assert sum("from now on sets are trained from fresh weights" in text for text in said) == 1
 
 
@@ -229,12 +238,12 @@ def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitte
 def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admitted(pool):
     said = []
     with pytest.raises(Inconclusive):
-        turner(pool, Elapsed(3600), keep=5, by="generator").begin()
+        turner(pool, Elapsed(3600), keep=5, by="generator").fill()
     one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=5), notify=said.append)
     with pytest.raises(Inconclusive):
-        one.begin()
+        one.fill()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
-    assert [bool(member.bases) for member in drawn] == [True] * 5 + [False] * 5
+    assert [bool(member.bases) for member in drawn] == [True] * 6 + [False] * 5
     assert (
         said[0]
         == "note: the last 5 generated sets were refused; from now on sets are trained from fresh weights"
@@ -247,17 +256,17 @@ def test_a_schedule_faster_than_generation_is_refused(pool):
     with pytest.raises(
         UsageError, match="a swap is due every 1e-06 s, but it takes .* to produce an admitted set"
     ):
-        replace_every(turner(pool), Elapsed(1e-6)).begin()
+        replace_every(turner(pool), Elapsed(1e-6)).fill()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_ends(pool):
     one, said = turner(pool), []
-    one.begin()
+    one.fill()
     one = replace_every(one, Elapsed(1e-6))
     one.notify = said.append
-    one.begin()
+    one.fill()
     assert pool.serving.epoch > 1
     assert sum("a swap is due every 1e-06 s" in text for text in said) == 1
     before = pool.serving.epoch
@@ -269,7 +278,7 @@ def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_end
 @pytest.mark.usefixtures("generous")
 def test_it_says_that_nothing_serves_any_more(pool):
     one, said = turner(pool), []
-    one.begin()
+    one.fill()
     pool.retire(pool.serving.name, "by hand")
     one.notify = said.append
     assert not one.check() and "no set serves" in said[-1]

@@ -34,8 +34,8 @@ def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str)
         voice.say(f"note: {swapping.UNJUDGED}")
     if swapped.waiting < _AHEAD:
         voice.say(
-            f"note: {swapped.waiting} admitted sets wait, fewer than the recommended {_AHEAD}; draw and admit more "
-            "before the next swap"
+            f"note: number of admitted sets that wait: {swapped.waiting}, and at least {_AHEAD} are recommended; draw "
+            "and admit more before the next swap"
         )
     return 0
 

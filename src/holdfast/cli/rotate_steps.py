@@ -12,6 +12,7 @@ from holdfast.cli.options import Voice
 from holdfast.cli.running import command_line, folder_of_run, progress_bar
 from holdfast.core.names import line
 from holdfast.reports.terminal import cell
+from holdfast.reports.words import amount
 from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
@@ -75,9 +76,9 @@ def draw(
             expect_head=expect_head
         )  # fmt: skip
         drawn = drawing.draw(request, again=again, notify=voice.say)
-    immunised = f", immunised against {len(drawn.against)} sets" if drawn.against else ""
+    immunised = f", immunised against {amount(len(drawn.against), 'sets')}" if drawn.against else ""
     how = "sampled from the generator" if drawn.by == "generator" else "trained from fresh random weights"
-    click.echo(f"{len(drawn.names)} candidates {how}, selected from {drawn.looked_at}{immunised}")
+    click.echo(f"{amount(len(drawn.names), 'candidates')} {how}, selected from {drawn.looked_at}{immunised}")
     voice.say(f"a candidate must be admitted before it may serve: holdfast rotate admit {shlex.quote(pool)}")
     return 0
 

@@ -446,7 +446,7 @@ class RotateOptions(SettingGroup):
     )
     budget: Annotated[values.Budget | None, Flag("T")] = Field(
         default=None,
-        description="Time for all trainings together, as in 20min (default: the epochs of the recipe).",
+        description="Time for all trainings of the collection, as in 20min (default: the epochs of the recipe).",
     )
     source: Annotated[values.SourceSpec, Flag("S", completion="SOURCE")] = Field(
         default_factory=lambda: {"use": "basins"},

@@ -80,6 +80,8 @@ class AdmitRequest:
     n_judged: int = FIRST
     """number of held-out examples on which each set is judged first"""
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
+    until_admitted: bool = False
+    """whether the call ends as soon as one candidate is admitted"""
 
 
 def admit(
@@ -121,6 +123,8 @@ def admit(
             judged.append(verdict)
             refused_in_a_row = 0 if verdict.verdict == "admitted" else refused_in_a_row + 1
             notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
+            if request.until_admitted and verdict.verdict == "admitted":
+                break
         return Admission(tuple(judged), admitting.waiting)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,20 @@ class CollectRequest:
 
     def expected_time(self) -> str:
         """Return how long the trainings of a new collection take, as text: the budget, or a measured time."""
-        common, trainings = self.common, f"for {n_trained(self.common)} trainings"
+        n, seconds = n_trained(self.common), duration(n_trained(self.common) * self.seconds_for_each)
         if self.budget_s is not None:
-            return f"{duration(self.budget_s)} {trainings}, which the budget limits"
+            return f"{seconds} for {n} trainings, which the budget limits"
+        return f"about {seconds} for {n} trainings of {self.common.training.epochs} epochs"
+
+    @cached_property
+    def seconds_for_each(self) -> float:
+        """Seconds of one training: an equal share of the budget, or a measured time."""
+        common = self.common
+        if self.budget_s is not None:
+            return self.budget_s / n_trained(common)
         with common.enough_threads():
             measured = pace(common.candidate.recipe, common.model, common.train, common.threat, _TIMED_S)
-        seconds = n_trained(common) * common.training.epochs * measured.epoch
-        return f"about {duration(seconds)} {trainings} of {common.training.epochs} epochs"
+        return common.training.epochs * measured.epoch
 
 
 @dataclass(frozen=True)

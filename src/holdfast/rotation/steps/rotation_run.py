@@ -27,6 +27,7 @@ from holdfast.rotation.steps.swap import UNJUDGED, swap
 from holdfast.rotation.steps.train import TrainRequest, train
 from holdfast.rotation.steps.verdicts import IN_A_ROW, Admission
 from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
+from holdfast.runs.assess.expected_time import duration
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.engine.signals import Stopper, stoppable
@@ -100,14 +101,20 @@ class RunRequest:
             raise UsageError("; ".join(texts), Remedy("anyway", True, reason="to start nevertheless"))
 
     def expected_time(self) -> str:
-        """Return how long the trainings and the first admissions of a new collection take, as text."""
+        """Return how long each step of a new rotation takes, as text."""
         common, sets = self.collection.common, self.loop.keep + 1
-        runs = common.source.runs
+        runs, retraining = common.source.runs, self.loop.by == "retraining"
         sizes = first_sizes(self.loop.n_judged)
-        judging = admission_time(common, sizes, sets, runs, 0 if self.loop.by == "retraining" else runs)
+        judging = admission_time(common, sizes, sets, runs, 0 if retraining else runs)
+        production = "a time that is not known in advance for the training of a generator"
+        if retraining:
+            production = (
+                f"about {duration(sets * self.collection.seconds_for_each)} for training {sets} new sets"
+            )
+        immunising = "" if self.loop.immunise is None else " and for immunising them"
         return (
-            f"{self.collection.expected_time()}, and {judging} for judging {sets} sets, which the budget does not "
-            "cover; more if sets are refused"
+            f"{self.collection.expected_time()}; then, not limited by the budget, {production}{immunising}, and "
+            f"{judging} for judging {sets} sets, more if sets are refused. The first admitted set serves at once"
         )
 
 
@@ -143,7 +150,7 @@ def run(
         pool = collected.pool
         settings = replace(request.loop, by=_train_if_needed(request, collected, again, notify))
         loop = RotationLoop(pool, request.collection.common, settings, again, stopper, notify, progress)
-        loop.begin()
+        loop.fill()
         notify(f"pool: {pool.path}")
         if not request.once:
             now = pool.serving
@@ -189,20 +196,10 @@ class RotationLoop:
     progress: Progress = silent
     _by: By | None = None
 
-    def begin(self) -> None:
-        """Produce and admit parameter sets until one of them serves and enough admitted sets wait.
-
-        Raises `Inconclusive` if too few sets are admitted; if at least one was admitted, it serves nevertheless.
-        """
-        try:
-            self.fill()
-        except Inconclusive:
-            if self.pool.serving is None and len(self.pool.ahead) > len(self.pool.unjudged):
-                self._swap(None, "the first")
-            raise
-        if self.pool.serving is None:
+    def _serve_first(self) -> None:
+        """Let an admitted set serve if no set serves yet."""
+        if self.pool.serving is None and len(self.pool.ahead) > len(self.pool.unjudged):
             self._swap(None, "the first")
-            self.fill()
 
     def watch(self, *, checks: int | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
         """Check repeatedly whether a swap is due, `checks` times or, if it is None, without an end."""
@@ -234,7 +231,8 @@ class RotationLoop:
         return True
 
     def fill(self) -> None:
-        """Produce and admit parameter sets until enough sets wait that were tested against all stolen sets.
+        """Produce and admit parameter sets until enough sets wait that were tested against all stolen sets. If no set
+        serves, the first one that is admitted serves at once.
 
         If the sets of the generator are refused, sets are trained from fresh random weights; after five refusals of
         such sets in a row, `Inconclusive` is raised. Because this may take long, triggers are evaluated between the
@@ -242,19 +240,23 @@ class RotationLoop:
         replaced in the next call.
         """
         begin, n_before, refused, settings = time.perf_counter(), self._admitted, 0, self.settings
+        never_served = not self.pool.ledger.terms
+        self._serve_first()
         self.swap_if_due()
-        goal = n_before + max(settings.keep - len(self.pool.ahead), 0)
+        goal = n_before + max(settings.keep + (self.pool.serving is None) - len(self.pool.ahead), 0)
         while (missing := goal - self._admitted) > 0 or self.pool.unjudged:
             if not (self.pool.candidates or self.pool.unjudged):
                 self._draw(missing)
                 self.swap_if_due()
             last = {name for name in self.pool.candidates if self._last_resort(name)}
             request = AdmitRequest(
-                self.pool, self.common, settings.claims, settings.accepted, settings.n_judged
-            )
+                self.pool, self.common, settings.claims, settings.accepted, settings.n_judged,
+                until_admitted=self.pool.serving is None,
+            )  # fmt: skip
             admission = admit(
                 request, again=self.again, notify=self.notify, progress=self.progress, is_step=True
             )
+            self._serve_first()
             self.swap_if_due()
             judged_last_resort = [judged for judged in admission.judged if judged.name in last]
             refused = 0 if admission.admitted else refused + len(judged_last_resort)
@@ -270,7 +272,7 @@ class RotationLoop:
                 self._retrain("the generated sets were not admitted")
         n_admitted = self._admitted - n_before
         if n_admitted > 0:
-            self._refuse_faster((time.perf_counter() - begin) / n_admitted)
+            self._refuse_faster((time.perf_counter() - begin) / n_admitted, strictly=never_served)
 
     @property
     def _admitted(self) -> int:
@@ -295,31 +297,36 @@ class RotationLoop:
             f"{serves}, and {len(self.pool.ahead)} admitted sets are waiting; {admission.remedy}"
         )
 
-    def _refuse_faster(self, produced_in_s: float) -> None:
-        """Raise `UsageError` if the triggers would empty the pool and nothing has served yet; later only warn."""
+    def _refuse_faster(self, produced_in_s: float, *, strictly: bool) -> None:
+        """Raise `UsageError` if the triggers would empty the pool; unless `strictly`, only warn."""
         try:
             refuse_faster(self.settings.triggers, produced_in_s)
         except UsageError as error:
-            if not self.pool.ledger.terms:
+            if strictly:
                 raise
             self.notify(f"note: {error.on_command_line()}")
 
     # --- new sets
 
     def _draw(self, missing: int) -> None:
-        """Produce candidates; train them from fresh weights if no generated set is usable, unless `by` is set."""
+        """Produce candidates; train them from fresh weights if no generated set is usable, unless `by` is set.
+
+        While no set serves, only one is trained from fresh weights, so that it can serve before the others are trained.
+        """
         if self.settings.by is None and self._by is None and self._refused_of_generator():
             self._retrain(f"the last {IN_A_ROW} generated sets were refused")
-        request = DrawRequest(
-            self.pool, self.common, missing, self.settings.by or self._by, self.settings.immunise
-        )
+        by = self.settings.by or self._by
+        generated = by != "retraining" and trained_generator(self.pool) is not None
+        sets = missing if generated or self.pool.serving is not None else 1
+        request = DrawRequest(self.pool, self.common, sets, by, self.settings.immunise)
         try:
             draw(request, again=self.again, notify=self.notify)
         except Inconclusive as error:
             if request.by is not None:
                 raise
             self._retrain(error.message)
-            draw(replace(request, by="retraining"), again=self.again, notify=self.notify)
+            sets = missing if self.pool.serving is not None else 1
+            draw(replace(request, by="retraining", sets=sets), again=self.again, notify=self.notify)
 
     def _refused_of_generator(self) -> bool:
         """Whether the last five generated sets were judged and refused."""
