@@ -506,7 +506,7 @@ def objecting(monkeypatch):
             accepted_doubts=found.accepted_doubts,
         )
 
-    monkeypatch.setattr(hardening, "attempts", lambda *rest: (plan, 0.0))
+    monkeypatch.setattr(hardening, "attempts", lambda *rest, **more: (plan, 0.0))
     monkeypatch.setattr(hardening, "assess", objecting)
     return doubted, looked_at
 
@@ -603,7 +603,7 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert chosen["fitting_epochs"] == {"Standard": 4.8, "SingleStep": 1.6, "PGDTraining": 0.6}
     (chosen, *_), spent_s = planned(60.0, look_s=2.0)
     assert (chosen["epoch_s"], chosen["evaluation_s"], chosen["held_out"]) == (3.0 + 2.0, 2.0, 64)
-    assert spent_s == 2.0 * (8 + 64) / 64  # one for all recipes, timed on a few examples first
+    assert spent_s == 2.0 * (2 + 8 + 8 + 64) / 64  # one for all recipes, timed on a few examples first
     (chosen, *_), _ = planned(60.0, look_s=12.0)
     assert (chosen["evaluation_s"], chosen["held_out"]) == (
         3.0,
@@ -612,14 +612,28 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     timed.clear()
     with pytest.raises(
         UsageError,
-        match=r"one update takes about 0\.1 s .*, and measuring these times took 0 s; .*budget='1s'",
+        match=r"one update takes about 0\.1 s .*, and measuring these times took 0 s; .*budget='2s'",
     ):
         tried(0.05)
     assert timed == ["Standard"]  # what is stronger takes longer
     late = 2.0
     assert tried(90.0) == [("SingleStep", 27.1), ("PGDTraining", 10.1)]  # six seconds are spent on timing
     late = 10.0
-    assert tried(90.0) == [("Standard", 77.6)]  # more than a tenth, after which nothing else is timed
+    (chosen, *_), spent_s = planned(90.0)
+    assert (chosen["recipe"], spent_s) == (
+        "SingleStep",
+        30.0,
+    )  # more than a tenth, but each could have been chosen
+    assert "the strongest recipe whose smallest number of epochs fits" in chosen["reason"]
+    timed.clear()
+    ladder = ladder[:1] + tuple(replace(one, least=100) for one in ladder[1:])
+    assert tried(90.0) == [("Standard", 77.6)] and timed == ["Standard"]  # no other can reach its epochs
+    ladder = tuple(replace(one, least=100) for one in ladder)
+    (chosen,), _ = planned(90.0)
+    assert chosen["reason"].startswith(
+        "no recipe reaches its smallest number of epochs within the budget, and this is the fastest: 77.6 epochs fit "
+        "and 100 are needed; SingleStep, which is slower, needs 100"
+    )
 
 
 @pytest.mark.slow
@@ -838,7 +852,7 @@ def test_threats_that_no_recipe_is_for_are_refused():
 def test_a_folder_that_is_used_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
     (tmp_path / "r").mkdir()
     (tmp_path / "r/notes.txt").write_text("mine")
-    monkeypatch.setattr(hardening, "attempts", lambda *rest: pytest.fail("it was timed"))
+    monkeypatch.setattr(hardening, "attempts", lambda *rest, **more: pytest.fail("it was timed"))
     with pytest.raises(UsageError, match="is not a run folder"):
         harden(trainable(), training(), fakes.data(), wish(budget_s=60.0), run=tmp_path / "r")
 
