@@ -134,6 +134,7 @@ class Training:
 
 
 _DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # a similar share of a weight at the usual rates and momentum
+_CHECKS = 5  # checks of a guard within a budget, at least: the updates before a failed check are lost
 _ENDS = "ends"  # state of swa: the number of epochs in the average
 
 
@@ -257,6 +258,8 @@ class _Loop:
             batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
         ]
         every = per_epoch if guard is None else guard.every
+        if plans.paced:
+            every = min(every, max(plans.end // _CHECKS, 1))
         losses, right, step = [], torch.zeros((), device=rows.device), 0
         while step < per_epoch and (step == 0 or not plans.ended()):
             snapshot = {} if guard is None else self._snapshot()

@@ -8,7 +8,7 @@ from holdfast.io.data.selection import selected
 from holdfast.runs.assess.expected_time import StageTimes, duration
 from holdfast.runs.assess.request import HardenRequest
 
-_LEAST = 100  # smallest number of test examples to which a limit reduces them
+_LEAST = 50  # smallest number of test examples to which a limit reduces them
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AssessmentTimes:
 
     def fitting(self, n: int, limit_s: float | None) -> int:
         """Return the largest number of test examples, at most `n`, whose assessments are expected to take at most
-        `limit_s` seconds. It is at least 100, if there are so many.
+        `limit_s` seconds. It is at least 50, if there are so many.
         """
         if limit_s is None or n <= _LEAST:
             return n

@@ -18,13 +18,14 @@ from holdfast.runs.harden.pace import (
     Pace,
     below_an_epoch,
     epochs_fitting,
+    import_optimisers,
     pace,
     too_small,
 )
 
-_TIMED_EXAMPLES = (8, 8, 64)
-"""Held-out examples on which an evaluation is timed: twice on a few, since a machine may be busy for a moment, and on
-more if they fit into its share of the budget."""
+_TIMED_EXAMPLES = (8, 8, 16, 32, 64)
+"""Held-out examples on which evaluations are timed: twice on a few, since a machine may be busy for a moment, and on
+more as far as an evaluation takes at most half of its share of the budget."""
 _UNTIMED_EXAMPLES = 2  # held-out examples in the evaluation before
 _EVALUATION_SHARE = 0.05  # largest share of the budget for an evaluation
 _PLANNING = (
@@ -111,6 +112,7 @@ def attempts(
             for candidate in candidates
         ]
         return requested, 0.0
+    import_optimisers()
     started = clock()
     paces = list(_paces(candidates, budget_s, model, data, threat, evaluation, clock))
     # Broadcast, because all processes of a distributed training must choose the same recipes.
@@ -199,19 +201,16 @@ def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> 
     it selects kernels.
     """
     evaluation.at(min(_UNTIMED_EXAMPLES, evaluation.examples))
-    seconds_per_example = math.inf
+    seconds_per_example, share_s = math.inf, _EVALUATION_SHARE * budget_s
     for n_examples in (min(n_examples, evaluation.examples) for n_examples in _TIMED_EXAMPLES):
-        if (
-            n_examples > _TIMED_EXAMPLES[0]
-            and n_examples * seconds_per_example > _EVALUATION_SHARE * budget_s
-        ):
+        if n_examples > _TIMED_EXAMPLES[0] and n_examples * seconds_per_example > share_s / 2:
             break
         start = clock()
         evaluation.at(n_examples)
         seconds_per_example = min(seconds_per_example, broadcast(clock() - start) / n_examples)
     n = min(
         evaluation.examples,
-        max(int(_EVALUATION_SHARE * budget_s / max(seconds_per_example, 1e-9)), _TIMED_EXAMPLES[0]),
+        max(int(share_s / max(seconds_per_example, 1e-9)), _TIMED_EXAMPLES[0]),
     )
     return n * seconds_per_example, n
 

@@ -262,6 +262,13 @@ def _planned_s(budget_s: float, look_s: float) -> float:
     return _USED * budget_s - _EVALUATION_SPARE * look_s
 
 
+def import_optimisers() -> None:
+    """Import the parts of torch that the first optimiser of a process imports. It takes seconds, and on a busy machine
+    much longer, which is part of the start of the process and not of a budget.
+    """
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+
+
 class Pacer:
     """Plans how many updates of a training fit into a time budget, and repeats the plan during the training.
 
