@@ -593,7 +593,7 @@ def test_assessments_use_fewer_examples_where_they_would_take_longer_than_they_m
         trainable(), training(), fakes.data(), wish(assess_budget_s=1e-6), run=run, notify=heard.append
     )
     assert len(found.before.evidence) == len(found.after.evidence) == 10
-    assert torch.equal(found.before.evidence.ids, found.after.evidence.ids)
+    assert torch.equal(found.before.evidence["id"], found.after.evidence["id"])
     assert "on 10 of 40 test examples" in heard[0]
     few, sample = found.notes[-2:]
     assert few.startswith("only 60 held-out examples choose the checkpoint")
@@ -643,9 +643,7 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert chosen["fitting_epochs"] == {"Standard": 4.8, "SingleStep": 1.6, "PGDTraining": 0.6}
     (chosen, *_), spent_s = planned(60.0, look_s=2.0)
     assert (chosen["epoch_s"], chosen["evaluation_s"], chosen["held_out"]) == (3.0 + 2.0, 2.0, 64)
-    assert (
-        spent_s == 2.0 * (2 + 8 + 8 + 16 + 32 + 64) / 64
-    )  # one for all recipes, timed on a few examples first
+    assert spent_s == 2.0 * (2 + 8 + 8 + 16 + 32) / 64  # one for all recipes, timed on a few examples first
     (chosen, *_), _ = planned(60.0, look_s=12.0)
     assert (chosen["evaluation_s"], chosen["held_out"]) == (
         3.0,

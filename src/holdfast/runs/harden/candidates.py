@@ -114,7 +114,7 @@ def attempts(
         return requested, 0.0
     import_optimisers()
     started = clock()
-    paces = list(_paces(candidates, budget_s, model, data, threat, evaluation, clock))
+    paces = list(_paces(candidates, budget_s, model, data, threat, evaluation, clock, anyway=anyway))
     # Broadcast, because all processes of a distributed training must choose the same recipes.
     spent_s = broadcast(clock() - started)
     planned = [
@@ -170,6 +170,8 @@ def _paces(
     threat: ThreatModel,
     evaluation: Evaluation,
     clock: Clock,
+    *,
+    anyway: bool,
 ) -> Iterator[Pace]:
     """Yield the timing of each candidate that could fit. Each candidate is slower than the one before.
 
@@ -181,7 +183,8 @@ def _paces(
     for k, candidate in enumerate(candidates):
         measured = pace(candidate.recipe, model, data, threat, budget_s, clock)
         per_epoch = candidate.per_epoch(len(data))
-        if epochs_fitting(budget_s, measured, per_epoch):
+        epochs = epochs_fitting(budget_s, measured, per_epoch)
+        if epochs >= 1 or (epochs and anyway):
             if evaluation_time is None:
                 evaluation_time = _timed_evaluation(evaluation, budget_s, clock)
             look_s, n_held_out = evaluation_time

@@ -34,9 +34,12 @@ _TRIED, _TRIED_MOST = (
 _TRIED_S = 1.0  # seconds in which a busy machine is measured as on average
 _MARGINAL = 0.25  # smallest time of an update, relative to that of one with its share of the fixed costs
 _NEGLIGIBLE_LR = 1e-9  # a learning rate so small that the loss cannot diverge
-_TRIALS = 3  # trials of a single slow update, since a busy machine may be slow for a moment
+_TRIALS = (
+    3  # smallest number of trials of a single slow update, since a busy machine may be slow for a moment
+)
 _AGAIN = 0.05  # largest share of the budget for all these trials; later plans correct a slow measurement
 _RETIMED = 0.4  # share of the budget above which a first update is timed once more
+_HOPELESS = 4.0  # budgets that an epoch of such updates takes, above which it is not, since no epoch can fit
 _SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
 _USED = 0.97  # share of the budget that is planned if plans are repeated during the training
 _EVALUATION_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
@@ -133,7 +136,7 @@ def _paced(
 
     An update on a few examples is not timed: it imports parts of torch, which takes seconds, and selects kernels. The
     labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
-    model, and no guard adds a step. If an update is slow, a single one is timed and includes the fixed costs.
+    model, and no guard adds a step. If an update is slow, single ones are timed and include the fixed costs.
     """
     settings = recipe.training
     short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size)
@@ -150,11 +153,12 @@ def _paced(
     trial(min(_WARM * processes(), size))
     update_trial = trial(size)  # allocates memory, so it is slower than the next ones
     spent_s = update_trial.seconds
-    if settings.compiled or spent_s <= _AGAIN * budget_s or spent_s > _RETIMED * budget_s:
+    is_long = spent_s > _RETIMED * budget_s and n_updates * spent_s <= _HOPELESS * budget_s
+    if settings.compiled or spent_s <= _AGAIN * budget_s or is_long:
         update_trial = trial(size)
         spent_s += update_trial.seconds
     if not settings.compiled and updates(least_examples, size) * update_trial.seconds > _trial_s(budget_s):
-        update_trial = _quickest(update_trial, lambda: trial(size), spent_s, budget_s)
+        update_trial = _typical(update_trial, lambda: trial(size), spent_s, budget_s)
         kept_s = _saving_s(update_trial.last, update_trial.examples, len(data), clock)
         return Pace(update_trial.seconds, update_trial.seconds * n_updates + kept_s)
     short = trial(least_examples)
@@ -174,14 +178,15 @@ def _trial_s(budget_s: float) -> float:
     return max(_TRIED * budget_s, min(_TRIED_S, _TRIED_MOST * budget_s))
 
 
-def _quickest(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
-    """The fastest of several trials: the first one, and repetitions as far as the budget allows."""
-    for _ in range(_TRIALS - 1):
-        if spent_s + trial.seconds > _AGAIN * budget_s:
+def _typical(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
+    """The median of several trials: the first one, and repetitions as far as the budget allows."""
+    trials, total_s = [trial], trial.seconds
+    while len(trials) < _TRIALS or total_s < _trial_s(budget_s):
+        if spent_s + trials[-1].seconds > _AGAIN * budget_s:
             break
-        trial = min(trial, repeat(), key=lambda candidate: candidate.seconds)
-        spent_s += trial.seconds
-    return trial
+        trials.append(repeat())
+        spent_s, total_s = spent_s + trials[-1].seconds, total_s + trials[-1].seconds
+    return sorted(trials, key=lambda each: each.seconds)[(len(trials) - 1) // 2]
 
 
 def with_predicted_labels(model: Classifier, data: Batch) -> Batch:
