@@ -55,6 +55,7 @@ ROWS = {
     "rotation-cifar": "rotation_cifar",
     "harden-cost": "harden_cost",
     "harden-budget": "harden_budget",
+    "harden-loop": "harden_loop",
     "recipes": "recipes",
     "regularisers": "regularisers",
     "ladder": "ladder",

@@ -74,7 +74,7 @@ from holdfast.reports.across import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.children import unshared
-from holdfast.runs.harden.pace import Pace, too_small
+from holdfast.runs.harden.pace import Pace, below_an_epoch, too_small
 from holdfast.runs.harness import Plan
 from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.target import prepared
@@ -1250,6 +1250,15 @@ situation(
     "budget of one update",
     lambda budget: None if budget != "0.1s" else raised(too_small(0.1, Pace(1.0, 1.0), 1, 0.1)),
     budget="0.1s",
+)
+situation(
+    "budget of one epoch",
+    lambda budget, *, anyway=False: (
+        raised(below_an_epoch("pgd", 9.0, 0.5, Pace(1.0, 10.0), 10, 0.1))
+        if budget == "9s" and not anyway
+        else None
+    ),
+    budget="9s",
 )
 
 # more of the data and the models

@@ -61,8 +61,12 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path_and_a_finished_run_is
     assert run(words) == 2
     assert "contains a run already" in capsys.readouterr().err
     assert run([*words, "--resume"]) == 0
-    expected_time, _, others = said.err.partition("\n")
-    assert expected_time.startswith("expected total time: ") and capsys.readouterr().err == others
+    expected_time, *others = said.err.splitlines()
+    epochs = [line for line in others if line.startswith("training pgd, epoch ")]
+    assert expected_time.startswith("expected total time: the training, about ")
+    assert [line.split(":")[0] for line in epochs] == [f"training pgd, epoch {n} of 2" for n in (1, 2)]
+    assert "of 200 held-out examples, about" in epochs[0]
+    assert capsys.readouterr().err.splitlines() == [line for line in others if line not in epochs]
     assert sorted(path.name for path in Path("hardened").iterdir()) == [
         "card.json",
         "card.md",

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+from holdfast.cli import running
 from holdfast.cli.options import Voice
 from holdfast.cli.running import progress_bar
-from holdfast.runs.engine.progress import Step
+from holdfast.runs.engine.progress import EpochMeasures, Step
 from waiting import until
 
 
@@ -54,3 +55,21 @@ def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: 
         until(stands)  # the bar is drawn anew ten times a second
         progress(Step("run 1", 1, 12, 2, 2, 0, 0))
         until(lambda: not stands())
+
+
+def test_lines_of_a_hardening_are_written_for_each_epoch_and_repeated_where_nothing_happens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(running, "_REPEATED_S", 0.02)
+    said = []
+
+    def repeated() -> bool:
+        said.append(capsys.readouterr().err)
+        return said[-1].count("; last finished: stage 1/3: clean, 0 of 9") > 1
+
+    with running.progress_bar(Voice(), piped=running._timed_lines) as progress:
+        progress(Step("clean", 1, 3, 0, 9, 0, 0))
+        until(repeated)
+        progress(Step("training pgd", 2, 3, 1, 2, 3, 9, EpochMeasures(1, 2, 0.5, 1 / 3, 1.0, 9, 30.0)))
+    expected = "epoch 1 of 2: loss 0.5, robust 33.3 % and clean 100.0 % of 9 held-out examples, about 30 s"
+    assert f"training pgd, {expected} left\n" in capsys.readouterr().err

@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, UsageError
+from holdfast.core.threat import ThreatModel
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.overfitting import MOST_RAISED, RAISED, OverfittingGuard
-from holdfast.runs.harden import attempt_training
-from holdfast.runs.harden.candidates import announced
+from holdfast.runs.harden import attempt_training, candidates
+from holdfast.runs.harden.candidates import Evaluation
 from holdfast.runs.harden.checkpoints import LAST, saved
 from holdfast.runs.harden.harden import harden
-from holdfast.runs.harden.pace import Pace, epochs_fitting, seconds_for_an_epoch
+from holdfast.runs.harden.pace import Pacer, pace
+from holdfast.settings.grammar import seconds
 from holdfast.testing.recipes import same
 from runs import fakes
 from runs.test_hardening import training, wish
@@ -51,12 +54,12 @@ class Timed(torch.nn.Sequential):
         return super().forward(x)
 
 
-def hardened(cost, recipe, n=600, budget_s=BUDGET_S, kind=Timed, **more):
+def hardened(cost, recipe, n=600, budget_s=BUDGET_S, kind=Timed, *, anyway=False, **more):
     class Network(kind):
         clock = Clock(cost)
 
     subject = fakes.subject(Network(*fakes.network(1)).requires_grad_())
-    asked = wish(recipe, budget_s=budget_s, assessment=JUDGE)
+    asked = wish(recipe, budget_s=budget_s, assessment=JUDGE, anyway=anyway)
     return harden(subject, training(n=n), fakes.data(), asked, clock=Network.clock, **more)
 
 
@@ -89,7 +92,8 @@ MACHINES = {
 @pytest.mark.parametrize("machine", MACHINES)
 def test_training_and_planning_use_the_budget(machine):
     cost, how, budget_s = MACHINES[machine]
-    found = hardened(cost, PGDTraining(steps=2, training=replace(HOW, **how)), budget_s=budget_s)
+    recipe = PGDTraining(steps=2, training=replace(HOW, **how))
+    found = hardened(cost, recipe, budget_s=budget_s, anyway=machine == "an epoch longer than the budget")
     assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
     assert found.card["ended_by"] == "budget"
     assert found.curve[-1].share > 0.95 and found.curve[-1].lr < 0.2 * HOW.lr
@@ -196,17 +200,53 @@ def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch
     assert next(plans, None) is None
 
 
-def test_a_budget_for_less_than_an_epoch_is_announced_with_one_that_suffices():
-    attempt = {"recipe": "pgd", "reason": "requested", "epochs": 0.25, "epoch_s": 8.0}
-    assert "does not suffice for one epoch; about 17 s would" in announced(attempt, 10.0)
-    assert "suffice" not in announced({**attempt, "epochs": 1.0}, 10.0)
+def test_a_budget_below_an_epoch_is_refused_with_one_that_suffices_unless_it_is_wanted_anyway():
+    recipe = PGDTraining(steps=2, training=replace(HOW, batch=4))
+
+    def needed(budget_s):
+        with pytest.raises(
+            UsageError, match=r"is too small for one epoch of PGDTraining: .* of the 135"
+        ) as caught:
+            hardened(lambda calls, now: 400, recipe, budget_s=budget_s)
+        budget, anyway = caught.value.remedies
+        assert (anyway.argument, anyway.value) == ("anyway", True)
+        return seconds(str(budget.value), "budget")
+
+    enough_s = needed(LONG_S)
+    assert hardened(lambda calls, now: 400, recipe, budget_s=enough_s).card["epochs"] >= 1
+    found = hardened(lambda calls, now: 400, recipe, budget_s=LONG_S, anyway=True)
+    assert 0 < found.card["epochs"] < 1
 
 
-@pytest.mark.parametrize("fitting", [0.1, 0.9])
-def test_the_announced_budget_suffices_for_an_epoch(fitting):
-    timed = Pace(update=0.5, epoch=11.0)
-    budget = 100.0
-    while epochs_fitting(budget, timed, 20) > fitting:
-        budget -= 0.5
-    enough = seconds_for_an_epoch(budget, epochs_fitting(budget, timed, 20), timed.epoch)
-    assert budget < enough and epochs_fitting(enough, timed, 20) >= 1
+def test_a_first_update_and_a_first_evaluation_that_are_slow_are_not_part_of_the_plan():
+    """As where constructing the optimiser imports a part of torch, which takes longer than any update."""
+
+    def paced(calls_that_import):
+        class Network(Timed):
+            clock = Clock(lambda calls, now: 1 << 20 if calls <= calls_that_import else 30)
+
+        model = fakes.subject(Network(*fakes.network(1)).requires_grad_()).model
+        recipe = PGDTraining(steps=2, training=HOW)
+        return pace(recipe, model, training(), ThreatModel(Linf(0.06)), LONG_S, Network.clock)
+
+    assert paced(3) == paced(0)
+    now = [0.0]
+
+    def look(n):
+        now[0] += 0.001 * n if now[0] else 17.0
+
+    timed = candidates._timed_evaluation(Evaluation(129, look), 60.0, lambda: now[0])
+    assert timed == (pytest.approx(0.129), 129)
+
+
+def test_plans_are_made_again_soon_where_the_pace_changes_by_more_than_a_factor_of_two():
+    now = [0.0]
+    pacer = Pacer(100.0, 10.0, 0.0, 0.0, lambda: now[0])
+    plan = pacer(0, 0, 100, None)
+    for done, seconds_of_each in ((1, 0.1), (3, 0.1), (7, 0.1), (11, 0.5)):
+        now[0] += seconds_of_each * (done - plan.at)
+        plan = pacer(done, done, 100, plan)
+    assert plan.update_s == pytest.approx(0.5) and plan.end < 0.3 * 970
+    assert pacer(11, 11, 100, plan).look_s == 0.0
+    now[0] += 3.0
+    assert pacer(11, 0, 100, replace(plan, look_s=1.0)).look_s == 3.0

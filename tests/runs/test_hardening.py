@@ -36,11 +36,13 @@ from holdfast.recipes import (
 )
 from holdfast.recipes.training.fit import Training, fit
 from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
+from holdfast.runs.assess.expected_time import StageTimes
 from holdfast.runs.assess.request import HardenRequest
 from holdfast.runs.engine.identity import code_digest
-from holdfast.runs.harden import candidates
+from holdfast.runs.harden import assessment_budget, candidates
 from holdfast.runs.harden import harden as hardening
-from holdfast.runs.harden.candidates import Candidate, Evaluation, attempts
+from holdfast.runs.harden.assessment_budget import AssessmentTimes
+from holdfast.runs.harden.candidates import Candidate, Evaluation, attempts, standard_error
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.pace import Pace, _grown, pace
@@ -53,6 +55,12 @@ RECIPE = PGDTraining(steps=2, training=HOW)
 THREAT = ThreatModel(Linf(0.06))
 JUDGE = fakes.order(fakes.FAST, gates=(), shard_size=fakes.N)
 """One attack on one shard: how a model is assessed is tested elsewhere."""
+
+
+@pytest.fixture(autouse=True)
+def _enough_held_out(monkeypatch):
+    """The data of the tests leave fewer held-out examples than a warning asks for."""
+    monkeypatch.setattr(candidates, "_FEW", 0)
 
 
 def training(n=600, seed=5):
@@ -486,7 +494,7 @@ def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(monkeypatch, tmp
 def objecting(monkeypatch):
     """Two recipes to try, and doubts that are raised against held-out examples, by the folder of the assessment."""
     plan = [
-        {"recipe": name, "epochs": 2, "reason": "tried", "epoch_s": 1.0, "evaluation_s": 0.1}
+        {"recipe": name, "epochs": 2, "reason": "tried", "epoch_s": 0.01, "evaluation_s": 0.001}
         for name in ("SingleStep", "PGDTraining")
     ]
     assessed, doubted, looked_at = hardening.assess, {}, []
@@ -506,9 +514,9 @@ def objecting(monkeypatch):
             accepted_doubts=found.accepted_doubts,
         )
 
-    monkeypatch.setattr(hardening, "attempts", lambda *rest: (plan, 0.0))
+    monkeypatch.setattr(hardening, "attempts", lambda *rest, **more: (plan, 0.0))
     monkeypatch.setattr(hardening, "assess", objecting)
-    return doubted, looked_at
+    return doubted, looked_at, plan
 
 
 BOTH = wish(SingleStep(training=HOW), RECIPE, budget_s=0.5)
@@ -516,14 +524,13 @@ BOTH = wish(SingleStep(training=HOW), RECIPE, budget_s=0.5)
 
 @pytest.mark.slow
 def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
-    doubted, looked_at = objecting
+    doubted, looked_at, _ = objecting
     doubted["checked"] = ("one-step", 0.9)
     told, run = [], tmp_path / "r"
     found = harden(trainable(), training(), fakes.data(), BOTH, run=run, notify=told.append)
     assert found.card["recipe"] == "PGDTraining"
-    assert told[0].startswith(
-        "expected total time: 0.5 s for the training, which the budget limits, and about "
-    )
+    assert told[0].startswith("expected total time: 0.5 s of training, about ")
+    assert told[0].endswith("; 0.5 s more of training if doubts are raised")
     assert told[1].startswith("timing updates of SingleStep, PGDTraining")
     assert [line.split(" (")[0] for line in told[2:]] == ["training by SingleStep", "training by PGDTraining"]
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
@@ -540,7 +547,10 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     assert found.notes[-1].endswith(
         "several recipes were tried: SingleStep, PGDTraining; the result is that of PGDTraining"
     )
-    assert found.card["cost"]["wall_s"] > sum(point.wall_s for point in found.curve)
+    cost = found.card["cost"]
+    assert cost["wall_s"] > sum(point.wall_s for point in found.curve)
+    assert (cost["budget_s"], cost["announced_s"]) == (0.5, 1.0)
+    assert cost["budget_used"] == cost["planning_s"] + cost["wall_s"] < 1.1
     assert open_run(run).about["folder"] == str(run / "after")
     again = harden(trainable(), training(), fakes.data(), BOTH, run=run, resume=True)
     assert again.weights == found.weights
@@ -563,6 +573,36 @@ def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_
     assert found.card["recipes_tried"] == ["SingleStep"]
     again = harden(trainable(), training(), fakes.data(), BOTH, run=tmp_path / "r", resume=True)
     assert again.card["recipes_tried"] == ["SingleStep"] and again.weights == found.weights
+
+
+def test_a_recipe_of_which_no_epoch_fits_into_what_is_left_is_not_trained(objecting):
+    objecting[0]["checked"] = ("one-step", 0.9)
+    objecting[2][1]["epoch_s"] = 0.9
+    found = harden(trainable(), training(), fakes.data(), BOTH)
+    assert found.card["recipes_tried"] == ["SingleStep"] and found.card["cost"]["announced_s"] == 0.5
+    assert found.notes[-1].startswith(
+        "doubts were raised, but PGDTraining was not trained: one epoch takes about 0.9"
+    )
+
+
+def test_assessments_use_fewer_examples_where_they_would_take_longer_than_they_may(monkeypatch, tmp_path):
+    monkeypatch.setattr(assessment_budget, "_LEAST", 10)
+    monkeypatch.setattr(candidates, "_FEW", 100)
+    heard, run = [], tmp_path / "r"
+    found = harden(
+        trainable(), training(), fakes.data(), wish(assess_budget_s=1e-6), run=run, notify=heard.append
+    )
+    assert len(found.before.evidence) == len(found.after.evidence) == 10
+    assert torch.equal(found.before.evidence["id"], found.after.evidence["id"])
+    assert "on 10 of 40 test examples" in heard[0]
+    few, sample = found.notes[-2:]
+    assert few.startswith("only 60 held-out examples choose the checkpoint")
+    assert sample.startswith("both assessments use a random sample of 10 of the 40 test examples")
+    assert f"note: {few}" in heard and f"note: {sample}" in heard
+    assert found.card["held_out"]["standard_error"] == standard_error(found.card["chosen"]["robust"], 60)
+    assert verify(run).complete
+    times = AssessmentTimes(StageTimes(1.0, (), 0.0, 0.0, 0.0, False, 1, (0.0, 0.0)), checked=0)
+    assert [times.fitting(1000, limit) for limit in (None, 1.0, 90.0, 1e6)] == [1000, 10, 45, 1000]
 
 
 @pytest.mark.slow
@@ -603,7 +643,7 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert chosen["fitting_epochs"] == {"Standard": 4.8, "SingleStep": 1.6, "PGDTraining": 0.6}
     (chosen, *_), spent_s = planned(60.0, look_s=2.0)
     assert (chosen["epoch_s"], chosen["evaluation_s"], chosen["held_out"]) == (3.0 + 2.0, 2.0, 64)
-    assert spent_s == 2.0 * (8 + 64) / 64  # one for all recipes, timed on a few examples first
+    assert spent_s == 2.0 * (2 + 8 + 8 + 16 + 32) / 64  # one for all recipes, timed on a few examples first
     (chosen, *_), _ = planned(60.0, look_s=12.0)
     assert (chosen["evaluation_s"], chosen["held_out"]) == (
         3.0,
@@ -612,14 +652,28 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     timed.clear()
     with pytest.raises(
         UsageError,
-        match=r"one update takes about 0\.1 s .*, and measuring these times took 0 s; .*budget='1s'",
+        match=r"one update takes about 0\.1 s .*, and measuring these times took 0 s; .*budget='2s'",
     ):
         tried(0.05)
     assert timed == ["Standard"]  # what is stronger takes longer
     late = 2.0
     assert tried(90.0) == [("SingleStep", 27.1), ("PGDTraining", 10.1)]  # six seconds are spent on timing
     late = 10.0
-    assert tried(90.0) == [("Standard", 77.6)]  # more than a tenth, after which nothing else is timed
+    (chosen, *_), spent_s = planned(90.0)
+    assert (chosen["recipe"], spent_s) == (
+        "SingleStep",
+        30.0,
+    )  # more than a tenth, but each could have been chosen
+    assert "the strongest recipe whose smallest number of epochs fits" in chosen["reason"]
+    timed.clear()
+    ladder = ladder[:1] + tuple(replace(one, least=100) for one in ladder[1:])
+    assert tried(90.0) == [("Standard", 77.6)] and timed == ["Standard"]  # no other can reach its epochs
+    ladder = tuple(replace(one, least=100) for one in ladder)
+    (chosen,), _ = planned(90.0)
+    assert chosen["reason"].startswith(
+        "no recipe reaches its smallest number of epochs within the budget, and this is the fastest: 77.6 epochs fit "
+        "and 100 are needed; SingleStep, which is slower, needs 100"
+    )
 
 
 @pytest.mark.slow
@@ -838,7 +892,7 @@ def test_threats_that_no_recipe_is_for_are_refused():
 def test_a_folder_that_is_used_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
     (tmp_path / "r").mkdir()
     (tmp_path / "r/notes.txt").write_text("mine")
-    monkeypatch.setattr(hardening, "attempts", lambda *rest: pytest.fail("it was timed"))
+    monkeypatch.setattr(hardening, "attempts", lambda *rest, **more: pytest.fail("it was timed"))
     with pytest.raises(UsageError, match="is not a run folder"):
         harden(trainable(), training(), fakes.data(), wish(budget_s=60.0), run=tmp_path / "r")
 

@@ -232,6 +232,8 @@ def harden_request(
         threat,
         assessment,
         _budget_s(settings.budget, recipe),
+        None if settings.assess_budget is None else seconds(settings.assess_budget, "assess_budget"),
+        settings.anyway,
         settings.seed,
         assessment.device,
         command,

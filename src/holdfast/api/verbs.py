@@ -110,7 +110,8 @@ def harden(
     train split is used for training and its test split for measurement. If it is an object, it is used for measurement
     and `fit` for training; without `fit`, a tenth of it is held out for measurement. `unlabelled` contains further
     inputs for training, as an address or an object, for recipes that use inputs without labels. `budget` is the
-    wall-clock time for the training, as in "10min". The other arguments are those of `assess`, and apply to the
+    wall-clock time for the training, as in "10min", and `assess_budget` that for both measurements; a budget below one
+    epoch is refused unless `anyway` is True. The other arguments are those of `assess`, and apply to the
     measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
     continues the run in it.
     """

@@ -3,8 +3,10 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check_destination, write_exhibits
 from holdfast.runs.assess.exhibition import Exhibit
+from holdfast.runs.assess.expected_time import duration
 from holdfast.runs.assess.result import Result
-from holdfast.runs.engine.progress import Progress, Step, ignore, silent
+from holdfast.runs.engine.progress import EpochMeasures, Progress, Step, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.stored.stored_runs import new_folder
 
 _STDOUT = "-"
+_REPEATED_S = 30.0  # seconds without a line of progress, after which one is written
 
 
 def command_line() -> str:
@@ -60,7 +64,7 @@ def finished_run(
             f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
         )
     with stoppable(way_out(command, folder)):
-        with progress_bar(voice) as progress:
+        with progress_bar(voice, piped=_timed_lines if isinstance(settings, Harden) else None) as progress:
             result = settings.run(
                 folder,
                 resume=resume,
@@ -125,15 +129,22 @@ def _add(place: Path, text: str) -> None:
         ) from error
 
 
+PipedProgress = Callable[[Voice], AbstractContextManager[Progress]]
+"""Context manager that shows progress in lines, for an output that is not a terminal."""
+
+
 @contextmanager
-def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
+def progress_bar(voice: Voice, *, piped: PipedProgress | None = None) -> Iterator[Progress]:
     """Context manager that shows a progress bar on stderr. It yields the function that updates the bar during a run.
 
-    If stderr is not a terminal, no bar is shown. Then the callback writes a line for each stage if `piped` is True, and
-    nothing otherwise.
+    If stderr is not a terminal, no bar is shown. Then `piped` writes lines, and without it nothing is written.
     """
     if voice.quiet or not sys.stderr.isatty():
-        yield _lines(voice) if piped and not voice.quiet else silent
+        if piped is None or voice.quiet:
+            yield silent
+            return
+        with piped(voice) as progress:
+            yield progress
         return
     from rich.progress import (
         BarColumn,
@@ -168,19 +179,73 @@ def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
         yield progress
 
 
-def _lines(voice: Voice) -> Progress:
-    """Return a callback that writes a line when a stage begins, with the robust accuracy so far."""
+@contextmanager
+def _stage_lines(voice: Voice) -> Iterator[Progress]:
+    """Context manager that yields a callback which writes a line when a stage begins, with the robust accuracy so
+    far.
+    """
     last = ""
 
     def progress(step: Step) -> None:
         nonlocal last
         if step.stage != last:
             last = step.stage
-            texts = _texts(step)
-            robust = f", {texts['surviving'].strip()} so far" if texts["surviving"] else ""
-            voice.say(f"stage {texts['place']}: {texts['description']}{robust}")
+            voice.say(_stage_line(step))
 
-    return progress
+    yield progress
+
+
+@contextmanager
+def _timed_lines(voice: Voice) -> Iterator[Progress]:
+    """Context manager that yields a callback which writes a line for each epoch of a training. After 30 s without such
+    a line, a thread writes one with the last step and the time so far.
+    """
+    last: Step | None = None
+    written_at = began = time.monotonic()
+    ended = threading.Event()
+
+    def say(text: str) -> None:
+        nonlocal written_at
+        written_at = time.monotonic()
+        voice.say(text)
+
+    def progress(step: Step) -> None:
+        nonlocal last
+        last = step
+        if step.measured is not None:
+            say(_epoch_line(step.stage, step.measured))
+
+    def repeat() -> None:
+        while not ended.wait(max(written_at + _REPEATED_S - time.monotonic(), 0.01)):
+            if time.monotonic() - written_at >= _REPEATED_S:
+                step = (
+                    ""
+                    if last is None
+                    else f"; last finished: {_stage_line(last)}, {last.done:,} of {last.of:,}"
+                )
+                say(f"running for {duration(time.monotonic() - began)}{step}")
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield progress
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _stage_line(step: Step) -> str:
+    texts = _texts(step)
+    robust = f", {texts['surviving'].strip()} so far" if texts["surviving"] else ""
+    return f"stage {texts['place']}: {texts['description']}{robust}"
+
+
+def _epoch_line(stage: str, measured: EpochMeasures) -> str:
+    return (
+        f"{stage}, epoch {measured.epoch} of {measured.of}: loss {measured.loss:.3g}, robust "
+        f"{percent(measured.robust)} and clean {percent(measured.clean)} of {measured.held_out:,} held-out examples, "
+        f"about {duration(measured.left_s)} left"
+    )
 
 
 def _texts(step: Step) -> dict[str, Any]:
@@ -224,7 +289,7 @@ def run_demo(folder: Path, voice: Voice) -> int:
         f"attacking a classifier of handwritten digits on {DEMO['n']} real images with the attacks of the suite "
         f"{DEMO['suite']}"
     )
-    with progress_bar(voice, piped=True) as progress:
+    with progress_bar(voice, piped=_stage_lines) as progress:
         result = demo(folder, progress=progress, notify=voice.say)
     tell(result, [], voice)
     voice.say(

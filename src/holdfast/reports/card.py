@@ -116,6 +116,7 @@ def card_document(card: Mapping[str, Any]) -> str:
     )
     lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
     held_out = card["held_out"]
+    error = f"{100 * held_out['standard_error']:.1f} percentage points"
     lines += [
         f"The checkpoint is from epoch {chosen['epoch']} of {plain(card['epochs'])}, the best on held-out examples:",
         "",
@@ -126,6 +127,7 @@ def card_document(card: Mapping[str, Any]) -> str:
         held_out["after"],
         _HELD_OUT,
     )
+    lines += [f"The standard error of the robust accuracy after the training is {error}.", ""]
     lines += [f"{capitalized(generalisation_note(card['generalisation']))}.", ""]
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     lines += _reservations(card)
@@ -177,9 +179,15 @@ def _training_cost(card: Mapping[str, Any]) -> str:
     if cost["planning_s"]:
         seconds += f", plus {plain(cost['planning_s'])} s for planning,"
     if "budget_s" in cost:
+        several = len(card["recipes_tried"]) > 1
         passes += (
-            f". Both used {percent(cost['budget_used'], 0)} of the budget of {plain(cost['budget_s'])} s"
+            f". {'Planning and all trainings' if several else 'Both'} used {percent(cost['budget_used'], 0)} of the "
+            f"budget of {plain(cost['budget_s'])} s"
         )
+        if several:
+            passes += (
+                f" and of the {plain(cost['announced_s'] - cost['budget_s'])} s more if doubts are raised"
+            )
         passes += (
             ", and the training stopped early because of patience" if card["ended_by"] == "patience" else ""
         )

@@ -428,6 +428,14 @@ class HardenOptions(SettingGroup):
     budget: Annotated[values.Budget | None, Flag("T")] = Field(
         default=None, description=f"{_BUDGET} The assessments take additional time."
     )
+    assess_budget: Annotated[values.AssessBudget | None, Flag("T")] = Field(
+        default=None,
+        description="Time for the assessments before and after, which use fewer test examples if necessary (default: "
+        "the budget of the training).",
+    )
+    anyway: Annotated[bool, Flag()] = Field(
+        default=False, description="Train although less than one epoch fits into the budget."
+    )
     unlabelled: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
         description="Additional examples to train on without labels (recipe vat): an address with a train split.",

@@ -134,6 +134,10 @@ class Training:
 
 
 _DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # a similar share of a weight at the usual rates and momentum
+_CHECKS, _BETWEEN_CHECKS = (
+    10,
+    20,
+)  # checks of a guard within a budget, and the smallest number of updates between two
 _ENDS = "ends"  # state of swa: the number of epochs in the average
 
 
@@ -256,9 +260,9 @@ class _Loop:
         batches = [
             batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
         ]
-        every = per_epoch if guard is None else guard.every
         losses, right, step = [], torch.zeros((), device=rows.device), 0
         while step < per_epoch and (step == 0 or not plans.ended()):
+            every = per_epoch if guard is None else self._updates_to_check(guard)
             snapshot = {} if guard is None else self._snapshot()
             results = self._run_updates(epoch, batches[: step + every], step)
             if guard is not None and not self._guard_passes(guard, epoch, step):
@@ -303,6 +307,14 @@ class _Loop:
         if self._plans.paced:
             return self._plans.share > 1 - how.tail
         return epoch >= how.epochs - max(round(how.tail * how.epochs), 1)
+
+    def _updates_to_check(self, guard: EpochGuard) -> int:
+        """Number of updates until the next check of the guard. It is smaller within a short budget, because a failed
+        check costs these updates.
+        """
+        if not self._plans.paced:
+            return guard.every
+        return min(guard.every, max(self._plans.end // _CHECKS, _BETWEEN_CHECKS))
 
     def _guard_passes(self, guard: EpochGuard, epoch: int, begin: int) -> bool:
         """Whether the guard's check passes, with torch's random numbers fixed by epoch and step."""

@@ -38,6 +38,11 @@ class ExpectedTime:
     least_s: float
     most_s: float
 
+    @property
+    def middle_s(self) -> float:
+        """Seconds in the middle of the range."""
+        return (self.least_s + self.most_s) / 2
+
     def __str__(self) -> str:
         """Return the range as text.
 
@@ -82,16 +87,63 @@ def duration(seconds: float) -> str:
     return f"{float(f'{seconds / 3600:.2g}'):g} h"
 
 
+@dataclass(frozen=True)
+class StageTimes:
+    """Measured seconds of the stages and the probes of a plan for one example, from which the time for any number of
+    examples follows.
+    """
+
+    always_s: float
+    """seconds for every example, such as those of the clean pass and of quick methods of certification"""
+    attacks_s: tuple[float, ...]
+    """seconds of each attack for an example that survives it"""
+    late_s: float
+    """seconds of the slow methods of certification for an example that is left to them"""
+    probes_s: float
+    """seconds of the probes for an example, of at most `SAMPLE`"""
+    searches_s: float
+    """the same for an example that survives, in addition"""
+    probed: bool
+    workers: int
+    shares: tuple[float, float]
+    """range of the share of examples that survive the first attack"""
+
+    def of(self, n: int, shares: tuple[float, float] | None = None) -> ExpectedTime:
+        """Return the expected time for `n` examples. `shares` is the range of the share of surviving examples, by
+        default that of the measured model.
+        """
+        few, most = shares or self.shares
+        return ExpectedTime(self._seconds(n, few, 0), self._seconds(n, most, most))
+
+    def _seconds(self, n: int, share: float, share_late: float) -> float:
+        """Seconds if a share of the examples survives the first attack, and one is left to the slow methods."""
+        attacks_s, first_s = sum(self.attacks_s), self.attacks_s[0] if self.attacks_s else 0.0
+        attacked_s = attacks_s * share + _FEWEST * first_s * (1 - share)
+        each_s = self.always_s + attacked_s + self.late_s * share_late
+        probed_s = 0.0
+        if self.probed:
+            probed_s = min(n, SAMPLE) * (self.probes_s + self.searches_s * share)
+            probed_s += min(n * share, FRESH_ROWS) * attacks_s
+        return n * each_s / self.workers + probed_s
+
+
 def expected_time(plan: Plan, target: Target, sample: Batch, n: int, size: int, workers: int) -> ExpectedTime:
-    """Estimate how long the stages and the probes of a plan take on `n` examples, in batches of at most `size`.
+    """Estimate how long the stages and the probes of a plan take on `n` examples, in batches of at most `size`. The
+    measurements are those of `stage_times`.
+    """
+    return stage_times(plan, target, sample, min(size, max(n, 1)), workers).of(n)
+
+
+def stage_times(plan: Plan, target: Target, sample: Batch, size: int, workers: int) -> StageTimes:
+    """Measure how long the stages and the probes of a plan take for one example, in batches of `size`.
 
     It takes a few passes of the model on the examples in `sample`, a short attack on them, and one run of each quick
     method of certification on one of them. Passes on surrogates are counted like those of the model.
     """
-    few, most = expected_shares(plan, target, sample)
+    shares = expected_shares(plan, target, sample)
     sample = sample.take(torch.arange(min(len(sample), LOOKED_AT), device=sample.ids.device))
     gradients = target.bare.access == "gradients"
-    forward_s, backward_s = pass_times(target.quick, sample, min(size, max(n, 1)), gradients=gradients)
+    forward_s, backward_s = pass_times(target.quick, sample, size, gradients=gradients)
 
     def seconds(forwards: float, backwards: float) -> float:
         return forwards * forward_s + backwards * backward_s
@@ -100,20 +152,16 @@ def expected_time(plan: Plan, target: Target, sample: Batch, n: int, size: int, 
         seconds(*expected_passes(member.attack, plan.threat, target.classes))
         for member in (*plan.members, *plan.curve)
     ]
-    proved_s = sum(_proof_s(prover, plan, target, sample, forward_s) for prover in plan.proofs)
-    late_s = sum(_limit_s(prover) for prover in plan.late_proofs)
-
-    def run(share: float, share_late: float) -> float:
-        """Seconds if a share of the examples survives the first attack, and one is left to the slow methods."""
-        attacked = sum(attacks) * share + _FEWEST * attacks[0] * (1 - share) if attacks else 0.0
-        each = forward_s + proved_s + attacked + late_s * share_late
-        probed = 0.0
-        if plan.doubts == "all":
-            probed = min(n, SAMPLE) * seconds(FORWARDS + SEARCHES * share, BACKWARDS)
-            probed += min(n * share, FRESH_ROWS) * sum(attacks)
-        return n * each / workers + probed
-
-    return ExpectedTime(run(few, 0), run(most, most))
+    return StageTimes(
+        forward_s + sum(_proof_s(prover, plan, target, sample, forward_s) for prover in plan.proofs),
+        tuple(attacks),
+        sum(_limit_s(prover) for prover in plan.late_proofs),
+        seconds(FORWARDS, BACKWARDS),
+        seconds(SEARCHES, 0),
+        plan.doubts == "all",
+        workers,
+        shares,
+    )
 
 
 def expected_shares(plan: Plan, target: Target, sample: Batch) -> tuple[float, float]:

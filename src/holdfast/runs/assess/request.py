@@ -88,6 +88,11 @@ class HardenRequest:
     """settings of the assessments before and after the training"""
     budget_s: float | None = None
     """wall-clock seconds of the training with its evaluations; None for the epochs that the recipe states"""
+    assess_budget_s: float | None = None
+    """wall-clock seconds of the assessments before and after, which determine the number of test examples; None for the
+    budget of the training"""
+    anyway: bool = False
+    """whether to train although less than one epoch fits into the budget"""
     seed: int = 0
     device: str = "cpu"
     command: str = ""

@@ -5,6 +5,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class EpochMeasures:
+    """Measurements of a training after an epoch."""
+
+    epoch: int
+    of: int
+    """planned number of epochs"""
+    loss: float
+    robust: float
+    """robust accuracy on the held-out examples"""
+    clean: float
+    held_out: int
+    """number of held-out examples"""
+    left_s: float
+    """expected seconds until the end of the training"""
+
+
+@dataclass(frozen=True)
 class Step:
     """State of the progress of a run: the current stage, the number of finished examples, and the number
     that survive.
@@ -23,6 +40,8 @@ class Step:
     correct"""
     seen: int
     """number of examples of which `surviving` survive"""
+    measured: EpochMeasures | None = None
+    """measurements after an epoch, for the step of a training"""
 
 
 Progress = Callable[[Step], None]

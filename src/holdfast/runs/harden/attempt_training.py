@@ -1,6 +1,6 @@
 """Trains one attempt of a hardening, i.e. one recipe, within its time budget and in batches that fit into memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +15,27 @@ from holdfast.recipes.training.overfitting import RAISED
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
-from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.candidates import Candidate, announced_s
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point
 from holdfast.runs.harden.epochs import Trainer, ended_by
 from holdfast.runs.harden.hardened import MODEL, Made, digest_of_weights
 from holdfast.runs.harden.pace import Clock, Pacer, smaller
 from holdfast.runs.store.files import usable, write_atomically
+
+
+@dataclass(frozen=True)
+class AttemptBudget:
+    """Time budget of an attempt."""
+
+    seconds: float
+    """seconds for the planning, all attempts before and this one"""
+    spent_s: float
+    """seconds of the planning and of all attempts before"""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left for this attempt."""
+        return self.seconds - self.spent_s
 
 
 @dataclass(frozen=True)
@@ -35,11 +50,31 @@ class AttemptTraining:
     """metadata for the file with the weights of the model"""
     clock: Clock
 
-    def trained(self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run) -> Made:
+    def budget(self, earlier: Sequence[Made]) -> AttemptBudget | None:
+        """Return the time budget of the attempt after the attempts `earlier`; None if the epochs of the recipe are
+        used.
+
+        The first attempt has the budget of the hardening. All later ones together have the same time once more, and
+        what the first one left of it.
+        """
+        budget_s = self.plan["budget_s"]
+        if budget_s is None:
+            return None
+        spent_s = self.plan["planning_s"] + sum(point.wall_s for made in earlier for point in made.curve)
+        return AttemptBudget(announced_s(budget_s, len(earlier) + 1), spent_s)
+
+    def trained(
+        self,
+        place: Path,
+        candidate: Candidate,
+        attempt: Mapping[str, Any],
+        budget: AttemptBudget | None,
+        run: Run,
+    ) -> Made:
         """Train until the training is finished, with checkpoints in the folder `place`, and return the model of the
         best checkpoint.
         """
-        curve = self._curve(place, candidate, attempt, run)
+        curve = self._curve(place, candidate, attempt, budget, run)
         best, last = checkpoints.saved(place, BEST), checkpoints.saved(place, LAST)
         assert best is not None and last is not None
         new = self._new_model(best.checkpoint, candidate)
@@ -51,14 +86,19 @@ class AttemptTraining:
         return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans)
 
     def _curve(
-        self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run
+        self,
+        place: Path,
+        candidate: Candidate,
+        attempt: Mapping[str, Any],
+        budget: AttemptBudget | None,
+        run: Run,
     ) -> tuple[Point, ...]:
         """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
         settings = candidate.recipe.training
-        if self.plan["budget_s"] is not None:
+        if budget is not None:
             # a recipe with its own loop uses the epochs of the first plan
             epochs = max(int(attempt["epochs"]), 1)
-            settings = replace(settings, epochs=epochs, pacing=self._pacer(place, attempt))
+            settings = replace(settings, epochs=epochs, pacing=self._pacer(place, attempt, budget))
         batch = checkpoints.saved_batch(place) or settings.batch
         while True:
             try:
@@ -71,13 +111,12 @@ class AttemptTraining:
             except LostLoss as error:
                 raise error.ended(self._save_best(place, candidate)) from error
 
-    def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
-        """The pacer for the rest of the budget, after the planning and the epochs that are done."""
+    def _pacer(self, place: Path, attempt: Mapping[str, Any], budget: AttemptBudget) -> Pacer:
+        """The pacer for the rest of the budget, after the planning, earlier attempts and the epochs that are done."""
         last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
-        spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
-        times = (attempt["epoch_s"], attempt["evaluation_s"])
-        return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
+        spent_s = budget.spent_s + sum(point.wall_s for point in curve)
+        return Pacer(budget.seconds, attempt["epoch_s"], attempt["evaluation_s"], spent_s, self.clock)
 
     def _save_best(self, place: Path, candidate: Candidate) -> str:
         """Save the best model so far, if there is one, and return a sentence with its path."""

@@ -1,5 +1,6 @@
 """Candidate recipes of a hardening, and the choice among them within a time budget."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +13,25 @@ from holdfast.recipes.training.distributed import broadcast
 from holdfast.recipes.training.fit import updates
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.reports.numbers import plain
-from holdfast.runs.harden.pace import Clock, Pace, epochs_fitting, pace, seconds_for_an_epoch, too_small
+from holdfast.runs.harden.pace import (
+    Clock,
+    Pace,
+    below_an_epoch,
+    epochs_fitting,
+    import_optimisers,
+    pace,
+    too_small,
+)
 
-_TIMED_EXAMPLES = (
-    8,
-    64,
-)  # held-out examples on which an evaluation is timed; the second number only if that fits into its share of the budget
+_TIMED_EXAMPLES = (8, 8, 16, 32, 64)
+"""Held-out examples on which evaluations are timed: twice on a few, since a machine may be busy for a moment, and on
+more as far as an evaluation takes at most half of its share of the budget."""
+_UNTIMED_EXAMPLES = 2  # held-out examples in the evaluation before
 _EVALUATION_SHARE = 0.05  # largest share of the budget for an evaluation
-_PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
+_PLANNING = (
+    0.1  # share of the budget after which no recipe is timed that cannot reach its smallest number of epochs
+)
+_FEW = 100  # number of held-out examples below which a training is announced with a warning
 
 
 @dataclass(frozen=True)
@@ -81,15 +93,18 @@ def attempts(
     threat: ThreatModel,
     evaluation: Evaluation,
     clock: Clock = time.perf_counter,
+    *,
+    anyway: bool = False,
 ) -> tuple[list[dict[str, Any]], float]:
     """Choose the recipes of a hardening that fit into the time budget. Return them in the order in which they are
     trained, and the seconds that the planning took.
 
     `candidates` are ordered from the fastest to the strongest. The first attempt is the strongest candidate whose
     required epochs fit into the budget that remains after the planning. The later attempts are the stronger candidates
-    that also fit; they are used if doubts are raised against the model of the attempt before. If there are several
-    candidates, the entry `fitting_epochs` of the first attempt gives the number of epochs that fit for each timed
-    candidate, which may be fractional. Raises `UsageError` if not even one update fits.
+    of which one epoch fits into the budget; they are used if doubts are raised against the model of the attempt before.
+    If there are several candidates, the entry `fitting_epochs` of the first attempt gives the number of epochs that fit
+    for each timed candidate, which may be fractional. Raises `UsageError` if not even one epoch fits; with `anyway`, if
+    not even one update fits.
     """
     if budget_s is None:
         requested = [
@@ -97,39 +112,54 @@ def attempts(
             for candidate in candidates
         ]
         return requested, 0.0
+    import_optimisers()
     started = clock()
-    paces = list(_paces(candidates, budget_s, model, data, threat, evaluation, clock))
+    paces = list(_paces(candidates, budget_s, model, data, threat, evaluation, clock, anyway=anyway))
     # Broadcast, because all processes of a distributed training must choose the same recipes.
     spent_s = broadcast(clock() - started)
-    sizes = [candidate.per_epoch(len(data)) for candidate in candidates]
-    fit = [
-        epochs_fitting(budget_s - spent_s, *sizes_and_pace)
-        for sizes_and_pace in zip(paces, sizes, strict=False)
-    ]
-    if not fit[0]:
-        raise too_small(budget_s, paces[0], sizes[0], spent_s)
     planned = [
-        _Planned(*sizes_and_pace)
-        for sizes_and_pace in zip(candidates[: len(paces)], paces, sizes[: len(paces)], fit, strict=True)
+        _Planned(one, measured, size, epochs_fitting(budget_s - spent_s, measured, size))
+        for one, measured in zip(candidates, paces, strict=False)
+        for size in (one.per_epoch(len(data)),)
     ]
+    fastest = planned[0]
+    if not fastest.epochs:
+        raise too_small(budget_s, fastest.pace, fastest.per_epoch, spent_s, anyway=anyway)
+    if fastest.epochs < 1 and not anyway:
+        times = (fastest.pace, fastest.per_epoch, spent_s)
+        raise below_an_epoch(fastest.candidate.name, budget_s, fastest.epochs, *times)
     if len(candidates) == 1:
-        return [planned[0].attempt("requested")], spent_s
-    fits = [(sizes_and_pace.candidate, sizes_and_pace.epochs) for sizes_and_pace in planned]
-    chosen = max((k for k, (candidate, epochs) in enumerate(fits) if epochs >= candidate.least), default=0)
+        return [fastest.attempt("requested")], spent_s
+    reaching = [k for k, each in enumerate(planned) if each.epochs >= each.candidate.least]
+    chosen = max(reaching, default=0)
+    first = planned[chosen].attempt(_reason(planned, chosen, candidates[len(planned) :]))
+    first["fitting_epochs"] = {each.candidate.name: each.epochs for each in planned}
+    later = [each for each in planned[chosen + 1 :] if each.epochs >= 1]
+    return [first, *(each.attempt("doubts were raised against the model before") for each in later)], spent_s
+
+
+def _reason(planned: Sequence[_Planned], chosen: int, untimed: Sequence[Candidate]) -> str:
+    """Why the recipe at the position `chosen` is trained first: its epochs, and those of the stronger recipes."""
+    taken = planned[chosen]
+    fit = f"{_epochs(taken.epochs)} {'fits' if taken.epochs == 1 else 'fit'}"
+    if taken.epochs >= taken.candidate.least:
+        first = f"the strongest recipe whose smallest number of epochs fits into the budget: {fit}"
+    else:
+        first = (
+            "no recipe reaches its smallest number of epochs within the budget, and this is the fastest: "
+            + fit
+        )
+    first += f" and {taken.candidate.least} {'is' if taken.candidate.least == 1 else 'are'} needed"
     stronger = [
-        f"{candidate.name} would have {plain(epochs)} and wants {candidate.least}"
-        for candidate, epochs in fits[chosen + 1 :]
+        f"of {each.candidate.name}, {_epochs(each.epochs)} would fit and {each.candidate.least} are needed"
+        for each in planned[chosen + 1 :]
     ]
-    reasons = "; ".join([f"{plain(fit[chosen])} fit", *stronger])
-    reason = f"the strongest recipe whose epochs fit into the budget: {reasons}"
-    attempts_made = [planned[chosen].attempt(reason)]
-    attempts_made[0]["fitting_epochs"] = {candidate.name: epochs for candidate, epochs in fits}
-    attempts_made += [
-        sizes_and_pace.attempt("doubts object to the one before")
-        for sizes_and_pace in planned[chosen + 1 :]
-        if sizes_and_pace.epochs
-    ]
-    return attempts_made, spent_s
+    slower = [f"{each.name}, which is slower, needs {each.least}" for each in untimed]
+    return "; ".join([first, *stronger, *slower])
+
+
+def _epochs(n: float) -> str:
+    return "1 epoch" if n == 1 else f"{plain(n)} epochs"
 
 
 def _paces(
@@ -140,64 +170,96 @@ def _paces(
     threat: ThreatModel,
     evaluation: Evaluation,
     clock: Clock,
+    *,
+    anyway: bool,
 ) -> Iterator[Pace]:
-    """Yield the timing of each candidate, up to the first one of which no update fits; later candidates are slower.
+    """Yield the timing of each candidate that could fit. Each candidate is slower than the one before.
 
-    Also stops once a share of the budget is spent on timing.
+    All candidates are timed up to the first one whose epochs show that no later one can reach its smallest number of
+    epochs. Later ones may still follow as a second training, and are timed while a share of the budget is left for it.
     """
     evaluation_time: tuple[float, int] | None = None
     start = clock()
-    for candidate in candidates:
-        candidate_pace, per_epoch = (
-            pace(candidate.recipe, model, data, threat, budget_s, clock),
-            candidate.per_epoch(len(data)),
-        )
-        if epochs_fitting(budget_s, candidate_pace, per_epoch):
-            evaluation_time = (
-                _timed_evaluation(evaluation, budget_s, clock) if evaluation_time is None else evaluation_time
-            )
-            candidate_pace = replace(
-                candidate_pace, epoch=candidate_pace.epoch + evaluation_time[0], held_out=evaluation_time[1]
-            )
-        yield candidate_pace
-        if (
-            not epochs_fitting(budget_s, candidate_pace, per_epoch)
-            or broadcast(clock() - start) > _PLANNING * budget_s
-        ):
+    for k, candidate in enumerate(candidates):
+        measured = pace(candidate.recipe, model, data, threat, budget_s, clock)
+        per_epoch = candidate.per_epoch(len(data))
+        epochs = epochs_fitting(budget_s, measured, per_epoch)
+        if epochs >= 1 or (epochs and anyway):
+            if evaluation_time is None:
+                evaluation_time = _timed_evaluation(evaluation, budget_s, clock)
+            look_s, n_held_out = evaluation_time
+            measured = replace(measured, epoch=measured.epoch + look_s, held_out=n_held_out)
+        yield measured
+        epochs = epochs_fitting(budget_s, measured, per_epoch)
+        could_be_chosen = any(epochs >= later.least for later in candidates[k + 1 :])
+        in_time = broadcast(clock() - start) <= _PLANNING * budget_s
+        if not could_be_chosen and not (epochs >= 1 and in_time):
             return
 
 
 def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int]:
     """Return the seconds of an evaluation, timed on a few held-out examples, and the number of examples that it uses.
 
-    That number is as large as the part of the budget for evaluations allows.
+    That number is as large as the part of the budget for evaluations allows. The first evaluation is not timed, because
+    it selects kernels.
     """
-    seconds_per_example = 0.0
+    evaluation.at(min(_UNTIMED_EXAMPLES, evaluation.examples))
+    seconds_per_example, share_s = math.inf, _EVALUATION_SHARE * budget_s
     for n_examples in (min(n_examples, evaluation.examples) for n_examples in _TIMED_EXAMPLES):
-        if n_examples * seconds_per_example > _EVALUATION_SHARE * budget_s:
+        if n_examples > _TIMED_EXAMPLES[0] and n_examples * seconds_per_example > share_s / 2:
             break
         start = clock()
         evaluation.at(n_examples)
-        seconds_per_example = broadcast(clock() - start) / n_examples
+        seconds_per_example = min(seconds_per_example, broadcast(clock() - start) / n_examples)
     n = min(
         evaluation.examples,
-        max(int(_EVALUATION_SHARE * budget_s / max(seconds_per_example, 1e-9)), _TIMED_EXAMPLES[0]),
+        max(int(share_s / max(seconds_per_example, 1e-9)), _TIMED_EXAMPLES[0]),
     )
     return n * seconds_per_example, n
 
 
-def announced(attempt: Mapping[str, Any], budget_s: float | None) -> str:
-    """Return the message that is shown before a training: its recipe, its epochs and its time budget, and a budget that
-    suffices for one epoch if this one does not.
+def announced(attempt: Mapping[str, Any], left_s: float | None, n_held_out: int) -> str:
+    """Return the message that is shown before a training: its recipe, its epochs, the seconds that are left for it if
+    there is a budget, and the number of held-out examples that choose the checkpoint.
     """
     duration = (
         ""
-        if budget_s is None
-        else f" of about {attempt['epoch_s']:.1f} s in the first plan, within a budget of {budget_s:g} s"
+        if left_s is None
+        else f" of about {attempt['epoch_s']:.2g} s in the first plan, within the remaining {left_s:.3g} s"
     )
-    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
-    short = ""
-    if budget_s is not None and attempt["epochs"] < 1:
-        enough = seconds_for_an_epoch(budget_s, attempt["epochs"], attempt["epoch_s"])
-        short = f". The budget does not suffice for one epoch; about {enough} s would"
-    return f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{duration}{short}"
+    return (
+        f"training by {attempt['recipe']} ({attempt['reason']}): {_epochs(attempt['epochs'])}{duration}; "
+        f"{n_held_out:,} held-out examples choose the checkpoint, with a standard error of robust accuracy of at most "
+        f"{100 * standard_error(0.5, n_held_out):.1f} percentage points"
+    )
+
+
+def standard_error(share: float, n: int) -> float:
+    """Return the standard error of a share that was measured on `n` examples."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+def few_held_out(n: int) -> str:
+    """Return a note if the held-out examples that choose the checkpoint are few, else an empty text."""
+    if n >= _FEW:
+        return ""
+    return (
+        f"only {n} held-out examples choose the checkpoint, so robust accuracies of two epochs that differ by less "
+        f"than {200 * standard_error(0.5, n):.0f} percentage points may be equal; a larger budget or more training "
+        "examples allow more"
+    )
+
+
+def announced_s(budget_s: float, n_trainings: int) -> float:
+    """Return the seconds that were announced for `n_trainings` trainings: the budget, and the same time once more for
+    all trainings after the first one.
+    """
+    return budget_s if n_trainings == 1 else 2 * budget_s
+
+
+def untrained(attempt: Mapping[str, Any], left_s: float) -> str:
+    """Return a note on an attempt that is not trained, although doubts were raised against the model before."""
+    return (
+        f"doubts were raised, but {attempt['recipe']} was not trained: one epoch takes about "
+        f"{attempt['epoch_s']:.2g} s, and {max(left_s, 0):.2g} s of the announced time are left"
+    )

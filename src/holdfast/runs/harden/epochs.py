@@ -18,7 +18,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe, trained_as
-from holdfast.runs.engine.progress import Step
+from holdfast.runs.engine.progress import EpochMeasures, Step
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
@@ -107,7 +107,7 @@ class Trainer:
                     highest = point.score
                     checkpoints.save(place, BEST, checkpoint, curve)
                 checkpoints.save(place, LAST, checkpoint, curve)
-            run.progress(_step(candidate, point, checkpoint.of, len(self.held_out)))
+            run.progress(_step(candidate, curve, checkpoint, len(self.held_out)))
             if not distributed.broadcast(not _stale(curve, settings)):
                 break
         return curve
@@ -125,9 +125,21 @@ class Trainer:
             smaller(message.how.batch, error)
 
 
-def _step(candidate: Candidate, point: Point, epochs: int, n_held_out: int) -> Step:
+def _step(candidate: Candidate, curve: tuple[Point, ...], checkpoint: Checkpoint, n_held_out: int) -> Step:
+    point, of = curve[-1], checkpoint.of
+    left_s = _left_s(curve, checkpoint)
+    measured = EpochMeasures(point.epoch, of, point.loss, point.robust, point.clean, n_held_out, left_s)
     n_robust = round(point.robust * n_held_out)
-    return Step(f"training {candidate.name}", 2, len(STAGES), point.epoch, epochs, n_robust, n_held_out)
+    return Step(f"training {candidate.name}", 2, len(STAGES), point.epoch, of, n_robust, n_held_out, measured)
+
+
+def _left_s(curve: tuple[Point, ...], checkpoint: Checkpoint) -> float:
+    """Expected seconds until the end of a training: of its last plan, or at the pace of its epochs."""
+    n_left = checkpoint.of - checkpoint.epoch
+    if not checkpoint.plans:
+        return n_left * sum(point.wall_s for point in curve) / len(curve)
+    plan = checkpoint.plans[-1]
+    return max(plan.end - checkpoint.updates, 0) * plan.update_s + n_left * plan.look_s
 
 
 def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:

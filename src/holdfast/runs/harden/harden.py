@@ -28,7 +28,7 @@ from holdfast.reports.numbers import size
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for
-from holdfast.runs.assess.expected_time import TRIED, duration, expected_time
+from holdfast.runs.assess.expected_time import TRIED, duration, stage_times
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.assess.result import Result
@@ -37,8 +37,16 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import repeatable, temporary_run_folder, way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
+from holdfast.runs.harden.assessment_budget import AssessmentTimes, assessed, limit_s, sample_note
 from holdfast.runs.harden.attempt_training import AttemptTraining
-from holdfast.runs.harden.candidates import Candidate, Evaluation, announced, attempts
+from holdfast.runs.harden.candidates import (
+    Candidate,
+    Evaluation,
+    announced,
+    attempts,
+    few_held_out,
+    untrained,
+)
 from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.runs.harden.hardened import (
     MODEL,
@@ -102,14 +110,17 @@ def harden(
         examples = examples_of(data, request.excluded or test, request.seed, target.classes)
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
-        if notify is not ignore and not (run is not None and stored_manifest(run)):
+        n_assessed = len(test)
+        if not (run is not None and stored_manifest(run)):
             tried = test.read(0, min(TRIED, len(test))).to(sample.x.device)
-            notify(_expected_time(request, target, tried, len(test)))
+            times = _assessment_times(request, target, tried, len(examples.held_out))
+            n_assessed = times.fitting(len(test), limit_s(request))
+            notify(_expected_time(request, times, n_assessed, len(test)))
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
         stack.enter_context(threads(n_threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, test, request, place, progress, notify, detail, clock)
+        job = _Job(subject, examples, test, n_assessed, request, place, progress, notify, detail, clock)
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
         return result
@@ -117,20 +128,25 @@ def harden(
     return replace(result, before=before, after=after, folder=None)
 
 
-def _expected_time(request: HardenRequest, target: Target, sample: Batch, n: int) -> str:
-    """Message with the expected time of the training and of the two assessments. The second assessment is slower if
-    more examples survive.
-    """
-    assessment, budget_s = request.assessment, request.budget_s
+def _assessment_times(
+    request: HardenRequest, target: Target, sample: Batch, n_held_out: int
+) -> AssessmentTimes:
+    """Measure how long the assessments of a hardening take, with a few passes of the given model."""
+    assessment = request.assessment
     size = assessment.batch_size or batch_size_for(math.prod(sample.x.shape[1:]), request.device)
-    judging = expected_time(assessment.plan, target, sample, n, size, assessment.workers or 1)
-    training = "the training, "
-    if budget_s is not None:
-        training = f"{duration(budget_s)} for the training, which the budget limits, "
-    return (
-        f"expected total time: {training}and {judging} for the assessment of the given model on {n:,} test examples; "
-        "that of the new model takes longer if more examples survive"
-    )
+    stages = stage_times(assessment.plan, target, sample, size, assessment.workers or 1)
+    return AssessmentTimes(stages, n_held_out if len(request.candidates) > 1 else 0)
+
+
+def _expected_time(request: HardenRequest, times: AssessmentTimes, n: int, n_all: int) -> str:
+    """Message with the expected time of the training and of the assessments on `n` of `n_all` test examples."""
+    budget_s = request.budget_s
+    training = "the training" if budget_s is None else f"{duration(budget_s)} of training"
+    examples = f"{n:,} test examples" if n == n_all else f"{n:,} of {n_all:,} test examples"
+    more = ""
+    if budget_s is not None and len(request.candidates) > 1:
+        more = f"; {duration(budget_s)} more of training if doubts are raised"
+    return f"expected total time: {training}, about {duration(max(times.of(n), 1))} of assessment on {examples}{more}"
 
 
 class _Job:
@@ -141,6 +157,7 @@ class _Job:
         subject: Subject,
         examples: TrainingExamples,
         test: Data,
+        n_assessed: int,
         request: HardenRequest,
         run: Path,
         progress: Progress,
@@ -156,7 +173,7 @@ class _Job:
             for model in request.threat.surrogates
         )
         request = replace(request, threat=replace(request.threat, surrogates=prepared))
-        self.subject, self.test, self.request, self.run = subject, test, request, run
+        self.subject, self.request, self.run = subject, request, run
         self.again = way_out(request.command, run)
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
@@ -168,12 +185,17 @@ class _Job:
         )
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
             self.trainer.checkpoints(candidate.recipe, None)
-        self.notes = [*examples.notes, *training_notes(self.model, inputs)]
         stored = distributed.broadcast(stored_manifest(run))
-        self.plan = distributed.broadcast(stored["plan"] if stored else self._planned())
+        self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(n_assessed))
         self.evaluated = self._held_out_sample(self.plan["attempts"][0].get("held_out", len(self.held_out)))
+        n_assessed = self.plan["assessed"]
+        self.test = assessed(test, n_assessed, request.seed)
+        self.checked = self.held_out if self.test is test else self._held_out_sample(n_assessed)
+        limits = (few_held_out(len(self.evaluated)), sample_note(test, n_assessed, limit_s(request)))
+        self.limits = [note for note in limits if note]
+        self.notes = [*examples.notes, *training_notes(self.model, inputs), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
-        self.manifest = harden_manifest(subject, digests, test, request, self.plan, machine)
+        self.manifest = harden_manifest(subject, digests, self.test, request, self.plan, machine)
         self.assessment = replace(
             request.assessment, device=str(device), fit=self._examples_for_learned_attacks()
         )
@@ -193,7 +215,7 @@ class _Job:
         examples = examples.to(torch.device("cpu"))
         return as_data(examples.x, examples.y, expected=Expected(model.bounds, model.classes))
 
-    def _planned(self) -> dict[str, Any]:
+    def _planned(self, n_assessed: int) -> dict[str, Any]:
         request = self.request
         if request.budget_s is not None:
             names = ", ".join(candidate.name for candidate in request.candidates)
@@ -209,11 +231,13 @@ class _Job:
                 lambda n: self._evaluated(with_predicted_labels(self.model, self._held_out_sample(n))),
             ),
             self.clock,
+            anyway=request.anyway,
         )
         return {
             "attempts": planned_attempts,
             "budget_s": request.budget_s,
             "planning_s": spent_s,
+            "assessed": n_assessed,
             "stages": STAGES,
         }
 
@@ -296,17 +320,23 @@ class _Job:
         """
         trained_models: list[Made] = []
         ranks: list[tuple[bool, float]] = []
-        held_out, planned = self.held_out.to(torch.device("cpu")), self.plan["attempts"]
+        planned = self.plan["attempts"]
         metadata = weights_metadata(self.subject, self.manifest)
         trainings = AttemptTraining(self.subject, self.trainer, self.plan, metadata, self.clock)
-        given_model = self.subject.model
-        examples = as_data(held_out.x, held_out.y, expected=Expected(given_model.bounds, given_model.classes))
+        checked, model = self.checked.to(torch.device("cpu")), self.subject.model
+        examples = as_data(checked.x, checked.y, expected=Expected(model.bounds, model.classes))
+        for note in self.limits:
+            self.notify(f"note: {note}")
         for k, attempt in enumerate(planned):
-            self.notify(announced(attempt, self.plan["budget_s"]))
+            budget = trainings.budget(trained_models)
+            left_s = None if budget is None else budget.left_s
+            if k and left_s is not None and left_s < attempt["epoch_s"]:
+                self.notes.append(untrained(attempt, left_s))
+                break
+            self.notify(announced(attempt, left_s, len(self.evaluated)))
             candidate = self._candidate(attempt["recipe"])
-            trained_models.append(
-                trainings.trained(self.run / _numbered(CHECKPOINTS, k), candidate, attempt, run)
-            )
+            place = self.run / _numbered(CHECKPOINTS, k)
+            trained_models.append(trainings.trained(place, candidate, attempt, budget, run))
             if len(planned) == 1:
                 return trained_models, trained_models[0]
             assessment = replace(self.assessment, gates=(), baseline=None)

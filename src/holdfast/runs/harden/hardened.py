@@ -26,7 +26,7 @@ from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
-from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.candidates import Candidate, announced_s, standard_error
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.harden.epochs import EndedBy
 from holdfast.runs.store.files import usable, write_atomically
@@ -228,17 +228,20 @@ def card_of(
 
 
 def _cost(trained: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str, float]:
-    """Cost of all trainings and of the planning; `budget_used` is the share of the budget that the best one used."""
+    """Cost of all trainings and of the planning; `budget_used` is their share of the time that was announced for so
+    many trainings, `announced_s`.
+    """
     points = [point for attempt in trained for point in attempt.curve]
     totals = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
     totals["planning_s"] = plan["planning_s"]
     if plan["budget_s"] is None:
         return totals
-    used_s = plan["planning_s"] + sum(point.wall_s for point in best.curve)
+    announced = announced_s(plan["budget_s"], len(trained))
     return {
         **totals,
         "budget_s": plan["budget_s"],
-        "budget_used": used_s / plan["budget_s"],
+        "announced_s": announced,
+        "budget_used": (plan["planning_s"] + totals["wall_s"]) / announced,
         "plans": best.plans,
     }
 
@@ -257,9 +260,12 @@ def _as_trained(trained: Made) -> dict[str, Any]:
 
 
 def _held_out(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
-    """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
+    """Metrics of both models, with intervals, on the examples that chose the checkpoint, and the standard error of the
+    robust accuracy of the new one.
+    """
     after = held_out_metrics(n, chosen.clean, chosen.robust)
-    return {"n": n, "before": held_out_metrics(n, *before), "after": after}
+    error = standard_error(chosen.robust, n)
+    return {"n": n, "standard_error": error, "before": held_out_metrics(n, *before), "after": after}
 
 
 def generalisation(n: int, robust: float, n_training: int, robust_in_training: float) -> dict[str, Any]:

@@ -23,20 +23,33 @@ from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.runs.harden.checkpoints import BEST, LAST, save
 from holdfast.runs.harden.held_out import harmless
 
+_WARM = 2  # examples of the update before anything is timed, in each process: batch norm needs two
 _SHORT = 3  # updates in the shorter trial
 _LEAST_EXAMPLES = 512  # smallest number of examples in it: guards need more than 256
 _LEAST, _MOST = 2, 400  # smallest and largest number of further updates in the longer trial
-_TRIED = 0.01  # largest share of the budget for each of the two trials
+_TRIED, _TRIED_MOST = (
+    0.01,
+    0.025,
+)  # share of the budget for each of the two trials; the second one up to _TRIED_S
+_TRIED_S = 1.0  # seconds in which a busy machine is measured as on average
+_MARGINAL = 0.25  # smallest time of an update, relative to that of one with its share of the fixed costs
 _NEGLIGIBLE_LR = 1e-9  # a learning rate so small that the loss cannot diverge
-_TRIALS = 3  # trials of a single slow update, since a busy machine may be slow for a moment
+_TRIALS = (
+    3  # smallest number of trials of a single slow update, since a busy machine may be slow for a moment
+)
 _AGAIN = 0.05  # largest share of the budget for all these trials; later plans correct a slow measurement
 _RETIMED = 0.4  # share of the budget above which a first update is timed once more
+_HOPELESS = 4.0  # budgets that an epoch of such updates takes, above which it is not, since no epoch can fit
 _SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
 _USED = 0.97  # share of the budget that is planned if plans are repeated during the training
 _EVALUATION_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
 _FIRST = 50  # smallest number of updates in the first plan, which is replaced after one update
 _REVIEW = 0.01  # share of the budget between two plans
 _REVIEW_LEFT = 0.1  # the same of the rest of the budget, for a machine that becomes slower
+_DIFFERENT = 2.0  # factor between two measurements, above which the earlier one no longer counts
+_LARGER = (
+    0.75  # share of a suggested budget that is planned, since the planning takes longer for a larger budget
+)
 
 Clock = Callable[[], float]
 """Function that returns the time in seconds since an arbitrary moment."""
@@ -121,8 +134,9 @@ def _paced(
 ) -> Pace:
     """Measure two trials of different length; costs that are the same in both are counted once for each epoch.
 
-    The labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
-    model, and no guard adds a step. If an update is slow, a single one is timed and includes the fixed costs.
+    An update on a few examples is not timed: it imports parts of torch, which takes seconds, and selects kernels. The
+    labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
+    model, and no guard adds a step. If an update is slow, single ones are timed and include the fixed costs.
     """
     settings = recipe.training
     short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size)
@@ -136,18 +150,20 @@ def _paced(
         seconds = broadcast(clock() - start)  # all processes take the same decisions
         return _Trial(seconds, updates(len(part), size), len(part), last)
 
-    update_trial = trial(size)  # selects kernels and fills caches, so it is slower than the next ones
+    trial(min(_WARM * processes(), size))
+    update_trial = trial(size)  # allocates memory, so it is slower than the next ones
     spent_s = update_trial.seconds
-    if settings.compiled or spent_s <= _AGAIN * budget_s or spent_s > _RETIMED * budget_s:
+    is_long = spent_s > _RETIMED * budget_s and n_updates * spent_s <= _HOPELESS * budget_s
+    if settings.compiled or spent_s <= _AGAIN * budget_s or is_long:
         update_trial = trial(size)
         spent_s += update_trial.seconds
-    if not settings.compiled and updates(least_examples, size) * update_trial.seconds > _TRIED * budget_s:
-        update_trial = _quickest(update_trial, lambda: trial(size), spent_s, budget_s)
+    if not settings.compiled and updates(least_examples, size) * update_trial.seconds > _trial_s(budget_s):
+        update_trial = _typical(update_trial, lambda: trial(size), spent_s, budget_s)
         kept_s = _saving_s(update_trial.last, update_trial.examples, len(data), clock)
         return Pace(update_trial.seconds, update_trial.seconds * n_updates + kept_s)
     short = trial(least_examples)
     update, fixed_s = short.each, 0.0
-    n_more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
+    n_more = min(int(_trial_s(budget_s) / max(update, 1e-9)), _MOST)
     if n_more >= _LEAST:
         # The difference of two trials does not contain the fixed costs of a training, such as the first compilation.
         update = _marginal_s(short, trial(least_examples + n_more * size))
@@ -157,14 +173,20 @@ def _paced(
     )
 
 
-def _quickest(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
-    """The fastest of several trials: the first one, and repetitions as far as the budget allows."""
-    for _ in range(_TRIALS - 1):
-        if spent_s + trial.seconds > _AGAIN * budget_s:
+def _trial_s(budget_s: float) -> float:
+    """Seconds of a budget for each of the two trials."""
+    return max(_TRIED * budget_s, min(_TRIED_S, _TRIED_MOST * budget_s))
+
+
+def _typical(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
+    """The median of several trials: the first one, and repetitions as far as the budget allows."""
+    trials, total_s = [trial], trial.seconds
+    while len(trials) < _TRIALS or total_s < _trial_s(budget_s):
+        if spent_s + trials[-1].seconds > _AGAIN * budget_s:
             break
-        trial = min(trial, repeat(), key=lambda candidate: candidate.seconds)
-        spent_s += trial.seconds
-    return trial
+        trials.append(repeat())
+        spent_s, total_s = spent_s + trials[-1].seconds, total_s + trials[-1].seconds
+    return sorted(trials, key=lambda each: each.seconds)[(len(trials) - 1) // 2]
 
 
 def with_predicted_labels(model: Classifier, data: Batch) -> Batch:
@@ -178,10 +200,10 @@ def with_predicted_labels(model: Classifier, data: Batch) -> Batch:
 
 
 def _marginal_s(short: _Trial, long: _Trial) -> float:
-    """Seconds for each update, from the difference of two trials."""
+    """Seconds for each update, from the difference of two trials. On a busy machine it may be too small by chance."""
     if long.updates == short.updates:
         return long.each
-    return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
+    return max((long.seconds - short.seconds) / (long.updates - short.updates), _MARGINAL * long.each)
 
 
 def _saving_s(checkpoint: Checkpoint, n_trial: int, n_all: int, clock: Clock) -> float:
@@ -240,16 +262,16 @@ def epochs_fitting(budget_s: float, measured: Pace, per_epoch: int) -> float:
     return updates_fitting(_planned_s(budget_s, look_s), measured.update, look_s, 0, per_epoch) / per_epoch
 
 
-def seconds_for_an_epoch(budget_s: float, epochs: float, epoch_s: float) -> int:
-    """Return the seconds of a time budget that suffices for one epoch of `epoch_s` seconds, rounded up, if a part of an
-    epoch, `epochs`, fits into `budget_s`.
-    """
-    return math.ceil(budget_s + (1 - epochs) * epoch_s / _USED)
-
-
 def _planned_s(budget_s: float, look_s: float) -> float:
     """The seconds of a budget that are planned."""
     return _USED * budget_s - _EVALUATION_SPARE * look_s
+
+
+def import_optimisers() -> None:
+    """Import the parts of torch that the first optimiser of a process imports. It takes seconds, and on a busy machine
+    much longer, which is part of the start of the process and not of a budget.
+    """
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 class Pacer:
@@ -261,7 +283,8 @@ class Pacer:
     def __init__(
         self, budget_s: float, epoch_s: float, look_s: float, spent_s: float, clock: Clock = time.perf_counter
     ) -> None:
-        """Create a pacer for a budget of `budget_s` seconds, of which `spent_s` are already used.
+        """Create a pacer for a budget of `budget_s` seconds, of which `spent_s` are already used, also by other
+        trainings.
 
         `epoch_s` and `look_s` are the seconds of an epoch and of the evaluation within it, measured before the
         training.
@@ -296,9 +319,16 @@ class Pacer:
             return self._updates_s / per_epoch, self._look_s, 1
         n, seconds = done - last.at, spent_s - last.spent_s
         if not n:  # two plans at the same update differ by an evaluation only
-            look_s = seconds if done <= per_epoch else (last.look_s + seconds) / 2
+            first = done <= per_epoch or _differ(seconds, last.look_s)
+            look_s = seconds if first else (last.look_s + seconds) / 2
             return last.update_s, look_s, max(last.review - last.at, 1)
         seconds_per_update = seconds / n
+        if last.at and _differ(seconds_per_update, last.update_s):
+            return (
+                seconds_per_update,
+                last.look_s,
+                n,
+            )  # the next plan is made soon, since the pace has changed
         # the measurement before the training, or the first updates, may have been slow for a moment
         update_s = (
             min(last.update_s, seconds_per_update)
@@ -308,19 +338,47 @@ class Pacer:
         return update_s, last.look_s, 2 * n
 
 
-def too_small(budget_s: float, measured: Pace, per_epoch: int, spent_s: float) -> UsageError:
-    """Return the error for a time budget in which no training update fits. It states a budget that would be
-    enough.
+def too_small(
+    budget_s: float, measured: Pace, per_epoch: int, spent_s: float, *, anyway: bool = False
+) -> UsageError:
+    """Return the error for a time budget in which no training update fits. It states a budget that would be enough:
+    for one epoch, or with `anyway` for one update.
     """
     look_s = measured.between(per_epoch)
-    least_s = math.ceil((measured.update + (1 + _EVALUATION_SPARE) * look_s + spent_s) / _USED)
-    suggestion = f"{least_s}s" if least_s < 120 else f"{math.ceil(least_s / 60)}min"
+    least_s = (measured.update + (1 + _EVALUATION_SPARE) * look_s + spent_s) / _USED
+    if not anyway:
+        least_s = max((measured.epoch + spent_s) / _LARGER, least_s)
     return UsageError(
         f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(measured.update)} on this machine, "
         f"the evaluation and the checkpoint after it {_seconds(look_s)}, and measuring these times took "
         f"{_seconds(spent_s)}; fewer steps take less time",
-        Remedy("budget", suggestion, reason="or more"),
+        Remedy("budget", _rounded_up(least_s), reason="or more"),
     )
+
+
+def below_an_epoch(
+    recipe: str, budget_s: float, epochs: float, measured: Pace, per_epoch: int, spent_s: float
+) -> UsageError:
+    """Return the error for a time budget in which only a part of an epoch, `epochs`, of a recipe fits. It states a
+    budget that would be enough for one epoch.
+    """
+    enough_s = (measured.epoch + spent_s) / _LARGER
+    return UsageError(
+        f"a budget of {budget_s:g} s is too small for one epoch of {recipe}: after {_seconds(spent_s)} for measuring, "
+        f"{round(epochs * per_epoch):,} of the {per_epoch:,} updates of an epoch fit, which takes about "
+        f"{_seconds(measured.epoch)} on this machine",
+        Remedy("budget", _rounded_up(enough_s), reason="or more"),
+        Remedy("anyway", True, reason="to train for a part of an epoch"),
+    )
+
+
+def _differ(measured: float, planned: float) -> bool:
+    """Whether two measurements of the same work differ by more than a factor of two."""
+    return max(measured, planned) > _DIFFERENT * min(measured, planned)
+
+
+def _rounded_up(seconds: float) -> str:
+    return f"{math.ceil(seconds)}s" if seconds < 120 else f"{math.ceil(seconds / 60)}min"
 
 
 def _seconds(time: float) -> str:

@@ -17,6 +17,7 @@ from holdfast.reports.numbers import size
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.identity import code_digest
+from holdfast.runs.harden.candidates import standard_error
 from holdfast.runs.harden.hardened import (
     MODEL,
     digest_of_weights,
@@ -159,6 +160,8 @@ def _refuse_training(run: StoredHardening) -> None:
     shares = {"before": stated, "after": [chosen["clean"], chosen["robust"]]}
     for side, values in shares.items():
         refuse_other(file, f"held_out.{side}", held_out[side], held_out_metrics(held_out["n"], *values))
+    error = standard_error(chosen["robust"], held_out["n"])
+    refuse_other(file, "held_out.standard_error", held_out["standard_error"], error)
     stated = card["generalisation"]
     on_training = {name: stated[name] for name in ("n_training", "robust_in_training")}
     expected = generalisation(held_out["n"], chosen["robust"], **on_training)
