@@ -131,7 +131,7 @@ UNBROKEN = {"success": False}
             False,
             "column eligible another value than an untargeted threat model",
         ),
-        ("attacked", UNBROKEN | {"ran": False}, False, "column ran another value"),
+        ("fixed-pgd", UNBROKEN | {"ran": False}, False, "column ran another value"),
     ],
 )
 def test_columns_by_which_an_example_is_not_broken_agree(stage, values, smallest, message, run):
@@ -228,12 +228,12 @@ def test_a_finished_run_with_a_forged_verdict_is_not_resumed(run):
 
 
 def test_a_finished_run_with_forged_columns_is_not_resumed(run):
-    stored = column_files.read(run / "attacked.safetensors")
+    stored = column_files.read(run / "fixed-pgd.safetensors")
     none = torch.zeros_like(stored.columns["ran"])
     column_files.write(
-        run / "attacked.safetensors", {**stored.columns, "ran": none, "success": none}, stored.about
+        run / "fixed-pgd.safetensors", {**stored.columns, "ran": none, "success": none}, stored.about
     )
-    rewritten(run, "attacked.safetensors")
+    rewritten(run, "fixed-pgd.safetensors")
     with pytest.raises(TargetError, match="column ran another value"):
         assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
 

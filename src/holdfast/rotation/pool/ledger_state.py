@@ -1,8 +1,8 @@
 """Computes the state of every parameter set of a pool from the entries of its ledger, in their order.
 
 A set is first a candidate, and is then admitted or refused. An admitted set serves, and is then retired. While it waits
-to serve, it may be judged again against newly stolen sets, and is then confirmed or refused. A base remains a base. That
-a set is listed as stolen is not a state but an additional mark: a stolen set that serves continues to serve until the
+to serve, it may be judged again against newly stolen sets, and is then confirmed or refused. A base remains one. That a
+set is listed as stolen is not a state but an additional mark: a stolen set that serves continues to serve until the
 next swap.
 """
 

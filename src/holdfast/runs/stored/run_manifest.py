@@ -11,6 +11,7 @@ from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.io.doctor import spread_examples
 from holdfast.io.remote.served_model import Served
+from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.checks import batch_size_for, small_eps_note, wide_bounds_note
 from holdfast.runs.assess.collecting_evidence import DOUBTS
@@ -114,6 +115,7 @@ def harden_manifest(
         {
             "recipe": request.name,
             "settings": {item.name: item.settings for item in request.candidates},
+            "goals": {item.name: vars(goal_of(item.recipe)) for item in request.candidates},
             "threat": {
                 "norm": type(constraint).__name__,
                 "eps": constraint.eps,
