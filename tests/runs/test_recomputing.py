@@ -326,3 +326,24 @@ def test_a_verdict_without_the_record_of_its_doubts_is_refused_on_resume(run):
     rewritten(run, "verdict.json", lambda content: content.update(exit_code=0))
     with pytest.raises(TargetError, match="has a verdict but no doubts"):
         assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
+
+
+def test_the_file_of_the_attacked_examples_holds_the_verdict_and_not_one_pass(genuine, run):
+    columns, result = column_files.read(run / "attacked.safetensors").columns, report(genuine)
+    surviving = columns["correct"] & ~columns["success"]
+    assert surviving.double().mean() == result.metrics["robust_accuracy"].value
+    assert sorted(columns) == sorted(result.worst_case)
+    forged = columns | {"success": torch.zeros_like(columns["success"])}
+    column_files.write(run / "attacked.safetensors", forged, {})
+    rewritten(run, "attacked.safetensors")
+    with pytest.raises(TargetError, match=r"attacked\.safetensors' states column success"):
+        verify(run)
+
+
+def test_the_file_of_the_attacked_examples_holds_stored_inputs(tmp_path):
+    asked = order(doubts="none", gates=(), keep_adversarial=True)
+    result = assess(subject(), data(), asked, run=tmp_path / "run")
+    columns = column_files.read(tmp_path / "run" / "attacked.safetensors").columns
+    assert columns["adversarial.id"].sort().values.tolist() == columns["id"][columns["success"]].tolist()
+    assert torch.equal(columns["adversarial.x"], result.adversarial["x"])
+    assert verify(tmp_path / "run").complete

@@ -47,7 +47,8 @@ def help_sentence(training: Mapping[str, Any]) -> str:
     if advice["eps"] is not None:
         ways.append(f"a smaller eps ({size(advice['eps'])})")
     collapse = "the network collapsed to one class" if training["ended_by"] == "collapse" else ""
-    return sentences(collapse, f"what may help: {', or '.join(ways)}" if ways else "")
+    listed = ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + "".join(ways[-1:])
+    return sentences(collapse, f"what may help: {listed}" if ways else "")
 
 
 def checkpoint_text(chosen: Mapping[str, Any], epochs: float) -> str:

@@ -296,7 +296,8 @@ def _because(gate: Mapping[str, Any], interval_text: str, doubts: Sequence[str])
         return f"the interval ({interval_text}) meets the threshold, but doubts are open: {', '.join(doubts)}"
     if gate["versus"] == "before":
         place = {"pass": "is above", "unclear": "contains", "fail": "is below"}[gate["verdict"]]
-        return f"the interval of the difference from the given model ({interval_text}) {place} 0"
+        low, high = (shown(gate["metric"], gate["estimate"][end]) for end in ("low", "high"))
+        return f"the interval of the difference from the given model ({low} to {high}) {place} 0"
     if gate["verdict"] == "unclear":
         return f"the interval ({interval_text}) contains the threshold; more examples are needed to decide"
     return f"the whole interval ({interval_text}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"

@@ -131,10 +131,7 @@ def assess(
         evidence = job.evidence(work, by_stage, doubts_document, adapted)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
-        adversarial_examples = job.adversarial(by_stage, doubts_document)
-        if isinstance(store, RunFolder):
-            columns = worst_case(evidence, adversarial_examples)
-            store.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", column_files.encode(columns, {}))
+        adversarial_examples = job.adversarial(store, evidence, by_stage, doubts_document)
         gates, accepted = job.judged(evidence, store.document(VERDICT))
         work.record(VERDICT, verdict_to_json(gates, accepted))
         head = store.chain.head if isinstance(store, RunFolder) else None
@@ -281,11 +278,23 @@ class _Job:
         refuse_unsound(evidence)
         return evidence
 
-    def adversarial(self, by_stage: Mapping[str, Columns], doubts_document: Mapping[str, Any]) -> Columns:
-        """Return the adversarial examples that the run stores."""
+    def adversarial(
+        self,
+        store: Store,
+        evidence: Evidence,
+        by_stage: Mapping[str, Columns],
+        doubts_document: Mapping[str, Any],
+    ) -> Columns:
+        """Return the adversarial examples that the run stores. In a folder, they are written to one file with the
+        columns from which the verdict is computed.
+        """
         attacks = [stage.name for stage in self.plan.stages() if stage.kind.in_suite]
         counted = counted_passes(self.manifest, by_stage, doubts_document)
-        return adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+        inputs = adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+        if isinstance(store, RunFolder):
+            columns = column_files.encode(worst_case(evidence, inputs), {})
+            store.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", columns)
+        return inputs
 
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
         """Measure the success rates of all attackers of a model with rotation. The result for each attacker is stored

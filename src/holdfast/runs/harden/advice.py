@@ -16,7 +16,7 @@ _EPOCHS = 10
 _FEW = 0.2
 """Robust accuracy below which a smaller eps is advised."""
 _QUICK = ("fgsm", "fgsm-rs", "n-fgsm", "free", "atta")
-"""Recipes with cheap updates, the usual one first for a short training."""
+"""Recipes with cheap updates."""
 _SLOWER, _LONGER = 4, 2
 """Advised divisor of the learning rate and factor of the warm-up after a collapse."""
 _LONGEST = 0.9
@@ -56,7 +56,7 @@ def advice(card: Mapping[str, Any], eps: float) -> Json:
         ways["epochs"] = _EPOCHS
         ways["budget_s"] = _budget_s(card["plan"], card["recipe"])
     if card["change"]["metric"] == "robust_accuracy":
-        ways["recipe"] = _other_recipe(card["recipe"], short=short)
+        ways["recipe"] = _other_recipe(card["recipe"], card["ended_by"], short=short)
         ways["eps"] = eps / 2 if card["change"]["after"] < _FEW else None
     return ways
 
@@ -70,10 +70,12 @@ def _budget_s(plan: Mapping[str, Any], recipe: str) -> float | None:
     return seconds
 
 
-def _other_recipe(recipe: str, *, short: bool) -> str | None:
-    """A recipe that may give more robust accuracy: one with cheaper updates for a short training, otherwise one that
-    trains on stronger attacks.
+def _other_recipe(recipe: str, ended_by: str, *, short: bool) -> str | None:
+    """A recipe that may give more robust accuracy: one with cheaper updates if a budget left few epochs, otherwise one
+    that trains on stronger attacks.
     """
-    if short:
+    if short and ended_by == "budget":
         return None if recipe in _QUICK else "fgsm-rs"
-    return "trades" if recipe == "pgd" else "pgd"
+    if recipe == "pgd":
+        return None if short else "trades"
+    return "pgd"
