@@ -94,10 +94,15 @@ def parse(text: str) -> Claim:
     return Claim(metric, relation, bound, eps, _versus(metric, parts["rest"], text), text.strip())
 
 
-def refused_verdict(text: str) -> UsageError:
-    """Return the error for a gate on a verdict that the command does not reach."""
-    return UsageError(
-        f"gate {text!r} is a verdict on a training, and nothing is trained here; give it to holdfast harden, or {FORM}"
+class UnreachedVerdict(UsageError):
+    """Error for a gate on a verdict that the command does not reach."""
+
+
+def refused_verdict(text: str, prefix: str = "") -> UnreachedVerdict:
+    """Return the error for a gate on a verdict that the command does not reach. `prefix` begins its message."""
+    return UnreachedVerdict(
+        f"{prefix}gate {text!r} is a verdict on a training, and nothing is trained here; give it to holdfast harden, "
+        f"or {FORM}"
     )
 
 

@@ -359,8 +359,7 @@ class GateSettings(SettingGroup):
         """Raise `UsageError` for a gate on a verdict that the verb does not reach."""
         for gate in self.gates:
             if gate.strip() in VERDICTS and gate.strip() not in self.verdicts:
-                error = refused_verdict(gate.strip())
-                raise UsageError(f"{prefix}{error.message}")
+                raise refused_verdict(gate.strip(), prefix)
 
 
 class Reports(SettingGroup):

@@ -346,7 +346,7 @@ def _collapse_note(trained: Made) -> str:
         f"{trained.candidate.name}: in epoch {last.epoch} the network collapsed to one class, which it predicts for "
         f"{percent(last.most_predicted)} of the held-out examples (clean accuracy {percent(last.clean)}, after epoch "
         f"{trained.chosen.epoch} {percent(trained.chosen.clean)}), so the training was stopped. A smaller learning "
-        f"rate than {plain(training.lr)} and a longer warm-up than {plain(training.warmup)} of the training help"
+        f"rate than {plain(training.lr)} and a longer warm-up than {plain(training.warmup)} of the training may help"
     )
 
 
