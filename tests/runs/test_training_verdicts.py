@@ -176,8 +176,8 @@ CARD = {
         (
             {"ended_by": "collapse"},
             (
-                "The network collapsed to one class. What may help: a smaller learning rate (0.001) or a longer "
-                "warm-up (0.5 of the training)."
+                "The network collapsed to one class. What may help: a smaller learning rate (0.001), a longer "
+                "warm-up (0.5 of the training) or a smaller eps (0.15)."
             ),
         ),
         (

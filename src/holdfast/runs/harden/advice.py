@@ -39,7 +39,7 @@ def verdict_entries(before: Evidence, after: Evidence, goal: Goal) -> Json:
 
 def advice(card: Mapping[str, Any], eps: float) -> Json:
     """Return what would help the hardening with a card that improved nothing: more epochs with the budget that they
-    need, another recipe, a smaller eps, or after a collapse a smaller learning rate and a longer warm-up. Entries are
+    need, another recipe, a smaller eps, and after a collapse a smaller learning rate and a longer warm-up. Entries are
     None if they would not help or are not known.
     """
     ways: Json = dict.fromkeys(("epochs", "budget_s", "recipe", "eps", "lr", "warmup"))
@@ -50,6 +50,7 @@ def advice(card: Mapping[str, Any], eps: float) -> Json:
         lr, warmup = training.get("lr"), training.get("warmup")
         ways["lr"] = None if lr is None else lr / _SLOWER
         ways["warmup"] = None if warmup is None else min(_LONGER * warmup, _LONGEST)
+        ways["eps"] = eps / 2
         return ways
     short = card["epochs"] < _EPOCHS
     if short and card["ended_by"] != "patience":
