@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt
+from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, exit_code, judge
+from holdfast.gates.training_verdicts import Before, training_verdict
 from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES
 from metrics.test_metrics import evidence
 
@@ -220,3 +222,32 @@ def test_a_gate_against_a_baseline():
     assert judge(claim, before, NONE, baseline=after).verdict == "pass"
     with pytest.raises(UsageError, match="baseline=RUN"):
         judge(claim, after, NONE)
+
+
+def test_a_verdict_is_a_gate_by_its_bare_name():
+    claim = parse(" improved ")
+    assert (claim.text, claim.versus) == ("improved", "before")
+    with pytest.raises(UsageError, match="'imporved' cannot be read; did you mean 'improved'"):
+        parse("imporved")
+    with pytest.raises(
+        UsageError, match="gate 'improved' is a verdict on a training, and nothing is trained here"
+    ):
+        judge(claim, evidence(), NONE)
+
+
+@pytest.mark.parametrize(
+    ("broken", "verdict", "gate", "doubted"),
+    [
+        ((200, 0), "improved", "pass", "unclear"),
+        ((100, 98), "no difference shown", "unclear", "unclear"),
+        ((0, 200), "worse", "fail", "fail"),
+    ],
+)
+def test_the_verdict_on_a_training_is_that_of_the_paired_interval(broken, verdict, gate, doubted):
+    before, after = (evidence(200, success=torch.arange(200) < n) for n in broken)
+    given = Before(before, Goal())
+    assert training_verdict(given.improvement(after)) == verdict
+    assert judge(parse("improved"), after, NONE, before=given).verdict == gate
+    assert judge(parse("improved"), after, RAISED, before=given).verdict == doubted
+    lower = Before(before, Goal(better="lower"))
+    assert lower.improvement(after).value == -given.improvement(after).value

@@ -376,4 +376,6 @@ def test_the_robust_generalisation_gap_is_a_difference_of_errors_and_has_a_sente
     gap = robust_error_gap(60, 100, 90, 100)
     assert gap.value == pytest.approx(0.3) and 0.15 < gap.low < 0.3 < gap.high < 0.45
     note = generalisation_note(generalisation(100, 0.6, n_training=100, robust_in_training=0.9))
-    assert "on held-out examples minus that on 100 training examples is 30.0 percentage points (18." in note
+    assert "on held-out examples is 30.0 percentage points higher (+18." in note and "above 0" in note
+    lower = generalisation_note(generalisation(100, 0.9, n_training=100, robust_in_training=0.6))
+    assert "is 30.0 percentage points lower (+18." in lower and "above 0" not in lower

@@ -102,7 +102,7 @@ def test_progress_goes_forward_and_ends_complete():
     result = assess(subject(), data(), order(doubts="all"), progress=steps.append)
     places = [(step.place, step.done) for step in steps]
     assert places == sorted(places)
-    for name in ("clean", "1-pgd", "2-pgd-again", "attacked"):
+    for name in ("clean", "1-pgd", "2-pgd-again", "fixed-pgd"):
         last = [step for step in steps if step.stage == name][-1]
         assert (last.done, last.of, last.seen) == (N, N, N)
     surviving = int((result.evidence["correct"] & ~result.evidence["suite_success"]).sum())
@@ -568,7 +568,7 @@ def test_every_adversarial_example_counts_is_named_and_kept(tmp_path):
     result = assess(given, data(), asked, run=tmp_path / "run")
     evidence, summary = result.evidence, result.summary()
     passes = [each.stage for each in evidence.passes]
-    assert passes[:2] == ["attacked", "curve-1-fmn"] and {"probe-margin", "probe-again"} < set(passes)
+    assert passes[:2] == ["fixed-pgd", "curve-1-fmn"] and {"probe-margin", "probe-again"} < set(passes)
     assert "probe-whole-box" not in passes
     assert evidence.passes[1].settings["steps"] == SMALLEST.attack.steps
     (fresh,) = (each for each in evidence.passes if each.stage == "probe-again")
@@ -675,7 +675,7 @@ def test_what_the_curve_and_the_fixed_pass_broke_counts_without_probes():
     doubt = next(d for d in found.doubts if d.name == "not-exhausted")
     assert (doubt.state, doubt.statistic) == ("raised", curve.broke)
     fixed = assess(subject(), data(), order(WEAK, attacked=True, doubts="none"))
-    assert [each.stage for each in fixed.evidence.passes if each.broke] == ["attacked"]
+    assert [each.stage for each in fixed.evidence.passes if each.broke] == ["fixed-pgd"]
 
 
 def test_the_smallest_changes_are_kept_and_leave_the_shares_after_each_attack(tmp_path):

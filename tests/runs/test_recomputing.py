@@ -131,7 +131,7 @@ UNBROKEN = {"success": False}
             False,
             "column eligible another value than an untargeted threat model",
         ),
-        ("attacked", UNBROKEN | {"ran": False}, False, "column ran another value"),
+        ("fixed-pgd", UNBROKEN | {"ran": False}, False, "column ran another value"),
     ],
 )
 def test_columns_by_which_an_example_is_not_broken_agree(stage, values, smallest, message, run):
@@ -228,12 +228,12 @@ def test_a_finished_run_with_a_forged_verdict_is_not_resumed(run):
 
 
 def test_a_finished_run_with_forged_columns_is_not_resumed(run):
-    stored = column_files.read(run / "attacked.safetensors")
+    stored = column_files.read(run / "fixed-pgd.safetensors")
     none = torch.zeros_like(stored.columns["ran"])
     column_files.write(
-        run / "attacked.safetensors", {**stored.columns, "ran": none, "success": none}, stored.about
+        run / "fixed-pgd.safetensors", {**stored.columns, "ran": none, "success": none}, stored.about
     )
-    rewritten(run, "attacked.safetensors")
+    rewritten(run, "fixed-pgd.safetensors")
     with pytest.raises(TargetError, match="column ran another value"):
         assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
 
@@ -326,3 +326,24 @@ def test_a_verdict_without_the_record_of_its_doubts_is_refused_on_resume(run):
     rewritten(run, "verdict.json", lambda content: content.update(exit_code=0))
     with pytest.raises(TargetError, match="has a verdict but no doubts"):
         assess(subject(), data(), order(doubts="all", gates=()), run=run, resume=True)
+
+
+def test_the_file_of_the_attacked_examples_holds_the_verdict_and_not_one_pass(genuine, run):
+    columns, result = column_files.read(run / "attacked.safetensors").columns, report(genuine)
+    surviving = columns["correct"] & ~columns["success"]
+    assert surviving.double().mean() == result.metrics["robust_accuracy"].value
+    assert sorted(columns) == sorted(result.worst_case)
+    forged = columns | {"success": torch.zeros_like(columns["success"])}
+    column_files.write(run / "attacked.safetensors", forged, {})
+    rewritten(run, "attacked.safetensors")
+    with pytest.raises(TargetError, match=r"attacked\.safetensors' states column success"):
+        verify(run)
+
+
+def test_the_file_of_the_attacked_examples_holds_stored_inputs(tmp_path):
+    asked = order(doubts="none", gates=(), keep_adversarial=True)
+    result = assess(subject(), data(), asked, run=tmp_path / "run")
+    columns = column_files.read(tmp_path / "run" / "attacked.safetensors").columns
+    assert columns["adversarial.id"].sort().values.tolist() == columns["id"][columns["success"]].tolist()
+    assert torch.equal(columns["adversarial.x"], result.adversarial["x"])
+    assert verify(tmp_path / "run").complete

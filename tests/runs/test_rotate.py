@@ -38,7 +38,7 @@ def test_collects_every_run_and_the_surrogates(collected):
     sets = contents.collected_members(held)
     assert sets.basins.tolist() == [0] * 4 + [1] * 4
     assert len(contents.bases(held)) == 2
-    assert {member.state for member in held.ledger.members} == {"refused"}, "bases never serve"
+    assert {member.state for member in held.ledger.members} == {"base"}, "bases never serve"
     models = contents.surrogates(held, terms())
     weights = [model.net[0].weight for model in models]
     assert all(not torch.equal(one, weights[0]) for one in weights[1:])

@@ -629,3 +629,12 @@ def test_a_pool_does_not_leave_the_machine():
     with pytest.raises(UsageError, match="on is 'ray', and a pool .* keys .* leave out on$"):
         settings.check_settings({"on": "ray"}, "", kind=RotateSettings)
     assert settings.check_settings({"on": "local"}, "", kind=RotateSettings).on == "local"
+
+
+def test_a_gate_on_a_verdict_is_valid_for_the_verb_that_reaches_it(tmp_path):
+    path = tmp_path / "h.yaml"
+    path.write_text("model: mnist-cnn\ndata: mnist-mini\nthreat: linf:0.3\ngates: [improved]\n")
+    assert validate(path) == ("harden",)
+    for kind in (Assess, Certify):
+        with pytest.raises(UsageError, match="gate 'improved' is a verdict on a training"):
+            settings.read_settings(path, {}, kind=kind)

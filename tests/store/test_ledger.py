@@ -535,6 +535,10 @@ def test_a_base_never_serves(ledger):
     ledger.candidate("base", DIGEST, role="base")
     with pytest.raises(UsageError, match="'base' is a base, which other sets are generated from"):
         ledger.admit("base")
+    with pytest.raises(UsageError, match="'base' is base; only a set that is candidate or admitted"):
+        ledger.refuse("base", "why")
+    assert ledger.states == {"base": "base"}, "no refused set"
+    ledger.delete("base")
 
 
 def test_an_end_that_a_kill_cut_short_was_never_said(whole, tmp_path):

@@ -233,7 +233,7 @@ def test_a_refused_set_comes_back_as_what_it_is(pool):
         pool.add(weights(5), {})
     for waits in (pool.ahead[0], pool.serving.name):
         with pytest.raises(
-            UsageError, match="only a set that is candidate or refused or retired can become deleted"
+            UsageError, match="only a set that is candidate or refused or retired or base can become deleted"
         ):
             pool.delete(waits)
         assert file_of(pool, waits).exists()

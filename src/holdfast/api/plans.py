@@ -83,9 +83,9 @@ def assess_request(
     If given, `device` replaces the device of the settings. `target` is the highest access that the model allows.
     """
     claims = tuple(parse_gate(gate) for gate in settings.gates)
-    if baseline is None and any(claim.versus for claim in claims):
+    if baseline is None and any(claim.versus == "baseline" for claim in claims):
         raise UsageError(
-            f"gate {next(c.text for c in claims if c.versus)!r} compares with another run",
+            f"gate {next(c.text for c in claims if c.versus == 'baseline')!r} compares with another run",
             Remedy("baseline", Placeholder("RUN")),
         )
     on_device = device_of(settings.device) if device is None else device

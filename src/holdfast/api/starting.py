@@ -13,6 +13,7 @@ from holdfast.api.reading_settings import MisplacedKeys, keys_for_verb, read_set
 from holdfast.api.verb_settings import VERBS, Assess, Certify, Harden, RotateSettings, VerbSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
+from holdfast.gates.grammar import UnreachedVerdict
 from holdfast.reports.write import check_destination as check_place
 from holdfast.settings.grammar import is_folder
 from holdfast.settings.guard_settings import check_guard_settings, is_guard
@@ -164,8 +165,15 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
         raise min(faults, key=lambda error: len(error.keys))
     if "certify" in verbs and "certify" not in loaded and not _is_certifiable(Path(path)):
         verbs.remove("certify")
-    for verb in verbs:
-        _check_parts(read_settings(Path(path), {}, kind=VERBS[verb]), str(path))
+    for verb in tuple(verbs):
+        try:
+            settings = read_settings(Path(path), {}, kind=VERBS[verb])
+        except UnreachedVerdict:
+            if verb in loaded or verbs == [verb]:
+                raise
+            verbs.remove(verb)
+        else:
+            _check_parts(settings, str(path))
     return tuple(verbs)
 
 

@@ -271,6 +271,7 @@ class Harden(
     """
 
     verb = "harden"
+    verdicts = ("improved",)
 
     def open(self) -> "ForHardening":
         """Open the model, the examples for training and those for the assessments, and return them."""

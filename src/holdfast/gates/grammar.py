@@ -10,15 +10,28 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import suggestion
-from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, OF_STATIC, PAIRED, ROTATION, SHARES
+from holdfast.metrics.names import (
+    AT_EPS,
+    DIFFERENCES,
+    IMPROVEMENT,
+    METRICS,
+    OF_STATIC,
+    PAIRED,
+    ROTATION,
+    SHARES,
+)
 
 Relation = Literal[">=", "<="]
-Versus = Literal["baseline", "static"]
+Versus = Literal["baseline", "static", "before"]
+
+VERDICTS: Final = {"improved": IMPROVEMENT}
+"""Verdicts that a gate requires by their bare name, each with the difference between the model after a training and the
+given one that must be above zero."""
 
 FORM = 'write METRIC >= NUMBER or METRIC <= NUMBER, as in "robust_accuracy >= 0.40"'
 """Advice in the error message for a gate that cannot be parsed."""
@@ -49,20 +62,25 @@ class Claim:
     eps: float | None = None
     """eps of the metric, in units of the inputs, if it is not that of the run"""
     versus: Versus | None = None
-    """reference of the bound; with `static`, the bound is a fraction of the value of the metric for a static model"""
+    """reference of the bound; with `static`, the bound is a fraction of the value of the metric for a static model, and
+    with `before`, the gate requires a verdict on a training, by which the model is compared with the given one"""
     text: str = ""
     """the gate as the user wrote it"""
 
 
 def parse(text: str) -> Claim:
-    """Return the gate in a text such as `robust_accuracy >= 0.40`. Raises `UsageError` with the mistake and the correct
-    form if the text is invalid.
+    """Return the gate in a text such as `robust_accuracy >= 0.40`, or in the name of a verdict such as `improved`.
+    Raises `UsageError` with the mistake and the correct form if the text is invalid.
     """
+    name = text.strip()
+    if name in VERDICTS:
+        return Claim(VERDICTS[name], ">=", 0.0, None, "before", name)
     parts = _PARTS.fullmatch(text)
     if parts is None:
         words = text.split()
         form = VERSUS if "baseline" in words else STATIC if "static" in words else FORM
-        raise UsageError(f"gate {text!r} cannot be read; {form}")
+        similar = suggestion(name, VERDICTS) if len(words) == 1 else ""
+        raise UsageError(f"gate {text!r} cannot be read; {f'{similar} Or ' if similar else ''}{form}")
     metric = _metric(parts["metric"], text)
     eps = None if parts["eps"] is None else _number(parts["eps"], text)
     if eps is not None and metric not in AT_EPS:
@@ -74,6 +92,18 @@ def parse(text: str) -> Claim:
     relation = _relation(parts["relation"], _percentage(parts["bound"], parts["rest"]), text)
     bound = _bound(metric, _number(parts["bound"], text, parts["rest"]), text)
     return Claim(metric, relation, bound, eps, _versus(metric, parts["rest"], text), text.strip())
+
+
+class UnreachedVerdict(UsageError):
+    """Error for a gate on a verdict that the command does not reach."""
+
+
+def refused_verdict(text: str, prefix: str = "") -> UnreachedVerdict:
+    """Return the error for a gate on a verdict that the command does not reach. `prefix` begins its message."""
+    return UnreachedVerdict(
+        f"{prefix}gate {text!r} is a verdict on a training, and nothing is trained here; give it to holdfast harden, "
+        f"or {FORM}"
+    )
 
 
 def with_equality(text: str) -> str:

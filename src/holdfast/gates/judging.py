@@ -8,7 +8,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence, Scope
 from holdfast.doubts.probing import doubt_test
-from holdfast.gates.grammar import Claim
+from holdfast.gates.grammar import Claim, refused_verdict
+from holdfast.gates.training_verdicts import Before, training_verdict
 from holdfast.metrics.catalogue import estimate as estimate_of
 from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
 from holdfast.metrics.paired import basis
@@ -65,6 +66,21 @@ class AtMost:
 
 
 @dataclass(frozen=True)
+class Improved:
+    """Gate on the difference between the model after a training and the given one, which must be above zero."""
+
+    def __call__(self, estimate: Estimate, doubts: Doubts) -> Verdict:
+        """Return the verdict.
+
+        It is `fail` if the new model is worse, `pass` if it is better and no doubt is open, and `unclear` otherwise.
+        """
+        outcome = training_verdict(estimate)
+        if outcome == "worse":
+            return "fail"
+        return "pass" if outcome == "improved" and not doubts.open else "unclear"
+
+
+@dataclass(frozen=True)
 class Judgement:
     """A gate, the estimate of its metric with a confidence interval, and its verdict."""
 
@@ -98,6 +114,8 @@ class Judgement:
 
     def _inside(self) -> bool:
         low, high, bound = self.estimate.low, self.estimate.high, self.claim.bound
+        if self.claim.versus == "before":
+            return low > bound
         return low >= bound if self.claim.relation == ">=" else high <= bound
 
 
@@ -107,11 +125,19 @@ def judge(
     doubts: Doubts,
     *,
     baseline: Evidence | None = None,
+    before: Before | None = None,
 ) -> Judgement:
     """Return the verdict of one gate on the evidence of a run. Raises `UsageError` with advice if its metric was not
     measured.
+
+    `before` is the measurement of the given model of a training, with which a gate on its verdict compares.
     """
     refuse_rotation(claim)
+    if claim.versus == "before":
+        if before is None:
+            raise refused_verdict(claim.text)
+        scope = basis(evidence, before.evidence) if before.goal.metric == "robust_accuracy" else None
+        return replace(judged_estimate(claim, before.improvement(evidence), doubts), scope=scope)
     try:
         measured = estimate_of(claim.metric, evidence, eps=claim.eps, baseline=baseline)
     except UsageError as error:
@@ -122,7 +148,11 @@ def judge(
 
 def judged_estimate(claim: Claim, estimate: Estimate, doubts: Doubts) -> Judgement:
     """Return the verdict of one gate on an estimate of its metric."""
-    gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
+    gate: Improved | AtLeast | AtMost
+    if claim.versus == "before":
+        gate = Improved()
+    else:
+        gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
     relevant = _relevant_doubts(claim, doubts)
     return Judgement(claim, estimate, gate(estimate, relevant), relevant.open)
 

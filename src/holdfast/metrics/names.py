@@ -182,6 +182,10 @@ NOT_SHARES: Final = frozenset(
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
 """metrics of two runs on the same examples, as in `regression <= 0.01 vs baseline`"""
 
+IMPROVEMENT: Final = "improvement"
+"""name of the difference between the model after a training and the given one in the metric of the recipe, which is
+positive if the new model is better"""
+
 SHARES: Final = {*METRICS, *ROTATION} - NOT_SHARES - PAIRED
 """metrics between 0 and 1, for which a gate such as `robust_accuracy >= 40` is refused"""
 

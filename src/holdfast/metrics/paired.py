@@ -1,7 +1,9 @@
 """Differences between two runs on the same examples, which are paired by a digest of input and label."""
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence, Scope
+from holdfast.core.goal import Goal
 from holdfast.core.types import Mask, Rows
 from holdfast.metrics.columns import robust, suite_robust
 from holdfast.metrics.shares import right_probability, suite_right_probability
@@ -99,3 +102,26 @@ def clean_accuracy_drop(evidence: Evidence, baseline: Evidence) -> Estimate:
     """
     shared = paired_examples(evidence, baseline)
     return paired_difference(baseline["correct"][shared.second], evidence["correct"][shared.first])
+
+
+LOSSES: Final[Mapping[str, Callable[[Evidence, Evidence], Estimate]]] = {
+    "robust_accuracy": regression,
+    "clean_accuracy": clean_accuracy_drop,
+}
+"""Functions that return the loss of a metric relative to a baseline run on the same examples, by the metric."""
+
+
+def change(metric: str, after: Evidence, before: Evidence) -> Estimate:
+    """Return the value of a metric in one run minus that in an earlier one, with the confidence interval of the
+    difference on the examples that both share.
+    """
+    return _negated(LOSSES[metric](after, before))
+
+
+def improvement(goal: Goal, difference: Estimate) -> Estimate:
+    """Return the change of the metric of a goal with the sign that makes positive values better."""
+    return difference if goal.better == "higher" else _negated(difference)
+
+
+def _negated(estimate: Estimate) -> Estimate:
+    return Estimate(0.0 - estimate.value, 0.0 - estimate.high, 0.0 - estimate.low, estimate.n)

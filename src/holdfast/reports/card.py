@@ -5,9 +5,11 @@ from typing import Any
 
 from holdfast.core.names import printable
 from holdfast.reports.charts import Axis, Plane
+from holdfast.reports.comparison import signed
 from holdfast.reports.markdown import code, escaped, markdown_table
 from holdfast.reports.notes import shown_notes
-from holdfast.reports.numbers import percent, plain
+from holdfast.reports.numbers import number, percent, plain
+from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
 from holdfast.reports.words import SCOPES, capitalized, interval, label, shown
 
 _WIDTH, _HEIGHT = 640.0, 320.0
@@ -19,9 +21,9 @@ _LINES = (
 _STYLE = "text{font:12px system-ui,sans-serif;fill:#24292f} path,line{fill:none}"
 
 
-def curve_svg(points: Sequence[Mapping[str, Any]]) -> str:
-    """Return an SVG chart of clean and robust accuracy over the epochs of a training, in which the best epoch is
-    marked.
+def curve_svg(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+    """Return an SVG chart of clean and robust accuracy over the epochs of a training, in which the epoch of the
+    checkpoint, `chosen`, is marked.
     """
     plane = Plane(_WIDTH, _HEIGHT, Axis(float(max(point["epoch"] for point in points)), logarithmic=False))
     parts = [f'<rect width="{_WIDTH:g}" height="{_HEIGHT:g}" fill="#fff"/>']
@@ -35,8 +37,7 @@ def curve_svg(points: Sequence[Mapping[str, Any]]) -> str:
         parts += [_text(plane.across(value), plane.bottom + 18, text)]
     parts += [_text((plane.across(0) + plane.right) / 2, plane.bottom + 36, "epochs")]
     parts += [_line(points, plane, key, colour, dashes) for key, _, colour, dashes in _LINES]
-    best = max(points, key=lambda point: (point["robust"], point["clean"]))
-    x, y = plane.across(best["epoch"]), plane.level(best["robust"])
+    x, y = plane.across(chosen["epoch"]), plane.level(chosen["robust"])
     parts += [
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#b3261e"><title>the checkpoint</title></circle>'
     ]
@@ -92,10 +93,14 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
 def generalisation_note(generalisation: Mapping[str, Any]) -> str:
     """Return a sentence on the robust generalisation of a hardened model, without a full stop."""
     gap = generalisation["robust_error_gap"]
-    value, low, high = (f"{100 * gap[name]:.1f}" for name in ("value", "low", "high"))
+    value, low, high = number(gap["value"]), number(gap["low"]), number(gap["high"])
+    direction, meaning = "higher", "an interval above 0 shows that the model overfits"
+    if value < 0:
+        value, low, high = -value, -high, -low
+        direction, meaning = "lower", "this does not show that the model overfits"
     return (
-        f"the robust error on held-out examples minus that on {generalisation['n_training']:,} training examples is "
-        f"{value} percentage points ({low} to {high}); an interval above 0 shows that the model overfits"
+        f"the robust error on held-out examples is {100 * value:.1f} percentage points {direction} ({signed(low)} to "
+        f"{signed(high)}) than that on {generalisation['n_training']:,} training examples; {meaning}"
     )
 
 
@@ -104,6 +109,9 @@ def card_document(card: Mapping[str, Any]) -> str:
     before, after, chosen = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [
+        escaped(verdict_sentence(card)),
+        *([escaped(help_sentence(card))] if help_sentence(card) else []),
+        "",
         f"Hardened against {escaped(card['threat'])} with the recipe {code(card['recipe'])}, {_why(card)}.",
         "",
     ]
@@ -118,7 +126,7 @@ def card_document(card: Mapping[str, Any]) -> str:
     held_out = card["held_out"]
     error = f"{100 * held_out['standard_error']:.1f} percentage points"
     lines += [
-        f"The checkpoint is from epoch {chosen['epoch']} of {plain(card['epochs'])}, the best on held-out examples:",
+        f"The checkpoint was written {checkpoint_text(chosen, card['epochs'])}, and is the best on held-out examples:",
         "",
     ]
     lines += _sides(
@@ -188,9 +196,9 @@ def _training_cost(card: Mapping[str, Any]) -> str:
             passes += (
                 f" and of the {plain(cost['announced_s'] - cost['budget_s'])} s more if doubts are raised"
             )
-        passes += (
-            ", and the training stopped early because of patience" if card["ended_by"] == "patience" else ""
-        )
+    early = {"patience": "of patience", "collapse": "the network collapsed to one class"}
+    if card["ended_by"] in early:
+        passes += f". The training stopped early because {early[card['ended_by']]}"
     return f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}."
 
 

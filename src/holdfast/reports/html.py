@@ -38,6 +38,7 @@ def page(summary: Mapping[str, Any]) -> str:
         verdict_sign=words.VERDICTS[summary["verdict"]][0],
         verdict_word=words.VERDICTS[summary["verdict"]][1],
         title=words.capitalized(words.title(summary)),
+        training=summary.get("training"),
         main=words.main_metric(summary),
         metrics=words.shown_metrics(summary),
         shown_examples=MOST_EXAMPLES,

@@ -11,6 +11,7 @@ from holdfast.core.types import Access, NonNegative
 from holdfast.core.types import Count as Natural
 from holdfast.core.types import Steps as Positive
 from holdfast.gates.judging import Verdict
+from holdfast.gates.training_verdicts import TrainingVerdict
 
 Number = float | Literal["inf", "-inf", "nan"]
 """number; strict JSON has no infinity"""
@@ -510,6 +511,39 @@ class Rotation(TypedDict):
     alternatives: list[Alternative]
 
 
+class ChangeJson(EstimateJson):
+    """Metric of the new model minus that of the given one on the same examples.
+
+    - `better`: direction in which the metric is better
+    """
+
+    metric: str
+    better: Literal["higher", "lower"]
+    before: Number
+    after: Number
+
+
+class TrainingVerdictJson(TypedDict):
+    """Verdict on the training of a hardened model.
+
+    - `verdict`: improved if the interval of the change is on the better side of 0, worse if it is on the other side
+    - `epochs`: number of epochs that were trained
+    - `ended_by`: reason for the end of the training
+    - `advice`: what would help a training that improved nothing; null for what would not help or is not known
+    - `message`: the verdict as a sentence
+    - `help`: the advice as a sentence; may be empty
+    """
+
+    verdict: TrainingVerdict
+    change: ChangeJson
+    recipe: str
+    epochs: Number
+    ended_by: Literal["epochs", "budget", "patience", "collapse"]
+    advice: dict[str, Number | str | None]
+    message: str
+    help: str
+
+
 class ImageExample(TypedDict):
     """An adversarial example of a model of images.
 
@@ -563,7 +597,7 @@ class Assessment(TypedDict):
     schema_version increases only if readers of the previous version would misinterpret the file.
 
     - `verdict`: over all gates: any fail is fail, else any unclear is unclear
-    - `headline`: the result in one sentence
+    - `headline`: the result in one sentence; for a hardened model after the verdict on its training
     - `exit_code`: 0 pass or no gate, 1 fail, 4 unclear
     - `n`: number of evaluated examples
     - `noun`: plural noun for the examples
@@ -583,6 +617,7 @@ class Assessment(TypedDict):
     - `data_transfer`: transfer of perturbations computed on each data set to the others; null if no other data set
       was given
     - `rotation`: success of each kind of attacker on a model with rotation; null if not measured
+    - `training`: verdict on the training of a hardened model; null for other models
     - `reproduce`: the command that repeats the run
     - `passes`: passes outside the suite, in their order; examples that they broke inside the threat model count as
       broken in robust accuracy
@@ -621,6 +656,7 @@ class Assessment(TypedDict):
     other_data: list[OtherData]
     data_transfer: DataTransfer | None
     rotation: Rotation | None
+    training: TrainingVerdictJson | None
     examples: Annotated[list[ImageExample | TableExample], MaxLen(12)]
     reproduce: str
     run: dict[str, str]

@@ -64,13 +64,15 @@ def summary(
     accepted_doubts: Mapping[str, str] | None = None,
     run: Mapping[str, Any] | None = None,
     rotation: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> Json:
     """Return the summary of a run, which contains everything that reports show, as strict JSON.
 
     `run` contains what the evidence does not: `verb`, `folder`, `created` (ISO 8601), `command` (which repeats the
     run), `hashes`, `versions`, `hardware`; unknown keys are omitted. `accepted_doubts` maps names to reasons.
-    `rotation` is the document of the table of attackers. `notes` are added to those of the evidence.
+    `rotation` is the document of the table of attackers. `training` is the verdict on a training. `notes` are added
+    to those of the evidence.
     """
     content: Json = {
         "schema_version": SUMMARY_VERSION,
@@ -85,6 +87,7 @@ def summary(
         "gates": [_gate(gate) for gate in gates],
         **_measured(evidence),
         "rotation": rotated(rotation),
+        "training": None if training is None else dict(training),
         "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
         **_about(run or {}),
     }

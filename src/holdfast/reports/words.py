@@ -229,6 +229,8 @@ def all_attacks_text(threat: Mapping[str, Any]) -> str:
 
 def condition_text(gate: Mapping[str, Any]) -> str:
     """Return the condition of a gate in words, such as `at least 50 % robust accuracy`."""
+    if gate["versus"] == "before":
+        return f"the verdict {gate['condition']}"
     comparison = "at least" if gate["relation"] == ">=" else "at most"
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
     at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
@@ -269,6 +271,8 @@ def doubted(gate: Mapping[str, Any]) -> bool:
     """Return whether a gate is unclear only because of raised doubts that the user has not accepted."""
     low, high = number(gate["estimate"]["low"]), number(gate["estimate"]["high"])
     bound = number(gate["bound"])
+    if gate["versus"] == "before":
+        return gate["verdict"] == "unclear" and low > bound
     return gate["verdict"] == "unclear" and (low >= bound if gate["relation"] == ">=" else high <= bound)
 
 
@@ -290,13 +294,25 @@ SCOPES: Mapping[str, str] = {
 def _because(gate: Mapping[str, Any], interval_text: str, doubts: Sequence[str]) -> str:
     if doubted(gate):
         return f"the interval ({interval_text}) meets the threshold, but doubts are open: {', '.join(doubts)}"
+    if gate["versus"] == "before":
+        place = {"pass": "is above", "unclear": "contains", "fail": "is below"}[gate["verdict"]]
+        low, high = (shown(gate["metric"], gate["estimate"][end]) for end in ("low", "high"))
+        return f"the interval of the difference from the given model ({low} to {high}) {place} 0"
     if gate["verdict"] == "unclear":
         return f"the interval ({interval_text}) contains the threshold; more examples are needed to decide"
     return f"the whole interval ({interval_text}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """Return the result of a run in one sentence: the main metric, the gates and the verdict."""
+    """Return the result of a run in one sentence: the main metric, the gates and the verdict. For a hardened model, the
+    verdict on its training and what would help come first.
+    """
+    training = summary.get("training")
+    result = _headline(summary)
+    return result if training is None else sentences(training["message"], training["help"], result)
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
     gates, result = summary["gates"], _meaning(summary, measured(summary))
     if not gates:
         return f"{result}; no gate was set."

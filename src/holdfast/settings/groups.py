@@ -8,13 +8,14 @@ command line and the JSON Schema are generated from the fields of the groups.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.attacks.suites import SUITES
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import UsageError
+from holdfast.gates.grammar import VERDICTS, refused_verdict
 from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
 from holdfast.settings.naming import CARD, SOURCES
@@ -346,11 +347,19 @@ class GateSettings(SettingGroup):
 
     gates: Annotated[values.Gates, Flag("G", "--gate", "-g", identifies=False)] = Field(
         default_factory=list,
-        description='Condition on a metric, as in "robust_accuracy >= 0.40".',
+        description='Condition on a metric, as in "robust_accuracy >= 0.40", or for harden the verdict improved.',
     )
     accept_doubts: Annotated[values.Reasons, Flag('NAME="why"', "--accept-doubt", identifies=False)] = Field(
         default_factory=dict, description="Accept a raised doubt, with the reason."
     )
+    verdicts: ClassVar[tuple[str, ...]] = ()
+    """verdicts of the verb that a gate may require by their name"""
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a gate on a verdict that the verb does not reach."""
+        for gate in self.gates:
+            if gate.strip() in VERDICTS and gate.strip() not in self.verdicts:
+                raise refused_verdict(gate.strip(), prefix)
 
 
 class Reports(SettingGroup):

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
+from holdfast.core.goal import Goal
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.fit import Training
@@ -36,6 +37,20 @@ class Recipe(Protocol):
         """Yield a checkpoint after each epoch, the last one with the new model; with `after`, resume from that
         checkpoint.
         """
+
+
+@runtime_checkable
+class WithGoal(Protocol):
+    """Protocol of a recipe that has another goal than a higher robust accuracy."""
+
+    @property
+    def goal(self) -> Goal:
+        """Metric by which the new model is compared with the given one."""
+
+
+def goal_of(recipe: Recipe) -> Goal:
+    """Return the goal of a recipe, which is a higher robust accuracy if the recipe declares no other."""
+    return recipe.goal if isinstance(recipe, WithGoal) else Goal()
 
 
 def trained_as(recipe: Recipe, how: Training) -> Recipe:

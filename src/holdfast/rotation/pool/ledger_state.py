@@ -1,8 +1,9 @@
 """Computes the state of every parameter set of a pool from the entries of its ledger, in their order.
 
 A set is first a candidate, and is then admitted or refused. An admitted set serves, and is then retired. While it waits
-to serve, it may be judged again against newly stolen sets, and is then confirmed or refused. That a set is listed as
-stolen is not a state but an additional mark: a stolen set that serves continues to serve until the next swap.
+to serve, it may be judged again against newly stolen sets, and is then confirmed or refused. A base remains one. That a
+set is listed as stolen is not a state but an additional mark: a stolen set that serves continues to serve until the
+next swap.
 """
 
 import re
@@ -13,15 +14,15 @@ from typing import Any, Literal
 
 from holdfast.core.errors import UsageError
 
-State = Literal["candidate", "admitted", "refused", "serving", "retired"]
+State = Literal["base", "candidate", "admitted", "refused", "serving", "retired"]
 
 _BEFORE: Mapping[str, tuple[State, ...]] = {
     "admitted": ("candidate", "admitted"),
     "refused": ("candidate", "admitted"),
     "serving": ("admitted",),
     "retired": ("admitted", "serving"),
-    "exposed": ("candidate", "admitted", "refused", "serving", "retired"),
-    "deleted": ("candidate", "refused", "retired"),
+    "exposed": ("base", "candidate", "admitted", "refused", "serving", "retired"),
+    "deleted": ("candidate", "refused", "retired", "base"),
 }
 """The allowed states of a set before an entry of each kind."""
 
@@ -253,6 +254,10 @@ class LedgerState:
 
     def _refuse_step(self, entry: Mapping[str, Any]) -> None:
         kind, member = entry["kind"], self.member(entry["set"])
+        if kind == "admitted" and member.role == "base":
+            raise UsageError(
+                f"{member.name!r} is a base, which other sets are generated from; it cannot become admitted"
+            )
         if member.state not in _BEFORE[kind]:
             allowed = " or ".join(_BEFORE[kind])
             raise UsageError(
@@ -261,10 +266,6 @@ class LedgerState:
         # A copy of a deleted set may have been stolen before.
         if member.deleted and kind != "exposed":
             raise UsageError(f"{member.name!r} was deleted; it cannot become {kind}")
-        if kind == "admitted" and member.role == "base":
-            raise UsageError(
-                f"{member.name!r} is a base, which other sets are generated from; it cannot become admitted"
-            )
         for stolen in entry.get("against", ()):
             self.member(stolen)
         if kind in ("serving", "deleted") and member.exposed is not None:
@@ -312,7 +313,7 @@ class LedgerState:
                 entry["set"],
                 entry["digest"],
                 tuple(entry["bases"]),
-                "candidate",
+                "base" if entry["role"] == "base" else "candidate",
                 at,
                 entry["why"],
                 self._entries,

@@ -222,9 +222,7 @@ class Pool:
         added.
         """
         waiting = (
-            member
-            for member in self.ledger.members
-            if member.state == "candidate" and member.role == "service" and member.exposed is None
+            member for member in self.ledger.members if member.state == "candidate" and member.exposed is None
         )
         return tuple(member.name for member in waiting if not member.deleted)
 

@@ -39,8 +39,7 @@ from holdfast.runs.harden.pace import Pace, pace, whole_epochs
 from holdfast.runs.store.folder import StoredStage
 
 BASE = "a base, which other sets are generated from; it never serves"
-"""Reason that the ledger records for the fact that a base never serves. Whether a set is a base is
-defined by its role."""
+"""Reason that the ledger records with a base. Whether a set is a base is defined by its role."""
 _LEFT_FILES = {
     "pool.json",
     ".pool.json.part",
@@ -344,9 +343,7 @@ class _Collection:
     def _list(self, stored: StoredStage) -> None:
         """Add the base of a run to the pool as a set that never serves."""
         state = without_prefix(stored.columns, "base.")
-        name = self.pool.add(state, {"base": True}, why=BASE, role="base")
-        if self.pool.ledger.member(name).state == "candidate":
-            self.pool.refuse(name, BASE)
+        self.pool.add(state, {"base": True}, why=BASE, role="base")
 
     def _refuse_diverged(self, training: str, accuracy: float) -> None:
         """Raise `TargetError` if a training is not clearly better than guessing."""

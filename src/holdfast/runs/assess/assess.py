@@ -37,7 +37,7 @@ from holdfast.runs.assess.expected_time import TRIED, expected_time
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
 from holdfast.runs.assess.preparation import learning_examples, paired_sets, plan_for, readied
 from holdfast.runs.assess.request import AssessRequest, Opening, Subject
-from holdfast.runs.assess.result import Result, about_of
+from holdfast.runs.assess.result import ATTACKED, Result, about_of, worst_case
 from holdfast.runs.assess.served_runs import attach, finish, refuse_early, served_by
 from holdfast.runs.engine.executor import Executor
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
@@ -49,6 +49,7 @@ from holdfast.runs.engine.store import MemoryStore, Stopwatch, Store
 from holdfast.runs.harness import FOUND, Plan, Target
 from holdfast.runs.harness.kinds.geometry import GEOMETRY
 from holdfast.runs.harness.kinds.stateful import STATEFUL
+from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.documents import (
@@ -130,11 +131,11 @@ def assess(
         evidence = job.evidence(work, by_stage, doubts_document, adapted)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
+        adversarial_examples = job.adversarial(store, evidence, by_stage, doubts_document)
         gates, accepted = job.judged(evidence, store.document(VERDICT))
         work.record(VERDICT, verdict_to_json(gates, accepted))
         head = store.chain.head if isinstance(store, RunFolder) else None
         shown = about_of(manifest, {**about, **job.command(gates)}, run, head)
-        adversarial_examples = job.adversarial(by_stage, doubts_document)
         return Result(evidence, gates, accepted, shown, run, adversarial_examples, request.baseline, rotation)
 
 
@@ -277,11 +278,23 @@ class _Job:
         refuse_unsound(evidence)
         return evidence
 
-    def adversarial(self, by_stage: Mapping[str, Columns], doubts_document: Mapping[str, Any]) -> Columns:
-        """Return the adversarial examples that the run stores."""
+    def adversarial(
+        self,
+        store: Store,
+        evidence: Evidence,
+        by_stage: Mapping[str, Columns],
+        doubts_document: Mapping[str, Any],
+    ) -> Columns:
+        """Return the adversarial examples that the run stores. In a folder, they are written to one file with the
+        columns from which the verdict is computed.
+        """
         attacks = [stage.name for stage in self.plan.stages() if stage.kind.in_suite]
         counted = counted_passes(self.manifest, by_stage, doubts_document)
-        return adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+        inputs = adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+        if isinstance(store, RunFolder):
+            columns = column_files.encode(worst_case(evidence, inputs), {})
+            store.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", columns)
+        return inputs
 
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
         """Measure the success rates of all attackers of a model with rotation. The result for each attacker is stored
@@ -309,7 +322,11 @@ class _Job:
             claims = claims or tuple(judgement.claim for judgement in before)
             accepted = accepted or stored["accepted_doubts"]
         doubts = Doubts(evidence.doubts, accepted)
-        return tuple(judge(claim, evidence, doubts, baseline=request.baseline) for claim in claims), accepted
+        judged = (
+            judge(claim, evidence, doubts, baseline=request.baseline, before=request.before)
+            for claim in claims
+        )
+        return tuple(judged), accepted
 
     def announce(self, notify: Notify, *, is_step: bool) -> None:
         """Notify the user of the expected cost of the run: the number of rows that are sent to a model server, or the

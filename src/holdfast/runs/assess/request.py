@@ -9,6 +9,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import Claim
+from holdfast.gates.training_verdicts import Before
 from holdfast.runs.engine.progress import Progress
 from holdfast.runs.engine.ray_cluster import RayOptions
 from holdfast.runs.harden.candidates import Candidate
@@ -73,6 +74,8 @@ class AssessRequest:
     """command that repeats the run"""
     verb: Literal["assess", "certify"] = "assess"
     """name of the verb in the run folder and in reports"""
+    before: Before | None = None
+    """measurement of the given model of a training, with which a gate on its verdict compares; None without training"""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,8 @@ class Metrics(dict[str, Estimate]):
         raise UnknownMetric(f"there is no metric {name!r}; {f'{similar} ' if similar else ''}{available}")
 
 
+ATTACKED = "attacked"
+"""Name of the file of a run folder with the columns from which the verdict is computed, without its suffix."""
 _WORST_CASE = (
     "id",
     "y",
@@ -77,6 +80,8 @@ class Result:
     """evidence of another run, with which `regression` and `clean_accuracy_drop` compare; None without a baseline"""
     rotation: Mapping[str, Any] | None = None
     """the table of attackers of a model with rotation; None for other models"""
+    training: Mapping[str, Any] | None = None
+    """the verdict on the training of the model, for the assessment of a hardened model; None for other models"""
     _asked: dict[str, Judgement] = field(default_factory=dict, init=False, repr=False, compare=False)
     """gates judged after the run, by their text, for the notebook view"""
 
@@ -114,8 +119,7 @@ class Result:
         """Columns with the strongest result against each example over all attacks and probes that count, including the
         distances of adversarial examples.
         """
-        columns = self.evidence.columns
-        return {name: values for name, values in columns.items() if name in _WORST_CASE}
+        return worst_case(self.evidence)
 
     @property
     def table(self) -> str:
@@ -169,6 +173,7 @@ class Result:
             accepted_doubts=self.accepted_doubts,
             run=self.about,
             rotation=self.rotation,
+            training=self.training,
             notes=missing(self.evidence, self.baseline),
         )
 
@@ -216,6 +221,14 @@ class Result:
         """Return the verdict and the main metrics in one line."""
         where = "" if self.folder is None else f", folder {str(self.folder)!r}"
         return f"<Result: {VERDICTS[self._summary['verdict']][1]}; {measured(self._summary)}{where}>"
+
+
+def worst_case(evidence: Evidence, adversarial: Columns = MappingProxyType({})) -> dict[str, Tensor]:
+    """Return the columns from which the verdict of a run is computed: the strongest result against each example, and as
+    `adversarial.id` and `adversarial.x` the inputs `adversarial` that the run stores.
+    """
+    inputs = {f"adversarial.{name}": values for name, values in adversarial.items()}
+    return {name: values for name, values in evidence.columns.items() if name in _WORST_CASE} | inputs
 
 
 def about_of(

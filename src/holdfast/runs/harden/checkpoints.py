@@ -52,6 +52,9 @@ class Point:
     """accuracy on the held-out examples that bounds prove, by which the checkpoint of a certified training is chosen;
     None for other recipes"""
 
+    most_predicted: float = 0.0
+    """share of the held-out examples for which the network predicts its most frequent class, on clean inputs"""
+
     @property
     def epochs(self) -> float:
         """Number of epochs that were trained by the end of this epoch. It is fractional if this epoch is incomplete."""

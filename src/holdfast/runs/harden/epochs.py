@@ -23,7 +23,7 @@ from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point
-from holdfast.runs.harden.held_out import held_out_accuracies, proved_accuracy
+from holdfast.runs.harden.held_out import held_out_shares, proved_accuracy
 from holdfast.runs.harden.pace import Clock, smaller
 
 STAGES = ["before", "training", "after"]
@@ -90,25 +90,25 @@ class Trainer:
         cpu, wall = time.process_time(), self.clock()
         for checkpoint in self.checkpoints(trained_as(candidate.recipe, settings), after):
             checkpoint.put_into(evaluated_model)
-            clean, robust = held_out_accuracies(evaluated_model, self.held_out, self.threat)
+            clean, robust, largest = held_out_shares(evaluated_model, self.held_out, self.threat)
             certified = proved_accuracy(evaluated_model, self.held_out, self.threat, [candidate.recipe])
             now = time.process_time(), self.clock()
             point = Point(
                 checkpoint.epoch, **dict(checkpoint.measured), batch=settings.batch, clean=clean, robust=robust,
                 cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine, part=checkpoint.part,
-                share=checkpoint.share, certified=certified,
+                share=checkpoint.share, certified=certified, most_predicted=largest,
             )  # fmt: skip
             cpu, wall = now
             curve = (*curve, point)
             with run.stopper.finishing():
                 # The best checkpoint is written before the last one: after a kill in between, the epoch is repeated
                 # with the same result.
-                if point.score > highest:
+                if point.score > highest and not collapsed(curve):
                     highest = point.score
                     checkpoints.save(place, BEST, checkpoint, curve)
                 checkpoints.save(place, LAST, checkpoint, curve)
             run.progress(_step(candidate, curve, checkpoint, len(self.held_out)))
-            if not distributed.broadcast(not _stale(curve, settings)):
+            if not distributed.broadcast(not (collapsed(curve) or _stale(curve, settings))):
                 break
         return curve
 
@@ -148,19 +148,36 @@ def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingP
     return no_plan
 
 
-EndedBy = Literal["epochs", "budget", "patience"]
-"""Reason for the end of a training: all epochs done, budget spent, or patience exceeded."""
+EndedBy = Literal["epochs", "budget", "patience", "collapse"]
+"""Reason for the end of a training: all epochs done, budget spent, patience exceeded, or a network that predicts one
+class only."""
+_ONE_CLASS = 0.98  # share of the predictions above which a network counts as constant
+_BETTER = 0.75  # largest share of its errors that an earlier epoch made
 
 
 def ended_by(last: Checkpoint, curve: tuple[Point, ...], settings: Training) -> EndedBy | None:
     """Return the reason why a training ends with the checkpoint `last`, such as an exhausted budget, or None if it
     continues.
     """
+    if collapsed(curve):
+        return "collapse"
     if _stale(curve, settings):
         return "patience"
     if last.plans:
         return "budget" if last.updates >= last.plans[-1].end else None
     return "epochs" if last.epoch >= settings.epochs else None
+
+
+def collapsed(curve: tuple[Point, ...]) -> bool:
+    """Return whether the network predicts one class for nearly all held-out examples after the last epoch, and was
+    clearly better after an earlier one.
+
+    A network that has predicted one class since the first epoch is not collapsed: it has not learned yet, as during
+    the warm-up of recipes that start from random weights.
+    """
+    *earlier, last = curve
+    errors = 1 - last.clean
+    return last.most_predicted >= _ONE_CLASS and any(1 - point.clean <= _BETTER * errors for point in earlier)
 
 
 def _stale(curve: tuple[Point, ...], settings: Training) -> bool:

@@ -20,11 +20,14 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.names import threat_text
 from holdfast.core.units import of_values
+from holdfast.gates.training_verdicts import Before, refuse_goal
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
+from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import size
+from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for
@@ -184,6 +187,7 @@ class _Job:
             self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock
         )
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
+            refuse_goal(candidate.name, goal_of(candidate.recipe))
             self.trainer.checkpoints(candidate.recipe, None)
         stored = distributed.broadcast(stored_manifest(run))
         self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(n_assessed))
@@ -261,7 +265,8 @@ class _Job:
             accuracies_before = held_out_accuracies(self.model, self.evaluated, self.request.threat)
             run.record("before", _head(before))
             trained, best = self._trained_attempts(run)
-            after = self._assessed(best.subject, self.test, "after", self.assessment)
+            given = Before(before.evidence, goal_of(best.candidate.recipe))
+            after = self._assessed(best.subject, self.test, "after", replace(self.assessment, before=given))
             command = command_of(folder.manifest, after.gates)
             after = replace(after, about={**after.about, "command": command})
             net = best.subject.model.net
@@ -269,6 +274,7 @@ class _Job:
             weights = written(net, weights_metadata(self.subject, self.manifest))
             entries = {**self._entries(accuracies_before), "generalisation": self._on_training(best)}
             card = card_of(trained, best, (before, after), folder.manifest, entries)
+            after = replace(after, training=training_summary(card))
             model = of_values(best.subject.model)
             result = Hardened(model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():

@@ -16,16 +16,20 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.model import Classifier
+from holdfast.gates.training_verdicts import TrainingVerdict
 from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.recipes.training.overfitting import MOST_RAISED
+from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
+from holdfast.reports.training import checkpoint_text
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
+from holdfast.runs.harden.advice import advice, verdict_entries
 from holdfast.runs.harden.candidates import Candidate, announced_s, standard_error
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.harden.epochs import EndedBy
@@ -70,8 +74,16 @@ class Hardened:
             write_atomically(place / MODEL, self.weights)
             write_atomically(place / "card.json", document(card))
             write_atomically(place / "card.md", as_markdown(card).encode())
-            write_atomically(place / "curve.svg", curve_svg(self.card["curve"]).encode())
+            write_atomically(place / "curve.svg", curve_svg(self.card["curve"], self.card["chosen"]).encode())
         return place
+
+    @property
+    def verdict(self) -> TrainingVerdict:
+        """Whether the new model is better than the given one by the metric of the recipe: `improved`, `no difference
+        shown` or `worse`.
+        """
+        verdict: TrainingVerdict = self.card["verdict"]
+        return verdict
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -85,7 +97,7 @@ class Hardened:
             f"{name} {'' if at_chance else percent(before[name]['value']) + ' → '}{percent(after[name]['value'])}"
             for name in names
         ]
-        epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
+        epoch = checkpoint_text(self.card["chosen"], self.card["epochs"])
         text = f"{self.card['recipe']}: {', '.join(metrics)} ({epoch})"
         if at_chance:
             text += f"; the given model was at chance ({names[0]} {percent(before[names[0]]['value'])})"
@@ -203,6 +215,7 @@ def card_of(
             "settings": _as_trained(best),
             "plan": manifest["plan"],
             "recipes_tried": recipes,
+            **verdict_entries(sides[0].evidence, sides[1].evidence, goal_of(best.candidate.recipe)),
             "scope": basis(sides[0].evidence, sides[1].evidence),
             "before": {**judged(sides[0].summary()), "at_chance": at_chance},
             "after": judged(sides[1].summary()),
@@ -224,6 +237,7 @@ def card_of(
             "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
         }
     )
+    card["advice"] = strict(advice(card, float(sides[1].evidence.threat.constraint.eps)))
     return card
 
 
@@ -321,12 +335,25 @@ def _training_notes(trained: Made) -> list[str]:
             f"a single step was overfitted to, so the guard asked for another one {times}{limit_text}"
         )
         notes.append(f"{trained.candidate.name}: {guard_text}")
+    if trained.ended_by == "collapse":
+        notes.append(_collapse_note(trained))
     if trained.chosen.certified is not None:
         notes.append(
             f"{trained.candidate.name}: the checkpoint was chosen by the accuracy that CROWN-IBP proves on the "
             f"held-out examples, {100 * trained.chosen.certified:.1f} %; better bounds prove as much or more"
         )
     return notes
+
+
+def _collapse_note(trained: Made) -> str:
+    """A note on the epoch in which the network collapsed to one class, and what helps."""
+    last, training = trained.curve[-1], trained.candidate.recipe.training
+    return (
+        f"{trained.candidate.name}: in epoch {last.epoch} the network collapsed to one class, which it predicts for "
+        f"{percent(last.most_predicted)} of the held-out examples (clean accuracy {percent(last.clean)}, after epoch "
+        f"{trained.chosen.epoch} {percent(trained.chosen.clean)}), so the training was stopped. A smaller learning "
+        f"rate than {plain(training.lr)} and a longer warm-up than {plain(training.warmup)} of the training may help"
+    )
 
 
 def _batch_size_notes(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:

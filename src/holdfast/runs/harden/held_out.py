@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
@@ -91,23 +92,33 @@ def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel)
     """Return the clean accuracy of a model on the held-out examples, and its accuracy under the short attack that
     compares checkpoints.
     """
+    clean, robust, _ = held_out_shares(model, held_out, threat)
+    return clean, robust
+
+
+def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> tuple[float, float, float]:
+    """Return the accuracies of `held_out_accuracies`, and the share of the held-out examples for which the model
+    predicts the class that it predicts most often.
+    """
     mode = model.training
     model.eval()
 
-    def counts(part: Batch) -> tuple[int, int]:
+    def counts(part: Batch) -> tuple[int, int, Tensor]:
         with torch.no_grad():
-            correct = margin(model(part.x), part) > 0
+            logits = model(part.x)
+        correct = margin(logits, part) > 0
         correct_examples, n_robust = part.take(correct), 0
         if len(correct_examples):
             x_adv = EVALUATION_ATTACK(model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
                 n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
-        return int(correct.sum()), n_robust
+        return int(correct.sum()), n_robust, logits.argmax(1).bincount(minlength=logits.shape[1])
 
     with drawing(Draws(0).at("look"), held_out.x.device):
-        right, n_robust = map(sum, zip(*results_in_pieces(held_out, counts), strict=True))
+        right, n_robust, predicted = zip(*results_in_pieces(held_out, counts), strict=True)
     model.train(mode)
-    return right / len(held_out), n_robust / len(held_out)
+    most = int(torch.stack(predicted).sum(0).max())
+    return sum(right) / len(held_out), sum(n_robust) / len(held_out), most / len(held_out)
 
 
 def proved_accuracy(

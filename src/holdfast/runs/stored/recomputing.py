@@ -275,7 +275,8 @@ def refuse_other_verdict(path: Path, decided: Json, evidence: Evidence) -> None:
     """Raise `TargetError` if the columns of a run give another estimate, other open doubts, another verdict of a gate
     or another exit code than `decided`, the content of `verdict.json`.
 
-    A gate that compares with a baseline is judged by the stored estimate, since the baseline is not part of the run.
+    A gate that compares with a baseline, or with the given model of a training, is judged by the stored estimate, since
+    the other run is not part of this one.
     """
     file = path / f"{VERDICT}.json"
     doubts = Doubts(evidence.doubts, decided["accepted_doubts"])
@@ -295,7 +296,7 @@ def refuse_other_verdict(path: Path, decided: Json, evidence: Evidence) -> None:
 
 
 def _judged_again(file: Path, stored: Judgement, evidence: Evidence, doubts: Doubts) -> Judgement:
-    if stored.claim.metric in PAIRED:
+    if stored.claim.metric in PAIRED or stored.claim.versus == "before":
         return judged_estimate(stored.claim, stored.estimate, doubts)
     try:
         return judge(stored.claim, evidence, doubts)

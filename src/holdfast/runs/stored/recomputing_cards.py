@@ -9,6 +9,8 @@ from typing import Any
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
+from holdfast.core.goal import Goal
+from holdfast.gates.training_verdicts import Before
 from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.paired import basis
@@ -17,6 +19,7 @@ from holdfast.reports.numbers import size
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.identity import code_digest
+from holdfast.runs.harden.advice import advice, verdict_entries
 from holdfast.runs.harden.candidates import standard_error
 from holdfast.runs.harden.hardened import (
     MODEL,
@@ -27,6 +30,7 @@ from holdfast.runs.harden.hardened import (
     weights_and_metadata,
 )
 from holdfast.runs.store.files import MANIFEST
+from holdfast.runs.stored.documents import VERDICT
 from holdfast.runs.stored.recomputing_columns import refuse_other
 from holdfast.statistics.intervals import against_majority
 
@@ -60,6 +64,7 @@ def refuse_other_card(run: StoredHardening) -> None:
     """
     for side, result in run.sides.items():
         _refuse_metrics(run, side, result)
+    _refuse_verdict(run)
     refuse_other(run.path / "card.json", "chosen.epoch", run.card["chosen"]["epoch"], run.training["chosen"])
     refuse_other(run.path / "training.json", "weights", run.training["weights"], run.weights)
     for side, inner in run.inner.items():
@@ -88,6 +93,20 @@ def _refuse_metrics(run: StoredHardening, side: str, result: Result) -> None:
         for name, value in judged(result.summary()).items():
             if name != "notes":  # which contain those on a baseline, which is not part of the run
                 refuse_other(file, f"{side}.{name}", stated[name], value)
+
+
+def _refuse_verdict(run: StoredHardening) -> None:
+    """Compare the verdict on the training, and the gates on it, with the two measurements."""
+    file, (before, after) = run.path / "card.json", (run.sides[side].evidence for side in ("before", "after"))
+    goal = Goal(**run.manifest["config"].get("goals", {}).get(run.card["recipe"], {}))
+    for name, value in verdict_entries(before, after, goal).items():
+        refuse_other(file, name, run.card[name], value)
+    expected = vars(Before(before, goal).improvement(after))
+    for gate in run.sides["after"].gates:
+        if gate.claim.versus == "before":
+            refuse_other(
+                run.path / "after" / f"{VERDICT}.json", "gates.estimate", vars(gate.estimate), expected
+            )
 
 
 def _refuse_models(run: StoredHardening) -> None:
@@ -134,6 +153,7 @@ def _refuse_settings(run: StoredHardening) -> None:
         "threat": f"{threat['norm'].lower()}:{size(threat['eps'])}",
         "evaluated_under": threat_syntax(run.sides["after"].summary()["threat"]),
         "seed": config["seed"],
+        "advice": advice(card, threat["eps"]),
         "scope": basis(run.sides["before"].evidence, run.sides["after"].evidence),
         "settings": _unplanned(config["settings"][recipe]),
         **{key: manifest[key] for key in ("plan", "data", "versions")},

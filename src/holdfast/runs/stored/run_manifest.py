@@ -9,8 +9,10 @@ import torch
 
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
+from holdfast.core.goal import Goal
 from holdfast.io.doctor import spread_examples
 from holdfast.io.remote.served_model import Served
+from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.checks import batch_size_for, small_eps_note, wide_bounds_note
 from holdfast.runs.assess.collecting_evidence import DOUBTS
@@ -110,10 +112,13 @@ def harden_manifest(
     """
     constraint = request.threat.constraint
     surrogates = request.assessment.surrogates
+    declared = {item.name: goal_of(item.recipe) for item in request.candidates}
+    goals = {name: vars(goal) for name, goal in declared.items() if goal != Goal()}
     config = strict(
         {
             "recipe": request.name,
             "settings": {item.name: item.settings for item in request.candidates},
+            **({"goals": goals} if goals else {}),
             "threat": {
                 "norm": type(constraint).__name__,
                 "eps": constraint.eps,

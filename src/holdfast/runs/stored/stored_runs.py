@@ -18,6 +18,7 @@ from holdfast.metrics.shares import robust_accuracy
 from holdfast.reports import comparison as reported
 from holdfast.reports.numbers import number
 from holdfast.reports.summary import Json
+from holdfast.reports.training import training_summary
 from holdfast.reports.write import write_comparison
 from holdfast.runs.assess.collecting_evidence import (
     ADAPTIVE,
@@ -29,10 +30,11 @@ from holdfast.runs.assess.collecting_evidence import (
     evidence_of,
     with_attackers,
 )
-from holdfast.runs.assess.result import Result, about_of
+from holdfast.runs.assess.result import ATTACKED, Result, about_of, worst_case
 from holdfast.runs.assess.served_runs import totals_in
 from holdfast.runs.engine.ray_cluster import NODES
 from holdfast.runs.harness import FOUND, KINDS
+from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
     read_about,
@@ -54,7 +56,7 @@ from holdfast.runs.stored.recomputing import (
     refuse_other_stages,
     refuse_other_verdict,
 )
-from holdfast.runs.stored.recomputing_columns import refuse_other_rows
+from holdfast.runs.stored.recomputing_columns import refuse_other, refuse_other_rows
 from holdfast.runs.stored.run_forms import (
     Assessed,
     Decided,
@@ -174,13 +176,14 @@ def open_run(path: Path) -> Result:
     result = _opened(*_inner_run(path, chain, "after"))
     refuse_other_code(path, decided, result)
     with consistent(path):
-        _refuse_contradictory(path, manifest, chain, result)
+        card = _consistent_card(path, manifest, chain, result)
         command = command_of(manifest, result.gates)
-    return replace(result, about={**result.about, "command": command})
+        training = training_summary(card)
+    return replace(result, about={**result.about, "command": command}, training=training)
 
 
-def _refuse_contradictory(path: Path, manifest: dict[str, Any], chain: Chain, after: Result) -> None:
-    """Raise `TargetError` if the documents of a hardening contradict its two measurements."""
+def _consistent_card(path: Path, manifest: dict[str, Any], chain: Chain, after: Result) -> dict[str, Any]:
+    """Return the card of a hardening. Raises `TargetError` if its documents contradict its two measurements."""
     from holdfast.runs.stored.recomputing_cards import StoredHardening, refuse_other_card
 
     card, training = (recorded_document(path, chain, kind) for kind in ("card", "training"))
@@ -190,6 +193,7 @@ def _refuse_contradictory(path: Path, manifest: dict[str, Any], chain: Chain, af
     sides = {"before": _opened(*_inner_run(path, chain, "before")), "after": after}
     inner = {side: read_manifest(path / side) for side in sides}
     refuse_other_card(StoredHardening(path, manifest, card, training, weights["digest"], inner, sides))
+    return card
 
 
 def refuse_false(path: Path) -> None:
@@ -268,6 +272,7 @@ def _result(
     attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
     counted = counted_passes(manifest, by_stage, doubts_json)
     adversarial_inputs = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["minimum_norm"])
+    _refuse_other_worst_case(path, chain, worst_case(evidence, adversarial_inputs))
     about = {**read_about(path), "command": command_of(manifest, gates)}
     return Result(
         evidence,
@@ -278,6 +283,20 @@ def _result(
         adversarial_inputs,
         rotation=rotation,
     )
+
+
+def _refuse_other_worst_case(path: Path, chain: Chain, expected: Columns) -> None:
+    """Raise `TargetError` if the file with the columns of the verdict is missing, or if a column is not the one that
+    follows from the columns of the stages.
+    """
+    file = path / f"{ATTACKED}{column_files.SUFFIX}"
+    if chain.last(ATTACKED) is None:
+        raise TargetError(f"{str(path)!r} has a verdict but no {file.name}; restore it from a copy")
+    stated = column_files.read(file).columns
+    refuse_other(file, "columns", sorted(stated), sorted(expected))
+    for name, values in expected.items():
+        digests = (column_files.content_digest({name: column}) for column in (stated[name], values))
+        refuse_other(file, f"column {name} with the digest", *digests)
 
 
 def runs_in(parent: Path = RUNS) -> list[RunEntry]:

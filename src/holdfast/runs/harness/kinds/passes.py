@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
 """Attack of the fixed pass. It runs on every example, so its result does not depend on the order of the suite."""
+_DRAWS = "attacked"
+"""Name of the random draws of the fixed pass, which decides its results."""
 
 
 class FixedPass(AttackKind):
@@ -36,15 +38,15 @@ class FixedPass(AttackKind):
     computed from its results.
     """
 
-    name = "attacked"
-    named = "attacked"
+    name = "fixed-pgd"
+    named = "fixed-pgd"
     title = "the fixed {} pass"
     listed = "fixed pass"
     lost = "entropy, margin, precision and calibration under attack are"
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stage of the fixed PGD attack, if the plan contains it and the threat model permits gradients."""
-        return [Stage("attacked", self, FIXED)] if plan.attacked and plan.threat.gives("gradients") else []
+        return [Stage(self.name, self, FIXED)] if plan.attacked and plan.threat.gives("gradients") else []
 
     def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return a mask that contains all examples, because the fixed PGD attack is run on every example."""
@@ -52,7 +54,7 @@ class FixedPass(AttackKind):
 
     def run(self, stage: Stage, work: Work) -> Columns:
         """Run the fixed PGD attack on all examples of a shard, and return its columns."""
-        batch, rng = work.batch, Draws(work.plan.seed).at("stage", stage.name)
+        batch, rng = work.batch, Draws(work.plan.seed).at("stage", _DRAWS)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
         pieces = Pieces(batch, work.room)
         for piece in pieces:
