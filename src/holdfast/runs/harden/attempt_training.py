@@ -76,6 +76,7 @@ class AttemptTraining:
         last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
         spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
+        spent_s += checkpoints.seconds_within(place, len(curve))
         times = (attempt["epoch_s"], attempt["evaluation_s"])
         return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
 

@@ -24,6 +24,7 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
+from holdfast.recipes.training.recipe import trained_as
 from holdfast.reports.numbers import size
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
@@ -39,6 +40,7 @@ from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.harden.attempt_training import AttemptTraining
 from holdfast.runs.harden.candidates import Candidate, Evaluation, announced, attempts
+from holdfast.runs.harden.epoch_log import EpochLog
 from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.runs.harden.hardened import (
     MODEL,
@@ -57,7 +59,14 @@ from holdfast.runs.harden.held_out import (
     proved_accuracy,
 )
 from holdfast.runs.harden.pace import Clock, with_predicted_labels
-from holdfast.runs.harden.trainable import learner_of, refuse_untrainable, threats_of, training_notes
+from holdfast.runs.harden.trainable import (
+    copy_of,
+    freeze_others,
+    learner_of,
+    refuse_untrainable,
+    threats_of,
+    training_notes,
+)
 from holdfast.runs.harness import Target
 from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
@@ -81,18 +90,21 @@ def harden(
     notify: Notify = ignore,
     detail: Notify = ignore,
     clock: Clock = time.perf_counter,
+    log: EpochLog | None = None,
 ) -> Hardened:
     """Train a copy of a model to be robust under a threat model. The training can be resumed from the folder `run`.
 
     Without `run`, a temporary folder is used and deleted at the end; if the training is stopped, that folder is kept
     and the error states its path. Under torchrun, the processes train together, the first one evaluates and writes, and
     all return the same result. `detail` is called with messages on single shards of a cluster. `clock` returns seconds
-    and measures the budget. Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
+    and measures the budget. Each epoch is reported to `log`. Raises `UsageError`, `TargetError`, or `Interrupted` with
+    the command to resume.
     """
     if run is not None:
         refuse_used(run, resume=resume)
     # Before the data are prepared and any process is joined, because nothing is stored yet.
     refuse_untrainable(subject.model)
+    freeze_others(copy_of(subject.model), request.train_only)
     refuse_data(test)
     with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
         bounds, n_threads = target.bare.bounds, torch.get_num_threads()
@@ -110,6 +122,7 @@ def harden(
         stack.enter_context(threads(n_threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
         job = _Job(subject, examples, test, request, place, progress, notify, detail, clock)
+        job.report(log or EpochLog())
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
         return result
@@ -160,12 +173,14 @@ class _Job:
         self.again = way_out(request.command, run)
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
+        freeze_others(self.model, request.train_only)
         digests = [test.digest, examples.digest]
         distributed.match_first(digests, self.model)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(
-            self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock
-        )
+            self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock,
+            request.checkpoint_every,
+        )  # fmt: skip
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
             self.trainer.checkpoints(candidate.recipe, None)
         self.notes = [*examples.notes, *training_notes(self.model, inputs)]
@@ -199,7 +214,10 @@ class _Job:
             names = ", ".join(candidate.name for candidate in request.candidates)
             self.notify(f"timing updates of {names} on this machine, for a budget of {request.budget_s:g} s")
         planned_attempts, spent_s = attempts(
-            request.candidates,
+            [
+                replace(one, recipe=trained_as(one.recipe, one.recipe.training.timed))
+                for one in request.candidates
+            ],
             request.budget_s,
             self.model,
             self.rest,
@@ -216,6 +234,10 @@ class _Job:
             "planning_s": spent_s,
             "stages": STAGES,
         }
+
+    def report(self, log: EpochLog) -> None:
+        """Report the epochs of the training to a log."""
+        self.trainer = replace(self.trainer, log=replace(log, again=self.again))
 
     def _evaluated(self, examples: Batch) -> None:
         """Evaluate the given model as after an epoch, against an attack that breaks none of the examples."""
@@ -302,6 +324,7 @@ class _Job:
         given_model = self.subject.model
         examples = as_data(held_out.x, held_out.y, expected=Expected(given_model.bounds, given_model.classes))
         for k, attempt in enumerate(planned):
+            trainings = replace(trainings, trainer=replace(self.trainer, attempt=k + 1))
             self.notify(announced(attempt, self.plan["budget_s"]))
             candidate = self._candidate(attempt["recipe"])
             trained_models.append(

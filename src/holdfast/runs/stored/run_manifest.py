@@ -10,6 +10,7 @@ import torch
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.io.doctor import spread_examples
+from holdfast.io.functions import function_digest
 from holdfast.io.remote.served_model import Served
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.checks import batch_size_for, small_eps_note, wide_bounds_note
@@ -123,6 +124,8 @@ def harden_manifest(
             "surrogates": {f"{k} {item.card['name']}": item.digest for k, item in enumerate(surrogates, 1)},
             "budget_s": request.budget_s,
             "seed": request.seed,
+            **_functions(request),
+            **({"train_only": list(request.train_only)} if request.train_only else {}),
         }
     )
     return {
@@ -141,6 +144,16 @@ def harden_manifest(
         "seed": request.seed,
         "plan": dict(plan),
     }
+
+
+def _functions(request: HardenRequest) -> dict[str, dict[str, str]]:
+    """Digests of the functions of the user in the recipes, such as an optimiser, if there are any."""
+    digests = {
+        f"{item.name}.training.{name}": function_digest(function)
+        for item in request.candidates
+        for name, function in item.recipe.training.functions.items()
+    }
+    return {"functions": digests} if digests else {}
 
 
 def about_run(command: str) -> dict[str, Any]:
