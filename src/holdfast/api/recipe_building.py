@@ -179,8 +179,8 @@ def _function(hint: Any, value: Any, where: str) -> Callable[..., Any]:
     if isinstance(value, str) and names_code(value):
         return function_from_file(value)
     if callable(value):
-        own: Callable[..., Any] = value
-        return own
+        function: Callable[..., Any] = value
+        return function
     refused: Callable[..., Any] = setting(hint, value, where)  # raises the error
     return refused
 

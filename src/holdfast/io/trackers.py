@@ -16,12 +16,21 @@ from holdfast.core.remedies import Install
 
 Values = Mapping[str, float | int | str | None]
 """Measurements by name"""
-_TRIES, _TIMEOUT_S = "1", "5"
-"""Retries and seconds of a request to MLflow, whose own defaults let a training wait for minutes."""
+_MLFLOW = {
+    # with its own defaults, a training waits for minutes if the server is down
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    # a folder is written only if this is set
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}
+"""Environment variables of MLflow, if they are not set already."""
 
 
 class Tracker(Protocol):
     """Protocol of an experiment tracker."""
+
+    def start(self) -> None:
+        """Connect to the server or the database, which may take seconds, before the training begins."""
 
     def log(self, values: Values, step: int) -> None:
         """Record the measurements of an epoch. `step` is its number among all epochs of the run, from 1."""
@@ -46,6 +55,9 @@ class CSVTracker:
         if complete != content:
             path.write_text(complete, encoding="utf-8")
         self._n_rows = max(complete.count("\n") - 1, 0)
+
+    def start(self) -> None:
+        """Do nothing, because the file is open."""
 
     def log(self, values: Values, step: int) -> None:
         """Append a row with the measurements of an epoch."""
@@ -72,6 +84,9 @@ class TensorBoardTracker:
         self._writer: Any = None
         self._create: Callable[..., Any] = _imported("tensorboard", "torch.utils.tensorboard").SummaryWriter
 
+    def start(self) -> None:
+        """Do nothing, because the event file begins at the first epoch that is logged."""
+
     def log(self, values: Values, step: int) -> None:
         """Add a scalar for each measurement."""
         if self._writer is None:
@@ -91,16 +106,15 @@ class MLflowTracker:
     """A run of MLflow at a tracking URI: a folder, a database or a server. A resumed run continues it."""
 
     def __init__(self, uri: str, known: str | None, keep: Callable[[str], None]) -> None:
-        """Prepare the run `known`, or a new one whose id is passed to `keep`. The server is used at the first epoch."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _TRIES)
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT_S)
+        """Prepare the run `known`, or a new one whose id is passed to `keep`."""
+        for name, value in _MLFLOW.items():
+            os.environ.setdefault(name, value)
         self._mlflow, self._uri, self._run, self._keep = _imported("mlflow", "mlflow"), uri, known, keep
         self._client: Any = None
 
-    def log(self, values: Values, step: int) -> None:
-        """Log a metric for each measurement."""
-        if self._client is None:
-            self._client = self._mlflow.MlflowClient(tracking_uri=self._uri)
+    def start(self) -> None:
+        """Create the run in the experiment `holdfast`, or continue it."""
+        self._client = self._mlflow.MlflowClient(tracking_uri=self._uri)
         if self._run is None:
             experiment = self._client.get_experiment_by_name("holdfast")
             number = (
@@ -108,6 +122,10 @@ class MLflowTracker:
             )
             self._run = str(self._client.create_run(number).info.run_id)
             self._keep(self._run)
+        self._client.update_run(self._run, "RUNNING")
+
+    def log(self, values: Values, step: int) -> None:
+        """Log a metric for each measurement."""
         for name, value in _scalars(values).items():
             self._client.log_metric(self._run, name, value, step=step)
 
@@ -121,7 +139,7 @@ class WandBTracker:
     """A run of Weights & Biases in a project. A resumed run continues it."""
 
     def __init__(self, project: str, known: str | None, keep: Callable[[str], None]) -> None:
-        """Prepare the run `known`, or a new one whose id is passed to `keep`. The server is used at the first epoch."""
+        """Prepare the run `known`, or a new one whose id is passed to `keep`."""
         self._wandb, self._project, self._known, self._keep = (
             _imported("wandb", "wandb"),
             project,
@@ -130,17 +148,18 @@ class WandBTracker:
         )
         self._run: Any = None
 
+    def start(self) -> None:
+        """Create the run in the project, or continue it."""
+        self._run = self._wandb.init(
+            project=self._project,
+            id=self._known,
+            resume="allow" if self._known else None,
+            settings=self._wandb.Settings(silent=True, init_timeout=30),
+        )
+        self._keep(str(self._run.id))
+
     def log(self, values: Values, step: int) -> None:
         """Log all measurements."""
-        if self._run is None:
-            settings = self._wandb.Settings(silent=True, init_timeout=30)
-            self._run = self._wandb.init(
-                project=self._project,
-                id=self._known,
-                resume="allow" if self._known else None,
-                settings=settings,
-            )
-            self._keep(str(self._run.id))
         self._run.log(dict(_scalars(values)), step=step)
 
     def close(self) -> None:

@@ -183,10 +183,11 @@ class Training:
         )
 
     @property
-    def decay(self) -> float:
-        """Weight decay of a named optimiser. If it was not set, it is the default for the optimiser."""
-        usual = _DECAYS[self.optimizer] if isinstance(self.optimizer, str) else 0.0
-        return usual if self.weight_decay is None else self.weight_decay
+    def decay(self) -> float | None:
+        """Weight decay of a named optimiser, of which each has its default. None if a function determines it."""
+        if not isinstance(self.optimizer, str):
+            return None
+        return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
 
 _DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # a similar share of a weight at the usual rates and momentum
@@ -296,7 +297,6 @@ class _Loop:
         self._average = {name: value.detach().clone() for name, value in initial.items()}
         self._plans, self._forwards = plans, forwards
         self._bounds = model.bounds if isinstance(model, Classifier) else None
-        self._is_repeatable = False
 
     def epoch(self, epoch: int, guard: EpochGuard | None, begun: Checkpoint | None) -> dict[str, float]:
         """Perform the updates of one epoch, or of the planned part of it, and return the measurements of the epoch.
@@ -460,17 +460,8 @@ class _Loop:
         augment = self._how.augment
         if isinstance(augment, str):
             return augmented(batch, augment, rng)
-        results = []
-        for _ in range(1 if self._is_repeatable else 2):
-            with drawing(rng.at("augment"), batch.x.device):
-                results.append(augmented_by(augment, batch, self._bounds, rng))
-        if not torch.equal(results[0].x, results[-1].x):
-            raise UsageError(
-                "augment returned different inputs for the same batch and the same generator, so that a training could "
-                "not be resumed exactly; draw all random numbers from the generator, or from torch"
-            )
-        self._is_repeatable = True
-        return results[0]
+        with drawing(rng.at("augment"), batch.x.device):
+            return augmented_by(augment, batch, self._bounds, rng)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that are needed to resume the training, by name. They are not copied, so later updates
@@ -539,19 +530,31 @@ def optimizer_for(parameters: list[nn.Parameter], how: Training) -> torch.optim.
     """Return the optimiser of a training for its parameters. Raises the errors of `optimizer_of`."""
     if not isinstance(how.optimizer, str):
         return optimizer_of(how.optimizer, parameters)
+    decay = how.decay or 0.0
     if how.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
+            parameters, how.lr, how.momentum, weight_decay=decay, nesterov=how.momentum > 0
         )
-    return torch.optim.AdamW(parameters, how.lr, weight_decay=how.decay)
+    return torch.optim.AdamW(parameters, how.lr, weight_decay=decay)
 
 
-def refuse_unusable(model: nn.Module, how: Training, n: int, replays: int) -> None:
-    """Raise an error for functions of the user from which no optimiser or no scheduler of a network can be made, for
-    a training with `n` examples.
+def refuse_unusable(model: Classifier, how: Training, data: Batch, replays: int) -> None:
+    """Raise an error for functions of the user from which no optimiser or no scheduler of a network can be made, or
+    which do not augment the first examples of the data as expected.
     """
+    if not isinstance(how.augment, str):
+        rows = torch.arange(min(how.batch, len(data)), device=data.y.device)
+        first, results = data.take(rows), []
+        for _ in range(2):
+            with drawing(Draws(0).at("augment"), first.x.device):
+                results.append(augmented_by(how.augment, first, model.bounds, Draws(0)).x)
+        if not torch.equal(*results):
+            raise UsageError(
+                "augment returned different inputs for the same batch and the same generator, so that a training could "
+                "not be resumed exactly; draw all random numbers from the generator, or from torch"
+            )
     if isinstance(how.optimizer, str) and isinstance(how.schedule, str):
         return
     optimizer = optimizer_for([weight for weight in model.parameters() if weight.requires_grad], how)
     if not isinstance(how.schedule, str):
-        scheduler_of(how.schedule, optimizer, how.epochs * updates(n, how.batch) * replays)
+        scheduler_of(how.schedule, optimizer, how.epochs * updates(len(data), how.batch) * replays)

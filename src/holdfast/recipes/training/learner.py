@@ -169,7 +169,7 @@ def trained(
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
-    refuse_unusable(net, how, len(data), replays)
+    refuse_unusable(net, how, data, replays)
     # before `twin`, because the copy shares the memory of the weights
     lay_out(net, how.layout)
     state_tensors = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}

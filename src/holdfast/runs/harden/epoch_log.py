@@ -65,6 +65,11 @@ class EpochLog:
     """sentence on how to resume the run"""
     _n_logged: int = 0
 
+    def start(self) -> None:
+        """Start all trackers."""
+        for name in list(self.trackers):
+            self._attempted(name, self.trackers[name].start)
+
     def resumed(self, attempt: int, recipe: str, curve: Sequence[Point]) -> None:
         """Add stored epochs of an attempt to the trackers that may lack them, as after a kill."""
         for point in curve:

@@ -316,6 +316,7 @@ class _Job:
 
         Robust accuracy is compared on held-out examples; a model with raised doubts ranks below all models without.
         """
+        self.trainer.log.start()  # before the clock of a budget
         trained_models: list[Made] = []
         ranks: list[tuple[bool, float]] = []
         held_out, planned = self.held_out.to(torch.device("cpu")), self.plan["attempts"]
