@@ -41,7 +41,7 @@ from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable
-from holdfast.settings.grammar import parse_threat, seconds
+from holdfast.settings.grammar import parse_log, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
 from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
@@ -101,7 +101,7 @@ def hardened(
     settings.refuse_unusable_cluster(settings.workers, settings.model)
     with gradients():
         listed_attacks(settings)  # before the model is opened
-        targets = settings.log if distributed.first() else []
+        targets = {target: parse_log(target) for target in settings.log if distributed.first()}
         log = EpochLog(on_epoch, opened_trackers(targets, folder, resume=resume), notify)
         baseline = baseline_evidence(settings)
         subject, training, judged, excluded = settings.open()

@@ -25,6 +25,8 @@ from holdfast.settings.threats_and_attacks import is_function_or_name, named_alt
 from holdfast.settings.values import written_fields
 
 Built = TypeVar("Built")
+_OF_OPTIMIZER = ("lr", "momentum", "weight_decay")
+"""Settings of a named optimiser."""
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
@@ -112,7 +114,7 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     settings = {**usual, **{key: value for key, value in spec.items() if key != "use"}}
     recipe: Recipe = built(load("recipes", name, type), settings, f"recipe {name}", "recipe")
     if "optimizer" in functions_in(spec):
-        for key in ("lr", "momentum", "weight_decay"):
+        for key in _OF_OPTIMIZER:
             if key in spec["training"]:
                 raise UsageError(
                     f"recipe.training.{key} is {spec['training'][key]}, and the optimiser is a function, which "
@@ -217,10 +219,10 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         if isinstance(value, Training):
-            functions = {name: function_name(function) for name, function in value.functions.items()}
-            return {
-                f.name: functions.get(f.name, plain(getattr(value, f.name))) for f in written_fields(Training)
-            }
+            own: dict[str, Any] = {name: function_name(each) for name, each in value.functions.items()}
+            # determined by the function
+            own |= dict.fromkeys(_OF_OPTIMIZER) if "optimizer" in own else {}
+            return {f.name: own.get(f.name, plain(getattr(value, f.name))) for f in written_fields(Training)}
         if is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
         return getattr(value, "__name__", value) if callable(value) else value

@@ -177,9 +177,8 @@ def functions(hint: Any) -> dict[str, Callable[..., Any]]:
 
 def is_function_or_name(hint: Any) -> bool:
     """Return whether a setting is a name or a function of the user, such as the optimiser of a training."""
-    return get_origin(hint) in (Union, UnionType) and any(
-        get_origin(one) is Callable for one in get_args(hint)
-    )
+    origins = {get_origin(one) for one in get_args(hint)}
+    return get_origin(hint) in (Union, UnionType) and {Callable, Literal} <= origins
 
 
 def named_alternatives(hint: Any) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.store.files import write_atomically
 from holdfast.runs.store.records import document
-from holdfast.settings.grammar import parse_log
 
 _IDS = "trackers.json"
 """File in a run folder with the ids of the runs of the experiment trackers."""
@@ -121,9 +120,12 @@ def _record(attempt: int, recipe: str, point: Point) -> EpochRecord:
     )  # fmt: skip
 
 
-def opened_trackers(targets: Sequence[str], folder: Path | None, *, resume: bool) -> dict[str, Tracker]:
-    """Return the trackers in the settings of a run by their texts. The ids of their runs are stored in the run folder,
-    so that a resumed run continues them.
+def opened_trackers(
+    targets: Mapping[str, tuple[str, str]], folder: Path | None, *, resume: bool
+) -> dict[str, Tracker]:
+    """Return the trackers of a run by the texts of their settings, from their kinds and places.
+
+    The ids of their runs are stored in the run folder, so that a resumed run continues them.
     """
     path = None if folder is None else folder / _IDS
     ids = json.loads(path.read_text()) if resume and path is not None and path.is_file() else {}
@@ -134,6 +136,6 @@ def opened_trackers(targets: Sequence[str], folder: Path | None, *, resume: bool
             write_atomically(path, document(ids))
 
     return {
-        target: open_tracker(*parse_log(target), ids.get(target), partial(keep, target), resume=resume)
-        for target in dict.fromkeys(targets)
+        target: open_tracker(kind, place, ids.get(target), partial(keep, target), resume=resume)
+        for target, (kind, place) in targets.items()
     }

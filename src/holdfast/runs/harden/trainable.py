@@ -13,13 +13,13 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.gradients import input_gradient
 from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
 from holdfast.core.names import kind_of
+from holdfast.core.spelling import suggestion
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.io.models.keras_models import KerasNet
 from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe
-from holdfast.settings.grammar import did_you_mean
 
 _NAMED = 3  # frozen parameters that a message names
 
@@ -100,9 +100,8 @@ def freeze_others(model: Classifier, patterns: Sequence[str]) -> None:
     named = {name.removeprefix("net."): weight for name, weight in model.named_parameters()}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
-            raise UsageError(
-                f"train_only is {pattern!r}, which matches no parameter{did_you_mean(pattern, named)}",
-            )
+            listed = suggestion(pattern.replace("*", ""), named) or f"the parameters are {_shown([*named])}"
+            raise UsageError(f"train_only is {pattern!r}, which matches no parameter; {listed}")
     for name, weight in named.items():
         if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
             weight.requires_grad_(False)
