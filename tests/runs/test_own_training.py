@@ -10,10 +10,12 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 import holdfast
 from holdfast import recipes
+from holdfast.api.recipe_building import build_recipe, settings_of
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.io.trackers import CSVTracker
 from holdfast.recipes import (
     ATTA,
     CURE,
@@ -41,8 +43,11 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.recipes.training.fit import Saving, Training
+from holdfast.runs.harden.epoch_log import EpochLog
+from holdfast.runs.harden.harden import harden
+from holdfast.runs.stored.run_manifest import harden_manifest
 from runs import fakes
-from runs.test_hardening import THREAT, trainable, training
+from runs.test_hardening import THREAT, trainable, training, wish
 
 CALLS: list[int] = []
 """calls of `shifted`; a list, because it is not part of the digest of the function"""
@@ -137,20 +142,18 @@ def test_a_training_resumes_from_a_checkpoint_within_an_epoch_also_with_a_guard_
 
     how = replace(
         HOW,
-        epochs=2,
+        epochs=1,
         optimizer=lambda parameters: Counting(parameters, lr=0.05),
         schedule=lambda optimizer, total: OneCycleLR(optimizer, max_lr=0.1, total_steps=total),
         averaging="swa",
     )
-    for recipe in (PGDTraining(steps=1, training=how), SingleStep(training=replace(how, batch=4, epochs=1))):
-        kept: list[Checkpoint] = []
-        every = 5 if how.batch == recipe.training.batch else 90
-        saving = replace(recipe, training=replace(recipe.training, saving=Saving(every, kept.append)))
-        whole, last = weights_of(recipe), weights_of(saving)
-        assert same(whole, last)
-        assert kept and all(0 < checkpoint.step < 400 for checkpoint in kept)
-        assert same(weights_of(recipe, kept[-1]), whole)
-        assert weights_of(recipe, kept[0]).measured == whole.measured
+    kept: list[Checkpoint] = []
+    recipe = SingleStep(training=replace(how, batch=4))
+    saving = replace(recipe, training=replace(recipe.training, saving=Saving(90, kept.append)))
+    whole = weights_of(recipe)
+    assert same(weights_of(saving), whole)
+    assert [checkpoint.step for checkpoint in kept] == [100]  # the guard checks every hundred updates
+    assert same(weights_of(recipe, kept[0]), whole)
 
 
 def same(one, other):
@@ -305,3 +308,104 @@ def test_a_scheduler_follows_the_completed_fraction_and_a_named_schedule_scales_
     torch.testing.assert_close(paced, torch.tensor(expected)[[0, 1, 2, 2, 2, 3, 3, 3]])
     flat = ends(optimizer=seen, schedule="cosine")
     torch.testing.assert_close(flat[:, 0] / flat[:, 1], torch.full((4,), 2.5))
+
+
+class Broken:
+    """A tracker whose server is down."""
+
+    def start(self):
+        raise ConnectionError("no server")
+
+
+class Failing(Broken):
+    def __init__(self):
+        self.steps = []
+
+    def start(self):
+        return
+
+    def log(self, values, step):
+        self.steps.append(step)
+        raise ConnectionError("no server")
+
+
+def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(tmp_path):
+    said, failing = [], Failing()
+    log = EpochLog(trackers={"mlflow:http://a": Broken(), "wandb:b": failing}, notify=said.append)
+    found = harden(
+        trainable(), training(), fakes.data(), request, run=tmp_path / "r", log=log, notify=said.append
+    )
+    assert len(found.curve) == 3 and failing.steps == [1]
+    assert [text for text in said if "failed" in text] == [
+        f"warning: the log {name} failed (ConnectionError: no server); the training goes on without it"
+        for name in ("mlflow:http://a", "wandb:b")
+    ]
+
+
+def test_an_exception_of_on_epoch_stops_the_run_which_resumes_after_the_epoch(tmp_path):
+    seen = []
+
+    def stop(record):
+        seen.append(record.epoch)
+        if record.epoch == 2 and len(seen) == 2:
+            raise ArithmeticError("enough")
+
+    def run():
+        log = EpochLog(on_epoch=stop)
+        return harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True, log=log)
+
+    with pytest.raises(ArithmeticError, match="enough") as raised:
+        run()
+    (note,) = raised.value.__notes__
+    assert note.startswith("on_epoch raised this after epoch 2 of") and "resume=True" in note
+    assert len(run().curve) == 3 and seen == [1, 2, 3]
+
+
+def test_a_csv_log_is_continued_by_its_run_only_and_a_torn_row_is_written_again(tmp_path):
+    path = tmp_path / "curve.csv"
+    for step in (1, 2):
+        CSVTracker(path, resume=True).log({"epoch": step, "certified": None}, step)
+    whole = path.read_text()
+    assert whole == "epoch,certified\n1,\n2,\n"
+    path.write_text(whole[:-2])
+    tracker = CSVTracker(path, resume=True)
+    for step in (1, 2):
+        tracker.log({"epoch": step, "certified": None}, step)
+    assert path.read_text() == whole
+    with pytest.raises(UsageError, match="has rows of another run"):
+        CSVTracker(path, resume=False)
+
+
+def test_only_parameters_that_match_are_trained(tmp_path):
+    subject = trainable()
+    before = {name: value.clone() for name, value in subject.model.net.state_dict().items()}
+    changed = harden(subject, training(), fakes.data(), wish(train_only=("3.*",))).model
+    after = dict(changed.named_parameters())
+    for name, value in before.items():
+        (new,) = (parameter for key, parameter in after.items() if key.endswith(name))
+        assert torch.equal(new, value) == (not name.startswith("3."))
+    with pytest.raises(
+        UsageError, match="train_only is 'fc.*', which matches no parameter; the parameters are 1.weight"
+    ):
+        harden(subject, training(), fakes.data(), wish(train_only=("fc.*",)))
+
+
+def test_a_changed_function_in_a_file_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "import torch\ndef make(parameters):\n    return torch.optim.SGD(parameters, lr={})\n"
+    spec = {"use": "standard", "training": {"epochs": 1, "optimizer": "optim.py:make"}}
+    digests = []
+    for lr in (0.1, 0.2):
+        (tmp_path / "optim.py").write_text(code.format(lr))
+        recipe = build_recipe(spec)
+        assert settings_of(recipe)["training"]["optimizer"] == "optim.py:make"
+        request = replace(wish(recipe), name="standard")
+        manifest = harden_manifest(trainable(), [], fakes.data(), request, {}, "")
+        digests.append(manifest["config"]["functions"])
+    assert digests[0] != digests[1]
+    with pytest.raises(UsageError, match="has no function 'mak' .did you mean 'make'"):
+        build_recipe({"use": "standard", "training": {"optimizer": "optim.py:mak"}})
+    with pytest.raises(UsageError, match="recipe.training.lr is 0.1, and the optimiser is a function"):
+        build_recipe({"use": "standard", "training": {"optimizer": "optim.py:make", "lr": 0.1}})
+    with pytest.raises(UsageError, match="optimizer is 'adam'; expected one of adamw, sgd, or a function"):
+        build_recipe({"use": "standard", "training": {"optimizer": "adam"}})
