@@ -333,7 +333,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(tmp_path
     said, failing = [], Failing()
     log = EpochLog(trackers={"mlflow:http://a": Broken(), "wandb:b": failing}, notify=said.append)
     found = harden(
-        trainable(), training(), fakes.data(), request, run=tmp_path / "r", log=log, notify=said.append
+        trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", log=log, notify=said.append
     )
     assert len(found.curve) == 3 and failing.steps == [1]
     assert [text for text in said if "failed" in text] == [
