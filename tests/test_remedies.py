@@ -35,6 +35,7 @@ from holdfast.api.plans import assess_request, prover
 from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_keys
 from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
 from holdfast.api.rotate_requests import _loop_settings
+from holdfast.api.rotation_opening import _candidate as rotation_recipe
 from holdfast.api.serving import _shape, server_setup
 from holdfast.api.verb_settings import Assess, Certify, RotateSettings, Serve, check_settings
 from holdfast.attacks import PGD
@@ -1101,6 +1102,19 @@ situation(
     data=Batch(IMAGES, Y[:8], torch.arange(8)),
 )
 situation("mixed images in atta", trained, recipe={"use": "atta", "training": {"cutmix": 1.0}})
+situation(
+    "own augmentation in atta",
+    trained,
+    recipe={"use": "atta", "training": {"augment": lambda x, y, generator: x}},
+)
+situation(
+    "weights without labels", trained, recipe={"use": "vat", "training": {"class_weights": [1.0, 2.0, 1.0]}}
+)
+situation(
+    "own optimiser in a rotation",
+    lambda recipe: rotation_recipe(RotateSettings(model="mnist-cnn", recipe=recipe)),
+    recipe={"use": "standard", "training": {"optimizer": "optim.py:make"}},
+)
 situation("no labels", trained, data=Batch(X, torch.where(torch.arange(12) > 6, -1, Y), torch.arange(12)))
 situation(
     "infinite loss",

@@ -38,6 +38,18 @@ def test_every_block_of_hardening_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_every_block_of_the_page_on_own_recipes_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = (TUTORIALS.parent / "how-to/own-recipe.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", content, re.DOTALL)
+    assert len(blocks) >= 7
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "own-recipe.md", "exec"), names)
+    assert (tmp_path / "curve.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.slow
 def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     readme = (TUTORIALS.parents[1] / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.recipes.training.augment import Moves, augmented, moves, windows
-from holdfast.recipes.training.fit import Training, fit, rate, updates
+from holdfast.recipes.training.fit import Training, fit, updates
+from holdfast.recipes.training.optimisation import rate
 from holdfast.recipes.training.weights import perturbed
 
 HOW = Training(

@@ -31,14 +31,17 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.recipes import Denoising
+from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.runs.assess.request import HardenRequest, Subject
+from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable
-from holdfast.settings.grammar import parse_threat, seconds
+from holdfast.settings.grammar import parse_log, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
 from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
@@ -84,17 +87,39 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
 
 
 def hardened(
-    settings: Harden, run: str | Path | None, *, resume: bool, command: str, **reporting: Any
+    settings: Harden,
+    run: str | Path | None,
+    *,
+    resume: bool,
+    command: str,
+    on_epoch: OnEpoch | None = None,
+    notify: Notify = ignore,
+    **reporting: Any,
 ) -> Hardened:
     """Open the model and the data of a hardening, and take the steps of the run."""
     folder = resolve.folder_of(run, resume=resume)
     settings.refuse_unusable_cluster(settings.workers, settings.model)
     with gradients():
         listed_attacks(settings)  # before the model is opened
+        targets = {target: parse_log(target) for target in settings.log if distributed.first()}
+        log = EpochLog(on_epoch, opened_trackers(targets, folder, resume=resume), notify)
         baseline = baseline_evidence(settings)
         subject, training, judged, excluded = settings.open()
         request = harden_request(settings, subject, training, excluded, baseline, command)
-        return harden(subject, training, judged, request, run=folder, resume=resume, **reporting)
+        try:
+            return harden(
+                subject,
+                training,
+                judged,
+                request,
+                run=folder,
+                resume=resume,
+                log=log,
+                notify=notify,
+                **reporting,
+            )
+        finally:
+            log.close()
 
 
 def _with_denoiser(
@@ -240,6 +265,8 @@ def harden_request(
         examples_to_fit(assessment.plan),
         excluded,
         _open_options(settings, subject),
+        tuple(settings.train_only),
+        settings.checkpoint_every,
     )
 
 

@@ -2,7 +2,7 @@
 settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
@@ -13,15 +13,20 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
+from holdfast.io.functions import function_from_file, function_name
+from holdfast.io.models.factories import names_code
 from holdfast.recipes.training.distributed import started
+from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.naming import AUTO, CARD
-from holdfast.settings.threats_and_attacks import setting
+from holdfast.settings.threats_and_attacks import is_function_or_name, named_alternatives, setting
 from holdfast.settings.values import written_fields
 
 Built = TypeVar("Built")
+_OF_OPTIMIZER = ("lr", "momentum", "weight_decay")
+"""Settings of a named optimiser."""
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
@@ -76,11 +81,12 @@ def _ladder(
     """
     photographs = len(shape) == 3 and shape[0] == 3
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    adam = training.get("optimizer") == "adamw"
-    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if has_batch_norm and not adam else {}
+    sgd = has_batch_norm and training.get("optimizer", "sgd") == "sgd"
+    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if sgd else {}
     if len(shape) == 3 and not photographs:
-        cutmix = training.get("cutmix", 0)
-        atta_possible = not cutmix and started() == 1  # atta stores a perturbation of each example
+        # atta stores a perturbation of each example, which it shifts with the image
+        named = training.get("augment", "none") in ("none", "shift", "crop-flip")
+        atta_possible = not training.get("cutmix", 0) and named and started() == 1
         # from two epochs on it is at least as robust as quicker recipes
         middle = ("atta", 2) if atta_possible else ("pgd", 10)
         return ("fgsm-rs", 1, {}, how), (*middle, {}, how), ("trades", 60, {}, how)
@@ -107,6 +113,13 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     usual = RECIPES[name].settings if name in RECIPES else {}
     settings = {**usual, **{key: value for key, value in spec.items() if key != "use"}}
     recipe: Recipe = built(load("recipes", name, type), settings, f"recipe {name}", "recipe")
+    if "optimizer" in functions_in(spec):
+        for key in _OF_OPTIMIZER:
+            if key in spec["training"]:
+                raise UsageError(
+                    f"recipe.training.{key} is {spec['training'][key]}, and the optimiser is a function, which "
+                    "determines it; set it in the function"
+                )
     return recipe
 
 
@@ -156,9 +169,43 @@ def _checked(cls: type[Any], given: Mapping[str, Any], where: str, path: str) ->
             part = written[key].default_factory
             assert part is not MISSING
             values[key] = replace(part(), **_checked(part_class, value, f"{where}: {key}", f"{path}.{key}"))
+        elif is_function_or_name(hint) and not (isinstance(value, str) and value in named_alternatives(hint)):
+            values[key] = _function(hint, value, f"{where}: {key}")
         else:
             values[key] = setting(hint, value, f"{where}: {key}")
     return values
+
+
+def _function(hint: Any, value: Any, where: str) -> Callable[..., Any]:
+    """Return a function of the user, which is given as an address `file.py:name` or in Python as itself."""
+    if isinstance(value, str) and names_code(value):
+        return function_from_file(value)
+    if callable(value):
+        function: Callable[..., Any] = value
+        return function
+    refused: Callable[..., Any] = setting(hint, value, where)  # raises the error
+    return refused
+
+
+def functions_in(spec: Mapping[str, Any]) -> dict[str, object]:
+    """Return the settings of the training in a recipe that are functions or addresses of functions in files."""
+    training = spec.get("training")
+    return {
+        str(key): value
+        for key, value in (training if isinstance(training, Mapping) else {}).items()
+        if callable(value) or (isinstance(value, str) and names_code(value))
+    }
+
+
+def without_functions(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe without those that are functions, so that no code of the user is run."""
+    functions = functions_in(spec)
+    if not functions:
+        return dict(spec)
+    return {
+        **spec,
+        "training": {key: spec["training"][key] for key in spec["training"] if key not in functions},
+    }
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -171,6 +218,11 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
             return f"{type(value).__name__.lower()}:{value.eps!r}"
         if isinstance(value, tuple):
             return [plain(item) for item in value]
+        if isinstance(value, Training):
+            own: dict[str, Any] = {name: function_name(each) for name, each in value.functions.items()}
+            # determined by the function
+            own |= dict.fromkeys(_OF_OPTIMIZER) if "optimizer" in own else {}
+            return {f.name: own.get(f.name, plain(getattr(value, f.name))) for f in written_fields(Training)}
         if is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
         return getattr(value, "__name__", value) if callable(value) else value

@@ -8,10 +8,12 @@ from holdfast.api.expecting import range_of_all
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import refuse_code_in_pool, settings_of_pool
 from holdfast.api.reading_settings import items, plain_settings
-from holdfast.api.recipe_building import build_recipe, built, refuse_unheld, settings_of
+from holdfast.api.recipe_building import build_recipe, built, functions_in, refuse_unheld, settings_of
 from holdfast.api.verb_settings import RotateSettings, check_settings
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.io.models.cards import trained_by
+from holdfast.recipes.training.fit import Training
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
@@ -106,6 +108,12 @@ def _candidate(settings: RotateSettings) -> Candidate:
         given_settings = {key: value for key, value in spec.items() if key != "use"}
         training = {**card.get("training", {}), **given_settings.pop("training", {})}
         spec = {**card, **given_settings, **({"training": training} if training else {})}
+    for key, value in functions_in(spec).items():
+        raise UsageError(
+            f"recipe.training.{key} is {value}, a function; the sets of a pool are trained with named settings only, "
+            "because no code is run that the manifest of a pool or the card of a model names",
+            Remedy(f"recipe.training.{key}", getattr(Training(), key)),
+        )
     recipe = build_recipe(spec)
     budget, epochs = settings.budget, settings.recipe.get("training", {}).get("epochs")
     if budget is not None and epochs is not None:

@@ -19,7 +19,12 @@ from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion
 from holdfast.settings.consent import CONSENT
 from holdfast.settings.naming import AUTO, CARD, SOURCES
-from holdfast.settings.threats_and_attacks import attack_names, functions
+from holdfast.settings.threats_and_attacks import (
+    attack_names,
+    functions,
+    is_function_or_name,
+    named_alternatives,
+)
 from holdfast.settings.values import written_fields
 
 
@@ -173,6 +178,8 @@ def _setting(hint: Any) -> dict[str, Any]:
         return {"$ref": "#/$defs/attack"}
     if hint == tuple[Constraint, ...]:  # each as in a threat
         return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    if is_function_or_name(hint):
+        return {"anyOf": [{"enum": [*named_alternatives(hint)]}, {"type": "string", "pattern": "\\.py:"}]}
     if get_origin(hint) is Callable:
         return {"enum": sorted(functions(hint))}
     content: dict[str, Any] = TypeAdapter(hint).json_schema()

@@ -189,7 +189,7 @@ def _is_certifiable(path: Path) -> bool:
 def _check_parts(settings: VerbSettings, path: str) -> None:
     """Check the settings that need torch: reports, recipe and attacks."""
     if isinstance(settings, Harden | RotateSettings):
-        from holdfast.api.recipe_building import build_recipe
+        from holdfast.api.recipe_building import build_recipe, without_functions
 
         recipe, selected = settings.recipe, AUTO if isinstance(settings, Harden) else CARD
         if recipe["use"] in (AUTO, CARD) and recipe["use"] != selected:
@@ -197,7 +197,7 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
                 f"{path}: recipe {recipe['use']} is not for {settings.verb}; name a recipe, or {selected}"
             )
         if recipe["use"] != selected:
-            build_recipe(recipe)
+            build_recipe(without_functions(recipe))
     if isinstance(settings, Assess | Certify | Harden):
         for output in settings.output:
             if output != "-" and not is_folder(output):

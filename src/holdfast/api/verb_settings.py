@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from holdfast.runs.assess.expected_time import ExpectedCost
     from holdfast.runs.assess.request import Opened, Subject
     from holdfast.runs.assess.result import Result
+    from holdfast.runs.harden.epoch_log import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
     from holdfast.server.supervisor import ServerSetup
 
@@ -288,15 +289,17 @@ class Harden(
         notify: Notify = ignore,
         detail: Notify = ignore,
         command: str = "",
+        on_epoch: "OnEpoch | None" = None,
     ) -> "Hardened":
-        """Train a new model that is more robust, assess both, and return them. The arguments are those of
-        `Assess.run`.
+        """Train a new model that is more robust, assess both, and return them. `on_epoch` is called with the
+        measurements of each epoch. The other arguments are those of `Assess.run`.
         """
         from holdfast.api.hardening import hardened
 
         return hardened(
-            self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command
-        )
+            self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command,
+            on_epoch=on_epoch,
+        )  # fmt: skip
 
 
 class RotateSettings(

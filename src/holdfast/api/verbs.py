@@ -26,6 +26,7 @@ from holdfast.settings.threats_and_attacks import ThreatLike
 if TYPE_CHECKING:
     from holdfast.io.doctor import Checkup
     from holdfast.runs.assess.exhibition import Exhibit
+    from holdfast.runs.harden.epoch_log import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
 
 __all__ = ["assess", "certify", "demo", "doctor", "exhibition", "harden"]
@@ -102,6 +103,7 @@ def harden(
     run: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    on_epoch: "OnEpoch | None" = None,
     **settings: Any,
 ) -> "Hardened":
     """Train a new model that is more robust than `model`, and assess both. The given model is never changed.
@@ -113,10 +115,11 @@ def harden(
     wall-clock time for the training, as in "10min", and `assess_budget` that for both measurements; a budget below one
     epoch is refused unless `anyway` is True. The other arguments are those of `assess`, and apply to the
     measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
-    continues the run in it.
+    continues the run in it. `on_epoch` is called with the measurements of each epoch
+    (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be resumed.
     """
     checked = Harden(**given(model=model, data=data, threat=threat, recipe=recipe, **settings))
-    return checked.run(run, resume=resume, progress=progress)
+    return checked.run(run, resume=resume, progress=progress, on_epoch=on_epoch)
 
 
 def demo(

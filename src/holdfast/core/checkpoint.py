@@ -10,6 +10,9 @@ from holdfast.core.model import Classifier
 WEIGHTS, AVERAGE, MEMORY, STATE = "weights.", "average.", "memory.", "state."
 """prefixes of the names of tensors: weights in training, their running average, state of the optimiser, and state of
 the recipe"""
+NUMBER, GROUP, EPOCH = "number.", "group.", "epoch."
+"""prefixes of the names of tensors: numbers in the state of an optimiser, numbers of its parameter groups, and sums
+over the completed part of an epoch"""
 
 
 def without_prefix(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
@@ -63,8 +66,8 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a training after an epoch: all tensors and counts that are needed to continue it exactly, including the
-    parameters of the new model.
+    """State of a training after an epoch, or within one: all tensors and counts that are needed to continue it exactly,
+    including the parameters of the new model.
 
     Random numbers are counter-based and determine the batches, so that no state of generators or loaders is needed.
     """
@@ -74,7 +77,8 @@ class Checkpoint:
     of: int
     """planned number of epochs"""
     tensors: Mapping[str, Tensor]
-    """copies of tensors by name: `weights.…`, `average.…` if the weights are averaged, `memory.…` and `state.…`"""
+    """copies of tensors by name: `weights.…`, `average.…` if the weights are averaged, `memory.…` and `state.…`; within
+    an epoch also `epoch.…`"""
     measured: Mapping[str, float]
     """measurements of the epoch: `loss` and `accuracy` on the training inputs, the learning rate `lr`, the number
     `forwards` of forward passes for an example, and `dearer`, the cost of an update relative to the first one"""
@@ -84,6 +88,8 @@ class Checkpoint:
     """number of completed updates"""
     plans: tuple[TrainingPlan, ...] = ()
     """all plans of a training with a time budget, in order; empty if the number of epochs was given"""
+    step: int = 0
+    """number of completed updates of the epoch after `epoch`; 0 at the end of an epoch"""
 
     @property
     def share(self) -> float:

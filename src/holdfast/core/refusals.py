@@ -41,12 +41,14 @@ def refuse_cut(loss: Tensor) -> None:
         )
 
 
-def refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
-    """Raise `LostLoss` if one of the losses in an epoch of a training is not finite."""
+def refuse_lost(losses: Tensor, epoch: int, lr: float | None) -> None:
+    """Raise `LostLoss` if one of the losses in an epoch of a training is not finite. `lr` is the learning rate in the
+    settings, or None if a function of the user determines it.
+    """
     lost = (~losses.isfinite()).nonzero()
     if len(lost):
         raise LostLoss(
             f"the loss is not finite from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a smaller "
             "learning rate",
-            Remedy("recipe.training.lr", float(f"{lr / 10:g}")),
+            *([] if lr is None else [Remedy("recipe.training.lr", float(f"{lr / 10:g}"))]),
         )

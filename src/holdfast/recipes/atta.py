@@ -62,6 +62,12 @@ class ATTA:
                 "of the image by another one; leave it out",
                 Remedy("recipe", "pgd"),
             )
+        if not isinstance(self.training.augment, str):
+            raise UsageError(
+                "atta shifts the stored perturbation of each image together with the image, and augment is a function, "
+                "whose changes are not known; use a named augmentation",
+                Remedy("recipe", "pgd"),
+            )
         state = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)
         }  # each change in multiples of the full eps, with a relative error of at most a thousandth
@@ -81,6 +87,7 @@ class ATTA:
             after=after,
             state=state,
             alone=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:

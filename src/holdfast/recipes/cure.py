@@ -19,7 +19,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.gradients import gradient_of, sloped
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive
+from holdfast.core.types import Inputs, Labels, Logits, NonNegative, PerExample, Positive
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
 
@@ -44,7 +44,16 @@ class CURE:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
+            clean_inputs,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            slope=True,
+            weighted=True,
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
@@ -52,17 +61,17 @@ class CURE:
         weighted penalty on its curvature.
         """
         constraint, repeated = learner.threat.constraint, learner.repeated_forward()
-        value, grad, right = _slope(learner.net, x_adv, batch.y)
+        losses, grad, right = _slope(learner.net, x_adv, batch.y)
         climb = constraint.steepest(grad.detach(), batch.x, learner.net.bounds)
         # The step may leave the box, as in the paper: the network is defined there too.
         _, grad_after, _ = _slope(
             repeated, torch.add(batch.x, climb, alpha=self.reach * constraint.eps), batch.y
         )
         bend = (grad_after - grad).square().flatten(1).sum(1)
-        return value + self.weight * bend.mean(), right
+        return learner.mean(losses, batch.y) + self.weight * learner.mean(bend, batch.y), right
 
 
-def _slope(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean cross-entropy, the gradient of each example's cross-entropy, and the number of correct examples."""
+def _slope(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[PerExample, Tensor, Tensor]:
+    """The cross-entropy of each example, its gradient, and the number of correct examples."""
     x, logits, losses = sloped(net, x, y)
-    return losses.mean(), gradient_of(losses, x), hits(logits, y)
+    return losses, gradient_of(losses, x), hits(logits, y)

@@ -50,7 +50,16 @@ class CurriculumTraining:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -52,7 +52,16 @@ class EnsembleTraining:
                 "ensemble also attacks surrogates, and none is given", SURROGATE, Remedy("recipe", "pgd")
             )
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -63,6 +63,7 @@ class FreeTraining:
             replays=self.replays,
             linear=True,
             alone=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
@@ -53,7 +52,16 @@ class GaussianNoise:
     ) -> Iterator[Checkpoint]:
         linear = not self.stability
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=linear
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=linear,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -66,10 +74,10 @@ class GaussianNoise:
         """Return the mean loss of a batch, and the number of its first noisy copies that are classified correctly."""
         logits = learner.net(x_adv)
         y = batch.y.repeat(self.copies)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        loss = learner.mean_cross_entropy(logits, y, smoothing=self.label_smoothing)
         if self.stability and self.copies > 1:
             of_copies = logits.log_softmax(1).view(self.copies, len(batch), -1)
             mean = of_copies.exp().mean(0).clamp_min(torch.finfo(logits.dtype).tiny)
-            divergence = (mean * (mean.log() - of_copies)).sum(2).mean()
+            divergence = learner.mean((mean * (mean.log() - of_copies)).sum(2).flatten(), y)
             loss = loss + self.stability * divergence
         return loss, hits(logits[: len(batch)], batch.y)

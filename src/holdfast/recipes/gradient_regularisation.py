@@ -51,7 +51,16 @@ class GradientRegularisation:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
+            clean_inputs,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            slope=True,
+            weighted=True,
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
@@ -64,7 +73,7 @@ class GradientRegularisation:
             penalty = rise(losses, x, learner.threat.constraint, learner.net.bounds)
         else:
             penalty = self._increase(learner, batch, x, losses, repeated) / self.reach
-        return (losses + self.weight * penalty).mean(), hits(logits, batch.y)
+        return learner.mean(losses + self.weight * penalty, batch.y), hits(logits, batch.y)
 
     def _increase(
         self,

@@ -12,7 +12,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -66,7 +65,16 @@ class HAT:
             return self.loss(learner, batch, x_adv, helper)
 
         return trained(
-            self.inner, loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            self.inner,
+            loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -88,9 +96,9 @@ class HAT:
             labels = helper(x_adv).argmax(1)
         further = torch.lerp(batch.x, x_adv, self.beyond)
         clean, logits, further_logits = learner.net(batch.x), learner.net(x_adv), learner.net(further)
-        divergence = kullback_leibler(logits, clean).mean()
-        helper_loss = F.cross_entropy(further_logits, labels)
-        value = F.cross_entropy(clean, batch.y) + self.beta * divergence + self.gamma * helper_loss
+        divergence = learner.mean(kullback_leibler(logits, clean), batch.y)
+        helper_loss = learner.mean_cross_entropy(further_logits, batch.y, towards=labels)
+        value = learner.mean_cross_entropy(clean, batch.y) + self.beta * divergence + self.gamma * helper_loss
         return value, hits(logits, batch.y)
 
 

@@ -57,7 +57,9 @@ class IBPTraining:
             live_graph(data.x[:8]), self.clean, self.regularisation, self.training.overshoot
         )
         loss = partial(self.loss, bounded)
-        return trained(clean_inputs, loss, start, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            clean_inputs, loss, start, data, threat, self.training, rng=rng, after=after, weighted=True
+        )
 
     def loss(
         self, bounded: BoundedLoss, learner: Learner, batch: Batch, x_adv: Inputs

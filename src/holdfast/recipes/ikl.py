@@ -71,6 +71,7 @@ class IKL:
             after=after,
             state={"means": means, "seen": means.clone()},
             settle=_settled,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -87,9 +88,10 @@ class IKL:
         target = clean.detach()
         means = learner.state["means"]
         learner.state["seen"].copy_(self._updated(means, target, batch.y))
-        gaps = weighted_gaps(logits, clean, means[batch.y]).mean()
-        soft = F.cross_entropy(logits, target.softmax(1))
-        return F.cross_entropy(clean, batch.y) + self.beta * gaps + self.alpha * soft, hits(logits, batch.y)
+        gaps = learner.mean(weighted_gaps(logits, clean, means[batch.y]), batch.y)
+        soft = learner.mean_cross_entropy(logits, batch.y, towards=target.softmax(1))
+        clean_loss = learner.mean_cross_entropy(clean, batch.y)
+        return clean_loss + self.beta * gaps + self.alpha * soft, hits(logits, batch.y)
 
     def _updated(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
         """The running mean prediction of each class, updated with the predictions of a batch."""

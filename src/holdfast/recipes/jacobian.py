@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -56,6 +55,7 @@ class JacobianRegularisation:
             after=after,
             state=state,
             slope=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -71,8 +71,8 @@ class JacobianRegularisation:
         """
         x = x_adv.detach().requires_grad_()
         logits = learner.net(x)
-        squared = self.penalty(logits, x, batch, Draws(int(learner.state[_PLACE]))).mean()
-        return F.cross_entropy(logits, batch.y) + self.weight / 2 * squared, hits(logits, batch.y)
+        squared = learner.mean(self.penalty(logits, x, batch, Draws(int(learner.state[_PLACE]))), batch.y)
+        return learner.mean_cross_entropy(logits, batch.y) + self.weight / 2 * squared, hits(logits, batch.y)
 
     def penalty(self, logits: Logits, x: Inputs, batch: Batch, rng: Draws) -> PerExample:
         """Return an unbiased estimate of the squared Frobenius norm of the Jacobian of the logits for each example,

@@ -69,6 +69,7 @@ class LipschitzConstraint:
             state=gain_directions(deepcopy(model).eval(), data.x, order, rng.at("gain")),
             settle=confined,
             slope=self.weight > 0,
+            weighted=True,
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
@@ -79,4 +80,6 @@ class LipschitzConstraint:
             return adversarial_cross_entropy(learner, batch, x_adv)
         x, logits, losses = sloped(learner.net, x_adv, batch.y)
         slope = rise(losses, x, learner.threat.constraint, learner.net.bounds)
-        return losses.mean() + self.weight * slope.mean(), hits(logits, batch.y)
+        return learner.mean(losses, batch.y) + self.weight * learner.mean(slope, batch.y), hits(
+            logits, batch.y
+        )

@@ -51,7 +51,16 @@ class LLR:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            slope=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -79,6 +88,6 @@ class LLR:
         tangent_change = (gradient_of(losses, x) * (x_adv - batch.x)).flatten(1).sum(1)
         losses_at_point = F.cross_entropy(repeated(x_adv), batch.y, reduction="none")
         deviation = (losses_at_point - losses - tangent_change).abs()
-        return (losses + self.bend * deviation + self.slope * tangent_change.abs()).mean(), hits(
-            logits, batch.y
-        )
+        return learner.mean(
+            losses + self.bend * deviation + self.slope * tangent_change.abs(), batch.y
+        ), hits(logits, batch.y)

@@ -48,7 +48,9 @@ class MarginTraining:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, weighted=True
+        )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy after an
@@ -60,4 +62,4 @@ class MarginTraining:
             eps *= math.sqrt(batch.x[0].numel())  # radius of the Euclidean ball around the cube
         label_mask = F.one_hot(batch.y, logits.shape[1]).to(logits)
         lowered = (logits - self.offset * math.sqrt(2) * eps * label_mask) / self.temperature
-        return self.temperature * F.cross_entropy(lowered, batch.y), hits(logits, batch.y)
+        return self.temperature * learner.mean_cross_entropy(lowered, batch.y), hits(logits, batch.y)

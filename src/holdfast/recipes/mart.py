@@ -48,7 +48,9 @@ class MART:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, weighted=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
@@ -64,4 +66,4 @@ class MART:
         boosted = F.cross_entropy(logits, batch.y, reduction="none") - torch.log(_ABOVE_ONE - rival)
         error = 1 - clean.softmax(1).gather(1, label)[:, 0]
         value = boosted + self.beta * error * kullback_leibler(logits, clean)
-        return value.mean(), hits(logits, batch.y)
+        return learner.mean(value, batch.y), hits(logits, batch.y)

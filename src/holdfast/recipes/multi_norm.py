@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
@@ -73,7 +72,16 @@ class MultiNormTraining:
                 Remedy("recipe", "pgd"),
             )
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -112,7 +120,7 @@ class MultiNormTraining:
         logits, n = learner.net(x_adv), len(x_adv) // len(batch)
         y = batch.y.repeat(n)
         right = (logits.argmax(1) == y).view(n, -1).all(0).sum()
-        return F.cross_entropy(logits, y), right
+        return learner.mean_cross_entropy(logits, y), right
 
 
 def _worst(learner: Learner, batch: Batch, candidates: list[Inputs]) -> tuple[Inputs, PerExample]:

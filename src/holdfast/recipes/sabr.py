@@ -64,7 +64,9 @@ class SABR:
             live_graph(data.x[:8]), self.clean, self.regularisation, self.training.overshoot
         )
         loss = partial(self.loss, bounded)
-        return trained(self.inner, loss, start, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            self.inner, loss, start, data, threat, self.training, rng=rng, after=after, weighted=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the centres of the boxes: attacked inputs within the ball that remains without the radius of a box."""

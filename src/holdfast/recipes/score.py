@@ -48,7 +48,16 @@ class SCORE:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -66,4 +75,4 @@ class SCORE:
         label = torch.lerp(label, torch.full_like(label, 1 / clean.shape[1]), self.label_smoothing)
         error = (clean.softmax(1) - label).square().sum(1)
         robust = (squared_error(logits, clean) - self.forgiven).clamp_min(0)
-        return (error + self.beta * robust).mean(), hits(logits, batch.y)
+        return learner.mean(error + self.beta * robust, batch.y), hits(logits, batch.y)

@@ -72,6 +72,7 @@ class SingleStep:
             state=state,
             guard=partial(OverfittingGuard, held_out=held_out) if n else None,
             linear=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -33,7 +33,16 @@ class Standard:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            clean_inputs,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            weighted=True,
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:

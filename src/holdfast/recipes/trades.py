@@ -8,7 +8,6 @@ at first, the weights are averaged, and the learning rate follows one cycle.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -46,7 +45,16 @@ class TRADES:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            weighted=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -58,6 +66,6 @@ class TRADES:
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the clean cross-entropy plus the weighted divergence, and the number of correct examples."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
-        divergence = kullback_leibler(logits, clean).mean()
-        clean_loss = F.cross_entropy(clean, batch.y, label_smoothing=self.label_smoothing)
+        divergence = learner.mean(kullback_leibler(logits, clean), batch.y)
+        clean_loss = learner.mean_cross_entropy(clean, batch.y, smoothing=self.label_smoothing)
         return clean_loss + self.beta * divergence, hits(logits, batch.y)

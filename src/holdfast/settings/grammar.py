@@ -24,6 +24,7 @@ from holdfast.core.spelling import suggestion
 
 Sees = Literal["none", "labels", "scores", "gradients"]
 Argument = float | str
+LogKind = Literal["csv", "tensorboard", "mlflow", "wandb"]
 
 _MOVED = {"rotate": 180.0, "shift": math.inf, "scale": MOST_SCALED}  # a rotation by up to 180 degrees is any
 _SPATIAL: Final[Mapping[str, float]] = {**_MOVED, "flow": math.inf}
@@ -145,6 +146,17 @@ def per_second(text: str, what: str = "http_rate") -> float:
     if matched is None or not 0 < float(matched[1]) < math.inf:
         raise UsageError(f"{what} is {text!r}; expected a number in a time, such as 4/s, 100/min or 2000/h")
     return float(matched[1]) / _UNITS[matched[2]]
+
+
+def parse_log(text: str) -> tuple[LogKind, str]:
+    """Return the kind and the place of a log of a training, such as the file in `csv:curve.csv`."""
+    kind, _, place = text.partition(":")
+    for known in get_args(LogKind):
+        if kind == known and place:
+            return known, place
+    raise UsageError(
+        f"log is {text!r}; expected csv:FILE, tensorboard:DIR, mlflow:URI or wandb:PROJECT, as in csv:curve.csv"
+    )
 
 
 def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:

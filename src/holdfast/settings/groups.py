@@ -445,6 +445,19 @@ class HardenOptions(SettingGroup):
     anyway: Annotated[bool, Flag()] = Field(
         default=False, description="Train although less than one epoch fits into the budget."
     )
+    checkpoint_every: Annotated[values.Positive | None, Flag("N", identifies=False)] = Field(
+        default=None,
+        description="Number of updates between two checkpoints within an epoch (default: a checkpoint after each "
+        "epoch).",
+    )
+    train_only: Annotated[values.Names, Flag("GLOB")] = Field(
+        default_factory=list,
+        description="Train only parameters whose name matches, as in 'fc.*' or 'layer4.*'.",
+    )
+    log: Annotated[list[values.LogTarget], Flag("KIND:PLACE", identifies=False)] = Field(
+        default_factory=list,
+        description="Log the measurements of each epoch, as in csv:FILE, tensorboard:DIR, mlflow:URI or wandb:PROJECT.",
+    )
     unlabelled: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
         description="Additional examples to train on without labels (recipe vat): an address with a train split.",

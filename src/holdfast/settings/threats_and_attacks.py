@@ -5,7 +5,8 @@ settings.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -155,6 +156,9 @@ def refuse_settings(settings: Any, name: str) -> None:
             if not isinstance(value, hint):
                 raise UsageError(f"{where} is {value!r}; expected a {hint.__name__}, as {hint.__name__}()")
             refuse_settings(value, where)
+        elif is_function_or_name(hint):
+            if not callable(value):
+                setting(hint, value, where)
         elif get_origin(hint) is Callable and not callable(value):
             raise UsageError(
                 f"{where} is {value!r}; expected a function, such as one of holdfast.attacks.parts.losses"
@@ -171,6 +175,17 @@ def functions(hint: Any) -> dict[str, Callable[..., Any]]:
     return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
 
 
+def is_function_or_name(hint: Any) -> bool:
+    """Return whether a setting is a name or a function of the user, such as the optimiser of a training."""
+    origins = {get_origin(one) for one in get_args(hint)}
+    return get_origin(hint) in (Union, UnionType) and {Callable, Literal} <= origins
+
+
+def named_alternatives(hint: Any) -> tuple[str, ...]:
+    """Return the names that a setting accepts beside functions of the user."""
+    return tuple(name for one in get_args(hint) if get_origin(one) is Literal for name in get_args(one))
+
+
 def setting(hint: Any, value: Any, where: str) -> Any:
     """Return the value of a setting of an attack or recipe, converted from a file or a flag and validated against the
     type of the setting.
@@ -181,6 +196,14 @@ def setting(hint: Any, value: Any, where: str) -> Any:
         return build_attack(value, where)
     if hint == tuple[Constraint, ...]:
         return constraints(value, where)
+    if is_function_or_name(hint):
+        names = named_alternatives(hint)
+        if value not in names:
+            raise UsageError(
+                f"{where} is {value!r}; expected one of {', '.join(names)}, or a function: FILE.py:NAME on the command "
+                "line and in files, the function itself in Python"
+            )
+        return value
     if get_origin(hint) is Callable:
         by_name = functions(hint)
         if str(value) not in by_name:

@@ -34,6 +34,7 @@ from holdfast.settings.grammar import (
     did_you_mean,
     numbers,
     parse_every,
+    parse_log,
     parse_number,
     parse_surrogate,
     parse_threat,
@@ -441,6 +442,7 @@ Amount = Annotated[float, Ge(0), Le(1024)]
 Deviation = Annotated[float, Gt(0), Le(1e6)]
 Probability = Annotated[float, Gt(0), Lt(1)]
 Rate = Annotated[str, _read_by(per_second)]
+LogTarget = Annotated[str, _read_by(parse_log)]
 Every = Annotated[str, _read_by(parse_every)]
 Header = Annotated[str, _read_by(header_variable)]
 Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]

@@ -89,7 +89,7 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
     with importable(path.parent):
         # Read once: the digest in the evidence is that of the code that runs, even if the file is changed meanwhile.
         content = path.read_bytes()
-        module = _import(path, content)
+        module = module_of_user(path, content)
         factory = _factory(module, factory_name, path)
         return call_factory(factory, arguments, address, {file_name: hashlib.sha256(content).hexdigest()})
 
@@ -193,7 +193,7 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
     )
 
 
-def _import(path: Path, content: bytes) -> types.ModuleType:
+def module_of_user(path: Path, content: bytes) -> types.ModuleType:
     """Return the module of a file, compiled from the bytes `content` that were already read."""
     return imported_from(
         path, content, f"{LOADED}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"

@@ -1,4 +1,5 @@
-"""Augmentations of training images, which are computed for a whole batch at once on its device.
+"""Augmentations of training images, which are computed for a whole batch at once on its device, and augmentations by a
+function of the user.
 
 Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
 arXiv:1905.04899; with adversarial training Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021,
@@ -6,6 +7,7 @@ arXiv:2111.05328. Differs from the papers: attacks target away from the label wi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +17,15 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
-from holdfast.core.types import Inputs
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.names import kind_of
+from holdfast.core.types import Inputs, Labels
 
-Augmentation = Literal["none", "shift", "crop-flip"]
+NamedAugmentation = Literal["none", "shift", "crop-flip"]
+OwnAugmentation = Callable[[Inputs, Labels, torch.Generator], Inputs]
+"""function of the user that returns augmented inputs, from the inputs and labels of a batch and a generator"""
+Augmentation = NamedAugmentation | OwnAugmentation
 _REACH = {"shift": 2, "crop-flip": 4}  # pixels; customary for digits and for photographs of 32 x 32
 
 
@@ -56,7 +63,7 @@ class Moves:
 def refuse_augmentation(x: Inputs, how: Augmentation, cutmix: float) -> None:
     """Raise `UsageError` if an augmentation or CutMix is set, but the inputs `x` are not images (n, channels, h, w)."""
     shape = tuple(x.shape[1:])
-    if how != "none" and len(shape) != 3:
+    if isinstance(how, str) and how != "none" and len(shape) != 3:
         raise UsageError(f"augmentation {how!r} is for images, and inputs have shape {shape}; use none")
     if cutmix and len(shape) != 3:
         raise UsageError(
@@ -66,9 +73,9 @@ def refuse_augmentation(x: Inputs, how: Augmentation, cutmix: float) -> None:
 
 def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
     """Sample random shifts and flips for each image of a batch (n, channels, h, w), or return None if the augmentation
-    `how` is "none".
+    `how` is "none" or a function.
     """
-    if how == "none":
+    if how == "none" or not isinstance(how, str):
         return None
     refuse_augmentation(batch.x, how, 0.0)
     reach = _REACH[how]
@@ -82,6 +89,37 @@ def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
     """
     sampled = moves(batch, how, rng)
     return batch if sampled is None else batch.at(sampled.of(batch.x))
+
+
+def augmented_by(function: OwnAugmentation, batch: Batch, bounds: Bounds | None, rng: Draws) -> Batch:
+    """Return the batch with its inputs augmented by a function of the user, which receives copies of the inputs and a
+    generator that is seeded from `rng`.
+
+    Raises `TargetError` if the function raises an exception, and `UsageError` if it returns inputs of another shape or
+    type, or outside of the `bounds` of the model.
+    """
+    generator = torch.Generator(batch.x.device).manual_seed(rng.at("augment").key >> 1)
+    try:
+        x = function(batch.x.clone(), batch.y.clone(), generator)
+    except Exception as error:  # the user's code may raise anything
+        raise TargetError(f"the function augment raised {type(error).__name__}: {error}") from error
+    if not isinstance(x, Tensor):
+        raise UsageError(f"augment returned {kind_of(x)}; the augmented inputs were expected as one tensor")
+    if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):
+        raise UsageError(
+            f"augment returned inputs of shape {tuple(x.shape)} and type {x.dtype} on {x.device} for inputs of shape "
+            f"{tuple(batch.x.shape)} and type {batch.x.dtype} on {batch.x.device}; return inputs of the same shape and "
+            "type on the same device"
+        )
+    if bounds is not None:
+        low, high = bounds.like(x)
+        if not bool(((x >= low) & (x <= high)).all()):
+            raise UsageError(
+                f"augment returned inputs from {float(x.min()):g} to {float(x.max()):g}, and the bounds of the model "
+                f"are {float(low.min()):g} to {float(high.max()):g}; clamp the result, as in "
+                f"x.clamp({float(low.min()):g}, {float(high.max()):g})"
+            )
+    return batch.at(x.detach())
 
 
 def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:

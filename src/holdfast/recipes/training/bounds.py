@@ -113,7 +113,9 @@ class BoundedLoss:
         # a pass without a weight still updates the statistics of batch norm
         with torch.set_grad_enabled(clean > 0):
             logits = learner.net(batch.x)
-        loss = clean * F.cross_entropy(logits, batch.y) + (1 - clean) * robust_cross_entropy(margins).mean()
+        loss = clean * learner.mean_cross_entropy(logits, batch.y) + (1 - clean) * learner.mean(
+            robust_cross_entropy(margins), batch.y
+        )
         if self.regularisation and warm < 1:
             loss = loss + self.regularisation * (1 - warm) * regularisation(graph, bounds)
         return loss, (margins > 0).all(1).sum()

@@ -6,14 +6,13 @@ function of the plans so far, which are part of the checkpoint, and the last epo
 
 A recipe adds `inner`, which attacks the inputs of a batch, and `loss`, the mean loss of a batch and its attacked
 inputs, whose graph includes the weights. All random numbers (order of the examples, augmentation, starts of attacks,
-dropout) are functions of the seed, the epoch and the step, so that a training that is stopped after an epoch and
-resumed ends with the same weights.
+dropout) are functions of the seed, the epoch and the step, so that a training that is stopped after an epoch, or after
+an update with a checkpoint, and resumed ends with the same weights.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from types import MappingProxyType
 from typing import Annotated, Literal, Protocol
@@ -23,15 +22,27 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint, without_prefix
+from holdfast.core.checkpoint import AVERAGE, EPOCH, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
 from holdfast.core.number_format import Layout, Precision, computing, laid_out
 from holdfast.core.refusals import refuse_changed, refuse_cut, refuse_lost, unsaved
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.augment import Augmentation, augmented, cut_and_mixed
+from holdfast.recipes.training.augment import Augmentation, augmented, augmented_by, cut_and_mixed
 from holdfast.recipes.training.distributed import average, mean_factor, processes, rank, share
 from holdfast.recipes.training.frozen import Statistics
 from holdfast.recipes.training.immunity import Immunity
+from holdfast.recipes.training.optimisation import (
+    Optimisation,
+    OwnOptimizer,
+    OwnSchedule,
+    Rate,
+    copy_of_tensor,
+    optimizer_of,
+    scheduler_of,
+    slowed,
+)
 from holdfast.recipes.training.update_plans import Pacing, Plans
 from holdfast.recipes.training.weights import ema, perturbed, swa
 
@@ -61,7 +72,22 @@ correctly"""
 UNWRITTEN = MappingProxyType({"written": False})
 """metadata of a field that can be set in Python only, and not in a file"""
 
-Rate = Literal["cycle", "cosine", "steps", "flat"]
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints within an epoch, from which a training resumes exactly."""
+
+    every: int
+    """number of updates between two checkpoints"""
+    save: Callable[[Checkpoint], None]
+    """function that stores a checkpoint"""
+
+
+@dataclass
+class Forwards:
+    """Number of forward passes of single examples in the current epoch. Hooks of the networks increase it."""
+
+    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,19 +102,24 @@ class Training:
     """number of epochs without a better robust accuracy on held-out examples after which `harden` stops; 0 for never"""
     batch: Steps = 128
     """number of examples in one update"""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] | OwnOptimizer = "adamw"
     """optimiser; adamw also works for networks without batch norm, and sgd with a learning rate of 0.1 is common for
-    networks with batch norm"""
+    networks with batch norm. A function, in a file `FILE.py:NAME`, receives the list of parameters and returns an
+    optimiser, which determines `lr`, `momentum` and `weight_decay`"""
     lr: Positive = 3e-3
     """largest learning rate"""
-    schedule: Rate = "cycle"
+    schedule: Rate | OwnSchedule = "cycle"
     """schedule of the learning rate: up and down (`cycle`), down along a cosine, times 0.1 at half and at three
-    quarters (`steps`), or `flat`"""
+    quarters (`steps`), or `flat`. A function, in a file `FILE.py:NAME`, receives the optimiser and the total number of
+    updates and returns a scheduler of torch"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """momentum of sgd"""
     weight_decay: NonNegative | None = None
     """fraction of each weight that a step with a learning rate of 1 removes; None for 0.1 with adamw and 0.0005 with
     sgd"""
+    clip: Positive | None = None
+    """largest norm of the gradient of all parameters together, to which a larger gradient is scaled; None for no
+    clipping"""
     averaging: Literal["ema", "swa", "none"] = "ema"
     """which weights the new model has: a running average (`ema`), the mean of those after the last epochs (`swa`; use a
     learning rate that does not fall to zero, such as `flat`), or the last ones (`none`)"""
@@ -109,10 +140,14 @@ class Training:
     attacked batch, as in train mode; the attack does not update them"""
     augment: Augmentation = "none"
     """augmentation of training images: `none`, a `shift` by up to two pixels, or `crop-flip`, a shift by up to four and
-    a flip"""
+    a flip. A function, in a file `FILE.py:NAME`, receives the inputs and labels of a batch and a generator, and returns
+    the augmented inputs"""
     cutmix: Fraction = 0.0
     """fraction of the batches with CutMix: a box of another image replaces a part of each image, and its label has the
     weight of that part"""
+    class_weights: tuple[Positive, ...] | None = None
+    """weight of the loss of an example for each class; they are divided by their mean over the training examples. None
+    for equal weights"""
     precision: Precision = "auto"
     """number format of products in training: float32, bfloat16, or auto, which is bfloat16 on a GPU that supports it,
     else float32"""
@@ -126,10 +161,32 @@ class Training:
     """adversarial examples of other networks, whose loss is added to that of the recipe; it cannot be set in a file"""
     pacing: Pacing | None = field(default=None, metadata=UNWRITTEN)
     """function that plans the number of updates within a time budget, in place of `epochs`; it is set by `harden`"""
+    saving: Saving | None = field(default=None, metadata=UNWRITTEN)
+    """checkpoints within an epoch; it is set by `harden`"""
 
     @property
-    def decay(self) -> float:
-        """Weight decay of the training. If it was not set, it is the default for the optimiser."""
+    def functions(self) -> dict[str, Callable[..., object]]:
+        """Functions of the user in the settings, by the name of the setting."""
+        settings = {"optimizer": self.optimizer, "schedule": self.schedule, "augment": self.augment}
+        return {name: value for name, value in settings.items() if not isinstance(value, str)}
+
+    @property
+    def timed(self) -> "Training":
+        """The settings with which updates are timed: functions of the user do not change the weights much, and no
+        scheduler is created for the few updates.
+        """
+        optimizer, schedule = self.optimizer, self.schedule
+        return replace(
+            self,
+            optimizer=optimizer if isinstance(optimizer, str) else slowed(optimizer),
+            schedule=schedule if isinstance(schedule, str) else "flat",
+        )
+
+    @property
+    def decay(self) -> float | None:
+        """Weight decay of a named optimiser, of which each has its default. None if a function determines it."""
+        if not isinstance(self.optimizer, str):
+            return None
         return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
 
@@ -139,17 +196,7 @@ _CHECKS, _BETWEEN_CHECKS = (
     20,
 )  # checks of a guard within a budget, and the smallest number of updates between two
 _ENDS = "ends"  # state of swa: the number of epochs in the average
-
-
-def rate(schedule: Rate, done: float) -> float:
-    """Return the factor of the largest learning rate in a schedule, after the fraction `done` of the training."""
-    if schedule == "cycle":
-        return done / 0.3 if done < 0.3 else (1 - done) / 0.7
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    if schedule == "steps":
-        return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
-    return 1.0
+_LOSSES, _RIGHT, _FORWARDS = f"{EPOCH}losses", f"{EPOCH}right", f"{EPOCH}forwards"
 
 
 def _eps_factor(how: Training, done: float) -> float:
@@ -195,19 +242,21 @@ def fit(
     guard: EpochGuard | None = None,
     replays: int = 1,
     settle: Callable[[], None] | None = None,
+    forwards: Forwards | None = None,
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch. The last epoch may be incomplete.
 
     `settle` is called after each update, before the average is updated, and may change the weights too. With `after`
     the training resumes from that checkpoint. `state` contains tensors that the loss or `settle` change in place. They
     are saved and restored, except that changes by a `guard` remain when the guard undoes the last updates. Each batch
-    is used for `replays` consecutive updates. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
+    is used for `replays` consecutive updates. `forwards` counts forward passes, whose number for an example is part of
+    the measurements. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
     buffer changes that is not in the state dict.
     """
     if how.averaging == "swa":
         state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
     plans = Plans(how.epochs, updates(len(data), how.batch) * replays, how.pacing)
-    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans)
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans, forwards or Forwards())
     first_epoch = 0
     if after is not None:
         first_epoch = after.epoch
@@ -215,16 +264,15 @@ def fit(
         plans.resume(after)
     before = unsaved(model)
     for epoch in count(first_epoch):
-        plans.review(0)
+        begun = after if after is not None and after.step and epoch == first_epoch else None
+        if begun is None:
+            plans.review(0)
         if plans.ended():
             return
-        measured = loop.epoch(epoch, guard)
+        measured = loop.epoch(epoch, guard, begun)
         refuse_changed(model, before)
-        # copied, because on a CPU `cpu` returns the tensor itself, which later updates change
-        tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
-        of = max(-(-plans.end // plans.per_epoch), epoch + 1)
         part = plans.updates / plans.per_epoch - epoch
-        yield Checkpoint(epoch + 1, of, tensors, measured, part, plans.updates, plans.kept)
+        yield Checkpoint(epoch + 1, loop.of(epoch), loop.copies(), measured, part, plans.updates, plans.kept)
 
 
 class _Loop:
@@ -242,29 +290,34 @@ class _Loop:
         replays: int,
         settle: Callable[[], None] | None,
         plans: Plans,
+        forwards: Forwards,
     ) -> None:
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
         self._how, self._rng, self._state = how, rng, state
         self._replays, self._settle = replays, settle
         self._parameters = [weight for weight in model.parameters() if weight.requires_grad]
-        self._optimizer = _optimizer(self._parameters, how)
+        self._optimisation = Optimisation(optimizer_for(self._parameters, how), how.schedule)
         initial = {} if how.averaging == "none" else model.state_dict()
         self._average = {name: value.detach().clone() for name, value in initial.items()}
-        self._plans = plans
+        self._plans, self._forwards = plans, forwards
+        self._bounds = model.bounds if isinstance(model, Classifier) else None
 
-    def epoch(self, epoch: int, guard: EpochGuard | None) -> dict[str, float]:
-        """Perform the updates of one epoch, or of the planned part of it, and return the measurements of the epoch."""
+    def epoch(self, epoch: int, guard: EpochGuard | None, begun: Checkpoint | None) -> dict[str, float]:
+        """Perform the updates of one epoch, or of the planned part of it, and return the measurements of the epoch.
+
+        `begun` is the checkpoint within the epoch from which the training resumes, or None.
+        """
         plans, per_epoch = self._plans, self._plans.per_epoch
         rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
         rows = rows[: per_epoch // self._replays * self._how.batch]
         batches = [
             batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
         ]
-        losses, right, step = [], torch.zeros((), device=rows.device), 0
+        losses, right, step, self._forwards.n = _begun(begun, rows.device)
         while step < per_epoch and (step == 0 or not plans.ended()):
-            every = per_epoch if guard is None else self._updates_to_check(guard)
             snapshot = {} if guard is None else self._snapshot()
-            results = self._run_updates(epoch, batches[: step + every], step)
+            end = step + self._until_check(epoch * per_epoch + step, guard)
+            results = self._run_updates(epoch, batches[:end], step)
             if guard is not None and not self._guard_passes(guard, epoch, step):
                 self.restore(snapshot)
                 plans.rewind(epoch * per_epoch + step, step)
@@ -272,20 +325,58 @@ class _Loop:
             losses += [value for value, _ in results]
             right += sum(hits for _, hits in results)
             step += len(results)
-        epoch_losses = torch.stack(losses).double()
-        average((epoch_losses, right))
-        # after the average, so that a loss that is not finite stops all processes
-        refuse_lost(epoch_losses, epoch, self._how.lr)
+            self._save(epoch, step, len(results), losses, right)
+        epoch_losses = self._averaged(losses, epoch)
+        average((right,))
         if self._how.averaging == "swa":
             ends = self._state[_ENDS]
             swa(self._average, self._model, int(ends))
             ends.add_(self._in_tail(epoch))
         plans.review(step)
         n_labelled = int((self._data.y[torch.cat(batches[:step])] != UNLABELLED).sum())
-        lr = self._optimizer.param_groups[0]["lr"]
-        accuracy = processes() * right.item() / max(n_labelled, 1)
-        dearer = 1.0 if guard is None else guard.dearer
-        return {"loss": epoch_losses.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
+        return {
+            "loss": epoch_losses.mean().item(),
+            "accuracy": processes() * right.item() / max(n_labelled, 1),
+            "lr": self._optimisation.lr,
+            "dearer": 1.0 if guard is None else guard.dearer,
+            # each process counts its own share of the examples
+            "forwards": processes() * self._forwards.n / len(self._data),
+        }
+
+    def _averaged(self, losses: Sequence[Tensor], epoch: int) -> Tensor:
+        """The losses of the updates of an epoch so far, each averaged over the processes. Raises `LostLoss` in all
+        processes if one of them is not finite.
+        """
+        epoch_losses = torch.stack(list(losses)).double()
+        average((epoch_losses,))
+        refuse_lost(epoch_losses, epoch, self._how.lr if isinstance(self._how.optimizer, str) else None)
+        return epoch_losses
+
+    def _until_check(self, n_done: int, guard: EpochGuard | None) -> int:
+        """Number of updates after `n_done` updates until a guard or a checkpoint interrupts them."""
+        if guard is not None:
+            return self._updates_to_check(guard)
+        every = self._plans.per_epoch if self._how.saving is None else self._how.saving.every
+        return every - (0 if self._how.saving is None else n_done % every)
+
+    def _save(self, epoch: int, step: int, n_new: int, losses: Sequence[Tensor], right: Tensor) -> None:
+        """Save a checkpoint after `step` updates of an epoch, the last `n_new` of them since the last check, if one is
+        due.
+        """
+        saving, plans = self._how.saving, self._plans
+        if saving is None or step >= plans.per_epoch or plans.ended():
+            return
+        if plans.updates // saving.every == (plans.updates - n_new) // saving.every:
+            return
+        self._averaged(losses, epoch)  # a checkpoint has finite losses only
+        sums = {_LOSSES: torch.stack(list(losses)), _RIGHT: right, _FORWARDS: torch.tensor(self._forwards.n)}
+        tensors = self.copies() | {name: copy_of_tensor(value.cpu()) for name, value in sums.items()}
+        part = plans.updates / plans.per_epoch - epoch
+        saving.save(Checkpoint(epoch, self.of(epoch), tensors, {}, part, plans.updates, plans.kept, step))
+
+    def of(self, epoch: int) -> int:
+        """Planned number of epochs, in the epoch with the index `epoch`."""
+        return max(-(-self._plans.end // self._plans.per_epoch), epoch + 1)
 
     def _run_updates(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
         """Run the updates of an epoch from `begin` to the last batch or the end of the plan, and at least one."""
@@ -325,12 +416,11 @@ class _Loop:
         """Run one update; return its loss and the number of correctly classified examples."""
         how, update_rng, n_done = self._how, self._rng.at(epoch, step), epoch * self._plans.per_epoch + step
         plan = self._plans.at(n_done)
-        for group in self._optimizer.param_groups:
-            group["lr"] = how.lr * rate(how.schedule, plan.rated(n_done))
+        self._optimisation.prepare(n_done, plan, self._plans.first_end)
         batch_rng = self._rng.at(
             epoch, step - step % self._replays
         )  # a replayed batch has the same augmentation
-        batch = augmented(self._data.take(rows), how.augment, batch_rng)
+        batch = self._augmented(self._data.take(rows), batch_rng)
         batch, mixed_in, own_share = cut_and_mixed(batch, how.cutmix, batch_rng)
         factor, masks = 1.0, update_rng
         if processes() > 1:
@@ -358,14 +448,16 @@ class _Loop:
             turn = Turn(update_rng, epoch, plan.done(n_done), _eps_factor(how, plan.done(n_done)))
             with computing(how.precision, rows.device):
                 x_adv = self._inner(batch, turn)
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimisation.zero_grad()
             with perturbed(self._model, lambda: measured()[0], how.awp):
                 value, hits = measured()
                 refuse_cut(value)
                 value.backward()  # type: ignore[no-untyped-call]
         # with awp, the gradient at the perturbed weights is applied to the restored ones
         average(weight.grad for weight in self._parameters)
-        self._optimizer.step()
+        if how.clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, how.clip)
+        self._optimisation.step()
         # batch norm has used other examples in each process
         average(chain(self._model.buffers(), self._state.values()))
         # before the average, which then consists of weights within the constraint
@@ -375,6 +467,14 @@ class _Loop:
             ema(self._average, self._model, how.average, n_done)
         return value.detach(), hits
 
+    def _augmented(self, batch: Batch, rng: Draws) -> Batch:
+        """The batch with its augmentation, of which a function of the user may use torch's random numbers too."""
+        augment = self._how.augment
+        if isinstance(augment, str):
+            return augmented(batch, augment, rng)
+        with drawing(rng.at("augment"), batch.x.device):
+            return augmented_by(augment, batch, self._bounds, rng)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that are needed to resume the training, by name. They are not copied, so later updates
         change them.
@@ -382,14 +482,15 @@ class _Loop:
         tensors = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
         tensors |= {AVERAGE + name: value for name, value in self._average.items()}
         tensors |= {STATE + name: value for name, value in self._state.items()}
-        for index, memory in self._optimizer.state_dict()["state"].items():
-            for name, value in memory.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{MEMORY}{index}.{name}"] = value
-        return tensors
+        return tensors | self._optimisation.tensors()
+
+    def copies(self) -> dict[str, Tensor]:
+        """Return copies of these tensors on the CPU, which later updates do not change."""
+        # on a CPU `cpu` returns the tensor itself
+        return {name: copy_of_tensor(value.cpu()) for name, value in self.tensors().items()}
 
     def _snapshot(self) -> dict[str, Tensor]:
-        return {name: _copy(value) for name, value in self.tensors().items()}
+        return {name: copy_of_tensor(value) for name, value in self.tensors().items()}
 
     def restore(
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
@@ -405,16 +506,17 @@ class _Loop:
                 name in state and state[name].shape == value.shape
             ):  # the shape differs if the batch size was reduced because memory ran out
                 state[name].copy_(value)
-        memory: dict[int, dict[str, Tensor]] = {}
-        for name, value in without_prefix(tensors, MEMORY).items():
-            index, _, key = name.partition(".")
-            value = value.cpu() if key == "step" else value  # read without waiting for the device
-            memory.setdefault(int(index), {})[key] = _copy(value)
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
+        self._optimisation.restore(tensors)
 
 
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().clone(memory_format=torch.contiguous_format)
+def _begun(begun: Checkpoint | None, device: torch.device) -> tuple[list[Tensor], Tensor, int, int]:
+    """Losses, number of correct examples, number of updates and number of forward passes in the completed part of an
+    epoch.
+    """
+    if begun is None:
+        return [], torch.zeros((), device=device), 0, 0
+    tensors = {name: begun.tensors[name].to(device) for name in (_LOSSES, _RIGHT)}
+    return [*tensors[_LOSSES]], tensors[_RIGHT].clone(), begun.step, int(begun.tensors[_FORWARDS])
 
 
 @contextmanager
@@ -436,9 +538,35 @@ def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def _optimizer(parameters: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
+def optimizer_for(parameters: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
+    """Return the optimiser of a training for its parameters. Raises the errors of `optimizer_of`."""
+    if not isinstance(how.optimizer, str):
+        return optimizer_of(how.optimizer, parameters)
+    decay = how.decay or 0.0
     if how.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
+            parameters, how.lr, how.momentum, weight_decay=decay, nesterov=how.momentum > 0
         )
-    return torch.optim.AdamW(parameters, how.lr, weight_decay=how.decay)
+    return torch.optim.AdamW(parameters, how.lr, weight_decay=decay)
+
+
+def refuse_unusable(model: Classifier, how: Training, data: Batch, replays: int) -> None:
+    """Raise an error for functions of the user from which no optimiser or no scheduler of a network can be made, or
+    which do not augment the first examples of the data as expected.
+    """
+    if not isinstance(how.augment, str):
+        rows = torch.arange(min(how.batch, len(data)), device=data.y.device)
+        first, results = data.take(rows), []
+        for _ in range(2):
+            with drawing(Draws(0).at("augment"), first.x.device):
+                results.append(augmented_by(how.augment, first, model.bounds, Draws(0)).x)
+        if not torch.equal(*results):
+            raise UsageError(
+                "augment returned different inputs for the same batch and the same generator, so that a training could "
+                "not be resumed exactly; draw all random numbers from the generator, or from torch"
+            )
+    if isinstance(how.optimizer, str) and isinstance(how.schedule, str):
+        return
+    optimizer = optimizer_for([weight for weight in model.parameters() if weight.requires_grad], how)
+    if not isinstance(how.schedule, str):
+        scheduler_of(how.schedule, optimizer, how.epochs * updates(len(data), how.batch) * replays)

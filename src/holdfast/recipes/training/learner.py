@@ -22,7 +22,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.recipes.training.augment import refuse_augmentation
 from holdfast.recipes.training.distributed import processes, refuse_few
-from holdfast.recipes.training.fit import EpochGuard, Training, Turn, fit
+from holdfast.recipes.training.fit import EpochGuard, Forwards, Training, Turn, fit, refuse_unusable
 from holdfast.recipes.training.frozen import twin
 
 GROWN = "grown"
@@ -39,6 +39,25 @@ class Learner:
     threat: ThreatModel
     state: dict[str, Tensor] = field(default_factory=dict)
     """tensors that the loss stores from one update to the next"""
+    class_weights: Tensor | None = None
+    """(classes,) weights of the losses of examples, whose mean over the training examples is 1; None for equal ones"""
+
+    def mean(self, losses: PerExample, y: Labels) -> Tensor:
+        """Return the mean of the losses of examples with the labels `y`, weighted by the classes."""
+        return losses.mean() if self.class_weights is None else (self.class_weights[y] * losses).mean()
+
+    def mean_cross_entropy(
+        self, logits: Logits, y: Labels, *, smoothing: float = 0.0, towards: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean cross-entropy of examples with the labels `y`, weighted by the classes.
+
+        `smoothing` is the fraction of each label that is spread evenly over all classes. `towards` are other classes,
+        or probabilities (n, classes), that the network learns in place of the labels.
+        """
+        target = y if towards is None else towards
+        if self.class_weights is None:
+            return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        return self.mean(F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none"), y)
 
     @property
     def with_current_eps(self) -> "Learner":
@@ -135,6 +154,7 @@ def trained(
     unlabelled: bool = False,
     slope: bool = False,
     alone: bool = False,
+    weighted: bool = False,
 ) -> Iterator[Checkpoint]:
     """Train a copy of a model with the attack `inner` and the loss `loss` of a recipe, and yield a checkpoint after
     each epoch.
@@ -143,18 +163,28 @@ def trained(
     arguments of `fit` of the same names. The flags declare properties of the recipe. `linear`: its loss is linear in
     the label (up to terms without a gradient), so that labels can be mixed. `unlabelled`: it learns from examples
     without labels. `slope`: its loss contains a gradient, so that a pass is differentiated twice. `alone`: it must
-    train in one process, because it stores data of all examples. Settings that contradict these raise `UsageError`
-    before the first update.
+    train in one process, because it stores data of all examples. `weighted`: it averages the losses of examples by
+    `Learner.mean` and `Learner.mean_cross_entropy`, which weight them by their classes. Settings that contradict these
+    raise `UsageError` before the first update. So does an optimiser, a scheduler or weights that do not fit the model.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
+    refuse_unusable(net, how, data, replays)
     # before `twin`, because the copy shares the memory of the weights
     lay_out(net, how.layout)
     state_tensors = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
     learner = Learner(net, twin(net, how.attack_statistics), threat, state_tensors)
+    learner = _with_class_weights(learner, data, how.class_weights, weighted=weighted)
     for copied in (learner.net, learner.frozen) if how.compiled else ():
         have_compiled(copied)
-    checkpoints = fit(
+    forwards = Forwards()
+
+    def count(_: nn.Module, inputs: tuple[Inputs, ...]) -> None:
+        forwards.n += len(inputs[0])
+
+    for copied in (learner.net, learner.frozen):
+        copied.register_forward_pre_hook(count)
+    return fit(
         net,
         data,
         partial(_attacked, inner, learner),
@@ -166,24 +196,8 @@ def trained(
         guard=None if guard is None else guard(learner),
         replays=replays,
         settle=None if settle is None else settle(learner),
+        forwards=forwards,
     )
-    return _with_forwards(checkpoints, learner, len(data))
-
-
-def _with_forwards(checkpoints: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:
-    """The same checkpoints with the measurement `forwards`: forward passes of an example in the epoch, on average."""
-    rows = 0
-
-    def count(_: nn.Module, inputs: tuple[Inputs, ...]) -> None:
-        nonlocal rows
-        rows += len(inputs[0])
-
-    for copied in (learner.net, learner.frozen):
-        copied.register_forward_pre_hook(count)
-    for checkpoint in checkpoints:
-        forwards = processes() * rows / n  # each process counts its own share of the examples
-        rows = 0
-        yield replace(checkpoint, measured={**checkpoint.measured, "forwards": forwards})
 
 
 def _attacked(inner: InnerOf, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -227,6 +241,39 @@ def _refuse_foreign(
         )
 
 
+def _with_class_weights(
+    learner: Learner, data: Batch, given: tuple[float, ...] | None, *, weighted: bool
+) -> Learner:
+    """The learner with the given weights of the classes, divided by their mean over the training examples.
+
+    Raises `UsageError` if the recipe does not weight examples, if a weight is not positive, or if their number is not
+    that of the classes.
+    """
+    if given is None:
+        return learner
+    if not weighted:
+        raise UsageError(
+            f"class_weights are {list(given)}, and the loss of this recipe does not weight examples by their classes; "
+            "leave recipe.training.class_weights out",
+            Remedy("recipe", "pgd"),
+        )
+    wrong = [weight for weight in given if not 0 < weight < float("inf")]
+    if wrong:
+        raise UsageError(
+            f"class_weights has the weight {wrong[0]:g}; every weight must be positive and finite"
+        )
+    few = data.take(torch.arange(min(2, len(data)), device=data.y.device))
+    with torch.no_grad():
+        classes = learner.frozen(few.x).shape[1]
+    if len(given) != classes:
+        raise UsageError(
+            f"class_weights has {len(given)} weights, and the model has {classes} classes; give one weight for each "
+            "class"
+        )
+    weights = torch.tensor(given, dtype=few.x.dtype, device=few.x.device)
+    return replace(learner, class_weights=weights / weights[data.y].mean())
+
+
 def clean_inputs(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
     """Return the clean inputs of a batch, as the training inputs of recipes without an attack."""
     return batch.x
@@ -241,11 +288,10 @@ def adversarial_cross_entropy(
     `smoothing` is the fraction of each label that is spread evenly over all classes. Cost: a forward, and another if
     `clean` is not 0.
     """
-    loss = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
     logits = learner.net(x_adv)
-    value = loss(logits)
+    value = learner.mean_cross_entropy(logits, batch.y, smoothing=smoothing)
     if clean:
-        value = value + clean * loss(learner.net(batch.x))
+        value = value + clean * learner.mean_cross_entropy(learner.net(batch.x), batch.y, smoothing=smoothing)
     return value, hits(logits, batch.y)
 
 

@@ -38,11 +38,16 @@ class Plans:
         """Total number of updates of the training according to the last plan."""
         return self._plans[-1].end
 
+    @property
+    def first_end(self) -> int:
+        """Total number of updates of the training according to the first plan."""
+        return self._plans[0].end
+
     def resume(self, after: Checkpoint) -> None:
         """Continue the plans of a training from a checkpoint, also if the number of updates in an epoch has changed
         since then.
         """
-        self.updates = after.epoch * self.per_epoch
+        self.updates = after.epoch * self.per_epoch + after.step
         if not self.paced or not after.plans:
             return
         self._plans, last = list(after.plans), after.plans[-1]

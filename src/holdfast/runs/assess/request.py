@@ -106,6 +106,10 @@ class HardenRequest:
     examples only"""
     open_options: str = ""
     """command-line options with which the new model is opened, in addition to its file and the data"""
+    train_only: tuple[str, ...] = ()
+    """patterns of the names of the parameters that are trained; empty for all"""
+    checkpoint_every: int | None = None
+    """number of updates between two checkpoints within an epoch; None for checkpoints after each epoch only"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]

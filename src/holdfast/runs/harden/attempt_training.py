@@ -116,6 +116,7 @@ class AttemptTraining:
         last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
         spent_s = budget.spent_s + sum(point.wall_s for point in curve)
+        spent_s += checkpoints.seconds_within(place, len(curve))
         return Pacer(budget.seconds, attempt["epoch_s"], attempt["evaluation_s"], spent_s, self.clock)
 
     def _save_best(self, place: Path, candidate: Candidate) -> str:

@@ -15,6 +15,7 @@ from holdfast.runs.store.files import usable, write_atomically
 from holdfast.runs.store.records import document
 
 LAST, BEST = "last.safetensors", "best.safetensors"
+_WITHIN = "within.safetensors"  # the last checkpoint within an epoch
 _BATCH = "batch.json"  # exists after memory ran out
 _KEY = "holdfast"
 
@@ -78,10 +79,24 @@ class SavedCheckpoint:
 
     checkpoint: Checkpoint
     curve: tuple[Point, ...]
+    batch: int = 0
+    """number of examples in an update; 0 if the checkpoint is not within an epoch"""
+    spent_s: tuple[float, float] = (0.0, 0.0)
+    """seconds of CPU time and wall-clock time in the epoch of a checkpoint within it"""
 
 
-def save(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ...]) -> None:
-    """Write a checkpoint and the training curve up to it to the file `name` in `folder`, atomically."""
+def save(
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    curve: tuple[Point, ...],
+    *,
+    batch: int = 0,
+    spent_s: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """Write a checkpoint and the training curve up to it to the file `name` in `folder`, atomically. `batch` and
+    `spent_s` are those of a checkpoint within an epoch.
+    """
     metadata_of_checkpoint = {
         "epoch": checkpoint.epoch,
         "of": checkpoint.of,
@@ -89,12 +104,43 @@ def save(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ..
         "part": checkpoint.part,
         "updates": checkpoint.updates,
         "plans": [vars(plan) for plan in checkpoint.plans],
+        "step": checkpoint.step,
+        "batch": batch,
+        "spent_s": spent_s,
         "curve": [point.to_json() for point in curve],
     }
     metadata = {_KEY: json.dumps(metadata_of_checkpoint, sort_keys=True)}
     with usable(folder):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / name, safetensors.torch.save(dict(checkpoint.tensors), metadata))
+
+
+def save_within(
+    folder: Path, checkpoint: Checkpoint, curve: tuple[Point, ...], batch: int, spent_s: tuple[float, float]
+) -> None:
+    """Write a checkpoint within an epoch. It replaces the one before."""
+    save(folder, _WITHIN, checkpoint, curve, batch=batch, spent_s=spent_s)
+
+
+def saved_within(folder: Path, epoch: int, batch: int) -> SavedCheckpoint | None:
+    """Return the checkpoint within the epoch after `epoch` epochs, with batches of `batch` examples, or None if there
+    is none.
+    """
+    within = saved(folder, _WITHIN)
+    return (
+        within if within is not None and (within.checkpoint.epoch, within.batch) == (epoch, batch) else None
+    )
+
+
+def seconds_within(folder: Path, epoch: int) -> float:
+    """Return the wall-clock seconds that were spent within the epoch after `epoch` epochs until its last checkpoint."""
+    within = saved(folder, _WITHIN)
+    return within.spent_s[1] if within is not None and within.checkpoint.epoch == epoch else 0.0
+
+
+def delete_within(folder: Path) -> None:
+    """Delete the checkpoint within an epoch, after the end of the epoch is stored."""
+    (folder / _WITHIN).unlink(missing_ok=True)
 
 
 def save_batch(folder: Path, batch: int) -> None:
@@ -124,10 +170,13 @@ def saved(folder: Path, name: str) -> SavedCheckpoint | None:
         tensors = safetensors.torch.load_file(path)
         curve = tuple(Point(**point) for point in description["curve"])
         plans = tuple(TrainingPlan(**plan) for plan in description["plans"])
-        where = (description["part"], description["updates"], plans)
+        where = (description["part"], description["updates"], plans, description["step"])
+        cpu_s, wall_s = description["spent_s"]
         return SavedCheckpoint(
             Checkpoint(description["epoch"], description["of"], tensors, description["measured"], *where),
             curve,
+            description["batch"],
+            (cpu_s, wall_s),
         )
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TargetError(

@@ -3,7 +3,7 @@ checkpoint.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,13 +16,14 @@ from holdfast.core.errors import LostLoss
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training import distributed
-from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.fit import Saving, Training
 from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.runs.engine.progress import EpochMeasures, Step
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point
+from holdfast.runs.harden.epoch_log import EpochLog
 from holdfast.runs.harden.held_out import held_out_shares, proved_accuracy
 from holdfast.runs.harden.pace import Clock, smaller
 
@@ -40,8 +41,10 @@ class TrainingStart:
 
     name: str
     """name of the candidate"""
-    how: Training
-    """settings of the training, without the pacing for a budget, which only the first process needs"""
+    epochs: int
+    batch: int
+    lr: float
+    """learning rate in the settings, for this size of a batch"""
     paced: bool
     """whether the training has a budget"""
     after: Checkpoint | None
@@ -59,6 +62,11 @@ class Trainer:
     machine: str
     """description of the hardware, in one line"""
     clock: Clock = field(default=time.perf_counter)
+    checkpoint_every: int | None = None
+    """number of updates between two checkpoints within an epoch, or None"""
+    log: EpochLog = field(default_factory=EpochLog)
+    attempt: int = 1
+    """number of the attempt, from 1"""
 
     def checkpoints(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
         """Return an iterator over the checkpoints of a training with a recipe. The training makes no update before the
@@ -78,16 +86,28 @@ class Trainer:
         """
         last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
+        self.log.resumed(self.attempt, candidate.name, curve)
         if last is not None and ended_by(last.checkpoint, curve, settings):
             return curve
         # Below every score, so that the first epoch is always stored as the best one.
         highest = max((point.score for point in curve), default=(-1.0, -1.0))
         evaluated_model = deepcopy(self.model)
-        after = None if last is None else last.checkpoint
+        within = checkpoints.saved_within(place, len(curve), settings.batch)
+        latest = within or last
+        after = None if latest is None else latest.checkpoint
+        is_paced = settings.pacing is not None
         distributed.broadcast(
-            TrainingStart(candidate.name, replace(settings, pacing=None), settings.pacing is not None, after)
+            TrainingStart(candidate.name, settings.epochs, settings.batch, settings.lr, is_paced, after)
         )
-        cpu, wall = time.process_time(), self.clock()
+        spent_s = (0.0, 0.0) if within is None else within.spent_s
+        cpu, wall = time.process_time() - spent_s[0], self.clock() - spent_s[1]
+
+        def save_within(checkpoint: Checkpoint) -> None:
+            spent_s = time.process_time() - cpu, self.clock() - wall
+            with run.stopper.finishing():
+                checkpoints.save_within(place, checkpoint, curve, settings.batch, spent_s)
+
+        settings = self._saving(settings, save_within)
         for checkpoint in self.checkpoints(trained_as(candidate.recipe, settings), after):
             checkpoint.put_into(evaluated_model)
             clean, robust, largest = held_out_shares(evaluated_model, self.held_out, self.threat)
@@ -107,22 +127,37 @@ class Trainer:
                     highest = point.score
                     checkpoints.save(place, BEST, checkpoint, curve)
                 checkpoints.save(place, LAST, checkpoint, curve)
+                checkpoints.delete_within(place)
+            self.log.epoch(self.attempt, candidate.name, point)
             run.progress(_step(candidate, curve, checkpoint, len(self.held_out)))
             if not distributed.broadcast(not (collapsed(curve) or _stale(curve, settings))):
                 break
         return curve
 
+    def _saving(self, settings: Training, save: Callable[[Checkpoint], None]) -> Training:
+        """The settings with checkpoints within an epoch, if they were requested."""
+        if self.checkpoint_every is None:
+            return settings
+        return replace(settings, saving=Saving(self.checkpoint_every, save))
+
     def follow(self, candidate: Candidate, message: TrainingStart) -> None:
         """Take part in a distributed training as a process other than the first, which saves no checkpoints."""
         try:
-            settings = replace(message.how, pacing=_planned_elsewhere if message.paced else None)
+            settings = replace(
+                candidate.recipe.training,
+                epochs=message.epochs,
+                batch=message.batch,
+                lr=message.lr,
+                pacing=_planned_elsewhere if message.paced else None,
+            )
+            settings = self._saving(settings, lambda checkpoint: None)
             for _ in self.checkpoints(trained_as(candidate.recipe, settings), message.after):
                 if not distributed.broadcast(NOTHING):
                     break
         except LostLoss:
             return  # the first process reports it
         except (RuntimeError, MemoryError) as error:
-            smaller(message.how.batch, error)
+            smaller(message.batch, error)
 
 
 def _step(candidate: Candidate, curve: tuple[Point, ...], checkpoint: Checkpoint, n_held_out: int) -> Step:

@@ -25,7 +25,7 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
-from holdfast.recipes.training.recipe import goal_of
+from holdfast.recipes.training.recipe import goal_of, trained_as
 from holdfast.reports.numbers import size
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
@@ -50,6 +50,7 @@ from holdfast.runs.harden.candidates import (
     few_held_out,
     untrained,
 )
+from holdfast.runs.harden.epoch_log import EpochLog
 from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.runs.harden.hardened import (
     MODEL,
@@ -68,7 +69,14 @@ from holdfast.runs.harden.held_out import (
     proved_accuracy,
 )
 from holdfast.runs.harden.pace import Clock, with_predicted_labels
-from holdfast.runs.harden.trainable import learner_of, refuse_untrainable, threats_of, training_notes
+from holdfast.runs.harden.trainable import (
+    copy_of,
+    freeze_others,
+    learner_of,
+    refuse_untrainable,
+    threats_of,
+    training_notes,
+)
 from holdfast.runs.harness import Target
 from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
@@ -92,18 +100,21 @@ def harden(
     notify: Notify = ignore,
     detail: Notify = ignore,
     clock: Clock = time.perf_counter,
+    log: EpochLog | None = None,
 ) -> Hardened:
     """Train a copy of a model to be robust under a threat model. The training can be resumed from the folder `run`.
 
     Without `run`, a temporary folder is used and deleted at the end; if the training is stopped, that folder is kept
     and the error states its path. Under torchrun, the processes train together, the first one evaluates and writes, and
     all return the same result. `detail` is called with messages on single shards of a cluster. `clock` returns seconds
-    and measures the budget. Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
+    and measures the budget. Each epoch is reported to `log`. Raises `UsageError`, `TargetError`, or `Interrupted` with
+    the command to resume.
     """
     if run is not None:
         refuse_used(run, resume=resume)
     # Before the data are prepared and any process is joined, because nothing is stored yet.
     refuse_untrainable(subject.model)
+    freeze_others(copy_of(subject.model), request.train_only)
     refuse_data(test)
     with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
         bounds, n_threads = target.bare.bounds, torch.get_num_threads()
@@ -124,6 +135,7 @@ def harden(
         stack.enter_context(threads(n_threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
         job = _Job(subject, examples, test, n_assessed, request, place, progress, notify, detail, clock)
+        job.report(log or EpochLog())
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
         return result
@@ -180,12 +192,14 @@ class _Job:
         self.again = way_out(request.command, run)
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
+        freeze_others(self.model, request.train_only)
         digests = [test.digest, examples.digest]
         distributed.match_first(digests, self.model)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(
-            self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock
-        )
+            self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock,
+            request.checkpoint_every,
+        )  # fmt: skip
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
             refuse_goal(candidate.name, goal_of(candidate.recipe))
             self.trainer.checkpoints(candidate.recipe, None)
@@ -225,7 +239,10 @@ class _Job:
             names = ", ".join(candidate.name for candidate in request.candidates)
             self.notify(f"timing updates of {names} on this machine, for a budget of {request.budget_s:g} s")
         planned_attempts, spent_s = attempts(
-            request.candidates,
+            [
+                replace(one, recipe=trained_as(one.recipe, one.recipe.training.timed))
+                for one in request.candidates
+            ],
             request.budget_s,
             self.model,
             self.rest,
@@ -244,6 +261,10 @@ class _Job:
             "assessed": n_assessed,
             "stages": STAGES,
         }
+
+    def report(self, log: EpochLog) -> None:
+        """Report the epochs of the training to a log."""
+        self.trainer = replace(self.trainer, log=replace(log, again=self.again))
 
     def _evaluated(self, examples: Batch) -> None:
         """Evaluate the given model as after an epoch, against an attack that breaks none of the examples."""
@@ -324,6 +345,7 @@ class _Job:
 
         Robust accuracy is compared on held-out examples; a model with raised doubts ranks below all models without.
         """
+        self.trainer.log.start()  # before the clock of a budget
         trained_models: list[Made] = []
         ranks: list[tuple[bool, float]] = []
         planned = self.plan["attempts"]
@@ -335,6 +357,7 @@ class _Job:
             self.notify(f"note: {note}")
         for k, attempt in enumerate(planned):
             budget = trainings.budget(trained_models)
+            trainings = replace(trainings, trainer=replace(self.trainer, attempt=k + 1))
             left_s = None if budget is None else budget.left_s
             if k and left_s is not None and left_s < attempt["epoch_s"]:
                 self.notes.append(untrained(attempt, left_s))

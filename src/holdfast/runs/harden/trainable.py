@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.gradients import input_gradient
 from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
 from holdfast.core.names import kind_of
+from holdfast.core.spelling import suggestion
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.io.models.keras_models import KerasNet
@@ -87,6 +89,27 @@ def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
         )
         if applies
     )
+
+
+def freeze_others(model: Classifier, patterns: Sequence[str]) -> None:
+    """Freeze the parameters of a model whose names match none of the patterns, in place; without patterns none.
+
+    Names are those of the network, as in its state dict. Raises `UsageError` for a pattern that matches no parameter,
+    and if all parameters that match are frozen already.
+    """
+    named = {name.removeprefix("net."): weight for name, weight in model.named_parameters()}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            listed = suggestion(pattern.replace("*", ""), named) or f"the parameters are {_shown([*named])}"
+            raise UsageError(f"train_only is {pattern!r}, which matches no parameter; {listed}")
+    for name, weight in named.items():
+        if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in named.values()):
+        raise UsageError(
+            f"train_only is {', '.join(patterns)}, and the parameters that match are frozen; set requires_grad=True in "
+            "the function that builds the model"
+        )
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.goal import Goal
 from holdfast.io.doctor import spread_examples
+from holdfast.io.functions import function_digest
 from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
@@ -129,6 +130,8 @@ def harden_manifest(
             "budget_s": request.budget_s,
             **({} if request.assess_budget_s is None else {"assess_budget_s": request.assess_budget_s}),
             "seed": request.seed,
+            **_functions(request),
+            **({"train_only": list(request.train_only)} if request.train_only else {}),
         }
     )
     return {
@@ -147,6 +150,16 @@ def harden_manifest(
         "seed": request.seed,
         "plan": dict(plan),
     }
+
+
+def _functions(request: HardenRequest) -> dict[str, dict[str, str]]:
+    """Digests of the functions of the user in the recipes, such as an optimiser, if there are any."""
+    digests = {
+        f"{item.name}.training.{name}": function_digest(function)
+        for item in request.candidates
+        for name, function in item.recipe.training.functions.items()
+    }
+    return {"functions": digests} if digests else {}
 
 
 def about_run(command: str) -> dict[str, Any]:
