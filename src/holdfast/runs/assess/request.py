@@ -98,6 +98,8 @@ class HardenRequest:
     examples only"""
     open_options: str = ""
     """command-line options with which the new model is opened, in addition to its file and the data"""
+    notes: tuple[str, ...] = ()
+    """notes on how the training examples are read, which are shown before the training and are on the card"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]

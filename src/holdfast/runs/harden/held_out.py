@@ -5,13 +5,14 @@ examples.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.certifiers.provers import CrownIBP
-from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -22,6 +23,7 @@ from holdfast.recipes import SABR, IBPTraining
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe
 
+D = TypeVar("D", bound=TrainingData)
 EVALUATION_ATTACK = margin_pgd(steps=20)
 """The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another
 loss than in training."""
@@ -38,7 +40,7 @@ _NAMED = 3  # duplicates that a message names
 class TrainingExamples:
     """The training examples of a hardening, and the held-out examples on which the best checkpoint is chosen."""
 
-    rest: Batch
+    rest: TrainingData
     held_out: Batch
     digest: str
     """SHA-256 over all training and held-out examples, in hex"""
@@ -46,7 +48,7 @@ class TrainingExamples:
     """notes on which examples were left out of the training, and why"""
 
 
-def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> TrainingExamples:
+def examples_of(data: TrainingData, excluded: Data, seed: int, classes: int) -> TrainingExamples:
     """Split `data` into training examples and held-out examples, after removing all inputs that also occur in
     `excluded`.
 
@@ -62,7 +64,7 @@ def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Trainin
     return TrainingExamples(rest, held, digest_of(fresh), notes)
 
 
-def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
+def split_of(data: D, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[D, Batch]:
     """Split labelled examples into training examples and held-out examples at random. The split is determined by the
     seed.
 
@@ -84,7 +86,7 @@ def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVE
         )
     held_out = torch.zeros_like(labelled)
     held_out[order[can_be_held_out][:n]] = True
-    return data.take(~held_out), data.take(held_out)
+    return data.subset(~held_out), data.take(held_out)
 
 
 def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel) -> tuple[float, float]:
@@ -136,7 +138,7 @@ def harmless(threat: ThreatModel) -> ThreatModel:
     return replace(threat, constraint=constraint.resized(_HARMLESS * constraint.eps))
 
 
-def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
+def without_judged(data: D, test: Data) -> tuple[D, str]:
     """Remove the test examples from the training examples. Return the remaining ones, and a note on the number of
     duplicates.
 
@@ -145,7 +147,7 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
     judged: dict[bytes, int] = {}
     for begin in range(0, len(test), 1_000):
         part = test.read(begin, min(begin + 1_000, len(test)))
-        judged |= dict(zip(_input_hashes(part), part.ids.tolist(), strict=True))
+        judged |= dict(zip(part.fingerprints(), part.ids.tolist(), strict=True))
     fresh, duplicates = _without_duplicates(data, judged)
     if not duplicates:
         return data, ""
@@ -160,14 +162,14 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
     return fresh, f"{note}; they are not used for the training"
 
 
-def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
+def without_held(rest: D, held: Batch) -> tuple[D, str]:
     """Remove the training examples that are equal to a held-out example. Return the remaining ones, and a note on the
     number of duplicates.
 
     Raises `UsageError` if no example is left.
     """
     fresh, duplicates = _without_duplicates(
-        rest, dict(zip(_input_hashes(held), held.ids.tolist(), strict=True))
+        rest, dict(zip(held.fingerprints(), held.ids.tolist(), strict=True))
     )
     if not duplicates:
         return rest, ""
@@ -177,29 +179,22 @@ def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
     return fresh, f"{note}; they are not used for the training"
 
 
-def _without_duplicates(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
+def _without_duplicates(data: D, others: Mapping[bytes, int]) -> tuple[D, list[tuple[int, int]]]:
     """The examples whose inputs are not in `others`, and the ids of the others with the ids of their duplicates."""
-    names = _input_hashes(data)
-    fresh = torch.tensor([name not in others for name in names], device=data.x.device)
+    names = data.fingerprints()
+    fresh = torch.tensor([name not in others for name in names], device=data.ids.device)
     rows = zip(data.ids.tolist(), names, strict=True)
-    return data.take(fresh), [(row, others[name]) for row, name in rows if name in others]
+    return data.subset(fresh), [(row, others[name]) for row, name in rows if name in others]
 
 
-def _input_hashes(data: Batch) -> list[bytes]:
-    """A hash of the bytes of each input; -0 is treated as 0."""
-    rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
-    # Adding zero turns -0 into 0.
-    return [hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest() for row in rows]
-
-
-def digest_of(data: Batch) -> str:
-    """Return the SHA-256 of the inputs and labels of a batch, in hex."""
-    sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
+def digest_of(data: TrainingData) -> str:
+    """Return the SHA-256 of the hashes of the inputs and of the labels of training examples, in hex."""
+    sha = hashlib.sha256(b"".join(data.fingerprints()))
     sha.update(data.y.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
-def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> None:
+def refuse_missing_classes(data: TrainingData, classes: int, *, after: str = "") -> None:
     """Raise `TargetError` if the training data have fewer than two classes, or no example of a class of the model.
 
     `after` is a note for the message on examples that were left out before.
