@@ -98,7 +98,7 @@ def fingerprints_of(x: Inputs) -> tuple[bytes, ...]:
     """Return a hash of the bytes of each input. -0 is treated as 0."""
     rows = x.detach().cpu().contiguous().flatten(1).numpy()
     # Adding zero turns -0 into 0.
-    return tuple(hashlib.blake2b((row + 0.0).tobytes(), digest_size=32).digest() for row in rows)
+    return tuple(hashlib.blake2b(row + 0.0, digest_size=32).digest() for row in rows)
 
 
 class TrainingData(Protocol):

@@ -117,16 +117,18 @@ class Source:
         """
         self._dataset, self._collate = dataset, collate
         self._options, self._begin, self.seeded = options, begin, seeded
-        self._order: list[list[Any]] = []
+        self._order = _Order()
         self._loader = self._new_loader()
 
     def _new_loader(self) -> DataLoader[Any]:
+        generator = torch.Generator()  # so that torch's global generator is not used
+        generator.seed()  # so that random changes of unseeded examples differ between two readings
         return DataLoader(
             _Seeded(self._dataset) if self.seeded else self._dataset,
             batch_sampler=self._order,
             collate_fn=self._collate,
             worker_init_fn=partial(_begin_worker, self._begin),
-            generator=torch.Generator(),  # so that torch's global generator is not used
+            generator=generator,
             **self._options,
         )
 
@@ -137,7 +139,8 @@ class Source:
 
         Worker processes read ahead, and end with the context, unless the options let them persist.
         """
-        self._order[:] = [
+        # another list, because an iterator of an earlier reading may still refer to its own
+        self._order.batches = [
             list(zip(indices, keys, strict=True)) if self.seeded else list(indices)
             for indices, keys in batches
         ]
@@ -155,6 +158,16 @@ class Source:
                 self._loader = self._new_loader()
 
 
+class _Order:
+    """The batches that a loader reads next, as lists of the indices of their examples."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.batches)
+
+
 def _begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
     """Prepare a worker process. It ignores Ctrl-C, because the main process ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -163,23 +176,32 @@ def _begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
 
 
 class _Seeded(Dataset[Any]):
-    """A data set whose index is a pair of an index and the key with which random numbers are seeded for it."""
+    """A data set whose indices are pairs of an index and the key with which random numbers are seeded for it."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        index, key = place
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        try:
-            with torch.random.fork_rng([]):
-                torch.default_generator.manual_seed(key)
-                random.seed(key)
-                np.random.seed(key % _NUMPY_SEEDS)  # noqa: NPY002 (data sets use it)
-                return self._dataset[index]
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
+        with _global_generators_kept():
+            return [self._read(index, key) for index, key in places]
+
+    def _read(self, index: int, key: int) -> Any:
+        torch.default_generator.manual_seed(key)
+        random.seed(key)
+        np.random.seed(key % _NUMPY_SEEDS)  # noqa: NPY002 (this generator is the one that data sets use)
+        return self._dataset[index]
+
+
+@contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    """Context manager that restores the states of the global random generators on exit."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 class RowsOfData(Dataset[Any]):

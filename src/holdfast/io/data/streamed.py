@@ -26,11 +26,11 @@ from holdfast.io.data.labels import class_labels, whole_numbers
 from holdfast.io.data.loaders import RowsOfData, Source, index_order, options_of, unchanged
 from holdfast.io.data.memory import as_array, tensors_in
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 22
 """Size in bytes of the inputs that are read at a time when all examples are read once."""
 _MOST_READ = 256
 """Largest number of examples that are read at a time."""
-_COMPARED = 64
+_COMPARED = 32
 """Number of examples that are read twice, spread over the data."""
 _SIZE_OF_FLOAT = 4  # bytes
 _NAME = "the training data"
@@ -170,11 +170,12 @@ def open_by_index(
         raise TargetError("the data set of the training is empty; at least one example is needed")
     places, compared = tuple(order), _compared(len(order))
     reader = _Reader(_source(data, seeded=False), places, entries)
-    changing, repeatable = reader.differing(compared), True
+    x, changing = reader.compared(compared)
+    repeatable = True
     if changing is not None:
         reader = replace(reader, source=_source(data, seeded=True))
-        repeatable = reader.differing(compared) is None
-    x, _ = next(reader.read([compared]))
+        x, unrepeated = reader.compared(compared)
+        repeatable = unrepeated is None
     converted = _Converted(_converted_as(x, compared, expected), x.dtype, tuple(x.shape[1:]), entries)
     shape = tuple(converted.of(x).x.shape[1:])
     y, hashes = reader.checked(converted, _chunks(len(places), shape), expected)
@@ -191,7 +192,7 @@ def changing_example(data: object, entries: tuple[str | None, str | None]) -> in
     order = index_order(data)
     if not order:
         return None
-    return _Reader(_source(data, seeded=False), tuple(order), entries).differing(_compared(len(order)))
+    return _Reader(_source(data, seeded=False), tuple(order), entries).compared(_compared(len(order)))[1]
 
 
 def _compared(n: int) -> list[int]:
@@ -230,27 +231,25 @@ class _Reader:
             for examples in collated:
                 yield tensors_in(examples, self.entries)
 
-    def differing(self, rows: Sequence[int]) -> int | None:
-        """Return the index of the first of some examples that differs between two readings, or None."""
-        first, second = (
-            [*map(_bytes_of, chain.from_iterable(x for x, _ in self.read([rows])))] for _ in range(2)
-        )
-        pairs = zip(rows, first, second, strict=True)
-        return next((self.places[row] for row, once, again in pairs if once != again), None)
+    def compared(self, rows: Sequence[int]) -> tuple[Tensor, int | None]:
+        """Read some examples twice. Return their inputs, and the index of the first one that differs, or None."""
+        (x, _), (repeated, _) = self.read([rows, rows])
+        pairs = zip(rows, map(_bytes_of, x), map(_bytes_of, repeated), strict=True)
+        return x, next((self.places[row] for row, once, again in pairs if once != again), None)
 
     def checked(
         self, converted: "_Converted", chunks: Sequence[Sequence[int]], expected: Expected
     ) -> tuple[Labels, tuple[bytes, ...]]:
         """Read all examples once. Return their class numbers and a hash of each input."""
-        labels: list[Tensor] = []
+        labels: list[Any] = []
         hashes: list[bytes] = []
         for x, stored_labels in self.read(chunks):
             part = converted.of(x, len(hashes))
             check_inputs(part, expected)
             hashes.extend(part.read(0, len(part)).fingerprints())
-            labels.append(stored_labels)
-        found = as_array(torch.cat(labels), "labels")
-        class_numbers = numbered(whole_numbers(found), expected, _NAME).y
+            # as numbers, because a tensor would keep memory that a worker process shares
+            labels.extend(stored_labels.tolist())
+        class_numbers = numbered(whole_numbers(np.array(labels)), expected, _NAME).y
         classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
         y = class_labels(class_numbers, len(hashes), expected, classes=classes, name=_NAME)
         return torch.from_numpy(y), tuple(hashes)
@@ -304,16 +303,14 @@ class _Converted:
 
 
 def _note_on_order(data: Any) -> str:
+    note = "the training examples are read by index from the data set, in an order that the seed determines"
     if not isinstance(data, DataLoader):
-        return (
-            "the training examples are read from the data set by index, in an order that the seed determines"
-        )
+        return note
     n = data.num_workers
-    workers = "in this process" if not n else "by 1 worker process" if n == 1 else f"by {n} worker processes"
-    return (
-        f"the training examples are read {workers} of the loader by index, in an order that the seed determines; the "
-        "batch size and the sampler of the loader are not used"
+    ahead = (
+        "" if not n else " 1 worker process reads ahead;" if n == 1 else f" {n} worker processes read ahead;"
     )
+    return f"{note};{ahead} the batch size and the sampler of the loader are not used"
 
 
 def _notes_on_changes(changing: int | None, *, repeatable: bool) -> tuple[str, ...]:

@@ -3,6 +3,7 @@ examples.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -16,7 +17,7 @@ from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import results_in_pieces
+from holdfast.core.pieces import PIECE, results_in_pieces
 from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import SABR, IBPTraining
@@ -31,6 +32,7 @@ CERTIFIED = (IBPTraining, SABR)
 """The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
+_PIECE_VALUES = 1 << 22  # largest number of values of the inputs that are attacked at once in an evaluation
 _TRACED = 8  # examples on which the graph of operations is compared with the model
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
 _NAMED = 3  # duplicates that a message names
@@ -107,7 +109,8 @@ def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel)
         return int(correct.sum()), n_robust
 
     with drawing(Draws(0).at("look"), held_out.x.device):
-        right, n_robust = map(sum, zip(*results_in_pieces(held_out, counts), strict=True))
+        size = max(min(PIECE, _PIECE_VALUES // math.prod(held_out.example_shape)), 1)
+        right, n_robust = map(sum, zip(*results_in_pieces(held_out, counts, size), strict=True))
     model.train(mode)
     return right / len(held_out), n_robust / len(held_out)
 
