@@ -61,10 +61,17 @@ class Streamed:
 
     def take(self, rows: Tensor) -> Batch:
         """Return some of the examples in memory, chosen by their positions or by a boolean mask."""
+        rows = self._positions(rows)
         if not len(rows):
             return self.first(1).take(rows)
-        with self.reading([rows], _FIXED) as batches:
-            return next(batches)
+        parts = [rows[part] for part in _chunks(len(rows), self.example_shape)]
+        with self.reading(parts, _FIXED) as batches:
+            first = next(batches)
+            x, stop = first.x.new_empty((len(rows), *self.example_shape)), 0
+            for batch in chain([first], batches):  # not concatenated, which would need twice the memory
+                start, stop = stop, stop + len(batch)
+                x[start:stop] = batch.x
+        return Batch(x, self.y[rows], self.ids[rows])
 
     def first(self, n: int) -> Batch:
         """Return the first `n` examples in memory, or all if there are fewer."""

@@ -184,6 +184,8 @@ class _Job:
 
     def _held_out_sample(self, n: int) -> Batch:
         """A random sample of the held-out examples, determined by the seed."""
+        if n >= len(self.held_out):
+            return self.held_out  # not a copy, which may be large
         order = Draws(self.request.seed).at("looked at").bits(self.held_out.ids).argsort()[:n]
         return self.held_out.take(order.sort().values)
 
