@@ -50,6 +50,15 @@ def test_every_block_of_the_page_on_own_recipes_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_code_on_training_data_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (TUTORIALS.parent / "how-to" / "training-data.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {"__name__": "training_data"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "training-data.md", "exec"), names)
+
+
+@pytest.mark.slow
 def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     readme = (TUTORIALS.parents[1] / "README.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@ request.
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from holdfast.api import expecting, resolve
 from holdfast.api.grad_mode import gradients
@@ -19,16 +20,18 @@ from holdfast.api.plans import assess_request, baseline_evidence, examples_to_fi
 from holdfast.api.recipe_building import build_recipe, candidates, refuse_unheld, settings_of
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import Harden, RotateSettings, part
-from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.catalogue import RECIPES, names
 from holdfast.core.draws import Draws
-from holdfast.core.errors import NoSplit, UsageError
+from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.io.data.data import open_data
 from holdfast.io.data.expected import Expected
+from holdfast.io.data.loaders import tensors_of
 from holdfast.io.data.memory import as_data
+from holdfast.io.data.streamed import Streamed, changing_example, open_by_index, training_data
 from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.recipes import Denoising
 from holdfast.recipes.training import distributed
@@ -51,11 +54,21 @@ JUDGED = 1_000
 """Number of test examples for the measurements before and after, sampled by the seed, if the settings give no other."""
 USUAL_BUDGET = "10min"
 """Default budget of the recipe `auto`."""
+ONCE_READ = (
+    "the order of the training examples cannot be repeated, so they were read once into memory, in the order in "
+    "which they were given, and are the same in each epoch. A run can be resumed only with the same examples in the "
+    "same order"
+)
+"""Note on a loader or an iterator whose examples cannot be read by index."""
 _JUDGED_SHARE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
-ForHardening = tuple[Subject, Batch, Data, Data]
-"""The model to harden, the training examples, the test examples, and the data set from which these are sampled."""
+ForHardening = tuple[Subject, TrainingData, Data, Data, tuple[str, ...]]
+"""The model to harden, the training examples, the test examples, the data set from which these are sampled, and notes
+on how the training examples are read.
+"""
+_Training = tuple[TrainingData, tuple[str, ...]]
+"""training examples, and notes on how they are read"""
 
 
 def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
@@ -70,11 +83,12 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
     if model.access != "gradients":
         refuse_untrainable(model)  # before its data are opened
     if settings.fit is None and settings.data is not None and not isinstance(settings.data, str):
-        everything = resolve.open_examples(settings, model, selection=ExampleSelection())
+        everything, notes = _open_object(settings, settings, model)
         training, judged = _parted(everything, settings, model)
         all_examples = judged
     else:
-        training = _open_training(settings, model)
+        training, notes = _open_training(settings, model)
+        _refuse_changing(settings, model)
         given = part(settings, ExampleSelection)
         selection = given if given.n or given.sample else ExampleSelection(sample=JUDGED)
         judged = resolve.open_examples(settings, model, selection=selection)
@@ -83,7 +97,7 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
     if isinstance(settings, Harden):
         subject = _with_denoiser(subject, settings.recipe, training, settings.seed)
         training = _with_unlabelled(training, settings, model)
-    return subject, training, judged, all_examples
+    return subject, training, judged, all_examples, notes
 
 
 def hardened(
@@ -104,8 +118,9 @@ def hardened(
         targets = {target: parse_log(target) for target in settings.log if distributed.first()}
         log = EpochLog(on_epoch, opened_trackers(targets, folder, resume=resume), notify)
         baseline = baseline_evidence(settings)
-        subject, training, judged, excluded = settings.open()
+        subject, training, judged, excluded, notes = settings.open()
         request = harden_request(settings, subject, training, excluded, baseline, command)
+        request = replace(request, notes=notes)
         try:
             return harden(
                 subject,
@@ -123,7 +138,7 @@ def hardened(
 
 
 def _with_denoiser(
-    subject: Subject, recipe: Recipe | Mapping[str, Any], training: Batch, seed: int
+    subject: Subject, recipe: Recipe | Mapping[str, Any], training: TrainingData, seed: int
 ) -> Subject:
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
     if isinstance(recipe, Mapping):
@@ -133,14 +148,15 @@ def _with_denoiser(
     model = subject.model
     if not isinstance(recipe, Denoising) or isinstance(model.net, DenoisedNetwork):
         return subject
-    if training.x.dim() != 4 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
+    shape = training.example_shape
+    if len(shape) != 3 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
         raise UsageError(
             f"denoised puts a denoiser of convolutions in front of a network for images (channels, height, width), "
-            f"and the inputs have shape {tuple(training.x.shape[1:])}"
+            f"and the inputs have shape {shape}"
             + (" with the channels last" if model.layout == "hwc" else ""),
             Remedy("recipe", "gaussian-noise"),
         )
-    sizes = {"channels": training.x.shape[1], "width": recipe.width, "depth": recipe.depth}
+    sizes = {"channels": shape[0], "width": recipe.width, "depth": recipe.depth}
     if model.rejects:
         raise UsageError(
             "denoised puts a denoiser in front of the network, and this model has a detector that rejects inputs; "
@@ -153,8 +169,11 @@ def _with_denoiser(
     return replace(subject, model=denoised, card={**subject.card, "denoiser": sizes})
 
 
-def _parted(data: Data, settings: Harden | RotateSettings, model: Classifier) -> tuple[Batch, Data]:
-    examples = data.read(0, len(data))
+def _parted(
+    examples: TrainingData, settings: Harden | RotateSettings, model: Classifier
+) -> tuple[TrainingData, Data]:
+    if isinstance(examples, Streamed) and examples.changing is not None:
+        raise _changing(examples.changing)
     order = Draws(settings.seed).at("judged").bits(examples.ids).argsort()
     selection = part(settings, ExampleSelection)
     n = selection.n or selection.sample or min(JUDGED, len(examples) // _JUDGED_SHARE)
@@ -163,20 +182,56 @@ def _parted(data: Data, settings: Harden | RotateSettings, model: Classifier) ->
             f"{n} of {len(examples)} examples are used for the assessment, which leaves none to train on; give a "
             "smaller number"
         )
-    judged, training = (examples.take(rows.sort().values) for rows in (order[:n], order[n:]))
+    judged, training = examples.take(order[:n].sort().values), examples.subset(order[n:].sort().values)
     return training, as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
 
 
-def _open_training(settings: Harden | RotateSettings, model: Classifier) -> Batch:
+def _changing(row: int) -> TargetError:
+    return TargetError(
+        f"example {row} of the data differs between two readings, and test examples must not change; give test "
+        "examples that do not change as the data, and these, which change at random, as fit"
+    )
+
+
+def _refuse_changing(settings: Harden | RotateSettings, model: Classifier) -> None:
+    """Raise `TargetError` if the test examples are given as a data set that changes its examples at random."""
+    if isinstance(settings.data, Dataset | DataLoader):
+        row = changing_example(settings.data, (settings.x, settings.y))
+        if row is not None:
+            raise _changing(row)
+
+
+def _open_object(source: DataSource, settings: Harden | RotateSettings, model: Classifier) -> _Training:
+    """Return training examples that are given as an object. Those of a torch data set or loader are read by index, if
+    possible.
+    """
+    properties = expecting.expected(settings, model, source)
+    tensors = tensors_of(source.data)
+    if tensors is not None:
+        return _in_memory(as_data(*tensors, expected=properties))
+    streamed = open_by_index(source.data, properties, entries=(source.x, source.y))
+    if streamed is not None:
+        return streamed, streamed.notes
+    training, notes = _in_memory(resolve.open_object(source, properties))
+    if isinstance(source.data, DataLoader | Iterator):
+        notes += (ONCE_READ,)
+    return training, notes
+
+
+def _in_memory(data: Data) -> _Training:
+    training = training_data(data)
+    return training, training.notes if isinstance(training, Streamed) else ()
+
+
+def _open_training(settings: Harden | RotateSettings, model: Classifier) -> _Training:
     """Return the train split of `fit`, or all of it if it has none, or the train split of the data."""
     fit = settings.fit
     source: DataSource = settings if fit is None else beside(settings, fit)
     if source.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    properties = expecting.expected(settings, model, source)
     if not isinstance(source.data, str):
-        examples = resolve.open_object(source, properties)
-        return examples.read(0, len(examples))
+        return _open_object(source, settings, model)
+    properties = expecting.expected(settings, model, source)
     open_split = partial(open_data, source.data, **expecting.names(source), expected=properties)
     try:
         data = open_split(split="train" if fit is None else source.split or "train")
@@ -191,13 +246,19 @@ def _open_training(settings: Harden | RotateSettings, model: Classifier) -> Batc
                 f"{source.data!r} has no train split to train on, and {where}", OTHER_EXAMPLES
             ) from error
         data = open_split()
-    return data.read(0, len(data))
+    return _in_memory(data)
 
 
-def _with_unlabelled(batch: Batch, settings: Harden, model: Classifier) -> Batch:
+def _with_unlabelled(batch: TrainingData, settings: Harden, model: Classifier) -> TrainingData:
     """Append examples without labels to the labelled ones, from a train split or from inputs given as an object."""
     if settings.unlabelled is None:
         return batch
+    if not isinstance(batch, Batch):
+        raise UsageError(
+            "examples without labels are appended to the labelled ones in memory, and these are read by index when "
+            "they are used; give the labelled ones as arrays (x, y) that fit into memory",
+            Remedy("unlabelled"),
+        )
     source = beside(settings, settings.unlabelled)
     expected = expecting.unlabelled(settings, model, source)
     if isinstance(source.data, str):
@@ -223,7 +284,7 @@ def _with_unlabelled(batch: Batch, settings: Harden, model: Classifier) -> Batch
 def harden_request(
     settings: Harden,
     subject: Subject,
-    training: Batch,
+    training: TrainingData,
     excluded: Data,
     baseline: Evidence | None,
     command: str,
@@ -247,7 +308,7 @@ def harden_request(
     name = str(recipe["use"]) if isinstance(recipe, Mapping) else name_of(recipe)
     refuse_unheld(threat)
     chosen = (
-        candidates(recipe, subject.model, tuple(training.x.shape[1:]))
+        candidates(recipe, subject.model, training.example_shape)
         if isinstance(recipe, Mapping)
         else (_candidate(name, recipe),)
     )

@@ -43,7 +43,8 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
             f"the threat {settings.threat} has a unit for each feature, which a pool does not support; scale "
             "the features before, and leave unit= out"
         )
-    subject, training, _, test = hardening.open_for_hardening(settings)
+    subject, read_training, _, test, _ = hardening.open_for_hardening(settings)
+    training = read_training.first(len(read_training))
     model = subject.model
     threat = threat_model(parse_threat(settings.threat))
     refuse_unheld(threat)

@@ -1,16 +1,26 @@
-"""Batches of examples with labels and ids, and the protocol of a data set from which they are read."""
+"""Batches of examples with labels and ids, and the protocols of training examples and of a data set from which they are
+read.
+"""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs, Labels
 
 UNLABELLED = -1
 """label of a training example that has no label"""
+IN_MEMORY_BYTES = 2 * 2**30
+"""Largest size in bytes of the training inputs, as floats, that are in memory as a whole.
+
+It is a fraction of the memory of common machines, because a training needs several copies.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,81 @@ class Batch:
             rows = slice(start, start + size)
             target = None if self.target is None else self.target[rows]
             yield Batch(self.x[rows], self.y[rows], self.ids[rows], target)
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of the input of one example."""
+        return tuple(self.x.shape[1:])
+
+    def first(self, n: int) -> "Batch":
+        """Return the first `n` examples, or all if there are fewer."""
+        return self.take(torch.arange(min(n, len(self)), device=self.ids.device))
+
+    def subset(self, rows: Tensor) -> "Batch":
+        """Return some of the examples; the same as `take`."""
+        return self.take(rows)
+
+    def fingerprints(self) -> tuple[bytes, ...]:
+        """Return a hash of the input of each example."""
+        return fingerprints_of(self.x)
+
+    @contextmanager
+    def reading(self, batches: Sequence[Tensor], rng: Draws) -> Iterator[Iterator["Batch"]]:
+        """Context manager that yields an iterator over the examples at the positions in each of `batches`."""
+        yield map(self.take, batches)
+
+
+def fingerprints_of(x: Inputs) -> tuple[bytes, ...]:
+    """Return a hash of the bytes of each input. -0 is treated as 0."""
+    rows = x.detach().cpu().contiguous().flatten(1).numpy()
+    # Adding zero turns -0 into 0.
+    return tuple(hashlib.blake2b(row + 0.0, digest_size=32).digest() for row in rows)
+
+
+class TrainingData(Protocol):
+    """Protocol of training examples. The inputs of a `Batch` are in memory; other implementations read the inputs of a
+    batch when it is used, so that they may be larger than memory.
+    """
+
+    @property
+    def y(self) -> Labels:
+        """Labels of all examples, on the device of the training."""
+
+    @property
+    def ids(self) -> Ids:
+        """Row numbers of all examples in their source, on the device of the training."""
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of the input of one example."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    def take(self, rows: Tensor) -> Batch:
+        """Return some of the examples in memory, chosen by their positions or by a boolean mask."""
+
+    def first(self, n: int) -> Batch:
+        """Return the first `n` examples in memory, or all if there are fewer."""
+
+    def subset(self, rows: Tensor) -> Self:
+        """Return some of the examples, chosen by their positions or by a boolean mask, without reading their inputs."""
+
+    def labelled(self, y: Labels) -> Self:
+        """Return the same examples with other labels `y` (n)."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same examples for a training on `device`."""
+
+    def fingerprints(self) -> tuple[bytes, ...]:
+        """Return a hash of the input of each example."""
+
+    def reading(self, batches: Sequence[Tensor], rng: Draws) -> AbstractContextManager[Iterator[Batch]]:
+        """Context manager that yields an iterator over the examples at the positions in each of `batches`, in their
+        order, which may be read ahead.
+
+        `rng` determines the random numbers of a source that changes its examples at random.
+        """
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ cycle, and the stored examples are never reset, because attacks of two steps fro
 loses robustness.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import Batch
+from holdfast.core.batch import IN_MEMORY_BYTES, Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -29,6 +30,8 @@ from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, 
 from holdfast.recipes.training.augment import moves
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+
+_BYTES = 2  # of a stored value
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ATTA:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,
@@ -68,9 +71,16 @@ class ATTA:
                 "whose changes are not known; use a named augmentation",
                 Remedy("recipe", "pgd"),
             )
-        state = {
-            "kept": torch.zeros_like(data.x, dtype=torch.float16)
-        }  # each change in multiples of the full eps, with a relative error of at most a thousandth
+        shape = (len(data), *data.example_shape)
+        size = _BYTES * math.prod(shape)
+        if not isinstance(data, Batch) and size > IN_MEMORY_BYTES:
+            raise UsageError(
+                f"atta stores a perturbation of each of {len(data):,} examples, {size / 2**30:.1f} GiB in all, and "
+                "the inputs of these examples are too large to be stored in memory",
+                Remedy("recipe", "pgd"),
+            )
+        # each change in multiples of the full eps, with a relative error of at most a thousandth
+        state = {"kept": torch.zeros(shape, dtype=torch.float16, device=data.ids.device)}
         lookup, unit = Lookup(data.ids), threat.constraint.eps or 1.0
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
@@ -43,13 +43,13 @@ class FreeTraining:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        delta = {_DELTA: torch.zeros_like(data.x[: self.training.batch])}
+        delta = {_DELTA: torch.zeros_like(data.first(self.training.batch).x)}
         return trained(
             self.inner,
             self.loss,

@@ -17,7 +17,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from holdfast.certifiers.smoothing.noise import numbered_noise
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -44,7 +44,7 @@ class GaussianNoise:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,

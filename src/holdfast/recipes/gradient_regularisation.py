@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import gradient_of, rise, sloped
@@ -44,7 +44,7 @@ class GradientRegularisation:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,

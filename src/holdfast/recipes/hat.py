@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -52,7 +52,7 @@ class HAT:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,
@@ -102,8 +102,8 @@ class HAT:
         return value, hits(logits, batch.y)
 
 
-def _refuse_untaught(helper: Classifier, data: Batch) -> None:
-    sample = data.take(torch.arange(min(_N_TESTED, len(data)), device=data.x.device))
+def _refuse_untaught(helper: Classifier, data: TrainingData) -> None:
+    sample = data.take(torch.arange(min(_N_TESTED, len(data)), device=data.ids.device))
     with torch.no_grad():
         right = (helper(sample.x).argmax(1) == sample.y).double().mean().item()
     if right < _MIN_ACCURACY:

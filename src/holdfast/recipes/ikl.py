@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from annotated_types import Gt, Lt
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -51,15 +51,16 @@ class IKL:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
+        x = data.first(1).x
         with torch.no_grad():
-            classes = deepcopy(model).eval()(data.x[:1]).shape[1]
-        means = torch.full((classes, classes), 1 / classes, device=data.x.device, dtype=data.x.dtype)
+            classes = deepcopy(model).eval()(x).shape[1]
+        means = torch.full((classes, classes), 1 / classes, device=x.device, dtype=x.dtype)
         return trained(
             self.inner,
             self.loss,

@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import rise, sloped
@@ -45,7 +45,7 @@ class LipschitzConstraint:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,
@@ -54,7 +54,7 @@ class LipschitzConstraint:
         order = order_of(threat.constraint) if self.norm == "threat" else "l2"
 
         def confined(learner: Learner) -> Confined:
-            return Confined(trained_layers(learner.net, data.x), order, self.gain, learner.state)
+            return Confined(trained_layers(learner.net, data.first(1).x), order, self.gain, learner.state)
 
         return trained(
             clean_inputs,
@@ -66,7 +66,7 @@ class LipschitzConstraint:
             rng=rng,
             after=after,
             # a copy, because a recipe must not change the mode of the given model
-            state=gain_directions(deepcopy(model).eval(), data.x, order, rng.at("gain")),
+            state=gain_directions(deepcopy(model).eval(), data.first(1).x, order, rng.at("gain")),
             settle=confined,
             slope=self.weight > 0,
             weighted=True,

@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -52,7 +52,7 @@ class SABR:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,
@@ -61,7 +61,7 @@ class SABR:
         refuse_without_bounds(threat, self.training)
         start = initialised(model, self.initialisation, rng)
         bounded = BoundedLoss(
-            live_graph(data.x[:8]), self.clean, self.regularisation, self.training.overshoot
+            live_graph(data.first(8).x), self.clean, self.regularisation, self.training.overshoot
         )
         loss = partial(self.loss, bounded)
         return trained(

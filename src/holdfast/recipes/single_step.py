@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -50,7 +50,7 @@ class SingleStep:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,
@@ -58,8 +58,8 @@ class SingleStep:
     ) -> Iterator[Checkpoint]:
         first = rng.at("guarded").bits(data.ids).argsort()
         n = N_HELD_OUT if self.guard and len(data) > 2 * N_HELD_OUT else 0
-        held_out, trained_on = data.take(first[:n]), data.take(first[n:].sort().values)
-        state = {RAISED: torch.zeros((), dtype=torch.int64, device=data.x.device)}
+        held_out, trained_on = data.take(first[:n]), data.subset(first[n:].sort().values)
+        state = {RAISED: torch.zeros((), dtype=torch.int64, device=data.ids.device)}
         return trained(
             self.inner,
             self.loss,

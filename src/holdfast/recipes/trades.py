@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -38,7 +38,7 @@ class TRADES:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -45,7 +45,7 @@ class VAT:
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,

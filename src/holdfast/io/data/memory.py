@@ -17,6 +17,7 @@ from holdfast.io.data.arrays import SUPPORTED, Array, from_numpy
 from holdfast.io.data.class_numbers import numbered
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import whole_numbers
+from holdfast.io.data.loaders import in_order
 from holdfast.io.data.pictures import pixels_of
 
 _BATCH = 256
@@ -101,15 +102,17 @@ def _collected(
         raise TargetError(f"data is {kind_of(batches)} without labels; {_LABELLED}")
     if isinstance(batches, torch.utils.data.Dataset):
         batches = torch.utils.data.DataLoader(batches, batch_size=_BATCH if n is None else min(n, _BATCH))
+    if isinstance(batches, torch.utils.data.DataLoader):
+        batches = in_order(batches)
     if not isinstance(batches, Iterable):
         raise TargetError(f"data is {kind_of(batches)}; (x, y), a loader, a dataset or a path was expected")
     xs: list[Tensor] = []
     ys: list[Tensor] = []
     read = 0
     for batch in batches:
-        x, y = _pair(batch, entries)
-        xs.append(torch.from_numpy(pixels_of(x)) if isinstance(x, Image.Image) else torch.as_tensor(x))
-        ys.append(torch.as_tensor(y))
+        x, y = tensors_in(batch, entries)
+        xs.append(x)
+        ys.append(y)
         read += len(ys[-1]) if ys[-1].dim() else 1
         if n is not None and read >= n:
             break
@@ -122,6 +125,13 @@ def _collected(
         )
     joined = torch.stack if ys[0].dim() == 0 else torch.cat
     return joined(xs), joined(ys)
+
+
+def tensors_in(batch: object, entries: tuple[str | None, str | None]) -> tuple[Tensor, Tensor]:
+    """Return the inputs and the labels of a batch, which is a pair, or a mapping with names, as tensors."""
+    x, y = _pair(batch, entries)
+    inputs = torch.from_numpy(pixels_of(x)) if isinstance(x, Image.Image) else torch.as_tensor(x)
+    return inputs, torch.as_tensor(y)
 
 
 def _pair(batch: object, entries: tuple[str | None, str | None]) -> tuple[object, object]:

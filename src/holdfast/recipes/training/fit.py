@@ -21,7 +21,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.checkpoint import AVERAGE, EPOCH, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -231,7 +231,7 @@ class EpochGuard(Protocol):
 
 def fit(
     model: nn.Module,
-    data: Batch,
+    data: TrainingData,
     inner: Inner,
     loss: TrainingLoss,
     how: Training,
@@ -254,13 +254,13 @@ def fit(
     buffer changes that is not in the state dict.
     """
     if how.averaging == "swa":
-        state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
+        state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.ids.device)}
     plans = Plans(how.epochs, updates(len(data), how.batch) * replays, how.pacing)
     loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans, forwards or Forwards())
     first_epoch = 0
     if after is not None:
         first_epoch = after.epoch
-        loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
+        loop.restore({name: value.to(data.ids.device) for name, value in after.tensors.items()}, state)
         plans.resume(after)
     before = unsaved(model)
     for epoch in count(first_epoch):
@@ -281,7 +281,7 @@ class _Loop:
     def __init__(
         self,
         model: nn.Module,
-        data: Batch,
+        data: TrainingData,
         inner: Inner,
         loss: TrainingLoss,
         how: Training,
@@ -382,14 +382,15 @@ class _Loop:
         """Run the updates of an epoch from `begin` to the last batch or the end of the plan, and at least one."""
         plans = self._plans
         results: list[tuple[Tensor, Tensor]] = []
-        for step in range(begin, len(batches)):
-            if results and plans.due():
-                results[-1][0].item()  # waits for the device, so that the time includes all updates
-                plans.review(step)
-            if results and plans.ended():
-                break
-            results.append(self._update(epoch, step, batches[step]))
-            plans.updates = epoch * plans.per_epoch + step + 1
+        with self._data.reading(batches[begin:], self._rng.at("reading", epoch)) as examples:
+            for step in range(begin, len(batches)):
+                if results and plans.due():
+                    results[-1][0].item()  # waits for the device, so that the time includes all updates
+                    plans.review(step)
+                if results and plans.ended():
+                    break
+                results.append(self._update(epoch, step, next(examples)))
+                plans.updates = epoch * plans.per_epoch + step + 1
         return results
 
     def _in_tail(self, epoch: int) -> bool:
@@ -409,10 +410,10 @@ class _Loop:
 
     def _guard_passes(self, guard: EpochGuard, epoch: int, begin: int) -> bool:
         """Whether the guard's check passes, with torch's random numbers fixed by epoch and step."""
-        with drawing(self._rng.at("guard", epoch, begin), self._data.x.device):
+        with drawing(self._rng.at("guard", epoch, begin), self._data.ids.device):
             return guard.passes()
 
-    def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(self, epoch: int, step: int, examples: Batch) -> tuple[Tensor, Tensor]:
         """Run one update; return its loss and the number of correctly classified examples."""
         how, update_rng, n_done = self._how, self._rng.at(epoch, step), epoch * self._plans.per_epoch + step
         plan = self._plans.at(n_done)
@@ -420,7 +421,7 @@ class _Loop:
         batch_rng = self._rng.at(
             epoch, step - step % self._replays
         )  # a replayed batch has the same augmentation
-        batch = self._augmented(self._data.take(rows), batch_rng)
+        batch, rows = self._augmented(examples, batch_rng), examples.ids
         batch, mixed_in, own_share = cut_and_mixed(batch, how.cutmix, batch_rng)
         factor, masks = 1.0, update_rng
         if processes() > 1:
@@ -550,7 +551,7 @@ def optimizer_for(parameters: list[nn.Parameter], how: Training) -> torch.optim.
     return torch.optim.AdamW(parameters, how.lr, weight_decay=decay)
 
 
-def refuse_unusable(model: Classifier, how: Training, data: Batch, replays: int) -> None:
+def refuse_unusable(model: Classifier, how: Training, data: TrainingData, replays: int) -> None:
     """Raise an error for functions of the user from which no optimiser or no scheduler of a network can be made, or
     which do not augment the first examples of the data as expected.
     """

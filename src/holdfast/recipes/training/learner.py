@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import Loss, cross_entropy
-from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -140,7 +140,7 @@ def trained(
     inner: InnerOf,
     loss: LossOf,
     model: Classifier,
-    data: Batch,
+    data: TrainingData,
     threat: ThreatModel,
     how: Training,
     *,
@@ -172,7 +172,7 @@ def trained(
     refuse_unusable(net, how, data, replays)
     # before `twin`, because the copy shares the memory of the weights
     lay_out(net, how.layout)
-    state_tensors = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
+    state_tensors = {GROWN: torch.zeros((), device=data.ids.device), **(state or {})}
     learner = Learner(net, twin(net, how.attack_statistics), threat, state_tensors)
     learner = _with_class_weights(learner, data, how.class_weights, weighted=weighted)
     for copied in (learner.net, learner.frozen) if how.compiled else ():
@@ -210,7 +210,7 @@ def _loss_of(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tup
 
 
 def _refuse_foreign(
-    data: Batch, how: Training, *, linear: bool, unlabelled: bool, slope: bool, alone: bool
+    data: TrainingData, how: Training, *, linear: bool, unlabelled: bool, slope: bool, alone: bool
 ) -> None:
     """Raise `UsageError` for data or settings that the recipe's loss does not support."""
     if alone and processes() > 1:
@@ -230,7 +230,7 @@ def _refuse_foreign(
             "mixed in it; leave recipe.training.cutmix out",
             Remedy("recipe", "pgd"),
         )
-    refuse_augmentation(data.x, how.augment, how.cutmix)
+    refuse_augmentation(data.first(1).x, how.augment, how.cutmix)
     refuse_few(min(how.batch, len(data)))
     n = int((data.y == UNLABELLED).sum())
     if n and not unlabelled:
@@ -242,7 +242,7 @@ def _refuse_foreign(
 
 
 def _with_class_weights(
-    learner: Learner, data: Batch, given: tuple[float, ...] | None, *, weighted: bool
+    learner: Learner, data: TrainingData, given: tuple[float, ...] | None, *, weighted: bool
 ) -> Learner:
     """The learner with the given weights of the classes, divided by their mean over the training examples.
 

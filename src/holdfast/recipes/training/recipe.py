@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.goal import Goal
@@ -28,7 +28,7 @@ class Recipe(Protocol):
     def __call__(
         self,
         model: Classifier,
-        data: Batch,
+        data: TrainingData,
         threat: ThreatModel,
         *,
         rng: Draws,

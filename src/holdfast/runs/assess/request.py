@@ -110,6 +110,8 @@ class HardenRequest:
     """patterns of the names of the parameters that are trained; empty for all"""
     checkpoint_every: int | None = None
     """number of updates between two checkpoints within an epoch; None for checkpoints after each epoch only"""
+    notes: tuple[str, ...] = ()
+    """notes on how the training examples are read, which are shown before the training and are on the card"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import TrainingData
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.distributed import broadcast
@@ -89,7 +89,7 @@ def attempts(
     candidates: Sequence[Candidate],
     budget_s: float | None,
     model: Classifier,
-    data: Batch,
+    data: TrainingData,
     threat: ThreatModel,
     evaluation: Evaluation,
     clock: Clock = time.perf_counter,
@@ -166,7 +166,7 @@ def _paces(
     candidates: Sequence[Candidate],
     budget_s: float,
     model: Classifier,
-    data: Batch,
+    data: TrainingData,
     threat: ThreatModel,
     evaluation: Evaluation,
     clock: Clock,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
@@ -55,7 +55,7 @@ class Trainer:
     """Trains a model, with the training examples and the held-out examples on which its checkpoints are evaluated."""
 
     model: Classifier
-    rest: Batch
+    rest: TrainingData
     held_out: Batch
     threat: ThreatModel
     seed: int

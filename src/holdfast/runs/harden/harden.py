@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -90,7 +90,7 @@ _IGNORED_DOUBT = "not-exhausted"  # raised if the suite is too weak, which no tr
 
 def harden(
     subject: Subject,
-    data: Batch,
+    data: TrainingData,
     test: Data,
     request: HardenRequest,
     *,
@@ -118,12 +118,16 @@ def harden(
     refuse_data(test)
     with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
         bounds, n_threads = target.bare.bounds, torch.get_num_threads()
-        for part in data.split(_CHECKED):
-            labelled = part.take(part.y != UNLABELLED)
-            refuse_batch(labelled, bounds, target.classes, "the training data", whole=data)
+        # those that are read by index were checked when they were opened
+        if isinstance(data, Batch):
+            for part in data.split(_CHECKED):
+                labelled = part.take(part.y != UNLABELLED)
+                refuse_batch(labelled, bounds, target.classes, "the training data", whole=data)
         examples = examples_of(data, request.excluded or test, request.seed, target.classes)
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
+        for note in request.notes:
+            notify(note)
         n_assessed = len(test)
         if not (run is not None and stored_manifest(run)):
             tried = test.read(0, min(TRIED, len(test))).to(sample.x.device)
@@ -211,7 +215,7 @@ class _Job:
         self.checked = self.held_out if self.test is test else self._held_out_sample(n_assessed)
         limits = (few_held_out(len(self.evaluated)), sample_note(test, n_assessed, limit_s(request)))
         self.limits = [note for note in limits if note]
-        self.notes = [*examples.notes, *training_notes(self.model, inputs), *self.limits]
+        self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
         self.manifest = harden_manifest(subject, digests, self.test, request, self.plan, machine)
         self.assessment = replace(
@@ -220,6 +224,8 @@ class _Job:
 
     def _held_out_sample(self, n: int) -> Batch:
         """A random sample of the held-out examples, determined by the seed."""
+        if n >= len(self.held_out):
+            return self.held_out  # not a copy, which may be large
         order = Draws(self.request.seed).at("looked at").bits(self.held_out.ids).argsort()[:n]
         return self.held_out.take(order.sort().values)
 
@@ -228,7 +234,7 @@ class _Job:
         n, model = self.request.examples, self.subject.model
         if not n:
             return None
-        labelled = self.rest.take(self.rest.y != UNLABELLED)
+        labelled = self.rest.subset(self.rest.y != UNLABELLED)
         examples = labelled.take(Draws(self.request.seed).at("learned on").bits(labelled.ids).argsort()[:n])
         examples = examples.to(torch.device("cpu"))
         return as_data(examples.x, examples.y, expected=Expected(model.bounds, model.classes))
@@ -333,7 +339,7 @@ class _Job:
 
     def _on_training(self, best: Made) -> dict[str, Any]:
         """Robust accuracy of the new model on as many training examples as are held out for evaluations."""
-        labelled = self.rest.take(self.rest.y != UNLABELLED)
+        labelled = self.rest.subset(self.rest.y != UNLABELLED)
         order = Draws(self.request.seed).at("generalisation").bits(labelled.ids).argsort()
         sample = labelled.take(order[: len(self.evaluated)].sort().values)
         model = learner_of(best.subject.model, sample.x[:_IN_PLACE_EXAMPLES])

@@ -3,8 +3,10 @@ examples.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,17 +14,18 @@ from torch import Tensor
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.certifiers.provers import CrownIBP
-from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import results_in_pieces
+from holdfast.core.pieces import PIECE, results_in_pieces
 from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import SABR, IBPTraining
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe
 
+D = TypeVar("D", bound=TrainingData)
 EVALUATION_ATTACK = margin_pgd(steps=20)
 """The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another
 loss than in training."""
@@ -30,6 +33,7 @@ CERTIFIED = (IBPTraining, SABR)
 """The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
+_PIECE_VALUES = 1 << 22  # largest number of values of the inputs that are attacked at once in an evaluation
 _TRACED = 8  # examples on which the graph of operations is compared with the model
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
 _NAMED = 3  # duplicates that a message names
@@ -39,7 +43,7 @@ _NAMED = 3  # duplicates that a message names
 class TrainingExamples:
     """The training examples of a hardening, and the held-out examples on which the best checkpoint is chosen."""
 
-    rest: Batch
+    rest: TrainingData
     held_out: Batch
     digest: str
     """SHA-256 over all training and held-out examples, in hex"""
@@ -47,7 +51,7 @@ class TrainingExamples:
     """notes on which examples were left out of the training, and why"""
 
 
-def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> TrainingExamples:
+def examples_of(data: TrainingData, excluded: Data, seed: int, classes: int) -> TrainingExamples:
     """Split `data` into training examples and held-out examples, after removing all inputs that also occur in
     `excluded`.
 
@@ -63,7 +67,7 @@ def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Trainin
     return TrainingExamples(rest, held, digest_of(fresh), notes)
 
 
-def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
+def split_of(data: D, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[D, Batch]:
     """Split labelled examples into training examples and held-out examples at random. The split is determined by the
     seed.
 
@@ -85,7 +89,7 @@ def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVE
         )
     held_out = torch.zeros_like(labelled)
     held_out[order[can_be_held_out][:n]] = True
-    return data.take(~held_out), data.take(held_out)
+    return data.subset(~held_out), data.take(held_out)
 
 
 def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel) -> tuple[float, float]:
@@ -115,7 +119,8 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
         return int(correct.sum()), n_robust, logits.argmax(1).bincount(minlength=logits.shape[1])
 
     with drawing(Draws(0).at("look"), held_out.x.device):
-        right, n_robust, predicted = zip(*results_in_pieces(held_out, counts), strict=True)
+        size = max(min(PIECE, _PIECE_VALUES // math.prod(held_out.example_shape)), 1)
+        right, n_robust, predicted = zip(*results_in_pieces(held_out, counts, size), strict=True)
     model.train(mode)
     most = int(torch.stack(predicted).sum(0).max())
     return sum(right) / len(held_out), sum(n_robust) / len(held_out), most / len(held_out)
@@ -147,7 +152,7 @@ def harmless(threat: ThreatModel) -> ThreatModel:
     return replace(threat, constraint=constraint.resized(_HARMLESS * constraint.eps))
 
 
-def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
+def without_judged(data: D, test: Data) -> tuple[D, str]:
     """Remove the test examples from the training examples. Return the remaining ones, and a note on the number of
     duplicates.
 
@@ -156,7 +161,7 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
     judged: dict[bytes, int] = {}
     for begin in range(0, len(test), 1_000):
         part = test.read(begin, min(begin + 1_000, len(test)))
-        judged |= dict(zip(_input_hashes(part), part.ids.tolist(), strict=True))
+        judged |= dict(zip(part.fingerprints(), part.ids.tolist(), strict=True))
     fresh, duplicates = _without_duplicates(data, judged)
     if not duplicates:
         return data, ""
@@ -171,14 +176,14 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
     return fresh, f"{note}; they are not used for the training"
 
 
-def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
+def without_held(rest: D, held: Batch) -> tuple[D, str]:
     """Remove the training examples that are equal to a held-out example. Return the remaining ones, and a note on the
     number of duplicates.
 
     Raises `UsageError` if no example is left.
     """
     fresh, duplicates = _without_duplicates(
-        rest, dict(zip(_input_hashes(held), held.ids.tolist(), strict=True))
+        rest, dict(zip(held.fingerprints(), held.ids.tolist(), strict=True))
     )
     if not duplicates:
         return rest, ""
@@ -188,29 +193,22 @@ def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
     return fresh, f"{note}; they are not used for the training"
 
 
-def _without_duplicates(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
+def _without_duplicates(data: D, others: Mapping[bytes, int]) -> tuple[D, list[tuple[int, int]]]:
     """The examples whose inputs are not in `others`, and the ids of the others with the ids of their duplicates."""
-    names = _input_hashes(data)
-    fresh = torch.tensor([name not in others for name in names], device=data.x.device)
+    names = data.fingerprints()
+    fresh = torch.tensor([name not in others for name in names], device=data.ids.device)
     rows = zip(data.ids.tolist(), names, strict=True)
-    return data.take(fresh), [(row, others[name]) for row, name in rows if name in others]
+    return data.subset(fresh), [(row, others[name]) for row, name in rows if name in others]
 
 
-def _input_hashes(data: Batch) -> list[bytes]:
-    """A hash of the bytes of each input; -0 is treated as 0."""
-    rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
-    # Adding zero turns -0 into 0.
-    return [hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest() for row in rows]
-
-
-def digest_of(data: Batch) -> str:
-    """Return the SHA-256 of the inputs and labels of a batch, in hex."""
-    sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
+def digest_of(data: TrainingData) -> str:
+    """Return the SHA-256 of the hashes of the inputs and of the labels of training examples, in hex."""
+    sha = hashlib.sha256(b"".join(data.fingerprints()))
     sha.update(data.y.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
-def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> None:
+def refuse_missing_classes(data: TrainingData, classes: int, *, after: str = "") -> None:
     """Raise `TargetError` if the training data have fewer than two classes, or no example of a class of the model.
 
     `after` is a note for the message on examples that were left out before.

@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.batch import UNLABELLED, TrainingData
 from holdfast.core.checkpoint import STATE, Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import half_batch, results_in_pieces
+from holdfast.core.pieces import PIECE, half_batch, results_in_pieces
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.distributed import broadcast, processes
@@ -51,6 +52,7 @@ _LARGER = (
     0.75  # share of a suggested budget that is planned, since the planning takes longer for a larger budget
 )
 
+D = TypeVar("D", bound=TrainingData)
 Clock = Callable[[], float]
 """Function that returns the time in seconds since an arbitrary moment."""
 
@@ -77,7 +79,7 @@ class Pace:
 def pace(
     recipe: Recipe,
     model: Classifier,
-    data: Batch,
+    data: TrainingData,
     threat: ThreatModel,
     budget_s: float,
     clock: Clock = time.perf_counter,
@@ -127,7 +129,7 @@ def _paced(
     recipe: Recipe,
     size: int,
     model: Classifier,
-    data: Batch,
+    data: TrainingData,
     threat: ThreatModel,
     budget_s: float,
     clock: Clock,
@@ -140,11 +142,14 @@ def _paced(
     """
     settings = recipe.training
     short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size)
-    rows, least_examples = torch.arange(len(data), device=data.x.device), max(_SHORT * size, _LEAST_EXAMPLES)
+    rows, least_examples = (
+        torch.arange(len(data), device=data.ids.device),
+        max(_SHORT * size, _LEAST_EXAMPLES),
+    )
     n_updates = updates(len(data), size)
 
     def trial(n: int) -> _Trial:
-        part = with_predicted_labels(model, data.take(rows[:n]))
+        part = with_predicted_labels(model, data.subset(rows[:n]))
         start = clock()
         *_, last = trained_as(recipe, short_settings)(model, part, harmless(threat), rng=Draws(0))
         seconds = broadcast(clock() - start)  # all processes take the same decisions
@@ -189,12 +194,19 @@ def _typical(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget
     return sorted(trials, key=lambda each: each.seconds)[(len(trials) - 1) // 2]
 
 
-def with_predicted_labels(model: Classifier, data: Batch) -> Batch:
+def with_predicted_labels(model: Classifier, data: D) -> D:
     """Replace the labels of the data by the predictions of the model. Unlabelled examples remain unlabelled."""
     mode = model.training
     model.eval()
-    with torch.no_grad():
-        predictions = torch.cat(results_in_pieces(data, lambda part: model(part.x).argmax(1)))
+    rows = torch.split(torch.arange(len(data), device=data.ids.device), PIECE)
+    with torch.no_grad(), data.reading(rows, Draws(0).at("predicted")) as pieces:
+        predictions = torch.cat(
+            [
+                classes
+                for piece in pieces
+                for classes in results_in_pieces(piece, lambda part: model(part.x).argmax(1))
+            ]
+        )
     model.train(mode)
     return data.labelled(torch.where(data.y == UNLABELLED, data.y, predictions))
 
