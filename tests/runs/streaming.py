@@ -28,7 +28,7 @@ from runs import fakes
 from runs.killed import left
 from runs.test_hardening import trainable, training, wish
 
-SIDE, PER_EPOCH = 256, 8
+SIDE, PER_EPOCH = 96, 8
 
 
 class Stored(Dataset):
@@ -93,10 +93,10 @@ def killed(folder):
 
 
 class Large(Dataset):
-    """Images that are made from their numbers, each of a quarter of a megabyte."""
+    """Images that are made from their numbers."""
 
     def __init__(self, megabytes):
-        self.n = 4 * megabytes
+        self.n = megabytes * 2**20 // (4 * SIDE**2)
 
     def __len__(self):
         return self.n
@@ -112,7 +112,7 @@ def peak_mb():
 
 
 def memory(megabytes):
-    net = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    net = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(9, 2))
     test = tuple(next(iter(DataLoader(Large(5), batch_size=20))))
     recipe = Standard(training=Training(epochs=1, batch=32))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins at the present size

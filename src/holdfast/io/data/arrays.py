@@ -36,7 +36,7 @@ from holdfast.io.remote.value_ranges import (
     range_of_training,
 )
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 """Number of values that are checked at a time."""
 _ROUNDING = 1e-6
 """Largest distance outside the bounds, relative to their width, that is treated as rounding."""
