@@ -357,8 +357,6 @@ class _Job:
         planned = self.plan["attempts"]
         metadata = weights_metadata(self.subject, self.manifest)
         trainings = AttemptTraining(self.subject, self.trainer, self.plan, metadata, self.clock)
-        checked, model = self.checked.to(torch.device("cpu")), self.subject.model
-        examples = as_data(checked.x, checked.y, expected=Expected(model.bounds, model.classes))
         for note in self.limits:
             self.notify(f"note: {note}")
         for k, attempt in enumerate(planned):
@@ -375,6 +373,8 @@ class _Job:
             if len(planned) == 1:
                 return trained_models, trained_models[0]
             assessment = replace(self.assessment, gates=(), baseline=None)
+            checked, model = self.checked.to(torch.device("cpu")), self.subject.model
+            examples = as_data(checked.x, checked.y, expected=Expected(model.bounds, model.classes))
             result = self._assessed(trained_models[-1].subject, examples, _numbered("checked", k), assessment)
             run.record(_numbered("checked", k), _head(result))
             raised = {doubt.name for doubt in result.doubts if doubt.state == "raised"}
