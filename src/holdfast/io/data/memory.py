@@ -17,7 +17,6 @@ from holdfast.io.data.arrays import SUPPORTED, Array, from_numpy
 from holdfast.io.data.class_numbers import numbered
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import whole_numbers
-from holdfast.io.data.loaders import in_order
 from holdfast.io.data.pictures import pixels_of
 
 _BATCH = 256
@@ -103,6 +102,8 @@ def _collected(
     if isinstance(batches, torch.utils.data.Dataset):
         batches = torch.utils.data.DataLoader(batches, batch_size=_BATCH if n is None else min(n, _BATCH))
     if isinstance(batches, torch.utils.data.DataLoader):
+        from holdfast.io.data.loaders import in_order  # only for a loader
+
         batches = in_order(batches)
     if not isinstance(batches, Iterable):
         raise TargetError(f"data is {kind_of(batches)}; (x, y), a loader, a dataset or a path was expected")
