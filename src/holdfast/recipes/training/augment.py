@@ -111,14 +111,13 @@ def augmented_by(function: OwnAugmentation, batch: Batch, bounds: Bounds | None,
             f"{tuple(batch.x.shape)} and type {batch.x.dtype} on {batch.x.device}; return inputs of the same shape and "
             "type on the same device"
         )
-    if bounds is not None:
+    if bounds is not None and not torch.equal(bounds.clamp(x), x):  # NaN differs from itself
         low, high = bounds.like(x)
-        if not bool(((x >= low) & (x <= high)).all()):
-            raise UsageError(
-                f"augment returned inputs from {float(x.min()):g} to {float(x.max()):g}, and the bounds of the model "
-                f"are {float(low.min()):g} to {float(high.max()):g}; clamp the result, as in "
-                f"x.clamp({float(low.min()):g}, {float(high.max()):g})"
-            )
+        raise UsageError(
+            f"augment returned inputs from {float(x.min()):g} to {float(x.max()):g}, and the bounds of the model "
+            f"are {float(low.min()):g} to {float(high.max()):g}; clamp the result, as in "
+            f"x.clamp({float(low.min()):g}, {float(high.max()):g})"
+        )
     return batch.at(x.detach())
 
 

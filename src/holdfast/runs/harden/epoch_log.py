@@ -10,11 +10,11 @@ from pathlib import Path
 from holdfast.io.trackers import Tracker, open_tracker
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.checkpoints import Point
-from holdfast.runs.store.files import write_atomically
+from holdfast.runs.store.files import CHECKPOINTS, usable, write_atomically
 from holdfast.runs.store.records import document
 
 _IDS = "trackers.json"
-"""File in a run folder with the ids of the runs of the experiment trackers."""
+"""File beside the checkpoints of a run with the ids of the runs of the experiment trackers."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,15 @@ def opened_trackers(
 
     The ids of their runs are stored in the run folder, so that a resumed run continues them.
     """
-    path = None if folder is None else folder / _IDS
+    path = None if folder is None else folder / CHECKPOINTS / _IDS
     ids = json.loads(path.read_text()) if resume and path is not None and path.is_file() else {}
 
     def keep(target: str, number: str) -> None:
         ids[target] = number
         if path is not None:
-            write_atomically(path, document(ids))
+            with usable(path.parent):
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, document(ids))
 
     return {
         target: open_tracker(kind, place, ids.get(target), partial(keep, target), resume=resume)
