@@ -49,7 +49,7 @@ class Hardened:
     before: Result
     after: Result
     curve: tuple[Point, ...]
-    """training curve of the new model, with one point for each epoch"""
+    """training curve of the new model, with one point for each epoch that was evaluated"""
     card: Mapping[str, Any]
     """recipe, settings, plan, both measurements, cost and versions, as strict JSON"""
     weights: bytes
@@ -358,10 +358,10 @@ def _collapse_note(trained: Made) -> str:
 
 def _batch_size_notes(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
     """Notes on where memory ran out, and the new batch size."""
-    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
+    sizes = [(0, candidate.recipe.training.batch), *((point.epoch, point.batch) for point in curve)]
     return [
         f"memory ran out in epoch {epoch}: batches of {size} in place of {size_before} from there on, the rate scaled "
         "alike"
-        for epoch, (size_before, size) in enumerate(pairwise(sizes), 1)
+        for (_, size_before), (epoch, size) in pairwise(sizes)
         if size != size_before
     ]
