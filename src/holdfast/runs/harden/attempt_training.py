@@ -98,7 +98,8 @@ class AttemptTraining:
         if budget is not None:
             # a recipe with its own loop uses the epochs of the first plan
             epochs = max(int(attempt["epochs"]), 1)
-            settings = replace(settings, epochs=epochs, pacing=self._pacer(place, attempt, budget))
+            lr = attempt.get("lr") or settings.lr
+            settings = replace(settings, epochs=epochs, lr=lr, pacing=self._pacer(place, attempt, budget))
         batch = checkpoints.saved_batch(place) or settings.batch
         while True:
             try:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,11 @@ def _cost(trained: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[
 def _as_trained(trained: Made) -> dict[str, Any]:
     """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
     settings_of_training, last = trained.candidate.recipe.training, trained.curve[-1]
+    lr = trained.attempt.get("lr")
     decided = {"epochs": trained.epochs, "weight_decay": settings_of_training.decay}
+    if lr is not None:
+        settings_of_training = replace(settings_of_training, lr=lr)
+        decided["lr"] = lr
     if last.batch != settings_of_training.batch:  # batches were split after an out-of-memory error
         decided |= {
             "batch": last.batch,
@@ -348,11 +352,12 @@ def _training_notes(trained: Made) -> list[str]:
 def _collapse_note(trained: Made) -> str:
     """A note on the epoch in which the network collapsed to one class, and what helps."""
     last, training = trained.curve[-1], trained.candidate.recipe.training
+    lr = trained.attempt.get("lr") or training.lr
     return (
         f"{trained.candidate.name}: in epoch {last.epoch} the network collapsed to one class, which it predicts for "
         f"{percent(last.most_predicted)} of the held-out examples (clean accuracy {percent(last.clean)}, after epoch "
         f"{trained.chosen.epoch} {percent(trained.chosen.clean)}), so the training was stopped. A smaller learning "
-        f"rate than {plain(training.lr)} and a longer warm-up than {plain(training.warmup)} of the training may help"
+        f"rate than {plain(lr)} and a longer warm-up than {plain(training.warmup)} of the training may help"
     )
 
 
