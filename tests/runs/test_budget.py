@@ -103,6 +103,18 @@ def test_training_and_planning_use_the_budget(machine):
         assert 0 < found.card["epochs"] < 1
 
 
+def test_evaluations_of_short_epochs_take_a_tenth_of_the_time_and_the_last_one_is_made(tmp_path):
+    found = hardened(lambda calls, now: 8, *RECIPES["short epochs"], run=tmp_path / "r")
+    first, *others = [point.epoch for point in found.curve]
+    plans = last_of(tmp_path / "r").plans
+    looks_s = sum(plan.look_s for plan in plans if plan.at == plan.looked and plan.at)
+    assert first == 1 and len(others) < others[-1] / 2
+    assert looks_s < 0.12 * BUDGET_S
+    assert found.card["ended_by"] == "budget" and found.card["cost"]["budget_used"] >= 0.85
+    n_passes = 2 * 33 * 16 / 540  # of an example in an epoch
+    assert sum(point.forwards for point in found.curve) == pytest.approx(n_passes * found.card["epochs"])
+
+
 def test_what_a_guard_has_undone_counts_in_the_budget(monkeypatch):
     """As often as it may, a guard objects to the updates of a whole epoch."""
 
@@ -145,6 +157,7 @@ def test_no_budget_is_refused_in_which_an_update_and_a_look_fit():
 RECIPES = {
     "mean of ends": (PGDTraining(steps=1, training=replace(HOW, averaging="swa", tail=0.5)), 600, BUDGET_S),
     "guarded": (SingleStep(training=HOW), 1200, LONG_S),
+    "short epochs": (SingleStep(guard=False, training=replace(HOW, batch=16)), 600, BUDGET_S),
 }
 
 
@@ -173,14 +186,14 @@ def last_of(run):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_stopped_run_goes_on_to_the_same_plans_and_weights(tmp_path, name):
     def stop(step):
-        if step.stage.startswith("training") and step.done == 3:
+        if step.stage.startswith("training") and step.done >= 3:
             raise Interrupted("stopped", signal_number=2)
 
     whole = hardened(steady, *RECIPES[name], run=tmp_path / "whole")
     with pytest.raises(Interrupted):
         hardened(steady, *RECIPES[name], run=tmp_path / "r", progress=stop)
     again = hardened(steady, *RECIPES[name], run=tmp_path / "r", resume=True)
-    assert len(whole.curve) > 4 and (name == "guarded") == (whole.curve[-1].dearer > 1)
+    assert whole.curve[-1].epoch > 4 and (name == "guarded") == (whole.curve[-1].dearer > 1)
     one, other = (last_of(tmp_path / run) for run in ("whole", "r"))
     assert one.plans == other.plans and one.updates == other.updates
     assert same(one, other) and again.weights == whole.weights

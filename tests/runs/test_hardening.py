@@ -637,6 +637,8 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
         return [(one["recipe"], round(one["epochs"], 1)) for one in planned(budget_s)[0]]
 
     assert tried(200.0) == [("PGDTraining", 24.2)]
+    ladder = tuple(replace(one, short_lr=0.05) for one in ladder)
+    assert [planned(budget_s)[0][0]["lr"] for budget_s in (200.0, 1000.0)] == [0.05, None]
     assert tried(60.0) == [("SingleStep", 19.4), ("PGDTraining", 7.2)]
     assert tried(10.0) == [("Standard", 9.7), ("SingleStep", 3.2), ("PGDTraining", 1.2)]
     (chosen, *_), _ = planned(5.0)

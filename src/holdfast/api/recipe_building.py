@@ -27,6 +27,7 @@ from holdfast.settings.values import written_fields
 Built = TypeVar("Built")
 _OF_OPTIMIZER = ("lr", "momentum", "weight_decay")
 """Settings of a named optimiser."""
+_SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updates
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
@@ -64,11 +65,13 @@ def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]
             f"recipe auto selects one of several recipes, so it has no setting {other_keys[0]!r}; name the recipe "
             "that has it, or give a setting that all have, such as recipe.training.batch"
         )
+    given = given_settings.get("training", {})
     return tuple(
-        _candidate(
-            {"use": name, **more, "training": {**training, **given_settings.get("training", {})}}, least
+        replace(
+            _candidate({"use": name, **more, "training": {**training, **given}}, least),
+            short_lr=None if {"lr", "optimizer"} & {*training, *given} else _SHORT_LR,
         )
-        for name, least, more, training in _ladder(shape, model, given_settings.get("training", {}))
+        for name, least, more, training in _ladder(shape, model, given)
     )
 
 

@@ -47,6 +47,8 @@ class TrainingPlan:
     """estimated seconds after an epoch, for the evaluation on held-out examples and for writing a checkpoint"""
     rewound: bool = False
     """whether this plan is an earlier one that was moved back to the update from which a guard repeats the training"""
+    looked: int = 0
+    """number of updates before the last evaluation on held-out examples; 0 if there was none"""
 
     def done(self, updates: int) -> float:
         """Return the completed fraction of the schedules of learning rate and eps after `updates` updates."""

@@ -85,7 +85,9 @@ class Saving:
 
 @dataclass
 class Forwards:
-    """Number of forward passes of single examples in the current epoch. Hooks of the networks increase it."""
+    """Number of forward passes of single examples since the last checkpoint at the end of an epoch. Hooks of the
+    networks increase it.
+    """
 
     n: int = 0
 
@@ -245,6 +247,8 @@ def fit(
     forwards: Forwards | None = None,
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch. The last epoch may be incomplete.
+    Within a time budget, short epochs have a checkpoint only if enough time passed since the last one
+    (`Plans.evaluated`).
 
     `settle` is called after each update, before the average is updated, and may change the weights too. With `after`
     the training resumes from that checkpoint. `state` contains tensors that the loss or `settle` change in place. They
@@ -256,8 +260,9 @@ def fit(
     if how.averaging == "swa":
         state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.ids.device)}
     plans = Plans(how.epochs, updates(len(data), how.batch) * replays, how.pacing)
-    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans, forwards or Forwards())
-    first_epoch = 0
+    forwards = forwards or Forwards()
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans, forwards)
+    first_epoch, is_evaluated = 0, True
     if after is not None:
         first_epoch = after.epoch
         loop.restore({name: value.to(data.ids.device) for name, value in after.tensors.items()}, state)
@@ -265,12 +270,16 @@ def fit(
     before = unsaved(model)
     for epoch in count(first_epoch):
         begun = after if after is not None and after.step and epoch == first_epoch else None
-        if begun is None:
+        if begun is None and is_evaluated:
+            forwards.n = 0
             plans.review(0)
         if plans.ended():
             return
         measured = loop.epoch(epoch, guard, begun)
         refuse_changed(model, before)
+        is_evaluated = plans.evaluated()
+        if not is_evaluated:
+            continue
         part = plans.updates / plans.per_epoch - epoch
         yield Checkpoint(epoch + 1, loop.of(epoch), loop.copies(), measured, part, plans.updates, plans.kept)
 
@@ -313,7 +322,9 @@ class _Loop:
         batches = [
             batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
         ]
-        losses, right, step, self._forwards.n = _begun(begun, rows.device)
+        losses, right, step = _begun(begun, rows.device)
+        if begun is not None:
+            self._forwards.n = int(begun.tensors[_FORWARDS])
         while step < per_epoch and (step == 0 or not plans.ended()):
             snapshot = {} if guard is None else self._snapshot()
             end = step + self._until_check(epoch * per_epoch + step, guard)
@@ -510,14 +521,12 @@ class _Loop:
         self._optimisation.restore(tensors)
 
 
-def _begun(begun: Checkpoint | None, device: torch.device) -> tuple[list[Tensor], Tensor, int, int]:
-    """Losses, number of correct examples, number of updates and number of forward passes in the completed part of an
-    epoch.
-    """
+def _begun(begun: Checkpoint | None, device: torch.device) -> tuple[list[Tensor], Tensor, int]:
+    """Losses, number of correct examples and number of updates in the completed part of an epoch."""
     if begun is None:
-        return [], torch.zeros((), device=device), 0, 0
+        return [], torch.zeros((), device=device), 0
     tensors = {name: begun.tensors[name].to(device) for name in (_LOSSES, _RIGHT)}
-    return [*tensors[_LOSSES]], tensors[_RIGHT].clone(), begun.step, int(begun.tensors[_FORWARDS])
+    return [*tensors[_LOSSES]], tensors[_RIGHT].clone(), begun.step
 
 
 @contextmanager

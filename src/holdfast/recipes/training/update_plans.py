@@ -5,6 +5,7 @@ and during it as often as the last plan requests. An update depends on the plans
 resumes exactly from the plans of its checkpoint.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,20 @@ from holdfast.recipes.training.distributed import broadcast
 Pacing = Callable[[int, int, int, TrainingPlan | None], TrainingPlan]
 """function that plans the number of updates of a training, from the number of completed updates, that of the current
 epoch, the updates of an epoch, and the previous plan"""
+_TRAINED = 9.0  # smallest time of training before an evaluation, in multiples of the time of the evaluation
+
+
+def evaluation_interval(update_s: float, look_s: float, per_epoch: int) -> int:
+    """Return the number of updates between two evaluations within a time budget: whole epochs, so that evaluations and
+    checkpoints take at most about a tenth of the time.
+    """
+    epoch_s = max(per_epoch * update_s, 1e-9)
+    return per_epoch * max(math.ceil(_TRAINED * look_s / epoch_s), 1)
+
+
+def most_evaluations(updates_s: float, look_s: float) -> int:
+    """Return the largest number of evaluations in the rest of a training whose updates take `updates_s` seconds."""
+    return int(updates_s / max(_TRAINED * look_s, 1e-9)) + 1
 
 
 class Plans:
@@ -57,13 +72,24 @@ class Plans:
             times = self.updates / after.updates
             share, update_s = last.done(after.updates), last.update_s / times
             end = max(round(last.end * times), self.updates + 1)
+            at = self.updates
             self._plans.append(
-                replace(last, at=self.updates, share=share, end=end, review=end, update_s=update_s)
+                replace(last, at=at, share=share, end=end, review=end, update_s=update_s, looked=at)
             )
 
     def ended(self) -> bool:
         """Return whether all planned updates of the training are completed."""
         return bool(self._plans) and self.updates >= self.end
+
+    def evaluated(self) -> bool:
+        """Return whether the model is evaluated at the end of the current epoch. Without a time budget it always is,
+        and otherwise after the first epoch, if enough updates were made since the last evaluation, and at the end.
+        """
+        if not self.paced or self.ended():
+            return True
+        last = self._plans[-1]
+        interval = evaluation_interval(last.update_s, last.look_s, self.per_epoch)
+        return not last.looked or self.updates - last.looked >= interval
 
     def due(self) -> bool:
         """Return whether a new plan of the training must be made now, as the last plan requested."""

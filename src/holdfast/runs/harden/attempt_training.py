@@ -16,7 +16,7 @@ from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate, announced_s
-from holdfast.runs.harden.checkpoints import BEST, LAST, Point
+from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
 from holdfast.runs.harden.epochs import Trainer, ended_by
 from holdfast.runs.harden.hardened import MODEL, Made, digest_of_weights
 from holdfast.runs.harden.pace import Clock, Pacer, smaller
@@ -98,7 +98,8 @@ class AttemptTraining:
         if budget is not None:
             # a recipe with its own loop uses the epochs of the first plan
             epochs = max(int(attempt["epochs"]), 1)
-            settings = replace(settings, epochs=epochs, pacing=self._pacer(place, attempt, budget))
+            lr = attempt.get("lr") or settings.lr
+            settings = replace(settings, epochs=epochs, lr=lr, pacing=self._pacer(place, attempt, budget))
         batch = checkpoints.saved_batch(place) or settings.batch
         while True:
             try:
@@ -116,7 +117,7 @@ class AttemptTraining:
         last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
         spent_s = budget.spent_s + sum(point.wall_s for point in curve)
-        spent_s += checkpoints.seconds_within(place, len(curve))
+        spent_s += checkpoints.seconds_within(place, last_epoch(curve))
         return Pacer(budget.seconds, attempt["epoch_s"], attempt["evaluation_s"], spent_s, self.clock)
 
     def _save_best(self, place: Path, candidate: Candidate) -> str:
@@ -129,7 +130,7 @@ class AttemptTraining:
         path = place / MODEL
         with usable(path):
             write_atomically(path, written(net, self.metadata))
-        return f"the best of the {len(last.curve)} epochs before is in {str(path)!r}"
+        return f"the best of the {last_epoch(last.curve)} epochs before is in {str(path)!r}"
 
     def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
         new = deepcopy(self.subject.model)

@@ -31,6 +31,7 @@ _EVALUATION_SHARE = 0.05  # largest share of the budget for an evaluation
 _PLANNING = (
     0.1  # share of the budget after which no recipe is timed that cannot reach its smallest number of epochs
 )
+_FEW_UPDATES = 1_000  # number of updates below which a training may have a larger learning rate
 _FEW = 100  # number of held-out examples below which a training is announced with a warning
 
 
@@ -55,6 +56,8 @@ class Candidate:
     least: int = 1
     """smallest number of epochs for which this recipe is chosen; with fewer epochs, a weaker recipe gives better
     results"""
+    short_lr: float | None = None
+    """learning rate of a training of few updates; None for that of the recipe"""
 
     def per_epoch(self, examples: int) -> int:
         """Return the number of updates of this recipe in an epoch of `examples` training examples."""
@@ -72,8 +75,11 @@ class _Planned:
 
     def attempt(self, reason: str) -> dict[str, Any]:
         """Return this candidate recipe as an entry of the stored plan, with its epochs, its measured times and the
-        reason for the choice.
+        reason for the choice. A training of few updates may have another learning rate than the recipe.
         """
+        lr = self.candidate.short_lr if self.epochs * self.per_epoch < _FEW_UPDATES else None
+        if lr is not None:
+            reason += f"; learning rate {plain(lr)}, since fewer than {_FEW_UPDATES:,} updates fit"
         return {
             "recipe": self.candidate.name,
             "epochs": self.epochs,
@@ -82,6 +88,7 @@ class _Planned:
             "epoch_s": self.pace.epoch,
             "evaluation_s": self.pace.between(self.per_epoch),
             "held_out": self.pace.held_out,
+            "lr": lr,
         }
 
 

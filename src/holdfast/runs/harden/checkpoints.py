@@ -1,7 +1,7 @@
 """Stores the checkpoints of a training: the last one and the best one, each in a file that is written atomically."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ _KEY = "holdfast"
 
 @dataclass(frozen=True)
 class Point:
-    """Measurements of one epoch, which are a point of the training curve."""
+    """Measurements at the end of an epoch, which are a point of the training curve. Within a time budget, short epochs
+    may have none.
+    """
 
     epoch: int
     loss: float
@@ -38,9 +40,12 @@ class Point:
     robust: float
     """accuracy on the held-out examples under the attack by which the checkpoint is chosen"""
     cpu_s: float
+    """seconds of CPU time since the previous point"""
     wall_s: float
+    """wall-clock seconds since the previous point"""
     forwards: float = 0.0
-    """number of forward passes of single examples through the trained network; 0 if the recipe does not count them"""
+    """number of forward passes of an example through the trained network since the previous point, on average; 0 if the
+    recipe does not count them"""
     dearer: float = 1.0
     """passes of an update at the end of the epoch, as a multiple of the passes of the first update"""
     hardware: str = ""
@@ -71,6 +76,11 @@ class Point:
     def to_json(self) -> dict[str, Any]:
         """Return the measurements of the epoch as a dictionary for JSON."""
         return dict(vars(self))
+
+
+def last_epoch(curve: Sequence[Point]) -> int:
+    """Return the number of epochs up to the last point of a training curve."""
+    return curve[-1].epoch if curve else 0
 
 
 @dataclass(frozen=True)
@@ -123,19 +133,17 @@ def save_within(
 
 
 def saved_within(folder: Path, epoch: int, batch: int) -> SavedCheckpoint | None:
-    """Return the checkpoint within the epoch after `epoch` epochs, with batches of `batch` examples, or None if there
-    is none.
+    """Return the checkpoint within an epoch that was stored after the end of epoch `epoch`, with batches of `batch`
+    examples, or None if there is none.
     """
     within = saved(folder, _WITHIN)
-    return (
-        within if within is not None and (within.checkpoint.epoch, within.batch) == (epoch, batch) else None
-    )
+    return within if within and within.checkpoint.epoch >= epoch and within.batch == batch else None
 
 
 def seconds_within(folder: Path, epoch: int) -> float:
-    """Return the wall-clock seconds that were spent within the epoch after `epoch` epochs until its last checkpoint."""
+    """Return the wall-clock seconds from the end of epoch `epoch` to the last checkpoint within an epoch after it."""
     within = saved(folder, _WITHIN)
-    return within.spent_s[1] if within is not None and within.checkpoint.epoch == epoch else 0.0
+    return within.spent_s[1] if within is not None and within.checkpoint.epoch >= epoch else 0.0
 
 
 def delete_within(folder: Path) -> None:

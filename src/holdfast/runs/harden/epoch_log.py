@@ -39,9 +39,9 @@ class EpochRecord:
     lr: float
     """learning rate of the last update, of the first parameter group"""
     passes: float
-    """number of forward passes of an example in the epoch, on average"""
+    """number of forward passes of an example since the previous record, on average"""
     seconds: float
-    """wall-clock seconds of the epoch with its evaluation"""
+    """wall-clock seconds since the previous record, with the evaluation"""
 
 
 OnEpoch = Callable[[EpochRecord], None]

@@ -1,5 +1,5 @@
 """Trains a model epoch by epoch. After each epoch the model is evaluated on held-out examples and saved as a
-checkpoint.
+checkpoint. Within a time budget, short epochs are not all evaluated.
 """
 
 import time
@@ -18,11 +18,12 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.recipes.training.recipe import Recipe, trained_as
+from holdfast.recipes.training.update_plans import most_evaluations
 from holdfast.runs.engine.progress import EpochMeasures, Step
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.runs.harden.checkpoints import BEST, LAST, Point
+from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
 from holdfast.runs.harden.epoch_log import EpochLog
 from holdfast.runs.harden.held_out import held_out_shares, proved_accuracy
 from holdfast.runs.harden.pace import Clock, smaller
@@ -82,7 +83,7 @@ class Trainer:
         run: Run,
     ) -> tuple[Point, ...]:
         """Continue the training from the last saved checkpoint until it ends. Return the training curve, which has one
-        point for each epoch.
+        point for each epoch that was evaluated.
         """
         last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
@@ -92,7 +93,7 @@ class Trainer:
         # Below every score, so that the first epoch is always stored as the best one.
         highest = max((point.score for point in curve), default=(-1.0, -1.0))
         evaluated_model = deepcopy(self.model)
-        within = checkpoints.saved_within(place, len(curve), settings.batch)
+        within = checkpoints.saved_within(place, last_epoch(curve), settings.batch)
         latest = within or last
         after = None if latest is None else latest.checkpoint
         is_paced = settings.pacing is not None
@@ -174,7 +175,8 @@ def _left_s(curve: tuple[Point, ...], checkpoint: Checkpoint) -> float:
     if not checkpoint.plans:
         return n_left * sum(point.wall_s for point in curve) / len(curve)
     plan = checkpoint.plans[-1]
-    return max(plan.end - checkpoint.updates, 0) * plan.update_s + n_left * plan.look_s
+    updates_s = max(plan.end - checkpoint.updates, 0) * plan.update_s
+    return updates_s + min(n_left, most_evaluations(updates_s, plan.look_s)) * plan.look_s
 
 
 def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
@@ -220,10 +222,8 @@ def _stale(curve: tuple[Point, ...], settings: Training) -> bool:
 
     Epochs in which eps still increased do not count.
     """
-    accuracies, patience = (
-        [point.score[0] for point in curve if point.share > settings.warmup],
-        settings.patience,
-    )
-    return (
-        bool(patience and accuracies) and len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
-    )
+    points, patience = [point for point in curve if point.share > settings.warmup], settings.patience
+    if not patience or not points:
+        return False
+    best = max(points, key=lambda point: point.score[0])  # the first of equal ones
+    return points[-1].epoch - best.epoch >= patience

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Hardened:
     before: Result
     after: Result
     curve: tuple[Point, ...]
-    """training curve of the new model, with one point for each epoch"""
+    """training curve of the new model, with one point for each epoch that was evaluated"""
     card: Mapping[str, Any]
     """recipe, settings, plan, both measurements, cost and versions, as strict JSON"""
     weights: bytes
@@ -263,7 +263,11 @@ def _cost(trained: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[
 def _as_trained(trained: Made) -> dict[str, Any]:
     """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
     settings_of_training, last = trained.candidate.recipe.training, trained.curve[-1]
+    lr = trained.attempt.get("lr")
     decided = {"epochs": trained.epochs, "weight_decay": settings_of_training.decay}
+    if lr is not None:
+        settings_of_training = replace(settings_of_training, lr=lr)
+        decided["lr"] = lr
     if last.batch != settings_of_training.batch:  # batches were split after an out-of-memory error
         decided |= {
             "batch": last.batch,
@@ -348,20 +352,21 @@ def _training_notes(trained: Made) -> list[str]:
 def _collapse_note(trained: Made) -> str:
     """A note on the epoch in which the network collapsed to one class, and what helps."""
     last, training = trained.curve[-1], trained.candidate.recipe.training
+    lr = trained.attempt.get("lr") or training.lr
     return (
         f"{trained.candidate.name}: in epoch {last.epoch} the network collapsed to one class, which it predicts for "
         f"{percent(last.most_predicted)} of the held-out examples (clean accuracy {percent(last.clean)}, after epoch "
         f"{trained.chosen.epoch} {percent(trained.chosen.clean)}), so the training was stopped. A smaller learning "
-        f"rate than {plain(training.lr)} and a longer warm-up than {plain(training.warmup)} of the training may help"
+        f"rate than {plain(lr)} and a longer warm-up than {plain(training.warmup)} of the training may help"
     )
 
 
 def _batch_size_notes(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
     """Notes on where memory ran out, and the new batch size."""
-    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
+    sizes = [(0, candidate.recipe.training.batch), *((point.epoch, point.batch) for point in curve)]
     return [
         f"memory ran out in epoch {epoch}: batches of {size} in place of {size_before} from there on, the rate scaled "
         "alike"
-        for epoch, (size_before, size) in enumerate(pairwise(sizes), 1)
+        for (_, size_before), (epoch, size) in pairwise(sizes)
         if size != size_before
     ]

@@ -21,6 +21,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.distributed import broadcast, processes
 from holdfast.recipes.training.fit import updates
 from holdfast.recipes.training.recipe import Recipe, trained_as
+from holdfast.recipes.training.update_plans import evaluation_interval
 from holdfast.runs.harden.checkpoints import BEST, LAST, save
 from holdfast.runs.harden.held_out import harmless
 
@@ -244,21 +245,21 @@ def whole_epochs(budget_s: float, measured: Pace) -> int:
     return max(int(_SPARE * budget_s / measured.epoch), 0)
 
 
-def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
-    """Return the number of training updates that fit into `seconds` of time. After each epoch, an evaluation takes
-    `look_s` seconds.
+def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, interval: int) -> int:
+    """Return the number of training updates that fit into `seconds` of time. After each `interval` updates, an
+    evaluation takes `look_s` seconds.
 
-    The count starts after `position` updates of an epoch of `per_epoch` updates. The last epoch may be incomplete; an
-    evaluation follows it as well.
+    The count starts after `position` updates of an interval. The last interval may be incomplete; an evaluation follows
+    it as well.
     """
-    left_in_epoch = per_epoch - position
-    first_s = left_in_epoch * update_s + look_s
+    left_in_interval = interval - position
+    first_s = left_in_interval * update_s + look_s
     if seconds < first_s:
         return _whole((seconds - look_s) / max(update_s, 1e-9))
-    whole_epoch = max(per_epoch * update_s + look_s, 1e-9)
-    n_whole = _whole((seconds - first_s) / whole_epoch)
-    rest_s = seconds - first_s - n_whole * whole_epoch - look_s
-    return left_in_epoch + n_whole * per_epoch + _whole(rest_s / max(update_s, 1e-9))
+    whole_interval = max(interval * update_s + look_s, 1e-9)
+    n_whole = _whole((seconds - first_s) / whole_interval)
+    rest_s = seconds - first_s - n_whole * whole_interval - look_s
+    return left_in_interval + n_whole * interval + _whole(rest_s / max(update_s, 1e-9))
 
 
 def _whole(times: float) -> int:
@@ -271,7 +272,8 @@ def epochs_fitting(budget_s: float, measured: Pace, per_epoch: int) -> float:
     even one update fits.
     """
     look_s = measured.between(per_epoch)
-    return updates_fitting(_planned_s(budget_s, look_s), measured.update, look_s, 0, per_epoch) / per_epoch
+    interval = evaluation_interval(measured.update, look_s, per_epoch)
+    return updates_fitting(_planned_s(budget_s, look_s), measured.update, look_s, 0, interval) / per_epoch
 
 
 def _planned_s(budget_s: float, look_s: float) -> float:
@@ -312,16 +314,20 @@ class Pacer:
     def __call__(self, done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
         """Return the plan after `done` updates, of which `position` belong to the current epoch."""
         spent_s = self._clock() - self._begun
-        update_s, look_s, interval = self._estimated(done, spent_s, per_epoch, last)
+        update_s, look_s, review = self._estimated(done, spent_s, per_epoch, last)
         planned_s = _planned_s(self._budget_s, look_s) - spent_s
-        n = updates_fitting(planned_s, update_s, look_s, position, per_epoch)
+        # an epoch begins after an evaluation
+        looked = done if last is None or not position else last.looked
+        interval = evaluation_interval(update_s, look_s, per_epoch)
+        # the next evaluation is at the end of this epoch, which the first one always is, or later
+        at_the_end = interval - per_epoch + position
+        since = min(done - looked, at_the_end) if looked else at_the_end
+        n = updates_fitting(planned_s, update_s, look_s, since, interval)
         end = done + (n if done else max(n, _FIRST))
         between_s = min(_REVIEW * self._budget_s, _REVIEW_LEFT * max(planned_s - look_s, 0.0))
-        largest_interval = max(int(between_s / max(update_s, 1e-9)), 1)
         share = 0.0 if last is None else last.done(done)
-        return TrainingPlan(
-            done, share, end, done + min(interval, largest_interval), spent_s, update_s, look_s
-        )
+        review = min(review, max(int(between_s / max(update_s, 1e-9)), 1))
+        return TrainingPlan(done, share, end, done + review, spent_s, update_s, look_s, looked=looked)
 
     def _estimated(
         self, done: int, spent_s: float, per_epoch: int, last: TrainingPlan | None
@@ -331,7 +337,7 @@ class Pacer:
             return self._updates_s / per_epoch, self._look_s, 1
         n, seconds = done - last.at, spent_s - last.spent_s
         if not n:  # two plans at the same update differ by an evaluation only
-            first = done <= per_epoch or _differ(seconds, last.look_s)
+            first = not last.looked or _differ(seconds, last.look_s)
             look_s = seconds if first else (last.look_s + seconds) / 2
             return last.update_s, look_s, max(last.review - last.at, 1)
         seconds_per_update = seconds / n
