@@ -17,6 +17,7 @@ from holdfast.core.errors import TargetError
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.records import line_of
+from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.stored_runs import runs_in
 from runs import stored
 from runs.fakes import FAST, data, order, subject
@@ -310,9 +311,28 @@ def test_no_stored_text_is_shown_as_a_command(verb, run, tmp_path, capsys):
 def test_the_command_of_a_stored_run_repeats_its_settings(tmp_path):
     torch.manual_seed(0)
     run = tmp_path / "a run"
-    words = ["mnist-cnn", "mnist-mini", "--threat", "l2:1.5", "--suite", "quick", "--no-doubts", "-n", "4"]
+    words = [
+        "mnist-cnn",
+        "mnist-mini",
+        "--threat",
+        "l2:1.5",
+        "--suite",
+        "quick",
+        "--no-doubts",
+        "--sample",
+        "4",
+    ]
     assert command_line(["assess", *words, "--seed", "7", "--run", str(run), "-q"]) == 0
     assert report(run).about["command"] == " ".join(("holdfast assess", *words, "--seed", "7"))
+
+
+def test_the_command_of_a_hardening_has_the_settings_of_its_recipe():
+    manifest = json.loads((stored.hardening() / "run.json").read_text())
+    (settings,) = manifest["config"]["settings"].values()
+    settings["training"] = {"optimizer": "evil.py:make", "batch": 7, "warmup": 0.25}
+    command = command_of(manifest)
+    assert "--set recipe.training.optimizer=FILE.py:NAME" in command
+    assert "--set recipe.training.batch=7" in command and "warmup" not in command
 
 
 def test_a_verdict_without_the_record_of_its_doubts_is_refused_on_resume(run):

@@ -301,7 +301,7 @@ def harden_request(
         command=command,
     )
     surrogates = resolve.open_surrogates(settings, subject.model)
-    assessment = replace(assessment, surrogates=surrogates)
+    assessment = replace(assessment, surrogates=surrogates, sampled=settings.n is None)
     threat = threat_model(parse_threat(settings.threat))
     threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
     recipe: Any = settings.recipe  # or an object

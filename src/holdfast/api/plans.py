@@ -99,6 +99,7 @@ def assess_request(
         workers=settings.workers,
         ray=settings.ray_options(on_device),
         device=on_device,
+        sampled=settings.sample is not None,
         command=command,
     )
 

@@ -70,6 +70,8 @@ class AssessRequest:
     """surrogate models of the attacker"""
     attackers: "MeasureAttackers | None" = None
     """function that measures the table of attackers of a model with rotation after the suite; None without rotation"""
+    sampled: bool = False
+    """whether the test examples are a random sample, and not the first ones"""
     command: str = ""
     """command that repeats the run"""
     verb: Literal["assess", "certify"] = "assess"

@@ -4,13 +4,15 @@ A run folder may come from someone else, and users copy the command from a repor
 command line is shown: the program and its options are those of Holdfast, and every value is quoted as one word.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from holdfast.attacks.suites import SUITES
-from holdfast.core.catalogue import names
+from holdfast.core.catalogue import RECIPES, load, names
 from holdfast.core.names import threat_text
 from holdfast.gates.judging import Judgement
 from holdfast.io.models.factories import names_code
@@ -44,13 +46,15 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     words = ["holdfast", verb, _address(manifest["model"], "MODEL"), _address(manifest["data"], "DATA")]
     words += ["--threat", _threat(config)]
     if config.get("recipe") in names("recipes"):
-        words += ["--recipe", config["recipe"]]
-    if isinstance(config.get("budget_s"), int | float):
-        words += ["--budget", f"{config['budget_s']:g}s"]
+        words += ["--recipe", config["recipe"], *_recipe_settings(config)]
+    for key, option in (("budget_s", "--budget"), ("assess_budget_s", "--assess-budget")):
+        if isinstance(config.get(key), int | float):
+            words += [option, f"{config[key]:g}s"]
     if verb != "certify":  # which has no options for its attacks
         words += _attacks(manifest)
     if isinstance(manifest["data"].get("n"), int):
-        words += ["-n", str(manifest["data"]["n"])]
+        option = "--sample" if manifest["data"].get("sampled") is True else "-n"
+        words += [option, str(manifest["data"]["n"])]
     words += [option for key, option in _SWITCHES.items() if config.get(key) is True]
     if isinstance(config.get("time_budget_s"), int | float):
         words += ["--time-budget", f"{config['time_budget_s']:g}s"]
@@ -59,6 +63,29 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     for gate in gates:
         words += ["--gate", gate.claim.text]
     return shlex.join(words)
+
+
+def _recipe_settings(config: Mapping[str, Any]) -> list[str]:
+    """Return the options for the settings of the recipe that are not its defaults."""
+    name = config["recipe"]
+    given, cls = config.get("settings", {}).get(name), load("recipes", name, type)
+    if not isinstance(given, Mapping) or any(field.default is field.default_factory for field in fields(cls)):
+        return []
+    usual = cls(**(RECIPES[name].settings if name in RECIPES else {}))
+    return [word for text in _changed(given, usual, "recipe") for word in ("--set", text)]
+
+
+def _changed(given: Mapping[str, Any], usual: Any, path: str) -> list[str]:
+    """Return `PATH=VALUE` for each given setting that is not that of the object `usual`."""
+    texts = []
+    for field in fields(usual):
+        value, default = given.get(field.name), getattr(usual, field.name)
+        if isinstance(value, Mapping) and is_dataclass(default):
+            texts += _changed(value, default, f"{path}.{field.name}")
+        elif field.name in given and isinstance(value, bool | int | float | str | list) and value != default:
+            text = value if isinstance(value, str) else json.dumps(value)
+            texts.append(f"{path}.{field.name}={'FILE.py:NAME' if names_code(text) else text}")
+    return texts
 
 
 def _attacks(manifest: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ class _Model(_Named):
 class _Data(TypedDict):
     name: str
     n: NotRequired[Count]
+    sampled: NotRequired[bool]
     classes: NotRequired[list[str] | None]
     shape: NotRequired[list[Count]]
     digest: NotRequired[str]

@@ -60,7 +60,7 @@ def assess_manifest(
         "other_data": [
             {"name": dataset.name, "digest": dataset.digest, "n": len(dataset)} for dataset in request.across
         ],
-        "data": _data_card(data, shape),
+        "data": _data_card(data, shape) | _sampled(request),
         "notes": _notes(subject, data, request, plan, target, shape),
         "details": list(target.details),
         "versions": versions(),
@@ -144,7 +144,7 @@ def harden_manifest(
         },
         "config": config,
         "model": strict(dict(subject.card)),
-        "data": {"name": test.name, "n": len(test)},
+        "data": {"name": test.name, "n": len(test), **_sampled(request.assessment)},
         "versions": versions(),
         "hardware": machine,
         "seed": request.seed,
@@ -184,6 +184,10 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
         **({} if plan.trials is None else {"trials": plan.trials.identity}),
     }
+
+
+def _sampled(request: AssessRequest) -> dict[str, bool]:
+    return {"sampled": True} if request.sampled else {}
 
 
 def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
