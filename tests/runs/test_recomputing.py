@@ -328,8 +328,8 @@ def test_the_command_of_a_stored_run_repeats_its_settings(tmp_path):
 
 def test_the_command_of_a_hardening_has_the_settings_of_its_recipe():
     manifest = json.loads((stored.hardening() / "run.json").read_text())
-    (settings,) = manifest["config"]["settings"].values()
-    settings["training"] = {"optimizer": "evil.py:make", "batch": 7, "warmup": 0.25}
+    training = {"optimizer": "evil.py:make", "batch": 7, "warmup": 0.25}
+    manifest["config"]["settings"] = {"pgd": {"training": training}}
     command = command_of(manifest)
     assert "--set recipe.training.optimizer=FILE.py:NAME" in command
     assert "--set recipe.training.batch=7" in command and "warmup" not in command
