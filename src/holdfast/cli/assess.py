@@ -1,6 +1,6 @@
 """The command `holdfast assess MODEL DATA`, which measures how robust a model is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -167,6 +167,40 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
                         Remedy("surrogates", all_surrogates, "--surrogate", repeated=True),
                         TRUST_CODE,
                     )
+    if isinstance(settings, Harden):
+        _refuse_functions_of_config(settings, flags.get("sets", ()))
+
+
+def _refuse_functions_of_config(settings: Harden, sets: Iterable[str]) -> None:
+    """Raise `UsageError` for the address of a function in the recipe, such as an optimiser, that no `--set` names."""
+    from holdfast.settings.grammar import parse_pairs
+    from holdfast.settings.yaml_text import parse_yaml
+
+    typed = {
+        address
+        for key, text in parse_pairs(sets, "--set").items()
+        for _, address in _code_in(parse_yaml(text, f"--set {key}"), key)
+    }
+    for path, address in _code_in(settings.recipe, "recipe"):
+        if address not in typed:
+            raise UsageError(
+                f"the configuration refers to code ({path}: {address}). Code from a configuration is not run. Repeat "
+                "the address on the command line",
+                Remedy(path, address),
+                TRUST_CODE,
+            )
+
+
+def _code_in(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the dotted path and the text of each address of code in nested settings."""
+    if isinstance(value, str) and ".py:" in value:
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, part_of_value in value.items():
+            yield from _code_in(part_of_value, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, part_of_value in enumerate(value):
+            yield from _code_in(part_of_value, f"{path}.{place}")
 
 
 def _spelled(surrogate: SurrogateSettings) -> str:
