@@ -362,18 +362,29 @@ def test_an_exception_of_on_epoch_stops_the_run_which_resumes_after_the_epoch(tm
 
 
 def test_a_csv_log_is_continued_by_its_run_only_and_a_torn_row_is_written_again(tmp_path):
-    path = tmp_path / "curve.csv"
-    for step in (1, 2):
-        CSVTracker(path, resume=True).log({"epoch": step, "certified": None}, step)
-    whole = path.read_text()
-    assert whole == "epoch,certified\n1,\n2,\n"
-    path.write_text(whole[:-2])
-    tracker = CSVTracker(path, resume=True)
-    for step in (1, 2):
-        tracker.log({"epoch": step, "certified": None}, step)
-    assert path.read_text() == whole
+    path, columns, whole = tmp_path / "curve.csv", ("epoch", "certified"), "epoch,certified\n1,\n2,\n"
+    for left in ("", "epo", whole[:-2], whole[:-3], whole):  # what a kill leaves
+        path.write_text(left)
+        tracker = CSVTracker(path, columns, resume=True)
+        assert path.read_text() == left  # unchanged until the run starts
+        tracker.start()
+        for step in (1, 2):
+            tracker.log({"epoch": step, "certified": None}, step)
+        assert path.read_text() == whole
     with pytest.raises(UsageError, match="has rows of another run"):
-        CSVTracker(path, resume=False)
+        CSVTracker(path, columns, resume=False)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_that_is_not_a_log_is_refused_and_unchanged(tmp_path, resume):
+    path = tmp_path / "sales.csv"
+    for content in ("year,sum\n2024,7\n2025,8", "notes", "\nepoch", "epoch,certified,sum\n"):
+        path.write_text(content)
+        with pytest.raises(
+            UsageError, match="not a log of a training, whose first line is epoch,cert.*sales-2.csv"
+        ):
+            CSVTracker(path, ("epoch", "certified"), resume=resume)
+        assert path.read_text() == content
 
 
 def test_only_parameters_that_match_are_trained(tmp_path):

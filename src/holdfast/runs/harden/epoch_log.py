@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -130,6 +130,8 @@ def opened_trackers(
     path = None if folder is None else folder / CHECKPOINTS / _IDS
     ids = json.loads(path.read_text()) if resume and path is not None and path.is_file() else {}
 
+    columns = [each.name for each in fields(EpochRecord)]
+
     def keep(target: str, number: str) -> None:
         ids[target] = number
         if path is not None:
@@ -138,6 +140,8 @@ def opened_trackers(
                 write_atomically(path, document(ids))
 
     return {
-        target: open_tracker(kind, place, ids.get(target), partial(keep, target), resume=resume)
+        target: open_tracker(
+            kind, place, ids.get(target), partial(keep, target), columns=columns, resume=resume
+        )
         for target, (kind, place) in targets.items()
     }
