@@ -59,6 +59,8 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
     refuse_code_of_config(settings, flags)
     if config:
         _refuse_hosts_of_config(part(settings, InferenceSource), flags)
+        if isinstance(settings, Harden):
+            refuse_logs_of_config(settings, flags)
     _refuse_targets(settings, config)
     if isinstance(settings, Assess | Certify | Harden):
         settings.refuse_unusable_cluster(settings.workers, settings.model)
@@ -232,6 +234,23 @@ def _refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -
                 f"the configuration sends the header {header}. A configuration alone cannot send the value of an "
                 "environment variable. Repeat it on the command line",
                 Remedy("headers", (header,), "--header", repeated=True),
+            )
+
+
+def refuse_logs_of_config(settings: Harden, flags: dict[str, Any]) -> None:
+    """Raise `UsageError` for a log in the configuration that is sent over the network, if it is not also given on the
+    command line.
+    """
+    from holdfast.settings.grammar import is_remote_log, parse_pairs
+
+    if flags.get("log") or "log" in parse_pairs(flags.get("sets", ()), "--set"):
+        return
+    for target in settings.log:
+        if is_remote_log(target):
+            raise UsageError(
+                f"the configuration logs to {target}. A configuration alone cannot allow network access. Repeat it on "
+                "the command line",
+                Remedy("log", tuple(settings.log), repeated=True),
             )
 
 
