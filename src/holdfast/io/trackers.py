@@ -9,6 +9,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,18 @@ _MLFLOW = {
 """Environment variables of MLflow, if they are not set already."""
 
 
+class Ended(Enum):
+    """How a run ended: by itself, by an interrupt or by an error. The values are names in MLflow."""
+
+    FINISHED = "FINISHED"
+    KILLED = "KILLED"
+    FAILED = "FAILED"
+
+
+_WANDB = {Ended.FINISHED: 0, Ended.KILLED: 255, Ended.FAILED: 1}
+"""Exit codes from which Weights & Biases determines the state of a run."""
+
+
 class Tracker(Protocol):
     """Protocol of an experiment tracker."""
 
@@ -36,8 +49,8 @@ class Tracker(Protocol):
     def log(self, values: Values, step: int) -> None:
         """Record the measurements of an epoch. `step` is its number among all epochs of the run, from 1."""
 
-    def close(self) -> None:
-        """Write what is not written yet."""
+    def close(self, ended: Ended) -> None:
+        """Write what is not written yet, and how the run ended."""
 
 
 class CSVTracker:
@@ -86,7 +99,7 @@ class CSVTracker:
             file.write(text.getvalue())
         self._n_rows = step
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Do nothing, because each row is written at once."""
 
 
@@ -110,7 +123,7 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
@@ -144,10 +157,10 @@ class MLflowTracker:
         metrics = [metric(name, value, now_ms, step) for name, value in _scalars(values).items()]
         self._client.log_batch(self._run, metrics=metrics)  # one request
 
-    def close(self) -> None:
-        """Mark the run as finished."""
+    def close(self, ended: Ended) -> None:
+        """Set the status of the run."""
         if self._run is not None and self._client is not None:
-            self._client.set_terminated(self._run)
+            self._client.set_terminated(self._run, ended.value)
 
 
 class WandBTracker:
@@ -177,10 +190,10 @@ class WandBTracker:
         """Log all measurements."""
         self._run.log(dict(_scalars(values)), step=step)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Send what was not sent yet."""
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=_WANDB[ended])
 
 
 def open_tracker(

@@ -2,12 +2,14 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-from holdfast.io.trackers import Tracker, open_tracker
+from holdfast.core.errors import Interrupted
+from holdfast.io.trackers import Ended, Tracker, open_tracker
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.store.files import CHECKPOINTS, usable, write_atomically
@@ -86,10 +88,19 @@ class EpochLog:
             error.add_note(f"on_epoch raised this after epoch {record.epoch} of {recipe}; {self.again}")
             raise
 
-    def close(self) -> None:
-        """Close all trackers."""
-        for name in list(self.trackers):
-            self._attempted(name, self.trackers[name].close)
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Context manager that closes all trackers at the end of a run, and passes to them how it ended."""
+        ended = Ended.FAILED
+        try:
+            yield
+            ended = Ended.FINISHED
+        except (KeyboardInterrupt, Interrupted):
+            ended = Ended.KILLED
+            raise
+        finally:
+            for name in list(self.trackers):
+                self._attempted(name, partial(self.trackers[name].close, ended))
 
     def _track(self, record: EpochRecord, *, is_new: bool) -> None:
         self._n_logged += 1
