@@ -37,7 +37,7 @@ from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
 from holdfast.api.rotate_requests import _loop_settings
 from holdfast.api.rotation_opening import _candidate as rotation_recipe
 from holdfast.api.serving import _shape, server_setup
-from holdfast.api.verb_settings import Assess, Certify, RotateSettings, Serve, check_settings
+from holdfast.api.verb_settings import Assess, Certify, Harden, RotateSettings, Serve, check_settings
 from holdfast.attacks import PGD
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
@@ -46,7 +46,7 @@ from holdfast.certifiers.smoothing.smoothing import Smoothing
 from holdfast.certifiers.vnnlib.deciding import _fitting
 from holdfast.certifiers.vnnlib.reading import read_query
 from holdfast.cli.app import _COMMANDS, verbs
-from holdfast.cli.assess import _refuse_hosts_of_config, refuse_code_of_config
+from holdfast.cli.assess import _refuse_hosts_of_config, refuse_code_of_config, refuse_logs_of_config
 from holdfast.cli.vnn import _needed, vnn
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -516,6 +516,19 @@ def code_of_config(surrogates=()):
     """A configuration whose surrogate is code."""
     settings = check_settings({"surrogates": [{"model": "net.py:make"}]}, "", kind=Assess)
     refuse_code_of_config(settings, {"config": "holdfast.yaml", "surrogates": surrogates})
+
+
+def functions_of_config(recipe=()):
+    """A configuration with a function in the recipe, and the settings of the recipe on the command line."""
+    content = {"recipe": {"use": "pgd", "training": {"optimizer": "optim.py:make"}}}
+    typed = dict(recipe).get("training", {})
+    sets = tuple(f"recipe.training.{key}={value}" for key, value in typed.items())
+    refuse_code_of_config(check_settings(content, "", kind=Harden), {"config": "holdfast.yaml", "sets": sets})
+
+
+def log_of_config(log=()):
+    settings = check_settings({"log": ["csv:a.csv", "mlflow:https://h/"]}, "", kind=Harden)
+    refuse_logs_of_config(settings, {"config": "holdfast.yaml", "log": log})
 
 
 def denoised(recipe):
@@ -1482,6 +1495,8 @@ situation("no GPU for workers", clustered, Ray={"gpus_per_worker": 0.0}, on="ray
 
 # the command line
 situation("code of a configuration", code_of_config, only=["surrogates"])
+situation("functions of a configuration", functions_of_config, only=["recipe.training.optimizer"])
+situation("a server for the log in a configuration", log_of_config)
 for key, text in (("allow_hosts", "model.example"), ("headers", "X-A: env:TOKEN")):
     situation(
         f"{key} of a configuration",

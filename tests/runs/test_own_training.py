@@ -1,8 +1,11 @@
 """Trainings with an optimiser, a scheduler, an augmentation, class weights and logs of the user."""
 
+import contextlib
 import csv
 import random
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +14,12 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 import holdfast
 from holdfast import recipes
 from holdfast.api.recipe_building import build_recipe, settings_of
+from holdfast.api.verb_settings import Harden, check_settings
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.trackers import CSVTracker
+from holdfast.io.trackers import CSVTracker, MLflowTracker
 from holdfast.recipes import (
     ATTA,
     CURE,
@@ -43,9 +47,11 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.recipes.training.fit import Saving, Training
+from holdfast.runs.engine.signals import Stopped
 from holdfast.runs.harden.epoch_log import EpochLog
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.stored.run_manifest import harden_manifest
+from holdfast.settings.grammar import is_remote_log
 from runs import fakes
 from runs.test_hardening import THREAT, trainable, training, wish
 
@@ -342,6 +348,55 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(tmp_path
     ]
 
 
+@pytest.mark.parametrize(
+    ("raised", "status"), [(None, "FINISHED"), (Stopped(15), "KILLED"), (ValueError(), "FAILED")]
+)
+def test_the_status_of_a_run_in_mlflow_is_how_it_ended(raised, status):
+    client = SimpleNamespace(ended=[], set_terminated=lambda *values: client.ended.append(values))
+    tracker = object.__new__(MLflowTracker)  # the package may be missing
+    tracker._run, tracker._client = "id", client
+    with contextlib.suppress(Stopped, ValueError), EpochLog(trackers={"mlflow:m": tracker}).closing():
+        if raised is not None:
+            raise raised
+    assert client.ended == [("id", status)]
+
+
+@pytest.mark.parametrize(
+    ("target", "is_remote"),
+    [
+        ("csv:a", False),
+        ("tensorboard:a/b", False),
+        ("tensorboard:gs://a", True),
+        ("wandb:a", True),
+        ("mlflow:a/b", False),
+        ("mlflow:file:///a", False),
+        ("mlflow:file://host/a", True),
+        ("mlflow:sqlite:///a.db", False),
+        ("mlflow:http://127.0.0.1:5000", True),
+        ("mlflow:postgresql://a@b/c", True),
+        ("mlflow:databricks", True),
+    ],
+)
+def test_logs_that_are_sent_over_the_network(target, is_remote):
+    assert is_remote_log(target) == is_remote
+
+
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [
+        ("mlflow:http://user:secretpw@host/", "mlflow:http://host/ and set MLFLOW_TRACKING_USERNAME and"),
+        ("mlflow:https://a:secretpw/x@y@host/", "mlflow:https://host/ and set MLFLOW_TRACKING_USERNAME and"),
+        ("mlflow:postgresql://a:secretpw@host/db", "mlflow:postgresql://USER@host/db and give it in the env"),
+    ],
+)
+def test_an_address_of_a_log_with_a_password_is_refused_without_printing_it(target, remedy):
+    with pytest.raises(UsageError, match=re.escape(remedy)) as raised:
+        check_settings({"log": [target]}, "", kind=Harden)
+    assert "secretpw" not in str(raised.value)
+    with pytest.raises(UsageError, match="log contains csv:a.csv and csv:./a.csv, which are the same file"):
+        check_settings({"log": ["csv:a.csv", "csv:./a.csv"]}, "", kind=Harden)
+
+
 def test_an_exception_of_on_epoch_stops_the_run_which_resumes_after_the_epoch(tmp_path):
     seen = []
 
@@ -362,18 +417,29 @@ def test_an_exception_of_on_epoch_stops_the_run_which_resumes_after_the_epoch(tm
 
 
 def test_a_csv_log_is_continued_by_its_run_only_and_a_torn_row_is_written_again(tmp_path):
-    path = tmp_path / "curve.csv"
-    for step in (1, 2):
-        CSVTracker(path, resume=True).log({"epoch": step, "certified": None}, step)
-    whole = path.read_text()
-    assert whole == "epoch,certified\n1,\n2,\n"
-    path.write_text(whole[:-2])
-    tracker = CSVTracker(path, resume=True)
-    for step in (1, 2):
-        tracker.log({"epoch": step, "certified": None}, step)
-    assert path.read_text() == whole
+    path, columns, whole = tmp_path / "curve.csv", ("epoch", "certified"), "epoch,certified\n1,\n2,\n"
+    for left in ("", "epo", whole[:-2], whole[:-3], whole):  # what a kill leaves
+        path.write_text(left)
+        tracker = CSVTracker(path, columns, resume=True)
+        assert path.read_text() == left  # unchanged until the run starts
+        tracker.start()
+        for step in (1, 2):
+            tracker.log({"epoch": step, "certified": None}, step)
+        assert path.read_text() == whole
     with pytest.raises(UsageError, match="has rows of another run"):
-        CSVTracker(path, resume=False)
+        CSVTracker(path, columns, resume=False)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_that_is_not_a_log_is_refused_and_unchanged(tmp_path, resume):
+    path = tmp_path / "sales.csv"
+    for content in ("year,sum\n2024,7\n2025,8", "notes", "\nepoch", "epoch,certified,sum\n"):
+        path.write_text(content)
+        with pytest.raises(
+            UsageError, match="not a log of a training, whose first line is epoch,cert.*sales-2.csv"
+        ):
+            CSVTracker(path, ("epoch", "certified"), resume=resume)
+        assert path.read_text() == content
 
 
 def test_only_parameters_that_match_are_trained(tmp_path):
@@ -394,15 +460,19 @@ def test_a_changed_function_in_a_file_is_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "import torch\ndef make(parameters):\n    return torch.optim.SGD(parameters, lr={})\n"
     spec = {"use": "standard", "training": {"epochs": 1, "optimizer": "optim.py:make"}}
-    digests = []
-    for lr in (0.1, 0.2):
+    digests, configs = [], []
+    addresses = ("optim.py:make", f"{tmp_path}/optim.py:make", "optim.py:make")
+    for lr, address in zip((0.1, 0.1, 0.2), addresses, strict=True):
         (tmp_path / "optim.py").write_text(code.format(lr))
+        spec["training"]["optimizer"] = address
         recipe = build_recipe(spec)
         assert settings_of(recipe)["training"]["optimizer"] == "optim.py:make"
         request = replace(wish(recipe), name="standard")
         manifest = harden_manifest(trainable(), [], fakes.data(), request, {}, "")
+        configs.append(manifest["config"])
         digests.append(manifest["config"]["functions"])
-    assert digests[0] != digests[1]
+    assert configs[0] == configs[1]  # the same file at another path
+    assert digests[0] != digests[2]
     with pytest.raises(UsageError, match="has no function 'mak' .did you mean 'make'"):
         build_recipe({"use": "standard", "training": {"optimizer": "optim.py:mak"}})
     with pytest.raises(UsageError, match="recipe.training.lr is 0.1, and the optimiser is a function"):

@@ -21,7 +21,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.engine.resuming import repeatable
+from holdfast.runs.engine.resuming import repeatable, way_out
 from holdfast.runs.harness import Member
 from holdfast.runs.store.verify import verify
 from holdfast.runs.stored import recomputing
@@ -286,6 +286,8 @@ def test_the_way_to_go_on_is_the_command_that_was_given(tmp_path):
 def test_where_a_run_lies_is_no_part_of_the_command():
     assert repeatable("holdfast assess m d --run r --resume -n 5") == "holdfast assess m d -n 5"
     assert repeatable("holdfast assess m d --run=r") == "holdfast assess m d"
+    assert repeatable("holdfast harden m d --log csv:a -n 5 --log=csv:b") == "holdfast harden m d -n 5"
+    assert "--log csv:a --run r --resume" in way_out("holdfast harden m d --log csv:a", Path("r"))
 
 
 def signalled_in_a_write(*numbers):

@@ -121,7 +121,7 @@ def hardened(
         subject, training, judged, excluded, notes = settings.open()
         request = harden_request(settings, subject, training, excluded, baseline, command)
         request = replace(request, notes=notes)
-        try:
+        with log.closing():
             return harden(
                 subject,
                 training,
@@ -133,8 +133,6 @@ def hardened(
                 notify=notify,
                 **reporting,
             )
-        finally:
-            log.close()
 
 
 def _with_denoiser(

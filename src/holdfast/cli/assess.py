@@ -1,6 +1,6 @@
 """The command `holdfast assess MODEL DATA`, which measures how robust a model is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -59,6 +59,8 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
     refuse_code_of_config(settings, flags)
     if config:
         _refuse_hosts_of_config(part(settings, InferenceSource), flags)
+        if isinstance(settings, Harden):
+            refuse_logs_of_config(settings, flags)
     _refuse_targets(settings, config)
     if isinstance(settings, Assess | Certify | Harden):
         settings.refuse_unusable_cluster(settings.workers, settings.model)
@@ -167,6 +169,40 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
                         Remedy("surrogates", all_surrogates, "--surrogate", repeated=True),
                         TRUST_CODE,
                     )
+    if isinstance(settings, Harden):
+        _refuse_functions_of_config(settings, flags.get("sets", ()))
+
+
+def _refuse_functions_of_config(settings: Harden, sets: Iterable[str]) -> None:
+    """Raise `UsageError` for the address of a function in the recipe, such as an optimiser, that no `--set` names."""
+    from holdfast.settings.grammar import parse_pairs
+    from holdfast.settings.yaml_text import parse_yaml
+
+    typed = {
+        address
+        for key, text in parse_pairs(sets, "--set").items()
+        for _, address in _code_in(parse_yaml(text, f"--set {key}"), key)
+    }
+    for path, address in _code_in(settings.recipe, "recipe"):
+        if address not in typed:
+            raise UsageError(
+                f"the configuration refers to code ({path}: {address}). Code from a configuration is not run. Repeat "
+                "the address on the command line",
+                Remedy(path, address),
+                TRUST_CODE,
+            )
+
+
+def _code_in(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the dotted path and the text of each address of code in nested settings."""
+    if isinstance(value, str) and ".py:" in value:
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, part_of_value in value.items():
+            yield from _code_in(part_of_value, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, part_of_value in enumerate(value):
+            yield from _code_in(part_of_value, f"{path}.{place}")
 
 
 def _spelled(surrogate: SurrogateSettings) -> str:
@@ -198,6 +234,23 @@ def _refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -
                 f"the configuration sends the header {header}. A configuration alone cannot send the value of an "
                 "environment variable. Repeat it on the command line",
                 Remedy("headers", (header,), "--header", repeated=True),
+            )
+
+
+def refuse_logs_of_config(settings: Harden, flags: dict[str, Any]) -> None:
+    """Raise `UsageError` for a log in the configuration that is sent over the network, if it is not also given on the
+    command line.
+    """
+    from holdfast.settings.grammar import is_remote_log, parse_pairs
+
+    if flags.get("log") or "log" in parse_pairs(flags.get("sets", ()), "--set"):
+        return
+    for target in settings.log:
+        if is_remote_log(target):
+            raise UsageError(
+                f"the configuration logs to {target}. A configuration alone cannot allow network access. Repeat it on "
+                "the command line",
+                Remedy("log", tuple(settings.log), repeated=True),
             )
 
 

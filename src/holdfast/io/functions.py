@@ -20,7 +20,7 @@ class FileFunction:
     """A function from a Python file, which is imported once."""
 
     address: str
-    """path of the file and name of the function, as in `optim.py:make`"""
+    """name of the file, without its folder, and of the function, as in `optim.py:make`"""
     digest: str
     """SHA-256 of the file, in hex"""
     function: Callable[..., Any]
@@ -46,7 +46,7 @@ def function_from_file(address: str) -> FileFunction:
     function = vars(module)[name]
     if not callable(function):
         raise UsageError(f"{name} in {str(path)!r} is {kind_of(function)}; a function was expected")
-    return FileFunction(address, hashlib.sha256(content).hexdigest(), function)
+    return FileFunction(f"{path.name}:{name}", hashlib.sha256(content).hexdigest(), function)
 
 
 def function_name(function: Callable[..., Any]) -> str:

@@ -8,7 +8,8 @@ import importlib
 import io
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,18 @@ _MLFLOW = {
 """Environment variables of MLflow, if they are not set already."""
 
 
+class Ended(Enum):
+    """How a run ended: by itself, by an interrupt or by an error. The values are names in MLflow."""
+
+    FINISHED = "FINISHED"
+    KILLED = "KILLED"
+    FAILED = "FAILED"
+
+
+_WANDB = {Ended.FINISHED: 0, Ended.KILLED: 255, Ended.FAILED: 1}
+"""Exit codes from which Weights & Biases determines the state of a run."""
+
+
 class Tracker(Protocol):
     """Protocol of an experiment tracker."""
 
@@ -36,29 +49,42 @@ class Tracker(Protocol):
     def log(self, values: Values, step: int) -> None:
         """Record the measurements of an epoch. `step` is its number among all epochs of the run, from 1."""
 
-    def close(self) -> None:
-        """Write what is not written yet."""
+    def close(self, ended: Ended) -> None:
+        """Write what is not written yet, and how the run ended."""
 
 
 class CSVTracker:
     """A CSV file with one row for each epoch. An epoch that has a row already is not written again."""
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        """Open the file, in which a resumed run continues. Raises `UsageError` if it has rows of another run."""
-        self._path = path
-        content = path.read_text(encoding="utf-8") if path.exists() else ""
+    def __init__(self, path: Path, columns: Sequence[str], *, resume: bool) -> None:
+        """Read the file, in which a resumed run continues, without changing it. Raises `UsageError` if it has rows of
+        another run, or is not a log with these columns.
+        """
+        self._path, self._header, self._n_rows = path, ",".join(columns), 0
+        content = self._content()
+        other = f"csv:{path.with_stem(path.stem + '-2')}"
+        first, end, _ = content.partition("\n")
+        if first != self._header and (end or not self._header.startswith(first)):
+            raise UsageError(
+                f"the log {str(path)!r} exists and is not a log of a training, whose first line is {self._header}; "
+                f"give another file, as in {other}"
+            )
         if content and not resume:
             raise UsageError(
                 f"the log {str(path)!r} exists and has rows of another run; delete it, or give another file as in "
-                f"csv:{path.with_stem(path.stem + '-2')}"
+                f"{other}"
             )
-        complete = content[: content.rfind("\n") + 1]  # a kill may leave the beginning of a row
-        if complete != content:
-            path.write_text(complete, encoding="utf-8")
-        self._n_rows = max(complete.count("\n") - 1, 0)
 
     def start(self) -> None:
-        """Do nothing, because the file is open."""
+        """Remove an incomplete last row, which a kill may leave, and count the others."""
+        content = self._content()
+        complete = content[: content.rfind("\n") + 1]
+        if complete != content:
+            self._path.write_text(complete, encoding="utf-8")
+        self._n_rows = max(complete.count("\n") - 1, 0)
+
+    def _content(self) -> str:
+        return self._path.read_text(encoding="utf-8") if self._path.exists() else ""
 
     def log(self, values: Values, step: int) -> None:
         """Append a row with the measurements of an epoch."""
@@ -67,13 +93,13 @@ class CSVTracker:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         if not self._path.exists() or not self._path.stat().st_size:
-            writer.writerow(values)
+            text.write(f"{self._header}\n")
         writer.writerow(["" if value is None else value for value in values.values()])
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text.getvalue())
         self._n_rows = step
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Do nothing, because each row is written at once."""
 
 
@@ -97,7 +123,7 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
@@ -131,10 +157,10 @@ class MLflowTracker:
         metrics = [metric(name, value, now_ms, step) for name, value in _scalars(values).items()]
         self._client.log_batch(self._run, metrics=metrics)  # one request
 
-    def close(self) -> None:
-        """Mark the run as finished."""
+    def close(self, ended: Ended) -> None:
+        """Set the status of the run."""
         if self._run is not None and self._client is not None:
-            self._client.set_terminated(self._run)
+            self._client.set_terminated(self._run, ended.value)
 
 
 class WandBTracker:
@@ -164,20 +190,26 @@ class WandBTracker:
         """Log all measurements."""
         self._run.log(dict(_scalars(values)), step=step)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Send what was not sent yet."""
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=_WANDB[ended])
 
 
 def open_tracker(
-    kind: str, place: str, known: str | None, keep: Callable[[str], None], *, resume: bool
+    kind: str,
+    place: str,
+    known: str | None,
+    keep: Callable[[str], None],
+    *,
+    columns: Sequence[str],
+    resume: bool,
 ) -> Tracker:
     """Return an experiment tracker of a kind at a place, such as `csv` and a file.
 
-    `known` is the id of the tracker's run if this run is resumed, and `keep` stores the id of a new one. Raises
-    `UsageError` if a package is missing or a CSV file belongs to another run, and `TargetError` if the file cannot be
-    written.
+    `known` is the id of the tracker's run if this run is resumed, and `keep` stores the id of a new one. `columns` are
+    the names of all measurements. Raises `UsageError` if a package is missing or a CSV file has other content, and
+    `TargetError` if the file cannot be written.
     """
     if kind == "tensorboard":
         return TensorBoardTracker(place)
@@ -187,7 +219,7 @@ def open_tracker(
         return WandBTracker(place, known, keep)
     try:
         Path(place).parent.mkdir(parents=True, exist_ok=True)
-        return CSVTracker(Path(place), resume=resume)
+        return CSVTracker(Path(place), columns, resume=resume)
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(f"the log {place!r} cannot be written: {error}; give another file") from error
 

@@ -148,15 +148,49 @@ def per_second(text: str, what: str = "http_rate") -> float:
     return float(matched[1]) / _UNITS[matched[2]]
 
 
+_REMOTE_STORES = ("databricks", "databricks-uc", "uc")
+"""Addresses of MLflow without a scheme that are servers."""
+
+
 def parse_log(text: str) -> tuple[LogKind, str]:
     """Return the kind and the place of a log of a training, such as the file in `csv:curve.csv`."""
     kind, _, place = text.partition(":")
     for known in get_args(LogKind):
         if kind == known and place:
+            _refuse_password(kind, place)
             return known, place
     raise UsageError(
         f"log is {text!r}; expected csv:FILE, tensorboard:DIR, mlflow:URI or wandb:PROJECT, as in csv:curve.csv"
     )
+
+
+def _refuse_password(kind: str, place: str) -> None:
+    """Raise `UsageError` for the address of a log with a password, or a user name of a web server, because the address
+    is stored with the run.
+    """
+    scheme, separator, rest = place.partition("://")
+    user, at, host = rest.rpartition("@")
+    of_server = scheme.lower() in ("http", "https")
+    if not separator or not at or not (of_server or ":" in user):
+        return
+    if kind == "mlflow" and of_server:
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+    else:
+        remedy = "give it in the environment, as in PGPASSWORD for PostgreSQL"
+    raise UsageError(
+        f"the address of the log {kind}:{scheme}://…@{host} contains a user name or a password, and would be stored "
+        f"with the run; give {kind}:{scheme}://{host if of_server else f'USER@{host}'} and {remedy}"
+    )
+
+
+def is_remote_log(text: str) -> bool:
+    """Return whether a log of a training is sent over the network, and not written to a file of this machine."""
+    kind, place = parse_log(text)
+    if kind == "mlflow":
+        scheme, separator, rest = place.partition(":")
+        local = scheme in ("file", "sqlite") and (not rest.startswith("//") or rest.startswith("///"))
+        return not local and (bool(separator) or place in _REMOTE_STORES)
+    return kind == "wandb" or (kind == "tensorboard" and "://" in place)
 
 
 def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:

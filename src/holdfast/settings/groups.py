@@ -454,7 +454,7 @@ class HardenOptions(SettingGroup):
         default_factory=list,
         description="Train only parameters whose name matches, as in 'fc.*' or 'layer4.*'.",
     )
-    log: Annotated[list[values.LogTarget], Flag("KIND:PLACE", identifies=False)] = Field(
+    log: Annotated[values.LogTargets, Flag("KIND:PLACE", identifies=False)] = Field(
         default_factory=list,
         description="Log the measurements of each epoch, as in csv:FILE, tensorboard:DIR, mlflow:URI or wandb:PROJECT.",
     )

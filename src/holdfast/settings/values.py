@@ -11,6 +11,7 @@ from typing import Annotated, Any, SupportsIndex, cast
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -316,6 +317,16 @@ def _duration(argument: str, function: str = "") -> BeforeValidator:
     return _read_by(parse)
 
 
+def _different_files(logs: list[str]) -> list[str]:
+    """Refuse logs that are written to the same CSV file."""
+    files: dict[Path, str] = {}
+    for log in logs:
+        kind, place = parse_log(log)
+        if kind == "csv" and (other := files.setdefault(Path(place).resolve(), log)) is not log:
+            raise UsageError(f"log contains {other} and {log}, which are the same file; give one of them")
+    return logs
+
+
 def _gates(value: object) -> object:
     """Refuse a gate that is not in a list, or that is not valid."""
     if isinstance(value, str):
@@ -442,7 +453,7 @@ Amount = Annotated[float, Ge(0), Le(1024)]
 Deviation = Annotated[float, Gt(0), Le(1e6)]
 Probability = Annotated[float, Gt(0), Lt(1)]
 Rate = Annotated[str, _read_by(per_second)]
-LogTarget = Annotated[str, _read_by(parse_log)]
+LogTargets = Annotated[list[Annotated[str, _read_by(parse_log)]], AfterValidator(_different_files)]
 Every = Annotated[str, _read_by(parse_every)]
 Header = Annotated[str, _read_by(header_variable)]
 Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]

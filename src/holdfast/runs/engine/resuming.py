@@ -22,7 +22,7 @@ def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
     again = f"run={str(run)!r}, resume=True{more}"
     if command:
         limit = [] if max_queries is None else ["--max-queries", str(max_queries)]
-        command = repeatable(command if max_queries is None else without(command, "--max-queries"))
+        command = _in_other_folder(command if max_queries is None else without(command, "--max-queries"))
         again = f"{command} {shlex.join([*limit, '--run', str(run), '--resume'])}"
     return f"finished steps are stored; resume with: {again}"
 
@@ -71,9 +71,14 @@ def temporary_run_folder() -> Iterator[Path]:
 
 
 def repeatable(command: str) -> str:
-    """Return the command line of a run without the options `--run DIR` and `--resume`, which do not
-    change its results.
+    """Return the command line of a run without the options `--run DIR`, `--resume` and `--log`, which do not change
+    its results: a folder or a file has the results of one run.
     """
+    return without(_in_other_folder(command), "--log")
+
+
+def _in_other_folder(command: str) -> str:
+    """Return the command line of a run without the options `--run DIR` and `--resume`."""
     arguments = _arguments(without(command, "--run"))
     return shlex.join(argument for argument in arguments if argument != "--resume")
 

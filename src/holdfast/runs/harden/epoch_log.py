@@ -2,12 +2,14 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-from holdfast.io.trackers import Tracker, open_tracker
+from holdfast.core.errors import Interrupted
+from holdfast.io.trackers import Ended, Tracker, open_tracker
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.store.files import CHECKPOINTS, usable, write_atomically
@@ -86,10 +88,19 @@ class EpochLog:
             error.add_note(f"on_epoch raised this after epoch {record.epoch} of {recipe}; {self.again}")
             raise
 
-    def close(self) -> None:
-        """Close all trackers."""
-        for name in list(self.trackers):
-            self._attempted(name, self.trackers[name].close)
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Context manager that closes all trackers at the end of a run, and passes to them how it ended."""
+        ended = Ended.FAILED
+        try:
+            yield
+            ended = Ended.FINISHED
+        except (KeyboardInterrupt, Interrupted):
+            ended = Ended.KILLED
+            raise
+        finally:
+            for name in list(self.trackers):
+                self._attempted(name, partial(self.trackers[name].close, ended))
 
     def _track(self, record: EpochRecord, *, is_new: bool) -> None:
         self._n_logged += 1
@@ -130,6 +141,8 @@ def opened_trackers(
     path = None if folder is None else folder / CHECKPOINTS / _IDS
     ids = json.loads(path.read_text()) if resume and path is not None and path.is_file() else {}
 
+    columns = [each.name for each in fields(EpochRecord)]
+
     def keep(target: str, number: str) -> None:
         ids[target] = number
         if path is not None:
@@ -138,6 +151,8 @@ def opened_trackers(
                 write_atomically(path, document(ids))
 
     return {
-        target: open_tracker(kind, place, ids.get(target), partial(keep, target), resume=resume)
+        target: open_tracker(
+            kind, place, ids.get(target), partial(keep, target), columns=columns, resume=resume
+        )
         for target, (kind, place) in targets.items()
     }
