@@ -12,6 +12,7 @@ from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
 from holdfast.recipes import PGDTraining
+from holdfast.reports.markdown import markdown_document
 from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
 from holdfast.runs.harden.advice import advice
 from holdfast.runs.harden.checkpoints import Point
@@ -115,6 +116,9 @@ def test_a_collapse_in_the_first_epoch_ends_the_training_and_the_card_states_tha
     assert [point.epoch for point in found.curve] == [1, 2]
     assert found.card["ended_by"] == "collapse"
     assert "the new model is such a constant prediction too" in found.notes[-1]
+    message = found.after.summary()["training"]["message"]  # the verdict comes first if no gate was set
+    assert str(found.after).startswith(f"– {message}")
+    assert markdown_document(found.after.summary()).startswith(f"## – {found.verdict.capitalize()}: ")
 
 
 @dataclass(frozen=True)
