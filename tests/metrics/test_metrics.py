@@ -379,3 +379,5 @@ def test_the_robust_generalisation_gap_is_a_difference_of_errors_and_has_a_sente
     assert "on held-out examples is 30.0 percentage points higher (+18." in note and "above 0" in note
     lower = generalisation_note(generalisation(100, 0.9, n_training=100, robust_in_training=0.6))
     assert "is 30.0 percentage points lower (+18." in lower and "above 0" not in lower
+    equal = generalisation_note(generalisation(100, 0.6, n_training=100, robust_in_training=0.6))
+    assert "is equal to that on 100 training examples (difference −1" in equal

@@ -172,7 +172,7 @@ def test_a_card_shows_hostile_names_and_its_lines_do_not_depend_on_them(text):
             "ended_by": "budget",
             "chosen": {"epoch": 1, "part": 1.0},
             "epochs": 2,
-            "held_out": {"n": 9, "before": held, "after": held},
+            "held_out": {"n": 9, "standard_error": 0.1, "before": held, "after": held},
             "generalisation": {"n_training": 9, "robust_in_training": 0.5, "robust_error_gap": share},
             "notes": [word],
             "cost": {"wall_s": 1.0, "cpu_s": 1.0, "forwards": 0, "planning_s": 0},

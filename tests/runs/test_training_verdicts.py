@@ -12,6 +12,7 @@ from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
 from holdfast.recipes import PGDTraining
+from holdfast.reports.markdown import markdown_document
 from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
 from holdfast.runs.harden.advice import advice
 from holdfast.runs.harden.checkpoints import Point
@@ -49,9 +50,33 @@ def test_a_network_collapsed_if_it_is_constant_and_an_earlier_epoch_was_clearly_
     assert collapsed(curve(*shares)) == expected
 
 
+@pytest.mark.parametrize(
+    ("shares", "start", "expected"),
+    [
+        ([(0.1, 1.0)], 0.9, False),
+        ([(0.1, 1.0), (0.1, 1.0)], 0.9, True),
+        ([(0.3, 0.6), (0.1, 1.0)], 0.9, False),
+        ([(0.1, 1.0), (0.1, 1.0)], 0.15, False),
+    ],
+    ids=["warm-up", "collapsed", "first constant epoch", "given model at chance"],
+)
+def test_a_network_worse_than_the_given_one_collapsed_if_it_is_constant_for_two_epochs(
+    shares, start, expected
+):
+    assert collapsed(curve(*shares), start) == expected
+
+
+@pytest.mark.parametrize(("clean", "largest", "expected"), [(0.994, 0.992, False), (0.99, 1.0, True)])
+def test_a_network_that_recognises_a_rare_class_is_not_constant(clean, largest, expected):
+    earlier, last = curve((0.996, 0.988), (clean, largest))
+    assert collapsed((earlier, replace(last, class_share=0.99))) == expected
+
+
 @dataclass(frozen=True)
 class Collapsing(PGDTraining):
-    """Adversarial training whose network predicts one class from its second epoch on."""
+    """Adversarial training whose network predicts one class from an epoch on."""
+
+    since: int = 2
 
     def __call__(self, model, data, threat, *, rng, after=None):
         for checkpoint in super().__call__(model, data, threat, rng=rng, after=after):
@@ -60,7 +85,7 @@ class Collapsing(PGDTraining):
                 key: bias.clone() if value.shape == bias.shape else value
                 for key, value in checkpoint.tensors.items()
             }
-            yield checkpoint if checkpoint.epoch == 1 else replace(checkpoint, tensors=constant)
+            yield checkpoint if checkpoint.epoch < self.since else replace(checkpoint, tensors=constant)
 
 
 def test_a_collapse_ends_the_training_and_the_checkpoint_before_it_is_returned(tmp_path):
@@ -83,6 +108,17 @@ def test_a_collapse_ends_the_training_and_the_checkpoint_before_it_is_returned(t
     again = harden(trainable(0), training(), fakes.data(), asked, run=tmp_path / "r", resume=True)
     assert again.weights == whole.weights
     assert (tmp_path / "r" / "chain.jsonl").read_bytes() == (tmp_path / "whole" / "chain.jsonl").read_bytes()
+
+
+def test_a_collapse_in_the_first_epoch_ends_the_training_and_the_card_states_that_the_model_is_constant():
+    recipe = Collapsing(steps=1, training=replace(HOW, epochs=9), since=1)
+    found = harden(trainable(0), training(), fakes.data(), wish(recipe))
+    assert [point.epoch for point in found.curve] == [1, 2]
+    assert found.card["ended_by"] == "collapse"
+    assert "the new model is such a constant prediction too" in found.notes[-1]
+    message = found.after.summary()["training"]["message"]  # the verdict comes first if no gate was set
+    assert str(found.after).startswith(f"– {message}")
+    assert markdown_document(found.after.summary()).startswith(f"## – {found.verdict.capitalize()}: ")
 
 
 @dataclass(frozen=True)

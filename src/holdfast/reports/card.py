@@ -95,6 +95,11 @@ def generalisation_note(generalisation: Mapping[str, Any]) -> str:
     gap = generalisation["robust_error_gap"]
     value, low, high = number(gap["value"]), number(gap["low"]), number(gap["high"])
     direction, meaning = "higher", "an interval above 0 shows that the model overfits"
+    if round(100 * value, 1) == 0:
+        return (
+            f"the robust error on held-out examples is equal to that on {generalisation['n_training']:,} training "
+            f"examples (difference {signed(low)} to {signed(high)} percentage points); {meaning}"
+        )
     if value < 0:
         value, low, high = -value, -high, -low
         direction, meaning = "lower", "this does not show that the model overfits"

@@ -32,11 +32,12 @@ Therefore the text of a chart has the same size on all screens.
 def page(summary: Mapping[str, Any]) -> str:
     """Return the HTML report of one run, created from its summary."""
     threat = summary["threat"]
+    sign, verdict_text = words.verdict_of(summary)
     return render(
         "report.html.j2",
         s=summary,
-        verdict_sign=words.VERDICTS[summary["verdict"]][0],
-        verdict_word=words.VERDICTS[summary["verdict"]][1],
+        verdict_sign=sign,
+        verdict_word=verdict_text,
         title=words.capitalized(words.title(summary)),
         training=summary.get("training"),
         main=words.main_metric(summary),
@@ -83,7 +84,7 @@ def fragment(summary: Mapping[str, Any], later_gates: Sequence[Mapping[str, Any]
 
     `later_gates` contains gates that were judged after the run.
     """
-    sign, verdict_text = words.VERDICTS[summary["verdict"]]
+    sign, verdict_text = words.verdict_of(summary)
     distance = attacks.by_distance(summary)
     headings = attacks.SMALLEST if distance else attacks.STANDING
     rows = [attacks.row(attack, distance=distance) for attack in summary["attacks"]]
@@ -103,7 +104,7 @@ def fragment(summary: Mapping[str, Any], later_gates: Sequence[Mapping[str, Any]
         examples=summary["examples"][:MOST_EXAMPLES],
         s=summary,
         sign=sign,
-        word=verdict_text,
+        word="" if words.only_trained(summary) else verdict_text,
         proof=certification.certification_table(summary),
         proof_lines=certification.certification_lines(summary),
         title=attacks.title(summary),

@@ -19,6 +19,7 @@ from holdfast.reports.words import (
     sentences,
     shown,
     shown_metrics,
+    verdict_of,
 )
 
 # `@` and `#` are included, because they would mention users and issues on GitHub
@@ -27,7 +28,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 def markdown_document(summary: Mapping[str, Any]) -> str:
     """Return the report of a run as GitHub-flavoured Markdown, in which text from users is escaped."""
-    sign, verdict = VERDICTS[summary["verdict"]]
+    sign, verdict = verdict_of(summary)
     about = f"{summary['model'].get('name', 'model')} on {summary['data'].get('name', 'data')}"
     lines = [f"## {sign} {verdict}: {escaped(about)}", "", escaped(summary["headline"]), ""]
     if summary["accepted_doubts"]:

@@ -24,10 +24,12 @@ from holdfast.reports.words import (
     condition_text,
     interval,
     label,
+    only_trained,
     query_budget,
     sentences,
     shown,
     shown_metrics,
+    verdict_of,
 )
 
 if TYPE_CHECKING:
@@ -73,9 +75,11 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
     from rich.text import Text
 
     lines = Text()
-    sign, verdict_text = VERDICTS[summary["verdict"]]
-    lines.append(f"{sign} {verdict_text}", style=_STYLES[summary["verdict"]])
-    lines.append(f"  {line(summary['headline'])}\n")
+    sign, verdict_text = verdict_of(summary)
+    # the headline of a training without a gate starts with its verdict
+    shown_verdict, space = (sign, " ") if only_trained(summary) else (f"{sign} {verdict_text}", "  ")
+    lines.append(shown_verdict, style=_STYLES[summary["verdict"]])
+    lines.append(f"{space}{line(summary['headline'])}\n")
     for gate in summary["gates"]:
         lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
         value = shown(gate["metric"], gate["estimate"]["value"])

@@ -70,6 +70,19 @@ class TextTable:
         return self.title.partition(": ")[2]
 
 
+def only_trained(summary: Mapping[str, Any]) -> bool:
+    """Return whether the only verdict on a run is that on its training, because no gate was set."""
+    return summary.get("training") is not None and summary["verdict"] == "no gate"
+
+
+def verdict_of(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the sign and the word for the verdict on a run: that of its gates, or of its training if no gate was
+    set.
+    """
+    sign, word = VERDICTS[summary["verdict"]]
+    return sign, summary["training"]["verdict"].capitalize() if only_trained(summary) else word
+
+
 def label(metric: str) -> str:
     """Return the name of a metric as a heading in reports, such as `Robust accuracy`."""
     text = metric.replace("_", " ").capitalize()

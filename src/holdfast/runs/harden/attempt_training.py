@@ -81,7 +81,8 @@ class AttemptTraining:
         state = last.checkpoint.tensors.get(STATE + RAISED)
         guard_steps = 0 if state is None else int(state)
         # if the budget left no update, no checkpoint records the end
-        end_reason = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
+        start = self.trainer.start(candidate.recipe)
+        end_reason = ended_by(last.checkpoint, curve, candidate.recipe.training, start) or "budget"
         plans = len(last.checkpoint.plans)
         return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans)
 

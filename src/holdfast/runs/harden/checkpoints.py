@@ -18,6 +18,9 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 _WITHIN = "within.safetensors"  # the last checkpoint within an epoch
 _BATCH = "batch.json"  # exists after memory ran out
 _KEY = "holdfast"
+_OTHER_CLASSES = (
+    0.02  # predictions of other classes, per example of them, up to which a network counts as constant
+)
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,18 @@ class Point:
 
     most_predicted: float = 0.0
     """share of the held-out examples for which the network predicts its most frequent class, on clean inputs"""
+    class_share: float = 0.0
+    """share of the held-out examples whose label is that class"""
 
     @property
     def epochs(self) -> float:
         """Number of epochs that were trained by the end of this epoch. It is fractional if this epoch is incomplete."""
         return self.epoch - 1 + self.part
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the network predicts one class for nearly all held-out examples, also for those of other classes."""
+        return 1 - self.most_predicted <= _OTHER_CLASSES * (1 - self.class_share)
 
     @property
     def score(self) -> tuple[float, float]:

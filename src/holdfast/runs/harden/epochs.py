@@ -25,7 +25,7 @@ from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
 from holdfast.runs.harden.epoch_log import EpochLog
-from holdfast.runs.harden.held_out import held_out_shares, proved_accuracy
+from holdfast.runs.harden.held_out import CERTIFIED, held_out_shares, proved_accuracy
 from holdfast.runs.harden.pace import Clock, smaller
 
 STAGES = ["before", "training", "after"]
@@ -68,12 +68,21 @@ class Trainer:
     log: EpochLog = field(default_factory=EpochLog)
     attempt: int = 1
     """number of the attempt, from 1"""
+    given_clean: float | None = None
+    """clean accuracy of the given model on the held-out examples"""
 
     def checkpoints(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
         """Return an iterator over the checkpoints of a training with a recipe. The training makes no update before the
         first checkpoint is requested.
         """
         return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)
+
+    def start(self, recipe: Recipe) -> float | None:
+        """Return the clean accuracy on the held-out examples with which a training starts, or None if the recipe starts
+        with other weights than the given ones.
+        """
+        is_given = not isinstance(recipe, CERTIFIED) or recipe.initialisation == "given"
+        return self.given_clean if is_given else None
 
     def course(
         self,
@@ -85,10 +94,10 @@ class Trainer:
         """Continue the training from the last saved checkpoint until it ends. Return the training curve, which has one
         point for each epoch that was evaluated.
         """
-        last = checkpoints.saved(place, LAST)
+        last, start = checkpoints.saved(place, LAST), self.start(candidate.recipe)
         curve = () if last is None else last.curve
         self.log.resumed(self.attempt, candidate.name, curve)
-        if last is not None and ended_by(last.checkpoint, curve, settings):
+        if last is not None and ended_by(last.checkpoint, curve, settings, start):
             return curve
         # Below every score, so that the first epoch is always stored as the best one.
         highest = max((point.score for point in curve), default=(-1.0, -1.0))
@@ -111,27 +120,27 @@ class Trainer:
         settings = self._saving(settings, save_within)
         for checkpoint in self.checkpoints(trained_as(candidate.recipe, settings), after):
             checkpoint.put_into(evaluated_model)
-            clean, robust, largest = held_out_shares(evaluated_model, self.held_out, self.threat)
+            shares = held_out_shares(evaluated_model, self.held_out, self.threat)
             certified = proved_accuracy(evaluated_model, self.held_out, self.threat, [candidate.recipe])
             now = time.process_time(), self.clock()
             point = Point(
-                checkpoint.epoch, **dict(checkpoint.measured), batch=settings.batch, clean=clean, robust=robust,
+                checkpoint.epoch, **dict(checkpoint.measured), batch=settings.batch, **vars(shares),
                 cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine, part=checkpoint.part,
-                share=checkpoint.share, certified=certified, most_predicted=largest,
+                share=checkpoint.share, certified=certified,
             )  # fmt: skip
             cpu, wall = now
             curve = (*curve, point)
             with run.stopper.finishing():
                 # The best checkpoint is written before the last one: after a kill in between, the epoch is repeated
                 # with the same result.
-                if point.score > highest and not collapsed(curve):
+                if point.score > highest and not collapsed(curve, start):
                     highest = point.score
                     checkpoints.save(place, BEST, checkpoint, curve)
                 checkpoints.save(place, LAST, checkpoint, curve)
                 checkpoints.delete_within(place)
             self.log.epoch(self.attempt, candidate.name, point)
             run.progress(_step(candidate, curve, checkpoint, len(self.held_out)))
-            if not distributed.broadcast(not (collapsed(curve) or _stale(curve, settings))):
+            if not distributed.broadcast(not (collapsed(curve, start) or _stale(curve, settings))):
                 break
         return curve
 
@@ -188,15 +197,16 @@ def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingP
 EndedBy = Literal["epochs", "budget", "patience", "collapse"]
 """Reason for the end of a training: all epochs done, budget spent, patience exceeded, or a network that predicts one
 class only."""
-_ONE_CLASS = 0.98  # share of the predictions above which a network counts as constant
 _BETTER = 0.75  # largest share of its errors that an earlier epoch made
 
 
-def ended_by(last: Checkpoint, curve: tuple[Point, ...], settings: Training) -> EndedBy | None:
+def ended_by(
+    last: Checkpoint, curve: tuple[Point, ...], settings: Training, start: float | None
+) -> EndedBy | None:
     """Return the reason why a training ends with the checkpoint `last`, such as an exhausted budget, or None if it
-    continues.
+    continues. `start` is the clean accuracy before the training, as for `collapsed`.
     """
-    if collapsed(curve):
+    if collapsed(curve, start):
         return "collapse"
     if _stale(curve, settings):
         return "patience"
@@ -205,16 +215,22 @@ def ended_by(last: Checkpoint, curve: tuple[Point, ...], settings: Training) -> 
     return "epochs" if last.epoch >= settings.epochs else None
 
 
-def collapsed(curve: tuple[Point, ...]) -> bool:
+def collapsed(curve: tuple[Point, ...], start: float | None = None) -> bool:
     """Return whether the network predicts one class for nearly all held-out examples after the last epoch, and was
     clearly better after an earlier one.
 
-    A network that has predicted one class since the first epoch is not collapsed: it has not learned yet, as during
-    the warm-up of recipes that start from random weights.
+    If only the given model was better, whose clean accuracy is `start`, the network is collapsed after the second such
+    epoch in a row: a warm-up may pass through a constant prediction. Without `start`, a network that has predicted one
+    class since the first epoch is not collapsed: it has not learned yet.
     """
     *earlier, last = curve
-    errors = 1 - last.clean
-    return last.most_predicted >= _ONE_CLASS and any(1 - point.clean <= _BETTER * errors for point in earlier)
+    largest = _BETTER * (1 - last.clean)
+    if not last.is_constant:
+        return False
+    if any(1 - point.clean <= largest for point in earlier):
+        return True
+    is_second = bool(earlier) and earlier[-1].is_constant
+    return is_second and start is not None and 1 - start <= largest
 
 
 def _stale(curve: tuple[Point, ...], settings: Training) -> bool:

@@ -290,6 +290,7 @@ class _Job:
             run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))
             accuracies_before = held_out_accuracies(self.model, self.evaluated, self.request.threat)
+            self.trainer = replace(self.trainer, given_clean=accuracies_before[0])
             run.record("before", _head(before))
             trained, best = self._trained_attempts(run)
             given = Before(before.evidence, goal_of(best.candidate.recipe))

@@ -341,6 +341,11 @@ def _training_notes(trained: Made) -> list[str]:
         notes.append(f"{trained.candidate.name}: {guard_text}")
     if trained.ended_by == "collapse":
         notes.append(_collapse_note(trained))
+    elif trained.chosen.is_constant:
+        notes.append(
+            f"{trained.candidate.name}: the new model predicts one class for "
+            f"{percent(trained.chosen.most_predicted)} of the held-out examples; no checkpoint was better"
+        )
     if trained.chosen.certified is not None:
         notes.append(
             f"{trained.candidate.name}: the checkpoint was chosen by the accuracy that CROWN-IBP proves on the "
@@ -351,13 +356,16 @@ def _training_notes(trained: Made) -> list[str]:
 
 def _collapse_note(trained: Made) -> str:
     """A note on the epoch in which the network collapsed to one class, and what helps."""
+    chosen = trained.chosen
     last, training = trained.curve[-1], trained.candidate.recipe.training
     lr = trained.attempt.get("lr") or training.lr
+    result = "; the new model is such a constant prediction too, because no epoch was better"
     return (
         f"{trained.candidate.name}: in epoch {last.epoch} the network collapsed to one class, which it predicts for "
         f"{percent(last.most_predicted)} of the held-out examples (clean accuracy {percent(last.clean)}, after epoch "
-        f"{trained.chosen.epoch} {percent(trained.chosen.clean)}), so the training was stopped. A smaller learning "
-        f"rate than {plain(lr)} and a longer warm-up than {plain(training.warmup)} of the training may help"
+        f"{chosen.epoch} {percent(chosen.clean)}), so the training was stopped{result if chosen.is_constant else ''}. "
+        f"A smaller learning rate than {plain(lr)} and a longer warm-up than {plain(training.warmup)} of the training "
+        "may help"
     )
 
 

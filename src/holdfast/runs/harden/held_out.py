@@ -96,13 +96,27 @@ def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel)
     """Return the clean accuracy of a model on the held-out examples, and its accuracy under the short attack that
     compares checkpoints.
     """
-    clean, robust, _ = held_out_shares(model, held_out, threat)
-    return clean, robust
+    shares = held_out_shares(model, held_out, threat)
+    return shares.clean, shares.robust
 
 
-def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> tuple[float, float, float]:
-    """Return the accuracies of `held_out_accuracies`, and the share of the held-out examples for which the model
-    predicts the class that it predicts most often.
+@dataclass(frozen=True)
+class HeldOutShares:
+    """Shares of the held-out examples."""
+
+    clean: float
+    """clean accuracy"""
+    robust: float
+    """accuracy under the short attack that compares checkpoints"""
+    most_predicted: float
+    """share for which the model predicts the class that it predicts most often"""
+    class_share: float
+    """share whose label is that class"""
+
+
+def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> HeldOutShares:
+    """Return the accuracies of `held_out_accuracies`, and the shares of the class that the model predicts most
+    often.
     """
     mode = model.training
     model.eval()
@@ -122,8 +136,9 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
         size = max(min(PIECE, _PIECE_VALUES // math.prod(held_out.example_shape)), 1)
         right, n_robust, predicted = zip(*results_in_pieces(held_out, counts, size), strict=True)
     model.train(mode)
-    most = int(torch.stack(predicted).sum(0).max())
-    return sum(right) / len(held_out), sum(n_robust) / len(held_out), most / len(held_out)
+    most, label = torch.stack(predicted).sum(0).max(0)
+    counted = sum(right), sum(n_robust), int(most), int((held_out.y == label).sum())
+    return HeldOutShares(*(count / len(held_out) for count in counted))
 
 
 def proved_accuracy(

@@ -42,6 +42,7 @@ ABOUT = "about.json"
 SPLITS = "splits.json"
 SAMENESS = ("config", "data", "model", "code")
 """Names of the digests that must be equal in all processes and attempts of a run."""
+_OTHER = {"config": "another config", "data": "other data", "model": "another model", "code": "other code"}
 
 
 class Split(TypedDict):
@@ -377,7 +378,7 @@ def _refuse_other_run(path: Path, stored: Mapping[str, Any], requested: Mapping[
     if differing == ["code"]:
         remedy = "resume it with the version of Holdfast that wrote it"
     raise UsageError(
-        f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown_details}, so it cannot be "
+        f"{str(path)!r} is a run with {' and '.join(_OTHER[key] for key in differing)}{shown_details}, so it cannot be "
         f"resumed; {remedy}",
         OTHER_FOLDER,
     )
