@@ -336,6 +336,8 @@ class _Loop:
             losses += [value for value, _ in results]
             right += sum(hits for _, hits in results)
             step += len(results)
+            if step < per_epoch:  # before the checkpoint, which includes the plan
+                self._review(step, results)
             self._save(epoch, step, len(results), losses, right)
         epoch_losses = self._averaged(losses, epoch)
         average((right,))
@@ -395,14 +397,19 @@ class _Loop:
         results: list[tuple[Tensor, Tensor]] = []
         with self._data.reading(batches[begin:], self._rng.at("reading", epoch)) as examples:
             for step in range(begin, len(batches)):
-                if results and plans.due():
-                    results[-1][0].item()  # waits for the device, so that the time includes all updates
-                    plans.review(step)
+                if results:
+                    self._review(step, results)
                 if results and plans.ended():
                     break
                 results.append(self._update(epoch, step, next(examples)))
                 plans.updates = epoch * plans.per_epoch + step + 1
         return results
+
+    def _review(self, step: int, results: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make a new plan after `step` updates of an epoch, the last of them those of `results`, if one is due."""
+        if self._plans.due():
+            results[-1][0].item()  # waits for the device, so that the time includes all updates
+            self._plans.review(step)
 
     def _in_tail(self, epoch: int) -> bool:
         """Whether the weights at the end of an epoch are part of the SWA mean."""
