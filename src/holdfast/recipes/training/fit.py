@@ -11,7 +11,7 @@ an update with a checkpoint, and resumed ends with the same weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from types import MappingProxyType
@@ -325,20 +325,27 @@ class _Loop:
         losses, right, step = _begun(begun, rows.device)
         if begun is not None:
             self._forwards.n = int(begun.tensors[_FORWARDS])
-        while step < per_epoch and (step == 0 or not plans.ended()):
-            snapshot = {} if guard is None else self._snapshot()
-            end = step + self._until_check(epoch * per_epoch + step, guard)
-            results = self._run_updates(epoch, batches[:end], step)
-            if guard is not None and not self._guard_passes(guard, epoch, step):
-                self.restore(snapshot)
-                plans.rewind(epoch * per_epoch + step, step)
-                continue
-            losses += [value for value, _ in results]
-            right += sum(hits for _, hits in results)
-            step += len(results)
-            if step < per_epoch:  # before the checkpoint, which includes the plan
-                self._review(step, results)
-            self._save(epoch, step, len(results), losses, right)
+        with ExitStack() as readings:
+            examples: Iterator[Batch] | None = None
+            while step < per_epoch and (step == 0 or not plans.ended()):
+                if examples is None:
+                    reading = self._data.reading(batches[step:], self._rng.at("reading", epoch))
+                    examples = readings.enter_context(reading)
+                snapshot = {} if guard is None else self._snapshot()
+                end = min(step + self._until_check(epoch * per_epoch + step, guard), len(batches))
+                results = self._run_updates(epoch, examples, step, end)
+                if guard is not None and not self._guard_passes(guard, epoch, step):
+                    self.restore(snapshot)
+                    plans.rewind(epoch * per_epoch + step, step)
+                    readings.close()
+                    examples = None  # the same ones are read again
+                    continue
+                losses += [value for value, _ in results]
+                right += sum(hits for _, hits in results)
+                step += len(results)
+                if step < per_epoch:  # before the checkpoint, which includes the plan
+                    self._review(step, results)
+                self._save(epoch, step, len(results), losses, right)
         epoch_losses = self._averaged(losses, epoch)
         average((right,))
         if self._how.averaging == "swa":
@@ -391,18 +398,19 @@ class _Loop:
         """Planned number of epochs, in the epoch with the index `epoch`."""
         return max(-(-self._plans.end // self._plans.per_epoch), epoch + 1)
 
-    def _run_updates(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
-        """Run the updates of an epoch from `begin` to the last batch or the end of the plan, and at least one."""
+    def _run_updates(
+        self, epoch: int, examples: Iterator[Batch], begin: int, end: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Run the updates of an epoch from `begin` to `end` or to the end of the plan, and at least one."""
         plans = self._plans
         results: list[tuple[Tensor, Tensor]] = []
-        with self._data.reading(batches[begin:], self._rng.at("reading", epoch)) as examples:
-            for step in range(begin, len(batches)):
-                if results:
-                    self._review(step, results)
-                if results and plans.ended():
-                    break
-                results.append(self._update(epoch, step, next(examples)))
-                plans.updates = epoch * plans.per_epoch + step + 1
+        for step in range(begin, end):
+            if results:
+                self._review(step, results)
+            if results and plans.ended():
+                break
+            results.append(self._update(epoch, step, next(examples)))
+            plans.updates = epoch * plans.per_epoch + step + 1
         return results
 
     def _review(self, step: int, results: Sequence[tuple[Tensor, Tensor]]) -> None:
