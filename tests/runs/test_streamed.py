@@ -148,16 +148,48 @@ def test_an_epoch_is_read_once_and_again_only_after_a_guard_has_undone_updates(m
 
     monkeypatch.setattr(Source, "reading", counted)
     monkeypatch.setattr(OverfittingGuard, "passes", fails_once)
+    monkeypatch.setattr(OverfittingGuard, "every", property(lambda guard: 20, lambda guard, value: None))
     ends = []
     for examples in (read, data):
         passes.clear()
-        how = Training(epochs=1, batch=2, saving=Saving(10, lambda checkpoint: None))
+        how = Training(epochs=1, batch=10, saving=Saving(10, lambda checkpoint: None))
         recipe = SingleStep(training=how)
         (end,) = recipe(fakes.subject(fakes.network(1).requires_grad_()).model, examples, THREAT, rng=Draws(0))
         ends.append(end)
     assert (len(passes), opened_at[-2:]) == (4, [0, 2])
     one, other = ends
     assert all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
+
+
+def test_changes_that_the_comparison_does_not_find_are_seeded_too():
+    class Rarely(Examples):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + torch_noise() * (index == 30), y  # which is not compared
+
+    first, second = opened(Rarely(training())), opened(Rarely(training()))
+    assert first.changing is None and digest_of(first) == digest_of(second)
+    rows = torch.arange(len(first))
+    inputs = []
+    for epoch in (1, 1, 2):
+        with first.reading([rows], Draws(0).at(epoch)) as found:
+            inputs.append(next(found).x)
+    assert torch.equal(inputs[0], inputs[1]) and not torch.equal(inputs[0], inputs[2])
+
+
+class Together(Examples):
+    """Returns a whole batch, as data sets do that read faster so."""
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+    def __getitems__(self, indices):
+        return self.data.x[indices], self.data.y[indices]
+
+
+def test_a_data_set_that_returns_several_examples_at_once_is_read_so():
+    loader = DataLoader(Together(training()), collate_fn=lambda batch: batch)
+    assert torch.equal(opened(loader).first(9).x, training().x[:9])
 
 
 def test_changes_that_no_seed_repeats_are_stated_and_do_not_make_another_run():
