@@ -322,7 +322,7 @@ class _Loop:
         batches = [
             batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
         ]
-        losses, right, step = _begun(begun, rows.device)
+        sums, step = _Sums.begun(begun, rows.device), 0 if begun is None else begun.step
         if begun is not None:
             self._forwards.n = int(begun.tensors[_FORWARDS])
         with ExitStack() as readings:
@@ -340,14 +340,12 @@ class _Loop:
                     readings.close()
                     examples = None  # the same ones are read again
                     continue
-                losses += [value for value, _ in results]
-                right += sum(hits for _, hits in results)
+                sums.own += results
                 step += len(results)
                 if step < per_epoch:  # before the checkpoint, which includes the plan
                     self._review(step, results)
-                self._save(epoch, step, len(results), losses, right)
-        epoch_losses = self._averaged(losses, epoch)
-        average((right,))
+                self._save(epoch, step, len(results), sums)
+        self._gather(sums, epoch)
         if self._how.averaging == "swa":
             ends = self._state[_ENDS]
             swa(self._average, self._model, int(ends))
@@ -355,22 +353,20 @@ class _Loop:
         plans.review(step)
         n_labelled = int((self._data.y[torch.cat(batches[:step])] != UNLABELLED).sum())
         return {
-            "loss": epoch_losses.mean().item(),
-            "accuracy": processes() * right.item() / max(n_labelled, 1),
+            "loss": sums.losses.mean().item(),
+            "accuracy": sums.right.item() / max(n_labelled, 1),
             "lr": self._optimisation.lr,
             "dearer": 1.0 if guard is None else guard.dearer,
             # each process counts its own share of the examples
             "forwards": processes() * self._forwards.n / len(self._data),
         }
 
-    def _averaged(self, losses: Sequence[Tensor], epoch: int) -> Tensor:
-        """The losses of the updates of an epoch so far, each averaged over the processes. Raises `LostLoss` in all
-        processes if one of them is not finite.
+    def _gather(self, sums: "_Sums", epoch: int) -> None:
+        """Include the updates of all processes in the sums over an epoch. Raises `LostLoss` in all processes if the
+        loss of one of them is not finite.
         """
-        epoch_losses = torch.stack(list(losses)).double()
-        average((epoch_losses,))
-        refuse_lost(epoch_losses, epoch, self._how.lr if isinstance(self._how.optimizer, str) else None)
-        return epoch_losses
+        sums.gather()
+        refuse_lost(sums.losses, epoch, self._how.lr if isinstance(self._how.optimizer, str) else None)
 
     def _until_check(self, n_done: int, guard: EpochGuard | None) -> int:
         """Number of updates after `n_done` updates until a guard or a checkpoint interrupts them."""
@@ -379,7 +375,7 @@ class _Loop:
         every = self._plans.per_epoch if self._how.saving is None else self._how.saving.every
         return every - (0 if self._how.saving is None else n_done % every)
 
-    def _save(self, epoch: int, step: int, n_new: int, losses: Sequence[Tensor], right: Tensor) -> None:
+    def _save(self, epoch: int, step: int, n_new: int, sums: "_Sums") -> None:
         """Save a checkpoint after `step` updates of an epoch, the last `n_new` of them since the last check, if one is
         due.
         """
@@ -388,9 +384,9 @@ class _Loop:
             return
         if plans.updates // saving.every == (plans.updates - n_new) // saving.every:
             return
-        self._averaged(losses, epoch)  # a checkpoint has finite losses only
-        sums = {_LOSSES: torch.stack(list(losses)), _RIGHT: right, _FORWARDS: torch.tensor(self._forwards.n)}
-        tensors = self.copies() | {name: copy_of_tensor(value.cpu()) for name, value in sums.items()}
+        self._gather(sums, epoch)  # a checkpoint has finite losses only
+        values = {_LOSSES: sums.losses, _RIGHT: sums.right, _FORWARDS: torch.tensor(self._forwards.n)}
+        tensors = self.copies() | {name: copy_of_tensor(value.cpu()) for name, value in values.items()}
         part = plans.updates / plans.per_epoch - epoch
         saving.save(Checkpoint(epoch, self.of(epoch), tensors, {}, part, plans.updates, plans.kept, step))
 
@@ -536,12 +532,36 @@ class _Loop:
         self._optimisation.restore(tensors)
 
 
-def _begun(begun: Checkpoint | None, device: torch.device) -> tuple[list[Tensor], Tensor, int]:
-    """Losses, number of correct examples and number of updates in the completed part of an epoch."""
-    if begun is None:
-        return [], torch.zeros((), device=device), 0
-    tensors = {name: begun.tensors[name].to(device) for name in (_LOSSES, _RIGHT)}
-    return [*tensors[_LOSSES]], tensors[_RIGHT].clone(), begun.step
+@dataclass
+class _Sums:
+    """Losses and number of correct examples in the completed part of an epoch."""
+
+    losses: Tensor
+    """loss of each update, averaged over the processes"""
+    right: Tensor
+    """number of correctly classified examples in all processes"""
+    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """loss and number of correct examples of each later update, in this process"""
+
+    @classmethod
+    def begun(cls, checkpoint: Checkpoint | None, device: torch.device) -> "_Sums":
+        """Return the sums of a checkpoint within an epoch, or those before the first update."""
+        if checkpoint is None:
+            double = {"dtype": torch.float64, "device": device}
+            return cls(torch.zeros(0, **double), torch.zeros((), **double))
+        return cls(*(checkpoint.tensors[name].to(device) for name in (_LOSSES, _RIGHT)))
+
+    def gather(self) -> None:
+        """Include the updates of all processes since the last call."""
+        if not self.own:
+            return
+        losses, right = (torch.stack([*values]).double() for values in zip(*self.own, strict=True))
+        right = right.sum()
+        average((losses, right))
+        # a mean of counts is rounded
+        self.losses = torch.cat([self.losses, losses])
+        self.right = self.right + (processes() * right).round()
+        self.own = []
 
 
 @contextmanager
