@@ -11,7 +11,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.overfitting import MOST_RAISED, RAISED, OverfittingGuard
-from holdfast.runs.harden import attempt_training, candidates
+from holdfast.runs.harden import attempt_training, candidates, checkpoints
 from holdfast.runs.harden.candidates import Evaluation
 from holdfast.runs.harden.checkpoints import LAST, saved
 from holdfast.runs.harden.harden import harden
@@ -54,12 +54,12 @@ class Timed(torch.nn.Sequential):
         return super().forward(x)
 
 
-def hardened(cost, recipe, n=600, budget_s=BUDGET_S, kind=Timed, *, anyway=False, **more):
+def hardened(cost, recipe, n=600, budget_s=BUDGET_S, kind=Timed, *, anyway=False, every=None, **more):
     class Network(kind):
         clock = Clock(cost)
 
     subject = fakes.subject(Network(*fakes.network(1)).requires_grad_())
-    asked = wish(recipe, budget_s=budget_s, assessment=JUDGE, anyway=anyway)
+    asked = wish(recipe, budget_s=budget_s, assessment=JUDGE, anyway=anyway, checkpoint_every=every)
     return harden(subject, training(n=n), fakes.data(), asked, clock=Network.clock, **more)
 
 
@@ -101,6 +101,43 @@ def test_training_and_planning_use_the_budget(machine):
     assert found.card["epochs"] == pytest.approx(found.curve[-1].epoch - 1 + found.curve[-1].part)
     if machine == "an epoch longer than the budget":
         assert 0 < found.card["epochs"] < 1
+
+
+class Killed(BaseException):
+    """What ends a run here without any clean-up."""
+
+
+class Stored(Timed):
+    """A network of which a checkpoint within an epoch takes half a second, except the third one."""
+
+
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_plans_are_made_again_between_the_checkpoints_within_an_epoch(monkeypatch, tmp_path, resumed):
+    save_within, dies, plans = checkpoints.save_within, [], []
+
+    def slow(place, checkpoint, *rest):
+        save_within(place, checkpoint, *rest)
+        plans.append(checkpoint.plans)
+        Stored.__subclasses__()[-1].clock.ticks += 0 if len(plans) == 3 else int(0.5 / TICK)
+        if len(plans) == 3 and dies:
+            raise Killed
+
+    def run(name):
+        recipe = PGDTraining(steps=2, training=replace(HOW, batch=4))
+        more = {"budget_s": LONG_S, "kind": Stored, "anyway": True, "every": 1, "resume": True}
+        return hardened(lambda calls, now: 400, recipe, run=tmp_path / name, **more)
+
+    monkeypatch.setattr(checkpoints, "save_within", slow)
+    whole = run("whole")
+    assert 0.85 <= whole.card["cost"]["budget_used"] <= 1.0 and whole.card["epochs"] < 1
+    assert plans[2][-1].at == 3  # a plan was due, and the checkpoint has it
+    if resumed:
+        plans.clear()
+        dies.append(True)
+        with pytest.raises(Killed):
+            run("killed")
+        assert run("killed").weights == whole.weights
+        assert last_of(tmp_path / "killed").plans == last_of(tmp_path / "whole").plans
 
 
 def test_evaluations_of_short_epochs_take_a_tenth_of_the_time_and_the_last_one_is_made(tmp_path):

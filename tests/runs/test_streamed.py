@@ -29,13 +29,15 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data import streamed
 from holdfast.io.data.expected import Expected
-from holdfast.io.data.loaders import in_order, index_order
+from holdfast.io.data.loaders import Source, in_order, index_order
 from holdfast.io.data.memory import as_data
 from holdfast.io.data.streamed import Streamed, open_by_index, training_data
-from holdfast.recipes import ATTA
+from holdfast.recipes import ATTA, SingleStep
+from holdfast.recipes.training.fit import Saving, Training
+from holdfast.recipes.training.overfitting import OverfittingGuard
 from holdfast.runs.harden.held_out import digest_of, examples_of
 from runs import fakes
-from runs.test_hardening import RECIPE, training
+from runs.test_hardening import RECIPE, THREAT, training
 
 
 class Examples(Dataset):
@@ -129,6 +131,65 @@ def test_random_changes_in_a_data_set_are_those_of_seed_epoch_and_example(worker
     assert torch.equal(inputs(1, order)[2:], inputs(1, order[1:]))
     assert not torch.equal(inputs(1, order), inputs(2, order))
     assert torch.equal(read.take(order[0]).x, read.take(order[0]).x)
+
+
+def test_an_epoch_is_read_once_and_again_only_after_a_guard_has_undone_updates(monkeypatch):
+    data = training()
+    read, passes, opened_at = opened(Examples(data)), [], []
+    reading = Source.reading
+
+    def counted(*rest):
+        opened_at.append(len(passes))
+        return reading(*rest)
+
+    def fails_once(guard):
+        passes.append(True)
+        return len(passes) != 2
+
+    monkeypatch.setattr(Source, "reading", counted)
+    monkeypatch.setattr(OverfittingGuard, "passes", fails_once)
+    monkeypatch.setattr(OverfittingGuard, "every", property(lambda guard: 20, lambda guard, value: None))
+    ends = []
+    for examples in (read, data):
+        passes.clear()
+        how = Training(epochs=1, batch=10, saving=Saving(10, lambda checkpoint: None))
+        recipe = SingleStep(training=how)
+        (end,) = recipe(fakes.subject(fakes.network(1).requires_grad_()).model, examples, THREAT, rng=Draws(0))
+        ends.append(end)
+    assert (len(passes), opened_at[-2:]) == (4, [0, 2])
+    one, other = ends
+    assert all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
+
+
+def test_changes_that_the_comparison_does_not_find_are_seeded_too():
+    class Rarely(Examples):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + torch_noise() * (index == 30), y  # which is not compared
+
+    first, second = opened(Rarely(training())), opened(Rarely(training()))
+    assert first.changing is None and digest_of(first) == digest_of(second)
+    rows = torch.arange(len(first))
+    inputs = []
+    for epoch in (1, 1, 2):
+        with first.reading([rows], Draws(0).at(epoch)) as found:
+            inputs.append(next(found).x)
+    assert torch.equal(inputs[0], inputs[1]) and not torch.equal(inputs[0], inputs[2])
+
+
+class Together(Examples):
+    """Returns a whole batch, as data sets do that read faster so."""
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+    def __getitems__(self, indices):
+        return self.data.x[indices], self.data.y[indices]
+
+
+def test_a_data_set_that_returns_several_examples_at_once_is_read_so():
+    loader = DataLoader(Together(training()), collate_fn=lambda batch: batch)
+    assert torch.equal(opened(loader).first(9).x, training().x[:9])
 
 
 def test_changes_that_no_seed_repeats_are_stated_and_do_not_make_another_run():

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from holdfast.runs.harden.checkpoints import LAST
+from holdfast.runs.harden.checkpoints import LAST, saved
 from holdfast.runs.store.files import CHECKPOINTS
 
 pytestmark = pytest.mark.slow  # each test starts torch three times or more
@@ -49,9 +49,14 @@ recipes = {
 }
 folder, *names = sys.argv[1:]
 rank = os.environ.get("RANK", "0")
-if os.environ.get("STOP") and rank == "0":  # as a first process that is killed after an epoch
-    from holdfast.runs.harden import epochs
-    epochs._step = lambda *_: os._exit(9)
+if os.environ.get("STOP") and rank == "0":  # as a first process that is killed within the second epoch
+    from holdfast.runs.harden import checkpoints
+    save_within = checkpoints.save_within
+    def killed(place, checkpoint, *rest):
+        save_within(place, checkpoint, *rest)
+        if checkpoint.epoch:
+            os._exit(9)
+    checkpoints.save_within = killed
 if names == ["budget"] and rank == "1":  # whose clock says another thing about every trial
     from holdfast.runs.harden import candidates, pace
     class Slow:
@@ -60,6 +65,8 @@ if names == ["budget"] and rank == "1":  # whose clock says another thing about 
 for name in names:
     exact = torch.float64 if name == "exact" else torch.float32
     more = {"budget": "20s"} if name == "budget" else {}
+    if name == "stopped":
+        more["checkpoint_every"] = 10
     if name == "unknown":
         more["unlabelled"] = examples(300, 3)[0]
     made = holdfast.harden(
@@ -166,6 +173,11 @@ def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
     assert said in done.stderr
 
 
+def measured_in(run):
+    found = saved(run / CHECKPOINTS, LAST)
+    return [(point.loss, point.accuracy, point.forwards) for point in found.curve]
+
+
 def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(trained, tmp_path):
     stopped, place = ran(tmp_path, "stopped", together=True, STOP="1")
     assert stopped.returncode != 0
@@ -173,6 +185,8 @@ def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(trained
     assert (place / "stopped" / "checkpoints" / "last.safetensors").is_file()
     on, _ = ran(tmp_path, "stopped", together=True)
     assert on.returncode == 0, on.stderr
+    curve, uninterrupted = (measured_in(path / "stopped") for path in (place, trained[1]))
+    assert curve == uninterrupted and len(curve) == 3
     one, *both = (torch.load(path) for path in (trained[0] / "stopped-0.pt", *sorted(place.glob("*.pt"))))
     for key, value in one.items():
         for other in both:

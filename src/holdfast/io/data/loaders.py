@@ -21,6 +21,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     default_collate,
@@ -182,14 +183,24 @@ class _Seeded(Dataset[Any]):
         self._dataset = dataset
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
+        read_together = getattr(self._dataset, "__getitems__", None)
         with _global_generators_kept():
-            return [self._read(index, key) for index, key in places]
+            if read_together is None or isinstance(self._dataset, Subset):
+                return [self._read(index, key) for index, key in places]
+            _seed(places[0][1])  # a data set that reads a batch at once may have no other way
+            examples: list[Any] = read_together([index for index, _ in places])
+            return examples
 
     def _read(self, index: int, key: int) -> Any:
-        torch.default_generator.manual_seed(key)
-        random.seed(key)
-        np.random.seed(key % _NUMPY_SEEDS)  # noqa: NPY002 (this generator is the one that data sets use)
+        _seed(key)
         return self._dataset[index]
+
+
+def _seed(key: int) -> None:
+    """Seed the global random generators that data sets use."""
+    torch.default_generator.manual_seed(key)
+    random.seed(key)
+    np.random.seed(key % _NUMPY_SEEDS)  # noqa: NPY002
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from operator import attrgetter
 from typing import Any
 
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 1 << 22
 _MOST_READ = 256
 """Largest number of examples that are read at a time."""
 _COMPARED = 32
-"""Number of examples that are read twice, spread over the data."""
+"""Number of examples that are read several times, spread over the data."""
 _SIZE_OF_FLOAT = 4  # bytes
 _NAME = "the training data"
 _FIXED = Draws(0).at("reading")
@@ -167,8 +167,8 @@ def open_by_index(
     """Return the examples of a torch data set, or of the data set of a loader, as training examples that are read by
     index. Return None if they cannot be read in another order than that of the loader.
 
-    All examples are read once, and are checked. Some are read twice. If they differ, random numbers are seeded for each
-    example from then on.
+    All examples are read once, and are checked. Random numbers are seeded for each example. Some examples are read with
+    equal and with other seeds, to state whether they change, and whether they do so with equal seeds too.
     """
     order = index_order(data)
     if order is None:
@@ -176,13 +176,9 @@ def open_by_index(
     if not len(order):
         raise TargetError("the data set of the training is empty; at least one example is needed")
     places, compared = tuple(order), _compared(len(order))
-    reader = _Reader(_source(data, seeded=False), places, entries)
-    x, changing = reader.compared(compared)
-    repeatable = True
-    if changing is not None:
-        reader = replace(reader, source=_source(data, seeded=True))
-        x, unrepeated = reader.compared(compared)
-        repeatable = unrepeated is None
+    reader = _Reader(_source(data), places, entries)
+    x, changing, unrepeated = reader.compared(compared)
+    repeatable = unrepeated is None
     converted = _Converted(_converted_as(x, compared, expected), x.dtype, tuple(x.shape[1:]), entries)
     shape = tuple(converted.of(x).x.shape[1:])
     y, hashes = reader.checked(converted, _chunks(len(places), shape), expected)
@@ -199,25 +195,25 @@ def changing_example(data: object, entries: tuple[str | None, str | None]) -> in
     order = index_order(data)
     if not order:
         return None
-    return _Reader(_source(data, seeded=False), tuple(order), entries).compared(_compared(len(order)))[1]
+    return _Reader(_source(data), tuple(order), entries).compared(_compared(len(order)))[1]
 
 
 def _compared(n: int) -> list[int]:
-    """Rows of `n` that are read twice."""
+    """Rows of `n` that are read several times."""
     rows: list[int] = np.unique(np.linspace(0, n - 1, min(_COMPARED, n)).astype(int)).tolist()
     return rows
 
 
-def _source(data: Any, *, seeded: bool) -> Source:
+def _source(data: Any) -> Source:
     """The data set of a loader, or a data set, which is then read in this process."""
     if not isinstance(data, DataLoader):
-        return Source(data, seeded=seeded)
+        return Source(data, seeded=True)
     return Source(
         data.dataset,
         collate=data.collate_fn,
         options=options_of(data),
         begin=data.worker_init_fn,
-        seeded=seeded,
+        seeded=True,
     )
 
 
@@ -229,20 +225,31 @@ class _Reader:
     places: tuple[int, ...]
     entries: tuple[str | None, str | None]
 
-    def read(self, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs and the labels in the rows of each chunk."""
+    def read(
+        self, chunks: Sequence[Sequence[int]], seeds: Sequence[Draws] = ()
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inputs and the labels in the rows of each chunk, of which each may have its own seeds."""
         order = (
-            ([self.places[row] for row in rows], _FIXED.bits(torch.tensor(rows)).tolist()) for rows in chunks
+            ([self.places[row] for row in rows], rng.bits(torch.tensor(rows)).tolist())
+            for rows, rng in zip(chunks, seeds or repeat(_FIXED), strict=False)
         )
         with self.source.reading(order) as collated:
             for examples in collated:
                 yield tensors_in(examples, self.entries)
 
-    def compared(self, rows: Sequence[int]) -> tuple[Tensor, int | None]:
-        """Read some examples twice. Return their inputs, and the index of the first one that differs, or None."""
-        (x, _), (repeated, _) = self.read([rows, rows])
-        pairs = zip(rows, map(_bytes_of, x), map(_bytes_of, repeated), strict=True)
-        return x, next((self.places[row] for row, once, again in pairs if once != again), None)
+    def compared(self, rows: Sequence[int]) -> tuple[Tensor, int | None, int | None]:
+        """Read some examples twice with equal seeds and once with others. Return their inputs, and the indices of the
+        first one that differs at all and of the first one that differs with equal seeds, or None.
+        """
+        first, again, other = (x for x, _ in self.read([rows] * 3, (_FIXED, _FIXED, _FIXED.at("other"))))
+        unrepeated = self._different(rows, first, again)
+        changing = self._different(rows, first, other) if unrepeated is None else unrepeated
+        return first, changing, unrepeated
+
+    def _different(self, rows: Sequence[int], one: Tensor, other: Tensor) -> int | None:
+        """Index of the first of some examples that differs between two readings, or None."""
+        pairs = zip(rows, map(_bytes_of, one), map(_bytes_of, other), strict=True)
+        return next((self.places[row] for row, once, again in pairs if once != again), None)
 
     def checked(
         self, converted: "_Converted", chunks: Sequence[Sequence[int]], expected: Expected

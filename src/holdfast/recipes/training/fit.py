@@ -11,7 +11,7 @@ an update with a checkpoint, and resumed ends with the same weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from types import MappingProxyType
@@ -322,23 +322,30 @@ class _Loop:
         batches = [
             batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
         ]
-        losses, right, step = _begun(begun, rows.device)
+        sums, step = _Sums.begun(begun, rows.device), 0 if begun is None else begun.step
         if begun is not None:
             self._forwards.n = int(begun.tensors[_FORWARDS])
-        while step < per_epoch and (step == 0 or not plans.ended()):
-            snapshot = {} if guard is None else self._snapshot()
-            end = step + self._until_check(epoch * per_epoch + step, guard)
-            results = self._run_updates(epoch, batches[:end], step)
-            if guard is not None and not self._guard_passes(guard, epoch, step):
-                self.restore(snapshot)
-                plans.rewind(epoch * per_epoch + step, step)
-                continue
-            losses += [value for value, _ in results]
-            right += sum(hits for _, hits in results)
-            step += len(results)
-            self._save(epoch, step, len(results), losses, right)
-        epoch_losses = self._averaged(losses, epoch)
-        average((right,))
+        with ExitStack() as readings:
+            examples: Iterator[Batch] | None = None
+            while step < per_epoch and (step == 0 or not plans.ended()):
+                if examples is None:
+                    reading = self._data.reading(batches[step:], self._rng.at("reading", epoch))
+                    examples = readings.enter_context(reading)
+                snapshot = {} if guard is None else self._snapshot()
+                end = min(step + self._until_check(epoch * per_epoch + step, guard), len(batches))
+                results = self._run_updates(epoch, examples, step, end)
+                if guard is not None and not self._guard_passes(guard, epoch, step):
+                    self.restore(snapshot)
+                    plans.rewind(epoch * per_epoch + step, step)
+                    readings.close()
+                    examples = None  # the same ones are read again
+                    continue
+                sums.own += results
+                step += len(results)
+                if step < per_epoch:  # before the checkpoint, which includes the plan
+                    self._review(step, results)
+                self._save(epoch, step, len(results), sums)
+        self._gather(sums, epoch)
         if self._how.averaging == "swa":
             ends = self._state[_ENDS]
             swa(self._average, self._model, int(ends))
@@ -346,22 +353,20 @@ class _Loop:
         plans.review(step)
         n_labelled = int((self._data.y[torch.cat(batches[:step])] != UNLABELLED).sum())
         return {
-            "loss": epoch_losses.mean().item(),
-            "accuracy": processes() * right.item() / max(n_labelled, 1),
+            "loss": sums.losses.mean().item(),
+            "accuracy": sums.right.item() / max(n_labelled, 1),
             "lr": self._optimisation.lr,
             "dearer": 1.0 if guard is None else guard.dearer,
             # each process counts its own share of the examples
             "forwards": processes() * self._forwards.n / len(self._data),
         }
 
-    def _averaged(self, losses: Sequence[Tensor], epoch: int) -> Tensor:
-        """The losses of the updates of an epoch so far, each averaged over the processes. Raises `LostLoss` in all
-        processes if one of them is not finite.
+    def _gather(self, sums: "_Sums", epoch: int) -> None:
+        """Include the updates of all processes in the sums over an epoch. Raises `LostLoss` in all processes if the
+        loss of one of them is not finite.
         """
-        epoch_losses = torch.stack(list(losses)).double()
-        average((epoch_losses,))
-        refuse_lost(epoch_losses, epoch, self._how.lr if isinstance(self._how.optimizer, str) else None)
-        return epoch_losses
+        sums.gather()
+        refuse_lost(sums.losses, epoch, self._how.lr if isinstance(self._how.optimizer, str) else None)
 
     def _until_check(self, n_done: int, guard: EpochGuard | None) -> int:
         """Number of updates after `n_done` updates until a guard or a checkpoint interrupts them."""
@@ -370,7 +375,7 @@ class _Loop:
         every = self._plans.per_epoch if self._how.saving is None else self._how.saving.every
         return every - (0 if self._how.saving is None else n_done % every)
 
-    def _save(self, epoch: int, step: int, n_new: int, losses: Sequence[Tensor], right: Tensor) -> None:
+    def _save(self, epoch: int, step: int, n_new: int, sums: "_Sums") -> None:
         """Save a checkpoint after `step` updates of an epoch, the last `n_new` of them since the last check, if one is
         due.
         """
@@ -379,9 +384,9 @@ class _Loop:
             return
         if plans.updates // saving.every == (plans.updates - n_new) // saving.every:
             return
-        self._averaged(losses, epoch)  # a checkpoint has finite losses only
-        sums = {_LOSSES: torch.stack(list(losses)), _RIGHT: right, _FORWARDS: torch.tensor(self._forwards.n)}
-        tensors = self.copies() | {name: copy_of_tensor(value.cpu()) for name, value in sums.items()}
+        self._gather(sums, epoch)  # a checkpoint has finite losses only
+        values = {_LOSSES: sums.losses, _RIGHT: sums.right, _FORWARDS: torch.tensor(self._forwards.n)}
+        tensors = self.copies() | {name: copy_of_tensor(value.cpu()) for name, value in values.items()}
         part = plans.updates / plans.per_epoch - epoch
         saving.save(Checkpoint(epoch, self.of(epoch), tensors, {}, part, plans.updates, plans.kept, step))
 
@@ -389,20 +394,26 @@ class _Loop:
         """Planned number of epochs, in the epoch with the index `epoch`."""
         return max(-(-self._plans.end // self._plans.per_epoch), epoch + 1)
 
-    def _run_updates(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
-        """Run the updates of an epoch from `begin` to the last batch or the end of the plan, and at least one."""
+    def _run_updates(
+        self, epoch: int, examples: Iterator[Batch], begin: int, end: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Run the updates of an epoch from `begin` to `end` or to the end of the plan, and at least one."""
         plans = self._plans
         results: list[tuple[Tensor, Tensor]] = []
-        with self._data.reading(batches[begin:], self._rng.at("reading", epoch)) as examples:
-            for step in range(begin, len(batches)):
-                if results and plans.due():
-                    results[-1][0].item()  # waits for the device, so that the time includes all updates
-                    plans.review(step)
-                if results and plans.ended():
-                    break
-                results.append(self._update(epoch, step, next(examples)))
-                plans.updates = epoch * plans.per_epoch + step + 1
+        for step in range(begin, end):
+            if results:
+                self._review(step, results)
+            if results and plans.ended():
+                break
+            results.append(self._update(epoch, step, next(examples)))
+            plans.updates = epoch * plans.per_epoch + step + 1
         return results
+
+    def _review(self, step: int, results: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make a new plan after `step` updates of an epoch, the last of them those of `results`, if one is due."""
+        if self._plans.due():
+            results[-1][0].item()  # waits for the device, so that the time includes all updates
+            self._plans.review(step)
 
     def _in_tail(self, epoch: int) -> bool:
         """Whether the weights at the end of an epoch are part of the SWA mean."""
@@ -521,12 +532,36 @@ class _Loop:
         self._optimisation.restore(tensors)
 
 
-def _begun(begun: Checkpoint | None, device: torch.device) -> tuple[list[Tensor], Tensor, int]:
-    """Losses, number of correct examples and number of updates in the completed part of an epoch."""
-    if begun is None:
-        return [], torch.zeros((), device=device), 0
-    tensors = {name: begun.tensors[name].to(device) for name in (_LOSSES, _RIGHT)}
-    return [*tensors[_LOSSES]], tensors[_RIGHT].clone(), begun.step
+@dataclass
+class _Sums:
+    """Losses and number of correct examples in the completed part of an epoch."""
+
+    losses: Tensor
+    """loss of each update, averaged over the processes"""
+    right: Tensor
+    """number of correctly classified examples in all processes"""
+    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """loss and number of correct examples of each later update, in this process"""
+
+    @classmethod
+    def begun(cls, checkpoint: Checkpoint | None, device: torch.device) -> "_Sums":
+        """Return the sums of a checkpoint within an epoch, or those before the first update."""
+        if checkpoint is None:
+            double = {"dtype": torch.float64, "device": device}
+            return cls(torch.zeros(0, **double), torch.zeros((), **double))
+        return cls(*(checkpoint.tensors[name].to(device) for name in (_LOSSES, _RIGHT)))
+
+    def gather(self) -> None:
+        """Include the updates of all processes since the last call."""
+        if not self.own:
+            return
+        losses, right = (torch.stack([*values]).double() for values in zip(*self.own, strict=True))
+        right = right.sum()
+        average((losses, right))
+        # a mean of counts is rounded
+        self.losses = torch.cat([self.losses, losses])
+        self.right = self.right + (processes() * right).round()
+        self.own = []
 
 
 @contextmanager
