@@ -14,7 +14,7 @@ from holdfast.api.recipe_building import build_recipe, settings_of
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import FunctionRaised, TargetError, UsageError
 from holdfast.io.trackers import CSVTracker
 from holdfast.recipes import (
     ATTA,
@@ -274,6 +274,43 @@ def test_what_does_not_fit_the_training_is_refused_before_the_first_update(chang
     recipe = Standard(training=replace(PLAIN, **change))
     with pytest.raises(error, match=message):
         recipe(trainable().model, training(), THREAT, rng=Draws(0))
+
+
+class FailingSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        if self.state:
+            raise ZeroDivisionError("no more")
+        return super().step(closure)
+
+
+def fails_on_fewer(x, y, generator):
+    if not torch.equal(y, training().y[: len(y)]):  # not the batch that is checked before the training
+        raise KeyError("unseen")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"schedule": lambda optimizer, total: OneCycleLR(optimizer, max_lr=0.1, total_steps=3)},
+            "schedule raised ValueError in update 5 of 9: Tried to step 4 times.*total number of updates",
+        ),
+        (
+            {"optimizer": lambda parameters: FailingSGD(parameters, lr=0.1, momentum=0.9)},
+            "function optimizer raised ZeroDivisionError in update 2 of 9: no more",
+        ),
+        ({"augment": fails_on_fewer}, "augment raised KeyError in update 1 of 9: 'unseen'"),
+    ],
+    ids=["schedule", "optimizer", "augment"],
+)
+def test_a_function_that_raises_an_exception_in_an_update_is_reported_with_its_setting_and_the_update(
+    change, message
+):
+    recipe = Standard(training=replace(PLAIN, **change))
+    with pytest.raises(FunctionRaised, match=message) as caught:
+        list(recipe(trainable().model, training(), THREAT, rng=Draws(0)))
+    assert caught.value.__cause__ is not None
 
 
 def test_a_scheduler_follows_the_completed_fraction_and_a_named_schedule_scales_each_group():
