@@ -137,21 +137,21 @@ def test_resuming_nothing_starts_it(tmp_path, whole, made):
 @pytest.mark.parametrize(
     "what, changes",
     [
-        ("config", {"order": order(seed=4)}),
-        ("config", {"order": order(FAST)}),
-        ("config", {"order": order(batch_size=7)}),
-        ("data", {"data": data(seed=2)}),
-        ("model", {"subject": subject(digest="b" * 64)}),
+        ("another configuration", {"order": order(seed=4)}),
+        ("another configuration", {"order": order(FAST)}),
+        ("another configuration", {"order": order(batch_size=7)}),
+        ("other data", {"data": data(seed=2)}),
+        ("another model", {"subject": subject(digest="b" * 64)}),
     ],
 )
 def test_a_run_of_another_kind_is_refused_by_name(whole, what, changes):
     asked = {"subject": subject(), "data": data(), "order": order()} | changes
-    with pytest.raises(UsageError, match=f"a run with another {what}[ ,]"):
+    with pytest.raises(UsageError, match=f"a run with {what}[ ,]"):
         assess(asked["subject"], asked["data"], asked["order"], run=whole, resume=True)
 
 
 def test_the_refusal_shows_what_differs(whole):
-    with pytest.raises(UsageError, match=r"another config \(seed: 3 → 4\)"):
+    with pytest.raises(UsageError, match=r"another configuration \(seed: 3 → 4\)"):
         assess(subject(), data(), order(seed=4), run=whole, resume=True)
 
 
@@ -170,13 +170,13 @@ def test_the_refusal_shows_what_differs(whole):
     ],
 )
 def test_the_refusal_names_each_leaf_as_a_person_would_write_it(whole, asked, said):
-    with pytest.raises(UsageError, match=re.escape(f"another config {said}")):
+    with pytest.raises(UsageError, match=re.escape(f"another configuration {said}")):
         assess(subject(), data(), asked, run=whole, resume=True)
 
 
 def test_other_code_is_refused(whole, monkeypatch):
     monkeypatch.setattr("holdfast.runs.stored.run_manifest.code_digest", lambda: "c" * 64)
-    with pytest.raises(UsageError, match="a run with another code"):
+    with pytest.raises(UsageError, match="a run with other code"):
         assess(subject(), data(), order(), run=whole, resume=True)
 
 
