@@ -1,7 +1,9 @@
 """Trainings with an optimiser, a scheduler, an augmentation, class weights and logs of the user."""
 
 import csv
+import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -43,6 +45,9 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.recipes.training.fit import Saving, Training
+from holdfast.runs.harden.attempt_training import AttemptBudget, AttemptTraining
+from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.checkpoints import LAST, Point, save, save_within
 from holdfast.runs.harden.epoch_log import EpochLog
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.stored.run_manifest import harden_manifest
@@ -123,6 +128,8 @@ def test_a_run_with_everything_of_the_user_that_is_killed_twice_has_the_same_byt
     assert (n_calls, len(CALLS)) == (4 + 24, 4 + 12)  # from update 12 on; two checks call it twice
     for name in ("run.json", "card.json", "chain.jsonl", "model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    settings = json.loads((tmp_path / "whole" / "card.json").read_text())["settings"]["training"]
+    assert not {"lr", "momentum", "weight_decay"} & settings.keys()
     assert [row["epoch"] for row in rows(tmp_path / "whole.csv")] == ["1", "2", "3"]
     assert rows(tmp_path / "killed.csv") == rows(tmp_path / "whole.csv")
 
@@ -347,6 +354,36 @@ def test_a_scheduler_follows_the_completed_fraction_and_a_named_schedule_scales_
     torch.testing.assert_close(flat[:, 0] / flat[:, 1], torch.full((4,), 2.5))
 
 
+@pytest.mark.parametrize(("given", "example"), [("1,2", "[1, 2]"), (3, "[3]")])
+def test_a_list_of_numbers_without_brackets_is_refused_with_an_example(given, example):
+    with pytest.raises(UsageError, match=re.escape(f"is {given!r}; expected a list, as in {example}") + "$"):
+        build_recipe({"use": "pgd", "training": {"class_weights": given}})
+
+
+def test_a_resumed_training_states_where_it_continues_and_what_is_left_of_the_budget(tmp_path):
+    candidate = Candidate("pgd", Standard(training=PLAIN), {})
+    attempt, budget = {"recipe": "pgd", "epochs": 4.0}, AttemptBudget(60.0, 8.0)
+    trainings = AttemptTraining(trainable(), None, {}, {}, None)
+
+    def message(its_budget=budget):
+        return trainings.resumed(tmp_path, candidate, attempt, its_budget)
+
+    plan = TrainingPlan(0, 0.0, 36, 9)
+    end = Checkpoint(1, 4, {}, {}, 1.0, 9, (plan,))
+    point = Point(1, 0.5, 0.8, 0.1, 64, 0.9, 0.4, 3.0, 20.0)
+    assert message() == ""
+    save_within(tmp_path, replace(end, epoch=0, updates=1, step=1), (), 64, (1.0, 5.0))
+    assert message(None) == "training by pgd continues after 1 update of epoch 1"
+    save(tmp_path, LAST, end, (point,))
+    assert message() == "training by pgd continues after epoch 1; 32 s of the budget are left"
+    save_within(tmp_path, replace(end, updates=14, step=5), (point,), 64, (1.0, 10.0))
+    assert message() == (
+        "training by pgd continues after epoch 1 and 5 updates of epoch 2; 22 s of the budget are left"
+    )
+    save(tmp_path, LAST, replace(end, epoch=4, updates=36), (point,))
+    assert message() == "training by pgd is complete"
+
+
 class Broken:
     """A tracker whose server is down."""
 
@@ -435,7 +472,9 @@ def test_a_changed_function_in_a_file_is_another_run(tmp_path, monkeypatch):
     for lr in (0.1, 0.2):
         (tmp_path / "optim.py").write_text(code.format(lr))
         recipe = build_recipe(spec)
-        assert settings_of(recipe)["training"]["optimizer"] == "optim.py:make"
+        settings = settings_of(recipe)["training"]
+        assert settings["optimizer"] == "optim.py:make"
+        assert not {"lr", "momentum", "weight_decay"} & settings.keys()
         request = replace(wish(recipe), name="standard")
         manifest = harden_manifest(trainable(), [], fakes.data(), request, {}, "")
         digests.append(manifest["config"]["functions"])
