@@ -82,7 +82,7 @@ def test_the_geometry_of_the_first_examples_is_in_the_report(capsys):
     assert run(["verify", "geo"]) == 0
     capsys.readouterr()
     assert run([*few[:-3], "3", "--run", "geo", "--resume"]) == 2
-    assert "another config" in capsys.readouterr().err
+    assert "another configuration" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from holdfast.reports.html import page
 from holdfast.reports.json_schemas import summary_schema
 from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size, strict
 from holdfast.reports.summary import to_json
+from holdfast.reports.words import shown_of_gate, why
 from reports import made
 
 
@@ -382,3 +383,18 @@ def test_without_surrogates_there_is_no_matrix():
     assert content["surrogates"] == []
     assert ">Transfer<" not in page(content)
     assert "transfer:" not in terminal.tables(content, colour=False)
+
+
+def test_the_gate_on_a_training_shows_percentage_points():
+    estimate = {"value": 0.26, "low": 0.1, "high": 0.4, "n": 50}
+    gate = {
+        "metric": "robust_accuracy",
+        "versus": "before",
+        "relation": ">=",
+        "bound": 0.0,
+        "verdict": "pass",
+    }
+    gate |= {"estimate": estimate, "scope": None}
+    assert shown_of_gate(gate) == "26.0 percentage points"
+    assert "given model (10.0 to 40.0 percentage points) is above 0" in why(gate, [])
+    assert shown_of_gate({**gate, "versus": None}) == "26.0 %"

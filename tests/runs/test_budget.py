@@ -15,7 +15,7 @@ from holdfast.runs.harden import attempt_training, candidates, checkpoints
 from holdfast.runs.harden.candidates import Evaluation
 from holdfast.runs.harden.checkpoints import LAST, saved
 from holdfast.runs.harden.harden import harden
-from holdfast.runs.harden.pace import Pacer, pace
+from holdfast.runs.harden.pace import Pace, Pacer, pace, too_small
 from holdfast.settings.grammar import seconds
 from holdfast.testing.recipes import same
 from runs import fakes
@@ -266,6 +266,11 @@ def test_a_budget_below_an_epoch_is_refused_with_one_that_suffices_unless_it_is_
     assert hardened(lambda calls, now: 400, recipe, budget_s=enough_s).card["epochs"] >= 1
     found = hardened(lambda calls, now: 400, recipe, budget_s=LONG_S, anyway=True)
     assert 0 < found.card["epochs"] < 1
+
+
+def test_fewer_steps_are_advised_only_for_a_recipe_with_several():
+    several, one = (str(too_small(0.1, Pace(1.0, 1.0), 1, 0.1, n_steps=n)) for n in (2, 1))
+    assert "; fewer steps take less time; give budget=" in several and "fewer steps" not in one
 
 
 def test_a_first_update_and_a_first_evaluation_that_are_slow_are_not_part_of_the_plan():

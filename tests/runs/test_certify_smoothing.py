@@ -92,7 +92,7 @@ def test_a_resumed_run_has_the_same_bytes(tmp_path, whole, monkeypatch):
         assess(smoothed_subject(subject(), HOW), data(), order(), run=tmp_path / "run")
     monkeypatch.setattr(ReadySmoothing, "__call__", honest)
     again = replace(HOW, sigma=0.3)
-    with pytest.raises(UsageError, match="another config and another model"):
+    with pytest.raises(UsageError, match="another configuration and another model"):
         assess(
             smoothed_subject(subject(), again), data(), order(how=again), run=tmp_path / "run", resume=True
         )

@@ -173,7 +173,7 @@ def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_
         (asked("pgd", replace(RECIPE, steps=3)), "(settings.pgd.steps: 2 → 3)"),
         (asked("pgd", RECIPE, eps=0.05), "(threat: linf:0.06 → linf:0.05)"),
     ):
-        with pytest.raises(UsageError, match=re.escape(f"another config {said}")):
+        with pytest.raises(UsageError, match=re.escape(f"another configuration {said}")):
             harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
 
 
@@ -907,7 +907,7 @@ def test_other_surrogates_are_another_run(tmp_path):
         return replace(asked, assessment=replace(asked.assessment, surrogates=(near,)))
 
     harden(trainable(), training(), fakes.data(), asked("b"), run=tmp_path / "r")
-    with pytest.raises(UsageError, match="another config .surrogates"):
+    with pytest.raises(UsageError, match="another configuration .surrogates"):
         harden(trainable(), training(), fakes.data(), asked("c"), run=tmp_path / "r", resume=True)
 
 

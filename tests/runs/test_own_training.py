@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import random
 import re
 from dataclasses import replace
@@ -18,7 +19,7 @@ from holdfast.api.verb_settings import Harden, check_settings
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import FunctionRaised, TargetError, UsageError
 from holdfast.io.trackers import CSVTracker, MLflowTracker
 from holdfast.recipes import (
     ATTA,
@@ -48,6 +49,9 @@ from holdfast.recipes import (
 )
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.runs.engine.signals import Stopped
+from holdfast.runs.harden.attempt_training import AttemptBudget, AttemptTraining
+from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.checkpoints import LAST, Point, save, save_within
 from holdfast.runs.harden.epoch_log import EpochLog
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.stored.run_manifest import harden_manifest
@@ -129,6 +133,8 @@ def test_a_run_with_everything_of_the_user_that_is_killed_twice_has_the_same_byt
     assert (n_calls, len(CALLS)) == (4 + 24, 4 + 12)  # from update 12 on; two checks call it twice
     for name in ("run.json", "card.json", "chain.jsonl", "model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    settings = json.loads((tmp_path / "whole" / "card.json").read_text())["settings"]["training"]
+    assert not {"lr", "momentum", "weight_decay"} & settings.keys()
     assert [row["epoch"] for row in rows(tmp_path / "whole.csv")] == ["1", "2", "3"]
     assert rows(tmp_path / "killed.csv") == rows(tmp_path / "whole.csv")
 
@@ -282,6 +288,43 @@ def test_what_does_not_fit_the_training_is_refused_before_the_first_update(chang
         recipe(trainable().model, training(), THREAT, rng=Draws(0))
 
 
+class FailingSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        if self.state:
+            raise ZeroDivisionError("no more")
+        return super().step(closure)
+
+
+def fails_on_fewer(x, y, generator):
+    if not torch.equal(y, training().y[: len(y)]):  # not the batch that is checked before the training
+        raise KeyError("unseen")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"schedule": lambda optimizer, total: OneCycleLR(optimizer, max_lr=0.1, total_steps=3)},
+            "schedule raised ValueError in update 5 of 9: Tried to step 4 times.*total number of updates",
+        ),
+        (
+            {"optimizer": lambda parameters: FailingSGD(parameters, lr=0.1, momentum=0.9)},
+            "function optimizer raised ZeroDivisionError in update 2 of 9: no more",
+        ),
+        ({"augment": fails_on_fewer}, "augment raised KeyError in update 1 of 9: 'unseen'"),
+    ],
+    ids=["schedule", "optimizer", "augment"],
+)
+def test_a_function_that_raises_an_exception_in_an_update_is_reported_with_its_setting_and_the_update(
+    change, message
+):
+    recipe = Standard(training=replace(PLAIN, **change))
+    with pytest.raises(FunctionRaised, match=message) as caught:
+        list(recipe(trainable().model, training(), THREAT, rng=Draws(0)))
+    assert caught.value.__cause__ is not None
+
+
 def test_a_scheduler_follows_the_completed_fraction_and_a_named_schedule_scales_each_group():
     rates = []
 
@@ -314,6 +357,36 @@ def test_a_scheduler_follows_the_completed_fraction_and_a_named_schedule_scales_
     torch.testing.assert_close(paced, torch.tensor(expected)[[0, 1, 2, 2, 2, 3, 3, 3]])
     flat = ends(optimizer=seen, schedule="cosine")
     torch.testing.assert_close(flat[:, 0] / flat[:, 1], torch.full((4,), 2.5))
+
+
+@pytest.mark.parametrize(("given", "example"), [("1,2", "[1, 2]"), (3, "[3]")])
+def test_a_list_of_numbers_without_brackets_is_refused_with_an_example(given, example):
+    with pytest.raises(UsageError, match=re.escape(f"is {given!r}; expected a list, as in {example}") + "$"):
+        build_recipe({"use": "pgd", "training": {"class_weights": given}})
+
+
+def test_a_resumed_training_states_where_it_continues_and_what_is_left_of_the_budget(tmp_path):
+    candidate = Candidate("pgd", Standard(training=PLAIN), {})
+    attempt, budget = {"recipe": "pgd", "epochs": 4.0}, AttemptBudget(60.0, 8.0)
+    trainings = AttemptTraining(trainable(), None, {}, {}, None)
+
+    def message(its_budget=budget):
+        return trainings.resumed(tmp_path, candidate, attempt, its_budget)
+
+    plan = TrainingPlan(0, 0.0, 36, 9)
+    end = Checkpoint(1, 4, {}, {}, 1.0, 9, (plan,))
+    point = Point(1, 0.5, 0.8, 0.1, 64, 0.9, 0.4, 3.0, 20.0)
+    assert message() == ""
+    save_within(tmp_path, replace(end, epoch=0, updates=1, step=1), (), 64, (1.0, 5.0))
+    assert message(None) == "training by pgd continues after 1 update of epoch 1"
+    save(tmp_path, LAST, end, (point,))
+    assert message() == "training by pgd continues after epoch 1; 32 s of the budget are left"
+    save_within(tmp_path, replace(end, updates=14, step=5), (point,), 64, (1.0, 10.0))
+    assert message() == (
+        "training by pgd continues after epoch 1 and 5 updates of epoch 2; 22 s of the budget are left"
+    )
+    save(tmp_path, LAST, replace(end, epoch=4, updates=36), (point,))
+    assert message() == "training by pgd is complete"
 
 
 class Broken:
@@ -466,7 +539,9 @@ def test_a_changed_function_in_a_file_is_another_run(tmp_path, monkeypatch):
         (tmp_path / "optim.py").write_text(code.format(lr))
         spec["training"]["optimizer"] = address
         recipe = build_recipe(spec)
-        assert settings_of(recipe)["training"]["optimizer"] == "optim.py:make"
+        settings = settings_of(recipe)["training"]
+        assert settings["optimizer"] == "optim.py:make"
+        assert not {"lr", "momentum", "weight_decay"} & settings.keys()
         request = replace(wish(recipe), name="standard")
         manifest = harden_manifest(trainable(), [], fakes.data(), request, {}, "")
         configs.append(manifest["config"])

@@ -137,9 +137,9 @@ def test_resuming_nothing_starts_it(tmp_path, whole, made):
 @pytest.mark.parametrize(
     "what, changes",
     [
-        ("another config", {"order": order(seed=4)}),
-        ("another config", {"order": order(FAST)}),
-        ("another config", {"order": order(batch_size=7)}),
+        ("another configuration", {"order": order(seed=4)}),
+        ("another configuration", {"order": order(FAST)}),
+        ("another configuration", {"order": order(batch_size=7)}),
         ("other data", {"data": data(seed=2)}),
         ("another model", {"subject": subject(digest="b" * 64)}),
     ],
@@ -151,7 +151,7 @@ def test_a_run_of_another_kind_is_refused_by_name(whole, what, changes):
 
 
 def test_the_refusal_shows_what_differs(whole):
-    with pytest.raises(UsageError, match=r"another config \(seed: 3 → 4\)"):
+    with pytest.raises(UsageError, match=r"another configuration \(seed: 3 → 4\)"):
         assess(subject(), data(), order(seed=4), run=whole, resume=True)
 
 
@@ -170,7 +170,7 @@ def test_the_refusal_shows_what_differs(whole):
     ],
 )
 def test_the_refusal_names_each_leaf_as_a_person_would_write_it(whole, asked, said):
-    with pytest.raises(UsageError, match=re.escape(f"another config {said}")):
+    with pytest.raises(UsageError, match=re.escape(f"another configuration {said}")):
         assess(subject(), data(), asked, run=whole, resume=True)
 
 

@@ -154,7 +154,9 @@ def test_an_epoch_is_read_once_and_again_only_after_a_guard_has_undone_updates(m
         passes.clear()
         how = Training(epochs=1, batch=10, saving=Saving(10, lambda checkpoint: None))
         recipe = SingleStep(training=how)
-        (end,) = recipe(fakes.subject(fakes.network(1).requires_grad_()).model, examples, THREAT, rng=Draws(0))
+        (end,) = recipe(
+            fakes.subject(fakes.network(1).requires_grad_()).model, examples, THREAT, rng=Draws(0)
+        )
         ends.append(end)
     assert (len(passes), opened_at[-2:]) == (4, [0, 2])
     one, other = ends

@@ -14,6 +14,7 @@ import torch
 
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.runs.store.differences import differences
 from holdfast.runs.store.folder import open_run_folder
 from holdfast.runs.store.leases import FOREIGN_LEASE_S, Leases, Owner, spent_in, start_time
 from holdfast.runs.store.records import parsed
@@ -198,7 +199,33 @@ def test_what_differs_is_named(whole):
     digests = {**MANIFEST["digests"], "config": "x", "model": "y"}
     other = {"digests": digests, "config": {**MANIFEST["config"], "eps": 0.1}}
     with (
-        pytest.raises(UsageError, match=r"another config and another model \(eps: 0.3 → 0.1\)"),
+        pytest.raises(UsageError, match=r"another configuration and another model \(eps: 0.3 → 0.1\)"),
+        open_run_folder(whole, other, {}, resume=True),
+    ):
+        pass
+
+
+def test_changed_functions_and_other_data_are_described_in_words(whole):
+    def functions(**digests):
+        names = {name: f"optim.py:{name}" for name in digests}
+        own = {f"pgd.training.{name}": digest * 64 for name, digest in digests.items()}
+        return {"settings": {"pgd": {"training": names}}, "functions": own}
+
+    stored, changed = functions(optimizer="a", augment="c"), functions(optimizer="b", augment="c")
+    assert differences(stored, changed) == "the function optimizer has changed (optim.py:optimizer)"
+    none = {"settings": {"pgd": {"training": {}}}}
+    assert differences(stored, none).startswith(
+        "the functions augment and optimizer were given before and are not given now; settings."
+    )
+    assert differences(none, functions(optimizer="a")).startswith(
+        "the function optimizer was not given before and is given now; settings."
+    )
+    digests = {**MANIFEST["digests"], "config": "x", "data": "y"}
+    other = {"digests": digests, "config": {**MANIFEST["config"], "functions": {"pgd.training.augment": "c"}}}
+    with (
+        pytest.raises(
+            UsageError, match="another configuration and other data .*with its functions restored$"
+        ),
         open_run_folder(whole, other, {}, resume=True),
     ):
         pass

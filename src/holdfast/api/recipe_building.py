@@ -213,7 +213,7 @@ def without_functions(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Return all settings of a recipe as plain values, such as numbers and strings, with nested settings as
-    dictionaries.
+    dictionaries. Settings that a function of the user determines, such as the learning rate, are left out.
     """
 
     def plain(value: Any) -> Any:
@@ -223,9 +223,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
             return [plain(item) for item in value]
         if isinstance(value, Training):
             own: dict[str, Any] = {name: function_name(each) for name, each in value.functions.items()}
-            # determined by the function
-            own |= dict.fromkeys(_OF_OPTIMIZER) if "optimizer" in own else {}
-            return {f.name: own.get(f.name, plain(getattr(value, f.name))) for f in written_fields(Training)}
+            decided = _OF_OPTIMIZER if "optimizer" in own else ()
+            listed = [f.name for f in written_fields(Training) if f.name not in decided]
+            return {name: own.get(name, plain(getattr(value, name))) for name in listed}
         if is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
         return getattr(value, "__name__", value) if callable(value) else value

@@ -133,6 +133,10 @@ class LostLoss(TargetError):
     """Error for a training whose loss is not finite."""
 
 
+class FunctionRaised(TargetError):
+    """Error for a function of the user, such as an augmentation, that raised an exception during a training."""
+
+
 class Inconclusive(HoldfastError):
     """Error for a requested change that the measurements do not support. The current state remains (exit code 4)."""
 

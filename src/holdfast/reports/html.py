@@ -179,7 +179,9 @@ def _environment() -> "Environment":
     }
     environment.globals |= {
         "shown": words.shown,
+        "shown_of_gate": words.shown_of_gate,
         "interval": words.interval,
+        "interval_of_gate": words.interval_of_gate,
         "is_share": words.is_share,
         "amount": words.amount,
         "left_out": attacks.left_out,

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 from holdfast.core.names import printable
 from holdfast.reports.numbers import number
-from holdfast.reports.words import interval, shown
+from holdfast.reports.words import interval_of_gate, shown_of_gate
 
 
 def junit_document(summary: Mapping[str, Any]) -> str:
@@ -81,9 +81,7 @@ def _assessment(summary: Mapping[str, Any]) -> ET.Element:
 
 
 def _gate(gate: Mapping[str, Any]) -> ET.Element:
-    estimate = gate["estimate"]
-    interval_text = interval(gate["metric"], estimate)
-    text = f"{shown(gate['metric'], estimate['value'])}, interval {interval_text}: {gate['message']}"
+    text = f"{shown_of_gate(gate)}, interval {interval_of_gate(gate)}: {gate['message']}"
     if gate["verdict"] == "pass":
         return _case("gates", gate["condition"], text)
     case = _case("gates", gate["condition"], "")

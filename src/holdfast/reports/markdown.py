@@ -14,11 +14,13 @@ from holdfast.reports.words import (
     TextTable,
     capitalized,
     interval,
+    interval_of_gate,
     label,
     query_budget,
     sentences,
     shown,
     shown_metrics,
+    shown_of_gate,
     verdict_of,
 )
 
@@ -86,11 +88,10 @@ def _class(row: Mapping[str, Any]) -> list[str]:
 
 def _gate(gate: Mapping[str, Any]) -> list[str]:
     sign, verdict = VERDICTS[gate["verdict"]]
-    metric, estimate = gate["metric"], gate["estimate"]
     return [
         f"{escaped(gate['condition'])}",
-        shown(metric, estimate["value"]),
-        interval(metric, estimate),
+        shown_of_gate(gate),
+        interval_of_gate(gate),
         f"{sign} {verdict}",
     ]
 

@@ -29,6 +29,7 @@ from holdfast.reports.words import (
     sentences,
     shown,
     shown_metrics,
+    shown_of_gate,
     verdict_of,
 )
 
@@ -82,7 +83,7 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
     lines.append(f"{space}{line(summary['headline'])}\n")
     for gate in summary["gates"]:
         lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
-        value = shown(gate["metric"], gate["estimate"]["value"])
+        value = shown_of_gate(gate)
         lines.append(
             f"{gate['verdict']}: requires {line(condition_text(gate))}, measured {value}; {line(gate['message'])}\n"
         )

@@ -116,6 +116,29 @@ def interval(metric: str, estimate: Mapping[str, Any]) -> str:
     return f"{low.removesuffix(' %')}–{high}" if high.endswith(" %") else f"{low} to {high}"
 
 
+def shown_of_gate(gate: Mapping[str, Any]) -> str:
+    """Return the measured value of a gate as text. It is in percentage points for the verdict on a training, which is
+    by the difference of two models.
+    """
+    value = gate["estimate"]["value"]
+    return (
+        f"{_points(value)} percentage points" if gate["versus"] == "before" else shown(gate["metric"], value)
+    )
+
+
+def interval_of_gate(gate: Mapping[str, Any]) -> str:
+    """Return the confidence interval of the measured value of a gate as text, in the same unit as the value."""
+    low, high = gate["estimate"]["low"], gate["estimate"]["high"]
+    if gate["versus"] == "before":
+        return f"{_points(low)} to {_points(high)} percentage points"
+    return interval(gate["metric"], gate["estimate"])
+
+
+def _points(difference: float | str) -> str:
+    """A difference of fractions in percentage points."""
+    return f"{100 * number(difference):.1f}"
+
+
 def amount(n: int, noun: str) -> str:
     """Return a number of things as text, such as `1,000 images` or `1 image`."""
     return f"{count_text(n)} {noun.removesuffix('s') if n == 1 else noun}"
@@ -293,7 +316,7 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
     """Return the reason for the verdict of a gate in words, such as the position of the confidence interval relative to
     the threshold.
     """
-    interval_text = interval(gate["metric"], gate["estimate"])
+    interval_text = interval_of_gate(gate)
     return f"{_because(gate, interval_text, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
 
 
@@ -309,8 +332,7 @@ def _because(gate: Mapping[str, Any], interval_text: str, doubts: Sequence[str])
         return f"the interval ({interval_text}) meets the threshold, but doubts are open: {', '.join(doubts)}"
     if gate["versus"] == "before":
         place = {"pass": "is above", "unclear": "contains", "fail": "is below"}[gate["verdict"]]
-        low, high = (shown(gate["metric"], gate["estimate"][end]) for end in ("low", "high"))
-        return f"the interval of the difference from the given model ({low} to {high}) {place} 0"
+        return f"the interval of the difference from the given model ({interval_text}) {place} 0"
     if gate["verdict"] == "unclear":
         return f"the interval ({interval_text}) contains the threshold; more examples are needed to decide"
     return f"the whole interval ({interval_text}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"

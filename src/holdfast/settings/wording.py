@@ -55,5 +55,16 @@ def _expected(error: ValidationError) -> str:
         )
     name = kind.partition("_")[0]
     if name in _KINDS:
-        return f"; expected {_KINDS[name]}"
+        return f"; expected {_KINDS[name]}{_as_list(details['input']) if _KINDS[name] == 'a list' else ''}"
     return f"; {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _as_list(value: object) -> str:
+    """Numbers that were given without brackets, as a list."""
+    parts = str(value).split(",")
+    try:
+        for part in parts:
+            float(part)
+    except ValueError:
+        return ""
+    return f", as in [{', '.join(part.strip() for part in parts)}]"

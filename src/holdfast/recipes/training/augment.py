@@ -17,8 +17,8 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Bounds
+from holdfast.core.errors import FunctionRaised, HoldfastError, UsageError
+from holdfast.core.model import Bounds, out_of_memory
 from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs, Labels
 
@@ -91,18 +91,28 @@ def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
     return batch if sampled is None else batch.at(sampled.of(batch.x))
 
 
-def augmented_by(function: OwnAugmentation, batch: Batch, bounds: Bounds | None, rng: Draws) -> Batch:
+def augmented_by(
+    function: OwnAugmentation,
+    batch: Batch,
+    bounds: Bounds | None,
+    rng: Draws,
+    update: str = "the first update",
+) -> Batch:
     """Return the batch with its inputs augmented by a function of the user, which receives copies of the inputs and a
-    generator that is seeded from `rng`.
+    generator that is seeded from `rng`. `update` is the name of the update in messages.
 
-    Raises `TargetError` if the function raises an exception, and `UsageError` if it returns inputs of another shape or
-    type, or outside of the `bounds` of the model.
+    Raises `FunctionRaised` if the function raises an exception, and `UsageError` if it returns inputs of another shape
+    or type, or outside of the `bounds` of the model.
     """
     generator = torch.Generator(batch.x.device).manual_seed(rng.at("augment").key >> 1)
     try:
         x = function(batch.x.clone(), batch.y.clone(), generator)
     except Exception as error:  # the user's code may raise anything
-        raise TargetError(f"the function augment raised {type(error).__name__}: {error}") from error
+        if isinstance(error, HoldfastError) or out_of_memory(error):
+            raise
+        raise FunctionRaised(
+            f"the function augment raised {type(error).__name__} in {update}: {error}; correct the function"
+        ) from error
     if not isinstance(x, Tensor):
         raise UsageError(f"augment returned {kind_of(x)}; the augmented inputs were expected as one tensor")
     if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):

@@ -305,7 +305,9 @@ class _Loop:
         self._how, self._rng, self._state = how, rng, state
         self._replays, self._settle = replays, settle
         self._parameters = [weight for weight in model.parameters() if weight.requires_grad]
-        self._optimisation = Optimisation(optimizer_for(self._parameters, how), how.schedule)
+        self._optimisation = Optimisation(
+            optimizer_for(self._parameters, how), how.schedule, is_own=not isinstance(how.optimizer, str)
+        )
         initial = {} if how.averaging == "none" else model.state_dict()
         self._average = {name: value.detach().clone() for name, value in initial.items()}
         self._plans, self._forwards = plans, forwards
@@ -443,7 +445,7 @@ class _Loop:
         batch_rng = self._rng.at(
             epoch, step - step % self._replays
         )  # a replayed batch has the same augmentation
-        batch, rows = self._augmented(examples, batch_rng), examples.ids
+        batch, rows = self._augmented(examples, batch_rng, n_done), examples.ids
         batch, mixed_in, own_share = cut_and_mixed(batch, how.cutmix, batch_rng)
         factor, masks = 1.0, update_rng
         if processes() > 1:
@@ -490,13 +492,15 @@ class _Loop:
             ema(self._average, self._model, how.average, n_done)
         return value.detach(), hits
 
-    def _augmented(self, batch: Batch, rng: Draws) -> Batch:
+    def _augmented(self, batch: Batch, rng: Draws, n_done: int) -> Batch:
         """The batch with its augmentation, of which a function of the user may use torch's random numbers too."""
         augment = self._how.augment
         if isinstance(augment, str):
             return augmented(batch, augment, rng)
         with drawing(rng.at("augment"), batch.x.device):
-            return augmented_by(augment, batch, self._bounds, rng)
+            return augmented_by(
+                augment, batch, self._bounds, rng, f"update {n_done + 1:,} of {self._plans.end:,}"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that are needed to resume the training, by name. They are not copied, so later updates

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from holdfast.core.checkpoint import GROUP, MEMORY, NUMBER, TrainingPlan, without_prefix
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.errors import FunctionRaised, HoldfastError, TargetError, UsageError
+from holdfast.core.model import out_of_memory
 from holdfast.core.names import kind_of
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
@@ -49,8 +50,10 @@ class Optimisation:
     number is the completed fraction of the training times that number.
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: Rate | OwnSchedule) -> None:
-        self._optimizer, self._schedule = optimizer, schedule
+    def __init__(self, optimizer: Optimizer, schedule: Rate | OwnSchedule, *, is_own: bool) -> None:
+        """Create the optimisation. `is_own` states whether a function of the user created the optimiser."""
+        self._optimizer, self._schedule, self._is_own = optimizer, schedule, is_own
+        self._update = ""
         self._options = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -64,6 +67,7 @@ class Optimisation:
         """Set the learning rates of the next update, after `n_done` updates. `total` is the number of updates of the
         first plan.
         """
+        self._update = f"update {n_done + 1:,} of {plan.end:,}"
         if not isinstance(self._schedule, str):
             self._advance(self._schedule, int(total * plan.done(n_done) + _TOLERANCE), total)
             return
@@ -85,8 +89,8 @@ class Optimisation:
             with warnings.catch_warnings():
                 # steps that are repeated after a resume precede the first update
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-                for _ in range(self._n_steps, n_steps):
-                    self._scheduler.step()
+                for n in range(self._n_steps, n_steps):
+                    _step(self._scheduler, n + 1, total)
             self._n_steps = n_steps
 
     def zero_grad(self) -> None:
@@ -96,7 +100,15 @@ class Optimisation:
     def step(self) -> None:
         """Update the parameters by their gradients."""
         before = self._numbers()
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except Exception as error:  # the user's code may raise anything
+            if not self._is_own or isinstance(error, HoldfastError) or out_of_memory(error):
+                raise
+            raise FunctionRaised(
+                f"the optimiser of the function optimizer raised {type(error).__name__} in {self._update}: {error}; "
+                "correct the function, or use a named optimiser, such as adamw"
+            ) from error
         self._changed |= {place for place, value in self._numbers().items() if value != before.get(place)}
 
     @property
@@ -246,6 +258,20 @@ def scheduler_of(make: OwnSchedule, optimizer: Optimizer, total: int) -> LRSched
             "the function receives"
         )
     return scheduler
+
+
+def _step(scheduler: LRScheduler, n: int, total: int) -> None:
+    """Take the step `n` of a scheduler of the user, which precedes the update `n + 1` of `total`."""
+    try:
+        scheduler.step()
+    except HoldfastError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise FunctionRaised(
+            f"the schedule raised {type(error).__name__} in update {n + 1:,} of {total:,}: {error}; the function "
+            "schedule receives the total number of updates, as in "
+            "OneCycleLR(optimizer, max_lr=0.1, total_steps=total), and a scheduler takes one step for each update"
+        ) from error
 
 
 def _requires_arguments(function: Callable[..., object]) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from holdfast.core.errors import QueriesSpent, TargetLost, TargetRefused
+from holdfast.core.errors import FunctionRaised, QueriesSpent, TargetLost, TargetRefused
 from holdfast.runs.store.folder import stored_manifest
 
 
@@ -65,7 +65,10 @@ def temporary_run_folder() -> Iterator[Path]:
         if stored_manifest(run) is None:
             shutil.rmtree(place)
         elif str(run) not in str(error):
-            error.add_note(way_out("", run))
+            unless = (
+                " unless the function raises the exception again" if isinstance(error, FunctionRaised) else ""
+            )
+            error.add_note(f"{way_out('', run)}{unless}")
         raise
     shutil.rmtree(place)
 

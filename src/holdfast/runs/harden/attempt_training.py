@@ -11,6 +11,7 @@ from torch import nn
 from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.errors import LostLoss
 from holdfast.io.models.weights import written
+from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.overfitting import RAISED
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
@@ -86,6 +87,31 @@ class AttemptTraining:
         plans = len(last.checkpoint.plans)
         return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans)
 
+    def resumed(
+        self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], budget: AttemptBudget | None
+    ) -> str:
+        """Return a message that states where the training with checkpoints in the folder `place` continues. It is empty
+        if there is no checkpoint.
+        """
+        settings = _settings(candidate, attempt, budget)
+        last = checkpoints.saved(place, LAST)
+        curve = () if last is None else last.curve
+        training = f"training by {candidate.name}"
+        if last is not None and ended_by(last.checkpoint, curve, settings):
+            return f"{training} is complete"
+        batch = checkpoints.saved_batch(place) or settings.batch
+        latest = checkpoints.saved_within(place, last_epoch(curve), batch) or last
+        if latest is None:
+            return ""
+        n_epochs, n_updates = latest.checkpoint.epoch, latest.checkpoint.step
+        done = [f"epoch {n_epochs}"] if n_epochs else []
+        if n_updates:
+            done.append(f"{n_updates:,} {'update' if n_updates == 1 else 'updates'} of epoch {n_epochs + 1}")
+        left = ""
+        if budget is not None:
+            left = f"; {max(budget.seconds - _spent_s(place, budget), 0):.3g} s of the budget are left"
+        return f"{training} continues after {' and '.join(done)}{left}"
+
     def _curve(
         self,
         place: Path,
@@ -95,12 +121,9 @@ class AttemptTraining:
         run: Run,
     ) -> tuple[Point, ...]:
         """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
-        settings = candidate.recipe.training
+        settings = _settings(candidate, attempt, budget)
         if budget is not None:
-            # a recipe with its own loop uses the epochs of the first plan
-            epochs = max(int(attempt["epochs"]), 1)
-            lr = attempt.get("lr") or settings.lr
-            settings = replace(settings, epochs=epochs, lr=lr, pacing=self._pacer(place, attempt, budget))
+            settings = replace(settings, pacing=self._pacer(place, attempt, budget))
         batch = checkpoints.saved_batch(place) or settings.batch
         while True:
             try:
@@ -115,10 +138,7 @@ class AttemptTraining:
 
     def _pacer(self, place: Path, attempt: Mapping[str, Any], budget: AttemptBudget) -> Pacer:
         """The pacer for the rest of the budget, after the planning, earlier attempts and the epochs that are done."""
-        last = checkpoints.saved(place, LAST)
-        curve = () if last is None else last.curve
-        spent_s = budget.spent_s + sum(point.wall_s for point in curve)
-        spent_s += checkpoints.seconds_within(place, last_epoch(curve))
+        spent_s = _spent_s(place, budget)
         return Pacer(budget.seconds, attempt["epoch_s"], attempt["evaluation_s"], spent_s, self.clock)
 
     def _save_best(self, place: Path, candidate: Candidate) -> str:
@@ -141,3 +161,20 @@ class AttemptTraining:
         assert isinstance(new.net, nn.Module)
         digest = digest_of_weights(new.net.state_dict())  # of the tensors in the file of the new model
         return replace(self.subject, model=new.eval(), digest=digest, card=card)
+
+
+def _settings(candidate: Candidate, attempt: Mapping[str, Any], budget: AttemptBudget | None) -> Training:
+    """The settings of the training of an attempt."""
+    settings = candidate.recipe.training
+    if budget is None:
+        return settings
+    # a recipe with its own loop uses the epochs of the first plan
+    return replace(settings, epochs=max(int(attempt["epochs"]), 1), lr=attempt.get("lr") or settings.lr)
+
+
+def _spent_s(place: Path, budget: AttemptBudget) -> float:
+    """Seconds of the planning, of earlier attempts, and of the stored part of this one."""
+    last = checkpoints.saved(place, LAST)
+    curve = () if last is None else last.curve
+    in_epoch_s = checkpoints.seconds_within(place, last_epoch(curve))
+    return budget.spent_s + sum(point.wall_s for point in curve) + in_epoch_s

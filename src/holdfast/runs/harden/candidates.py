@@ -131,7 +131,8 @@ def attempts(
     ]
     fastest = planned[0]
     if not fastest.epochs:
-        raise too_small(budget_s, fastest.pace, fastest.per_epoch, spent_s, anyway=anyway)
+        n_steps = fastest.candidate.settings.get("steps", 1)
+        raise too_small(budget_s, fastest.pace, fastest.per_epoch, spent_s, anyway=anyway, n_steps=n_steps)
     if fastest.epochs < 1 and not anyway:
         times = (fastest.pace, fastest.per_epoch, spent_s)
         raise below_an_epoch(fastest.candidate.name, budget_s, fastest.epochs, *times)

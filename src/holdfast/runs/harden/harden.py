@@ -367,9 +367,10 @@ class _Job:
             if k and left_s is not None and left_s < attempt["epoch_s"]:
                 self.notes.append(untrained(attempt, left_s))
                 break
-            self.notify(announced(attempt, left_s, len(self.evaluated)))
             candidate = self._candidate(attempt["recipe"])
             place = self.run / _numbered(CHECKPOINTS, k)
+            continued = trainings.resumed(place, candidate, attempt, budget)
+            self.notify(continued or announced(attempt, left_s, len(self.evaluated)))
             trained_models.append(trainings.trained(place, candidate, attempt, budget, run))
             if len(planned) == 1:
                 return trained_models, trained_models[0]

@@ -264,7 +264,7 @@ def _as_trained(trained: Made) -> dict[str, Any]:
     """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
     settings_of_training, last = trained.candidate.recipe.training, trained.curve[-1]
     lr = trained.attempt.get("lr")
-    decided = {"epochs": trained.epochs, "weight_decay": settings_of_training.decay}
+    decided: dict[str, float | None] = {"epochs": trained.epochs, "weight_decay": settings_of_training.decay}
     if lr is not None:
         settings_of_training = replace(settings_of_training, lr=lr)
         decided["lr"] = lr
@@ -273,6 +273,8 @@ def _as_trained(trained: Made) -> dict[str, Any]:
             "batch": last.batch,
             "lr": settings_of_training.lr * last.batch / settings_of_training.batch,
         }
+    if "optimizer" in settings_of_training.functions:  # which determines them
+        decided = {name: value for name, value in decided.items() if name in {"epochs", "batch"}}
     settings = trained.candidate.settings
     return {**settings, "training": {**settings.get("training", {}), **decided}}
 

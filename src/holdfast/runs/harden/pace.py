@@ -356,11 +356,21 @@ class Pacer:
         return update_s, last.look_s, 2 * n
 
 
+_BUDGET_FOR = "or more (for {}, the measuring and a reserve; measuring takes longer within a larger budget)"
+"""what a suggested budget contains"""
+
+
 def too_small(
-    budget_s: float, measured: Pace, per_epoch: int, spent_s: float, *, anyway: bool = False
+    budget_s: float,
+    measured: Pace,
+    per_epoch: int,
+    spent_s: float,
+    *,
+    anyway: bool = False,
+    n_steps: int = 1,
 ) -> UsageError:
     """Return the error for a time budget in which no training update fits. It states a budget that would be enough:
-    for one epoch, or with `anyway` for one update.
+    for one epoch, or with `anyway` for one update. `n_steps` is the number of attack steps of the recipe.
     """
     look_s = measured.between(per_epoch)
     least_s = (measured.update + (1 + _EVALUATION_SPARE) * look_s + spent_s) / _USED
@@ -369,8 +379,10 @@ def too_small(
     return UsageError(
         f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(measured.update)} on this machine, "
         f"the evaluation and the checkpoint after it {_seconds(look_s)}, and measuring these times took "
-        f"{_seconds(spent_s)}; fewer steps take less time",
-        Remedy("budget", _rounded_up(least_s), reason="or more"),
+        f"{_seconds(spent_s)}{'; fewer steps take less time' if n_steps > 1 else ''}",
+        Remedy(
+            "budget", _rounded_up(least_s), reason=_BUDGET_FOR.format("one update" if anyway else "one epoch")
+        ),
     )
 
 
@@ -385,7 +397,7 @@ def below_an_epoch(
         f"a budget of {budget_s:g} s is too small for one epoch of {recipe}: after {_seconds(spent_s)} for measuring, "
         f"{round(epochs * per_epoch):,} of the {per_epoch:,} updates of an epoch fit, which takes about "
         f"{_seconds(measured.epoch)} on this machine",
-        Remedy("budget", _rounded_up(enough_s), reason="or more"),
+        Remedy("budget", _rounded_up(enough_s), reason=_BUDGET_FOR.format("one epoch")),
         Remedy("anyway", True, reason="to train for a part of an epoch"),
     )
 

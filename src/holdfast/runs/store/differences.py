@@ -21,8 +21,11 @@ def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
 
     The text is empty if no difference can be listed.
     """
-    names = dict.fromkeys([*_FIRST, *sorted({*stored, *requested} - {"stages"}), "stages"])
-    lines = [line for name in names for line in _of(name, stored.get(name), requested.get(name))]
+    names = dict.fromkeys([*_FIRST, *sorted({*stored, *requested} - {"stages", "functions"}), "stages"])
+    lines = [
+        *_functions(stored, requested),
+        *(line for name in names for line in _of(name, stored.get(name), requested.get(name))),
+    ]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
     return "; ".join([*lines[:MOST], *more])
 
@@ -40,6 +43,26 @@ def _of(name: str, stored: Any, requested: Any) -> Iterator[str]:
     except (AttributeError, KeyError, TypeError, ValueError):  # another version has another format
         pass
     yield from _changes(stored, requested, name)
+
+
+def _functions(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> Iterator[str]:
+    """Differences of the functions of the user, whose digests have keys such as `pgd.training.optimizer`."""
+    before, now = (side.get("functions") or {} for side in (stored, requested))
+    for key in sorted(before.keys() & now.keys()):
+        if before[key] != now[key]:
+            recipe, _, name = key.rsplit(".", 2)
+            address = stored["settings"][recipe]["training"][name]
+            yield f"the function {name} has changed ({address})"
+    sides = (
+        (before, now, "given before and {} not given now"),
+        (now, before, "not given before and {} given now"),
+    )
+    for these, others, change in sides:
+        missing = sorted({key.rpartition(".")[2] for key in these.keys() - others.keys()})
+        if missing:
+            listed = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+            noun, verb, be = ("function", "was", "is") if len(missing) == 1 else ("functions", "were", "are")
+            yield f"the {noun} {listed} {verb} {change.format(be)}"
 
 
 def _threat(threat: Mapping[str, Any]) -> str:

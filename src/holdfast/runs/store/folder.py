@@ -40,9 +40,14 @@ from holdfast.runs.store.records import Chain, document, parsed, read_chain, rea
 SCHEMA_VERSION = 2
 ABOUT = "about.json"
 SPLITS = "splits.json"
-SAMENESS = ("config", "data", "model", "code")
+_OTHER = {
+    "config": "another configuration",
+    "data": "other data",
+    "model": "another model",
+    "code": "other code",
+}
+SAMENESS = tuple(_OTHER)
 """Names of the digests that must be equal in all processes and attempts of a run."""
-_OTHER = {"config": "another config", "data": "other data", "model": "another model", "code": "other code"}
 
 
 class Split(TypedDict):
@@ -374,13 +379,16 @@ def _refuse_other_run(path: Path, stored: Mapping[str, Any], requested: Mapping[
         differences(stored.get("config", {}), requested.get("config", {})) if "config" in differing else ""
     )
     shown_details = f" ({details})" if details else ""
-    remedy = "use the settings of that run"
+    changed = [side.get("config", {}).get("functions") for side in (stored, requested)]
+    way = "use the settings of that run"
     if differing == ["code"]:
-        remedy = "resume it with the version of Holdfast that wrote it"
+        way = "resume it with the version of Holdfast that wrote it"
+    elif changed[0] != changed[1]:
+        way = "use the settings of that run, with its functions restored"
     raise UsageError(
         f"{str(path)!r} is a run with {' and '.join(_OTHER[key] for key in differing)}{shown_details}, so it cannot be "
-        f"resumed; {remedy}",
-        OTHER_FOLDER,
+        "resumed",
+        replace(OTHER_FOLDER, reason=f"{OTHER_FOLDER.reason}, or {way}"),
     )
 
 
