@@ -1682,6 +1682,8 @@ NOT_BUILT = {
     "core/remedies.py": "the class itself, and constants that other files use",
     "runs/engine/ray_": "a cluster",
     "runs/assess/sending.py": "a cluster",
+    "recipes/atta.py:__call__": "examples that are read by index and larger than memory",
+    "api/hardening.py:_with_unlabelled": "examples that are read by index",
     "recipes/training/distributed.py": "several processes that train together",
     "recipes/training/learner.py:_refuse_foreign: Remedy('recipe', 'pgd')": "several processes that train together",
     "runs/harden/pace.py:smaller": "several processes that train together",

@@ -97,7 +97,9 @@ class AttemptTraining:
         last = checkpoints.saved(place, LAST)
         curve = () if last is None else last.curve
         training = f"training by {candidate.name}"
-        if last is not None and ended_by(last.checkpoint, curve, settings):
+        if last is not None and ended_by(
+            last.checkpoint, curve, settings, self.trainer.start(candidate.recipe)
+        ):
             return f"{training} is complete"
         batch = checkpoints.saved_batch(place) or settings.batch
         latest = checkpoints.saved_within(place, last_epoch(curve), batch) or last
