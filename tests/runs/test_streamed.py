@@ -154,7 +154,9 @@ def test_an_epoch_is_read_once_and_again_only_after_a_guard_has_undone_updates(m
         passes.clear()
         how = Training(epochs=1, batch=10, saving=Saving(10, lambda checkpoint: None))
         recipe = SingleStep(training=how)
-        (end,) = recipe(fakes.subject(fakes.network(1).requires_grad_()).model, examples, THREAT, rng=Draws(0))
+        (end,) = recipe(
+            fakes.subject(fakes.network(1).requires_grad_()).model, examples, THREAT, rng=Draws(0)
+        )
         ends.append(end)
     assert (len(passes), opened_at[-2:]) == (4, [0, 2])
     one, other = ends
@@ -190,6 +192,12 @@ class Together(Examples):
 def test_a_data_set_that_returns_several_examples_at_once_is_read_so():
     loader = DataLoader(Together(training()), collate_fn=lambda batch: batch)
     assert torch.equal(opened(loader).first(9).x, training().x[:9])
+
+
+def test_a_function_that_worker_processes_cannot_receive_is_refused_with_a_remedy():
+    loader = DataLoader(SET, num_workers=1, multiprocessing_context="spawn", collate_fn=lambda pairs: pairs)
+    with pytest.raises(TargetError, match="cannot be pickled: .*lambda.* multiprocessing_context='fork'"):
+        opened(loader)
 
 
 def test_changes_that_no_seed_repeats_are_stated_and_do_not_make_another_run():
