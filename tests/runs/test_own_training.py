@@ -310,6 +310,19 @@ def test_a_scheduler_follows_the_completed_fraction_and_a_named_schedule_scales_
     torch.testing.assert_close(flat[:, 0] / flat[:, 1], torch.full((4,), 2.5))
 
 
+def test_within_a_budget_a_scheduler_is_refused_for_the_planned_updates_before_anything_is_stored(tmp_path):
+    def long(optimizer, total):
+        if total < 10**9:
+            raise ValueError("too few")
+        return one_cycle(optimizer, total)
+
+    recipe = Standard(training=replace(HOW, augment="none", schedule=long))
+    request = replace(wish(recipe), budget_s=2.0, anyway=True)
+    with pytest.raises(TargetError, match=r"schedule raised ValueError for [\d,]+ updates: too few"):
+        harden(trainable(), training(), fakes.data(), request, run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 class Broken:
     """A tracker whose server is down."""
 
