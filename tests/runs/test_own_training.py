@@ -368,7 +368,8 @@ def test_a_list_of_numbers_without_brackets_is_refused_with_an_example(given, ex
 def test_a_resumed_training_states_where_it_continues_and_what_is_left_of_the_budget(tmp_path):
     candidate = Candidate("pgd", Standard(training=PLAIN), {})
     attempt, budget = {"recipe": "pgd", "epochs": 4.0}, AttemptBudget(60.0, 8.0)
-    trainings = AttemptTraining(trainable(), None, {}, {}, None)
+    trainer = SimpleNamespace(start=lambda recipe: None)
+    trainings = AttemptTraining(trainable(), trainer, {}, {}, None)
 
     def message(its_budget=budget):
         return trainings.resumed(tmp_path, candidate, attempt, its_budget)
@@ -387,6 +388,19 @@ def test_a_resumed_training_states_where_it_continues_and_what_is_left_of_the_bu
     )
     save(tmp_path, LAST, replace(end, epoch=4, updates=36), (point,))
     assert message() == "training by pgd is complete"
+
+
+def test_within_a_budget_a_scheduler_is_refused_for_the_planned_updates_before_anything_is_stored(tmp_path):
+    def long(optimizer, total):
+        if total < 10**9:
+            raise ValueError("too few")
+        return one_cycle(optimizer, total)
+
+    recipe = Standard(training=replace(HOW, augment="none", schedule=long))
+    request = replace(wish(recipe), budget_s=2.0, anyway=True)
+    with pytest.raises(TargetError, match=r"schedule raised ValueError for [\d,]+ updates: too few"):
+        harden(trainable(), training(), fakes.data(), request, run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 class Broken:

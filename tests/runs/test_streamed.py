@@ -194,6 +194,12 @@ def test_a_data_set_that_returns_several_examples_at_once_is_read_so():
     assert torch.equal(opened(loader).first(9).x, training().x[:9])
 
 
+def test_a_function_that_worker_processes_cannot_receive_is_refused_with_a_remedy():
+    loader = DataLoader(SET, num_workers=1, multiprocessing_context="spawn", collate_fn=lambda pairs: pairs)
+    with pytest.raises(TargetError, match="cannot be pickled: .*lambda.* multiprocessing_context='fork'"):
+        opened(loader)
+
+
 def test_changes_that_no_seed_repeats_are_stated_and_do_not_make_another_run():
     first, second = (opened(Examples(training(), own_noise)) for _ in range(2))
     assert "A resumed run continues from its checkpoint, but its result differs" in first.notes[1]

@@ -2,8 +2,10 @@
 processes.
 """
 
+import pickle
 import random
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +31,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from holdfast.core.batch import Batch, Data
+from holdfast.core.errors import TargetError
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.selection import concatenated
 
@@ -145,7 +148,7 @@ class Source:
             list(zip(indices, keys, strict=True)) if self.seeded else list(indices)
             for indices, keys in batches
         ]
-        iterator = iter(self._loader)
+        iterator = self._begun()
         ended = False
         try:
             yield iterator
@@ -157,6 +160,25 @@ class Source:
             ):
                 iterator._shutdown_workers()
                 self._loader = self._new_loader()
+
+    def _begun(self) -> Iterator[Any]:
+        """An iterator over the next batches. Raises `TargetError` if worker processes cannot be started with the data
+        set and the functions of the loader.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "Got pickle error", UserWarning
+                )  # the error below says more
+                return iter(self._loader)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            if not self._loader.num_workers:
+                raise
+            raise TargetError(
+                f"the worker processes of the loader cannot be started, because its data set or one of its functions "
+                f"cannot be pickled: {error}. Define its class, collate_fn and worker_init_fn at the top level of a "
+                "module, or create the loader with multiprocessing_context='fork'"
+            ) from error
 
 
 class _Order:

@@ -551,9 +551,9 @@ class _Sums:
     def begun(cls, checkpoint: Checkpoint | None, device: torch.device) -> "_Sums":
         """Return the sums of a checkpoint within an epoch, or those before the first update."""
         if checkpoint is None:
-            double = {"dtype": torch.float64, "device": device}
-            return cls(torch.zeros(0, **double), torch.zeros((), **double))
-        return cls(*(checkpoint.tensors[name].to(device) for name in (_LOSSES, _RIGHT)))
+            return cls(torch.zeros(0, device=device).double(), torch.zeros((), device=device).double())
+        tensors = checkpoint.tensors
+        return cls(tensors[_LOSSES].to(device), tensors[_RIGHT].to(device))
 
     def gather(self) -> None:
         """Include the updates of all processes since the last call."""
@@ -614,8 +614,14 @@ def refuse_unusable(model: Classifier, how: Training, data: TrainingData, replay
                 "augment returned different inputs for the same batch and the same generator, so that a training could "
                 "not be resumed exactly; draw all random numbers from the generator, or from torch"
             )
-    if isinstance(how.optimizer, str) and isinstance(how.schedule, str):
-        return
-    optimizer = optimizer_for([weight for weight in model.parameters() if weight.requires_grad], how)
+    if not isinstance(how.optimizer, str):
+        optimizer_for([weight for weight in model.parameters() if weight.requires_grad], how)
+    if how.pacing is None:
+        refuse_unusable_schedule(model, how, how.epochs * updates(len(data), how.batch) * replays)
+
+
+def refuse_unusable_schedule(model: nn.Module, how: Training, total: int) -> None:
+    """Raise an error for a function of the user from which no scheduler can be made for `total` updates."""
     if not isinstance(how.schedule, str):
-        scheduler_of(how.schedule, optimizer, how.epochs * updates(len(data), how.batch) * replays)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        scheduler_of(how.schedule, optimizer_for(weights, how), total)

@@ -25,6 +25,7 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
+from holdfast.recipes.training.fit import refuse_unusable_schedule
 from holdfast.recipes.training.recipe import goal_of, trained_as
 from holdfast.reports.numbers import size
 from holdfast.reports.training import training_summary
@@ -68,7 +69,7 @@ from holdfast.runs.harden.held_out import (
     held_out_accuracies,
     proved_accuracy,
 )
-from holdfast.runs.harden.pace import Clock, with_predicted_labels
+from holdfast.runs.harden.pace import Clock, first_total, with_predicted_labels
 from holdfast.runs.harden.trainable import (
     copy_of,
     freeze_others,
@@ -206,7 +207,10 @@ class _Job:
         )  # fmt: skip
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
             refuse_goal(candidate.name, goal_of(candidate.recipe))
-            self.trainer.checkpoints(candidate.recipe, None)
+            settings = candidate.recipe.training
+            # within a budget, a scheduler is created for the planned updates
+            settings = settings if request.budget_s is None else settings.timed
+            self.trainer.checkpoints(trained_as(candidate.recipe, settings), None)
         stored = distributed.broadcast(stored_manifest(run))
         self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(n_assessed))
         self.evaluated = self._held_out_sample(self.plan["attempts"][0].get("held_out", len(self.held_out)))
@@ -260,6 +264,8 @@ class _Job:
             self.clock,
             anyway=request.anyway,
         )
+        if request.budget_s is not None:
+            self._refuse_schedules(planned_attempts)
         return {
             "attempts": planned_attempts,
             "budget_s": request.budget_s,
@@ -267,6 +273,14 @@ class _Job:
             "assessed": n_assessed,
             "stages": STAGES,
         }
+
+    def _refuse_schedules(self, planned_attempts: list[dict[str, Any]]) -> None:
+        """Raise an error for a function of the user that returns no scheduler for the planned number of updates."""
+        candidates = {candidate.name: candidate for candidate in self.request.candidates}
+        for attempt in planned_attempts:
+            candidate = candidates[attempt["recipe"]]
+            total = first_total(attempt["epochs"], candidate.per_epoch(len(self.rest)))
+            refuse_unusable_schedule(self.model, candidate.recipe.training, total)
 
     def report(self, log: EpochLog) -> None:
         """Report the epochs of the training to a log."""

@@ -240,6 +240,11 @@ def _grown(checkpoint: Checkpoint, n_trial: int, n_all: int) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+def first_total(epochs: float, per_epoch: int) -> int:
+    """Return the number of updates in the first plan of a training for which `epochs` epochs were planned."""
+    return max(round(epochs * per_epoch), _FIRST)
+
+
 def whole_epochs(budget_s: float, measured: Pace) -> int:
     """Return the number of whole epochs of a training that fit into a time budget. It is 0 if not even one fits."""
     return max(int(_SPARE * budget_s / measured.epoch), 0)
