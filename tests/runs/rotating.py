@@ -63,7 +63,7 @@ def begun(path, bases=(0, 1)) -> Pool:
     for k in range(OWN):
         pool.keep(f"own_{k}", state(trained(10 + k)), {"accuracy": 1.0})
     for k in bases:
-        pool.refuse(pool.add(state(trained(k)), {"base": True}, why=BASE, role="base"), BASE)
+        pool.add(state(trained(k)), {"base": True}, why=BASE, role="base")
     return pool
 
 
