@@ -209,7 +209,7 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
 def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, monkeypatch):
     Pool.open(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(loop.RotationLoop, "begin", lambda self: seen.append(self.settings.by))
+    monkeypatch.setattr(loop.RotationLoop, "fill", lambda self: seen.append(self.settings.by))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
     assert run([*words, "--set", "codec.dims=1"]) == 0
     said = capsys.readouterr().err
@@ -224,7 +224,7 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
 def test_run_makes_sets_as_it_is_asked_to(pool, capsys, monkeypatch, by):
     Pool.open(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(loop.RotationLoop, "begin", lambda self: seen.append(self.settings.by))
+    monkeypatch.setattr(loop.RotationLoop, "fill", lambda self: seen.append(self.settings.by))
     monkeypatch.setattr(loop, "train", lambda *given, **more: seen.append("learned"))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--by", by]
     assert run(words) == 0

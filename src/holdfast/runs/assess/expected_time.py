@@ -17,6 +17,7 @@ from holdfast.certifiers.smoothing.smoothing import Smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
+from holdfast.core.pieces import half_batch
 from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE, SEARCHES
 from holdfast.runs.harness import LOOKED_AT, Plan, Target
 from holdfast.runs.harness.kinds.proof import prepared_prover
@@ -184,8 +185,17 @@ def expected_shares(plan: Plan, target: Target, sample: Batch) -> tuple[float, f
 
 def pass_times(model: Model, sample: Batch, size: int, *, gradients: bool = True) -> tuple[float, float]:
     """Measure the seconds of a forward pass for one example, and the seconds that a backward pass adds, in batches of
-    `size`. Without `gradients`, a backward pass takes no time.
+    `size`, which is halved if memory runs out. Without `gradients`, a backward pass takes no time.
     """
+    try:
+        return _pass_times(model, sample, size, gradients=gradients)
+    except (RuntimeError, MemoryError) as error:
+        if size <= len(sample):
+            raise
+        return pass_times(model, sample, half_batch(size, error), gradients=gradients)
+
+
+def _pass_times(model: Model, sample: Batch, size: int, *, gradients: bool) -> tuple[float, float]:
     with torch.random.fork_rng(), torch.no_grad():
         forward_s = _timed(lambda: model(sample.x, sample.ids))
         rows = torch.arange(len(sample), device=sample.ids.device)

@@ -130,7 +130,8 @@ def harden(
         for note in request.notes:
             notify(note)
         n_assessed = len(test)
-        if not (run is not None and stored_manifest(run)):
+        is_needed = notify is not ignore or limit_s(request) is not None
+        if is_needed and not (run is not None and stored_manifest(run)):
             tried = test.read(0, min(TRIED, len(test))).to(sample.x.device)
             times = _assessment_times(request, target, tried, len(examples.held_out))
             n_assessed = times.fitting(len(test), limit_s(request))
