@@ -113,8 +113,9 @@ def test_run_finishes_the_collection_and_ends_when_enough_sets_wait(monkeypatch)
 
     def fill(self):
         seen.append((self.settings, self.common.seed))
-        (name,) = holdfast.rotate.draw("pool", sets=1, by="retraining", **TRUSTED).names
-        self.pool.admit(name)
+        for name in holdfast.rotate.draw("pool", sets=2, by="retraining", **TRUSTED).names:
+            self.pool.admit(name)
+        self._serve_first()
 
     monkeypatch.setattr(loop.RotationLoop, "fill", fill)
     rotated = holdfast.rotate.run(
