@@ -155,7 +155,7 @@ def test_an_honest_network_raises_nothing(net):
     ]
     assert not [doubt for doubt in result.doubts if doubt.state == "raised"]
     assert {doubt.name for doubt in result.doubts if doubt.state == "not measured"} == {"transfer"}
-    assert not result.fallen
+    assert not result.missed
     for doubt in result.doubts:
         assert doubt.message
         assert doubt.name == "transfer" or doubt.n > 0
@@ -344,8 +344,8 @@ def test_a_suite_that_does_too_little_is_not_exhausted(net):
     result = findings(net, suite=weak, only=CHEAP)
     doubt = next(d for d in result.doubts if d.name == "not-exhausted")
     assert doubt.state == "raised"
-    assert {probe_title("margin"), probe_title("cross-entropy")} <= set(result.fallen)
-    for ids in result.fallen.values():
+    assert {probe_title("margin"), probe_title("cross-entropy")} <= set(result.missed)
+    for ids in result.missed.values():
         assert len(ids) > 0
 
 
@@ -356,9 +356,9 @@ def test_the_examples_that_probes_broke_stood(net):
     found, _ = probe_all(model, batch, columns)
     held = set(columns["id"][surviving_examples(columns, THREAT)].tolist())
     passes = broken_by(found, columns, THREAT)
-    fallen = conclude(found, columns, MeasurementContext(THREAT, "quick@1"), passes).fallen
-    assert probe_title("whole-box") not in fallen
-    assert fallen and all(set(ids.tolist()) <= held for ids in fallen.values())
+    missed = conclude(found, columns, MeasurementContext(THREAT, "quick@1"), passes).missed
+    assert probe_title("whole-box") not in missed
+    assert missed and all(set(ids.tolist()) <= held for ids in missed.values())
 
 
 @pytest.mark.slow
@@ -401,9 +401,9 @@ def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(n
     found, _ = probe_all(model, batch, columns, threat, (PGD(steps=1, reach=0.01),))
     assert found["one-step"].columns["broken"].any() and found["margin"].columns["broken"].any()
     passes = broken_by(found, columns, threat)
-    fallen = conclude(found, columns, MeasurementContext(threat, "quick@1"), passes).fallen
-    assert (probe_title("one-step") in fallen) is counted
-    assert (probe_title("margin") in fallen) is (queries is None)
+    missed = conclude(found, columns, MeasurementContext(threat, "quick@1"), passes).missed
+    assert (probe_title("one-step") in missed) is counted
+    assert (probe_title("margin") in missed) is (queries is None)
 
 
 @pytest.mark.slow

@@ -157,16 +157,16 @@ def ran(n=4, *, dead=False, broke=2):
 def test_a_doubt_is_answered_by_all_that_it_called_for():
     because = {"BPDA": ("zero-gradient",), "Search": ("zero-gradient",)}
     doubts = (Doubt("zero-gradient", "raised", message="no gradient"),)
-    both = with_answers(doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, bypassed=True, fell=False)[
-        0
-    ]
+    both = with_answers(
+        doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, bypassed=True, survivor_broken=False
+    )[0]
     assert both.state == "answered"
     assert both.message == (
         "no gradient; answered by BPDA and Search, which broke 3 of the 4 examples that they were run on"
     )
-    assert with_answers(doubts, {"BPDA": ran()}, because, bypassed=True, fell=False) == doubts
+    assert with_answers(doubts, {"BPDA": ran()}, because, bypassed=True, survivor_broken=False) == doubts
     found_none = with_answers(
-        doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, bypassed=True, fell=False
+        doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, bypassed=True, survivor_broken=False
     )[0]
     assert found_none.state == "raised"
     assert "did not circumvent it" in found_none.message
@@ -179,14 +179,19 @@ def test_a_shattered_gradient_is_answered_round_it_or_on_average_alone():
         ("BPDA", False, "raised"),
         ("EOT", False, "answered"),
     ):
-        (told,) = with_answers(doubts, {arm: ran()}, {arm: ("shattered",)}, bypassed=bypassed, fell=False)
+        (told,) = with_answers(
+            doubts, {arm: ran()}, {arm: ("shattered",)}, bypassed=bypassed, survivor_broken=False
+        )
         assert told.state == state
 
 
 def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
     doubts, because = (Doubt("not-exhausted", "raised"),), {"Search": ("not-exhausted",)}
-    assert with_answers(doubts, {"Search": ran()}, because, bypassed=True, fell=True) == doubts
-    assert with_answers(doubts, {"Search": ran()}, because, bypassed=True, fell=False)[0].state == "answered"
+    assert with_answers(doubts, {"Search": ran()}, because, bypassed=True, survivor_broken=True) == doubts
+    assert (
+        with_answers(doubts, {"Search": ran()}, because, bypassed=True, survivor_broken=False)[0].state
+        == "answered"
+    )
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ def reloading(n=2):
 def test_the_first_worker_of_a_reload_announces_a_model_with_the_same_outputs(digest, classes, reason):
     state, workers, messages, records = reloading()
     state.request("a test")
-    state.step()
+    state.poll()
     assert state.testing and len(workers) == 3
     new = workers[2]
     state.opened(new, {"digest": digest, "classes": classes})
@@ -373,11 +373,11 @@ def test_a_worker_with_another_model_than_the_announced_one_is_refused():
     state.opened(workers[0], {"digest": "other", "classes": 3})
     assert "its file has changed" in str(workers[0].error) and not workers[0].sent
     state.request("a test")
-    state.step()
+    state.poll()
     state.opened(workers[2], {"digest": "new", "classes": 3})
     state.ready(workers[2])
     del workers[0]  # it was retired
-    state.step()
+    state.poll()
     assert len(workers) == 3 and not state.testing
     state.opened(workers[2], {"digest": "newer", "classes": 3})
     failed = workers.pop()
@@ -394,13 +394,13 @@ def test_the_metric_of_failed_reloads_is_cleared_by_the_next_one():
         return totals.value("holdfast_reload_failing")
 
     state.request("a test")
-    state.step()
+    state.poll()
     state.left(workers.pop(), "the file is missing")
     assert failing() == 1
     state.request("again")
-    state.step()
+    state.poll()
     state.opened(workers[1], {"digest": "old", "classes": 3})  # only the guard has changed
     assert state.ready(workers[1]) and state.status()["epoch"] == 1
     del workers[0]
-    state.step()
+    state.poll()
     assert failing() == 0 and state.status()["reload"] == "done"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from holdfast.api.verb_settings import Opening, part
+from holdfast.api.verb_settings import Opening, group_of
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -38,7 +38,7 @@ def declared(settings: Opening) -> Declared:
         settings.model_output,
         class_names=settings.class_names,
         normalised=normalisation(settings),
-        input_shape=part(settings, InferenceSource).input_shape,
+        input_shape=group_of(settings, InferenceSource).input_shape,
         input_name=settings.x,
     )
 

@@ -19,7 +19,7 @@ from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import assess_request, baseline_evidence, examples_to_fit, listed_attacks
 from holdfast.api.recipe_building import build_recipe, candidates, refuse_unheld, settings_of
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import Harden, RotateSettings, part
+from holdfast.api.verb_settings import Harden, RotateSettings, group_of
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.catalogue import RECIPES, names
 from holdfast.core.draws import Draws
@@ -89,7 +89,7 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
     else:
         training, notes = _open_training(settings, model)
         _refuse_changing(settings, model)
-        given = part(settings, ExampleSelection)
+        given = group_of(settings, ExampleSelection)
         selection = given if given.n or given.sample else ExampleSelection(sample=JUDGED)
         judged = resolve.open_examples(settings, model, selection=selection)
         all_examples = resolve.open_examples(settings, model, selection=ExampleSelection())
@@ -173,7 +173,7 @@ def _parted(
     if isinstance(examples, Streamed) and examples.changing is not None:
         raise _changing(examples.changing)
     order = Draws(settings.seed).at("judged").bits(examples.ids).argsort()
-    selection = part(settings, ExampleSelection)
+    selection = group_of(settings, ExampleSelection)
     n = selection.n or selection.sample or min(JUDGED, len(examples) // _JUDGED_SHARE)
     if n >= len(examples):
         raise UsageError(

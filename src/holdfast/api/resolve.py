@@ -26,7 +26,7 @@ from holdfast.api.expecting import (
 from holdfast.api.grad_mode import differentiable
 from holdfast.api.plans import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
 from holdfast.api.references import beside, refuse_other_settings
-from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening, composed, part
+from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening, composed, group_of
 from holdfast.attacks.parts.expectation import seen_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
@@ -55,7 +55,7 @@ from holdfast.settings.values import SurrogateSettings, address_of
 
 def remote(settings: Opening) -> Remote:
     """Return the options for HTTP requests to a model behind a server, such as the timeout and the rate of requests."""
-    inference, limits = part(settings, InferenceSource), composed(ServerLimits, settings)
+    inference, limits = group_of(settings, InferenceSource), composed(ServerLimits, settings)
     return Remote(
         tuple(inference.allow_hosts),
         tuple(inference.headers),
@@ -112,7 +112,7 @@ def open_subject(settings: Opening, *, transform: str | None = None, adaptive: b
     notes += _scaled(model, settings)
     model, transformed, more = _transformed(model, transform)
     subject = _subject(model, card | transformed, (*notes, *more), properties)
-    guard = part(settings, InferenceSource).guard
+    guard = group_of(settings, InferenceSource).guard
     if guard is None:
         return subject
     from holdfast.api.guard_opening import guarded_subject
@@ -308,7 +308,7 @@ def open_examples(
 def _examples(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
     if settings.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    selection = selection or part(settings, ExampleSelection)
+    selection = selection or group_of(settings, ExampleSelection)
     chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": settings.seed}
     if isinstance(settings.data, str):
         return open_data(

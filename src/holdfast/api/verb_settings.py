@@ -427,7 +427,7 @@ def check_settings(
     return kind.model_validate(dict(content), context=(prefix, written))
 
 
-def part(settings: SettingGroup, kind: type[G]) -> G:
+def group_of(settings: SettingGroup, kind: type[G]) -> G:
     """Return those settings of a command that belong to a group, or the defaults if the command does not have them."""
     if not isinstance(settings, kind):
         return kind.model_construct()

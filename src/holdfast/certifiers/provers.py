@@ -106,7 +106,7 @@ def _by_intervals(graph: Graph, region: Region, rows: Tensor, deadline: float) -
     at, constant, error = graph.output, rows.new_zeros(rows.shape[:2]), rows.new_zeros(rows.shape[:2])
     if isinstance(last.operation, Dense):
         error = rows.abs() @ relaxation.error_of(at)[:, :, None]
-        added, (rows,) = last.operation.constant(rows), last.operation.transposed(rows, [])
+        added, (rows,) = last.operation.constants(rows), last.operation.transposed(rows, [])
         constant, error, at = constant if added is None else added, error[:, :, 0], last.inputs[0]
     low, high = (each.flatten(1) for each in relaxation.bound(at))
     return Region(low, high, low).minimum(rows.flatten(2)) + constant - error * 1.01, False

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from holdfast.api.reading_settings import S, read_settings
-from holdfast.api.verb_settings import Assess, Certify, Harden, Opening, Serve, part
+from holdfast.api.verb_settings import Assess, Certify, Harden, Opening, Serve, group_of
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -58,7 +58,7 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
     settings: V = settings_of_flags(flags, cast(Any, kind))
     refuse_code_of_config(settings, flags)
     if config:
-        _refuse_hosts_of_config(part(settings, InferenceSource), flags)
+        _refuse_hosts_of_config(group_of(settings, InferenceSource), flags)
         if isinstance(settings, Harden):
             refuse_logs_of_config(settings, flags)
     _refuse_targets(settings, config)
@@ -125,7 +125,7 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
         refuse_server_to_train(str(model))
     if isinstance(settings, Certify) and settings.method != SMOOTHING:
         refuse_server_to_certify(str(model), settings.threat)
-    refuse_foreign_server(str(model), part(settings, InferenceSource).allow_hosts)
+    refuse_foreign_server(str(model), group_of(settings, InferenceSource).allow_hosts)
     across = settings.across if isinstance(settings, Assess) else ()
     for address in (str(data), *across):
         refuse_unknown_data(address)

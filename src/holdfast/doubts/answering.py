@@ -125,7 +125,7 @@ def with_answers(
     because: Mapping[str, tuple[str, ...]],
     *,
     bypassed: bool,
-    fell: bool,
+    survivor_broken: bool,
     blind: bool = False,
 ) -> tuple[Doubt, ...]:
     """Return the doubts of a run after its adaptive attacks. A raised doubt becomes answered if the attacks that it
@@ -135,7 +135,7 @@ def with_answers(
     answered if all attacks that it requires were run on all surviving examples. There are three exceptions: the
     gradient of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered,
     and no attack averaged it or bypassed a stage (`bypassed`); and `not-exhausted`, while an example that a probe
-    broke survives (`fell`).
+    broke survives (`survivor_broken`).
     """
 
     def with_answer(doubt: Doubt) -> Doubt:
@@ -146,7 +146,7 @@ def with_answers(
         dead = unless == "dead" and (blind or _dead(ran, required))
         if dead or (unless == "not bypassed" and not bypassed and "EOT" not in required):
             return replace(doubt, message=f"{doubt.message}; the adaptive attacks did not circumvent it")
-        if unless == "fallen" and fell:
+        if unless == "survivor broken" and survivor_broken:
             return doubt
         return _answered(doubt, ran, required)
 

@@ -17,7 +17,7 @@ class Findings:
     """All doubts of a run with their states, and the examples that the suite did not break but another attack did."""
 
     doubts: tuple[Doubt, ...]
-    fallen: Mapping[str, Ids] = field(default_factory=dict)
+    missed: Mapping[str, Ids] = field(default_factory=dict)
     """ids of the examples that a probe or pass broke and the suite did not, by name of the probe or pass"""
 
 
@@ -34,14 +34,14 @@ def conclude(
     that each pass or probe outside the suite broke, as evaluated by the harness. For a list of attacks (no suite), only
     the doubts that are `free` are returned, and `not-exhausted` if a pass broke examples that survived the attacks.
     """
-    fallen = missed_by_suite(columns, context.threat, passes)
+    missed = missed_by_suite(columns, context.threat, passes)
     attacked = any(probe.breaks and probe.name in results for probe in all_probes())
     doubts = [
-        test.conclude(Case(name, results, columns, context, fallen, attacked))
+        test.conclude(Case(name, results, columns, context, missed, attacked))
         for name, test in doubt_tests().items()
-        if test.conclude is not None and (context.suite or test.free or (fallen and name == "not-exhausted"))
+        if test.conclude is not None and (context.suite or test.free or (missed and name == "not-exhausted"))
     ]
-    return Findings(tuple(doubts), fallen)
+    return Findings(tuple(doubts), missed)
 
 
 def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:

@@ -47,7 +47,7 @@ def again(attacks: tuple[Attack, ...]) -> Probe:
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the fresh pass, and from all examples that were broken outside the suite."""
     fresh_pass = case.results.get(AGAIN)
-    elsewhere_ids = {title: ids for title, ids in case.fallen.items() if title != probe_title(AGAIN)}
+    elsewhere_ids = {title: ids for title, ids in case.missed.items() if title != probe_title(AGAIN)}
     if fresh_pass is None and not elsewhere_ids and not case.attacked:
         return case.absent()
     n_elsewhere = torch.unique(
@@ -80,7 +80,7 @@ TEST = DoubtTest(
     thresholds=(0.0, float(FRESH_BROKEN - 1)),
     of_strength=True,
     answered_by=("bypass", "search"),
-    unanswered_if="fallen",
+    unanswered_if="survivor broken",
     served_probe=AGAIN,
     recomputed="above",
 )

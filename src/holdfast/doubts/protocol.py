@@ -107,7 +107,7 @@ class Case:
     results: ProbeResults
     columns: Columns
     context: MeasurementContext
-    fallen: Mapping[str, Ids]
+    missed: Mapping[str, Ids]
     """ids of the examples that a probe or pass broke and the suite did not, by name of the probe or pass"""
     attacked: bool
     """whether a probe with inputs inside the threat model was run"""
@@ -171,7 +171,7 @@ class DoubtTest:
     answered_by: tuple[Literal["bypass", "search", "average"], ...] = ()
     """adaptive attacks that answer the doubt: those whose gradients bypass stages that mask them, a search without
     gradients, or those that average over the outputs of a randomised model"""
-    unanswered_if: Literal["never", "dead", "not bypassed", "fallen"] = "never"
+    unanswered_if: Literal["never", "dead", "not bypassed", "survivor broken"] = "never"
     """when these attacks do not answer it: the gradients of the attacks are zero too, no stage was bypassed and no
     gradient averaged, or an example that a probe broke survives"""
     served_probe: str = ""

@@ -53,7 +53,7 @@ class Task:
 class Source(Protocol):
     """Protocol of a method that produces a collection of parameter sets by one or more training runs."""
 
-    anew: ClassVar[bool]
+    from_fresh_weights: ClassVar[bool]
     """whether each run is trained from fresh random weights; otherwise it starts from the given model"""
 
     @property
@@ -79,7 +79,7 @@ class Seeds:
     seeds: Steps = 18
     """number of runs"""
 
-    anew: ClassVar[bool] = True
+    from_fresh_weights: ClassVar[bool] = True
 
     @property
     def runs(self) -> int:
@@ -108,7 +108,7 @@ class Basins:
     lr: Positive = 1e-3
     """constant learning rate between the checkpoints"""
 
-    anew: ClassVar[bool] = True
+    from_fresh_weights: ClassVar[bool] = True
 
     @property
     def runs(self) -> int:
@@ -143,7 +143,7 @@ class Subset:
     lr: Positive = 1e-3
     """constant learning rate"""
 
-    anew: ClassVar[bool] = False
+    from_fresh_weights: ClassVar[bool] = False
 
     @property
     def runs(self) -> int:
@@ -186,7 +186,7 @@ class LowRank:
     lr: Positive = 1e-3
     """constant learning rate"""
 
-    anew: ClassVar[bool] = False
+    from_fresh_weights: ClassVar[bool] = False
 
     @property
     def runs(self) -> int:
@@ -215,7 +215,9 @@ def collect(
     """
     sets, basins = [], []
     for run in range(source.runs):
-        base = trained_from_fresh_weights(task, rng.at("run", run)) if source.anew else task.model
+        base = (
+            trained_from_fresh_weights(task, rng.at("run", run)) if source.from_fresh_weights else task.model
+        )
         for model in source(base, task, rng=rng.at("sets", run)):
             sets.append(weights_of(model, swapped(source, task.model)))
             basins.append(run)

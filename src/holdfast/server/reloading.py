@@ -75,7 +75,7 @@ class Reloading:
 
     # --- steps
 
-    def step(self) -> None:
+    def poll(self) -> None:
         """Begin a requested reload, or replace the next worker."""
         if self._joining is not None or any(worker.retiring for worker in self._workers):
             return

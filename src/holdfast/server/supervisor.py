@@ -202,9 +202,9 @@ class Supervisor:
         self._record_heads()
         self._start_owed()
         if self._swaps is not None and not self._stopping:
-            self._swaps.step()
+            self._swaps.poll()
         elif not self._stopping and self._started:
-            self._reloading.step()
+            self._reloading.poll()
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         self.totals.add("supervisor", self.telemetry.report())
 

@@ -97,7 +97,7 @@ class PoolSwaps:
             self.pool.answered(int(epoch), {str(k): int(n) for k, n in principals.items()})
         self._looked_s = 0.0 if answers else self._looked_s
 
-    def step(self) -> None:
+    def poll(self) -> None:
         """Write answers to the ledger, and begin the next swap if one is due."""
         pool, now = self.pool, time.monotonic()
         if self._swap is not None:

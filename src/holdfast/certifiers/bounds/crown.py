@@ -150,7 +150,7 @@ def _stepped(
     graph, node = relaxation.graph, relaxation.graph.node(index)
     if isinstance(node.operation, Linear):
         shapes = [graph.shape_of(j) for j in node.inputs]
-        return node.operation.transposed(a, shapes), node.operation.constant(a)
+        return node.operation.transposed(a, shapes), node.operation.constants(a)
     moved, offset = _relaxed(relaxation, index, a, choices)
     return (moved,), offset
 

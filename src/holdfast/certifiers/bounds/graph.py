@@ -127,7 +127,7 @@ def interval_of(node: Node, inputs: Sequence[Interval], *, rounded: bool = True)
     if not operation.terms or not rounded:
         return low, high
     with torch.no_grad():
-        sizes = operation.magnitude(*(largest(each) for each in inputs))
+        sizes = operation.magnitude_bound(*(largest(each) for each in inputs))
         error = ROUNDINGS * sizes * gamma(operation.terms + 4, low.dtype)
     return low - error, high + error
 

@@ -72,7 +72,7 @@ def _transposed(
     widened = radius + gamma(operation.terms + 4, centre.dtype) * (centre.abs() + radius)
     flat = widened.flatten(0, 1)
     zeros = [flat.new_zeros(len(flat), *shape) for shape in shapes]
-    pull = torch.func.vjp(operation.magnitude, *zeros)[1]
+    pull = torch.func.vjp(operation.magnitude_bound, *zeros)[1]
     widths = [width.reshape(*radius.shape[:2], *width.shape[1:]) for width in pull(flat)]
     return tuple(zip(middles, widths, strict=True))
 

@@ -43,14 +43,14 @@ class Linear(ABC):
         coefficients `a` with respect to the output. `shapes` are those of the inputs, without the batch dimension.
         """
 
-    def constant(self, a: Tensor) -> Tensor | None:
+    def constants(self, a: Tensor) -> Tensor | None:
         """Return the constants (n, k) that the offset b adds to linear functions with the coefficients `a`, or None if
         there is no offset.
         """
         return None
 
     @abstractmethod
-    def magnitude(self, *x: Tensor) -> Tensor:
+    def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return |W| x + |b| for magnitudes `x` of the inputs, which bounds the sums in the rounding error."""
 
 
@@ -81,14 +81,14 @@ class Dense(Linear):
         """Return a W."""
         return (a @ self.weight,)
 
-    def constant(self, a: Tensor) -> Tensor | None:
+    def constants(self, a: Tensor) -> Tensor | None:
         """Return a b, summed over all further dimensions."""
         if self.bias is None:
             return None
         products = a @ self.bias
         return products.flatten(2).sum(2) if products.dim() > 2 else products
 
-    def magnitude(self, *x: Tensor) -> Tensor:
+    def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return x |W|^T + |b|."""
         return F.linear(x[0], self.weight.abs(), None if self.bias is None else self.bias.abs())
 
@@ -152,11 +152,11 @@ class Convolution(Linear):
         )
         return (back.view(*a.shape[:2], *back.shape[1:]),)
 
-    def constant(self, a: Tensor) -> Tensor | None:
+    def constants(self, a: Tensor) -> Tensor | None:
         """Return the coefficients, summed over positions, times the bias of each channel."""
         return None if self.bias is None else a.flatten(3).sum(3) @ self.bias
 
-    def magnitude(self, *x: Tensor) -> Tensor:
+    def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return the convolution of x with the magnitudes of the kernel, plus those of the bias."""
         return self._convolved(x[0], self.weight.abs(), None if self.bias is None else self.bias.abs())
 
@@ -192,11 +192,11 @@ class Scaled(Linear):
         """Return a * scale, summed over copies if the constants have more values than the input."""
         return (_summed(a if self.scale is None else a * self.scale, shapes[0]),)
 
-    def constant(self, a: Tensor) -> Tensor | None:
+    def constants(self, a: Tensor) -> Tensor | None:
         """Return a * offset, summed over the shape of an example."""
         return None if self.offset is None else (a * self.offset).flatten(2).sum(2)
 
-    def magnitude(self, *x: Tensor) -> Tensor:
+    def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return |scale| * x + |offset|."""
         y = x[0] if self.scale is None else x[0] * self.scale.abs()
         return y if self.offset is None else y + self.offset.abs()
@@ -228,7 +228,7 @@ class Nonnegative(Linear):
         pull = torch.func.vjp(self.function, *zeros)[1]
         return tuple(each.view(*a.shape[:2], *each.shape[1:]) for each in pull(rows))
 
-    def magnitude(self, *x: Tensor) -> Tensor:
+    def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return the values of the function for magnitudes `x` of its inputs; they bound rounding errors."""
         return self.function(*x)
 
@@ -255,7 +255,7 @@ class Sum(Linear):
         """Return the coefficients for both inputs; those of a broadcast input are summed over the copies."""
         return _summed(a, shapes[0]), _summed(a * self.factor, shapes[1])
 
-    def magnitude(self, *x: Tensor) -> Tensor:
+    def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return x_1 + |factor| * x_2."""
         return torch.add(x[0], x[1], alpha=abs(self.factor))
 

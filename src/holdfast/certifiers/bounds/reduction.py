@@ -61,11 +61,11 @@ class AffineSum(Linear):
             for weight, shape in zip(self.weights, shapes, strict=True)
         )
 
-    def constant(self, a: Tensor) -> Tensor | None:
+    def constants(self, a: Tensor) -> Tensor | None:
         """Return a b."""
         return a @ self.bias
 
-    def magnitude(self, *x: Tensor) -> Tensor:
+    def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return sum_i x_i |W_i|^T + |b|, and what adds the error of the matrices to the rounding error."""
         sums = self._applied(x, [weight.abs() for weight in self.weights]) + self.bias.abs()
         return sums + self.error / (ROUNDINGS * gamma(self.terms + 4, self.error.dtype))
@@ -151,7 +151,7 @@ def _expressed(
         a, node = pending.pop(i), graph.node(i)
         error = error + a.abs().flatten(2)[0] @ relaxation.error_of(i)[0]
         if isinstance(node.operation, Linear):
-            constant = constant.plus(node.operation.constant(a))
+            constant = constant.plus(node.operation.constants(a))
             back = node.operation.transposed(a, [graph.shape_of(j) for j in node.inputs])
         else:
             if i in places:

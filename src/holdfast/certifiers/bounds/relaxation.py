@@ -66,7 +66,7 @@ class Relaxation:
         # the coefficients of an input are summed over the operations that use it
         sums = max(self.graph.uses[i] for i in node.inputs)
         if isinstance(operation, Linear):
-            return ROUNDINGS * operation.magnitude(*sizes) * gamma(operation.terms + 4 + sums, dtype)
+            return ROUNDINGS * operation.magnitude_bound(*sizes) * gamma(operation.terms + 4 + sums, dtype)
         lines, n_values = self.lines_of(index), node.shape.numel()
         if isinstance(lines, PoolLines):
             slopes = lines.upper + lines.lower

@@ -139,7 +139,7 @@ def margin_bounds(graph: Graph, bounds: Sequence[Interval], y: Labels) -> Tensor
         node = graph.node(index)
         if not isinstance(node.operation, Linear) or len(node.inputs) != 1:
             break
-        if (offset := node.operation.constant(rows)) is not None:
+        if (offset := node.operation.constants(rows)) is not None:
             constant = constant + offset
         (rows,) = node.operation.transposed(rows, [graph.shape_of(node.inputs[0])])
         index = node.inputs[0]

@@ -198,7 +198,7 @@ def n_trained(common: RotateRequest) -> int:
     """Return the number of models that are trained from random weights: the bases, if the source trains them, and the
     surrogates.
     """
-    return (common.source.runs if common.source.anew else 0) + OWN
+    return (common.source.runs if common.source.from_fresh_weights else 0) + OWN
 
 
 def _plan(request: CollectRequest, notify: Notify) -> StoredStage:
@@ -281,7 +281,7 @@ class _Collection:
     def _train_sets(self, k: int) -> StoredStage:
         """The sets of one run of the source, and its base."""
         source, model = self.common.source, self.common.model
-        base = self._trained(k, self.draws.at("run", k)) if source.anew else model
+        base = self._trained(k, self.draws.at("run", k)) if source.from_fresh_weights else model
         rotated_names = swapped(source, model)
         sets = [
             weights_of(model_of_set, rotated_names)

@@ -116,7 +116,7 @@ class RotateRequest:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the report on the held-out examples, such as removed duplicates."""
-        if self.source.anew:
+        if self.source.from_fresh_weights:
             return self.examples.notes
         return (*self.examples.notes, _MAY_BE_SEEN)
 

@@ -137,7 +137,7 @@ def _adapted(
             results,
             reasons,
             bypassed=bool(adapted["bypassed"]),
-            fell=bool(broken_elsewhere),
+            survivor_broken=bool(broken_elsewhere),
             blind=adapted["no_detector_gradient"],
         ),
         notes=(*context.notes, *adapted["unfinished"], *adapted["notes"]),

@@ -201,11 +201,11 @@ class Measurement:
             return sum(int(columns["correct"].sum()) for columns in done.values())
         if not stage.kind.in_suite:
             return int(left.sum())
-        fallen = 0
+        broken = 0
         for shard, columns in done.items():
             start, stop = self.run.shards[shard]
-            fallen += int((left[start:stop] & columns["success"]).sum())
-        return int(left.sum()) - fallen
+            broken += int((left[start:stop] & columns["success"]).sum())
+        return int(left.sum()) - broken
 
     def surviving(self, by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the examples that no attack of the suite has broken."""

@@ -134,7 +134,7 @@ def doubts_to_json(
     """
     return {
         "doubts": [strict(vars(doubt)) for doubt in findings.doubts],
-        "broken": {name: ids.tolist() for name, ids in findings.fallen.items()},
+        "broken": {name: ids.tolist() for name, ids in findings.missed.items()},
         "probes": list(probes),
         "notes": [*remarks, *_halved(splits)],
         **({"batches": _smallest_batches(splits)} if splits else {}),

@@ -161,7 +161,7 @@ def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
 
 
 def _refuse_broken(file: Path, doubts_json: Json, findings: Findings) -> None:
-    computed = {name: ids.tolist() for name, ids in findings.fallen.items()}
+    computed = {name: ids.tolist() for name, ids in findings.missed.items()}
     for name in {**doubts_json["broken"], **computed}:
         refuse_other(file, f"broken.{name}", doubts_json["broken"].get(name), computed.get(name))
 
