@@ -17,10 +17,11 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import FunctionRaised, HoldfastError, UsageError
-from holdfast.core.model import Bounds, out_of_memory
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
 from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs, Labels
+from holdfast.recipes.training.user_functions import raising
 
 NamedAugmentation = Literal["none", "shift", "crop-flip"]
 OwnAugmentation = Callable[[Inputs, Labels, torch.Generator], Inputs]
@@ -105,14 +106,8 @@ def augmented_by(
     or type, or outside of the `bounds` of the model.
     """
     generator = torch.Generator(batch.x.device).manual_seed(rng.at("augment").key >> 1)
-    try:
+    with raising("the function augment", f"in {update}", "correct the function"):
         x = function(batch.x.clone(), batch.y.clone(), generator)
-    except Exception as error:  # the user's code may raise anything
-        if isinstance(error, HoldfastError) or out_of_memory(error):
-            raise
-        raise FunctionRaised(
-            f"the function augment raised {type(error).__name__} in {update}: {error}; correct the function"
-        ) from error
     if not isinstance(x, Tensor):
         raise UsageError(f"augment returned {kind_of(x)}; the augmented inputs were expected as one tensor")
     if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from holdfast.core.checkpoint import GROUP, MEMORY, NUMBER, TrainingPlan, without_prefix
-from holdfast.core.errors import FunctionRaised, HoldfastError, TargetError, UsageError
-from holdfast.core.model import out_of_memory
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
+from holdfast.recipes.training.user_functions import raising
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 OwnOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -99,16 +99,16 @@ class Optimisation:
 
     def step(self) -> None:
         """Update the parameters by their gradients."""
-        before = self._numbers()
-        try:
+        if not self._is_own:  # the optimisers of torch change no numbers of their groups
             self._optimizer.step()
-        except Exception as error:  # the user's code may raise anything
-            if not self._is_own or isinstance(error, HoldfastError) or out_of_memory(error):
-                raise
-            raise FunctionRaised(
-                f"the optimiser of the function optimizer raised {type(error).__name__} in {self._update}: {error}; "
-                "correct the function, or use a named optimiser, such as adamw"
-            ) from error
+            return
+        before = self._numbers()
+        with raising(
+            "the optimiser of the function optimizer",
+            f"in {self._update}",
+            "correct the function, or use a named optimiser, such as adamw",
+        ):
+            self._optimizer.step()
         self._changed |= {place for place, value in self._numbers().items() if value != before.get(place)}
 
     @property
@@ -190,12 +190,8 @@ def optimizer_of(make: OwnOptimizer, parameters: Sequence[nn.Parameter]) -> Opti
     Raises `TargetError` if the function raises an exception, and `UsageError` if it returns no optimiser, an optimiser
     of other parameters, or one whose steps need a function that computes the loss.
     """
-    try:
+    with raising("the function optimizer", kind=TargetError):
         optimizer = make(list(parameters))
-    except HoldfastError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise TargetError(f"the function optimizer raised {type(error).__name__}: {error}") from error
     if not isinstance(optimizer, Optimizer):
         raise UsageError(
             f"the function optimizer returned {kind_of(optimizer)}; an optimiser of the given parameters was expected, "
@@ -235,14 +231,8 @@ def scheduler_of(make: OwnSchedule, optimizer: Optimizer, total: int) -> LRSched
     Raises `TargetError` if the function raises an exception, and `UsageError` if it returns no scheduler, one of
     another optimiser, or one whose steps need a metric.
     """
-    try:
+    with raising("the function schedule", f"for {total:,} updates", kind=TargetError):
         scheduler = make(optimizer, total)
-    except HoldfastError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise TargetError(
-            f"the function schedule raised {type(error).__name__} for {total:,} updates: {error}"
-        ) from error
     if not isinstance(scheduler, LRScheduler):
         raise UsageError(
             f"the function schedule returned {kind_of(scheduler)}; a scheduler of torch.optim.lr_scheduler was expected"
@@ -262,16 +252,13 @@ def scheduler_of(make: OwnSchedule, optimizer: Optimizer, total: int) -> LRSched
 
 def _step(scheduler: LRScheduler, n: int, total: int) -> None:
     """Take the step `n` of a scheduler of the user, which precedes the update `n + 1` of `total`."""
-    try:
+    with raising(
+        "the schedule",
+        f"in update {n + 1:,} of {total:,}",
+        "the function schedule receives the total number of updates, as in OneCycleLR(optimizer, max_lr=0.1, "
+        "total_steps=total), and a scheduler takes one step for each update",
+    ):
         scheduler.step()
-    except HoldfastError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise FunctionRaised(
-            f"the schedule raised {type(error).__name__} in update {n + 1:,} of {total:,}: {error}; the function "
-            "schedule receives the total number of updates, as in "
-            "OneCycleLR(optimizer, max_lr=0.1, total_steps=total), and a scheduler takes one step for each update"
-        ) from error
 
 
 def _requires_arguments(function: Callable[..., object]) -> bool:
