@@ -1,6 +1,7 @@
 """What `auto` makes within a budget, beside a plain loop of PGD-7 with a tuned learning rate at equal CPU time."""
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ def _auto(track: Track) -> Cells:
         1 + cost["planning_s"] / cost["wall_s"]
     )  # of the planning at the same share of the CPU
     cells = {"recipe": found.card["recipe"], "CPU s": cpu_s}
-    return {**cells, **_judged(found.model.net, test, track.eps)}
+    return {**cells, **_judged(found.model, test, track.eps)}
 
 
 def _loop(track: Track, lr: float, cpu_s: float) -> Cells:
@@ -109,7 +110,7 @@ def _loop(track: Track, lr: float, cpu_s: float) -> Cells:
     return {"recipe": "PGD-7", "CPU s": time.process_time() - begin, **_judged(net.eval(), test, track.eps)}
 
 
-def _attacked(net: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
+def _attacked(net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
     """Signed steps from a random start."""
     delta = torch.empty_like(x).uniform_(-eps, eps)
     for _ in range(steps):
@@ -119,7 +120,7 @@ def _attacked(net: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> T
     return (x + delta).clamp(0, 1)
 
 
-def _judged(net: nn.Module, test: Examples, eps: float) -> Cells:
+def _judged(net: Callable[[Tensor], Tensor], test: Examples, eps: float) -> Cells:
     """Clean accuracy and that after PGD with 50 steps, in %."""
     torch.manual_seed(0)
     x, y = test
