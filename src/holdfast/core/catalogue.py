@@ -6,8 +6,10 @@ first used; settings, help, completion and documentation read the names here. `n
 packages register in entry-point groups.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal, TypeVar
@@ -207,8 +209,19 @@ def foreign(kind: str, name: str, fault: str) -> UsageError:
 
 
 def _added(kind: str) -> dict[str, EntryPoint]:
-    points = entry_points(group=f"holdfast.{kind}")
-    return {point.name: point for point in points if point.name not in BUNDLED[kind]}
+    points = _installed(tuple(sys.path))
+    return {
+        point.name: point
+        for point in points
+        if point.group == f"holdfast.{kind}" and point.name not in BUNDLED[kind]
+    }
+
+
+@lru_cache(1)
+def _installed(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    # read once for a search path, because the files of all installed packages are opened
+    points = entry_points()
+    return tuple(point for kind in BUNDLED for point in points.select(group=f"holdfast.{kind}"))
 
 
 def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:
