@@ -14,7 +14,7 @@ from holdfast.runs.engine.progress import Notify, ignore
 if TYPE_CHECKING:
     from holdfast.server.supervisor import ServerSetup
 
-_NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
+_NEEDED = ("httpcore", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
 
 @verb_with(Serve)

@@ -193,6 +193,7 @@ class Worker:
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=max(1, round(setup.limits.keep_alive_s)),
             timeout_graceful_shutdown=max(1, round(setup.drain_s)),
@@ -310,7 +311,10 @@ class Worker:
         """Answer requests until `drain` is called, and then those that were received before."""
         for repeated in (self._report_often, self._flush_often):
             threading.Thread(target=repeated, daemon=True).start()
-        asyncio.run(self._serve(listener))
+        with asyncio.Runner(
+            loop_factory=self.server.config.get_loop_factory()
+        ) as runner:  # uvloop if installed
+            runner.run(self._serve(listener))
         self.batcher.close()
         self.report()
         head, records = "", 0
