@@ -31,6 +31,7 @@ from holdfast.server.forwarding import is_sendable
 from holdfast.server.host_names import HostNames
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey, KeyFile
+from holdfast.server.profile import Timing, no_timing
 from holdfast.server.protocol_v2 import (
     BINARY,
     EXTENSIONS,
@@ -96,6 +97,8 @@ class ServedModel:
     """whether requests are answered; false while the server drains"""
     closing: bool = False
     """whether each connection is closed after its next response, because this process ends"""
+    timing: Timing = no_timing
+    """function that measures the time of each part of a request"""
 
     @cached_property
     def max_body(self) -> int:
@@ -162,17 +165,20 @@ class ServedModel:
         header_length = self._header_length(headers)
         body = await self._body(receive)
         scope.setdefault("state", {})[_READ] = True
-        content = read_request(body, header_length, self.signature)
+        with self.timing("parsing"):
+            content = read_request(body, header_length, self.signature)
         incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16), content.sent)
         limits = (None, None) if key is None else (key.rate, key.budget)
-        # here and not in the thread of the batches, for which the digest of a large input would cost a switch
-        digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
+        with self.timing("audit"):
+            # here and not in the thread of the batches, for which the digest of a large input would cost a switch
+            digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
         forwarded = self._forwarded(scope) if self.forwards else ()
         job = Job(incoming, *limits, digest, forwarded)
         answer = await self.batcher.submit(job, len(content.x))
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)
-        response = encoded(answer.scores, content, self.signature)
+        with self.timing("response"):
+            response = encoded(answer.scores, content, self.signature)
         self.telemetry.observe("holdfast_request_seconds", time.perf_counter() - begin)
         return response
 

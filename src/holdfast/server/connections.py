@@ -31,7 +31,7 @@ _READ_S = 0.5
 """seconds in which a client reads why its connection ends"""
 
 
-class _Joining:
+class JoinedWrites:
     """Transport of one request that writes the head of its response together with the beginning of the body, in one
     call of the system instead of two.
     """
@@ -99,7 +99,7 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
             if self.cycle.transport is self.transport:
-                self.cycle.transport = _Joining(self.cycle, self.transport)
+                self.cycle.transport = JoinedWrites(self.cycle, self.transport)
             if self.received > self.most:
                 self.transport.close()
         elif self.received > _HEADERS:
