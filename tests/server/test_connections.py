@@ -280,3 +280,11 @@ def test_head_and_body_of_a_response_are_written_together():
         b"more",
         b"",
     ]
+
+
+def test_a_response_without_a_body_is_sent():
+    async def main():
+        async with serving() as port:
+            return await answer_to(port, GET.replace(b"GET", b"HEAD"))
+
+    assert asyncio.run(main()).startswith(b"HTTP/1.1 200 OK")

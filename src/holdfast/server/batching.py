@@ -85,7 +85,7 @@ class Batcher(Generic[Request, Response]):
     async def submit(self, request: Request, rows: int) -> Response:
         """Return the response to a request with a number of inputs. Raises `Refused` if it would wait too long."""
         loop = self._loop = asyncio.get_running_loop()
-        entry = _Waiting[Request, Response](request, rows, loop.create_future())
+        entry: _Waiting[Request, Response] = _Waiting(request, rows, loop.create_future())
         with self._arrived:
             wait_s = (self._rows + self._running) * self._row_s
             if self._closed or wait_s > self._max_latency_s or self._rows >= _QUEUED * self._max_rows:

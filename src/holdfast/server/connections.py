@@ -33,7 +33,7 @@ _READ_S = 0.5
 
 class JoinedWrites:
     """Transport of one request that writes the head of its response together with the beginning of the body, in one
-    call of the system instead of two.
+    call of the system instead of two. The response must have a body, as that to a POST request has.
     """
 
     def __init__(self, cycle: Any, transport: Any) -> None:
@@ -98,7 +98,7 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             return
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
-            if self.cycle.transport is self.transport:
+            if self.cycle.transport is self.transport and self.cycle.scope["method"] == "POST":
                 self.cycle.transport = JoinedWrites(self.cycle, self.transport)
             if self.received > self.most:
                 self.transport.close()
