@@ -68,7 +68,9 @@ async def answer_to(port, *parts, pause_s=0.0):
 
 
 def run(test):
-    return asyncio.run(test())
+    """What a test returns in the event loop that workers use: uvloop, if it is installed."""
+    with asyncio.Runner(loop_factory=uvicorn.Config(None).get_loop_factory()) as runner:
+        return runner.run(test())
 
 
 @pytest.mark.slow
@@ -287,4 +289,4 @@ def test_a_response_without_a_body_is_sent():
         async with serving() as port:
             return await answer_to(port, GET.replace(b"GET", b"HEAD"))
 
-    assert asyncio.run(main()).startswith(b"HTTP/1.1 200 OK")
+    assert run(main).startswith(b"HTTP/1.1 200 OK")
