@@ -5,9 +5,6 @@ Crankshaw et al., "Clipper: A Low-Latency Online Prediction Serving System", NSD
 batch follows the measured time per input.
 Differs from the paper: the limit is computed from a moving average instead of additive increase and multiplicative
 decrease, and requests that would wait too long are refused.
-
-The event loop waits for a batch that is expected to be short. Two threads of Python that run at the same time pass the
-interpreter lock to each other at each operation of torch, which costs more than what they gain for a small model.
 """
 
 import asyncio
@@ -26,8 +23,6 @@ _WEIGHT = 0.2
 """weight of the last batch in the moving average of the time per input"""
 _QUEUED = 64
 """largest number of waiting inputs, in multiples of the largest batch; it bounds the memory of the queue"""
-_SHORT_S, _PAUSE_S = 0.003, 0.006
-"""largest expected time of a batch for which the event loop waits, and the time after which it continues anyway"""
 
 
 @dataclass(eq=False)
@@ -35,9 +30,6 @@ class _Waiting(Generic[Request, Response]):
     request: Request
     rows: int
     future: "asyncio.Future[Response]"
-
-
-_Settled = list[tuple["asyncio.Future[Response]", Response | Exception]]
 
 
 class Batcher(Generic[Request, Response]):
@@ -68,12 +60,9 @@ class Batcher(Generic[Request, Response]):
         self._rows = self._running = 0
         self._row_s = 0.0
         self._progress_s: float | None = None
-        self._closed = self._awaited = False
+        self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waking: asyncio.AbstractEventLoop | None = None
-        self._done = threading.Lock()
-        self._done.acquire()
-        self._settled: _Settled[Response] = []
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
@@ -98,21 +87,10 @@ class Batcher(Generic[Request, Response]):
         return await entry.future
 
     def _wake(self) -> None:
-        """Wake the thread, and wait for it if it is expected to be done soon. Called by the event loop."""
+        """Wake the thread. Called by the event loop."""
         self._waking = None
         with self._arrived:
-            expected_s = min(self._rows, self._max_rows) * self._row_s
-            awaited = self._awaited = 0.0 < expected_s <= _SHORT_S and not self._running
             self._arrived.notify()
-        if awaited and (self._done.acquire(timeout=_PAUSE_S) or not self._leave()):
-            settled, self._settled = self._settled, []
-            _settle(settled)
-
-    def _leave(self) -> bool:
-        """Stop waiting for a batch, and return whether the thread will call the loop when it is done."""
-        with self._arrived:
-            awaited, self._awaited = self._awaited, False
-        return awaited or not self._done.acquire()
 
     @property
     def busy_s(self) -> float:
@@ -155,20 +133,15 @@ class Batcher(Generic[Request, Response]):
             taken_s = time.perf_counter() - begin
             self._row_s += (taken_s / rows - self._row_s) * (_WEIGHT if self._row_s else 1.0)
             self._seen(rows, taken_s)
-            settled = [(entry.future, r) for entry, r in zip(batch, responses, strict=True)]
-            with self._arrived:
-                self._running, self._progress_s = 0, None
-                awaited, self._awaited = self._awaited, False
-                if awaited:
-                    self._settled = settled
-                    self._done.release()
-            # one call, because waking a loop is expensive
-            if not (awaited or self._loop is None or self._loop.is_closed()):
-                self._loop.call_soon_threadsafe(_settle, settled)
+            # one call for all requests, because waking the loop is expensive
+            if self._loop is not None and not self._loop.is_closed():
+                pairs = [(entry.future, response) for entry, response in zip(batch, responses, strict=True)]
+                self._loop.call_soon_threadsafe(_settle, pairs)
 
     def _next(self) -> list[_Waiting[Request, Response]]:
         """Return the requests of the next batch; none after the queue is closed and empty."""
         with self._arrived:
+            self._running, self._progress_s = 0, None
             self._arrived.wait_for(lambda: self._queue or self._closed)
             batch: list[_Waiting[Request, Response]] = []
             rows, limit = 0, self.largest
@@ -181,7 +154,7 @@ class Batcher(Generic[Request, Response]):
             return batch
 
 
-def _settle(pairs: _Settled[Response]) -> None:
+def _settle(pairs: Sequence[tuple["asyncio.Future[Response]", Response | Exception]]) -> None:
     for future, response in pairs:
         if future.done():  # cancelled, because the client closed the connection
             continue
