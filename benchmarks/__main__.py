@@ -29,6 +29,7 @@ ROWS = {
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",
+    "serving-small": "serving_small",
     "serving-soak": "soak",
     "cluster": "cluster",
     "reading-files": "reading_files",

@@ -1,6 +1,8 @@
-"""A model behind bare FastAPI and uvicorn, with the batches of `holdfast.server.batching` and nothing else.
+"""A model behind bare FastAPI and uvicorn, with the batches of `holdfast.server.batching` or without any.
 
-python -m benchmarks.bare_server NETWORK PORT
+python -m benchmarks.bare_server NETWORK PORT CALLS
+
+CALLS is `batches`, or `requests` for an application that calls the model with each request in the event loop.
 """
 
 import json
@@ -17,7 +19,7 @@ from holdfast.server.batching import Batcher
 MAX_ROWS, MAX_LATENCY_S = 64, 5.0
 
 
-def application(name: str) -> FastAPI:
+def application(name: str, calls: str) -> FastAPI:
     """Answers `infer` of the Open Inference Protocol, in JSON and with tensors as bytes, without any check."""
     model = network(name).module
 
@@ -42,7 +44,7 @@ def application(name: str) -> FastAPI:
         else:
             values = np.frombuffer(body[int(header) :], np.float32).copy()
         x = torch.from_numpy(values).reshape(tensor["shape"])
-        logits = await batcher.submit(x, len(x))
+        logits = answer([x])[0] if calls == "requests" else await batcher.submit(x, len(x))
         output = {"name": "scores", "datatype": "FP32", "shape": list(logits.shape)}
         head = {"model_name": model, "model_version": "1"}
         if header is None:
@@ -65,7 +67,8 @@ def application(name: str) -> FastAPI:
 def main() -> None:
     """Serve until the process is ended."""
     torch.set_num_threads(1)
-    uvicorn.run(application(sys.argv[1]), port=int(sys.argv[2]), log_level="warning", access_log=False)
+    app = application(sys.argv[1], sys.argv[3])
+    uvicorn.run(app, port=int(sys.argv[2]), log_level="warning", access_log=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The default guard, calibrated on a network for CIFAR-10, and its state with the queries of earlier clients."""
+"""The default guard, calibrated on a network, and its state with the queries of earlier clients."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ CALIBRATION, SEED = 5000, 1
 GUARD = """\
 schema_version: 1
 mode: enforce
-inputs: {shape: [3, 32, 32]}
-rules: {schema: {}, queries: {}, energy: {}}
+inputs: {{shape: {shape}}}
+rules: {{schema: {{}}, queries: {{}}, energy: {{}}}}
 """
 
 
@@ -34,12 +34,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def calibrate(folder: Path, name: str) -> None:
+def calibrate(folder: Path, name: str, data: str = "cifar10") -> None:
     """Write net.py with a network, guard.yaml and its calibration into a folder."""
     code = f"from benchmarks.networks import network\n\n\ndef make():\n    return network({name!r}).module\n"
     (folder / "net.py").write_text(code)
-    (folder / "guard.yaml").write_text(GUARD)
-    x, y = images("cifar10", CALIBRATION)
+    x, y = images(data, CALIBRATION)
+    (folder / "guard.yaml").write_text(GUARD.format(shape=list(x.shape[1:])))
     np.savez(folder / "benign.npz", x=x.numpy(), y=y.numpy())
     words = holdfast("calibrate", "net.py:make", "benign.npz", "--guard", "guard.yaml")
     subprocess.run(words, cwd=folder, env=environment(), check=True, capture_output=True)

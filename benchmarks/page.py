@@ -26,8 +26,11 @@ SUBJECTS = {
     "node that is killed.",
     "served-models": "A model behind HTTP and the same model in the process: verdicts and queries that differ, and "
     "rows that the server counted.",
-    "serving": "`holdfast serve` without and with the default guard, beside bare FastAPI with the same model and "
-    "batches and beside LitServe: throughput, and latency while the sets of a pool are swapped.",
+    "serving": "`holdfast serve` of ResNet-20 (CIFAR-10) without and with the default guard, beside bare FastAPI with "
+    "the same model and batches and beside LitServe: throughput, and latency while the sets of a pool are swapped.",
+    "serving-small": "`holdfast serve` of the bundled CNN (MNIST), beside FastAPI that calls the model with each "
+    "request and FastAPI with the same batches, and of the bundled CNN and ResNet-20 (CIFAR-10) with the default guard "
+    "and without: requests per CPU second of the server.",
     "serving-soak": "`holdfast serve` for 20 minutes with two workers, of which one is killed each minute: what "
     "clients that retry receive, how requests in the audit end, and the memory of the processes.",
     "reading-files": "`holdfast assess` on files of each format: CPU time with the limits of reading and without.",

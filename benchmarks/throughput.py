@@ -1,10 +1,10 @@
-"""Servers beside each other for the row `serving`: Holdfast with and without a guard, bare FastAPI, and LitServe."""
+"""Servers beside each other: Holdfast with and without a guard, bare FastAPI, and LitServe."""
 
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from holdfast.server.worker_processes import bound_socket
 
 PATH_OF_LITSERVE = "/infer"
 MOST_PER_SECOND = {"JSON": 900, "binary": 1500}
-"""Different requests that are prepared for each second of a round."""
+"""Different requests to ResNet-20 that are prepared for each second of a round."""
 _RAW = {"content-type": "application/octet-stream"}
 Loaded = Callable[..., Seen]
 
@@ -54,6 +54,7 @@ def alternated(
     rounds: int,
     connections: int,
     loaded: Loaded,
+    most_per_second: Mapping[str, int] = MOST_PER_SECOND,
 ) -> dict[str, Cells]:
     """Numbers of each round of each server. All servers receive the same images in a round, and none twice; the order
     of the servers is that of the dictionary and the reverse in turn.
@@ -64,7 +65,7 @@ def alternated(
     }
     for k in range(-1, rounds):  # the first one is not counted
         length = seconds if k >= 0 else min(1.0, seconds)
-        sent = collage(x, rng, round(MOST_PER_SECOND[form] * length))
+        sent = collage(x, rng, round(most_per_second[form] * length))
         prepared_for: dict[tuple[str, bool], list[bytes]] = {}
         for who in list(servers) if k % 2 == 0 else list(servers)[::-1]:
             server, numbers = servers[who], found[who]
@@ -102,10 +103,17 @@ def ratio(numbers: Cells, others: Cells) -> float:
     return median(mine / theirs for mine, theirs in pairs)
 
 
+def cpu_ratio(numbers: Cells, others: Cells) -> float:
+    """Median over the rounds of the requests per CPU second of a server divided by that of another one."""
+    pairs = zip(numbers["cpu_ms"], others["cpu_ms"], strict=True)
+    return median(theirs / mine for mine, theirs in pairs)
+
+
 @contextmanager
-def bare(name: str, path: str) -> Iterator[Contestant]:
-    """Bare FastAPI with a network."""
-    with _started([sys.executable, "-m", "benchmarks.bare_server", name], (), "/docs") as (port, process):
+def bare(name: str, path: str, calls: str = "batches") -> Iterator[Contestant]:
+    """Bare FastAPI with a network, which is called with `batches` or with single `requests`."""
+    words = [sys.executable, "-m", "benchmarks.bare_server", name]
+    with _started(words, (calls,), "/docs") as (port, process):
         yield Contestant(port, (process.pid,), path)
 
 

@@ -5,12 +5,9 @@ while parameter sets are swapped.
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -18,21 +15,17 @@ import torch
 from benchmarks.absent import Absent
 from benchmarks.guarded import calibrate, fill
 from benchmarks.load import Seen, paced, prepared, saturated
-from benchmarks.networks import images, network
+from benchmarks.networks import images
 from benchmarks.peers import server_python, server_version
 from benchmarks.record import Cells, Claim, Outcome
+from benchmarks.serving_setups import Loading, loop_and_parser, model, ours, running, setup
 from benchmarks.throughput import Contestant, alternated, bare, cells, litserve, ratio
 from holdfast.api.guard_opening import open_guard
-from holdfast.core.model import Classifier
 from holdfast.rotation.live import canary
 from holdfast.rotation.pool.pool import Pool
-from holdfast.server.app import ConnectionLimits
-from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.live_pool import LivePool
-from holdfast.server.loaded_model import LoadedModel
-from holdfast.server.server_worker import ServingSetup
-from holdfast.server.supervisor import ServerSetup, Supervisor
+from holdfast.server.supervisor import Supervisor
 
 WHAT = "holdfast serve, ResNet-20 on CIFAR-10: throughput beside other servers, and latency while sets are swapped"
 NAME, SHAPE = "cifar_resnet20", (3, 32, 32)
@@ -85,21 +78,22 @@ def _throughput(
         fill(guard, x, seen)
         opening = partial(open_guard, guard / "guard.yaml")
         with (
-            _ours(folder / "empty") as empty,
-            _ours(folder / "guarded", guard=opening) as guarded,
+            ours(folder / "empty", NAME, SHAPE) as empty,
+            ours(folder / "guarded", NAME, SHAPE, guard=opening) as guarded,
+            Loading() as loading,
         ):
             servers = {BARE: plain, EMPTY: empty, GUARDED: guarded}
             for form in ("JSON", "binary"):
                 with _with_litserve(servers, form, notes) as contestants:
                     rows = alternated(
                         contestants, x, form, seconds=seconds, rounds=rounds, connections=CONNECTIONS,
-                        loaded=_loaded,
+                        loaded=loading,
                     )  # fmt: skip
                 detail[form] = rows
                 table += [cells(f"{who}, {form}", numbers) for who, numbers in rows.items()]
                 claims += [
                     Claim(
-                        f"{form}: throughput of {who} / {other} >= {least:g}",
+                        f"ResNet-20, {form}: throughput of {who} / {other} >= {least:g}",
                         ratio(rows[who], rows[other]),
                         least,
                         least=True,
@@ -134,10 +128,9 @@ def _with_litserve(
             f"{name} {server_version(name, python) or 'absent'}"
             for name in ("litserve", "uvicorn", "uvloop", "httptools")
         )
-        mine = ", ".join(name for name in ("uvloop", "httptools") if find_spec(name)) or "asyncio and h11"
         notes.append(
             f"{versions}: an API process and a model process, both counted as CPU of the server; Holdfast and FastAPI "
-            f"use {mine}; LitServe has no binary form, so a binary request is the bytes of an image alone"
+            f"use {loop_and_parser()}; LitServe has no binary form, so a binary request is the bytes of an image alone"
         )
         yield {**servers, LITSERVE: other}
 
@@ -159,55 +152,6 @@ def _swapped(swaps: int, seconds: float, table: list[Cells], detail: Cells) -> l
     ]
 
 
-def _loaded(load: Callable[..., Seen], *arguments: object, **settings: object) -> Seen:
-    """What `load` returns in a process of its own, because the supervisor runs in this one."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(load, *arguments, **settings).result()
-
-
-def _model() -> Classifier:
-    return Classifier(network(NAME).module)
-
-
-def _opened() -> LoadedModel:
-    return LoadedModel(_model())
-
-
-def _setup(folder: Path, **settings: object) -> ServerSetup:
-    audit = folder / "audit"
-    pool = settings.pop("pool", None)
-    worker = ServingSetup(
-        _opened,
-        NAME,
-        SHAPE,
-        threads=1,
-        limits=ConnectionLimits(max_latency_s=5.0),
-        audit_key=AuditKey.of(audit),
-        **settings,
-    )
-    return ServerSetup(worker, port=0, pool=pool, audit=audit)
-
-
-@contextmanager
-def _running(setup: ServerSetup) -> Iterator[Supervisor]:
-    server = Supervisor(setup)
-    server.start()
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join()
-
-
-@contextmanager
-def _ours(folder: Path, **settings: object) -> Iterator[Contestant]:
-    folder.mkdir()
-    with _running(_setup(folder, set_name="file", **settings)) as server:
-        yield Contestant(server.address[1], (server.status()["workers"][0]["pid"],), PATH)
-
-
 def _swapping(swaps: int, seconds: float) -> Cells:
     """Latency at half of the throughput without swaps and with them, and whether each answer is that of a set that
     served while the request was in progress.
@@ -216,11 +160,11 @@ def _swapping(swaps: int, seconds: float) -> Cells:
     messages = [prepared(image[None], PATH, binary=True) for image in x]
     with tempfile.TemporaryDirectory() as folder:
         live, expected = _pool(Path(folder) / "pool", x, swaps + 1)
-        with _running(_setup(Path(folder), pool=live)) as server:
+        with running(setup(Path(folder), NAME, SHAPE, pool=live)) as server, Loading() as loading:
             port = server.address[1]
-            _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=1.0)
-            full = _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=seconds / 10)
-            load = partial(_loaded, paced, port, messages, connections=CONNECTIONS, rate=full.per_second / 2)
+            loading(saturated, port, messages, connections=CONNECTIONS, seconds=1.0)
+            full = loading(saturated, port, messages, connections=CONNECTIONS, seconds=seconds / 10)
+            load = partial(loading, paced, port, messages, connections=CONNECTIONS, rate=full.per_second / 2)
             still = load(seconds=seconds / 2)
             over = threading.Event()
             served: list[tuple[float, str]] = [(0.0, server.status()["pool"]["set"])]
@@ -258,15 +202,15 @@ def _pool(path: Path, x: torch.Tensor, n: int) -> tuple[LivePool, dict[str, torc
     pool.keep("canaries", {"x": canaries}, {})
     expected = {}
     for seed in range(n):
-        model = Classifier(network(NAME).module).eval().requires_grad_(False)
+        noisy = model(NAME).eval().requires_grad_(False)
         torch.manual_seed(seed)
-        for weight in model.net.parameters():
+        for weight in noisy.net.parameters():
             weight.add_(0.05 * weight.std(correction=0) * torch.randn_like(weight))
-        name = pool.add(dict(model.net.state_dict()), {})
-        pool.admit(name, canary=canary(model, canaries))
+        name = pool.add(dict(noisy.net.state_dict()), {})
+        pool.admit(name, canary=canary(noisy, canaries))
         with torch.inference_mode():
-            expected[name] = model(x)
-    return LivePool(pool, _model, swaps_per_hour=10 * n), expected
+            expected[name] = noisy(x)
+    return LivePool(pool, partial(model, NAME), swaps_per_hour=10 * n), expected
 
 
 def _swap(

@@ -4,6 +4,8 @@ import asyncio
 import errno
 import json
 import re
+import time
+from collections import Counter
 from dataclasses import replace
 
 import httpx
@@ -25,6 +27,7 @@ from holdfast.server.error_log import ErrorLog, shown
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.openapi import openapi_document
+from holdfast.server.profile import OTHER, PARTS, PROFILED, WALL, Profile, profile_text
 from holdfast.server.telemetry import MetricTotals, Telemetry
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request
@@ -100,6 +103,38 @@ def error(response):
     text = response.json()[key]
     assert key == "error" and not re.search(r"Traceback|File|holdfast|0x|/home|\.py", text)
     return response.status_code, text
+
+
+class Totals(Counter):
+    """Counters, as processes count and as the supervisor reads them."""
+
+    def count(self, *key, n=1.0):
+        self[key] += n
+
+    def value(self, *key):
+        return self[key]
+
+
+def test_a_profile_measures_each_part_of_each_request():
+    here, profile, totals = Here(), Profile(), Totals()
+    here.served.timing = here.answering.timing = profile
+    assert profile_text(totals) == "profile: no request was answered"
+    for _ in range(3):
+        here.infer()
+    profile.report(totals)
+    measured = {part for name, part in (key for key in totals if len(key) == 2) if totals[name, part] > 0}
+    assert totals[PROFILED,] == 3 and measured == {*PARTS, OTHER}
+    assert re.fullmatch(
+        r"profile: 3 requests; .*parsing \d.*, other \d+\.\d{3}; total \d+\.\d{3}", profile_text(totals)
+    )
+
+
+def test_a_part_within_another_one_is_measured_once():
+    profile, totals = Profile(), Totals()
+    with profile("guard after"), profile("model"):
+        time.sleep(0.02)
+    profile.report(totals)
+    assert totals[WALL, "model"] >= 0.02 > 0.01 > totals[WALL, "guard after"]
 
 
 class Counted(nn.Module):

@@ -101,3 +101,16 @@ def test_batches_shrink_and_requests_are_refused_if_the_model_is_slow():
         queue.close()
 
     asyncio.run(main())
+
+
+def test_requests_that_arrive_at_a_time_form_one_batch():
+    answer = Gated()
+    answer.gate.set()
+
+    async def main():
+        queue = batcher(answer)
+        results = await asyncio.gather(*(queue.submit(x, 1) for x in (1, 2, 3)))
+        queue.close()
+        return results
+
+    assert asyncio.run(main()) == [10, 20, 30] and answer.batches == [[1, 2, 3]]

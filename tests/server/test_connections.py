@@ -12,7 +12,7 @@ from holdfast.guard.protocol import NoRules
 from holdfast.server.answering_requests import Answerer, ServedSet
 from holdfast.server.app import ConnectionLimits, ServedModel, application
 from holdfast.server.batching import Batcher
-from holdfast.server.connections import limited_protocol
+from holdfast.server.connections import JoinedWrites, limited_protocol
 from holdfast.server.error_log import LOGGER
 
 from .small import SIGNATURE, network
@@ -68,7 +68,9 @@ async def answer_to(port, *parts, pause_s=0.0):
 
 
 def run(test):
-    return asyncio.run(test())
+    """What a test returns in the event loop that workers use: uvloop, if it is installed."""
+    with asyncio.Runner(loop_factory=uvicorn.Config(None).get_loop_factory()) as runner:
+        return runner.run(test())
 
 
 @pytest.mark.slow
@@ -256,3 +258,35 @@ def test_a_client_that_sends_too_much_reads_the_reason():
         assert received.startswith(b"HTTP/1.1 413")
 
     run(test)
+
+
+def test_head_and_body_of_a_response_are_written_together():
+    class Transport:
+        def __init__(self):
+            self.written = []
+            self.write = self.written.append
+            self.is_closing = self.close = lambda: False
+
+    class Cycle:
+        response_started = False
+
+    cycle, transport = Cycle(), Transport()
+    joined = JoinedWrites(cycle, transport)
+    joined.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    cycle.response_started = True
+    for data in (b"HTTP/1.1 200 OK\r\n\r\n", b"body", b"more", b""):
+        joined.write(data)
+    assert transport.written == [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\nbody",
+        b"more",
+        b"",
+    ]
+
+
+def test_a_response_without_a_body_is_sent():
+    async def main():
+        async with serving() as port:
+            return await answer_to(port, GET.replace(b"GET", b"HEAD"))
+
+    assert run(main).startswith(b"HTTP/1.1 200 OK")

@@ -1,14 +1,17 @@
 """Requests and responses of the Open Inference Protocol: what is read is what was sent, and the rest is refused."""
 
 import json
+import math
 import tracemalloc
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from holdfast.core.model import Bounds
 from holdfast.io.remote.payloads import Shaped
+from holdfast.server import protocol_v2
 from holdfast.server.http_refusals import Refused
 from holdfast.server.protocol_v2 import BINARY, LENGTH_HEADER, Signature, encoded, read_request
 
@@ -45,6 +48,73 @@ def test_numbers_in_json_are_kept_as_they_were_sent():
     assert content.x.dtype == torch.float32 and content.x[0, 0] == content.x[0, 1]
     assert content.sent.dtype == torch.float64 and content.sent.tolist() == [numbers]
     assert read_request(*binary(), SIGNATURE).sent is None
+
+
+UNBOUNDED = Signature("small", (2, 2), CLASSES, Bounds(-math.inf, math.inf), max_rows=8)
+NUMBERS = np.random.default_rng(0).normal(size=(50, 4)) * 10.0 ** np.arange(-25, 25)[:, None]
+
+
+def content_of(body, signature=UNBOUNDED):
+    """What a request is read to, or the reason for which it is refused."""
+    try:
+        read = read_request(body, None, signature)
+    except Refused as refused:
+        return str(refused)
+    return read.x.tolist(), None if read.sent is None else read.sent.tolist(), read.id, read.binary
+
+
+def sent(data, more="", shape="[1, 2, 2]"):
+    tensor = f'{{"name": "input", "shape": {shape}, "datatype": "FP32", "data": {data}}}'
+    return f'{{"inputs": [{tensor}]{more}}}'.encode("utf-8", "surrogatepass")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(sent(json.dumps(row.tolist())) for row in NUMBERS),
+        sent("[[[1, 2.5], [-0.0, 1e-46]]]"),
+        sent("[[[1, 2], [3]], [4]]"),
+        sent("[[1, 2], [3, 4]]"),
+        sent("[[1, 2, 3, 4]]"),
+        sent("[1, 2, 3]"),
+        sent("[1, 2, 3, true]"),
+        sent("[[[1, 2], [3, false]]]"),
+        sent("[1, 2, 3, null]"),
+        sent('[1, 2, 3, "4"]'),
+        sent("[1, 2, 3, 9007199254740993]"),
+        sent("[1, 2, 3, -18446744073709551617]"),
+        sent("[1, 2, 3, 1e39]"),
+        sent("[1, 2, 3, 1e400]"),
+        sent("[1, 2, 3, NaN]"),
+        sent("[1, 2, 3, 01]"),
+        sent("[1, 2, 3, 4,]"),
+        sent("[1, 2, 3, 4]", shape="[1.0, 2, 2]"),
+        sent("[1, 2, 3, 4]", shape="[true, 2, 2]"),
+        sent("[1, 2, 3, 4]", ', "id": "é"'),
+        sent("[1, 2, 3, 4]", ', "id": "\\ud800"'),
+        sent("[1, 2, 3, 4]", ', "id": 1'),
+        sent("[1, 2, 3, 4]", ', "more": [NaN]'),
+        sent("[1, 2, 3, 4]", ', "more": "\ud800"'),
+        sent("[1, 2, 3, 4]", ', "inputs": []'),
+        sent("[1, 2, 3, 4]", ', "more": ' + "[" * 2000 + "]" * 2000),
+        sent("[1, 2, 3, 4]") + b"x",
+        b"\xef\xbb\xbf" + sent("[1, 2, 3, 4]"),
+    ],
+)
+def test_the_fast_decoder_changes_neither_what_is_read_nor_what_is_refused(body, monkeypatch):
+    fast = content_of(body)
+
+    def failing(depth):
+        raise msgspec.DecodeError
+
+    monkeypatch.setattr(protocol_v2, "_float_decoder", failing)
+    assert fast == content_of(body)
+
+
+def test_scores_that_are_not_finite_are_never_written_as_json():
+    plain = read_request(request(X), None, SIGNATURE)
+    with pytest.raises(ValueError, match="JSON"):
+        encoded(torch.tensor([[1.0, math.inf, -math.inf]]), plain, SIGNATURE)
 
 
 def test_scores_are_returned_exactly_in_json_and_as_bytes():

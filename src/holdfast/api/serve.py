@@ -14,7 +14,7 @@ from holdfast.runs.engine.progress import Notify, ignore
 if TYPE_CHECKING:
     from holdfast.server.supervisor import ServerSetup
 
-_NEEDED = ("httpcore", "prometheus_client", "starlette", "uvicorn")
+_NEEDED = ("httpcore", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
 
 @verb_with(Serve)
@@ -54,6 +54,7 @@ def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
     """Start the workers of a server, and answer requests until SIGTERM or Ctrl-C."""
     from holdfast.server.admin import AdminServer
     from holdfast.server.keys import KeyFile
+    from holdfast.server.profile import profile_text
     from holdfast.server.supervisor import Supervisor
     from holdfast.server.worker_processes import bound_socket
 
@@ -71,6 +72,8 @@ def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
             notify(f"serving {served} with {setup.workers} worker{'s' if setup.workers > 1 else ''}")
             notify(f"metrics: http://{_shown(listener.getsockname())}/metrics")
             supervisor.run()
+            if setup.worker.profile:
+                notify(profile_text(supervisor.totals))
             notify("all requests in progress were answered; the server has ended")
         finally:
             admin.stop()

@@ -90,6 +90,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         signature=signature,
         forwards=tuple(name.lower() for name in settings.forward_headers),
         hosts=_host_names(settings, everything=is_public(settings.host) and not settings.accepted_hosts),
+        profile=settings.profile,
     )
     return ServerSetup(
         worker,

@@ -22,6 +22,7 @@ from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_rec
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.forwarding import Headers, forwarding
 from holdfast.server.http_refusals import Refused, wait_first
+from holdfast.server.profile import Timing, no_timing
 from holdfast.server.quotas import Quotas, Spending
 from holdfast.server.telemetry import Telemetry
 
@@ -192,6 +193,8 @@ class Answerer:
     """called after each call of the model"""
     overlapping: bool = False
     """whether the model may compute while the guard decides. Its scores for refused inputs are then discarded"""
+    timing: Timing = no_timing
+    """function that measures the time of each part"""
     _used: float = field(default=1.0, init=False)
     """moving average of the share of requests that the guard passes on unchanged"""
     _beside: ThreadPoolExecutor = field(
@@ -219,9 +222,11 @@ class Answerer:
 
     def _audited(self, jobs: Sequence[Job], served: ServedSet) -> list[Outcome]:
         try:
-            self.audit.start(jobs)
+            with self.timing("audit"):
+                self.audit.start(jobs)
             outcomes = self._guarded(jobs, served)
-            self.audit.end(outcomes, served)
+            with self.timing("audit"):
+                self.audit.end(outcomes, served)
         except OSError as error:
             self.telemetry.set("holdfast_audit_failing", 1)
             self.errors(
@@ -283,7 +288,8 @@ class Answerer:
     def _before(self, jobs: Sequence[Job]) -> Sequence[RequestDecision] | None:
         incoming = [job.incoming for job in jobs]
         try:
-            return self.guard.before_many(incoming)
+            with self.timing("guard before"):
+                return self.guard.before_many(incoming)
         except Exception as error:  # noqa: BLE001 - an error of the guard must not end the thread of the batches
             self._guard_failed(error)
             return _unguarded(incoming) if self.guard_fails_open else None
@@ -294,7 +300,8 @@ class Answerer:
         if not decisions:
             return decisions
         try:
-            return self.guard.after_many(decisions, outputs, network=partial(self._logits, served))
+            with self.timing("guard after"):
+                return self.guard.after_many(decisions, outputs, network=partial(self._logits, served))
         except Exception as error:  # noqa: BLE001 - as above
             self._guard_failed(error)
             reason = "the guard failed"
@@ -347,7 +354,8 @@ class Answerer:
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
         try:
-            logits: Tensor = served.model(x.to(self.device)).cpu()
+            with self.timing("model"):
+                logits: Tensor = served.model(x.to(self.device)).cpu()
         finally:  # an error ends the call as well
             self.progress()
         return logits

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from starlette.applications import Starlette
@@ -30,6 +31,7 @@ from holdfast.server.forwarding import is_sendable
 from holdfast.server.host_names import HostNames
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey, KeyFile
+from holdfast.server.profile import Timing, no_timing
 from holdfast.server.protocol_v2 import (
     BINARY,
     EXTENSIONS,
@@ -49,6 +51,8 @@ _DISCARD_S = 0.5
 """seconds for which the body of a refused request is read"""
 _DISCARDED = 4
 """largest size of what is read of it, in multiples of the largest body"""
+_READ = "read"
+"""key in the state of a request whose body was read"""
 _REASONS = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
 
 
@@ -93,8 +97,10 @@ class ServedModel:
     """whether requests are answered; false while the server drains"""
     closing: bool = False
     """whether each connection is closed after its next response, because this process ends"""
+    timing: Timing = no_timing
+    """function that measures the time of each part of a request"""
 
-    @property
+    @cached_property
     def max_body(self) -> int:
         """Largest number of bytes of a request body."""
         return self.limits.max_body or self.signature.most_bytes
@@ -146,25 +152,33 @@ class ServedModel:
         """Return the scores of the inputs in a request, if it is for this model."""
         self._principal(request)
         self._refuse_other_model(request)
-        return await self.scores(request)
+        content = await self.scores(request.scope, request.receive)
+        response = Response(content.body)
+        response.raw_headers = content.raw_headers
+        return response
 
-    async def scores(self, request: Request) -> Response:
-        """Return the scores of the inputs in a request."""
+    async def scores(self, scope: Scope, receive: Receive) -> Encoded:
+        """Return the scores of the inputs in a request, as its response contains them."""
         begin = time.perf_counter()
-        key = self._principal(request)
-        header_length = self._header_length(request)
-        body = await self._body(request)
-        content = read_request(body, header_length, self.signature)
+        headers = dict(reversed(scope["headers"]))  # of several headers with one name, the first one counts
+        key = None if self.keys is None else self.keys.authenticated(headers.get(b"authorization"), "infer")
+        header_length = self._header_length(headers)
+        body = await self._body(receive)
+        scope.setdefault("state", {})[_READ] = True
+        with self.timing("parsing"):
+            content = read_request(body, header_length, self.signature)
         incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16), content.sent)
         limits = (None, None) if key is None else (key.rate, key.budget)
-        # here and not in the thread of the batches, for which the digest of a large input would cost a switch
-        digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
-        forwarded = self._forwarded(request) if self.forwards else ()
+        with self.timing("audit"):
+            # here and not in the thread of the batches, for which the digest of a large input would cost a switch
+            digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
+        forwarded = self._forwarded(scope) if self.forwards else ()
         job = Job(incoming, *limits, digest, forwarded)
         answer = await self.batcher.submit(job, len(content.x))
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)
-        response = _encoded(encoded(answer.scores, content, self.signature))
+        with self.timing("response"):
+            response = encoded(answer.scores, content, self.signature)
         self.telemetry.observe("holdfast_request_seconds", time.perf_counter() - begin)
         return response
 
@@ -175,10 +189,10 @@ class ServedModel:
             return None
         return self.keys.authenticated(_header(request, b"authorization"), "infer")
 
-    def _forwarded(self, request: Request) -> tuple[tuple[str, str], ...]:
+    def _forwarded(self, scope: Scope) -> tuple[tuple[str, str], ...]:
         """Return the headers that a proxy passes on. Raises `Refused` for a value that cannot be sent."""
         names = {name.encode(): name for name in self.forwards}
-        passed = [(names[k], v.decode("latin-1").strip()) for k, v in request.scope["headers"] if k in names]
+        passed = [(names[k], v.decode("latin-1").strip()) for k, v in scope["headers"] if k in names]
         for name, value in passed:
             if not is_sendable(value):
                 raise Refused(400, f"the header {name} contains other characters than printable ASCII")
@@ -190,20 +204,20 @@ class ServedModel:
         if request.path_params.get("version", self.signature.version) != self.signature.version:
             raise Refused(404, "there is no such version of the model")
 
-    def _header_length(self, request: Request) -> int | None:
+    def _header_length(self, headers: Mapping[bytes, bytes]) -> int | None:
         """Check the headers of a request with a body, and return the number of bytes of its JSON if tensors follow."""
-        coding = _header(request, b"content-encoding")
+        coding = headers.get(b"content-encoding")
         if coding is not None and coding.strip().lower() not in (b"", b"identity"):
             raise Refused(415, "compressed bodies are not accepted; send the body without Content-Encoding")
-        length = _header(request, b"content-length")
-        if length is not None and _header(request, b"transfer-encoding") is not None:
+        length = headers.get(b"content-length")
+        if length is not None and headers.get(b"transfer-encoding") is not None:
             # a reverse proxy that uses the other one would see other requests on the connection
             raise Refused(400, "the request has both Content-Length and Transfer-Encoding")
         if length is not None and (not length.isdigit() or int(length) > self.max_body):
             raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
-        media = (_header(request, b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")
-        header = _header(request, LENGTH_HEADER.encode())
-        if not media and _header(request, b"origin") is None:
+        media = (headers.get(b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")
+        header = headers.get(LENGTH_HEADER.encode())
+        if not media and headers.get(b"origin") is None:
             # tritonclient states no type; a page of another site, which may omit it, states its origin
             media = JSON
         if header is None:
@@ -216,21 +230,22 @@ class ServedModel:
             raise Refused(400, f"the header {LENGTH_HEADER} must be a number of bytes")
         return int(header)
 
-    async def _body(self, request: Request) -> bytes:
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(self.limits.body_timeout_s):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > self.max_body:
-                        raise Refused(
-                            413, f"the body is too large; at most {self.max_body} bytes are accepted"
-                        )
-                    parts.append(part)
-        except TimeoutError as error:
-            raise Refused(408, "the body did not arrive in time") from error
-        request.state.read = True
-        return b"".join(parts)
+    async def _body(self, receive: Receive) -> bytes:
+        """Return the body of a request. Raises `Refused` if it is too large or does not arrive in time, and
+        `ClientDisconnect`.
+        """
+        parts, size, complete = list[bytes](), 0, False
+        with _BodyTime(self.limits.body_timeout_s):
+            while not complete:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > self.max_body:
+                    raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
+                complete = not message.get("more_body", False)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     # --- errors
 
@@ -239,7 +254,7 @@ class ServedModel:
         assert isinstance(error, Refused)
         self.telemetry.count("holdfast_refused_total", error.cause)
         headers = dict(error.headers)
-        if request.method == "POST" and not getattr(request.state, "read", False):
+        if request.method == "POST" and not getattr(request.state, _READ, False):
             headers["connection"] = "close"
             await self._discard(request)
         return _json({"error": error.reason}, error.status, headers)
@@ -271,6 +286,31 @@ class ServedModel:
         return await self.refused(request, Refused(500, "internal error", (), "model"))
 
 
+class _BodyTime:
+    """Context manager that raises `Refused` after a number of seconds. `asyncio.timeout` takes several times as long to
+    enter and leave, which each request does.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._expired = seconds, False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._timer.cancel()
+        if self._expired and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise Refused(408, "the body did not arrive in time") from error
+
+
 def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refused:
     """Return a refusal with a status code, a reason and headers."""
     return Refused(status, reason, tuple(headers.items()))
@@ -298,19 +338,22 @@ class Watched:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
-        request = Request(scope, receive)
         try:
             served.hosts.refuse_other(scope["headers"])
             if scope["method"] != "POST" or scope["path"] not in self._paths:
                 await self._app(scope, receive, counted)
                 return
-            response = await served.scores(request)
+            content = await served.scores(scope, receive)
         except Refused as error:
-            response = await served.refused(request, error)
+            response = await served.refused(Request(scope, receive), error)
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001 - an error discloses nothing to the client
-            response = await served.failed(request, error)
+            response = await served.failed(Request(scope, receive), error)
+        else:
+            await counted({"type": "http.response.start", "status": 200, "headers": content.raw_headers})
+            await counted({"type": "http.response.body", "body": content.body})
+            return
         await response(scope, receive, counted)
 
 
@@ -345,7 +388,3 @@ def _header(request: Request, name: bytes) -> bytes | None:
 
 def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(compact(content), status, headers, JSON)
-
-
-def _encoded(content: Encoded) -> Response:
-    return Response(content.body, 200, dict(content.headers), content.media_type)

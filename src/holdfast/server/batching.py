@@ -30,7 +30,6 @@ class _Waiting(Generic[Request, Response]):
     request: Request
     rows: int
     future: "asyncio.Future[Response]"
-    loop: asyncio.AbstractEventLoop
 
 
 class Batcher(Generic[Request, Response]):
@@ -62,6 +61,8 @@ class Batcher(Generic[Request, Response]):
         self._row_s = 0.0
         self._progress_s: float | None = None
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waking: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
@@ -72,16 +73,24 @@ class Batcher(Generic[Request, Response]):
 
     async def submit(self, request: Request, rows: int) -> Response:
         """Return the response to a request with a number of inputs. Raises `Refused` if it would wait too long."""
-        loop = asyncio.get_running_loop()
-        entry = _Waiting[Request, Response](request, rows, loop.create_future(), loop)
+        loop = self._loop = asyncio.get_running_loop()
+        entry: _Waiting[Request, Response] = _Waiting(request, rows, loop.create_future())
         with self._arrived:
             wait_s = (self._rows + self._running) * self._row_s
             if self._closed or wait_s > self._max_latency_s or self._rows >= _QUEUED * self._max_rows:
                 raise wait_first("the server is overloaded; send the request again later", wait_s)
             self._queue.append(entry)
             self._rows += rows
-            self._arrived.notify()
+        if self._waking is not loop:  # once for all requests that the loop receives at a time
+            self._waking = loop
+            loop.call_soon(self._wake)
         return await entry.future
+
+    def _wake(self) -> None:
+        """Wake the thread. Called by the event loop."""
+        self._waking = None
+        with self._arrived:
+            self._arrived.notify()
 
     @property
     def busy_s(self) -> float:
@@ -124,11 +133,10 @@ class Batcher(Generic[Request, Response]):
             taken_s = time.perf_counter() - begin
             self._row_s += (taken_s / rows - self._row_s) * (_WEIGHT if self._row_s else 1.0)
             self._seen(rows, taken_s)
-            # one call for each loop, because waking a loop is expensive
-            for loop in {entry.loop for entry in batch}:
-                pairs = [(e.future, r) for e, r in zip(batch, responses, strict=True) if e.loop is loop]
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(_settle, pairs)
+            # one call for all requests, because waking the loop is expensive
+            if self._loop is not None and not self._loop.is_closed():
+                pairs = [(entry.future, response) for entry, response in zip(batch, responses, strict=True)]
+                self._loop.call_soon_threadsafe(_settle, pairs)
 
     def _next(self) -> list[_Waiting[Request, Response]]:
         """Return the requests of the next batch; none after the queue is closed and empty."""

@@ -8,6 +8,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from holdfast.server.http_refusals import Refused
 
@@ -38,11 +39,17 @@ class HostNames:
             )
 
     def _accepts(self, host: bytes) -> bool:
-        matched = _HOST.fullmatch(host.strip().lower())
-        if matched is None:
+        name = _name(host)
+        if name is None:
             return False
-        name = matched[1].decode().removesuffix(".")
         return "." not in name.strip("[]") or name in self.names or name.endswith(_LOCAL) or _is_address(name)
+
+
+@lru_cache(maxsize=64)
+def _name(host: bytes) -> str | None:
+    """Return the name in a header Host in lower case and without the port; None if it is not valid."""
+    matched = _HOST.fullmatch(host.strip().lower())
+    return None if matched is None else matched[1].decode().removesuffix(".")
 
 
 def _is_address(text: str) -> bool:

@@ -2,17 +2,26 @@
 
 KServe, "Open Inference Protocol (V2 Inference Protocol)", REST. Triton, "Binary Tensor Data Extension": the header
 `Inference-Header-Content-Length` is the length of the JSON, after which the tensors follow as little-endian bytes.
+
+JSON is read by msgspec, which converts the numbers of the inputs without an object of Python for each value's type
+check. What it does not accept, or what is refused afterwards, is read again by the module json of the standard library,
+which decides: a request is accepted or refused, and with the same reason, as if json had read it.
 """
 
 import json
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from functools import lru_cache
+from itertools import chain
+from math import isfinite, prod
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.core.model import Bounds
 from holdfast.server.http_refusals import Refused
@@ -105,6 +114,21 @@ def _refuse_constant(name: str) -> Any:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_EXACT = 2.0**53
+"""size from which msgspec and numpy may convert an integer to different floating-point numbers"""
+
+
+@lru_cache
+def _float_decoder(depth: int) -> "msgspec.json.Decoder[dict[str, Any]]":
+    """Return a decoder of requests whose data are numbers in lists that are nested `depth` times."""
+    data: Any = float
+    for _ in range(depth):
+        data = list[data]
+    typed: Any = TypedDict  # which type checkers accept with literal keys and types only
+    keys = {"name": Any, "shape": Any, "datatype": Any, "parameters": Any, "data": data}
+    inputs: Any = list[typed("Input", keys, total=False)]  # type: ignore[misc]
+    content = typed("Content", {"inputs": inputs, "id": Any, "outputs": Any, "parameters": Any}, total=False)
+    return msgspec.json.Decoder(content)
 
 
 def read_request(body: bytes, header_length: int | None, signature: Signature) -> InferRequest:
@@ -114,14 +138,31 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     Raises `Refused` with status 400 and the first mistake.
     """
     if header_length is None:
-        text, tail = body, b""
+        text, tail = body, memoryview(b"")
     else:
         if header_length > len(body):
             raise _wrong(
                 f"the header states {header_length} bytes of JSON, and the body has {len(body)} bytes"
             )
-        text, tail = body[:header_length], body[header_length:]
-    content = _object(text)
+        text, tail = body[:header_length], memoryview(body)[header_length:]
+    # msgspec does not check the encoding of text that it skips
+    if signature.input_type.startswith("FP") and text.isascii():
+        for depth in (1, len(signature.shape) + 1):
+            try:
+                return _request(_float_decoder(depth).decode(text), text, tail, signature, depth)
+            except (msgspec.ValidationError, Refused):
+                continue
+            except (msgspec.DecodeError, RecursionError):
+                break
+    return _request(_object(text), text, tail, signature, None)
+
+
+def _request(
+    content: Mapping[str, Any], text: bytes, tail: memoryview, signature: Signature, depth: int | None
+) -> InferRequest:
+    """Return a request from its JSON. `depth` is the number of nested lists of its data, which are then floating-point
+    numbers; None if they may be anything.
+    """
     tensor = _only_input(content.get("inputs"), signature.input_name)
     shape = _shape(tensor.get("shape"), signature)
     kind = signature.input_type
@@ -134,12 +175,18 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
     elif tail:
         raise _wrong(f"{len(tail)} bytes follow the JSON; no input has the parameter binary_data_size")
     else:
-        exact = _json_values(tensor.get("data"), text, prod(shape), shape, dtype).reshape(shape)
+        if depth is None:
+            exact = _json_values(tensor.get("data"), text, prod(shape), shape, dtype).reshape(shape)
+        else:
+            exact = _float_values(tensor.get("data"), shape if depth > 1 else (prod(shape),)).reshape(shape)
         values = _rounded(exact, dtype)
         if dtype.kind == "f":
             sent = torch.from_numpy(exact.astype(np.float64, copy=False))
     x = torch.from_numpy(values.reshape(shape))
-    _refuse_range(x, signature.bounds)
+    least, most = map(float, torch.aminmax(x))
+    if depth is not None and sent is not None and not max(-least, most) < _EXACT:
+        raise _wrong("data may contain an integer that is no floating-point number")
+    _refuse_range(x, least, most, signature.bounds)
     name = content.get("id", "")
     if not isinstance(name, str):
         raise _wrong("the id of a request must be text")
@@ -187,7 +234,7 @@ def _parameters(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _binary_values(
-    tensor: Mapping[str, Any], tail: bytes, size: object, count: int, dtype: np.dtype[Any]
+    tensor: Mapping[str, Any], tail: memoryview, size: object, count: int, dtype: np.dtype[Any]
 ) -> np.ndarray[Any, Any]:
     if "data" in tensor:
         raise _wrong("the input has data and the parameter binary_data_size; one of them was expected")
@@ -198,7 +245,17 @@ def _binary_values(
     if len(tail) != size:
         raise _wrong(f"{len(tail)} bytes follow the JSON; {size} were expected")
     # a copy: a tensor must not share the read-only memory of the body
-    return np.frombuffer(tail, dtype).astype(dtype.newbyteorder("="), copy=True)
+    return np.frombuffer(bytearray(tail), dtype).astype(dtype.newbyteorder("="), copy=False)
+
+
+def _float_values(data: Any, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Return floating-point numbers in lists that are nested like the shape as a flat array."""
+    lists: list[Any] = [data or ()]
+    for size in shape:
+        if any(len(part) != size for part in lists):
+            raise _wrong("data is not nested like shape")
+        lists = list(chain.from_iterable(lists))
+    return np.frombuffer(bytearray(struct.pack(f"{len(lists)}d", *lists)))
 
 
 def _json_values(
@@ -251,16 +308,17 @@ def _has_booleans(data: object) -> bool:
     return isinstance(data, bool)
 
 
-def _refuse_range(x: Tensor, bounds: Bounds) -> None:
-    """Raise `Refused` for values outside of the range of the model, which includes NaN."""
+def _refuse_range(x: Tensor, least: float, most: float, bounds: Bounds) -> None:
+    """Raise `Refused` for values outside of the range of the model, which includes NaN. `least` and `most` are the
+    smallest and the largest value, or NaN.
+    """
     low, high = bounds.low, bounds.high
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         lows, highs = bounds.like(x)
         inside = bool(((x >= lows) & (x <= highs)).all())
         span = "the range that the model declares"
     else:
-        least, most = torch.aminmax(x)
-        inside = low <= float(least) and float(most) <= high
+        inside = low <= least and most <= high
         span = f"{low:g} to {high:g}"
     if not inside:
         raise _wrong(f"data contains a value outside of {span}, or one that is not a number")
@@ -302,10 +360,16 @@ class Encoded:
     media_type: str = JSON
     headers: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
+        """All headers of the response, as ASGI has them."""
+        values = (("content-length", str(len(self.body))), ("content-type", self.media_type), *self.headers)
+        return [(name.encode(), value.encode()) for name, value in values]
+
 
 def encoded(scores: Tensor, request: InferRequest, signature: Signature) -> Encoded:
     """Return the response with the scores (n, classes), in JSON or with the scores as bytes after the JSON."""
-    values = scores.detach().cpu().numpy().astype(TYPES[signature.output_type], copy=False)
+    values = scores.numpy().astype(TYPES[signature.output_type], copy=False)
     if signature.flat:
         values = values.reshape(len(values))
     output: dict[str, Any] = {
@@ -316,13 +380,24 @@ def encoded(scores: Tensor, request: InferRequest, signature: Signature) -> Enco
     content: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
     if request.id is not None:
         content["id"] = request.id
+    content["outputs"] = [output]
     if not request.binary:
-        content["outputs"] = [{**output, "data": values.flatten().tolist()}]
-        return Encoded(compact(content))
+        output["data"] = numbers = values.ravel().tolist()
+        return Encoded(_compact(content, numbers))
     tail = values.tobytes()
-    content["outputs"] = [{**output, "parameters": {"binary_data_size": len(tail)}}]
-    head = compact(content)
+    output["parameters"] = {"binary_data_size": len(tail)}
+    head = _compact(content)
     return Encoded(head + tail, BINARY, ((LENGTH_HEADER, str(len(head))),))
+
+
+def _compact(content: object, numbers: Sequence[float] = ()) -> bytes:
+    """Return the same as `compact` in less time. `numbers` are those of the content that may be NaN or infinite."""
+    if isfinite(sum(numbers)):
+        try:
+            return msgspec.json.encode(content)
+        except UnicodeEncodeError:  # half of a surrogate pair, which json escapes
+            pass
+    return compact(content)
 
 
 def compact(content: object) -> bytes:

@@ -47,6 +47,7 @@ from holdfast.server.error_log import ErrorLog, log_to_stderr
 from holdfast.server.host_names import HostNames
 from holdfast.server.keys import KeyFile
 from holdfast.server.loaded_model import LoadedModel, no_rules, refuse_damaged
+from holdfast.server.profile import Profile
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.quotas import Quotas
 from holdfast.server.telemetry import Telemetry
@@ -105,6 +106,8 @@ class ServingSetup:
     """names of the headers that a proxy passes on"""
     hosts: HostNames = field(default_factory=HostNames)
     """host names under which requests are answered"""
+    profile: bool = False
+    """whether the time of each part of a request is measured"""
 
     @property
     def rotating(self) -> bool:
@@ -163,6 +166,7 @@ class Worker:
             seen=self._seen,
         )
         self.answering.progress = self.batcher.progress
+        self.profile = Profile() if setup.profile else None
         self.served = ServedModel(
             setup.signature or self._signature(),
             self.batcher,
@@ -174,6 +178,8 @@ class Worker:
             self.errors,
             setup.hosts,
         )
+        if self.profile is not None:
+            self.answering.timing = self.served.timing = self.profile
         self.server = self._server()
 
     def _server(self) -> _Server:
@@ -193,6 +199,7 @@ class Worker:
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=max(1, round(setup.limits.keep_alive_s)),
             timeout_graceful_shutdown=max(1, round(setup.drain_s)),
@@ -286,6 +293,8 @@ class Worker:
             for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
                 self.telemetry.count(name, n=now - before)
             self._observed = counts
+        if self.profile is not None:
+            self.profile.report(self.telemetry)
         chain = None if self.chain is None else self.chain.flushed
         state = {"stalled": self.stalled, "patience_s": self.patience_s, "chain": chain}
         self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report(), **state})
@@ -310,7 +319,10 @@ class Worker:
         """Answer requests until `drain` is called, and then those that were received before."""
         for repeated in (self._report_often, self._flush_often):
             threading.Thread(target=repeated, daemon=True).start()
-        asyncio.run(self._serve(listener))
+        with asyncio.Runner(
+            loop_factory=self.server.config.get_loop_factory()
+        ) as runner:  # uvloop if installed
+            runner.run(self._serve(listener))
         self.batcher.close()
         self.report()
         head, records = "", 0

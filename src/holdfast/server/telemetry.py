@@ -41,6 +41,18 @@ METRICS: Mapping[str, Metric] = {
     ),
     "holdfast_batch_rows": Metric("Inputs in a batch.", "histogram", buckets=_ROWS),
     "holdfast_batch_seconds": Metric("Time of a batch.", "histogram", buckets=_SECONDS),
+    "holdfast_profiled_total": Metric("Requests whose parts were measured, with --profile.", "counter"),
+    "holdfast_part_cpu_seconds_total": Metric(
+        "CPU time of the parts of requests, with --profile: parsing, guard before, model, guard after, audit, "
+        "response, and other (the rest of the process).",
+        "counter",
+        ("part",),
+    ),
+    "holdfast_part_seconds_total": Metric(
+        "Wall-clock time of the parts of requests, with --profile. What a batch shares counts once.",
+        "counter",
+        ("part",),
+    ),
     "holdfast_connections": Metric("Open connections.", "gauge"),
     "holdfast_waiting_inputs": Metric("Inputs that wait for a batch.", "gauge"),
     "holdfast_decisions_total": Metric("Requests by the action of the guard.", "counter", ("action",)),

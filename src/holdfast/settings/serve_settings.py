@@ -104,6 +104,11 @@ class ServeOptions(SettingGroup):
         default="refuse",
         description="What happens to requests if the guard raises an error: refuse (the default) or answer.",
     )
+    profile: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="Measure the time of each part of a request (parsing, guard, model, audit, response); it is in the "
+        "metrics, and is printed at the end.",
+    )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a public address without keys, and for names that do not fit into a URL."""

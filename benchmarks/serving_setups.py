@@ -1,0 +1,90 @@
+"""Servers of Holdfast that run in this process, and a process that sends requests to them."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Self
+
+from benchmarks.load import Seen
+from benchmarks.networks import network
+from benchmarks.throughput import Contestant
+from holdfast.core.model import Classifier
+from holdfast.server.app import ConnectionLimits
+from holdfast.server.audit_chain import AuditKey
+from holdfast.server.loaded_model import LoadedModel
+from holdfast.server.server_worker import ServingSetup
+from holdfast.server.supervisor import ServerSetup, Supervisor
+
+
+class Loading:
+    """Calls functions that send requests in a process of its own, because the supervisor runs in this one."""
+
+    def __enter__(self) -> Self:
+        self._process = ProcessPoolExecutor(1, get_context("spawn"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.shutdown()
+
+    def __call__(self, load: Callable[..., Seen], *arguments: object, **settings: object) -> Seen:
+        return self._process.submit(load, *arguments, **settings).result()
+
+
+def loop_and_parser() -> str:
+    """The event loop and the HTTP parser that servers of this environment use."""
+    return ", ".join(name for name in ("uvloop", "httptools") if find_spec(name)) or "asyncio and h11"
+
+
+def model(name: str) -> Classifier:
+    """A network for the server."""
+    return Classifier(network(name).module)
+
+
+def _opened(name: str) -> LoadedModel:
+    return LoadedModel(model(name))
+
+
+def setup(
+    folder: Path, name: str, shape: tuple[int, ...], *, audited: bool = True, **settings: object
+) -> ServerSetup:
+    """The setup of a server of a network with one worker, whose audit is in a folder."""
+    audit = folder / "audit" if audited else None
+    pool = settings.pop("pool", None)
+    worker = ServingSetup(
+        partial(_opened, name),
+        name,
+        shape,
+        threads=1,
+        limits=ConnectionLimits(max_latency_s=5.0),
+        audit_key=None if audit is None else AuditKey.of(audit),
+        **settings,
+    )
+    return ServerSetup(worker, port=0, pool=pool, audit=audit)
+
+
+@contextmanager
+def running(setup: ServerSetup) -> Iterator[Supervisor]:
+    """Run a server."""
+    server = Supervisor(setup)
+    server.start()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join()
+
+
+@contextmanager
+def ours(folder: Path, name: str, shape: tuple[int, ...], **settings: object) -> Iterator[Contestant]:
+    """`holdfast serve` with a network, as a server of a comparison."""
+    folder.mkdir()
+    with running(setup(folder, name, shape, set_name="file", **settings)) as server:
+        pid = server.status()["workers"][0]["pid"]
+        yield Contestant(server.address[1], (pid,), f"/v2/models/{name}/infer")
