@@ -61,6 +61,8 @@ class InputSchema:
 
     def fault(self, x: Tensor) -> str:
         """Return what is wrong with the shape or the data type of the inputs of a request, or an empty text."""
+        if x.shape[1:] == self.shape and x.dtype == self.dtype and x.shape[0]:
+            return ""  # of nearly all requests
         sizes = tuple(x.shape)
         if len(sizes) != len(self.shape) + 1 or any(
             expected not in (None, size) for expected, size in zip(self.shape, sizes[1:], strict=True)
