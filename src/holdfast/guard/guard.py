@@ -103,7 +103,7 @@ class _Draft:
 
     def decision(self) -> RequestDecision:
         """Return the decision."""
-        return RequestDecision(
+        decision = RequestDecision(
             self.request,
             self.principal,
             tuple([RowDecision(tuple(row)) for row in self.rows]),
@@ -114,6 +114,8 @@ class _Draft:
             self.unavailable,
             self.notes,
         )
+        decision.__dict__["action"] = self.action  # the cached property, so that it is not computed again
+        return decision
 
 
 @dataclass(frozen=True)
