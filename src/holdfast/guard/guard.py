@@ -269,7 +269,7 @@ class GuardPipeline:
         """The decision about a request after the rule on its shape and data type."""
         x, fault, rule = request.x, self.schema.fault(request.x), self.rules.get(SCHEMA)
         draft = _Draft(
-            request.request, request.principal, x, [[] for _ in range(len(x) if x.dim() else 1)] or [[]]
+            request.request, request.principal, x, [[] for _ in range(x.shape[0] if x.dim() else 1)] or [[]]
         )
         if fault:
             draft.notes[SCHEMA] = fault
@@ -415,7 +415,7 @@ def _joined(tensors: Sequence[Tensor | None]) -> Tensor:
 
 def _refuse_other_length(draft: _Draft, outputs: Tensor | None) -> None:
     """Raise `UsageError` if the outputs do not have one row for each input of a request."""
-    if outputs is None or len(outputs) != len(draft.rows):
+    if outputs is None or outputs.shape[0] != len(draft.rows):
         n = "no outputs" if outputs is None else f"{len(outputs)} outputs"
         raise UsageError(
             f"the model returned {n} for a request with {len(draft.rows)} inputs; give one row for each"

@@ -119,7 +119,7 @@ class ChainAudit:
                 started(
                     job.incoming.request,
                     self.key.pseudonym(job.incoming.principal),
-                    len(job.incoming.x),
+                    job.incoming.x.shape[0],
                     job.digest,
                     time,
                 )
@@ -260,7 +260,7 @@ class Answerer:
         try:
             with torch.inference_mode():
                 logits = self._logits(served, torch.cat([job.incoming.x for job in jobs]))
-            parts = torch.split(logits, [len(job.incoming.x) for job in jobs])
+            parts = torch.split(logits, [job.incoming.x.shape[0] for job in jobs])
             early = parts if bool(logits.isfinite().all()) else None
         except Exception:  # noqa: BLE001 - perhaps of an input that the guard refuses; otherwise it is raised again
             early = None
@@ -325,7 +325,7 @@ class Answerer:
                 return [refusal] * len(inputs)
             # The request that causes the error must not fail the others.
             return [self._outputs([x], served)[0] for x in inputs]
-        parts = torch.split(logits, [len(x) for x in inputs])
+        parts = torch.split(logits, [x.shape[0] for x in inputs])
         if bool(logits.isfinite().all()):
             return list(parts)
         self.errors("the model returned NaN or infinite scores")
