@@ -108,7 +108,8 @@ class SQLiteState:
 
         def work(db: sqlite3.Connection) -> None:
             time, counts = self._begun(db, now)
-            self._follow(db, counts, wanted.hashes.shape[1])
+            self._follow(db, counts[3])
+            self._forget(db, counts, wanted.hashes.shape[1])
             view = self._view(db, wanted, time)
             decide(view)
             stored[:] = self._store(db, view, counts[3])
@@ -199,6 +200,9 @@ class SQLiteState:
             self._identities = (identity, *map(_identity, self._statuses()[1:]))
             self._size = 0
             self._clusters, self._answers, self._known = HashIndex(), HashIndex(), 0
+            with _transaction(db, "DEFERRED"):  # now, because it takes a second if the state is full
+                row = db.execute("SELECT sequence FROM state").fetchone()
+                self._follow(db, 0 if row is None else _typed(row, int)[0])
         except BaseException:
             db.close()
             raise
@@ -258,20 +262,24 @@ class SQLiteState:
         wall, steady, *counts = _typed(row, _NUMBER, _NUMBER, int, int, int, int)
         return self._clock.at(now, (wall, steady)), (counts[0], counts[1], counts[2], counts[3])
 
-    def _follow(self, db: sqlite3.Connection, counts: Counts, tables: int) -> None:
-        """Add the rows that other processes have stored to the indices of this one, and remove those that were dropped
-        once they are more than the others. A cluster has at most `tables` hashes.
+    def _follow(self, db: sqlite3.Connection, last: int) -> None:
+        """Add the rows that other processes have stored, up to the sequence number `last`, to the indices."""
+        if last <= self._known:
+            return
+        after = "WHERE sequence > ? ORDER BY sequence"
+        rows = db.execute(f"SELECT sequence, hashes FROM clusters {after}", (self._known,)).fetchall()  # noqa: S608
+        sizes = [len(hashes) // _HASH for _, hashes in (_typed(row, int, bytes) for row in rows)]
+        hashes = np.frombuffer(b"".join(hashes for _, hashes in rows), "<i8", sum(sizes))
+        self._clusters.add_many(hashes, np.array([row for row, _ in rows], np.int64).repeat(sizes))
+        rows = db.execute(f"SELECT digest, sequence FROM answers {after}", (self._known,)).fetchall()  # noqa: S608
+        pairs = np.array([_typed(row, int, int) for row in rows], np.int64).reshape(-1, 2)
+        self._answers.add_many(pairs[:, 0], pairs[:, 1])
+        self._known = last
+
+    def _forget(self, db: sqlite3.Connection, counts: Counts, tables: int) -> None:
+        """Remove rows that were dropped from the indices once they are more than the others. A cluster has at most
+        `tables` hashes.
         """
-        if counts[3] > self._known:
-            after = "WHERE sequence > ? ORDER BY sequence"
-            rows = db.execute(f"SELECT sequence, hashes FROM clusters {after}", (self._known,)).fetchall()  # noqa: S608
-            sizes = [len(hashes) // _HASH for _, hashes in (_typed(row, int, bytes) for row in rows)]
-            hashes = np.frombuffer(b"".join(hashes for _, hashes in rows), "<i8", sum(sizes))
-            self._clusters.add_many(hashes, np.array([row for row, _ in rows], np.int64).repeat(sizes))
-            rows = db.execute(f"SELECT digest, sequence FROM answers {after}", (self._known,)).fetchall()  # noqa: S608
-            pairs = np.array([_typed(row, int, int) for row in rows], np.int64).reshape(-1, 2)
-            self._answers.add_many(pairs[:, 0], pairs[:, 1])
-            self._known = counts[3]
         if len(self._clusters) > 2 * tables * counts[0] + _STALE:
             self._clusters.keep(_sequences(db, "clusters"))
         if len(self._answers) > 2 * counts[1] + _STALE:
@@ -379,8 +387,8 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    db.execute("BEGIN IMMEDIATE")  # a read that is upgraded later could fail, because another process wrote
+def _transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+    db.execute(f"BEGIN {kind}")  # a deferred one that writes later could fail, because another process wrote
     try:
         yield db
     except BaseException:
