@@ -26,7 +26,8 @@ class HashIndex:
         self._hashes: Hashes = np.zeros(0, np.int64)  # sorted
         self._rows: Hashes = np.zeros(0, np.int64)
         self._marks = np.zeros(1, np.bool_)  # by the last bits of a hash, whether one is in the arrays
-        self._recent: dict[int, list[int]] = {}
+        self._recent: dict[int, int] = {}  # of numbers, which the garbage collector does not visit
+        self._further: dict[int, list[int]] = {}  # rows of a hash of `_recent` after the first one
         self._n_recent = 0
 
     def __len__(self) -> int:
@@ -35,7 +36,8 @@ class HashIndex:
     def add(self, hashes: Iterable[int], row: int) -> None:
         """Add the hashes of a row."""
         for each in hashes:
-            self._recent.setdefault(each, []).append(row)
+            if self._recent.setdefault(each, row) != row:
+                self._further.setdefault(each, []).append(row)
             self._n_recent += 1
         if self._n_recent > _RECENT:
             self._merge()
@@ -57,15 +59,12 @@ class HashIndex:
         for each in marked[self._hashes.take(places, mode="clip") == marked] if len(marked) else ():
             found[int(each)] = self._rows[slice(*self._range(each))].tolist()
         for each in self._recent.keys() & hashes.tolist():
-            found[each] = [*found.get(each, ()), *self._recent[each]]
+            found[each] = [*found.get(each, ()), self._recent[each], *self._further.get(each, ())]
         return found
 
     def discard(self, each: int, row: int) -> None:
         """Remove a pair, if it is in the index."""
-        if row in self._recent.get(each, ()):
-            self._recent[each].remove(row)
-            self._n_recent -= 1
-            return
+        self._merge()
         first, last = self._range(each)
         places = first + (self._rows[first:last] == row).nonzero()[0]
         self._hashes, self._rows = np.delete(self._hashes, places), np.delete(self._rows, places)
@@ -80,10 +79,13 @@ class HashIndex:
         return int(self._hashes.searchsorted(each)), int(self._hashes.searchsorted(each, "right"))
 
     def _merge(self) -> None:
-        counts = [len(rows) for rows in self._recent.values()]
-        hashes = np.fromiter(self._recent, np.int64, len(counts)).repeat(counts)
-        self._insert(hashes, np.array([row for rows in self._recent.values() for row in rows], np.int64))
-        self._recent, self._n_recent = {}, 0
+        pairs = [
+            *self._recent.items(),
+            *((each, row) for each, rows in self._further.items() for row in rows),
+        ]
+        hashes, rows = np.array(pairs, np.int64).reshape(-1, 2).T
+        self._recent, self._further, self._n_recent = {}, {}, 0
+        self._insert(hashes, rows)
 
     def _insert(self, hashes: Hashes, rows: Hashes) -> None:
         order = hashes.argsort(kind="stable")
