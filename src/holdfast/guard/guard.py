@@ -7,6 +7,7 @@ has a given threshold or radius only reports.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import repeat
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from holdfast.guard.decisions import Action, Incoming, Mode, RequestDecision, Ro
 from holdfast.guard.detectors.detector_protocol import Detector, Fitted, Observation
 from holdfast.guard.detectors.query_clusters import Fail
 from holdfast.guard.observed import ObservedRate
-from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule
+from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule, all_finite
 
 REFUSED_TEXT = "the request was refused"
 """reason for a client whose request a detector blocks; it does not disclose which one"""
@@ -178,9 +179,17 @@ class GuardPipeline:
         """Names of the rules whose combined decision is calibrated: the query detector and the stateless detectors."""
         return tuple(name for name in self.rules if name not in (SCHEMA, RANGE))
 
-    @property
+    @cached_property
     def _after(self) -> tuple[str, ...]:
         return tuple(name for name in self.rules if name in self.detectors)
+
+    @cached_property
+    def _ready(self) -> dict[str, Detector]:
+        """The stateless detectors that are fitted or need no fit, by the names of their rules. The test of the protocol
+        takes longer than the score of some detectors.
+        """
+        used = {name: self.detectors[name] for name in self._after}
+        return {name: each for name, each in used.items() if not isinstance(each, Fitted) or each.fitted}
 
     def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
         """Return the decision about the inputs (n, *shape) of one request before the model is called.
@@ -304,8 +313,8 @@ class GuardPipeline:
         for group in self._of_equal_shape([drafts[place] for place in valid]):
             places = [valid[k] for k in group]
             x = _joined([drafts[place].x for place in places])
-            if not bool(x.isfinite().all()):  # one test for all requests, as nearly all inputs are finite
-                places = [place for place in places if bool(drafts[place].x.isfinite().all())]
+            if not all_finite(x):  # one test for all requests, as nearly all inputs are finite
+                places = [place for place in places if all_finite(drafts[place].x)]
                 if not places:
                     continue
                 x = _joined([drafts[place].x for place in places])
@@ -355,15 +364,9 @@ class GuardPipeline:
         The score is infinite if the logits contain NaN or plus infinity, so that a faulty model raises an alarm.
         """
         faulty = ~(seen.logits < torch.inf).all(1)
-        detectors = {name: self.detectors[name] for name in self._after}
-        scores = {
-            name: detector(seen)
-            for name, detector in detectors.items()
-            if not isinstance(detector, Fitted) or detector.fitted
-        }
         return {
-            name: score.masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
-            for name, score in scores.items()
+            name: detector(seen).masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            for name, detector in self._ready.items()
         }
 
     def _finished(self, drafts: Sequence[_Draft], *, final: bool) -> list[RequestDecision]:

@@ -18,6 +18,7 @@ from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, RequestDecision
 from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.rules import all_finite
 from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, now
 from holdfast.server.audit_records import answered, started
 from holdfast.server.error_log import ErrorLog
@@ -261,7 +262,7 @@ class Answerer:
             with torch.inference_mode():
                 logits = self._logits(served, torch.cat([job.incoming.x for job in jobs]))
             parts = torch.split(logits, [job.incoming.x.shape[0] for job in jobs])
-            early = parts if bool(logits.isfinite().all()) else None
+            early = parts if all_finite(logits) else None
         except Exception:  # noqa: BLE001 - perhaps of an input that the guard refuses; otherwise it is raised again
             early = None
         return pending.result(), early
@@ -326,10 +327,10 @@ class Answerer:
             # The request that causes the error must not fail the others.
             return [self._outputs([x], served)[0] for x in inputs]
         parts = torch.split(logits, [x.shape[0] for x in inputs])
-        if bool(logits.isfinite().all()):
+        if all_finite(logits):
             return list(parts)
         self.errors("the model returned NaN or infinite scores")
-        return [part if bool(part.isfinite().all()) else failure for part in parts]
+        return [part if all_finite(part) else failure for part in parts]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
         try:
