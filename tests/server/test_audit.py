@@ -9,8 +9,9 @@ import stat
 import pytest
 
 from holdfast.cli.app import run
-from holdfast.core.chain import GENESIS, Link, digest
+from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.guard.decisions import Action, Mode, RequestDecision, RowDecision, Score
 from holdfast.runs.store.records import line_of
 from holdfast.server import audit_folder
 from holdfast.server.audit_chain import (
@@ -21,9 +22,14 @@ from holdfast.server.audit_chain import (
     end_chain,
     end_record,
     lines,
-    start_record,
 )
 from holdfast.server.audit_folder import AuditFolder, verify_audit
+from holdfast.server.audit_records import answered, started
+
+
+def start_record(request, principal, rows, digest):
+    """The content of the record of a request before the model is called."""
+    return json.loads(started(request, principal, rows, digest, 1.5))
 
 
 def folder(path):
@@ -56,6 +62,30 @@ def test_lines_are_those_of_other_chains():
     first = Link("0" * 64, contents[0])
     assert data == line_of(first) + line_of(Link(first.digest, contents[1]))
     assert head == Link(first.digest, contents[1]).digest
+
+
+def test_records_of_requests_are_canonical_texts():
+    """Also of names and numbers that JSON writes in another way than Python."""
+    name = 'é"\\\n\u2028'
+    scores = [("b", 1e-6), (name, -0.0), ("a", 2.5e9), ("c", float("inf")), ("d", float("nan")), ("e", 1e22)]
+    row = RowDecision(tuple(Score(rule, v, v > 1, Mode.ENFORCE, Action.FLAG) for rule, v in scores))
+    decisions = (
+        RequestDecision(name, "", (row, RowDecision(), row)),
+        RequestDecision("r", "", (), notes={"z": name, "a": [1, None]}),
+    )
+    texts = [started(name, name, 2, name, 1.0)]
+    texts += [answered(each.request, each, Action.LABEL_ONLY, 200, name, 3, 1e9) for each in decisions]
+    assert [canonical(json.loads(text)) for text in texts] == texts
+    rows = json.loads(texts[1])["rows"]
+    assert [action for action, _ in rows] == ["flag", "flag"]
+    assert rows[0][1] == {
+        "a": [2.5e9, True, "enforce"],
+        "b": [1e-6, False, "enforce"],
+        "c": ["inf", True, "enforce"],
+        "d": ["nan", False, "enforce"],
+        "e": [1e22, True, "enforce"],
+        name: [0.0, False, "enforce"],
+    }
 
 
 def test_nothing_on_the_disk_shows_principals_or_is_open_to_others(tmp_path):

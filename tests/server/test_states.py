@@ -87,6 +87,36 @@ def test_all_states_give_the_scores_of_the_memory(state_of):
         )
 
 
+@pytest.mark.parametrize("recent", [0, 50, 10_000])
+def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, monkeypatch, recent):
+    """Each has an index of the file in memory, whose newest entries are merged after `recent` ones."""
+    monkeypatch.setattr("holdfast.guard.states.hash_index._RECENT", recent)
+    opened = [SQLiteState(tmp_path / "state.db") for _ in range(2)]
+    alone = QueryDetector(KEY, MemoryState(), SHAPE)
+    several = [QueryDetector(KEY, state, SHAPE) for state in opened]
+    x = torch.cat([variants(images(1), 12), images(20, seed=3), images(20, seed=3), variants(images(1), 4)])
+    for start in range(0, len(x), 3):
+        if start == 30:  # a process that starts later reads all of it
+            several.append(QueryDetector(KEY, SQLiteState(tmp_path / "state.db"), SHAPE))
+        batch, names = x[start : start + 3], ["client"] * len(x[start : start + 3])
+        second = several[start // 3 % len(several)].examine(batch, names, float(start))
+        first = alone.examine(batch, names, float(start))
+        assert first.scores == pytest.approx(second.scores, abs=0.02)
+        assert [d.repeat for d in first.details] == [d.repeat for d in second.details]
+
+
+def test_the_index_in_memory_does_not_keep_dropped_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr("holdfast.guard.states.sqlite._STALE", 0)
+    state = SQLiteState(tmp_path / "state.db", StateLimits(clusters=20, digests=20))
+    detector, other = QueryDetector(KEY, state, SHAPE), SQLiteState(tmp_path / "state.db")
+    x = torch.rand(600, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for start in range(0, 600, 60):
+        detector.score(x[start : start + 60], [""] * 60, float(start))
+    assert QueryDetector(KEY, other, SHAPE).examine(x[-1:], [""], 600.0).details[0].repeat
+    for each in (state, other):
+        assert len(each._clusters) <= 8 * 200 and len(each._answers) <= 200
+
+
 def test_exact_repeats_of_answered_queries_do_not_count(state_of):
     detector, x = QueryDetector(KEY, state_of(), SHAPE), images(1)
     again = [detector.examine(x, ["client"], float(k)) for k in range(30)]

@@ -12,15 +12,15 @@ from holdfast.core.errors import UsageError
 GENESIS = "0" * 64
 """value of the previous digest in the first record of a chain"""
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
 
 def canonical(content: object) -> bytes:
     """Return `content` as JSON with sorted keys and no spaces, so that equal contents give equal bytes.
 
     Raises `ValueError` for NaN and infinity.
     """
-    return json.dumps(
-        content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
+    return _ENCODER.encode(content).encode()
 
 
 def digest(data: bytes) -> str:

@@ -60,16 +60,17 @@ class Score(NamedTuple):
         return self.action if self.fired and self.mode is Mode.ENFORCE else Action.ALLOW
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowDecision:
     """Decision about one input of a request."""
 
     scores: tuple[Score, ...] = ()
 
-    @cached_property
+    @property
     def action(self) -> Action:
         """The most severe action of the rules in mode `enforce`."""
-        return max((score.taken for score in self.scores), default=Action.ALLOW)
+        # a list of the few scores that fired, because this is computed for every input
+        return max([score.taken for score in self.scores if score.fired], default=Action.ALLOW)
 
     @property
     def shadow(self) -> Action:
@@ -107,7 +108,7 @@ class RequestDecision:
     @cached_property
     def action(self) -> Action:
         """The most severe action over all inputs."""
-        return max((row.action for row in self.rows), default=Action.ALLOW)
+        return max([row.action for row in self.rows], default=Action.ALLOW)
 
     @property
     def actions(self) -> tuple[Action, ...]:

@@ -5,8 +5,10 @@ detectors. Each rule has a mode and an action; see `holdfast.guard.decisions`. A
 has a given threshold or radius only reports.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -14,11 +16,11 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
-from holdfast.guard.decisions import Action, Incoming, Mode, RequestDecision, RowDecision
+from holdfast.guard.decisions import Action, Incoming, Mode, RequestDecision, RowDecision, Score
 from holdfast.guard.detectors.detector_protocol import Detector, Fitted, Observation
 from holdfast.guard.detectors.query_clusters import Fail
 from holdfast.guard.observed import ObservedRate
-from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule
+from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule, all_finite
 
 REFUSED_TEXT = "the request was refused"
 """reason for a client whose request a detector blocks; it does not disclose which one"""
@@ -53,6 +55,68 @@ class QueryScorer(Protocol):
         """Return for each query (n, *shape), in order, how suspicious it is given all queries before it, and add the
         queries to the state. `sent` are the queries as they were sent, if `x` was rounded.
         """
+
+
+@dataclass(slots=True, eq=False)
+class _Draft:
+    """A decision about a request while scores are added to it, from which the objects of the decision are created once.
+
+    The fields are those of `RequestDecision`.
+    """
+
+    request: str
+    principal: str
+    x: Tensor
+    rows: list[list[Score]]
+    notes: dict[str, object] = field(default_factory=dict)
+    action: Action = Action.ALLOW
+    fired: bool = False
+    """whether a rule fired"""
+    delayed: bool = False
+    """whether a rule delays the response"""
+    refusal: str = ""
+    delay_s: float = 0.0
+    unchecked: bool = False
+    unavailable: bool = False
+
+    @classmethod
+    def of(cls, made: RequestDecision) -> "_Draft":
+        """Return the draft of a decision to which further scores are added."""
+        rows = [list(row.scores) for row in made.rows]
+        draft = cls(made.request, made.principal, _x(made), rows, dict(made.notes), made.action)
+        draft.fired = any(score.fired for row in rows for score in row)
+        draft.refusal, draft.delay_s, draft.unchecked = made.refusal, made.delay_s, made.unchecked
+        return draft
+
+    @property
+    def scored(self) -> bool:
+        """Whether further rules before the model give the request a score."""
+        return self.action is not Action.BLOCK and SCHEMA not in self.notes
+
+    def add(self, scores: Iterator[Score]) -> None:
+        """Add the next score to each input."""
+        for row in self.rows:
+            score = next(scores)
+            row.append(score)
+            if score.fired:
+                self.fired, self.action = True, max(self.action, score.taken)
+                self.delayed = self.delayed or score.taken is Action.DELAY
+
+    def decision(self) -> RequestDecision:
+        """Return the decision."""
+        decision = RequestDecision(
+            self.request,
+            self.principal,
+            tuple([RowDecision(tuple(row)) for row in self.rows]),
+            self.refusal,
+            self.delay_s,
+            self.x,
+            self.unchecked,
+            self.unavailable,
+            self.notes,
+        )
+        decision.__dict__["action"] = self.action  # the cached property, so that it is not computed again
+        return decision
 
 
 @dataclass(frozen=True)
@@ -115,9 +179,17 @@ class GuardPipeline:
         """Names of the rules whose combined decision is calibrated: the query detector and the stateless detectors."""
         return tuple(name for name in self.rules if name not in (SCHEMA, RANGE))
 
-    @property
+    @cached_property
     def _after(self) -> tuple[str, ...]:
         return tuple(name for name in self.rules if name in self.detectors)
+
+    @cached_property
+    def _ready(self) -> dict[str, Detector]:
+        """The stateless detectors that are fitted or need no fit, by the names of their rules. The test of the protocol
+        takes longer than the score of some detectors.
+        """
+        used = {name: self.detectors[name] for name in self._after}
+        return {name: each for name, each in used.items() if not isinstance(each, Fitted) or each.fitted}
 
     def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
         """Return the decision about the inputs (n, *shape) of one request before the model is called.
@@ -132,16 +204,16 @@ class GuardPipeline:
 
         The query detector receives the inputs in the order of the requests.
         """
-        decisions = [self._with_schema(request) for request in requests]
-        self._add_range(decisions)
-        self._add_queries(decisions, [request.sent for request in requests])
-        final = [self._finished(decision) for decision in decisions]
-        for place, decision in enumerate(final):
-            if not decision.answered:
-                final[place] = self._recorded(decision)
-            elif self.defence is not None and SCHEMA not in decision.notes:
-                final[place] = replace(decision, x=self.defence(_x(decision)))
-        return final
+        drafts = [self._with_schema(request) for request in requests]
+        self._add_range(drafts)
+        self._add_queries(drafts, [request.sent for request in requests])
+        decisions = self._finished(drafts, final=False)
+        if self.defence is not None:
+            decisions = [
+                replace(decision, x=self.defence(draft.x)) if decision.answered and draft.scored else decision
+                for draft, decision in zip(drafts, decisions, strict=True)
+            ]
+        return decisions
 
     def after(
         self,
@@ -171,23 +243,24 @@ class GuardPipeline:
 
         `outputs` has one tensor for each decision, and None for a refused request, whose decision is unchanged.
         """
-        result = list(decisions)
         answered = [place for place, decision in enumerate(decisions) if decision.answered]
-        for place in answered:
-            _refuse_other_length(decisions[place], outputs[place])
-        for places in self._of_equal_shape(result, answered) if self._after else ():
+        drafts = [_Draft.of(decisions[place]) for place in answered]
+        for place, draft in zip(answered, drafts, strict=True):
+            _refuse_other_length(draft, outputs[place])
+        for places in self._of_equal_shape(drafts) if self._after else ():
             scores = self.detected(
                 self.observation(
-                    _joined(result, places),
-                    _concatenated([outputs[place] for place in places]),
-                    None if features is None else _concatenated([features[place] for place in places]),
+                    _joined([drafts[k].x for k in places]),
+                    _joined([outputs[answered[k]] for k in places]),
+                    None if features is None else _joined([features[answered[k]] for k in places]),
                     network,
                 )
             )
             for name, values in scores.items():
-                self._add(result, places, self.rules[name], values)
-        for place in answered:
-            result[place] = self._recorded(self._finished(result[place]))
+                _add([drafts[k] for k in places], self.rules[name], values)
+        result = list(decisions)
+        for place, decision in zip(answered, self._finished(drafts, final=True), strict=True):
+            result[place] = decision
         return result
 
     def alarms(self, decision: RequestDecision) -> int:
@@ -201,31 +274,33 @@ class GuardPipeline:
         """
         return of_classes(outputs if outputs.is_floating_point() else outputs.float(), self.outputs)
 
-    def _with_schema(self, request: Incoming) -> RequestDecision:
+    def _with_schema(self, request: Incoming) -> _Draft:
         """The decision about a request after the rule on its shape and data type."""
-        fault, rule = self.schema.fault(request.x), self.rules.get(SCHEMA)
-        scores = () if rule is None else (rule.score(float(bool(fault))),)
-        rows = (RowDecision(scores),) * max(len(request.x) if request.x.dim() else 1, 1)
-        notes = {SCHEMA: fault} if fault else {}
-        return RequestDecision(request.request, request.principal, rows, x=request.x, notes=notes)
+        x, fault, rule = request.x, self.schema.fault(request.x), self.rules.get(SCHEMA)
+        draft = _Draft(
+            request.request, request.principal, x, [[] for _ in range(x.shape[0] if x.dim() else 1)] or [[]]
+        )
+        if fault:
+            draft.notes[SCHEMA] = fault
+        if rule is not None:
+            draft.add(repeat(rule.score(float(bool(fault)))))
+        return draft
 
-    def _add_range(self, decisions: list[RequestDecision]) -> None:
+    def _add_range(self, drafts: Sequence[_Draft]) -> None:
         """Add the score of the rule on the range to all decisions about inputs of a valid shape and data type."""
         rule = self.rules.get(RANGE)
         if rule is None:
             return
-        valid = [place for place, decision in enumerate(decisions) if SCHEMA not in decision.notes]
-        for places in self._of_equal_shape(decisions, valid):
-            self._add(decisions, places, rule, self.schema.excess(_joined(decisions, places)))
-        for place in valid:
-            fault = max(row.scores[-1].value for row in decisions[place].rows)
+        valid = [draft for draft in drafts if SCHEMA not in draft.notes]
+        for places in self._of_equal_shape(valid):
+            _add([valid[k] for k in places], rule, self.schema.excess(_joined([valid[k].x for k in places])))
+        for draft in valid:
+            fault = max([row[-1].value for row in draft.rows])
             if fault > rule.threshold:
                 what = "NaN or infinity" if fault == torch.inf else "values outside the range"
-                message = f"the inputs contain {what}; expected {self.schema.range_text}"
-                notes = {**decisions[place].notes, RANGE: message}
-                decisions[place] = replace(decisions[place], notes=notes)
+                draft.notes[RANGE] = f"the inputs contain {what}; expected {self.schema.range_text}"
 
-    def _add_queries(self, decisions: list[RequestDecision], sent: Sequence[Tensor | None]) -> None:
+    def _add_queries(self, drafts: Sequence[_Draft], sent: Sequence[Tensor | None]) -> None:
         """Add the scores of the query detector to the decisions about requests that are not refused.
 
         Inputs with a wrong shape and inputs that are not finite are not added to its state. If the state cannot be
@@ -234,57 +309,41 @@ class GuardPipeline:
         rule, queries = self.rules.get(QUERIES), self.queries
         if rule is None or queries is None:
             return
-        valid = [
-            place
-            for place, decision in enumerate(decisions)
-            if decision.answered and SCHEMA not in decision.notes
-        ]
-        for places in self._of_equal_shape(decisions, valid):
-            x = _joined(decisions, places)
-            if not bool(x.isfinite().all()):  # one test for all requests, as nearly all inputs are finite
-                places = [place for place in places if bool(_x(decisions[place]).isfinite().all())]
+        valid = [place for place, draft in enumerate(drafts) if draft.scored]
+        for group in self._of_equal_shape([drafts[place] for place in valid]):
+            places = [valid[k] for k in group]
+            x = _joined([drafts[place].x for place in places])
+            if not all_finite(x):  # one test for all requests, as nearly all inputs are finite
+                places = [place for place in places if all_finite(drafts[place].x)]
                 if not places:
                     continue
-                x = _joined(decisions, places)
-            principals = [decisions[place].principal for place in places for _ in decisions[place].rows]
-            rounded = any(sent[place] is not None for place in places)
-            exact = [_x(decisions[place]) if sent[place] is None else sent[place] for place in places]
-            result = queries.score(x, principals, _concatenated(exact) if rounded else None)
+                x = _joined([drafts[place].x for place in places])
+            counted = [drafts[place] for place in places]
+            principals = [draft.principal for draft in counted for _ in draft.rows]
+            exact = None
+            if any(sent[place] is not None for place in places):
+                exact = _joined([drafts[k].x if sent[k] is None else sent[k] for k in places])
+            result = queries.score(x, principals, exact)
             if result.lost is None:
-                self._add(decisions, places, rule, result.scores)
+                _add(counted, rule, result.scores)
                 continue
             # a rule that never changes an answer refuses no request either
             refused = result.lost == "closed" and rule.mode is Mode.ENFORCE and rule.action > Action.FLAG
-            for place in places:
-                decisions[place] = replace(
-                    decisions[place],
-                    unchecked=True,
-                    unavailable=refused,
-                    refusal=UNAVAILABLE_TEXT if refused else "",
-                    notes={**decisions[place].notes, QUERIES: LOST},
-                )
+            for draft in counted:
+                draft.unchecked, draft.unavailable = True, refused
+                draft.refusal = UNAVAILABLE_TEXT if refused else ""
+                draft.notes[QUERIES] = LOST
 
-    def _of_equal_shape(self, decisions: Sequence[RequestDecision], places: Sequence[int]) -> list[list[int]]:
-        """Divide requests into groups whose inputs have the same shape. There is one group, unless the schema leaves
-        sizes open.
+    def _of_equal_shape(self, drafts: Sequence[_Draft]) -> list[list[int]]:
+        """Divide requests into groups whose inputs have the same shape, and return their positions. There is one group,
+        unless the schema leaves sizes open.
         """
         if None not in self.schema.shape:
-            return [list(places)] if places else []
+            return [list(range(len(drafts)))] if drafts else []
         groups: dict[tuple[int, ...], list[int]] = {}
-        for place in places:
-            groups.setdefault(tuple(_x(decisions[place]).shape[1:]), []).append(place)
+        for place, draft in enumerate(drafts):
+            groups.setdefault(tuple(draft.x.shape[1:]), []).append(place)
         return list(groups.values())
-
-    def _add(
-        self, decisions: list[RequestDecision], places: Sequence[int], rule: Rule, values: Tensor
-    ) -> None:
-        """Add the scores (n,) of a rule, one for each input, to the decisions about these requests."""
-        scores = iter(values.tolist())
-        for place in places:
-            rows = tuple(
-                RowDecision((*row.scores, rule.score(next(scores)))) for row in decisions[place].rows
-            )
-            decisions[place] = replace(decisions[place], rows=rows)
 
     def observation(
         self,
@@ -305,40 +364,45 @@ class GuardPipeline:
         The score is infinite if the logits contain NaN or plus infinity, so that a faulty model raises an alarm.
         """
         faulty = ~(seen.logits < torch.inf).all(1)
-        detectors = {name: self.detectors[name] for name in self._after}
-        scores = {
-            name: detector(seen)
-            for name, detector in detectors.items()
-            if not isinstance(detector, Fitted) or detector.fitted
-        }
         return {
-            name: score.masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
-            for name, score in scores.items()
+            name: detector(seen).masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            for name, detector in self._ready.items()
         }
 
-    def _finished(self, decision: RequestDecision) -> RequestDecision:
-        """The decision with the reason of a refusal, and with the delay of the response."""
-        action = decision.action
-        if action is Action.ALLOW:
-            return decision
-        if action is Action.BLOCK and not decision.refusal:
-            rules = {s.rule for row in decision.rows for s in row.scores if s.taken is Action.BLOCK}
-            reasons = [str(decision.notes[rule]) for rule in (SCHEMA, RANGE) if rule in rules]
-            reason = reasons[0] if reasons else REFUSED_TEXT
-            return replace(decision, refusal=reason)
-        delayed = any(s.taken is Action.DELAY for row in decision.rows for s in row.scores)
-        return replace(decision, delay_s=self.delay_s) if delayed else decision
-
-    def _recorded(self, decision: RequestDecision) -> RequestDecision:
-        """The final decision, after it was counted and its inputs were stored if they are to be.
+    def _finished(self, drafts: Sequence[_Draft], *, final: bool) -> list[RequestDecision]:
+        """The decisions, with reasons of refusals and delays. Refusals, and all decisions if they are `final`, are
+        counted, and their inputs are stored if they are to be.
 
         The calibrated rate is that of all rules together, so that inputs without one of them are not counted.
         """
-        if not decision.unchecked:
-            self.observed.add(len(decision.rows), self.alarms(decision))
-        if self.stored is not None and not self.stored.add(decision):
-            return replace(decision, notes={**decision.notes, "stored": "the inputs could not be stored"})
-        return decision
+        decisions, n, alarms = [], 0, 0
+        for draft in drafts:
+            if draft.action is Action.BLOCK and not draft.refusal:
+                draft.refusal = self._reason(draft)
+            elif draft.delayed:
+                draft.delay_s = self.delay_s
+            decision = draft.decision()
+            if final or not decision.answered:
+                n += 0 if draft.unchecked else len(draft.rows)
+                alarms += self.alarms(decision) if draft.fired and not draft.unchecked else 0
+                if draft.fired and self.stored is not None and not self.stored.add(decision):
+                    notes = {**decision.notes, "stored": "the inputs could not be stored"}
+                    decision = replace(decision, notes=notes)
+            decisions.append(decision)
+        self.observed.add(n, alarms)
+        return decisions
+
+    def _reason(self, draft: _Draft) -> str:
+        """The reason of a refusal for the client."""
+        rules = {score.rule for row in draft.rows for score in row if score.taken is Action.BLOCK}
+        return next((str(draft.notes[rule]) for rule in (SCHEMA, RANGE) if rule in rules), REFUSED_TEXT)
+
+
+def _add(drafts: Sequence[_Draft], rule: Rule, values: Tensor) -> None:
+    """Add the scores (n,) of a rule, one for each input, to the decisions about these requests."""
+    scores = map(rule.score, values.tolist())
+    for draft in drafts:
+        draft.add(scores)
 
 
 def _x(decision: RequestDecision) -> Tensor:
@@ -346,20 +410,16 @@ def _x(decision: RequestDecision) -> Tensor:
     return decision.x
 
 
-def _joined(decisions: Sequence[RequestDecision], places: Sequence[int]) -> Tensor:
-    """The inputs of several requests in one tensor."""
-    return _concatenated([_x(decisions[place]) for place in places])
-
-
-def _concatenated(tensors: Sequence[Tensor | None]) -> Tensor:
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor:
+    """The rows of several requests in one tensor."""
     given = [tensor for tensor in tensors if tensor is not None]
     return given[0] if len(given) == 1 else torch.cat(given)
 
 
-def _refuse_other_length(decision: RequestDecision, outputs: Tensor | None) -> None:
+def _refuse_other_length(draft: _Draft, outputs: Tensor | None) -> None:
     """Raise `UsageError` if the outputs do not have one row for each input of a request."""
-    if outputs is None or len(outputs) != len(decision.rows):
+    if outputs is None or outputs.shape[0] != len(draft.rows):
         n = "no outputs" if outputs is None else f"{len(outputs)} outputs"
         raise UsageError(
-            f"the model returned {n} for a request with {len(decision.rows)} inputs; give one row for each"
+            f"the model returned {n} for a request with {len(draft.rows)} inputs; give one row for each"
         )

@@ -34,7 +34,7 @@ class NoRules:
     def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
         """Return decisions that allow all requests."""
         return [
-            RequestDecision(each.request, each.principal, (RowDecision(),) * len(each.x), x=each.x)
+            RequestDecision(each.request, each.principal, (RowDecision(),) * each.x.shape[0], x=each.x)
             for each in requests
         ]
 

@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import isfinite
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, RequestDecision
 from holdfast.guard.protocol import RequestGuard
-from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, start_record
+from holdfast.guard.rules import all_finite
+from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, now
+from holdfast.server.audit_records import answered, started
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.forwarding import Headers, forwarding
 from holdfast.server.http_refusals import Refused, wait_first
@@ -109,65 +111,50 @@ class ChainAudit:
 
     chain: ChainFile
     key: AuditKey
-    _owed: list[dict[str, object]] = field(default_factory=list)
+    _owed: list[bytes] = field(default_factory=list)
 
     def start(self, jobs: Sequence[Job]) -> None:
         """Record that requests have started. Raises `OSError` if they must not be answered."""
-        records = [
-            start_record(
-                job.incoming.request,
-                self.key.pseudonym(job.incoming.principal),
-                len(job.incoming.x),
-                job.digest,
-            )
-            for job in jobs
-        ]
-        self._add(records)
+        time = now()
+        self._add(
+            [
+                started(
+                    job.incoming.request,
+                    self.key.pseudonym(job.incoming.principal),
+                    job.incoming.x.shape[0],
+                    job.digest,
+                    time,
+                )
+                for job in jobs
+            ]
+        )
 
     def end(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         """Record the ends of requests. Raises `OSError` if their answers must not be returned."""
-        records = [_record(outcome, served) for outcome in outcomes]
+        time = now()
         try:
-            self._add(records)
+            self._add([_record(outcome, served, time) for outcome in outcomes])
         except OSError:
             # The requests were started and are refused now, which is recorded once the disk is writable again.
             self._owed += [
-                end_record("failed", outcome.job.incoming.request, reason="audit") for outcome in outcomes
+                canonical(end_record("failed", outcome.job.incoming.request, reason="audit"))
+                for outcome in outcomes
             ]
             raise
 
-    def _add(self, records: Sequence[dict[str, object]]) -> None:
-        self.chain.add([*self._owed, *records])
+    def _add(self, records: Sequence[bytes]) -> None:
+        self.chain.add_texts([*self._owed, *records])
         self._owed.clear()
 
 
-def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
-    request, decision = outcome.job.incoming.request, outcome.decision
-    if decision is None or (outcome.refusal is not None and outcome.refusal.cause != "guard"):
-        status = 500 if outcome.refusal is None else outcome.refusal.status
-        notes = {"notes": dict(decision.notes)} if decision is not None and decision.notes else {}
-        return end_record("failed", request, status=status, **notes)
-    rows = [
-        [
-            str(row.action),
-            {
-                s.rule: [round(s.value, 6) if isfinite(s.value) else str(s.value), s.fired, s.mode.value]
-                for s in row.scores
-            },
-        ]
-        for row in decision.rows
-        if row.scores
-    ]
-    return end_record(
-        "answered",
-        request,
-        status=200 if outcome.refusal is None else outcome.refusal.status,
-        action=str(outcome.action),
-        set=served.name,
-        epoch=served.epoch,
-        **({"rows": rows} if rows else {}),
-        **({"notes": dict(decision.notes)} if decision.notes else {}),
-    )
+def _record(outcome: Outcome, served: ServedSet, time: float) -> bytes:
+    request, decision, refusal = outcome.job.incoming.request, outcome.decision, outcome.refusal
+    if decision is not None and (refusal is None or refusal.cause == "guard"):
+        status = 200 if refusal is None else refusal.status
+        return answered(request, decision, outcome.action, status, served.name, served.epoch, time)
+    notes = {"notes": dict(decision.notes)} if decision is not None and decision.notes else {}
+    status = _SERVER_ERROR if refusal is None else refusal.status
+    return canonical(end_record("failed", request, status=status, **notes))
 
 
 @dataclass(eq=False)
@@ -279,8 +266,8 @@ class Answerer:
         try:
             with torch.inference_mode():
                 logits = self._logits(served, torch.cat([job.incoming.x for job in jobs]))
-            parts = torch.split(logits, [len(job.incoming.x) for job in jobs])
-            early = parts if bool(logits.isfinite().all()) else None
+            parts = torch.split(logits, [job.incoming.x.shape[0] for job in jobs])
+            early = parts if all_finite(logits) else None
         except Exception:  # noqa: BLE001 - perhaps of an input that the guard refuses; otherwise it is raised again
             early = None
         return pending.result(), early
@@ -346,11 +333,11 @@ class Answerer:
                 return [refusal] * len(inputs)
             # The request that causes the error must not fail the others.
             return [self._outputs([x], served)[0] for x in inputs]
-        parts = torch.split(logits, [len(x) for x in inputs])
-        if bool(logits.isfinite().all()):
+        parts = torch.split(logits, [x.shape[0] for x in inputs])
+        if all_finite(logits):
             return list(parts)
         self.errors("the model returned NaN or infinite scores")
-        return [part if bool(part.isfinite().all()) else failure for part in parts]
+        return [part if all_finite(part) else failure for part in parts]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
         try:
@@ -362,26 +349,21 @@ class Answerer:
 
     def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         """Count the outcomes of a batch for the metrics and for the pool."""
-        actions, fired, rows, unchecked = Counter[Action](), Counter[tuple[str, str]](), 0, 0
+        rows = 0
         for outcome in outcomes:
-            decision = outcome.decision
-            if decision is not None:
-                unchecked += len(decision.rows) if decision.unchecked else 0
-                actions[outcome.action] += not decision.unavailable
-                fired.update(
-                    (score.rule, score.mode.value)
-                    for row in decision.rows
-                    for score in row.scores
-                    if score.fired
-                )
             if outcome.answer is not None:
-                n = len(outcome.answer.scores)
+                n = outcome.answer.scores.shape[0]
                 rows += n
                 self.answered(served, outcome.job.incoming.principal, n)
+        decided = [(each.decision, each.action) for each in outcomes if each.decision is not None]
+        unchecked = sum(len(decision.rows) for decision, _ in decided if decision.unchecked)
         self.telemetry.count("holdfast_inputs_total", n=rows)
         self.telemetry.count("holdfast_guard_unchecked_total", n=unchecked)
+        actions = Counter([action for decision, action in decided if not decision.unavailable])
         for action, n in actions.items():
             self.telemetry.count("holdfast_decisions_total", str(action), n=n)
+        scores = [score for decision, _ in decided for row in decision.rows for score in row.scores]
+        fired = Counter([(score.rule, score.mode.value) for score in scores if score.fired])
         for (rule, mode), n in fired.items():
             self.telemetry.count("holdfast_rule_fired_total", rule, mode, n=n)
 

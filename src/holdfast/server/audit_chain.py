@@ -24,7 +24,7 @@ from typing import IO, Annotated, Any
 
 from typing_extensions import TypedDict
 
-from holdfast.core.chain import GENESIS
+from holdfast.core.chain import GENESIS, canonical
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.store import files as store
@@ -129,18 +129,23 @@ class ChainFile:
 
     def add(self, contents: Sequence[Mapping[str, Any]]) -> None:
         """Append records with one write. Every record has a `kind`."""
+        self.add_texts([canonical(content) for content in contents])
+
+    def add_texts(self, texts: Sequence[bytes]) -> None:
+        """Append the records with these canonical texts with one write."""
         with self._lock:
-            lost = [{"kind": "lost", "records": self.lost, "time": now()}] if self.lost else []
-            data, head = lines(self.head, (*lost, *contents))
+            now_lost = {"kind": "lost", "records": self.lost, "time": now()}
+            every = [canonical(now_lost), *texts] if self.lost else texts
+            data, head = chained(self.head, every)
             try:
                 self._write(data)
             except OSError:
                 if not self._fail_open:
                     raise
-                self.lost += len(contents)
-                self.lost_in_total += len(contents)
+                self.lost += len(texts)
+                self.lost_in_total += len(texts)
                 return
-            self.head, self.records, self.lost = head, self.records + len(lost) + len(contents), 0
+            self.head, self.records, self.lost = head, self.records + len(every), 0
 
     def _write(self, data: bytes) -> None:
         view, at = memoryview(data), self._size
@@ -183,15 +188,18 @@ def _locked(handle: int) -> bool:
 
 
 def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
-    """Return records as lines of a chain file, each with the digest of the one before, and the digest of the last one.
-    `head` is the digest of the record before them.
+    """Return records as lines of a chain file, like `chained`, from their contents."""
+    return chained(head, map(canonical, contents))
 
-    The lines equal those of `runs.store.records.line_of`; the canonical text of a content is computed only once,
-    because this is called for every request.
+
+def chained(head: str, texts: Iterable[bytes]) -> tuple[bytes, str]:
+    """Return records as lines of a chain file, each with the digest of the one before, and the digest of the last one.
+    `head` is the digest of the record before them, and `texts` are their canonical texts.
+
+    The lines equal those of `runs.store.records.line_of`.
     """
     parts: list[bytes] = []
-    for content in contents:
-        text = _encoded(content)
+    for text in texts:
         previous = head.encode()
         head = hashlib.sha256(b'{"content":' + text + b',"previous":"' + previous + b'"}').hexdigest()
         parts += (
@@ -206,29 +214,9 @@ def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]
     return b"".join(parts), head
 
 
-_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def _encoded(content: Mapping[str, Any]) -> bytes:
-    """Return the text of `core.chain.canonical`, without creating an encoder for each record."""
-    return _ENCODER.encode(content).encode()
-
-
 def now() -> float:
     """Return the time in seconds since 1970, with microseconds, as it is recorded."""
     return round(time.time(), 6)
-
-
-def start_record(request: str, principal: str, rows: int, digest: str) -> dict[str, Any]:
-    """Return the record of a request before the model is called."""
-    return {
-        "kind": "started",
-        "request": request,
-        "principal": principal,
-        "rows": rows,
-        "digest": digest,
-        "time": now(),
-    }
 
 
 def end_record(kind: str, request: str, **facts: Any) -> dict[str, Any]:

@@ -112,6 +112,10 @@ class QueryDetail:
     """whether the state could not be reached, so that the score follows from `fail` of the state alone"""
 
 
+_NEW = QueryDetail()
+"""of a query that is near no other; one object, because most queries are such"""
+
+
 @dataclass(frozen=True)
 class QueryScores:
     """Scores of a batch of n queries."""
@@ -200,7 +204,7 @@ class QueryDetector:
         within = batch.within(row, self.settings.radius)
         if not within:
             view.add(QueryCluster(next(batch.keys), sketch, 0.0, 1, view.now), batch.hashes[row])
-            return QueryDetail()
+            return _NEW
         distance, nearest = min(within, key=itemgetter(0))
         cluster = view.present(nearest)
         others = sum(view.present(each).mass for _, each in within if each is not nearest)

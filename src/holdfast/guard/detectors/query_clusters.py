@@ -92,6 +92,8 @@ class StateView:
 
     def near(self, hashes: Sequence[int]) -> list[QueryCluster]:
         """Return the clusters that have one of these hashes, with their masses at the times of their last queries."""
+        if self.buckets.keys().isdisjoint(hashes):  # as those of most queries
+            return []
         keys = dict.fromkeys(key for each in hashes for key in self.buckets.get(each, ()))
         return [self.clusters[key] for key in keys if key in self.clusters]
 

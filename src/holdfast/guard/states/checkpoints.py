@@ -8,7 +8,7 @@ import sqlite3
 import threading
 from contextlib import closing, suppress
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 AT_LAST = 32_000
 """pages of the log (128 MB) from which a transaction makes the checkpoint itself, if the thread cannot"""
@@ -22,7 +22,7 @@ class Checkpoints:
     the transactions of this process.
     """
 
-    def __init__(self, path: Path, writing: Lock, wait_s: float) -> None:
+    def __init__(self, path: Path, writing: RLock, wait_s: float) -> None:
         self._address, self._writing, self._wait_s = path.absolute().as_uri() + "?mode=rw", writing, wait_s
         self._due, self._closed = threading.Event(), False
         self._thread: threading.Thread | None = None

@@ -2,6 +2,10 @@
 
 The file is in WAL mode: a batch of queries is one transaction of a few writes. After a crash of a process nothing is
 lost; after a power failure, the last transactions may be, which only forgets the last queries.
+
+Clusters and digests are stored in the order of their arrival, each with the next sequence number. Each process has an
+index of their hashes in memory (`hash_index.py`), to which it adds in each transaction the rows that were stored since
+its last one.
 """
 
 import itertools
@@ -10,14 +14,17 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
+from struct import pack
+from threading import RLock
 from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 
 from holdfast.core.errors import TargetError
+from holdfast.guard.detectors.fingerprints import Hashes
 from holdfast.guard.detectors.query_clusters import (
+    BUCKET,
     Account,
     Fail,
     Health,
@@ -28,35 +35,39 @@ from holdfast.guard.detectors.query_clusters import (
     Wanted,
 )
 from holdfast.guard.states.checkpoints import AT_LAST, Checkpoints
+from holdfast.guard.states.hash_index import HashIndex
 from holdfast.guard.states.packing import sketch_bytes, sketches_from
 from holdfast.guard.states.reachability import Reachability
 from holdfast.guard.states.spending import Charge, Grant, TokenBucket, spent
 from holdfast.runs.store.files import PRIVATE, open_regular
 from holdfast.runs.store.locking import has_foreign_journal
 
-_FORMAT = 1
+_FORMAT = 2
 _RETRY_S = 0.5  # between two attempts to use a file that was lost
-Counts = tuple[int, int, int]
-"""numbers of clusters, answers and accounts"""
+Counts = tuple[int, int, int, int]
+"""numbers of clusters, answers and accounts, and the last sequence number"""
+_Pairs = tuple[HashIndex, Sequence[int], int]
+"""an index, the hashes that are to be added to it, and the number of their row"""
 
 _GAIN = 50  # new rows of one process after which it drops old ones
 _AGAIN_S = 0.02  # between two attempts to open a file that another process creates
 _LOGGED = (
-    600  # new rows of one process, at most 30 MB of the write-ahead log, after which it makes a checkpoint
+    2000  # new rows of one process, at most 40 MB of the write-ahead log, after which it makes a checkpoint
 )
+_HASH = 8  # bytes of a stored hash
+_STALE = 1000  # pairs of an index, beyond twice those of the stored rows, from which dropped rows are removed
 _ROWS = 64  # most rows of one statement
 _PARAMETERS = 5000  # in one statement; SQLite allows 32,766
 _NUMBER = (int, float)
 _BALANCE, _CLUSTER = (_NUMBER, _NUMBER, int, _NUMBER), (bytes, _NUMBER, int, _NUMBER)
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS state (
-    id INTEGER PRIMARY KEY CHECK (id = 1), wall REAL, steady REAL, clusters INTEGER, answers INTEGER, accounts INTEGER);
+    id INTEGER PRIMARY KEY CHECK (id = 1), wall REAL, steady REAL, clusters INTEGER, answers INTEGER, accounts INTEGER,
+    sequence INTEGER);
 CREATE TABLE IF NOT EXISTS clusters (
-    key INTEGER PRIMARY KEY, leader BLOB, hashes BLOB, mass REAL, members INTEGER, seen REAL);
+    sequence INTEGER PRIMARY KEY, leader BLOB, hashes BLOB, mass REAL, members INTEGER, seen REAL);
 CREATE INDEX IF NOT EXISTS clusters_seen ON clusters (seen);
-CREATE TABLE IF NOT EXISTS buckets (hash INTEGER, key INTEGER, PRIMARY KEY (hash, key)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS answers (digest INTEGER PRIMARY KEY, seen REAL);
-CREATE INDEX IF NOT EXISTS answers_seen ON answers (seen);
+CREATE TABLE IF NOT EXISTS answers (sequence INTEGER PRIMARY KEY, digest INTEGER, seen REAL);
 CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, queries REAL, mass REAL, seen REAL);
 CREATE INDEX IF NOT EXISTS accounts_seen ON accounts (seen);
 CREATE TABLE IF NOT EXISTS balances (name TEXT PRIMARY KEY, tokens REAL, seen REAL, used INTEGER, began REAL);
@@ -76,7 +87,7 @@ class SQLiteState:
         self, path: Path, limits: StateLimits | None = None, *, fail: Fail = "closed", wait_s: float = 2.0
     ) -> None:
         self.path, self.limits, self.fail = path, limits or StateLimits(), fail
-        self._wait_s, self._lock, self._clock = wait_s, Lock(), SteadyClock()
+        self._wait_s, self._lock, self._clock = wait_s, RLock(), SteadyClock()
         self._files = tuple(f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
         self._reach, self._gained = Reachability(f"state in {path}", fail, _RETRY_S), 0
         self._checkpoints, self._logged = Checkpoints(path, self._lock, wait_s), 0
@@ -97,12 +108,20 @@ class SQLiteState:
 
         def work(db: sqlite3.Connection) -> None:
             time, counts = self._begun(db, now)
+            self._follow(db, counts[3])
+            self._forget(db, counts, wanted.hashes.shape[1])
             view = self._view(db, wanted, time)
             decide(view)
-            self._store(db, view)
+            stored[:] = self._store(db, view, counts[3])
             self._finish(db, view, now, counts)
 
-        return self._run(work)
+        stored: list[_Pairs] = []
+        with self._lock:
+            if not self._run(work):
+                return False
+            for index, hashes, self._known in stored:
+                index.add(hashes, self._known)
+        return True
 
     def spend(self, charges: Sequence[Charge], now: float) -> list[Grant]:
         """Answer charges in one transaction, like `SharedState.spend`."""
@@ -180,6 +199,10 @@ class SQLiteState:
             # of the file that was opened first: if another one is there by now, it differs
             self._identities = (identity, *map(_identity, self._statuses()[1:]))
             self._size = 0
+            self._clusters, self._answers, self._known = HashIndex(), HashIndex(), 0
+            with _transaction(db, "DEFERRED"):  # now, because it takes a second if the state is full
+                row = db.execute("SELECT sequence FROM state").fetchone()
+                self._follow(db, 0 if row is None else _typed(row, int)[0])
         except BaseException:
             db.close()
             raise
@@ -232,29 +255,58 @@ class SQLiteState:
             self._db = self._opened()
 
     def _begun(self, db: sqlite3.Connection, now: float) -> tuple[float, Counts]:
-        """Time of the state, and the numbers of clusters, answers and accounts."""
-        row = db.execute("SELECT wall, steady, clusters, answers, accounts FROM state").fetchone()
+        """Time and counts of the state."""
+        row = db.execute("SELECT wall, steady, clusters, answers, accounts, sequence FROM state").fetchone()
         if row is None:
-            return self._clock.at(now, None), (0, 0, 0)
-        wall, steady, *counts = _typed(row, _NUMBER, _NUMBER, int, int, int)
-        return self._clock.at(now, (wall, steady)), (counts[0], counts[1], counts[2])
+            return self._clock.at(now, None), (0, 0, 0, 0)
+        wall, steady, *counts = _typed(row, _NUMBER, _NUMBER, int, int, int, int)
+        return self._clock.at(now, (wall, steady)), (counts[0], counts[1], counts[2], counts[3])
+
+    def _follow(self, db: sqlite3.Connection, last: int) -> None:
+        """Add the rows that other processes have stored, up to the sequence number `last`, to the indices."""
+        if last <= self._known:
+            return
+        after = "WHERE sequence > ? ORDER BY sequence"
+        rows = db.execute(f"SELECT sequence, hashes FROM clusters {after}", (self._known,)).fetchall()  # noqa: S608
+        sizes = [len(hashes) // _HASH for _, hashes in (_typed(row, int, bytes) for row in rows)]
+        hashes = np.frombuffer(b"".join(hashes for _, hashes in rows), "<i8", sum(sizes))
+        self._clusters.add_many(hashes, np.array([row for row, _ in rows], np.int64).repeat(sizes))
+        rows = db.execute(f"SELECT digest, sequence FROM answers {after}", (self._known,)).fetchall()  # noqa: S608
+        pairs = np.array([_typed(row, int, int) for row in rows], np.int64).reshape(-1, 2)
+        self._answers.add_many(pairs[:, 0], pairs[:, 1])
+        self._known = last
+
+    def _forget(self, db: sqlite3.Connection, counts: Counts, tables: int) -> None:
+        """Remove rows that were dropped from the indices once they are more than the others. A cluster has at most
+        `tables` hashes.
+        """
+        if len(self._clusters) > 2 * tables * counts[0] + _STALE:
+            self._clusters.keep(_sequences(db, "clusters"))
+        if len(self._answers) > 2 * counts[1] + _STALE:
+            self._answers.keep(_sequences(db, "answers"))
 
     def _view(self, db: sqlite3.Connection, wanted: Wanted, now: float) -> StateView:
-        stored: dict[int, Sequence[Any]] = {}
-        buckets: dict[int, list[int]] = {}
-        for each, key, *cluster in _rows(
-            db,
-            "SELECT hash, key, leader, mass, members, seen FROM buckets JOIN clusters USING (key) WHERE hash IN",
-            dict.fromkeys(wanted.hashes.ravel().tolist()),
-        ):
-            buckets.setdefault(each, []).append(key)
-            stored[key] = _typed(cluster, *_CLUSTER)
+        buckets = self._clusters.rows(wanted.hashes.ravel())
+        stored = {
+            key: _typed(cluster, *_CLUSTER)
+            for key, *cluster in _rows(
+                db,
+                "SELECT sequence, leader, mass, members, seen FROM clusters WHERE sequence IN",
+                {key for bucket in buckets.values() for key in bucket},
+            )
+        }
         leaders = sketches_from([leader for leader, *_ in stored.values()])
         clusters = {
             key: QueryCluster(key, leader, mass, members, seen)
             for (key, (_, mass, members, seen)), leader in zip(stored.items(), leaders, strict=True)
         }
-        answered = {row[0] for row in _rows(db, "SELECT digest FROM answers WHERE digest IN", wanted.digests)}
+        for each, bucket in buckets.items():
+            if len(bucket) > BUCKET:  # to which several processes added
+                kept = sorted((key for key in bucket if key in clusters), key=lambda key: clusters[key].seen)
+                buckets[each] = kept[-BUCKET:]
+                for key in set(bucket).difference(buckets[each]):
+                    self._clusters.discard(each, key)
+        answered = set(self._answers.rows(np.array(wanted.digests, np.int64)))
         accounts = {
             name: Account(*_typed(account, _NUMBER, _NUMBER, _NUMBER))
             for name, *account in _rows(
@@ -263,32 +315,32 @@ class SQLiteState:
         }
         return StateView(now, self.limits.half_life_s, clusters, buckets, answered, accounts)
 
-    def _store(self, db: sqlite3.Connection, view: StateView) -> None:
-        added = [(view.clusters[key], hashes) for key, hashes in view.added.items()]
-        _insert(
-            db,
-            "INSERT INTO clusters",
-            [
-                (
-                    each.key,
-                    sketch_bytes(each.leader),
-                    np.array(hashes, "<i8").tobytes(),
-                    each.mass,
-                    each.members,
-                    each.seen,
-                )
-                for each, hashes in added
-            ],
-        )
-        pairs = sorted((each, key) for key, hashes in view.added.items() for each in hashes)
-        _insert(db, "INSERT OR IGNORE INTO buckets", pairs)
-        touched = [view.clusters[key] for key in view.touched.keys() - view.added.keys()]
-        db.executemany(
-            "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE key = ?",
-            [(min(each.mass, self.limits.heaviest), each.members, view.now, each.key) for each in touched],
-        )
-        db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", view.dropped)
-        _insert(db, "INSERT OR IGNORE INTO answers", [(each, view.now) for each in view.answers])
+    def _store(self, db: sqlite3.Connection, view: StateView, last: int) -> list[_Pairs]:
+        """Store clusters and answers with the sequence numbers after `last`, and return what is to be added to the
+        indices.
+        """
+        dropped, added, stored = set(view.dropped), [], list[_Pairs]()
+        for sequence, (key, hashes) in enumerate(view.added.items(), last + 1):
+            cluster = view.clusters[key]
+            kept = [each for each in hashes if (each, key) not in dropped] if dropped else hashes
+            content = sketch_bytes(cluster.leader), pack(f"<{len(kept)}q", *kept)
+            added.append((sequence, *content, cluster.mass, cluster.members, cluster.seen))
+            stored.append((self._clusters, kept, sequence))
+        _insert(db, "INSERT INTO clusters", added)
+        answers = [(k, each, view.now) for k, each in enumerate(view.answers, last + len(added) + 1)]
+        _insert(db, "INSERT INTO answers", answers)
+        stored += [(self._answers, (each,), k) for k, each, _ in answers]
+        for each, key in view.dropped:
+            self._clusters.discard(each, key)
+        if touched := [view.clusters[key] for key in view.touched.keys() - view.added.keys()]:
+            db.executemany(
+                "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE sequence = ?",
+                [
+                    (min(each.mass, self.limits.heaviest), each.members, view.now, each.key)
+                    for each in touched
+                ],
+            )
+        return stored
 
     def _finish(self, db: sqlite3.Connection, view: StateView, now: float, counts: Counts) -> None:
         """Store the accounts, drop what is too old or too much, and store the clock and the counts."""
@@ -301,8 +353,9 @@ class SQLiteState:
             ).rowcount:
                 db.execute("INSERT INTO accounts VALUES (?, ?, ?, ?)", (name, *row[:3]))
                 n_accounts += 1
-        counts = counts[0] + len(view.added), counts[1] + len(view.answers), n_accounts
-        gained = len(view.added) + len(view.answers) + len(view.charged)
+        n_rows = len(view.added) + len(view.answers)
+        counts = counts[0] + len(view.added), counts[1] + len(view.answers), n_accounts, counts[3] + n_rows
+        gained = n_rows + len(view.charged)
         self._gained, self._logged = self._gained + gained, self._logged + gained
         if self._gained >= _GAIN:
             counts, self._gained = self._dropped(db, view.now, counts), 0
@@ -315,21 +368,11 @@ class SQLiteState:
         oldest, most = now - self.limits.lifetime_s, 4 * self._gained
         _drop(db, "balances", oldest, 0, most)
         return (
-            counts[0] - self._drop_clusters(db, oldest, counts[0] - self.limits.clusters, most),
-            counts[1] - _drop(db, "answers", oldest, counts[1] - self.limits.digests, most),
+            counts[0] - _drop(db, "clusters", oldest, counts[0] - self.limits.clusters, most),
+            counts[1] - _drop(db, "answers", oldest, counts[1] - self.limits.digests, most, by="rowid"),
             counts[2] - _drop(db, "accounts", oldest, counts[2] - self.limits.accounts, most),
+            counts[3],
         )
-
-    def _drop_clusters(self, db: sqlite3.Connection, oldest: float, excess: int, most: int) -> int:
-        rows = db.execute(
-            "SELECT key, hashes, seen FROM clusters ORDER BY seen LIMIT ?", (min(max(excess, 1), most),)
-        ).fetchall()
-        old = [(key, hashes) for n, (key, hashes, seen) in enumerate(rows) if n < excess or seen < oldest]
-        for key, hashes in old:
-            pairs = [(each, key) for each in np.frombuffer(hashes, "<i8").tolist()]
-            db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", pairs)
-            db.execute("DELETE FROM clusters WHERE key = ?", (key,))
-        return len(old)
 
 
 def _typed(row: Sequence[Any], *kinds: type | tuple[type, ...]) -> Sequence[Any]:
@@ -344,8 +387,8 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    db.execute("BEGIN IMMEDIATE")  # a read that is upgraded later could fail, because another process wrote
+def _transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+    db.execute(f"BEGIN {kind}")  # a deferred one that writes later could fail, because another process wrote
     try:
         yield db
     except BaseException:
@@ -379,14 +422,21 @@ def _insert(db: sqlite3.Connection, statement: str, rows: Sequence[tuple[object,
         first += n
 
 
-def _drop(db: sqlite3.Connection, table: str, oldest: float, excess: int, most: int) -> int:
-    """Delete rows that are too old, or `excess` rows beyond the limit, at most `most`; returns their number."""
+def _sequences(db: sqlite3.Connection, table: str) -> Hashes:
+    """Sequence numbers of the rows of a table."""
+    return np.array(db.execute(f"SELECT sequence FROM {table}").fetchall(), np.int64).ravel()  # noqa: S608
+
+
+def _drop(db: sqlite3.Connection, table: str, oldest: float, excess: int, most: int, by: str = "seen") -> int:
+    """Delete rows that are too old, or `excess` rows beyond the limit, at most `most`; returns their number. `by` is an
+    indexed column in whose order the oldest rows are the first.
+    """
     limit = min(max(excess, 1), most)
     return db.execute(
-        f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY seen LIMIT ?) AND (? OR seen < ?)",  # noqa: S608
+        f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY {by} LIMIT ?) AND (? OR seen < ?)",  # noqa: S608
         (limit, excess > 0, oldest),
     ).rowcount
 
 
 def _save(db: sqlite3.Connection, wall: float, steady: float, counts: Counts) -> None:
-    db.execute("INSERT OR REPLACE INTO state VALUES (1, ?, ?, ?, ?, ?)", (wall, steady, *counts))
+    db.execute("INSERT OR REPLACE INTO state VALUES (1, ?, ?, ?, ?, ?, ?)", (wall, steady, *counts))
