@@ -44,7 +44,7 @@ def samples():
     telemetry, totals = Telemetry(), MetricTotals()
     telemetry.begin({"queries": Rule("queries")})
     telemetry.set("holdfast_pool_alarm", 0, "empty")
-    totals.add("worker-1", telemetry.report())
+    totals.follow("worker-1", telemetry.memory)
     families = text_string_to_metric_families(totals.text().decode())
     return {sample.name: {*sample.labels} for family in families for sample in family.samples}
 

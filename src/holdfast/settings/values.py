@@ -296,6 +296,11 @@ def _waiting_time(value: object, field: ValidationInfo) -> object:
     return value
 
 
+def _delay(value: object, field: ValidationInfo) -> object:
+    """Check a duration that may be 0s, and keep its text."""
+    return value if value == "0s" else _waiting_time(value, field)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -447,6 +452,7 @@ Budget = Annotated[str, _duration("budget")]
 AssessBudget = Annotated[str, _duration("assess_budget")]
 Timeout = Annotated[str, _duration("http_timeout", "open_model")]
 WaitingTime = Annotated[str, BeforeValidator(_waiting_time)]
+Delay = Annotated[str, BeforeValidator(_delay)]
 Place = Annotated[str, BeforeValidator(_place)]
 Here = Annotated[str, BeforeValidator(_here)]
 Amount = Annotated[float, Ge(0), Le(1024)]
