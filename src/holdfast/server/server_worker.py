@@ -63,8 +63,10 @@ HUNG_S = 30.0
 """least number of seconds without progress after which a worker is replaced"""
 _SLOW = 4
 """a worker is not replaced before so many times the usual time of a batch of the largest size"""
-_BEAT_S = 0.1
-"""seconds between two signs of life of the loop of the server"""
+_BEAT_S, _SHORT_BEAT_S = 0.1, 0.02
+"""seconds between two signs of life of the loop of the server, and during the drain"""
+_BEGUN_S, _ACCEPTED_S = 0.1, 0.05
+"""seconds in which connections that clients have begun are complete, and in which those are known that were accepted"""
 _LINGER_S = 1.0
 """seconds for which a worker that drains leaves idle connections open, whose clients may be sending a request"""
 _REPORT_S, _HASTE_S = 0.5, 0.02
@@ -389,17 +391,19 @@ class Worker:
         until, refusing = math.inf, False
         while True:
             now = self._beat_s = time.monotonic()
-            if until < math.inf and (now >= until or not self.server.server_state.connections):
-                self.server.should_exit = True  # after the connections that were accepted just before
+            accepted = now > until - _LINGER_S + _ACCEPTED_S  # connections that were accepted just before
+            if now >= until or (accepted and not self.server.server_state.connections):
+                self.server.should_exit = True
             if self._leaving.is_set() and until == math.inf:
                 if self.served.readiness.draining and not refusing:
                     refuse_connections(listener)
                     refusing = True
+                    await asyncio.sleep(_BEGUN_S)
                 elif not (refusing and _has_pending(listener)):
                     until = now + _LINGER_S
                     for server in self.server.servers:
                         server.close()
-            await asyncio.sleep(_BEAT_S)
+            await asyncio.sleep(_SHORT_BEAT_S if self._leaving.is_set() else _BEAT_S)
 
     def announce_end(self) -> None:
         """Answer probes that the server is not ready, and close each connection after its next response."""

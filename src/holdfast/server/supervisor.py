@@ -104,6 +104,7 @@ class Supervisor:
             begin_worker=self._start_worker,
         )
         self._begin_s, self._last_loss = 0.0, ""
+        self._reasons: Mapping[str, str] = {}
         self._stepped_s = self._recorded_s = time.monotonic()
         self._owed_workers = 0
         self._stand_in: StandIn | None = None
@@ -220,6 +221,7 @@ class Supervisor:
         self._stand_in_for_workers()
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         reasons = self.not_ready()
+        self._report_reasons(reasons)
         self.telemetry.set("holdfast_ready", not reasons)
         for reason in ("workers", "draining"):
             self.telemetry.set("holdfast_not_ready", reason in reasons, reason)
@@ -403,6 +405,15 @@ class Supervisor:
         if not all(worker.failures for worker in ready):
             return {}
         return {reason: failure for worker in ready for reason, failure in worker.failures.items()}
+
+    def _report_reasons(self, reasons: Mapping[str, str]) -> None:
+        """Report the beginning and the end of a time in which every request is refused."""
+        if self._started and not self._stopping and reasons.keys() != self._reasons.keys():
+            text = "; ".join(f"{reason}: {failure}" for reason, failure in reasons.items())
+            self._notify(
+                f"note: every request is refused: {text}" if reasons else "note: requests are answered again"
+            )
+            self._reasons = reasons
 
     def _stand_in_for_workers(self) -> None:
         """Answer requests with 503 while no worker has started for a while, so that they do not wait."""
