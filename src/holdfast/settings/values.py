@@ -298,7 +298,10 @@ def _waiting_time(value: object, field: ValidationInfo) -> object:
 
 def _delay(value: object, field: ValidationInfo) -> object:
     """Check a duration that may be 0s, and keep its text."""
-    return value if value == "0s" else _waiting_time(value, field)
+    try:
+        return value if value == "0s" else _waiting_time(value, field)
+    except UsageError as error:
+        raise UsageError(f"{field.field_name} is {value!r}; expected a duration such as 5s, or 0s") from error
 
 
 def _is_number(value: object) -> bool:
