@@ -192,7 +192,7 @@ def test_metadata_and_health():
     assert here("GET", "/v2/health/ready").json() == {"ready": True}
     assert here("GET", "/v2/models/small").json()["inputs"][0]["shape"] == [-1, FEATURES]
     assert here("GET", "/v2/models/small/versions/1/ready").json() == {"name": "small", "ready": True}
-    here.served.ready = False
+    here.served.readiness.draining = True
     for path in ("/v2/health/ready", "/v2/models/small/ready"):
         assert error(here("GET", path)) == (503, "the server is draining")
     assert here("GET", "/v2/health/live").status_code == 200
@@ -328,7 +328,7 @@ def test_a_request_that_cannot_be_checked_is_no_detection(tmp_path):
     here.served.telemetry = telemetry
     response = here.infer()
     assert error(response) == (503, UNAVAILABLE_TEXT) and int(response.headers["retry-after"]) >= 1
-    totals.add("worker-1", telemetry.report())
+    totals.follow("worker-1", telemetry.memory)
     assert totals.value("holdfast_refused_total", "state") == 1
     assert totals.value("holdfast_guard_unchecked_total") == len(X)
     for counter in (

@@ -16,9 +16,13 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from holdfast.api.verb_settings import Serve
 from holdfast.cli.app import run
+from holdfast.cli.assess import settings_of_flags
+from holdfast.cli.serve import serve
 from holdfast.guard.rules import Rule
 from holdfast.server.telemetry import METRICS, MetricTotals, Telemetry
+from holdfast.settings.grammar import seconds
 from holdfast.settings.guard_settings import check_guard_settings
 from waiting import until
 
@@ -44,7 +48,8 @@ def samples():
     telemetry, totals = Telemetry(), MetricTotals()
     telemetry.begin({"queries": Rule("queries")})
     telemetry.set("holdfast_pool_alarm", 0, "empty")
-    totals.add("worker-1", telemetry.report())
+    telemetry.set("holdfast_not_ready", 0, "audit")
+    totals.follow("worker-1", telemetry.memory)
     families = text_string_to_metric_families(totals.text().decode())
     return {sample.name: {*sample.labels} for family in families for sample in family.samples}
 
@@ -151,6 +156,136 @@ def test_schemathesis_finds_no_fault_in_the_server_with_guard_and_keys(tmp_path)
         )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No issues found" in done.stdout
+
+
+def documents():
+    """The Kubernetes objects by kind and name."""
+    files = [path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.stem != "kustomization"]
+    return {
+        (each["kind"], each["metadata"]["name"]): each
+        for path in files
+        for each in yaml.safe_load_all(path.read_text())
+    }
+
+
+def dockerfile():
+    """The instructions of the Dockerfile as pairs of a keyword and its text."""
+    text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
+    return [tuple(line.split(maxsplit=1)) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def unit():
+    """The settings of the systemd unit, of which some occur several times."""
+    lines = (DEPLOY / "holdfast.service").read_text().splitlines()
+    return [tuple(line.split("=", 1)) for line in lines if re.match(r"\w+=", line)]
+
+
+def compose():
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+
+
+def commands():
+    """The arguments of `holdfast` in each recipe."""
+    (pod,) = documents()["StatefulSet", "holdfast"]["spec"]["template"]["spec"]["containers"]
+    return {
+        "Dockerfile": json.loads(dict(dockerfile())["CMD"]),
+        "compose": compose()["serve"]["command"],
+        "kubernetes": pod["args"],
+        "systemd": shlex.split(dict(unit())["ExecStart"])[1:],
+    }
+
+
+@pytest.mark.parametrize("recipe", ["Dockerfile", "compose", "kubernetes", "systemd"])
+def test_the_command_of_each_recipe_is_valid(recipe):
+    command, *arguments = commands()[recipe]
+    assert command == "serve"
+    flags = serve.make_context("serve", arguments).params
+    settings = settings_of_flags(flags, Serve)
+    assert settings.keys and settings.audit and settings.guard and settings.log_format == "json"
+
+
+def test_recipes_wait_for_the_drain_before_they_kill_the_server():
+    pod = documents()["StatefulSet", "holdfast"]["spec"]["template"]["spec"]
+    (_, pause) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    drain_s = sum(seconds(text, "drain") for text in ("5s", Serve.model_fields["drain"].default)) + 10
+    assert "--drain-delay=5s" in pod["containers"][0]["args"]
+    assert pod["terminationGracePeriodSeconds"] >= int(pause) + drain_s
+    assert seconds(compose()["serve"]["stop_grace_period"], "stop") >= drain_s
+    assert int(dict(unit())["TimeoutStopSec"]) >= drain_s
+
+
+def test_the_containers_have_no_rights_and_no_secrets():
+    instructions = dockerfile()
+    assert (
+        dict(instructions)["USER"] == "10001:10001"
+        and "/v2/health/ready" in dict(instructions)["HEALTHCHECK"]
+    )
+    root, ignored = DEPLOY.parent, (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    for text in (text for keyword, text in instructions if keyword == "COPY" and "--from" not in text):
+        for source in text.split()[:-1]:
+            assert (root / source).exists() and f"!{Path(source).parts[0]}" in ignored
+    assert {"**/*.key", "**/keys.json*"} < {*ignored}
+    for service in compose().values():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"]
+        assert all("${" in value or value.isdigit() for value in service["environment"].values())
+    for (kind, _), content in documents().items():
+        if kind == "StatefulSet":
+            pod = content["spec"]["template"]["spec"]
+            assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+            for container in (*pod.get("initContainers", ()), *pod["containers"]):
+                rights = container["securityContext"]
+                assert rights["readOnlyRootFilesystem"] and rights["capabilities"] == {"drop": ["ALL"]}
+                assert not rights["allowPrivilegeEscalation"] and container["resources"]["limits"]["memory"]
+
+
+def test_names_in_the_manifests_are_those_of_objects_that_exist():
+    every = documents()
+    secret = every["Secret", "holdfast"]["stringData"]
+    guard = yaml.safe_load((DEPLOY / "served" / "guard.yaml").read_text())
+    variable = guard["state"]["at"].removeprefix("env:")
+    assert check_guard_settings(guard, "guard").rules.queries.action == "block"
+    assert variable in compose()["serve"]["environment"]
+    kinds = {"StatefulSet": ("spec", "selector", "matchLabels"), "Service": ("spec", "selector")}
+    for (kind, name), content in every.items():
+        labels = content
+        for key in kinds.get(kind, ()):
+            labels = labels[key]
+        if kind in kinds:
+            assert labels == {"app": name.removesuffix("-pods")}
+        if kind != "StatefulSet":
+            continue
+        assert ("Service", content["spec"]["serviceName"]) in every
+        pod = content["spec"]["template"]["spec"]
+        volumes = {each["name"] for each in pod.get("volumes", ())}
+        volumes |= {each["metadata"]["name"] for each in content["spec"]["volumeClaimTemplates"]}
+        for container in pod["containers"]:
+            ports = {each["name"] for each in container["ports"]}
+            assert {each["name"] for each in container["volumeMounts"]} <= volumes
+            for probe in (value for key, value in container.items() if key.endswith("Probe")):
+                assert probe.get("httpGet", probe.get("tcpSocket", {"port": min(ports)}))["port"] in ports
+            references = [
+                each["valueFrom"]["secretKeyRef"] for each in container["env"] if "valueFrom" in each
+            ]
+            assert all(each["name"] == "holdfast" and each["key"] in secret for each in references)
+    (serve_pod,) = every["StatefulSet", "holdfast"]["spec"]["template"]["spec"]["containers"]
+    assert {variable, "HOLDFAST_GUARD_KEY"} < {each["name"] for each in serve_pod["env"]}
+
+
+def test_the_manifests_follow_the_schema_of_kubernetes():
+    schemas = pytest.importorskip("kubernetes_validate", reason="from PyPI, 110 MB")
+    for content in documents().values():
+        schemas.validate(content, schemas.latest_version(), strict=True)
+
+
+def test_systemd_accepts_the_unit(tmp_path):
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd-analyze is not installed (Debian's package systemd)")
+    text = (DEPLOY / "holdfast.service").read_text()
+    here = tmp_path / "holdfast.service"
+    here.write_text(text.replace("/opt/holdfast/bin/holdfast", sys.executable))  # which must exist
+    done = subprocess.run([analyze, "verify", here], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def free_port():

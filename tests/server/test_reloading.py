@@ -390,7 +390,7 @@ def test_the_metric_of_failed_reloads_is_cleared_by_the_next_one():
     totals = MetricTotals()
 
     def failing():
-        totals.add("supervisor", state._telemetry.report())
+        totals.follow("supervisor", state._telemetry.memory)
         return totals.value("holdfast_reload_failing")
 
     state.request("a test")

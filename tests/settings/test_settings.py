@@ -118,6 +118,8 @@ REFUSED = [
     ("time_budget: 5 weeks", "expected a duration"),
     ("std: [0.5, 0]", r"std is \[0.5, 0.0\]; every number must be positive"),
     ("serve: {drain: 5 weeks}", "drain is '5 weeks'; expected a duration"),
+    ("serve: {drain_delay: 5}", "drain_delay is 5; expected a duration such as 5s, or 0s"),
+    ("serve: {log_format: xml}", "log_format is 'xml'"),
     ("threat: linf:-1", "eps is -1"),
     ("threat: l0:1.5", "must be whole"),
     ("threat: l0:infpx", "must be whole"),

@@ -53,11 +53,15 @@ def open_for_serving(settings: Serve) -> "ServerSetup":
 def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
     """Start the workers of a server, and answer requests until SIGTERM or Ctrl-C."""
     from holdfast.server.admin import AdminServer
+    from holdfast.server.error_log import json_line
     from holdfast.server.keys import KeyFile
     from holdfast.server.profile import profile_text
     from holdfast.server.supervisor import Supervisor
     from holdfast.server.worker_processes import bound_socket
 
+    said = notify
+    if setup.worker.log_format == "json":
+        notify = lambda text: said(json_line("info", text))  # noqa: E731
     for note in setup.notes:
         notify(f"note: {note}")
     listener = bound_socket(setup.admin_host, setup.admin_port)

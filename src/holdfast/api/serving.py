@@ -91,6 +91,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         forwards=tuple(name.lower() for name in settings.forward_headers),
         hosts=_host_names(settings, everything=is_public(settings.host) and not settings.accepted_hosts),
         profile=settings.profile,
+        log_format=settings.log_format,
     )
     return ServerSetup(
         worker,
@@ -105,7 +106,14 @@ def server_setup(settings: Serve) -> ServerSetup:
         reloadable=served.reloadable,
         notes=notes,
         admin_hosts=_host_names(settings),
+        drain_delay_s=_drain_delay_s(settings.drain_delay),
     )
+
+
+def _drain_delay_s(text: str | None) -> float | None:
+    if text is None or text == "0s":
+        return None if text is None else 0.0
+    return seconds(text, "drain_delay")
 
 
 def _host_names(options: ServeOptions, *, everything: bool = False) -> HostNames:

@@ -170,6 +170,14 @@ class GuardPipeline:
         return frozenset(rule.action for rule in self.rules.values() if rule.mode is Mode.ENFORCE)
 
     @property
+    def needs_state(self) -> bool:
+        """Whether the query detector may change answers, so that requests are refused if its state is lost. A rule that
+        never changes an answer refuses no request either.
+        """
+        rule = self.rules.get(QUERIES)
+        return rule is not None and rule.mode is Mode.ENFORCE and rule.action > Action.FLAG
+
+    @property
     def unfitted(self) -> tuple[str, ...]:
         """Names of the rules that only report, because neither a calibration nor the settings decide when they fire."""
         return tuple(name for name, rule in self.rules.items() if rule.basis is Basis.UNFITTED)
@@ -327,8 +335,7 @@ class GuardPipeline:
             if result.lost is None:
                 _add(counted, rule, result.scores)
                 continue
-            # a rule that never changes an answer refuses no request either
-            refused = result.lost == "closed" and rule.mode is Mode.ENFORCE and rule.action > Action.FLAG
+            refused = result.lost == "closed" and self.needs_state
             for draft in counted:
                 draft.unchecked, draft.unavailable = True, refused
                 draft.refusal = UNAVAILABLE_TEXT if refused else ""

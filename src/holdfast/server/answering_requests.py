@@ -63,6 +63,8 @@ class Job:
     """digest of the inputs for the audit chain"""
     forwarded: Headers = ()
     """headers of the client that a proxy passes on"""
+    begin_s: float = 0.0
+    """time of `time.perf_counter` at which the headers had arrived"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +180,8 @@ class Answerer:
     """log of errors for the operator"""
     progress: Callable[[], object] = lambda: None
     """called after each call of the model"""
+    logged: Callable[[Sequence[Outcome]], object] = lambda outcomes: None
+    """called with the outcomes of a batch, for the log of requests"""
     overlapping: bool = False
     """whether the model may compute while the guard decides. Its scores for refused inputs are then discarded"""
     timing: Timing = no_timing
@@ -198,6 +202,7 @@ class Answerer:
             for job, refusal in zip(jobs, refusals, strict=True)
         ]
         self._count(settled, served)
+        self.logged(settled)
         return [self._returned(outcome) for outcome in settled]
 
     def _spent(self, jobs: Sequence[Job]) -> list[Refused | None]:
@@ -215,12 +220,10 @@ class Answerer:
             with self.timing("audit"):
                 self.audit.end(outcomes, served)
         except OSError as error:
-            self.telemetry.set("holdfast_audit_failing", 1)
             self.errors(
                 "requests are refused, as the audit chain cannot be written", error, advice=advice_for(error)
             )
             return [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
-        self.telemetry.set("holdfast_audit_failing", 0)
         return outcomes
 
     def _guarded(self, jobs: Sequence[Job], served: ServedSet) -> list[Outcome]:

@@ -43,6 +43,7 @@ from holdfast.server.protocol_v2 import (
     encoded,
     read_request,
 )
+from holdfast.server.readiness import Readiness
 from holdfast.server.telemetry import Telemetry
 
 Jobs = Batcher[Job, Answer]
@@ -93,8 +94,8 @@ class ServedModel:
     """log of errors for the operator"""
     hosts: HostNames = field(default_factory=HostNames)
     """host names under which requests are answered"""
-    ready: bool = True
-    """whether requests are answered; false while the server drains"""
+    readiness: Readiness = field(default_factory=Readiness)
+    """whether requests can be answered"""
     closing: bool = False
     """whether each connection is closed after its next response, because this process ends"""
     timing: Timing = no_timing
@@ -113,9 +114,7 @@ class ServedModel:
 
     async def is_ready(self, request: Request) -> Response:
         """Answer whether requests are answered."""
-        if not self.ready:
-            raise Refused(503, "the server is draining", (("retry-after", "1"),), "overload")
-        return _json({"ready": True})
+        return self._probed({"ready": True})
 
     async def server(self, request: Request) -> Response:
         """Return the metadata of the server."""
@@ -144,9 +143,12 @@ class ServedModel:
         """Answer whether the model answers requests."""
         self._principal(request)
         self._refuse_other_model(request)
-        if not self.ready:
-            raise Refused(503, "the server is draining", (("retry-after", "1"),), "overload")
-        return _json({"name": self.signature.name, "ready": True})
+        return self._probed({"name": self.signature.name, "ready": True})
+
+    def _probed(self, ready: object) -> Response:
+        """Return the response to a probe: `ready`, or why requests are not answered. It is no refused request."""
+        reason = self.readiness.probe()
+        return _json({"error": reason}, 503, {"retry-after": "1"}) if reason else _json(ready)
 
     async def infer(self, request: Request) -> Response:
         """Return the scores of the inputs in a request, if it is for this model."""
@@ -173,7 +175,7 @@ class ServedModel:
             # here and not in the thread of the batches, for which the digest of a large input would cost a switch
             digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
         forwarded = self._forwarded(scope) if self.forwards else ()
-        job = Job(incoming, *limits, digest, forwarded)
+        job = Job(incoming, *limits, digest, forwarded, begin)
         answer = await self.batcher.submit(job, len(content.x))
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)

@@ -41,6 +41,9 @@ _LINE_BYTES = 1 << 26
 """Largest number of bytes of a record: that of a request with 400,000 inputs. A longer line is not read into memory."""
 _BEGINNING = b'{"content":{"'
 """first bytes of each record"""
+_PROBE = _BEGINNING.ljust(1 << 13)
+"""bytes that test whether records can be written: longer than a block of a disk, of which a full one may have a part
+left, and like an incomplete record, which a kill may leave"""
 _KEY_BYTES, _DIGITS = 32, 32
 _POLL_S = 0.1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -146,6 +149,14 @@ class ChainFile:
                 self.lost_in_total += len(texts)
                 return
             self.head, self.records, self.lost = head, self.records + len(every), 0
+
+    def refuse_full_disk(self) -> None:
+        """Write some bytes after the last record and remove them again. Raises `OSError` if that is not possible."""
+        with self._lock:
+            size = self._size
+            self._write(_PROBE)
+            self._size = size
+            os.ftruncate(self._handle, size)
 
     def _write(self, data: bytes) -> None:
         view, at = memoryview(data), self._size

@@ -13,10 +13,15 @@ from holdfast.server.error_log import ErrorLog
 from holdfast.server.protocol_v2 import JSON, compact
 
 
+def raw_response(status: str, content: object, headers: str = "") -> bytes:
+    """Return the bytes of a response with JSON after which the connection ends."""
+    body = compact(content)
+    headers = f"content-type: {JSON}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n{headers}"
+    return f"HTTP/1.1 {status}\r\n{headers}\r\n".encode() + body
+
+
 def _raw(status: str, reason: str) -> bytes:
-    body = compact({"error": reason})
-    head = f"HTTP/1.1 {status}\r\ncontent-type: {JSON}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    return head.encode() + body
+    return raw_response(status, {"error": reason})
 
 
 _FULL = _raw("503 Service Unavailable", "the server has too many connections; connect again later")

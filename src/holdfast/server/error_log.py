@@ -5,16 +5,24 @@ no inputs, scores or keys: tracebacks have no values of variables, and numbers w
 and keys are removed from messages.
 """
 
+import json
 import logging
 import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 LOGGER = "holdfast.serve"
+REQUESTS = "holdfast.requests"
+"""logger of the requests, each of which has one record"""
+REQUEST_FIELDS = "request_fields"
+"""attribute of a record with the fields of a request"""
+LogFormat = Literal["text", "json"]
 _AGAIN_S = 60.0
 """seconds after which a further record of a kind is written"""
 _KINDS = 64
@@ -92,11 +100,30 @@ def _shape(found: re.Match[str]) -> str:
     return found[0] if short else "[…]"
 
 
-def log_to_stderr() -> None:
-    """Write the log records of the package in this process to stderr, with time and process."""
+class JSONFormatter(logging.Formatter):
+    """Formatter that writes a record as one JSON object in one line, with the fields of the log of requests."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        fields: Mapping[str, object] = getattr(record, REQUEST_FIELDS, {})
+        return json_line(record.levelname.lower(), record.getMessage(), process=record.process, **fields)
+
+
+def json_line(level: str, message: str, **fields: object) -> str:
+    """Return an object of the log as one line, with the time in UTC."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return json.dumps({"time": time, "level": level, "message": message, **fields})
+
+
+def log_to_stderr(form: LogFormat) -> None:
+    """Write the log records of the package in this process to stderr, with time and process. Requests are logged only
+    as JSON.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s worker %(process)d %(levelname)s: %(message)s"))
+    text = logging.Formatter("%(asctime)s worker %(process)d %(levelname)s: %(message)s")
+    handler.setFormatter(JSONFormatter() if form == "json" else text)
     package = logging.getLogger("holdfast")
-    package.addHandler(handler)
+    package.handlers = [handler]
     package.setLevel(logging.WARNING)
     package.propagate = False  # a model may configure logging of its own, and records would be written twice
+    logging.getLogger(REQUESTS).setLevel(logging.INFO if form == "json" else logging.WARNING)

@@ -206,6 +206,12 @@ class KeyFile:
         status = self._path.stat()
         return status.st_mtime_ns, status.st_size, status.st_ino
 
+    @property
+    def all_limited(self) -> bool:
+        """Whether every valid key for inference has a rate or a budget."""
+        keys = [key for key in self._keys.values() if "infer" in key.scopes and key.state == "valid"]
+        return bool(keys) and all(key.rate is not None or key.budget is not None for key in keys)
+
     def authenticated(self, authorization: bytes | None, scope: str) -> ApiKey:
         """Return the key in the header `Authorization: Bearer KEY`.
 

@@ -2,9 +2,9 @@
 
 It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
 letter of a message is its kind. From the supervisor: G serve the opened model under this name, S a parameter set to
-prepare, A the set that serves from now on, D drain since the server ends, Q drain since another worker is in its place.
-To the supervisor: O the model is opened, R ready, L a set is prepared, U a set is unusable, T counts and metrics, E
-error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
+prepare, A the set that serves from now on, N the server ends soon, D drain since it ends, Q drain since another worker
+is in its place. To the supervisor: O the model is opened, R ready, L a set is prepared, U a set is unusable, T counts
+and state, E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from mmap import mmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,7 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.rotation.live import loaded
 from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
@@ -42,15 +45,18 @@ from holdfast.server.answering_requests import Answer, Answerer, Audit, ChainAud
 from holdfast.server.app import ConnectionLimits, ServedModel, application
 from holdfast.server.audit_chain import AuditKey, ChainFile
 from holdfast.server.batching import Batcher
+from holdfast.server.closing_socket import refuse_connections
 from holdfast.server.connections import limited_protocol
-from holdfast.server.error_log import ErrorLog, log_to_stderr
+from holdfast.server.error_log import ErrorLog, LogFormat, log_to_stderr
 from holdfast.server.host_names import HostNames
 from holdfast.server.keys import KeyFile
 from holdfast.server.loaded_model import LoadedModel, no_rules, refuse_damaged
 from holdfast.server.profile import Profile
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.quotas import Quotas
-from holdfast.server.telemetry import Telemetry
+from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
+from holdfast.server.request_log import log_requests
+from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
 
 _ENDING_S = 3.0
 """seconds in which a worker without a supervisor must end after its drain"""
@@ -58,8 +64,10 @@ HUNG_S = 30.0
 """least number of seconds without progress after which a worker is replaced"""
 _SLOW = 4
 """a worker is not replaced before so many times the usual time of a batch of the largest size"""
-_BEAT_S = 0.1
-"""seconds between two signs of life of the loop of the server"""
+_BEAT_S, _SHORT_BEAT_S = 0.1, 0.02
+"""seconds between two signs of life of the loop of the server, and during the drain"""
+_BEGUN_S, _ACCEPTED_S = 0.1, 0.05
+"""seconds in which connections that clients have begun are complete, and in which those are known that were accepted"""
 _LINGER_S = 1.0
 """seconds for which a worker that drains leaves idle connections open, whose clients may be sending a request"""
 _REPORT_S, _HASTE_S = 0.5, 0.02
@@ -108,6 +116,8 @@ class ServingSetup:
     """host names under which requests are answered"""
     profile: bool = False
     """whether the time of each part of a request is measured"""
+    log_format: LogFormat = "text"
+    """form of the log on stderr"""
 
     @property
     def rotating(self) -> bool:
@@ -127,9 +137,9 @@ class _Server(uvicorn.Server):
 class Worker:
     """One worker: the model, the thread that answers batches, the thread that reports, and the loop of the server."""
 
-    def __init__(self, setup: ServingSetup, chain: Path | None, send: Send) -> None:
+    def __init__(self, setup: ServingSetup, chain: Path | None, send: Send, memory: mmap) -> None:
         self.setup, self._send = setup, send
-        self.telemetry, self.ledger, self.errors = Telemetry(), AnswerCounts(), ErrorLog()
+        self.telemetry, self.ledger, self.errors = Telemetry(memory), AnswerCounts(), ErrorLog()
         self.device = torch.device(setup.device)
         opened = setup.opening()
         self.digest = opened.digest
@@ -143,16 +153,18 @@ class Worker:
         if self.chain is not None:
             assert setup.audit_key is not None
             audit = ChainAudit(self.chain, setup.audit_key)
+        self._limits = None if setup.quotas is None else SQLiteState(setup.quotas)
         self.answering = Answerer(
             ServedSet(self._pristine, setup.set_name, 1),
             setup.guard(opened.guard_digest),
             audit,
-            None if setup.quotas is None else Quotas(SQLiteState(setup.quotas)),
+            None if self._limits is None else Quotas(self._limits),
             self.telemetry,
             setup.guard_fails_open,
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
             self.device,
             self.errors,
+            logged=partial(log_requests, setup.audit_key),
         )
         guard = self.answering.guard
         self.answering.overlapping = (
@@ -180,7 +192,31 @@ class Worker:
         )
         if self.profile is not None:
             self.answering.timing = self.served.timing = self.profile
+        self.served.readiness.checks = self._checks()
         self.server = self._server()
+
+    def _checks(self) -> list[Check]:
+        """Return the checks of the audit chain, of the states of the guard and of limits, and of the model."""
+        checks, guard, keys = [], self.answering.guard, self.served.keys
+        if self.chain is not None:
+            refuses = not self.setup.audit_fails_open
+            checks.append(Check("audit", partial(audit_fault, self.chain), refuses=refuses))
+        if isinstance(guard, GuardPipeline) and guard.needs_state and isinstance(guard.queries, QueryRule):
+            state = guard.queries.detector.state
+            checks.append(Check("state", partial(state_fault, state), refuses=state.fail == "closed"))
+        if keys is not None and self._limits is not None:
+            limits = self._limits
+            checks.append(Check("quota", lambda: state_fault(limits) if keys.all_limited else ""))
+        if self.setup.signature is None:  # and not a model behind another server, which has probes of its own
+            test = ModelTest(
+                partial(self.telemetry.value, "holdfast_refused_total", "model"), self._is_finite
+            )
+            checks.append(Check("model", test, math.inf))
+        return checks
+
+    def _is_finite(self) -> bool:
+        """Return whether the scores of the served model for one input are finite."""
+        return bool(self._logits_of_one(self.answering.served.model).isfinite().all())
 
     def _server(self) -> _Server:
         """Return the HTTP server, which leaves the limits of connections to the protocol."""
@@ -220,10 +256,15 @@ class Worker:
 
     def _n_classes(self, model: Classifier) -> int:
         """Return the number of classes, after a first forward pass, which is the slowest one."""
+        return int(self._logits_of_one(model).shape[1])
+
+    def _logits_of_one(self, model: Classifier) -> Tensor:
+        """Return the logits (1, classes) of the input with the smallest values."""
         low = self._pristine.bounds.low
         x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
         with torch.inference_mode():
-            return int(model(x.float().to(self.device)).shape[1])
+            logits: Tensor = model(x.float().to(self.device))
+        return logits
 
     def _seen(self, rows: int, seconds: float) -> None:
         self.telemetry.observe("holdfast_batch_rows", rows)
@@ -274,7 +315,13 @@ class Worker:
     # --- reports
 
     def report(self) -> None:
-        """Send the counts of answers and the metrics to the supervisor."""
+        """Set the gauges, and send the counts of answers and the state to the supervisor."""
+        readiness = self.served.readiness
+        failures = readiness.failures
+        for check in readiness.checks:
+            self.telemetry.set("holdfast_not_ready", check.reason in failures, check.reason)
+            if check.reason == "audit":
+                self.telemetry.set("holdfast_audit_failing", bool(check.failure))
         self.telemetry.set("holdfast_connections", len(self.server.server_state.connections))
         self.telemetry.set("holdfast_waiting_inputs", self.batcher.waiting)
         if self.served.keys is not None:
@@ -296,8 +343,14 @@ class Worker:
         if self.profile is not None:
             self.profile.report(self.telemetry)
         chain = None if self.chain is None else self.chain.flushed
-        state = {"stalled": self.stalled, "patience_s": self.patience_s, "chain": chain}
-        self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report(), **state})
+        state = {
+            "stalled": self.stalled,
+            "patience_s": self.patience_s,
+            "chain": chain,
+            "failures": failures,
+            "unprobed_s": readiness.unprobed_s,
+        }
+        self._send(b"T", {"answers": self.ledger.taken(), **state})
 
     def _report_often(self) -> None:
         while True:
@@ -317,6 +370,7 @@ class Worker:
 
     def run(self, listener: socket.socket) -> None:
         """Answer requests until `drain` is called, and then those that were received before."""
+        self.served.readiness.start()
         for repeated in (self._report_often, self._flush_often):
             threading.Thread(target=repeated, daemon=True).start()
         with asyncio.Runner(
@@ -336,46 +390,64 @@ class Worker:
         while not self.server.started and not serving.done():
             await asyncio.sleep(0.005)
         self._send(b"R", {})
-        beating = asyncio.create_task(self._beat())
+        beating = asyncio.create_task(self._beat(listener))
         await serving
         beating.cancel()
         self._beat_s = math.inf
 
-    async def _beat(self) -> None:
+    async def _beat(self, listener: socket.socket) -> None:
         """Give signs of life. To drain, stop accepting connections, and close those that are idle after a while: a
-        client may have sent a request over one of them.
+        client may have sent a request over one of them. If the whole server ends, the connections that the system has
+        accepted for it are accepted first.
         """
-        until = math.inf
+        until, refusing = math.inf, False
         while True:
             now = self._beat_s = time.monotonic()
-            if until < math.inf and (now >= until or not self.server.server_state.connections):
-                self.server.should_exit = True  # after the connections that were accepted just before
+            accepted = now > until - _LINGER_S + _ACCEPTED_S  # connections that were accepted just before
+            if now >= until or (accepted and not self.server.server_state.connections):
+                self.server.should_exit = True
             if self._leaving.is_set() and until == math.inf:
-                self.served.closing, until = True, now + _LINGER_S
-                for accepting in (each for server in self.server.servers for each in server.sockets):
-                    asyncio.get_running_loop().remove_reader(accepting.fileno())
-            await asyncio.sleep(_BEAT_S)
+                if self.served.readiness.draining and not refusing:
+                    refuse_connections(listener)
+                    refusing = True
+                    await asyncio.sleep(_BEGUN_S)
+                elif not (refusing and _has_pending(listener)):
+                    until = now + _LINGER_S
+                    for server in self.server.servers:
+                        server.close()
+            await asyncio.sleep(_SHORT_BEAT_S if self._leaving.is_set() else _BEAT_S)
 
-    def drain(self, *, ready: bool = False) -> None:
-        """Accept no further connections, answer what was received, and end. `ready` states whether the server, of which
-        this is one worker, still answers requests.
-        """
-        self.served.ready = ready
+    def announce_end(self) -> None:
+        """Answer probes that the server is not ready, and close each connection after its next response."""
+        self.served.readiness.draining = self.served.closing = True
+
+    def drain(self) -> None:
+        """Accept no further connections, answer what was received, and end."""
+        self.served.closing = True
         self._leaving.set()
 
 
-def main(inbox: int, outbox: int, listener: int) -> int:
-    """Run a worker with the pipes to the supervisor and the socket at these file descriptors. Return the exit code."""
+def _has_pending(listener: socket.socket) -> bool:
+    """Return whether a connection at a listening socket was not accepted yet."""
+    poll = select.poll()  # select.select supports only small descriptors
+    poll.register(listener, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def main(inbox: int, outbox: int, listener: int, counters: int) -> int:
+    """Run a worker with the pipes to the supervisor, the socket and the memory of the metrics at these file
+    descriptors. Return the exit code.
+    """
     sys.setswitchinterval(_SWITCH_S)
     # Ctrl-C is sent to all processes of a terminal; the supervisor handles it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    log_to_stderr()
-    return serve_parent(inbox, outbox, lambda tasks, pipe, send: _run(tasks, listener, send))
+    log_to_stderr("text")  # until the setup has arrived
+    return serve_parent(inbox, outbox, lambda tasks, pipe, send: _run(tasks, listener, counters, send))
 
 
-def _run(tasks: IO[bytes], listener: int, send: Send) -> None:
+def _run(tasks: IO[bytes], listener: int, counters: int, send: Send) -> None:
     content = read_message(tasks)
     if content is None:
         return
@@ -384,9 +456,10 @@ def _run(tasks: IO[bytes], listener: int, send: Send) -> None:
         setup, chain = pickle.loads(content)  # noqa: S301
     except Exception as error:
         raise unshared(error) from error
+    log_to_stderr(setup.log_format)
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
-    worker = Worker(setup, chain, send)
+    worker = Worker(setup, chain, send, mmap(counters, MEMORY_BYTES))
     if not setup.rotating:
         send(b"O", {"digest": worker.digest, "classes": worker.served.signature.classes})
     if not _served(worker, tasks):
@@ -410,6 +483,7 @@ def _follow(worker: Worker, tasks: IO[bytes]) -> None:
             _take(worker, message)
         except (KeyError, ValueError, RuntimeError) as error:
             raise TargetError(f"the supervisor sent an invalid message: {error}") from error
+    worker.announce_end()
     worker.drain()
     # The supervisor may have been killed. Its successor waits until this process has ended, which must not take longer
     # than the drain even if the model hangs.
@@ -427,10 +501,10 @@ def _take(worker: Worker, message: bytes) -> None:
         case b"G":
             about = json.loads(content)
             worker.serve_as(about["set"], about["epoch"])
-        case b"D":
+        case b"N":
+            worker.announce_end()
+        case b"D" | b"Q":
             worker.drain()
-        case b"Q":
-            worker.drain(ready=True)
 
 
 def set_message(name: str, epoch: int, weights: Mapping[str, Tensor]) -> bytes:

@@ -5,6 +5,7 @@ on a port of their own.
 """
 
 import json
+import math
 import os
 import pickle
 import queue
@@ -26,6 +27,7 @@ from holdfast.server.live_pool import LivePool
 from holdfast.server.reloading import Reloading, ServedVersion
 from holdfast.server.server_signals import ending_signals, hang_up_signals
 from holdfast.server.server_worker import ServingSetup
+from holdfast.server.stand_in import StandIn
 from holdfast.server.swapping import PoolSwaps
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.server.worker_processes import Inbox, WorkerProcess, bound_socket
@@ -40,6 +42,10 @@ _BEGIN_S = 10.0
 """seconds until a worker that could not be started is started again"""
 _HEADS_S = 60.0
 """seconds between two records of the heads of the audit chains"""
+_DRAIN_DELAY_S, _PROBED_S = 5.0, 60.0
+"""seconds for which requests are answered after SIGTERM, if readiness was probed within so many seconds before"""
+_UNANSWERED_S = 1.0
+"""seconds without a started worker after which the supervisor refuses requests itself"""
 _STARTED_S = 300.0
 """seconds in which a worker must be ready"""
 _PAUSED_S = 2.0
@@ -66,6 +72,9 @@ class ServerSetup:
     """what the operator should know about the guard"""
     admin_hosts: HostNames = field(default_factory=HostNames)
     """host names under which the requests of the operator are answered"""
+    drain_delay_s: float | None = None
+    """seconds between the announcement that the server drains and the close of its socket; None for 5 s if its
+    readiness is probed, and otherwise none"""
 
 
 class Supervisor:
@@ -81,6 +90,7 @@ class Supervisor:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise unshared(error) from error
         self.totals, self.telemetry = MetricTotals(), Telemetry()
+        self.totals.follow("supervisor", self.telemetry.memory)
         self._inbox: Inbox = queue.SimpleQueue()
         self._workers: list[WorkerProcess] = []
         self._number = self._early_deaths = 0
@@ -93,9 +103,12 @@ class Supervisor:
             notify,
             begin_worker=self._start_worker,
         )
-        self._begin_s = 0.0
+        self._begin_s, self._last_loss = 0.0, ""
+        self._reasons: Mapping[str, str] = {}
         self._stepped_s = self._recorded_s = time.monotonic()
         self._owed_workers = 0
+        self._stand_in: StandIn | None = None
+        self._answered_s = time.monotonic()
         self._started = self._stopping = self._hung_up = False
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
@@ -205,8 +218,13 @@ class Supervisor:
             self._swaps.poll()
         elif not self._stopping and self._started:
             self._reloading.poll()
+        self._stand_in_for_workers()
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
-        self.totals.add("supervisor", self.telemetry.report())
+        reasons = self.not_ready()
+        self._report_reasons(reasons)
+        self.telemetry.set("holdfast_ready", not reasons)
+        for reason in ("workers", "draining"):
+            self.telemetry.set("holdfast_not_ready", reason in reasons, reason)
 
     def _receive(self, worker: WorkerProcess, message: bytes) -> None:
         if worker not in self._workers:
@@ -235,7 +253,7 @@ class Supervisor:
                 worker.report_progress(str(content["stalled"]), float(content["patience_s"]))
                 if content["chain"] is not None:
                     worker.chain_head = int(content["chain"][0]), str(content["chain"][1])
-                self.totals.add(worker.name, content["metrics"])
+                worker.report_readiness(content["failures"], content["unprobed_s"])
                 if self._swaps is not None:
                     self._swaps.answered(content["answers"])
             case b"O":
@@ -257,6 +275,7 @@ class Supervisor:
         self._number += 1
         worker = WorkerProcess(self._number, self._listener, self._inbox, chain)
         worker.child.send(self._pickled(chain))
+        self.totals.follow(worker.name, worker.memory)
         worker.generation = self._reloading.generation
         if self._swaps is not None:
             self._swaps.introduce(worker)
@@ -309,6 +328,7 @@ class Supervisor:
             return
         error = worker.error
         cause = str(error or worker.killed or f"it ended with status {code}")
+        self._last_loss = f"{worker.name}: {cause}"
         if self._reloading.left(worker, cause):
             return
         note = f"; {interrupted} requests were interrupted" if interrupted else ""
@@ -373,11 +393,57 @@ class Supervisor:
             except TargetError as error:
                 self._notify(f"note: {error}")
 
+    # --- readiness
+
+    def not_ready(self) -> dict[str, str]:
+        """Return why every request is refused, with details, by reason; empty if a worker answers requests."""
+        if self._stopping:
+            return {"draining": "the server ends"}
+        ready = [worker for worker in list(self._workers) if worker.ready]
+        if not ready:
+            return {"workers": self._last_loss or "the workers are starting"}
+        if not all(worker.failures for worker in ready):
+            return {}
+        return {reason: failure for worker in ready for reason, failure in worker.failures.items()}
+
+    def _report_reasons(self, reasons: Mapping[str, str]) -> None:
+        """Report the beginning and the end of a time in which every request is refused."""
+        if self._started and not self._stopping and reasons.keys() != self._reasons.keys():
+            text = "; ".join(f"{reason}: {failure}" for reason, failure in reasons.items())
+            self._notify(
+                f"note: every request is refused: {text}" if reasons else "note: requests are answered again"
+            )
+            self._reasons = reasons
+
+    def _stand_in_for_workers(self) -> None:
+        """Answer requests with 503 while no worker has started for a while, so that they do not wait."""
+        now = time.monotonic()
+        if self._stopping or any(worker.ready for worker in self._workers):
+            self._answered_s = now
+            if self._stand_in is not None:
+                self._stand_in.end()
+                self._stand_in = None
+        elif self._stand_in is None and now - self._answered_s > _UNANSWERED_S:
+            assert self._listener is not None
+            self._stand_in = StandIn(self._listener, self.telemetry)
+
     # --- end
 
+    def _drain_delay_s(self) -> float:
+        """Return the seconds for which requests are answered after probes were told that the server drains."""
+        if self.setup.drain_delay_s is not None:
+            return self.setup.drain_delay_s
+        probed_s = max((worker.probed_s for worker in self._workers), default=-math.inf)
+        return _DRAIN_DELAY_S if time.monotonic() - probed_s < _PROBED_S else 0.0
+
     def _drain(self) -> None:
-        """Let the workers answer what they received, and wait for their end."""
+        """Let load balancers notice that the server ends, then let the workers answer what they received."""
         assert self._listener is not None
+        for worker in self._workers:
+            worker.child.send(b"N")
+        until = time.monotonic() + self._drain_delay_s()
+        while self._workers and time.monotonic() < until:
+            self._step()
         self._listener.close()
         for worker in self._workers:
             worker.child.send(b"D")
@@ -401,6 +467,8 @@ class Supervisor:
         if self._audit is not None:
             self._audit.close()
             self._audit = None
+        if self._stand_in is not None:
+            self._stand_in.end()
         if self._listener is not None:
             self._listener.close()
 
@@ -408,13 +476,17 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """Return the state of the server for its operator."""
+        not_ready = self.not_ready()
         state: dict[str, Any] = {
+            "ready": not not_ready,
+            "not_ready": not_ready,
             "workers": [
                 {
                     "name": worker.name,
                     "pid": worker.child.process.pid,
                     "ready": worker.ready,
                     "set": worker.set_name,
+                    "not_ready": dict(worker.failures),
                 }
                 for worker in list(self._workers)
             ],

@@ -1,9 +1,15 @@
-"""Metrics of a server in the format of Prometheus. Workers count; the supervisor adds the counts of all workers up."""
+"""Metrics of a server in the format of Prometheus. Workers count; the supervisor adds the counts of all workers up.
 
+The values of a process are in memory that it shares with the supervisor, so that those of a killed worker are kept.
+"""
+
+import json
+import struct
 import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any, Literal
 
 from holdfast.guard.decisions import Action
@@ -29,7 +35,7 @@ METRICS: Mapping[str, Metric] = {
     "holdfast_requests_total": Metric("Responses by status code.", "counter", ("status",)),
     "holdfast_refused_total": Metric(
         "Refused requests by cause: request, key, rate, budget, quota, guard, state (the query detector could not "
-        "reach its state), overload, audit, model, upstream.",
+        "reach its state), overload, audit, model, upstream, workers (none has started).",
         "counter",
         ("cause",),
     ),
@@ -70,7 +76,15 @@ METRICS: Mapping[str, Metric] = {
         "1 while the audit chain of a worker cannot be written, else 0.", "gauge"
     ),
     "holdfast_keys_failing": Metric("1 while the file of keys cannot be read, else 0.", "gauge"),
-    "holdfast_workers": Metric("Worker processes that are ready.", "gauge"),
+    "holdfast_ready": Metric("1 if requests are answered, as /v2/health/ready states it, else 0.", "gauge"),
+    "holdfast_not_ready": Metric(
+        "Number of processes that refuse every request, by reason: audit (the audit chain cannot be written), state "
+        "(the state of the query detector cannot be reached), quota (the limits of keys cannot be checked), model (it "
+        "fails on every input), workers (none has started), draining.",
+        "gauge",
+        ("reason",),
+    ),
+    "holdfast_workers": Metric("Worker processes that have started.", "gauge"),
     "holdfast_worker_restarts_total": Metric("Worker processes that were replaced.", "counter"),
     "holdfast_worker_hangs_total": Metric(
         "Worker processes that were killed because they made no progress.", "counter"
@@ -89,28 +103,38 @@ METRICS: Mapping[str, Metric] = {
 }
 """All metrics of a server by name."""
 
+_CAUSES = (
+    *("request", "key", "rate", "guard", "state"),
+    *("overload", "audit", "model", "upstream", "workers"),
+)
 LABELS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "holdfast_requests_total": (("200",), ("400",), ("422",), ("500",), ("503",)),
-    "holdfast_refused_total": tuple(
-        (cause,)
-        for cause in ("request", "key", "rate", "guard", "state", "overload", "audit", "model", "upstream")
-    ),
+    "holdfast_refused_total": tuple((cause,) for cause in _CAUSES),
     "holdfast_decisions_total": tuple((str(action),) for action in Action),
 }
 """Labels with which counters begin at 0, since Prometheus does not see how a counter got to its first value."""
 
 _Key = tuple[str, tuple[str, ...]]
-Report = list[list[Any]]
-"""Changes of metrics since the last report, as JSON: name, labels, and a number or the counts of a histogram."""
+MEMORY_BYTES = 1 << 20
+"""size of the memory with the values of one process, which is enough for 10,000 of them"""
+_USED = struct.Struct("@Q")
+"""format of the number of used bytes, with which the memory begins"""
+_ENTRY = struct.Struct("@II")
+"""format of the beginning of an entry: the lengths of its key, which follows, and of its values"""
+_VALUE_BYTES = 8
 
 
 class Telemetry:
-    """Counters, gauges and histograms of one process. All methods may be called by any thread."""
+    """Counters, gauges and histograms of one process. All methods may be called by any thread.
 
-    def __init__(self) -> None:
+    A value is written to `memory` at once. Entries are only appended: the number of used bytes is written last.
+    """
+
+    def __init__(self, memory: mmap | None = None) -> None:
+        self.memory = memory or mmap(-1, MEMORY_BYTES)
         self._lock = threading.Lock()
-        self._values: dict[_Key, float] = {}
-        self._histograms: dict[_Key, list[float]] = {}
+        self._cells: dict[_Key, memoryview[float]] = {}
+        self._used = _USED.size
 
     def begin(self, rules: Mapping[str, Rule]) -> None:
         """Begin counters at 0 for the labels of `LABELS`, and for the rules of a guard."""
@@ -123,68 +147,94 @@ class Telemetry:
     def count(self, name: str, *labels: str, n: float = 1.0) -> None:
         """Add `n` to a counter."""
         with self._lock:
-            self._values[name, labels] = self._values.get((name, labels), 0.0) + n
+            self._cell(name, labels)[0] += n
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge."""
         with self._lock:
-            self._values[name, labels] = value
+            self._cell(name, labels)[0] = value
 
     def observe(self, name: str, value: float) -> None:
         """Add a value to a histogram."""
         buckets = METRICS[name].buckets
         with self._lock:
-            counts = self._histograms.setdefault((name, ()), [0.0] * (len(buckets) + 2))
+            counts = self._cell(name, (), len(buckets) + 2)
             counts[bisect_left(buckets, value)] += 1
             counts[-1] += value
 
-    def report(self) -> Report:
-        """Return the changes of counters and histograms since the last report, and the values of gauges."""
+    def value(self, name: str, *labels: str) -> float:
+        """Return a counter or a gauge of this process."""
         with self._lock:
-            changes: Report = [[name, list(labels), value] for (name, labels), value in self._values.items()]
-            changes += [[name, list(labels), counts] for (name, labels), counts in self._histograms.items()]
-            self._histograms.clear()
-            self._values = {
-                key: value for key, value in self._values.items() if METRICS[key[0]].kind == "gauge"
-            }
-        return changes
+            cell = self._cells.get((name, labels))
+            return 0.0 if cell is None else float(cell[0])
+
+    def _cell(self, name: str, labels: tuple[str, ...], n: int = 1) -> "memoryview[float]":
+        """Return the `n` values of a metric in the memory, which begin at 0."""
+        cell = self._cells.get((name, labels))
+        if cell is None:
+            text = json.dumps([name, labels]).encode()
+            text += b" " * (-len(text) % _VALUE_BYTES)
+            first = self._used + _ENTRY.size + len(text)
+            self.memory[self._used : first] = _ENTRY.pack(len(text), n) + text
+            self._used = first + n * _VALUE_BYTES
+            cell = self._cells[name, labels] = memoryview(self.memory)[first : self._used].cast("d")
+            self.memory[: _USED.size] = _USED.pack(self._used)
+        return cell
+
+
+def _values_in(memory: mmap) -> Iterator[tuple[_Key, list[float]]]:
+    """Yield the values of a process. What is no value of a known metric is left out, as a worker is not trusted."""
+    content = memory[:]
+    at, used = _USED.size, min(*_USED.unpack_from(content), len(content))
+    while at + _ENTRY.size <= used:
+        length, n = _ENTRY.unpack_from(content, at)
+        first = at + _ENTRY.size + length
+        at = first + n * _VALUE_BYTES
+        if at > used:
+            return
+        try:
+            name, labels = json.loads(content[first - length : first])
+            metric, key = METRICS[name], (name, tuple(map(str, labels)))
+        except (ValueError, TypeError, LookupError, RecursionError):
+            continue
+        expected = len(metric.buckets) + 2 if metric.kind == "histogram" else 1
+        if len(labels) == len(metric.labels) and n == expected:
+            yield key, list(struct.unpack_from(f"@{n}d", content, first))
 
 
 class MetricTotals:
-    """The sums of the reports of all processes. Gauges are added up over the processes that still run."""
+    """The sums of the metrics of all processes, which are read when they are needed. Counters of processes that have
+    ended are kept; gauges are added up over those that run.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._totals: dict[_Key, float] = {}
-        self._histograms: dict[_Key, list[float]] = {}
-        self._gauges: dict[str, dict[_Key, float]] = {}
+        self._memories: dict[str, mmap] = {}
+        self._ended: dict[_Key, list[float]] = {}
 
-    def add(self, source: str, report: Report) -> None:
-        """Add the report of a process. Unknown names are ignored, because a worker is not trusted."""
+    def follow(self, source: str, memory: mmap) -> None:
+        """Include the metrics of a process, which are in its memory."""
         with self._lock:
-            for name, labels, value in report:
-                metric = METRICS.get(name)
-                if metric is None or len(labels) != len(metric.labels):
-                    continue
-                key = (name, tuple(map(str, labels)))
-                if metric.kind == "histogram":
-                    sums = self._histograms.setdefault(key, [0.0] * len(value))
-                    self._histograms[key] = [a + b for a, b in zip(sums, value, strict=True)]
-                elif metric.kind == "counter":
-                    self._totals[key] = self._totals.get(key, 0.0) + value
-                else:
-                    self._gauges.setdefault(source, {})[key] = value
+            self._memories[source] = memory
 
     def forget(self, source: str) -> None:
-        """Remove the gauges of a process that has ended."""
+        """Keep the counters of a process that has ended, and remove its gauges."""
         with self._lock:
-            self._gauges.pop(source, None)
+            memory = self._memories.pop(source, None)
+            if memory is not None:
+                counters = ((k, v) for k, v in _values_in(memory) if METRICS[k[0]].kind != "gauge")
+                _add(self._ended, counters)
 
     def value(self, name: str, *labels: str) -> float:
         """Return the sum of a counter or a gauge."""
+        return self._sums().get((name, labels), [0.0])[0]
+
+    def _sums(self) -> dict[_Key, list[float]]:
         with self._lock:
-            key = (name, labels)
-            return self._totals.get(key, 0.0) + sum(g.get(key, 0.0) for g in self._gauges.values())
+            sums = dict(self._ended)
+            for memory in self._memories.values():
+                _add(sums, _values_in(memory))
+        return sums
 
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
@@ -198,33 +248,30 @@ class MetricTotals:
         """Yield the metrics as families of the library `prometheus_client`."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-        with self._lock:
-            totals, histograms = dict(self._totals), dict(self._histograms)
-            gauges: dict[_Key, float] = {}
-            for each in self._gauges.values():
-                for key, value in each.items():
-                    gauges[key] = gauges.get(key, 0.0) + value
+        sums = self._sums()
         for name, metric in METRICS.items():
             if metric.kind == "histogram":
                 histogram = HistogramMetricFamily(name, metric.help, labels=metric.labels)
                 zero = [0.0] * (len(metric.buckets) + 2)
-                for labels, counts in _of(name, histograms) or [((), zero)]:
+                for labels, counts in _of(name, sums) or [((), zero)]:
                     histogram.add_metric(labels, _cumulated(metric.buckets, counts[:-1]), counts[-1])
                 yield histogram
                 continue
-            counter = metric.kind == "counter"
-            family = (CounterMetricFamily if counter else GaugeMetricFamily)(
+            family = (CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily)(
                 name, metric.help, labels=metric.labels
             )
-            for labels, value in _of(name, totals if counter else gauges) or (
-                [] if metric.labels else [((), 0.0)]
-            ):
+            for labels, (value,) in _of(name, sums) or ([] if metric.labels else [((), [0.0])]):
                 family.add_metric(labels, value)
             yield family
 
 
-def _of(name: str, values: Mapping[_Key, Any]) -> list[tuple[tuple[str, ...], Any]]:
-    return sorted((labels, value) for (each, labels), value in values.items() if each == name)
+def _add(sums: dict[_Key, list[float]], values: Iterable[tuple[_Key, list[float]]]) -> None:
+    for key, more in values:
+        sums[key] = [a + b for a, b in zip(sums[key], more, strict=True)] if key in sums else more
+
+
+def _of(name: str, sums: Mapping[_Key, list[float]]) -> list[tuple[tuple[str, ...], list[float]]]:
+    return sorted((labels, values) for (each, labels), values in sums.items() if each == name)
 
 
 def _cumulated(bounds: Iterable[float], counts: Iterable[float]) -> list[tuple[str, float]]:

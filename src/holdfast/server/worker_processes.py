@@ -4,17 +4,24 @@ import math
 import os
 import queue
 import socket
+import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
+from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.runs.engine.children import Child
 from holdfast.runs.store.encryption import KEY_VARIABLE
+from holdfast.server.telemetry import MEMORY_BYTES
 
-_BACKLOG = 2048
+BACKLOG = 2048
+"""largest number of connections that the system accepts before a worker does"""
+_SHOWN = 300
+"""largest number of characters of a reason that is shown"""
 
 
 @dataclass(eq=False)
@@ -27,6 +34,8 @@ class WorkerProcess:
     inbox: "Inbox"
     """where its messages are put"""
     chain: Path | None
+    memory: mmap = field(init=False)
+    """values of its metrics, which outlast the process"""
     generation: int = 0
     """number of reloads of the model before it"""
     set_name: str = ""
@@ -44,6 +53,10 @@ class WorkerProcess:
     """seconds without progress after which it is replaced"""
     chain_head: tuple[int, str] | None = None
     """length and head of its audit chain, as it last reported them"""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """why it refuses every request, by reason"""
+    probed_s: float = -math.inf
+    """time of the last probe of its readiness"""
     stalled: str = ""
     """what makes no progress, as the worker itself reports it"""
     _suspected: bool = False
@@ -51,19 +64,28 @@ class WorkerProcess:
     """why the supervisor killed it"""
 
     def __post_init__(self, listener: socket.socket) -> None:
-        self.child = Child(
-            "holdfast.server.server_worker",
-            lambda message: self.inbox.put((self, message)),
-            listener.fileno(),
-            pass_fds=(listener.fileno(),),
-            # a worker parses what clients send, so it must not have the key of the pool
-            env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
-        )
+        with _memory_file() as counters:
+            self.memory = mmap(counters.fileno(), MEMORY_BYTES)
+            passed = (listener.fileno(), counters.fileno())
+            self.child = Child(
+                "holdfast.server.server_worker",
+                lambda message: self.inbox.put((self, message)),
+                *passed,
+                pass_fds=passed,
+                # a worker parses what clients send, so it must not have the key of the pool
+                env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
+            )
 
     @property
     def name(self) -> str:
         """Name of the worker in metrics."""
         return f"worker-{self.number}"
+
+    def report_readiness(self, failures: Mapping[str, str], unprobed_s: float | None) -> None:
+        """Note why it refuses every request, and how long ago it was probed."""
+        self.failures = {str(reason): str(failure)[:_SHOWN] for reason, failure in failures.items()}
+        if unprobed_s is not None:
+            self.probed_s = time.monotonic() - float(unprobed_s)
 
     def report_progress(self, stalled: str, patience_s: float) -> None:
         """Note what makes no progress by a report of the worker, if the report before it stated it too: after a pause
@@ -85,6 +107,17 @@ class WorkerProcess:
         self.child.process.kill()
 
 
+def _memory_file() -> IO[bytes]:
+    """Return an open file without a name for the metrics of a worker, in memory where the system supports it."""
+    if sys.platform == "linux":
+        handle = os.memfd_create("holdfast-metrics")
+    else:
+        handle, name = tempfile.mkstemp()
+        os.unlink(name)  # noqa: PTH108
+    os.ftruncate(handle, MEMORY_BYTES)
+    return os.fdopen(handle, "r+b")
+
+
 Inbox = queue.SimpleQueue[tuple[WorkerProcess | None, bytes]]
 """messages of all workers; one without a worker only wakes the supervisor"""
 
@@ -97,7 +130,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(_BACKLOG)
+            listener.listen(BACKLOG)
         except OSError:
             listener.close()
             raise

@@ -109,6 +109,11 @@ class ServeOptions(SettingGroup):
         description="Measure the time of each part of a request (parsing, guard, model, audit, response); it is in the "
         "metrics, and is printed at the end.",
     )
+    log_format: Annotated[Literal["text", "json"], Flag("FORM")] = Field(
+        default="text",
+        description="Form of the log: text with errors (the default), or json with an object for each error and each "
+        "request that was decided.",
+    )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a public address without keys, and for names that do not fit into a URL."""
@@ -216,4 +221,9 @@ class RequestLimits(SettingGroup):
     )
     drain: Annotated[values.WaitingTime, Flag("T")] = Field(
         default="30s", description="Time for the requests in progress when the server ends (default: 30s)."
+    )
+    drain_delay: Annotated[values.Delay | None, Flag("T")] = Field(
+        default=None,
+        description="Time between SIGTERM, from which /v2/health/ready is 503, and the close of the port (default: 5s "
+        "if readiness was probed in the last minute, otherwise 0s).",
     )

@@ -296,6 +296,14 @@ def _waiting_time(value: object, field: ValidationInfo) -> object:
     return value
 
 
+def _delay(value: object, field: ValidationInfo) -> object:
+    """Check a duration that may be 0s, and keep its text."""
+    try:
+        return value if value == "0s" else _waiting_time(value, field)
+    except UsageError as error:
+        raise UsageError(f"{field.field_name} is {value!r}; expected a duration such as 5s, or 0s") from error
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -447,6 +455,7 @@ Budget = Annotated[str, _duration("budget")]
 AssessBudget = Annotated[str, _duration("assess_budget")]
 Timeout = Annotated[str, _duration("http_timeout", "open_model")]
 WaitingTime = Annotated[str, BeforeValidator(_waiting_time)]
+Delay = Annotated[str, BeforeValidator(_delay)]
 Place = Annotated[str, BeforeValidator(_place)]
 Here = Annotated[str, BeforeValidator(_here)]
 Amount = Annotated[float, Ge(0), Le(1024)]

@@ -1,0 +1,207 @@
+"""Probes, drain and counters: they state the truth about a full disk, a locked state, lost workers and the end."""
+
+import os
+import resource
+import signal
+import sqlite3
+import struct
+import threading
+import time
+from contextlib import closing
+from functools import partial
+from http.client import HTTPConnection, HTTPException
+
+import httpx
+import pytest
+
+from holdfast.guard.decisions import Action
+from holdfast.guard.detectors.queries import QueryDetector
+from holdfast.guard.guard import GuardPipeline
+from holdfast.guard.query_rule import QueryRule
+from holdfast.guard.rules import InputSchema, Mode, Rule
+from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.server.audit_chain import ChainFile
+from holdfast.server.audit_folder import verify_audit
+from holdfast.server.readiness import Check, ModelTest, audit_fault
+from holdfast.server.telemetry import MetricTotals, Telemetry
+from waiting import until
+
+from .small import FEATURES, request
+from .test_server import JSON, X, running, setup
+
+WITHIN_S = 2.0
+
+
+def test_counters_are_kept_when_a_process_ends_and_gauges_are_not():
+    telemetry, totals = Telemetry(), MetricTotals()
+    totals.follow("worker-1", telemetry.memory)
+    telemetry.count("holdfast_requests_total", "200", n=3)
+    telemetry.set("holdfast_connections", 2)
+    telemetry.observe("holdfast_batch_rows", 3.0)
+    assert (
+        totals.value("holdfast_requests_total", "200")
+        == telemetry.value("holdfast_requests_total", "200")
+        == 3
+    )
+    assert totals.value("holdfast_connections") == 2
+    totals.forget("worker-1")
+    totals.follow("worker-2", Telemetry().memory)
+    assert totals.value("holdfast_requests_total", "200") == 3 and totals.value("holdfast_connections") == 0
+    assert b"holdfast_batch_rows_sum 3.0" in totals.text()
+
+
+def test_metrics_of_a_worker_that_are_not_valid_are_left_out():
+    telemetry, totals = Telemetry(), MetricTotals()
+    totals.follow("worker-1", telemetry.memory)
+    telemetry.count("holdfast_workers_of_mine")
+    telemetry.count("holdfast_swaps_total")
+    whole = telemetry.memory[:]
+    assert totals.value("holdfast_swaps_total") == 1 and b"of_mine" not in totals.text()
+    for start, content in ((8, b"\xff" * 64), (0, struct.pack("@Q", 1 << 60)), (16, b"[" * 8)):
+        telemetry.memory[:] = whole
+        telemetry.memory[start : start + len(content)] = content
+        totals.text()
+
+
+def test_a_check_that_waits_counts_as_failed_until_it_ends():
+    released = threading.Event()
+    check = Check("state", lambda: released.wait(60) and "", late_s=0.05)
+    thread = threading.Thread(target=check.run)
+    thread.start()
+    until(lambda: check.failure.startswith("no answer for"))
+    released.set()
+    thread.join()
+    assert not check.failure
+
+
+def test_the_test_of_an_audit_disk_leaves_the_chain_unchanged(tmp_path):
+    chain = ChainFile(tmp_path / "chain.jsonl")
+    chain.add([{"kind": "server", "time": 0}])
+    before = chain.path.read_bytes()
+    assert audit_fault(chain) == "" and chain.path.read_bytes() == before
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1000, hard))  # as a disk with some bytes left
+    try:
+        assert audit_fault(chain) == "File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert chain.path.read_bytes() == before and audit_fault(chain) == ""
+
+
+def test_a_model_is_not_ready_only_if_it_fails_on_an_input_of_the_server():
+    failed, works = [0], [True]
+
+    def answers():
+        if not works[0]:
+            raise ValueError("weights 0.123")
+        return True
+
+    test = ModelTest(lambda: failed[0], answers)
+    works[0] = False
+    assert test() == ""  # no request failed
+    failed[0] = 1
+    assert test() == "ValueError: weights …"
+    works[0] = True
+    assert test() == ""
+    failed[0] = 2  # an input of a client, on which the model fails alone
+    assert test() == ""
+
+
+def guard(path, digest):
+    """A guard that blocks, whose state is a file."""
+    detector = QueryDetector(bytes(32), SQLiteState(path), (FEATURES,), radius=0.001)
+    schema = InputSchema((FEATURES,))
+    rules = {"queries": Rule("queries", Mode.ENFORCE, Action.BLOCK, 1e9)}
+    return GuardPipeline(schema, rules, queries=QueryRule(detector, schema))
+
+
+def answer(url, path="/v2/health/ready"):
+    response = httpx.get(url.partition("/v2")[0] + path, timeout=10)
+    return response.status_code, response.json().get("error", "")
+
+
+def seconds_until(condition):
+    begin = time.monotonic()
+    until(condition, 10)
+    return time.monotonic() - begin
+
+
+@pytest.mark.slow
+def test_ready_is_503_with_the_reason_within_two_seconds_without_any_request(tmp_path):
+    state = tmp_path / "queries.db"
+    with running(setup(tmp_path, guard=partial(guard, state))) as (server, url, _):
+        assert answer(url) == (200, "") and server.status()["ready"]
+        pid = server.status()["workers"][0]["pid"]
+        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, unlimited[1]))
+        expected = (503, "the audit log cannot be written; the state of the query detector cannot be reached")
+        assert seconds_until(lambda: answer(url) == expected) < WITHIN_S
+        until(lambda: not server.status()["ready"])
+        assert server.status()["not_ready"]["audit"] == "File too large"
+        until(lambda: server.totals.value("holdfast_ready") == 0)
+        assert server.totals.value("holdfast_not_ready", "audit") == 1
+        assert server.totals.value("holdfast_audit_failing") == 1
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        assert seconds_until(lambda: answer(url) == (200, "")) < WITHIN_S
+        with closing(sqlite3.connect(state, isolation_level=None)) as db:
+            db.execute("BEGIN EXCLUSIVE")
+            expected = 503, "the state of the query detector cannot be reached"
+            assert seconds_until(lambda: answer(url, "/v2/models/small/ready") == expected) < WITHIN_S
+            db.execute("ROLLBACK")
+        assert seconds_until(lambda: answer(url) == (200, "")) < WITHIN_S
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: server.totals.value("holdfast_worker_restarts_total") == 1)
+        expected = 503, "no worker process has started"
+        assert seconds_until(lambda: answer(url) == expected) < WITHIN_S
+        assert (
+            answer(url, "/v2/health/live") == (200, "")
+            and "status -9" in server.status()["not_ready"]["workers"]
+        )
+        until(lambda: answer(url) == (200, ""))
+
+
+def loaded_connection(address, stop, lost, answered):
+    """Send requests over connections that are kept open, until none can be opened or `stop` is set."""
+    connection = HTTPConnection(*address, timeout=30)
+    while not stop.is_set():
+        try:
+            if connection.sock is None:
+                connection.connect()
+        except OSError:
+            return  # the port is closed: no request was sent
+        try:
+            connection.request("POST", "/v2/models/small/infer", request(X), JSON)
+            response = connection.getresponse()
+            response.read()
+        except (OSError, HTTPException) as error:
+            lost.append(repr(error))
+            return
+        answered.append(response.status)
+    connection.close()
+
+
+@pytest.mark.slow
+def test_no_request_is_lost_at_the_end_with_busy_connections_and_a_probe_every_second(tmp_path):
+    lost, answered, probes, stop = [], [], [], threading.Event()
+    with running(setup(tmp_path, workers=2), drain_delay_s=1.0) as (server, url, _):
+        threads = [
+            threading.Thread(target=loaded_connection, args=(server.address, stop, lost, answered))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(answered) > 50)
+        probes.append(answer(url))
+        server.stop()
+        count = len(answered)
+        until(lambda: answer(url)[0] == 503, 1)
+        probes.append(answer(url))
+        until(lambda: len(answered) > count + 50, 1)  # the port is open while load balancers take notice
+    for thread in threads:
+        thread.join(60)
+    assert not lost and {*answered} == {200}
+    assert probes == [(200, ""), (503, "the server is draining")]
+    verified = verify_audit(tmp_path / "audit")
+    assert (verified.answered, verified.open, verified.interrupted) == (len(answered), 0, 0)
+    assert server.totals.value("holdfast_requests_total", "200") == len(answered) + 1  # with one probe
+    assert server.totals.value("holdfast_inputs_total") == len(answered)
