@@ -1,0 +1,152 @@
+"""Attacks with coarse patterns: queries in which the blocks of a grid are brighter or darker than the image.
+
+A few dozen of them show which blocks lower the margin. To the query detector (`queries.py`) they are different inputs
+if the changes are large, as for digits. `fit` estimates a linear function from the signs of the blocks to the margin
+and steps to its signs, like the gradients of groups of values of Bhagoji, He, Li & Song, "Practical black-box attacks
+on deep neural networks using efficient query mechanisms", ECCV 2018, arXiv:1712.09491. `population` is a genetic
+search over the signs, like that of Alzantot et al., "GenAttack: practical black-box attacks with gradient-free
+optimization", GECCO 2019, arXiv:1805.11090.
+
+With `adaptive`, the attack changes its patterns while most of them are rejected. Larger patterns are no near duplicates
+of each other, and patterns that are confined to the surroundings of the content of an image look less unusual.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.attacks.parts.norms import expect_eps, expect_norm
+from holdfast.attacks.parts.squares import as_image
+from holdfast.attacks.parts.walks import Example, Walk, follow
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Steps
+
+_RIDGE = 1.0  # in numbers of patterns, so that weights are small while there are fewer patterns than blocks
+_STYLES = ((1.0, False), (3.0, False), (1.0, True), (3.0, True))
+"""Sizes of the patterns of a fit in multiples of eps, and whether they are confined, in the order in which an adaptive
+attack tries them."""
+_SURROUNDINGS = 5  # pixels; side of the squares around the content to which patterns are confined
+_CONTENT = (
+    0.1  # difference from the median from which a value is content, as a fraction of the range of the image
+)
+_EITHER = 0.5  # probability of the sign of each of two parents
+
+
+@dataclass(frozen=True)
+class CoarsePatterns:
+    """Changes the blocks of a grid by eps or -eps, and finds the signs that lower the margin under Linf."""
+
+    search: Literal["fit", "population"] = "fit"
+    """how signs are chosen: by a linear fit of the margins, or by a genetic search"""
+    adaptive: bool = False
+    """whether size and place of the patterns change while most of them are rejected"""
+    blocks: Steps = 7
+    """number of blocks in each row and column of the grid, for each channel"""
+    queries: Steps = 1000
+    """largest number of queries for each example, rejected ones included; a smaller query budget of the threat model
+    takes precedence"""
+    every: Steps = 10
+    """number of patterns between two trials of the fitted signs; size of a population"""
+    mutation: Fraction = 0.05
+    """fraction of the signs of a new member of a population that are drawn again"""
+    attempts: Steps = 100
+    """number of rejected queries in a row after which the attack gives up"""
+
+    needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = True
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint = expect_eps(threat.constraint, self)
+        norm = expect_norm(constraint, self, Linf)
+        queries = min(self.queries, threat.queries or self.queries)
+        walk = {"fit": self._fit, "population": self._population}[self.search]
+        return follow(model, batch, norm, walk, queries, rng)
+
+    def _fit(self, at: Example) -> Walk:
+        style, failures, fit = 0, 0, _Fit()
+        while failures < self.attempts:
+            size, confined = _STYLES[style]
+            rejected = 0
+            for _ in range(self.every):
+                signs = self._signs(at)
+                value = yield at.box(at.x + size * self._pattern(at, signs, confined=confined))
+                if value is None:
+                    rejected, failures = rejected + 1, failures + 1
+                else:
+                    fit.add(size * signs, value)
+                    failures = 0
+            style = self._next(style, rejected)
+            if fit.patterns:
+                trial = -fit.weights().sign().reshape(signs.shape)
+                value = yield at.ball(at.x + self._pattern(at, trial, confined=confined))
+                failures = failures + 1 if value is None else 0
+
+    def _population(self, at: Example) -> Walk:
+        style, failures, rejected, step = 0, 0, 0, 0
+        members: list[tuple[float, Tensor]] = []
+        while failures < self.attempts:
+            child = self._signs(at)
+            if len(members) == self.every:
+                first, second = (members[int(k)][1] for k in (len(members) * at.uniform(2) ** 2).long())
+                inherited = torch.where(at.uniform(*child.shape) < _EITHER, first, second)
+                child = torch.where(at.uniform(*child.shape) < self.mutation, child, inherited)
+            value = yield at.ball(at.x + self._pattern(at, child, confined=_STYLES[style][1]))
+            step = step + 1
+            if value is None:
+                rejected, failures = rejected + 1, failures + 1
+            else:
+                failures = 0
+                members = sorted([*members, (value, child)], key=lambda member: member[0])[: self.every]
+            if step % self.every == 0:
+                style, rejected = self._next(style, rejected), 0
+
+    def _next(self, style: int, rejected: int) -> int:
+        """The style of the next patterns after some of the last ones were rejected."""
+        return (style + 1) % len(_STYLES) if self.adaptive and 2 * rejected > self.every else style
+
+    def _signs(self, at: Example) -> Tensor:
+        """Random signs (channels, rows, columns) of the blocks."""
+        channels, height, width = as_image(at.x.shape)
+        return at.signs(channels, min(self.blocks, height), min(self.blocks, width))
+
+    def _pattern(self, at: Example, signs: Tensor, *, confined: bool) -> Tensor:
+        """The changes of an image (*features) with these signs of its blocks, of the size eps."""
+        channels, height, width = as_image(at.x.shape)
+        pattern = at.eps * F.interpolate(signs[None], size=(height, width), mode="nearest")[0]
+        if confined:
+            image = at.x.reshape(channels, height, width)
+            content = (image - image.median()).abs() > _CONTENT * (image.max() - image.min())
+            pattern = pattern * F.max_pool2d(content.to(at.x.dtype), _SURROUNDINGS, 1, _SURROUNDINGS // 2)
+        return pattern.reshape(at.x.shape)
+
+
+@dataclass
+class _Fit:
+    """The ridge regression of margins on the blocks of patterns, in multiples of eps, from their sums."""
+
+    patterns: int = 0
+    products: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """sum of the outer products (d + 1, d + 1) of patterns, with a constant as the last number"""
+    targets: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """sum of the patterns (d + 1), each multiplied by its margin"""
+
+    def add(self, pattern: Tensor, value: float) -> None:
+        """Add a pattern and its margin."""
+        row = torch.cat((pattern.flatten(), pattern.new_ones(1)))
+        self.patterns += 1
+        self.products = self.products + torch.outer(row, row)
+        self.targets = self.targets + value * row
+
+    def weights(self) -> Tensor:
+        """Return the weights (d) of the patterns."""
+        ridge = _RIDGE * torch.eye(len(self.targets), dtype=self.targets.dtype)
+        ridge[-1, -1] = 0  # of the constant
+        solution: Tensor = torch.linalg.solve(self.products + ridge, self.targets)
+        return solution[:-1]
