@@ -25,6 +25,7 @@ from holdfast.server.error_log import ErrorLog, shown
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.openapi import openapi_document
+from holdfast.server.released_scores import release_of
 from holdfast.server.telemetry import MetricTotals, Telemetry
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request
@@ -271,6 +272,15 @@ def test_what_the_guard_decides_is_done(action, expected, before):
     if action is Action.LABEL_ONLY:
         logits[1] = nn.functional.one_hot(logits[1].argmax(), CLASSES)
     assert torch.equal(scores(response), logits)
+
+
+def test_clients_receive_the_digits_of_the_scores_that_are_released():
+    logits = network()(X)
+    rounded, labels = (Here(release=release_of(detail)).infer() for detail in ("2", "labels"))
+    assert torch.equal(scores(rounded), torch.round(logits, decimals=2)) and not torch.equal(
+        scores(rounded), logits
+    )
+    assert torch.equal(scores(labels), nn.functional.one_hot(logits.argmax(1), CLASSES).float())
 
 
 def test_a_guard_that_fails_refuses_or_answers_as_configured():

@@ -33,6 +33,7 @@ from holdfast.server.keys import read_keys
 from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.proxy import UpstreamModel
+from holdfast.server.released_scores import release_of
 from holdfast.server.reloading import NAME_DIGITS
 from holdfast.server.server_worker import HUNG_S, ServingSetup
 from holdfast.server.supervisor import ServerSetup
@@ -90,6 +91,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         signature=signature,
         forwards=tuple(name.lower() for name in settings.forward_headers),
         hosts=_host_names(settings, everything=is_public(settings.host) and not settings.accepted_hosts),
+        release=release_of(settings.scores),
     )
     return ServerSetup(
         worker,

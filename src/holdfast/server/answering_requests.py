@@ -23,6 +23,7 @@ from holdfast.server.error_log import ErrorLog
 from holdfast.server.forwarding import Headers, forwarding
 from holdfast.server.http_refusals import Refused, wait_first
 from holdfast.server.quotas import Quotas, Spending
+from holdfast.server.released_scores import Release, all_scores, labels
 from holdfast.server.telemetry import Telemetry
 
 _AUDIT_FULL = "the audit log cannot be written, so no request is answered"
@@ -190,6 +191,8 @@ class Answerer:
     """log of errors for the operator"""
     progress: Callable[[], object] = lambda: None
     """called after each call of the model"""
+    release: Release = all_scores
+    """function from the scores of the model to those that clients receive"""
     overlapping: bool = False
     """whether the model may compute while the guard decides. Its scores for refused inputs are then discarded"""
     _used: float = field(default=1.0, init=False)
@@ -377,11 +380,10 @@ class Answerer:
         for (rule, mode), n in fired.items():
             self.telemetry.count("holdfast_rule_fired_total", rule, mode, n=n)
 
-    @staticmethod
-    def _returned(outcome: Outcome) -> Answer | Exception:
-        """Return an outcome as the batcher expects it."""
+    def _returned(self, outcome: Outcome) -> Answer | Exception:
+        """Return an outcome as the batcher expects it, with what clients receive of the scores."""
         if outcome.answer is not None:
-            return outcome.answer
+            return replace(outcome.answer, scores=self.release(outcome.answer.scores))
         assert outcome.refusal is not None
         return outcome.refusal
 
@@ -410,9 +412,8 @@ def _decided(job: Job, decision: RequestDecision, logits: Tensor | None) -> Outc
         rows = [str(row) for row, each in enumerate(decision.actions) if each is Action.ABSTAIN]
         reason = _ABSTAINS.format(", ".join(rows))
         return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
-    if action >= Action.LABEL_ONLY and logits.shape[1] > 1:  # a single column is a class number of a proxy
+    if action >= Action.LABEL_ONLY:
         labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
         logits = logits.clone()
-        one_hot = torch.nn.functional.one_hot(logits[labelled].argmax(1), logits.shape[1])
-        logits[labelled] = one_hot.to(logits.dtype)
+        logits[labelled] = labels(logits[labelled])
     return Outcome(job, decision, Answer(logits, decision.delay_s), action=action)

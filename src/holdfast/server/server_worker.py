@@ -49,6 +49,7 @@ from holdfast.server.keys import KeyFile
 from holdfast.server.loaded_model import LoadedModel, no_rules, refuse_damaged
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.quotas import Quotas
+from holdfast.server.released_scores import Release, all_scores
 from holdfast.server.telemetry import Telemetry
 
 _ENDING_S = 3.0
@@ -105,6 +106,8 @@ class ServingSetup:
     """names of the headers that a proxy passes on"""
     hosts: HostNames = field(default_factory=HostNames)
     """host names under which requests are answered"""
+    release: Release = all_scores
+    """function from the scores of the model to those that clients receive"""
 
     @property
     def rotating(self) -> bool:
@@ -150,6 +153,7 @@ class Worker:
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
             self.device,
             self.errors,
+            release=setup.release,
         )
         guard = self.answering.guard
         self.answering.overlapping = (
