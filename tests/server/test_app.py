@@ -16,6 +16,7 @@ from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, Mode, RowDecision, Score
 from holdfast.guard.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.guard.protocol import NoRules
+from holdfast.guard.released_scores import release_of
 from holdfast.guard.rules import InputSchema, Rule
 from holdfast.server.answering_requests import Answer, Answerer, ChainAudit, Job, ServedSet
 from holdfast.server.app import ConnectionLimits, ServedModel, application
@@ -25,7 +26,6 @@ from holdfast.server.error_log import ErrorLog, shown
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.openapi import openapi_document
-from holdfast.server.released_scores import release_of
 from holdfast.server.telemetry import MetricTotals, Telemetry
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request

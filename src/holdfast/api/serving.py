@@ -21,6 +21,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.released_scores import release_of
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
@@ -33,7 +34,6 @@ from holdfast.server.keys import read_keys
 from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.proxy import UpstreamModel
-from holdfast.server.released_scores import release_of
 from holdfast.server.reloading import NAME_DIGITS
 from holdfast.server.server_worker import HUNG_S, ServingSetup
 from holdfast.server.supervisor import ServerSetup

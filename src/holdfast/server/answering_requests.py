@@ -18,12 +18,12 @@ from torch import Tensor
 from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, RequestDecision
 from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.released_scores import Release, all_scores, labels
 from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, start_record
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.forwarding import Headers, forwarding
 from holdfast.server.http_refusals import Refused, wait_first
 from holdfast.server.quotas import Quotas, Spending
-from holdfast.server.released_scores import Release, all_scores, labels
 from holdfast.server.telemetry import Telemetry
 
 _AUDIT_FULL = "the audit log cannot be written, so no request is answered"

@@ -34,6 +34,7 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.released_scores import Release, all_scores
 from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.rotation.live import loaded
 from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
@@ -49,7 +50,6 @@ from holdfast.server.keys import KeyFile
 from holdfast.server.loaded_model import LoadedModel, no_rules, refuse_damaged
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.quotas import Quotas
-from holdfast.server.released_scores import Release, all_scores
 from holdfast.server.telemetry import Telemetry
 
 _ENDING_S = 3.0
