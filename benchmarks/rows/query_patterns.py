@@ -32,7 +32,7 @@ from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, for_c
 from holdfast.guard.detectors.screened import Screened
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.rejecting import rejecting
-from holdfast.guard.released_scores import Release, release_of
+from holdfast.guard.released_scores import Releasing, release_of
 from holdfast.guard.states.memory import MemoryState
 
 WHAT = "coarse patterns and other query attacks with the guard, with other answers and budgets; streams of one scene"
@@ -155,7 +155,7 @@ def _row(net: Network, norm: Linf, name: str, attack: Attack, n: int, arm: Arm, 
         right = net.module(x).argmax(1) == y
     batch = Batch(x[right][:n], y[right][:n], torch.arange(n))
     screened = _screened(net, norm, batch, arm)
-    model = _Released(screened, release_of(arm.release), arm.release)
+    model = screened if arm.release == "all" else Releasing(screened, release_of(arm.release))
     attack(
         Answering(model, batch) if isinstance(attack, Square | RayS) else model,
         batch,
@@ -209,21 +209,6 @@ class _Mixed(Screened):
         self.sent += len(x)
         self.detector.score(self.benign[rows], [""] * len(x), 0.0)
         return super().__call__(x, ids)
-
-
-class _Released:
-    """A model whose scores are rounded or replaced by the label. The predicted class stays the largest, because clients
-    know it: a tie of rounded scores is no success.
-    """
-
-    def __init__(self, model: Screened, release: Release, detail: str) -> None:
-        self.model, self.release, self.detail, self.bounds = model, release, detail, model.bounds
-
-    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        logits = self.model(x, ids)
-        if self.detail == "all":
-            return logits
-        return self.release(logits) + 1e-4 * release_of("labels")(logits)
 
 
 def _streams(net: Network, guard: Guard, table: list[Cells]) -> list[Claim]:
