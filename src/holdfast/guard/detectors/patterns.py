@@ -11,6 +11,7 @@ With `adaptive`, the attack changes its patterns while most of them are rejected
 of each other, and patterns that are confined to the surroundings of the content of an image look less unusual.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -74,8 +75,7 @@ class CoarsePatterns:
         while failures < self.attempts:
             size, confined = _STYLES[style]
             rejected = 0
-            for _ in range(self.every):
-                signs = self._signs(at)
+            for signs in at.signs(self.every, *self._grid(at)):
                 value = yield at.box(at.x + size * self._pattern(at, signs, confined=confined))
                 if value is None:
                     rejected, failures = rejected + 1, failures + 1
@@ -89,32 +89,37 @@ class CoarsePatterns:
                 failures = failures + 1 if value is None else 0
 
     def _population(self, at: Example) -> Walk:
-        style, failures, rejected, step = 0, 0, 0, 0
+        style, failures = 0, 0
         members: list[tuple[float, Tensor]] = []
         while failures < self.attempts:
-            child = self._signs(at)
-            if len(members) == self.every:
-                first, second = (members[int(k)][1] for k in (len(members) * at.uniform(2) ** 2).long())
-                inherited = torch.where(at.uniform(*child.shape) < _EITHER, first, second)
-                child = torch.where(at.uniform(*child.shape) < self.mutation, child, inherited)
-            value = yield at.ball(at.x + self._pattern(at, child, confined=_STYLES[style][1]))
-            step = step + 1
-            if value is None:
-                rejected, failures = rejected + 1, failures + 1
-            else:
-                failures = 0
-                members = sorted([*members, (value, child)], key=lambda member: member[0])[: self.every]
-            if step % self.every == 0:
-                style, rejected = self._next(style, rejected), 0
+            rejected = 0
+            grid = self._grid(at)
+            fresh, draws = at.signs(self.every, *grid), at.uniform(self.every, 3, *grid)
+            for signs, numbers in zip(fresh, draws, strict=True):
+                full = len(members) == self.every
+                child = self._child(signs, numbers, [each for _, each in members]) if full else signs
+                value = yield at.ball(at.x + self._pattern(at, child, confined=_STYLES[style][1]))
+                if value is None:
+                    rejected, failures = rejected + 1, failures + 1
+                else:
+                    failures = 0
+                    members = sorted([*members, (value, child)], key=lambda member: member[0])[: self.every]
+            style = self._next(style, rejected)
+
+    def _child(self, fresh: Tensor, draws: Tensor, members: Sequence[Tensor]) -> Tensor:
+        """Return a mixture of two members, preferably of the first ones, with a few signs of `fresh`."""
+        first, second = (members[int(k)] for k in (len(members) * draws[0].flatten()[[0, -1]] ** 2).long())
+        inherited = torch.where(draws[1] < _EITHER, first, second)
+        return torch.where(draws[2] < self.mutation, fresh, inherited)
 
     def _next(self, style: int, rejected: int) -> int:
         """The style of the next patterns after some of the last ones were rejected."""
         return (style + 1) % len(_STYLES) if self.adaptive and 2 * rejected > self.every else style
 
-    def _signs(self, at: Example) -> Tensor:
-        """Random signs (channels, rows, columns) of the blocks."""
+    def _grid(self, at: Example) -> tuple[int, int, int]:
+        """Return channels, rows and columns of the blocks."""
         channels, height, width = as_image(at.x.shape)
-        return at.signs(channels, min(self.blocks, height), min(self.blocks, width))
+        return channels, min(self.blocks, height), min(self.blocks, width)
 
     def _pattern(self, at: Example, signs: Tensor, *, confined: bool) -> Tensor:
         """The changes of an image (*features) with these signs of its blocks, of the size eps."""
