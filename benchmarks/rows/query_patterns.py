@@ -36,10 +36,10 @@ from holdfast.guard.released_scores import Releasing, release_of
 from holdfast.guard.states.memory import MemoryState
 
 WHAT = "coarse patterns and other query attacks with the guard, with other answers and budgets; streams of one scene"
-NETWORKS: dict[str, tuple[float, ...]] = {"mnist-cnn": (0.1, 0.2), "cifar_resnet20": (4 / 255, 8 / 255)}
-KEY, SEED, FRESH, QUERIES, BUDGET, RATE = bytes(range(32)), 0, 3000, 1000, 100, 0.001
-IMAGES, OTHERS = 50, 10
-"""attacked images: with coarse patterns, and with other attacks"""
+NETWORKS: dict[str, tuple[float, ...]] = {"mnist-cnn": (0.15, 0.2), "cifar_resnet20": (8 / 255, 16 / 255)}
+KEY, SEED, FRESH, QUERIES, BUDGETS, RATE = bytes(range(32)), 0, 3000, 1000, (100, 300), 0.001
+IMAGES, OTHERS, FEWER = 50, 10, 300
+"""attacked images: with coarse patterns, and with other attacks; queries of these, and of attacks on other answers"""
 SCENES, FRAMES, NOISES = 20, 100, (1, 3, 6, 10)
 """streams of each kind, images in each, and standard deviations of sensor noise in 1/255"""
 GUARDS = {
@@ -58,6 +58,7 @@ class Arm:
 
     name: str
     guard: Guard | None = None
+    queries: int = QUERIES
     release: str = "all"
     mixed: Tensor | None = None
     """benign inputs (n, *shape), of which as many are sent as queries; None for none"""
@@ -74,7 +75,7 @@ def measured() -> Outcome:
             claims += _attacked(net, Linf(eps), guards, table)
         claims += _streams(net, guards["queries"], table)
     config = {
-        "images": f"{IMAGES} with coarse patterns, {OTHERS} with other attacks; {QUERIES} queries for each",
+        "images": f"{IMAGES} with coarse patterns, {OTHERS} with other attacks",
         "guard": f"calibrated at {100 * RATE:g} % on the test images from {FRESH} on, of which a fifth fits detectors",
         "benign": f"the first {FRESH} test images",
         "seed": SEED,
@@ -112,7 +113,10 @@ def _false_positives(net: Network, name: str, guard: Guard, table: list[Cells]) 
 def _attacked(net: Network, norm: Linf, guards: dict[str, Guard], table: list[Cells]) -> list[Claim]:
     plain, both = Arm("no guard"), Arm("guard of queries and inputs", guards["queries and inputs"])
     queries, cameras = (Arm(f"guard of {name}", guards[name]) for name in ("queries", "queries for cameras"))
-    digits, labels = Arm("2 digits", release="2"), Arm("labels", release="labels")
+    digits, labels = (
+        Arm(name, queries=FEWER, release=release)
+        for name, release in (("2 digits", "2"), ("labels", "labels"))
+    )
     mixed = replace(
         both, name=f"{both.name}, half of the traffic benign", mixed=images(net.data, 5000, "train")[0]
     )
@@ -134,17 +138,17 @@ def _attacked(net: Network, norm: Linf, guards: dict[str, Guard], table: list[Ce
             )
             for what, share in ((search, known[both]), (name, informed[both]))
         ]
-    square, settings = Square(queries=QUERIES), _query_settings(guards["queries"])
+    square, settings = Square(), _query_settings(guards["queries"])
     others: list[tuple[str, Attack, tuple[Arm, ...]]] = [
-        ("Square", square, (plain, queries, both, digits, labels)),
-        ("OARS Square", OARS(queries=QUERIES), (plain, queries, both)),
-        ("informed Square", InformedSquare(settings, queries=QUERIES), (plain, queries, both)),
-        ("informed Square", InformedSquare(for_cameras(settings), queries=QUERIES), (cameras,)),
-        ("RayS (labels)", RayS(queries=QUERIES), (plain, queries, both)),
+        ("Square", square, (plain, queries, both, digits)),
+        ("OARS Square", OARS(), (plain, queries, both)),
+        ("informed Square", InformedSquare(settings), (plain, queries, both)),
+        ("informed Square", InformedSquare(for_cameras(settings)), (cameras,)),
+        ("RayS (labels)", RayS(), (plain, queries, both)),
     ]
     for name, other, arms in others:
         for arm in arms:
-            _row(net, norm, name, other, OTHERS, arm, table)
+            _row(net, norm, name, other, OTHERS, replace(arm, queries=FEWER), table)
     return claims
 
 
@@ -159,7 +163,7 @@ def _row(net: Network, norm: Linf, name: str, attack: Attack, n: int, arm: Arm, 
     attack(
         Answering(model, batch) if isinstance(attack, Square | RayS) else model,
         batch,
-        ThreatModel(norm),
+        ThreatModel(norm, queries=arm.queries),
         rng=Draws(SEED),
     )
     broken, rejected = screened.broken_at, screened.rejected_at[screened.rejected_at > 0].tolist()
@@ -167,8 +171,9 @@ def _row(net: Network, norm: Linf, name: str, attack: Attack, n: int, arm: Arm, 
     table.append(
         {
             "network": net.name, "what": name, "eps": round(norm.eps, 4), "guard": arm.name, "images": n,
+            "queries": arm.queries,
             "success": share,
-            f"success within {BUDGET} queries": float(((broken > 0) & (broken <= BUDGET)).float().mean()),
+            **{f"success within {n} queries": float(((broken > 0) & (broken <= n)).float().mean()) for n in BUDGETS},
             "queries to success (median)": median(broken[broken > 0].tolist()) if share else None,
             **({"first rejected query (median)": median(rejected)} if rejected else {}),
         }

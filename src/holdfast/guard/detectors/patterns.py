@@ -21,7 +21,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.norms import expect_eps, expect_norm
 from holdfast.attacks.parts.squares import as_image
-from holdfast.attacks.parts.walks import Example, Walk, follow
+from holdfast.attacks.parts.walks import Answer, Example, Walk, follow
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -74,43 +74,45 @@ class CoarsePatterns:
         style, failures, fit = 0, 0, _Fit()
         while failures < self.attempts:
             size, confined = _STYLES[style]
-            rejected = 0
-            for signs in at.signs(self.every, *self._grid(at)):
-                value = yield at.box(at.x + size * self._pattern(at, signs, confined=confined))
-                if value is None:
-                    rejected, failures = rejected + 1, failures + 1
-                else:
-                    fit.add(size * signs, value)
-                    failures = 0
-            style = self._next(style, rejected)
+            signs = at.signs(self.every, *self._grid(at))
+            values: list[Answer] = []
+            for change in self._patterns(at, signs, confined=confined):
+                values.append((yield at.box(at.x + size * change)))
+                failures = failures + 1 if values[-1] is None else 0
+            fit.add(size * signs, values)
+            style = self._next(style, values.count(None))
             if fit.patterns:
-                trial = -fit.weights().sign().reshape(signs.shape)
-                value = yield at.ball(at.x + self._pattern(at, trial, confined=confined))
+                trial = -fit.weights().sign().reshape(signs[:1].shape)
+                value = yield at.ball(at.x + self._patterns(at, trial, confined=confined)[0])
                 failures = failures + 1 if value is None else 0
 
     def _population(self, at: Example) -> Walk:
         style, failures = 0, 0
         members: list[tuple[float, Tensor]] = []
         while failures < self.attempts:
-            rejected = 0
-            grid = self._grid(at)
-            fresh, draws = at.signs(self.every, *grid), at.uniform(self.every, 3, *grid)
-            for signs, numbers in zip(fresh, draws, strict=True):
-                full = len(members) == self.every
-                child = self._child(signs, numbers, [each for _, each in members]) if full else signs
-                value = yield at.ball(at.x + self._pattern(at, child, confined=_STYLES[style][1]))
-                if value is None:
-                    rejected, failures = rejected + 1, failures + 1
-                else:
-                    failures = 0
-                    members = sorted([*members, (value, child)], key=lambda member: member[0])[: self.every]
-            style = self._next(style, rejected)
+            children = self._children(at, [signs for _, signs in members])
+            values: list[Answer] = []
+            for change in self._patterns(at, children, confined=_STYLES[style][1]):
+                values.append((yield at.ball(at.x + change)))
+                failures = failures + 1 if values[-1] is None else 0
+            style = self._next(style, values.count(None))
+            members += [
+                (value, child) for value, child in zip(values, children, strict=True) if value is not None
+            ]
+            members = sorted(members, key=lambda member: member[0])[: self.every]
 
-    def _child(self, fresh: Tensor, draws: Tensor, members: Sequence[Tensor]) -> Tensor:
-        """Return a mixture of two members, preferably of the first ones, with a few signs of `fresh`."""
-        first, second = (members[int(k)] for k in (len(members) * draws[0].flatten()[[0, -1]] ** 2).long())
-        inherited = torch.where(draws[1] < _EITHER, first, second)
-        return torch.where(draws[2] < self.mutation, fresh, inherited)
+    def _children(self, at: Example, members: Sequence[Tensor]) -> Tensor:
+        """Return the signs (every, channels, rows, columns) of the next patterns: mixtures of two members, preferably
+        of the first ones, with a few new signs; or new signs, until there are enough members.
+        """
+        grid = self._grid(at)
+        fresh, draws = at.signs(self.every, *grid), at.uniform(self.every, 3, *grid)
+        if len(members) < self.every:
+            return fresh
+        parents = (len(members) * draws[:, 0].flatten(1)[:, [0, -1]] ** 2).long()
+        first, second = torch.stack(list(members))[parents].unbind(1)
+        inherited = torch.where(draws[:, 1] < _EITHER, first, second)
+        return torch.where(draws[:, 2] < self.mutation, fresh, inherited)
 
     def _next(self, style: int, rejected: int) -> int:
         """The style of the next patterns after some of the last ones were rejected."""
@@ -121,15 +123,17 @@ class CoarsePatterns:
         channels, height, width = as_image(at.x.shape)
         return channels, min(self.blocks, height), min(self.blocks, width)
 
-    def _pattern(self, at: Example, signs: Tensor, *, confined: bool) -> Tensor:
-        """The changes of an image (*features) with these signs of its blocks, of the size eps."""
+    def _patterns(self, at: Example, signs: Tensor, *, confined: bool) -> Tensor:
+        """The changes (n, *features) of an image with these signs (n, channels, rows, columns) of its blocks, of the
+        size eps.
+        """
         channels, height, width = as_image(at.x.shape)
-        pattern = at.eps * F.interpolate(signs[None], size=(height, width), mode="nearest")[0]
+        patterns = at.eps * F.interpolate(signs, size=(height, width), mode="nearest")
         if confined:
             image = at.x.reshape(channels, height, width)
             content = (image - image.median()).abs() > _CONTENT * (image.max() - image.min())
-            pattern = pattern * F.max_pool2d(content.to(at.x.dtype), _SURROUNDINGS, 1, _SURROUNDINGS // 2)
-        return pattern.reshape(at.x.shape)
+            patterns = patterns * F.max_pool2d(content.to(at.x.dtype), _SURROUNDINGS, 1, _SURROUNDINGS // 2)
+        return patterns.reshape(-1, *at.x.shape)
 
 
 @dataclass
@@ -142,12 +146,15 @@ class _Fit:
     targets: Tensor = field(default_factory=lambda: torch.zeros(()))
     """sum of the patterns (d + 1), each multiplied by its margin"""
 
-    def add(self, pattern: Tensor, value: float) -> None:
-        """Add a pattern and its margin."""
-        row = torch.cat((pattern.flatten(), pattern.new_ones(1)))
-        self.patterns += 1
-        self.products = self.products + torch.outer(row, row)
-        self.targets = self.targets + value * row
+    def add(self, patterns: Tensor, values: Sequence[Answer]) -> None:
+        """Add patterns (n, ...) and their margins (n), except rejected ones."""
+        known = [row for row, value in enumerate(values) if value is not None]
+        if known:
+            rows = patterns[known].flatten(1)
+            rows = torch.cat((rows, rows.new_ones(len(known), 1)), 1)
+            self.patterns += len(known)
+            self.products = self.products + rows.T @ rows
+            self.targets = self.targets + rows.new_tensor([values[row] for row in known]) @ rows
 
     def weights(self) -> Tensor:
         """Return the weights (d) of the patterns."""
