@@ -3,6 +3,7 @@
 Every query comes from a new client. A success is an allowed input that the guard accepts and the network misclassifies.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import Network, images, network
+from benchmarks.parts import part
 from benchmarks.queries import QUALITIES, encoded
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.api.guards import Guard
@@ -30,7 +32,7 @@ from holdfast.guard.detectors.oars import OARS
 from holdfast.guard.detectors.patterns import CoarsePatterns
 from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, for_cameras
 from holdfast.guard.detectors.screened import Screened
-from holdfast.guard.query_rule import QueryRule
+from holdfast.guard.query_rule import KEY_VARIABLE, QueryRule
 from holdfast.guard.rejecting import rejecting
 from holdfast.guard.released_scores import Releasing, release_of
 from holdfast.guard.states.memory import MemoryState
@@ -65,6 +67,7 @@ class Arm:
 
 
 def measured() -> Outcome:
+    os.environ[KEY_VARIABLE] = KEY.hex()  # the radius depends on the key
     table: list[Cells] = []
     claims: list[Claim] = []
     for network_name, radii in NETWORKS.items():
@@ -154,6 +157,14 @@ def _attacked(net: Network, norm: Linf, guards: dict[str, Guard], table: list[Ce
 
 def _row(net: Network, norm: Linf, name: str, attack: Attack, n: int, arm: Arm, table: list[Cells]) -> float:
     """Add the results of an attack to the table, and return its success."""
+    what = f"{net.name} {norm.eps:.4f} {name} {arm.name}"
+    cells = part("query-patterns", what, lambda: _cells(net, norm, name, attack, n, arm))["measured"]
+    table.append(cells)
+    share: float = cells["success"]
+    return share
+
+
+def _cells(net: Network, norm: Linf, name: str, attack: Attack, n: int, arm: Arm) -> Cells:
     x, y = images(net.data, 2 * n)
     with torch.no_grad():
         right = net.module(x).argmax(1) == y
@@ -168,17 +179,14 @@ def _row(net: Network, norm: Linf, name: str, attack: Attack, n: int, arm: Arm, 
     )
     broken, rejected = screened.broken_at, screened.rejected_at[screened.rejected_at > 0].tolist()
     share = float((broken > 0).float().mean())
-    table.append(
-        {
+    return {
             "network": net.name, "what": name, "eps": round(norm.eps, 4), "guard": arm.name, "images": n,
             "queries": arm.queries,
             "success": share,
             **{f"success within {n} queries": float(((broken > 0) & (broken <= n)).float().mean()) for n in BUDGETS},
             "queries to success (median)": median(broken[broken > 0].tolist()) if share else None,
             **({"first rejected query (median)": median(rejected)} if rejected else {}),
-        }
-    )  # fmt: skip
-    return share
+    }  # fmt: skip
 
 
 def _screened(net: Network, norm: Linf, batch: Batch, arm: Arm) -> Screened:
