@@ -38,10 +38,14 @@ from holdfast.guard.released_scores import Releasing, release_of
 from holdfast.guard.states.memory import MemoryState
 
 WHAT = "coarse patterns and other query attacks with the guard, with other answers and budgets; streams of one scene"
-NETWORKS: dict[str, tuple[float, ...]] = {"mnist-cnn": (0.15, 0.2), "cifar_resnet20": (8 / 255, 16 / 255)}
-KEY, SEED, FRESH, QUERIES, BUDGETS, RATE = bytes(range(32)), 0, 3000, 1000, (100, 300), 0.001
-IMAGES, OTHERS, FEWER = 50, 10, 300
-"""attacked images: with coarse patterns, and with other attacks; queries of these, and of attacks on other answers"""
+NETWORKS: dict[str, tuple[tuple[float, ...], int, int]] = {
+    "mnist-cnn": ((0.15, 0.2), 50, 1000),
+    "cifar_resnet20": ((8 / 255, 16 / 255), 20, 300),
+}
+"""values of eps, and images and queries of the attacks with coarse patterns"""
+KEY, SEED, FRESH, BUDGETS, RATE = bytes(range(32)), 0, 3000, (100, 300), 0.001
+OTHERS, FEWER = 10, 300
+"""images of other attacks; their queries, and those of attacks on other answers"""
 SCENES, FRAMES, NOISES = 20, 100, (1, 3, 6, 10)
 """streams of each kind, images in each, and standard deviations of sensor noise in 1/255"""
 GUARDS = {
@@ -60,7 +64,7 @@ class Arm:
 
     name: str
     guard: Guard | None = None
-    queries: int = QUERIES
+    queries: int = FEWER
     release: str = "all"
     mixed: Tensor | None = None
     """benign inputs (n, *shape), of which as many are sent as queries; None for none"""
@@ -70,15 +74,15 @@ def measured() -> Outcome:
     os.environ[KEY_VARIABLE] = KEY.hex()  # the radius depends on the key
     table: list[Cells] = []
     claims: list[Claim] = []
-    for network_name, radii in NETWORKS.items():
+    for network_name, (radii, n, queries) in NETWORKS.items():
         net = network(network_name)
         guards = {name: _calibrated(net, rules) for name, rules in GUARDS.items()}
         claims += [_false_positives(net, name, guard, table) for name, guard in guards.items()]
         for eps in radii:
-            claims += _attacked(net, Linf(eps), guards, table)
+            claims += _attacked(net, Linf(eps), n, queries, guards, table)
         claims += _streams(net, guards["queries"], table)
     config = {
-        "images": f"{IMAGES} with coarse patterns, {OTHERS} with other attacks",
+        "images": f"{OTHERS} with other attacks than coarse patterns",
         "guard": f"calibrated at {100 * RATE:g} % on the test images from {FRESH} on, of which a fifth fits detectors",
         "benign": f"the first {FRESH} test images",
         "seed": SEED,
@@ -113,12 +117,13 @@ def _false_positives(net: Network, name: str, guard: Guard, table: list[Cells]) 
     )
 
 
-def _attacked(net: Network, norm: Linf, guards: dict[str, Guard], table: list[Cells]) -> list[Claim]:
-    plain, both = Arm("no guard"), Arm("guard of queries and inputs", guards["queries and inputs"])
-    queries, cameras = (Arm(f"guard of {name}", guards[name]) for name in ("queries", "queries for cameras"))
+def _attacked(
+    net: Network, norm: Linf, n: int, limit: int, guards: dict[str, Guard], table: list[Cells]
+) -> list[Claim]:
+    plain = Arm("no guard", queries=limit)
+    queries, cameras, both = (Arm(f"guard of {name}", guard, limit) for name, guard in guards.items())
     digits, labels = (
-        Arm(name, queries=FEWER, release=release)
-        for name, release in (("2 digits", "2"), ("labels", "labels"))
+        Arm(name, release=release) for name, release in (("2 digits", "2"), ("labels", "labels"))
     )
     mixed = replace(
         both, name=f"{both.name}, half of the traffic benign", mixed=images(net.data, 5000, "train")[0]
@@ -128,11 +133,11 @@ def _attacked(net: Network, norm: Linf, guards: dict[str, Guard], table: list[Ce
         ("fit", (queries, both, cameras, digits, labels), (queries, both, mixed)),
         ("population", (queries, both, digits), (both,)),
     ):
-        attack = CoarsePatterns(search, queries=QUERIES)  # type: ignore[arg-type]
-        known = {arm: _row(net, norm, search, attack, IMAGES, arm, table) for arm in (plain, *arms)}
+        attack = CoarsePatterns(search)  # type: ignore[arg-type]
+        known = {arm: _row(net, norm, search, attack, n, arm, table) for arm in (plain, *arms)}
         adaptive = replace(attack, adaptive=True)
         name = f"{search}, adaptive"
-        informed = {arm: _row(net, norm, name, adaptive, IMAGES, arm, table) for arm in adaptive_arms}
+        informed = {arm: _row(net, norm, name, adaptive, n, arm, table) for arm in adaptive_arms}
         claims += [
             Claim(
                 f"{net.name}, {norm}, {what}: success with the guard <= half of that without",
