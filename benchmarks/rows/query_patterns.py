@@ -244,7 +244,7 @@ def _streams(net: Network, guard: Guard, table: list[Cells]) -> list[Claim]:
             cells[f"refused, {name}"] = float(np.mean(shares))
             cells[f"first refused, {name} (median)"] = median(firsts) if firsts else None
         table.append(cells)
-        if net.data == "cifar10":
+        if net.data == "cifar10" and kind.startswith("sensor"):
             what = f"{net.name}, {kind}: share refused with cameras: true <= 1 %"
             claims.append(Claim(what, cells["refused, cameras"], 0.01))
     return claims
