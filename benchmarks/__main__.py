@@ -42,6 +42,7 @@ ROWS = {
     "square": "square",
     "benign": "benign",
     "query-detector": "query_detector",
+    "query-patterns": "query_patterns",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",

@@ -47,6 +47,8 @@ SUBJECTS = {
     "guard would act. Inputs are sent one in a request, in random order, by a thousand clients.",
     "query-detector": "The stateful query detector: suspicious queries in benign streams, attacks spread over workers "
     "and clients, OARS against it and against Blacklight, and CPU time.",
+    "query-patterns": "Coarse patterns and other query attacks on two networks: with the guard, with rounded scores, "
+    "with labels only and with budgets; and benign streams of one scene.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",

@@ -104,9 +104,12 @@ def test_the_query_detector_is_tried_and_reported(tmp_path):
     result.write(tmp_path / "r.json")
     summary = json.loads((tmp_path / "r.json").read_text())
     rows = summary["query_detector"]["rows"]
-    assert [row["broken_with"]["n"] for row in rows] == [len(table["id"])] * 4
+    assert [row["broken_with"]["n"] for row in rows] == [len(table["id"])] * 7
     assert rows[0]["rejected"]["value"] == float((table["plain_with_rejected"] > 0).double().mean())
-    assert rows[3]["broken_without"]["value"] >= max(row["broken_without"]["value"] for row in rows[:3])
+    for arm in ("without", "labelled"):
+        shares = [row[f"broken_{arm}"]["value"] for row in rows if row[f"broken_{arm}"]]
+        assert shares[-1] >= max(shares[:-1])
+    assert all(row["broken_in_budget"] == row["broken_without"] for row in rows)
     result.write(tmp_path / "r.html")
     assert 'id="query-detector"' in (tmp_path / "r.html").read_text()
     result.write(tmp_path / "r.md")
@@ -125,7 +128,7 @@ def test_stateless_detectors_are_tried_with_queries(tmp_path):
     path = written(tmp_path, "{energy: {threshold: -100.0}}")  # rejects every input
     table = assessed(path, threat="linf:0.3,queries=25").evidence.tables["stateful"].columns
     assert (table["plain_without_broken"] > 0).any() and "informed_with_broken" not in table
-    for name in ("plain", "adaptive"):
+    for name in ("plain", "adaptive", "patterns", "population", "labels"):
         assert (table[f"{name}_without_rejected"] == 0).all()
         assert (table[f"{name}_with_broken"] == 0).all() and (table[f"{name}_with_rejected"] == 1).all()
 

@@ -13,7 +13,13 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.guard.detectors.blacklight import Blacklight
 from holdfast.guard.detectors.informed import InformedSquare
-from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, fingerprinter, radius_for
+from holdfast.guard.detectors.queries import (
+    QueryDetector,
+    QuerySettings,
+    fingerprinter,
+    for_cameras,
+    radius_for,
+)
 from holdfast.guard.states.memory import MemoryState
 
 KEY = bytes(range(32))
@@ -83,6 +89,19 @@ def test_many_natural_or_very_small_differences_are_an_attack():
     for versions in (bright, noisy):
         scores = detector().score(torch.cat((x, versions)), [""] * 41, 0.0)
         assert scores[15] < QuerySettings().threshold <= scores[30]
+
+
+def test_only_a_detector_for_cameras_accepts_nearly_equal_images_of_one_scene():
+    scene, cameras = images(1), for_cameras(QuerySettings())
+    frames = scene + 5 / 255 * torch.randn(60, *scene.shape[1:], generator=torch.Generator().manual_seed(0))
+    attack = (
+        scene + 8 / 255 * torch.randn(60, *scene.shape[1:], generator=torch.Generator().manual_seed(1)).sign()
+    )
+    coarse = scene + 8 / 255 * (images(60, seed=1) - 0.5).sign()
+    assert detector().score(frames, [""] * 60, 0.0)[-1] >= cameras.threshold
+    assert not detector(settings=cameras).score(frames, [""] * 60, 0.0).any()
+    assert detector(settings=cameras).score(coarse, [""] * 60, 0.0)[-1] >= cameras.threshold
+    assert not detector(settings=cameras).score(attack, [""] * 60, 0.0).any()  # the price
 
 
 def test_an_attack_whose_queries_seem_natural_is_found():

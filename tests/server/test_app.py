@@ -18,6 +18,7 @@ from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, Mode, RowDecision, Score
 from holdfast.guard.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.guard.protocol import NoRules
+from holdfast.guard.released_scores import release_of
 from holdfast.guard.rules import InputSchema, Rule
 from holdfast.server.answering_requests import Answer, Answerer, ChainAudit, Job, ServedSet
 from holdfast.server.app import ConnectionLimits, ServedModel, application
@@ -306,6 +307,15 @@ def test_what_the_guard_decides_is_done(action, expected, before):
     if action is Action.LABEL_ONLY:
         logits[1] = nn.functional.one_hot(logits[1].argmax(), CLASSES)
     assert torch.equal(scores(response), logits)
+
+
+def test_clients_receive_the_digits_of_the_scores_that_are_released():
+    logits = network()(X)
+    rounded, labels = (Here(release=release_of(detail)).infer() for detail in ("2", "labels"))
+    assert torch.equal(scores(rounded), torch.round(logits, decimals=2)) and not torch.equal(
+        scores(rounded), logits
+    )
+    assert torch.equal(scores(labels), nn.functional.one_hot(logits.argmax(1), CLASSES).float())
 
 
 def test_a_guard_that_fails_refuses_or_answers_as_configured():

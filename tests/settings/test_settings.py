@@ -117,6 +117,7 @@ REFUSED = [
     ("output: [report.pdf]", "has the suffix '.pdf'"),
     ("time_budget: 5 weeks", "expected a duration"),
     ("std: [0.5, 0]", r"std is \[0.5, 0.0\]; every number must be positive"),
+    ("serve: {scores: 16}", "scores is '16'; expected all, labels, or a number of decimal digits up to 15"),
     ("serve: {drain: 5 weeks}", "drain is '5 weeks'; expected a duration"),
     ("serve: {drain_delay: 5}", "drain_delay is 5; expected a duration such as 5s, or 0s"),
     ("serve: {log_format: xml}", "log_format is 'xml'"),

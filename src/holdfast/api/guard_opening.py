@@ -13,7 +13,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.guard.calibration import Calibration, read_calibration, refuse_stale, with_calibration
 from holdfast.guard.decisions import Action, Mode
-from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, radius_for
+from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, for_cameras, radius_for
 from holdfast.guard.detectors.query_clusters import QueryState, StateLimits
 from holdfast.guard.guard import GuardPipeline, QueryScorer
 from holdfast.guard.observed import ObservedRate
@@ -366,8 +366,9 @@ def _rule(name: str, group: RuleSettings, mode: str, calibration: Calibration | 
 
 def _query_settings(rule: QueriesSettings, radius: float | None) -> QuerySettings:
     usual, fitted = QuerySettings(), radius if rule.radius is None else rule.radius
-    return replace(
+    settings = replace(
         usual,
         threshold=usual.threshold if rule.threshold is None else rule.threshold,
         radius=usual.radius if fitted is None else fitted,
     )
+    return for_cameras(settings) if rule.cameras else settings

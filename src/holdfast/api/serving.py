@@ -21,6 +21,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.released_scores import release_of
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
@@ -92,6 +93,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         hosts=_host_names(settings, everything=is_public(settings.host) and not settings.accepted_hosts),
         profile=settings.profile,
         log_format=settings.log_format,
+        release=release_of(settings.scores),
     )
     return ServerSetup(
         worker,

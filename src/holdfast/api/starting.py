@@ -73,8 +73,9 @@ rules:                   # a rule that is not named is not evaluated
   schema: {mode: enforce, action: block}     # shape and data type
   range: {mode: enforce, action: block}      # NaN, infinity, values outside low and high
   queries: {action: block, eps: 8/255}       # sequences of similar queries, as attacks with changes up to eps send them
+  # For streams of one scene: queries: {action: block, eps: 8/255, cameras: true}
   energy: {action: abstain}                  # outputs unlike those of benign inputs
-  # mahalanobis: {action: flag, on: logits}  # distance to the class means; fitted by the calibration
+  # mahalanobis: {action: block, on: inputs, shrinkage: 0.001}  # images unlike benign ones; fitted by the calibration
   # squeezing: {action: flag, bits: 5, median: 2}      # two further forward passes
   # stability: {action: flag, sigma: 0.05, draws: 4}   # four further forward passes
   # Actions: allow, flag, label_only, abstain, delay, block. A rule with a given threshold: is not calibrated.

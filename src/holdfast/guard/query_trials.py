@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from holdfast.attacks.protocol import Attack
+from holdfast.attacks.rays import RayS
 from holdfast.attacks.square import Square
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
@@ -16,21 +17,29 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access
 from holdfast.guard.detectors.informed import InformedSquare
 from holdfast.guard.detectors.oars import OARS, Base
+from holdfast.guard.detectors.patterns import CoarsePatterns
 from holdfast.guard.detectors.queries import QueryDetector, QuerySettings
 from holdfast.guard.detectors.screened import Screened
+from holdfast.guard.released_scores import Releasing, release_of
 from holdfast.guard.states.memory import MemoryState
 from holdfast.runs.harness.target import Target
 
 PLAIN, ADAPTIVE, INFORMED = "plain", "adaptive", "informed"
 """the attack that does not know the detectors, the one that adapts to rejections, and the one that knows the settings
 of the query detector"""
+PATTERNS, POPULATION, LABELS = "patterns", "population", "labels"
+"""the attacks with coarse patterns, which adapt to rejections too, and the one that needs labels only"""
+ROUNDED, LABELLED = "rounded", "labelled"
+RELEASES = {ROUNDED: release_of("2"), LABELLED: release_of("labels")}
+"""what clients receive of the scores in further arms, without the detectors"""
 
 
 @dataclass(frozen=True)
 class QueryTrials:
     """Attacks examples with Square, which does not know the detectors, with OARS, which adapts to rejections, and under
-    Linf with `InformedSquare`, which knows the query detector; each with and without the detectors. Every attack begins
-    with an empty state, and every query comes from a new client.
+    Linf with coarse patterns, with RayS, and with `InformedSquare`, which knows the query detector. Each is run with
+    and without the detectors, and without them also on rounded scores, and on labels if it can use them. Every attack
+    begins with an empty state, and every query comes from a new client.
     """
 
     settings: QuerySettings | None = field(default_factory=QuerySettings)
@@ -57,11 +66,20 @@ class QueryTrials:
         for name, attack in self._attacks(threat).items():
             for arm in ("without", "with"):
                 screened = self._screened(target, batch, threat, seed, guarded=arm == "with")
-                model = Answering(screened, batch) if name == PLAIN else screened
+                model = Answering(screened, batch) if name in (PLAIN, LABELS) else screened
                 if len(batch):
                     attack(model, batch, limited, rng=rng.at(name))
                 columns[f"{name}_{arm}_broken"] = screened.broken_at.cpu()
                 columns[f"{name}_{arm}_rejected"] = screened.rejected_at.cpu()
+            for arm, release in RELEASES.items():
+                if arm == LABELLED and name not in (PATTERNS, LABELS):
+                    continue  # without scores, the others do not know where to go
+                screened = self._screened(target, batch, threat, seed, guarded=False)
+                if attack.needs == "labels":
+                    screened.broken_at = columns[f"{name}_without_broken"]
+                elif len(batch):
+                    attack(Releasing(screened, release), batch, limited, rng=rng.at(name))
+                columns[f"{name}_{arm}_broken"] = screened.broken_at.cpu()
         return Table("example", columns)
 
     def _attacks(self, threat: ThreatModel) -> dict[str, Attack]:
@@ -71,6 +89,10 @@ class QueryTrials:
             PLAIN: Square(queries=self.queries),
             ADAPTIVE: OARS(base=base, queries=self.queries),
         }
+        if not is_l2:
+            attacks[PATTERNS] = CoarsePatterns("fit", adaptive=True, queries=self.queries)
+            attacks[POPULATION] = CoarsePatterns("population", adaptive=True, queries=self.queries)
+            attacks[LABELS] = RayS(queries=self.queries)
         if self.settings is not None and not is_l2:
             attacks[INFORMED] = InformedSquare(self.settings, queries=self.queries)
         return attacks

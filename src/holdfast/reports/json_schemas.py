@@ -278,6 +278,13 @@ class QueryDetectorRow(TypedDict):
     - `queries_with`: median number of queries until these were broken; null if none was
     - `rejected`: share of the examples of which the detector rejects a query
     - `rejected_after`: median number of queries until the first rejected one; null if none was rejected
+    - `broken_rounded`: share that is broken without the detector if clients receive scores rounded to 2 digits
+    - `queries_rounded`: median number of queries until these were broken; null if none was
+    - `broken_labelled`: the same if clients receive the predicted class only; null if
+      the attack needs scores
+    - `queries_labelled`: median number of queries until these were broken; null if none was
+    - `broken_in_budget`: share that is broken without the detector with at most 100 queries
+    - `broken_in_budget_with`: the same with the detector
     """
 
     attacker: str
@@ -287,6 +294,12 @@ class QueryDetectorRow(TypedDict):
     queries_with: Positive | None
     rejected: EstimateJson
     rejected_after: Positive | None
+    broken_rounded: EstimateJson | None
+    queries_rounded: Positive | None
+    broken_labelled: EstimateJson | None
+    queries_labelled: Positive | None
+    broken_in_budget: EstimateJson
+    broken_in_budget_with: EstimateJson
 
 
 class QueryDetector(TypedDict):

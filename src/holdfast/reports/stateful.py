@@ -1,5 +1,6 @@
 """Report of the black-box attacks on a model with a guard: how many examples they break with the guard and without,
-after how many queries, and after how many queries one is rejected.
+after how many queries, after how many queries one is rejected, and how many they break without the guard if clients
+receive less.
 
 It is an entry of the summary and a table.
 """
@@ -21,9 +22,14 @@ Json = dict[str, Any]
 _ATTACKERS = {
     "plain": "Square, which does not know the guard",
     "adaptive": "OARS, which adapts to rejected queries",
+    "patterns": "coarse patterns with a linear fit, which adapt to rejected queries",
+    "population": "coarse patterns with a genetic search, which adapt to rejected queries",
+    "labels": "RayS, which needs labels only",
     "informed": "informed Square, which knows the query detector",
 }
 """Attacks by the prefix of their columns in the table of the evidence."""
+BUDGET = 100
+"""number of queries of the smaller budget that is reported"""
 _WORST = "the best of these for each example"  # rejected: each of the attacks had a rejected query
 
 
@@ -32,22 +38,24 @@ def stateful_results(table: Table) -> Json | None:
     if not len(table):
         return None
     names = [name for name in _ATTACKERS if f"{name}_with_broken" in table.columns]
-    columns = {
-        column: torch.stack([table.columns[f"{name}_{column}"] for name in names])
-        for column in ("without_broken", "with_broken", "with_rejected")
-    }
-    rows = [
-        _row(_ATTACKERS[name], {column: values[k] for column, values in columns.items()})
-        for k, name in enumerate(names)
-    ]
+    of_attacks = [_columns(table, name) for name in names]
     worst = {
-        "without_broken": _first(columns["without_broken"]),
-        "with_broken": _first(columns["with_broken"]),
-        "with_rejected": torch.where(
-            (columns["with_rejected"] > 0).all(0), columns["with_rejected"].amax(0), 0
-        ),
+        column: _first(torch.stack([columns[column] for columns in of_attacks if column in columns]))
+        for column in {column: None for columns in of_attacks for column in columns}
     }
+    rejected = torch.stack([columns["with_rejected"] for columns in of_attacks])
+    worst["with_rejected"] = torch.where((rejected > 0).all(0), rejected.amax(0), 0)
+    rows = [_row(_ATTACKERS[name], columns) for name, columns in zip(names, of_attacks, strict=True)]
     return {"n": len(table), "rows": [*rows, _row(_WORST, worst)]}
+
+
+def _columns(table: Table, attack: str) -> dict[str, Tensor]:
+    """The columns of an attack, by their names without its prefix."""
+    return {
+        column.removeprefix(f"{attack}_"): values
+        for column, values in table.columns.items()
+        if column.startswith(f"{attack}_")
+    }
 
 
 def _row(attacker: str, columns: Mapping[str, Tensor]) -> Json:
@@ -56,7 +64,15 @@ def _row(attacker: str, columns: Mapping[str, Tensor]) -> Json:
         **_arm(columns["without_broken"], "without"),
         **_arm(columns["with_broken"], "with"),
         **_noticed(columns["with_rejected"]),
+        **_arm(columns.get("rounded_broken"), "rounded"),
+        **_arm(columns.get("labelled_broken"), "labelled"),
+        "broken_in_budget": estimate_to_json(proportion(_within(columns["without_broken"]))),
+        "broken_in_budget_with": estimate_to_json(proportion(_within(columns["with_broken"]))),
     }
+
+
+def _within(broken_at: Tensor) -> Tensor:
+    return (broken_at > 0) & (broken_at <= BUDGET)
 
 
 def _first(broken_at: Tensor) -> Tensor:
@@ -66,8 +82,10 @@ def _first(broken_at: Tensor) -> Tensor:
     return torch.where(least == never, 0, least)
 
 
-def _arm(broken_at: Tensor, arm: str) -> Json:
-    """The share of broken examples, and the median number of queries until they were."""
+def _arm(broken_at: Tensor | None, arm: str) -> Json:
+    """The share of broken examples, and the median number of queries until they were; None for no measurement."""
+    if broken_at is None:
+        return {f"broken_{arm}": None, f"queries_{arm}": None}
     return {
         f"broken_{arm}": estimate_to_json(proportion(broken_at > 0)),
         f"queries_{arm}": _median(broken_at),
@@ -95,6 +113,9 @@ def table(results: Mapping[str, Any], noun: str) -> TextTable:
             "attack",
             "broken without",
             "median queries",
+            "2 digits",
+            "labels",
+            f"{BUDGET} queries",
             "broken with",
             "median queries",
             "rejected",
@@ -105,6 +126,9 @@ def table(results: Mapping[str, Any], noun: str) -> TextTable:
                 row["attacker"],
                 percent(row["broken_without"]["value"]),
                 _count(row["queries_without"]),
+                _with_count(row, "rounded"),
+                _with_count(row, "labelled"),
+                percent(row["broken_in_budget"]["value"]),
                 percent(row["broken_with"]["value"]),
                 _count(row["queries_with"]),
                 percent(row["rejected"]["value"]),
@@ -113,6 +137,14 @@ def table(results: Mapping[str, Any], noun: str) -> TextTable:
             for row in results["rows"]
         ],
     )
+
+
+def _with_count(row: Mapping[str, Any], arm: str) -> str:
+    """The share of broken examples and, in brackets, the median number of queries."""
+    broken, queries = row[f"broken_{arm}"], row[f"queries_{arm}"]
+    if broken is None:
+        return "–"
+    return percent(broken["value"]) + ("" if queries is None else f" ({count_text(queries)})")
 
 
 def _count(value: int | None) -> str:

@@ -18,6 +18,7 @@ from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, RequestDecision
 from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.released_scores import Release, all_scores, labels
 from holdfast.guard.rules import all_finite
 from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, now
 from holdfast.server.audit_records import answered, started
@@ -182,6 +183,8 @@ class Answerer:
     """called after each call of the model"""
     logged: Callable[[Sequence[Outcome]], object] = lambda outcomes: None
     """called with the outcomes of a batch, for the log of requests"""
+    release: Release = all_scores
+    """function from the scores of the model to those that clients receive"""
     overlapping: bool = False
     """whether the model may compute while the guard decides. Its scores for refused inputs are then discarded"""
     timing: Timing = no_timing
@@ -370,11 +373,10 @@ class Answerer:
         for (rule, mode), n in fired.items():
             self.telemetry.count("holdfast_rule_fired_total", rule, mode, n=n)
 
-    @staticmethod
-    def _returned(outcome: Outcome) -> Answer | Exception:
-        """Return an outcome as the batcher expects it."""
+    def _returned(self, outcome: Outcome) -> Answer | Exception:
+        """Return an outcome as the batcher expects it, with what clients receive of the scores."""
         if outcome.answer is not None:
-            return outcome.answer
+            return replace(outcome.answer, scores=self.release(outcome.answer.scores))
         assert outcome.refusal is not None
         return outcome.refusal
 
@@ -403,9 +405,8 @@ def _decided(job: Job, decision: RequestDecision, logits: Tensor | None) -> Outc
         rows = [str(row) for row, each in enumerate(decision.actions) if each is Action.ABSTAIN]
         reason = _ABSTAINS.format(", ".join(rows))
         return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
-    if action >= Action.LABEL_ONLY and logits.shape[1] > 1:  # a single column is a class number of a proxy
+    if action >= Action.LABEL_ONLY:
         labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
         logits = logits.clone()
-        one_hot = torch.nn.functional.one_hot(logits[labelled].argmax(1), logits.shape[1])
-        logits[labelled] = one_hot.to(logits.dtype)
+        logits[labelled] = labels(logits[labelled])
     return Outcome(job, decision, Answer(logits, decision.delay_s), action=action)

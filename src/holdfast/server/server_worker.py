@@ -37,6 +37,7 @@ from holdfast.core.model import Classifier
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
+from holdfast.guard.released_scores import Release, all_scores
 from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.rotation.live import loaded
 from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
@@ -118,6 +119,8 @@ class ServingSetup:
     """whether the time of each part of a request is measured"""
     log_format: LogFormat = "text"
     """form of the log on stderr"""
+    release: Release = all_scores
+    """function from the scores of the model to those that clients receive"""
 
     @property
     def rotating(self) -> bool:
@@ -165,6 +168,7 @@ class Worker:
             self.device,
             self.errors,
             logged=partial(log_requests, setup.audit_key),
+            release=setup.release,
         )
         guard = self.answering.guard
         self.answering.overlapping = (

@@ -210,6 +210,14 @@ def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
         ) from None
 
 
+def parse_scores(text: str) -> None:
+    """Check what clients receive of scores: `all`, `labels`, or a number of decimal digits."""
+    if text not in ("all", "labels") and not re.fullmatch(r"\d|1[0-5]", text):
+        raise UsageError(
+            f"scores is {text!r}; expected all, labels, or a number of decimal digits up to 15, as in 2"
+        )
+
+
 def parse_threat(text: str) -> ThreatSpec:
     """Return the threat model in a text such as `linf:8/255,access=scores,queries=5000`. Raises `UsageError`, with the
     right spelling if the text contains an eps without a norm or without the colon.

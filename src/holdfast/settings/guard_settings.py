@@ -91,6 +91,11 @@ class QueriesSettings(ScoredSettings):
         description="Distance up to which inputs, scaled to [0, 1], are near duplicates; set by the calibration if it "
         "is left out, before which the rule only reports.",
     )
+    cameras: bool = Field(
+        default=False,
+        description="Whether any number of nearly equal images is accepted, as from a camera that does not move or in "
+        "several encodings. Attacks with changes that are as small are then not detected (default: false).",
+    )
     action: ActionName = Field(default="block", description=RuleSettings.model_fields["action"].description)
 
 

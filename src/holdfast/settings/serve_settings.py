@@ -115,6 +115,12 @@ class ServeOptions(SettingGroup):
         "request that was decided.",
     )
 
+    scores: Annotated[values.ReleasedScores, Flag("HOW")] = Field(
+        default="all",
+        description="What clients receive of the scores of the model: all digits (all, the default), a number of "
+        "decimal digits, as in 2, or only the predicted class (labels).",
+    )
+
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a public address without keys, and for names that do not fit into a URL."""
         for key in ("host", "admin_host"):

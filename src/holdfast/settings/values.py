@@ -37,6 +37,7 @@ from holdfast.settings.grammar import (
     parse_every,
     parse_log,
     parse_number,
+    parse_scores,
     parse_surrogate,
     parse_threat,
     parse_transform,
@@ -463,6 +464,7 @@ Deviation = Annotated[float, Gt(0), Le(1e6)]
 Probability = Annotated[float, Gt(0), Lt(1)]
 Rate = Annotated[str, _read_by(per_second)]
 LogTargets = Annotated[list[Annotated[str, _read_by(parse_log)]], AfterValidator(_different_files)]
+ReleasedScores = Annotated[str, _read_by(parse_scores)]
 Every = Annotated[str, _read_by(parse_every)]
 Header = Annotated[str, _read_by(header_variable)]
 Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]

@@ -1,30 +1,38 @@
-"""Mahalanobis distance to the nearest class mean, on logits or on the features of an inner layer.
+"""Mahalanobis distance to the nearest class mean, on logits, on the features of an inner layer, or on inputs.
 
 Lee, Lee, Lee & Shin, "A simple unified framework for detecting out-of-distribution samples and adversarial attacks",
 NeurIPS 2018, arXiv:1807.03888.
 Differs from the paper: one layer is used, and inputs are not preprocessed by a gradient step, so that no further pass
-is needed. The covariance is shrunk towards a multiple of the identity, as features may be linearly dependent.
+is needed. The covariance is shrunk towards a multiple of the identity, as features may be linearly dependent. Inputs
+that are images are averaged over the cells of a grid. They are far from the means if cells change that are nearly equal
+in benign images, such as the background of digits, which coarse patterns change (`patterns.py`).
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Fraction, Labels, PerExample
 from holdfast.guard.detectors.detector_protocol import Need, Observation
+from holdfast.guard.detectors.fingerprints import grid_of
+
+_CELLS = 200  # largest number of cells of an image, as in the query detector
 
 
 @dataclass(frozen=True, eq=False)
 class Mahalanobis:
-    """The squared Mahalanobis distance of the logits or features of an input to the nearest class mean. It needs no
-    further forward pass.
+    """The squared Mahalanobis distance of the logits or features of an input, or of the input itself, to the nearest
+    class mean. It needs no further forward pass.
     """
 
-    on: Literal["logits", "features"] = "logits"
-    """vectors whose distance is measured: the logits, or the features that the application passes to the guard"""
+    on: Literal["logits", "features", "inputs"] = "logits"
+    """vectors whose distance is measured: the logits, the features that the application passes to the guard, or the
+    inputs"""
     layer: str | None = None
     """module of the network whose output are the features, as in layer4; the guard computes them with it"""
     shrinkage: Fraction = 0.01
@@ -69,13 +77,30 @@ class Mahalanobis:
             raise UsageError(
                 "the Mahalanobis distance has no class means yet; run guard.calibrate(model, data)"
             )
+        centre, projected, lengths = self._projected
         z = self._vectors(seen)
-        difference = z[:, None] - self.means.to(z)
-        return torch.einsum("nkd,de,nke->nk", difference, self.precision.to(z), difference).amin(1)
+        z = z - centre.to(z)
+        squares = ((z @ self.precision.to(z)) * z).sum(1, keepdim=True)
+        return (squares - 2 * z @ projected.to(z).T + lengths.to(z)).amin(1)
+
+    @cached_property
+    def _projected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of the class means (d), their differences from it times the precision (classes, d), and the squared
+        lengths (classes) of these differences, so that each input needs one product with the precision.
+        """
+        assert self.means is not None and self.precision is not None
+        means, precision = self.means, self.precision
+        centre = means.mean(0)
+        projected = (means - centre) @ precision
+        return centre, projected, (projected * (means - centre)).sum(1)
 
     def _vectors(self, seen: Observation) -> Tensor:
         if self.on == "logits":
             return seen.logits
+        if self.on == "inputs":
+            grid = grid_of(seen.x.shape[1:], _CELLS)
+            x = seen.x.float()
+            return (x if grid is None else F.adaptive_avg_pool2d(x, grid)).flatten(1)
         if seen.features is None:
             raise UsageError(
                 "the Mahalanobis distance on features needs features; give them, as in "
