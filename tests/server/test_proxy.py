@@ -450,7 +450,7 @@ def test_workers_are_replaced_although_the_upstream_server_has_ended(tmp_path):
         assert httpx.post(proxy, json=_content(X)).status_code == 503
         os.kill(server.status()["workers"][0]["pid"], signal.SIGKILL)
         until(lambda: server.totals.value("holdfast_worker_restarts_total") == 1)
-        until(lambda: all(worker.ready for worker in server._workers))
+        until(lambda: any(worker.ready for worker in server._workers))
         with listening(own.app, port):
             response = httpx.post(proxy, json=_content(X))
             assert torch.equal(scores(response).reshape(expected.shape), expected)

@@ -1,5 +1,8 @@
 """Probes, drain and counters: they state the truth about a full disk, a locked state, lost workers and the end."""
 
+import io
+import json
+import logging
 import os
 import resource
 import signal
@@ -13,16 +16,21 @@ from http.client import HTTPConnection, HTTPException
 
 import httpx
 import pytest
+import torch
 
-from holdfast.guard.decisions import Action
+from holdfast.guard.decisions import Action, Incoming, RequestDecision, RowDecision
 from holdfast.guard.detectors.queries import QueryDetector
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.rules import InputSchema, Mode, Rule
 from holdfast.guard.states.sqlite import SQLiteState
-from holdfast.server.audit_chain import ChainFile
+from holdfast.server.answering_requests import Answer, Job, Outcome
+from holdfast.server.audit_chain import AuditKey, ChainFile
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.error_log import REQUESTS, JSONFormatter
+from holdfast.server.http_refusals import Refused
 from holdfast.server.readiness import Check, ModelTest, audit_fault
+from holdfast.server.request_log import log_requests
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from waiting import until
 
@@ -96,15 +104,60 @@ def test_a_model_is_not_ready_only_if_it_fails_on_an_input_of_the_server():
             raise ValueError("weights 0.123")
         return True
 
-    test = ModelTest(lambda: failed[0], answers)
+    check = Check("model", ModelTest(lambda: failed[0], answers))
+
+    def failure():
+        check.run()
+        return check.failure
+
     works[0] = False
-    assert test() == ""  # no request failed
+    assert failure() == ""  # no request failed
     failed[0] = 1
-    assert test() == "ValueError: weights …"
+    assert failure() == failure() == "ValueError: weights …"
     works[0] = True
-    assert test() == ""
+    assert failure() == ""
     failed[0] = 2  # an input of a client, on which the model fails alone
-    assert test() == ""
+    assert failure() == ""
+
+
+def test_the_log_in_json_has_one_object_for_each_request_without_inputs():
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(JSONFormatter())
+    log, key = logging.getLogger(REQUESTS), AuditKey(bytes(32))
+    score = Rule("queries", Mode.ENFORCE, Action.BLOCK, 0.5).score(0.987654)
+    decision = RequestDecision("2", "alice", (RowDecision((score,)),), x=X, refusal="the request is refused")
+    jobs = [Job(Incoming(X, "alice", name)) for name in ("1", "2", "3")]
+    outcomes = [
+        Outcome(jobs[0], answer=Answer(torch.tensor([[0.123456]]))),
+        Outcome(jobs[1], decision, refusal=Refused(422, "refused", (), "guard"), action=Action.BLOCK),
+        Outcome(jobs[2], refusal=Refused(500, "the model failed", (), "model")),
+    ]
+    log_requests(key, outcomes)  # as text, there are no requests
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        log_requests(key, outcomes)
+        logging.getLogger(REQUESTS).error("an error\nwith two lines")
+    finally:
+        log.setLevel(logging.NOTSET)
+        log.removeHandler(handler)
+    text = written.getvalue()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["message"] for line in lines] == [
+        "answered",
+        "refused",
+        "refused",
+        "an error\nwith two lines",
+    ]
+    assert [(x["level"], x["status"], x["action"], x["rules"], x["cause"]) for x in lines[:3]] == [
+        ("info", 200, "allow", [], ""),
+        ("info", 422, "block", ["queries"], "guard"),
+        ("warning", 500, "allow", [], "model"),
+    ]
+    assert {line["principal"] for line in lines[:3]} == {key.pseudonym("alice")}
+    assert [line["request"] for line in lines[:3]] == ["1", "2", "3"]
+    assert not any(text.count(f"{number:.4f}"[:6]) for number in [*X.flatten().tolist(), 0.123456, 0.987654])
 
 
 def guard(path, digest):

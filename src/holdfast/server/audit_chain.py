@@ -185,6 +185,7 @@ class ChainFile:
             self.flush()
         with self._lock, suppress(OSError):
             os.close(self._handle)
+            self._handle = -1  # a check that still runs must not write to another file with this number
 
 
 def _locked(handle: int) -> bool:

@@ -26,9 +26,9 @@ REASONS: Mapping[Reason, str] = {
     "draining": "the server is draining",
 }
 """Why a server refuses every request, as its clients may know it"""
-_EVERY_S = 1.0
+_EVERY_S = 0.75
 """seconds between two runs of a check"""
-_LATE_S = 0.8
+_LATE_S = 0.6
 """seconds after which a check that has not ended counts as failed, as while another process locks a database"""
 
 
@@ -56,7 +56,10 @@ class Check:
     def run(self) -> None:
         """Run the check once."""
         self._began_s = time.monotonic()
-        self.found = self.fault()
+        try:
+            self.found = self.fault()
+        except Exception as error:  # noqa: BLE001 - of a model or a library; the thread must go on
+            self.found = f"{type(error).__name__}: {shown(str(error))}"
         self._began_s = math.inf
 
     def repeat(self) -> None:
@@ -84,7 +87,7 @@ def state_fault(state: QueryState) -> str:
 @dataclass(eq=False)
 class ModelTest:
     """Function that tests the model with one input after requests for which it failed, whose inputs may be the cause.
-    It returns what is wrong; empty if nothing is.
+    It returns what is wrong, which is empty if nothing is, or raises the error of the model.
     """
 
     failed: Callable[[], float]
@@ -92,17 +95,16 @@ class ModelTest:
     answers: Callable[[], bool]
     """calls the model, and returns whether its scores are finite"""
     _tested: float = 0.0
-    _found: str = ""
+    _failing: bool = False
 
     def __call__(self) -> str:
         failed = self.failed()
-        if failed > self._tested or self._found:
-            self._tested = failed
-            try:
-                self._found = "" if self.answers() else "it returned NaN or infinite scores"
-            except Exception as error:  # noqa: BLE001 - of the model, which may be any code
-                self._found = f"{type(error).__name__}: {shown(str(error))}"
-        return self._found
+        if failed > self._tested or self._failing:
+            self._tested, self._failing = failed, True
+            if not self.answers():
+                return "it returned NaN or infinite scores"
+            self._failing = False
+        return ""
 
 
 @dataclass(eq=False)
