@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from holdfast.core.errors import (
+    FunctionRaised,
     HoldfastError,
     InputRefused,
     NoLogits,
@@ -442,3 +443,23 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     message = str(error).lower()
     return isinstance(error, RuntimeError) and any(phrase in message for phrase in _NO_MEMORY)
+
+
+@contextmanager
+def raising(
+    function: str, when: str = "", advice: str = "", kind: type[TargetError] = FunctionRaised
+) -> Iterator[None]:
+    """Context manager that raises `kind` for an exception of a function of the user. `function` and `when` describe the
+    call in the message, as in "the function augment" and "in the first update".
+
+    Errors of Holdfast and those of memory are raised unchanged.
+    """
+    try:
+        yield
+    except Exception as error:  # the user's code may raise anything
+        if isinstance(error, HoldfastError) or out_of_memory(error):
+            raise
+        place = when and f" {when}"
+        raise kind(
+            f"{function} raised {type(error).__name__}{place}: {error}{advice and f'; {advice}'}"
+        ) from error

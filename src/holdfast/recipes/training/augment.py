@@ -18,10 +18,9 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Bounds
+from holdfast.core.model import Bounds, raising
 from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs, Labels
-from holdfast.recipes.training.user_functions import raising
 
 NamedAugmentation = Literal["none", "shift", "crop-flip"]
 OwnAugmentation = Callable[[Inputs, Labels, torch.Generator], Inputs]

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from holdfast.core.checkpoint import GROUP, MEMORY, NUMBER, TrainingPlan, without_prefix
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import raising
 from holdfast.core.names import kind_of
-from holdfast.recipes.training.user_functions import raising
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 OwnOptimizer = Callable[[list[nn.Parameter]], Optimizer]
