@@ -41,6 +41,7 @@ ROWS = {
     "square": "square",
     "benign": "benign",
     "query-detector": "query_detector",
+    "monitor": "monitor",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",

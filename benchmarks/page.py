@@ -44,6 +44,9 @@ SUBJECTS = {
     "guard would act. Inputs are sent one in a request, in random order, by a thousand clients.",
     "query-detector": "The stateful query detector: suspicious queries in benign streams, attacks spread over workers "
     "and clients, OARS against it and against Blacklight, and CPU time.",
+    "monitor": "Tests of `holdfast monitor` on streams of standard normal numbers: delay after a shift of the mean by "
+    "one standard deviation, and share of stationary streams with an alarm. Detections of ADWIN and Page-Hinkley are "
+    "compared with those of river.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",
