@@ -10,15 +10,16 @@ from torch import nn
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetError
-from holdfast.monitoring import power
+from holdfast.monitoring import watching
+from holdfast.monitoring.power import Power
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """A folder with streams of a table, and few simulations."""
+    """A folder with streams of a table, and a power without simulations, which tests/monitoring/ has."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(power, "STREAMS", 2)
-    monkeypatch.setattr(power, "_FOUND", 2)
+    power = Power("inputs: feature 0", 0.3, None, None)
+    monkeypatch.setattr(watching, "power_of", lambda *arguments: power)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1100, 3)).astype(np.float32)
     np.savez("reference.npz", x=x[:600], y=np.zeros(600, int))
@@ -44,7 +45,7 @@ def test_inputs_alone_raise_an_alarm_if_they_moved(capsys):
     content = json.loads(Path("report.json").read_text())
     assert content["verdict"] == "alarm"
     (first, *_) = content["tests"]
-    assert first["name"] == "martingale" and first["alarm"]["after"] < 100 and first["power"]["shift"] < 2
+    assert first["name"] == "martingale" and first["alarm"]["after"] < 100 and first["power"]["shift"] == 0.3
     assert "| martingale | alarm |" in Path("report.md").read_text().replace("  ", " ")
     assert "<h1>Alarm of martingale" in Path("report.html").read_text()
 
