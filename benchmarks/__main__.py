@@ -43,6 +43,7 @@ ROWS = {
     "benign": "benign",
     "query-detector": "query_detector",
     "query-patterns": "query_patterns",
+    "monitor": "monitor",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",

@@ -49,6 +49,9 @@ SUBJECTS = {
     "and clients, OARS against it and against Blacklight, and CPU time.",
     "query-patterns": "Coarse patterns and other query attacks on two networks: with the guard, with rounded scores, "
     "with labels only and with budgets; and benign streams of one scene.",
+    "monitor": "Tests of `holdfast monitor` on streams of standard normal numbers: delay after a shift of the mean by "
+    "one standard deviation, and share of stationary streams with an alarm. Detections of ADWIN and Page-Hinkley are "
+    "compared with those of river.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",

@@ -31,13 +31,14 @@ from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_opening import guarded_subject
 from holdfast.api.hardening import _with_denoiser
 from holdfast.api.misspelt import refuse_misspelt
+from holdfast.api.monitoring_streams import _refuse_data
 from holdfast.api.plans import assess_request, prover
 from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_keys
 from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
 from holdfast.api.rotate_requests import _loop_settings
 from holdfast.api.rotation_opening import _candidate as rotation_recipe
 from holdfast.api.serving import _shape, server_setup
-from holdfast.api.verb_settings import Assess, Certify, Harden, RotateSettings, Serve, check_settings
+from holdfast.api.verb_settings import Assess, Certify, Harden, Monitor, RotateSettings, Serve, check_settings
 from holdfast.attacks import PGD
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
@@ -46,7 +47,7 @@ from holdfast.certifiers.smoothing.smoothing import Smoothing
 from holdfast.certifiers.vnnlib.deciding import _fitting
 from holdfast.certifiers.vnnlib.reading import read_query
 from holdfast.cli.app import _COMMANDS, verbs
-from holdfast.cli.assess import _refuse_hosts_of_config, refuse_code_of_config, refuse_logs_of_config
+from holdfast.cli.assess import refuse_code_of_config, refuse_hosts_of_config, refuse_logs_of_config
 from holdfast.cli.vnn import _needed, vnn
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -61,6 +62,7 @@ from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.class_numbers import MOST_NAMES, class_numbers, matched, numbered_words
 from holdfast.io.data.data import open_data as open_table_file
 from holdfast.io.data.expected import Expected
+from holdfast.io.data.memory import as_data
 from holdfast.io.doctor import misfit
 from holdfast.io.limited.calling import HERE
 from holdfast.io.models.cards import CARD, trained_by
@@ -721,6 +723,18 @@ def served(**arguments):
     return check_settings(arguments, "", kind=Serve)
 
 
+def monitored(reference=None, n=60, **arguments):
+    """The checks of a stream and a reference, without the tests."""
+    settings = check_settings(arguments, "", kind=Monitor)
+    if reference is None:
+        holdfast.monitor(X, None)
+    _refuse_data(
+        settings,
+        as_data((reference, torch.zeros(len(reference)))),
+        as_data((X[:1].repeat(n, 1), torch.zeros(n))),
+    )
+
+
 def rotated(**arguments):
     return check_settings(arguments, "", kind=RotateSettings)
 
@@ -940,6 +954,8 @@ situation(
     lambda bounds: range_of_all(check_settings({"bounds": bounds}, "", kind=Serve), "a server"),
     bounds=([0, 0, 0, 0], [1, 2, 3, 4]),
 )
+situation("no reference", monitored, {"reference": torch.rand(200, 4)})
+situation("a stream shorter than a window", monitored, reference=torch.rand(400, 4), alarm="ks")
 situation("no device of torch", planned, device="mps")
 situation("no label", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")))
 situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})
@@ -1500,7 +1516,7 @@ situation("a server for the log in a configuration", log_of_config)
 for key, text in (("allow_hosts", "model.example"), ("headers", "X-A: env:TOKEN")):
     situation(
         f"{key} of a configuration",
-        lambda key=key, text=text, **flags: _refuse_hosts_of_config(InferenceSource(**{key: [text]}), flags),
+        lambda key=key, text=text, **flags: refuse_hosts_of_config(InferenceSource(**{key: [text]}), flags),
     )
 situation(
     "certify a server",

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from holdfast.api.verb_settings import Certify as Certify
     from holdfast.api.verb_settings import Doctor as Doctor
     from holdfast.api.verb_settings import Harden as Harden
+    from holdfast.api.verb_settings import Monitor as Monitor
     from holdfast.api.verb_settings import Serve as Serve
     from holdfast.api.verbs import assess as assess
     from holdfast.api.verbs import certify as certify
     from holdfast.api.verbs import demo as demo
     from holdfast.api.verbs import doctor as doctor
     from holdfast.api.verbs import harden as harden
+    from holdfast.api.verbs import monitor as monitor
     from holdfast.certifiers.smoothing.smoothed import Smoothed as Smoothed
     from holdfast.core.batch import Batch as Batch
     from holdfast.core.constraints import L0 as L0
@@ -52,7 +54,8 @@ __version__ = "0.2.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("Assess", "Calibrate", "Certify", "Doctor", "Harden", "Serve"), "holdfast.api.verb_settings"
+        ("Assess", "Calibrate", "Certify", "Doctor", "Harden", "Monitor", "Serve"),
+        "holdfast.api.verb_settings",
     ),
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
@@ -80,6 +83,7 @@ _HOMES = {
     "doctor": "holdfast.api.verbs",
     "harden": "holdfast.api.verbs",
     "init": "holdfast.api.starting",
+    "monitor": "holdfast.api.verbs",
     "open_data": "holdfast.api.references",
     "open_model": "holdfast.api.references",
     "report": "holdfast.api.stored",

@@ -172,7 +172,7 @@ def _values_of(settings: Opening, fitted: tuple[str, ...] | None) -> Arrays:
         normalised=normalisation(settings),
         accepts_missing=True,
     )
-    raw = _examples(settings, properties)
+    raw = open_expected(settings, properties)
     arrays = (
         raw.whole.taken(raw.rows) if isinstance(raw, Selection) and isinstance(raw.whole, Arrays) else raw
     )
@@ -302,10 +302,11 @@ def open_examples(
     """Open the examples on which the model is evaluated, or another `selection` of the data. With `lenient`, examples
     that do not fit the model are accepted as well.
     """
-    return _examples(settings, expected(settings, model, lenient=lenient), selection)
+    return open_expected(settings, expected(settings, model, lenient=lenient), selection)
 
 
-def _examples(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
+def open_expected(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
+    """Open the examples of the data with these declared properties."""
     if settings.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
     selection = selection or group_of(settings, ExampleSelection)

@@ -40,8 +40,8 @@ def settings_schema() -> dict[str, Any]:
         "source": {"oneOf": [_tagged(n, getattr(rotation, of), {}) for n, of in SOURCES.items()]},
     }
     keys_by_verb = {verb: _keys(kind, definitions) for verb, kind in VERBS.items()}
-    # those of serve first, so that keys that other verbs have too are described as those describe them
-    order = sorted(VERBS, key=lambda verb: verb != "serve")
+    # those of serve and monitor first, so that keys that other verbs have too are described as those describe them
+    order = sorted(VERBS, key=lambda verb: verb not in ("serve", "monitor"))
     shared = {key: value for verb in order for key, value in keys_by_verb[verb].items()}
     shared["recipe"] = {
         "description": "Training method, see holdfast harden and holdfast rotate.",

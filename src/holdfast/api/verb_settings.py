@@ -8,9 +8,9 @@ in the order of the fields. The classes do not import torch; their methods do.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
 from holdfast.api import placing
 from holdfast.api.placing import Ray
@@ -21,7 +21,7 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings import groups, guard_settings, serve_settings, values
 from holdfast.settings.default_suite import refuse_uncertifiable
 from holdfast.settings.grammar import did_you_mean
-from holdfast.settings.groups import SettingGroup
+from holdfast.settings.groups import Flag, SettingGroup
 from holdfast.settings.wording import complaint, place
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from holdfast.api.hardening import ForHardening
     from holdfast.core.batch import Data
     from holdfast.io.doctor import Checkup
+    from holdfast.monitoring.monitored import Monitored
     from holdfast.runs.assess.expected_rows import Rehearsed
     from holdfast.runs.assess.expected_time import ExpectedCost
     from holdfast.runs.assess.request import Opened, Subject
@@ -386,11 +387,36 @@ class Serve(
         serve_until_stopped(self.open(), notify)
 
 
-Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings
+class Monitor(
+    groups.Seed,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.InferenceSource,
+    groups.ModelSource,
+    groups.MonitorOptions,
+    VerbSettings,
+):
+    """All settings of the command `holdfast monitor`. `data` is the stream, whose order is that of the time."""
+
+    verb = "monitor"
+    model: Annotated[values.Given | None, Flag("MODEL", completion="MODEL")] = Field(
+        default=None, description=groups.ModelSource.model_fields["model"].description
+    )
+
+    def run(self) -> "Monitored":
+        """Compare the stream with the reference, and return what the tests found."""
+        from holdfast.api.grad_mode import gradients
+        from holdfast.api.monitoring_streams import monitored
+
+        with gradients():
+            return monitored(self)
+
+
+Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor
 """Settings of any command that opens a model and data."""
 
 VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, Serve)
+    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, Serve, Monitor)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 

@@ -13,7 +13,7 @@ from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.starting import DEMO, DEMO_COMMAND, DIGITS
-from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden
+from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, Monitor
 from holdfast.core.errors import UsageError
 from holdfast.io.data import data as data_sources
 from holdfast.recipes.training.recipe import Recipe
@@ -25,11 +25,12 @@ from holdfast.settings.threats_and_attacks import ThreatLike
 
 if TYPE_CHECKING:
     from holdfast.io.doctor import Checkup
+    from holdfast.monitoring.monitored import Monitored
     from holdfast.runs.assess.exhibition import Exhibit
     from holdfast.runs.harden.epoch_log import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
 
-__all__ = ["assess", "certify", "demo", "doctor", "exhibition", "harden"]
+__all__ = ["assess", "certify", "demo", "doctor", "exhibition", "harden", "monitor"]
 
 
 @verb_with(Assess)
@@ -174,3 +175,16 @@ def doctor(model: ModelLike, data: DataLike, **settings: Any) -> "Checkup":
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
     """
     return Doctor(**given(model=model, data=data, **settings)).run()
+
+
+@verb_with(Monitor)
+def monitor(
+    data: DataLike, reference: DataLike, model: ModelLike | None = None, **settings: Any
+) -> "Monitored":
+    """Compare a recorded stream `data`, in the order of time, with the examples `reference`, and return the alarms.
+
+    `data` and `reference` are objects, addresses, or results of `open_data`; the stream may have no labels, as an array
+    or as an `.npz` file without `y`. With `model`, its outputs and the outputs of an inner layer are compared as well,
+    and its accuracy is estimated. The model must not have been trained on `reference`.
+    """
+    return Monitor(**given(data=data, reference=reference, model=model, **settings)).run()

@@ -57,6 +57,12 @@ _COMMANDS = {
         "serve mnist-cnn --guard guard.yaml --keys keys.json --audit audit",
         "serve rotating:pool/ --keys keys.json --workers 2",
     ),
+    "monitor": (
+        "monitor",
+        "compare a recorded stream with a reference, and raise an alarm if they differ",
+        "monitor stream.npz --reference mnist-mini --model mnist-cnn",
+        "monitor stream.npz --reference mnist-mini --alarm ks -o report.html",
+    ),
     "keys": (
         "keys",
         "create, list and revoke the API keys of a server",

@@ -58,7 +58,7 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
     settings: V = settings_of_flags(flags, cast(Any, kind))
     refuse_code_of_config(settings, flags)
     if config:
-        _refuse_hosts_of_config(group_of(settings, InferenceSource), flags)
+        refuse_hosts_of_config(group_of(settings, InferenceSource), flags)
         if isinstance(settings, Harden):
             refuse_logs_of_config(settings, flags)
     _refuse_targets(settings, config)
@@ -216,7 +216,7 @@ def _spelled(surrogate: SurrogateSettings) -> str:
     return ",".join((surrogate.model, *(f"{key}={value}" for key, value in parts.items())))
 
 
-def _refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -> None:
+def refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -> None:
     """Raise `UsageError` for a host or header in the configuration that is not also given as a flag.
 
     A configuration may come from an untrusted source, so it alone cannot allow hosts or send environment variables.

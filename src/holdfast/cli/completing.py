@@ -8,7 +8,7 @@ from click.shell_completion import CompletionItem
 
 from holdfast.attacks.suites import VARIANTS
 from holdfast.cli.early import bundled
-from holdfast.core.catalogue import names
+from holdfast.core.catalogue import DRIFT_TESTS, names
 from holdfast.settings.grammar import FORMS
 from holdfast.settings.naming import AUTO, CARD, SOURCES
 from holdfast.settings.spellings import every_name
@@ -60,6 +60,7 @@ DATA = Completed(_data)
 ATTACK = Completed(_attacks, listed=True)
 SUITE = Completed(every_name, listed=True)
 RECIPE = Completed(lambda: [AUTO, *names("recipes")])
+DRIFT_TEST = Completed(lambda: list(DRIFT_TESTS), listed=True)
 METHOD = Completed(lambda: [AUTO, *names("certifiers")])
 SETS_RECIPE = Completed(lambda: [CARD, *names("recipes")])
 SOURCE = Completed(lambda: list(SOURCES))

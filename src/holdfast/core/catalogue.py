@@ -150,6 +150,15 @@ DOUBTS: Final = (
 )  # fmt: skip
 """names of the doubts, in the order of reports; each has a module in `holdfast.doubts`"""
 
+DRIFT_TESTS: Final[Mapping[str, str]] = {
+    "martingale": "martingale:ConformalMartingale",
+    "ks": "kolmogorov_smirnov:KolmogorovSmirnov",
+    "mmd": "mmd:MMD",
+    "adwin": "adwin:AdwinTest",
+    "page-hinkley": "page_hinkley:PageHinkleyTest",
+}
+"""module and class in `holdfast.monitoring` of each test of a stream, in the order of reports"""
+
 BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},
     "certifiers": {name: f"holdfast.certifiers.{path}" for name, path in PROVERS.items()},

@@ -134,6 +134,8 @@ OTHER_FOLDER = Remedy("run", Placeholder("DIR"), reason="for another folder")
 """folder of a new run"""
 OTHER_EXAMPLES = Remedy("fit", Placeholder("DATA"), reason="for other examples")
 """examples on which a training or an attack is fitted"""
+REFERENCE = Remedy("reference", Placeholder("DATA"), reason="with samples that the model was not trained on")
+"""samples with which a stream is compared"""
 UPSTREAM_KEY = Remedy(
     "upstream_headers", ("Authorization: env:VARIABLE",), "--upstream-header", repeated=True
 )

@@ -150,7 +150,7 @@ def _template_text(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts", "geometry")
+    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts", "geometry", "monitoring")
     names = [f"{page}.html.j2" for page in pages]
     environment = Environment(
         # from package resources, which need not be files

@@ -22,6 +22,8 @@ EXHIBIT_SUFFIXES = (".json",)
 """File suffixes that are allowed for the measurements of the gallery."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for a comparison."""
+MONITORING_SUFFIXES = (".html", ".json", ".md")
+"""File suffixes that are allowed for the report of a monitored stream."""
 
 
 def check_destination(path: Path, suffixes: Collection[str] | None = None) -> None:
@@ -72,6 +74,22 @@ def write_comparison(content: Summary, path: Path) -> None:
         ".md": comparison.markdown,
     }
     suffix = _suffix(path, COMPARISON_SUFFIXES)
+    with _explained(path), replacing(path) as file:
+        file.write(render[suffix](content))
+
+
+def write_monitoring(content: Summary, path: Path) -> None:
+    """Write the report of a monitored stream to a file, atomically, in the format that the suffix of the path
+    states.
+    """
+    from holdfast.reports import monitoring
+
+    render = {
+        ".html": monitoring.monitoring_page,
+        ".json": monitoring.monitoring_to_json,
+        ".md": monitoring.monitoring_markdown,
+    }
+    suffix = _suffix(path, MONITORING_SUFFIXES)
     with _explained(path), replacing(path) as file:
         file.write(render[suffix](content))
 

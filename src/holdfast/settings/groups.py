@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.attacks.suites import SUITES
-from holdfast.core.catalogue import RECIPES
+from holdfast.core.catalogue import DRIFT_TESTS, RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.gates.grammar import VERDICTS, refused_verdict
 from holdfast.settings import values
@@ -505,4 +505,26 @@ class RotateOptions(SettingGroup):
         default=2000,
         description="Number of held-out examples on which a set is judged first. It is doubled while a gate is "
         "inconclusive.",
+    )
+
+
+class MonitorOptions(SettingGroup):
+    """Settings of the command `holdfast monitor` that no other command has."""
+
+    reference: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples with which the stream is compared. The model must not have been trained on them.",
+    )
+    layer: Annotated[str | None, Flag("NAME")] = Field(
+        default=None,
+        description="Layer of the model whose outputs are compared as embeddings, as in layer4 (default: the one "
+        "before the last linear layer).",
+    )
+    alarm: Annotated[values.DriftTests, Flag("TEST", completion="DRIFT_TEST")] = Field(
+        default_factory=lambda: ["martingale"],
+        description=f"Test whose alarm sets the exit code 1: {', '.join(DRIFT_TESTS)} (default: martingale).",
+    )
+    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+        default_factory=list,
+        description="Report file, in the format of its suffix: .html .json .md; - for JSON on stdout.",
     )

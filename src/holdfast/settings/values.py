@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from holdfast.core.catalogue import names
+from holdfast.core.catalogue import DRIFT_TESTS, names
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
@@ -376,6 +376,15 @@ def _names(value: object) -> object:
     return value
 
 
+def _drift_tests(value: object) -> object:
+    """Check the names of tests of a stream."""
+    tests = _names([value] if isinstance(value, str) else value)
+    for name in tests if isinstance(tests, list) else ():
+        if name not in DRIFT_TESTS:
+            raise UsageError(f"there is no test {name!r}{did_you_mean(str(name), DRIFT_TESTS)}")
+    return tests
+
+
 def is_suite(value: object) -> bool:
     """Return whether a value of the setting `suite` has a valid type, that is whether it is a string or a list of
     strings.
@@ -448,6 +457,7 @@ Whole = Annotated[StrictInt, Ge(0), BeforeValidator(whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(whole)]
 Classes = Annotated[StrictInt, Ge(2), BeforeValidator(whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
+DriftTests = Annotated[list[str], MinLen(1), BeforeValidator(_drift_tests)]
 Threat = Annotated[str, BeforeValidator(_threat)]
 Transform = Annotated[str, _read_by(parse_transform)]
 Gates = Annotated[list[Annotated[str, _read_by(parse_gate)]], BeforeValidator(_gates)]

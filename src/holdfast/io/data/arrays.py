@@ -384,9 +384,10 @@ def check_inputs(data: Arrays, expected: Expected) -> None:
             x = batch.x[not_finite]
             handled = expected.accepts_missing or (probe is not None and probe.handles_missing(x))
             if x.isinf().any() or not handled:
+                reason = "" if probe is None else ", and the model has no finite output for such rows"
                 raise TargetError(
-                    f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}, and the "
-                    "model has no finite output for such rows; replace or remove them"
+                    f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}{reason}; "
+                    "replace or remove such rows"
                 )
         numbers = batch.x[~batch.x.isnan()]
         if len(numbers):

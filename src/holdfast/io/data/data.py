@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
-from holdfast.core.batch import Data
+import numpy as np
+
+from holdfast.core.batch import UNLABELLED, Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
@@ -164,10 +166,15 @@ def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
 
 
 def _open_archive(archive: Npz, place: _Location, address: str, options: _Options) -> Arrays:
+    needs_labels, split = options.expected.needs_labels, options.choice.split
     if options.x or options.y:
-        x_name, y_name = named_arrays(archive, options.x, options.y, options.choice.split, address)
+        x_name, y_name = named_arrays(
+            archive, options.x, options.y, split, address, needs_labels=needs_labels
+        )
     else:
-        x_name, y_name = arrays_of_split(archive, options.choice.split, address)
+        x_name, y_name = arrays_of_split(archive, split, address, needs_labels=needs_labels)
+    if y_name is None:
+        return _open_unlabelled(archive.array(x_name), place, address, options)
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
         message = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
@@ -207,6 +214,12 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         source_labels=all_labels,
     )
     return data.labelled(numbering)
+
+
+def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options) -> Arrays:
+    rows = options.choice.rows(len(x), address)
+    labels, expected = np.full(len(rows), UNLABELLED), replace(options.expected, checks_labels=False)
+    return from_numpy(address, x[rows], labels, rows, expected, layout=_layout(place.layout, x))
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:

@@ -48,6 +48,8 @@ class Expected:
     """whether missing values are accepted without a test of the model"""
     checks_labels: bool = True
     """whether labels are checked; False if they are not used"""
+    needs_labels: bool = True
+    """whether data without labels are refused; otherwise their labels are `UNLABELLED`"""
 
     @property
     def bounds_of_values(self) -> Bounds:

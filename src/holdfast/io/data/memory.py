@@ -1,6 +1,7 @@
 """Makes data sets from Python objects: tensors, arrays, torch loaders and torch datasets."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from scipy import sparse
 from torch import Tensor
 
-from holdfast.core.batch import Data
+from holdfast.core.batch import UNLABELLED, Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
@@ -50,6 +51,8 @@ def as_data(
     are not the usual ones. `expected` declares properties of the data.
     """
     expected = expected or Expected()
+    if y is None and isinstance(x, Tensor | np.ndarray) and not expected.needs_labels:
+        y, expected = np.full(len(x), UNLABELLED), replace(expected, checks_labels=False)
     if y is None:
         if isinstance(x, Data):
             return _user_defined(x, expected)

@@ -127,12 +127,14 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     raise ValueError(f"version {version} of the .npy format is unknown")
 
 
-def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, str]:
+def arrays_of_split(
+    archive: Npz, split: str | None, name: str, *, needs_labels: bool = True
+) -> tuple[str, str | None]:
     """Return the names of the arrays in an `.npz` archive that contain the inputs and the labels of a split: `x_SPLIT`
     and `y_SPLIT`.
 
     If `split` is None, they are those of `test` if it exists, else `x` and `y`. `name` is the name of the archive in
-    error messages.
+    error messages. Unless `needs_labels` is True, the second name is None if there are no labels.
     """
     pairs: Mapping[str, tuple[str, str]] = {
         name.removeprefix("x_"): (name, f"y_{name.removeprefix('x_')}")
@@ -145,33 +147,38 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
         x, y = pairs[split or "test"]
     else:
         raise _no_split(archive, split, pairs, name)
+    if y not in archive.names and not needs_labels:
+        return x, None
     if y not in archive.names:
         raise TargetError(f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}")
     return x, y
 
 
-def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, name: str) -> tuple[str, str]:
+def named_arrays(
+    archive: Npz, x: str | None, y: str | None, split: str | None, name: str, *, needs_labels: bool = True
+) -> tuple[str, str | None]:
     """Check that an `.npz` archive contains the arrays that the user names for the inputs and the labels. Return these
     two names.
 
-    The arrays are a single set without splits, so a `split` raises `NoSplit`.
+    The arrays are a single set without splits, so a `split` raises `NoSplit`. Unless `needs_labels` is True, the labels
+    may be left out.
     """
     holds = names_of(archive.names)
-    if not x or not y:
+    if not x or (not y and needs_labels):
         option, missing = (f"x is {x}", "y") if x else (f"y is {y}", "x")
         raise UsageError(
             f"{option}, which is one of two arrays of {name!r}; it has {holds}",
             Remedy(missing, Placeholder("NAME", "NAME"), function="open_data", reason="for the other array"),
         )
     for argument, array in (("x", x), ("y", y)):
-        if array not in archive.names:
+        if array and array not in archive.names:
             raise UsageError(f"{argument} is {array}, but {name!r} has no such array; it has {holds}")
     if split is not None:
         raise NoSplit(
             f"the arrays {x} and {y} are one set of examples in {name!r}, which has no split {split!r}",
             Remedy("split", function="open_data"),
         )
-    return x, y
+    return x, y or None
 
 
 def _no_split(

@@ -1,0 +1,187 @@
+"""Opens a model, a reference and a recorded stream, and compares them: the function behind `holdfast monitor`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.api.expecting import expected, normalisation
+from holdfast.api.references import beside
+from holdfast.api.resolve import open_expected, open_subject
+from holdfast.api.verb_settings import Monitor, composed
+from holdfast.core.batch import UNLABELLED, Data
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import REFERENCE, Remedy
+from holdfast.guard.detectors.features import features_of
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.pictures import Pictures
+from holdfast.monitoring.accuracy import (
+    Predictions,
+    expected_accuracy,
+    joined_predictions,
+    measured_accuracy,
+)
+from holdfast.monitoring.monitored import Monitored, Source
+from holdfast.monitoring.signals import Observed, Observer, Signals, joined_samples
+from holdfast.monitoring.watching import test_of, watch
+from holdfast.runs.assess.preparation import readied
+from holdfast.runs.assess.request import Subject
+from holdfast.runs.harness import Target
+from holdfast.settings.groups import DataSource
+
+_BATCH = 256
+"""Number of samples in one forward pass."""
+_FITTED_SHARE = 4
+"""One of so many samples of the reference is used to estimate scales, and the others are compared."""
+_FEWEST = 134
+"""Smallest number of samples of the reference: without those for the scales, 100 remain."""
+
+
+def monitored(settings: Monitor) -> Monitored:
+    """Compare the stream of the settings with the reference, and return what the tests found."""
+    if settings.reference is None:
+        raise UsageError(
+            "reference is missing; give examples like those that the model should receive, which it was not trained on",
+            REFERENCE,
+        )
+    subject = None if settings.model is None else open_subject(settings)
+    if subject is not None and subject.model.rejects:
+        raise UsageError("the model has a detector of its own; monitor the network inside")
+    reference = _open(settings, beside(settings, settings.reference), subject)
+    stream = _open(settings, settings, subject)
+    _refuse_data(settings, reference, stream)
+    with _watched(settings, subject, reference) as watched:
+        return _compared(settings, watched, reference, stream)
+
+
+def _open(settings: Monitor, source: DataSource, subject: Subject | None) -> Data:
+    """Open a stream or a reference, whose labels may be missing."""
+    opened = settings if source is settings else composed(Monitor, settings, source)
+    if subject is not None:
+        properties = expected(settings, subject.model, source)
+    else:
+        properties = Expected(
+            class_names=settings.class_names,
+            class_order=settings.class_order,
+            layout=source.layout,
+            normalised=normalisation(settings),
+            lenient=True,
+        )
+    return open_expected(opened, replace(properties, needs_labels=False))
+
+
+def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:
+    """Raise `UsageError` for data that cannot be compared."""
+    if isinstance(stream, Pictures):
+        raise UsageError(
+            f"the stream {stream.name} is a folder, which is read class by class and not in the order of time; save "
+            "the images in their order as the array x of an .npz file"
+        )
+    shapes = [tuple(data.read(0, 1).x.shape[1:]) for data in (reference, stream)]
+    if _without_ones(shapes[0]) != _without_ones(
+        shapes[1]
+    ):  # without a model, grey images may have no channels
+        raise UsageError(
+            f"inputs of the reference {reference.name} have shape {shapes[0]}, and those of the stream {stream.name} "
+            f"have shape {shapes[1]}; inputs of the same shape were expected"
+        )
+    if len(reference) < _FEWEST:
+        raise UsageError(
+            f"the reference {reference.name} has {len(reference)} samples; at least {_FEWEST} are needed",
+            REFERENCE,
+        )
+    for name in settings.alarm:
+        if len(stream) < (fewest := test_of(name).fewest):
+            raise UsageError(
+                f"the test {name} needs {fewest} samples, and the stream {stream.name} has {len(stream)}",
+                Remedy("alarm", "martingale", reason=", which needs one"),
+            )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A prepared model, and functions that read data with what it returns."""
+
+    subject: Subject | None
+    target: Target | None
+    layer: str | None
+    features: Callable[[], Tensor] | None
+
+    def observed(self, data: Data, *, labelled: bool) -> Iterator[Observed]:
+        """Yield the samples of the data in batches, with the outputs of the model."""
+        for start in range(0, len(data), _BATCH):
+            batch = data.read(start, min(start + _BATCH, len(data)))
+            missing = batch.x.flatten(1).isnan().any(1)
+            if missing.any():
+                raise TargetError(
+                    f"row {int(batch.ids[missing][0])} of {data.name} has a missing value; fill or remove such rows, "
+                    "because only complete samples are compared"
+                )
+            logits = None if self.target is None else self.target.logits(batch.x)
+            features = None if self.features is None else self.features()
+            yield Observed(batch.x, logits, features, batch.y if labelled else None)
+
+
+@contextmanager
+def _watched(settings: Monitor, subject: Subject | None, reference: Data) -> Iterator[_Watched]:
+    """Context manager that prepares the model, and yields it with the layer of its embeddings."""
+    if subject is None:
+        yield _Watched(None, None, None, None)
+        return
+    with readied(subject, reference, torch.device("cpu")) as (target, _):
+        layer = settings.layer or _layer_before_last_linear(target.bare.net)
+        if layer is None:
+            yield _Watched(subject, target, None, None)
+            return
+        with features_of(target.bare.net, layer) as features:
+            yield _Watched(subject, target, layer, features)
+
+
+def _layer_before_last_linear(net: object) -> str | None:
+    """Name of the layer without parts that precedes the last linear layer; None if there is none."""
+    if not isinstance(net, nn.Module):
+        return None
+    leaves = [(name, module) for name, module in net.named_modules() if name and not list(module.children())]
+    linear = [place for place, (_, module) in enumerate(leaves) if isinstance(module, nn.Linear)]
+    return leaves[linear[-1] - 1][0] if linear and linear[-1] else None
+
+
+def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Data) -> Monitored:
+    known = [
+        watched.subject is not None and int(data.read(0, 1).y[0]) != UNLABELLED
+        for data in (reference, stream)
+    ]
+    seen = joined_samples(list(watched.observed(reference, labelled=known[0])))
+    rng = Draws(settings.seed).at("monitor")
+    order = rng.at("reference").uniform(torch.arange(len(seen.x)), dtype=torch.float64).argsort()
+    fit, rest = order.tensor_split([len(order) // _FITTED_SHARE])
+    both = seen if all(known) else replace(seen, y=None)  # an error is a signal if it is known for both
+    observer = Observer.fitted(both.take(fit), rng.at("projections"))
+    predictions: list[Predictions] = []
+
+    def signals() -> Iterator[Signals]:
+        for samples in watched.observed(stream, labelled=known[1]):
+            predictions.append(Predictions.of(samples))
+            yield observer(samples if all(known) else replace(samples, y=None))
+
+    results = watch(observer(both.take(rest)), signals(), settings.seed)
+    of_stream, of_reference = joined_predictions(predictions), Predictions.of(seen)
+    names = None if watched.subject is None else watched.subject.model.class_names
+    return Monitored(
+        Source(stream.name, len(stream), known[1]),
+        Source(reference.name, len(reference), known[0]),
+        None if watched.subject is None else str(watched.subject.card["name"]),
+        watched.layer,
+        tuple(settings.alarm),
+        results,
+        measured_accuracy(of_stream, names),
+        measured_accuracy(of_reference, names),
+        expected_accuracy(of_reference, of_stream),
+    )

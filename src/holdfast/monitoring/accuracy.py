@@ -1,0 +1,136 @@
+"""The accuracy on a stream: measured where labels are known, and expected from the confidence where they are not.
+
+CBPE (confidence-based performance estimation): Kivimäki, Białek, Nurminen & Kuberski, "Confidence-based estimators for
+predictive performance in model monitoring", JAIR 2025, arXiv:2407.08649, for the mean confidence as an estimate of the
+accuracy and its interval, here the normal approximation of theirs. The confidence is calibrated on the reference by
+isotonic regression (Zadrozny & Elkan, "Transforming classifier scores into accurate multiclass probability estimates",
+KDD 2002). The calibration error is that of Guo, Pleiss, Sun & Weinberger, "On calibration of modern neural networks",
+ICML 2017, arXiv:1706.04599.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.core.estimate import Estimate
+from holdfast.monitoring.signals import Array, Observed
+from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson, normal_quantile
+
+_BINS = 10
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of a model on consecutive samples; each array has the shape (n,)."""
+
+    confidence: Array | None
+    """largest probability of a class; None without a model"""
+    y: NDArray[np.int64] | None
+    """classes of the samples; None if they are unknown"""
+    correct: Bools | None
+    """whether the predicted class is that of the sample; None without a model or the classes"""
+
+    @classmethod
+    def of(cls, samples: Observed) -> "Predictions":
+        """Return the predictions of samples."""
+        if samples.logits is None:
+            return cls(None, None, None)
+        best = samples.logits.detach().cpu().double().softmax(1).max(1)
+        if samples.y is None:
+            return cls(best.values.numpy(), None, None)
+        y = samples.y.cpu()
+        return cls(best.values.numpy(), y.numpy(), (best.indices == y).numpy())
+
+
+def joined_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Return the predictions on several batches, one after another."""
+    return Predictions(
+        _cat([part.confidence for part in parts]),
+        _cat([part.y for part in parts]),
+        _cat([part.correct for part in parts]),
+    )
+
+
+def _cat(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known else None
+
+
+@dataclass(frozen=True)
+class ClassError:
+    """Share of the samples of a class that are misclassified."""
+
+    name: str
+    error: Estimate
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy and calibration on samples with labels."""
+
+    accuracy: Estimate
+    calibration_error: float
+    """mean difference of confidence and accuracy over ten bins of the confidence"""
+    errors: tuple[ClassError, ...]
+    """error of each class that occurs"""
+
+
+def measured_accuracy(predictions: Predictions, names: Sequence[str] | None) -> Accuracy | None:
+    """Return the accuracy on samples; None without a model or their classes."""
+    confidence, y, correct = predictions.confidence, predictions.y, predictions.correct
+    if confidence is None or y is None or correct is None:
+        return None
+    errors = tuple(
+        ClassError(names[label] if names else str(label), _share(~correct[y == label]))
+        for label in np.unique(y).tolist()
+    )
+    return Accuracy(_share(correct), _calibration_error(confidence, correct), errors)
+
+
+def expected_accuracy(reference: Predictions, stream: Predictions) -> Estimate | None:
+    """Return the accuracy that is expected on a stream without its labels, with the range that contains the accuracy of
+    these samples in 95 % of the cases if the confidence is as reliable as on the reference.
+
+    Returns None without a model or labels of the reference.
+    """
+    if reference.confidence is None or reference.correct is None or stream.confidence is None:
+        return None
+    probabilities = isotonic(reference.confidence, reference.correct, stream.confidence)
+    value, n = float(probabilities.mean()), len(probabilities)
+    deviation = float(np.sqrt((probabilities * (1 - probabilities)).sum())) / n
+    half = normal_quantile((1 + CONFIDENCE) / 2) * deviation
+    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), n)
+
+
+def isotonic(confidence: Array, correct: Bools, new: Array) -> Array:
+    """Return the probabilities that predictions with the confidences `new` are correct, by the isotonic regression of
+    correct predictions on the confidence. Adjacent values that decrease are pooled.
+    """
+    order = np.argsort(confidence, kind="stable")
+    blocks: list[tuple[float, int]] = []
+    for value in correct[order].astype(float).tolist():
+        mean, size = value, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, n = blocks.pop()
+            mean, size = (mean * size + before * n) / (size + n), size + n
+        blocks.append((mean, size))
+    fitted = np.repeat([mean for mean, _ in blocks], [n for _, n in blocks])
+    return np.asarray(np.interp(new, confidence[order], fitted))
+
+
+def _share(mask: Bools) -> Estimate:
+    """Share of samples for which `mask` is true, with its interval."""
+    k, n = int(mask.sum()), len(mask)
+    return Estimate(k / n, *clopper_pearson(k, n), n)
+
+
+def _calibration_error(confidence: Array, correct: Bools) -> float:
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    sums = np.zeros(_BINS)
+    np.add.at(sums, bins, confidence - correct)
+    return float(np.abs(sums).sum() / len(confidence))

@@ -1,0 +1,74 @@
+"""Maximum mean discrepancy (MMD) between windows of the stream and samples of the reference, with a permutation test.
+
+Gretton, Borgwardt, Rasch, Schölkopf & Smola, "A kernel two-sample test", JMLR 13, 2012: the biased estimate with a
+Gaussian kernel whose bandwidth is the median distance of all points. Besag & Clifford, "Sequential Monte Carlo
+p-values", Biometrika 78, 1991: permutations end as soon as ten of them have reached the observed value.
+Differs from the paper: a window of 250 samples is compared with at most as many of the reference, to bound the cost.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from holdfast.core.draws import Draws
+from holdfast.monitoring.protocol import HORIZON, IN_WINDOWS, WINDOW, Alarm, Part
+from holdfast.monitoring.signals import Array, Signals
+from holdfast.monitoring.windows import Windows
+
+PERMUTATIONS = 999
+_REACHED = (
+    10  # permutations with a value as large as the observed one, after which the p-value is known well enough
+)
+_AT_ONCE = 111
+
+
+@dataclass
+class MMD:
+    """State of the tests of all views, which are evaluated when a window is complete."""
+
+    guarantee: ClassVar[str] = IN_WINDOWS
+    reads: ClassVar[str] = "the joint distribution of the signals of each view in windows of 250 samples"
+    compares: ClassVar[Part] = "views"
+    fewest: ClassVar[int] = WINDOW
+
+    reference: Signals
+    alpha: float
+    rng: Draws
+    windows: Windows = field(default_factory=Windows)
+
+    def update(self, batch: Signals) -> Alarm | None:
+        """Add the signals of further samples, and return the first alarm among them, if there is one."""
+        limit = self.alpha * WINDOW / HORIZON / len(self.reference.views)
+        for window in self.windows.completed(batch):
+            rng = self.rng.at("window", self.windows.n_tested)
+            order = rng.at("reference").uniform(torch.arange(len(self.reference)), dtype=torch.float64)
+            sample = self.reference.at(order.argsort()[:WINDOW].numpy())
+            for view, columns in self.reference.views.items():
+                points = np.concatenate([sample.values[:, columns], window.values[:, columns]])
+                p = _p_value(points, len(sample), rng.at("permutations", view))
+                if p <= limit:
+                    return Alarm(self.windows.n_tested, view, view, f"p = {p:.2g}, at most {limit:.2g}")
+        return None
+
+
+def _p_value(points: Array, n: int, rng: Draws) -> float:
+    """p-value of the hypothesis that the first `n` points have the distribution of the others."""
+    x = torch.from_numpy(points).float()
+    distances = torch.cdist(x, x)
+    median = distances[*torch.triu_indices(len(x), len(x), 1)].median()
+    kernel = (-(distances**2) / (2 * median**2).clamp_min(1e-12)).exp()
+    weights = torch.full((len(x),), -1 / (len(x) - n))
+    weights[:n] = 1 / n
+    observed, n_reached = float(weights @ kernel @ weights), 0
+    for first in range(0, PERMUTATIONS, _AT_ONCE):
+        ids = torch.arange(first, first + _AT_ONCE)
+        permuted = weights[rng.uniform(ids, len(x)).argsort(1)]
+        values = ((permuted @ kernel) * permuted).sum(1)
+        for place, reached in enumerate((values >= observed * (1 - 1e-6)).tolist(), first + 1):
+            n_reached += reached
+            if n_reached == _REACHED:
+                return float(n_reached / place)
+    p: float = (n_reached + 1) / (PERMUTATIONS + 1)
+    return p

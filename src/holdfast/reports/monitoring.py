@@ -1,0 +1,186 @@
+"""The report of a monitored stream as text, Markdown, HTML and JSON, written from its summary."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.reports.numbers import count_text, percent, plain
+from holdfast.reports.words import TextTable, capitalized
+
+MONITORING_VERSION = 1
+"""Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
+
+_NEXT = {
+    "inputs": "Compare inputs after the alarm with those of the reference: did the source, the preprocessing or the "
+    "users change?",
+    "embeddings": "Compare inputs after the alarm with those of the reference: they differ in what the model uses.",
+    "predictions": "Compare the shares of the predicted classes with those of the reference.",
+    "distance": "Look at the inputs after the alarm: they are unlike those of the reference, or suspiciously alike.",
+    "confidence": "Look at inputs of low confidence after the alarm.",
+    "error": "The accuracy changed: label more recent samples, and look at the error of each class.",
+}
+_RETRAIN = (
+    "If the change is lasting, assess the model on labelled samples after the alarm (holdfast assess), train or harden "
+    "it with them, and monitor with a new reference."
+)
+_ATTACK = (
+    "If clients may attack the model, compare the alarm with the flagged requests of the guard before samples of the "
+    "stream are used for training."
+)
+CBPE_LIMIT = (
+    "The expected accuracy assumes that a confidence means the same as on the reference. It is invalid under attack, "
+    "and if the meaning of the classes changed."
+)
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """Return the result in one sentence."""
+    stream, reference = content["stream"], content["reference"]
+    compared = f"{count_text(stream['n'])} samples of {stream['name']}, compared with {reference['name']}"
+    alarms = [test for test in content["tests"] if test["name"] in content["decisive"] and test["alarm"]]
+    if not alarms:
+        return f"No alarm of {' or '.join(content['decisive'])} in {compared}."
+    first = min(alarms, key=lambda test: int(test["alarm"]["after"]))
+    alarm = first["alarm"]
+    return (
+        f"Alarm of {first['name']} after sample {count_text(alarm['after'])}, on {alarm['signal']} "
+        f"({alarm['evidence']}), in {compared}."
+    )
+
+
+def next_steps(content: Mapping[str, Any]) -> list[str]:
+    """Return what to do after an alarm; an empty list without one."""
+    views = [test["alarm"]["view"] for test in content["tests"] if test["alarm"]]
+    if not views:
+        return []
+    return [*dict.fromkeys(_NEXT[view] for view in views), _RETRAIN, _ATTACK]
+
+
+def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
+    """Return the tables of a report: the tests, their power, and the accuracy."""
+    tests = content["tests"]
+    found = TextTable(
+        "Tests",
+        ("test", "result", "after", "signal", "evidence"),
+        [(test["name"], *_result(test)) for test in tests],
+    )
+    power = TextTable(
+        "Power: smallest change found within 1,000 samples",
+        ("test", "shifted signal", "shift", "drop of accuracy", "false alarms"),
+        [(test["name"], *_power(test["power"])) for test in tests],
+    )
+    return [found, power, *_accuracies(content)]
+
+
+def _result(test: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    if test["state"] == "too few samples":
+        return f"needs {count_text(test['fewest'])} samples", "", "", ""
+    alarm = test["alarm"]
+    if alarm is None:
+        return "no alarm", "", "", ""
+    return "alarm", count_text(alarm["after"]), alarm["signal"], alarm["evidence"]
+
+
+def _power(power: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    shift = "above 3 sd" if power["shift"] is None else f"{plain(power['shift'])} sd"
+    drop = "" if power["drop"] is None else f"{plain(100 * power['drop'])} points"
+    false_alarms = "" if power["false_alarms"] is None else f"{power['false_alarms']} of 20"
+    return power["signal"], shift, drop, false_alarms
+
+
+def _accuracies(content: Mapping[str, Any]) -> list[TextTable]:
+    rows = [
+        (
+            name,
+            percent(estimate["value"]),
+            f"{percent(estimate['low'])} to {percent(estimate['high'])}",
+            error,
+        )
+        for name, estimate, error in _rows_of_accuracy(content)
+    ]
+    tables = (
+        [TextTable("Accuracy", ("on", "accuracy", "95 % interval", "calibration error"), rows)]
+        if rows
+        else []
+    )
+    if content["measured"]:
+        before = {row["name"]: row["error"] for row in (content["of_reference"] or {"errors": ()})["errors"]}
+        of_classes = [_row_of_class(row, before) for row in content["measured"]["errors"]]
+        tables.append(
+            TextTable(
+                "Error of each class", ("class", "samples", "stream", "interval", "reference"), of_classes
+            )
+        )
+    return tables
+
+
+def _rows_of_accuracy(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    rows = []
+    for name, key in (("reference", "of_reference"), ("stream, with labels", "measured")):
+        if content[key]:
+            rows.append((name, content[key]["accuracy"], plain(content[key]["calibration_error"])))
+    if content["expected"]:
+        rows.append(("stream, expected (invalid under attack)", content["expected"], ""))
+    return rows
+
+
+def _row_of_class(row: Mapping[str, Any], before: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    error, name = row["error"], row["name"]
+    interval = f"{percent(error['low'])} to {percent(error['high'])}"
+    of_reference = percent(before[name]["value"]) if name in before else ""
+    return name, count_text(error["n"]), percent(error["value"]), interval, of_reference
+
+
+def guarantees(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the name of each test with what it compares and its guarantee."""
+    return [(test["name"], f"Compares {test['compares']}. {test['guarantee']}") for test in content["tests"]]
+
+
+def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
+    """Return the report as text for a terminal."""
+    from holdfast.reports.terminal import as_string, filled
+
+    texts = [as_string(filled(table), colour=colour, width=width) for table in report_tables(content)]
+    lines = ["Guarantees:", *(f"- {name}: {text}" for name, text in guarantees(content))]
+    if content["expected"]:
+        lines += ["", CBPE_LIMIT]
+    steps = next_steps(content)
+    following = ["", "What to do:", *(f"- {step}" for step in steps)] if steps else []
+    return "\n".join([*texts, *lines, *following])
+
+
+def monitoring_to_json(content: Mapping[str, Any]) -> str:
+    """Return the report as strict JSON, with a newline at the end."""
+    written = {**content, "next": next_steps(content)}
+    return json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def monitoring_markdown(content: Mapping[str, Any]) -> str:
+    """Return the report as a Markdown document."""
+    from holdfast.reports.markdown import escaped, markdown_table
+
+    lines = ["## Monitoring", "", escaped(headline(content)), ""]
+    for table in report_tables(content):
+        lines += [f"### {escaped(table.title)}", ""]
+        lines += markdown_table(table.headings, [[escaped(cell) for cell in row] for row in table.rows])
+    lines += [f"- **{escaped(name)}**: {escaped(text)}" for name, text in guarantees(content)]
+    if content["expected"]:
+        lines += ["", CBPE_LIMIT]
+    if steps := next_steps(content):
+        lines += ["", "### What to do", "", *(f"- {escaped(step)}" for step in steps)]
+    return "\n".join([*lines, ""])
+
+
+def monitoring_page(content: Mapping[str, Any]) -> str:
+    """Return the report as a self-contained HTML page."""
+    from holdfast.reports.html import render
+
+    return render(
+        "monitoring.html.j2",
+        s=content,
+        headline=headline(content),
+        tables=[(capitalized(table.title), table.headings, table.rows) for table in report_tables(content)],
+        guarantees=guarantees(content),
+        limit=CBPE_LIMIT if content["expected"] else "",
+        steps=next_steps(content),
+    )

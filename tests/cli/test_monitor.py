@@ -1,0 +1,103 @@
+"""`holdfast monitor`: alarms, exit codes, reports, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+import holdfast
+from holdfast.cli.app import run
+from holdfast.core.errors import TargetError
+from holdfast.monitoring import watching
+from holdfast.monitoring.power import Power
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A folder with streams of a table, and a power without simulations, which tests/monitoring/ has."""
+    monkeypatch.chdir(tmp_path)
+    power = Power("inputs: feature 0", 0.3, None, None)
+    monkeypatch.setattr(watching, "power_of", lambda *arguments: power)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1100, 3)).astype(np.float32)
+    np.savez("reference.npz", x=x[:600], y=np.zeros(600, int))
+    np.savez("same.npz", x=x[600:])
+    np.savez("moved.npz", x=x[600:] + np.float32([0, 1, 0]))
+    np.savez("short.npz", x=x[:100])
+    np.savez("wide.npz", x=rng.normal(size=(300, 4)))
+    np.savez("gap.npz", x=np.where(np.arange(1100)[:, None] == 700, np.nan, x))
+
+
+def test_inputs_alone_raise_an_alarm_if_they_moved(capsys):
+    assert run(["monitor", "same.npz", "--reference", "reference.npz"]) == 0
+    shown = capsys.readouterr()
+    assert "No alarm of martingale in 500 samples of same.npz, compared with reference.npz." in shown.err
+    assert "Accuracy" not in shown.out
+    reports = [part for suffix in ("json", "md", "html") for part in ("-o", f"report.{suffix}")]
+    assert run(["monitor", "moved.npz", "--reference", "reference.npz", *reports]) == 1
+    shown = capsys.readouterr()
+    assert "Alarm of martingale after sample " in shown.err
+    assert "on inputs: feature 1 (wealth " in shown.err
+    assert "Ville's inequality" in shown.out
+    assert "What to do:" in shown.out
+    content = json.loads(Path("report.json").read_text())
+    assert content["verdict"] == "alarm"
+    (first, *_) = content["tests"]
+    assert first["name"] == "martingale" and first["alarm"]["after"] < 100 and first["power"]["shift"] == 0.3
+    assert "| martingale | alarm |" in Path("report.md").read_text().replace("  ", " ")
+    assert "<h1>Alarm of martingale" in Path("report.html").read_text()
+
+
+def test_the_tests_of_alarm_decide_the_exit_code():
+    words = ["monitor", "moved.npz", "--reference", "reference.npz"]
+    assert run([*words, "--alarm", "adwin,ks"]) == 1
+    assert run(["monitor", "same.npz", "--reference", "reference.npz", "--alarm", "ks"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["same.npz"], 2, "the reference is missing"),
+        (["--reference", "reference.npz"], 2, "STREAM is missing"),
+        (
+            ["wide.npz", "--reference", "reference.npz"],
+            2,
+            "have shape (3,), and those of the stream wide.npz have",
+        ),
+        (["same.npz", "--reference", "short.npz"], 2, "short.npz has 100 samples; at least 134 are needed"),
+        (
+            ["short.npz", "--reference", "reference.npz", "--alarm", "mmd"],
+            2,
+            "needs 250 samples, and the stream short.npz has 100",
+        ),
+        (
+            ["gap.npz", "--reference", "reference.npz"],
+            3,
+            "gap.npz contains NaN or infinity, first in row 700; replace",
+        ),
+        (["same.npz", "--reference", "reference.npz", "--alarm", "cusum"], 2, "there is no test 'cusum'"),
+        (["same.npz", "--reference", "reference.npz", "-o", "r.pdf"], 2, "expected one of .html .json .md"),
+    ],
+)
+def test_bad_input_is_refused(words, code, message, capsys):
+    assert run(["monitor", *words]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_adds_its_outputs_and_its_accuracy():
+    rng = np.random.default_rng(1)
+    net, x = (
+        nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)),
+        rng.random((900, 3), dtype=np.float32),
+    )
+    y = (x[:, 0] > 0.5).astype(np.int64)
+    result = holdfast.monitor((x[400:], y[400:]), (x[:400], y[:400]), net)
+    assert result.layer == "1"
+    assert result.measured.accuracy.n == 500 and result.expected is not None
+    unlabelled = holdfast.monitor(x[400:], (x[:400], y[:400]), net)
+    assert unlabelled.measured is None
+    assert unlabelled.expected == result.expected
+    with pytest.raises(TargetError, match="7 to 8, but the model has 2 classes"):
+        holdfast.monitor((x[400:], y[400:] + 7), (x[:400], y[:400]), net)

@@ -1,0 +1,153 @@
+"""The tests of a stream: equality with other implementations, exact values, states, and power."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import isotonic_regression
+from scipy.stats import ks_2samp
+
+from benchmarks.drift_streams import varied
+from holdfast.core.catalogue import DRIFT_TESTS
+from holdfast.core.draws import Draws
+from holdfast.monitoring import kolmogorov_smirnov, martingale, mmd, watching
+from holdfast.monitoring.accuracy import Predictions, expected_accuracy, isotonic, measured_accuracy
+from holdfast.monitoring.adwin import Adwin
+from holdfast.monitoring.page_hinkley import PageHinkley
+from holdfast.monitoring.power import power_of
+from holdfast.monitoring.signals import Observed, Observer, Signals
+from holdfast.monitoring.watching import test_of as kind_of
+from holdfast.monitoring.watching import watch
+
+RIVER = Path(__file__).parents[2] / "benchmarks" / "references" / "river.json"
+
+
+def observed(n: int, *, mean: float = 0.0, seed: int = 0, features: int = 3) -> Observed:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, features, generator=rng) + mean
+    logits = torch.randn(n, 4, generator=rng) * 3
+    return Observed(
+        x, logits, torch.relu(x) @ torch.ones(features, 2), logits.argmax(1) * (torch.arange(n) % 9 > 0)
+    )
+
+
+OBSERVER = Observer.fitted(observed(200, seed=1), Draws(0))
+REFERENCE = OBSERVER(observed(600, seed=2))
+
+
+def shifted_stream(mean: float = 1.0) -> Signals:
+    before, after = OBSERVER(observed(600, seed=3)), OBSERVER(observed(600, mean=mean, seed=4))
+    return Signals(before.names, np.concatenate([before.values, after.values]), before.views)
+
+
+def test_adwin_and_page_hinkley_detect_where_river_does():
+    river = json.loads(RIVER.read_text(encoding="utf-8"))["detections"]
+    for name, values in list(varied())[:8]:
+        detectors = {
+            "adwin": Adwin(),
+            "page-hinkley": PageHinkley(),
+            "page-hinkley, defaults of river": PageHinkley(0.005, 50.0),
+        }
+        ours = {
+            key: [n for n, value in enumerate(values, 1) if detector.update(value)]
+            for key, detector in detectors.items()
+        }
+        assert ours == river[name], name
+
+
+@pytest.mark.parametrize("name", DRIFT_TESTS)
+def test_a_test_finds_a_shift_in_any_batches_and_after_it_was_stored(name):
+    stream = shifted_stream()
+    whole = kind_of(name)(REFERENCE, 0.05, Draws(3)).update(stream)
+    assert whole is not None
+    assert 600 < whole.after <= 1000
+    test, alarm = kind_of(name)(REFERENCE, 0.05, Draws(3)), None
+    for start in range(0, 1200, 70):
+        test = pickle.loads(pickle.dumps(test))
+        alarm = alarm or test.update(stream.at(slice(start, start + 70)))
+    assert alarm == whole
+
+
+def test_a_bet_is_fair_for_uniform_p_values():
+    p = (np.arange(10**6) + 0.5) / 10**6
+    assert martingale._factors(p).mean(0) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_p_values_of_the_martingale_are_ranks_with_ties_broken_at_random():
+    one = Signals(("x",), np.array([[1.0], [2.0], [2.0], [3.0]]), {})
+    test = martingale.ConformalMartingale(one, 0.05, Draws(0))
+    p = [test._p_values(np.array([value]), np.array([tie]))[0] for value, tie in ((2.0, 0.5), (9.0, 0.25))]
+    assert p == [(1 + 0.5 * 3) / 5, 0.25 / 6]
+    assert list(test._sorted[0]) == [1.0, 2.0, 2.0, 2.0, 3.0, 9.0]
+
+
+def test_p_values_of_kolmogorov_smirnov_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    reference, window = np.sort(rng.normal(size=700)), rng.normal(0.15, size=250)
+    expected = ks_2samp(reference, window, method="asymp").pvalue
+    assert kolmogorov_smirnov._p_value(reference, window) == pytest.approx(expected, rel=0.1)
+
+
+def test_p_values_of_mmd_are_uniform_without_a_shift_and_smallest_with_one():
+    rng = np.random.default_rng(0)
+    p = [mmd._p_value(rng.normal(size=(60, 3)), 30, Draws(k)) for k in range(60)]
+    assert 0.3 < np.mean(p) < 0.7
+    assert np.mean(np.array(p) <= 0.2) < 0.4
+    points = np.concatenate([rng.normal(size=(30, 3)), rng.normal(2.0, size=(30, 3))])
+    assert mmd._p_value(points, 30, Draws(0)) == 1 / (mmd.PERMUTATIONS + 1)
+
+
+def test_a_stationary_stream_raises_no_alarm_and_a_short_one_states_what_a_test_needs(monkeypatch):
+    monkeypatch.setattr(watching, "power_of", lambda *arguments: None)
+    results = watch(REFERENCE, [OBSERVER(observed(240, seed=5))], seed=0)
+    states = {result.name: result.state for result in results}
+    assert states == {
+        "martingale": "no alarm",
+        "ks": "too few samples",
+        "mmd": "too few samples",
+        "adwin": "no alarm",
+        "page-hinkley": "no alarm",
+    }
+
+
+def test_power_is_the_smallest_shift_that_is_found():
+    power = power_of(kind_of("ks"), REFERENCE, 0.05, Draws(0))
+    assert power.signal == "inputs: feature 0"
+    assert 0.2 <= power.shift <= 0.5
+    weaker = power_of(kind_of("ks"), REFERENCE, 1e-9, Draws(0))
+    assert weaker.shift > power.shift
+    assert 0.05 <= power.drop <= 0.3
+
+
+def test_many_features_become_moments_and_random_projections():
+    observer = Observer.fitted(observed(50, features=40), Draws(0))
+    names = observer(observed(2, features=40)).names
+    assert names[:4] == ("distance", "confidence", "error", "inputs: mean")
+    assert sum(name.startswith("inputs: projection") for name in names) == 16
+
+
+def test_the_calibration_is_the_isotonic_regression():
+    rng = np.random.default_rng(0)
+    confidence = np.sort(rng.random(100))
+    correct = rng.random(100) < confidence**2
+    expected = isotonic_regression(correct.astype(float)).x
+    assert isotonic(confidence, correct, confidence) == pytest.approx(expected)
+
+
+def test_accuracy_is_measured_with_labels_and_expected_without():
+    samples = observed(900)
+    predictions = Predictions.of(samples)
+    measured = measured_accuracy(predictions, ("a", "b", "c", "d"))
+    assert measured.accuracy.value == pytest.approx(predictions.correct.mean())
+    assert [row.name for row in measured.errors] == ["a", "b", "c", "d"]
+    assert measured.errors[1].error.value == 0
+    unlabelled = Predictions(predictions.confidence, None, None)
+    assert measured_accuracy(unlabelled, None) is None
+    estimate = expected_accuracy(predictions, unlabelled)
+    assert estimate.value == pytest.approx(measured.accuracy.value, abs=1e-3)
+    assert estimate.low < estimate.value < estimate.high
+    two = Predictions(np.array([0.95, 0.65]), np.array([0, 1]), np.array([True, False]))
+    assert measured_accuracy(two, None).calibration_error == pytest.approx((0.05 + 0.65) / 2)
