@@ -152,9 +152,6 @@ class Worker:
             self.errors,
         )
         guard = self.answering.guard
-        self.answering.overlapping = (
-            isinstance(guard, GuardPipeline) and guard.queries is not None and setup.signature is None
-        )
         self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
         self.batcher: Batcher[Job, Answer] = Batcher(
             self.answering,
