@@ -15,17 +15,16 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Incoming, Mode, RowDecision, Score
+from holdfast.guard.decisions import Action, Mode, RowDecision, Score
 from holdfast.guard.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.guard.protocol import NoRules
 from holdfast.guard.released_scores import release_of
 from holdfast.guard.rules import InputSchema, Rule
-from holdfast.server.answering_requests import Answer, Answerer, ChainAudit, Job, ServedSet
+from holdfast.server.answering_requests import Answerer, ChainAudit, ServedSet
 from holdfast.server.app import ConnectionLimits, ServedModel, application
 from holdfast.server.audit_chain import AuditKey, ChainFile
 from holdfast.server.batching import Batcher
 from holdfast.server.error_log import ErrorLog, shown
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.openapi import openapi_document
 from holdfast.server.profile import OTHER, PARTS, PROFILED, WALL, Profile, profile_text
@@ -136,48 +135,6 @@ def test_a_part_within_another_one_is_measured_once():
         time.sleep(0.02)
     profile.report(totals)
     assert totals[WALL, "model"] >= 0.02 > 0.01 > totals[WALL, "guard after"]
-
-
-class Counted(nn.Module):
-    """The small network, which records its batches and fails for NaN."""
-
-    def __init__(self):
-        super().__init__()
-        self.net, self.batches = network().net, []
-
-    def forward(self, x):
-        assert not x.isnan().any()
-        self.batches.append(x)
-        return self.net(x)
-
-
-def test_a_model_that_computes_while_the_guard_decides_answers_like_one_that_waits():
-    model = Counted()
-    answerer = Answerer(ServedSet(Classifier(model), "s", 1), Rules(Action.BLOCK), overlapping=True)
-    plain = Answerer(ServedSet(network(), "s", 1), Rules(Action.BLOCK))
-    allowed, refused = torch.full((2, FEATURES), 0.5), torch.full((1, FEATURES), 0.95)
-
-    def both(*inputs):
-        jobs = [Job(Incoming(x)) for x in inputs]
-        pairs = list(zip(answerer(jobs), plain(jobs), strict=True))
-        for mine, expected in pairs:
-            assert type(mine) is type(expected)
-            if isinstance(expected, Answer):
-                torch.testing.assert_close(mine.scores, expected.scores)
-        return [type(mine) for mine, _ in pairs]
-
-    assert both(allowed, refused, allowed) == [Answer, Refused, Answer]
-    # one call, although one of the requests was refused
-    assert [len(batch) for batch in model.batches] == [5]
-    nan = torch.tensor([[0.95, torch.nan, 0.5, 0.5]])
-    # the error of the model for a refused input does not count
-    assert both(allowed, nan) == [Answer, Refused]
-    assert [len(batch) for batch in model.batches] == [5, 2]
-    for _ in range(3):  # during an attack, the model waits for the decision
-        both(refused)
-    model.batches.clear()
-    both(refused)
-    assert not model.batches
 
 
 def test_scores_are_those_of_the_model():

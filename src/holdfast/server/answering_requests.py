@@ -6,7 +6,6 @@ same parameter set, and a swap never waits for a batch or changes one.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -37,10 +36,6 @@ _OF_UPSTREAM = frozenset({502, 503})
 """status codes of a failed upstream server, which concern all requests of a batch"""
 _SERVER_ERROR = 500
 """smallest status code of a failure of a server"""
-_LEAST_USED = 0.9
-"""smallest share of requests passed on unchanged by the guard, from which the model computes before its decision"""
-_USED_WEIGHT = 0.1
-"""weight of the last batch in the moving average of this share"""
 _ABSTAINS = "no prediction is returned for input {}"
 
 
@@ -185,15 +180,8 @@ class Answerer:
     """called with the outcomes of a batch, for the log of requests"""
     release: Release = all_scores
     """function from the scores of the model to those that clients receive"""
-    overlapping: bool = False
-    """whether the model may compute while the guard decides. Its scores for refused inputs are then discarded"""
     timing: Timing = no_timing
     """function that measures the time of each part"""
-    _used: float = field(default=1.0, init=False)
-    """moving average of the share of requests that the guard passes on unchanged"""
-    _beside: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, "guard"), init=False, repr=False
-    )
 
     def __call__(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
         served = self.served
@@ -231,19 +219,11 @@ class Answerer:
 
     def _guarded(self, jobs: Sequence[Job], served: ServedSet) -> list[Outcome]:
         """Return the outcome of each job after guard and model."""
-        decisions, early = self._before_and_early(jobs, served)
+        decisions = self._before(jobs)
         if decisions is None:
             return [_failed(job, "the guard failed", "guard") for job in jobs]
-        pairs = list(zip(jobs, decisions, strict=True))
-        passed = [(job, d) for job, d in pairs if d.answered]
-        unchanged = [d.x is job.incoming.x for job, d in passed]
-        self._used += _USED_WEIGHT * (sum(unchanged) / len(jobs) - self._used)
-        if early is not None and all(unchanged):
-            outputs: Sequence[Tensor | Refused] = [
-                scores for scores, (_, d) in zip(early, pairs, strict=True) if d.answered
-            ]
-        else:
-            outputs = self._answers(passed, served)
+        passed = [(job, d) for job, d in zip(jobs, decisions, strict=True) if d.answered]
+        outputs = self._answers(passed, served)
         scored = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if isinstance(out, Tensor)]
         after = iter(self._after([d for d, _ in scored], [out for _, out in scored], served))
         logits = iter(outputs)
@@ -256,27 +236,6 @@ class Answerer:
             else:
                 outcomes.append(_decided(job, next(after), scores))
         return outcomes
-
-    def _before_and_early(
-        self, jobs: Sequence[Job], served: ServedSet
-    ) -> tuple[Sequence[RequestDecision] | None, Sequence[Tensor] | None]:
-        """Return the decisions of the guard before the model, and the logits of each request if the model computed them
-        meanwhile.
-
-        The guard waits for its state, and computes little. While it refuses or changes more than a tenth of the
-        requests, as during an attack, the model does not compute before the decision.
-        """
-        if not self.overlapping or self._used < _LEAST_USED:
-            return self._before(jobs), None
-        pending = self._beside.submit(self._before, jobs)
-        try:
-            with torch.inference_mode():
-                logits = self._logits(served, torch.cat([job.incoming.x for job in jobs]))
-            parts = torch.split(logits, [job.incoming.x.shape[0] for job in jobs])
-            early = parts if all_finite(logits) else None
-        except Exception:  # noqa: BLE001 - perhaps of an input that the guard refuses; otherwise it is raised again
-            early = None
-        return pending.result(), early
 
     def _before(self, jobs: Sequence[Job]) -> Sequence[RequestDecision] | None:
         incoming = [job.incoming for job in jobs]

@@ -171,9 +171,6 @@ class Worker:
             release=setup.release,
         )
         guard = self.answering.guard
-        self.answering.overlapping = (
-            isinstance(guard, GuardPipeline) and guard.queries is not None and setup.signature is None
-        )
         self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
         self.batcher: Batcher[Job, Answer] = Batcher(
             self.answering,

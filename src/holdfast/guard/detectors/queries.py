@@ -131,8 +131,8 @@ class QueryDetector:
     """Stateful query detector for inputs of one shape. `key` is secret, the same for all processes with a common state,
     and changes the meaning of the state: use a new state with a new key.
 
-    Cost of a query, for small images and with the state in SQLite: about 0.35 ms of CPU time, and half of it in batches
-    of 8 queries. Near duplicates cost as much again, until their score is far above the threshold.
+    Cost of a query, for small images and with the state in SQLite: about 0.35 ms of CPU time, and a third of it in
+    batches of 8 queries. Near duplicates cost as much again, until their score is far above the threshold.
     """
 
     def __init__(
