@@ -21,6 +21,7 @@ from holdfast.cli.app import run
 from holdfast.cli.assess import settings_of_flags
 from holdfast.cli.serve import serve
 from holdfast.guard.rules import Rule
+from holdfast.server.profile import Profile
 from holdfast.server.telemetry import METRICS, MetricTotals, Telemetry
 from holdfast.settings.grammar import seconds
 from holdfast.settings.guard_settings import check_guard_settings
@@ -49,6 +50,7 @@ def samples():
     telemetry.begin({"queries": Rule("queries")})
     telemetry.set("holdfast_pool_alarm", 0, "empty")
     telemetry.set("holdfast_not_ready", 0, "audit")
+    Profile().report(telemetry)
     totals.follow("worker-1", telemetry.memory)
     families = text_string_to_metric_families(totals.text().decode())
     return {sample.name: {*sample.labels} for family in families for sample in family.samples}
