@@ -17,7 +17,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from holdfast.api.verb_settings import Serve
-from holdfast.cli.app import run
+from holdfast.cli.app import run, verbs
 from holdfast.cli.assess import settings_of_flags
 from holdfast.cli.serve import serve
 from holdfast.guard.rules import Rule
@@ -201,7 +201,7 @@ def commands():
 def test_the_command_of_each_recipe_is_valid(recipe):
     command, *arguments = commands()[recipe]
     assert command == "serve"
-    flags = serve.make_context("serve", arguments).params
+    flags = serve.make_context("serve", arguments, verbs.make_context("holdfast", ["serve"])).params
     settings = settings_of_flags(flags, Serve)
     assert settings.keys and settings.audit and settings.guard and settings.log_format == "json"
 

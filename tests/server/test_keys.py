@@ -9,7 +9,7 @@ import stat
 import pytest
 from click.testing import CliRunner
 
-from holdfast.cli.keys import keys
+from holdfast.cli.app import verbs
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.sqlite import SQLiteState
@@ -192,7 +192,9 @@ def test_a_rate_allows_ten_seconds_at_once_and_no_larger_request(text, burst, tm
         f"budget of the key allows at most {burst - 1} at once"
         in taken(burst, "dave", budget=burst - 1).reason
     )
-    added = CliRunner().invoke(keys, ["add", "alice", "--rate", text, "--file", str(tmp_path / "keys.json")])
+    added = CliRunner().invoke(
+        verbs, ["keys", "add", "alice", "--rate", text, "--file", str(tmp_path / "keys.json")]
+    )
     assert f"allows {burst:,} input" in added.stderr and len(added.stdout.split()) == 1
 
 
