@@ -13,13 +13,14 @@ from contextlib import closing
 from pathlib import Path
 from threading import Timer
 
+import numpy as np
 import pytest
 import torch
 
 from holdfast.core.errors import TargetError
 from holdfast.guard.detectors.queries import QueryDetector
-from holdfast.guard.detectors.query_clusters import StateLimits, SteadyClock
-from holdfast.guard.states.checkpoints import Checkpoints
+from holdfast.guard.detectors.query_clusters import StateLimits, SteadyClock, Wanted
+from holdfast.guard.states import sqlite as sqlite_state
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.redis import RedisState
 from holdfast.guard.states.spending import Allowance, Charge
@@ -342,13 +343,18 @@ def test_after_a_checkpoint_the_log_is_written_from_its_beginning(tmp_path):
     size = spend(200)
     state._checkpoints.due()
     state._checkpoints.close()  # after the checkpoint that is due
-    assert spend(100) == size
+    assert spend(100) < size
 
 
-def test_a_state_makes_a_checkpoint_after_so_many_new_rows(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(Checkpoints, "_checkpoint", lambda self: made.append(True))
-    state = SQLiteState(tmp_path / "state.db")
-    state.spend([Charge(f"client {k}", 1, Allowance()) for k in range(2000)], 0.0)
-    state.close()
-    assert made
+def test_the_log_stays_short_although_other_processes_only_check_the_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite_state, "_LONGEST_LOG", 200_000)
+    path, sizes, nothing = tmp_path / "state.db", [], Wanted(np.empty((0, 0), np.uint64), (), ())
+    states = [SQLiteState(path) for _ in range(2)]
+    for k in range(2000):
+        states[0].spend([Charge("client", 1, Allowance())], float(k))
+        states[1].exchange(nothing, float(k), lambda view: None)
+        sizes.append((tmp_path / "state.db-wal").stat().st_size)
+    assert 200_000 < max(sizes) < 2_000_000
+    for state in states:
+        state.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["state.db"]

@@ -171,6 +171,12 @@ class Reloading:
         left = f"{len(self.old)} of {len(self._workers)} workers serve" if tested else "all workers serve"
         self._notify(f"note: the reload failed: {reason}; {left} the model from before")
 
+    def give_up(self) -> None:
+        """Replace no further workers, because the server ends."""
+        if self.running or self._requested:
+            self._state, self._requested, self._reason = "failed", "", "the server ends"
+            self._notify("note: the reload was given up, because the server ends")
+
     def cannot_start(self, reason: str) -> None:
         """Raise the alarm that the model in the file cannot be served by new workers."""
         self._reason = reason

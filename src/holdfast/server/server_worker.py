@@ -149,7 +149,7 @@ class Worker:
         self._pristine = opened.model.to(self.device).eval().requires_grad_(False)
         self._prepared: dict[int, ServedSet] = {}
         self._row_s, self._beat_s = 0.0, math.inf
-        self._leaving = threading.Event()
+        self._leaving, self._last = threading.Event(), False
         self._lost, self._observed = 0, (0, 0)
         self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
         audit: Audit = NoAudit()
@@ -379,12 +379,21 @@ class Worker:
         ) as runner:  # uvloop if installed
             runner.run(self._serve(listener))
         self.batcher.close()
+        self._close_states()
         self.report()
         head, records = "", 0
         if self.chain is not None:
             self.chain.close()
             head, records = self.chain.head, self.chain.records
         self._send(b"X", {"head": head, "records": records})
+
+    def _close_states(self) -> None:
+        """Close the files of the states, so that the last worker removes the logs beside them."""
+        guard = self.answering.guard
+        if isinstance(guard, GuardPipeline) and isinstance(guard.queries, QueryRule):
+            guard.queries.detector.state.close()
+        if self._limits is not None:
+            self._limits.close()
 
     async def _serve(self, listener: socket.socket) -> None:
         serving = asyncio.create_task(self.server.serve([listener]))
@@ -408,7 +417,7 @@ class Worker:
             if now >= until or (accepted and not self.server.server_state.connections):
                 self.server.should_exit = True
             if self._leaving.is_set() and until == math.inf:
-                if self.served.readiness.draining and not refusing:
+                if self._last and not refusing:
                     refuse_connections(listener)
                     refusing = True
                     await asyncio.sleep(_BEGUN_S)
@@ -422,9 +431,12 @@ class Worker:
         """Answer probes that the server is not ready, and close each connection after its next response."""
         self.served.readiness.draining = self.served.closing = True
 
-    def drain(self) -> None:
-        """Accept no further connections, answer what was received, and end."""
+    def drain(self, *, last: bool) -> None:
+        """Accept no further connections, answer what was received, and end. `last` states whether the whole server
+        ends, so that its socket, which all workers share, accepts no connections any more.
+        """
         self.served.closing = True
+        self._last = last
         self._leaving.set()
 
 
@@ -485,7 +497,7 @@ def _follow(worker: Worker, tasks: IO[bytes]) -> None:
         except (KeyError, ValueError, RuntimeError) as error:
             raise TargetError(f"the supervisor sent an invalid message: {error}") from error
     worker.announce_end()
-    worker.drain()
+    worker.drain(last=True)
     # The supervisor may have been killed. Its successor waits until this process has ended, which must not take longer
     # than the drain even if the model hangs.
     time.sleep(worker.setup.drain_s + _ENDING_S)
@@ -505,7 +517,7 @@ def _take(worker: Worker, message: bytes) -> None:
         case b"N":
             worker.announce_end()
         case b"D" | b"Q":
-            worker.drain()
+            worker.drain(last=kind == b"D")
 
 
 def set_message(name: str, epoch: int, weights: Mapping[str, Tensor]) -> bytes:

@@ -247,7 +247,7 @@ class Supervisor:
                 worker.patience_s = self.setup.worker.hung_s  # until its first report
                 if self._swaps is not None:
                     self._swaps.joined(worker)
-                if self._reloading.ready(worker):
+                if self._reloading.ready(worker) and not self._stopping:
                     self._make_room()
             case b"T":
                 worker.report_progress(str(content["stalled"]), float(content["patience_s"]))
@@ -439,6 +439,7 @@ class Supervisor:
     def _drain(self) -> None:
         """Let load balancers notice that the server ends, then let the workers answer what they received."""
         assert self._listener is not None
+        self._reloading.give_up()
         for worker in self._workers:
             worker.child.send(b"N")
         until = time.monotonic() + self._drain_delay_s()

@@ -51,9 +51,7 @@ _Pairs = tuple[HashIndex, Sequence[int], int]
 
 _GAIN = 50  # new rows of one process after which it drops old ones
 _AGAIN_S = 0.02  # between two attempts to open a file that another process creates
-_LOGGED = (
-    2000  # new rows of one process, at most 40 MB of the write-ahead log, after which it makes a checkpoint
-)
+_LONGEST_LOG = 16 * 2**20  # bytes of the write-ahead log from which a process makes a checkpoint
 _HASH = 8  # bytes of a stored hash
 _STALE = 1000  # pairs of an index, beyond twice those of the stored rows, from which dropped rows are removed
 _ROWS = 64  # most rows of one statement
@@ -90,7 +88,7 @@ class SQLiteState:
         self._wait_s, self._lock, self._clock = wait_s, RLock(), SteadyClock()
         self._files = tuple(f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
         self._reach, self._gained = Reachability(f"state in {path}", fail, _RETRY_S), 0
-        self._checkpoints, self._logged = Checkpoints(path, self._lock, wait_s), 0
+        self._checkpoints, self._closed = Checkpoints(path, self._lock, wait_s), False
         try:
             self._db = self._opened()
         except (sqlite3.Error, OSError) as error:
@@ -140,7 +138,6 @@ class SQLiteState:
                     (charge.principal, new.tokens, new.seen, new.used, new.began),
                 )
                 grants.append(grant)
-            self._logged += len(charges)
             _save(db, now, time, counts)
 
         if not self._run(work):
@@ -148,9 +145,10 @@ class SQLiteState:
         return grants
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. The last process that does so removes the files beside it. Later batches are refused."""
         self._checkpoints.close()
         with self._lock:
+            self._closed = True
             self._db.close()
 
     def _opened(self) -> sqlite3.Connection:
@@ -188,6 +186,7 @@ class SQLiteState:
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("PRAGMA cache_size = -32000")  # KiB
             db.execute(f"PRAGMA wal_autocheckpoint = {AT_LAST}")
+            db.execute("PRAGMA journal_size_limit = 0")  # the log is shortened when it begins again
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _FORMAT):
                 raise TargetError(
@@ -210,13 +209,13 @@ class SQLiteState:
 
     def _run(self, work: Callable[[sqlite3.Connection], None]) -> bool:
         with self._lock:
-            if self._reach.waiting:
+            if self._closed or self._reach.waiting:
                 return False
             try:
                 if self._pid != os.getpid():  # a connection must not be used after a fork
                     self._db = self._opened()
                     self._checkpoints = Checkpoints(self.path, self._lock, self._wait_s)
-                self._refuse_replaced()
+                log_size = self._refuse_replaced()
                 with _transaction(self._db) as db:
                     work(db)
             except (sqlite3.Error, OSError, TargetError) as error:
@@ -224,17 +223,17 @@ class SQLiteState:
                 self._reopen()
                 return False
             self._reach.reached()
-            if self._logged >= _LOGGED:
+            if log_size >= _LONGEST_LOG:
                 self._checkpoints.due()
-                self._logged = 0
             return True
 
     def _statuses(self) -> list[os.stat_result]:
         return [os.stat(file) for file in self._files]  # noqa: PTH116 - takes half the time
 
-    def _refuse_replaced(self) -> None:
-        """Raise `OSError` if the files at the path are not those of the connection, or were shortened. SQLite itself
-        would continue to use files that were removed, of which other processes and the next server know nothing.
+    def _refuse_replaced(self) -> int:
+        """Return the size of the write-ahead log. Raises `OSError` if the files at the path are not those of the
+        connection, or were shortened. SQLite itself would continue to use files that were removed, of which other
+        processes and the next server know nothing.
         """
         try:
             statuses = self._statuses()
@@ -247,6 +246,7 @@ class SQLiteState:
                 self._reach.emptied()
             raise OSError("the file, or the log beside it, was removed or replaced")
         self._size = size
+        return statuses[1].st_size
 
     def _reopen(self) -> None:
         """Open the file again, because a connection to a file that was removed or damaged stays unusable."""
@@ -356,7 +356,7 @@ class SQLiteState:
         n_rows = len(view.added) + len(view.answers)
         counts = counts[0] + len(view.added), counts[1] + len(view.answers), n_accounts, counts[3] + n_rows
         gained = n_rows + len(view.charged)
-        self._gained, self._logged = self._gained + gained, self._logged + gained
+        self._gained += gained
         if self._gained >= _GAIN:
             counts, self._gained = self._dropped(db, view.now, counts), 0
         _save(db, now, view.now, counts)
