@@ -84,6 +84,14 @@ def test_p_values_of_the_martingale_are_ranks_with_ties_broken_at_random():
     assert list(test._sorted[0]) == [1.0, 2.0, 2.0, 2.0, 3.0, 9.0]
 
 
+def test_a_late_change_is_found():
+    rng = np.random.default_rng(0)
+    reference = Signals(("x",), rng.normal(size=(300, 1)), {})
+    values = np.concatenate([rng.normal(size=20_000), rng.normal(0.7, size=2000)])
+    alarm = kind_of("martingale")(reference, 0.05, Draws(0)).update(Signals(("x",), values[:, None], {}))
+    assert 20_000 < alarm.after < 20_600
+
+
 def test_p_values_of_kolmogorov_smirnov_are_those_of_scipy():
     rng = np.random.default_rng(0)
     reference, window = np.sort(rng.normal(size=700)), rng.normal(0.15, size=250)
@@ -98,6 +106,9 @@ def test_p_values_of_mmd_are_uniform_without_a_shift_and_smallest_with_one():
     assert np.mean(np.array(p) <= 0.2) < 0.4
     points = np.concatenate([rng.normal(size=(30, 3)), rng.normal(2.0, size=(30, 3))])
     assert mmd._p_value(points, 30, Draws(0)) == 1 / (mmd.PERMUTATIONS + 1)
+    assert mmd._p_value(np.full((60, 3), 0.3), 30, Draws(0)) == 1  # of a saturated model, for example
+    tied = np.random.default_rng(1).integers(0, 2, (60, 2)).astype(float)
+    assert mmd._p_value(tied, 30, Draws(0)) > 0.05
 
 
 def test_a_stationary_stream_raises_no_alarm_and_a_short_one_states_what_a_test_needs(monkeypatch):
@@ -135,6 +146,11 @@ def test_the_calibration_is_the_isotonic_regression():
     correct = rng.random(100) < confidence**2
     expected = isotonic_regression(correct.astype(float)).x
     assert isotonic(confidence, correct, confidence) == pytest.approx(expected)
+    tied, right = np.round(confidence, 1), np.arange(100) % 3 > 0
+    orders = [np.arange(100), np.arange(100)[::-1], rng.permutation(100)]
+    fits = [isotonic(tied[order], right[order], tied) for order in orders]
+    assert all(fit == pytest.approx(fits[0]) for fit in fits)
+    assert isotonic(np.ones(4), right[:4], np.ones(1)) == pytest.approx(right[:4].mean())
 
 
 def test_accuracy_is_measured_with_labels_and_expected_without():
@@ -149,5 +165,7 @@ def test_accuracy_is_measured_with_labels_and_expected_without():
     estimate = expected_accuracy(predictions, unlabelled)
     assert estimate.value == pytest.approx(measured.accuracy.value, abs=1e-3)
     assert estimate.low < estimate.value < estimate.high
+    certain = Predictions(np.ones(200), None, np.ones(200, bool))
+    assert expected_accuracy(certain, certain).low < 0.99  # 200 right predictions do not show that all are
     two = Predictions(np.array([0.95, 0.65]), np.array([0, 1]), np.array([True, False]))
     assert measured_accuracy(two, None).calibration_error == pytest.approx((0.05 + 0.65) / 2)

@@ -93,8 +93,11 @@ def measured_accuracy(predictions: Predictions, names: Sequence[str] | None) -> 
 
 
 def expected_accuracy(reference: Predictions, stream: Predictions) -> Estimate | None:
-    """Return the accuracy that is expected on a stream without its labels, with the range that contains the accuracy of
-    these samples in 95 % of the cases if the confidence is as reliable as on the reference.
+    """Return the accuracy that is expected on a stream without its labels, with an approximate 95 % interval for the
+    accuracy of these samples if the confidence is as reliable as on the reference.
+
+    The interval combines the binomial noise of the stream with that of the accuracy on the reference, on which the
+    confidence is calibrated.
 
     Returns None without a model or labels of the reference.
     """
@@ -104,23 +107,27 @@ def expected_accuracy(reference: Predictions, stream: Predictions) -> Estimate |
     value, n = float(probabilities.mean()), len(probabilities)
     deviation = float(np.sqrt((probabilities * (1 - probabilities)).sum())) / n
     half = normal_quantile((1 + CONFIDENCE) / 2) * deviation
-    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), n)
+    known = _share(reference.correct)
+    low, high = np.hypot(half, known.value - known.low), np.hypot(half, known.high - known.value)
+    return Estimate(value, max(value - float(low), 0.0), min(value + float(high), 1.0), n)
 
 
 def isotonic(confidence: Array, correct: Bools, new: Array) -> Array:
     """Return the probabilities that predictions with the confidences `new` are correct, by the isotonic regression of
-    correct predictions on the confidence. Adjacent values that decrease are pooled.
+    correct predictions on the confidence. Equal confidences are one level, and adjacent levels whose means decrease are
+    pooled.
     """
-    order = np.argsort(confidence, kind="stable")
-    blocks: list[tuple[float, int]] = []
-    for value in correct[order].astype(float).tolist():
-        mean, size = value, 1
+    levels, places = np.unique(confidence, return_inverse=True)
+    n_of = np.bincount(places)
+    blocks: list[tuple[float, int, int]] = []  # mean, number of samples and number of levels
+    for right, n_samples in zip(np.bincount(places, correct).tolist(), n_of.tolist(), strict=True):
+        mean, size, width = right / n_samples, n_samples, 1
         while blocks and blocks[-1][0] >= mean:
-            before, n = blocks.pop()
-            mean, size = (mean * size + before * n) / (size + n), size + n
-        blocks.append((mean, size))
-    fitted = np.repeat([mean for mean, _ in blocks], [n for _, n in blocks])
-    return np.asarray(np.interp(new, confidence[order], fitted))
+            before, n, n_levels = blocks.pop()
+            mean, size, width = (mean * size + before * n) / (size + n), size + n, width + n_levels
+        blocks.append((mean, size, width))
+    fitted = np.repeat([mean for mean, _, _ in blocks], [width for _, _, width in blocks])
+    return np.asarray(np.interp(new, levels, fitted))
 
 
 def _share(mask: Bools) -> Estimate:

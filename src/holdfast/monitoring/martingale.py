@@ -6,8 +6,8 @@ conformal test martingales for change-point detection", COPA 2021, arXiv:2102.10
 on small or large p-values and changes the direction at a rate. Ville, "Étude critique de la notion de collectif", 1939:
 the wealth ever exceeds 1 / alpha with a probability of at most alpha.
 Differs from the paper: two bets of the power martingale, for very small and very large p-values, are added to the three
-of the Simple Jumper; the wealth is the mean over three rates of jumping; each column has a martingale of its own, whose
-nonconformity score is the value, and an alarm needs a wealth of columns / alpha (Bonferroni correction).
+of the Simple Jumper; the wealth is the mean over four rates of jumping, of which one falls; each column has a martingale
+of its own, whose nonconformity score is the value, and an alarm needs a wealth of columns / alpha (Bonferroni).
 """
 
 from array import array
@@ -23,6 +23,8 @@ from holdfast.monitoring.protocol import Alarm, Part
 from holdfast.monitoring.signals import Array, Signals
 
 RATES = (1e-2, 1e-3, 1e-4)
+"""rates of jumping. A further one falls as 1 / n after n samples, so that the wealth of long streams without a change
+decreases slowly, and a late change is found"""
 _BETS = 5
 _SMALLEST = 1e-12  # p-value, for the bets that are infinite at 0 or 1
 
@@ -48,17 +50,19 @@ class ConformalMartingale:
     def __post_init__(self) -> None:
         self._sorted = [array("d", np.sort(column)) for column in self.reference.values.T]
         n_columns = len(self._sorted)
-        self._wealth = np.full((len(RATES), n_columns, _BETS), 1 / (len(RATES) * _BETS))
+        n_rates = len(RATES) + 1
+        self._wealth = np.full((n_rates, n_columns, _BETS), 1 / (n_rates * _BETS))
         self._n = 0
 
     def update(self, batch: Signals) -> Alarm | None:
         """Add the signals of further samples, and return the first alarm among them, if there is one."""
-        n_columns, rates = len(self._sorted), np.array(RATES)[:, None, None]
+        n_columns = len(self._sorted)
         limit = n_columns / self.alpha
         ids = torch.arange(self._n, self._n + len(batch))
         ties = self.rng.uniform(ids, n_columns, dtype=torch.float64).numpy()
         for row, tie in zip(batch.values, ties, strict=True):
             self._n += 1
+            rates = np.array((*RATES, min(RATES[0], 1 / self._n)))[:, None, None]
             mean = self._wealth.mean(2, keepdims=True)
             stakes = (1 - rates) * self._wealth + rates * mean
             self._wealth = stakes * _factors(self._p_values(row, tie))

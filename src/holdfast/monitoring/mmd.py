@@ -22,6 +22,7 @@ _REACHED = (
     10  # permutations with a value as large as the observed one, after which the p-value is known well enough
 )
 _AT_ONCE = 111
+_ROUNDING = 1e-9  # of the values; without it, those of identical points would differ by chance
 
 
 @dataclass
@@ -55,18 +56,18 @@ class MMD:
 
 def _p_value(points: Array, n: int, rng: Draws) -> float:
     """p-value of the hypothesis that the first `n` points have the distribution of the others."""
-    x = torch.from_numpy(points).float()
+    x = torch.from_numpy(points).double()
     distances = torch.cdist(x, x)
     median = distances[*torch.triu_indices(len(x), len(x), 1)].median()
     kernel = (-(distances**2) / (2 * median**2).clamp_min(1e-12)).exp()
-    weights = torch.full((len(x),), -1 / (len(x) - n))
+    weights = torch.full((len(x),), -1 / (len(x) - n), dtype=torch.float64)
     weights[:n] = 1 / n
     observed, n_reached = float(weights @ kernel @ weights), 0
     for first in range(0, PERMUTATIONS, _AT_ONCE):
         ids = torch.arange(first, first + _AT_ONCE)
         permuted = weights[rng.uniform(ids, len(x)).argsort(1)]
         values = ((permuted @ kernel) * permuted).sum(1)
-        for place, reached in enumerate((values >= observed * (1 - 1e-6)).tolist(), first + 1):
+        for place, reached in enumerate((values >= observed - _ROUNDING).tolist(), first + 1):
             n_reached += reached
             if n_reached == _REACHED:
                 return float(n_reached / place)

@@ -1,7 +1,8 @@
 """The power of a test on a reference: the smallest shift that it finds within 1,000 samples, by simulation.
 
-A simulated stream consists of samples of the reference, drawn with replacement, in which one signal is shifted. The
-shift is the smallest of a list with which the test raises an alarm in at least 16 of 20 streams.
+A simulated stream consists of samples of the reference, drawn with replacement, in which one signal is shifted from
+the first sample on. The shift is the smallest of a list with which the test raises an alarm in at least 16 of 20
+streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,7 +104,8 @@ def _stream(reference: Signals, rng: Draws, n: int) -> Signals:
 
 def _less_accurate(errors: Array, drop: float, rng: Draws) -> Array:
     """Errors (n, 1) with further ones, so that the accuracy is lower by `drop`."""
-    wrong, right = errors.max(), errors.min()
+    right = errors.min()
+    wrong = errors.max() if errors.max() > right else right + 1.0  # a reference without errors is not scaled
     share = drop / max(float((errors == right).mean()), drop)
     chosen = rng.uniform(torch.arange(len(errors)), dtype=torch.float64).numpy() < share
     return np.where(chosen[:, None], wrong, errors)
