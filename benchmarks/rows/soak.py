@@ -183,7 +183,7 @@ class _Watch:
 
     def _ready(self) -> dict[str, int]:
         workers: list[dict[str, Any]] = self._get("/status").json()["workers"]
-        return {worker["name"]: worker["pid"] for worker in workers if worker["ready"]}
+        return {worker["name"]: worker["pid"] for worker in workers if worker["started"]}
 
     def _sample(self) -> None:
         period = SAMPLED_S * self.minute / MINUTE

@@ -59,14 +59,15 @@ def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
     from holdfast.server.supervisor import Supervisor
     from holdfast.server.worker_processes import bound_socket
 
-    said = notify
+    said = warn = notify
     if setup.worker.log_format == "json":
         notify = lambda text: said(json_line("info", text))  # noqa: E731
+        warn = lambda text: said(json_line("warning", text))  # noqa: E731
     for note in setup.notes:
         notify(f"note: {note}")
     listener = bound_socket(setup.admin_host, setup.admin_port)
     keys = None if setup.worker.keys is None else KeyFile(setup.worker.keys)
-    supervisor = Supervisor(setup, notify)
+    supervisor = Supervisor(setup, notify, warn)
     admin = AdminServer(supervisor, listener, keys)
     with supervisor.hang_ups():
         try:

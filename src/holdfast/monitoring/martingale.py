@@ -6,8 +6,8 @@ conformal test martingales for change-point detection", COPA 2021, arXiv:2102.10
 on small or large p-values and changes the direction at a rate. Ville, "Étude critique de la notion de collectif", 1939:
 the wealth ever exceeds 1 / alpha with a probability of at most alpha.
 Differs from the paper: two bets of the power martingale, for very small and very large p-values, are added to the three
-of the Simple Jumper; the wealth is the mean over four rates of jumping, of which one falls; each column has a martingale
-of its own, whose nonconformity score is the value, and an alarm needs a wealth of columns / alpha (Bonferroni).
+of the Simple Jumper; the wealth is the mean over four rates of jumping, of which one falls; each column has a
+martingale of its own, whose nonconformity score is the value, and an alarm needs a wealth of columns / alpha.
 """
 
 from array import array

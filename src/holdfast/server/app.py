@@ -335,7 +335,8 @@ class Watched:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                served.telemetry.count("holdfast_requests_total", str(message["status"]))
+                if scope["method"] == "POST":
+                    served.telemetry.count("holdfast_requests_total", str(message["status"]))
                 if served.closing:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)

@@ -64,7 +64,7 @@ class StandIn:
             async with asyncio.timeout(_READ_S):
                 head = await reader.readuntil(b"\r\n\r\n")
         live = head.startswith(b"GET /v2/health/live ")
-        if head and not live:
+        if head.startswith(b"POST "):
             self._telemetry.count("holdfast_requests_total", "503")
             self._telemetry.count("holdfast_refused_total", "workers")
         with suppress(TimeoutError, OSError):

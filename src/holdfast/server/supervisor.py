@@ -80,10 +80,11 @@ class ServerSetup:
 class Supervisor:
     """A server: `start` returns when it answers requests, `run` keeps it running until `stop` is called."""
 
-    def __init__(self, setup: ServerSetup, notify: Notify = ignore) -> None:
+    def __init__(self, setup: ServerSetup, notify: Notify = ignore, warn: Notify | None = None) -> None:
+        """Prepare a server. `warn` receives the messages on faults, and `notify` all others."""
         if os.name == "nt":
             raise UsageError("serve needs Linux or macOS: worker processes share a socket; use a container")
-        self.setup, self._notify = setup, notify
+        self.setup, self._notify, self._warn = setup, notify, warn or notify
         try:
             self._pickled: Callable[[Path | None], bytes] = lambda chain: pickle.dumps((setup.worker, chain))
             self._pickled(None)
@@ -105,6 +106,7 @@ class Supervisor:
         )
         self._begin_s, self._last_loss = 0.0, ""
         self._reasons: Mapping[str, str] = {}
+        self._refusing_s = 0.0
         self._stepped_s = self._recorded_s = time.monotonic()
         self._owed_workers = 0
         self._stand_in: StandIn | None = None
@@ -236,7 +238,7 @@ class Supervisor:
         try:
             self._take(worker, message[:1], message[1:])
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            self._notify(f"note: {worker.name} sent an invalid message and is replaced: {error}")
+            self._warn(f"note: {worker.name} sent an invalid message and is replaced: {error}")
             worker.child.process.kill()
 
     def _take(self, worker: WorkerProcess, kind: bytes, text: bytes) -> None:
@@ -333,7 +335,7 @@ class Supervisor:
             return
         note = f"; {interrupted} requests were interrupted" if interrupted else ""
         if worker.retiring:
-            self._notify(f"note: {worker.name} was to end, and was lost: {cause}{note}")
+            self._warn(f"note: {worker.name} was to end, and was lost: {cause}{note}")
             return
         self._early_deaths += not worker.ready
         if error is not None or self._early_deaths >= _DEATHS:
@@ -346,7 +348,7 @@ class Supervisor:
             if self.setup.reloadable:
                 self._reloading.cannot_start(cause)
         self.telemetry.count("holdfast_worker_restarts_total")
-        self._notify(f"note: {worker.name} is replaced: {cause}{note}")
+        self._warn(f"note: {worker.name} is replaced: {cause}{note}")
         self._owed_workers += 1
         self._start_owed()
 
@@ -359,7 +361,7 @@ class Supervisor:
                 self._start_worker()
             except (TargetError, OSError) as error:
                 self._begin_s = time.monotonic() + _BEGIN_S
-                self._notify(f"note: a worker cannot be started: {error}")
+                self._warn(f"note: a worker cannot be started: {error}")
                 return
             self._owed_workers -= 1
 
@@ -369,7 +371,7 @@ class Supervisor:
         try:
             interrupted = self._audit.ended(worker.chain, reason=reason)
         except (HoldfastError, OSError) as error:
-            self._notify(f"note: the audit chain of {worker.name} could not be completed: {error}")
+            self._warn(f"note: the audit chain of {worker.name} could not be completed: {error}")
             return 0
         self.telemetry.count("holdfast_interrupted_total", n=interrupted)
         return interrupted
@@ -409,10 +411,16 @@ class Supervisor:
     def _report_reasons(self, reasons: Mapping[str, str]) -> None:
         """Report the beginning and the end of a time in which every request is refused."""
         if self._started and not self._stopping and reasons.keys() != self._reasons.keys():
-            text = "; ".join(f"{reason}: {failure}" for reason, failure in reasons.items())
-            self._notify(
-                f"note: every request is refused: {text}" if reasons else "note: requests are answered again"
-            )
+            now = time.monotonic()
+            if reasons:
+                text = "; ".join(f"{reason}: {failure}" for reason, failure in reasons.items())
+                self._warn(f"note: every request is refused: {text}")
+                self._refusing_s = now if not self._reasons else self._refusing_s
+            else:
+                reason = ", ".join(self._reasons)
+                self._notify(
+                    f"note: requests are answered again, after {now - self._refusing_s:.1f} s: {reason}"
+                )
             self._reasons = reasons
 
     def _stand_in_for_workers(self) -> None:
@@ -485,7 +493,7 @@ class Supervisor:
                 {
                     "name": worker.name,
                     "pid": worker.child.process.pid,
-                    "ready": worker.ready,
+                    "started": worker.ready,
                     "set": worker.set_name,
                     "not_ready": dict(worker.failures),
                 }

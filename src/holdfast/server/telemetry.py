@@ -32,7 +32,11 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 METRICS: Mapping[str, Metric] = {
-    "holdfast_requests_total": Metric("Responses by status code.", "counter", ("status",)),
+    "holdfast_requests_total": Metric(
+        "Responses to POST requests, which are all but probes and metadata, by status code.",
+        "counter",
+        ("status",),
+    ),
     "holdfast_refused_total": Metric(
         "Refused requests by cause: request, key, rate, budget, quota, guard, state (the query detector could not "
         "reach its state), overload, audit, model, upstream, workers (none has started).",
@@ -72,9 +76,7 @@ METRICS: Mapping[str, Metric] = {
         "Inputs that the query detector could not judge because its state could not be reached.", "counter"
     ),
     "holdfast_audit_lost_total": Metric("Audit records that could not be written.", "counter"),
-    "holdfast_audit_failing": Metric(
-        "1 while the audit chain of a worker cannot be written, else 0.", "gauge"
-    ),
+    "holdfast_audit_failing": Metric("Number of workers whose audit chain cannot be written.", "gauge"),
     "holdfast_keys_failing": Metric("1 while the file of keys cannot be read, else 0.", "gauge"),
     "holdfast_ready": Metric("1 if requests are answered, as /v2/health/ready states it, else 0.", "gauge"),
     "holdfast_not_ready": Metric(

@@ -33,8 +33,12 @@ class Reachability:
         """Record that the state could not be reached."""
         self._again = self._clock() + self._retry_s
         if self.health.reachable:
-            outcome = "allowed" if self._fail == "open" else "refused"
-            _log.error("The %s is lost; queries are %s until it returns: %s", self._name, outcome, error)
+            what = (
+                "requests are answered without it"
+                if self._fail == "open"
+                else "requests that need it are refused"
+            )
+            _log.error("The %s is lost; %s until it returns: %s", self._name, what, error)
             self.health = replace(self.health, reachable=False, losses=self.health.losses + 1)
         self.health = replace(self.health, error=f"{type(error).__name__}: {error}")
 
