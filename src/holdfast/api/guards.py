@@ -305,7 +305,7 @@ def _calibration(
     cpu = torch.device("cpu")
     with readied(subject, examples, cpu) as (target, _), _features(settings, target) as features:
         observed = None if fitting is None else _observe(fresh, target, fitting.x, features)[1]
-        stream = (_observe(fresh, target, x, features) for x in _batches(examples))
+        stream = calibration_stream(fresh, target, examples, features)
         labels = None if fitting is None else fitting.y
         _, calibration = calibrated(fresh, stream, rate, observed, labels, fitted_on=fitted_on)
     named = replace(
@@ -357,9 +357,13 @@ def _divided_pairs(
     return [pair for pair in kept if len(pair[0])], fitting
 
 
-def _batches(data: Data) -> Iterator[Tensor]:
+def calibration_stream(
+    pipeline: GuardPipeline, target: Target, data: Data, features: Callable[[], Tensor] | None = None
+) -> Iterator[tuple[Tensor, Observation]]:
+    """Yield batches of examples as clients send them, each with what the stateless detectors of a guard observe."""
     for start in range(0, len(data), _BATCH):
-        yield data.read(start, min(start + _BATCH, len(data))).x
+        x = data.read(start, min(start + _BATCH, len(data))).x
+        yield _observe(pipeline, target, x, features)
 
 
 def _observe(
