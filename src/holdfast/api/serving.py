@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from holdfast.server.reloading import NAME_DIGITS
 from holdfast.server.server_worker import HUNG_S, ServingSetup
 from holdfast.server.supervisor import ServerSetup
 from holdfast.settings.grammar import parse_every, seconds
+from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.serve_settings import RequestLimits, ServeOptions, is_public
 from holdfast.settings.values import address_of
 
@@ -106,6 +107,8 @@ def server_setup(settings: Serve) -> ServerSetup:
         audit,
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
+        settings=_settings_of(settings, served),
+        candidate=None if served.model is None else partial(_candidate, worker, served.model),
         notes=notes,
         admin_hosts=_host_names(settings),
         drain_delay_s=_drain_delay_s(settings.drain_delay),
@@ -149,6 +152,8 @@ class _Served:
     """digest of the model that a calibration of a guard names; None for a pool and for an upstream server"""
     reloadable: bool = False
     """whether the model is in a file"""
+    model: Doctor | None = None
+    """settings with which it is opened, if it is one file of weights or of a network"""
     upstream: UpstreamModel | None = None
     """the model of an upstream server"""
 
@@ -188,6 +193,7 @@ def _served(settings: Serve, address: str | None) -> _Served:
         digest=subject.digest,
         guard_digest=served_digest(subject),
         reloadable=address is not None,
+        model=model if address is not None and Path(address).is_file() else None,
     )
 
 
@@ -267,6 +273,24 @@ def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
     return tuple(
         AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size) for kind, size in kinds
     )
+
+
+def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
+    """Return the settings with which a model in a file is opened, and the file of the guard, with absolute paths; empty
+    for another model.
+    """
+    if served.model is None:
+        return {}
+    opening = {**ModelSource.model_fields, **InputSpace.model_fields}
+    given = served.model.model_dump(mode="json", include=served.model.model_fields_set & opening.keys())
+    about = {**given, "model": str(Path(str(served.model.model)).resolve())}
+    return about if settings.guard is None else {**about, "guard": str(Path(settings.guard).resolve())}
+
+
+def _candidate(worker: ServingSetup, model: Doctor, file: str) -> ServingSetup:
+    """Return the setup of a worker that serves the model in another file."""
+    opening = partial(_opened, model.model_copy(update={"model": file}), None)
+    return replace(worker, opening=opening, digest="")
 
 
 def _opened(settings: Doctor, known: tuple[str, str] | None) -> LoadedModel:

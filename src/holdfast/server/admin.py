@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.server.adaptation_routes import MOST_BODY, adaptation_routes
 from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.http_refusals import Refused
@@ -30,11 +31,19 @@ _STARTED_S = 10.0
 def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette:
     """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope `admin`."""
 
-    def permitted(request: Request) -> None:
+    def permitted(request: Request) -> str:
         supervisor.setup.admin_hosts.refuse_other(request.scope["headers"])
-        if keys is not None:
-            header = request.headers.get("authorization")
-            keys.authenticated(None if header is None else header.encode("latin-1"), "admin")
+        if keys is None:
+            return ""
+        header = request.headers.get("authorization")
+        return keys.authenticated(None if header is None else header.encode("latin-1"), "admin").name
+
+    def changing(request: Request) -> str:
+        principal = permitted(request)
+        # a page in the operator's browser could send this request without a key
+        if "origin" in request.headers:
+            raise Refused(403, "requests of web pages are not accepted")
+        return principal
 
     async def metrics(request: Request) -> Response:
         permitted(request)
@@ -45,11 +54,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
         return Response(compact(supervisor.status()), media_type=JSON)
 
     async def swap(request: Request) -> Response:
-        permitted(request)
-        if (
-            "origin" in request.headers
-        ):  # a page in the operator's browser could send this request without a key
-            raise Refused(403, "requests of web pages are not accepted")
+        changing(request)
         try:
             supervisor.request_swap("requested by the operator")
         except UsageError as error:
@@ -70,6 +75,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
         Route("/metrics", metrics, methods=["GET"]),
         Route("/status", status, methods=["GET"]),
         Route("/swap", swap, methods=["POST"]),
+        *adaptation_routes(supervisor, permitted, changing),
     ]
     return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -80,7 +86,7 @@ class AdminServer:
     def __init__(self, supervisor: Supervisor, listener: socket.socket, keys: KeyFile | None) -> None:
         config = uvicorn.Config(
             admin_application(supervisor, keys),
-            http=limited_protocol(_CONNECTIONS, _HEADER_S, errors=ErrorLog()),
+            http=limited_protocol(_CONNECTIONS, _HEADER_S, MOST_BODY, errors=ErrorLog()),
             ws="none",
             lifespan="off",
             log_config=None,

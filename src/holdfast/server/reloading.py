@@ -60,6 +60,11 @@ class Reloading:
         self._reason = self._requested = ""
 
     @property
+    def requested(self) -> bool:
+        """Whether a reload is requested that has not begun."""
+        return bool(self._requested)
+
+    @property
     def running(self) -> bool:
         """Whether a reload is in progress."""
         return self._state == "running"
@@ -94,7 +99,7 @@ class Reloading:
     @property
     def old(self) -> list[WorkerProcess]:
         """Workers that are to be replaced."""
-        return [worker for worker in self._workers if worker.generation < self.generation]
+        return [each for each in self._workers if each.generation < self.generation and not each.canary]
 
     def _join(self, generation: int) -> None:
         try:
@@ -113,7 +118,7 @@ class Reloading:
         version = (self._following if worker is self._joining else None) or self.version
         if worker is self._joining and self.testing and self._following is None:
             version = self._announced(digest, classes)
-        fault = _fault(version, digest, classes)
+        fault = fault_of(version, digest, classes)
         if fault:
             worker.error = TargetError(fault)
             worker.child.process.kill()
@@ -187,12 +192,13 @@ class Reloading:
         return {
             "set": self.version.name,
             "epoch": self.version.epoch,
+            "digest": self.version.digest,
             "reload": "running" if self._requested else self._state,
             "reason": self._reason,
         }
 
 
-def _fault(version: ServedVersion, digest: str, classes: int) -> str:
+def fault_of(version: ServedVersion, digest: str, classes: int) -> str:
     """Return why a worker must not serve the model that it has opened, or an empty text."""
     if version.classes not in (None, classes):
         return (

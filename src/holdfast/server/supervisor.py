@@ -21,7 +21,9 @@ from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure
 from holdfast.runs.engine.children import unshared
 from holdfast.runs.engine.executor import ERRORS
 from holdfast.runs.engine.progress import Notify, ignore
+from holdfast.server.adaptations import Adaptations
 from holdfast.server.audit_folder import AuditFolder
+from holdfast.server.canary import Canary
 from holdfast.server.host_names import HostNames
 from holdfast.server.live_pool import LivePool
 from holdfast.server.reloading import Reloading, ServedVersion
@@ -68,6 +70,10 @@ class ServerSetup:
     """facts about the model and the settings for the first record of the audit chain"""
     reloadable: bool = False
     """whether the model is in a file, which may be opened again while the server runs"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """settings with which a model in a file is opened, for `holdfast adapt`; empty without one"""
+    candidate: Callable[[str], ServingSetup] | None = None
+    """function from the path of a file to the setup of a worker that serves the model in it; None without a file"""
     notes: tuple[str, ...] = ()
     """what the operator should know about the guard"""
     admin_hosts: HostNames = field(default_factory=HostNames)
@@ -86,8 +92,7 @@ class Supervisor:
             raise UsageError("serve needs Linux or macOS: worker processes share a socket; use a container")
         self.setup, self._notify, self._warn = setup, notify, warn or notify
         try:
-            self._pickled: Callable[[Path | None], bytes] = lambda chain: pickle.dumps((setup.worker, chain))
-            self._pickled(None)
+            pickle.dumps(setup.worker)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise unshared(error) from error
         self.totals, self.telemetry = MetricTotals(), Telemetry()
@@ -103,6 +108,19 @@ class Supervisor:
             self._record,
             notify,
             begin_worker=self._start_worker,
+        )
+        self.adaptations = Adaptations(
+            self._record, setup.worker.audit_key.pseudonym if setup.worker.audit_key else str
+        )
+        self.canary = Canary(
+            self._workers,
+            self.totals,
+            self._record,
+            notify,
+            self._warn,
+            self._start_worker,
+            setup.candidate,
+            lambda: self._reloading.version,
         )
         self._begin_s, self._last_loss = 0.0, ""
         self._reasons: Mapping[str, str] = {}
@@ -219,7 +237,8 @@ class Supervisor:
         if self._swaps is not None and not self._stopping:
             self._swaps.poll()
         elif not self._stopping and self._started:
-            self._reloading.poll()
+            self._poll_model()
+        self.adaptations.poll()
         self._stand_in_for_workers()
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         reasons = self.not_ready()
@@ -227,6 +246,18 @@ class Supervisor:
         self.telemetry.set("holdfast_ready", not reasons)
         for reason in ("workers", "draining"):
             self.telemetry.set("holdfast_not_ready", reason in reasons, reason)
+
+    def _poll_model(self) -> None:
+        """Take the next step of a reload or of a canary, which ends before a reload, and with the run that began it."""
+        canary = self.canary
+        if canary.active and self._reloading.requested:
+            canary.end("the model is reloaded")
+        elif canary.active and canary.run != self.adaptations.holder:
+            canary.end("the run that began it gives no sign of life")
+        if canary.active and not self._reloading.running:
+            canary.poll()
+        else:
+            self._reloading.poll()
 
     def _receive(self, worker: WorkerProcess, message: bytes) -> None:
         if worker not in self._workers:
@@ -249,7 +280,9 @@ class Supervisor:
                 worker.patience_s = self.setup.worker.hung_s  # until its first report
                 if self._swaps is not None:
                     self._swaps.joined(worker)
-                if self._reloading.ready(worker) and not self._stopping:
+                if worker.canary:
+                    self.canary.ready()
+                elif self._reloading.ready(worker) and not self._stopping:
                     self._make_room()
             case b"T":
                 worker.report_progress(str(content["stalled"]), float(content["patience_s"]))
@@ -259,7 +292,7 @@ class Supervisor:
                 if self._swaps is not None:
                     self._swaps.answered(content["answers"])
             case b"O":
-                self._reloading.opened(worker, content)
+                (self.canary if worker.canary else self._reloading).opened(worker, content)
             case b"L" if self._swaps is not None:
                 self._swaps.loaded(worker, int(content["epoch"]))
             case b"U" if self._swaps is not None:
@@ -271,12 +304,13 @@ class Supervisor:
 
     # --- workers
 
-    def _start_worker(self) -> WorkerProcess:
+    def _start_worker(self, setup: ServingSetup | None = None) -> WorkerProcess:
+        """Start a worker, with the setup of a candidate if one is given."""
         assert self._listener is not None
         chain = None if self._audit is None else self._audit.new_worker()
         self._number += 1
         worker = WorkerProcess(self._number, self._listener, self._inbox, chain)
-        worker.child.send(self._pickled(chain))
+        worker.child.send(pickle.dumps((setup or self.setup.worker, chain)))
         self.totals.follow(worker.name, worker.memory)
         worker.generation = self._reloading.generation
         if self._swaps is not None:
@@ -321,15 +355,17 @@ class Supervisor:
         code = worker.child.process.wait()
         worker.child.close()
         self._workers.remove(worker)
+        cause = str(worker.error or worker.killed or f"it ended with status {code}")
+        self.canary.left(worker, cause)
         self.totals.forget(worker.name)
         if self._swaps is not None:
             self._swaps.left(worker)
         end = "drained" if worker.ended is not None else worker.killed or "the worker died"
         interrupted = self._close_chain(worker, end)
-        if self._stopping or (worker.ended is not None and not self._reloading.awaits(worker)):
+        drained = worker.ended is not None and not self._reloading.awaits(worker)
+        if self._stopping or drained or worker.canary:
             return
         error = worker.error
-        cause = str(error or worker.killed or f"it ended with status {code}")
         self._last_loss = f"{worker.name}: {cause}"
         if self._reloading.left(worker, cause):
             return
@@ -504,5 +540,6 @@ class Supervisor:
         if self._swaps is not None:
             state["pool"] = self._swaps.status()
         else:
-            state["model"] = self._reloading.status()
+            state["model"] = {**self._reloading.status(), "settings": dict(self.setup.settings)}
+            state["canary"], state["sets"] = self.canary.status(), self.canary.sets()
         return state

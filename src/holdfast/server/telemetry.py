@@ -238,6 +238,12 @@ class MetricTotals:
                 _add(sums, _values_in(memory))
         return sums
 
+    def of(self, source: str) -> dict[tuple[str, tuple[str, ...]], list[float]]:
+        """Return the values of one process that runs, by name and labels."""
+        with self._lock:
+            memory = self._memories.get(source)
+            return {} if memory is None else dict(_values_in(memory))
+
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         from prometheus_client import CollectorRegistry, generate_latest

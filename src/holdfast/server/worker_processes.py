@@ -38,6 +38,8 @@ class WorkerProcess:
     """values of its metrics, which outlast the process"""
     generation: int = 0
     """number of reloads of the model before it"""
+    canary: bool = False
+    """whether it serves a candidate instead of the served model"""
     set_name: str = ""
     """name of the model that it serves; empty for a pool, whose sets change"""
     ready: bool = False

@@ -1,0 +1,142 @@
+"""Runs of `holdfast adapt` as the server knows them: their steps, which run holds the server, and the approval."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from holdfast.server.http_refusals import Refused
+from holdfast.server.swapping import Record
+
+HELD_S = 60.0
+"""seconds after its last sign of life for which a run holds the server"""
+_MOST_BYTES = 8192
+"""largest size of the facts of a step as JSON"""
+_MOST_RUNS, _MOST_STEPS = 10, 200
+_LONGEST_NAME = 100
+
+Approval = Literal["pending", "approved", "rejected"]
+APPROVAL = "approval"
+"""name of the step that waits for a human approval"""
+
+
+@dataclass(eq=False)
+class Adaptation:
+    """One run with its steps."""
+
+    run: str
+    steps: list[Mapping[str, Any]] = field(default_factory=list)
+    approval: Approval | None = None
+    by: str = ""
+    """principal who approved or rejected the candidate"""
+    seen_s: float = 0.0
+
+    def document(self) -> dict[str, Any]:
+        """Return the run for the operator."""
+        return {"run": self.run, "steps": list(self.steps), "approval": self.approval, "by": self.by}
+
+
+class Adaptations:
+    """The newest runs. All methods may be called by any thread; `poll` writes what happened to the audit chain."""
+
+    def __init__(self, record: Record, pseudonym: Callable[[str], str] = str, held_s: float = HELD_S) -> None:
+        self._record, self._pseudonym, self._held_s = record, pseudonym, held_s
+        self._lock = threading.Lock()
+        self._runs: list[Adaptation] = []
+        self._owed: list[tuple[str, dict[str, Any]]] = []
+
+    @property
+    def holder(self) -> str | None:
+        """The run that holds the server; None if no run gave a sign of life of late."""
+        with self._lock:
+            return self._holder()
+
+    def _holder(self) -> str | None:
+        now = time.monotonic()
+        return next((each.run for each in self._runs if now - each.seen_s < self._held_s), None)
+
+    def took(self, run: object, step: object, facts: object) -> None:
+        """Record a step of a run, or only its sign of life if `step` is None.
+
+        Raises `Refused` for invalid values, and while another run holds the server.
+        """
+        run, step = _name(run, "run"), None if step is None else _name(step, "step")
+        if not isinstance(facts, Mapping) or len(json.dumps(facts)) > _MOST_BYTES:
+            raise Refused(400, f"facts is no object of at most {_MOST_BYTES} bytes of JSON")
+        with self._lock:
+            self._refuse_held(run)
+            adaptation = self._found(run) or Adaptation(run)
+            if adaptation not in self._runs:
+                self._runs = [adaptation, *self._runs][:_MOST_RUNS]
+            adaptation.seen_s = time.monotonic()
+            if step is None:
+                return
+            if len(adaptation.steps) >= _MOST_STEPS:
+                raise Refused(400, f"the run has more than {_MOST_STEPS} steps")
+            adaptation.steps.append({"step": step, "time": time.time(), "facts": dict(facts)})
+            if step == APPROVAL and adaptation.approval is None:
+                adaptation.approval = "pending"
+            self._owed.append(("adapt", {"run": run, "step": step, "facts": dict(facts)}))
+
+    def release(self, run: object) -> None:
+        """Let other runs begin, because this one has ended."""
+        with self._lock:
+            found = self._found(_name(run, "run"))
+            if found is not None:
+                found.seen_s = -self._held_s
+
+    def refuse_other(self, run: object) -> str:
+        """Return the name of a run that holds the server. Raises `Refused` if it does not."""
+        name = _name(run, "run")
+        with self._lock:
+            self._refuse_held(name)
+            if self._holder() is None:
+                raise Refused(
+                    409, f"the run {name} does not hold the server; send a step to /adaptation first"
+                )
+        return name
+
+    def approve(self, run: object, approved: object, by: str) -> None:
+        """Approve or reject the candidate of a run that waits for it."""
+        name = _name(run, "run")
+        if not isinstance(approved, bool):
+            raise Refused(400, "approved is neither true nor false")
+        with self._lock:
+            found = self._found(name)
+            if found is None or found.approval != "pending":
+                raise Refused(409, f"the run {name} does not wait for an approval")
+            found.approval, found.by = "approved" if approved else "rejected", by
+            self._owed.append(
+                ("approval", {"run": name, "approved": approved, "principal": self._pseudonym(by)})
+            )
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the runs for the operator, the newest first."""
+        with self._lock:
+            return [each.document() for each in self._runs]
+
+    def poll(self) -> None:
+        """Write what happened to the audit chain. Called by the supervisor."""
+        with self._lock:
+            owed, self._owed = self._owed, []
+        for kind, facts in owed:
+            self._record(kind, **facts)
+
+    def _found(self, run: str) -> Adaptation | None:
+        return next((each for each in self._runs if each.run == run), None)
+
+    def _refuse_held(self, run: str) -> None:
+        holder = self._holder()
+        if holder not in (None, run):
+            raise Refused(
+                409,
+                f"the run {holder} adapts the model; wait until it has ended, or {self._held_s:g} s after it died",
+            )
+
+
+def _name(value: object, key: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME or not value.isprintable():
+        raise Refused(400, f"{key} is no text of 1 to {_LONGEST_NAME} printable characters")
+    return value
