@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from holdfast.api.stored import compare as compare
     from holdfast.api.stored import report as report
     from holdfast.api.stored import verify as verify
+    from holdfast.api.verb_settings import Adapt as Adapt
     from holdfast.api.verb_settings import Assess as Assess
     from holdfast.api.verb_settings import Calibrate as Calibrate
     from holdfast.api.verb_settings import Certify as Certify
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from holdfast.api.verb_settings import Harden as Harden
     from holdfast.api.verb_settings import Monitor as Monitor
     from holdfast.api.verb_settings import Serve as Serve
+    from holdfast.api.verbs import adapt as adapt
     from holdfast.api.verbs import assess as assess
     from holdfast.api.verbs import certify as certify
     from holdfast.api.verbs import demo as demo
@@ -54,7 +56,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("Assess", "Calibrate", "Certify", "Doctor", "Harden", "Monitor", "Serve"),
+        ("Adapt", "Assess", "Calibrate", "Certify", "Doctor", "Harden", "Monitor", "Serve"),
         "holdfast.api.verb_settings",
     ),
     "Batch": "holdfast.core.batch",
@@ -83,6 +85,7 @@ _HOMES = {
     "doctor": "holdfast.api.verbs",
     "harden": "holdfast.api.verbs",
     "init": "holdfast.api.starting",
+    "adapt": "holdfast.api.verbs",
     "monitor": "holdfast.api.verbs",
     "open_data": "holdfast.api.references",
     "open_model": "holdfast.api.references",

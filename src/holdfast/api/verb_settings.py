@@ -18,13 +18,14 @@ from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.settings import groups, guard_settings, serve_settings, values
+from holdfast.settings import adapt_settings, groups, guard_settings, serve_settings, values
 from holdfast.settings.default_suite import refuse_uncertifiable
 from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.groups import Flag, SettingGroup
 from holdfast.settings.wording import complaint, place
 
 if TYPE_CHECKING:
+    from holdfast.adaptation.adapted import Adapted
     from holdfast.api.guards import Calibrated
     from holdfast.api.hardening import ForHardening
     from holdfast.core.batch import Data
@@ -412,11 +413,49 @@ class Monitor(
             return monitored(self)
 
 
+class Adapt(
+    groups.OtherData,
+    groups.DataSource,
+    groups.Device,
+    groups.Seed,
+    groups.ExampleSelection,
+    groups.GateSettings,
+    groups.SuiteSettings,
+    groups.ThreatSource,
+    groups.HardenOptions,
+    adapt_settings.AdaptOptions,
+    VerbSettings,
+):
+    """All settings of the command `holdfast adapt`: those of the training and of the assessments, and those of the
+    server, which states how the served model is opened.
+    """
+
+    verb = "adapt"
+    data: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None, description=groups.DataSource.model_fields["data"].description
+    )
+
+    def run(
+        self,
+        folder: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress = silent,
+        notify: Notify = ignore,
+    ) -> "Adapted":
+        """Adapt the served model, and return what happened. The run folder `folder` is needed to resume the run."""
+        from holdfast.api.adapting import adapted
+        from holdfast.api.grad_mode import gradients
+
+        with gradients():
+            return adapted(self, folder, resume=resume, progress=progress, notify=notify)
+
+
 Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor
 """Settings of any command that opens a model and data."""
 
 VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, Serve, Monitor)
+    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, Serve, Monitor, Adapt)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 

@@ -13,7 +13,7 @@ from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.starting import DEMO, DEMO_COMMAND, DIGITS
-from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, Monitor
+from holdfast.api.verb_settings import Adapt, Assess, Certify, Doctor, Harden, Monitor
 from holdfast.core.errors import UsageError
 from holdfast.io.data import data as data_sources
 from holdfast.recipes.training.recipe import Recipe
@@ -24,13 +24,14 @@ from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.threats_and_attacks import ThreatLike
 
 if TYPE_CHECKING:
+    from holdfast.adaptation.adapted import Adapted
     from holdfast.io.doctor import Checkup
     from holdfast.monitoring.monitored import Monitored
     from holdfast.runs.assess.exhibition import Exhibit
     from holdfast.runs.harden.epoch_log import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
 
-__all__ = ["assess", "certify", "demo", "doctor", "exhibition", "harden", "monitor"]
+__all__ = ["adapt", "assess", "certify", "demo", "doctor", "exhibition", "harden", "monitor"]
 
 
 @verb_with(Assess)
@@ -188,3 +189,21 @@ def monitor(
     and its accuracy is estimated. The model must not have been trained on `reference`.
     """
     return Monitor(**given(data=data, reference=reference, model=model, **settings)).run()
+
+
+@verb_with(Adapt)
+def adapt(
+    server: str,
+    data: DataLike,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    notify: Notify = ignore,
+    **settings: Any,
+) -> "Adapted":
+    """Harden the model of a running server, replace it if the new model passes all gates, and return what happened.
+
+    `server` is the address of the operator's port, and `data` the examples for the training and the assessments. `run`
+    is the folder of the run, with which `resume` continues it. `notify` is called with a line for each step.
+    """
+    return Adapt(**given(server=server, data=data, **settings)).run(run, resume=resume, notify=notify)

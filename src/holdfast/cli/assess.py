@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from holdfast.api.reading_settings import S, read_settings
-from holdfast.api.verb_settings import Assess, Certify, Harden, Opening, Serve, group_of
+from holdfast.api.verb_settings import Adapt, Assess, Certify, Harden, Opening, Serve, group_of
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -170,10 +170,10 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
                         TRUST_CODE,
                     )
     if isinstance(settings, Harden):
-        _refuse_functions_of_config(settings, flags.get("sets", ()))
+        refuse_functions_of_config(settings, flags.get("sets", ()))
 
 
-def _refuse_functions_of_config(settings: Harden, sets: Iterable[str]) -> None:
+def refuse_functions_of_config(settings: Harden | Adapt, sets: Iterable[str]) -> None:
     """Raise `UsageError` for the address of a function in the recipe, such as an optimiser, that no `--set` names."""
     from holdfast.settings.grammar import parse_pairs
     from holdfast.settings.yaml_text import parse_yaml
@@ -237,7 +237,7 @@ def refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) ->
             )
 
 
-def refuse_logs_of_config(settings: Harden, flags: dict[str, Any]) -> None:
+def refuse_logs_of_config(settings: Harden | Adapt, flags: dict[str, Any]) -> None:
     """Raise `UsageError` for a log in the configuration that is sent over the network, if it is not also given on the
     command line.
     """

@@ -1,0 +1,100 @@
+"""The result of an adaptation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.adaptation.journal import Journal, Outcome, Step
+from holdfast.core.errors import UsageError
+from holdfast.reports.words import TextTable
+from holdfast.runs.store.files import usable, write_atomically
+from holdfast.runs.store.records import document
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """How an adaptation ended, and its steps with their facts."""
+
+    run: str
+    server: str
+    outcome: Outcome
+    reason: str
+    steps: tuple[Step, ...]
+    folder: Path
+
+    @classmethod
+    def of(cls, journal: Journal) -> "Adapted":
+        """Return the result of a run that has ended."""
+        assert journal.outcome is not None
+        return cls(
+            journal.run, journal.server, journal.outcome, journal.reason, tuple(journal.steps), journal.folder
+        )
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the candidate serves now."""
+        return self.outcome == "promoted"
+
+    def summary(self) -> dict[str, Any]:
+        """Return the result as strict JSON."""
+        return {
+            "schema_version": 1,
+            "verb": "adapt",
+            "run": self.run,
+            "server": self.server,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "steps": [asdict(step) for step in self.steps],
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return document(self.summary()).decode()
+
+    def write(self, path: str | Path) -> Path:
+        """Write the report as a `.json` file, and return its path."""
+        place = Path(path)
+        if place.suffix != ".json":
+            raise UsageError(f"{str(place)!r} is no .json file; the report of adapt has no other format")
+        with usable(place):
+            write_atomically(place, self.to_json().encode())
+        return place
+
+    def text(self, *, colour: bool = False, width: int | None = None) -> str:
+        """Return the steps as a table for a terminal."""
+        from holdfast.reports.terminal import as_string, filled
+
+        rows = [(_clock(step.time), step.step, facts_text(step.facts)) for step in self.steps]
+        return as_string(
+            filled(TextTable("Steps", ("time", "step", "facts"), rows)), colour=colour, width=width
+        )
+
+    def __str__(self) -> str:
+        ends = {
+            "promoted": "The candidate was promoted",
+            "not promoted": "The candidate was not promoted",
+            "rolled back": "The candidate was promoted and rolled back",
+        }
+        return f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}."
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """Return the facts of a step as one line.
+
+    >>> facts_text({"flagged": 3, "share": 0.25, "gates": ["pass: a", "fail: b"]})
+    'flagged 3; share 0.25; gates: pass: a, fail: b'
+    """
+    parts = []
+    for key, value in facts.items():
+        name = key.replace("_", " ")
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            parts.append(f"{name}: {', '.join(map(str, value))}")
+        else:
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return "; ".join(parts)
+
+
+def _clock(time: float) -> str:
+    return f"{datetime.fromtimestamp(time, UTC):%H:%M:%S}"

@@ -1,0 +1,589 @@
+"""Adapts the model of a running server: the steps behind `holdfast adapt`."""
+
+import io
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.adaptation.adapted import Adapted, facts_text
+from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
+from holdfast.adaptation.journal import Journal, Outcome
+from holdfast.adaptation.live_comparison import Counts, regression
+from holdfast.adaptation.screening import Screened, disagreeing, screened
+from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
+from holdfast.api.guard_opening import calibration_path, input_storage
+from holdfast.api.reading_settings import canonical_settings
+from holdfast.api.resolve import open_subject
+from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
+from holdfast.core.batch import Batch, Data, TrainingData
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.types import Labels, Mask
+from holdfast.gates.grammar import Claim, parse
+from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
+from holdfast.io.data.arrays import selected_rows
+from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
+from holdfast.runs.assess.preparation import readied
+from holdfast.runs.assess.request import Subject
+from holdfast.runs.engine.progress import Notify, Progress
+from holdfast.runs.harden.hardened import MODEL, Hardened
+from holdfast.runs.harness import Target
+from holdfast.runs.store.files import write_atomically
+from holdfast.runs.store.locking import locked
+from holdfast.runs.stored.stored_runs import new_folder
+from holdfast.settings.adapt_settings import ALARM, NOW
+from holdfast.settings.grammar import seconds
+from holdfast.settings.guard_settings import read_guard_settings
+from holdfast.statistics.intervals import paired_difference
+
+GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
+"""Gates if none are given."""
+_SUFFIX = ".safetensors"
+_POLL_S, _LIFE_S = 0.5, 15.0
+"""seconds between two looks at the server, and between two signs of life"""
+_PATIENCE_S = 180.0
+"""seconds for which a canary may start, and a worker may take the promoted model"""
+_TRUSTED, _SCREENED = 2000, 2000
+"""largest numbers of trusted and of training examples in the nearest-neighbour screen"""
+_TESTED = 10_000
+"""largest number of test examples on which clean accuracies are compared"""
+_BATCH = 256
+_INCUMBENT = "incumbent.safetensors"
+
+
+class _Ended(Exception):
+    """The run ends here."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome, self.reason = outcome, reason
+
+
+def adapted(
+    settings: Adapt, folder: str | Path | None, *, resume: bool, progress: Progress, notify: Notify
+) -> Adapted:
+    """Take the steps of an adaptation, or those that are left of a run that is resumed, and return how it ended."""
+    if settings.server is None:
+        raise UsageError(
+            "the address of the operator's port is missing, as in http://127.0.0.1:8081",
+            Remedy("server", Placeholder("URL")),
+        )
+    if settings.data is None:
+        raise UsageError(
+            "data is missing: examples for the training and the assessments",
+            Remedy("data", Placeholder("DATA")),
+        )
+    for gate in settings.gates:
+        parse(gate)
+    port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
+    identity = digest(canonical(canonical_settings(settings)))
+    place = new_folder("adapt", identity) if folder is None else Path(folder)
+    journal = Journal.opened(place, settings.server, identity, resume=resume)
+    with locked(place / ".lock"):
+        if journal.outcome is None:
+            run = _Adaptation(settings, journal, port, progress, notify)
+            with _signs_of_life(port, journal.run):
+                run.finish()
+    return Adapted.of(journal)
+
+
+@contextmanager
+def _signs_of_life(port: OperatorPort, run: str) -> Iterator[None]:
+    """Context manager in which the run holds the server. Raises `Refusal` while another run holds it."""
+    body = {"run": run, "step": None}
+    port.post("/adaptation", body)
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(_LIFE_S):
+            with suppress(
+                HoldfastError
+            ):  # of a server that restarts; the next step reports one that does not
+                port.post("/adaptation", body)
+
+    thread = threading.Thread(target=repeat, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(HoldfastError):
+            port.post("/adaptation", {**body, "ended": True})
+
+
+@dataclass(eq=False)
+class _Adaptation:
+    """A run in progress."""
+
+    settings: Adapt
+    journal: Journal
+    port: OperatorPort
+    progress: Progress
+    notify: Notify
+    _result: Hardened | None = field(default=None, init=False)
+
+    def finish(self) -> None:
+        """Take all steps that are left, and note how the run ended."""
+        try:
+            for step, function in (
+                ("begin", self._begin),
+                ("trigger", self._trigger),
+                ("quarantine", self._quarantine),
+                ("harden", self._harden),
+                ("assess", self._assess),
+                ("gates", self._judge),
+                ("shadow", self._shadow),
+                ("approved", self._approval),
+                ("canary", self._canary),
+                ("promote", self._promote),
+                ("watch", self._watch),
+            ):
+                self._once(step, function)
+            outcome: Outcome = "promoted"
+            reason = ""
+        except _Ended as end:
+            outcome, reason = end.outcome, end.reason
+        if outcome != "promoted":
+            self._restore_guard()
+        self.journal.end(outcome, reason)
+        self.port.post("/adaptation", self._body("end", {"outcome": outcome, "reason": reason}))
+
+    def _once(self, step: str, function: Callable[[], Json]) -> None:
+        """Take a step unless it is finished. A step that ends the run is recorded as well."""
+        facts = self.journal.facts(step)
+        if facts is None:
+            facts = function()
+            self.journal.add(step, facts)
+            self.port.post("/adaptation", self._body(step, facts))
+            self.notify(f"{step}: {facts_text(facts)}")
+        if reason := facts.get("ends"):
+            raise _Ended("rolled back" if step == "watch" else "not promoted", str(reason))
+
+    def _body(self, step: str, facts: Mapping[str, Any]) -> Json:
+        return {"run": self.journal.run, "step": step, "facts": facts}
+
+    # --- the server and its model
+
+    def _status(self) -> Json:
+        return self.port.get("/status")
+
+    @cached_property
+    def _begun(self) -> Mapping[str, Any]:
+        facts = self.journal.facts("begin")
+        assert facts is not None, "this is the first step"
+        return facts
+
+    @property
+    def _served_file(self) -> Path:
+        return Path(self._begun["model"])
+
+    def _begin(self) -> Json:
+        status = self._status()
+        if "pool" in status:
+            raise UsageError(
+                "the server rotates the sets of a pool, which adapt does not change; harden a model and add it to the "
+                "pool (holdfast rotate collect)"
+            )
+        settings = status["model"].get("settings") or {}
+        file = Path(settings.get("model", ""))
+        if file.suffix != _SUFFIX:
+            raise UsageError(
+                f"the server does not serve a {_SUFFIX} file, and adapt replaces no other model; serve the weights as "
+                f"such a file, as in holdfast serve model{_SUFFIX}"
+            )
+        if not file.is_file():
+            raise TargetError(
+                f"the served file {str(file)!r} is not on this machine; run adapt where the server runs"
+            )
+        code = settings.get("arch") or ""
+        if ".py:" in code and not self.settings.trust_code:
+            raise UsageError(
+                f"the server names the code {code} as the architecture, and code is run only if you allow it",
+                Remedy("trust_code", value=True),
+            )
+        copy = self.journal.folder / _INCUMBENT
+        write_atomically(copy, file.read_bytes())
+        served = status["model"]["digest"]
+        if self._opened(copy, settings).digest != served:
+            raise TargetError(
+                f"the file {str(file)!r} is not the model that is served; reload it (SIGHUP), or restore the file"
+            )
+        guard = self._guard_of(settings)
+        if guard is not None and (place := calibration_path(read_guard_settings(guard), guard)).exists():
+            shutil.copyfile(place, self.journal.folder / "guard.calibration.json")
+        return {"set": status["model"]["set"], "model": str(file), "digest": served, "settings": settings}
+
+    @staticmethod
+    def _guard_of(settings: Mapping[str, Any]) -> Path | None:
+        return None if settings.get("guard") is None else Path(settings["guard"])
+
+    @staticmethod
+    def _opened(file: Path, settings: Mapping[str, Any]) -> Subject:
+        opening = {key: value for key, value in settings.items() if key not in ("guard", "model")}
+        return open_subject(Doctor(model=str(file), **opening))
+
+    @cached_property
+    def _incumbent(self) -> Subject:
+        return self._opened(self.journal.folder / _INCUMBENT, self._begun["settings"])
+
+    @property
+    def _candidate_file(self) -> Path:
+        return self.journal.folder / "candidate" / MODEL
+
+    @cached_property
+    def _candidate(self) -> Subject:
+        return self._opened(self._candidate_file, self._begun["settings"])
+
+    def _refuse_changed(self, status: Json) -> None:
+        """Raise `TargetError` if the server serves another model than the one that this run began with."""
+        if status["model"]["digest"] not in (self._begun["digest"], self._candidate.digest):
+            raise TargetError(
+                f"the server serves {status['model']['set']}, and this run began with {self._begun['set']}: it was "
+                "changed meanwhile. Begin a new run"
+            )
+
+    # --- trigger and quarantine
+
+    def _trigger(self) -> Json:
+        """Wait for an alarm of the monitor, or for the time."""
+        trigger = self.settings.trigger
+        if trigger == NOW:
+            return {"trigger": NOW}
+        until = float("inf") if trigger == ALARM else time.monotonic() + seconds(trigger, "trigger")
+        self.notify("waiting for an alarm of the monitor")
+        while time.monotonic() < until:
+            try:
+                alarmed = self.port.get("/monitor")["alarmed"]
+            except Refusal as refusal:
+                if trigger == ALARM:
+                    raise UsageError(
+                        f"the server has no monitor, whose alarm would begin the adaptation ({refusal.reason}); start "
+                        "it with --monitor, or begin at once",
+                        Remedy("trigger", NOW),
+                    ) from refusal
+                alarmed = []
+            if alarmed:
+                return {"trigger": "alarm", "tests": alarmed}
+            time.sleep(_POLL_S)
+        return {"trigger": trigger}
+
+    @cached_property
+    def _opened_data(self) -> tuple[TrainingData, Data]:
+        """The training examples, and all test examples."""
+        _, training, _, tested, _ = self._harden_settings.open()
+        return training, tested
+
+    @cached_property
+    def _harden_settings(self) -> Harden:
+        opening = {k: v for k, v in self._begun["settings"].items() if k not in ("guard", "model")}
+        opened = Doctor(model=str(self.journal.folder / _INCUMBENT), **opening)
+        own = {key: getattr(opened, key) for key in opened.model_fields_set}
+        return composed(Harden, self.settings).model_copy(update={**own, "gates": [], "output": []})
+
+    @cached_property
+    def _trusted(self) -> tuple[Tensor, Tensor]:
+        batch = self._tested
+        return batch.x[:_TRUSTED], batch.y[:_TRUSTED]
+
+    @cached_property
+    def _tested(self) -> Batch:
+        _, tested = self._opened_data
+        return tested.read(0, min(len(tested), _TESTED))
+
+    def _quarantine(self) -> Json:
+        """Screen the labels of the training examples and of the flagged inputs, which are never trained on."""
+        training, _ = self._opened_data
+        rows = selected_rows(
+            len(training),
+            n=None,
+            sample=min(len(training), _SCREENED),
+            seed=self.settings.seed,
+            name="the data",
+        )
+        sample, (x, y) = training.take(torch.as_tensor(rows)), self._trusted
+        with self._target(self._incumbent) as target:
+            found = screened(_outputs(target, sample.x), sample.y, _outputs(target, x), y)
+        facts = _screen_facts(found)
+        if found.suspicious:
+            facts["ends"] = (
+                f"the labels of {found.disagree} of {found.n} training examples disagree with those of their nearest "
+                f"test examples, and {found.trusted_disagree} of {found.trusted_n} test examples do so"
+            )
+        flagged, excluded = self._flagged()
+        return {"flagged": flagged.n, "labelled": len(flagged.y) + excluded, "excluded": excluded, **facts}
+
+    def _flagged(self) -> tuple[Flagged, int]:
+        """Return the flagged inputs with labels, without those whose label disagrees with their nearest trusted
+        examples, and the number of these.
+        """
+        guard = self._guard_of(self._begun["settings"])
+        stored = None if guard is None else input_storage(read_guard_settings(guard), guard)
+        names = self._incumbent.model.class_names
+        labels = None if self.settings.labels is None else Path(self.settings.labels)
+        flagged = read_flagged(stored, labels, tuple(names or ()))
+        if not len(flagged.y):
+            return flagged, 0
+        # in the space of the inputs, where an adversarial example is near its own class
+        bad = disagreeing(flagged.x, flagged.y, *self._trusted)
+        return Flagged(flagged.n, flagged.x[~bad], flagged.y[~bad]), int(bad.sum())
+
+    @contextmanager
+    def _target(self, subject: Subject) -> Iterator[Target]:
+        with readied(subject, self._opened_data[1], torch.device("cpu")) as (target, _):
+            yield target
+
+    # --- training, assessment and gates
+
+    def _hardened(self) -> Hardened:
+        if self._result is None:
+            folder = self.journal.folder / "harden"
+            self._result = self._harden_settings.run(
+                folder, resume=folder.exists(), progress=self.progress, notify=self.notify
+            )
+        return self._result
+
+    def _harden(self) -> Json:
+        result = self._hardened()
+        result.write(self._candidate_file.parent)
+        return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
+
+    def _assess(self) -> Json:
+        result = self._hardened()
+        facts: Json = {}
+        for name in ("clean_accuracy", "robust_accuracy"):
+            for side, measured in (("served", result.before), ("candidate", result.after)):
+                if name in measured.metrics:
+                    facts[f"{name}_{side}"] = measured[name].value
+        flagged, _ = self._flagged()
+        if len(flagged.y):
+            right = [
+                self._correct(subject, flagged.x, flagged.y) for subject in (self._candidate, self._incumbent)
+            ]
+            difference = paired_difference(right[0], right[1])
+            facts["flagged_accuracy_served"] = float(right[1].double().mean())
+            facts["flagged_accuracy_candidate"] = float(right[0].double().mean())
+            if difference.high < 0:
+                facts["ends"] = (
+                    "the candidate classifies fewer of the flagged inputs correctly than the served model"
+                )
+        return facts
+
+    def _correct(self, subject: Subject, x: Tensor, y: Labels) -> Mask:
+        with self._target(subject) as target:
+            return _outputs(target, x).argmax(1) == y
+
+    def _judge(self) -> Json:
+        result = self._hardened()
+        doubts = Doubts(result.after.doubts, self.settings.accept_doubts)
+        judged = [self._judged(parse(gate), result, doubts) for gate in self.settings.gates or GATES]
+        facts: Json = {"gates": [f"{each.claim.text}: {each}" for each in judged]}
+        failed = [each.claim.text for each in judged if not each]
+        if failed:
+            facts["ends"] = f"the gate {failed[0]!r} did not pass"
+        return facts
+
+    def _judged(self, claim: Claim, result: Hardened, doubts: Doubts) -> Judgement:
+        """Judge a gate. The loss of clean accuracy is measured on more examples than the attacks."""
+        if claim.metric != "clean_accuracy_drop":
+            return judge(claim, result.after.evidence, doubts, baseline=result.before.evidence)
+        tested = self._tested
+        right = [self._correct(subject, tested.x, tested.y) for subject in (self._incumbent, self._candidate)]
+        return judged_estimate(claim, paired_difference(right[0], right[1]), doubts)
+
+    def _shadow(self) -> Json:
+        """Compare the candidate with the served model on a sample of the live inputs, which no client sees."""
+        try:
+            content = self.port.read("/samples")
+        except Refusal as refusal:
+            return {"samples": 0, "reason": refusal.reason}
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            x, served = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["logits"])
+        if not len(x):
+            return {"samples": 0}
+        with self._target(self._candidate) as target:
+            logits = _outputs(target, x)
+        facts: Json = {
+            "samples": len(x),
+            "equal_predictions": float((logits.argmax(1) == served.argmax(1)).double().mean()),
+        }
+        if not bool(logits.isfinite().all()):
+            facts["ends"] = "the candidate returns NaN or infinite scores for live inputs"
+        return facts
+
+    def _approval(self) -> Json:
+        """Wait until the operator approves the candidate, if this is required."""
+        if not self.settings.approval:
+            return {"required": False}
+        gates = self.journal.facts("gates") or {}
+        self.notify("waiting for the approval of the operator")
+        while True:
+            runs = {each["run"]: each for each in self.port.get("/adaptation")["runs"]}
+            found = runs.get(self.journal.run, {"approval": None})
+            match found["approval"]:
+                case "approved":
+                    return {"required": True, "by": found["by"]}
+                case "rejected":
+                    return {
+                        "required": True,
+                        "by": found["by"],
+                        "ends": "the operator rejected the candidate",
+                    }
+                case None:  # also after a restart of the server, which then knows no runs
+                    self.port.post("/adaptation", self._body("approval", {"gates": gates.get("gates", [])}))
+            time.sleep(_POLL_S)
+
+    # --- canary and promotion
+
+    def _canary(self) -> Json:
+        """Let the candidate answer a share of the requests, and compare it with the served model."""
+        self._refuse_changed(self._status())
+        self._end_canary()
+        self._extend_guard()
+        body = {
+            "run": self.journal.run,
+            "model": str(self._candidate_file.resolve()),
+            "digest": self._candidate.digest,
+        }
+        self.port.post("/canary", body)
+        until = time.monotonic() + _PATIENCE_S
+        while (state := self._status()["canary"])["state"] == "starting":
+            if time.monotonic() > until:
+                return {"ends": f"the canary was not ready within {_PATIENCE_S:g} s"}
+            time.sleep(_POLL_S)
+        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
+        fault = ""
+        while not fault and time.monotonic() < until:
+            status = self._status()
+            state = status["canary"]
+            if state["state"] != "serving":
+                fault = f"the canary ended: {state['reason'] or state['state']}"
+            else:
+                fault = self._fault(status)
+            time.sleep(_POLL_S)
+        facts = self._counts(self._status())
+        self._end_canary()
+        return {**facts, "ends": f"as a canary, {fault}"} if fault else facts
+
+    def _end_canary(self) -> None:
+        until = time.monotonic() + _PATIENCE_S
+        while self._status()["canary"]["state"] in ("starting", "serving"):
+            if time.monotonic() > until:
+                raise TargetError(
+                    f"the canary did not end within {_PATIENCE_S:g} s; look at the log of the server"
+                )
+            self.port.delete("/canary")
+            time.sleep(_POLL_S)
+
+    def _sets(self, status: Json) -> tuple[Counts, Counts]:
+        sets, digits = status["sets"], len(self._begun["set"])
+        return Counts.of(sets, self._candidate.digest[:digits]), Counts.of(sets, self._begun["set"])
+
+    def _fault(self, status: Json) -> str:
+        return regression(*self._sets(status))
+
+    def _counts(self, status: Json) -> Json:
+        candidate, served = self._sets(status)
+        return {
+            "requests_candidate": candidate.requests,
+            "requests_served": served.requests,
+            "flagged_candidate": candidate.flagged,
+            "flagged_served": served.flagged,
+        }
+
+    def _promote(self) -> Json:
+        """Replace the file of the served model, and wait until all workers serve it."""
+        self._refuse_changed(self._status())
+        guard = self._guard_of(self._begun["settings"])
+        alone = self.journal.folder / "candidate.calibration.json"
+        if guard is not None and alone.exists():
+            shutil.copyfile(alone, calibration_path(read_guard_settings(guard), guard))
+        self._serve(self._candidate_file, self._candidate.digest)
+        with suppress(Refusal):  # a server without a monitor
+            self.port.post("/monitor/restart", {})
+        return {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
+
+    def _watch(self) -> Json:
+        """Watch the promoted candidate, and put the earlier model back if it is worse than that was."""
+        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
+        while time.monotonic() < until:
+            status = self._status()
+            self._refuse_changed(status)
+            if fault := self._fault(status):
+                facts = self._counts(status)
+                self._restore_guard()
+                self._serve(self.journal.folder / _INCUMBENT, self._begun["digest"])
+                return {**facts, "ends": f"after the promotion, {fault}"}
+            time.sleep(_POLL_S)
+        return self._counts(self._status())
+
+    def _serve(self, file: Path, model: str) -> None:
+        """Replace the file of the served model by another one, and wait until all workers serve it."""
+        write_atomically(self._served_file, file.read_bytes())
+        until, requested = time.monotonic() + _PATIENCE_S, False
+        while True:
+            status = self._status()
+            workers = {worker["set"] for worker in status["workers"]}
+            state = status["model"]
+            if state["digest"] == model and workers == {state["set"]} and state["reload"] != "running":
+                return
+            if not requested:
+                self.port.post("/swap", {})
+                requested = True
+            elif state["reload"] == "failed":
+                raise TargetError(f"the server could not reload the model: {state['reason']}")
+            if time.monotonic() > until:
+                raise TargetError(
+                    f"the server did not reload the model within {_PATIENCE_S:g} s; look at its log"
+                )
+            time.sleep(_POLL_S)
+
+    # --- guard
+
+    def _extend_guard(self) -> None:
+        """Calibrate the guard for the served model and the candidate together."""
+        guard = self._guard_of(self._begun["settings"])
+        if guard is None:
+            return
+        opening = {k: v for k, v in self._begun["settings"].items() if k not in ("guard", "model")}
+        base = Calibrate(model=str(self._candidate_file), guard=str(guard), **opening)
+        own = {key: getattr(base, key) for key in base.model_fields_set}
+        found = candidate_calibrations(composed(Calibrate, self.settings).model_copy(update=own))
+        if found is not None:
+            both, alone = found
+            write_candidate(guard, alone)
+            place = calibration_path(read_guard_settings(guard), guard)
+            shutil.copyfile(place, self.journal.folder / "candidate.calibration.json")
+            write_candidate(guard, both)
+
+    def _restore_guard(self) -> None:
+        facts = self.journal.facts("begin")
+        guard = None if facts is None else self._guard_of(facts["settings"])
+        before = self.journal.folder / "guard.calibration.json"
+        if guard is not None and before.exists():
+            place = calibration_path(read_guard_settings(guard), guard)
+            write_atomically(place, before.read_bytes())
+
+
+def _screen_facts(found: Screened) -> Json:
+    return {
+        "training_labels": f"{found.disagree} of {found.n} disagree with their neighbours",
+        "test_labels": f"{found.trusted_disagree} of {found.trusted_n}",
+    }
+
+
+def _outputs(target: Target, x: Tensor) -> Tensor:
+    """Return the logits (n, classes) of inputs."""
+    with torch.no_grad():
+        return torch.cat([target.logits(part).detach() for part in torch.split(x, _BATCH)])
