@@ -21,6 +21,8 @@ class Reference:
 
     name: str
     n: int
+    shape: Sequence[int]
+    """shape of one sample"""
     observer: Observer
     signals: Signals
     """signals of the samples that were not used for the scales"""
@@ -49,4 +51,6 @@ class Reference:
         samples = seen if errors else replace(seen, y=None)
         observer = Observer.fitted(samples.take(fit), rng.at("projections"))
         signals = observer(samples.take(rest))
-        return cls(name, len(seen.x), observer, signals, Predictions.of(seen), class_names, model)
+        return cls(
+            name, len(seen.x), seen.x.shape[1:], observer, signals, Predictions.of(seen), class_names, model
+        )

@@ -178,6 +178,8 @@ class Answerer:
     """called after each call of the model"""
     logged: Callable[[Sequence[Outcome]], object] = lambda outcomes: None
     """called with the outcomes of a batch, for the log of requests"""
+    observed: Callable[[Sequence[Outcome], ServedSet], object] = lambda outcomes, served: None
+    """called with the outcomes of a batch and the serving set, for the monitor"""
     release: Release = all_scores
     """function from the scores of the model to those that clients receive"""
     timing: Timing = no_timing
@@ -194,6 +196,7 @@ class Answerer:
         ]
         self._count(settled, served)
         self.logged(settled)
+        self.observed(settled, served)
         return [self._returned(outcome) for outcome in settled]
 
     def _spent(self, jobs: Sequence[Job]) -> list[Refused | None]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json
+from holdfast.monitoring.reference import Reference
 from holdfast.runs.engine.children import unshared
 from holdfast.runs.engine.executor import ERRORS
 from holdfast.runs.engine.progress import Notify, ignore
@@ -25,6 +26,7 @@ from holdfast.server.adaptations import Adaptations
 from holdfast.server.audit_folder import AuditFolder
 from holdfast.server.canary import Canary
 from holdfast.server.host_names import HostNames
+from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.live_pool import LivePool
 from holdfast.server.reloading import Reloading, ServedVersion
 from holdfast.server.server_signals import ending_signals, hang_up_signals
@@ -72,6 +74,8 @@ class ServerSetup:
     """whether the model is in a file, which may be opened again while the server runs"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """settings with which a model in a file is opened, for `holdfast adapt`; empty without one"""
+    monitor: Reference | None = None
+    """what the monitor compares requests with; None without one"""
     candidate: Callable[[str], ServingSetup] | None = None
     """function from the path of a file to the setup of a worker that serves the model in it; None without a file"""
     notes: tuple[str, ...] = ()
@@ -111,6 +115,11 @@ class Supervisor:
         )
         self.adaptations = Adaptations(
             self._record, setup.worker.audit_key.pseudonym if setup.worker.audit_key else str
+        )
+        self.live = (
+            None
+            if setup.monitor is None
+            else LiveMonitor(setup.monitor, self._record, self.telemetry, self._warn)
         )
         self.canary = Canary(
             self._workers,
@@ -239,6 +248,8 @@ class Supervisor:
         elif not self._stopping and self._started:
             self._poll_model()
         self.adaptations.poll()
+        if self.live is not None:
+            self.live.poll()
         self._stand_in_for_workers()
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         reasons = self.not_ready()
@@ -297,6 +308,10 @@ class Supervisor:
                 self._swaps.loaded(worker, int(content["epoch"]))
             case b"U" if self._swaps is not None:
                 self._swaps.unusable(worker, int(content["epoch"]), str(content["reason"]))
+            case b"M" if self.live is not None:
+                self.live.received(content, canary=worker.canary)
+            case b"I" if self.live is not None:
+                self.live.sampled(content)
             case b"E":
                 worker.error = failure_from_json(content, ERRORS)
             case b"X":
@@ -431,6 +446,13 @@ class Supervisor:
             except TargetError as error:
                 self._notify(f"note: {error}")
 
+    def ask_for_samples(self) -> int:
+        """Ask the workers for the inputs that they keep, and return how many were asked. Any thread may call it."""
+        asked = [worker for worker in list(self._workers) if worker.ready and not worker.canary]
+        for worker in asked:
+            worker.child.send(b"I")
+        return len(asked)
+
     # --- readiness
 
     def not_ready(self) -> dict[str, str]:
@@ -509,6 +531,8 @@ class Supervisor:
                 self._replace(worker)
         if self._swaps is not None:
             self._swaps.end()
+        if self.live is not None:
+            self.live.close()
         if self._audit is not None:
             self._audit.close()
             self._audit = None
@@ -518,6 +542,14 @@ class Supervisor:
             self._listener.close()
 
     # --- state for the operator
+
+    def _sets(self) -> dict[str, dict[str, float]]:
+        """Return what was counted for each served set, with the labelled inputs of each."""
+        sets = self.canary.sets()
+        for name, counts in sets.items() if self.live is not None else ():
+            assert self.live is not None
+            counts["labelled"], counts["wrong"] = self.live.labelled(name)
+        return sets
 
     def status(self) -> dict[str, Any]:
         """Return the state of the server for its operator."""
@@ -541,5 +573,5 @@ class Supervisor:
             state["pool"] = self._swaps.status()
         else:
             state["model"] = {**self._reloading.status(), "settings": dict(self.setup.settings)}
-            state["canary"], state["sets"] = self.canary.status(), self.canary.sets()
+            state["canary"], state["sets"] = self.canary.status(), self._sets()
         return state

@@ -86,6 +86,15 @@ METRICS: Mapping[str, Metric] = {
         "gauge",
         ("reason",),
     ),
+    "holdfast_monitor_alarm": Metric(
+        "1 after an alarm of a test of the monitor, until it begins again, else 0.", "gauge", ("test",)
+    ),
+    "holdfast_monitor_samples_total": Metric(
+        "Inputs that the monitor compared with its reference.", "counter"
+    ),
+    "holdfast_monitor_dropped_total": Metric(
+        "Sampled inputs that the monitor left out because it was behind.", "counter"
+    ),
     "holdfast_workers": Metric("Worker processes that have started.", "gauge"),
     "holdfast_worker_restarts_total": Metric("Worker processes that were replaced.", "counter"),
     "holdfast_worker_hangs_total": Metric(
