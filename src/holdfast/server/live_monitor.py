@@ -67,8 +67,14 @@ class LiveMonitor:
         self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
         self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._begin()
-        for function in (self._test, self._measure_power):
-            threading.Thread(target=function, name="monitor", daemon=True).start()
+        self._closed = False
+        # not daemons: a thread that computes while the interpreter ends can abort the process
+        self._threads = [
+            threading.Thread(target=function, name="monitor")
+            for function in (self._test, self._measure_power)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _begin(self) -> None:
         self._watch, self._since = Watch(self.reference.signals, 0), time.time()
@@ -128,7 +134,7 @@ class LiveMonitor:
     def _test(self) -> None:
         """Give samples to the tests as they arrive."""
         lower_priority()
-        while (batch := self._inbox.get()) is not None:
+        while (batch := self._inbox.get()) is not None and not self._closed:
             with self._lock:
                 watch = self._watch
                 begin = watch.n >= _LONGEST
@@ -148,6 +154,8 @@ class LiveMonitor:
         lower_priority()
         watch = Watch(self.reference.signals, 0)
         for name in DRIFT_TESTS:
+            if self._closed:
+                return
             self._powers[name] = watch.power(name)
 
     def poll(self) -> None:
@@ -158,8 +166,11 @@ class LiveMonitor:
             self._record("alarm", **facts)
 
     def close(self) -> None:
-        """End the thread of the tests."""
+        """End the threads. May be called several times."""
+        self._closed = True
         self._inbox.put(None)
+        for thread in self._threads:
+            thread.join()
 
     # --- requests of the operator
 
