@@ -8,9 +8,12 @@ import resource
 import signal
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPConnection, HTTPException
 
@@ -129,7 +132,11 @@ def test_the_log_in_json_has_one_object_for_each_request_without_inputs():
     decision = RequestDecision("2", "alice", (RowDecision((score,)),), x=X, refusal="the request is refused")
     jobs = [Job(Incoming(X, "alice", name)) for name in ("1", "2", "3")]
     outcomes = [
-        Outcome(jobs[0], answer=Answer(torch.tensor([[0.123456]]))),
+        Outcome(
+            jobs[0],
+            replace(decision, rows=(RowDecision(),), refusal=""),
+            answer=Answer(torch.tensor([[0.123456]])),
+        ),
         Outcome(jobs[1], decision, refusal=Refused(422, "refused", (), "guard"), action=Action.BLOCK),
         Outcome(jobs[2], refusal=Refused(500, "the model failed", (), "model")),
     ]
@@ -153,11 +160,30 @@ def test_the_log_in_json_has_one_object_for_each_request_without_inputs():
     assert [(x["level"], x["status"], x["action"], x["rules"], x["cause"]) for x in lines[:3]] == [
         ("info", 200, "allow", [], ""),
         ("info", 422, "block", ["queries"], "guard"),
-        ("warning", 500, "allow", [], "model"),
+        ("warning", 500, None, [], "model"),
     ]
     assert {line["principal"] for line in lines[:3]} == {key.pseudonym("alice")}
     assert [line["request"] for line in lines[:3]] == ["1", "2", "3"]
     assert not any(text.count(f"{number:.4f}"[:6]) for number in [*X.flatten().tolist(), 0.123456, 0.987654])
+
+
+def test_every_line_of_the_log_in_json_is_an_object_also_of_libraries_and_warnings():
+    program = """
+import logging, warnings
+from holdfast.server.error_log import log_to_stderr
+log_to_stderr("json")
+logging.getLogger("holdfast.server").info("back")
+logging.getLogger("a.library").warning("odd")
+warnings.warn("old")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("a.library").exception("fault")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["level"] for line in lines] == ["info", "warning", "warning", "error"]
+    assert "UserWarning: old" in lines[2]["message"] and "ZeroDivisionError" in lines[3]["message"]
 
 
 def guard(path, digest):
@@ -202,8 +228,10 @@ def test_ready_is_503_with_the_reason_within_two_seconds_without_any_request(tmp
             assert seconds_until(lambda: answer(url, "/v2/models/small/ready") == expected) < WITHIN_S
             db.execute("ROLLBACK")
         assert seconds_until(lambda: answer(url) == (200, "")) < WITHIN_S
+        assert httpx.post(url, content=request(X), headers=JSON).status_code == 200
         os.kill(pid, signal.SIGKILL)
         until(lambda: server.totals.value("holdfast_worker_restarts_total") == 1)
+        assert server.totals.value("holdfast_guard_inputs_total") == 1
         expected = 503, "no worker process has started"
         assert seconds_until(lambda: answer(url) == expected) < WITHIN_S
         assert (

@@ -53,11 +53,7 @@ _ENDS = frozenset({"answered", "interrupted", "failed"})
 
 def advice_for(error: OSError) -> str:
     """Return what an operator can do about a chain that cannot be written."""
-    if error.errno in _FULL:
-        return (
-            "free some space; if on_audit_failure is answer, requests are answered without records until then"
-        )
-    return "check the disk and its permissions"
+    return "free some space" if error.errno in _FULL else "check the disk and its permissions"
 
 
 def refusal_in_audit(path: Path, error: OSError) -> TargetError:
@@ -180,7 +176,9 @@ class ChainFile:
             self._synced, self.flushed = size, flushed
 
     def close(self) -> None:
-        """Flush and close the file."""
+        """Record the number of lost records if that is possible, flush, and close the file."""
+        if self.lost:
+            self.add_texts([])
         with suppress(OSError):
             self.flush()
         with self._lock, suppress(OSError):
