@@ -82,7 +82,7 @@ def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
                 notify(profile_text(supervisor.totals))
             if lost := supervisor.totals.value("holdfast_audit_lost_total"):
                 warn(f"note: {lost:,.0f} audit records could not be written")
-            notify("all requests in progress were answered; the server has ended")
+            notify(f"{'all requests in progress were answered; ' * supervisor.drained}the server has ended")
         finally:
             admin.stop()
 

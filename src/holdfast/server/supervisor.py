@@ -116,6 +116,8 @@ class Supervisor:
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
         self.address, self.admin_address = ("", 0), ("", 0)
+        self.drained = True
+        """whether no worker was lost while the server ended"""
 
     # --- life
 
@@ -331,6 +333,7 @@ class Supervisor:
         cause = str(error or worker.killed or f"it ended with status {code}")
         note = f"; {interrupted} requests were interrupted" if interrupted else ""
         if self._stopping and self._started and worker.ready and worker.ended is None:
+            self.drained = False
             self._warn(f"note: {worker.name} was lost while the server ended: {cause}{note}")
         if self._stopping or (worker.ended is not None and not self._reloading.awaits(worker)):
             return
