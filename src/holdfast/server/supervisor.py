@@ -102,6 +102,7 @@ class Supervisor:
             self.telemetry,
             self._record,
             notify,
+            self._warn,
             begin_worker=self._start_worker,
         )
         self._begin_s, self._last_loss = 0.0, ""
@@ -115,6 +116,8 @@ class Supervisor:
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
         self.address, self.admin_address = ("", 0), ("", 0)
+        self.drained = True
+        """whether no worker was lost while the server ended"""
 
     # --- life
 
@@ -209,7 +212,7 @@ class Supervisor:
             try:
                 self.request_swap("SIGHUP")
             except UsageError as error:
-                self._notify(f"note: {error}")
+                self._warn(f"note: {error}")
         for worker in list(self._workers):
             if worker.child.process.poll() is not None and worker.ended is None and not worker.ready:
                 self._receive(worker, b"")
@@ -255,7 +258,7 @@ class Supervisor:
                 worker.report_progress(str(content["stalled"]), float(content["patience_s"]))
                 if content["chain"] is not None:
                     worker.chain_head = int(content["chain"][0]), str(content["chain"][1])
-                worker.report_readiness(content["failures"], content["unprobed_s"])
+                worker.report_readiness(content["checks"], content["unprobed_s"])
                 if self._swaps is not None:
                     self._swaps.answered(content["answers"])
             case b"O":
@@ -326,14 +329,17 @@ class Supervisor:
             self._swaps.left(worker)
         end = "drained" if worker.ended is not None else worker.killed or "the worker died"
         interrupted = self._close_chain(worker, end)
-        if self._stopping or (worker.ended is not None and not self._reloading.awaits(worker)):
-            return
         error = worker.error
         cause = str(error or worker.killed or f"it ended with status {code}")
+        note = f"; {interrupted} requests were interrupted" if interrupted else ""
+        if self._stopping and self._started and worker.ready and worker.ended is None:
+            self.drained = False
+            self._warn(f"note: {worker.name} was lost while the server ended: {cause}{note}")
+        if self._stopping or (worker.ended is not None and not self._reloading.awaits(worker)):
+            return
         self._last_loss = f"{worker.name}: {cause}"
         if self._reloading.left(worker, cause):
             return
-        note = f"; {interrupted} requests were interrupted" if interrupted else ""
         if worker.retiring:
             self._warn(f"note: {worker.name} was to end, and was lost: {cause}{note}")
             return
@@ -386,14 +392,14 @@ class Supervisor:
         try:
             self._audit.record_heads({path.name: head for path, head in chains if path and head})
         except TargetError as error:
-            self._notify(f"note: {error}")
+            self._warn(f"note: {error}")
 
     def _record(self, kind: str, **facts: Any) -> None:
         if self._audit is not None:
             try:
                 self._audit.record(kind, **facts)
             except TargetError as error:
-                self._notify(f"note: {error}")
+                self._warn(f"note: {error}")
 
     # --- readiness
 
@@ -496,6 +502,7 @@ class Supervisor:
                     "started": worker.ready,
                     "set": worker.set_name,
                     "not_ready": dict(worker.failures),
+                    "checks": dict(worker.checks),
                 }
                 for worker in list(self._workers)
             ],
