@@ -53,6 +53,7 @@ def live():
         reference(), lambda kind, **facts: records.append((kind, facts)), Telemetry(), warnings.append
     )
     monitor.records, monitor.warnings = records, warnings
+    monitor.start()
     yield monitor
     monitor.close()
 

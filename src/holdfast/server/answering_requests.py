@@ -214,9 +214,9 @@ class Answerer:
             with self.timing("audit"):
                 self.audit.end(outcomes, served)
         except OSError as error:
-            self.errors(
-                "requests are refused, as the audit chain cannot be written", error, advice=advice_for(error)
-            )
+            cause = error.strerror or str(error)  # no traceback: the fault is that of the disk
+            what = f"requests are refused, as the audit chain cannot be written: {cause}"
+            self.errors(what, advice=advice_for(error))
             return [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
         return outcomes
 

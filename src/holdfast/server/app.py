@@ -257,7 +257,8 @@ class ServedModel:
     async def refused(self, request: Request, error: Exception) -> Response:
         """Return the response for a refused request."""
         assert isinstance(error, Refused)
-        self.telemetry.count("holdfast_refused_total", error.cause)
+        if request.method == "POST" or error.cause == "key":  # keys are guessed with other methods, too
+            self.telemetry.count("holdfast_refused_total", error.cause)
         headers = dict(error.headers)
         if request.method == "POST" and not getattr(request.state, _READ, False):
             headers["connection"] = "close"

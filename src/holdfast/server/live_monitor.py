@@ -67,7 +67,16 @@ class LiveMonitor:
         self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
         self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._begin()
-        self._closed = False
+        self._closed, self._threads = False, list[threading.Thread]()
+
+    def _begin(self) -> None:
+        self._watch, self._since = Watch(self.reference.signals, 0), time.time()
+        self._requests = self._flagged = 0
+        for name in DRIFT_TESTS:
+            self._telemetry.set("holdfast_monitor_alarm", 0.0, name)
+
+    def start(self) -> None:
+        """Start the threads, which `close` ends."""
         # not daemons: a thread that computes while the interpreter ends can abort the process
         self._threads = [
             threading.Thread(target=function, name="monitor")
@@ -75,12 +84,6 @@ class LiveMonitor:
         ]
         for thread in self._threads:
             thread.start()
-
-    def _begin(self) -> None:
-        self._watch, self._since = Watch(self.reference.signals, 0), time.time()
-        self._requests = self._flagged = 0
-        for name in DRIFT_TESTS:
-            self._telemetry.set("holdfast_monitor_alarm", 0.0, name)
 
     # --- what workers report
 

@@ -210,9 +210,10 @@ class Worker:
         if self.chain is not None:
             refuses = not self.setup.audit_fails_open
             checks.append(Check("audit", partial(audit_fault, self.chain), refuses=refuses))
-        if isinstance(guard, GuardPipeline) and guard.needs_state and isinstance(guard.queries, QueryRule):
+        if isinstance(guard, GuardPipeline) and isinstance(guard.queries, QueryRule):
             state = guard.queries.detector.state
-            checks.append(Check("state", partial(state_fault, state), refuses=state.fail == "closed"))
+            refuses = guard.needs_state and state.fail == "closed"
+            checks.append(Check("state", partial(state_fault, state), refuses=refuses))
         if keys is not None and self._limits is not None:
             limits = self._limits
             checks.append(Check("quota", lambda: state_fault(limits) if keys.all_limited else ""))
@@ -276,8 +277,23 @@ class Worker:
         return logits
 
     def _seen(self, rows: int, seconds: float) -> None:
+        """Count a batch, before its answers are sent."""
         self.telemetry.observe("holdfast_batch_rows", rows)
         self.telemetry.observe("holdfast_batch_seconds", seconds)
+        if self.chain is not None:
+            lost = self.chain.lost_in_total
+            self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
+            if lost > self._lost:
+                self.errors(
+                    "requests are answered without audit records, which cannot be written", advice=_SPACE
+                )
+            self._lost = lost
+        if isinstance(self.answering.guard, GuardPipeline):
+            observed = self.answering.guard.observed
+            counts = observed.n, observed.alarms
+            for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
+                self.telemetry.count(name, n=now - before)
+            self._observed = counts
 
     # --- parameter sets
 
@@ -335,20 +351,6 @@ class Worker:
         self.telemetry.set("holdfast_waiting_inputs", self.batcher.waiting)
         if self.served.keys is not None:
             self.telemetry.set("holdfast_keys_failing", bool(self.served.keys.failure))
-        if self.chain is not None:
-            lost = self.chain.lost_in_total
-            self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
-            if lost > self._lost:
-                self.errors(
-                    "requests are answered without audit records, which cannot be written", advice=_SPACE
-                )
-            self._lost = lost
-        if isinstance(self.answering.guard, GuardPipeline):
-            observed = self.answering.guard.observed
-            counts = observed.n, observed.alarms
-            for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
-                self.telemetry.count(name, n=now - before)
-            self._observed = counts
         if self.profile is not None:
             self.profile.report(self.telemetry)
         chain = None if self.chain is None else self.chain.flushed
@@ -356,7 +358,11 @@ class Worker:
             "stalled": self.stalled,
             "patience_s": self.patience_s,
             "chain": chain,
-            "failures": failures,
+            "checks": {
+                check.reason: {"failure": failure, "refuses": check.refuses}
+                for check in readiness.checks
+                if (failure := check.failure)
+            },
             "unprobed_s": readiness.unprobed_s,
         }
         self._send(b"T", {"answers": self.ledger.taken(), **state})

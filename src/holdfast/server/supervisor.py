@@ -111,6 +111,7 @@ class Supervisor:
             self.telemetry,
             self._record,
             notify,
+            self._warn,
             begin_worker=self._start_worker,
         )
         self.adaptations = Adaptations(
@@ -142,6 +143,8 @@ class Supervisor:
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
         self.address, self.admin_address = ("", 0), ("", 0)
+        self.drained = True
+        """whether no worker was lost while the server ended"""
 
     # --- life
 
@@ -154,6 +157,8 @@ class Supervisor:
         self._listener = bound_socket(setup.host, setup.port)
         self.address = self._listener.getsockname()[:2]
         try:
+            if self.live is not None:
+                self.live.start()
             if setup.audit is not None:
                 fail_open = setup.worker.audit_fails_open
                 self._audit = AuditFolder.open(setup.audit, setup.about, fail_open=fail_open)
@@ -236,7 +241,7 @@ class Supervisor:
             try:
                 self.request_swap("SIGHUP")
             except UsageError as error:
-                self._notify(f"note: {error}")
+                self._warn(f"note: {error}")
         for worker in list(self._workers):
             if worker.child.process.poll() is not None and worker.ended is None and not worker.ready:
                 self._receive(worker, b"")
@@ -299,7 +304,7 @@ class Supervisor:
                 worker.report_progress(str(content["stalled"]), float(content["patience_s"]))
                 if content["chain"] is not None:
                     worker.chain_head = int(content["chain"][0]), str(content["chain"][1])
-                worker.report_readiness(content["failures"], content["unprobed_s"])
+                worker.report_readiness(content["checks"], content["unprobed_s"])
                 if self._swaps is not None:
                     self._swaps.answered(content["answers"])
             case b"O":
@@ -377,6 +382,10 @@ class Supervisor:
             self._swaps.left(worker)
         end = "drained" if worker.ended is not None else worker.killed or "the worker died"
         interrupted = self._close_chain(worker, end)
+        note = f"; {interrupted} requests were interrupted" if interrupted else ""
+        if self._stopping and self._started and worker.ready and worker.ended is None:
+            self.drained = False
+            self._warn(f"note: {worker.name} was lost while the server ended: {cause}{note}")
         drained = worker.ended is not None and not self._reloading.awaits(worker)
         if self._stopping or drained or worker.canary:
             return
@@ -384,7 +393,6 @@ class Supervisor:
         self._last_loss = f"{worker.name}: {cause}"
         if self._reloading.left(worker, cause):
             return
-        note = f"; {interrupted} requests were interrupted" if interrupted else ""
         if worker.retiring:
             self._warn(f"note: {worker.name} was to end, and was lost: {cause}{note}")
             return
@@ -437,14 +445,14 @@ class Supervisor:
         try:
             self._audit.record_heads({path.name: head for path, head in chains if path and head})
         except TargetError as error:
-            self._notify(f"note: {error}")
+            self._warn(f"note: {error}")
 
     def _record(self, kind: str, **facts: Any) -> None:
         if self._audit is not None:
             try:
                 self._audit.record(kind, **facts)
             except TargetError as error:
-                self._notify(f"note: {error}")
+                self._warn(f"note: {error}")
 
     def ask_for_samples(self) -> int:
         """Ask the workers for the inputs that they keep, and return how many were asked. Any thread may call it."""
@@ -564,6 +572,7 @@ class Supervisor:
                     "started": worker.ready,
                     "set": worker.set_name,
                     "not_ready": dict(worker.failures),
+                    "checks": dict(worker.checks),
                 }
                 for worker in list(self._workers)
             ],

@@ -38,14 +38,15 @@ METRICS: Mapping[str, Metric] = {
         ("status",),
     ),
     "holdfast_refused_total": Metric(
-        "Refused requests by cause: request, key, rate, budget, quota, guard, state (the query detector could not "
-        "reach its state), overload, audit, model, upstream, workers (none has started).",
+        "Refused POST requests, and all requests with an invalid key, by cause: request, key, rate, budget, quota, "
+        "guard, state (the query detector could not reach its state), overload, audit, model, upstream, workers (none "
+        "has started).",
         "counter",
         ("cause",),
     ),
     "holdfast_inputs_total": Metric("Inputs that the model answered.", "counter"),
     "holdfast_request_seconds": Metric(
-        "Time from the arrival of the headers of an infer request to its response.",
+        "Time from the arrival of the headers of an infer request to its response, without refused requests.",
         "histogram",
         buckets=_SECONDS,
     ),

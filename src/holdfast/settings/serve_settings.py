@@ -123,7 +123,8 @@ class ServeOptions(SettingGroup):
     scores: Annotated[values.ReleasedScores, Flag("HOW")] = Field(
         default="all",
         description="What clients receive of the scores of the model: all digits (all, the default), a number of "
-        "decimal digits, as in 2, or only the predicted class (labels).",
+        "decimal digits, as in 2 (rounded to the nearest float32), or only the predicted class (labels; its score is "
+        "1, and those of the others 0).",
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
