@@ -349,7 +349,7 @@ def test_an_input_on_which_the_model_fails_does_not_affect_others(value):
 
 
 @pytest.mark.parametrize("fail_open", [False, True])
-def test_a_full_disk_refuses_or_answers_as_configured(tmp_path, monkeypatch, fail_open):
+def test_a_full_disk_refuses_or_answers_as_configured(tmp_path, monkeypatch, caplog, fail_open):
     chain = ChainFile(tmp_path / "chain.jsonl", fail_open=fail_open)
     here = Here(audit=ChainAudit(chain, AuditKey(bytes(32))))
     assert here.infer().status_code == 200
@@ -363,6 +363,7 @@ def test_a_full_disk_refuses_or_answers_as_configured(tmp_path, monkeypatch, fai
         assert response.status_code == (200 if fail_open else 503)
         if not fail_open:
             assert "audit log cannot be written" in error(response)[1]
+            assert caplog.messages[-1].endswith("written: No space left on device; free some space")
     assert here.infer().status_code == 200
     kinds = [json.loads(line)["content"]["kind"] for line in chain.path.read_text().splitlines()]
     first = ["started", "answered"]

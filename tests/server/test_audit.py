@@ -431,6 +431,17 @@ def full_disk(monkeypatch):
     return state
 
 
+def test_a_chain_that_ends_after_a_full_disk_states_how_many_records_were_lost(tmp_path, full_disk):
+    audit = AuditFolder.open(tmp_path / "audit", {})
+    chain = ChainFile(audit.new_worker(), fail_open=True)
+    full_disk["full"] = True
+    chain.add([start_record("a", "", 1, ""), end_record("answered", "a", status=200)])
+    full_disk["full"] = False
+    chain.close()
+    audit.close()
+    assert verify_audit(tmp_path / "audit").lost == 2
+
+
 @pytest.mark.parametrize("fail_open", [False, True])
 def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     audit = AuditFolder.open(tmp_path / "audit", {})
@@ -451,7 +462,7 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     chain.close()
     full_disk["full"] = True
     with pytest.raises(
-        TargetError, match=r"the disk is full; free some space; if on_audit_failure is answer"
+        TargetError, match=r"the disk is full; free some space; give audit=DIR for another folder"
     ):
         audit.new_worker()
     full_disk["full"] = False

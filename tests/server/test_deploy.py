@@ -245,7 +245,7 @@ def test_names_in_the_manifests_are_those_of_objects_that_exist():
     secret = every["Secret", "holdfast"]["stringData"]
     guard = yaml.safe_load((DEPLOY / "served" / "guard.yaml").read_text())
     variable = guard["state"]["at"].removeprefix("env:")
-    assert check_guard_settings(guard, "guard").rules.queries.action == "block"
+    assert check_guard_settings(guard, "guard").rules.queries.action == "flag"
     assert variable in compose()["serve"]["environment"]
     kinds = {"StatefulSet": ("spec", "selector", "matchLabels"), "Service": ("spec", "selector")}
     for (kind, name), content in every.items():

@@ -13,6 +13,7 @@ from holdfast.cli.app import verbs
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.server.audit_chain import AuditKey
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key, burst_of, read_keys, revoke_key
 from holdfast.server.quotas import Quotas, Spending
@@ -80,6 +81,16 @@ def test_names_are_unique_until_they_are_revoked(place):
         revoke_key(place, "alice")
     assert add_key(place, "alice", ["infer"])
     assert [key.state for key in read_keys(place)] == ["revoked", "valid"]
+
+
+def test_the_list_of_keys_shows_the_principals_of_an_audit_folder_and_creates_no_key(place, tmp_path):
+    add_key(place, "alice", ["infer"])
+    words = ["keys", "list", "--file", str(place), "--audit", str(tmp_path / "audit")]
+    missing = CliRunner().invoke(verbs, words)
+    assert "audit.key', the key of the audit folder, does not exist" in str(missing.exception)
+    assert not (tmp_path / "audit.key").exists()
+    pseudonym = AuditKey.of(tmp_path / "audit").pseudonym("alice")
+    assert pseudonym in CliRunner().invoke(verbs, words, env={"COLUMNS": "200"}).output
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 101])

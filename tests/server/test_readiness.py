@@ -8,11 +8,15 @@ import resource
 import signal
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPConnection, HTTPException
+from mmap import mmap
 
 import httpx
 import pytest
@@ -31,7 +35,8 @@ from holdfast.server.error_log import REQUESTS, JSONFormatter
 from holdfast.server.http_refusals import Refused
 from holdfast.server.readiness import Check, ModelTest, audit_fault
 from holdfast.server.request_log import log_requests
-from holdfast.server.telemetry import MetricTotals, Telemetry
+from holdfast.server.server_worker import Worker
+from holdfast.server.telemetry import MEMORY_BYTES, MetricTotals, Telemetry
 from waiting import until
 
 from .small import FEATURES, request
@@ -129,7 +134,11 @@ def test_the_log_in_json_has_one_object_for_each_request_without_inputs():
     decision = RequestDecision("2", "alice", (RowDecision((score,)),), x=X, refusal="the request is refused")
     jobs = [Job(Incoming(X, "alice", name)) for name in ("1", "2", "3")]
     outcomes = [
-        Outcome(jobs[0], answer=Answer(torch.tensor([[0.123456]]))),
+        Outcome(
+            jobs[0],
+            replace(decision, rows=(RowDecision(),), refusal=""),
+            answer=Answer(torch.tensor([[0.123456]])),
+        ),
         Outcome(jobs[1], decision, refusal=Refused(422, "refused", (), "guard"), action=Action.BLOCK),
         Outcome(jobs[2], refusal=Refused(500, "the model failed", (), "model")),
     ]
@@ -153,18 +162,37 @@ def test_the_log_in_json_has_one_object_for_each_request_without_inputs():
     assert [(x["level"], x["status"], x["action"], x["rules"], x["cause"]) for x in lines[:3]] == [
         ("info", 200, "allow", [], ""),
         ("info", 422, "block", ["queries"], "guard"),
-        ("warning", 500, "allow", [], "model"),
+        ("warning", 500, None, [], "model"),
     ]
     assert {line["principal"] for line in lines[:3]} == {key.pseudonym("alice")}
     assert [line["request"] for line in lines[:3]] == ["1", "2", "3"]
     assert not any(text.count(f"{number:.4f}"[:6]) for number in [*X.flatten().tolist(), 0.123456, 0.987654])
 
 
-def guard(path, digest):
-    """A guard that blocks, whose state is a file."""
+def test_every_line_of_the_log_in_json_is_an_object_also_of_libraries_and_warnings():
+    program = """
+import logging, warnings
+from holdfast.server.error_log import log_to_stderr
+log_to_stderr("json")
+logging.getLogger("holdfast.server").info("back")
+logging.getLogger("a.library").warning("odd")
+warnings.warn("old")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("a.library").exception("fault")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["level"] for line in lines] == ["info", "warning", "warning", "error"]
+    assert "UserWarning: old" in lines[2]["message"] and "ZeroDivisionError" in lines[3]["message"]
+
+
+def guard(path, digest, action=Action.BLOCK):
+    """A guard whose state is a file."""
     detector = QueryDetector(bytes(32), SQLiteState(path), (FEATURES,), radius=0.001)
     schema = InputSchema((FEATURES,))
-    rules = {"queries": Rule("queries", Mode.ENFORCE, Action.BLOCK, 1e9)}
+    rules = {"queries": Rule("queries", Mode.ENFORCE, action, 1e9)}
     return GuardPipeline(schema, rules, queries=QueryRule(detector, schema))
 
 
@@ -179,6 +207,19 @@ def seconds_until(condition):
     return time.monotonic() - begin
 
 
+def test_a_lost_state_is_a_failing_check_also_where_it_refuses_no_request(tmp_path):
+    prepared = setup(tmp_path, guard=partial(guard, tmp_path / "queries.db", action=Action.FLAG)).worker
+    sent = []
+    worker = Worker(prepared, None, lambda kind, content: sent.append(content), mmap(-1, MEMORY_BYTES))
+    (tmp_path / "queries.db").unlink()
+    for check in worker.served.readiness.checks:
+        check.run()
+    worker.report()
+    worker.batcher.close()
+    assert not sent[-1]["checks"]["state"]["refuses"] and "removed" in sent[-1]["checks"]["state"]["failure"]
+    assert worker.served.readiness.probe() == ""
+
+
 @pytest.mark.slow
 def test_ready_is_503_with_the_reason_within_two_seconds_without_any_request(tmp_path):
     state = tmp_path / "queries.db"
@@ -191,6 +232,8 @@ def test_ready_is_503_with_the_reason_within_two_seconds_without_any_request(tmp
         assert seconds_until(lambda: answer(url) == expected) < WITHIN_S
         until(lambda: not server.status()["ready"])
         assert server.status()["not_ready"]["audit"] == "File too large"
+        audit = server.status()["workers"][0]["checks"]["audit"]
+        assert audit == {"failure": "File too large", "refuses": True}
         until(lambda: server.totals.value("holdfast_ready") == 0)
         assert server.totals.value("holdfast_not_ready", "audit") == 1
         assert server.totals.value("holdfast_audit_failing") == 1
@@ -202,8 +245,10 @@ def test_ready_is_503_with_the_reason_within_two_seconds_without_any_request(tmp
             assert seconds_until(lambda: answer(url, "/v2/models/small/ready") == expected) < WITHIN_S
             db.execute("ROLLBACK")
         assert seconds_until(lambda: answer(url) == (200, "")) < WITHIN_S
+        assert httpx.post(url, content=request(X), headers=JSON).status_code == 200
         os.kill(pid, signal.SIGKILL)
         until(lambda: server.totals.value("holdfast_worker_restarts_total") == 1)
+        assert server.totals.value("holdfast_guard_inputs_total") == 1
         expected = 503, "no worker process has started"
         assert seconds_until(lambda: answer(url) == expected) < WITHIN_S
         assert (
@@ -262,7 +307,7 @@ def test_no_request_is_lost_at_the_end_with_busy_connections_and_a_probe_every_s
 
 @pytest.mark.slow
 def test_a_reload_is_given_up_at_the_end_and_the_port_stays_open(tmp_path):
-    with running(setup(tmp_path, workers=2), drain_delay_s=5.0, reloadable=True) as (server, url, _):
+    with running(setup(tmp_path, workers=2), drain_delay_s=5.0, reloadable=True) as (server, url, messages):
         server.request_swap("test")
         until(lambda: len(server.status()["workers"]) == 3)
         server.stop()
@@ -271,3 +316,6 @@ def test_a_reload_is_given_up_at_the_end_and_the_port_stays_open(tmp_path):
             assert answer(url) == (503, "the server is draining")
             time.sleep(0.05)
         assert len(server.status()["workers"]) == 3 and server.status()["model"]["reload"] == "failed"
+        os.kill(server.status()["workers"][0]["pid"], signal.SIGKILL)
+        until(lambda: any("lost while the server ended: it ended with status -9" in m for m in messages))
+    assert not server.drained

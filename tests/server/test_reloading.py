@@ -339,6 +339,7 @@ def reloading(n=2):
             telemetry,
             lambda kind, **facts: records.append(facts),
             messages.append,
+            messages.append,
             begin_worker=begin,
         ),
         workers,

@@ -278,7 +278,7 @@ def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fa
         os.truncate(file, 0)
     else:
         file.unlink()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         lost = detector.examine(attack[15:16], [""], 1.0)
         assert lost.details[0].lost and not state.health.reachable
         assert lost.scores[0] == (0 if fail == "open" else float("inf"))
@@ -287,7 +287,7 @@ def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fa
         for k in (16, 17):
             assert not detector.examine(attack[k : k + 1], [""], 2.0).details[0].lost
     assert (state.health.reachable, state.health.losses, state.health.emptied) == (True, 1, 1)
-    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "WARNING"]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "INFO"]
 
 
 @pytest.mark.parametrize("how", ["text", "bytes", "null"])
@@ -321,7 +321,7 @@ def test_a_link_in_place_of_the_file_is_not_followed(tmp_path, target):
 def test_a_lost_and_emptied_server_is_reported(tmp_path, monkeypatch, caplog):
     pytest.importorskip("redis", reason="the package redis is not installed")
     monkeypatch.setattr("holdfast.guard.states.redis._RETRY_S", 0.0)
-    with redis_server(tmp_path) as (url, start, stop), caplog.at_level(logging.WARNING):
+    with redis_server(tmp_path) as (url, start, stop), caplog.at_level(logging.INFO):
         state = RedisState(url, fail="open")
         detector, attack = QueryDetector(KEY, state, SHAPE), variants(images(1), 20)
         assert detector.score(attack[:15], [""] * 15, 0.0)[-1] > 5
@@ -331,7 +331,7 @@ def test_a_lost_and_emptied_server_is_reported(tmp_path, monkeypatch, caplog):
         start()
         assert detector.score(attack[15:16], [""], 2.0)[0] == 0
         assert (state.health.reachable, state.health.losses, state.health.emptied) == (True, 1, 1)
-    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "WARNING"]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "INFO"]
 
 
 def test_after_a_checkpoint_the_log_is_written_from_its_beginning(tmp_path):

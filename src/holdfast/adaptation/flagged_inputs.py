@@ -1,6 +1,5 @@
 """Inputs that the guard of a server flagged and stored, with the classes that a file states for them."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Labels
 from holdfast.guard.stored_inputs import StoredInputs
+from holdfast.settings.label_files import read_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ def read_flagged(stored: StoredInputs | None, labels: Path | None, class_names: 
 
     Raises `UsageError` for labels of requests that are not stored, and for an invalid file.
     """
-    known = {} if labels is None else _labels(labels, class_names)
+    known = {} if labels is None else read_labels(labels, class_names)
     n, x, y = 0, [], []
     for request in () if stored is None else stored.read():
         n += len(request.rows)
@@ -46,37 +46,3 @@ def read_flagged(stored: StoredInputs | None, labels: Path | None, class_names: 
             "labels of other requests, and those of inputs that were deleted"
         )
     return Flagged(n, torch.stack(x) if x else torch.empty(0), torch.tensor(y, dtype=torch.int64))
-
-
-def _labels(path: Path, class_names: Sequence[str]) -> dict[tuple[str, int], int]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = set(reader.fieldnames or ())
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"the labels {str(path)!r} cannot be read: {error}; give a CSV file") from error
-    if not {"request", "label"} <= columns:
-        raise UsageError(
-            f"{path}: the columns are {', '.join(sorted(columns)) or 'none'}; request and label were expected, and row "
-            "for requests of several inputs"
-        )
-    known = {}
-    for line, row in enumerate(rows, 2):
-        key = row["request"], _number(row.get("row") or "0", f"{path}: row in line {line}")
-        if key in known:
-            raise UsageError(f"{path}: line {line} repeats a label of the request {key[0]!r}; give each once")
-        known[key] = _label(row["label"], class_names, f"{path}: label in line {line}")
-    return known
-
-
-def _label(text: str, class_names: Sequence[str], where: str) -> int:
-    if text in class_names:
-        return class_names.index(text)
-    return _number(text, where)
-
-
-def _number(text: str, where: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise UsageError(f"{where} is {text!r}; a whole number was expected")
-    return int(text)

@@ -25,7 +25,8 @@ from holdfast.monitoring.accuracy import (
     measured_accuracy,
 )
 from holdfast.monitoring.monitored import Monitored, Source
-from holdfast.monitoring.signals import Observed, Observer, Signals, joined_samples
+from holdfast.monitoring.reference import FEWEST, Reference
+from holdfast.monitoring.signals import Observed, Signals, joined_samples
 from holdfast.monitoring.watching import test_of, watch
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
@@ -34,10 +35,6 @@ from holdfast.settings.groups import DataSource
 
 _BATCH = 256
 """Number of samples in one forward pass."""
-_FITTED_SHARE = 4
-"""One of so many samples of the reference is used to estimate scales, and the others are compared."""
-_FEWEST = 134
-"""Smallest number of samples of the reference: without those for the scales, 100 remain."""
 
 
 def monitored(settings: Monitor) -> Monitored:
@@ -55,6 +52,25 @@ def monitored(settings: Monitor) -> Monitored:
     _refuse_data(settings, reference, stream)
     with _watched(settings, subject, reference) as watched:
         return _compared(settings, watched, reference, stream)
+
+
+def live_reference(settings: Monitor) -> Reference:
+    """Return the reference of the requests to a server, with the predictions of the model if one is given. The layers
+    of a served model are not observed.
+    """
+    subject = None if settings.model is None else open_subject(settings)
+    assert settings.reference is not None
+    reference = _open(settings, beside(settings, settings.reference), subject)
+    _refuse_short(reference)
+    labelled = subject is not None and int(reference.read(0, 1).y[0]) != UNLABELLED
+    rng = Draws(settings.seed).at("monitor")
+    if subject is None:
+        seen = joined_samples(list(_Watched(None, None, None, None).observed(reference, labelled=False)))
+        return Reference.of(seen, rng, reference.name, None, None)
+    with readied(subject, reference, torch.device("cpu")) as (target, _):
+        watched = _Watched(subject, target, None, None)
+        seen = joined_samples(list(watched.observed(reference, labelled=labelled)))
+    return Reference.of(seen, rng, reference.name, subject.model.class_names, str(subject.card["name"]))
 
 
 def _open(settings: Monitor, source: DataSource, subject: Subject | None) -> Data:
@@ -88,17 +104,21 @@ def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:
             f"inputs of the reference {reference.name} have shape {shapes[0]}, and those of the stream {stream.name} "
             f"have shape {shapes[1]}; inputs of the same shape were expected"
         )
-    if len(reference) < _FEWEST:
-        raise UsageError(
-            f"the reference {reference.name} has {len(reference)} samples; at least {_FEWEST} are needed",
-            REFERENCE,
-        )
+    _refuse_short(reference)
     for name in settings.alarm:
         if len(stream) < (fewest := test_of(name).fewest):
             raise UsageError(
                 f"the test {name} needs {fewest} samples, and the stream {stream.name} has {len(stream)}",
                 Remedy("alarm", "martingale", reason=", which needs one"),
             )
+
+
+def _refuse_short(reference: Data) -> None:
+    if len(reference) < FEWEST:
+        raise UsageError(
+            f"the reference {reference.name} has {len(reference)} samples; at least {FEWEST} are needed",
+            REFERENCE,
+        )
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -159,25 +179,23 @@ def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Dat
         for data in (reference, stream)
     ]
     seen = joined_samples(list(watched.observed(reference, labelled=known[0])))
+    names = None if watched.subject is None else watched.subject.model.class_names
+    about = None if watched.subject is None else str(watched.subject.card["name"])
     rng = Draws(settings.seed).at("monitor")
-    order = rng.at("reference").uniform(torch.arange(len(seen.x)), dtype=torch.float64).argsort()
-    fit, rest = order.tensor_split([len(order) // _FITTED_SHARE])
-    both = seen if all(known) else replace(seen, y=None)  # an error is a signal if it is known for both
-    observer = Observer.fitted(both.take(fit), rng.at("projections"))
+    compared = Reference.of(seen, rng, reference.name, names, about, errors=all(known))
     predictions: list[Predictions] = []
 
     def signals() -> Iterator[Signals]:
         for samples in watched.observed(stream, labelled=known[1]):
             predictions.append(Predictions.of(samples))
-            yield observer(samples if all(known) else replace(samples, y=None))
+            yield compared.observer(samples if all(known) else replace(samples, y=None))
 
-    results = watch(observer(both.take(rest)), signals(), settings.seed)
-    of_stream, of_reference = joined_predictions(predictions), Predictions.of(seen)
-    names = None if watched.subject is None else watched.subject.model.class_names
+    results = watch(compared.signals, signals(), settings.seed)
+    of_stream, of_reference = joined_predictions(predictions), compared.predictions
     return Monitored(
         Source(stream.name, len(stream), known[1]),
         Source(reference.name, len(reference), known[0]),
-        None if watched.subject is None else str(watched.subject.card["name"]),
+        about,
         watched.layer,
         tuple(settings.alarm),
         results,

@@ -53,7 +53,7 @@ def open_for_serving(settings: Serve) -> "ServerSetup":
 def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
     """Start the workers of a server, and answer requests until SIGTERM or Ctrl-C."""
     from holdfast.server.admin import AdminServer
-    from holdfast.server.error_log import json_line
+    from holdfast.server.error_log import json_line, log_to_stderr
     from holdfast.server.keys import KeyFile
     from holdfast.server.profile import profile_text
     from holdfast.server.supervisor import Supervisor
@@ -61,6 +61,7 @@ def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
 
     said = warn = notify
     if setup.worker.log_format == "json":
+        log_to_stderr("json")
         notify = lambda text: said(json_line("info", text))  # noqa: E731
         warn = lambda text: said(json_line("warning", text))  # noqa: E731
     for note in setup.notes:
@@ -79,7 +80,9 @@ def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
             supervisor.run()
             if setup.worker.profile:
                 notify(profile_text(supervisor.totals))
-            notify("all requests in progress were answered; the server has ended")
+            if lost := supervisor.totals.value("holdfast_audit_lost_total"):
+                warn(f"note: {lost:,.0f} audit records could not be written")
+            notify(f"{'all requests in progress were answered; ' * supervisor.drained}the server has ended")
         finally:
             admin.stop()
 

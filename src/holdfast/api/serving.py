@@ -11,11 +11,12 @@ from typing import Any
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_notes import notes_of_file
 from holdfast.api.guard_opening import open_guard, served_digest
+from holdfast.api.monitoring_streams import live_reference
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
 from holdfast.api.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
 from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Doctor, Serve, composed
+from holdfast.api.verb_settings import Doctor, Monitor, Serve, composed
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -24,6 +25,7 @@ from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.released_scores import release_of
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
+from holdfast.monitoring.reference import Reference
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.triggers import Trigger
@@ -95,6 +97,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         profile=settings.profile,
         log_format=settings.log_format,
         release=release_of(settings.scores),
+        monitor=_monitored(settings, served),
     )
     return ServerSetup(
         worker,
@@ -108,6 +111,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
         settings=_settings_of(settings, served),
+        monitor=worker.monitor,
         candidate=None if served.model is None else partial(_candidate, worker, served.model),
         notes=notes,
         admin_hosts=_host_names(settings),
@@ -154,6 +158,8 @@ class _Served:
     """whether the model is in a file"""
     model: Doctor | None = None
     """settings with which it is opened, if it is one file of weights or of a network"""
+    opened: Doctor | None = None
+    """settings with which a model without a pool and another server is opened"""
     upstream: UpstreamModel | None = None
     """the model of an upstream server"""
 
@@ -193,6 +199,7 @@ def _served(settings: Serve, address: str | None) -> _Served:
         digest=subject.digest,
         guard_digest=served_digest(subject),
         reloadable=address is not None,
+        opened=model,
         model=model if address is not None and Path(address).is_file() else None,
     )
 
@@ -273,6 +280,28 @@ def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
     return tuple(
         AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size) for kind, size in kinds
     )
+
+
+def _monitored(settings: Serve, served: _Served) -> Reference | None:
+    """Return the reference of the monitor. The sets of a pool, and models behind other servers, are compared by their
+    inputs only.
+    """
+    if settings.monitor is None:
+        return None
+    opening = Monitor(reference=settings.monitor)
+    if served.opened is not None:
+        opening = composed(Monitor, served.opened).model_copy(
+            update={"reference": settings.monitor, "data": None}
+        )
+    reference = live_reference(opening)
+    shape = tuple(reference.shape)
+    if math.prod(shape) != math.prod(served.shape):
+        raise UsageError(
+            f"the examples {reference.name} of the monitor have the shape {shape}, and the model takes {served.shape}; "
+            "give examples like those that the model receives",
+            Remedy("monitor", Placeholder("DATA")),
+        )
+    return reference
 
 
 def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:

@@ -59,9 +59,9 @@ _COMMANDS = {
     ),
     "monitor": (
         "monitor",
-        "compare a recorded stream with a reference, and raise an alarm if they differ",
+        "compare a stream or the requests to a server with a reference, and raise an alarm",
         "monitor stream.npz --reference mnist-mini --model mnist-cnn",
-        "monitor stream.npz --reference mnist-mini --alarm ks -o report.html",
+        "monitor http://127.0.0.1:8081 --key-file op.key",
     ),
     "adapt": (
         "adapt",

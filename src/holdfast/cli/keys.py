@@ -83,22 +83,39 @@ def add(
 
 @keys.command("list", short_help="list the keys")
 @_FILE
+@click.option(
+    "--audit",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Audit folder of a server: the pseudonym of each key in it is also shown.",
+)
 @with_voice
-def list_keys(voice: Voice, file: Path) -> None:
-    """List the keys with their scopes, their limits and their state. The keys themselves are not stored."""
+def list_keys(voice: Voice, file: Path, audit: Path | None) -> None:
+    """List the keys with their scopes, their limits and their state. The keys themselves are not stored.
+
+    With --audit, a principal in the audit, in the log and in alarms can be matched to a key. This needs the file
+    DIR.key beside the audit folder.
+    """
     from rich.table import Table
 
     from holdfast.reports.terminal import cell
     from holdfast.server.keys import read_keys
 
+    pseudonym = None
+    if audit is not None:
+        from holdfast.server.audit_chain import AuditKey
+
+        pseudonym = AuditKey.of(audit, create=False).pseudonym
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("name", "scopes", "state", "expires", "rate", "budget", "created"):
+    headings = ("name", "scopes", "state", "expires", "rate", "budget", "created")
+    for heading in headings if pseudonym is None else ("name", "principal", *headings[1:]):
         table.add_column(heading, no_wrap=True)
     for key in read_keys(file):
         rate = "" if key.rate is None else f"{key.rate:g}/s"
         budget = "" if key.budget is None else f"{key.budget:,}"
-        row = (key.name, ", ".join(key.scopes), key.state, key.expires or "never", rate, budget, key.created)
-        table.add_row(*map(cell, row))
+        principal = () if pseudonym is None else (pseudonym(key.name),)
+        limits = (key.state, key.expires or "never", rate, budget, key.created)
+        table.add_row(*map(cell, (key.name, *principal, ", ".join(key.scopes), *limits)))
     voice.console().print(table)
 
 

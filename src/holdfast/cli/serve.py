@@ -11,7 +11,7 @@ from holdfast.cli.assess import refuse_code_of_config, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_unknown_model
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import SETTING, options_of
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 
 _HELP = """\
@@ -47,6 +47,14 @@ def serve(voice: Voice, **flags: Any) -> int:
     refuse_code_of_config(settings, flags)
     if address is not None:
         refuse_unknown_model(address)
-    settings.run(notify=voice.say)
+    try:
+        settings.run(notify=voice.say)
+    except HoldfastError as error:
+        if settings.log_format != "json":
+            raise
+        from holdfast.server.error_log import json_line
+
+        click.echo(json_line("error", error.on_command_line()), err=True)
+        return error.exit_code
     gc.freeze()  # the process ends half a second earlier if it does not search the objects of torch for cycles
     return 0

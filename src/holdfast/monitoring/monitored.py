@@ -62,13 +62,13 @@ class Monitored:
             "alpha": ALPHA,
             "stream": asdict(self.stream),
             "reference": asdict(self.reference),
-            "measured": _plain(self.measured),
-            "of_reference": _plain(self.of_reference),
-            "expected": _plain(self.expected),
+            "measured": plain_document(self.measured),
+            "of_reference": plain_document(self.of_reference),
+            "expected": plain_document(self.expected),
             "model": self.model,
             "layer": self.layer,
             "decisive": list(self.decisive),
-            "tests": [_test(result) for result in self.results],
+            "tests": [test_document(result) for result in self.results],
         }
         written: Json = strict(content)
         return written
@@ -92,11 +92,13 @@ class Monitored:
         return reported.headline(self._summary)
 
 
-def _plain(part: Accuracy | Estimate | None) -> Json | None:
+def plain_document(part: Accuracy | Estimate | None) -> Json | None:
+    """Return an accuracy for a report."""
     return None if part is None else asdict(part)
 
 
-def _test(result: DriftResult) -> Json:
+def test_document(result: DriftResult) -> Json:
+    """Return what a test found for a report."""
     kind = result.kind
     return {
         "name": result.name,
@@ -104,6 +106,6 @@ def _test(result: DriftResult) -> Json:
         "state": result.state,
         "alarm": None if result.alarm is None else asdict(result.alarm),
         "guarantee": kind.guarantee,
-        "power": asdict(result.power),
+        "power": None if result.power is None else asdict(result.power),
         "fewest": kind.fewest,
     }

@@ -25,7 +25,8 @@ class DriftResult:
     kind: type[StreamTest]
     state: State
     alarm: Alarm | None
-    power: Power
+    power: Power | None
+    """None while it is computed, on a running server"""
 
 
 def test_of(name: str) -> type[StreamTest]:
@@ -35,21 +36,45 @@ def test_of(name: str) -> type[StreamTest]:
     return kind
 
 
+class Watch:
+    """All tests on one stream. `results` may be asked for at any time."""
+
+    def __init__(self, reference: Signals, seed: int) -> None:
+        self._rng = Draws(seed).at("monitor")
+        self._reference = reference
+        self._kinds = {name: test_of(name) for name in DRIFT_TESTS}
+        self._tests = {name: kind(reference, ALPHA, self._rng.at(name)) for name, kind in self._kinds.items()}
+        self.alarms: dict[str, Alarm] = {}
+        self.n = 0
+        """number of samples so far"""
+
+    def update(self, batch: Signals) -> dict[str, Alarm]:
+        """Add the signals of further samples, and return the alarms that they raise, by test."""
+        self.n += len(batch)
+        raised = {}
+        for name, test in self._tests.items():
+            if name not in self.alarms and (alarm := test.update(batch)) is not None:
+                raised[name] = self.alarms[name] = alarm
+        return raised
+
+    def power(self, name: str) -> Power:
+        """Return the power of a test on the reference, which takes seconds."""
+        return power_of(self._kinds[name], self._reference, ALPHA, self._rng.at("power", name))
+
+    def state(self, name: str) -> State:
+        """Return what a test has found so far."""
+        if name in self.alarms:
+            return "alarm"
+        return "no alarm" if self.n >= self._kinds[name].fewest else "too few samples"
+
+    def result(self, name: str, power: Power | None) -> DriftResult:
+        """Return what a test has found so far, with its power if that is known."""
+        return DriftResult(name, self._kinds[name], self.state(name), self.alarms.get(name), power)
+
+
 def watch(reference: Signals, stream: Iterable[Signals], seed: int) -> tuple[DriftResult, ...]:
     """Run all tests on the batches of a stream, and return what they found."""
-    rng = Draws(seed).at("monitor")
-    kinds = {name: test_of(name) for name in DRIFT_TESTS}
-    tests = {name: kind(reference, ALPHA, rng.at(name)) for name, kind in kinds.items()}
-    alarms: dict[str, Alarm] = {}
-    n = 0
+    tests = Watch(reference, seed)
     for batch in stream:
-        n += len(batch)
-        for name, test in tests.items():
-            if name not in alarms and (alarm := test.update(batch)) is not None:
-                alarms[name] = alarm
-    results = []
-    for name, kind in kinds.items():
-        state: State = "alarm" if name in alarms else "no alarm" if n >= kind.fewest else "too few samples"
-        power = power_of(kind, reference, ALPHA, rng.at("power", name))
-        results.append(DriftResult(name, kind, state, alarms.get(name), power))
-    return tuple(results)
+        tests.update(batch)
+    return tuple(tests.result(name, tests.power(name)) for name in DRIFT_TESTS)

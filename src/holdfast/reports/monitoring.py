@@ -81,7 +81,9 @@ def _result(test: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return "alarm", count_text(alarm["after"]), alarm["signal"], alarm["evidence"]
 
 
-def _power(power: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _power(power: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
+    if power is None:
+        return "not computed yet", "", "", ""
     shift = "above 3 sd" if power["shift"] is None else f"{plain(power['shift'])} sd"
     drop = "" if power["drop"] is None else f"{plain(100 * power['drop'])} points"
     false_alarms = "" if power["false_alarms"] is None else f"{power['false_alarms']} of 20"

@@ -20,6 +20,7 @@ from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile
+from holdfast.server.monitor_routes import monitor_routes
 from holdfast.server.protocol_v2 import JSON, compact
 from holdfast.server.supervisor import Supervisor
 
@@ -76,6 +77,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
         Route("/status", status, methods=["GET"]),
         Route("/swap", swap, methods=["POST"]),
         *adaptation_routes(supervisor, permitted, changing),
+        *monitor_routes(supervisor, permitted, changing),
     ]
     return Starlette(routes=routes, exception_handlers=handlers)
 

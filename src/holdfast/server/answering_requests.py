@@ -178,6 +178,8 @@ class Answerer:
     """called after each call of the model"""
     logged: Callable[[Sequence[Outcome]], object] = lambda outcomes: None
     """called with the outcomes of a batch, for the log of requests"""
+    observed: Callable[[Sequence[Outcome], ServedSet], object] = lambda outcomes, served: None
+    """called with the outcomes of a batch and the serving set, for the monitor"""
     release: Release = all_scores
     """function from the scores of the model to those that clients receive"""
     timing: Timing = no_timing
@@ -194,6 +196,7 @@ class Answerer:
         ]
         self._count(settled, served)
         self.logged(settled)
+        self.observed(settled, served)
         return [self._returned(outcome) for outcome in settled]
 
     def _spent(self, jobs: Sequence[Job]) -> list[Refused | None]:
@@ -211,9 +214,9 @@ class Answerer:
             with self.timing("audit"):
                 self.audit.end(outcomes, served)
         except OSError as error:
-            self.errors(
-                "requests are refused, as the audit chain cannot be written", error, advice=advice_for(error)
-            )
+            cause = error.strerror or str(error)  # no traceback: the fault is that of the disk
+            what = f"requests are refused, as the audit chain cannot be written: {cause}"
+            self.errors(what, advice=advice_for(error))
             return [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
         return outcomes
 

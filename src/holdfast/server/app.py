@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,8 @@ Jobs = Batcher[Job, Answer]
 Endpoint = Callable[[Request], Awaitable[Response]]
 _DISCARD_S = 0.5
 """seconds for which the body of a refused request is read"""
+REQUEST_HEADER = "holdfast-request"
+"""header of a response with the name of the request in the audit chain, under which labels are sent"""
 _DISCARDED = 4
 """largest size of what is read of it, in multiples of the largest body"""
 _READ = "read"
@@ -181,6 +183,7 @@ class ServedModel:
             await asyncio.sleep(answer.delay_s)
         with self.timing("response"):
             response = encoded(answer.scores, content, self.signature)
+            response = replace(response, headers=(*response.headers, (REQUEST_HEADER, incoming.request)))
         self.telemetry.observe("holdfast_request_seconds", time.perf_counter() - begin)
         return response
 
@@ -254,7 +257,8 @@ class ServedModel:
     async def refused(self, request: Request, error: Exception) -> Response:
         """Return the response for a refused request."""
         assert isinstance(error, Refused)
-        self.telemetry.count("holdfast_refused_total", error.cause)
+        if request.method == "POST" or error.cause == "key":  # keys are guessed with other methods, too
+            self.telemetry.count("holdfast_refused_total", error.cause)
         headers = dict(error.headers)
         if request.method == "POST" and not getattr(request.state, _READ, False):
             headers["connection"] = "close"

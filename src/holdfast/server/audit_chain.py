@@ -53,11 +53,7 @@ _ENDS = frozenset({"answered", "interrupted", "failed"})
 
 def advice_for(error: OSError) -> str:
     """Return what an operator can do about a chain that cannot be written."""
-    if error.errno in _FULL:
-        return (
-            "free some space; if on_audit_failure is answer, requests are answered without records until then"
-        )
-    return "check the disk and its permissions"
+    return "free some space" if error.errno in _FULL else "check the disk and its permissions"
 
 
 def refusal_in_audit(path: Path, error: OSError) -> TargetError:
@@ -80,11 +76,19 @@ class AuditKey:
     key: bytes
 
     @classmethod
-    def of(cls, folder: Path) -> "AuditKey":
-        """Return the key of an audit folder, from the file beside it, which is created if it does not exist."""
-        file = folder.with_name(f"{folder.name}.key")
-        with usable(file), suppress(FileExistsError):
-            create_private(file, secrets.token_hex(_KEY_BYTES).encode())
+    def of(cls, folder: Path, *, create: bool = True) -> "AuditKey":
+        """Return the key of an audit folder, from the file beside it. If that does not exist, it is created, or without
+        `create`, `TargetError` is raised.
+        """
+        file = Path(f"{os.path.abspath(folder)}.key")  # noqa: PTH100 - also of `.`, and links are not resolved
+        if create:
+            with usable(file), suppress(FileExistsError):
+                create_private(file, secrets.token_hex(_KEY_BYTES).encode())
+        elif not file.exists():
+            raise TargetError(
+                f"{str(file)!r}, the key of the audit folder, does not exist; give the folder that the server was "
+                "started with (--audit DIR), or restore the key from a copy"
+            )
         text = content_of(file, refusal_in_audit, follow=True).decode("ascii", "replace").strip()
         if len(text) != 2 * _KEY_BYTES or not all(digit in "0123456789abcdef" for digit in text):
             raise TargetError(
@@ -180,7 +184,9 @@ class ChainFile:
             self._synced, self.flushed = size, flushed
 
     def close(self) -> None:
-        """Flush and close the file."""
+        """Record the number of lost records if that is possible, flush, and close the file."""
+        if self.lost:
+            self.add_texts([])
         with suppress(OSError):
             self.flush()
         with self._lock, suppress(OSError):

@@ -106,7 +106,7 @@ class JSONFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record."""
         fields: Mapping[str, object] = getattr(record, REQUEST_FIELDS, {})
-        return json_line(record.levelname.lower(), record.getMessage(), process=record.process, **fields)
+        return json_line(record.levelname.lower(), super().format(record), process=record.process, **fields)
 
 
 def json_line(level: str, message: str, **fields: object) -> str:
@@ -117,13 +117,18 @@ def json_line(level: str, message: str, **fields: object) -> str:
 
 def log_to_stderr(form: LogFormat) -> None:
     """Write the log records of the package in this process to stderr, with time and process. Requests are logged only
-    as JSON.
+    as JSON, and as JSON, records of other libraries and Python's warnings are objects, too.
     """
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s worker %(process)d %(levelname)s: %(message)s")
     handler.setFormatter(JSONFormatter() if form == "json" else text)
     package = logging.getLogger("holdfast")
     package.handlers = [handler]
-    package.setLevel(logging.WARNING)
+    package.setLevel(logging.INFO)
     package.propagate = False  # a model may configure logging of its own, and records would be written twice
     logging.getLogger(REQUESTS).setLevel(logging.INFO if form == "json" else logging.WARNING)
+    if form == "json":
+        if logging.lastResort is not None:  # for loggers without a handler
+            logging.lastResort.setFormatter(handler.formatter)
+        logging.getLogger("py.warnings").addHandler(handler)
+        logging.captureWarnings(True)

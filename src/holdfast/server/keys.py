@@ -254,7 +254,7 @@ class KeyFile:
                 "The file of keys cannot be read; the keys that it contained before are used: %s", failure
             )
         elif self.failure and not failure:
-            _log.warning("The file of keys can be read again")
+            _log.info("The file of keys can be read again")
         self.failure = failure
 
 

@@ -45,11 +45,13 @@ class Reloading:
         telemetry: Telemetry,
         record: Record,
         notify: Notify,
+        warn: Notify,
         *,
         begin_worker: Callable[[], WorkerProcess],
     ) -> None:
         self.version, self._workers = version, workers
-        self._telemetry, self._record, self._notify = telemetry, record, notify
+        self._telemetry, self._record = telemetry, record
+        self._notify, self._warn = notify, warn
         self._begin_worker = begin_worker
         self.generation = 0
         """number of reloads that have begun to replace workers; older workers are to be replaced"""
@@ -174,13 +176,13 @@ class Reloading:
         self._state = "failed"
         self.cannot_start(reason)
         left = f"{len(self.old)} of {len(self._workers)} workers serve" if tested else "all workers serve"
-        self._notify(f"note: the reload failed: {reason}; {left} the model from before")
+        self._warn(f"note: the reload failed: {reason}; {left} the model from before")
 
     def give_up(self) -> None:
         """Replace no further workers, because the server ends."""
         if self.running or self._requested:
             self._state, self._requested, self._reason = "failed", "", "the server ends"
-            self._notify("note: the reload was given up, because the server ends")
+            self._warn("note: the reload was given up, because the server ends")
 
     def cannot_start(self, reason: str) -> None:
         """Raise the alarm that the model in the file cannot be served by new workers."""

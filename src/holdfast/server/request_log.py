@@ -30,7 +30,7 @@ def log_requests(key: AuditKey | None, outcomes: Sequence[Outcome]) -> None:
             "principal": incoming.principal if key is None else key.pseudonym(incoming.principal),
             "rows": len(incoming.x),
             "status": 200 if refusal is None else refusal.status,
-            "action": str(outcome.action),
+            "action": str(outcome.action) if decision and not decision.unavailable else None,
             "rules": sorted(rules),
             "cause": "" if refusal is None else refusal.cause,
             "latency_s": round(now - outcome.job.begin_s, 6),

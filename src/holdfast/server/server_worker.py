@@ -2,9 +2,10 @@
 
 It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
 letter of a message is its kind. From the supervisor: G serve the opened model under this name, S a parameter set to
-prepare, A the set that serves from now on, N the server ends soon, D drain since it ends, Q drain since another worker
-is in its place. To the supervisor: O the model is opened, R ready, L a set is prepared, U a set is unusable, T counts
-and state, E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
+prepare, A the set that serves from now on, I send the sampled inputs, N the server ends soon, D drain since it ends, Q
+drain since another worker is in its place. To the supervisor: O the model is opened, R ready, L a set is prepared, U a
+set is unusable, T counts and state, M observations for the monitor, I sampled inputs, E error, X drained. Messages to
+the supervisor are JSON, because it must not unpickle what a worker sends.
 """
 
 import asyncio
@@ -39,6 +40,7 @@ from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.released_scores import Release, all_scores
 from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.monitoring.reference import Reference
 from holdfast.rotation.live import loaded
 from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
 from holdfast.server.answer_counts import AnswerCounts
@@ -57,6 +59,7 @@ from holdfast.server.protocol_v2 import Signature
 from holdfast.server.quotas import Quotas
 from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
 from holdfast.server.request_log import log_requests
+from holdfast.server.reservoir import Reservoir
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
 
 _ENDING_S = 3.0
@@ -121,6 +124,8 @@ class ServingSetup:
     """form of the log on stderr"""
     release: Release = all_scores
     """function from the scores of the model to those that clients receive"""
+    monitor: Reference | None = None
+    """what samples of the requests are compared with; None without a monitor"""
 
     @property
     def rotating(self) -> bool:
@@ -179,6 +184,9 @@ class Worker:
             seen=self._seen,
         )
         self.answering.progress = self.batcher.progress
+        self.reservoir = None if setup.monitor is None else Reservoir(setup.monitor)
+        if self.reservoir is not None:
+            self.answering.observed = self.reservoir.add
         self.profile = Profile() if setup.profile else None
         self.served = ServedModel(
             setup.signature or self._signature(),
@@ -202,9 +210,10 @@ class Worker:
         if self.chain is not None:
             refuses = not self.setup.audit_fails_open
             checks.append(Check("audit", partial(audit_fault, self.chain), refuses=refuses))
-        if isinstance(guard, GuardPipeline) and guard.needs_state and isinstance(guard.queries, QueryRule):
+        if isinstance(guard, GuardPipeline) and isinstance(guard.queries, QueryRule):
             state = guard.queries.detector.state
-            checks.append(Check("state", partial(state_fault, state), refuses=state.fail == "closed"))
+            refuses = guard.needs_state and state.fail == "closed"
+            checks.append(Check("state", partial(state_fault, state), refuses=refuses))
         if keys is not None and self._limits is not None:
             limits = self._limits
             checks.append(Check("quota", lambda: state_fault(limits) if keys.all_limited else ""))
@@ -268,8 +277,23 @@ class Worker:
         return logits
 
     def _seen(self, rows: int, seconds: float) -> None:
+        """Count a batch, before its answers are sent."""
         self.telemetry.observe("holdfast_batch_rows", rows)
         self.telemetry.observe("holdfast_batch_seconds", seconds)
+        if self.chain is not None:
+            lost = self.chain.lost_in_total
+            self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
+            if lost > self._lost:
+                self.errors(
+                    "requests are answered without audit records, which cannot be written", advice=_SPACE
+                )
+            self._lost = lost
+        if isinstance(self.answering.guard, GuardPipeline):
+            observed = self.answering.guard.observed
+            counts = observed.n, observed.alarms
+            for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
+                self.telemetry.count(name, n=now - before)
+            self._observed = counts
 
     # --- parameter sets
 
@@ -327,20 +351,6 @@ class Worker:
         self.telemetry.set("holdfast_waiting_inputs", self.batcher.waiting)
         if self.served.keys is not None:
             self.telemetry.set("holdfast_keys_failing", bool(self.served.keys.failure))
-        if self.chain is not None:
-            lost = self.chain.lost_in_total
-            self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
-            if lost > self._lost:
-                self.errors(
-                    "requests are answered without audit records, which cannot be written", advice=_SPACE
-                )
-            self._lost = lost
-        if isinstance(self.answering.guard, GuardPipeline):
-            observed = self.answering.guard.observed
-            counts = observed.n, observed.alarms
-            for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
-                self.telemetry.count(name, n=now - before)
-            self._observed = counts
         if self.profile is not None:
             self.profile.report(self.telemetry)
         chain = None if self.chain is None else self.chain.flushed
@@ -348,10 +358,21 @@ class Worker:
             "stalled": self.stalled,
             "patience_s": self.patience_s,
             "chain": chain,
-            "failures": failures,
+            "checks": {
+                check.reason: {"failure": failure, "refuses": check.refuses}
+                for check in readiness.checks
+                if (failure := check.failure)
+            },
             "unprobed_s": readiness.unprobed_s,
         }
         self._send(b"T", {"answers": self.ledger.taken(), **state})
+        if self.reservoir is not None and (content := self.reservoir.taken()) is not None:
+            self._send(b"M", content)
+
+    def send_samples(self) -> None:
+        """Send the sampled inputs to the supervisor."""
+        if self.reservoir is not None:
+            self._send(b"I", self.reservoir.samples())
 
     def _report_often(self) -> None:
         while True:
@@ -516,6 +537,8 @@ def _take(worker: Worker, message: bytes) -> None:
             worker.serve_as(about["set"], about["epoch"])
         case b"N":
             worker.announce_end()
+        case b"I":
+            worker.send_samples()
         case b"D" | b"Q":
             worker.drain(last=kind == b"D")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json
+from holdfast.monitoring.reference import Reference
 from holdfast.runs.engine.children import unshared
 from holdfast.runs.engine.executor import ERRORS
 from holdfast.runs.engine.progress import Notify, ignore
@@ -25,6 +26,7 @@ from holdfast.server.adaptations import Adaptations
 from holdfast.server.audit_folder import AuditFolder
 from holdfast.server.canary import Canary
 from holdfast.server.host_names import HostNames
+from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.live_pool import LivePool
 from holdfast.server.reloading import Reloading, ServedVersion
 from holdfast.server.server_signals import ending_signals, hang_up_signals
@@ -72,6 +74,8 @@ class ServerSetup:
     """whether the model is in a file, which may be opened again while the server runs"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """settings with which a model in a file is opened, for `holdfast adapt`; empty without one"""
+    monitor: Reference | None = None
+    """what the monitor compares requests with; None without one"""
     candidate: Callable[[str], ServingSetup] | None = None
     """function from the path of a file to the setup of a worker that serves the model in it; None without a file"""
     notes: tuple[str, ...] = ()
@@ -107,10 +111,16 @@ class Supervisor:
             self.telemetry,
             self._record,
             notify,
+            self._warn,
             begin_worker=self._start_worker,
         )
         self.adaptations = Adaptations(
             self._record, setup.worker.audit_key.pseudonym if setup.worker.audit_key else str
+        )
+        self.live = (
+            None
+            if setup.monitor is None
+            else LiveMonitor(setup.monitor, self._record, self.telemetry, self._warn)
         )
         self.canary = Canary(
             self._workers,
@@ -133,6 +143,8 @@ class Supervisor:
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
         self.address, self.admin_address = ("", 0), ("", 0)
+        self.drained = True
+        """whether no worker was lost while the server ended"""
 
     # --- life
 
@@ -145,6 +157,8 @@ class Supervisor:
         self._listener = bound_socket(setup.host, setup.port)
         self.address = self._listener.getsockname()[:2]
         try:
+            if self.live is not None:
+                self.live.start()
             if setup.audit is not None:
                 fail_open = setup.worker.audit_fails_open
                 self._audit = AuditFolder.open(setup.audit, setup.about, fail_open=fail_open)
@@ -227,7 +241,7 @@ class Supervisor:
             try:
                 self.request_swap("SIGHUP")
             except UsageError as error:
-                self._notify(f"note: {error}")
+                self._warn(f"note: {error}")
         for worker in list(self._workers):
             if worker.child.process.poll() is not None and worker.ended is None and not worker.ready:
                 self._receive(worker, b"")
@@ -239,6 +253,8 @@ class Supervisor:
         elif not self._stopping and self._started:
             self._poll_model()
         self.adaptations.poll()
+        if self.live is not None:
+            self.live.poll()
         self._stand_in_for_workers()
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         reasons = self.not_ready()
@@ -288,7 +304,7 @@ class Supervisor:
                 worker.report_progress(str(content["stalled"]), float(content["patience_s"]))
                 if content["chain"] is not None:
                     worker.chain_head = int(content["chain"][0]), str(content["chain"][1])
-                worker.report_readiness(content["failures"], content["unprobed_s"])
+                worker.report_readiness(content["checks"], content["unprobed_s"])
                 if self._swaps is not None:
                     self._swaps.answered(content["answers"])
             case b"O":
@@ -297,6 +313,10 @@ class Supervisor:
                 self._swaps.loaded(worker, int(content["epoch"]))
             case b"U" if self._swaps is not None:
                 self._swaps.unusable(worker, int(content["epoch"]), str(content["reason"]))
+            case b"M" if self.live is not None:
+                self.live.received(content, canary=worker.canary)
+            case b"I" if self.live is not None:
+                self.live.sampled(content)
             case b"E":
                 worker.error = failure_from_json(content, ERRORS)
             case b"X":
@@ -362,6 +382,10 @@ class Supervisor:
             self._swaps.left(worker)
         end = "drained" if worker.ended is not None else worker.killed or "the worker died"
         interrupted = self._close_chain(worker, end)
+        note = f"; {interrupted} requests were interrupted" if interrupted else ""
+        if self._stopping and self._started and worker.ready and worker.ended is None:
+            self.drained = False
+            self._warn(f"note: {worker.name} was lost while the server ended: {cause}{note}")
         drained = worker.ended is not None and not self._reloading.awaits(worker)
         if self._stopping or drained or worker.canary:
             return
@@ -369,7 +393,6 @@ class Supervisor:
         self._last_loss = f"{worker.name}: {cause}"
         if self._reloading.left(worker, cause):
             return
-        note = f"; {interrupted} requests were interrupted" if interrupted else ""
         if worker.retiring:
             self._warn(f"note: {worker.name} was to end, and was lost: {cause}{note}")
             return
@@ -422,14 +445,21 @@ class Supervisor:
         try:
             self._audit.record_heads({path.name: head for path, head in chains if path and head})
         except TargetError as error:
-            self._notify(f"note: {error}")
+            self._warn(f"note: {error}")
 
     def _record(self, kind: str, **facts: Any) -> None:
         if self._audit is not None:
             try:
                 self._audit.record(kind, **facts)
             except TargetError as error:
-                self._notify(f"note: {error}")
+                self._warn(f"note: {error}")
+
+    def ask_for_samples(self) -> int:
+        """Ask the workers for the inputs that they keep, and return how many were asked. Any thread may call it."""
+        asked = [worker for worker in list(self._workers) if worker.ready and not worker.canary]
+        for worker in asked:
+            worker.child.send(b"I")
+        return len(asked)
 
     # --- readiness
 
@@ -509,6 +539,8 @@ class Supervisor:
                 self._replace(worker)
         if self._swaps is not None:
             self._swaps.end()
+        if self.live is not None:
+            self.live.close()
         if self._audit is not None:
             self._audit.close()
             self._audit = None
@@ -518,6 +550,14 @@ class Supervisor:
             self._listener.close()
 
     # --- state for the operator
+
+    def _sets(self) -> dict[str, dict[str, float]]:
+        """Return what was counted for each served set, with the labelled inputs of each."""
+        sets = self.canary.sets()
+        for name, counts in sets.items() if self.live is not None else ():
+            assert self.live is not None
+            counts["labelled"], counts["wrong"] = self.live.labelled(name)
+        return sets
 
     def status(self) -> dict[str, Any]:
         """Return the state of the server for its operator."""
@@ -532,6 +572,7 @@ class Supervisor:
                     "started": worker.ready,
                     "set": worker.set_name,
                     "not_ready": dict(worker.failures),
+                    "checks": dict(worker.checks),
                 }
                 for worker in list(self._workers)
             ],
@@ -541,5 +582,5 @@ class Supervisor:
             state["pool"] = self._swaps.status()
         else:
             state["model"] = {**self._reloading.status(), "settings": dict(self.setup.settings)}
-            state["canary"], state["sets"] = self.canary.status(), self.canary.sets()
+            state["canary"], state["sets"] = self.canary.status(), self._sets()
         return state

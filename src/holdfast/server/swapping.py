@@ -41,8 +41,8 @@ class _Swap:
     sent_s: float = math.inf
 
 
-def _lower_priority() -> None:
-    """Give this thread the processor only where no other thread needs it, so that a test delays no request."""
+def lower_priority() -> None:
+    """Give this thread the processor only where no other thread needs it, so that it delays no request."""
     if sys.platform == "linux":  # elsewhere the priority is that of the whole process
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
@@ -63,7 +63,7 @@ class PoolSwaps:
     ) -> None:
         self.pool, self._workers = pool, workers
         self._telemetry, self._record, self._notify = telemetry, record, notify
-        self._tests = ThreadPoolExecutor(1, "test", _lower_priority)
+        self._tests = ThreadPoolExecutor(1, "test", lower_priority)
         self._swap: _Swap | None = None
         self._looked_s = 0.0
         self.serving = pool.first()

@@ -38,14 +38,15 @@ METRICS: Mapping[str, Metric] = {
         ("status",),
     ),
     "holdfast_refused_total": Metric(
-        "Refused requests by cause: request, key, rate, budget, quota, guard, state (the query detector could not "
-        "reach its state), overload, audit, model, upstream, workers (none has started).",
+        "Refused POST requests, and all requests with an invalid key, by cause: request, key, rate, budget, quota, "
+        "guard, state (the query detector could not reach its state), overload, audit, model, upstream, workers (none "
+        "has started).",
         "counter",
         ("cause",),
     ),
     "holdfast_inputs_total": Metric("Inputs that the model answered.", "counter"),
     "holdfast_request_seconds": Metric(
-        "Time from the arrival of the headers of an infer request to its response.",
+        "Time from the arrival of the headers of an infer request to its response, without refused requests.",
         "histogram",
         buckets=_SECONDS,
     ),
@@ -85,6 +86,15 @@ METRICS: Mapping[str, Metric] = {
         "fails on every input), workers (none has started), draining.",
         "gauge",
         ("reason",),
+    ),
+    "holdfast_monitor_alarm": Metric(
+        "1 after an alarm of a test of the monitor, until it begins again, else 0.", "gauge", ("test",)
+    ),
+    "holdfast_monitor_samples_total": Metric(
+        "Inputs that the monitor compared with its reference.", "counter"
+    ),
+    "holdfast_monitor_dropped_total": Metric(
+        "Sampled inputs that the monitor left out because it was behind.", "counter"
     ),
     "holdfast_workers": Metric("Worker processes that have started.", "gauge"),
     "holdfast_worker_restarts_total": Metric("Worker processes that were replaced.", "counter"),

@@ -55,8 +55,8 @@ class WorkerProcess:
     """seconds without progress after which it is replaced"""
     chain_head: tuple[int, str] | None = None
     """length and head of its audit chain, as it last reported them"""
-    failures: Mapping[str, str] = field(default_factory=dict)
-    """why it refuses every request, by reason"""
+    checks: Mapping[str, Mapping[str, str | bool]] = field(default_factory=dict)
+    """failing checks by reason: what is wrong (`failure`), and whether it refuses every request (`refuses`)"""
     probed_s: float = -math.inf
     """time of the last probe of its readiness"""
     stalled: str = ""
@@ -83,9 +83,17 @@ class WorkerProcess:
         """Name of the worker in metrics."""
         return f"worker-{self.number}"
 
-    def report_readiness(self, failures: Mapping[str, str], unprobed_s: float | None) -> None:
-        """Note why it refuses every request, and how long ago it was probed."""
-        self.failures = {str(reason): str(failure)[:_SHOWN] for reason, failure in failures.items()}
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why it refuses every request, by reason."""
+        return {reason: str(check["failure"]) for reason, check in self.checks.items() if check["refuses"]}
+
+    def report_readiness(self, checks: Mapping[str, Mapping[str, Any]], unprobed_s: float | None) -> None:
+        """Note its failing checks, and how long ago it was probed."""
+        self.checks = {
+            str(reason): {"failure": str(check["failure"])[:_SHOWN], "refuses": bool(check["refuses"])}
+            for reason, check in checks.items()
+        }
         if unprobed_s is not None:
             self.probed_s = time.monotonic() - float(unprobed_s)
 

@@ -95,6 +95,11 @@ class ServeOptions(SettingGroup):
     audit: Annotated[values.PathText | None, Flag("DIR", completion="PATH")] = Field(
         default=None, description="Folder of the audit chains, which holdfast verify checks (default: none)."
     )
+    monitor: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples like those that the model should receive, on which it was not trained. A monitor "
+        "compares a sample of the requests with them (default: none).",
+    )
     on_audit_failure: Annotated[Literal["refuse", "answer"], Flag("HOW")] = Field(
         default="refuse",
         description="What happens to requests while the audit chain cannot be written, as on a full disk: refuse (the "
@@ -118,7 +123,8 @@ class ServeOptions(SettingGroup):
     scores: Annotated[values.ReleasedScores, Flag("HOW")] = Field(
         default="all",
         description="What clients receive of the scores of the model: all digits (all, the default), a number of "
-        "decimal digits, as in 2, or only the predicted class (labels).",
+        "decimal digits, as in 2 (rounded to the nearest float32), or only the predicted class (labels; its score is "
+        "1, and those of the others 0).",
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:

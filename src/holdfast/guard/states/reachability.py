@@ -22,7 +22,7 @@ class Reachability:
     ) -> None:
         self.health = Health()
         self._name, self._fail, self._retry_s, self._clock = name, fail, retry_s, clock
-        self._again = -float("inf")
+        self._again, self._lost_s = -float("inf"), 0.0
 
     @property
     def waiting(self) -> bool:
@@ -31,8 +31,10 @@ class Reachability:
 
     def lost(self, error: Exception) -> None:
         """Record that the state could not be reached."""
-        self._again = self._clock() + self._retry_s
+        now = self._clock()
+        self._again = now + self._retry_s
         if self.health.reachable:
+            self._lost_s = now
             what = (
                 "requests are answered without it"
                 if self._fail == "open"
@@ -45,7 +47,7 @@ class Reachability:
     def reached(self) -> None:
         """Record that the state was reached."""
         if not self.health.reachable:
-            _log.warning("The %s has returned", self._name)
+            _log.info("The %s has returned after %.1f s", self._name, self._clock() - self._lost_s)
             self.health = replace(self.health, reachable=True)
 
     def emptied(self) -> None:

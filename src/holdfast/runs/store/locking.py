@@ -63,11 +63,14 @@ def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[
             database.close()
             raise
     except (sqlite3.Error, OSError) as error:
-        if in_use and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+        busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+        if in_use and busy:
             raise InUse(in_use) from error
-        raise TargetError(
-            f"{str(path)!r} cannot be locked: {error}; wait for the process that uses it, or check "
-            "its permissions and the free space"
-        ) from error
+        advice = (
+            "wait for the process that uses it"
+            if busy
+            else "check the free space of its disk and its permissions"
+        )
+        raise TargetError(f"{str(path)!r} cannot be locked: {error}; {advice}") from error
     with closing(database):  # closing ends the transaction, which wrote nothing
         yield

@@ -1,0 +1,111 @@
+"""`holdfast monitor URL`: what the monitor of a running server has found, over the operator's port."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli.options import Voice
+from holdfast.core.errors import UsageError
+from holdfast.io.remote.operator_port import Json, OperatorPort, read_key
+from holdfast.io.remote.remote import SCHEMES
+from holdfast.reports import monitoring as reported
+from holdfast.reports.write import MONITORING_SUFFIXES, write_monitoring
+from holdfast.settings.label_files import read_labels
+
+_POLL_S = 1.0
+Option = Callable[[Any], Any]
+
+
+def live_options() -> tuple[Option, ...]:
+    """Return the options of `holdfast monitor` for a running server."""
+    return (
+        click.option(
+            "--key-file",
+            type=click.Path(),
+            metavar="FILE",
+            help="File that contains an API key with the scope admin, if STREAM is the URL of a server that has keys.",
+        ),
+        click.option(
+            "--once", is_flag=True, help="Report the state of a server once, and do not wait for alarms."
+        ),
+        click.option(
+            "--labels",
+            type=click.Path(),
+            metavar="FILE",
+            help="CSV file with the classes of requests, which are sent to the server: columns request, label and, for "
+            "requests of several inputs, row.",
+        ),
+    )
+
+
+def is_server(address: object) -> bool:
+    """Return whether the first argument is the URL of a server."""
+    return isinstance(address, str) and address.partition("://")[0] in SCHEMES
+
+
+def watch_server(
+    voice: Voice, url: str, *, key_file: str | None, once: bool, labels: str | None, output: tuple[str, ...]
+) -> int:
+    """Report the state of the monitor, and its alarms until Ctrl-C. Return 1 if a decisive test raised an alarm."""
+    for place in output:
+        if place != "-" and Path(place).suffix not in MONITORING_SUFFIXES:
+            raise UsageError(
+                f"{place!r} is no report file; expected the suffix {', '.join(MONITORING_SUFFIXES)}"
+            )
+    port = OperatorPort(url, None if key_file is None else read_key(key_file))
+    if labels is not None:
+        _send(voice, port, labels)
+    state = port.get("/monitor")
+    seen = _tests_with_alarm(state)
+    if "-" in output:
+        click.echo(json.dumps(state))
+    elif not voice.quiet:
+        colour = sys.stdout.isatty() and not voice.plain
+        click.echo(reported.tables(state, colour=colour, width=voice.console().width))
+    click.echo(reported.headline(state), err=True)
+    for place in output:
+        if place != "-":
+            write_monitoring(state, Path(place))
+            voice.say(f"report: {place}")
+    alarmed = bool(state["alarmed"])
+    try:
+        while not once:
+            time.sleep(_POLL_S)
+            state = port.get("/monitor")
+            now = _tests_with_alarm(state)
+            for name in now.keys() - seen.keys():
+                click.echo(f"alarm of {name} after {now[name]['after']:,} samples, on {now[name]['signal']}")
+            seen, alarmed = now, alarmed or bool(state["alarmed"])
+    except KeyboardInterrupt:
+        pass
+    return 1 if alarmed else 0
+
+
+def _tests_with_alarm(state: Mapping[str, Any]) -> dict[str, Json]:
+    return {test["name"]: test["alarm"] for test in state["tests"] if test["alarm"]}
+
+
+def _send(voice: Voice, port: OperatorPort, file: str) -> None:
+    """Send labels to the server, and report those that it does not accept."""
+    rows: dict[str, dict[int, int]] = {}
+    for (request, row), label in read_labels(Path(file), ()).items():
+        rows.setdefault(request, {})[row] = label
+    labels = {}
+    for request, of_rows in rows.items():
+        if sorted(of_rows) != list(range(len(of_rows))):
+            raise UsageError(f"{file}: the request {request!r} has no label for one of its inputs; add it")
+        labels[request] = [of_rows[row] for row in range(len(of_rows))]
+    answer = port.post("/labels", {"labels": labels})
+    voice.say(f"labels of {answer['accepted']:,} requests were accepted")
+    if answer["unknown"]:
+        voice.say(
+            f"note: {len(answer['unknown']):,} requests are unknown, such as {answer['unknown'][0]!r}: the server "
+            "remembers the newest 50,000, and accepts a label once"
+        )
+    for request, reason in list(answer["invalid"].items())[:3]:
+        voice.say(f"note: labels of {request!r} were refused: {reason}")

@@ -1,0 +1,255 @@
+"""The monitor of a running server: it compares samples of the requests with a reference, and predictions with labels
+that arrive later.
+"""
+
+import base64
+import io
+import math
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from holdfast.core.catalogue import DRIFT_TESTS
+from holdfast.core.estimate import Estimate
+from holdfast.monitoring.accuracy import Accuracy, Predictions, expected_accuracy, measured_accuracy
+from holdfast.monitoring.monitored import plain_document, test_document
+from holdfast.monitoring.power import Power
+from holdfast.monitoring.reference import Reference
+from holdfast.monitoring.signals import Signals
+from holdfast.monitoring.watching import ALPHA, Watch
+from holdfast.reports.monitoring import MONITORING_VERSION
+from holdfast.runs.engine.progress import Notify
+from holdfast.server.reservoir import decoded
+from holdfast.server.swapping import Record, lower_priority
+from holdfast.server.telemetry import Telemetry
+
+DECISIVE = ("martingale",)
+"""tests whose alarm starts an adaptation"""
+_REMEMBERED = 50_000
+"""newest requests whose predictions are compared with labels"""
+_NEWEST = 10_000
+"""newest predictions from which accuracies are computed"""
+_LONGEST = 100_000
+"""samples after which the tests begin again, because the martingale keeps its samples"""
+_WAITING = 1000
+"""largest number of reports that wait for the tests; further ones are dropped"""
+_SAMPLES_S = 10.0
+"""seconds in which the workers must send their samples"""
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """The predictions of a request."""
+
+    classes: Sequence[int]
+    confidences: Sequence[float]
+    set_name: str
+
+
+class LiveMonitor:
+    """The tests and the labelled predictions of a server. All methods may be called by any thread."""
+
+    def __init__(self, reference: Reference, record: Record, telemetry: Telemetry, warn: Notify) -> None:
+        self.reference = reference
+        self._record, self._telemetry, self._warn = record, telemetry, warn
+        self._lock = threading.Lock()
+        self._inbox: queue.Queue[Signals | None] = queue.Queue(_WAITING)
+        self._powers: dict[str, Power] = {}
+        self._owed: list[dict[str, Any]] = []
+        self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
+        self._confidences: deque[float] = deque(maxlen=_NEWEST)
+        self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
+        self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue()
+        self._begin()
+        self._closed, self._threads = False, list[threading.Thread]()
+
+    def _begin(self) -> None:
+        self._watch, self._since = Watch(self.reference.signals, 0), time.time()
+        self._requests = self._flagged = 0
+        for name in DRIFT_TESTS:
+            self._telemetry.set("holdfast_monitor_alarm", 0.0, name)
+
+    def start(self) -> None:
+        """Start the threads, which `close` ends."""
+        # not daemons: a thread that computes while the interpreter ends can abort the process
+        self._threads = [
+            threading.Thread(target=function, name="monitor")
+            for function in (self._test, self._measure_power)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # --- what workers report
+
+    def received(self, content: Mapping[str, Any], *, canary: bool) -> None:
+        """Take the report of a worker. The samples of a canary are not tested."""
+        with self._lock:
+            for request, classes, confidences, flagged, name in content["predictions"]:
+                entry = _Remembered([int(k) for k in classes], [float(c) for c in confidences], str(name))
+                self._remembered[str(request)] = entry
+                self._requests += 1
+                self._flagged += bool(flagged)
+                if not canary:
+                    self._confidences.extend(entry.confidences)
+            while len(self._remembered) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+        if content["signals"] and not canary:
+            names, views = self.reference.signals.names, self.reference.signals.views
+            values = np.frombuffer(base64.b64decode(content["signals"]), "<f4").astype(np.float64)
+            try:
+                self._inbox.put_nowait(Signals(names, values.reshape(-1, len(names)), views))
+            except queue.Full:
+                self._telemetry.count("holdfast_monitor_dropped_total", n=len(values) / len(names))
+
+    def sampled(self, content: Mapping[str, Any]) -> None:
+        """Take the samples of a worker, which `samples` waits for."""
+        self._samples.put(content)
+
+    def samples(self, ask: Callable[[], int]) -> bytes:
+        """Return the sampled inputs of all workers as an .npz file. `ask` requests them, and returns from how many."""
+        while not self._samples.empty():
+            self._samples.get_nowait()
+        found, until = [], time.monotonic() + _SAMPLES_S
+        for _ in range(ask()):
+            try:
+                found.append(self._samples.get(timeout=max(0.0, until - time.monotonic())))
+            except queue.Empty:
+                break
+        parts = [
+            (decoded(each["x"]), decoded(each["logits"]), each["sets"]) for each in found if each["sets"]
+        ]
+        x = np.concatenate([x for x, _, _ in parts]) if parts else np.zeros((0, 1), np.float32)
+        logits = np.concatenate([y for _, y, _ in parts]) if parts else np.zeros((0, 1), np.float32)
+        content = io.BytesIO()
+        np.savez(
+            content, x=x, logits=logits, sets=np.array([name for *_, names in parts for name in names], str)
+        )
+        return content.getvalue()
+
+    # --- threads
+
+    def _test(self) -> None:
+        """Give samples to the tests as they arrive."""
+        lower_priority()
+        while (batch := self._inbox.get()) is not None and not self._closed:
+            with self._lock:
+                watch = self._watch
+                begin = watch.n >= _LONGEST
+            if begin:
+                self.restart()
+                watch = self._watch
+            raised = watch.update(batch)
+            self._telemetry.count("holdfast_monitor_samples_total", n=len(batch))
+            for name, alarm in raised.items():
+                self._telemetry.set("holdfast_monitor_alarm", 1.0, name)
+                text = f"alarm of {name} after {alarm.after} samples, on {alarm.signal} ({alarm.evidence})"
+                self._warn(f"note: {text}")
+                with self._lock:
+                    self._owed.append({"test": name, "after": alarm.after, "signal": alarm.signal})
+
+    def _measure_power(self) -> None:
+        lower_priority()
+        watch = Watch(self.reference.signals, 0)
+        for name in DRIFT_TESTS:
+            if self._closed:
+                return
+            self._powers[name] = watch.power(name)
+
+    def poll(self) -> None:
+        """Write alarms to the audit chain. Called by the supervisor."""
+        with self._lock:
+            owed, self._owed = self._owed, []
+        for facts in owed:
+            self._record("alarm", **facts)
+
+    def close(self) -> None:
+        """End the threads. May be called several times."""
+        self._closed = True
+        self._inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    # --- requests of the operator
+
+    def restart(self) -> None:
+        """Begin all tests anew, as after a change of the model."""
+        with self._lock:
+            self._begin()
+            self._confidences.clear()
+
+    def label(self, labels: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare predictions with the classes of requests, and return which were accepted."""
+        accepted, unknown, invalid = 0, [], {}
+        known = self.reference.class_names
+        with self._lock:
+            for request, classes in labels.items():
+                entry = self._remembered.get(request)
+                if entry is None:
+                    unknown.append(request)
+                elif not isinstance(classes, list) or len(classes) != len(entry.classes):
+                    invalid[request] = f"{len(entry.classes)} classes were expected, one for each input"
+                elif not all(type(k) is int and 0 <= k < (len(known) if known else 2**31) for k in classes):
+                    invalid[request] = "a class is no number of a class of the model"
+                else:
+                    del self._remembered[request]
+                    accepted += 1
+                    for predicted, confidence, y in zip(
+                        entry.classes, entry.confidences, classes, strict=True
+                    ):
+                        self._labelled.append((confidence, y, predicted == y, entry.set_name))
+        return {"accepted": accepted, "unknown": unknown, "invalid": invalid}
+
+    def labelled(self, set_name: str) -> tuple[int, int]:
+        """Return the number of labelled inputs that a set answered, and of those that it misclassified."""
+        with self._lock:
+            right = [correct for _, _, correct, name in self._labelled if name == set_name]
+        return len(right), len(right) - sum(right)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the state as strict JSON, in the form of the report of a recorded stream, with further keys."""
+        with self._lock:
+            watch, since = self._watch, self._since
+            requests, flagged = self._requests, self._flagged
+            confidences, labelled = list(self._confidences), list(self._labelled)
+        reference = self.reference
+        tests = [test_document(watch.result(name, self._powers.get(name))) for name in DRIFT_TESTS]
+        alarmed = [test["name"] for test in tests if test["name"] in DECISIVE and test["alarm"]]
+        labels = reference.predictions.correct is not None
+        return {
+            "schema_version": MONITORING_VERSION,
+            "verb": "monitor",
+            "verdict": "alarm" if alarmed else "no alarm",
+            "alpha": ALPHA,
+            "stream": {"name": "the requests", "n": watch.n, "labelled": bool(labelled)},
+            "reference": {"name": reference.name, "n": reference.n, "labelled": labels},
+            "measured": plain_document(self._measured(labelled)),
+            "of_reference": plain_document(measured_accuracy(reference.predictions, reference.class_names)),
+            "expected": plain_document(self._expected(confidences)),
+            "model": reference.model,
+            "layer": None,
+            "decisive": list(DECISIVE),
+            "tests": tests,
+            "alarmed": alarmed,
+            "since": since,
+            "requests": requests,
+            "flagged": flagged,
+        }
+
+    def _measured(self, labelled: Sequence[tuple[float, int, bool, str]]) -> Accuracy | None:
+        if not labelled:
+            return None
+        confidence, y, correct, _ = zip(*labelled, strict=True)
+        predictions = Predictions(np.array(confidence), np.array(y), np.array(correct))
+        return measured_accuracy(predictions, self.reference.class_names)
+
+    def _expected(self, confidences: Sequence[float]) -> Estimate | None:
+        if not confidences or not all(map(math.isfinite, confidences)):
+            return None
+        stream = Predictions(np.array(confidences), None, None)
+        return expected_accuracy(self.reference.predictions, stream)

@@ -1,0 +1,135 @@
+"""What a worker keeps of its requests for the monitor: a random sample of the inputs, and the predictions of the newest
+requests. Nothing of it is written to a disk.
+"""
+
+import base64
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.guard.decisions import Action
+from holdfast.monitoring.reference import Reference
+from holdfast.monitoring.signals import Observed
+from holdfast.server.answering_requests import Outcome, ServedSet
+
+_MOST_PER_S = 40.0
+"""sampled inputs per second, so that the monitor takes little time from the requests"""
+_KEPT, _KEPT_BYTES = 200, 64 * 2**20
+"""largest number, and size, of the sampled inputs that are kept for the shadow test"""
+_MOST_REPORTED = 2000
+"""requests of one report, whose predictions are compared with labels that arrive later"""
+Sample = tuple[Tensor, Tensor, str]
+"""an input, the scores for it, and the name of the set that answered"""
+
+
+class Reservoir:
+    """The sample and the predictions of one worker. `add` is called by the thread that answers requests, and the others
+    by the one that reports.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._lock = threading.Lock()
+        self._tokens, self._filled_s = 1.0, time.monotonic()
+        self._new: list[Sample] = []
+        self._answered: list[tuple[list[str], list[int], Tensor, list[bool], str]] = []
+        self._n_answered = self._left_out = 0
+        self._kept: deque[Sample] = deque(maxlen=_KEPT)
+        self._random = random.Random()  # noqa: S311 - a sample, no secret
+
+    def add(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+        """Note the answers of a batch."""
+        answered = [each for each in outcomes if each.answer is not None]
+        if not answered:
+            return
+        now = time.monotonic()
+        with self._lock:
+            self._tokens = min(_MOST_PER_S, self._tokens + _MOST_PER_S * (now - self._filled_s))
+            self._filled_s = now
+            if self._n_answered < _MOST_REPORTED:
+                self._n_answered += len(answered)
+                self._answered.append(
+                    (
+                        [each.job.incoming.request for each in answered],
+                        [len(each.job.incoming.x) for each in answered],
+                        torch.cat([each.answer.scores for each in answered if each.answer is not None]),
+                        [each.action is not Action.ALLOW for each in answered],
+                        served.name,
+                    )
+                )
+            else:
+                self._left_out += len(answered)
+            n = min(int(self._tokens), len(answered))
+            self._tokens -= n
+            for each in answered if n == len(answered) else self._random.sample(answered, n):
+                assert each.answer is not None
+                row = self._random.randrange(len(each.job.incoming.x))
+                self._new.append((each.job.incoming.x[row], each.answer.scores[row], served.name))
+
+    def taken(self) -> dict[str, Any] | None:
+        """Return the signals of inputs and the predictions since the last call; None without any. The signals are
+        32-bit numbers in base64.
+        """
+        with self._lock:
+            new, self._new = self._new, []
+            answered, self._answered = self._answered, []
+            left_out, self._left_out, self._n_answered = self._left_out, 0, 0
+        if not answered:
+            return None
+        for sample in new:
+            if sample[0].nbytes * _KEPT <= _KEPT_BYTES:
+                self._kept.append(sample)
+        return {
+            "signals": self._signals(new),
+            "predictions": [entry for batch in answered for entry in _predictions(*batch)],
+            "left_out": left_out,
+        }
+
+    def _signals(self, samples: Sequence[Sample]) -> str:
+        """The signals of samples, row by row."""
+        if not samples:
+            return ""
+        x = torch.stack([x for x, _, _ in samples])
+        logits = None if self._reference.model is None else torch.stack([scores for _, scores, _ in samples])
+        values = self._reference.observer(Observed(x, logits)).values
+        return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+    def samples(self) -> dict[str, Any]:
+        """Return the kept inputs and scores as 32-bit numbers in base64, with the names of the sets."""
+        kept = list(self._kept)
+        x = np.stack([x.numpy() for x, _, _ in kept]) if kept else np.zeros((0, 1), np.float32)
+        scores = np.stack([each.numpy() for _, each, _ in kept]) if kept else np.zeros((0, 1), np.float32)
+        return {"x": _encoded(x), "logits": _encoded(scores), "sets": [name for _, _, name in kept]}
+
+
+def _encoded(values: "np.ndarray[Any, Any]") -> list[Any]:
+    return [list(values.shape), base64.b64encode(values.astype("<f4").tobytes()).decode()]
+
+
+def decoded(content: Sequence[Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Return an array that a worker sent. Raises `ValueError` if it is none."""
+    shape, text = content
+    return np.frombuffer(base64.b64decode(text), "<f4").reshape([int(size) for size in shape])
+
+
+def _predictions(
+    requests: list[str], rows: list[int], scores: Tensor, flagged: list[bool], name: str
+) -> list[list[Any]]:
+    """The request, its predicted classes, their confidences, whether the guard flagged it, and the set that answered,
+    for each request of a batch.
+    """
+    best = scores.double().softmax(1).max(1)
+    classes, confidences = best.indices.tolist(), best.values.tolist()
+    entries, start = [], 0
+    for request, n, is_flagged in zip(requests, rows, flagged, strict=True):
+        part = slice(start, start + n)
+        entries.append([request, classes[part], [round(c, 6) for c in confidences[part]], is_flagged, name])
+        start += n
+    return entries

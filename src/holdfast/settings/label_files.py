@@ -1,0 +1,46 @@
+"""CSV files with the classes of requests to a server."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from holdfast.core.errors import UsageError
+
+
+def read_labels(path: Path, class_names: Sequence[str]) -> dict[tuple[str, int], int]:
+    """Return the class of each input, by the request and the position of the input in it.
+
+    The columns are `request`, `label` (a number, or the name of a class) and `row`, which is 0 if it is absent. Raises
+    `UsageError` for an invalid file.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = set(reader.fieldnames or ())
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"the labels {str(path)!r} cannot be read: {error}; give a CSV file") from error
+    if not {"request", "label"} <= columns:
+        raise UsageError(
+            f"{path}: the columns are {', '.join(sorted(columns)) or 'none'}; request and label were expected, and row "
+            "for requests of several inputs"
+        )
+    known = {}
+    for line, row in enumerate(rows, 2):
+        key = row["request"], _number(row.get("row") or "0", f"{path}: row in line {line}")
+        if key in known:
+            raise UsageError(f"{path}: line {line} repeats a label of the request {key[0]!r}; give each once")
+        known[key] = _label(row["label"], class_names, f"{path}: label in line {line}")
+    return known
+
+
+def _label(text: str, class_names: Sequence[str], where: str) -> int:
+    if text in class_names:
+        return class_names.index(text)
+    return _number(text, where)
+
+
+def _number(text: str, where: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"{where} is {text!r}; a whole number was expected")
+    return int(text)

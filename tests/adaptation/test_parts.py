@@ -1,0 +1,119 @@
+"""The parts of an adaptation: the screen of labels, the comparison of live counts, the journal, and flagged inputs."""
+
+import json
+
+import pytest
+import torch
+
+from holdfast.adaptation.flagged_inputs import read_flagged
+from holdfast.adaptation.journal import JOURNAL, Journal
+from holdfast.adaptation.live_comparison import Counts, regression
+from holdfast.adaptation.screening import disagreeing, screened
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.guard.stored_inputs import StoredRequest
+
+
+def clusters(n, seed=0, noise=0.3):
+    """Points of three classes, most of which are nearest to their own."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    return torch.eye(3)[y] + noise * torch.randn(n, 3, generator=g), y
+
+
+def test_flipped_labels_are_found_and_true_ones_are_not():
+    (x, y), (new, labels) = clusters(900), clusters(900, 1)
+    assert not screened(new, labels, x, y).suspicious
+    flipped = labels.clone()
+    flipped[:90] = (flipped[:90] + 1) % 3
+    found = screened(new, flipped, x, y)
+    assert found.suspicious and found.disagree - found.trusted_disagree > 60
+    one = flipped.clone()
+    one[1:] = labels[1:]
+    assert disagreeing(new[:1], one[:1], x, y).item() and not disagreeing(new[:1], labels[:1], x, y).item()
+
+
+def test_a_trusted_point_is_no_neighbour_of_itself():
+    x, y = torch.tensor([[0.0], [0.1], [5.0]]), torch.tensor([0, 0, 1])
+    assert disagreeing(x, y, x, y, own=True).tolist() == [False, False, True]
+    assert not disagreeing(x[2:], y[2:], x, torch.tensor([1, 1, 1])).any()
+
+
+@pytest.mark.parametrize(
+    ("candidate", "served", "reason"),
+    [
+        (Counts(), Counts(), ""),
+        (Counts(1000), Counts(1000), ""),
+        (Counts(1000, model_failures=1), Counts(1000), "failed on 1 of 1000"),
+        (Counts(1000, model_failures=1), Counts(1000, model_failures=1), ""),
+        (Counts(500, flagged=60), Counts(1000, flagged=50), "flagged 60 of 500"),
+        (Counts(500, flagged=30), Counts(1000, flagged=50), ""),
+        (Counts(20, flagged=20), Counts(1000), ""),  # too few
+        (Counts(50, labelled=50, wrong=20), Counts(100, labelled=100, wrong=5), "misclassified 20 of 50"),
+        (Counts(50, labelled=50, wrong=5), Counts(100, labelled=100, wrong=5), ""),
+    ],
+)
+def test_a_canary_is_compared_with_the_served_model(candidate, served, reason):
+    text = regression(candidate, served)
+    assert (reason in text) if reason else text == ""
+
+
+def test_counts_of_a_set_that_has_answered_nothing():
+    assert Counts.of({"a": {"requests": 3.0, "inputs": 4.0}}, "a") == Counts(3)
+    assert Counts.of({}, "a") == Counts()
+
+
+def test_a_journal_is_resumed_and_refused(tmp_path):
+    folder = tmp_path / "run"
+    journal = Journal.opened(folder, "http://a", "s", resume=False)
+    journal.add("begin", {"x": 1})
+    again = Journal.opened(folder, "http://a", "s", resume=True)
+    assert (again.run, again.facts("begin"), again.facts("harden")) == (journal.run, {"x": 1}, None)
+    again.end("not promoted", "why")
+    assert Journal.opened(folder, "http://a", "s", resume=True).outcome == "not promoted"
+    with pytest.raises(UsageError, match="contains an adaptation"):
+        Journal.opened(folder, "http://a", "s", resume=False)
+    for server, settings in (("http://b", "s"), ("http://a", "t")):
+        with pytest.raises(UsageError, match="has other settings"):
+            Journal.opened(folder, server, settings, resume=True)
+    content = json.loads((folder / JOURNAL).read_text())
+    (folder / JOURNAL).write_text(json.dumps({**content, "steps": [{"step": "x"}]}))
+    with pytest.raises(TargetError, match="was changed"):
+        Journal.opened(folder, "http://a", "s", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UsageError, match="contains no adaptation"):
+        Journal.opened(tmp_path / "other", "http://a", "s", resume=False)
+
+
+class Stored:
+    """Two stored requests with three inputs."""
+
+    def read(self):
+        yield StoredRequest("a", 0.0, torch.zeros(2, 3), (0, 2), ({}, {}))
+        yield StoredRequest("b", 0.0, torch.ones(1, 3), (0,), ({},))
+
+
+def test_labels_of_flagged_inputs(tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("request,row,label\na,2,cat\nb,,1\n")
+    flagged = read_flagged(Stored(), labels, ("dog", "cat"))
+    assert (flagged.n, flagged.y.tolist(), flagged.x.tolist()) == (3, [1, 1], [[0.0] * 3, [1.0] * 3])
+    assert read_flagged(Stored(), None, ()).n == 3 and len(read_flagged(None, None, ()).y) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("request,class\na,1\n", "the columns are class, request"),
+        ("request,label\nz,1\n", "input 0 of the request 'z' is not among the stored"),
+        ("request,label\na,fish\n", "line 2 is 'fish'; a whole number"),
+        ("request,label\na,1\na,1\n", "line 3 repeats"),
+    ],
+)
+def test_labels_that_cannot_be_used(tmp_path, text, reason):
+    labels = tmp_path / "labels.csv"
+    labels.write_text(text)
+    with pytest.raises(UsageError, match=reason):
+        read_flagged(Stored(), labels, ("dog", "cat"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_flagged(Stored(), tmp_path / "absent.csv", ())

@@ -1,0 +1,201 @@
+"""The monitor of a running server: samples of requests, alarms, labels, and what is refused."""
+
+import base64
+import io
+import json
+import time
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from holdfast.cli.app import run
+from holdfast.core.draws import Draws
+from holdfast.guard.decisions import Action, Incoming
+from holdfast.monitoring.reference import Reference
+from holdfast.monitoring.signals import Observed
+from holdfast.server.answering_requests import Answer, Job, Outcome, ServedSet
+from holdfast.server.audit_folder import verify_audit
+from holdfast.server.live_monitor import LiveMonitor
+from holdfast.server.reservoir import Reservoir
+from holdfast.server.telemetry import Telemetry
+from waiting import until
+
+from .small import CLASSES, FEATURES, network, request
+from .test_canary import Operator
+from .test_reloading import contents, prepared
+from .test_server import JSON, running
+
+
+def samples(n, seed=0):
+    return torch.randn(n, FEATURES, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(n=400):
+    x = samples(n)
+    y = torch.arange(n) % CLASSES
+    seen = Observed(x, network()(x), None, y)
+    return Reference.of(seen, Draws(0).at("monitor"), "reference", [str(k) for k in range(CLASSES)], "small")
+
+
+NETWORK = network()
+
+
+def outcome(x, name, action=Action.ALLOW):
+    return Outcome(Job(Incoming(x, "client", name)), None, Answer(NETWORK(x)), action=action)
+
+
+@pytest.fixture
+def live():
+    records, warnings = [], []
+    monitor = LiveMonitor(
+        reference(), lambda kind, **facts: records.append((kind, facts)), Telemetry(), warnings.append
+    )
+    monitor.records, monitor.warnings = records, warnings
+    monitor.start()
+    yield monitor
+    monitor.close()
+
+
+def reported(x, names, action=Action.ALLOW, served="a"):
+    """The report of a worker that answered one request for each row of `x`, and sampled all of them."""
+    reservoir = Reservoir(reference())
+    reservoir._tokens = len(x)
+    reservoir.add(
+        [outcome(row[None], name, action) for row, name in zip(x, names, strict=True)],
+        ServedSet(None, served),
+    )
+    return json.loads(json.dumps(reservoir.taken())), reservoir
+
+
+def test_a_worker_samples_few_inputs_and_reports_each_prediction():
+    reservoir, x = Reservoir(reference()), samples(200)
+    for k in range(50):
+        reservoir.add(
+            [outcome(x[4 * k : 4 * k + 2], f"r{k}"), Outcome(Job(Incoming(x, "c", "lost")))],
+            ServedSet(None, "a"),
+        )
+    content = reservoir.taken()
+    n = len(base64.b64decode(content["signals"])) // 4 // len(reference().signals.names)
+    assert 1 <= n < 40 and len(content["predictions"]) == 50 and content["left_out"] == 0
+    name, classes, confidences, flagged, served = content["predictions"][3]
+    best = network()(x[12:14]).softmax(1).max(1)
+    assert (name, classes, flagged, served) == ("r3", best.indices.tolist(), False, "a")
+    assert confidences == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert reservoir.taken() is None
+
+
+def test_too_many_requests_are_left_out_and_counted():
+    reservoir = Reservoir(reference())
+    for k in range(45):
+        reservoir.add([outcome(samples(1), f"{k}.{i}") for i in range(50)], ServedSet(None, "a"))
+    content = reservoir.taken()
+    assert (len(content["predictions"]), content["left_out"]) == (2000, 250)
+
+
+def test_shifted_requests_raise_an_alarm_and_those_of_a_canary_do_not(live):
+    content, _ = reported(samples(200, 1) + 2, [f"r{k}" for k in range(200)], Action.FLAG)
+    live.received(content, canary=True)
+    live.received(reported(samples(40, 2), [f"s{k}" for k in range(40)])[0], canary=False)
+    until(lambda: live.summary()["stream"]["n"] == 40)
+    assert live.summary()["alarmed"] == [] and live.summary()["flagged"] == 200
+    live.received(content, canary=False)
+    until(lambda: live.summary()["alarmed"] == ["martingale"])
+    until(lambda: any("alarm of martingale" in text for text in live.warnings))
+    live.poll()
+    assert ("alarm", "martingale") in [(kind, facts["test"]) for kind, facts in live.records]
+    until(lambda: all(test["power"] for test in live.summary()["tests"]))
+    live.restart()
+    assert live.summary()["stream"]["n"] == 0 and live.summary()["verdict"] == "no alarm"
+
+
+def test_labels_are_compared_with_the_predictions_of_each_set(live):
+    x = samples(4)
+    y = network()(x).argmax(1).tolist()
+    live.received(reported(x[:2], ["a", "b"])[0], canary=False)
+    live.received(reported(x[2:], ["c", "d"], served="other")[0], canary=True)
+    wrong = (y[1] + 1) % CLASSES
+    answer = live.label({"a": [y[0]], "b": [wrong], "z": [0], "c": [y[2], 1], "d": [CLASSES]})
+    assert (answer["accepted"], answer["unknown"], list(answer["invalid"])) == (2, ["z"], ["c", "d"])
+    assert live.label({"a": [y[0]]})["unknown"] == ["a"]  # a label is accepted once
+    live.label({"c": [y[2]]})
+    assert live.labelled("a") == (2, 1) and live.labelled("other") == (1, 0)
+    assert live.summary()["measured"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert live.summary()["expected"]["n"] == 2
+
+
+def test_a_report_that_is_invalid_raises(live):
+    for content in ({"predictions": [[1]], "signals": ""}, {"predictions": [], "signals": "AAAA"}):
+        with pytest.raises(ValueError, match="unpack|buffer"):
+            live.received(content, canary=False)
+
+
+@pytest.mark.slow
+def test_a_server_with_a_monitor(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("reference.npz", x=samples(400).numpy(), y=np.arange(400) % CLASSES)
+    ready, _ = prepared(tmp_path, audit="audit", workers=2, monitor="reference.npz", bounds=[-9, 9])
+    with running(ready) as (server, url, _), httpx.Client(timeout=60) as client:
+        operator = Operator(server)
+        address = str(operator.client.base_url)
+
+        def ask(x, times):
+            return [
+                client.post(url, content=request(x), headers=JSON).headers["holdfast-request"]
+                for _ in range(times)
+            ]
+
+        names = ask(samples(1, 5), 20)
+        until(lambda: operator.client.get("/monitor").json()["requests"] == 20)
+        (tmp_path / "labels.csv").write_text(
+            "request,label\n" + "".join(f"{name},1\n" for name in [*names, "no"])
+        )
+        assert run(["monitor", address, "--once", "--labels", "labels.csv", "-o", "report.json"]) == 0
+        shown = capsys.readouterr()
+        assert "labels of 20 requests were accepted" in shown.err and "1 requests are unknown" in shown.err
+        assert "martingale" in shown.out and json.loads((tmp_path / "report.json").read_text())["measured"]
+        end = time.monotonic() + 60
+        while not operator.client.get("/monitor").json()["alarmed"]:
+            ask(samples(1, 6) + 5, 10)
+            assert time.monotonic() < end
+        with np.load(io.BytesIO(operator.client.get("/samples").content)) as arrays:
+            assert arrays["x"].shape[1:] == (FEATURES,) and len(arrays["x"]) == len(arrays["logits"]) > 20
+        assert run(["monitor", address, "--once", "-q"]) == 1
+        assert 'holdfast_monitor_alarm{test="martingale"} 1.0' in operator.client.get("/metrics").text
+        assert operator.post("/labels", labels=[1]).status_code == 400
+        assert operator.post("/monitor/restart").status_code == 200
+        assert run(["monitor", address, "--once", "-q"]) == 0
+        operator.close()
+    assert verify_audit(tmp_path / "audit").failed == 0
+    assert "martingale" in [
+        r["test"] for r in contents(tmp_path / "audit", "*server*") if r["kind"] == "alarm"
+    ]
+
+
+def test_a_server_without_a_monitor_and_options_that_do_not_fit(tmp_path, capsys):
+    from holdfast.server.supervisor import Supervisor
+
+    operator = Operator(Supervisor(prepared(tmp_path)[0]))
+    try:
+        refused = operator.client.get("/monitor")
+        assert refused.status_code == 409 and "start it with --monitor DATA" in refused.text
+        assert run(["monitor", str(operator.client.base_url), "--once"]) == 3
+        assert "start it with --monitor DATA" in capsys.readouterr().err
+    finally:
+        operator.close()
+    for words, reason in (
+        (["http://127.0.0.1:9", "--once"], "cannot be reached"),
+        (["http://127.0.0.1:9", "--reference", "mnist-mini"], "--reference is for a recorded stream"),
+        (["stream.npz", "--once"], "--once is for a server"),
+    ):
+        assert run(["monitor", *words]) in (2, 3)
+        assert reason in capsys.readouterr().err
+
+
+def test_a_reference_of_another_shape_and_a_short_one_are_refused(tmp_path):
+    np.savez(tmp_path / "wide.npz", x=np.zeros((400, 7), np.float32))
+    np.savez(tmp_path / "short.npz", x=np.zeros((20, FEATURES), np.float32))
+    for name, reason in (("wide", "have the shape|shape"), ("short", "at least 134 are needed")):
+        with pytest.raises(Exception, match=reason):
+            prepared(tmp_path, monitor=str(tmp_path / f"{name}.npz"))
