@@ -44,6 +44,7 @@ ROWS = {
     "query-detector": "query_detector",
     "query-patterns": "query_patterns",
     "monitor": "monitor",
+    "adapt": "adapt",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",

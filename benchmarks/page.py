@@ -52,6 +52,9 @@ SUBJECTS = {
     "monitor": "Tests of `holdfast monitor` on streams of standard normal numbers: delay after a shift of the mean by "
     "one standard deviation, and share of stationary streams with an alarm. Detections of ADWIN and Page-Hinkley are "
     "compared with those of river.",
+    "adapt": "`holdfast adapt` of a server with the undefended bundled network (MNIST), which is attacked by transfer "
+    "and by Square: accuracies and failed requests; candidates that must not be promoted; and runs that are killed at "
+    "20 random moments.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",
