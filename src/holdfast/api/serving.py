@@ -313,12 +313,17 @@ def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
     opening = {**ModelSource.model_fields, **InputSpace.model_fields}
     given = served.model.model_dump(mode="json", include=served.model.model_fields_set & opening.keys())
     about = {**given, "model": str(Path(str(served.model.model)).resolve())}
+    if settings.arch is not None and ".py:" in settings.arch:
+        file, _, function = settings.arch.rpartition(":")
+        about["arch"] = f"{Path(file).resolve()}:{function}"
     return about if settings.guard is None else {**about, "guard": str(Path(settings.guard).resolve())}
 
 
 def _candidate(worker: ServingSetup, model: Doctor, file: str) -> ServingSetup:
-    """Return the setup of a worker that serves the model in another file."""
-    opening = partial(_opened, model.model_copy(update={"model": file}), None)
+    """Return the setup of a worker that serves the model in another file, whose code is not run: the path is that of a
+    request.
+    """
+    opening = partial(_opened, model.model_copy(update={"model": file, "trust_code": False}), None)
     return replace(worker, opening=opening, digest="")
 
 
