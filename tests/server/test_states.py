@@ -125,7 +125,7 @@ def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch):
         assert index.rows(np.arange(-5, 35)) == pairs
     assert len(copies) <= 5000 / 40 * 2
     index.keep(np.array([999]))
-    assert index.rows(np.arange(30)) == dict.fromkeys(hashes, [999]) and len(index) == 5
+    assert index.rows(np.arange(30)) == {each: [999] for each in hashes} and len(index) == 5
 
 
 def test_the_index_in_memory_does_not_keep_dropped_queries(tmp_path, monkeypatch):
