@@ -56,7 +56,7 @@ def listening(app, port=0):
 
 
 class Flowers:
-    """A server of FastAPI with an input FP64 of open size, features, probabilities FP64 and class numbers INT64, and one
+    """A server of FastAPI with an input FP64 of open size, features, probabilities FP64, class numbers INT64 and one
     number FP64.
 
     `script` are the next responses of `infer` that are not those of the model; `seen` are the received requests.

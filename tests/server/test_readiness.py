@@ -1,5 +1,6 @@
 """Probes, drain and counters: they state the truth about a full disk, a locked state, lost workers and the end."""
 
+import asyncio
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import resource
 import signal
 import sqlite3
 import struct
+import sys
 import threading
 import time
 from contextlib import closing
@@ -31,7 +33,9 @@ from holdfast.server.error_log import REQUESTS, JSONFormatter
 from holdfast.server.http_refusals import Refused
 from holdfast.server.readiness import Check, ModelTest, audit_fault
 from holdfast.server.request_log import log_requests
+from holdfast.server.stand_in import StandIn
 from holdfast.server.telemetry import MetricTotals, Telemetry
+from holdfast.server.worker_processes import _memory_file, bound_socket
 from waiting import until
 
 from .small import FEATURES, request
@@ -69,6 +73,29 @@ def test_metrics_of_a_worker_that_are_not_valid_are_left_out():
         telemetry.memory[:] = whole
         telemetry.memory[start : start + len(content)] = content
         totals.text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no seals of files")
+def test_a_worker_cannot_shorten_the_memory_of_its_metrics():
+    """The supervisor, which reads it, would be ended by SIGBUS."""
+    with _memory_file() as file, pytest.raises(PermissionError):
+        os.ftruncate(file.fileno(), 0)
+
+
+def test_a_stand_in_whose_thread_begins_after_its_end_accepts_no_connection(monkeypatch):
+    ended, start_server = threading.Event(), asyncio.start_server
+
+    async def late(*args, **settings):
+        ended.wait(60)
+        return await start_server(*args, **settings)
+
+    monkeypatch.setattr(asyncio, "start_server", late)
+    monkeypatch.setattr("holdfast.server.stand_in._READ_S", 0.01)
+    with bound_socket("127.0.0.1", 0) as listener:
+        stand_in = StandIn(listener, Telemetry())
+        stand_in.end()
+        ended.set()
+        assert stand_in._closed.wait(60)
 
 
 def test_a_check_that_waits_counts_as_failed_until_it_ends():
