@@ -42,9 +42,9 @@ from holdfast.runs.harness import Target
 from holdfast.runs.store.files import write_atomically
 from holdfast.runs.store.locking import locked
 from holdfast.runs.stored.stored_runs import new_folder
-from holdfast.settings.adapt_settings import ALARM, NOW
 from holdfast.settings.grammar import seconds
 from holdfast.settings.guard_settings import read_guard_settings
+from holdfast.settings.serve_settings import ALARM, NOW
 from holdfast.statistics.intervals import paired_difference
 
 GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
