@@ -58,11 +58,7 @@ def server_setup(settings: Serve) -> ServerSetup:
     Raises `UsageError` and `TargetError`.
     """
     address = address_of(settings.model)
-    if address is not None and address.partition(":")[0] in SCHEMES:
-        raise UsageError(
-            f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
-            Remedy("proxy", address),
-        )
+    _refuse_url(address)
     if settings.proxy is not None:
         refuse_forwarded_keys(settings)
     served = _served(settings, address)
@@ -117,6 +113,14 @@ def server_setup(settings: Serve) -> ServerSetup:
         admin_hosts=_host_names(settings),
         drain_delay_s=_drain_delay_s(settings.drain_delay),
     )
+
+
+def _refuse_url(address: str | None) -> None:
+    if address is not None and address.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
+            Remedy("proxy", address),
+        )
 
 
 def _drain_delay_s(text: str | None) -> float | None:
