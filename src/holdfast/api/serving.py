@@ -302,8 +302,7 @@ def _monitored(settings: Serve, served: _Served) -> Reference | None:
     if math.prod(shape) != math.prod(served.shape):
         raise UsageError(
             f"the examples {reference.name} of the monitor have the shape {shape}, and the model takes {served.shape}; "
-            "give examples like those that the model receives",
-            Remedy("monitor", Placeholder("DATA")),
+            "give examples like those that the model receives"
         )
     return reference
 
