@@ -1,6 +1,6 @@
 # Everything is installed into .venv, which is created on first use and updated only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve test check static docs quick slow fuzz bench gpu benchmarks-page check-servers figures bundled data clean
+.PHONY: help demo demo-serve demo-loop test check static docs quick slow fuzz bench gpu benchmarks-page check-servers figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -22,6 +22,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/py
 help:
 	@echo 'make demo                assess the bundled network, offline, in about a minute, and print the path of the report'
 	@echo 'make demo-serve          serve the bundled network with a guard, and print the command that attacks it'
+	@echo 'make demo-loop           attack a served network, let it be hardened and replaced, and attack it again, in five minutes'
 	@echo 'make test                all checks and tests (about 25 minutes on two cores)'
 	@echo 'make check               format, lint, types, layers, documentation, quick tests (about 7 minutes)'
 	@echo 'make quick               quick tests only (about 6 minutes)'
@@ -73,6 +74,9 @@ demo: $(RUN)
 
 demo-serve: $(SERVE)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/demo-serve.sh "$(CURDIR)/holdfast-demo-serve"
+
+demo-loop: $(SERVE)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/demo-loop.sh "$(CURDIR)/holdfast-demo-loop"
 
 test: check slow
 

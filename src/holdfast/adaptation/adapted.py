@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from holdfast.adaptation.journal import Journal, Outcome, Step
 from holdfast.core.errors import UsageError
-from holdfast.reports.words import TextTable
 from holdfast.runs.store.files import usable, write_atomically
 from holdfast.runs.store.records import document
 
@@ -62,14 +62,13 @@ class Adapted:
             write_atomically(place, self.to_json().encode())
         return place
 
-    def text(self, *, colour: bool = False, width: int | None = None) -> str:
-        """Return the steps as a table for a terminal."""
-        from holdfast.reports.terminal import as_string, filled
-
-        rows = [(_clock(step.time), step.step, facts_text(step.facts)) for step in self.steps]
-        return as_string(
-            filled(TextTable("Steps", ("time", "step", "facts"), rows)), colour=colour, width=width
-        )
+    def text(self, *, width: int | None = None) -> str:
+        """Return the steps as text, each with its time (UTC) and its facts."""
+        blocks = []
+        for step in self.steps:
+            begin = f"{_clock(step.time)}  {step.step:<11}"
+            blocks += wrap(begin + facts_text(step.facts), width or 100, subsequent_indent=" " * len(begin))
+        return "\n".join(blocks)
 
     def __str__(self) -> str:
         ends = {
@@ -81,13 +80,15 @@ class Adapted:
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
-    """Return the facts of a step as one line.
+    """Return the facts of a step as one line, without those that have parts.
 
     >>> facts_text({"flagged": 3, "share": 0.25, "gates": ["pass: a", "fail: b"]})
     'flagged 3; share 0.25; gates: pass: a, fail: b'
     """
     parts = []
     for key, value in facts.items():
+        if isinstance(value, Mapping):
+            continue
         name = key.replace("_", " ")
         if isinstance(value, Sequence) and not isinstance(value, str):
             parts.append(f"{name}: {', '.join(map(str, value))}")

@@ -1,6 +1,5 @@
 """The command `holdfast adapt URL`, which hardens the model of a running server and promotes the result."""
 
-import sys
 from typing import Any
 
 import click
@@ -60,7 +59,7 @@ def adapt(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     if "-" in settings.output:
         click.echo(adapted.to_json(), nl=False)
     elif not voice.quiet:
-        click.echo(adapted.text(colour=sys.stdout.isatty() and not voice.plain, width=voice.console().width))
+        click.echo(adapted.text(width=voice.console().width))
     click.echo(str(adapted), err=True)
     for output in settings.output:
         if output != "-":
