@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json
 from holdfast.runs.engine.children import unshared
 from holdfast.runs.engine.executor import ERRORS
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.server.audit_folder import AuditFolder
+from holdfast.server.flagged_inputs import FlaggedInputs
 from holdfast.server.host_names import HostNames
 from holdfast.server.live_pool import LivePool
 from holdfast.server.reloading import Reloading, ServedVersion
@@ -30,6 +31,7 @@ from holdfast.server.server_worker import ServingSetup
 from holdfast.server.stand_in import StandIn
 from holdfast.server.swapping import PoolSwaps
 from holdfast.server.telemetry import MetricTotals, Telemetry
+from holdfast.server.traffic import Traffic
 from holdfast.server.worker_processes import Inbox, WorkerProcess, bound_socket
 
 _TICK_S = 0.1
@@ -72,9 +74,31 @@ class ServerSetup:
     """what the operator should know about the guard"""
     admin_hosts: HostNames = field(default_factory=HostNames)
     """host names under which the requests of the operator are answered"""
+    flagged: FlaggedInputs | None = None
+    """the inputs that the guard stores; None if it stores none"""
     drain_delay_s: float | None = None
     """seconds between the announcement that the server drains and the close of its socket; None for 5 s if its
     readiness is probed, and otherwise none"""
+
+
+class LiveMonitor(Protocol):
+    """The monitor of the inputs and predictions of a server."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return the state of the tests."""
+
+    def restart(self) -> None:
+        """Begin the tests anew."""
+
+
+class Adaptations(Protocol):
+    """The adaptation runs of a server."""
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the runs with their steps, the newest first."""
+
+    def approve(self, run: str, approved: bool, by: str) -> None:  # noqa: FBT001 - the interface of another part
+        """Approve or reject a run that waits for it. Raises `UsageError` for another one."""
 
 
 class Supervisor:
@@ -92,6 +116,9 @@ class Supervisor:
             raise unshared(error) from error
         self.totals, self.telemetry = MetricTotals(), Telemetry()
         self.totals.follow("supervisor", self.telemetry.memory)
+        self.traffic = Traffic(self.totals)
+        self.live: LiveMonitor | None = None
+        self.adaptations: Adaptations | None = None
         self._inbox: Inbox = queue.SimpleQueue()
         self._workers: list[WorkerProcess] = []
         self._number = self._early_deaths = 0
@@ -224,6 +251,7 @@ class Supervisor:
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         reasons = self.not_ready()
         self._report_reasons(reasons)
+        self.traffic.sample()
         self.telemetry.set("holdfast_ready", not reasons)
         for reason in ("workers", "draining"):
             self.telemetry.set("holdfast_not_ready", reason in reasons, reason)
