@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import test_report_browser
 from holdfast.guard.decisions import Action, Mode, RequestDecision, RowDecision, Score
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.runs.store.encryption import Seal
@@ -24,6 +25,7 @@ from holdfast.server.traffic import Traffic
 from holdfast.server.ui_sessions import SESSION_S, Sessions
 
 pytest.importorskip("cryptography")
+browser = test_report_browser.browser
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -143,7 +143,7 @@ class _Page:
 
     def swap(self, fields: Fields, operator: str) -> str:
         """Swap the parameter set, or reload the model."""
-        self.supervisor.request_swap(f"requested by {operator} on the page")
+        self.supervisor.request_swap("requested by the operator on the page")
         return "swap"
 
     def restart_monitor(self, fields: Fields, operator: str) -> str:
