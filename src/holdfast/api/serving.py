@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_notes import notes_of_file
-from holdfast.api.guard_opening import open_guard, served_digest
+from holdfast.api.guard_opening import input_storage, open_guard, served_digest
 from holdfast.api.monitoring_streams import live_reference
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
@@ -31,6 +31,7 @@ from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.triggers import Trigger
 from holdfast.server.app import ConnectionLimits
 from holdfast.server.audit_chain import AuditKey
+from holdfast.server.flagged_inputs import FlaggedInputs
 from holdfast.server.host_names import HostNames
 from holdfast.server.keys import read_keys
 from holdfast.server.live_pool import LivePool
@@ -41,6 +42,7 @@ from holdfast.server.server_worker import HUNG_S, ServingSetup
 from holdfast.server.supervisor import ServerSetup
 from holdfast.settings.grammar import parse_every, seconds
 from holdfast.settings.groups import InputSpace, ModelSource
+from holdfast.settings.guard_settings import read_guard_settings
 from holdfast.settings.serve_settings import RequestLimits, ServeOptions, is_public
 from holdfast.settings.values import address_of
 
@@ -111,6 +113,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         candidate=None if served.model is None else partial(_candidate, worker, served.model),
         notes=notes,
         admin_hosts=_host_names(settings),
+        flagged=None if settings.guard is None else _flagged(Path(settings.guard)),
         drain_delay_s=_drain_delay_s(settings.drain_delay),
     )
 
@@ -121,6 +124,14 @@ def _refuse_url(address: str | None) -> None:
             f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
             Remedy("proxy", address),
         )
+
+
+def _flagged(guard: Path) -> FlaggedInputs | None:
+    settings = read_guard_settings(guard)
+    stored = input_storage(settings, guard)
+    return (
+        None if stored is None else FlaggedInputs(stored, min(settings.inputs.low), max(settings.inputs.high))
+    )
 
 
 def _drain_delay_s(text: str | None) -> float | None:

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ class StoredInputs:
             "shape": list(x.shape),
         }
         content = json.dumps(header).encode() + b"\n" + x.view(torch.uint8).numpy().tobytes()
-        name = f"{int(now):012d}-{self._pseudonym(decision.principal)}-{decision.request}{_SUFFIX}"
+        name = f"{int(now):012d}-{self.pseudonym(decision.principal)}-{decision.request}{_SUFFIX}"
         try:
             write_atomically(self.folder / name, self.seal.seal(content, name), PRIVATE)
         except OSError:
@@ -106,9 +107,11 @@ class StoredInputs:
             self.purge()
         return True
 
-    def read(self) -> Iterator[StoredRequest]:
-        """Yield the stored requests, the oldest first. Raises `TargetError` for a file that was changed."""
-        for path in self._files():
+    def read(self, *, newest_first: bool = False) -> Iterator[StoredRequest]:
+        """Yield the stored requests, the oldest first or the newest first. Raises `TargetError` for a file that was
+        changed.
+        """
+        for path in sorted(self._files(), reverse=newest_first):
             try:
                 with os.fdopen(open_regular(path), "rb") as file:
                     content = file.read()
@@ -117,11 +120,15 @@ class StoredInputs:
             header, _, values = self.seal.open(content, path.name, path).partition(b"\n")
             yield _parsed(json.loads(header), values)
 
+    def by_pseudonym(self) -> Counter[str]:
+        """Return the number of stored requests by the pseudonym of their principal. No file is decrypted."""
+        return Counter(path.name.split("-")[1] for path in self._files())
+
     def delete(self, *, principal: str | None = None, request: str | None = None) -> int:
         """Delete the stored inputs of a principal or of one request, and return the number of deleted requests."""
         if (principal is None) == (request is None):
             raise UsageError("delete() takes a principal or a request; give one of them")
-        middle = None if principal is None else self._pseudonym(principal)
+        middle = None if principal is None else self.pseudonym(principal)
         return self._remove(
             path
             for path in self._files()
@@ -144,7 +151,8 @@ class StoredInputs:
         """The stored files, the oldest first, without files of other names and links."""
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and _is_file(path))
 
-    def _pseudonym(self, principal: str) -> str:
+    def pseudonym(self, principal: str) -> str:
+        """Return the pseudonym of a principal in the names of the files."""
         return self.seal.pseudonym(principal, "guard/principal")
 
     def _remove(self, paths: Iterator[Path] | list[Path]) -> int:

@@ -100,8 +100,8 @@ def _pictures(x: Tensor, x_adv: Tensor, low: float, high: float) -> Json:
     difference = _shrunk_signed(delta) * amplified / width + 0.5
     return {
         "kind": "image",
-        "clean": png((_shrunk(x) - low) / width),
-        "perturbed": png((_shrunk(x_adv) - low) / width),
+        "clean": png((shrunk(x) - low) / width),
+        "perturbed": png((shrunk(x_adv) - low) / width),
         "difference": png(difference),
         "amplified": round(2 * amplified, 2),
         "shape": list(x.shape),
@@ -114,7 +114,8 @@ def _target(x: Tensor) -> tuple[int, int] | None:
     return None if scale >= 1 else (max(1, round(height * scale)), max(1, round(width * scale)))
 
 
-def _shrunk(x: Tensor) -> Tensor:
+def shrunk(x: Tensor) -> Tensor:
+    """Return an image (channels, height, width) whose longest side is at most `LONGEST_SIDE`."""
     target_size = _target(x)
     return x if target_size is None else adaptive_avg_pool2d(x[None], target_size)[0]
 

@@ -129,7 +129,7 @@ def render(template: str, **content: Any) -> str:
     from markupsafe import Markup
 
     # the hash in the policy is that of this exact text, so no filter may change it
-    style = _template_text("report.css")
+    style = template_text("report.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     # the style sheet is a file of this package, so it needs no escaping
     return _environment().get_template(template).render(style=Markup(style), style_digest=digest, **content)  # noqa: S704
@@ -142,7 +142,8 @@ def filled(template: str, **content: Any) -> str:
     return _environment().get_template(template).render(**content)
 
 
-def _template_text(name: str) -> str:
+def template_text(name: str) -> str:
+    """Return the text of a file in the folder of templates."""
     return resources.files("holdfast.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
 
@@ -150,11 +151,21 @@ def _template_text(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts", "geometry", "monitoring")
+    pages = (
+        "report",
+        "comparison",
+        "notebook",
+        "notebook-comparison",
+        "parts",
+        "geometry",
+        "monitoring",
+        "ui",
+        "ui-login",
+    )
     names = [f"{page}.html.j2" for page in pages]
     environment = Environment(
         # from package resources, which need not be files
-        loader=DictLoader({name: _template_text(name) for name in names}),
+        loader=DictLoader({name: template_text(name) for name in names}),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_printable_value,

@@ -1,4 +1,4 @@
-"""The port of the operator: metrics for Prometheus, the state of the server, and swaps and reloads on demand."""
+"""The port of the operator: metrics for Prometheus, the state of the server, swaps and reloads, and the page `/ui`."""
 
 import socket
 import threading
@@ -18,11 +18,13 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.server.adaptation_routes import MOST_BODY, adaptation_routes
 from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
+from holdfast.server.flagged_inputs import flagged_routes
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile
 from holdfast.server.monitor_routes import monitor_routes
 from holdfast.server.protocol_v2 import JSON, compact
 from holdfast.server.supervisor import Supervisor
+from holdfast.server.ui import ui_routes
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _CONNECTIONS, _HEADER_S = 64, 10.0
@@ -32,8 +34,11 @@ _STARTED_S = 10.0
 def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette:
     """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope `admin`."""
 
-    def permitted(request: Request) -> str:
+    def refuse_other_host(request: Request) -> None:
         supervisor.setup.admin_hosts.refuse_other(request.scope["headers"])
+
+    def permitted(request: Request) -> str:
+        refuse_other_host(request)
         if keys is None:
             return ""
         header = request.headers.get("authorization")
@@ -78,6 +83,8 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
         Route("/swap", swap, methods=["POST"]),
         *adaptation_routes(supervisor, permitted, changing),
         *monitor_routes(supervisor, permitted, changing),
+        *flagged_routes(supervisor.setup.flagged, permitted),
+        *ui_routes(supervisor, refuse_other_host, keys),
     ]
     return Starlette(routes=routes, exception_handlers=handlers)
 

@@ -212,6 +212,18 @@ class KeyFile:
         keys = [key for key in self._keys.values() if "infer" in key.scopes and key.state == "valid"]
         return bool(keys) and all(key.rate is not None or key.budget is not None for key in keys)
 
+    @property
+    def entries(self) -> tuple[ApiKey, ...]:
+        """All keys of the file, also those that are no longer valid."""
+        self._look()
+        return tuple(self._keys.values())
+
+    def permits(self, key: ApiKey, scope: str) -> bool:
+        """Return whether a key that was authenticated before is still valid and has the scope."""
+        self._look()
+        current = self._keys.get(key.hash)
+        return current is not None and current.state == "valid" and scope in current.scopes
+
     def authenticated(self, authorization: bytes | None, scope: str) -> ApiKey:
         """Return the key in the header `Authorization: Bearer KEY`.
 

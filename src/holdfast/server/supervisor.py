@@ -25,6 +25,7 @@ from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.audit_folder import AuditFolder
 from holdfast.server.canary import Canary
+from holdfast.server.flagged_inputs import FlaggedInputs
 from holdfast.server.host_names import HostNames
 from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.live_pool import LivePool
@@ -34,6 +35,7 @@ from holdfast.server.server_worker import ServingSetup
 from holdfast.server.stand_in import StandIn
 from holdfast.server.swapping import PoolSwaps
 from holdfast.server.telemetry import MetricTotals, Telemetry
+from holdfast.server.traffic import Traffic
 from holdfast.server.worker_processes import Inbox, WorkerProcess, bound_socket
 
 _TICK_S = 0.1
@@ -82,6 +84,8 @@ class ServerSetup:
     """what the operator should know about the guard"""
     admin_hosts: HostNames = field(default_factory=HostNames)
     """host names under which the requests of the operator are answered"""
+    flagged: FlaggedInputs | None = None
+    """the inputs that the guard stores; None if it stores none"""
     drain_delay_s: float | None = None
     """seconds between the announcement that the server drains and the close of its socket; None for 5 s if its
     readiness is probed, and otherwise none"""
@@ -101,6 +105,7 @@ class Supervisor:
             raise unshared(error) from error
         self.totals, self.telemetry = MetricTotals(), Telemetry()
         self.totals.follow("supervisor", self.telemetry.memory)
+        self.traffic = Traffic(self.totals)
         self._inbox: Inbox = queue.SimpleQueue()
         self._workers: list[WorkerProcess] = []
         self._number = self._early_deaths = 0
@@ -260,6 +265,7 @@ class Supervisor:
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         reasons = self.not_ready()
         self._report_reasons(reasons)
+        self.traffic.sample()
         self.telemetry.set("holdfast_ready", not reasons)
         for reason in ("workers", "draining"):
             self.telemetry.set("holdfast_not_ready", reason in reasons, reason)

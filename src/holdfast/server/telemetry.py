@@ -241,6 +241,10 @@ class MetricTotals:
         """Return the sum of a counter or a gauge."""
         return self._sums().get((name, labels), [0.0])[0]
 
+    def values(self, name: str) -> dict[tuple[str, ...], list[float]]:
+        """Return the sums of a metric by its labels: one value, or counts and sum of a histogram."""
+        return {labels: values for (each, labels), values in self._sums().items() if each == name}
+
     def _sums(self) -> dict[_Key, list[float]]:
         with self._lock:
             sums = dict(self._ended)

@@ -1,0 +1,107 @@
+"""Sessions of operators at the page `/ui`: login with a key, expiry, and tokens of forms.
+
+A visitor has a random identifier in a cookie. The token of its forms is an HMAC of the identifier, so that another
+page, which can make a browser send the cookie but cannot read it, cannot send a form.
+"""
+
+import hmac
+import secrets
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock
+
+from holdfast.server.http_refusals import Refused, wait_first
+from holdfast.server.keys import ApiKey, KeyFile
+
+SESSION_S = 8 * 3600.0
+"""seconds after which an operator must log in again"""
+_MOST_SESSIONS = 32
+"""number of sessions above which the oldest one ends"""
+_FAILURES, _FAILURES_S = 10, 60.0
+"""number of failed logins in so many seconds after which none is tried: it limits load, as keys cannot be guessed"""
+_ID_BYTES = 32
+WITHOUT_KEYS = "operator"
+"""name of the operator of a server without keys"""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session of an operator."""
+
+    key: ApiKey
+    ends_s: float
+
+
+@dataclass(eq=False)
+class Sessions:
+    """The sessions of a server, in memory. Without `keys`, every visitor is the operator."""
+
+    keys: KeyFile | None
+    clock: Callable[[], float] = time.monotonic
+    _secret: bytes = field(default_factory=lambda: secrets.token_bytes(_ID_BYTES), repr=False)
+    _sessions: OrderedDict[str, Session] = field(default_factory=OrderedDict, repr=False)
+    _failures: deque[float] = field(default_factory=lambda: deque(maxlen=_FAILURES))
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    @staticmethod
+    def new_visitor() -> str:
+        """Return a random identifier for a cookie."""
+        return secrets.token_urlsafe(_ID_BYTES)
+
+    def token(self, visitor: str) -> str:
+        """Return the token of the forms of a visitor."""
+        return hmac.new(self._secret, visitor.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+
+    def refuse_forged(self, visitor: str, token: str) -> None:
+        """Raise `Refused` with status 403 for a form without the token of its visitor."""
+        given = token.encode("utf-8", "surrogatepass")
+        if not visitor or not hmac.compare_digest(given, self.token(visitor).encode()):
+            raise Refused(403, "the form is not from this page, or its session has ended; load /ui again")
+
+    def operator(self, visitor: str) -> str | None:
+        """Return the name of the operator with this session; None for a visitor who must log in.
+
+        A session ends with its key.
+        """
+        if self.keys is None:
+            return WITHOUT_KEYS
+        with self._lock:
+            session = self._sessions.get(visitor)
+            if session is None:
+                return None
+            if self.clock() >= session.ends_s or not self.keys.permits(session.key, "admin"):
+                del self._sessions[visitor]
+                return None
+            return session.key.name
+
+    def login(self, key: str) -> str:
+        """Begin a session, and return its identifier, which no visitor had before.
+
+        Raises `Refused` with status 401 or 403 for another key than one with the scope `admin`, and with status 429
+        after too many failures.
+        """
+        assert self.keys is not None, "a server without keys has no login"
+        now = self.clock()
+        with self._lock:
+            if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_S:
+                wait_s = _FAILURES_S - (now - self._failures[0])
+                raise wait_first(
+                    "too many logins have failed; wait a minute", wait_s, status=429, cause="key"
+                )
+            try:
+                found = self.keys.authenticated(b"Bearer " + key.strip().encode("utf-8", "replace"), "admin")
+            except Refused:
+                self._failures.append(now)
+                raise
+            visitor = self.new_visitor()
+            self._sessions[visitor] = Session(found, now + SESSION_S)
+            while len(self._sessions) > _MOST_SESSIONS:
+                self._sessions.popitem(last=False)
+            return visitor
+
+    def logout(self, visitor: str) -> None:
+        """End a session."""
+        with self._lock:
+            self._sessions.pop(visitor, None)
