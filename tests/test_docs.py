@@ -18,7 +18,7 @@ from benchmarks.record import newest
 from benchmarks.rows.recipes import FOR_SMOOTHING
 from holdfast import attacks
 from holdfast.api.recipe_building import build_recipe
-from holdfast.api.verb_settings import Assess, Certify, Harden, Monitor, RotateSettings, Serve
+from holdfast.api.verb_settings import Adapt, Assess, Certify, Harden, Monitor, RotateSettings, Serve
 from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.attacks.suites import SUITES, VARIANTS, suite
@@ -209,6 +209,7 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
     known = {
         key: entry.description
         for kind in (
+            Adapt,
             Monitor,
             Serve,
             RotateSettings,
@@ -226,7 +227,7 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
 def test_the_flags_of_the_configuration_page_exist():
     pages = (
         ROOT / "tests" / "cli" / "help" / f"{name}.txt"
-        for name in ("harden", "assess", "certify", "rotate-run", "serve", "monitor")
+        for name in ("harden", "assess", "certify", "rotate-run", "serve", "monitor", "adapt")
     )
     shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     for row in rows("reference/configuration.md", "key"):

@@ -132,7 +132,7 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     # a canary that is worse than the served model
     with monkeypatch.context() as patched:
         patched.setattr(
-            adapting.Counts, "of", lambda sets, name: Counts(200, flagged=20 if name in name_of else 0)
+            adapting.Counts, "of", lambda sets, name: Counts(200, 200, flagged=20 if name in name_of else 0)
         )
         name_of = []
         opened = adapting._Adaptation._canary

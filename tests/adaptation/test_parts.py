@@ -45,9 +45,9 @@ def test_a_trusted_point_is_no_neighbour_of_itself():
         (Counts(1000), Counts(1000), ""),
         (Counts(1000, model_failures=1), Counts(1000), "failed on 1 of 1000"),
         (Counts(1000, model_failures=1), Counts(1000, model_failures=1), ""),
-        (Counts(500, flagged=60), Counts(1000, flagged=50), "flagged 60 of 500"),
-        (Counts(500, flagged=30), Counts(1000, flagged=50), ""),
-        (Counts(20, flagged=20), Counts(1000), ""),  # too few
+        (Counts(500, 500, flagged=60), Counts(1000, 1000, flagged=50), "flagged 60 of 500"),
+        (Counts(500, 500, flagged=30), Counts(1000, 1000, flagged=50), ""),
+        (Counts(20, 20, flagged=20), Counts(1000, 1000), ""),  # too few
         (Counts(50, labelled=50, wrong=20), Counts(100, labelled=100, wrong=5), "misclassified 20 of 50"),
         (Counts(50, labelled=50, wrong=5), Counts(100, labelled=100, wrong=5), ""),
     ],
@@ -58,7 +58,7 @@ def test_a_canary_is_compared_with_the_served_model(candidate, served, reason):
 
 
 def test_counts_of_a_set_that_has_answered_nothing():
-    assert Counts.of({"a": {"requests": 3.0, "inputs": 4.0}}, "a") == Counts(3)
+    assert Counts.of({"a": {"requests": 3.0, "inputs": 4.0}}, "a") == Counts(3, 4)
     assert Counts.of({}, "a") == Counts()
 
 

@@ -275,6 +275,13 @@ def test_clients_receive_the_digits_of_the_scores_that_are_released():
     assert torch.equal(scores(labels), nn.functional.one_hot(logits.argmax(1), CLASSES).float())
 
 
+def test_scores_without_decimal_digits_are_released_unchanged():
+    """They are the class numbers of a proxy, and numbers whose product with a power of ten overflows."""
+    classes, large = torch.tensor([[3], [1]]), torch.tensor([[-3e38, 0.126]])
+    assert torch.equal(release_of("2")(classes), classes)
+    assert torch.equal(release_of("2")(large), torch.tensor([[-3e38, 0.13]]))
+
+
 def test_a_guard_that_fails_refuses_or_answers_as_configured():
     assert error(Here(guard=Broken()).infer()) == (500, "the guard failed")
     assert torch.equal(scores(Here(guard=Broken(), guard_fails_open=True).infer()), network()(X))

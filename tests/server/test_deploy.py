@@ -50,6 +50,7 @@ def samples():
     telemetry.begin({"queries": Rule("queries")})
     telemetry.set("holdfast_pool_alarm", 0, "empty")
     telemetry.set("holdfast_not_ready", 0, "audit")
+    telemetry.set("holdfast_monitor_alarm", 0, "martingale")
     Profile().report(telemetry)
     totals.follow("worker-1", telemetry.memory)
     families = text_string_to_metric_families(totals.text().decode())

@@ -56,7 +56,8 @@ def listening(app, port=0):
 
 
 class Flowers:
-    """A server of FastAPI with an input FP64 of open size, features, probabilities FP64 and class numbers INT64.
+    """A server of FastAPI with an input FP64 of open size, features, probabilities FP64, class numbers INT64 and one
+    number FP64.
 
     `script` are the next responses of `infer` that are not those of the model; `seen` are the received requests.
     """
@@ -88,11 +89,17 @@ class Flowers:
             return Response('{"error": "secret of the upstream"}', 422)
         p = self.scores(rows)
         n = len(p)
-        names = {each["name"] for each in content.get("outputs", [])} or {"embedding", "label", "probs"}
+        names = {each["name"] for each in content.get("outputs", [])} or {
+            "embedding",
+            "label",
+            "probs",
+            "risk",
+        }
         outputs = [
             {"name": "embedding", "datatype": "BYTES", "shape": [n], "data": ["a"] * n},
             {"name": "label", "datatype": "INT64", "shape": [n], "data": p.argmax(1).tolist()},
             {"name": "probs", "datatype": "FP64", "shape": [n, 3], "data": p.flatten().tolist()},
+            {"name": "risk", "datatype": "FP64", "shape": [n], "data": p[:, 0].tolist()},
         ]
         return {"model_name": "flowers", "outputs": [each for each in outputs if each["name"] in names]}
 
@@ -426,6 +433,9 @@ def test_the_guard_is_compared_with_the_upstream_model(tmp_path):
             "set outputs to probability": {"outputs": "logit", "rules": "{energy: {threshold: 0}}"},
             "need scores, and the upstream model returns class numbers": {
                 "upstream_output": "label", "rules": "{energy: {threshold: 0}}",
+            },
+            "scores is labels, which needs a score for each class": {
+                "upstream_output": "risk", "scores": "labels",
             },
             "every, mean belong to a model of this server": {"every": ["1h"], "mean": [0.5]},
             "which contains the keys of this server": {"keys": "keys.json", "forward_headers": ["Authorization"]},

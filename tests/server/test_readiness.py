@@ -1,5 +1,6 @@
 """Probes, drain and counters: they state the truth about a full disk, a locked state, lost workers and the end."""
 
+import asyncio
 import io
 import json
 import logging
@@ -36,7 +37,9 @@ from holdfast.server.http_refusals import Refused
 from holdfast.server.readiness import Check, ModelTest, audit_fault
 from holdfast.server.request_log import log_requests
 from holdfast.server.server_worker import Worker
+from holdfast.server.stand_in import StandIn
 from holdfast.server.telemetry import MEMORY_BYTES, MetricTotals, Telemetry
+from holdfast.server.worker_processes import _memory_file, bound_socket
 from waiting import until
 
 from .small import FEATURES, request
@@ -74,6 +77,29 @@ def test_metrics_of_a_worker_that_are_not_valid_are_left_out():
         telemetry.memory[:] = whole
         telemetry.memory[start : start + len(content)] = content
         totals.text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no seals of files")
+def test_a_worker_cannot_shorten_the_memory_of_its_metrics():
+    """The supervisor, which reads it, would be ended by SIGBUS."""
+    with _memory_file() as file, pytest.raises(PermissionError):
+        os.ftruncate(file.fileno(), 0)
+
+
+def test_a_stand_in_whose_thread_begins_after_its_end_accepts_no_connection(monkeypatch):
+    ended, start_server = threading.Event(), asyncio.start_server
+
+    async def late(*args, **settings):
+        ended.wait(60)
+        return await start_server(*args, **settings)
+
+    monkeypatch.setattr(asyncio, "start_server", late)
+    monkeypatch.setattr("holdfast.server.stand_in._READ_S", 0.01)
+    with bound_socket("127.0.0.1", 0) as listener:
+        stand_in = StandIn(listener, Telemetry())
+        stand_in.end()
+        ended.set()
+        assert stand_in._closed.wait(60)
 
 
 def test_a_check_that_waits_counts_as_failed_until_it_ends():
@@ -307,15 +333,16 @@ def test_no_request_is_lost_at_the_end_with_busy_connections_and_a_probe_every_s
 
 @pytest.mark.slow
 def test_a_reload_is_given_up_at_the_end_and_the_port_stays_open(tmp_path):
-    with running(setup(tmp_path, workers=2), drain_delay_s=5.0, reloadable=True) as (server, url, messages):
+    with running(setup(tmp_path, workers=2), drain_delay_s=100.0, reloadable=True) as (server, url, messages):
         server.request_swap("test")
         until(lambda: len(server.status()["workers"]) == 3)
         server.stop()
-        until(lambda: [worker["started"] for worker in server.status()["workers"]] == [True] * 3, 4)
+        until(lambda: [worker["started"] for worker in server.status()["workers"]] == [True] * 3)
         for _ in range(10):  # with the third worker, no other one ends before the delay is over
             assert answer(url) == (503, "the server is draining")
             time.sleep(0.05)
         assert len(server.status()["workers"]) == 3 and server.status()["model"]["reload"] == "failed"
         os.kill(server.status()["workers"][0]["pid"], signal.SIGKILL)
         until(lambda: any("lost while the server ended: it ended with status -9" in m for m in messages))
+        server._ended_by_signal()  # a second signal, which does not wait for the delay
     assert not server.drained

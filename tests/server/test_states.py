@@ -23,6 +23,7 @@ from holdfast.guard.detectors.queries import QueryDetector
 from holdfast.guard.detectors.query_clusters import StateLimits, SteadyClock, Wanted
 from holdfast.guard.states import sqlite as sqlite_state
 from holdfast.guard.states.checkpoints import AT_LAST
+from holdfast.guard.states.hash_index import HashIndex
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.redis import RedisState
 from holdfast.guard.states.spending import Allowance, Charge
@@ -106,6 +107,25 @@ def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, monkeypatch
         first = alone.examine(batch, names, float(start))
         assert first.scores == pytest.approx(second.scores, abs=0.02)
         assert [d.repeat for d in first.details] == [d.repeat for d in second.details]
+
+
+def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch):
+    """Each query near a full bucket drops some, within a transaction for which other processes wait."""
+    monkeypatch.setattr("holdfast.guard.states.hash_index._RECENT", 40)
+    index, pairs, chance = HashIndex(), dict[int, list[int]](), random.Random(0)
+    copies, merge = [], HashIndex._merge
+    monkeypatch.setattr(HashIndex, "_merge", lambda each: (copies.append(each), merge(each)))
+    for row in range(1000):
+        hashes = chance.sample(range(30), 5)
+        index.add(hashes, row)
+        for each in hashes:
+            pairs.setdefault(each, []).append(row)
+            if len(pairs[each]) > 4:
+                index.discard(each, pairs[each].pop(chance.randrange(4)))
+        assert index.rows(np.arange(-5, 35)) == pairs
+    assert len(copies) <= 5000 / 40 * 2
+    index.keep(np.array([999]))
+    assert index.rows(np.arange(30)) == {each: [999] for each in hashes} and len(index) == 5
 
 
 def test_the_index_in_memory_does_not_keep_dropped_queries(tmp_path, monkeypatch):

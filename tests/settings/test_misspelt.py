@@ -72,7 +72,10 @@ def test_eps_is_a_part_of_the_threat(threat, eps, text):
         (["--time", "60s"], "give --time-budget 60s"),
         (["harden", "--time", "60s"], "give --budget 60s"),
         (["harden", "--epochs", "3"], "give --set recipe.training.epochs=3"),
-        (["certify", "--no-doubts"], "no such option '--no-doubts'; it is an option of assess, harden; see"),
+        (
+            ["certify", "--no-doubts"],
+            "no such option '--no-doubts'; it is an option of assess, harden, adapt; see",
+        ),
     ],
 )
 def test_options_of_other_programs_are_refused_with_their_spelling(words, spelling, capsys):

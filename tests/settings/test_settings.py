@@ -467,7 +467,8 @@ def test_a_key_that_a_verb_does_not_use_is_refused_with_its_place(tmp_path):
     file.write_text("model: mnist-cnn\nrecipe: trades\nunlabelled: mnist\nn: 5\n")
     with pytest.raises(
         UsageError,
-        match="recipe, unlabelled at the top, .*: recipe in harden: or rotate:; unlabelled in harden:$",
+        match="recipe, unlabelled at the top, .*: recipe in harden: or rotate: or adapt:; "
+        "unlabelled in harden: or adapt:$",
     ):
         read(file, {})
     assert validate(file) == ("harden",)

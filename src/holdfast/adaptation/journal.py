@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Remedy
 from holdfast.runs.store.files import PRIVATE, usable, write_atomically
 from holdfast.runs.store.records import document, read_document
 
@@ -59,10 +58,7 @@ class Journal:
             journal.write()
             return journal
         if not resume:
-            raise UsageError(
-                f"{str(folder)!r} contains an adaptation",
-                Remedy("resume", value=True, reason="to continue it"),
-            )
+            raise UsageError(f"{str(folder)!r} contains an adaptation; resume it, or give another folder")
         try:
             content = read_document(path)
             if content["version"] != VERSION:

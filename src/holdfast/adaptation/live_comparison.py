@@ -7,7 +7,7 @@ from typing import Any
 from holdfast.statistics.intervals import independent_difference
 
 FEWEST = 100
-"""Number of requests of the candidate below which shares are not compared."""
+"""Number of inputs of the candidate below which shares are not compared."""
 _CONFIDENCE = 0.98
 """Confidence of the two-sided interval of a difference, so that its lower end has an error of 1 %."""
 
@@ -17,6 +17,7 @@ class Counts:
     """What the server counted for one parameter set since the canary began."""
 
     requests: int = 0
+    inputs: int = 0
     model_failures: int = 0
     flagged: int = 0
     labelled: int = 0
@@ -36,10 +37,10 @@ def regression(candidate: Counts, served: Counts) -> str:
             f"it failed on {candidate.model_failures} of {candidate.requests} requests, and the served model on "
             f"{served.model_failures} of {served.requests}"
         )
-    if candidate.requests >= FEWEST <= served.requests:
-        text = _larger(candidate.flagged, candidate.requests, served.flagged, served.requests)
+    if candidate.inputs >= FEWEST <= served.inputs:
+        text = _larger(candidate.flagged, candidate.inputs, served.flagged, served.inputs)
         if text:
-            return f"the guard flagged {text} requests"
+            return f"the guard flagged {text} inputs"
     if candidate.labelled and served.labelled:
         text = _larger(candidate.wrong, candidate.labelled, served.wrong, served.labelled)
         if text:

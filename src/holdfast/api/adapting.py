@@ -28,7 +28,6 @@ from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, compose
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
@@ -42,9 +41,9 @@ from holdfast.runs.harness import Target
 from holdfast.runs.store.files import write_atomically
 from holdfast.runs.store.locking import locked
 from holdfast.runs.stored.stored_runs import new_folder
-from holdfast.settings.adapt_settings import ALARM, NOW
 from holdfast.settings.grammar import seconds
 from holdfast.settings.guard_settings import read_guard_settings
+from holdfast.settings.serve_settings import ALARM, NOW
 from holdfast.statistics.intervals import paired_difference
 
 GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
@@ -76,14 +75,10 @@ def adapted(
     """Take the steps of an adaptation, or those that are left of a run that is resumed, and return how it ended."""
     if settings.server is None:
         raise UsageError(
-            "the address of the operator's port is missing, as in http://127.0.0.1:8081",
-            Remedy("server", Placeholder("URL")),
+            "the address of the operator's port is missing; give its URL, as in http://127.0.0.1:8081"
         )
     if settings.data is None:
-        raise UsageError(
-            "data is missing: examples for the training and the assessments",
-            Remedy("data", Placeholder("DATA")),
-        )
+        raise UsageError("data is missing; give examples for the training and the assessments")
     for gate in settings.gates:
         parse(gate)
     port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
@@ -210,8 +205,8 @@ class _Adaptation:
         code = settings.get("arch") or ""
         if ".py:" in code and not self.settings.trust_code:
             raise UsageError(
-                f"the server names the code {code} as the architecture, and code is run only if you allow it",
-                Remedy("trust_code", value=True),
+                f"the server names the code {code} as the architecture, and code is run only if you allow it: set "
+                "trust_code if you trust that file"
             )
         copy = self.journal.folder / _INCUMBENT
         write_atomically(copy, file.read_bytes())
@@ -270,8 +265,7 @@ class _Adaptation:
                 if trigger == ALARM:
                     raise UsageError(
                         f"the server has no monitor, whose alarm would begin the adaptation ({refusal.reason}); start "
-                        "it with --monitor, or begin at once",
-                        Remedy("trigger", NOW),
+                        "it with --monitor, or set trigger to now"
                     ) from refusal
                 alarmed = []
             if alarmed:

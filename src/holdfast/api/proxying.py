@@ -47,6 +47,11 @@ def open_upstream(settings: Serve) -> UpstreamModel:
         max_rows=settings.max_rows,
     )
     signature = upstream.signature
+    if settings.scores == "labels" and _returns_one_score(upstream):
+        raise UsageError(
+            "scores is labels, which needs a score for each class, and the upstream model returns one number; give a "
+            "number of decimal digits, as in 2"
+        )
     if settings.name is not None:
         signature = replace(signature, name=settings.name)
     if "model_version" in settings.model_fields_set:
@@ -67,8 +72,7 @@ def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: s
             "numbers; remove these rules",
             Remedy("upstream_output", Placeholder("NAME"), reason="if another output has scores"),
         )
-    single = upstream.signature.classes == 1 and not upstream.of_labels
-    if single and Action.LABEL_ONLY in pipeline.actions:
+    if _returns_one_score(upstream) and Action.LABEL_ONLY in pipeline.actions:
         raise UsageError(
             f"{file}: the action label_only needs a score for each class, and the upstream model returns one number; "
             "use another action"
@@ -80,6 +84,10 @@ def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: s
                 f"{file}: outputs is {pipeline.outputs}, and the upstream model returns "
                 f"{'probabilities' if upstream.probabilities else 'logits'}; set outputs to {returned}"
             )
+
+
+def _returns_one_score(upstream: UpstreamModel) -> bool:
+    return upstream.signature.classes == 1 and not upstream.of_labels
 
 
 def refuse_forwarded_keys(settings: Serve) -> None:

@@ -94,7 +94,8 @@ def _keys(kind: type[VerbSettings], definitions: dict[str, Any]) -> dict[str, An
         }
         for key, cls in (("codec", Codec), ("generator", LatentDiffusion), ("immunise", Immunise)):
             properties[key] = {"description": properties[key]["description"], **_settings(cls, {})}
-    _take_other_forms(properties)
+    if "bounds" in properties:
+        _take_other_forms(properties)
     return properties
 
 

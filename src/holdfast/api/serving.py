@@ -58,11 +58,7 @@ def server_setup(settings: Serve) -> ServerSetup:
     Raises `UsageError` and `TargetError`.
     """
     address = address_of(settings.model)
-    if address is not None and address.partition(":")[0] in SCHEMES:
-        raise UsageError(
-            f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
-            Remedy("proxy", address),
-        )
+    _refuse_url(address)
     if settings.proxy is not None:
         refuse_forwarded_keys(settings)
     served = _served(settings, address)
@@ -117,6 +113,14 @@ def server_setup(settings: Serve) -> ServerSetup:
         admin_hosts=_host_names(settings),
         drain_delay_s=_drain_delay_s(settings.drain_delay),
     )
+
+
+def _refuse_url(address: str | None) -> None:
+    if address is not None and address.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"model is {address!r}, and no model is loaded from a URL; give a file, or forward the requests",
+            Remedy("proxy", address),
+        )
 
 
 def _drain_delay_s(text: str | None) -> float | None:
@@ -298,8 +302,7 @@ def _monitored(settings: Serve, served: _Served) -> Reference | None:
     if math.prod(shape) != math.prod(served.shape):
         raise UsageError(
             f"the examples {reference.name} of the monitor have the shape {shape}, and the model takes {served.shape}; "
-            "give examples like those that the model receives",
-            Remedy("monitor", Placeholder("DATA")),
+            "give examples like those that the model receives"
         )
     return reference
 
@@ -313,12 +316,17 @@ def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
     opening = {**ModelSource.model_fields, **InputSpace.model_fields}
     given = served.model.model_dump(mode="json", include=served.model.model_fields_set & opening.keys())
     about = {**given, "model": str(Path(str(served.model.model)).resolve())}
+    if settings.arch is not None and ".py:" in settings.arch:
+        file, _, function = settings.arch.rpartition(":")
+        about["arch"] = f"{Path(file).resolve()}:{function}"
     return about if settings.guard is None else {**about, "guard": str(Path(settings.guard).resolve())}
 
 
 def _candidate(worker: ServingSetup, model: Doctor, file: str) -> ServingSetup:
-    """Return the setup of a worker that serves the model in another file."""
-    opening = partial(_opened, model.model_copy(update={"model": file}), None)
+    """Return the setup of a worker that serves the model in another file, whose code is not run: the path is that of a
+    request.
+    """
+    opening = partial(_opened, model.model_copy(update={"model": file, "trust_code": False}), None)
     return replace(worker, opening=opening, digest="")
 
 

@@ -18,7 +18,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.settings import adapt_settings, groups, guard_settings, serve_settings, values
+from holdfast.settings import groups, guard_settings, serve_settings, values
 from holdfast.settings.default_suite import refuse_uncertifiable
 from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.groups import Flag, SettingGroup
@@ -423,7 +423,7 @@ class Adapt(
     groups.SuiteSettings,
     groups.ThreatSource,
     groups.HardenOptions,
-    adapt_settings.AdaptOptions,
+    serve_settings.AdaptOptions,
     VerbSettings,
 ):
     """All settings of the command `holdfast adapt`: those of the training and of the assessments, and those of the

@@ -17,7 +17,6 @@ from holdfast.cli.setting_options import (
     with_named_parts,
 )
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
 
 _HELP = """\
 Harden the model of a running server, and replace it if the new model passes all gates.
@@ -48,8 +47,7 @@ def adapt(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
         raise UsageError("URL is missing (the operator's port), as in http://127.0.0.1:8081")
     if settings.data is None:
         raise UsageError(
-            "the data are missing (examples for the training and the assessments)",
-            Remedy("data", Placeholder("DATA")),
+            "the data are missing (examples for the training and the assessments), as in --data mnist"
         )
     refuse_unknown_data(str(settings.data))
     from holdfast.cli.running import command_line, folder_of_run, progress_bar

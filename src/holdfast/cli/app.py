@@ -66,8 +66,8 @@ _COMMANDS = {
     "adapt": (
         "adapt",
         "harden the model of a running server, and promote the result if it passes all gates",
-        "adapt http://127.0.0.1:8081 --key-file op.key --data mnist --threat linf:0.2 --budget 10min",
-        'adapt http://127.0.0.1:8081 --data mnist --trigger now --gate "regression <= -0.05 vs baseline"',
+        "adapt http://127.0.0.1:8081 --data mnist --threat linf:0.2 --budget 10min",
+        "adapt http://127.0.0.1:8081 --key-file op.key --data mnist --trigger now --approval",
     ),
     "keys": (
         "keys",

@@ -32,7 +32,17 @@ def release_of(detail: str) -> Release:
     """Return the function for a setting: `all`, `labels`, or a number of decimal digits."""
     if detail == "labels":
         return labels
-    return all_scores if detail == "all" else partial(torch.round, decimals=int(detail))
+    return all_scores if detail == "all" else partial(_rounded, decimals=int(detail))
+
+
+def _rounded(scores: Tensor, decimals: int) -> Tensor:
+    """Return scores with a number of decimal digits. Class numbers are unchanged, as are scores so large that their
+    product with a power of ten overflows: these have no decimal digits.
+    """
+    if not scores.is_floating_point():
+        return scores
+    rounded = torch.round(scores, decimals=decimals)
+    return torch.where(rounded.isfinite(), rounded, scores)
 
 
 _LEAD = 1e-4  # of the predicted class, which clients know: less than the digits that are released

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.core.errors import HoldfastError, TargetError
@@ -26,7 +27,7 @@ _COUNTED: Mapping[str, tuple[str, Callable[[tuple[str, ...]], bool]]] = {
     "requests": ("holdfast_requests_total", lambda labels: True),
     "inputs": ("holdfast_inputs_total", lambda labels: True),
     "model_failures": ("holdfast_refused_total", lambda labels: labels == ("model",)),
-    "flagged": ("holdfast_decisions_total", lambda labels: labels != ("allow",)),
+    "flagged": ("holdfast_guard_alarms_total", lambda labels: True),
 }
 """What is counted for each served set: the metric, and which of its labels"""
 Counts = dict[str, float]
@@ -54,6 +55,8 @@ class Canary:
     warn: Notify
     begin_worker: Callable[[ServingSetup], WorkerProcess]
     candidate: Callable[[str], ServingSetup] | None
+    suffix: str
+    """suffix of the file of the served model, which that of a candidate must have"""
     served: Callable[[], ServedVersion]
     """function that returns the version that the other workers serve"""
     state: State = "none"
@@ -86,6 +89,12 @@ class Canary:
             )
         if self.active:
             raise Refused(409, "there is a canary already; end it first")
+        if candidate.digest == self.served().digest:
+            raise Refused(409, "the candidate is the model that is served")
+        if not Path(candidate.model).is_absolute() or Path(candidate.model).suffix != self.suffix:
+            raise Refused(
+                400, f"model is {candidate.model!r}; the absolute path of a {self.suffix} file was expected"
+            )
         self.state, self.reason, self._ending = "starting", "", ""
         self._requested = self._wanted = candidate
 

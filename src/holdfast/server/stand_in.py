@@ -32,21 +32,26 @@ class StandIn:
         self._listener, self._telemetry = listener.dup(), telemetry
         self._begun, self._closed = threading.Event(), threading.Event()
         self._open: set[asyncio.Task[None]] = set()
+        self._ended = False
         threading.Thread(target=lambda: asyncio.run(self._serve()), name="stand-in", daemon=True).start()
 
     def end(self) -> None:
         """Accept no further connections. Those that are open are answered by the thread."""
+        self._ended = True  # for a thread that begins later
         if self._begun.wait(_READ_S):
-            self._loop.call_soon_threadsafe(self._end.set)
+            with suppress(RuntimeError):  # of the loop of a thread that is over
+                self._loop.call_soon_threadsafe(self._end.set)
             self._closed.wait(_READ_S)
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         server = await asyncio.start_server(
-            self._answer, sock=self._listener, limit=_HEADERS, backlog=BACKLOG
+            self._answer, sock=self._listener, limit=_HEADERS, backlog=BACKLOG, start_serving=False
         )
         self._begun.set()
-        await self._end.wait()
+        if not self._ended:
+            await server.start_serving()
+            await self._end.wait()
         server.close()
         self._closed.set()
         await asyncio.sleep(_ACCEPTED_S)

@@ -130,6 +130,7 @@ class Supervisor:
             self._warn,
             self._start_worker,
             setup.candidate,
+            Path(setup.settings.get("model", "")).suffix,
             lambda: self._reloading.version,
         )
         self._begin_s, self._last_loss = 0.0, ""

@@ -118,13 +118,19 @@ class WorkerProcess:
 
 
 def _memory_file() -> IO[bytes]:
-    """Return an open file without a name for the metrics of a worker, in memory where the system supports it."""
+    """Return an open file without a name for the metrics of a worker, in memory where the system supports it. The
+    worker cannot shorten it then, which would end the supervisor with SIGBUS.
+    """
     if sys.platform == "linux":
-        handle = os.memfd_create("holdfast-metrics")
+        import fcntl
+
+        handle = os.memfd_create("holdfast-metrics", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(handle, MEMORY_BYTES)
+        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     else:
         handle, name = tempfile.mkstemp()
         os.unlink(name)  # noqa: PTH108
-    os.ftruncate(handle, MEMORY_BYTES)
+        os.ftruncate(handle, MEMORY_BYTES)
     return os.fdopen(handle, "r+b")
 
 

@@ -1,4 +1,6 @@
-"""Settings of `holdfast serve` that no other command has, as groups of `holdfast.settings.groups`."""
+"""Settings of `holdfast serve` and `holdfast adapt` that no other command has, as groups of
+`holdfast.settings.groups`.
+"""
 
 import ipaddress
 import re
@@ -6,12 +8,13 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.settings import values
+from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import Flag, SettingGroup
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -23,6 +26,9 @@ _OWN_HEADERS = frozenset(
     }
 )  # fmt: skip
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
+ALARM: Literal["alarm"] = "alarm"
+NOW: Literal["now"] = "now"
+"""values of the setting `trigger` besides a time"""
 Port = Annotated[values.Whole, Field(le=65535)]
 
 
@@ -238,4 +244,47 @@ class RequestLimits(SettingGroup):
         default=None,
         description="Time between SIGTERM, from which /v2/health/ready is 503, and the close of the port (default: 5s "
         "if readiness was probed in the last minute, otherwise 0s).",
+    )
+
+
+def _trigger(value: object, field: ValidationInfo) -> object:
+    if isinstance(value, str) and value not in (ALARM, NOW):
+        seconds(value, field.field_name or "trigger")
+    return value
+
+
+class AdaptOptions(SettingGroup):
+    """Settings of the command `holdfast adapt`: the server, the trigger, the labels, the approval and the canary."""
+
+    server: str | None = Field(
+        default=None, description="Address of the operator's port of the server, as in http://127.0.0.1:8081."
+    )
+    key_file: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
+        default=None,
+        description="File that contains an API key with the scope admin, if the server has keys.",
+    )
+    trigger: Annotated[str, BeforeValidator(_trigger), Flag("WHEN")] = Field(
+        default=ALARM,
+        description="What begins the adaptation: an alarm of the server's monitor (alarm, the default), now, or a time "
+        "as in 24h, after which it begins also without an alarm.",
+    )
+    labels: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
+        default=None,
+        description="CSV file with the classes of flagged inputs: columns request, label and, for requests of several "
+        "inputs, row.",
+    )
+    approval: Annotated[bool, Flag()] = Field(
+        default=False, description="Wait for the approval of the operator before the candidate serves."
+    )
+    trust_code: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="Allow the code of the architecture that the server names (file.py:factory).",
+    )
+    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+        default_factory=list, description="Report file, .json; - for JSON on stdout."
+    )
+    canary_time: Annotated[values.WaitingTime, Flag("T")] = Field(
+        default="2min",
+        description="Time for which the candidate answers a share of the requests, and for which it is watched after "
+        "its promotion (default: 2min).",
     )

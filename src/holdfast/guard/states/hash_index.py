@@ -29,6 +29,8 @@ class HashIndex:
         self._recent: dict[int, int] = {}  # of numbers, which the garbage collector does not visit
         self._further: dict[int, list[int]] = {}  # rows of a hash of `_recent` after the first one
         self._n_recent = 0
+        self._dropped: dict[int, set[int]] = {}  # rows by hash, which are left out until the next merge
+        self._n_dropped = 0
 
     def __len__(self) -> int:
         return len(self._hashes) + self._n_recent
@@ -60,14 +62,18 @@ class HashIndex:
             found[int(each)] = self._rows[slice(*self._range(each))].tolist()
         for each in self._recent.keys() & hashes.tolist():
             found[each] = [*found.get(each, ()), self._recent[each], *self._further.get(each, ())]
+        for each in found.keys() & self._dropped.keys():
+            found[each] = [row for row in found[each] if row not in self._dropped[each]]
+            if not found[each]:
+                del found[each]
         return found
 
     def discard(self, each: int, row: int) -> None:
-        """Remove a pair, if it is in the index."""
-        self._merge()
-        first, last = self._range(each)
-        places = first + (self._rows[first:last] == row).nonzero()[0]
-        self._hashes, self._rows = np.delete(self._hashes, places), np.delete(self._rows, places)
+        """Remove a pair, if it is in the index. It is not added again."""
+        self._dropped.setdefault(each, set()).add(row)
+        self._n_dropped += 1
+        if self._n_dropped > _RECENT:
+            self._merge()
 
     def keep(self, rows: Hashes) -> None:
         """Remove all pairs with other rows than these."""
@@ -86,6 +92,18 @@ class HashIndex:
         hashes, rows = np.array(pairs, np.int64).reshape(-1, 2).T
         self._recent, self._further, self._n_recent = {}, {}, 0
         self._insert(hashes, rows)
+        if self._dropped:
+            self._remove_dropped()
+
+    def _remove_dropped(self) -> None:
+        places = [
+            place
+            for each, dropped in self._dropped.items()
+            for place, row in enumerate(self._rows[slice(*self._range(each))].tolist(), self._range(each)[0])
+            if row in dropped
+        ]
+        self._dropped, self._n_dropped = {}, 0
+        self._hashes, self._rows = np.delete(self._hashes, places), np.delete(self._rows, places)
 
     def _insert(self, hashes: Hashes, rows: Hashes) -> None:
         order = hashes.argsort(kind="stable")
