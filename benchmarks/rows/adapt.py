@@ -237,7 +237,7 @@ class _Client:
 
 
 def _benign(half: int) -> tuple[Tensor, Tensor]:
-    """Test images in random order, because the first ones are easier: half 0 for the reference, and 1 for the client."""
+    """Test images in random order, as the first ones are easier: half 0 is for the reference, and 1 for the client."""
     x, y = images("mnist", 10_000)
     order = FIRST + torch.randperm(len(x) - FIRST, generator=torch.Generator().manual_seed(SEED))
     chosen = order.chunk(2)[half]
