@@ -49,7 +49,9 @@ ATTACKED, QUERIES = 100, 200
 """Attacked test images, which are the first ones, and queries of Square for each."""
 LEAST_GAIN, MOST_LOSS = 30.0, 1.0
 """points of robust and of clean accuracy"""
-BUDGET, ASSESS_BUDGET, CANARY_TIME = "5min", "1min", "20s"
+BUDGET, ASSESS_BUDGET, CANARY_TIME = "3min", "1min", "20s"
+QUIET_S = 30.0
+"""Seconds of requests before the attack."""
 SHORT, SHORT_CANARY = "5s", "10s"
 """Budgets of the runs on few examples, and the time of their canary, in which it receives about 100 requests."""
 GATES = ("regression <= -0.05 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
@@ -57,7 +59,8 @@ FIT, JUDGED, SAMPLED = 5000, 2000, 200
 """training and test images of the runs on few examples, and test images that are attacked in them"""
 FLIPPED = 0.1
 RATE, FIRST, INVERTED = 20.0, 1000, 10
-"""Requests in a second of a client, its first test image, and which of its images are inverted: one in so many."""
+"""Requests in a second of a client; the first test image that it may send or that is in the reference of the monitor;
+and which of its images are inverted: one in so many."""
 KILLS, KILLED_CANARY, STARTUP_S = 20, "3s", 2.0
 """Kills, the time of the canary in runs that are killed, and the seconds before which none is killed."""
 SERVED, REFUSED = "model.safetensors", ("flipped labels", "gate", "canary")
@@ -149,12 +152,14 @@ class _Server:
 
 
 @contextmanager
-def _serving(folder: Path, *options: str) -> Iterator[_Server]:
-    """Calibrate a guard for `model.safetensors` in a folder, and serve it."""
+def _serving(folder: Path, *options: str, monitor: Path | None = None) -> Iterator[_Server]:
+    """Calibrate a guard for `model.safetensors` in a folder, and serve it. `monitor` is the file of a reference."""
     (folder / "guard.yaml").write_text(GUARD)
     words = ("calibrate", SERVED, str(dataset("mnist")), "--guard", "guard.yaml", "-n", "5000", *options)
     _do(holdfast(*words), folder)
     words = ("serve", SERVED, "--guard", "guard.yaml", "--audit", "audit", "--name", MODEL, *options)
+    if monitor is not None:
+        words += ("--monitor", str(monitor))
     log = folder / "serve.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -197,7 +202,7 @@ class _Client:
     @contextmanager
     def sending(self) -> Iterator[None]:
         """Context manager in which requests are sent."""
-        x, _ = images("mnist", 1000, first=FIRST)
+        x, _ = _benign(1)
         over = threading.Event()
         thread = threading.Thread(target=self._send, args=(x, over))
         thread.start()
@@ -231,10 +236,18 @@ class _Client:
             connection.close()
 
 
+def _benign(half: int) -> tuple[Tensor, Tensor]:
+    """Test images in random order, as the first ones are easier: half 0 is for the reference, and 1 for the client."""
+    x, y = images("mnist", 10_000)
+    order = FIRST + torch.randperm(len(x) - FIRST, generator=torch.Generator().manual_seed(SEED))
+    chosen = order.chunk(2)[half]
+    return x[chosen], y[chosen]
+
+
 def _command(server: _Server, run: Path, data: Path, *options: str) -> list[str]:
     return holdfast(
-        "adapt", server.operator.url, "--data", str(data), "--threat", THREAT, "--trigger", "now", "--run", str(run),
-        "--resume", "--seed", str(SEED), *options,
+        "adapt", server.operator.url, "--data", str(data), "--threat", THREAT, "--run", str(run), "--resume",
+        "--seed", str(SEED), *options,
     )  # fmt: skip
 
 
@@ -244,8 +257,9 @@ def _short(canary: str, *more: str) -> list[str]:
         word for name in names("doubts") for word in ("--accept-doubt", f"{name}=not what is measured")
     ]
     return [
-        "--recipe", "pgd", "--set", "recipe.steps=2", "--budget", SHORT, "--assess-budget", SHORT, "--anyway",
-        "-n", str(SAMPLED), "--canary-time", canary, *accepted, *more,
+        "--trigger", "now", "--recipe", "pgd", "--set", "recipe.steps=2", "--budget", SHORT, "--anyway",
+        "--suite", "quick", "--no-doubts", "--assess-budget", SHORT, "-n", str(SAMPLED),
+        "--canary-time", canary, *accepted, *more,
     ]  # fmt: skip
 
 
@@ -284,22 +298,28 @@ def _few(folder: Path, flipped: float = 0.0) -> Path:
 
 
 @contextmanager
-def _bundled(name: str) -> Iterator[_Server]:
+def _bundled(name: str, *, monitored: bool = False) -> Iterator[_Server]:
     """A server of a copy of the bundled network, in a new folder."""
     with tempfile.TemporaryDirectory(prefix=f"holdfast-{name}-") as place:
         folder = Path(place)
         (folder / SERVED).write_bytes((BUNDLED / f"{MODEL}.safetensors").read_bytes())
-        with _serving(folder) as server:
+        reference = folder / "reference.npz" if monitored else None
+        if reference is not None:
+            x, y = _benign(0)
+            np.savez(reference, x=x.numpy(), y=y.numpy())
+        with _serving(folder, monitor=reference) as server:
             yield server
 
 
 def _promoted(budget: str, assess_budget: str, canary_time: str) -> Outcome:
-    with _bundled("attacked") as server:
+    with _bundled("attacked", monitored=True) as server:
         file, client = server.folder / SERVED, _Client(server)
         with client.sending():
-            clean, robust = [_clean(file)], [_attacked(server)]
+            clean = [_clean(file)]
+            quiet = _alarmed(server)
+            robust = [_attacked(server)]
             labelled = _label(server.folder)
-            options = ["--recipe", "auto", "--budget", budget, "--assess-budget", assess_budget,
+            options = ["--trigger", "alarm", "--recipe", "auto", "--budget", budget, "--assess-budget", assess_budget,
                        "--canary-time", canary_time, "--labels", str(server.folder / "labels.csv")]  # fmt: skip
             for gate in GATES:
                 options += ["--gate", gate]
@@ -312,7 +332,7 @@ def _promoted(budget: str, assess_budget: str, canary_time: str) -> Outcome:
         facts = {step["step"]: step["facts"] for step in journal["steps"]}
     gain, loss = robust[1] - robust[0], clean[0] - clean[1]
     claims = [
-        Claim("attacked server: promoted candidates >= 1", journal["outcome"] == "promoted", 1, least=True),
+        Claim("attacked server: promoted candidates >= 1", int(journal["outcome"] == "promoted"), 1, least=True),
         Claim(f"robust accuracy on the attack, gain in points >= {LEAST_GAIN:g}", gain, LEAST_GAIN, least=True),
         Claim(f"clean accuracy, loss in points <= {MOST_LOSS:g}", loss, MOST_LOSS),
         Claim("attacked server: failed requests of a client <= 0", client.failed, 0),
@@ -321,6 +341,8 @@ def _promoted(budget: str, assess_budget: str, canary_time: str) -> Outcome:
         {"what": "robust accuracy on the attack through the server, before and after, %",
          "value": f"{robust[0]:.1f}, {robust[1]:.1f}"},
         {"what": "clean accuracy on 10,000 images, before and after, %", "value": f"{clean[0]:.2f}, {clean[1]:.2f}"},
+        {"what": "alarms before the attack, and that began the adaptation",
+         "value": f"{quiet or 'none'}, {', '.join(facts['trigger']['tests'])}"},
         {"what": "labelled flagged inputs", "value": labelled},
         *({"what": f"accuracy on them, {side} model, %", "value": 100 * facts["assess"][f"flagged_accuracy_{side}"]}
           for side in ("served", "candidate") if f"flagged_accuracy_{side}" in facts.get("assess", {})),
@@ -329,6 +351,12 @@ def _promoted(budget: str, assess_budget: str, canary_time: str) -> Outcome:
         {"what": "requests of a client while the server was attacked and adapted", "value": client.statuses.total()},
     ]  # fmt: skip
     return Outcome(table, claims, {}, {"promoted": journal["steps"], "statuses": dict(client.statuses)})
+
+
+def _alarmed(server: _Server) -> str:
+    """The alarms of the monitor after some requests without an attack."""
+    time.sleep(QUIET_S)
+    return ", ".join(server.operator.get("/monitor")["alarmed"])
 
 
 def _clean(file: Path) -> float:

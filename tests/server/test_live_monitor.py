@@ -77,7 +77,7 @@ def test_a_worker_samples_few_inputs_and_reports_each_prediction():
             ServedSet(None, "a"),
         )
     content = reservoir.taken()
-    n = len(base64.b64decode(content["signals"])) // 4 // len(reference().signals.names)
+    n = len(base64.b64decode(content["signals"])) // 8 // len(reference().signals.names)
     assert 1 <= n < 40 and len(content["predictions"]) == 50 and content["left_out"] == 0
     name, classes, confidences, flagged, served = content["predictions"][3]
     best = network()(x[12:14]).softmax(1).max(1)
@@ -92,6 +92,30 @@ def test_too_many_requests_are_left_out_and_counted():
         reservoir.add([outcome(samples(1), f"{k}.{i}") for i in range(50)], ServedSet(None, "a"))
     content = reservoir.taken()
     assert (len(content["predictions"]), content["left_out"]) == (2000, 250)
+
+
+def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain():
+    # probabilities near 1 and far below 1e-7, whose differences 32-bit numbers do not contain
+    def seen(x):
+        return Observed(x, 40 * NETWORK(x), None, None)
+
+    certain = Reference.of(seen(samples(800)), Draws(0).at("monitor"), "reference", None, "small")
+    monitor = LiveMonitor(certain, lambda kind, **facts: None, Telemetry(), lambda text: None)
+    monitor.start()
+    reservoir = Reservoir(certain)
+    try:
+        for part in torch.split(samples(320, 1), 40):
+            reservoir._tokens = len(part)
+            rows = [row[None] for row in part]
+            answered = [
+                Outcome(Job(Incoming(row, "client", "r")), None, Answer(40 * NETWORK(row))) for row in rows
+            ]
+            reservoir.add(answered, ServedSet(None, "a"))
+            monitor.received(reservoir.taken(), canary=False)
+        until(lambda: monitor.summary()["stream"]["n"] == 320)
+        assert monitor.summary()["alarmed"] == []
+    finally:
+        monitor.close()
 
 
 def test_shifted_requests_raise_an_alarm_and_those_of_a_canary_do_not(live):

@@ -101,7 +101,7 @@ class LiveMonitor:
                 self._remembered.popitem(last=False)
         if content["signals"] and not canary:
             names, views = self.reference.signals.names, self.reference.signals.views
-            values = np.frombuffer(base64.b64decode(content["signals"]), "<f4").astype(np.float64)
+            values = np.frombuffer(base64.b64decode(content["signals"]), "<f8")
             try:
                 self._inbox.put_nowait(Signals(names, values.reshape(-1, len(names)), views))
             except queue.Full:

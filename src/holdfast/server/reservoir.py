@@ -75,7 +75,7 @@ class Reservoir:
 
     def taken(self) -> dict[str, Any] | None:
         """Return the signals of inputs and the predictions since the last call; None without any. The signals are
-        32-bit numbers in base64.
+        64-bit numbers in base64, because 32 bits round probabilities near 1.
         """
         with self._lock:
             new, self._new = self._new, []
@@ -99,7 +99,7 @@ class Reservoir:
         x = torch.stack([x for x, _, _ in samples])
         logits = None if self._reference.model is None else torch.stack([scores for _, scores, _ in samples])
         values = self._reference.observer(Observed(x, logits)).values
-        return base64.b64encode(values.astype("<f4").tobytes()).decode()
+        return base64.b64encode(values.astype("<f8").tobytes()).decode()
 
     def samples(self) -> dict[str, Any]:
         """Return the kept inputs and scores as 32-bit numbers in base64, with the names of the sets."""
