@@ -96,9 +96,12 @@ class Stored:
 def test_labels_of_flagged_inputs(tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("request,row,label\na,2,cat\nb,,1\n")
-    flagged = read_flagged(Stored(), labels, ("dog", "cat"))
+    flagged = read_flagged(Stored(), labels, ("dog", "cat"), strict=True)
     assert (flagged.n, flagged.y.tolist(), flagged.x.tolist()) == (3, [1, 1], [[0.0] * 3, [1.0] * 3])
-    assert read_flagged(Stored(), None, ()).n == 3 and len(read_flagged(None, None, ()).y) == 0
+    assert (
+        read_flagged(Stored(), None, (), strict=True).n == 3
+        and len(read_flagged(None, None, (), strict=True).y) == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,6 @@ def test_labels_that_cannot_be_used(tmp_path, text, reason):
     labels = tmp_path / "labels.csv"
     labels.write_text(text)
     with pytest.raises(UsageError, match=reason):
-        read_flagged(Stored(), labels, ("dog", "cat"))
+        read_flagged(Stored(), labels, ("dog", "cat"), strict=True)
     with pytest.raises(UsageError, match="cannot be read"):
-        read_flagged(Stored(), tmp_path / "absent.csv", ())
+        read_flagged(Stored(), tmp_path / "absent.csv", (), strict=True)

@@ -53,6 +53,8 @@ def test_both_ports_refuse_other_names():
         totals=SimpleNamespace(text=lambda: b""),
         status=dict,
         request_swap=pytest.fail,
+        adaptations=None,
+        canary=None,
     )
 
     def status(app, method, path, host, **content):

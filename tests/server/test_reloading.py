@@ -315,7 +315,7 @@ class Fake:
             [],
             "",
         )
-        self.child = self.process = self
+        self.canary, self.child, self.process = False, self, self
 
     def send(self, content):
         self.sent.append(content)

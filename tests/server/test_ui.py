@@ -48,11 +48,11 @@ class Monitor:
         test = {
             "name": HOSTILE[0],
             "state": HOSTILE[1],
-            "alarm": {"after": 120},
+            "alarm": {"after": 120, "signal": HOSTILE[0]},
             "guarantee": HOSTILE[2],
             "power": None,
         }
-        return {"samples": 1200, "alarmed": ["shift"], "tests": [test]}
+        return {"stream": {"n": 1200}, "alarmed": ["shift"], "tests": [test]}
 
     def restart(self):
         self.restarts += 1
@@ -64,7 +64,7 @@ class Runs:
     approved = ()
 
     def runs(self):
-        step = {"step": "gates", "time": "2026-11-28T08:00:00Z", "facts": {"clean_accuracy": HOSTILE[0]}}
+        step = {"step": "gates", "time": 1.8e9, "facts": {"clean_accuracy": HOSTILE[0]}}
         return [{"run": HOSTILE[1], "steps": [step], "approval": "pending", "by": ""}]
 
     def approve(self, run, approved, by):

@@ -25,10 +25,13 @@ class Flagged:
     """their classes (k,)"""
 
 
-def read_flagged(stored: StoredInputs | None, labels: Path | None, class_names: Sequence[str]) -> Flagged:
+def read_flagged(
+    stored: StoredInputs | None, labels: Path | None, class_names: Sequence[str], *, strict: bool
+) -> Flagged:
     """Return the stored inputs of a guard with the labels in a CSV file.
 
-    Raises `UsageError` for labels of requests that are not stored, and for an invalid file.
+    Raises `UsageError` for an invalid file and, if `strict`, for labels of requests that are not stored. The guard may
+    delete inputs while an adaptation runs.
     """
     known = {} if labels is None else read_labels(labels, class_names)
     n, x, y = 0, [], []
@@ -39,7 +42,7 @@ def read_flagged(stored: StoredInputs | None, labels: Path | None, class_names: 
             if label is not None:
                 x.append(request.x[place])
                 y.append(label)
-    if known:
+    if known and strict:
         request_name, row = next(iter(known))
         raise UsageError(
             f"{labels}: input {row} of the request {request_name!r} is not among the stored flagged inputs; remove "

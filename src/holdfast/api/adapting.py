@@ -239,7 +239,13 @@ class _Adaptation:
 
     @cached_property
     def _candidate(self) -> Subject:
-        return self._opened(self._candidate_file, self._begun["settings"])
+        opened = self._opened(self._candidate_file, self._begun["settings"])
+        trained = self.journal.facts("harden")
+        if trained is not None and trained["digest"] != opened.digest:
+            raise TargetError(
+                f"the candidate {str(self._candidate_file)!r} was changed after its training; begin a new run"
+            )
+        return opened
 
     def _refuse_changed(self, status: Json) -> None:
         """Raise `TargetError` if the server serves another model than the one that this run began with."""
@@ -315,10 +321,10 @@ class _Adaptation:
                 f"the labels of {found.disagree} of {found.n} training examples disagree with those of their nearest "
                 f"test examples, and {found.trusted_disagree} of {found.trusted_n} test examples do so"
             )
-        flagged, excluded = self._flagged()
+        flagged, excluded = self._flagged(strict=True)
         return {"flagged": flagged.n, "labelled": len(flagged.y) + excluded, "excluded": excluded, **facts}
 
-    def _flagged(self) -> tuple[Flagged, int]:
+    def _flagged(self, *, strict: bool) -> tuple[Flagged, int]:
         """Return the flagged inputs with labels, without those whose label disagrees with their nearest trusted
         examples, and the number of these.
         """
@@ -326,7 +332,7 @@ class _Adaptation:
         stored = None if guard is None else input_storage(read_guard_settings(guard), guard)
         names = self._incumbent.model.class_names
         labels = None if self.settings.labels is None else Path(self.settings.labels)
-        flagged = read_flagged(stored, labels, tuple(names or ()))
+        flagged = read_flagged(stored, labels, tuple(names or ()), strict=strict)
         if not len(flagged.y):
             return flagged, 0
         # in the space of the inputs, where an adversarial example is near its own class
@@ -360,7 +366,7 @@ class _Adaptation:
             for side, measured in (("served", result.before), ("candidate", result.after)):
                 if name in measured.metrics:
                     facts[f"{name}_{side}"] = measured[name].value
-        flagged, _ = self._flagged()
+        flagged, _ = self._flagged(strict=False)
         if len(flagged.y):
             right = [
                 self._correct(subject, flagged.x, flagged.y) for subject in (self._candidate, self._incumbent)

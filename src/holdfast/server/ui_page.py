@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from holdfast.adaptation.adapted import facts_text
 from holdfast.core.errors import HoldfastError
 from holdfast.reports.gallery import is_image, png, shrunk
 from holdfast.reports.html import filled, template_text
@@ -62,7 +63,7 @@ def operator_page(
         name=setup.worker.name,
         swappable=setup.pool is not None or setup.reloadable,
         status=status,
-        served=status["model"] if setup.pool is None else status.get("pool", {"set": ""}),
+        served=_served(status["model"]) if setup.pool is None else status.get("pool", {"set": ""}),
         recent=supervisor.traffic.recent(),
         requests_chart=_chart(intervals, ("requests_per_s", "refused_per_s")),
         latency_chart=_chart(intervals, ("p50_s", "p95_s")),
@@ -74,7 +75,7 @@ def operator_page(
         flagged_error=flagged_error,
         clients=_clients(setup.flagged, keys),
         ledger=_ledger(supervisor),
-        runs=adaptations.runs()[:_RUNS],
+        runs=[_run(each) for each in adaptations.runs()[:_RUNS]],
     )
 
 
@@ -158,6 +159,20 @@ def _clients(flagged: FlaggedInputs | None, keys: KeyFile | None) -> list[Json]:
         name = "clients without a key" if pseudonym == unnamed else "unknown"
         rows.append({"name": name, "pseudonym": pseudonym, "scopes": "", "state": "", "flagged": n})
     return sorted(rows, key=lambda row: (-row["flagged"], row["name"]))[:_CLIENTS]
+
+
+def _served(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of the served model: no settings, and only facts with a value."""
+    return {key: value for key, value in model.items() if key != "settings" and value not in ("", None)}
+
+
+def _run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run of an adaptation with its times and facts as text."""
+    steps = [
+        {"step": each["step"], "time": _time(each["time"]), "facts": facts_text(each["facts"])}
+        for each in run["steps"]
+    ]
+    return {**run, "steps": steps}
 
 
 def _ledger(supervisor: Supervisor) -> Json | None:
