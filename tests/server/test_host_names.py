@@ -49,7 +49,7 @@ def test_only_names_that_are_no_public_names_are_accepted():
 def test_both_ports_refuse_other_names():
     here = Here()
     operator = SimpleNamespace(
-        setup=SimpleNamespace(admin_hosts=HostNames()),
+        setup=SimpleNamespace(admin_hosts=HostNames(), flagged=None),
         totals=SimpleNamespace(text=lambda: b""),
         status=dict,
         request_swap=pytest.fail,
