@@ -66,7 +66,7 @@ class Adapted:
         """Return the steps as text, each with its time (UTC) and its facts."""
         blocks = []
         for step in self.steps:
-            begin = f"{_clock(step.time)}  {step.step:<11}"
+            begin = f"{clock(step.time)}  {step.step:<11}"
             blocks += wrap(begin + facts_text(step.facts), width or 100, subsequent_indent=" " * len(begin))
         return "\n".join(blocks)
 
@@ -80,14 +80,14 @@ class Adapted:
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
-    """Return the facts of a step as one line, without those that have parts.
+    """Return the facts of a step as one line, without those that have parts or are empty.
 
     >>> facts_text({"flagged": 3, "share": 0.25, "gates": ["pass: a", "fail: b"]})
     'flagged 3; share 0.25; gates: pass: a, fail: b'
     """
     parts = []
     for key, value in facts.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) or value == "":
             continue
         name = key.replace("_", " ")
         if isinstance(value, Sequence) and not isinstance(value, str):
@@ -97,5 +97,6 @@ def facts_text(facts: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _clock(time: float) -> str:
+def clock(time: float) -> str:
+    """Return the time of day in UTC as text."""
     return f"{datetime.fromtimestamp(time, UTC):%H:%M:%S}"

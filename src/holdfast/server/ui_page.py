@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from holdfast.adaptation.adapted import facts_text
+from holdfast.adaptation.adapted import clock, facts_text
 from holdfast.core.errors import HoldfastError
 from holdfast.reports.gallery import is_image, png, shrunk
 from holdfast.reports.html import filled, template_text
@@ -169,7 +169,7 @@ def _served(model: Mapping[str, Any]) -> dict[str, Any]:
 def _run(run: Mapping[str, Any]) -> dict[str, Any]:
     """A run of an adaptation with its times and facts as text."""
     steps = [
-        {"step": each["step"], "time": _time(each["time"]), "facts": facts_text(each["facts"])}
+        {"step": each["step"], "time": clock(each["time"]), "facts": facts_text(each["facts"])}
         for each in run["steps"]
     ]
     return {**run, "steps": steps}
