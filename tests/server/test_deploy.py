@@ -82,10 +82,11 @@ def test_every_alert_is_explained():
     assert {*re.findall(r"`(Holdfast\w+)`", page)} == {*alerts()}
 
 
-def test_the_guard_of_the_tutorial_is_that_of_the_demonstration():
-    page = (DEPLOY.parent / "docs" / "tutorials" / "serving.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    demonstration = (DEPLOY / "demo-guard.yaml").read_text()
+@pytest.mark.parametrize(("page", "file"), [("serving", "demo-guard"), ("loop", "demo-loop-guard")])
+def test_the_guards_of_the_tutorials_are_those_of_the_demonstrations(page, file):
+    text = (DEPLOY.parent / "docs" / "tutorials" / f"{page}.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    demonstration = (DEPLOY / f"{file}.yaml").read_text()
     assert yaml.safe_load(block) == yaml.safe_load(demonstration)
     assert check_guard_settings(yaml.safe_load(block), "guard").rules.queries.action == "flag"
 
