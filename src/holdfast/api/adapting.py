@@ -247,6 +247,10 @@ class _Adaptation:
             )
         return opened
 
+    def _serves_incumbent(self, status: Json) -> bool:
+        digest: str = status["model"]["digest"]
+        return digest == self._begun["digest"]
+
     def _refuse_changed(self, status: Json) -> None:
         """Raise `TargetError` if the server serves another model than the one that this run began with."""
         if status["model"]["digest"] not in (self._begun["digest"], self._candidate.digest):
@@ -520,7 +524,11 @@ class _Adaptation:
         while time.monotonic() < until:
             status = self._status()
             self._refuse_changed(status)
-            if fault := self._fault(status):
+            # a run that was killed while it put the earlier model back
+            fault = (
+                "the earlier model was put back" if self._serves_incumbent(status) else self._fault(status)
+            )
+            if fault:
                 facts = self._counts(status)
                 self._restore_guard()
                 self._serve(self.journal.folder / _INCUMBENT, self._begun["digest"])

@@ -67,6 +67,7 @@ def watch_server(
     elif not voice.quiet:
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(reported.tables(state, colour=colour, width=voice.console().width))
+    voice.say(f"flagged: {state['flagged']:,} of {state['requests']:,} requests")
     click.echo(reported.headline(state), err=True)
     for place in output:
         if place != "-":
