@@ -248,8 +248,7 @@ class _Adaptation:
         return opened
 
     def _serves_incumbent(self, status: Json) -> bool:
-        digest: str = status["model"]["digest"]
-        return digest == self._begun["digest"]
+        return bool(status["model"]["digest"] == self._begun["digest"])
 
     def _refuse_changed(self, status: Json) -> None:
         """Raise `TargetError` if the server serves another model than the one that this run began with."""
