@@ -30,6 +30,7 @@ ROWS = {
     "served-models": "served_models",
     "serving": "serving",
     "serving-small": "serving_small",
+    "serving-monitor": "serving_monitor",
     "serving-soak": "soak",
     "cluster": "cluster",
     "reading-files": "reading_files",

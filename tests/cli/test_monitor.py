@@ -5,20 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import holdfast
 from holdfast.cli.app import run
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError
 from holdfast.monitoring import watching
 from holdfast.monitoring.power import Power
+from holdfast.reports import monitoring as reported
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """A folder with streams of a table, and a power without simulations, which tests/monitoring/ has."""
     monkeypatch.chdir(tmp_path)
-    power = Power("inputs: feature 0", 0.3, None, None)
+    power = Power("inputs: feature 0", 0.3, None, None, errors=False)
     monkeypatch.setattr(watching, "power_of", lambda *arguments: power)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1100, 3)).astype(np.float32)
@@ -66,6 +69,11 @@ def test_the_tests_of_alarm_decide_the_exit_code():
             2,
             "have shape (3,), and those of the stream wide.npz have",
         ),
+        (
+            ["reference.npz", "--reference", "reference.npz"],
+            2,
+            "the stream reference.npz has the same samples as the reference reference.npz",
+        ),
         (["same.npz", "--reference", "short.npz"], 2, "short.npz has 100 samples; at least 134 are needed"),
         (
             ["short.npz", "--reference", "reference.npz", "--alarm", "mmd"],
@@ -84,6 +92,41 @@ def test_the_tests_of_alarm_decide_the_exit_code():
 def test_bad_input_is_refused(words, code, message, capsys):
     assert run(["monitor", *words]) == code
     assert message in capsys.readouterr().err
+
+
+class PartlyLabelled:
+    """A data set whose rows from 300 on have no label."""
+
+    name, classes, digest = "the stream", None, "0"
+
+    def __init__(self, x, y):
+        self.x, self.y = torch.tensor(x), torch.tensor(y)
+        self.y[300:] = UNLABELLED
+
+    def __len__(self):
+        return len(self.x)
+
+    def read(self, start, stop):
+        ids = torch.arange(start, stop)
+        return Batch(self.x[ids], self.y[ids], ids)
+
+
+def test_a_partly_labelled_stream_is_refused():
+    x, y = np.random.default_rng(1).random((900, 3), dtype=np.float32), np.zeros(900, np.int64)
+    with pytest.raises(
+        TargetError, match="row 300 of the stream has no label, unlike the first row; label all"
+    ):
+        holdfast.monitor(PartlyLabelled(x[400:], y[400:]), (x[:400], y[:400]), nn.Linear(3, 2))
+    holdfast.monitor(PartlyLabelled(x[400:], y[400:]), (x[:400], y[:400]))
+
+
+@pytest.mark.parametrize(
+    ("drop", "errors", "cell"),
+    [(None, False, "none"), (None, True, "above 50 points"), (0.05, True, "5 points")],
+)
+def test_the_table_of_power_states_why_there_is_no_drop(drop, errors, cell):
+    power = {"signal": "confidence", "shift": 0.3, "drop": drop, "false_alarms": None, "errors": errors}
+    assert reported._power(power) == ("confidence", "0.3 sd", cell, "")
 
 
 def test_a_model_adds_its_outputs_and_its_accuracy():

@@ -21,6 +21,7 @@ from holdfast.monitoring.power import power_of
 from holdfast.monitoring.signals import Observed, Observer, Signals
 from holdfast.monitoring.watching import test_of as kind_of
 from holdfast.monitoring.watching import watch
+from holdfast.reports.monitoring import guarantees
 
 RIVER = Path(__file__).parents[2] / "benchmarks" / "references" / "river.json"
 
@@ -131,6 +132,22 @@ def test_power_is_the_smallest_shift_that_is_found():
     weaker = power_of(kind_of("ks"), REFERENCE, 1e-9, Draws(0))
     assert weaker.shift > power.shift
     assert 0.05 <= power.drop <= 0.3
+    assert power.errors
+
+
+def test_a_change_within_the_reference_is_stated(monkeypatch):
+    monkeypatch.setattr(watching, "power_of", lambda *arguments: None)
+    changing = Signals(REFERENCE.names, REFERENCE.values.copy(), REFERENCE.views)
+    changing.values[200:, 1] += 20.0
+    stream = OBSERVER(observed(40, seed=5))
+    restarted = {result.name: result.restarted for result in watch(changing, [stream], seed=0)}
+    assert restarted["adwin"] == ("confidence",) and restarted["martingale"] == ()
+    assert not any(result.restarted for result in watch(REFERENCE, [stream], seed=0))
+    test = {"name": "adwin", "compares": "means", "guarantee": "None.", "restarted": ["confidence"]}
+    ((_, text),) = guarantees({"tests": [test]})
+    assert text.startswith(
+        "Compares means. None. It detected a change of the confidence while it read the reference"
+    )
 
 
 def test_many_features_become_moments_and_random_projections():

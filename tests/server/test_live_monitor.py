@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import time
+from dataclasses import replace
+from mmap import mmap
 
 import httpx
 import numpy as np
@@ -15,17 +17,18 @@ from holdfast.core.draws import Draws
 from holdfast.guard.decisions import Action, Incoming
 from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Observed
+from holdfast.server import server_worker
 from holdfast.server.answering_requests import Answer, Job, Outcome, ServedSet
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.reservoir import Reservoir
-from holdfast.server.telemetry import Telemetry
+from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
 from waiting import until
 
 from .small import CLASSES, FEATURES, network, request
 from .test_canary import Operator
 from .test_reloading import contents, prepared
-from .test_server import JSON, running
+from .test_server import JSON, running, setup
 
 
 def samples(n, seed=0):
@@ -92,6 +95,20 @@ def test_too_many_requests_are_left_out_and_counted():
         reservoir.add([outcome(samples(1), f"{k}.{i}") for i in range(50)], ServedSet(None, "a"))
     content = reservoir.taken()
     assert (len(content["predictions"]), content["left_out"]) == (2000, 250)
+
+
+def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_worker, "_REPORT_S", 1000.0)
+    sent = []
+    prepared = replace(setup(tmp_path).worker, monitor=reference())
+    worker = server_worker.Worker(
+        prepared, None, lambda kind, content: sent.append(kind), mmap(-1, MEMORY_BYTES)
+    )
+    for name in ("a", "b"):
+        worker.reservoir.add([outcome(samples(1), name)], ServedSet(None, "a"))
+        worker.report()
+    worker.batcher.close()
+    assert sent == [b"T", b"M", b"T"]
 
 
 def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain():

@@ -96,6 +96,12 @@ def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:
             f"the stream {stream.name} is a folder, which is read class by class and not in the order of time; save "
             "the images in their order as the array x of an .npz file"
         )
+    if len(reference) == len(stream) and reference.digest == stream.digest:
+        raise UsageError(
+            f"the stream {stream.name} has the same samples as the reference {reference.name}; samples that were "
+            "recorded later were expected as the stream",
+            REFERENCE,
+        )
     shapes = [tuple(data.read(0, 1).x.shape[1:]) for data in (reference, stream)]
     if _without_ones(shapes[0]) != _without_ones(
         shapes[1]
@@ -143,6 +149,12 @@ class _Watched:
                 raise TargetError(
                     f"row {int(batch.ids[missing][0])} of {data.name} has a missing value; fill or remove such rows, "
                     "because only complete samples are compared"
+                )
+            other = (batch.y == UNLABELLED) == labelled
+            if self.subject is not None and other.any():
+                raise TargetError(
+                    f"row {int(batch.ids[other][0])} of {data.name} has {'no' if labelled else 'a'} label, unlike the "
+                    "first row; label all rows, or give the inputs without labels"
                 )
             logits = None if self.target is None else self.target.logits(batch.x)
             features = None if self.features is None else self.features()

@@ -90,6 +90,7 @@ class AdwinTest:
         names = reference.names[: reference.n_series]
         detectors = {name: Adwin(_SHARE * alpha / len(names)) for name in names}
         self._series = SeriesDetectors.started(detectors, reference)
+        self.restarted = self._series.restarted
 
     def update(self, batch: Signals) -> Alarm | None:
         """Add the signals of further samples, and return the first alarm among them, if there is one."""

@@ -25,6 +25,7 @@ class KolmogorovSmirnov:
     reads: ClassVar[str] = "the distribution of each signal in windows of 250 samples"
     compares: ClassVar[Part] = "columns"
     fewest: ClassVar[int] = WINDOW
+    restarted: ClassVar[tuple[str, ...]] = ()
 
     reference: Signals
     alpha: float

@@ -42,6 +42,7 @@ class ConformalMartingale:
     reads: ClassVar[str] = "the rank of each sample, in each signal, among the reference and earlier samples"
     compares: ClassVar[Part] = "columns"
     fewest: ClassVar[int] = 1
+    restarted: ClassVar[tuple[str, ...]] = ()
 
     reference: Signals
     alpha: float

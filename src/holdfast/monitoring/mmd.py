@@ -33,6 +33,7 @@ class MMD:
     reads: ClassVar[str] = "the joint distribution of the signals of each view in windows of 250 samples"
     compares: ClassVar[Part] = "views"
     fewest: ClassVar[int] = WINDOW
+    restarted: ClassVar[tuple[str, ...]] = ()
 
     reference: Signals
     alpha: float

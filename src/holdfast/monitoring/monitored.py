@@ -108,4 +108,5 @@ def test_document(result: DriftResult) -> Json:
         "guarantee": kind.guarantee,
         "power": None if result.power is None else asdict(result.power),
         "fewest": kind.fewest,
+        "restarted": list(result.restarted),
     }

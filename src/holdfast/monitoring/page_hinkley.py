@@ -75,6 +75,7 @@ class PageHinkleyTest:
             for name, values in zip(names, columns, strict=False)
         }
         self._series = SeriesDetectors.started(detectors, reference)
+        self.restarted = self._series.restarted
 
     def update(self, batch: Signals) -> Alarm | None:
         """Add the signals of further samples, and return the first alarm among them, if there is one."""

@@ -31,14 +31,17 @@ class Power:
     shift: float | None
     """smallest shift of its mean that was found, in standard deviations; None if 3 were not"""
     drop: float | None
-    """smallest drop of the accuracy that was found; None if there are no labels, or if half the accuracy was not"""
+    """smallest drop of the accuracy that was found; None if errors were not added, or if 50 points were not found"""
     false_alarms: int | None
     """streams of 20 without a shift, of 1,000 samples each, with an alarm; None for a test with a guarantee"""
+    errors: bool
+    """whether errors were added; False without labels, and for a test that does not compare errors"""
 
 
 def power_of(kind: type[StreamTest], reference: Signals, alpha: float, rng: Draws) -> Power:
     """Return the power of a kind of test on a reference."""
     drop, false_alarms, series = None, None, kind.compares == "series"
+    errors = ERROR in reference.names and kind.compares != "views"
     if kind.compares == "views":
         part, share = reference.only(reference.views[INPUTS], INPUTS), len(reference.views)
         column = _varying(part, slice(None))
@@ -47,10 +50,10 @@ def power_of(kind: type[StreamTest], reference: Signals, alpha: float, rng: Draw
         preferred = CONFIDENCE if CONFIDENCE in reference.names else DISTANCE
         place = reference.names.index(preferred) if series else _varying(reference, reference.views[INPUTS])
         part, column = reference.only(slice(place, place + 1)), 0
-        if ERROR in reference.names:
+        if errors:
             place = reference.names.index(ERROR)
-            errors = reference.only(slice(place, place + 1))
-            drop = _smallest(DROPS, kind, errors, alpha / share, _less_accurate, rng.at("drop"))
+            error = reference.only(slice(place, place + 1))
+            drop = _smallest(DROPS, kind, error, alpha / share, _less_accurate, rng.at("drop"))
 
     def shifted(values: Array, shift: float, rng: Draws) -> Array:
         moved = values.copy()
@@ -65,7 +68,7 @@ def power_of(kind: type[StreamTest], reference: Signals, alpha: float, rng: Draw
             test.update(stream) is not None for test, stream in zip(tests, streams, strict=True)
         )
     shift = _smallest(SHIFTS, kind, part, alpha / share, shifted, rng.at("shift"))
-    return Power(part.names[column], shift, drop, false_alarms)
+    return Power(part.names[column], shift, drop, false_alarms, errors)
 
 
 Change = Callable[[Array, float, Draws], Array]

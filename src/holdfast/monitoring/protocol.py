@@ -52,6 +52,10 @@ class StreamTest(Protocol):
 
     def __init__(self, reference: Signals, alpha: float, rng: Draws) -> None: ...
 
+    @property
+    def restarted(self) -> tuple[str, ...]:
+        """Names of the series on which the test detected a change within the reference, and began again there."""
+
     def update(self, batch: Signals) -> Alarm | None:
         """Add the signals of further samples of the stream, and return the first alarm among them, if there is one. A
         test that has raised an alarm is not updated again.

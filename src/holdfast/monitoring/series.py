@@ -22,14 +22,19 @@ class SeriesDetectors:
     detectors: Mapping[str, Detector]
     n: int = 0
     """number of samples of the stream so far"""
+    restarted: tuple[str, ...] = ()
+    """names of the series whose detectors detected a change within the reference, and began again there"""
 
     @classmethod
     def started(cls, detectors: Mapping[str, Detector], reference: Signals) -> "SeriesDetectors":
         """Return detectors that have read at most 1,000 samples of the reference before the stream."""
-        for values, detector in zip(reference.values[:HORIZON].T.tolist(), detectors.values(), strict=False):
-            for value in values:
-                detector.update(value)
-        return cls(detectors)
+        columns = reference.values[:HORIZON].T.tolist()
+        restarted = [
+            name
+            for values, (name, detector) in zip(columns, detectors.items(), strict=False)
+            if sum(map(detector.update, values))
+        ]
+        return cls(detectors, restarted=tuple(restarted))
 
     def update(self, batch: Signals, evidence: str) -> Alarm | None:
         """Add the signals of further samples, and return the first alarm among them, if there is one."""

@@ -27,6 +27,8 @@ class DriftResult:
     alarm: Alarm | None
     power: Power | None
     """None while it is computed, on a running server"""
+    restarted: tuple[str, ...] = ()
+    """names of the series on which the test detected a change within the reference, and began again there"""
 
 
 def test_of(name: str) -> type[StreamTest]:
@@ -69,7 +71,8 @@ class Watch:
 
     def result(self, name: str, power: Power | None) -> DriftResult:
         """Return what a test has found so far, with its power if that is known."""
-        return DriftResult(name, self._kinds[name], self.state(name), self.alarms.get(name), power)
+        restarted = self._tests[name].restarted
+        return DriftResult(name, self._kinds[name], self.state(name), self.alarms.get(name), power, restarted)
 
 
 def watch(reference: Signals, stream: Iterable[Signals], seed: int) -> tuple[DriftResult, ...]:

@@ -1,7 +1,7 @@
 """The report of a monitored stream as text, Markdown, HTML and JSON, written from its summary."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.reports.numbers import count_text, percent, plain
@@ -85,7 +85,9 @@ def _power(power: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
     if power is None:
         return "not computed yet", "", "", ""
     shift = "above 3 sd" if power["shift"] is None else f"{plain(power['shift'])} sd"
-    drop = "" if power["drop"] is None else f"{plain(100 * power['drop'])} points"
+    drop = "none" if power["drop"] is None else f"{plain(100 * power['drop'])} points"
+    if power["errors"] and power["drop"] is None:
+        drop = "above 50 points"
     false_alarms = "" if power["false_alarms"] is None else f"{power['false_alarms']} of 20"
     return power["signal"], shift, drop, false_alarms
 
@@ -135,7 +137,20 @@ def _row_of_class(row: Mapping[str, Any], before: Mapping[str, Mapping[str, Any]
 
 def guarantees(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the name of each test with what it compares and its guarantee."""
-    return [(test["name"], f"Compares {test['compares']}. {test['guarantee']}") for test in content["tests"]]
+    return [
+        (test["name"], f"Compares {test['compares']}. {test['guarantee']}{_restarted(test['restarted'])}")
+        for test in content["tests"]
+    ]
+
+
+def _restarted(names: Sequence[str]) -> str:
+    """A sentence on the series whose detectors began again while they read the reference; empty if there are none."""
+    if not names:
+        return ""
+    return (
+        f" It detected a change of the {' and the '.join(names)} while it read the reference, and began again: it "
+        "compares the stream with fewer samples of the reference."
+    )
 
 
 def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:

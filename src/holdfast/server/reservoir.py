@@ -27,6 +27,10 @@ _MOST_REPORTED = 2000
 """requests of one report, whose predictions are compared with labels that arrive later"""
 Sample = tuple[Tensor, Tensor, str]
 """an input, the scores for it, and the name of the set that answered"""
+_Answered = tuple[list[str], list[int], list[Tensor], list[bool], str]
+"""the names, numbers of inputs, and scores of the requests of a batch, whether the guard flagged each, and the name of
+the set that answered
+"""
 
 
 class Reservoir:
@@ -39,7 +43,7 @@ class Reservoir:
         self._lock = threading.Lock()
         self._tokens, self._filled_s = 1.0, time.monotonic()
         self._new: list[Sample] = []
-        self._answered: list[tuple[list[str], list[int], Tensor, list[bool], str]] = []
+        self._answered: list[_Answered] = []
         self._n_answered = self._left_out = 0
         self._kept: deque[Sample] = deque(maxlen=_KEPT)
         self._random = random.Random()  # noqa: S311 - a sample, no secret
@@ -59,7 +63,7 @@ class Reservoir:
                     (
                         [each.job.incoming.request for each in answered],
                         [len(each.job.incoming.x) for each in answered],
-                        torch.cat([each.answer.scores for each in answered if each.answer is not None]),
+                        [each.answer.scores for each in answered if each.answer is not None],
                         [each.action is not Action.ALLOW for each in answered],
                         served.name,
                     )
@@ -88,7 +92,7 @@ class Reservoir:
                 self._kept.append(sample)
         return {
             "signals": self._signals(new),
-            "predictions": [entry for batch in answered for entry in _predictions(*batch)],
+            "predictions": _predictions(answered),
             "left_out": left_out,
         }
 
@@ -119,17 +123,20 @@ def decoded(content: Sequence[Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
     return np.frombuffer(base64.b64decode(text), "<f4").reshape([int(size) for size in shape])
 
 
-def _predictions(
-    requests: list[str], rows: list[int], scores: Tensor, flagged: list[bool], name: str
-) -> list[list[Any]]:
+def _predictions(batches: Sequence[_Answered]) -> list[list[Any]]:
     """The request, its predicted classes, their confidences, whether the guard flagged it, and the set that answered,
-    for each request of a batch.
+    for each request of some batches.
     """
+    # at once, because small calls of torch for each batch take longer than the rest
+    scores = torch.cat([each for _, _, parts, _, _ in batches for each in parts])
     best = scores.double().softmax(1).max(1)
     classes, confidences = best.indices.tolist(), best.values.tolist()
     entries, start = [], 0
-    for request, n, is_flagged in zip(requests, rows, flagged, strict=True):
-        part = slice(start, start + n)
-        entries.append([request, classes[part], [round(c, 6) for c in confidences[part]], is_flagged, name])
-        start += n
+    for requests, rows, _, flagged, name in batches:
+        for request, n, is_flagged in zip(requests, rows, flagged, strict=True):
+            part = slice(start, start + n)
+            entries.append(
+                [request, classes[part], [round(c, 6) for c in confidences[part]], is_flagged, name]
+            )
+            start += n
     return entries

@@ -185,6 +185,7 @@ class Worker:
         )
         self.answering.progress = self.batcher.progress
         self.reservoir = None if setup.monitor is None else Reservoir(setup.monitor)
+        self._next_observed_s = 0.0
         if self.reservoir is not None:
             self.answering.observed = self.reservoir.add
         self.profile = Profile() if setup.profile else None
@@ -366,7 +367,11 @@ class Worker:
             "unprobed_s": readiness.unprobed_s,
         }
         self._send(b"T", {"answers": self.ledger.taken(), **state})
-        if self.reservoir is not None and (content := self.reservoir.taken()) is not None:
+        # answers of a pool are reported more often, and each report for the monitor takes milliseconds
+        if self.reservoir is None or time.monotonic() < self._next_observed_s:
+            return
+        self._next_observed_s = time.monotonic() + _REPORT_S
+        if (content := self.reservoir.taken()) is not None:
             self._send(b"M", content)
 
     def send_samples(self) -> None:
@@ -401,6 +406,7 @@ class Worker:
             runner.run(self._serve(listener))
         self.batcher.close()
         self._close_states()
+        self._next_observed_s = 0.0  # the last observations are reported as well
         self.report()
         head, records = "", 0
         if self.chain is not None:
