@@ -53,7 +53,8 @@ BUDGET, ASSESS_BUDGET, CANARY_TIME = "3min", "1min", "20s"
 QUIET_S = 30.0
 """Seconds of requests before the attack."""
 SHORT, SHORT_CANARY = "5s", "10s"
-"""Budgets of the runs on few examples, and the time of their canary, in which it receives about 100 requests."""
+"""Budget of the assessments of the runs on few examples, which train for one epoch, and the time of their canary, in
+which it receives about 100 requests."""
 GATES = ("regression <= -0.05 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
 FIT, JUDGED, SAMPLED = 5000, 2000, 200
 """training and test images of the runs on few examples, and test images that are attacked in them"""
@@ -257,7 +258,7 @@ def _short(canary: str, *more: str) -> list[str]:
         word for name in names("doubts") for word in ("--accept-doubt", f"{name}=not what is measured")
     ]
     return [
-        "--trigger", "now", "--recipe", "pgd", "--set", "recipe.steps=2", "--budget", SHORT, "--anyway",
+        "--trigger", "now", "--recipe", "pgd", "--set", "recipe.steps=2", "--set", "recipe.training.epochs=1",
         "--suite", "quick", "--no-doubts", "--assess-budget", SHORT, "-n", str(SAMPLED),
         "--canary-time", canary, *accepted, *more,
     ]  # fmt: skip

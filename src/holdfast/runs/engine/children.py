@@ -98,8 +98,9 @@ def serve_parent(inbox: int, outbox: int, work: Callable[[IO[bytes], IO[bytes], 
 
         def send(kind: bytes, content: Mapping[str, Any]) -> None:
             # the end of the parent is noticed by the thread that reads
-            with lock, suppress(BrokenPipeError):
-                write_message(pipe, kind + json.dumps(content).encode())
+            message = kind + json.dumps(content).encode()
+            with lock, suppress(BrokenPipeError, ValueError):  # a closed pipe, as the process ends
+                write_message(pipe, message)
 
         with suppress(BrokenPipeError):
             pipe.write(_BEGINNING)
