@@ -166,6 +166,17 @@ def test_labels_are_compared_with_the_predictions_of_each_set(live):
     assert live.summary()["expected"]["n"] == 2
 
 
+def test_predictions_of_large_requests_are_forgotten_earlier(live, monkeypatch):
+    monkeypatch.setattr("holdfast.server.live_monitor._REMEMBERED", 10)
+    for name in "abc":
+        entry = [name, [0] * 4, [0.5] * 4, False, "set"]
+        live.received({"predictions": [entry, entry], "signals": ""}, canary=False)
+    assert list(live._remembered) == ["b", "c"]
+    live.label({"b": [0] * 4})
+    live.received({"predictions": [["d", [0] * 6, [0.5] * 6, False, "set"]], "signals": ""}, canary=False)
+    assert list(live._remembered) == ["c", "d"]
+
+
 def test_a_report_that_is_invalid_raises(live):
     for content in ({"predictions": [[1]], "signals": ""}, {"predictions": [], "signals": "AAAA"}):
         with pytest.raises(ValueError, match="unpack|buffer"):

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
+from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.runs.assess.preparation import readied
@@ -42,6 +43,7 @@ from holdfast.runs.store.files import write_atomically
 from holdfast.runs.store.locking import locked
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
+from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.guard_settings import read_guard_settings
 from holdfast.settings.serve_settings import ALARM, NOW
 from holdfast.statistics.intervals import paired_difference
@@ -59,6 +61,12 @@ _TESTED = 10_000
 """largest number of test examples on which clean accuracies are compared"""
 _BATCH = 256
 _INCUMBENT = "incumbent.safetensors"
+_OPENING = ({*ModelSource.model_fields, *InputSpace.model_fields} | {"guard"}) - {"trust_code"}
+"""settings that are taken from the server; others, such as data, could name code"""
+
+
+class _NotReloaded(TargetError):
+    """The server did not reload the model."""
 
 
 class _Ended(Exception):
@@ -191,7 +199,8 @@ class _Adaptation:
                 "the server rotates the sets of a pool, which adapt does not change; harden a model and add it to the "
                 "pool (holdfast rotate collect)"
             )
-        settings = status["model"].get("settings") or {}
+        stated = status["model"].get("settings") or {}
+        settings = {key: value for key, value in stated.items() if key in _OPENING}
         file = Path(settings.get("model", ""))
         if file.suffix != _SUFFIX:
             raise UsageError(
@@ -509,16 +518,28 @@ class _Adaptation:
         """Replace the file of the served model, and wait until all workers serve it."""
         self._refuse_changed(self._status())
         guard = self._guard_of(self._begun["settings"])
-        alone = self.journal.folder / "candidate.calibration.json"
-        if guard is not None and alone.exists():
-            shutil.copyfile(alone, calibration_path(read_guard_settings(guard), guard))
-        self._serve(self._candidate_file, self._candidate.digest)
+        stored = self.journal.folder / "candidate.calibration.json"
+        alone = read_calibration(stored) if guard is not None and stored.exists() else None
+        if guard is not None and alone is not None:
+            # a worker that is replaced before the reload opens the earlier model
+            before = read_calibration(self.journal.folder / "guard.calibration.json")
+            write_candidate(guard, replace(alone, models=(*before.models, *alone.models)))
+        try:
+            self._serve(self._candidate_file, self._candidate.digest)
+        except _NotReloaded as error:
+            self._put_back()
+            return {"ends": str(error)}
+        if guard is not None and alone is not None:
+            write_candidate(guard, alone)
         with suppress(Refusal):  # a server without a monitor
             self.port.post("/monitor/restart", {})
         return {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
 
     def _watch(self) -> Json:
         """Watch the promoted candidate, and put the earlier model back if it is worse than that was."""
+        if self._served_file.read_bytes() == (self.journal.folder / _INCUMBENT).read_bytes():
+            self._put_back()  # the run was killed while it did so
+            return {"ends": "the earlier model was put back after the promotion"}
         until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
         while time.monotonic() < until:
             status = self._status()
@@ -529,11 +550,15 @@ class _Adaptation:
             )
             if fault:
                 facts = self._counts(status)
-                self._restore_guard()
-                self._serve(self.journal.folder / _INCUMBENT, self._begun["digest"])
+                self._put_back()
                 return {**facts, "ends": f"after the promotion, {fault}"}
             time.sleep(_POLL_S)
         return self._counts(self._status())
+
+    def _put_back(self) -> None:
+        """Serve the earlier model again, with the earlier calibration of the guard."""
+        self._restore_guard()
+        self._serve(self.journal.folder / _INCUMBENT, self._begun["digest"])
 
     def _serve(self, file: Path, model: str) -> None:
         """Replace the file of the served model by another one, and wait until all workers serve it."""
@@ -549,9 +574,9 @@ class _Adaptation:
                 self.port.post("/swap", {})
                 requested = True
             elif state["reload"] == "failed":
-                raise TargetError(f"the server could not reload the model: {state['reason']}")
+                raise _NotReloaded(f"the server could not reload the model: {state['reason']}")
             if time.monotonic() > until:
-                raise TargetError(
+                raise _NotReloaded(
                     f"the server did not reload the model within {_PATIENCE_S:g} s; look at its log"
                 )
             time.sleep(_POLL_S)
@@ -569,9 +594,7 @@ class _Adaptation:
         found = candidate_calibrations(composed(Calibrate, self.settings).model_copy(update=own))
         if found is not None:
             both, alone = found
-            write_candidate(guard, alone)
-            place = calibration_path(read_guard_settings(guard), guard)
-            shutil.copyfile(place, self.journal.folder / "candidate.calibration.json")
+            write_calibration(alone, self.journal.folder / "candidate.calibration.json")
             write_candidate(guard, both)
 
     def _restore_guard(self) -> None:

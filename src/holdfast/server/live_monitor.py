@@ -32,7 +32,7 @@ from holdfast.server.telemetry import Telemetry
 DECISIVE = ("martingale",)
 """tests whose alarm starts an adaptation"""
 _REMEMBERED = 50_000
-"""newest requests whose predictions are compared with labels"""
+"""newest requests, and largest number of their inputs, whose predictions are compared with labels"""
 _NEWEST = 10_000
 """newest predictions from which accuracies are computed"""
 _LONGEST = 100_000
@@ -63,6 +63,7 @@ class LiveMonitor:
         self._powers: dict[str, Power] = {}
         self._owed: list[dict[str, Any]] = []
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
+        self._remembered_inputs = 0
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
         self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
         self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue()
@@ -92,13 +93,15 @@ class LiveMonitor:
         with self._lock:
             for request, classes, confidences, flagged, name in content["predictions"]:
                 entry = _Remembered([int(k) for k in classes], [float(c) for c in confidences], str(name))
+                self._forget(str(request))
                 self._remembered[str(request)] = entry
+                self._remembered_inputs += len(entry.classes)
                 self._requests += 1
                 self._flagged += bool(flagged)
                 if not canary:
                     self._confidences.extend(entry.confidences)
-            while len(self._remembered) > _REMEMBERED:
-                self._remembered.popitem(last=False)
+            while max(len(self._remembered), self._remembered_inputs) > _REMEMBERED:
+                self._forget(next(iter(self._remembered)))
         if content["signals"] and not canary:
             names, views = self.reference.signals.names, self.reference.signals.views
             values = np.frombuffer(base64.b64decode(content["signals"]), "<f8")
@@ -106,6 +109,10 @@ class LiveMonitor:
                 self._inbox.put_nowait(Signals(names, values.reshape(-1, len(names)), views))
             except queue.Full:
                 self._telemetry.count("holdfast_monitor_dropped_total", n=len(values) / len(names))
+
+    def _forget(self, request: str) -> None:
+        if (entry := self._remembered.pop(request, None)) is not None:
+            self._remembered_inputs -= len(entry.classes)
 
     def sampled(self, content: Mapping[str, Any]) -> None:
         """Take the samples of a worker, which `samples` waits for."""
@@ -197,7 +204,7 @@ class LiveMonitor:
                 elif not all(type(k) is int and 0 <= k < (len(known) if known else 2**31) for k in classes):
                     invalid[request] = "a class is no number of a class of the model"
                 else:
-                    del self._remembered[request]
+                    self._forget(request)
                     accepted += 1
                     for predicted, confidence, y in zip(
                         entry.classes, entry.confidences, classes, strict=True
