@@ -7,7 +7,7 @@ import torch
 
 from holdfast.adaptation.flagged_inputs import read_flagged
 from holdfast.adaptation.journal import JOURNAL, Journal
-from holdfast.adaptation.live_comparison import Counts, regression
+from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import disagreeing, screened
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.stored_inputs import StoredRequest
@@ -55,6 +55,12 @@ def test_a_trusted_point_is_no_neighbour_of_itself():
 def test_a_canary_is_compared_with_the_served_model(candidate, served, reason):
     text = regression(candidate, served)
     assert (reason in text) if reason else text == ""
+
+
+def test_shares_are_compared_at_the_end_and_failures_at_any_time():
+    worse, served = Counts(500, 500, flagged=60), Counts(1000, 1000, flagged=50)
+    assert regression(worse, served) and not failures(worse, served)
+    assert failures(Counts(1, model_failures=1), Counts(50))
 
 
 def test_counts_of_a_set_that_has_answered_nothing():

@@ -4,6 +4,7 @@ import io
 import shutil
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 from holdfast.adaptation.adapted import Adapted, facts_text
 from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
 from holdfast.adaptation.journal import Journal, Outcome
-from holdfast.adaptation.live_comparison import Counts, regression
+from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import Screened, disagreeing, screened
 from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
 from holdfast.api.guard_opening import calibration_path, input_storage
@@ -420,8 +421,7 @@ class _Adaptation:
             content = self.port.read("/samples")
         except Refusal as refusal:
             return {"samples": 0, "reason": refusal.reason}
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            x, served = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["logits"])
+        x, served = self._samples(content)
         if not len(x):
             return {"samples": 0}
         with self._target(self._candidate) as target:
@@ -433,6 +433,21 @@ class _Adaptation:
         if not bool(logits.isfinite().all()):
             facts["ends"] = "the candidate returns NaN or infinite scores for live inputs"
         return facts
+
+    def _samples(self, content: bytes) -> tuple[Tensor, Tensor]:
+        """Return the inputs and the scores in an answer of the server, which are not compressed, so that they are not
+        larger than the answer.
+        """
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("it is compressed")
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["logits"])
+        except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
+            raise TargetError(
+                f"{self.port.url}/samples did not answer with samples ({error}); give the URL of your server"
+            ) from error
 
     def _approval(self) -> Json:
         """Wait until the operator approves the candidate, if this is required."""
@@ -482,9 +497,11 @@ class _Adaptation:
             if state["state"] != "serving":
                 fault = f"the canary ended: {state['reason'] or state['state']}"
             else:
-                fault = self._fault(status)
+                fault = failures(*self._sets(status))
             time.sleep(_POLL_S)
-        facts = self._counts(self._status())
+        status = self._status()
+        fault = fault or regression(*self._sets(status))
+        facts = self._counts(status)
         self._end_canary()
         return {**facts, "ends": f"as a canary, {fault}"} if fault else facts
 
@@ -501,9 +518,6 @@ class _Adaptation:
     def _sets(self, status: Json) -> tuple[Counts, Counts]:
         sets, digits = status["sets"], len(self._begun["set"])
         return Counts.of(sets, self._candidate.digest[:digits]), Counts.of(sets, self._begun["set"])
-
-    def _fault(self, status: Json) -> str:
-        return regression(*self._sets(status))
 
     def _counts(self, status: Json) -> Json:
         candidate, served = self._sets(status)
@@ -541,19 +555,20 @@ class _Adaptation:
             self._put_back()  # the run was killed while it did so
             return {"ends": "the earlier model was put back after the promotion"}
         until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
-        while time.monotonic() < until:
+        fault = ""
+        while not fault and time.monotonic() < until:
             status = self._status()
             self._refuse_changed(status)
-            # a run that was killed while it put the earlier model back
-            fault = (
-                "the earlier model was put back" if self._serves_incumbent(status) else self._fault(status)
-            )
-            if fault:
-                facts = self._counts(status)
-                self._put_back()
-                return {**facts, "ends": f"after the promotion, {fault}"}
+            if self._serves_incumbent(status):
+                fault = "the earlier model was put back"
+            fault = fault or failures(*self._sets(status))
             time.sleep(_POLL_S)
-        return self._counts(self._status())
+        status = self._status()
+        facts = self._counts(status)
+        if fault := fault or regression(*self._sets(status)):
+            self._put_back()
+            return {**facts, "ends": f"after the promotion, {fault}"}
+        return facts
 
     def _put_back(self) -> None:
         """Serve the earlier model again, with the earlier calibration of the guard."""

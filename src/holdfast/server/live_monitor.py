@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ _LONGEST = 100_000
 """samples after which the tests begin again, because the martingale keeps its samples"""
 _WAITING = 1000
 """largest number of reports that wait for the tests; further ones are dropped"""
+_MOST_SAMPLES = 64
+"""largest number of answers of workers with samples that wait to be read"""
 _SAMPLES_S = 10.0
 """seconds in which the workers must send their samples"""
 
@@ -61,12 +64,12 @@ class LiveMonitor:
         self._lock = threading.Lock()
         self._inbox: queue.Queue[Signals | None] = queue.Queue(_WAITING)
         self._powers: dict[str, Power] = {}
-        self._owed: list[dict[str, Any]] = []
+        self._owed: list[tuple[str, dict[str, Any]]] = []
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._remembered_inputs = 0
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
         self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
-        self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue()
+        self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue(_MOST_SAMPLES)
         self._begin()
         self._closed, self._threads = False, list[threading.Thread]()
 
@@ -116,7 +119,8 @@ class LiveMonitor:
 
     def sampled(self, content: Mapping[str, Any]) -> None:
         """Take the samples of a worker, which `samples` waits for."""
-        self._samples.put(content)
+        with suppress(queue.Full):  # of a worker that sends what nobody asked for
+            self._samples.put_nowait(content)
 
     def samples(self, ask: Callable[[], int]) -> bytes:
         """Return the sampled inputs of all workers as an .npz file. `ask` requests them, and returns from how many."""
@@ -158,7 +162,8 @@ class LiveMonitor:
                 text = f"alarm of {name} after {alarm.after} samples, on {alarm.signal} ({alarm.evidence})"
                 self._warn(f"note: {text}")
                 with self._lock:
-                    self._owed.append({"test": name, "after": alarm.after, "signal": alarm.signal})
+                    facts = {"test": name, "after": alarm.after, "signal": alarm.signal}
+                    self._owed.append(("alarm", facts))
 
     def _measure_power(self) -> None:
         lower_priority()
@@ -172,8 +177,8 @@ class LiveMonitor:
         """Write alarms to the audit chain. Called by the supervisor."""
         with self._lock:
             owed, self._owed = self._owed, []
-        for facts in owed:
-            self._record("alarm", **facts)
+        for kind, facts in owed:
+            self._record(kind, **facts)
 
     def close(self) -> None:
         """End the threads. May be called several times."""
@@ -187,6 +192,7 @@ class LiveMonitor:
     def restart(self) -> None:
         """Begin all tests anew, as after a change of the model."""
         with self._lock:
+            self._owed.append(("monitor", {"state": "restarted", "after": self._watch.n}))
             self._begin()
             self._confidences.clear()
 
