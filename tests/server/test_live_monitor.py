@@ -114,6 +114,7 @@ def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp
 
 def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(monkeypatch):
     monkeypatch.setattr(LiveMonitor, "_measure_power", lambda self: None)
+
     # probabilities near 1 and far below 1e-7, whose differences 32-bit numbers do not contain
     def seen(x):
         return Observed(x, 40 * NETWORK(x), None, None)
