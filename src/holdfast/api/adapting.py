@@ -236,8 +236,7 @@ class _Adaptation:
 
     @staticmethod
     def _opened(file: Path, settings: Mapping[str, Any]) -> Subject:
-        opening = {key: value for key, value in settings.items() if key not in ("guard", "model")}
-        return open_subject(Doctor(model=str(file), **opening))
+        return open_subject(Doctor(model=str(file), **_opening(settings)))
 
     @cached_property
     def _incumbent(self) -> Subject:
@@ -300,8 +299,7 @@ class _Adaptation:
 
     @cached_property
     def _harden_settings(self) -> Harden:
-        opening = {k: v for k, v in self._begun["settings"].items() if k not in ("guard", "model")}
-        opened = Doctor(model=str(self.journal.folder / _INCUMBENT), **opening)
+        opened = Doctor(model=str(self.journal.folder / _INCUMBENT), **_opening(self._begun["settings"]))
         own = {key: getattr(opened, key) for key in opened.model_fields_set}
         return composed(Harden, self.settings).model_copy(update={**own, "gates": [], "output": []})
 
@@ -603,7 +601,7 @@ class _Adaptation:
         guard = self._guard_of(self._begun["settings"])
         if guard is None:
             return
-        opening = {k: v for k, v in self._begun["settings"].items() if k not in ("guard", "model")}
+        opening = _opening(self._begun["settings"])
         base = Calibrate(model=str(self._candidate_file), guard=str(guard), **opening)
         own = {key: getattr(base, key) for key in base.model_fields_set}
         found = candidate_calibrations(composed(Calibrate, self.settings).model_copy(update=own))
@@ -619,6 +617,11 @@ class _Adaptation:
         if guard is not None and before.exists():
             place = calibration_path(read_guard_settings(guard), guard)
             write_atomically(place, before.read_bytes())
+
+
+def _opening(settings: Mapping[str, Any]) -> Json:
+    """The settings with which the model in any file is opened, out of those that the server states."""
+    return {key: value for key, value in settings.items() if key not in ("guard", "model")}
 
 
 def _screen_facts(found: Screened) -> Json:
