@@ -62,13 +62,13 @@ class Monitored:
             "alpha": ALPHA,
             "stream": asdict(self.stream),
             "reference": asdict(self.reference),
-            "measured": plain_document(self.measured),
-            "of_reference": plain_document(self.of_reference),
-            "expected": plain_document(self.expected),
+            "measured": _plain(self.measured),
+            "of_reference": _plain(self.of_reference),
+            "expected": _plain(self.expected),
             "model": self.model,
             "layer": self.layer,
             "decisive": list(self.decisive),
-            "tests": [test_document(result) for result in self.results],
+            "tests": [_test(result) for result in self.results],
         }
         written: Json = strict(content)
         return written
@@ -92,13 +92,11 @@ class Monitored:
         return reported.headline(self._summary)
 
 
-def plain_document(part: Accuracy | Estimate | None) -> Json | None:
-    """Return an accuracy for a report."""
+def _plain(part: Accuracy | Estimate | None) -> Json | None:
     return None if part is None else asdict(part)
 
 
-def test_document(result: DriftResult) -> Json:
-    """Return what a test found for a report."""
+def _test(result: DriftResult) -> Json:
     kind = result.kind
     return {
         "name": result.name,

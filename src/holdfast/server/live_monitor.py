@@ -19,12 +19,11 @@ import numpy as np
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.estimate import Estimate
 from holdfast.monitoring.accuracy import Accuracy, Predictions, expected_accuracy, measured_accuracy
-from holdfast.monitoring.monitored import plain_document, test_document
+from holdfast.monitoring.monitored import Monitored, Source
 from holdfast.monitoring.power import Power
 from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Signals
-from holdfast.monitoring.watching import ALPHA, Watch
-from holdfast.reports.monitoring import MONITORING_VERSION
+from holdfast.monitoring.watching import Watch
 from holdfast.runs.engine.progress import Notify
 from holdfast.server.reservoir import decoded
 from holdfast.server.swapping import Record, lower_priority
@@ -119,7 +118,7 @@ class LiveMonitor:
 
     def sampled(self, content: Mapping[str, Any]) -> None:
         """Take the samples of a worker, which `samples` waits for."""
-        with suppress(queue.Full):  # of a worker that sends what nobody asked for
+        with suppress(queue.Full):  # a worker sent samples without a request for them
             self._samples.put_nowait(content)
 
     def samples(self, ask: Callable[[], int]) -> bytes:
@@ -190,7 +189,7 @@ class LiveMonitor:
     # --- requests of the operator
 
     def restart(self) -> None:
-        """Begin all tests anew, as after a change of the model."""
+        """Restart all tests, as after a change of the model."""
         with self._lock:
             self._owed.append(("monitor", {"state": "restarted", "after": self._watch.n}))
             self._begin()
@@ -231,24 +230,20 @@ class LiveMonitor:
             requests, flagged = self._requests, self._flagged
             confidences, labelled = list(self._confidences), list(self._labelled)
         reference = self.reference
-        tests = [test_document(watch.result(name, self._powers.get(name))) for name in DRIFT_TESTS]
-        alarmed = [test["name"] for test in tests if test["name"] in DECISIVE and test["alarm"]]
-        labels = reference.predictions.correct is not None
+        monitored = Monitored(
+            Source("the requests", watch.n, bool(labelled)),
+            Source(reference.name, reference.n, reference.predictions.correct is not None),
+            reference.model,
+            None,
+            DECISIVE,
+            tuple(watch.result(name, self._powers.get(name)) for name in DRIFT_TESTS),
+            self._measured(labelled),
+            measured_accuracy(reference.predictions, reference.class_names),
+            self._expected(confidences),
+        )
         return {
-            "schema_version": MONITORING_VERSION,
-            "verb": "monitor",
-            "verdict": "alarm" if alarmed else "no alarm",
-            "alpha": ALPHA,
-            "stream": {"name": "the requests", "n": watch.n, "labelled": bool(labelled)},
-            "reference": {"name": reference.name, "n": reference.n, "labelled": labels},
-            "measured": plain_document(self._measured(labelled)),
-            "of_reference": plain_document(measured_accuracy(reference.predictions, reference.class_names)),
-            "expected": plain_document(self._expected(confidences)),
-            "model": reference.model,
-            "layer": None,
-            "decisive": list(DECISIVE),
-            "tests": tests,
-            "alarmed": alarmed,
+            **monitored.summary(),
+            "alarmed": [result.name for result in monitored.alarmed],
             "since": since,
             "requests": requests,
             "flagged": flagged,

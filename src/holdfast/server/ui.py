@@ -33,7 +33,7 @@ _AGAIN = (
 """page that loads the page again: after a link of another site, the browser did not send the cookie of the session"""
 _DONE = {
     "swap": "The swap or reload was requested.",
-    "monitor": "The tests of the monitor begin anew.",
+    "monitor": "The tests of the monitor were restarted.",
     "approved": "The run was approved.",
     "rejected": "The run was rejected.",
 }
@@ -147,7 +147,7 @@ class _Page:
         return "swap"
 
     def restart_monitor(self, fields: Fields, operator: str) -> str:
-        """Begin the tests of the monitor anew."""
+        """Restart the tests of the monitor."""
         if self.supervisor.live is None:
             raise Refused(409, "the server has no monitor; start it with --monitor")
         self.supervisor.live.restart()
