@@ -96,10 +96,12 @@ def size_text(eps: float, digits: int | None = None) -> str:
 
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
     """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
-    `patch:8x8,at=centre,jitter=3`.
+    `patch:8x8,at=centre,jitter=3`. The limit `content`, which is the content of a file, is left out.
     """
     parts = [
-        f"{name}={limit if isinstance(limit, str) else f'{limit:.6g}'}" for name, limit in limits.items()
+        f"{name}={limit if isinstance(limit, str) else f'{limit:.6g}'}"
+        for name, limit in limits.items()
+        if name != "content"
     ]
     if kind == "patch":
         parts[:2] = [f"{limits['height']}x{limits['width']}"]

@@ -55,7 +55,7 @@ def open_frame(
             )
         label, columns = _with_labels(columns, labels, frame.index)
     return table_examples(
-        _table(columns, label),
+        _table(columns, label, (expected or Expected()).words),
         choice or Choice(),
         name=_NAME,
         label=label,
@@ -64,8 +64,11 @@ def open_frame(
     )
 
 
-def _table(columns: Mapping[str, list[str]], label: str | None) -> ColumnTable:
-    texts = [name for name in columns if name in (label, SPLIT_COLUMN)]
+def _table(
+    columns: Mapping[str, list[str]], label: str | None, words_of: tuple[str, ...] | None
+) -> ColumnTable:
+    read_as_words = columns if words_of is None else words_of
+    texts = [name for name in columns if name in (label, SPLIT_COLUMN, *read_as_words)]
     features = [name for name in columns if name not in texts]
     rows = len(next(iter(columns.values()), []))
     numbers, kinds = side_by_side([as_numbers(columns[name]) for name in features], rows)

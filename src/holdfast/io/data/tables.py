@@ -63,7 +63,12 @@ def open_table(
     was fitted on, in their order, if their number is equal.
     """
     readable_file(path, "data file")
-    request: dict[str, Any] = {"inputs": inputs, "separator": separator or ",", "header": header}
+    request: dict[str, Any] = {
+        "inputs": inputs,
+        "separator": separator or ",",
+        "header": header,
+        "words": (expected or Expected()).words,
+    }
     with read_under_limits("tables", path, LIMITS, label=label, drop=drop, **request) as (
         description,
         folder,

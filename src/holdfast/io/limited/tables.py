@@ -41,6 +41,8 @@ MAX_CELLS = 200_000_000
 """Largest number of cells of a table; parquet can repeat a value any number of times in a few bytes."""
 MAX_WORD = 1000
 """Largest number of characters of a label, or of the name of a split or a column."""
+MAX_TEXT = 100_000
+"""Largest number of characters of a cell that is read as a string because its column was requested."""
 _SHOWN = 100
 """Largest number of characters of a name in an error message."""
 _BYTES_A_CELL = 20
@@ -132,22 +134,30 @@ def read(
     inputs: str | None,
     separator: str,
     header: bool,
+    words: list[str] | None,
 ) -> dict[str, Any]:
     """Return the column names and the distinct label strings of a table file, and write its converted cells to files in
     the folder.
 
     If the table has no column `label`, no rows are read. `inputs` is the column whose cells are the inputs. `separator`
-    and `header` are those of a CSV file; columns without a header are named 0, 1, 2, ….
+    and `header` are those of a CSV file; columns without a header are named 0, 1, 2, …. The cells of the columns
+    `words`, or of all columns if it is None, are read as strings, like those of the label.
     """
     assert content is None, "a table is read from its file"
     if path.suffix == ".parquet":
-        return _read_parquet(path, folder, label, drop, inputs)
+        return _read_parquet(path, folder, label, drop, inputs, words)
     names, blocks = _csv(path, label, separator, has_header=header)
-    return _read_columns(path, folder, label, drop, names, blocks)
+    return _read_columns(path, folder, label, drop, words, names, blocks)
 
 
 def _read_columns(
-    path: Path, folder: Path, label: str | None, drop: list[str], header: list[str], blocks: Blocks
+    path: Path,
+    folder: Path,
+    label: str | None,
+    drop: list[str],
+    words: list[str] | None,
+    header: list[str],
+    blocks: Blocks,
 ) -> dict[str, Any]:
     if not header or len(set(header)) != len(header):
         doubled = [name for name, n in Counter(header).items() if n > 1]
@@ -159,18 +169,20 @@ def _read_columns(
             f"{str(path)!r} has a column with a name of {longest:,} characters; at most {MAX_WORD:,} were expected: "
             "rename it"
         )
-    texts = [name for name in header if name in (label, SPLIT_COLUMN)] if label in header else []
+    read_as_words = [name for name in header if name not in drop] if words is None else words
+    texts = [name for name in header if name in (label, SPLIT_COLUMN, *read_as_words) and label in header]
     features = [name for name in header if name not in (*texts, *drop)] if label in header else []
     indices_of_words: list[dict[str, int]] = [{} for _ in texts]
     rows, all_numbers = 0, True
     with ExitStack() as files:
-        words = [files.enter_context((folder / f"words-{i}").open("wb")) for i in range(len(texts))]
+        word_files = [files.enter_context((folder / f"words-{i}").open("wb")) for i in range(len(texts))]
         numbers, kinds = (files.enter_context((folder / name).open("wb")) for name in (_NUMBERS, _KINDS))
         for block in blocks if label in header else ():
             rows += len(block[header[0]])
             _refuse_many(path, rows, len(header))
-            for name, places, file in zip(texts, indices_of_words, words, strict=True):
-                file.write(_as_words(block[name], places, name, path).tobytes())
+            for name, places, file in zip(texts, indices_of_words, word_files, strict=True):
+                longest_word = MAX_TEXT if name in read_as_words else MAX_WORD
+                file.write(_as_words(block[name], places, name, path, longest_word).tobytes())
             all_numbers &= _write_numbers([block[name] for name in features], numbers, kinds)
     return {
         "columns": header,
@@ -182,7 +194,7 @@ def _read_columns(
 
 
 def _read_parquet(
-    path: Path, folder: Path, label: str | None, drop: list[str], inputs: str | None
+    path: Path, folder: Path, label: str | None, drop: list[str], inputs: str | None, words: list[str] | None
 ) -> dict[str, Any]:
     file = _open_parquet(path)
     header = list(file.schema_arrow.names)
@@ -203,14 +215,14 @@ def _read_parquet(
             *(Remedy("x", name, function="open_data") for name in whole[:3]),
         )
     if not whole or label not in header:
-        return _read_columns(path, folder, label, drop, header, _batches(path, file, header))
+        return _read_columns(path, folder, label, drop, words, header, _batches(path, file, header))
     column = inputs or whole[0]
-    texts = [name for name in header if name in (label, SPLIT_COLUMN)]
+    texts = [name for name in header if name in (label, SPLIT_COLUMN, *(words or ()))]
     blocks = _batches(path, file, [*texts, column], _ROWS)
     with (folder / _INPUTS).open("wb") as cells, (folder / _ENDS).open("wb") as ends:
         write = _InputWriter(path, column, cells, ends)
         description = _read_columns(
-            path, folder, label, [*drop, column], [*texts, column], write.through(blocks)
+            path, folder, label, [*drop, column], words, [*texts, column], write.through(blocks)
         )
     unread = [name for name in header if name not in (*texts, column)]
     return description | {"columns": header, "inputs": write.description() | {"unread": unread}}
@@ -378,24 +390,26 @@ def _refuse_many(path: Path, rows: int, columns: int) -> None:
         )
 
 
-def _as_words(cells: Cells, indices_of_words: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
+def _as_words(
+    cells: Cells, indices_of_words: dict[str, int], name: str, path: Path, longest: int
+) -> NDArray[np.int32]:
     """Return the index of each cell in the known strings.
 
-    Raises `TargetError` for strings that are too long for labels, one or all together, and for a type that cannot be a
-    label.
+    Raises `TargetError` for strings that have more than `longest` characters, or too many all together, and for a type
+    that has no strings.
     """
     try:
         texts, places = cells.words()
     except NotImplementedError as error:
         raise TargetError(
-            f"the column {name!r} of {str(path)!r} has the type {error}, which is not supported for labels and names "
-            "of splits; text or whole numbers were expected: convert the column to text, as in "
+            f"the column {name!r} of {str(path)!r} has the type {error}, which is not supported for labels, categories "
+            "and names of splits; text or whole numbers were expected: convert the column to text, as in "
             f"frame[{name!r}] = frame[{name!r}].astype(str) of pandas, and write the file again"
         ) from error
-    if max(map(len, texts), default=0) > MAX_WORD:
+    if max(map(len, texts), default=0) > longest:
+        wanted = "labels, or names of splits, were expected" if longest == MAX_WORD else "shorten it"
         raise TargetError(
-            f"the column {name!r} of {str(path)!r} has a text of more than {MAX_WORD:,} characters; labels, or names "
-            "of splits, were expected"
+            f"the column {name!r} of {str(path)!r} has a text of more than {longest:,} characters; {wanted}"
         )
     indices = as_words(texts, indices_of_words)
     if sum(map(len, indices_of_words)) > MOST_CHARACTERS:
