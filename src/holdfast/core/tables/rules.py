@@ -1,0 +1,279 @@
+"""The rules of a table: for each column what values are valid and how an attacker may change them, one-hot groups,
+relations between columns, and the budget of the attacker.
+
+The module does not import torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from holdfast.core.errors import UsageError
+from holdfast.core.spelling import suggestion
+from holdfast.core.tables.relations import Relation, parse_relation
+
+ColumnType = Literal["number", "whole", "category"]
+Change = Literal["any", "none", "up", "down"]
+BudgetNorm = Literal["linf", "l2", "l1", "l0"]
+
+FAR = 1e30
+"""Limit of a column that declares none, which only a column that never changes may do."""
+MOST_VALUES = 10_000
+"""Largest number of values of a category."""
+
+_STRICT: Any = ConfigDict(extra="forbid", strict=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Valid values of a column, and how an attacker may change them."""
+
+    __pydantic_config__ = _STRICT
+
+    type: ColumnType = "number"
+    """number, whole number, or category"""
+    min: float | None = None
+    """smallest valid value"""
+    max: float | None = None
+    """largest valid value"""
+    values: tuple[str, ...] = ()
+    """valid values of a category; the model is given these strings"""
+    change: Change = "any"
+    """how an attacker may change the value: in any direction, not at all, only up, or only down"""
+    cost: Annotated[float, Gt(0)] = 1.0
+    """factor by which a change of this column counts in the budget"""
+    unit: Annotated[float, Gt(0)] | None = None
+    """change that counts as 1 in the budget; by default the width of the range, or 1 with `unit: value`"""
+    missing: bool = False
+    """whether the value may be missing; a missing value stays missing, and no other value becomes missing"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of a row an attacker may change: `norm` of the changes, each divided by its unit, is at most `eps`."""
+
+    __pydantic_config__ = _STRICT
+
+    norm: BudgetNorm = "linf"
+    """how changes of columns are combined: the largest, the Euclidean length, the sum, or the number of columns"""
+    eps: Annotated[float, Gt(0)] = 0.1
+    """largest combined change"""
+    unit: Literal["range", "value"] = "range"
+    """whether a change of a number is measured in widths of its range, or in its own unit"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """Content of a file of rules."""
+
+    __pydantic_config__ = _STRICT
+
+    columns: dict[str, Column]
+    budget: Budget = field(default_factory=Budget)
+    groups: tuple[tuple[str, ...], ...] = ()
+    relations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules of a table. The columns are in the order of the inputs of the model."""
+
+    columns: Mapping[str, Column]
+    budget: Budget
+    groups: tuple[tuple[str, ...], ...]
+    """one-hot groups: in each, exactly one column is 1 and the others are 0"""
+    relations: tuple[Relation, ...]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns, in the order of the inputs."""
+        return tuple(self.columns)
+
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """Position of each column in the inputs."""
+        return {name: place for place, name in enumerate(self.columns)}
+
+    @property
+    def categories(self) -> Mapping[str, tuple[str, ...]]:
+        """Values of each column that is a category."""
+        return {name: column.values for name, column in self.columns.items() if column.type == "category"}
+
+    @cached_property
+    def content(self) -> str:
+        """The rules as JSON, from which `rules_from` returns equal ones."""
+        declared = _File(
+            columns=dict(self.columns),
+            budget=self.budget,
+            groups=self.groups,
+            relations=tuple(relation.text for relation in self.relations),
+        )
+        return json.dumps(TypeAdapter(_File).dump_python(declared, mode="json", exclude_defaults=True))
+
+    def mutable(self, name: str) -> bool:
+        """Return whether an attacker may change a column."""
+        column = self.columns[name]
+        if column.type == "category":
+            return column.change != "none" and len(column.values) > 1
+        return column.change != "none" and self.low(name) < self.high(name)
+
+    def low(self, name: str) -> float:
+        """Return the smallest valid value of a column; categories have the numbers 0, 1, 2, … of their values."""
+        column = self.columns[name]
+        return 0.0 if column.type == "category" else -FAR if column.min is None else column.min
+
+    def high(self, name: str) -> float:
+        """Return the largest valid value of a column."""
+        column = self.columns[name]
+        if column.type == "category":
+            return float(max(len(column.values) - 1, 0))
+        return FAR if column.max is None else column.max
+
+    def unit(self, name: str) -> float:
+        """Return the change of a column that counts as 1 in the budget, its cost included."""
+        column = self.columns[name]
+        if column.type == "category":
+            return 1 / column.cost
+        width = self.high(name) - self.low(name)
+        usual = 1.0 if self.budget.unit == "value" or not 0 < width < FAR else width
+        return (column.unit or usual) / column.cost
+
+
+def rules_from(content: Any, source: str) -> Rules:
+    """Return the rules in the content of a YAML or JSON file. Raises `UsageError` with the place of the first mistake.
+
+    `source` is the name of the file in messages.
+    """
+    try:
+        declared = TypeAdapter(_File).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(
+            f"{source}: {place} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}; a mapping with "
+            "columns, budget, groups and relations was expected, as holdfast init writes it"
+        ) from None
+    if not declared.columns:
+        raise UsageError(f"{source} has no columns; list all features of the table in their order")
+    for name, column in declared.columns.items():
+        _refuse_column(name, column, source)
+    _refuse_budget(declared.budget, declared.columns, source)
+    relations = tuple(map(parse_relation, declared.relations))
+    rules = Rules(declared.columns, declared.budget, declared.groups, relations)
+    _refuse_groups(rules, source)
+    for relation in relations:
+        _refuse_relation(relation, rules, source)
+    if not any(map(rules.mutable, rules.names)):
+        raise UsageError(
+            f"{source} lets an attacker change no column, so nothing can be attacked; set change of a column to any, up "
+            "or down, and its min below its max"
+        )
+    return rules
+
+
+def rules_of(content: str) -> Rules:
+    """Return the rules in the JSON text `Rules.content`."""
+    return rules_from(json.loads(content), "the stored rules")
+
+
+def _refuse_budget(budget: Budget, columns: Mapping[str, Column], source: str) -> None:
+    if not math.isfinite(budget.eps):
+        raise UsageError(f"{source}: eps of the budget is {budget.eps}; a finite number was expected")
+    if budget.norm != "l0":
+        return
+    if budget.eps % 1:
+        raise UsageError(f"{source}: eps of the budget is {budget.eps:g}; l0 counts columns, so it must be whole")
+    for name, column in columns.items():
+        if column.cost != 1:
+            raise UsageError(
+                f"{source}: column {name!r} has cost {column.cost:g}, and l0 counts each changed column once; leave it "
+                "out, or use l1"
+            )
+
+
+def _refuse_column(name: str, column: Column, source: str) -> None:
+    """Raise `UsageError` for a column whose declared properties contradict each other."""
+    where = f"{source}: column {name!r}"
+    limits = [limit for limit in (column.min, column.max) if limit is not None]
+    if any(not math.isfinite(limit) or abs(limit) > FAR for limit in limits):
+        raise UsageError(f"{where} has the limits {column.min} and {column.max}; finite numbers were expected")
+    if column.type == "category":
+        if not column.values or len(set(column.values)) != len(column.values):
+            raise UsageError(f"{where} is a category; its values were expected, each once, as in values: [a, b]")
+        if len(column.values) > MOST_VALUES:
+            raise UsageError(
+                f"{where} has {len(column.values):,} values; at most {MOST_VALUES:,} were expected: is it an identifier? "
+                "Drop it"
+            )
+        if limits or column.unit is not None or column.change in ("up", "down"):
+            raise UsageError(f"{where} is a category, which has no min, max, unit or direction; leave them out")
+        return
+    if column.values:
+        raise UsageError(f"{where} has values, which only a category has; set its type to category")
+    if column.min is not None and column.max is not None and column.min > column.max:
+        raise UsageError(f"{where} has min {column.min:g} above max {column.max:g}; exchange them")
+    if column.change != "none" and len(limits) < 2:
+        raise UsageError(
+            f"{where} may change, and has {'one limit' if limits else 'no limits'}; give min and max, or change: none"
+        )
+
+
+def _refuse_groups(rules: Rules, source: str) -> None:
+    seen: set[str] = set()
+    for group in rules.groups:
+        if len(group) < 2:
+            raise UsageError(f"{source}: the group {list(group)} has one column; at least two were expected")
+        for name in group:
+            _refuse_unknown(name, rules, f"{source}: the group {list(group)}")
+            if name in seen:
+                raise UsageError(f"{source}: the column {name!r} is in two groups; it can be in one")
+            seen.add(name)
+            column = rules.columns[name]
+            if column.type != "whole" or (rules.low(name), rules.high(name)) != (0, 1):
+                raise UsageError(
+                    f"{source}: the column {name!r} is in a one-hot group; expected type: whole, min: 0, max: 1"
+                )
+        if len({rules.columns[name].change for name in group}) > 1:
+            raise UsageError(
+                f"{source}: the columns of the group {list(group)} have different settings of change; give all the same"
+            )
+
+
+def _refuse_relation(relation: Relation, rules: Rules, source: str) -> None:
+    where = f"{source}: the relation {relation.text!r}"
+    if not relation.columns:
+        raise UsageError(f"{where} has no column")
+    for name in relation.columns:
+        _refuse_unknown(name, rules, where)
+        if rules.columns[name].type == "category":
+            raise UsageError(
+                f"{where} is about {name!r}, which is a category; relations are about numbers: use one-hot columns"
+            )
+
+
+def _refuse_unknown(name: str, rules: Rules, where: str) -> None:
+    if name not in rules.columns:
+        near = suggestion(name, rules.names)
+        raise UsageError(f"{where} has no column {name!r}{f'; {near}' if near else ' among the columns of the file'}")
+
+
+def refuse_other_columns(rules: Rules, columns: Sequence[str], table: str) -> None:
+    """Raise `UsageError` if the features of a table are not the columns of its rules."""
+    unknown = [name for name in rules.names if name not in columns]
+    without = [name for name in columns if name not in rules.columns]
+    if unknown:
+        near = suggestion(unknown[0], columns)
+        raise UsageError(
+            f"the rules have the column {unknown[0]!r}, which {table} has not{f'; {near}' if near else ''}"
+        )
+    if without:
+        raise UsageError(
+            f"{table} has the column {without[0]!r}, which the rules do not list; add it, with change: none if it cannot "
+            f"be attacked, or leave it out with drop={without[0]}"
+        )
