@@ -22,7 +22,7 @@ from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
 from holdfast.settings.grammar import did_you_mean
-from holdfast.settings.groups import DataSource, InferenceSource, InputSpace
+from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace
 from holdfast.settings.values import numbers_by_feature
 
 
@@ -184,7 +184,21 @@ def expected(
         model.units,
         ProbedClassifier(model),
         lenient,
+        groups=group_column(settings, data),
     )
+
+
+def group_column(settings: Opening, data: DataSource | None = None) -> str | None:
+    """Return the column or array that states the groups: only in the data on which the model is evaluated, and in
+    others at the same address, such as their train split.
+    """
+    given = group_of(settings, ExampleGroups).groups
+    is_same = (
+        data is None
+        or data.data is settings.data
+        or (isinstance(data.data, str) and data.data == settings.data)
+    )
+    return given if isinstance(given, str) and is_same else None
 
 
 def unlabelled(settings: Opening, model: Classifier, data: DataSource) -> Expected:

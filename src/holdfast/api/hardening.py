@@ -181,7 +181,8 @@ def _parted(
             "smaller number"
         )
     judged, training = examples.take(order[:n].sort().values), examples.subset(order[n:].sort().values)
-    return training, as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
+    test = as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
+    return training, resolve.with_groups(test, settings, whole=False, positions=judged.ids.cpu().numpy())
 
 
 def _changing(row: int) -> TargetError:

@@ -184,7 +184,7 @@ def per_class(evidence: Evidence) -> tuple[ClassRow, ...]:
                 label,
                 int(members.sum()),
                 proportion(evidence["correct"][members]),
-                _accuracy_of(evidence, members, "robust_accuracy") if measured else None,
+                accuracy_of(evidence, members, "robust_accuracy") if measured else None,
             )
         )
     return tuple(rows)
@@ -200,16 +200,18 @@ def worst_class(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     labels = torch.unique(y).tolist()
     single_confidence = bonferroni(CONFIDENCE, len(labels))
     accuracies = [
-        _accuracy_of(evidence, y == label, "worst_class", single_confidence, eps) for label in labels
+        accuracy_of(evidence, y == label, "worst_class", single_confidence, eps) for label in labels
     ]
     worst = min(accuracies, key=lambda estimate: estimate.value)
     return Estimate(worst.value, min(e.low for e in accuracies), min(e.high for e in accuracies), worst.n)
 
 
-def _accuracy_of(
+def accuracy_of(
     evidence: Evidence, members: Mask, metric: str, confidence: float = CONFIDENCE, eps: float | None = None
 ) -> Estimate:
-    """Robust accuracy of some examples: a share, or the mean probability of a correct answer for a randomised model."""
+    """Return the robust accuracy of some examples: a share, or the mean probability of a correct answer for a
+    randomised model.
+    """
     chance = right_probability(evidence, eps)
     if chance is not None:
         return mean(chance[members], confidence)

@@ -8,7 +8,17 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import attacks, certification, detector, geometry, notes, numbers, rotation, words
+from holdfast.reports import (
+    attacks,
+    certification,
+    detector,
+    geometry,
+    groups,
+    notes,
+    numbers,
+    rotation,
+    words,
+)
 from holdfast.reports.charts import Staircase, staircase
 from holdfast.reports.terminal import FIRST, STATE_SIGNS
 
@@ -48,6 +58,7 @@ def page(summary: Mapping[str, Any]) -> str:
         hardest=_hardest(summary["attacks"]),
         by_distance=attacks.by_distance(summary),
         classes=_worst(summary["per_class"]),
+        group_table=groups.table(summary["groups"], summary["noun"]) if summary.get("groups") else None,
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
         geometry=summary.get("geometry"),

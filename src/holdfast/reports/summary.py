@@ -33,6 +33,8 @@ from holdfast.reports.curves import (
 )
 from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.geometry import geometry_results
+from holdfast.reports.groups import groups
+from holdfast.reports.groups import table as groups_table
 from holdfast.reports.numbers import size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
@@ -121,6 +123,7 @@ def _measured(evidence: Evidence) -> Json:
         "served": dict(evidence.served),
         "curves": accuracy_curves(evidence),
         "per_class": per_class_to_json(evidence, classes),
+        "groups": groups(evidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence),
         "other_data": [_bounded(card) for card in evidence.others],
@@ -160,10 +163,11 @@ def _about(run: Mapping[str, Any]) -> Json:
 
 
 def measured_tables(summary: Mapping[str, Any]) -> Iterator[TextTable]:
-    """Yield the tables of the transfer between models, of the transfer across data sets, of a detector, and of
-    black-box attacks on a guard, if these were measured.
+    """Yield the tables of the groups, of the transfer between models, of the transfer across data sets, of a detector,
+    and of black-box attacks on a guard, if these were measured.
     """
     for results, table in (
+        (summary.get("groups"), groups_table),
         (summary.get("transfer"), transfer_table),
         (summary.get("data_transfer"), across_table),
         (detector.detector(summary), detector.table),

@@ -22,6 +22,7 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
 from holdfast.io.data.class_numbers import Numbered
+from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import class_labels, refuse_swapped
 from holdfast.io.data.layouts import LayoutReading, reading_of
@@ -132,6 +133,8 @@ class Arrays:
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
     text_labels: bool = False
     """whether the labels of the source are names, which were numbered"""
+    groups: Groups | None = None
+    """group of each example, if the source states it"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -156,7 +159,8 @@ class Arrays:
     def taken(self, rows: Sequence[int]) -> "Arrays":
         """Return a data set that contains only the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
-        return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
+        groups = None if self.groups is None else self.groups.taken(chosen)
+        return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen], groups=groups)
 
     def labelled(self, numbering: Numbered) -> "Arrays":
         """Return the data set with the notes and the objection of `numbering`, from which its labels are."""

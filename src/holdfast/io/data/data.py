@@ -6,21 +6,24 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from holdfast.core.batch import UNLABELLED, Data
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
 from holdfast.io.data import tables
 from holdfast.io.data.arrays import Array, Arrays, Choice, from_numpy
 from holdfast.io.data.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
+from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import refuse_swapped, whole_numbers
 from holdfast.io.data.layouts import CHANNELS
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
 from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder
-from holdfast.io.files import reading, similar_file, similar_name
+from holdfast.io.files import names_of, reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
 
 D = TypeVar("D", bound=Data)
@@ -118,6 +121,12 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
         raise UsageError(
             f"{address!r} is not a table and has no columns", Remedy("drop", function="open_data")
         )
+    if options.expected.groups is not None and path.is_dir():
+        raise UsageError(
+            f"{address!r} is a folder of images, which has no column {options.expected.groups!r} of groups; a table, "
+            "or an .npz file with such an array, was expected",
+            Remedy("groups"),
+        )
     if path.exists():
         _refuse_foreign(path, address, options)
     if path.is_dir():
@@ -213,7 +222,27 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         class_names=names,
         source_labels=all_labels,
     )
-    return data.labelled(numbering)
+    return replace(data.labelled(numbering), groups=_groups(archive, n_rows, rows, address, options.expected))
+
+
+def _groups(
+    archive: Npz, n_rows: int, rows: NDArray[np.int64], address: str, expected: Expected
+) -> Groups | None:
+    """Return the group of each example in the given rows, or None if no groups are requested."""
+    name = expected.groups
+    if name is None:
+        return None
+    if name not in archive.names:
+        raise UsageError(
+            f"{address!r} has no array {name!r} of groups; its arrays are {names_of(archive.names)}",
+            Remedy("groups", most_similar(name, archive.names) or Placeholder("ARRAY")),
+        )
+    if archive.rows(name) != n_rows:
+        raise UsageError(
+            f"the array {name!r} of {address!r} has {archive.rows(name)} rows, and there are {n_rows} examples; one "
+            "group for each example was expected"
+        )
+    return Groups.of_values(archive.array(name)[rows], name)
 
 
 def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options) -> Arrays:

@@ -22,6 +22,7 @@ from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.class_numbers import lenient_numbers
+from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import GREY_NOTE
 from holdfast.io.files import megabytes, sha256_of_file, similar_name
@@ -68,6 +69,8 @@ class Pictures:
     notes: tuple[str, ...] = ()
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+    groups: Groups | None = None
+    """group of each example, if it was given in Python"""
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -103,7 +103,8 @@ def assess(
         ExitStack() as stack,
     ):
         plan = plan_for(subject, data, request, target, sample, stack)
-        refuse_gates(request.gates, plan, target, sample)
+        grouped = getattr(data, "groups", None) is not None
+        refuse_gates(request.gates, plan, target, sample, grouped=grouped)
         stored, shape = None if run is None else stored_manifest(run), tuple(sample.x.shape[1:])
         manifest: Mapping[str, Any] = assess_manifest(
             subject, data, request, plan, target, shape, served=served, stored=stored

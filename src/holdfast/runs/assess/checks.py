@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -218,9 +219,11 @@ def _out_of_range(x: Tensor, low: Tensor, high: Tensor, name: str) -> TargetErro
     return TargetError(f"{message}; scale them", bounds)
 
 
-def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
+def refuse_gates(
+    claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch, *, grouped: bool = False
+) -> None:
     """Raise `UsageError` for a gate whose metric the planned stages do not measure. The message states which setting
-    would measure it.
+    would measure it. `grouped` is whether the examples have groups.
 
     Gates against a baseline are not checked, because the examples that both runs have in common are known only at the
     end.
@@ -231,6 +234,8 @@ def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Ba
     if not without_baseline:
         return
     evidence = _as_if_broken(plan, target, sample)
+    if grouped:
+        evidence = replace(evidence, columns={**evidence.columns, "group": torch.zeros_like(evidence["y"])})
     for claim in without_baseline:
         judge(claim, evidence, Doubts())
 

@@ -10,6 +10,7 @@ import torch
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.goal import Goal
+from holdfast.io.data.example_groups import Groups
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
 from holdfast.io.remote.served_model import Served
@@ -45,7 +46,7 @@ def assess_manifest(
     `stored` is the manifest of the run in the folder, if there is one: a resumed run uses the batch size of its first
     attempt.
     """
-    config = _config(request, plan, target)
+    config = _config(request, plan, target) | _groups_identity(data)
     return {
         "verb": request.verb,
         "digests": {
@@ -132,6 +133,7 @@ def harden_manifest(
             "seed": request.seed,
             **_functions(request),
             **({"train_only": list(request.train_only)} if request.train_only else {}),
+            **_groups_identity(test),
         }
     )
     return {
@@ -144,7 +146,7 @@ def harden_manifest(
         },
         "config": config,
         "model": strict(dict(subject.card)),
-        "data": {"name": test.name, "n": len(test), **_sampled(request.assessment)},
+        "data": {"name": test.name, "n": len(test), **_sampled(request.assessment), **_groups(test)},
         "versions": versions(),
         "hardware": machine,
         "seed": request.seed,
@@ -204,7 +206,21 @@ def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
             **columns,
         }
     )
-    return card
+    return card | _groups(data)
+
+
+def _groups(data: Data) -> dict[str, Any]:
+    """The groups of the examples, if the data have some."""
+    groups: Groups | None = getattr(data, "groups", None)
+    return {} if groups is None else {"groups": groups.to_json()}
+
+
+def _groups_identity(data: Data) -> dict[str, Any]:
+    """The column and the digest of the groups for the settings that identify a run."""
+    return {
+        name: {"column": groups["column"], "digest": digest(canonical(groups))}
+        for name, groups in _groups(data).items()
+    }
 
 
 def _notes(
