@@ -184,21 +184,15 @@ def expected(
         model.units,
         ProbedClassifier(model),
         lenient,
-        groups=group_column(settings, data),
+        groups=group_column(settings),
+        needs_groups=data is None,
     )
 
 
-def group_column(settings: Opening, data: DataSource | None = None) -> str | None:
-    """Return the column or array that states the groups: only in the data on which the model is evaluated, and in
-    others at the same address, such as their train split.
-    """
+def group_column(settings: Opening) -> str | None:
+    """Return the name of the column or array that states the groups of the examples, or None if there is none."""
     given = group_of(settings, ExampleGroups).groups
-    is_same = (
-        data is None
-        or data.data is settings.data
-        or (isinstance(data.data, str) and data.data == settings.data)
-    )
-    return given if isinstance(given, str) and is_same else None
+    return given if isinstance(given, str) else None
 
 
 def unlabelled(settings: Opening, model: Classifier, data: DataSource) -> Expected:

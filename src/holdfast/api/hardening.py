@@ -375,6 +375,7 @@ def _open_options(settings: Harden, subject: Subject) -> str:
     for flag, text in (
         ("--split", settings.split),
         ("--label", settings.label),
+        ("--groups", expecting.group_column(settings)),
         ("--x", settings.x),
         ("--y", settings.y),
         ("--data-normalised", None if normalised is None else str(normalised)),

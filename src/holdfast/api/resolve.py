@@ -183,6 +183,7 @@ def _values_of(settings: Opening, fitted: tuple[str, ...] | None) -> Arrays:
         normalised=normalisation(settings),
         accepts_missing=True,
         groups=group_column(settings),
+        needs_groups=False,
     )
     raw = open_expected(settings, properties)
     arrays = (

@@ -121,9 +121,10 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
         raise UsageError(
             f"{address!r} is not a table and has no columns", Remedy("drop", function="open_data")
         )
-    if options.expected.groups is not None and path.is_dir():
+    expected = options.expected
+    if expected.groups is not None and expected.needs_groups and path.is_dir():
         raise UsageError(
-            f"{address!r} is a folder of images, which has no column {options.expected.groups!r} of groups; a table, "
+            f"{address!r} is a folder of images, which has no column {expected.groups!r} of groups; a table, "
             "or an .npz file with such an array, was expected",
             Remedy("groups"),
         )
@@ -230,7 +231,7 @@ def _groups(
 ) -> Groups | None:
     """Return the group of each example in the given rows, or None if no groups are requested."""
     name = expected.groups
-    if name is None:
+    if name is None or not expected.needs_groups:
         return None
     if name not in archive.names:
         raise UsageError(

@@ -127,7 +127,7 @@ def _groups(table: ColumnTable, expected: Expected) -> Groups | None:
     exist.
     """
     column = expected.groups
-    if column is None:
+    if column is None or not expected.needs_groups:
         return None
     if column not in table.columns:
         similar = most_similar(column, table.columns)
@@ -314,8 +314,8 @@ def _numbers(
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
     numbers = {name: place for place, name in enumerate(table.features)}
     places = [numbers[name] for name in features]
-    if table.kinds is not None:
-        kinds = table.kinds[rows][:, places]
+    kinds = np.empty(0, np.uint8) if table.kinds is None else table.kinds[rows][:, places]
+    if kinds.any():  # the groups may have text or missing values, and be no feature
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
         x = table.numbers[rows][:, places]
         if text or not handles_missing(x, expected):
