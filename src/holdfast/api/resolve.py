@@ -40,7 +40,6 @@ from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.units import Units
 from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.data import noting_fewer, open_data
-from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.frames import is_frame, open_frame, text_of
 from holdfast.io.data.memory import as_array, as_data
@@ -331,9 +330,12 @@ def with_groups(
     given = group_of(settings, ExampleGroups).groups
     if given is None:
         return data
+    from holdfast.io.data.example_groups import Groups  # only for data with groups
+
     if isinstance(given, str):
         return grouped(data, None, whole=whole)
-    values = np.array(text_of(given)) if hasattr(given, "isna") else as_array(given, "groups")
+    is_series = hasattr(given, "isna") and given.ndim == 1
+    values = np.array(text_of(given)) if is_series else as_array(given, "groups")
     return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
 
 

@@ -10,7 +10,6 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.metrics import attacked, corruptions, detection, paired, perturbations, shares
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.groups import worst_group
 from holdfast.metrics.names import METRICS
 from holdfast.metrics.transfer import transfer_success
 
@@ -59,7 +58,7 @@ BY_EPS: Mapping[str, AtEps] = {
     "robust_error_rate": shares.robust_error_rate,
     "robustness_score": shares.robustness_score,
     "worst_class": shares.worst_class,
-    "worst_group": worst_group,
+    "worst_group": shares.worst_group,
     "attack_success_rate": shares.attack_success_rate,
     "perturbed_share": shares.perturbed_share,
 }

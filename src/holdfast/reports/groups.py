@@ -5,7 +5,7 @@ from typing import Any
 
 from holdfast.core.evidence import Evidence
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.groups import FEWEST_IN_GROUP, per_group
+from holdfast.metrics.shares import FEWEST_IN_GROUP, per_group
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import TextTable, interval

@@ -33,8 +33,6 @@ from holdfast.reports.curves import (
 )
 from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.geometry import geometry_results
-from holdfast.reports.groups import groups
-from holdfast.reports.groups import table as groups_table
 from holdfast.reports.numbers import size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
@@ -123,7 +121,7 @@ def _measured(evidence: Evidence) -> Json:
         "served": dict(evidence.served),
         "curves": accuracy_curves(evidence),
         "per_class": per_class_to_json(evidence, classes),
-        "groups": groups(evidence),
+        "groups": _groups(evidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence),
         "other_data": [_bounded(card) for card in evidence.others],
@@ -133,6 +131,15 @@ def _measured(evidence: Evidence) -> Json:
         "notes": list(evidence.notes),
         "details": list(evidence.details),
     }
+
+
+def _groups(evidence: Evidence) -> Json | None:
+    """The accuracy of each group; None for a run without groups."""
+    if "group" not in evidence:
+        return None
+    from holdfast.reports.groups import groups  # only for runs with groups
+
+    return groups(evidence)
 
 
 def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
@@ -166,8 +173,11 @@ def measured_tables(summary: Mapping[str, Any]) -> Iterator[TextTable]:
     """Yield the tables of the groups, of the transfer between models, of the transfer across data sets, of a detector,
     and of black-box attacks on a guard, if these were measured.
     """
+    if summary.get("groups") is not None:
+        from holdfast.reports.groups import table as groups_table  # only for runs with groups
+
+        yield groups_table(summary["groups"], summary["noun"])
     for results, table in (
-        (summary.get("groups"), groups_table),
         (summary.get("transfer"), transfer_table),
         (summary.get("data_transfer"), across_table),
         (detector.detector(summary), detector.table),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
 from holdfast.io.data.class_numbers import Numbered
-from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import class_labels, refuse_swapped
 from holdfast.io.data.layouts import LayoutReading, reading_of
@@ -36,6 +35,9 @@ from holdfast.io.remote.value_ranges import (
     pixel_divisor,
     range_of_training,
 )
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 _CHUNK = 1 << 22
 """Number of values that are checked at a time."""
@@ -133,7 +135,7 @@ class Arrays:
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
     text_labels: bool = False
     """whether the labels of the source are names, which were numbered"""
-    groups: Groups | None = None
+    groups: "Groups | None" = None
     """group of each example, if the source states it"""
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from holdfast.core.types import Layout
 from holdfast.io.data import tables
 from holdfast.io.data.arrays import Array, Arrays, Choice, from_numpy
 from holdfast.io.data.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
-from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import refuse_swapped, whole_numbers
 from holdfast.io.data.layouts import CHANNELS
@@ -25,6 +24,9 @@ from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder
 from holdfast.io.files import names_of, reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 D = TypeVar("D", bound=Data)
 
@@ -228,7 +230,7 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
 
 def _groups(
     archive: Npz, n_rows: int, rows: NDArray[np.int64], address: str, expected: Expected
-) -> Groups | None:
+) -> "Groups | None":
     """Return the group of each example in the given rows, or None if no groups are requested."""
     name = expected.groups
     if name is None or not expected.needs_groups:
@@ -243,6 +245,8 @@ def _groups(
             f"the array {name!r} of {address!r} has {archive.rows(name)} rows, and there are {n_rows} examples; one "
             "group for each example was expected"
         )
+    from holdfast.io.data.example_groups import Groups  # only for data with groups
+
     return Groups.of_values(archive.array(name)[rows], name)
 
 

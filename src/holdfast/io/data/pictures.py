@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,6 @@ from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.class_numbers import lenient_numbers
-from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import GREY_NOTE
 from holdfast.io.files import megabytes, sha256_of_file, similar_name
@@ -30,6 +30,9 @@ from holdfast.io.limited.calling import too_slow
 from holdfast.io.limited.limits import MEMORY, cpu_seconds, requested_memory
 from holdfast.io.models.archive import refuse_large
 from holdfast.io.models.declarations import NORMALISED_DATA
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
@@ -69,7 +72,7 @@ class Pictures:
     notes: tuple[str, ...] = ()
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
-    groups: Groups | None = None
+    groups: "Groups | None" = None
     """group of each example, if it was given in Python"""
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Selects examples of an opened data set: the first ones, or a random sample that depends on a seed."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.io.data.arrays import Arrays, selected_rows
-from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.pictures import Pictures
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Selection:
 
     whole: Data
     rows: tuple[int, ...]
-    own_groups: Groups | None = None
+    own_groups: "Groups | None" = None
     """group of each selected example, if it is not that of the original data set"""
 
     @property
@@ -41,7 +44,7 @@ class Selection:
         return features
 
     @property
-    def groups(self) -> Groups | None:
+    def groups(self) -> "Groups | None":
         """Group of each selected example, or None if it is unknown."""
         groups: Groups | None = getattr(self.whole, "groups", None)
         return groups.taken(self.rows) if self.own_groups is None and groups is not None else self.own_groups
@@ -73,7 +76,7 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
 
 
 def grouped(
-    data: Data, groups: Groups | None, *, whole: bool, positions: NDArray[np.int64] | None = None
+    data: Data, groups: "Groups | None", *, whole: bool, positions: NDArray[np.int64] | None = None
 ) -> Data:
     """Return a data set whose examples have `groups`, which contain one for each example of its source, in the order of
     the source. If `groups` is None, the data set itself must state them.

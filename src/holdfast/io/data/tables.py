@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,15 @@ from holdfast.io.data.columns import (
     Words,
     number_of,
 )
-from holdfast.io.data.example_groups import Groups
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.pictures import decoded
 from holdfast.io.files import names_of, readable_file, similar_name
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limits import Limits
 from holdfast.io.limited.tables import table
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 _MOST = 0.5
 """Share of numbers above which strings in a column probably stand for missing values."""
@@ -122,7 +124,7 @@ def table_examples(
     return data.labelled(numbering)
 
 
-def _groups(table: ColumnTable, expected: Expected) -> Groups | None:
+def _groups(table: ColumnTable, expected: Expected) -> "Groups | None":
     """Return the group of each row, or None if no groups are requested. Raises `UsageError` if the column does not
     exist.
     """
@@ -135,6 +137,8 @@ def _groups(table: ColumnTable, expected: Expected) -> Groups | None:
             f"{table.name} has no column {column!r} of groups; its columns are {names_of(table.columns)}",
             Remedy("groups", similar or Placeholder("COLUMN")),
         )
+    from holdfast.io.data.example_groups import Groups  # only for data with groups
+
     return Groups.of_words(table.words[column], column)
 
 

@@ -219,11 +219,9 @@ def _out_of_range(x: Tensor, low: Tensor, high: Tensor, name: str) -> TargetErro
     return TargetError(f"{message}; scale them", bounds)
 
 
-def refuse_gates(
-    claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch, *, grouped: bool = False
-) -> None:
+def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch, data: Data) -> None:
     """Raise `UsageError` for a gate whose metric the planned stages do not measure. The message states which setting
-    would measure it. `grouped` is whether the examples have groups.
+    would measure it.
 
     Gates against a baseline are not checked, because the examples that both runs have in common are known only at the
     end.
@@ -234,7 +232,7 @@ def refuse_gates(
     if not without_baseline:
         return
     evidence = _as_if_broken(plan, target, sample)
-    if grouped:
+    if getattr(data, "groups", None) is not None:
         evidence = replace(evidence, columns={**evidence.columns, "group": torch.zeros_like(evidence["y"])})
     for claim in without_baseline:
         judge(claim, evidence, Doubts())

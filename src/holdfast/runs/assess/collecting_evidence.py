@@ -9,7 +9,6 @@ from torch import Tensor
 
 from holdfast.core.evidence import Columns, Cost, Evidence, Seconds, in_table
 from holdfast.doubts.answering import with_answers
-from holdfast.io.data.example_groups import places_of_letters
 from holdfast.io.remote.sent import Totals
 from holdfast.runs.assess.served_runs import totals_to_json
 from holdfast.runs.harness import (
@@ -88,6 +87,8 @@ def _with_groups(evidence: Evidence) -> Evidence:
     stated = evidence.data.get("groups")
     if stated is None:
         return evidence
+    from holdfast.io.data.example_groups import places_of_letters  # only for runs with groups
+
     group = torch.from_numpy(places_of_letters(stated["of"], len(stated["names"])))
     data = {**evidence.data, "groups": {name: stated[name] for name in ("column", "names")}}
     return replace(evidence, columns={**evidence.columns, "group": group}, data=data)

@@ -10,7 +10,6 @@ import torch
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.goal import Goal
-from holdfast.io.data.example_groups import Groups
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
 from holdfast.io.remote.served_model import Served
@@ -211,7 +210,7 @@ def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
 
 def _groups(data: Data) -> dict[str, Any]:
     """The groups of the examples, if the data have some."""
-    groups: Groups | None = getattr(data, "groups", None)
+    groups = getattr(data, "groups", None)
     return {} if groups is None else {"groups": groups.to_json()}
 
 
