@@ -1297,7 +1297,7 @@ situation(
     lambda groups=None: estimate("worst_group", assessed(suite="pgd", groups=groups).evidence),
     {"groups": np.arange(12) % 2},
 )
-situation("groups of an object", opened, {"groups": np.arange(12) % 2}, groups="sex")
+situation("groups of an object", opened, groups="sex")
 situation("one group", opened, groups=np.zeros(12))
 situation("groups of a folder", opened, data=Later(lambda: file("images")), groups="sex")
 for table, more in (("groups.csv", {"label": "label"}), ("groups.npz", {})):

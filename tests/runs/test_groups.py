@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
@@ -150,11 +151,14 @@ def test_a_number_that_a_fitted_model_does_not_know_is_no_feature(folder):
 BAD = [
     (
         {"examples": "t.npz", "groups": "sx"},
-        "no array 'sx' of groups; its arrays are x, y, sex, old, few; give groups='sex'",
+        "no column or array 'sx' of groups; it has x, y, sex, old, few; give groups='sex'",
     ),
     ({"examples": "t.npz", "groups": "few"}, "'few' of 't.npz' has 50 rows, and there are 120 examples"),
     ({"examples": "t.npz", "groups": "x"}, r"'x' has the shape \(120, 4\)"),
-    ({"examples": ("t.csv", "y"), "groups": "sxe"}, "no column 'sxe' of groups; .* give groups='sex'"),
+    (
+        {"examples": ("t.csv", "y"), "groups": "sxe"},
+        "no column or array 'sxe' of groups; .* give groups='sex'",
+    ),
     (
         {"examples": ("t.csv", "y"), "groups": "a", "drop": ["sex"]},
         "'a' has 120 different values; at most 50",
@@ -168,17 +172,22 @@ BAD = [
     ({"groups": np.tile(SEX, 2)}, "groups has 240 values, and the data have 120 examples"),
     ({"groups": SEX[:40], "sample": 60}, "groups has 40 values, and the data have at least .* examples"),
     ({"groups": X}, r"groups has the shape \(120, 4\); one value for each example"),
-    ({"groups": "sex"}, "has no columns or arrays with names; .* give groups=array"),
+    ({"groups": "sex"}, "has no columns or arrays with names .*; leave out groups"),
     ({"groups": object()}, "the groups are an object; a tensor or an array was expected"),
     ({"gates": ["worst_group >= 0.5"]}, "worst_group needs the group of each example; give groups=array"),
     ({"groups": SEX, "gates": ["worst_group >= 50"]}, "did you mean 0.5"),
-    ({"examples": "images", "groups": "sex"}, "'images' is a folder of images, which has no column 'sex'"),
+    (
+        {"examples": "images", "model": nn.Sequential(nn.Flatten(), NET), "groups": "sex"},
+        "images has no columns or arrays with names",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD, ids=[message for _, message in BAD])
 def test_wrong_groups_are_refused_before_anything_is_measured(settings, message, folder):
-    (folder / "images").mkdir()
+    for name in ("a", "b"):
+        (folder / "images" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((2, 2), np.uint8)).save(folder / "images" / name / "0.png")
     settings, drop = dict(settings), settings.get("drop", [])
     settings.pop("drop", None)
     if isinstance(settings.get("examples"), tuple):

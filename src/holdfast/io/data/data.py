@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.batch import UNLABELLED, Data
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.spelling import most_similar
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.io.data import tables
 from holdfast.io.data.arrays import Array, Arrays, Choice, from_numpy
@@ -22,7 +21,7 @@ from holdfast.io.data.layouts import CHANNELS
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
 from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder
-from holdfast.io.files import names_of, reading, similar_file, similar_name
+from holdfast.io.files import reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
 
 if TYPE_CHECKING:
@@ -122,13 +121,6 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
     if options.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
         raise UsageError(
             f"{address!r} is not a table and has no columns", Remedy("drop", function="open_data")
-        )
-    expected = options.expected
-    if expected.groups is not None and expected.needs_groups and path.is_dir():
-        raise UsageError(
-            f"{address!r} is a folder of images, which has no column {expected.groups!r} of groups; a table, "
-            "or an .npz file with such an array, was expected",
-            Remedy("groups"),
         )
     if path.exists():
         _refuse_foreign(path, address, options)
@@ -235,18 +227,14 @@ def _groups(
     name = expected.groups
     if name is None or not expected.needs_groups:
         return None
-    if name not in archive.names:
-        raise UsageError(
-            f"{address!r} has no array {name!r} of groups; its arrays are {names_of(archive.names)}",
-            Remedy("groups", most_similar(name, archive.names) or Placeholder("ARRAY")),
-        )
+    from holdfast.io.data.example_groups import Groups, refuse_unknown  # only for data with groups
+
+    refuse_unknown(name, archive.names, repr(address))
     if archive.rows(name) != n_rows:
         raise UsageError(
             f"the array {name!r} of {address!r} has {archive.rows(name)} rows, and there are {n_rows} examples; one "
             "group for each example was expected"
         )
-    from holdfast.io.data.example_groups import Groups  # only for data with groups
-
     return Groups.of_values(archive.array(name)[rows], name)
 
 

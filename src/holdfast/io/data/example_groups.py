@@ -1,6 +1,7 @@
 """The group of each example of a data set, such as its value in the column `sex` of a table."""
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import most_similar
 from holdfast.io.data.columns import Words, number_of
+from holdfast.io.files import names_of
 
 MOST_GROUPS = 50
 """Largest number of groups. Simultaneous intervals of more groups are wide, and each group has its own letter."""
@@ -77,6 +80,15 @@ class Groups:
         """Return the groups for a manifest: `of` has one letter for each example, `a` for the first group."""
         of = "".join(_LETTERS[place] for place in self.places)
         return {"column": self.column, "names": list(self.names), "of": of}
+
+
+def refuse_unknown(name: str, known: Sequence[str], where: str) -> None:
+    """Raise `UsageError` if the data `where` have no column or array of the groups with this name."""
+    if name not in known:
+        raise UsageError(
+            f"{where} has no column or array {name!r} of groups; it has {names_of(known)}",
+            Remedy("groups", most_similar(name, known) or Placeholder("NAME")),
+        )
 
 
 def places_of_letters(letters: str, n_groups: int) -> NDArray[np.int64]:

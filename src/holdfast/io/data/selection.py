@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays, selected_rows
 from holdfast.io.data.pictures import Pictures
 
@@ -82,8 +82,8 @@ def grouped(
     the source. If `groups` is None, the data set itself must state them.
 
     `whole` is True if all examples of the source are in the data set. `positions` are those of the examples in the
-    source; None if the data set has them. Raises `UsageError` if the number of groups is
-    wrong, or if they cannot be used.
+    source; None if the data set has them. Raises `UsageError` if the number of groups is wrong, or if they cannot be
+    used.
     """
     own: Groups | None = getattr(data, "groups", None)
     if groups is not None:
@@ -97,9 +97,9 @@ def grouped(
         own = groups.taken(positions)
     if own is None:
         raise UsageError(
-            f"{data.name} has no columns or arrays with names; groups of data given as a Python object are an array "
-            "with one value for each example",
-            Remedy("groups", Placeholder("NAME", "array")),
+            f"{data.name} has no columns or arrays with names that could state the groups; in Python, groups may be an "
+            "array with one value for each example",
+            Remedy("groups"),
         )
     usable = own.refuse_unusable()
     if isinstance(data, Arrays | Pictures):

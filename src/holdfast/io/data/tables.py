@@ -131,14 +131,9 @@ def _groups(table: ColumnTable, expected: Expected) -> "Groups | None":
     column = expected.groups
     if column is None or not expected.needs_groups:
         return None
-    if column not in table.columns:
-        similar = most_similar(column, table.columns)
-        raise UsageError(
-            f"{table.name} has no column {column!r} of groups; its columns are {names_of(table.columns)}",
-            Remedy("groups", similar or Placeholder("COLUMN")),
-        )
-    from holdfast.io.data.example_groups import Groups  # only for data with groups
+    from holdfast.io.data.example_groups import Groups, refuse_unknown  # only for data with groups
 
+    refuse_unknown(column, table.columns, table.name)
     return Groups.of_words(table.words[column], column)
 
 
