@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +20,7 @@ from holdfast.cli.app import run as command_line
 from holdfast.core.batch import Batch
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.io.data.example_groups import Groups
+from holdfast.reports.json_schemas import summary_schema
 from holdfast.runs.assess.assess import assess
 from runs.fakes import N, data, order, settled, subject
 from store.test_foreign import rewritten
@@ -209,6 +211,7 @@ def test_a_gate_on_the_worst_group_decides_the_exit_code_and_every_report_shows_
     said = capsys.readouterr()
     assert "groups: clean and robust accuracy by sex" in said.out and "Worst group" in said.out
     content = json.loads(Path("r.json").read_text())
+    jsonschema.validate(content, summary_schema())
     assert [(row["name"], row["n"], row["unclear"]) for row in content["groups"]["rows"]] == [
         ("f", 40, False),
         ("m", 80, False),
