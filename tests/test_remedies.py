@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from tempfile import mkdtemp
@@ -400,6 +400,7 @@ def file(name: str) -> str:
             "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
             "unscaled.csv": "a,b,c,d,label\n0.1,20,3,40,0\n0.5,60,7,80,1\n",
             "no-header.csv": "0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
+            "groups.csv": "a,b,c,d,sex,label\n0.1,0.2,0.3,0.4,f,0\n0.5,0.6,0.7,0.8,m,1\n",
             "classes.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,1\n0.5,0.6,0.7,0.8,2\n0.5,0.6,0.7,0.8,10\n",
         }
         path.write_text(tables[name])
@@ -407,6 +408,8 @@ def file(name: str) -> str:
         path.write_text('{"a": [0, 1]}')
     elif name == "one.npz":
         np.savez(path, x=X.numpy(), y=Y.numpy())
+    elif name == "groups.npz":
+        np.savez(path, x=X.numpy(), y=Y.numpy(), sex=np.arange(12) % 2)
     elif name == "named.npz":
         np.savez(path, images=X.numpy(), targets=Y.numpy())
     elif name == "grey.npz":
@@ -1289,6 +1292,24 @@ situation(
     "no access at all", hidden, {"surrogates": [LINEAR]}, threat="linf:0.01,access=none", suite="square"
 )
 situation("across, of a run without", across_metric, {"across": [PAIR]})
+situation(
+    "a worst group of a run without groups",
+    lambda groups=None: estimate("worst_group", assessed(suite="pgd", groups=groups).evidence),
+    {"groups": np.arange(12) % 2},
+)
+situation("groups of an object", opened, groups="sex")
+situation("one group", opened, groups=np.zeros(12))
+situation("groups of a folder", opened, data=Later(lambda: file("images")), groups="sex")
+for table, more in (("groups.csv", {"label": "label"}), ("groups.npz", {})):
+    for misspelt_group in ("sxe", "unknown"):
+        situation(
+            f"groups {misspelt_group} of {table}",
+            opened,
+            {"groups": "sex"},
+            data=Later(partial(file, table)),
+            open_data=more,
+            groups=misspelt_group,
+        )
 situation(
     "budget of one update",
     lambda budget: None if budget != "0.1s" else raised(too_small(0.1, Pace(1.0, 1.0), 1, 0.1)),

@@ -83,6 +83,7 @@ def test_every_value_lies_in_its_interval_and_names_its_n():
         "targeted_success_rate",
         "transfer_success",
         "suite_robust_accuracy",
+        "worst_group",
     }
     assert set(found) == set(METRICS) - others - corrupted
     for name, seen in found.items():

@@ -22,7 +22,7 @@ from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
 from holdfast.settings.grammar import did_you_mean
-from holdfast.settings.groups import DataSource, InferenceSource, InputSpace
+from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace
 from holdfast.settings.values import numbers_by_feature
 
 
@@ -184,7 +184,15 @@ def expected(
         model.units,
         ProbedClassifier(model),
         lenient,
+        groups=group_column(settings),
+        needs_groups=data is None,
     )
+
+
+def group_column(settings: Opening) -> str | None:
+    """Return the name of the column or array that states the groups of the examples, or None if there is none."""
+    given = group_of(settings, ExampleGroups).groups
+    return given if isinstance(given, str) else None
 
 
 def unlabelled(settings: Opening, model: Classifier, data: DataSource) -> Expected:

@@ -181,7 +181,8 @@ def _parted(
             "smaller number"
         )
     judged, training = examples.take(order[:n].sort().values), examples.subset(order[n:].sort().values)
-    return training, as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
+    test = as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
+    return training, resolve.with_groups(test, settings, whole=False, positions=judged.ids.cpu().numpy())
 
 
 def _changing(row: int) -> TargetError:
@@ -374,6 +375,7 @@ def _open_options(settings: Harden, subject: Subject) -> str:
     for flag, text in (
         ("--split", settings.split),
         ("--label", settings.label),
+        ("--groups", expecting.group_column(settings)),
         ("--x", settings.x),
         ("--y", settings.y),
         ("--data-normalised", None if normalised is None else str(normalised)),

@@ -5,7 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from holdfast.api import pooled
@@ -16,6 +18,7 @@ from holdfast.api.expecting import (
     declared,
     ends,
     expected,
+    group_column,
     names,
     normalisation,
     sizes_by_feature,
@@ -38,9 +41,9 @@ from holdfast.core.units import Units
 from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.data import noting_fewer, open_data
 from holdfast.io.data.expected import Expected
-from holdfast.io.data.frames import is_frame, open_frame
-from holdfast.io.data.memory import as_data
-from holdfast.io.data.selection import Selection, selected
+from holdfast.io.data.frames import is_frame, open_frame, text_of
+from holdfast.io.data.memory import as_array, as_data
+from holdfast.io.data.selection import Selection, grouped, selected
 from holdfast.io.models.adapting import object_identity, refuse_no_model
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.remote.remote import SCHEMES, Remote
@@ -49,7 +52,14 @@ from holdfast.reports.words import amount
 from holdfast.runs.assess.request import Opened, Subject
 from holdfast.runs.harness import MATRIX_ROWS, Plan
 from holdfast.settings.grammar import parse_threat, parse_transform, per_second, seconds
-from holdfast.settings.groups import DataSource, ExampleSelection, InferenceSource, ServerLimits, ThreatSource
+from holdfast.settings.groups import (
+    DataSource,
+    ExampleGroups,
+    ExampleSelection,
+    InferenceSource,
+    ServerLimits,
+    ThreatSource,
+)
 from holdfast.settings.values import SurrogateSettings, address_of
 
 
@@ -171,6 +181,8 @@ def _values_of(settings: Opening, fitted: tuple[str, ...] | None) -> Arrays:
         lenient=True,
         normalised=normalisation(settings),
         accepts_missing=True,
+        groups=group_column(settings),
+        needs_groups=False,
     )
     raw = open_expected(settings, properties)
     arrays = (
@@ -302,7 +314,29 @@ def open_examples(
     """Open the examples on which the model is evaluated, or another `selection` of the data. With `lenient`, examples
     that do not fit the model are accepted as well.
     """
-    return open_expected(settings, expected(settings, model, lenient=lenient), selection)
+    data = open_expected(settings, expected(settings, model, lenient=lenient), selection)
+    chosen = selection or group_of(settings, ExampleSelection)
+    return with_groups(data, settings, whole=chosen.n is None and chosen.sample is None)
+
+
+def with_groups(
+    data: Data, settings: Opening, *, whole: bool, positions: NDArray[np.int64] | None = None
+) -> Data:
+    """Return the data set with the groups of the settings, or unchanged without such a setting.
+
+    `whole` is True if all examples of the source are in the data set. `positions` are those of the examples in the
+    source; None if the data set has them.
+    """
+    given = group_of(settings, ExampleGroups).groups
+    if given is None:
+        return data
+    from holdfast.io.data.example_groups import Groups  # only for data with groups
+
+    if isinstance(given, str):
+        return grouped(data, None, whole=whole)
+    is_series = hasattr(given, "isna") and given.ndim == 1
+    values = np.array(text_of(given)) if is_series else as_array(given, "groups")
+    return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
 
 
 def open_expected(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:

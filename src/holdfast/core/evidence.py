@@ -228,7 +228,8 @@ class Evidence:
     if it is not; `attacked` marks the examples on which at least one attack of the suite was run. Randomised smoothing:
     `certified_radius` is a lower confidence limit, also above eps and where it is below; `abstained` marks examples
     whose prediction the draws do not show, and `contradicted` those that a certificate and an attack contradict, which
-    count as broken.
+    count as broken. `group` is the index of the group of each example in `data["groups"]["names"]`, if there are
+    groups.
     """
 
     columns: Columns

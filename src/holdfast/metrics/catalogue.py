@@ -58,6 +58,7 @@ BY_EPS: Mapping[str, AtEps] = {
     "robust_error_rate": shares.robust_error_rate,
     "robustness_score": shares.robustness_score,
     "worst_class": shares.worst_class,
+    "worst_group": shares.worst_group,
     "attack_success_rate": shares.attack_success_rate,
     "perturbed_share": shares.perturbed_share,
 }

@@ -69,6 +69,10 @@ METRICS: Final[dict[str, str]] = {
     "robust_error_rate": "one minus the robust accuracy",
     "robustness_score": "harmonic mean of clean and robust accuracy",
     "worst_class": "smallest robust accuracy over the classes, with Bonferroni's correction",
+    "worst_group": (
+        "smallest robust accuracy over the groups of at least 30 examples, with Bonferroni's correction; the interval "
+        "begins at 0 if a group is smaller"
+    ),
     "attack_success_rate": "share of the examples correct when clean that an attack broke",
     "targeted_success_rate": "share of eligible examples that an attack changed to the target class",
     "transfer_success": "share of the examples correct when clean that examples computed on the surrogates break",
@@ -129,6 +133,7 @@ AT_EPS: Final = frozenset(
         "robust_error_rate",
         "robustness_score",
         "worst_class",
+        "worst_group",
         "attack_success_rate",
         "perturbed_share",
     }
@@ -141,6 +146,7 @@ UPPER_BOUNDS: Final = frozenset(
         "suite_robust_accuracy",
         "robustness_score",
         "worst_class",
+        "worst_group",
         *(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0")),
         "robust_margin",
         "adversarial_radius",

@@ -9,10 +9,14 @@ import torch
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
 from holdfast.statistics.intervals import CONFIDENCE, bonferroni, complement, mean, proportion
+
+FEWEST_IN_GROUP = 30
+"""Number of examples below which a group is unclear. With 30, the interval of an accuracy of 50 % ends at 31 and 69 %,
+before the correction."""
 
 
 def clean_accuracy(evidence: Evidence, confidence: float = CONFIDENCE) -> Estimate:
@@ -206,10 +210,60 @@ def worst_class(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     return Estimate(worst.value, min(e.low for e in accuracies), min(e.high for e in accuracies), worst.n)
 
 
+@dataclass(frozen=True)
+class GroupRow:
+    """The clean accuracy and the robust accuracy of one group."""
+
+    place: int
+    """index of the group in the names of the groups"""
+    clean_accuracy: Estimate
+    robust_accuracy: Estimate
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the group has fewer than 30 examples."""
+        return self.robust_accuracy.n < FEWEST_IN_GROUP
+
+
+def per_group(evidence: Evidence, *, eps: float | None = None) -> tuple[GroupRow, ...]:
+    """Return the clean accuracy and the robust accuracy of each group that occurs in the data.
+
+    All intervals of the robust accuracies hold together (Bonferroni), and so do those of the clean accuracies. Raises
+    `Absent` if the run has no groups or no robust accuracy.
+    """
+    if "group" not in evidence:
+        raise Absent(
+            "worst_group needs the group of each example", Remedy("groups", Placeholder("NAME", "array"))
+        )
+    places = torch.unique(evidence["group"]).tolist()
+    confidence = bonferroni(CONFIDENCE, len(places))
+    rows = []
+    for place in places:
+        members = evidence["group"] == place
+        clean = proportion(evidence["correct"][members], confidence)
+        rows.append(GroupRow(place, clean, _accuracy_of(evidence, members, "worst_group", confidence, eps)))
+    return tuple(rows)
+
+
+def worst_group(evidence: Evidence, *, eps: float | None = None) -> Estimate:
+    """Return the robust accuracy of the group with the lowest one, among the groups of at least 30 examples.
+
+    The intervals of all groups are simultaneous, so the smallest of their ends bound the smallest accuracy. A smaller
+    group could have any accuracy: with one, the interval begins at 0, and without a larger group it ends at 1.
+    """
+    rows = per_group(evidence, eps=eps)
+    clear = [row.robust_accuracy for row in rows if not row.unclear]
+    worst = min(clear or [row.robust_accuracy for row in rows], key=lambda estimate: estimate.value)
+    low = min(estimate.low for estimate in clear) if len(clear) == len(rows) else 0.0
+    return Estimate(worst.value, low, min((estimate.high for estimate in clear), default=1.0), worst.n)
+
+
 def _accuracy_of(
     evidence: Evidence, members: Mask, metric: str, confidence: float = CONFIDENCE, eps: float | None = None
 ) -> Estimate:
-    """Robust accuracy of some examples: a share, or the mean probability of a correct answer for a randomised model."""
+    """Robust accuracy of some examples: a share, or the mean probability of a correct answer for a
+    randomised model.
+    """
     chance = right_probability(evidence, eps)
     if chance is not None:
         return mean(chance[members], confidence)

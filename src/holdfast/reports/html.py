@@ -48,6 +48,7 @@ def page(summary: Mapping[str, Any]) -> str:
         hardest=_hardest(summary["attacks"]),
         by_distance=attacks.by_distance(summary),
         classes=_worst(summary["per_class"]),
+        groups_lead=_groups_lead(summary),
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
         geometry=summary.get("geometry"),
@@ -62,6 +63,15 @@ def page(summary: Mapping[str, Any]) -> str:
         proof_lines=certification.certification_lines(summary),
         **_doubts(summary["doubts"]),
     )
+
+
+def _groups_lead(summary: Mapping[str, Any]) -> str:
+    """The sentence above the table of the groups, if there are some."""
+    if not summary.get("groups"):
+        return ""
+    from holdfast.reports.groups import table  # only for runs with groups
+
+    return words.sentences(table(summary["groups"], summary["noun"]).description)
 
 
 def _doubts(doubts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

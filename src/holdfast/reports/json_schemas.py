@@ -444,6 +444,29 @@ class Transfer(TypedDict):
     rows: list[TransferRow]
 
 
+class GroupRow(TypedDict):
+    """Accuracy of the examples of one group.
+
+    - `unclear`: the group has too few examples, so that no gate on `worst_group` passes
+    """
+
+    name: str
+    n: Positive
+    clean_accuracy: EstimateJson
+    robust_accuracy: EstimateJson
+    unclear: bool
+
+
+class Groups(TypedDict):
+    """Accuracy of each group of examples, with intervals that hold together.
+
+    - `column`: the column or array that states the groups; empty for an array that was given in Python
+    """
+
+    column: str
+    rows: Annotated[list[GroupRow], MaxLen(50)]
+
+
 class OtherData(TypedDict):
     """A further data set."""
 
@@ -664,6 +687,7 @@ class Assessment(TypedDict):
     served: Served
     curves: Curves
     per_class: Annotated[list[ClassRow], MaxLen(1000)]
+    groups: NotRequired[Groups | None]
     surrogates: list[Surrogate]
     transfer: Transfer | None
     other_data: list[OtherData]

@@ -136,7 +136,7 @@ def _matrices(summary: Mapping[str, Any]) -> list[str]:
     """The transfer matrix, the transfer across data sets, a detector, and black-box attacks on a guard."""
     lines = []
     for table in measured_tables(summary):
-        description = f"{escaped(table.description.capitalize())}."
+        description = f"{escaped(capitalized(table.description))}."
         lines += [f"### {table.name.capitalize()}", "", description, "", *_escaped_table(table)]
     return lines
 

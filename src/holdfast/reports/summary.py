@@ -121,6 +121,7 @@ def _measured(evidence: Evidence) -> Json:
         "served": dict(evidence.served),
         "curves": accuracy_curves(evidence),
         "per_class": per_class_to_json(evidence, classes),
+        "groups": _groups(evidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence),
         "other_data": [_bounded(card) for card in evidence.others],
@@ -130,6 +131,15 @@ def _measured(evidence: Evidence) -> Json:
         "notes": list(evidence.notes),
         "details": list(evidence.details),
     }
+
+
+def _groups(evidence: Evidence) -> Json | None:
+    """The accuracy of each group; None for a run without groups."""
+    if "group" not in evidence:
+        return None
+    from holdfast.reports.groups import groups  # only for runs with groups
+
+    return groups(evidence)
 
 
 def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
@@ -160,9 +170,13 @@ def _about(run: Mapping[str, Any]) -> Json:
 
 
 def measured_tables(summary: Mapping[str, Any]) -> Iterator[TextTable]:
-    """Yield the tables of the transfer between models, of the transfer across data sets, of a detector, and of
-    black-box attacks on a guard, if these were measured.
+    """Yield the tables of the groups, of the transfer between models, of the transfer across data sets, of a detector,
+    and of black-box attacks on a guard, if these were measured.
     """
+    if summary.get("groups") is not None:
+        from holdfast.reports.groups import table as groups_table  # only for runs with groups
+
+        yield groups_table(summary["groups"], summary["noun"])
     for results, table in (
         (summary.get("transfer"), transfer_table),
         (summary.get("data_transfer"), across_table),

@@ -52,6 +52,7 @@ FIRST = frozenset(
         "suite_robust_accuracy",
         "robustness_score",
         "worst_class",
+        "worst_group",
         "attack_success_rate",
         "targeted_success_rate",
         "transfer_success",

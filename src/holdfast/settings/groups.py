@@ -284,6 +284,16 @@ class ExampleSelection(SettingGroup):
             raise UsageError(f"{prefix}give n (the first N) or sample (a random N), not both")
 
 
+class ExampleGroups(SettingGroup):
+    """Setting with the groups of the examples."""
+
+    groups: Annotated[values.ExampleGroups | None, Flag("NAME")] = Field(
+        default=None,
+        description="Groups of the examples, for the robust accuracy of each and worst_group: a column of a table, "
+        "or an array of an .npz file. In Python also an array.",
+    )
+
+
 class ThreatSource(SettingGroup):
     """Setting with the threat model, which states what the attacker may change and use."""
 

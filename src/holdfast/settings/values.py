@@ -442,6 +442,12 @@ def _surrogate(value: object, validated: ValidatorFunctionWrapHandler) -> object
 SuiteSpec = Annotated[Any, BeforeValidator(_suite), WithJsonSchema({"type": "string"})]
 Given = Annotated[Any, BeforeValidator(_given), WithJsonSchema({"type": "string"})]
 """Address of a model or data, or a Python object."""
+ExampleGroups = Annotated[
+    Any,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+    WithJsonSchema({"type": "string"}),
+]
+"""Name of a column or of an array, or in Python an array."""
 PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 Others = Annotated[list[Given], BeforeValidator(_data_sets)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]

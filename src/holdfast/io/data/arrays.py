@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from holdfast.io.remote.value_ranges import (
     pixel_divisor,
     range_of_training,
 )
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 _CHUNK = 1 << 22
 """Number of values that are checked at a time."""
@@ -132,6 +135,8 @@ class Arrays:
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
     text_labels: bool = False
     """whether the labels of the source are names, which were numbered"""
+    groups: "Groups | None" = None
+    """group of each example, if the source states it"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -156,7 +161,8 @@ class Arrays:
     def taken(self, rows: Sequence[int]) -> "Arrays":
         """Return a data set that contains only the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
-        return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
+        groups = None if self.groups is None else self.groups.taken(chosen)
+        return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen], groups=groups)
 
     def labelled(self, numbering: Numbered) -> "Arrays":
         """Return the data set with the notes and the objection of `numbering`, from which its labels are."""

@@ -3,9 +3,10 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from holdfast.core.batch import UNLABELLED, Data
 from holdfast.core.errors import TargetError, UsageError
@@ -22,6 +23,9 @@ from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder
 from holdfast.io.files import reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 D = TypeVar("D", bound=Data)
 
@@ -213,7 +217,25 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         class_names=names,
         source_labels=all_labels,
     )
-    return data.labelled(numbering)
+    return replace(data.labelled(numbering), groups=_groups(archive, n_rows, rows, address, options.expected))
+
+
+def _groups(
+    archive: Npz, n_rows: int, rows: NDArray[np.int64], address: str, expected: Expected
+) -> "Groups | None":
+    """Return the group of each example in the given rows, or None if no groups are requested."""
+    name = expected.groups
+    if name is None or not expected.needs_groups:
+        return None
+    from holdfast.io.data.example_groups import Groups, refuse_unknown  # only for data with groups
+
+    refuse_unknown(name, archive.names, repr(address))
+    if archive.rows(name) != n_rows:
+        raise UsageError(
+            f"the array {name!r} of {address!r} has {archive.rows(name)} rows, and there are {n_rows} examples; one "
+            "group for each example was expected"
+        )
+    return Groups.of_values(archive.array(name)[rows], name)
 
 
 def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options) -> Arrays:

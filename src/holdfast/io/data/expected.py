@@ -50,6 +50,10 @@ class Expected:
     """whether labels are checked; False if they are not used"""
     needs_labels: bool = True
     """whether data without labels are refused; otherwise their labels are `UNLABELLED`"""
+    groups: str | None = None
+    """column of a table, or array of an `.npz` file, that states the group of each example"""
+    needs_groups: bool = True
+    """whether data without this column or array are refused; False if their groups are not used"""
     words: tuple[str, ...] | None = ()
     """columns of a table that are read as strings, and are no numeric features; None for all columns"""
 

@@ -47,7 +47,7 @@ def open_frame(
         raise TargetError(
             f"{_NAME} has several columns named {repeated[0]!r}; give each column a different name"
         )
-    columns = {name: _text(frame.iloc[:, place]) for place, name in enumerate(names)}
+    columns = {name: text_of(frame.iloc[:, place]) for place, name in enumerate(names)}
     if labels is not None:
         if label is not None:
             raise UsageError(
@@ -55,7 +55,7 @@ def open_frame(
             )
         label, columns = _with_labels(columns, labels, frame.index)
     return table_examples(
-        _table(columns, label, (expected or Expected()).words),
+        _table(columns, label, expected or Expected()),
         choice or Choice(),
         name=_NAME,
         label=label,
@@ -64,12 +64,10 @@ def open_frame(
     )
 
 
-def _table(
-    columns: Mapping[str, list[str]], label: str | None, words_of: tuple[str, ...] | None
-) -> ColumnTable:
-    read_as_words = columns if words_of is None else words_of
-    texts = [name for name in columns if name in (label, SPLIT_COLUMN, *read_as_words)]
-    features = [name for name in columns if name not in texts]
+def _table(columns: Mapping[str, list[str]], label: str | None, expected: Expected) -> ColumnTable:
+    only_texts = (label, SPLIT_COLUMN, *(columns if expected.words is None else expected.words))
+    texts = [name for name in columns if name in (*only_texts, expected.groups)]
+    features = [name for name in columns if name not in only_texts]
     rows = len(next(iter(columns.values()), []))
     numbers, kinds = side_by_side([as_numbers(columns[name]) for name in features], rows)
     words = {}
@@ -94,7 +92,7 @@ def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tupl
     name = "label"
     while name in columns:
         name += "_"
-    return name, {**columns, name: _text(values)}
+    return name, {**columns, name: text_of(values)}
 
 
 def _refuse_other_order(index: Any, labels: Any) -> None:
@@ -113,7 +111,7 @@ def _refuse_other_order(index: Any, labels: Any) -> None:
         )
 
 
-def _text(column: Any) -> list[str]:
+def text_of(column: Any) -> list[str]:
     """Return the values of a column as strings. A missing value becomes the empty string, as in a file."""
     missing = np.asarray(column.isna()) if hasattr(column, "isna") else np.zeros(len(column), bool)
     return [

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from holdfast.io.limited.calling import too_slow
 from holdfast.io.limited.limits import MEMORY, cpu_seconds, requested_memory
 from holdfast.io.models.archive import refuse_large
 from holdfast.io.models.declarations import NORMALISED_DATA
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
@@ -68,6 +72,8 @@ class Pictures:
     notes: tuple[str, ...] = ()
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+    groups: "Groups | None" = None
+    """group of each example, if it was given in Python"""
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,12 +1,21 @@
 """Selects examples of an opened data set: the first ones, or a random sample that depends on a seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
-from holdfast.io.data.arrays import selected_rows
+from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
+from holdfast.io.data.arrays import Arrays, selected_rows
+from holdfast.io.data.pictures import Pictures
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 
 @dataclass(frozen=True)
@@ -15,6 +24,8 @@ class Selection:
 
     whole: Data
     rows: tuple[int, ...]
+    own_groups: "Groups | None" = None
+    """group of each selected example, if it is not that of the original data set"""
 
     @property
     def name(self) -> str:
@@ -31,6 +42,12 @@ class Selection:
         """Names of the feature columns if the data set is a table, else None."""
         features: tuple[str, ...] | None = getattr(self.whole, "features", None)
         return features
+
+    @property
+    def groups(self) -> "Groups | None":
+        """Group of each selected example, or None if it is unknown."""
+        groups: Groups | None = getattr(self.whole, "groups", None)
+        return groups.taken(self.rows) if self.own_groups is None and groups is not None else self.own_groups
 
     @property
     def digest(self) -> str:
@@ -56,6 +73,45 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
         return data
     rows = selected_rows(len(data), n=n, sample=sample, seed=seed, name=data.name)
     return data if len(rows) == len(data) else Selection(data, tuple(rows.tolist()))
+
+
+def grouped(
+    data: Data, groups: "Groups | None", *, whole: bool, positions: NDArray[np.int64] | None = None
+) -> Data:
+    """Return a data set whose examples have `groups`, which contain one for each example of its source, in the order of
+    the source. If `groups` is None, the data set itself must state them.
+
+    `whole` is True if all examples of the source are in the data set. `positions` are those of the examples in the
+    source; None if the data set has them. Raises `UsageError` if the number of groups is wrong, or if they cannot be
+    used.
+    """
+    own: Groups | None = getattr(data, "groups", None)
+    if groups is not None:
+        positions = _positions(data) if positions is None else positions
+        n, is_whole = len(groups.places), whole and bool((positions == np.arange(len(data))).all())
+        if n <= positions.max() or (is_whole and n != len(data)):
+            raise UsageError(
+                f"groups has {n} values, and the data have {'' if is_whole else 'at least '}{positions.max() + 1} "
+                "examples; one value for each example was expected"
+            )
+        own = groups.taken(positions)
+    if own is None:
+        raise UsageError(
+            f"{data.name} has no columns or arrays with names that could state the groups; in Python, groups may be an "
+            "array with one value for each example",
+            Remedy("groups"),
+        )
+    usable = own.refuse_unusable()
+    if isinstance(data, Arrays | Pictures):
+        return replace(data, groups=usable)
+    return Selection(data, tuple(range(len(data))), usable)
+
+
+def _positions(data: Data) -> NDArray[np.int64]:
+    """Return the positions of the examples of a data set in its source."""
+    if isinstance(data, Selection):
+        return _positions(data.whole)[list(data.rows)]
+    return data.ids if isinstance(data, Arrays | Pictures) else np.arange(len(data))
 
 
 def concatenated(batches: list[Batch]) -> Batch:

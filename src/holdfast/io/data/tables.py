@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from holdfast.io.files import names_of, readable_file, similar_name
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limits import Limits
 from holdfast.io.limited.tables import table
+
+if TYPE_CHECKING:
+    from holdfast.io.data.example_groups import Groups
 
 _MOST = 0.5
 """Share of numbers above which strings in a column probably stand for missing values."""
@@ -63,11 +66,13 @@ def open_table(
     was fitted on, in their order, if their number is equal.
     """
     readable_file(path, "data file")
+    expected = expected or Expected()
     request: dict[str, Any] = {
         "inputs": inputs,
         "separator": separator or ",",
         "header": header,
-        "words": (expected or Expected()).words,
+        "words": expected.words,
+        "groups": expected.groups,
     }
     with read_under_limits("tables", path, LIMITS, label=label, drop=drop, **request) as (
         description,
@@ -90,6 +95,8 @@ def table_examples(
     expected = expected or Expected()
     label = _label(label, table)
     _refuse_dropped(drop, label, table)
+    groups = _groups(table, expected)
+    drop = (*drop, *_groups_only(table, expected))
     rows_of_split = _rows_of_split(table, choice.split)
     chosen = rows_of_split[choice.rows(len(rows_of_split), name)]
     column = table.words[label]
@@ -106,12 +113,41 @@ def table_examples(
         features = tuple(_as_fitted([name for name in table.features if name not in drop], table, expected))
         x = _numbers(table, features, chosen, expected)
     of_source: dict[str, Any] = {"layout": layout, "notes": notes, "features": features}
+    groups = None if groups is None else groups.taken(chosen)
     if y is not None:
-        return from_numpy(name, x, y[chosen], chosen, expected, source_labels=y, **of_source)
+        data = from_numpy(name, x, y[chosen], chosen, expected, source_labels=y, **of_source)
+        return replace(data, groups=groups)
     # names are numbered after the model was called with the inputs, which determines its number of classes
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, **of_source)
     numbering = numbered_words(column.words, column.places, expected, table.name)
-    return replace(data, y=numbering.y[chosen], classes=numbering.names).labelled(numbering)
+    data = replace(data, y=numbering.y[chosen], classes=numbering.names, groups=groups)
+    return data.labelled(numbering)
+
+
+def _groups(table: ColumnTable, expected: Expected) -> "Groups | None":
+    """Return the group of each row, or None if no groups are requested. Raises `UsageError` if the column does not
+    exist.
+    """
+    column = expected.groups
+    if column is None or not expected.needs_groups:
+        return None
+    from holdfast.io.data.example_groups import Groups, refuse_unknown  # only for data with groups
+
+    refuse_unknown(column, table.columns, table.name)
+    return Groups.of_words(table.words[column], column)
+
+
+def _groups_only(table: ColumnTable, expected: Expected) -> tuple[str, ...]:
+    """Return the column of the groups if it is no feature: a column with text, or one that the model was not fitted
+    on.
+    """
+    column, fitted = expected.groups, expected.feature_names
+    if column is None or column not in table.features:
+        return ()
+    kinds = None if table.kinds is None else table.kinds[:, table.features.index(column)]
+    has_text = kinds is not None and bool((kinds == TEXT).any())
+    is_other = fitted is not None and table.has_header and column not in fitted
+    return (column,) if has_text or is_other else ()
 
 
 def _whole_inputs(
@@ -277,8 +313,8 @@ def _numbers(
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
     numbers = {name: place for place, name in enumerate(table.features)}
     places = [numbers[name] for name in features]
-    if table.kinds is not None:
-        kinds = table.kinds[rows][:, places]
+    kinds = np.empty(0, np.uint8) if table.kinds is None else table.kinds[rows][:, places]
+    if kinds.any():  # the groups may have text or missing values, and be no feature
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
         x = table.numbers[rows][:, places]
         if text or not handles_missing(x, expected):

@@ -135,19 +135,21 @@ def read(
     separator: str,
     header: bool,
     words: list[str] | None,
+    groups: str | None,
 ) -> dict[str, Any]:
     """Return the column names and the distinct label strings of a table file, and write its converted cells to files in
     the folder.
 
     If the table has no column `label`, no rows are read. `inputs` is the column whose cells are the inputs. `separator`
     and `header` are those of a CSV file; columns without a header are named 0, 1, 2, …. The cells of the columns
-    `words`, or of all columns if it is None, are read as strings, like those of the label.
+    `words`, or of all columns if it is None, are read as strings, like those of the label. Those of the column `groups`
+    are read as strings as well as numbers.
     """
     assert content is None, "a table is read from its file"
     if path.suffix == ".parquet":
-        return _read_parquet(path, folder, label, drop, inputs, words)
+        return _read_parquet(path, folder, label, drop, inputs, words, groups)
     names, blocks = _csv(path, label, separator, has_header=header)
-    return _read_columns(path, folder, label, drop, words, names, blocks)
+    return _read_columns(path, folder, label, drop, words, names, blocks, groups)
 
 
 def _read_columns(
@@ -158,6 +160,7 @@ def _read_columns(
     words: list[str] | None,
     header: list[str],
     blocks: Blocks,
+    groups: str | None = None,
 ) -> dict[str, Any]:
     if not header or len(set(header)) != len(header):
         doubled = [name for name, n in Counter(header).items() if n > 1]
@@ -170,8 +173,9 @@ def _read_columns(
             "rename it"
         )
     read_as_words = [name for name in header if name not in drop] if words is None else words
-    texts = [name for name in header if name in (label, SPLIT_COLUMN, *read_as_words) and label in header]
-    features = [name for name in header if name not in (*texts, *drop)] if label in header else []
+    only_texts = (label, SPLIT_COLUMN, *read_as_words)
+    texts = [name for name in header if name in (*only_texts, groups) and label in header]
+    features = [name for name in header if name not in (*only_texts, *drop)] if label in header else []
     indices_of_words: list[dict[str, int]] = [{} for _ in texts]
     rows, all_numbers = 0, True
     with ExitStack() as files:
@@ -194,7 +198,13 @@ def _read_columns(
 
 
 def _read_parquet(
-    path: Path, folder: Path, label: str | None, drop: list[str], inputs: str | None, words: list[str] | None
+    path: Path,
+    folder: Path,
+    label: str | None,
+    drop: list[str],
+    inputs: str | None,
+    words: list[str] | None,
+    groups: str | None,
 ) -> dict[str, Any]:
     file = _open_parquet(path)
     header = list(file.schema_arrow.names)
@@ -215,9 +225,10 @@ def _read_parquet(
             *(Remedy("x", name, function="open_data") for name in whole[:3]),
         )
     if not whole or label not in header:
-        return _read_columns(path, folder, label, drop, words, header, _batches(path, file, header))
+        return _read_columns(path, folder, label, drop, words, header, _batches(path, file, header), groups)
     column = inputs or whole[0]
-    texts = [name for name in header if name in (label, SPLIT_COLUMN, *(words or ()))]
+    words = [*(words or ()), *([] if groups is None else [groups])]
+    texts = [name for name in header if name in (label, SPLIT_COLUMN, *words)]
     blocks = _batches(path, file, [*texts, column], _ROWS)
     with (folder / _INPUTS).open("wb") as cells, (folder / _ENDS).open("wb") as ends:
         write = _InputWriter(path, column, cells, ends)

@@ -103,7 +103,7 @@ def assess(
         ExitStack() as stack,
     ):
         plan = plan_for(subject, data, request, target, sample, stack)
-        refuse_gates(request.gates, plan, target, sample)
+        refuse_gates(request.gates, plan, target, sample, data)
         stored, shape = None if run is None else stored_manifest(run), tuple(sample.x.shape[1:])
         manifest: Mapping[str, Any] = assess_manifest(
             subject, data, request, plan, target, shape, served=served, stored=stored

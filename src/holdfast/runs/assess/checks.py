@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +219,7 @@ def _out_of_range(x: Tensor, low: Tensor, high: Tensor, name: str) -> TargetErro
     return TargetError(f"{message}; scale them", bounds)
 
 
-def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
+def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch, data: Data) -> None:
     """Raise `UsageError` for a gate whose metric the planned stages do not measure. The message states which setting
     would measure it.
 
@@ -231,6 +232,8 @@ def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Ba
     if not without_baseline:
         return
     evidence = _as_if_broken(plan, target, sample)
+    if getattr(data, "groups", None) is not None:
+        evidence = replace(evidence, columns={**evidence.columns, "group": torch.zeros_like(evidence["y"])})
     for claim in without_baseline:
         judge(claim, evidence, Doubts())
 

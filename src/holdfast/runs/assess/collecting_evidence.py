@@ -79,7 +79,19 @@ def evidence_of(
     if adapted is not None:
         context = _adapted(context, outline, by_stage, doubts_json, adapted)
     evidence = evidence_from(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
-    return replace(evidence, served=served)
+    return replace(_with_groups(evidence), served=served)
+
+
+def _with_groups(evidence: Evidence) -> Evidence:
+    """The evidence with the column `group`, if `run.json` states the groups of the examples."""
+    stated = evidence.data.get("groups")
+    if stated is None:
+        return evidence
+    from holdfast.io.data.example_groups import places_of_letters  # only for runs with groups
+
+    group = torch.from_numpy(places_of_letters(stated["of"], len(stated["names"])))
+    data = {**evidence.data, "groups": {name: stated[name] for name in ("column", "names")}}
+    return replace(evidence, columns={**evidence.columns, "group": group}, data=data)
 
 
 def _mixed(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:

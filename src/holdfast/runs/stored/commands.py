@@ -55,6 +55,9 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     if isinstance(manifest["data"].get("n"), int):
         option = "--sample" if manifest["data"].get("sampled") is True else "-n"
         words += [option, str(manifest["data"]["n"])]
+    groups = manifest["data"].get("groups")
+    if groups is not None:
+        words += ["--groups", _address({"name": groups["column"]}, "NAME")]
     words += [option for key, option in _SWITCHES.items() if config.get(key) is True]
     if isinstance(config.get("time_budget_s"), int | float):
         words += ["--time-budget", f"{config['time_budget_s']:g}s"]

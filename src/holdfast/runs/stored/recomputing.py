@@ -103,6 +103,12 @@ def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]
     n = manifest["data"].get("n")
     if n is not None:
         refuse_other(file, "data.n", n, len(by_stage["clean"]["id"]))
+    groups = manifest["data"].get("groups")
+    if groups is not None:
+        refuse_other(file, "data.groups.of", len(groups["of"]), len(by_stage["clean"]["id"]))
+        refuse_other(
+            file, "config.groups.digest", manifest["config"]["groups"]["digest"], digest(canonical(groups))
+        )
     if "config" in manifest["digests"]:
         config = digest(canonical(manifest["config"]))
         refuse_other(file, "digests.config", manifest["digests"]["config"], config)

@@ -59,6 +59,12 @@ class _Model(_Named):
     randomised: Flag
 
 
+class _Groups(TypedDict):
+    column: str
+    names: Annotated[list[str], distinct()]
+    of: str
+
+
 class _Data(TypedDict):
     name: str
     n: NotRequired[Count]
@@ -66,6 +72,7 @@ class _Data(TypedDict):
     classes: NotRequired[list[str] | None]
     shape: NotRequired[list[Count]]
     digest: NotRequired[str]
+    groups: NotRequired[_Groups]
 
 
 class _Other(TypedDict):

@@ -45,7 +45,7 @@ def assess_manifest(
     `stored` is the manifest of the run in the folder, if there is one: a resumed run uses the batch size of its first
     attempt.
     """
-    config = _config(request, plan, target)
+    config = _config(request, plan, target) | _groups_identity(data)
     return {
         "verb": request.verb,
         "digests": {
@@ -132,6 +132,7 @@ def harden_manifest(
             "seed": request.seed,
             **_functions(request),
             **({"train_only": list(request.train_only)} if request.train_only else {}),
+            **_groups_identity(test),
         }
     )
     return {
@@ -144,7 +145,7 @@ def harden_manifest(
         },
         "config": config,
         "model": strict(dict(subject.card)),
-        "data": {"name": test.name, "n": len(test), **_sampled(request.assessment)},
+        "data": {"name": test.name, "n": len(test), **_sampled(request.assessment), **_groups(test)},
         "versions": versions(),
         "hardware": machine,
         "seed": request.seed,
@@ -204,7 +205,21 @@ def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
             **columns,
         }
     )
-    return card
+    return card | _groups(data)
+
+
+def _groups(data: Data) -> dict[str, Any]:
+    """The groups of the examples, if the data have some."""
+    groups = getattr(data, "groups", None)
+    return {} if groups is None else {"groups": groups.to_json()}
+
+
+def _groups_identity(data: Data) -> dict[str, Any]:
+    """The column and the digest of the groups for the settings that identify a run."""
+    return {
+        name: {"column": groups["column"], "digest": digest(canonical(groups))}
+        for name, groups in _groups(data).items()
+    }
 
 
 def _notes(
