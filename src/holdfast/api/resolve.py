@@ -42,6 +42,7 @@ from holdfast.io.data.frames import is_frame, open_frame
 from holdfast.io.data.memory import as_data
 from holdfast.io.data.selection import Selection, selected
 from holdfast.io.models.adapting import object_identity, refuse_no_model
+from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.remote.remote import SCHEMES, Remote
 from holdfast.reports.numbers import strict
@@ -189,8 +190,10 @@ def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, A
 
     It is identified by its weights, its code and the objects that it refers to.
     """
-    model = properties.wrap(differentiable(net) if isinstance(net, nn.Module) else net)  # type: ignore[arg-type]
-    name, identity, notes = object_identity(model.net)
+    differs = isinstance(net, nn.Module) and not properties.texts
+    model = properties.wrap(differentiable(net) if differs else net)  # type: ignore[arg-type]
+    of_texts = properties.texts and not isinstance(model.net, Estimator)
+    name, identity, notes = object_identity(net if of_texts else model.net)
     return model, {"name": name, "how": "python", "digest": digest(canonical(identity))}, notes
 
 

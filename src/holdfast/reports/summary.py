@@ -325,10 +325,11 @@ def threat_to_json(threat: ThreatModel) -> Json:
     norm, per = type(constraint).__name__, constraint.per if isinstance(constraint, L0) else None
     unit = "px" if per == "pixel" else ""
     limits = dict(constraint.limits) if isinstance(constraint, Limited) else {}
+    limits.pop("content", None)  # of a file, which is stored with the run
     sized = norm.lower() + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else "")
     sized += f",unit={threat.unit}" if threat.unit else ""
     return {
-        "constraint": limits_text(norm.lower(), limits) if limits else sized,
+        "constraint": limits_text(constraint.name, limits) if limits else sized,
         "norm": norm,
         "eps": strict(constraint.eps),
         "per": per,

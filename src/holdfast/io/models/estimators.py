@@ -151,7 +151,7 @@ class Estimator(nn.Module):
         """
         if self.interface.labels is None or self.interface.scores is None or self.decides:
             return ()
-        rows = self._rows(torch.cat((x, (x + x.roll(1, 0)) / 2)))
+        rows = self._rows(self._compared(x))
         try:
             numbers, scores = self._numbers(rows), self._raw(rows)
         except (HoldfastError, MemoryError):
@@ -179,6 +179,10 @@ class Estimator(nn.Module):
             return (f"{note}, so the scores are not used: the model is attacked by its labels",)
         self.decides = True
         return (f"{note}: the class is that of predict(), and the other scores are lowered below its score",)
+
+    def _compared(self, x: Tensor) -> Tensor:
+        """Return the rows `x` and their midpoints with the row before."""
+        return torch.cat((x, (x + x.roll(1, 0)) / 2))
 
     def _rows(self, x: Tensor) -> Array:
         """Return the inputs in the type that the estimator is called with, usually float64, in which scikit-learn
