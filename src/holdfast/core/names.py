@@ -125,6 +125,13 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
         )
 
 
+def threat_kind(norm: str) -> str:
+    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf or `text` for
+    TextEdits.
+    """
+    return norm.removesuffix("Edits").lower()
+
+
 def refuse_text_limits(limits: Mapping[str, float | str]) -> None:
     """Raise `UsageError` unless a threat on texts has one kind of change, with the limits and the file it needs."""
     kinds = [name for name in ("edits", "synonyms", "inserts") if limits.get(name)]

@@ -183,6 +183,8 @@ def _noun(evidence: Evidence) -> str:
     """What the examples are called: the noun of the data, else by the shape of an input."""
     if "noun" in evidence.data:
         return str(evidence.data["noun"])
+    if evidence.threat.constraint.name == "text":
+        return "texts"
     shape = evidence.data.get("shape")
     if shape is None and "x" in evidence.gallery:
         shape = evidence.gallery["x"].shape[1:]

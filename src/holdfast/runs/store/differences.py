@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import limits_text, threat_text
+from holdfast.core.names import limits_text, threat_kind, threat_text
 from holdfast.runs.harness import KINDS
 
 MOST = 4
@@ -69,7 +69,7 @@ def _threat(threat: Mapping[str, Any]) -> str:
     """The threat model in the syntax of the command line."""
     eps = float(threat["eps"])
     size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat.get("per") == "pixel" else "")
-    kind = str(threat["norm"]).lower()
+    kind = threat_kind(str(threat["norm"]))
     change = limits_text(kind, threat["limits"]) if threat.get("limits") else f"{kind}{size}"
     goal, access, queries = threat.get("goal"), threat.get("access", "gradients"), threat.get("queries")
     return threat_text(change, goal, access, queries, threat.get("unit", ""))
