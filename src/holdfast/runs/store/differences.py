@@ -33,6 +33,8 @@ def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
 def _of(name: str, stored: Any, requested: Any) -> Iterator[str]:
     try:
         if name == "threat":
+            if _file_content(stored) != _file_content(requested):
+                yield f"another content of the file {requested['limits'].get('file')}"
             stored, requested = _threat(stored), _threat(requested)
         elif name == "settings":  # settings by recipe; a different recipe is shown under `recipe`
             common = stored.keys() & requested.keys()
@@ -63,6 +65,11 @@ def _functions(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> Itera
             listed = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
             noun, verb, be = ("function", "was", "is") if len(missing) == 1 else ("functions", "were", "are")
             yield f"the {noun} {listed} {verb} {change.format(be)}"
+
+
+def _file_content(threat: Mapping[str, Any]) -> Any:
+    """The content of the file of a threat model on texts, or None."""
+    return (threat.get("limits") or {}).get("content")
 
 
 def _threat(threat: Mapping[str, Any]) -> str:
