@@ -24,6 +24,7 @@ from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.names import kind_of
+from holdfast.core.texts import decoded
 from holdfast.core.types import Inputs
 from holdfast.io.data.arrays import Arrays, in_original_form
 from holdfast.io.data.memory import as_array
@@ -256,7 +257,8 @@ def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
         attacked = attempted[rows]
         x_adv[rows[attacked]] = stored["x"][attacked].to(x)
     distance = evidence.threat.constraint.distance(x_adv.double(), x.double()).float()
-    returned = _as_given(data, x_adv, inputs)
+    of_texts = evidence.threat.constraint.name == "text"
+    returned = np.array(decoded(x_adv), np.str_) if of_texts else _as_given(data, x_adv, inputs)
 
     def as_inputs(column: Tensor) -> Array:
         return column.to(returned.device) if isinstance(returned, Tensor) else column.numpy()

@@ -5,7 +5,7 @@ properties that are not declared.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,15 +21,21 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
-from holdfast.settings.grammar import did_you_mean
-from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace
+from holdfast.settings.grammar import FORMS, did_you_mean, parse_threat
+from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
 from holdfast.settings.values import numbers_by_feature
+
+if TYPE_CHECKING:
+    from holdfast.core.text_edits import TextEdits
 
 
 def declared(settings: Opening) -> Declared:
     """Return the properties of the model's input and output that the settings declare. Input bounds are included only
     if the user gave them.
     """
+    texts = edits_of(settings) is not None
+    if texts:
+        _refuse_numeric(settings)
     return Declared(
         bounds_of_all(settings) if "bounds" in settings.model_fields_set else None,
         settings.mean,
@@ -39,8 +45,27 @@ def declared(settings: Opening) -> Declared:
         class_names=settings.class_names,
         normalised=normalisation(settings),
         input_shape=group_of(settings, InferenceSource).input_shape,
-        input_name=settings.x,
+        input_name=None if texts else settings.x,
+        texts=texts,
     )
+
+
+def edits_of(settings: Opening) -> "TextEdits | None":
+    """Return the constraint on texts if the threat model is on texts, else None."""
+    spec = parse_threat(settings.threat) if isinstance(settings, ThreatSource) else None
+    if spec is None or spec.norm != "text":
+        return None
+    edits: TextEdits = FORMS["text"].cls(**spec.arguments)
+    return edits
+
+
+def _refuse_numeric(settings: Opening) -> None:
+    """Raise `UsageError` for settings of inputs that are numbers."""
+    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape"):
+        if name in settings.model_fields_set:
+            raise UsageError(
+                f"{name} is for inputs that are numbers, and the threat is on texts", Remedy(name)
+            )
 
 
 def bounds_of_all(inputs: InputSpace) -> Bounds | None:
@@ -171,6 +196,7 @@ def expected(
     With `lenient`, data that do not fit the model are accepted as well.
     """
     names = settings.class_names or model.class_names
+    source, edits = data or settings, edits_of(settings)
     return Expected(
         model.bounds,
         model.classes,
@@ -179,13 +205,15 @@ def expected(
         model.feature_names,
         settings.class_names is not None,
         settings.class_order,
-        (data or settings).layout,
+        source.layout,
         normalisation(settings),
         model.units,
         ProbedClassifier(model),
         lenient,
         groups=group_column(settings),
         needs_groups=data is None,
+        words=() if edits is None else None if source.x is None else (source.x,),
+        edits=edits,
     )
 
 

@@ -45,6 +45,7 @@ from holdfast.io.data.frames import is_frame, open_frame, text_of
 from holdfast.io.data.memory import as_array, as_data
 from holdfast.io.data.selection import Selection, grouped, selected
 from holdfast.io.models.adapting import object_identity, refuse_no_model
+from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.remote.remote import SCHEMES, Remote
 from holdfast.reports.numbers import strict
@@ -201,8 +202,10 @@ def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, A
 
     It is identified by its weights, its code and the objects that it refers to.
     """
-    model = properties.wrap(differentiable(net) if isinstance(net, nn.Module) else net)  # type: ignore[arg-type]
-    name, identity, notes = object_identity(model.net)
+    differs = isinstance(net, nn.Module) and not properties.texts
+    model = properties.wrap(differentiable(net) if differs else net)  # type: ignore[arg-type]
+    of_texts = properties.texts and not isinstance(model.net, Estimator)
+    name, identity, notes = object_identity(net if of_texts else model.net)
     return model, {"name": name, "how": "python", "digest": digest(canonical(identity))}, notes
 
 
@@ -243,7 +246,7 @@ def _subject(
     if model.units is not None:  # of the values, with which a hardened model is opened again
         mean, std = model.units.normalisation_of_values(model)
         shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
-    units = units_of_eps(model, normalised)
+    units = () if declared is not None and declared.texts else units_of_eps(model, normalised)
     return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 
 

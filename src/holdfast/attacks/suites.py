@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SuiteName = Literal[
     "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
 ]
-Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow"]
+Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow", "text"]
 """What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
 
 
@@ -123,6 +123,7 @@ _PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=
 # a first step of twice the length breaks other examples than the default one
 _WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
 _WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
+_TEXTS = (_spec("TextSearch"),)
 _RAND = (
     _spec("APGD-CE", "APGD", loss="cross_entropy", steps=100, draws=20),
     _spec("APGD-DLR", "APGD", loss="dlr", steps=100, draws=20),
@@ -145,6 +146,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         "patch": (_spec("PatchAttack", places=8),),
         **dict.fromkeys(("spatial", "colour"), (_spec("TransformPGD"),)),
         "flow": (_spec("Flow", restarts=2),),
+        "text": (_spec("TextSearch", beam=1, queries=500),),
     },
     "fast": {
         "linf": (
@@ -180,6 +182,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         "patch": _PATCHES,
         **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
         "flow": (_spec("Flow"),),
+        "text": _TEXTS,
     },
     "standard": {
         **dict.fromkeys(("linf", "l2"), _standard(sparse=False)),
@@ -195,12 +198,14 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         "patch": _PATCHES,
         **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
         "flow": (_spec("Flow"),),
+        "text": _TEXTS,
     },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), _RAND),
     "black-box": {
         **dict.fromkeys(("linf", "l2", "l1"), (_SQUARE,)),
         "l0": (_SPARSE_RS,),
         **dict.fromkeys(("spatial", "colour"), (_spec("GridSearch"),)),
+        "text": _TEXTS,
     },
     "minimum-norm": {
         "linf": (_spec("DeepFool"), _spec("FMN", steps=100)),
@@ -285,6 +290,12 @@ def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageErr
     if name == "black-box" and kind in ("l1", "l0"):
         return UsageError(
             f"the suite 'black-box' has no attack under {kind} that needs only labels; use linf or l2"
+        )
+    if kind == "text":
+        others = sorted(other for other, by_kind in SUITES.items() if kind in by_kind)
+        return UsageError(
+            f"the suite {name} has no attack on texts; expected one of {', '.join(others)}",
+            Remedy("suite", "fast"),
         )
     if name == "transfer":
         return UsageError(

@@ -99,7 +99,7 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
     `patch:8x8,at=centre,jitter=3`. The limit `content`, which is the content of a file, is left out.
     """
     parts = [
-        f"{name}={limit if isinstance(limit, str) else f'{limit:.6g}'}"
+        f"{name}={_quoted(limit) if isinstance(limit, str) else f'{limit:.6g}'}"
         for name, limit in limits.items()
         if name != "content"
     ]
@@ -107,6 +107,11 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
         parts[:2] = [f"{limits['height']}x{limits['width']}"]
         parts = [part for part in parts if part not in ("at=anywhere", "jitter=0")]
     return f"{kind}:{','.join(parts)}"
+
+
+def _quoted(text: str) -> str:
+    """Return a value of a threat string, quoted if it has commas or spaces."""
+    return f'"{text}"' if re.search(r"[,\s]", text) else text
 
 
 def refuse_mixed(limits: Mapping[str, float | str]) -> None:
@@ -118,6 +123,42 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
             f"{limits_text('spatial', limits)} combines a flow with other transformations, which no attack "
             f"supports; use each alone, as in {limits_text('spatial', {'flow': limits['flow']})}"
         )
+
+
+def threat_kind(norm: str) -> str:
+    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf or `text` for
+    TextEdits.
+    """
+    return norm.removesuffix("Edits").lower()
+
+
+def refuse_text_limits(limits: Mapping[str, float | str]) -> None:
+    """Raise `UsageError` unless a threat on texts has one kind of change, with the limits and the file it needs."""
+    kinds = [name for name in ("edits", "synonyms", "inserts") if limits.get(name)]
+    if len(kinds) != 1:
+        given = limits_text("text", limits)
+        raise UsageError(
+            f"{given} {'combines ' + ' and '.join(kinds) if kinds else 'allows no change'}; give one of "
+            "text:edits=2,words=3, text:synonyms=2,file=FILE.json and text:inserts=5,file=FILE.json"
+        )
+    if bool(limits.get("words")) != (kinds[0] == "edits"):
+        missing = kinds[0] == "edits"
+        raise UsageError(
+            f"{limits_text('text', limits)} {'has no number of words that change' if missing else 'has words'}; words "
+            "is the largest number of words with edits, as in text:edits=2,words=3"
+        )
+    if kinds[0] != "edits" and not limits.get("file"):
+        raise UsageError(
+            f"{limits_text('text', limits)} has no file; give file=FILE.json with a JSON object such as "
+            f"{_TEXT_FILES[kinds[0]]}"
+        )
+
+
+_TEXT_FILES = {
+    "synonyms": '{"synonyms": {"good": ["great", "fine"]}}',
+    "inserts": '{"insert": ["hello", "thanks"]}',
+}
+"""Examples of the file of a threat on texts."""
 
 
 def printable(text: str) -> str:

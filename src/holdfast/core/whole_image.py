@@ -1,4 +1,6 @@
-"""Base class of constraints that transform an image as a whole, such as rotations, and so are not balls of a norm."""
+"""Base class of constraints that change an input as a whole, such as rotations of images and edits of texts, and so are
+not balls of a norm.
+"""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -22,7 +24,7 @@ class Whole(ABC):
         """Return the error for an attack on single input values, which cannot be used under such a constraint."""
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Raise an error, because an attack that projects cannot be used: no nearest allowed image can be computed."""
+        """Raise an error, because an attack that projects cannot be used: no nearest allowed input can be computed."""
         raise self.refusal()
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:

@@ -1,11 +1,13 @@
-"""Broken examples for reports: images as small pictures, and rows of tables as lists of the features with the largest
-changes.
+"""Broken examples for reports: images as small pictures, texts with their changed words, and rows of tables as lists of
+the features with the largest changes.
 """
 
 import base64
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 from holdfast.core.evidence import Evidence
+from holdfast.core.texts import decoded
 from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.numbers import strict
 
@@ -42,10 +45,13 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
             continue
         x, x_adv = evidence.gallery["x"][place].float(), evidence.gallery["x_adv"][place].float()
         entry = _facts(evidence, rows[0], classes, attacks)
-        entries.append(
-            entry
-            | (_pictures(x, x_adv, low, high) if is_image(x.shape) else _changes(x, x_adv, evidence.data))
-        )
+        if evidence.threat.constraint.name == "text":
+            entry |= _texts(x, x_adv)
+        elif is_image(x.shape):
+            entry |= _pictures(x, x_adv, low, high)
+        else:
+            entry |= _changes(x, x_adv, evidence.data)
+        entries.append(entry)
     return entries
 
 
@@ -141,6 +147,20 @@ def png(pixels: Tensor) -> str:
     file = io.BytesIO()
     Image.fromarray(array).save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _texts(x: Tensor, x_adv: Tensor) -> Json:
+    """Both texts, and the parts of the changed text, with the word of the clean text for each changed word."""
+    clean, perturbed = decoded(torch.stack((x, x_adv)))
+    before, after = (re.findall(r"\s+|\S+", text) for text in (clean, perturbed))
+    parts: list[Json] = []
+    for old, new in zip_longest(before, after, fillvalue=""):
+        if old == new and parts and parts[-1]["clean"] is None:
+            parts[-1]["text"] += new
+        else:
+            parts.append({"text": new.replace("\u200b", "[U+200B]"), "clean": None if old == new else old})
+    changed = sum(part["clean"] is not None and not part["text"].isspace() for part in parts)
+    return {"kind": "text", "changed": changed, "clean": clean, "perturbed": perturbed, "parts": parts}
 
 
 def _changes(x: Tensor, x_adv: Tensor, data: Mapping[str, Any]) -> Json:

@@ -611,6 +611,30 @@ class TableExample(TypedDict):
     changes: list[Change]
 
 
+class TextPart(TypedDict):
+    """Part of a changed text.
+
+    - `text`: its characters; a zero-width space is written as [U+200B]
+    - `clean`: the part of the clean text that it replaces, empty for an appended word; null if it did not change
+    """
+
+    text: str
+    clean: str | None
+
+
+class TextExample(TypedDict):
+    """An adversarial example of a model of texts.
+
+    - `changed`: number of changed or appended words
+    """
+
+    kind: Literal["text"]
+    changed: Natural
+    clean: str
+    perturbed: str
+    parts: list[TextPart]
+
+
 class Pass(TypedDict):
     """A pass outside the suite.
 
@@ -694,7 +718,7 @@ class Assessment(TypedDict):
     data_transfer: DataTransfer | None
     rotation: Rotation | None
     training: TrainingVerdictJson | None
-    examples: Annotated[list[ImageExample | TableExample], MaxLen(12)]
+    examples: Annotated[list[ImageExample | TableExample | TextExample], MaxLen(12)]
     reproduce: str
     run: dict[str, str]
     hashes: dict[str, Any]

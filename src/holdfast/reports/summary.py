@@ -197,6 +197,8 @@ def _noun(evidence: Evidence) -> str:
     """What the examples are called: the noun of the data, else by the shape of an input."""
     if "noun" in evidence.data:
         return str(evidence.data["noun"])
+    if evidence.threat.constraint.name == "text":
+        return "texts"
     shape = evidence.data.get("shape")
     if shape is None and "x" in evidence.gallery:
         shape = evidence.gallery["x"].shape[1:]
@@ -339,10 +341,11 @@ def threat_to_json(threat: ThreatModel) -> Json:
     norm, per = type(constraint).__name__, constraint.per if isinstance(constraint, L0) else None
     unit = "px" if per == "pixel" else ""
     limits = dict(constraint.limits) if isinstance(constraint, Limited) else {}
+    limits.pop("content", None)  # of a file, which is stored with the run
     sized = norm.lower() + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else "")
     sized += f",unit={threat.unit}" if threat.unit else ""
     return {
-        "constraint": limits_text(norm.lower(), limits) if limits else sized,
+        "constraint": limits_text(constraint.name, limits) if limits else sized,
         "norm": norm,
         "eps": strict(constraint.eps),
         "per": per,

@@ -49,6 +49,14 @@ _CHANGES = {
 }
 """Descriptions of the limits of threat models that transform images."""
 
+_TEXT_CHANGES = {
+    "edits": "may change at most {words} words of a text by at most {edits} edits each. An edit deletes, repeats or "
+    "replaces a character, swaps two neighbouring ones or inserts an invisible one",
+    "synonyms": "may replace at most {synonyms} words of a text by their synonyms in {file}",
+    "inserts": "may append at most {inserts} words of {file} to a text",
+}
+"""Descriptions of the limits of threat models on texts."""
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -417,6 +425,8 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         if "within" in limits:
             around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
         return f"may replace {limits['height']}x{limits['width']} pixels of an image with any values, {at}{around}"
+    if kind == "TextEdits":
+        return _TEXT_CHANGES[next(name for name in _TEXT_CHANGES if name in limits)].format(**limits)
     changes = [_CHANGES[name].format(size(limit)) for name, limit in limits.items()]
     return f"may {', and '.join(changes)}"
 
@@ -437,7 +447,8 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
     aim = "any wrong class" if goal is None else f"class {goal}; no other class counts as success"
     budget = query_budget(threat) or "any number of queries"
     return [
-        f"The attacker {change}. Every value stays inside the legal range of inputs."
+        f"The attacker {change}."
+        + ("" if threat["norm"] == "TextEdits" else " Every value stays inside the legal range of inputs.")
         + (f" Eps is in {threat['unit']}." if threat.get("unit") else ""),
         f"The attacker aims for {aim}.",
         f"The attacker {_ACCESS[threat['access']]}.",

@@ -2,10 +2,10 @@
 mistakes are reported immediately.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat model is `linf:8/255`,
-`corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or
-`colour:hue=18,saturation=0.3`, followed by any of `goal=targeted:K`, `access=none|labels|scores|gradients` and
-`queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and `unit=@FILE` state the unit of the eps of a
-norm for each feature.
+`corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5`,
+`colour:hue=18,saturation=0.3` or `text:edits=2,words=3`, followed by any of `goal=targeted:K`,
+`access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and
+`unit=@FILE` state the unit of the eps of a norm for each feature.
 """
 
 import math
@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed
+from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed, refuse_text_limits
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
 
@@ -271,6 +271,8 @@ def _threat(text: str) -> ThreatSpec:
         else:
             spec = _condition(spec, part)
     refuse_mixed(spec.arguments)
+    if name == "text":
+        refuse_text_limits(spec.arguments)
     return spec
 
 
@@ -323,6 +325,10 @@ def file_argument(name: str) -> Callable[[str, str], Mapping[str, Argument]]:
         return {name: path}
 
     return read
+
+
+def _file(text: str) -> Argument:
+    return file_argument("file")(text, f"file={text}")["file"]
 
 
 def path_text(path: str) -> str:
@@ -425,6 +431,11 @@ def _limits_written(constraint: Any) -> str:
 _NORM = Form("", _eps, written=_size_written, units=True)
 _SPATIAL_EXAMPLE = "spatial:rotate=30,shift=3"
 _COLOUR_EXAMPLE = "colour:hue=18,saturation=0.3,brightness=0.2"
+_TEXT_EXAMPLES = {
+    **dict.fromkeys(("edits", "words"), "text:edits=2,words=3"),
+    "synonyms": "text:synonyms=2,file=FILE.json",
+    "inserts": "text:inserts=5,file=FILE.json",
+}
 FORMS: Final[dict[str, Form]] = {
     "linf": replace(_NORM, constraint="holdfast.core.constraints:Linf"),
     "l2": replace(_NORM, constraint="holdfast.core.constraints:L2"),
@@ -459,6 +470,20 @@ FORMS: Final[dict[str, Form]] = {
         arguments=_limits(_SPATIAL, _SPATIAL_EXAMPLE),
         written=_limits_written,
         example=_SPATIAL_EXAMPLE,
+    ),
+    "text": Form(
+        "holdfast.io.text_lists:text_edits",
+        arguments={
+            **{
+                name: _matching(
+                    name, "[1-9][0-9]{0,3}", f"a whole number from 1 to 9999, as in {example}", int
+                )
+                for name, example in _TEXT_EXAMPLES.items()
+            },
+            "file": _file,
+        },
+        written=_limits_written,
+        example=_TEXT_EXAMPLES["edits"],
     ),
     "colour": Form(
         "holdfast.core.transformations:Colour",

@@ -18,6 +18,7 @@ from holdfast.core.errors import UsageError
 from holdfast.gates.grammar import VERDICTS, refused_verdict
 from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
+from holdfast.settings.grammar import parse_threat
 from holdfast.settings.naming import CARD, SOURCES
 
 
@@ -302,6 +303,14 @@ class ThreatSource(SettingGroup):
         description="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000 (default: "
         "linf:8/255).",
     )
+
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a threat on texts outside of attacks and assessments."""
+        if self.verb in ("harden", "adapt", "rotate") and parse_threat(self.threat).norm == "text":
+            raise UsageError(
+                f"{prefix}the threat is {self.threat}, and {self.verb} is not available for texts; assess measures a "
+                "model of texts"
+            )
 
 
 class SuiteSettings(SettingGroup):

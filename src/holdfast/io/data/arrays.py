@@ -60,8 +60,8 @@ _EXACT = 1 << 24
 
 _NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
 SUPPORTED = (
-    "Inputs are images, signals or tables of numbers, which attacks change by small amounts; text and ids of tokens "
-    "are not supported"
+    "Inputs are images, signals or tables of numbers, which attacks change by small amounts; texts need a threat on "
+    "texts, such as text:edits=1,words=3, and ids of tokens are not supported"
 )
 """Sentence about the kinds of inputs for messages about others."""
 
@@ -274,6 +274,10 @@ def from_numpy(
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
+    if expected.edits is not None:
+        from holdfast.io.data.texts import codes  # late: few inputs are texts
+
+        x, preserve = codes(x, expected.edits, ids, name), True
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")

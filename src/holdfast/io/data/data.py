@@ -145,7 +145,7 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
 
 def _refuse_foreign(path: Path, address: str, options: _Options) -> None:
     """Raise `UsageError` for options of other formats."""
-    has_column = path.suffix == ".parquet"
+    has_column = path.suffix == ".parquet" or options.expected.edits is not None
     named = [name for name in "xy" if getattr(options, name) and not (name == "x" and has_column)]
     if named and path.suffix != ".npz":
         first, *others = (Remedy(name, function="open_data") for name in named)

@@ -3,13 +3,16 @@ classes.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Layout
 from holdfast.core.units import Units
 from holdfast.io.remote.probing import ProbedClassifier
+
+if TYPE_CHECKING:
+    from holdfast.core.text_edits import TextEdits
 
 ClassOrder = Literal["lexical", "numeric"]
 """Order in which class folders and string labels are numbered if no class names are declared."""
@@ -56,6 +59,8 @@ class Expected:
     """whether data without this column or array are refused; False if their groups are not used"""
     words: tuple[str, ...] | None = ()
     """columns of a table that are read as strings, and are no numeric features; None for all columns"""
+    edits: "TextEdits | None" = None
+    """constraint on texts, if the inputs are texts; None for numbers"""
 
     @property
     def bounds_of_values(self) -> Bounds:

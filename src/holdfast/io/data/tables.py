@@ -68,7 +68,7 @@ def open_table(
     readable_file(path, "data file")
     expected = expected or Expected()
     request: dict[str, Any] = {
-        "inputs": inputs,
+        "inputs": None if expected is not None and expected.edits is not None else inputs,
         "separator": separator or ",",
         "header": header,
         "words": expected.words,
@@ -106,7 +106,13 @@ def table_examples(
     features: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
-    if table.inputs is not None:
+    x: NDArray[Any]
+    if expected.edits is not None:
+        from holdfast.io.data.texts import column_of_texts  # late: few inputs are texts
+
+        requested = expected.words[0] if expected.words else None
+        x, notes = column_of_texts(table, requested, label, drop, chosen)
+    elif table.inputs is not None:
         x, layout, notes = _whole_inputs(table.inputs, chosen, name)
     else:
         table, notes = _named_by_position(table, drop, expected)

@@ -46,17 +46,28 @@ def contents(estimator: Any) -> str:
 
 def _hash_of_values(estimator: Any) -> str:
     try:
-        import joblib  # a dependency of scikit-learn; it sorts sets and stores equal strings once
+        from joblib.hashing import (
+            NumpyHasher,
+        )  # a dependency of scikit-learn; it sorts sets and stores equal strings once
     except ImportError:
         buffer = io.BytesIO()
         pickle.dump(estimator, buffer, protocol=5)
         return hashlib.sha256(buffer.getvalue()).hexdigest()
-    return str(joblib.hash(estimator, hash_name="sha1"))
+
+    class Hasher(NumpyHasher):  # type: ignore[misc]  # joblib has no types
+        def save(self, value: object) -> None:
+            if isinstance(value, dict) and _ADDRESS in value:
+                value = {key: entry for key, entry in value.items() if key != _ADDRESS}
+            super().save(value)
+
+    return str(Hasher(hash_name="sha1").hash(estimator))
 
 
 Array = NDArray[Any]
 Form = Literal["array", "frame", "sparse"]
 """Form in which an estimator accepts rows: an array, a table with the names of the features, or a sparse matrix."""
+_ADDRESS = "_stop_words_id"
+"""Attribute in which a vectoriser of scikit-learn stores an address in memory, which differs between processes."""
 _SEPARATION = 4e-6
 """Relative amount by which the predicted class is raised above equal scores of other classes.
 
@@ -151,7 +162,7 @@ class Estimator(nn.Module):
         """
         if self.interface.labels is None or self.interface.scores is None or self.decides:
             return ()
-        rows = self._rows(torch.cat((x, (x + x.roll(1, 0)) / 2)))
+        rows = self._rows(self._compared(x))
         try:
             numbers, scores = self._numbers(rows), self._raw(rows)
         except (HoldfastError, MemoryError):
@@ -179,6 +190,10 @@ class Estimator(nn.Module):
             return (f"{note}, so the scores are not used: the model is attacked by its labels",)
         self.decides = True
         return (f"{note}: the class is that of predict(), and the other scores are lowered below its score",)
+
+    def _compared(self, x: Tensor) -> Tensor:
+        """Return the rows `x` and their midpoints with the row before."""
+        return torch.cat((x, (x + x.roll(1, 0)) / 2))
 
     def _rows(self, x: Tensor) -> Array:
         """Return the inputs in the type that the estimator is called with, usually float64, in which scikit-learn

@@ -16,6 +16,7 @@ from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
+from holdfast.core.texts import LARGEST
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models.adapted import Adapted
@@ -46,6 +47,8 @@ Up to this number the error message can list the missing tensors.
 """
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
+_OF_NUMBERS = (".onnx", ".pt2", ".json", ".ubj", ".txt")
+"""Suffixes of models that cannot be called with texts."""
 ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
@@ -105,6 +108,8 @@ class Declared:
     """name of the inputs in the data; the parameter of the network with this name gets them"""
     class_labels: tuple[int, ...] | None = None
     """class labels of the data, if they are not 0, 1, 2, …"""
+    texts: bool = False
+    """whether the model is called with a list of strings"""
 
     def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
         """Return a network as a classifier with the declared bounds and preprocessing.
@@ -114,7 +119,7 @@ class Declared:
         """
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
-        adapted_model = adapted(net)
+        adapted_model = _adapted_to_texts(net) if self.texts else adapted(net)
         if adapted_model is not None:
             return self.of(adapted_model)
         assert callable(net)
@@ -125,7 +130,7 @@ class Declared:
             mean, std = self.normalised.mean, self.normalised.std
         model = Classifier(
             net,
-            bounds=self.bounds,
+            bounds=Bounds(0.0, float(LARGEST)) if self.texts else self.bounds,
             mean=mean,
             std=std,
             classes=self.classes,
@@ -171,6 +176,13 @@ class Declared:
         return replace(defaults, **{name: value for name, value in declared.items() if value is not None})
 
 
+def _adapted_to_texts(net: Model) -> Adapted | None:
+    """Return a model of texts as a torch module that gets texts as rows of code points. Return None if it is one."""
+    from holdfast.io.models.text_models import adapted_text_model  # late: few models are called with texts
+
+    return adapted_text_model(net)
+
+
 @dataclass(frozen=True)
 class _Opening:
     """All options with which a model is opened."""
@@ -205,6 +217,11 @@ def open_model(
             Remedy("input_shape", function="open_model"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
+    if properties.texts and (address.partition(":")[0] in SCHEMES or Path(address).suffix in _OF_NUMBERS):
+        raise UsageError(
+            f"{address!r} is called with numbers, and the threat is on texts; give FILE.py:FACTORY, where the factory "
+            "returns a function from a list of strings to scores, or a pipeline of scikit-learn"
+        )
     if address.partition(":")[0] in SCHEMES:
         return _open_http(opening)
     _refuse_remote(address)
@@ -250,7 +267,7 @@ def _open_code(opening: _Opening) -> OpenedModel:
     model = opening.declared.wrap(built.net)
     # The code may read weights that no argument names; therefore the tensors are digested too.
     net = built.net if isinstance(built.net, nn.Module) else model.net
-    if isinstance(net, nn.Module) and not isinstance(net, Estimator):
+    if isinstance(net, nn.Module) and not isinstance(net, Estimator) and not opening.declared.texts:
         state_digest = sha256_of_state(net)
     else:
         state_digest = digest_of_object(net)

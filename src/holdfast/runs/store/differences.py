@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import limits_text, threat_text
+from holdfast.core.names import limits_text, threat_kind, threat_text
 from holdfast.runs.harness import KINDS
 
 MOST = 4
@@ -33,6 +33,8 @@ def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
 def _of(name: str, stored: Any, requested: Any) -> Iterator[str]:
     try:
         if name == "threat":
+            if _file_content(stored) != _file_content(requested):
+                yield f"another content of the file {requested['limits'].get('file')}"
             stored, requested = _threat(stored), _threat(requested)
         elif name == "settings":  # settings by recipe; a different recipe is shown under `recipe`
             common = stored.keys() & requested.keys()
@@ -65,11 +67,16 @@ def _functions(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> Itera
             yield f"the {noun} {listed} {verb} {change.format(be)}"
 
 
+def _file_content(threat: Mapping[str, Any]) -> Any:
+    """The content of the file of a threat model on texts, or None."""
+    return (threat.get("limits") or {}).get("content")
+
+
 def _threat(threat: Mapping[str, Any]) -> str:
     """The threat model in the syntax of the command line."""
     eps = float(threat["eps"])
     size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat.get("per") == "pixel" else "")
-    kind = str(threat["norm"]).lower()
+    kind = threat_kind(str(threat["norm"]))
     change = limits_text(kind, threat["limits"]) if threat.get("limits") else f"{kind}{size}"
     goal, access, queries = threat.get("goal"), threat.get("access", "gradients"), threat.get("queries")
     return threat_text(change, goal, access, queries, threat.get("unit", ""))

@@ -228,7 +228,8 @@ def _notes(
     """Notes on model, data and threat model that a reader needs before the numbers."""
     bounds = target.bare.bounds
     small = small_eps_note(plan.threat.constraint, bounds, math.prod(shape))
-    wide = wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
+    of_texts = plan.threat.constraint.name == "text"
+    wide = () if of_texts else wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
     surrogates = [
         f"the surrogate {surrogate.card.get('name', '')}: {note}"
         for surrogate in request.surrogates

@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
+from holdfast.core.names import threat_kind
 from holdfast.core.remedies import RESUME, Remedy
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
@@ -333,7 +334,7 @@ def _entry(path: Path) -> RunEntry:
         str(read_about(path).get("created", "")),
         str(manifest["model"].get("name", "")),
         str(manifest["data"].get("name", "")),
-        threat["norm"].lower() + ("" if math.isinf(eps) else f":{eps:.4g}"),
+        threat_kind(threat["norm"]) + ("" if math.isinf(eps) else f":{eps:.4g}"),
         manifest["config"]["suite"],
         decided is not None,
         done,

@@ -1,0 +1,105 @@
+"""Wraps models of texts as torch modules whose inputs are texts as rows of code points (`core/texts.py`).
+
+A model is a function from a list of strings to scores (n, classes), an estimator such as a pipeline of scikit-learn, or
+a pipeline `text-classification` of transformers.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError
+from holdfast.core.texts import decoded
+from holdfast.io.models.adapted import Adapted
+from holdfast.io.models.adapting import refuse_no_model
+from holdfast.io.models.estimators import Array, Estimator, Form, Predictor, as_model, contents, interface_of
+from holdfast.io.models.object_digest import digest_of_object
+
+Texts = Callable[[list[str]], Any]
+
+
+class TextEstimator(Estimator):
+    """An estimator that is called with texts, such as a pipeline of scikit-learn that begins with a vectoriser."""
+
+    def _rows(self, x: Tensor) -> Array:
+        return np.array(decoded(x), dtype=object)
+
+    def _forms(self) -> tuple[Form, ...]:
+        return ("array",)
+
+    def _compared(self, x: Tensor) -> Tensor:
+        return x  # there is no midpoint of two texts
+
+
+class TextFunction(nn.Module):
+    """A function from a list of strings to scores (n, classes), which are a tensor, an array, or a list of rows."""
+
+    def __init__(self, model: Texts) -> None:
+        super().__init__()
+        self.model = model
+        self.digest = digest_of_object(model)
+        """digest of the function, for a function that is an object"""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "TextFunction":
+        """Return the module itself, because a call of the function does not change it, and a copy may be large."""
+        return self
+
+    def forward(self, x: Tensor) -> object:
+        """Return the scores of the texts in the rows of `x`."""
+        outputs = self.model(decoded(x))
+        if not isinstance(outputs, np.ndarray | list | tuple):
+            return outputs.to(x.device) if isinstance(outputs, Tensor) else outputs
+        try:
+            return torch.as_tensor(np.asarray(outputs, dtype=np.float64)).to(x.device, x.dtype)
+        except (TypeError, ValueError) as error:
+            raise TargetError(
+                f"the model returned {outputs[0]!r:.80} for the first text; scores (n, classes) were expected, as a "
+                "tensor, an array or a list of rows of numbers"
+            ) from error
+
+
+class _Pipeline:
+    """A function from texts to the probabilities that a pipeline `text-classification` of transformers returns."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.labels = tuple(pipeline.model.config.id2label[k] for k in sorted(pipeline.model.config.id2label))
+
+    def __call__(self, texts: list[str]) -> list[list[float]]:
+        results: Sequence[Sequence[Mapping[str, Any]]] = self.pipeline(texts, top_k=None, truncation=True)
+        by_label = [{entry["label"]: float(entry["score"]) for entry in result} for result in results]
+        return [[scores[label] for label in self.labels] for scores in by_label]
+
+
+def adapted_text_model(model: object) -> Adapted | None:
+    """Return a model of texts as a torch module whose inputs are rows of code points. Return None if it is such a
+    module already.
+    """
+    if isinstance(model, TextEstimator | TextFunction):
+        return None
+    if isinstance(model, Estimator):
+        return _estimator(as_model(model.interface, model.digest))
+    refuse_no_model(model)
+    name = getattr(model, "__qualname__", type(model).__qualname__)
+    hidden = f"{name} is called with texts, which have no gradients"
+    pipeline = getattr(sys.modules.get("transformers"), "Pipeline", None)
+    if isinstance(pipeline, type) and isinstance(model, pipeline):
+        function = _Pipeline(model)
+        net = TextFunction(function)
+        return Adapted(net, "scores", hidden, len(function.labels), function.labels, output="probability")
+    if isinstance(model, nn.Module) or callable(model):
+        return Adapted(TextFunction(model), "scores", hidden)
+    assert isinstance(model, Predictor)
+    return _estimator(as_model(interface_of(model), contents(model)))
+
+
+def _estimator(adapted_model: Adapted) -> Adapted:
+    """Return an estimator that is called with texts instead of numbers."""
+    assert isinstance(adapted_model.net, Estimator)
+    net = TextEstimator(adapted_model.net.interface, adapted_model.net.digest)
+    return replace(adapted_model, net=net, feature_names=None)
