@@ -127,12 +127,15 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 }
 SMOOTHING: Final = "smoothing"
 """method that certifies another model than the given one: the smoothed classifier"""
+TREES: Final = "trees"
+"""method for ensembles of trees, which `auto` chooses for them"""
 PROVERS: Final[Mapping[str, str]] = {
     "ibp": "provers:IBP",
     "crown-ibp": "provers:CrownIBP",
     "crown": "provers:Crown",
     "lipschitz": "bounds.lipschitz:Lipschitz",
     SMOOTHING: "smoothing.smoothing:Smoothing",
+    TREES: "trees.proving:Trees",
     "alpha-crown": "branching.searching:AlphaCrown",
     "branch-and-bound": "branching.searching:BranchAndBound",
 }
