@@ -9,7 +9,7 @@ import torch
 
 from holdfast.api.verb_settings import Assess, Certify, Harden
 from holdfast.attacks.corruption import Corruption
-from holdfast.attacks.protocol import Attack, Learned
+from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.catalogue import CASCADE, LATE, TREES, load
@@ -183,10 +183,14 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     if members is not None:
         name, smallest = "", threat.constraint.eps == float("inf")
     else:
-        suite_name = str(settings.suite or "") or usual_suite(replace(spec, access=access))
+        suite_name = str(settings.suite or "") or usual_suite(
+            replace(spec, access=access), trees=trees and spec.access == "gradients"
+        )
         composed = suite(suite_name, threat.constraint, access)
         members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
         name, smallest = str(composed), composed.smallest
+    if spec.access != "gradients":
+        members = tuple(_without_reading(member) for member in members)
     _refuse_endless(replace(threat, access=access), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = threat.constraint.is_ball
@@ -212,6 +216,13 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
         proofs=_proofs(settings, smallest=smallest, trees=trees),
     )
+
+
+def _without_reading(member: Member) -> Member:
+    """Return an attack that does not read thresholds, because the attacker gets scores only."""
+    if not isinstance(member.attack, ThresholdAttack):
+        return member
+    return replace(member, attack=member.attack.without_reading())
 
 
 def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover, ...]:

@@ -12,8 +12,8 @@ published ones. There is no AutoAttack for L0; there `standard` consists of proj
 and Sparse-RS.
 
 `black-box` uses only what the threat model allows: scores, or labels. `transfer` sends no queries to the target and
-computes its examples on surrogates. Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of
-Hendrycks & Dietterich.
+computes its examples on surrogates. `trees` is the default for tree ensembles, whose thresholds its first attack reads.
+Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of Hendrycks & Dietterich.
 
 The tables name the attacks and their settings, and do not import torch: names are checked before it is imported.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from holdfast.core.types import Access
 
 SuiteName = Literal[
-    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
+    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer", "trees"
 ]
 Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow"]
 """What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
@@ -210,6 +210,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
     },
     "corruptions": {"corruptions": _CORRUPTIONS},
     "transfer": dict.fromkeys(("linf", "l2", "l1", "l0", "patch"), _TRANSFER),
+    "trees": {"linf": (_spec("Thresholds"), _SQUARE)},
 }
 """The attacks of each suite, by what the attacker may change."""
 
@@ -225,7 +226,7 @@ _CURVE: Final[Mapping[str, AttackSpec]] = {
 }
 
 _FIRST: tuple[SuiteName, ...] = (
-    "standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box"
+    "standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box", "trees"
 )  # fmt: skip
 """Names of suites, in the order in which `variant` searches them for the name of an attack."""
 
@@ -300,7 +301,7 @@ def variant(name: str, constraint: "Constraint") -> "Attack | None":
     """Return the attack that suites for a constraint list under `name`, with its settings, or None if no suite does.
 
     If several suites use the name for attacks with different settings, the first of `standard`, `quick`, `fast`,
-    `rand`, `minimum-norm`, `corruptions`, `transfer` and `black-box` decides.
+    `rand`, `minimum-norm`, `corruptions`, `transfer`, `black-box` and `trees` decides.
     """
     kind = _kind(constraint)
     found = (spec for suite_name in _FIRST for spec in SUITES[suite_name].get(kind, ()) if spec.name == name)

@@ -87,6 +87,7 @@ ATTACKS: Final[Mapping[str, AttackEntry]] = {
         AttackEntry("Square", "square", "scores", paper="Square Attack"),
         AttackEntry("SuperDeepFool", "super_deepfool", "gradients", short=("sdf",)),
         AttackEntry("SurFree", "surfree", "labels"),
+        AttackEntry("Thresholds", "thresholds", "scores"),
         AttackEntry("Transfer", "transfer", "none"),
         AttackEntry("TransformPGD", "transform_pgd", "gradients"),
         AttackEntry("Universal", "universal", "gradients", paper="UAP"),

@@ -1,5 +1,6 @@
 """The common form of the tree ensembles of all libraries: arrays of nodes, and scores that are sums over trees."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -82,10 +83,15 @@ class Ensemble:
         return ranks
 
     @cached_property
-    def exact(self) -> bool:
-        """Whether the library adds the leaves without rounding: they are whole numbers, or there is one tree."""
-        whole = bool((self.value == np.round(self.value)).all())
-        return not self.base.any() and (whole or len(self.roots) == 1)
+    def smallest_difference(self) -> float:
+        """Lower bound of the difference of two scores that are not equal, if the library adds the leaves without
+        rounding because they are whole numbers, or because there is one tree; 0 otherwise.
+        """
+        if self.base.any():
+            return 0.0
+        if (self.value == np.round(self.value)).all():
+            return 1.0
+        return math.ulp(0.0) if len(self.roots) == 1 else 0.0
 
     def ranks(self, rows: NDArray[Any]) -> Integers:
         """Return for each value of the rows (n, features) the number of thresholds that it reaches; -1 if it is
@@ -127,11 +133,22 @@ class Ensemble:
     @cached_property
     def rounding(self) -> float:
         """Bound of the difference between a lead of one class over another and that which the library computes."""
-        if self.exact:
+        if self.smallest_difference:
             return 0.0
         largest = np.maximum.reduceat(np.abs(self.value).max(1), self.roots)
         size = 2 * (float(np.abs(self.base).max()) + float(largest.sum()))
         return 2 * (len(self.roots) + 4) * (_UNIT[self.sums] + _UNIT["float64"]) * size + 1e-12
+
+    def losing(self, label: int, other: int) -> float:
+        """Return the largest lead of a class over another with which the library may not predict it.
+
+        Of equal scores the first determines the class.
+        """
+        step = self.smallest_difference
+        if not step:
+            return self.rounding
+        half = step / 2 or step  # which is not below the smallest number
+        return -half if label < other else half
 
     def on_grid(self, width: Width) -> "Ensemble":
         """Return the same ensemble for rows whose values are numbers of the data type `width`.

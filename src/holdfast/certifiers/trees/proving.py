@@ -149,8 +149,7 @@ class TreeProver:
         label, ensemble = int(one.y), self.ensemble
         bound, work, stopped = math.inf, 0, False
         for other in (k for k in range(ensemble.classes) if k != label):
-            # of equal scores the first determines the class, if no rounding error can decide
-            limit = -math.ulp(0.0) if ensemble.exact and label < other else ensemble.rounding
+            limit = ensemble.losing(label, other)
             worst = smallest_lead(ensemble, ranks, low, high, (label, other), limit, deadline)
             work, stopped = work + worst.work, stopped or worst.stopped
             if worst.bound > limit:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from holdfast.certifiers.trees.ensemble import Ensemble, Flags, Floats, Integers, Width, rounded_up
 from holdfast.core.errors import NoBounds
@@ -84,6 +86,23 @@ def read_trees(model: Classifier) -> TreeModel:
         if type(step).__name__ not in _MONOTONE:
             raise NoBounds(f"the step {type(step).__name__} of the pipeline is not supported; {_ACCEPTED}")
     return replace(_READERS[kind](steps[-1]), steps=tuple(steps[:-1]))
+
+
+def inner_values(model: Classifier) -> tuple[Tensor, ...]:
+    """Return for each feature the sorted values of inputs in the middle between two adjacent thresholds."""
+    tree_model = read_trees(model)
+    cuts = tree_model.ensemble.cuts
+    longest = max(len(each) for each in cuts)
+    middles = np.full((max(longest - 1, 1), len(cuts)), np.nan)
+    for feature, each in enumerate(cuts):
+        middles[: max(len(each) - 1, 0), feature] = each[:-1] + np.diff(each) / 2
+    for step in reversed(tree_model.steps):
+        middles = step.inverse_transform(middles)
+    values = torch.from_numpy(middles)
+    std, mean = (None if each is None else each.double().cpu() for each in (model.std, model.mean))
+    values = values if std is None else values * std
+    values = values if mean is None else values + mean
+    return tuple(column[column.isfinite()] for column in values.unbind(1))
 
 
 def refuse_other(tree_model: TreeModel, rows: NDArray[Any]) -> TreeModel:
