@@ -325,6 +325,21 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
             refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample, verb)
 
 
+def trees_certified(method, threat, *, veritas=True):
+    """Prepare a method of certification for a forest."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    from holdfast.io.models.adapting import adapted
+
+    wrapped = adapted(RandomForestClassifier(3, random_state=0).fit(X.numpy(), Y.numpy()))
+    model = Classifier(wrapped.net, access="scores", output=wrapped.output)
+    at, sample = threat_model(parse_threat(threat)), Batch(X, Y, torch.arange(len(X)))
+    with prepared(model, sample) as target, pytest.MonkeyPatch.context() as patched:
+        if not veritas:
+            patched.setattr("importlib.util.find_spec", lambda name: None)
+        refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample)
+
+
 def verified(**arguments):
     """The arguments of a certification, without a run."""
     refuse_misspelt("certify", signature(holdfast.certify).parameters, (), arguments)
@@ -1101,6 +1116,9 @@ situation(
 )
 situation("sigma of another method", certified, method="ibp", sigma=0.1)
 situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
+situation("bounds of trees", trees_certified, method="crown", threat="linf:0.1")
+situation("trees under l2", trees_certified, method="trees", threat="l2:0.1")
+situation("trees without veritas", trees_certified, method="trees", threat="linf:0.1", veritas=False)
 situation("lipschitz under linf", certified, method="lipschitz")
 situation("no gain", certified, method="lipschitz", threat="l2:0.02", model=Later(of_erfc))
 situation(

@@ -21,6 +21,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf, allowed
 from holdfast.core.errors import NoBounds, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.per_example import spread
 from holdfast.core.remedies import Install, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
@@ -133,8 +134,9 @@ class TreeProver:
     def _box(self, x: Inputs) -> tuple[Inputs, Inputs]:
         """Smallest and largest inputs that the harness accepts (`allowed` in `core/constraints.py`)."""
         x64, (low, high) = x.double(), (side.double() for side in self.model.bounds.like(x))
-        size = torch.maximum(x64.abs(), torch.maximum(low.abs(), high.abs()).expand_as(x64))
-        eps = self.constraint.eps * (1 + 1e-6) + 1e-7 + torch.finfo(x.dtype).eps * size
+        size = torch.maximum(x64.abs(), torch.maximum(low.abs(), high.abs())).nan_to_num(0.0)
+        rounding = spread(torch.finfo(x.dtype).eps * size.flatten(1).amax(1), x)
+        eps = self.constraint.eps * (1 + 1e-6) + 1e-7 + rounding
         infinity = torch.full_like(x, torch.inf)
         below = torch.maximum(
             (x64 - eps).to(x.dtype).nextafter(-infinity), (low - 1e-7).to(x.dtype).nextafter(-infinity)

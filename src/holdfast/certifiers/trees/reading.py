@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -205,27 +206,31 @@ def _assembled(
 
 
 def _depth(ensemble: Ensemble) -> int:
-    """Return the number of levels of the deepest tree, or `MAX_DEPTH` + 1 if it is larger."""
+    """Return the number of levels of the deepest tree, or `MAX_DEPTH` + 1 if it is larger or a node is repeated."""
     nodes = ensemble.roots
     for depth in range(MAX_DEPTH + 1):
         nodes = nodes[ensemble.feature[nodes] >= 0]
         if not len(nodes):
             return depth
+        if len(nodes) > len(ensemble.feature):  # nodes are their own descendants
+            break
         nodes = np.concatenate((ensemble.left[nodes], ensemble.right[nodes]))
     return MAX_DEPTH + 1
 
 
 def _read_xgboost(source: Any) -> TreeModel:
     """Trees of a `Booster`, or of an `XGBClassifier`, as they are in its JSON form."""
-    from holdfast.io.limited.trees import best_iteration
     from holdfast.io.models.trees import margins
 
     booster = source
     if type(source).__name__ == "XGBClassifier":
         if not math.isnan(source.missing):
             raise NoBounds(f"missing values of the XGBClassifier are {source.missing}; NaN was expected")
-        booster, last = source.get_booster(), best_iteration(source.get_booster())
-        booster = booster if last is None else booster[: last + 1]
+        booster = source.get_booster()
+        best = booster.attributes().get(
+            "best_iteration"
+        )  # of early stopping, to which predictions are limited
+        booster = booster if best is None else booster[: int(best) + 1]
     learner = json.loads(booster.save_raw("json"))["learner"]
     kind = learner["gradient_booster"]["name"]
     if kind != "gbtree":
@@ -266,9 +271,10 @@ def _read_lightgbm(source: Any) -> TreeModel:
         _lightgbm_tree(tree["tree_structure"], place % outputs)
         for place, tree in enumerate(dump["tree_info"])
     ]
-    divisor = len(trees) / outputs if dump["average_output"] else 1.0
+    slope = re.search(r"sigmoid:(\S+)", str(dump.get("objective", "")))
+    divisor = (len(trees) / outputs if dump["average_output"] else 1.0) / (float(slope[1]) if slope else 1.0)
     ensemble = _assembled(trees, outputs, booster.num_feature(), "float64", sums="float64", divisor=divisor)
-    return TreeModel(ensemble, lambda rows: booster.predict(rows, raw_score=True))
+    return TreeModel(ensemble, lambda rows: booster.predict(rows, raw_score=True) / divisor)
 
 
 def _lightgbm_tree(structure: dict[str, Any], output: int) -> _Tree:

@@ -113,7 +113,8 @@ def refuse_unprovable(
         # only if a model is refused: the trial of smoothing calls the model
         if verb == "assess":
             return (Remedy("certify"),)
-        return by_smoothing(plan.threat.constraint, sample, target.bare)
+        own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
+        return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
     by_operations = any(stage.prover is not None and stage.prover.name != TREES for stage in stages)
     if (
@@ -138,6 +139,12 @@ def refuse_unprovable(
             prepared_prover(target, stage.prover, sample, plan.threat)
         except NoBounds as error:
             raise NoBounds(error.message, *without_bounds()) from error
+
+
+def _has_trees(model: Classifier) -> bool:
+    from holdfast.certifiers.trees.reading import has_trees
+
+    return has_trees(model)
 
 
 _BOUNDS = "bounds are computed from the operations of a network in torch"
