@@ -287,6 +287,8 @@ def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageErr
         return UsageError(
             f"the suite 'black-box' has no attack under {kind} that needs only labels; use linf or l2"
         )
+    if name == "trees":
+        return UsageError(f"the suite 'trees' has no attack under {kind}", Remedy("threat", "linf:8/255"))
     if name == "transfer":
         return UsageError(
             f"under {constraint} whole images are transformed, and no attack uses a surrogate; give the attacker "
