@@ -36,6 +36,7 @@ from holdfast.attacks import (
     Square,
     SuperDeepFool,
     SurFree,
+    Thresholds,
     Transfer,
     TransformPGD,
 )
@@ -74,6 +75,7 @@ ATTACKS = [
     Case(Square(queries=150), Linf, slack=0.9, many=0.6),
     Case(Square(queries=150), L2, slack=0.6, many=0.45),
     Case(Square(queries=300), L1, slack=0.75, many=0.5),
+    Case(Thresholds(queries=150), Linf),
     Case(RayS(queries=400), Linf, slack=0.9, many=0.6, smallest=True),
     # from labels alone, with as few queries as still come near: 300 are at 0.9, 0.78, 0.87, 0.7, 0.98, 0.84 and 0.74
     Case(HopSkipJump(queries=150), L2, slack=0.55, many=0.2, smallest=True),

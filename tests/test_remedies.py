@@ -316,13 +316,28 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
         return
     settings = check_settings({"threat": threat, "method": method, **options}, "", kind=Certify)
     at, sample = threat_model(parse_threat(settings.threat)), Batch(X, Y, torch.arange(len(X)))
-    with prepared(Classifier(model), sample) as target:
+    with prepared(model if isinstance(model, Classifier) else Classifier(model), sample) as target:
         if method == "smoothing":
             own = {f.name for f in dataclasses.fields(Smoothing)}
             smoothing = Smoothing(**{key: value for key, value in options.items() if key in own})
             smoothing.ready(target.bare, sample, at)
         else:
             refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample, verb)
+
+
+def forest():
+    from sklearn.ensemble import RandomForestClassifier
+
+    from holdfast.io.models.adapting import adapted
+
+    wrapped = adapted(RandomForestClassifier(3, random_state=0).fit(X.numpy(), Y.numpy()))
+    return Classifier(wrapped.net, access="scores", output=wrapped.output)
+
+
+def certified_without_veritas(**arguments):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        certified(**arguments)
 
 
 def verified(**arguments):
@@ -1104,6 +1119,10 @@ situation(
 )
 situation("sigma of another method", certified, method="ibp", sigma=0.1)
 situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
+situation("bounds of trees", certified, model=Later(forest), method="crown", threat="linf:0.1")
+situation("suite of trees under l2", planned, suite="trees", threat="l2:1")
+situation("trees under l2", certified, model=Later(forest), method="trees", threat="l2:0.1")
+situation("trees without veritas", certified_without_veritas, model=Later(forest), method="trees")
 situation("lipschitz under linf", certified, method="lipschitz")
 situation("no gain", certified, method="lipschitz", threat="l2:0.02", model=Later(of_erfc))
 situation(

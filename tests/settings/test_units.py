@@ -137,9 +137,9 @@ def test_missing_values_and_bytes_have_units_too(unit):
 
 
 def test_smoothing_is_advised_in_the_unit_of_the_threat():
-    forest = pytest.importorskip("sklearn.ensemble").RandomForestClassifier(3, random_state=0).fit(X, Y)
+    neighbours = pytest.importorskip("sklearn.neighbors").KNeighborsClassifier(3).fit(X, Y)
     with pytest.raises(UsageError) as caught:
-        holdfast.certify(forest, (X, Y), "linf:0.05,unit=range", bounds=(LOW, HIGH))
+        holdfast.certify(neighbours, (X, Y), "linf:0.05,unit=range", bounds=(LOW, HIGH))
     (threat, _) = caught.value.remedies[0].also
     assert threat.value == "l2:0.1,unit=range"
 

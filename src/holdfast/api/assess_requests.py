@@ -24,7 +24,7 @@ from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_se
 from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.smoothing.smoothing import Smoothing
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, LATE, SMOOTHING
+from holdfast.core.catalogue import CASCADE, LATE, SMOOTHING, TREES
 from holdfast.core.evidence import Evidence
 from holdfast.io.data.selection import selected
 from holdfast.io.remote.counting import inspection_counter
@@ -129,13 +129,14 @@ def _request(
         baseline=baseline,
         device=device_of_model(settings, subject),
         target=subject.model.access,
+        trees=_has_trees(subject),
     )
     smoothing, guard = _smoothing(settings), settings.guard
     if smoothing is not None:
         request = certify_request(request, [smoothing], [])
         request = request if subject.model.access == "gradients" else without_attacks(request)
     elif isinstance(settings, Certify):
-        request = certify_request(request, *_provers(settings), settings.geometry)
+        request = certify_request(request, *_provers(settings, subject), settings.geometry)
     elif guard is not None:
         request = _with_trials(request, guard, subject)
     return replace(
@@ -193,9 +194,19 @@ def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> Assess
     return replace(request, plan=replace(request.plan, trials=trials))
 
 
-def _provers(settings: Certify) -> tuple[list[Prover], list[Prover]]:
+def _has_trees(subject: Subject) -> bool:
+    """Return whether the model is an ensemble of trees that can be read."""
+    if subject.model.access != "scores":
+        return False
+    from holdfast.certifiers.trees.reading import has_trees
+
+    return has_trees(subject.model)
+
+
+def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    names = CASCADE if settings.method == AUTO else (settings.method,)
+    automatic = (TREES,) if _has_trees(subject) else CASCADE
+    names = automatic if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (
         [prover(name, limit) for name in names if name not in LATE],

@@ -163,8 +163,8 @@ class CertifyOptions(SettingGroup):
     )
     timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
         default="10s",
-        description="Time limit for each example in each of the methods crown, alpha-crown and branch-and-bound "
-        "(default: 10s).",
+        description="Time limit for each example in each of the methods crown, alpha-crown, branch-and-bound and "
+        "trees (default: 10s).",
     )
     sigma: Annotated[values.Deviation | None, Flag("S")] = Field(
         default=None,

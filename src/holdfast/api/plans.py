@@ -9,10 +9,10 @@ import torch
 
 from holdfast.api.verb_settings import Assess, Certify, Harden
 from holdfast.attacks.corruption import Corruption
-from holdfast.attacks.protocol import Attack, Learned
+from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
-from holdfast.core.catalogue import CASCADE, LATE, load
+from holdfast.core.catalogue import CASCADE, LATE, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -76,11 +76,13 @@ def assess_request(
     baseline: Evidence | None = None,
     device: str | None = None,
     target: Access = "gradients",
+    trees: bool = False,
     command: str = "",
 ) -> AssessRequest:
     """Return the request of an assessment, created from its settings.
 
-    If given, `device` replaces the device of the settings. `target` is the highest access that the model allows.
+    If given, `device` replaces the device of the settings. `target` is the highest access that the model allows, and
+    `trees` states whether the model is an ensemble of trees.
     """
     claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus == "baseline" for claim in claims):
@@ -90,7 +92,7 @@ def assess_request(
         )
     on_device = device_of(settings.device) if device is None else device
     return AssessRequest(
-        plan(settings, target),
+        plan(settings, target, trees=trees),
         claims,
         baseline,
         settings.accept_doubts,
@@ -168,7 +170,7 @@ def _default_attack(cls: type[Any], name: str) -> Any:
     return cls()
 
 
-def plan(settings: Measuring, target: Access = "gradients") -> Plan:
+def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = False) -> Plan:
     """Return the plan of an assessment: its attacks in the order in which they run, and the threat model of the
     settings.
 
@@ -181,10 +183,14 @@ def plan(settings: Measuring, target: Access = "gradients") -> Plan:
     if members is not None:
         name, smallest = "", threat.constraint.eps == float("inf")
     else:
-        suite_name = str(settings.suite or "") or usual_suite(replace(spec, access=access))
+        suite_name = str(settings.suite or "") or usual_suite(
+            replace(spec, access=access), trees=trees and spec.access == "gradients"
+        )
         composed = suite(suite_name, threat.constraint, access)
         members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
         name, smallest = str(composed), composed.smallest
+    if spec.access != "gradients":
+        members = tuple(_without_reading(member) for member in members)
     _refuse_endless(replace(threat, access=access), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = threat.constraint.is_ball
@@ -208,11 +214,18 @@ def plan(settings: Measuring, target: Access = "gradients") -> Plan:
         keep_adversarial=settings.save_adversarial,
         doubts=probing if settings.doubts else "none",
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
-        proofs=_proofs(settings, smallest=smallest),
+        proofs=_proofs(settings, smallest=smallest, trees=trees),
     )
 
 
-def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
+def _without_reading(member: Member) -> Member:
+    """Return an attack that does not read thresholds, because the attacker gets scores only."""
+    if not isinstance(member.attack, ThresholdAttack):
+        return member
+    return replace(member, attack=member.attack.without_reading())
+
+
+def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover, ...]:
     """Return the quick methods of certification that an assessment with `certify` begins with."""
     if not isinstance(settings, Assess) or not settings.certify:
         return ()
@@ -222,7 +235,7 @@ def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
             Remedy("certify"),
             Remedy("suite", DEFAULT_SUITE),
         )
-    return tuple(prover(name) for name in CASCADE if name not in LATE)
+    return tuple(prover(name) for name in ((TREES,) if trees else CASCADE) if name not in LATE)
 
 
 def prover(name: str, timeout_s: float | None = None) -> Prover:

@@ -98,6 +98,19 @@ class QueryAttack(Attack, Protocol):
 
 
 @runtime_checkable
+class ThresholdAttack(Attack, Protocol):
+    """Protocol of an attack that uses the thresholds of a tree ensemble if they can be read."""
+
+    def reading(self, inner_values: Sequence[Tensor]) -> Attack:
+        """Return the attack on a model whose thresholds are known. `inner_values` has the sorted values of each feature
+        that are between two thresholds.
+        """
+
+    def without_reading(self) -> Attack:
+        """Return the attack for an attacker who gets scores only."""
+
+
+@runtime_checkable
 class Enumeration(Attack, Protocol):
     """Protocol of an attack that tries every point of a grid of transformations; each call of the model tries one point
     on all examples that are not yet broken.

@@ -12,8 +12,8 @@ published ones. There is no AutoAttack for L0; there `standard` consists of proj
 and Sparse-RS.
 
 `black-box` uses only what the threat model allows: scores, or labels. `transfer` sends no queries to the target and
-computes its examples on surrogates. Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of
-Hendrycks & Dietterich.
+computes its examples on surrogates. `trees` is the default for tree ensembles, whose thresholds its first attack reads.
+Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of Hendrycks & Dietterich.
 
 The tables name the attacks and their settings, and do not import torch: names are checked before it is imported.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from holdfast.core.types import Access
 
 SuiteName = Literal[
-    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
+    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer", "trees"
 ]
 Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow", "text"]
 """What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
@@ -215,6 +215,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
     },
     "corruptions": {"corruptions": _CORRUPTIONS},
     "transfer": dict.fromkeys(("linf", "l2", "l1", "l0", "patch"), _TRANSFER),
+    "trees": {"linf": (_spec("Thresholds"), _SQUARE)},
 }
 """The attacks of each suite, by what the attacker may change."""
 
@@ -230,7 +231,7 @@ _CURVE: Final[Mapping[str, AttackSpec]] = {
 }
 
 _FIRST: tuple[SuiteName, ...] = (
-    "standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box"
+    "standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box", "trees"
 )  # fmt: skip
 """Names of suites, in the order in which `variant` searches them for the name of an attack."""
 
@@ -297,6 +298,8 @@ def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageErr
             f"the suite {name} has no attack on texts; expected one of {', '.join(others)}",
             Remedy("suite", "fast"),
         )
+    if name == "trees":
+        return UsageError(f"the suite 'trees' has no attack under {kind}", Remedy("threat", "linf:8/255"))
     if name == "transfer":
         return UsageError(
             f"under {constraint} whole images are transformed, and no attack uses a surrogate; give the attacker "
@@ -311,7 +314,7 @@ def variant(name: str, constraint: "Constraint") -> "Attack | None":
     """Return the attack that suites for a constraint list under `name`, with its settings, or None if no suite does.
 
     If several suites use the name for attacks with different settings, the first of `standard`, `quick`, `fast`,
-    `rand`, `minimum-norm`, `corruptions`, `transfer` and `black-box` decides.
+    `rand`, `minimum-norm`, `corruptions`, `transfer`, `black-box` and `trees` decides.
     """
     kind = _kind(constraint)
     found = (spec for suite_name in _FIRST for spec in SUITES[suite_name].get(kind, ()) if spec.name == name)

@@ -88,6 +88,7 @@ ATTACKS: Final[Mapping[str, AttackEntry]] = {
         AttackEntry("SuperDeepFool", "super_deepfool", "gradients", short=("sdf",)),
         AttackEntry("SurFree", "surfree", "labels"),
         AttackEntry("TextSearch", "text_search", "scores"),
+        AttackEntry("Thresholds", "thresholds", "scores"),
         AttackEntry("Transfer", "transfer", "none"),
         AttackEntry("TransformPGD", "transform_pgd", "gradients"),
         AttackEntry("Universal", "universal", "gradients", paper="UAP"),
@@ -128,12 +129,15 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 }
 SMOOTHING: Final = "smoothing"
 """method that certifies another model than the given one: the smoothed classifier"""
+TREES: Final = "trees"
+"""method for ensembles of trees, which `auto` chooses for them"""
 PROVERS: Final[Mapping[str, str]] = {
     "ibp": "provers:IBP",
     "crown-ibp": "provers:CrownIBP",
     "crown": "provers:Crown",
     "lipschitz": "bounds.lipschitz:Lipschitz",
     SMOOTHING: "smoothing.smoothing:Smoothing",
+    TREES: "trees.proving:Trees",
     "alpha-crown": "branching.searching:AlphaCrown",
     "branch-and-bound": "branching.searching:BranchAndBound",
 }

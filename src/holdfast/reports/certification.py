@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from holdfast.core.catalogue import TREES
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
 from holdfast.reports.numbers import count_text, percent, plain, seconds_text, strict
 from holdfast.reports.words import TextTable, amount, interval
@@ -212,9 +213,13 @@ def certification_lines(summary: Mapping[str, Any]) -> list[str]:
         )
     lines += _statistical_lines(results["statistical"], noun)
     if results["certified"] and not results["statistical"]:
+        by_trees = {row["name"] for row in results["rows"] if row["certified"] and row["stage"]} == {TREES}
         lines.append(
-            "certificates hold for the network in exact arithmetic with its stored weights, and include the rounding "
-            "errors of the bounds"
+            "certificates hold for all values that the model can compare with its thresholds, and include the rounding "
+            "errors of its sums"
+            if by_trees
+            else "certificates hold for the network in exact arithmetic with its stored weights, and include the "
+            "rounding errors of the bounds"
         )
     lines += [
         f"memory ran out in {row['name']}, which continued with {amount(row['batch'], noun)} at a time"

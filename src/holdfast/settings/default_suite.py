@@ -18,14 +18,16 @@ from holdfast.settings.naming import chosen
 DEFAULT_SUITE: SuiteName = "fast"
 
 
-def usual_suite(threat: ThreatSpec) -> SuiteName:
+def usual_suite(threat: ThreatSpec, *, trees: bool = False) -> SuiteName:
     """Return the suite that is used under a threat model if the user gives neither a suite nor attacks.
 
-    It depends on the access of the attacker: `transfer` for no access, `black-box` for scores or labels, and otherwise
-    `fast`.
+    It is `trees` for a model with readable `trees`. Otherwise it depends on the access of the attacker: `transfer` for
+    no access, `black-box` for scores or labels, and otherwise `fast`.
     """
     if threat.norm == "corruptions" or threat.access == "gradients":
         return DEFAULT_SUITE
+    if trees and names_in_suite("trees", threat):
+        return "trees"
     if threat.access == "none":
         return "transfer"
     return "black-box" if names_in_suite("black-box", threat) else DEFAULT_SUITE
@@ -92,11 +94,11 @@ def refuse_uncertifiable(threat: str) -> None:
 
 
 def _of_black_box(threat: ThreatSpec, names: Sequence[str]) -> bool:
-    """Whether all names are attacks of `black-box`, the default suite for a model without gradients."""
+    """Whether all names are attacks of `black-box` or `trees`, the default suites for models without gradients."""
     accesses: tuple[Sees, ...] = ("scores", "labels")
     accepted = {
         slug(name)
         for access in accesses
         for name in names_in_suite("black-box", replace(threat, access=access))
     }
-    return {slug(name) for name in names} <= accepted
+    return {slug(name) for name in names} <= accepted | set(map(slug, names_in_suite("trees", threat)))

@@ -318,8 +318,9 @@ class SuiteSettings(SettingGroup):
 
     suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE")] = Field(
         default=None,
-        description=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box for a model without "
-        "gradients, transfer for access=none), or attacks by name, as in pgd,square.",
+        description=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; trees for a tree "
+        "ensemble, black-box for another model without gradients, transfer for access=none), or attacks by name, "
+        "as in pgd,square.",
     )
     attacks: list[dict[str, Any]] | None = Field(
         default=None,

@@ -112,6 +112,8 @@ class EstimatorInterface:
     """kind of the scores: logits or probabilities; None if there are no scores"""
     parallel: bool = True
     """whether the estimator may start as many threads and processes as its `n_jobs` specifies"""
+    source: Any = None
+    """object of the library, from which the trees of an ensemble are read"""
 
 
 class Estimator(nn.Module):
@@ -147,7 +149,7 @@ class Estimator(nn.Module):
         """Return the scores (n, classes) of a batch, or (n,) of class 1. Return one-hot labels if the estimator has no
         scores.
         """
-        rows = self._rows(x)
+        rows = self.rows(x)
         kind = np.float64 if x.dtype == torch.float64 else np.float32
         outputs = self._one_hot(rows, kind) if self.gives == "labels" else self._scores(rows, kind)
         return torch.from_numpy(np.ascontiguousarray(outputs)).to(x.device, x.dtype)
@@ -162,7 +164,7 @@ class Estimator(nn.Module):
         """
         if self.interface.labels is None or self.interface.scores is None or self.decides:
             return ()
-        rows = self._rows(self._compared(x))
+        rows = self.rows(self._compared(x))
         try:
             numbers, scores = self._numbers(rows), self._raw(rows)
         except (HoldfastError, MemoryError):
@@ -195,7 +197,7 @@ class Estimator(nn.Module):
         """Return the rows `x` and their midpoints with the row before."""
         return torch.cat((x, (x + x.roll(1, 0)) / 2))
 
-    def _rows(self, x: Tensor) -> Array:
+    def rows(self, x: Tensor) -> Array:
         """Return the inputs in the type that the estimator is called with, usually float64, in which scikit-learn
         computes.
         """
@@ -332,6 +334,7 @@ def interface_of(estimator: Predictor, *, parallel: bool = True) -> EstimatorInt
         None if columns is None else tuple(map(str, columns)),
         kind=kind,
         parallel=parallel,
+        source=estimator,
     )
 
 

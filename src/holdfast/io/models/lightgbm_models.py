@@ -49,6 +49,7 @@ def adapted_lightgbm(booster: Any) -> Adapted:
         features=booster.num_feature(),
         dtype=np.float64,
         kind="logit",
+        source=booster,
     )
     names = tuple(booster.feature_name())
     automatic = names == tuple(f"Column_{place}" for place in range(len(names)))

@@ -26,7 +26,7 @@ Texts = Callable[[list[str]], Any]
 class TextEstimator(Estimator):
     """An estimator that is called with texts, such as a pipeline of scikit-learn that begins with a vectoriser."""
 
-    def _rows(self, x: Tensor) -> Array:
+    def rows(self, x: Tensor) -> Array:
         return np.array(decoded(x), dtype=object)
 
     def _forms(self) -> tuple[Form, ...]:

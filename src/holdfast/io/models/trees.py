@@ -86,10 +86,11 @@ def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
     classes = max(int(parameters["num_class"]), 2)
     interface = EstimatorInterface(
         "Booster",
-        partial(_margins, booster, (0, 0 if last_iteration is None else last_iteration + 1)),
+        partial(margins, booster, (0, 0 if last_iteration is None else last_iteration + 1)),
         features=booster.num_features(),
         dtype=np.float32,
         kind="logit",
+        source=booster if last_iteration is None else booster[: last_iteration + 1],
     )
     names = booster.feature_names
     return replace(
@@ -97,7 +98,7 @@ def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
     )
 
 
-def _margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
+def margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
     """Return the logits (n, classes) of the rows, or those (n,) of class 1. Raises `XGBoostError` with one line."""
     import xgboost
 

@@ -12,6 +12,7 @@ from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, smoothed_model
 from holdfast.certifiers.smoothing.smoothing import Smoothing, by_smoothing
 from holdfast.core.batch import Batch
+from holdfast.core.catalogue import TREES
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
@@ -112,9 +113,15 @@ def refuse_unprovable(
         # only if a model is refused: the trial of smoothing calls the model
         if verb == "assess":
             return (Remedy("certify"),)
-        return by_smoothing(plan.threat.constraint, sample, target.bare)
+        own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
+        return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
-    if target.smoothed is None and (target.bare.remote or target.bare.access != "gradients"):
+    by_operations = any(stage.prover is not None and stage.prover.name != TREES for stage in stages)
+    if (
+        by_operations
+        and target.smoothed is None
+        and (target.bare.remote or target.bare.access != "gradients")
+    ):
         raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", *without_bounds())
     if target.rejects:
         raise UsageError(
@@ -132,6 +139,12 @@ def refuse_unprovable(
             prepared_prover(target, stage.prover, sample, plan.threat)
         except NoBounds as error:
             raise NoBounds(error.message, *without_bounds()) from error
+
+
+def _has_trees(model: Classifier) -> bool:
+    from holdfast.certifiers.trees.reading import has_trees
+
+    return has_trees(model)
 
 
 _BOUNDS = "bounds are computed from the operations of a network in torch"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.protocol import Attack, ThresholdAttack
 from holdfast.certifiers.smoothing.smoothed_votes import SmoothedVotes
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
@@ -160,6 +160,8 @@ def returned(
 
     If the query budget of the attack ran out, the inputs are the best ones that it had found before.
     """
+    if isinstance(attack, ThresholdAttack):
+        attack = _reading(attack, target)
     attacked = without_missing(batch, target.bare.bounds)
     meter = Metered(target.queried(target.quick, batch), attacked, threat)
     try:
@@ -182,6 +184,15 @@ def returned(
             f"report it as a bug of the attack"
         )
     return x_adv.detach(), meter.spent
+
+
+def _reading(attack: ThresholdAttack, target: Target) -> Attack:
+    """Return the attack with the thresholds of the model, if it is a tree ensemble whose thresholds can be read."""
+    from holdfast.certifiers.trees.reading import has_trees, inner_values
+
+    if not has_trees(target.bare):
+        return attack
+    return attack.reading(target.once("thresholds", lambda: inner_values(target.bare)))
 
 
 def votes(

@@ -1,0 +1,373 @@
+"""Reads the trees of XGBoost, LightGBM and scikit-learn models into an `Ensemble`, and compares both."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdfast.certifiers.trees.ensemble import Ensemble, Flags, Floats, Integers, Width, rounded_up
+from holdfast.core.errors import NoBounds
+from holdfast.core.model import Classifier
+from holdfast.io.models.estimators import Estimator
+
+MAX_DEPTH = 500
+"""Largest depth of a tree; trees are cut to a region by recursion."""
+_CHECKED = 1000
+"""Largest number of thresholds next to which both forms of an ensemble are compared."""
+_FORESTS = ("RandomForestClassifier", "ExtraTreesClassifier")
+_MONOTONE = ("StandardScaler", "MinMaxScaler", "MaxAbsScaler", "RobustScaler")
+"""transformations of scikit-learn by an increasing function of each feature"""
+_ACCEPTED = (
+    "the trees of XGBoost and LightGBM models are read, and those of DecisionTreeClassifier, "
+    f"{', '.join(_FORESTS)}, GradientBoostingClassifier and HistGradientBoostingClassifier of scikit-learn, also "
+    f"after {', '.join(_MONOTONE)} in a pipeline"
+)
+
+_CATEGORICAL = (
+    "a tree of {} has a split by categories, which is not supported; encode categories as one column for each "
+    "value, and train again"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TreeModel:
+    """A tree ensemble, and how rows of the wrapped model become rows of the ensemble."""
+
+    ensemble: Ensemble
+    scores: Callable[[Any], Any]
+    """function of the library that returns the scores of rows (n, features), without link function"""
+    shifted: bool = False
+    """whether the library adds a base score, which is determined when both are compared"""
+    steps: tuple[Any, ...] = ()
+    """increasing transformations of each feature that precede the ensemble"""
+
+    def rows(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return rows of the ensemble for rows of the wrapped model."""
+        for step in self.steps:
+            values = step.transform(values)
+        return np.asarray(values).astype(self.ensemble.width)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tree:
+    """One tree of a library, with thresholds from which on a row goes to the right child."""
+
+    feature: Integers
+    threshold: Floats
+    missing_left: Flags
+    left: Integers
+    right: Integers
+    value: Floats
+    """(nodes,), or (nodes, classes)"""
+    output: int = 0
+    """score to which the leaves of a tree with one value are added"""
+
+
+def has_trees(model: Classifier) -> bool:
+    """Return whether a model is an ensemble of trees, or a tree, of a supported library."""
+    source = _source(model)
+    return source is not None and _kind(source[-1]) != ""
+
+
+def read_trees(model: Classifier) -> TreeModel:
+    """Return the trees of a model. Raises `NoBounds` for another model, and for trees with unsupported splits."""
+    steps = _source(model)
+    kind = "" if steps is None else _kind(steps[-1])
+    if steps is None or not kind:
+        name = model.net.name if isinstance(model.net, Estimator) else type(model.net).__name__
+        raise NoBounds(f"the model is {name}, whose trees cannot be read; {_ACCEPTED}")
+    for step in steps[:-1]:
+        if type(step).__name__ not in _MONOTONE:
+            raise NoBounds(f"the step {type(step).__name__} of the pipeline is not supported; {_ACCEPTED}")
+    return replace(_READERS[kind](steps[-1]), steps=tuple(steps[:-1]))
+
+
+def inner_values(model: Classifier) -> tuple[Tensor, ...]:
+    """Return for each feature the sorted values of inputs in the middle between two adjacent thresholds."""
+    tree_model = read_trees(model)
+    cuts = tree_model.ensemble.cuts
+    longest = max(len(each) for each in cuts)
+    middles = np.full((max(longest - 1, 1), len(cuts)), np.nan)
+    for feature, each in enumerate(cuts):
+        middles[: max(len(each) - 1, 0), feature] = each[:-1] + np.diff(each) / 2
+    for step in reversed(tree_model.steps):
+        middles = step.inverse_transform(middles)
+    values = torch.from_numpy(middles)
+    std, mean = (None if each is None else each.double().cpu() for each in (model.std, model.mean))
+    values = values if std is None else values * std
+    values = values if mean is None else values + mean
+    return tuple(column[column.isfinite()] for column in values.unbind(1))
+
+
+def refuse_other(tree_model: TreeModel, rows: NDArray[Any]) -> TreeModel:
+    """Return the tree model with its base score. Raises `NoBounds` if its scores differ from those of the library, on
+    the rows (n, features) of the ensemble or next to thresholds.
+    """
+    ensemble = tree_model.ensemble
+    rows = np.concatenate((rows, _next_to_thresholds(ensemble, rows)))
+    given = np.asarray(tree_model.scores(rows), dtype=np.float64).reshape(len(rows), -1)
+    computed = ensemble.scores(ensemble.ranks(rows)) / ensemble.divisor
+    if given.shape == computed.shape:
+        if tree_model.shifted:
+            base = np.median(given - computed, axis=0)
+            ensemble, computed = replace(ensemble, base=base), computed + base
+        tolerance = ensemble.rounding / ensemble.divisor + 1e-6 * (1 + np.abs(given).max())
+        if (np.abs(computed - given) <= tolerance).all():
+            return replace(tree_model, ensemble=ensemble)
+    raise NoBounds(
+        f"the trees that were read give other scores than the model on {len(rows)} rows, as those of a model with an "
+        f"initial estimator or weights of trees do; {_ACCEPTED}"
+    )
+
+
+def _next_to_thresholds(ensemble: Ensemble, rows: NDArray[Any]) -> NDArray[Any]:
+    """Return copies of the rows in which one value is a threshold, or the largest number below it."""
+    inner = np.flatnonzero((ensemble.feature >= 0) & np.isfinite(ensemble.threshold))
+    chosen = inner[np.linspace(0, len(inner) - 1, min(len(inner), _CHECKED)).astype(int)]
+    at = ensemble.threshold[chosen].astype(rows.dtype)
+    copies = np.tile(rows[np.arange(len(chosen)) % len(rows)], (2, 1))
+    values = np.concatenate((at, np.nextafter(at, np.asarray(-np.inf, rows.dtype))))
+    copies[np.arange(len(copies)), np.tile(ensemble.feature[chosen], 2)] = values
+    finite: NDArray[Any] = copies[np.isfinite(values)]
+    return finite
+
+
+def _source(model: Classifier) -> tuple[Any, ...] | None:
+    """Return the steps of the pipeline that a model wraps, or the only estimator; None for another model."""
+    if not isinstance(model.net, Estimator) or model.net.interface.source is None:
+        return None
+    source = model.net.interface.source
+    if _library(source) == "sklearn" and type(source).__name__ == "Pipeline":
+        return tuple(step for _, step in source.steps if step not in (None, "passthrough"))
+    return (source,)
+
+
+def _library(source: Any) -> str:
+    return type(source).__module__.partition(".")[0]
+
+
+def _kind(source: Any) -> str:
+    """Return the key of the reader of an object, or an empty string."""
+    library, name = _library(source), type(source).__name__
+    if library == "sklearn":
+        return name if name in _READERS else ""
+    known = {"xgboost": ("Booster", "XGBClassifier"), "lightgbm": ("Booster", "LGBMClassifier")}
+    return library if name in known.get(library, ()) else ""
+
+
+def _assembled(
+    trees: Sequence[_Tree], outputs: int, features: int, width: Width, *, sums: Width, divisor: float = 1.0
+) -> Ensemble:
+    """Return trees as one list of nodes."""
+    if not trees:
+        raise NoBounds("the model has no trees, so that it predicts the same class for every input")
+    sizes = [len(tree.feature) for tree in trees]
+    roots = np.concatenate(([0], np.cumsum(sizes)[:-1])).astype(np.int64)
+    value = np.zeros((sum(sizes), outputs))
+    for root, tree in zip(roots, trees, strict=True):
+        nodes = value[root : root + len(tree.feature)]
+        if tree.value.ndim == 2:
+            nodes[:] = tree.value
+        else:
+            nodes[:, tree.output] = tree.value
+    feature = np.concatenate([tree.feature for tree in trees])
+    value[feature >= 0] = 0.0
+    left, right = (
+        np.concatenate([getattr(tree, side) + root for tree, root in zip(trees, roots, strict=True)])
+        for side in ("left", "right")
+    )
+    ensemble = Ensemble(
+        feature.astype(np.int64),
+        np.where(feature >= 0, np.concatenate([tree.threshold for tree in trees]), 0.0),
+        np.concatenate([tree.missing_left for tree in trees]).astype(bool),
+        left.astype(np.int64),
+        right.astype(np.int64),
+        value,
+        roots,
+        np.zeros(outputs),
+        features,
+        width,
+        sums,
+        divisor,
+    )
+    depth = _depth(ensemble)
+    if depth > MAX_DEPTH:
+        raise NoBounds(
+            f"a tree has more than {MAX_DEPTH} levels; limit the depth of the trees, and train again"
+        )
+    return ensemble
+
+
+def _depth(ensemble: Ensemble) -> int:
+    """Return the number of levels of the deepest tree, or `MAX_DEPTH` + 1 if it is larger or a node is repeated."""
+    nodes = ensemble.roots
+    for depth in range(MAX_DEPTH + 1):
+        nodes = nodes[ensemble.feature[nodes] >= 0]
+        if not len(nodes):
+            return depth
+        if len(nodes) > len(ensemble.feature):  # nodes are their own descendants
+            break
+        nodes = np.concatenate((ensemble.left[nodes], ensemble.right[nodes]))
+    return MAX_DEPTH + 1
+
+
+def _read_xgboost(source: Any) -> TreeModel:
+    """Trees of a `Booster`, or of an `XGBClassifier`, as they are in its JSON form."""
+    from holdfast.io.models.trees import margins
+
+    booster = source
+    if type(source).__name__ == "XGBClassifier":
+        if not math.isnan(source.missing):
+            raise NoBounds(f"missing values of the XGBClassifier are {source.missing}; NaN was expected")
+        booster = source.get_booster()
+        best = booster.attributes().get(
+            "best_iteration"
+        )  # of early stopping, to which predictions are limited
+        booster = booster if best is None else booster[: int(best) + 1]
+    learner = json.loads(booster.save_raw("json"))["learner"]
+    kind = learner["gradient_booster"]["name"]
+    if kind != "gbtree":
+        raise NoBounds(f"the booster of XGBoost is {kind}; gbtree was expected")
+    model = learner["gradient_booster"]["model"]
+    trees = []
+    for content, output in zip(model["trees"], model["tree_info"], strict=True):
+        if int(content["tree_param"]["size_leaf_vector"]) > 1:
+            raise NoBounds(
+                "a tree of XGBoost has leaves for several outputs; multi_strategy=one_output_per_tree was expected"
+            )
+        if any(content["split_type"]):
+            raise NoBounds(_CATEGORICAL.format("XGBoost"))
+        left = np.array(content["left_children"], dtype=np.int64)
+        conditions = np.array(content["split_conditions"], dtype=np.float32).astype(np.float64)
+        trees.append(
+            _Tree(
+                np.where(left < 0, -1, np.array(content["split_indices"])),
+                conditions,
+                np.array(content["default_left"]),
+                left,
+                np.array(content["right_children"]),
+                conditions,
+                output,
+            )
+        )
+    outputs = max(1, int(learner["learner_model_param"]["num_class"]))
+    ensemble = _assembled(trees, outputs, booster.num_features(), "float32", sums="float32")
+    return TreeModel(ensemble, lambda rows: margins(booster, (0, 0), rows), shifted=True)
+
+
+def _read_lightgbm(source: Any) -> TreeModel:
+    """Trees of a `Booster`, or of an `LGBMClassifier`, as they are in its JSON form."""
+    booster = source.booster_ if type(source).__name__ == "LGBMClassifier" else source
+    dump = booster.dump_model()
+    outputs = int(dump["num_tree_per_iteration"])
+    trees = [
+        _lightgbm_tree(tree["tree_structure"], place % outputs)
+        for place, tree in enumerate(dump["tree_info"])
+    ]
+    slope = re.search(r"sigmoid:(\S+)", str(dump.get("objective", "")))
+    divisor = (len(trees) / outputs if dump["average_output"] else 1.0) / (float(slope[1]) if slope else 1.0)
+    ensemble = _assembled(trees, outputs, booster.num_feature(), "float64", sums="float64", divisor=divisor)
+    return TreeModel(ensemble, lambda rows: booster.predict(rows, raw_score=True) / divisor)
+
+
+def _lightgbm_tree(structure: dict[str, Any], output: int) -> _Tree:
+    nodes, lefts, rights = [structure], list[int](), list[int]()
+    for node in nodes:  # which grows
+        inner = "split_feature" in node
+        lefts.append(len(nodes) if inner else -1)
+        rights.append(len(nodes) + 1 if inner else -1)
+        if not inner:
+            continue
+        if node["decision_type"] != "<=":
+            raise NoBounds(_CATEGORICAL.format("LightGBM"))
+        if node["missing_type"] == "Zero":
+            raise NoBounds("LightGBM treats zeros as missing values; zero_as_missing=False was expected")
+        nodes += [node["left_child"], node["right_child"]]
+    threshold = np.array([node.get("threshold", 0.0) for node in nodes], dtype=np.float64)
+    by_zero = np.array([node.get("missing_type") == "None" for node in nodes])
+    return _Tree(
+        np.array([node.get("split_feature", -1) for node in nodes]),
+        rounded_up(threshold, "float64", beyond=True),
+        # without a branch for missing values, they are compared as zeros
+        np.where(by_zero, threshold >= 0, [bool(node.get("default_left")) for node in nodes]),
+        np.array(lefts),
+        np.array(rights),
+        np.array([node.get("leaf_value", 0.0) for node in nodes], dtype=np.float64),
+        output,
+    )
+
+
+def _sklearn_tree(tree: Any, value: Floats, output: int = 0) -> _Tree:
+    return _Tree(
+        np.where(tree.children_left < 0, -1, tree.feature),
+        rounded_up(tree.threshold, "float32", beyond=True),
+        np.asarray(tree.missing_go_to_left),
+        tree.children_left,
+        tree.children_right,
+        value,
+        output,
+    )
+
+
+def _read_forest(source: Any) -> TreeModel:
+    """Trees of a decision tree or a forest, whose leaves are probabilities."""
+    members = [source] if type(source).__name__ == "DecisionTreeClassifier" else source.estimators_
+    trees = []
+    for member in members:
+        value = member.tree_.value[:, 0, :]
+        trees.append(_sklearn_tree(member.tree_, value / value.sum(1, keepdims=True)))
+    outputs, divisor = len(source.classes_), float(len(trees))
+    ensemble = _assembled(trees, outputs, source.n_features_in_, "float32", sums="float64", divisor=divisor)
+    return TreeModel(ensemble, source.predict_proba)
+
+
+def _read_gradient_boosting(source: Any) -> TreeModel:
+    trees = [
+        _sklearn_tree(member.tree_, source.learning_rate * member.tree_.value[:, 0, 0], output)
+        for stage in source.estimators_
+        for output, member in enumerate(stage)
+    ]
+    outputs = source.estimators_.shape[1]
+    ensemble = _assembled(trees, outputs, source.n_features_in_, "float32", sums="float64")
+    return TreeModel(ensemble, source.decision_function, shifted=True)
+
+
+def _read_histograms(source: Any) -> TreeModel:
+    trees = []
+    for stage in source._predictors:
+        for output, predictor in enumerate(stage):
+            nodes = predictor.nodes
+            if nodes["is_categorical"].any():
+                raise NoBounds(_CATEGORICAL.format("HistGradientBoostingClassifier"))
+            is_leaf = nodes["is_leaf"].astype(bool)
+            trees.append(
+                _Tree(
+                    np.where(is_leaf, -1, nodes["feature_idx"]),
+                    rounded_up(nodes["num_threshold"], "float64", beyond=True),
+                    nodes["missing_go_to_left"],
+                    nodes["left"].astype(np.int64),
+                    nodes["right"].astype(np.int64),
+                    nodes["value"],
+                    output,
+                )
+            )
+    outputs = len(source._predictors[0]) if source._predictors else 1
+    ensemble = _assembled(trees, outputs, source.n_features_in_, "float64", sums="float64")
+    return TreeModel(ensemble, source.decision_function, shifted=True)
+
+
+_READERS: dict[str, Callable[[Any], TreeModel]] = {
+    "xgboost": _read_xgboost,
+    "lightgbm": _read_lightgbm,
+    "DecisionTreeClassifier": _read_forest,
+    **dict.fromkeys(_FORESTS, _read_forest),
+    "GradientBoostingClassifier": _read_gradient_boosting,
+    "HistGradientBoostingClassifier": _read_histograms,
+}
