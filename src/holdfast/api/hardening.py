@@ -305,7 +305,7 @@ def harden_request(
     threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
     recipe: Any = settings.recipe  # or an object
     name = str(recipe["use"]) if isinstance(recipe, Mapping) else name_of(recipe)
-    refuse_unheld(threat)
+    refuse_unheld(threat, name)
     chosen = (
         candidates(recipe, subject.model, training.example_shape)
         if isinstance(recipe, Mapping)

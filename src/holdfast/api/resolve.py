@@ -246,7 +246,8 @@ def _subject(
     if model.units is not None:  # of the values, with which a hardened model is opened again
         mean, std = model.units.normalisation_of_values(model)
         shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
-    units = () if declared is not None and declared.texts else units_of_eps(model, normalised)
+    has_eps = declared is None or not (declared.texts or declared.rules is not None)
+    units = units_of_eps(model, normalised) if has_eps else ()
     return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 
 

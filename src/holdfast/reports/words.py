@@ -425,6 +425,11 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         if "within" in limits:
             around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
         return f"may replace {limits['height']}x{limits['width']} pixels of an image with any values, {at}{around}"
+    if kind == "Table":
+        return (
+            f"may change a row of the table as the rules in {limits['file']} allow, with a budget of "
+            f"{size(limits['eps'])}"
+        )
     if kind == "TextEdits":
         return _TEXT_CHANGES[next(name for name in _TEXT_CHANGES if name in limits)].format(**limits)
     changes = [_CHANGES[name].format(size(limit)) for name, limit in limits.items()]

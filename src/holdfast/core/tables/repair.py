@@ -146,8 +146,8 @@ class _Part:
 
 
 def _excess(comparison: Comparison, places: Mapping[str, int], x: Tensor) -> Tensor:
-    """Return the left side of a comparison less the right side (n). It is at most 0 where `<=` and `<` hold, and 0 where
-    `==` holds.
+    """Return the left side of a comparison less the right side (n). It is at most 0 where `<=` and `<` hold, and 0
+    where `==` holds.
     """
     left, right = (_value(side, places, x) for side in (comparison.left, comparison.right))
     difference = left - right
@@ -179,5 +179,5 @@ def _value(expression: Expression, places: Mapping[str, int], x: Tensor) -> Tens
             parts = [_value(argument, places, x) for argument in arguments]
             if function == "abs":
                 return parts[0].abs()
-            stacked = torch.stack(torch.broadcast_tensors(*parts))
+            stacked = torch.stack([part.expand(len(x)) for part in parts])
             return stacked.amin(0) if function == "min" else stacked.amax(0)

@@ -146,7 +146,11 @@ class Table:
         pending = torch.arange(len(x), device=x.device)
         for share in _SHARES:
             rows = clean[pending]
-            nearer = point[pending] if share == 1 else self._within(point[pending], rows, _shrunk(self.ball, share))
+            nearer = (
+                point[pending]
+                if share == 1
+                else self._within(point[pending], rows, _shrunk(self.ball, share))
+            )
             candidate = repaired(self.tensors, self._rounded(nearer, rows), rows).to(x.dtype)
             fits = self.allows(candidate, x[pending])
             result[pending[fits]] = candidate[fits]
@@ -211,4 +215,6 @@ class Table:
 
 
 def _shrunk(ball: Linf | L2 | L1 | L0, share: float) -> Linf | L2 | L1 | L0:
-    return L0(max(float(int(ball.eps * share)), 0.0)) if isinstance(ball, L0) else ball.resized(ball.eps * share)
+    return (
+        L0(max(float(int(ball.eps * share)), 0.0)) if isinstance(ball, L0) else ball.resized(ball.eps * share)
+    )

@@ -278,6 +278,10 @@ def from_numpy(
         from holdfast.io.data.texts import codes  # late: few inputs are texts
 
         x, preserve = codes(x, expected.edits, ids, name), True
+    if expected.rules is not None:
+        from holdfast.io.data.table_rows import notes_of_rules  # late: few inputs have rules
+
+        notes = (*notes, *notes_of_rules(expected.rules, x, ids, name))
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")

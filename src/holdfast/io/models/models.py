@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,6 +39,9 @@ from holdfast.io.models.object_digest import digest_of_object
 from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.io.models.weights import fit_weights, read_state_dict, refuse_misfit, state_dict_content
 from holdfast.io.remote.remote import SCHEMES, Remote
+
+if TYPE_CHECKING:
+    from holdfast.core.tables.rules import Rules
 
 _SPARE = 1_000
 """Number by which the parameters of a requested network may exceed the tensors of the file.
@@ -110,6 +113,8 @@ class Declared:
     """class labels of the data, if they are not 0, 1, 2, …"""
     texts: bool = False
     """whether the model is called with a list of strings"""
+    rules: "Rules | None" = None
+    """rules of the table whose rows are the inputs"""
 
     def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
         """Return a network as a classifier with the declared bounds and preprocessing.
@@ -120,6 +125,8 @@ class Declared:
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
         adapted_model = _adapted_to_texts(net) if self.texts else adapted(net)
+        if adapted_model is not None and self.rules is not None:
+            adapted_model = _adapted_to_table(adapted_model, self.rules)
         if adapted_model is not None:
             return self.of(adapted_model)
         assert callable(net)
@@ -130,7 +137,7 @@ class Declared:
             mean, std = self.normalised.mean, self.normalised.std
         model = Classifier(
             net,
-            bounds=Bounds(0.0, float(LARGEST)) if self.texts else self.bounds,
+            bounds=self._bounds,
             mean=mean,
             std=std,
             classes=self.classes,
@@ -143,6 +150,15 @@ class Declared:
         if self.input_name is not None:
             model.input_name = parameter_of(net, (self.input_name,)) or model.input_name
         return model
+
+    @property
+    def _bounds(self) -> Bounds | None:
+        if self.texts:
+            return Bounds(0.0, float(LARGEST))
+        if self.rules is None:
+            return self.bounds
+        low, high = ([side(name) for name in self.rules.names] for side in (self.rules.low, self.rules.high))
+        return Bounds(torch.tensor(low), torch.tensor(high))
 
     def of(self, adapted_model: Adapted) -> Classifier:
         """Return a wrapped model of another library, such as scikit-learn, as a classifier with the declared
@@ -181,6 +197,12 @@ def _adapted_to_texts(net: Model) -> Adapted | None:
     from holdfast.io.models.text_models import adapted_text_model  # late: few models are called with texts
 
     return adapted_text_model(net)
+
+
+def _adapted_to_table(adapted_model: Adapted, rules: "Rules") -> Adapted:
+    from holdfast.io.models.table_models import adapted_to_table  # late: few models have rules
+
+    return adapted_to_table(adapted_model, rules)
 
 
 @dataclass(frozen=True)
