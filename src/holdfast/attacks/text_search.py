@@ -16,22 +16,19 @@ import torch
 
 from holdfast.attacks.parts.best import Best
 from holdfast.attacks.parts.losses import margin
+from holdfast.attacks.parts.word_changes import Operation, edited, synonyms
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
-from holdfast.core.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS, PUNCTUATION, TextEdits
+from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
 
 _ROWS = 512  # texts of one call of the model
 _WIDER = 4  # changes that extend each text of the beam, as multiples of the beam
-_AROUND = re.compile(rf"([{re.escape(PUNCTUATION)}]*)(.*?)([{re.escape(PUNCTUATION)}]*)", re.DOTALL)
-_HOST = re.compile(rf"(?:.*?://|[{re.escape(PUNCTUATION)}]*(?=www\.))([^/?#]*)", re.DOTALL | re.IGNORECASE)
 
-Operation = tuple[int, int, str]
-"""Replacement of the characters from a position up to another one by a text."""
 Change = tuple[int, str]
 """Place of a word and its new text; the place -1 is for a word that is appended."""
 
@@ -82,8 +79,7 @@ class _Search:
         self._margins([self.text])
         margins = self._singles(self._changes(), self._queries // 2)
         for _ in range(1, self._edits.edits):
-            longer = self._singles(self._longer(margins), self._left // 2)
-            margins |= longer
+            margins |= self._singles(self._longer(margins), self._left // 2)
         states: list[tuple[Change, ...]] = [(change,) for change in sorted(margins, key=margins.__getitem__)]
         states = states[: self._beam]
         for _ in range(1, self._edits.changes):
@@ -127,67 +123,32 @@ class _Search:
 
     def _changes(self) -> list[Change]:
         """Return the changes of single words, those of the words without which the margin is lowest first."""
+        lists = self._edits.lists
         if self._edits.inserts:
-            return [(-1, word) for word in dict.fromkeys(self._edits.lists["insert"])]
-        by_place = {place: list(dict.fromkeys(self._of_word(place))) for place in self._places()}
-        places = [place for place, changes in by_place.items() if changes]
-        without = ["".join(part for at, part in enumerate(self._parts) if at != place) for place in places]
+            return [(-1, word) for word in dict.fromkeys(lists["insert"])]
+        by_place: dict[int, list[Change]] = {}
+        for place, word in list(enumerate(self._parts))[::2]:
+            if word and not any(re.search(pattern, word) for pattern in lists.get("protect", ())):
+                found = edited(word) if self._edits.edits else synonyms(word, lists["synonyms"])
+                self._operations |= {(place, new): done for new, done in found.items()}
+                by_place |= {place: [(place, new) for new in found]} if found else {}
+        without = ["".join(part for at, part in enumerate(self._parts) if at != place) for place in by_place]
         margins = self._margins(without[: self._queries // 4], allowed=False)
-        order = sorted(range(len(margins)), key=margins.__getitem__)
-        return [change for rank in order for change in by_place[places[rank]]]
-
-    def _places(self) -> Iterator[int]:
-        """Yield the places of the words that are not protected."""
-        for place in range(0, len(self._parts), 2):
-            word = self._parts[place]
-            if word and not any(re.search(pattern, word) for pattern in self._edits.lists.get("protect", ())):
-                yield place
-
-    def _of_word(self, place: int) -> Iterator[Change]:
-        """Yield the changes of the word at a place: one operation, or a synonym."""
-        word = self._parts[place]
-        if not self._edits.edits:
-            yield from (
-                (place, new) for new in self._synonyms(word) if new != word and _host(new) == _host(word)
-            )
-            return
-        for operation in _operations(word):
-            yield from self._operated(place, (operation,))
-
-    def _operated(self, place: int, operations: tuple[Operation, ...]) -> Iterator[Change]:
-        """Yield the change of a word by operations on separate characters, unless it changes the host of a URL."""
-        word = new = self._parts[place]
-        for start, stop, text in sorted(operations, reverse=True):
-            new = new[:start] + text + new[stop:]
-        if new and new != word and _host(new) == _host(word):
-            self._operations.setdefault((place, new), operations)
-            yield place, new
+        ranked = sorted(zip(margins, by_place, strict=False))
+        return [change for _, place in ranked for change in by_place[place]]
 
     def _longer(self, margins: dict[Change, float]) -> list[Change]:
-        """Return changes with one more operation, from the best changes of the words with the largest gains."""
-        ranked = sorted(margins, key=margins.__getitem__)
+        """Return changes with one more edit, from the best changes of the words with the largest gains."""
         of_place: dict[int, list[Change]] = {}
-        for change in ranked:
+        for change in sorted(margins, key=margins.__getitem__):
             of_place.setdefault(change[0], []).append(change)
-        longer: dict[Change, None] = {}
+        longer: dict[Change, tuple[Operation, ...]] = {}
         for place in list(of_place)[: 2 * self._edits.words]:
             for change in of_place[place][: self._beam]:
-                done = self._operations[change]
-                for operation in _operations(self._parts[place]):
-                    if all(_apart(operation, other) for other in done):
-                        longer.update(dict.fromkeys(self._operated(place, (*done, operation))))
+                found = edited(self._parts[place], self._operations[change])
+                longer |= {(place, new): done for new, done in found.items()}
+        self._operations = longer | self._operations
         return [change for change in longer if change not in margins]
-
-    def _synonyms(self, word: str) -> Iterator[str]:
-        """Yield the word with each synonym of the file, between its punctuation."""
-        around = _AROUND.fullmatch(word)
-        assert around is not None
-        before, core, after = around.groups()
-        listed = self._edits.lists["synonyms"]
-        exact = core in listed
-        for new in listed.get(core, ()) if exact else listed.get(core.lower(), ()):
-            raised = core[:1].isupper() and not exact
-            yield before + (new[:1].upper() + new[1:] if raised else new) + after
 
     def _extended(
         self, state: tuple[Change, ...], margins: dict[Change, float]
@@ -201,31 +162,3 @@ class _Search:
                 taken |= {change[0]} - {-1}
                 wider = (*state, change)
                 yield wider if self._edits.inserts else tuple(sorted(wider))
-
-
-def _operations(word: str) -> Iterator[Operation]:
-    """Yield the single edits of a word that the constraint allows."""
-    for place, character in enumerate(word):
-        yield place, place, INVISIBLE
-        if HOMOGLYPHS.get(character):
-            yield place, place + 1, HOMOGLYPHS[character]
-        if word[place + 1 : place + 2] not in ("", character):
-            yield place, place + 2, word[place + 1] + character
-        yield place, place + 1, ""
-        yield place, place, character
-        for key in NEIGHBOURS.get(character, ""):
-            yield place, place + 1, key
-    yield len(word), len(word), INVISIBLE
-
-
-def _apart(one: Operation, other: Operation) -> bool:
-    """Return whether two operations change no common character, and do not insert at the same position."""
-    if one[0] == one[1] and other[0] == other[1]:
-        return one[0] != other[0]
-    return one[1] <= other[0] or other[1] <= one[0]
-
-
-def _host(word: str) -> str | None:
-    """Return the host of a URL as it is written, or None for another word."""
-    matched = _HOST.match(word)
-    return None if matched is None else matched[1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from holdfast.io.remote.value_ranges import (
     pixel_divisor,
     range_of_training,
 )
+
+if TYPE_CHECKING:
+    from holdfast.core.text_edits import TextEdits
 
 _CHUNK = 1 << 22
 """Number of values that are checked at a time."""
@@ -269,9 +272,7 @@ def from_numpy(
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if expected.edits is not None:
-        from holdfast.io.data.texts import codes  # late: few inputs are texts
-
-        x, preserve = codes(x, expected.edits, ids, name), True
+        x, preserve = _codes(x, expected.edits, ids, name), True
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
@@ -311,6 +312,13 @@ def from_numpy(
         class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected)
     return data
+
+
+def _codes(x: Array, edits: "TextEdits", ids: NDArray[np.int64], name: str) -> Array:
+    """Return the code points of texts."""
+    from holdfast.io.data.texts import codes  # late: few inputs are texts
+
+    return codes(x, edits, ids, name)
 
 
 def with_network_layout(data: Arrays, expected: Expected) -> Arrays:

@@ -16,7 +16,6 @@ from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
-from holdfast.core.texts import LARGEST
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models.adapted import Adapted
@@ -130,7 +129,7 @@ class Declared:
             mean, std = self.normalised.mean, self.normalised.std
         model = Classifier(
             net,
-            bounds=Bounds(0.0, float(LARGEST)) if self.texts else self.bounds,
+            bounds=_code_points() if self.texts else self.bounds,
             mean=mean,
             std=std,
             classes=self.classes,
@@ -174,6 +173,13 @@ class Declared:
         """Return the declared properties, with missing values taken from `defaults`."""
         declared = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(defaults, **{name: value for name, value in declared.items() if value is not None})
+
+
+def _code_points() -> Bounds:
+    """Return the bounds of texts, whose values are code points."""
+    from holdfast.core.texts import LARGEST  # late: few models are called with texts
+
+    return Bounds(0.0, float(LARGEST))
 
 
 def _adapted_to_texts(net: Model) -> Adapted | None:
