@@ -170,6 +170,17 @@ def test_a_pipeline_of_transformers_gives_the_probabilities_of_all_classes(monke
     assert robust(Pipeline(), (["win it", "lose it"], ["POS", "NEG"]), "text:edits=1,words=1") == 0.5
 
 
+@pytest.mark.parametrize(("most", "noted"), [(60, True), (500, False)])
+def test_a_model_that_truncates_texts_is_noted(most, noted):
+    def scores(texts):
+        words = [text.split()[:most] for text in texts]
+        return np.array([[sum(k * len(word) for k, word in enumerate(each)), 40.0] for each in words])
+
+    long = " ".join("word" * (1 + k * k % 5) for k in range(100))
+    notes = holdfast.assess(scores, ([long, "a b"], [0, 1]), threat="text:edits=1,words=1").summary()["notes"]
+    assert any("after the first 60" in note for note in notes) == noted, notes
+
+
 BAD = [
     (["--threat", "text:edits=0,words=1"], "edits is '0'"),
     (["--threat", "text:edits=1"], "words is the largest number of words"),
