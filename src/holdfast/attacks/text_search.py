@@ -8,9 +8,9 @@ a beam search. If the logits are sums over words, as in a linear model of unigra
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -27,8 +27,10 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
 
 _ROWS = 512  # texts of one call of the model
+_VALUES = 1 << 22  # characters of one call, for long texts
 _WIDER = 4  # changes that extend each text of the beam, as multiples of the beam
 
+_Item = TypeVar("_Item")
 Change = tuple[int, str]
 """Place of a word and its new text; the place -1 is for a word that is appended."""
 
@@ -76,35 +78,40 @@ class _Search:
         """Query the clean text, each change of a single word, and combinations of the changes with the largest
         gains.
         """
-        self._margins([self.text])
-        margins = self._singles(self._changes(), self._queries // 2)
+        most = self._queries // 2
+        self._margins([self.text], str)
+        margins = self._singles(self._changes(most), most)
         for _ in range(1, self._edits.edits):
             margins |= self._singles(self._longer(margins), self._left // 2)
         states: list[tuple[Change, ...]] = [(change,) for change in sorted(margins, key=margins.__getitem__)]
         states = states[: self._beam]
         for _ in range(1, self._edits.changes):
             wider = list(dict.fromkeys(more for state in states for more in self._extended(state, margins)))
-            found = self._margins([self._written(state) for state in wider])
+            found = self._margins(wider, self._written)
             ranked = sorted(zip(found, range(len(found)), strict=True))
             states = [wider[place] for _, place in ranked[: self._beam]]
 
-    def _margins(self, texts: Sequence[str], *, allowed: bool = True) -> list[float]:
+    def _margins(
+        self, items: Sequence[_Item], written: Callable[[_Item], str], *, allowed: bool = True
+    ) -> list[float]:
         """Return the margins of texts up to the end of the call that breaks the example, or of the query budget.
-        `allowed` states whether the texts are inside the constraint, and can be the result.
+
+        `written` returns the text of an item. `allowed` states whether the texts are inside the constraint, and can be
+        the result.
         """
         margins: list[float] = []
-        while len(margins) < len(texts) and self._left and self.lowest > 0:
-            now = texts[len(margins) : len(margins) + min(_ROWS, self._left)]
-            rows = self._example.take(
-                torch.zeros(len(now), dtype=torch.int64, device=self._example.ids.device)
-            )
-            x = encoded(now, self._example.x.shape[1]).to(self._example.x)
+        width = self._example.x.shape[1]
+        while len(margins) < len(items) and self._left and self.lowest > 0:
+            n = min(_ROWS, max(1, _VALUES // width), self._left)
+            texts = [written(item) for item in items[len(margins) : len(margins) + n]]
+            first = torch.zeros(len(texts), dtype=torch.int64, device=self._example.ids.device)
+            rows, x = self._example.take(first), encoded(texts, width).to(self._example.x)
             # NaN counts as broken
             found = margin(self._model(x, rows.ids), rows).nan_to_num(-math.inf, math.inf, -math.inf).tolist()
-            self._left -= len(now)
-            place = min(range(len(now)), key=found.__getitem__)
+            self._left -= len(texts)
+            place = min(range(len(texts)), key=found.__getitem__)
             if allowed and found[place] < self.lowest:
-                self.text, self.lowest = now[place], found[place]
+                self.text, self.lowest = texts[place], found[place]
             margins += found
         return margins
 
@@ -117,25 +124,33 @@ class _Search:
     def _singles(self, changes: Sequence[Change], most: int) -> dict[Change, float]:
         """Return the margin of each change alone, for at most `most` of them."""
         queried = changes[:most]
-        return dict(
-            zip(queried, self._margins([self._written((change,)) for change in queried]), strict=False)
-        )
+        margins = self._margins(queried, lambda change: self._written((change,)))
+        return dict(zip(queried, margins, strict=False))
 
-    def _changes(self) -> list[Change]:
-        """Return the changes of single words, those of the words without which the margin is lowest first."""
+    def _changes(self, most: int) -> list[Change]:
+        """Return at least `most` changes of single words, or all, those of the words without which the margin is lowest
+        first.
+        """
         lists = self._edits.lists
         if self._edits.inserts:
             return [(-1, word) for word in dict.fromkeys(lists["insert"])]
-        by_place: dict[int, list[Change]] = {}
-        for place, word in list(enumerate(self._parts))[::2]:
-            if word and not any(re.search(pattern, word) for pattern in lists.get("protect", ())):
-                found = edited(word) if self._edits.edits else synonyms(word, lists["synonyms"])
-                self._operations |= {(place, new): done for new, done in found.items()}
-                by_place |= {place: [(place, new) for new in found]} if found else {}
-        without = ["".join(part for at, part in enumerate(self._parts) if at != place) for place in by_place]
-        margins = self._margins(without[: self._queries // 4], allowed=False)
-        ranked = sorted(zip(margins, by_place, strict=False))
-        return [change for _, place in ranked for change in by_place[place]]
+        places = [
+            place
+            for place, word in list(enumerate(self._parts))[::2]
+            if word and not any(re.search(pattern, word) for pattern in lists.get("protect", ()))
+            if self._edits.edits or synonyms(word, lists["synonyms"])
+        ]
+        parts, first = self._parts, places[: self._queries // 4]
+        margins = self._margins(first, lambda at: "".join((*parts[:at], *parts[at + 1 :])), allowed=False)
+        changes: list[Change] = []
+        for _, place in sorted(zip(margins, first, strict=False)):
+            if len(changes) >= most:  # a long text has too many changes to list all
+                break
+            word = parts[place]
+            found = edited(word) if self._edits.edits else synonyms(word, lists["synonyms"])
+            self._operations |= {(place, new): done for new, done in found.items()}
+            changes += [(place, new) for new in found]
+        return changes
 
     def _longer(self, margins: dict[Change, float]) -> list[Change]:
         """Return changes with one more edit, from the best changes of the words with the largest gains."""

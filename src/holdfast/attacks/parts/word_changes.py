@@ -8,6 +8,8 @@ from holdfast.core.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS, PUNCTUAT
 _AROUND = re.compile(rf"([{re.escape(PUNCTUATION)}]*)(.*?)([{re.escape(PUNCTUATION)}]*)", re.DOTALL)
 _HOST = re.compile(rf"(?:.*?://|[{re.escape(PUNCTUATION)}]*(?=www\.))([^/?#]*)", re.DOTALL | re.IGNORECASE)
 
+_LONGEST = 64  # longer words are data or addresses, and their edits would need too much memory
+
 Operation = tuple[int, int, str]
 """Replacement of the characters from a position up to another one by a text."""
 
@@ -41,8 +43,8 @@ def synonyms(word: str, listed: Mapping[str, Sequence[str]]) -> dict[str, tuple[
 
 
 def _operations(word: str) -> Iterator[Operation]:
-    """Yield the single edits of a word that the constraint allows."""
-    for place, character in enumerate(word):
+    """Yield the single edits that the constraint allows, in the first `_LONGEST` characters of a word."""
+    for place, character in enumerate(word[:_LONGEST]):
         yield place, place, INVISIBLE
         if HOMOGLYPHS.get(character):
             yield place, place + 1, HOMOGLYPHS[character]
