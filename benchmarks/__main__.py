@@ -83,6 +83,7 @@ ROWS = {
     "detectors": "detectors",
     "guard": "guard",
     "perfect-estimators": "perfect_estimators",
+    "text": "texts",
     "fitting-doubts": "fitting_doubts",
     "loss-spread": "loss_spread",
     "doubts": "doubts",

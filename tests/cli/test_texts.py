@@ -159,7 +159,7 @@ def test_a_pipeline_of_transformers_gives_the_probabilities_of_all_classes(monke
         def __init__(self):
             self.model = SimpleNamespace(config=SimpleNamespace(id2label={0: "NEG", 1: "POS"}))
 
-        def __call__(self, texts, top_k=1, truncation=False):
+        def __call__(self, texts, top_k=1, truncation=None):
             assert top_k is None and truncation
             share = [0.9 if "win" in text else 0.2 for text in texts]
             return [[{"label": "POS", "score": p}, {"label": "NEG", "score": 1 - p}] for p in share]
@@ -168,6 +168,17 @@ def test_a_pipeline_of_transformers_gives_the_probabilities_of_all_classes(monke
     adapted = adapted_text_model(Pipeline())
     assert adapted.class_names == ("NEG", "POS") and adapted.output == "probability"
     assert robust(Pipeline(), (["win it", "lose it"], ["POS", "NEG"]), "text:edits=1,words=1") == 0.5
+
+
+@pytest.mark.parametrize(("most", "noted"), [(60, True), (500, False)])
+def test_a_model_that_truncates_texts_is_noted(most, noted):
+    def scores(texts):
+        words = [text.split()[:most] for text in texts]
+        return np.array([[sum(k * len(word) for k, word in enumerate(each)), 40.0] for each in words])
+
+    long = " ".join("word" * (1 + k * k % 5) for k in range(100))
+    notes = holdfast.assess(scores, ([long, "a b"], [0, 1]), threat="text:edits=1,words=1").summary()["notes"]
+    assert any("after the first 60" in note for note in notes) == noted, notes
 
 
 BAD = [

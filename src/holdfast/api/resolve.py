@@ -1,6 +1,7 @@
 """Opens the models and the examples of a run, which are given as addresses or as Python objects."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from holdfast.api.expecting import (
     bounds_of_all,
     constant_where_still,
     declared,
+    edits_of,
     ends,
     expected,
     group_column,
@@ -390,7 +392,12 @@ def open_all(settings: Assess | Certify) -> Opened:
     subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
     surrogates = open_surrogates(settings, subject.model)
     data = open_examples(settings, subject.model)
-    return with_found_properties(subject, surrogates, data), data, surrogates
+    subject = with_found_properties(subject, surrogates, data)
+    if edits_of(settings) is not None and len(data):
+        from holdfast.io.models.truncation import truncation_notes  # late: few models are called with texts
+
+        subject = replace(subject, notes=(*subject.notes, *truncation_notes(subject.model, data)))
+    return subject, data, surrogates
 
 
 def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 from holdfast.core.evidence import Evidence
-from holdfast.core.texts import decoded
 from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.numbers import strict
 
@@ -154,6 +153,8 @@ def png(pixels: Tensor) -> str:
 
 def _texts(x: Tensor, x_adv: Tensor) -> Json:
     """Both texts, and the parts of the changed text, with the word of the clean text for each changed word."""
+    from holdfast.core.texts import decoded  # late: few inputs are texts
+
     clean, perturbed = decoded(torch.stack((x, x_adv)))
     before, after = (re.findall(r"\s+|\S+", text) for text in (clean, perturbed))
     parts: list[Json] = []

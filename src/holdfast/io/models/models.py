@@ -16,7 +16,6 @@ from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
-from holdfast.core.texts import LARGEST
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models.adapted import Adapted
@@ -154,7 +153,7 @@ class Declared:
     @property
     def _bounds(self) -> Bounds | None:
         if self.texts:
-            return Bounds(0.0, float(LARGEST))
+            return _code_points()
         if self.rules is None:
             return self.bounds
         low, high = ([side(name) for name in self.rules.names] for side in (self.rules.low, self.rules.high))
@@ -190,6 +189,13 @@ class Declared:
         """Return the declared properties, with missing values taken from `defaults`."""
         declared = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(defaults, **{name: value for name, value in declared.items() if value is not None})
+
+
+def _code_points() -> Bounds:
+    """Return the bounds of texts, whose values are code points."""
+    from holdfast.core.texts import LARGEST  # late: few models are called with texts
+
+    return Bounds(0.0, float(LARGEST))
 
 
 def _adapted_to_texts(net: Model) -> Adapted | None:
