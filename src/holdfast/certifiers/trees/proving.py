@@ -27,8 +27,9 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.io.models.estimators import Estimator
 
-_HALVINGS = 70
-"""number of halvings of the interval in which a value with a given rank is searched; float64 has 53 bits"""
+_HALVINGS, _LEAST_HALVINGS = 70, 12
+"""largest number of halvings of the interval in which a value with a given rank is searched, since float64 has 53 bits,
+and the number after which any such value is accepted"""
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,7 @@ class TreeProver:
             bound = -math.inf
             if worst.attained:
                 x_adv = self._input(one, ranks, worst.ranks)
-                if bool(self.model(x_adv).argmax(1) != one.y) and bool(
-                    allowed(self.constraint, x_adv, one.x, self.model.bounds)
-                ):
+                if bool(self.model(x_adv).argmax(1) != one.y) and self._allowed(x_adv, one):
                     found = torch.ones_like(none.broken)
                     return replace(none, x_adv=x_adv, broken=found, work=none.work + work)
         proved = torch.full_like(none.bound, bound)
@@ -174,6 +173,9 @@ class TreeProver:
             stopped=torch.full_like(none.stopped, stopped) & (proved <= 0),
         )
 
+    def _allowed(self, x_adv: Inputs, one: Batch) -> bool:
+        return bool(allowed(self.constraint, x_adv, one.x, self.model.bounds))
+
     def _margin(self, lead: float) -> float:
         """Lower bound of the difference of the logits for a lead that is proved, at least the smallest positive
         number.
@@ -183,8 +185,8 @@ class TreeProver:
         return max((lead - self.ensemble.rounding) / self.ensemble.divisor, math.ulp(0.0))
 
     def _input(self, one: Batch, ranks: Integers, wanted: Mapping[int, int]) -> Inputs:
-        """Return the input nearest to an example whose values have the wanted ranks, by halving the interval to the
-        end of the box in which the rank increases or decreases.
+        """Return an input near an example whose values have the wanted ranks, by halving the interval to the end of the
+        box in which the rank increases or decreases.
         """
         goal = ranks.copy()
         goal[list(wanted)] = list(wanted.values())
@@ -196,8 +198,16 @@ class TreeProver:
             now = torch.from_numpy(self.ranks(x)[0] - goal).to(x.device).reshape(x.shape)
             return torch.where(change > 0, now >= 0, now <= 0)
 
-        for _ in range(_HALVINGS):
+        for halving in range(_HALVINGS):
             middle = near + (far - near) / 2
             arrived = reached(middle)
             near, far = torch.where(arrived, near, middle), torch.where(arrived, middle, far)
-        return torch.where(change == 0, one.x, far)
+            x_adv = torch.where(change == 0, one.x, far)
+            # the end of the box may be outside of the tolerance of the harness by a rounding error
+            if (
+                halving >= _LEAST_HALVINGS
+                and self._allowed(x_adv, one)
+                and (self.ranks(x_adv)[0] == goal).all()
+            ):
+                break
+        return x_adv
