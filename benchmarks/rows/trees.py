@@ -108,9 +108,11 @@ def _deep(
 
 def _distance(ready: TreeProver, one: Batch) -> float:
     """The largest eps at which a row is certified, up to `PRECISION`; infinity beyond `SPAN`."""
-    low, high = 0.0, SPAN
-    if bool(replace(ready, constraint=Linf(high))(one).certified):
-        return float("inf")
+    low, high = 0.0, 10 * PRECISION
+    while bool(replace(ready, constraint=Linf(high))(one).certified):
+        low, high = high, 2 * high
+        if high > SPAN:
+            return float("inf")
     while high - low > PRECISION:
         middle = (low + high) / 2
         certified = bool(replace(ready, constraint=Linf(middle))(one).certified)

@@ -21,7 +21,6 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf, allowed
 from holdfast.core.errors import NoBounds, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.per_example import spread
 from holdfast.core.remedies import Install, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
@@ -133,19 +132,15 @@ class TreeProver:
             )
 
     def _box(self, x: Inputs) -> tuple[Inputs, Inputs]:
-        """Smallest and largest inputs that the harness accepts (`allowed` in `core/constraints.py`)."""
-        x64, (low, high) = x.double(), (side.double() for side in self.model.bounds.like(x))
-        size = torch.maximum(x64.abs(), torch.maximum(low.abs(), high.abs())).nan_to_num(0.0)
-        rounding = spread(torch.finfo(x.dtype).eps * size.flatten(1).amax(1), x)
-        eps = self.constraint.eps * (1 + 1e-6) + 1e-7 + rounding
-        infinity = torch.full_like(x, torch.inf)
-        below = torch.maximum(
-            (x64 - eps).to(x.dtype).nextafter(-infinity), (low - 1e-7).to(x.dtype).nextafter(-infinity)
-        )
-        above = torch.minimum(
-            (x64 + eps).to(x.dtype).nextafter(infinity), (high + 1e-7).to(x.dtype).nextafter(infinity)
-        )
-        return torch.minimum(below, x), torch.maximum(above, x)
+        """Smallest and largest inputs in the ball, extended by the rounding error of storing them.
+
+        The tolerance of the harness is left out: values of tables are often whole numbers, so that a threshold is
+        exactly at the end of the ball, and only inputs beyond it are misclassified. Attacks project onto the ball.
+        """
+        x64, (low, high) = x.double(), self.model.bounds.like(x)
+        eps = self.constraint.eps + torch.finfo(x.dtype).eps * (x64.abs() + self.constraint.eps)
+        below, above = (x64 - eps).to(x.dtype), (x64 + eps).to(x.dtype)
+        return torch.minimum(torch.maximum(below, low), x), torch.maximum(torch.minimum(above, high), x)
 
     def _example(self, one: Batch, ranks: Integers, low: Integers, high: Integers) -> Proofs:
         deadline, none = time.perf_counter() + self.timeout_s, Proofs.none(one)
