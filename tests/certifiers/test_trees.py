@@ -197,6 +197,19 @@ def test_large_ensembles_are_decided_without_contradicting_an_attack():
     assert proofs.broken.any()
 
 
+@pytest.mark.parametrize("name", ["xgboost", "xgboost stumps", "histograms", "forest"])
+def test_thresholds_at_the_end_of_the_ball_are_decided(name):
+    x, y = table()
+    x = np.round(x * 16) / 16  # thresholds are in the middle of two values, at a distance of exactly eps
+    model = classifier(TREES[name]().fit(x, y))
+    for eps in (1 / 32, 3 / 32):
+        for dtype in (torch.float32, torch.float64):
+            batch = correct(model, x, y)
+            proofs = prover(model, batch.at(batch.x.to(dtype)), eps)(batch.at(batch.x.to(dtype)))
+            assert (proofs.certified | proofs.broken).all()
+            assert (model(proofs.x_adv).argmax(1) != batch.y)[proofs.broken].all()
+
+
 def test_a_time_limit_ends_the_search():
     x, y = table(400, features=8)
     model = classifier(xgboost.XGBClassifier(n_estimators=40, max_depth=6).fit(x, y))

@@ -22,6 +22,9 @@ from holdfast.certifiers.trees.ensemble import Ensemble, Floats, Integers
 
 Box = Mapping[int, tuple[int, int]]
 """smallest and largest rank of features; other features are not restricted"""
+_FOCAL = 0.1
+"""relaxation of the search of Veritas, which searches in the depth first if it is small: on boosted trees of depth 6,
+counterexamples were found up to 20 times faster than with its default 0.8, and proofs took the same time"""
 _STEPS = 100
 """number of steps of Veritas between two looks at the clock"""
 _SLACK = 1e-9
@@ -195,6 +198,7 @@ def _searched(
     config.ignore_state_when_worse_than = wanted
     config.stop_when_num_solutions_exceeds = 1
     config.stop_when_optimal = True
+    config.focal_eps = _FOCAL
     search = config.get_search(ensemble)
     reason = search.step_for(max(deadline - time.perf_counter(), 0.0), _STEPS)
     if search.num_solutions():
