@@ -179,8 +179,8 @@ class RuleCheck:
         count = "1 column" if len(self.fixed) == 1 else f"{len(self.fixed)} columns"
         more = " …" if len(self.fixed) > 6 else ""
         return (
-            f"{count} cannot change, because the smallest change exceeds the budget: {', '.join(self.fixed[:6])}{more}; "
-            "a lower cost would allow it"
+            f"{count} cannot change, because the smallest change exceeds the budget: "
+            f"{', '.join(self.fixed[:6])}{more}; a lower cost would allow it"
         )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Gt
 
@@ -150,7 +150,15 @@ def rules_of(content: str) -> Rules:
 
 def _typed(entry: Mapping[str, object]) -> dict[str, Any]:
     """Return the stored properties of a column with tuples in place of lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    expected = {"type": get_args(ColumnType), "change": get_args(Change), "missing": (True, False)}
+    for name, value in entry.items():
+        if name in expected and value not in expected[name]:
+            raise ValueError(f"{name} is {value!r}")
+        if name in ("min", "max", "cost", "unit") and not isinstance(value, int | float | None):
+            raise ValueError(f"{name} is {value!r}")
+    return {
+        name: tuple(map(str, value)) if isinstance(value, list) else value for name, value in entry.items()
+    }
 
 
 def refuse_rules(rules: Rules, source: str) -> None:

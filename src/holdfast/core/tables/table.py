@@ -151,10 +151,12 @@ class Table:
                 if share == 1
                 else self._within(point[pending], rows, _shrunk(self.ball, share))
             )
-            candidate = repaired(self.tensors, self._rounded(nearer, rows), rows).to(x.dtype)
-            fits = self.allows(candidate, x[pending])
-            result[pending[fits]] = candidate[fits]
-            pending = pending[~fits]
+            rounded = self._rounded(nearer, rows)
+            for undo in (False, True):
+                candidate = repaired(self.tensors, rounded, rows, undo=undo).to(x.dtype)
+                fits = self.allows(candidate, x[pending])
+                result[pending[fits]] = candidate[fits]
+                pending, rounded, rows = pending[~fits], rounded[~fits], rows[~fits]
             if not len(pending):
                 break
         return result
