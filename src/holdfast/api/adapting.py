@@ -6,7 +6,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,11 @@ from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
 from holdfast.adaptation.journal import Journal, Outcome
 from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import Screened, disagreeing, screened
+from holdfast.api import adapting_pools
+from holdfast.api.adapting_pools import AdaptedPool
 from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
 from holdfast.api.guard_opening import calibration_path, input_storage
+from holdfast.api.hardening import hardened
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
@@ -37,10 +41,10 @@ from holdfast.io.data.arrays import selected_rows
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.engine.progress import Notify, Progress
+from holdfast.runs.engine.progress import Notify, Progress, ignore
 from holdfast.runs.harden.hardened import MODEL, Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import write_atomically
+from holdfast.runs.store.files import private, write_atomically
 from holdfast.runs.store.locking import locked
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
@@ -141,19 +145,8 @@ class _Adaptation:
     def finish(self) -> None:
         """Take all steps that are left, and note how the run ended."""
         try:
-            for step, function in (
-                ("begin", self._begin),
-                ("trigger", self._trigger),
-                ("quarantine", self._quarantine),
-                ("harden", self._harden),
-                ("assess", self._assess),
-                ("gates", self._judge),
-                ("shadow", self._shadow),
-                ("approved", self._approval),
-                ("canary", self._canary),
-                ("promote", self._promote),
-                ("watch", self._watch),
-            ):
+            self._once("begin", self._begin)
+            for step, function in self._steps():
                 self._once(step, function)
             outcome: Outcome = "promoted"
             reason = ""
@@ -161,8 +154,35 @@ class _Adaptation:
             outcome, reason = end.outcome, end.reason
         if outcome != "promoted":
             self._restore_guard()
+        if self._pool is not None:
+            self._pool.drop()
+            shutil.rmtree(
+                self.journal.folder / "harden", ignore_errors=True
+            )  # contains weights as plain text
         self.journal.end(outcome, reason)
         self.port.post("/adaptation", self._body("end", {"outcome": outcome, "reason": reason}))
+
+    def _steps(self) -> Iterator[tuple[str, Callable[[], Json]]]:
+        """The steps after the first one."""
+        pool, port = self._pool, self.port
+        yield "trigger", self._trigger
+        yield "quarantine", self._quarantine
+        yield "harden", self._harden
+        if pool is not None:
+            yield "immunise", lambda: pool.immunise(self._hardened())
+        yield "assess", self._assess
+        yield "gates", self._judge
+        yield "shadow", self._shadow
+        yield "approved", self._approval
+        if pool is None:
+            yield "canary", self._canary
+            yield "promote", self._promote
+            yield "watch", self._watch
+            return
+        yield "measure", lambda: pool.measure(port)
+        yield "admit", lambda: pool.admit(self.progress, self.notify)
+        yield "promote", lambda: self._monitor_restarted(pool.promote(port))
+        yield "watch", lambda: pool.watch(port, self.journal.facts("measure") or {})
 
     def _once(self, step: str, function: Callable[[], Json]) -> None:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
@@ -196,10 +216,7 @@ class _Adaptation:
     def _begin(self) -> Json:
         status = self._status()
         if "pool" in status:
-            raise UsageError(
-                "the server rotates the sets of a pool, which adapt does not change; harden a model and add it to the "
-                "pool (holdfast rotate collect)"
-            )
+            return adapting_pools.begin(status, self.settings)
         stated = status["model"].get("settings") or {}
         settings = {key: value for key, value in stated.items() if key in _OPENING}
         file = Path(settings.get("model", ""))
@@ -239,7 +256,17 @@ class _Adaptation:
         return open_subject(Doctor(model=str(file), **_opening(settings)))
 
     @cached_property
+    def _pool(self) -> AdaptedPool | None:
+        """The pool behind the server; None if it serves a file."""
+        begun = self.journal.facts("begin")
+        if begun is None or "pool" not in begun:
+            return None
+        return AdaptedPool(Path(begun["pool"]), begun["set"], self.journal.run, self.settings)
+
+    @cached_property
     def _incumbent(self) -> Subject:
+        if self._pool is not None:
+            return self._pool.incumbent_subject
         return self._opened(self.journal.folder / _INCUMBENT, self._begun["settings"])
 
     @property
@@ -248,6 +275,8 @@ class _Adaptation:
 
     @cached_property
     def _candidate(self) -> Subject:
+        if self._pool is not None:
+            return self._pool.candidate
         opened = self._opened(self._candidate_file, self._begun["settings"])
         trained = self.journal.facts("harden")
         if trained is not None and trained["digest"] != opened.digest:
@@ -299,6 +328,11 @@ class _Adaptation:
 
     @cached_property
     def _harden_settings(self) -> Harden:
+        if self._pool is not None:
+            model = deepcopy(self._pool.incumbent_subject.model).requires_grad_()
+            return composed(Harden, self.settings).model_copy(
+                update={"model": model, "gates": [], "output": []}
+            )
         opened = Doctor(model=str(self.journal.folder / _INCUMBENT), **_opening(self._begun["settings"]))
         own = {key: getattr(opened, key) for key in opened.model_fields_set}
         return composed(Harden, self.settings).model_copy(update={**own, "gates": [], "output": []})
@@ -360,13 +394,23 @@ class _Adaptation:
     def _hardened(self) -> Hardened:
         if self._result is None:
             folder = self.journal.folder / "harden"
-            self._result = self._harden_settings.run(
-                folder, resume=folder.exists(), progress=self.progress, notify=self.notify
-            )
+            with nullcontext() if self._pool is None else private():  # the weights of a set are secret
+                self._result = hardened(
+                    self._harden_settings,
+                    folder,
+                    resume=folder.exists(),
+                    command="",
+                    notify=self.notify,
+                    held_out=None if self._pool is None else self._pool.common.held_out,
+                    progress=self.progress,
+                    detail=ignore,
+                )
         return self._result
 
     def _harden(self) -> Json:
         result = self._hardened()
+        if self._pool is not None:
+            return {"recipe": result.card["recipe"], "verdict": result.verdict}
         result.write(self._candidate_file.parent)
         return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
 
@@ -543,9 +587,16 @@ class _Adaptation:
             return {"ends": str(error)}
         if guard is not None and alone is not None:
             write_candidate(guard, alone)
-        with suppress(Refusal):  # a server without a monitor
-            self.port.post("/monitor/restart", {})
-        return {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
+        return self._monitor_restarted(
+            {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
+        )
+
+    def _monitor_restarted(self, facts: Json) -> Json:
+        """Restart the monitor after a promotion, and return the facts about it."""
+        if "ends" not in facts:
+            with suppress(Refusal):  # a server without a monitor
+                self.port.post("/monitor/restart", {})
+        return facts
 
     def _watch(self) -> Json:
         """Watch the promoted candidate, and put the earlier model back if it is worse than that was."""

@@ -319,9 +319,12 @@ def _monitored(settings: Serve, served: _Served) -> Reference | None:
 
 
 def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
-    """Return the settings with which a model in a file is opened, and the file of the guard, with absolute paths; empty
-    for another model.
+    """Return the settings with which a model in a file is opened, or the folder of the pool, and the file of the guard,
+    with absolute paths; empty for another model.
     """
+    guard = {} if settings.guard is None else {"guard": str(Path(settings.guard).resolve())}
+    if served.pool is not None:
+        return {"pool": str(served.pool.pool.path.resolve()), **guard}
     if served.model is None:
         return {}
     opening = {**ModelSource.model_fields, **InputSpace.model_fields}
@@ -330,7 +333,7 @@ def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
     if settings.arch is not None and ".py:" in settings.arch:
         file, _, function = settings.arch.rpartition(":")
         about["arch"] = f"{Path(file).resolve()}:{function}"
-    return about if settings.guard is None else {**about, "guard": str(Path(settings.guard).resolve())}
+    return {**about, **guard}
 
 
 def _candidate(worker: ServingSetup, model: Doctor, file: str) -> ServingSetup:

@@ -75,7 +75,9 @@ class ServerSetup:
     reloadable: bool = False
     """whether the model is in a file, which may be opened again while the server runs"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """settings with which a model in a file is opened, for `holdfast adapt`; empty without one"""
+    """settings with which a model in a file is opened, or the folder of the pool, for `holdfast adapt`; empty for
+    another model
+    """
     monitor: Reference | None = None
     """what the monitor compares requests with; None without one"""
     candidate: Callable[[str], ServingSetup] | None = None
@@ -256,6 +258,7 @@ class Supervisor:
         self._start_owed()
         if self._swaps is not None and not self._stopping:
             self._swaps.poll()
+            self.canary.follow(self._swaps.serving.name)
         elif not self._stopping and self._started:
             self._poll_model()
         self.adaptations.poll()
@@ -318,6 +321,7 @@ class Supervisor:
                 (self.canary if worker.canary else self._reloading).opened(worker, content)
             case b"L" if self._swaps is not None:
                 self._swaps.loaded(worker, int(content["epoch"]))
+                self.canary.follow(self._swaps.serving.name)
             case b"U" if self._swaps is not None:
                 self._swaps.unusable(worker, int(content["epoch"]), str(content["reason"]))
             case b"M" if self.live is not None:
@@ -586,8 +590,8 @@ class Supervisor:
             "draining": self._stopping,
         }
         if self._swaps is not None:
-            state["pool"] = self._swaps.status()
+            state["pool"] = {**self._swaps.status(), "settings": dict(self.setup.settings)}
         else:
             state["model"] = {**self._reloading.status(), "settings": dict(self.setup.settings)}
-            state["canary"], state["sets"] = self.canary.status(), self._sets()
-        return state
+            state["canary"] = self.canary.status()
+        return {**state, "sets": self._sets()}
