@@ -1,33 +1,39 @@
 """`holdfast adapt` on a server of a pool: the candidate becomes a set, which the gates of the pool admit or refuse."""
 
 import json
+import shutil
 import threading
 import time
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import holdfast
-from adaptation.test_adapting import CODE, SHAPE, examples, settings
+from adaptation.test_adapting import CODE, GUARD, SHAPE, examples, settings
 from holdfast.adaptation.live_comparison import Counts
 from holdfast.api import adapting, adapting_pools
 from holdfast.api.serving import server_setup
 from holdfast.api.verb_settings import Serve
+from holdfast.cli.app import run as command
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.rotation.pool.pool import Pool
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.keys import KeyFile
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.worker_processes import bound_socket
 from server.small import pool as small_pool
+from waiting import until
 
 
-@contextmanager
-def serving(folder):
-    """A server of a pool with three admitted sets, and the URL of its operator's port."""
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """A folder with data and a pool of three admitted sets, to be copied."""
+    folder = tmp_path_factory.mktemp("collected")
     (folder / "net.py").write_text(CODE)
     (x, y), (fit, labels) = examples(1200, 0), examples(2000, 1)
     np.savez(folder / "data.npz", x_test=x, y_test=y, x_train=fit, y_train=labels)
@@ -42,11 +48,29 @@ def serving(folder):
     )
     holdfast.rotate.draw(made.pool, by="retraining", sets=3, trust_code=True)
     assert len(holdfast.rotate.admit(made.pool, trust_code=True).admitted) == 3
-    address = f"rotating:{folder / 'pool'}"
-    served = Serve(model=address, port=0, admin_port=0, audit=str(folder / "audit"), trust_code=True)
+    return folder
+
+
+@pytest.fixture
+def folder(collected, tmp_path):
+    shutil.copytree(collected, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@contextmanager
+def serving(folder, **more):
+    """A server of the pool in a folder, and the URL of its operator's port."""
+    served = Serve(
+        model=f"rotating:{folder / 'pool'}",
+        port=0,
+        admin_port=0,
+        audit=str(folder / "audit"),
+        trust_code=True,
+        **more,
+    )
     server = Supervisor(server_setup(served))
     listener = bound_socket("127.0.0.1", 0)
-    admin = AdminServer(server, listener, None)
+    admin = AdminServer(server, listener, None if served.keys is None else KeyFile(Path(served.keys)))
     admin.start()
     server.start()
     thread = threading.Thread(target=server.run)
@@ -60,15 +84,17 @@ def serving(folder):
 
 
 @contextmanager
-def requests(server):
+def requests(server, key=None):
     """Requests to the server during the block, and the status codes of the answers."""
+    headers = {"content-type": "application/json"}
+    headers |= {} if key is None else {"authorization": f"Bearer {key}"}
     tensor = {"name": "input", "shape": [1, *SHAPE], "datatype": "FP32", "data": torch.rand(64).tolist()}
     body, statuses, ended = json.dumps({"inputs": [tensor]}), [], threading.Event()
 
     def send():
         while not ended.is_set():
             connection = HTTPConnection(*server.address, timeout=30)
-            connection.request("POST", "/v2/models/pool/infer", body, {"content-type": "application/json"})
+            connection.request("POST", "/v2/models/pool/infer", body, headers)
             statuses.append(connection.getresponse().status)
             connection.close()
             time.sleep(0.01)
@@ -83,8 +109,8 @@ def requests(server):
 
 
 @pytest.mark.slow
-def test_a_candidate_becomes_a_set_of_the_pool_or_not(tmp_path, monkeypatch):
-    with serving(tmp_path) as (server, url), requests(server) as statuses:
+def test_a_candidate_becomes_a_set_of_the_pool_or_not(folder, tmp_path, monkeypatch):
+    with serving(folder) as (server, url), requests(server) as statuses:
         pool = Pool.open(tmp_path / "pool")
         first = pool.serving.name
 
@@ -133,6 +159,41 @@ def test_a_candidate_becomes_a_set_of_the_pool_or_not(tmp_path, monkeypatch):
     records = [json.loads(line)["content"] for line in chain.read_text().splitlines()]
     names = [record["set"] for record in records if record["kind"] == "set"]
     assert names == [first, second, withdrawn.name, pool.serving.name]
+
+
+@pytest.mark.slow
+def test_a_pool_with_a_guard_keys_and_a_monitor_is_adapted_by_schedule(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    arrays = np.load("data.npz")
+    np.savez("reference.npz", x=arrays["x_test"], y=arrays["y_test"])
+    Path("guard.yaml").write_text(GUARD)
+    holdfast.rotate.swap("pool")  # a guard is calibrated on the set that serves
+    words = ["rotating:pool", "reference.npz", "--guard", "guard.yaml", "--trust-code"]
+    assert command(["calibrate", *words]) == 0
+    keys = {}
+    for name, scope in (("client", "infer"), ("operator", "admin")):
+        capsys.readouterr()
+        assert command(["keys", "add", name, "--scope", scope, "--file", "keys.json", "--quiet"]) == 0
+        keys[name] = capsys.readouterr().out.strip()
+        Path(f"{name}.key").write_text(keys[name])
+    more = {"monitor": "reference.npz", "guard": "guard.yaml", "keys": "keys.json"}
+    with serving(folder, **more) as (server, url), requests(server, keys["client"]) as statuses:
+        until(lambda: len(statuses) > 50)
+        once = ["monitor", url, "--once", "--key-file"]
+        assert command([*once, "operator.key", "-o", "report.json"]) in (0, 1)
+        report = json.loads(Path("report.json").read_text())
+        assert report["requests"] > 0 and {"martingale", "mmd"} <= {t["name"] for t in report["tests"]}
+        assert command([*once, "client.key"]) == 2
+        assert "does not permit admin" in capsys.readouterr().err
+        with pytest.raises(UsageError, match="does not permit admin"):
+            settings(url, folder, key_file="client.key").run(folder / "refused")
+        server.live.restart()  # the requests are all the same, and an alarm would begin the run
+        run = settings(url, folder, key_file="operator.key", trigger="0.1s").run(folder / "run")
+        assert run.promoted
+        facts = {step.step: step.facts for step in run.steps}
+        assert facts["trigger"]["trigger"] in ("0.1s", "alarm") and facts["shadow"]["samples"] > 0
+    assert set(statuses) == {200}
+    assert verify_audit(folder / "audit").failed == 0
 
 
 def state(pool, served):

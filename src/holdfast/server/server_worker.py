@@ -35,6 +35,7 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
+from holdfast.guard.detectors.features import LastFeatures
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
@@ -184,6 +185,9 @@ class Worker:
             seen=self._seen,
         )
         self.answering.progress = self.batcher.progress
+        layer = None if setup.monitor is None else setup.monitor.layer
+        if layer is not None:
+            self.answering.features = LastFeatures(self._pristine.net, layer)
         self.reservoir = None if setup.monitor is None else Reservoir(setup.monitor)
         self._next_observed_s = 0.0
         if self.reservoir is not None:

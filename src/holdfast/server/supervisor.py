@@ -80,6 +80,8 @@ class ServerSetup:
     """
     monitor: Reference | None = None
     """what the monitor compares requests with; None without one"""
+    renewed: Callable[[], Reference] | None = None
+    """function that returns `monitor` with the model that is in the file now; None if it does not depend on it"""
     candidate: Callable[[str], ServingSetup] | None = None
     """function from the path of a file to the setup of a worker that serves the model in it; None without a file"""
     notes: tuple[str, ...] = ()
@@ -127,8 +129,9 @@ class Supervisor:
         self.live = (
             None
             if setup.monitor is None
-            else LiveMonitor(setup.monitor, self._record, self.telemetry, self._warn)
+            else LiveMonitor(setup.monitor, self._record, self.telemetry, self._warn, setup.renewed)
         )
+        self._monitored = setup.worker.digest
         self.canary = Canary(
             self._workers,
             self.totals,
@@ -284,6 +287,11 @@ class Supervisor:
             canary.poll()
         else:
             self._reloading.poll()
+        version = self._reloading.version
+        if self.live is not None and version.digest != self._monitored:
+            done = not self._reloading.running and not self._reloading.old
+            self.live.model_changes(done=done)
+            self._monitored = version.digest if done else self._monitored
 
     def _receive(self, worker: WorkerProcess, message: bytes) -> None:
         if worker not in self._workers:
