@@ -146,7 +146,14 @@ def test_runs_hold_the_server_one_at_a_time():
     assert [run["approval"] for run in adaptations.runs()] == ["rejected", None]
     adaptations.poll()
     assert records[-1] == ("approval", {"run": "b", "approved": False, "principal": "~operator"})
-    for run, step, facts in ((1, "x", {}), ("a", "", {}), ("a", "x", {"a": "x" * 9000}), ("a\n", "x", {})):
+    for run, step, facts in (
+        (1, "x", {}),
+        ("a", "", {}),
+        ("a", "x", {"a": "x" * 9000}),
+        ("a\n", "x", {}),
+        ("a", "x", {"a": float("nan")}),
+        ("a", "x", {"a": ["\ud800"]}),
+    ):
         with pytest.raises(Refused):
             adaptations.took(run, step, facts)
 

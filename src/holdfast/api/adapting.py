@@ -39,6 +39,7 @@ from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
+from holdfast.reports.numbers import strict
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore
@@ -98,7 +99,8 @@ def adapted(
     identity = digest(canonical(canonical_settings(settings)))
     place = new_folder("adapt", identity) if folder is None else Path(folder)
     journal = Journal.opened(place, settings.server, identity, resume=resume)
-    with locked(place / ".lock"):
+    in_use = f"another process takes the steps of the adaptation in {str(place)!r}; wait until it has ended"
+    with locked(place / ".lock", 0.0, in_use=in_use):
         if journal.outcome is None:
             run = _Adaptation(settings, journal, port, progress, notify)
             with _signs_of_life(port, journal.run):
@@ -188,7 +190,7 @@ class _Adaptation:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
         facts = self.journal.facts(step)
         if facts is None:
-            facts = function()
+            facts = strict(function())  # the server refuses NaN
             self.journal.add(step, facts)
             self.port.post("/adaptation", self._body(step, facts))
             self.notify(f"{step}: {facts_text(facts)}")

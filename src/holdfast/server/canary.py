@@ -149,7 +149,8 @@ class Canary:
 
     def left(self, worker: WorkerProcess, cause: str) -> None:
         """Keep the counts of a worker that has ended. A canary that died is not replaced."""
-        self._left[worker.set_name] = _sum(self._left.get(worker.set_name, {}), self._since(worker))
+        if worker.set_name:
+            self._left[worker.set_name] = _sum(self._left.get(worker.set_name, {}), self._since(worker))
         if worker is not self.worker:
             return
         self.worker = None
