@@ -172,6 +172,29 @@ def test_labels_are_compared_with_the_predictions_of_each_set(live):
     assert live.summary()["expected"]["n"] == 2
 
 
+def test_samples_have_the_classes_that_are_known(live):
+    content, reservoir = reported(samples(3), ["a", "b", "c"])
+    live.received(content, canary=False)
+    live.label({"b": [2]})
+
+    def ask():
+        live.sampled(json.loads(json.dumps(reservoir.samples())))
+        return 1
+
+    with np.load(io.BytesIO(live.samples(ask))) as arrays:
+        assert len(arrays["x"]) == 3 and sorted(arrays["y"].tolist()) == [-1, -1, 2]
+        (row,) = np.flatnonzero(arrays["y"] == 2)
+        assert arrays["x"][row].tolist() == samples(3)[1].tolist()
+    empty = Reservoir(reference()).samples()
+
+    def ask_empty():
+        live.sampled(empty)
+        return 1
+
+    with np.load(io.BytesIO(live.samples(ask_empty))) as arrays:
+        assert len(arrays["y"]) == 0
+
+
 def test_predictions_of_large_requests_are_forgotten_earlier(live, monkeypatch):
     monkeypatch.setattr("holdfast.server.live_monitor._REMEMBERED", 10)
     for name in "abc":

@@ -465,7 +465,7 @@ class _Adaptation:
             content = self.port.read("/samples")
         except Refusal as refusal:
             return {"samples": 0, "reason": refusal.reason}
-        x, served = self._samples(content)
+        x, served, y = self._samples(content)
         if not len(x):
             return {"samples": 0}
         with self._target(self._candidate) as target:
@@ -476,18 +476,32 @@ class _Adaptation:
         }
         if not bool(logits.isfinite().all()):
             facts["ends"] = "the candidate returns NaN or infinite scores for live inputs"
+        labelled = y >= 0
+        if bool(labelled.any()):
+            right = [(each.argmax(1) == y)[labelled] for each in (logits, served)]
+            difference = paired_difference(right[0], right[1])
+            facts |= {
+                "labelled": int(labelled.sum()),
+                "accuracy_served": float(right[1].double().mean()),
+                "accuracy_candidate": float(right[0].double().mean()),
+            }
+            if difference.high < 0:
+                facts.setdefault(
+                    "ends", "the candidate classifies fewer live inputs correctly than the served model"
+                )
         return facts
 
-    def _samples(self, content: bytes) -> tuple[Tensor, Tensor]:
-        """Return the inputs and the scores in an answer of the server, which are not compressed, so that they are not
-        larger than the answer.
+    def _samples(self, content: bytes) -> tuple[Tensor, Tensor, Labels]:
+        """Return the inputs, the scores and the classes (-1 if unknown) in an answer of the server. They are not
+        compressed, so that they are not larger than the answer.
         """
         try:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("it is compressed")
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["logits"])
+                x, logits, y = (torch.from_numpy(arrays[name]) for name in ("x", "logits", "y"))
+                return x, logits, y
         except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
             raise TargetError(
                 f"{self.port.url}/samples did not answer with samples ({error}); give the URL of your server"

@@ -79,6 +79,8 @@ class LiveMonitor:
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._remembered_inputs = 0
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
+        self._classes: OrderedDict[str, Sequence[int]] = OrderedDict()
+        """classes of the newest labelled requests"""
         self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
         self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue(_MOST_SAMPLES)
         self._begin()
@@ -134,7 +136,9 @@ class LiveMonitor:
             self._samples.put_nowait(content)
 
     def samples(self, ask: Callable[[], int]) -> bytes:
-        """Return the sampled inputs of all workers as an .npz file. `ask` requests them, and returns from how many."""
+        """Return the sampled inputs of all workers as an .npz file, with their classes `y`, which are -1 if they are
+        unknown. `ask` requests the samples, and returns from how many workers.
+        """
         while not self._samples.empty():
             self._samples.get_nowait()
         found, until = [], time.monotonic() + _SAMPLES_S
@@ -148,9 +152,16 @@ class LiveMonitor:
         ]
         x = np.concatenate([x for x, _, _ in parts]) if parts else np.zeros((0, 1), np.float32)
         logits = np.concatenate([y for _, y, _ in parts]) if parts else np.zeros((0, 1), np.float32)
+        places = [place for each in found for place in each["requests"]]
+        with self._lock:
+            known = [self._classes.get(str(request), ())[int(row) : int(row) + 1] for request, row in places]
         content = io.BytesIO()
         np.savez(
-            content, x=x, logits=logits, sets=np.array([name for *_, names in parts for name in names], str)
+            content,
+            x=x,
+            logits=logits,
+            y=np.array([classes[0] if classes else -1 for classes in known], np.int64),
+            sets=np.array([name for *_, names in parts for name in names], str),
         )
         return content.getvalue()
 
@@ -262,11 +273,14 @@ class LiveMonitor:
                     invalid[request] = "a class is no number of a class of the model"
                 else:
                     self._forget(request)
+                    self._classes[request] = classes
                     accepted += 1
                     for predicted, confidence, y in zip(
                         entry.classes, entry.confidences, classes, strict=True
                     ):
                         self._labelled.append((confidence, y, predicted == y, entry.set_name))
+            while len(self._classes) > _NEWEST:
+                self._classes.popitem(last=False)
         return {"accepted": accepted, "unknown": unknown, "invalid": invalid}
 
     def labelled(self, set_name: str) -> tuple[int, int]:

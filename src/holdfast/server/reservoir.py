@@ -25,8 +25,8 @@ _KEPT, _KEPT_BYTES = 200, 64 * 2**20
 """largest number, and size, of the sampled inputs that are kept for the shadow test"""
 _MOST_REPORTED = 2000
 """requests of one report, whose predictions are compared with labels that arrive later"""
-Sample = tuple[Tensor, Tensor, str]
-"""an input, the scores for it, and the name of the set that answered"""
+Sample = tuple[Tensor, Tensor, str, tuple[str, int]]
+"""an input, the scores for it, the name of the set that answered, and its request with its position there"""
 _Answered = tuple[list[str], list[int], list[Tensor], list[bool], str]
 """the names, numbers of inputs, and scores of the requests of a batch, whether the guard flagged each, and the name of
 the set that answered
@@ -78,7 +78,8 @@ class Reservoir:
             for each in answered if n == len(answered) else self._random.sample(answered, n):
                 assert each.answer is not None
                 row = self._random.randrange(len(each.job.incoming.x))
-                sample = each.job.incoming.x[row], each.answer.scores[row], served.name
+                incoming = each.job.incoming
+                sample = incoming.x[row], each.answer.scores[row], served.name, (incoming.request, row)
                 self._new.append((sample, None if each.features is None else each.features[row]))
 
     def taken(self) -> dict[str, Any] | None:
@@ -111,17 +112,24 @@ class Reservoir:
         samples = [sample for sample, _ in new]
         if not samples:
             return ""
-        x = torch.stack([x for x, _, _ in samples])
-        logits = None if self._reference.model is None else torch.stack([scores for _, scores, _ in samples])
+        x = torch.stack([x for x, *_ in samples])
+        logits = None if self._reference.model is None else torch.stack([scores for _, scores, *_ in samples])
         values = self._reference.observer(Observed(x, logits, features)).values
         return base64.b64encode(values.astype("<f8").tobytes()).decode()
 
     def samples(self) -> dict[str, Any]:
-        """Return the kept inputs and scores as 32-bit numbers in base64, with the names of the sets."""
+        """Return the kept inputs and scores as 32-bit numbers in base64, with the names of the sets, and the request
+        and the position of each input.
+        """
         kept = list(self._kept)
-        x = np.stack([x.numpy() for x, _, _ in kept]) if kept else np.zeros((0, 1), np.float32)
-        scores = np.stack([each.numpy() for _, each, _ in kept]) if kept else np.zeros((0, 1), np.float32)
-        return {"x": _encoded(x), "logits": _encoded(scores), "sets": [name for _, _, name in kept]}
+        x = np.stack([x.numpy() for x, *_ in kept]) if kept else np.zeros((0, 1), np.float32)
+        scores = np.stack([each.numpy() for _, each, *_ in kept]) if kept else np.zeros((0, 1), np.float32)
+        return {
+            "x": _encoded(x),
+            "logits": _encoded(scores),
+            "sets": [name for *_, name, _ in kept],
+            "requests": [place for *_, place in kept],
+        }
 
 
 def _pooled(features: Tensor) -> Tensor:
