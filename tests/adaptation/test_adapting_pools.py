@@ -209,6 +209,10 @@ def test_pools_that_cannot_be_adapted_are_refused(tmp_path, monkeypatch):
     with pytest.raises(TargetError, match="it is another pool"):
         adapting_pools.begin(state(pool, "0" * 16), adapt)
     served = pool.swap().name
+    with monkeypatch.context() as patched:
+        patched.setattr(adapting_pools.os, "access", lambda path, mode: False)
+        with pytest.raises(TargetError, match="may not write to the pool"):
+            adapting_pools.begin(state(pool, served), adapt)
     with pytest.raises(UsageError, match="created in Python"):
         adapting_pools.begin(state(pool, served), adapt)
     pool.swap()

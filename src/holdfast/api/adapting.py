@@ -43,6 +43,7 @@ from holdfast.reports.numbers import strict
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore
+from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import MODEL, Hardened
 from holdfast.runs.harness import Target
 from holdfast.runs.store.files import private, write_atomically
@@ -182,7 +183,8 @@ class _Adaptation:
             yield "watch", self._watch
             return
         yield "measure", lambda: pool.measure(port)
-        yield "admit", lambda: pool.admit(self.progress, self.notify)
+        again = way_out("", self.journal.folder)
+        yield "admit", lambda: pool.admit(self.progress, self.notify, again)
         yield "promote", lambda: self._monitor_restarted(pool.promote(port))
         yield "watch", lambda: pool.watch(port, self.journal.facts("measure") or {})
 

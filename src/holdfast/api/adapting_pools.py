@@ -4,6 +4,7 @@ Until it is approved, the set is stored encrypted in the pool and is not in its 
 admit it and let it serve.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from holdfast.api.rotation_opening import reopened
 from holdfast.api.verb_settings import Adapt, RotateSettings
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import RESUME
 from holdfast.io.models.models import ROTATING
 from holdfast.io.remote.operator_port import Json, OperatorPort
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation import Immunise, loaded
 from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
+from holdfast.rotation.pool.pool_manifest import SETS
 from holdfast.rotation.steps.admit import AdmitRequest, admit
 from holdfast.rotation.steps.contents import secret
 from holdfast.rotation.steps.rotation_request import RotateRequest, state_of
@@ -58,6 +59,11 @@ def begin(status: Json, settings: Adapt) -> Json:
         raise TargetError(
             f"{str(path)!r} does not contain the set {state['set']}, which the server serves; it is another pool. "
             "Restore the pool, or restart the server"
+        )
+    if not all(os.access(each, os.W_OK) for each in (path, path / SETS, pool.ledger.path)):
+        raise TargetError(
+            f"this process may not write to the pool in {str(path)!r}, to which the candidate is added; run adapt as "
+            "the user who owns it"
         )
     if set(pool.ahead) <= set(pool.unjudged):
         draw = "" if pool.ahead or pool.candidates else f"holdfast rotate draw {pool.shown}, then "
@@ -153,8 +159,8 @@ class AdaptedPool:
         chosen = candidates(given, model, tuple(self.common.train.x.shape[1:]))
         return next(each.recipe for each in chosen if each.name == hardened.card["recipe"])
 
-    def admit(self, progress: Progress, notify: Notify) -> Json:
-        """Add the candidate to the pool, and let the gates of the pool judge it.
+    def admit(self, progress: Progress, notify: Notify, again: str) -> Json:
+        """Add the candidate to the pool, and let the gates of the pool judge it. `again` states how the run is resumed.
 
         The set from which it was trained is listed as stolen when it is admitted, as for every set that was made from
         another one, so that the server replaces that set.
@@ -165,7 +171,7 @@ class AdaptedPool:
         )
         if self.pool.ledger.member(name).state == "candidate":
             request = AdmitRequest(self.pool, self.common, accepted=self.settings.accept_doubts, only=name)
-            admit(request, again=RESUME.reason, notify=notify, progress=progress, is_step=True)
+            admit(request, again=again, notify=notify, progress=progress, is_step=True)
         member = self.pool.ledger.member(name)
         facts = {"set": name, "why": member.why}
         if member.state in ("candidate", "refused"):
