@@ -230,7 +230,7 @@ def report_of(net, compared, x):
     jobs = [Job(Incoming(row[None], "client", f"r{k}")) for k, row in enumerate(x)]
     reservoir.add(
         [
-            Outcome(job, None, Answer(net(job.incoming.x)), features=net.net[:2](job.incoming.x))
+            Outcome(job, None, Answer(net(job.incoming.x)), features=(net.net[:2](job.incoming.x), 0))
             for job in jobs
         ],
         served,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -63,13 +64,16 @@ class Job:
     """time of `time.perf_counter` at which the headers had arrived"""
 
 
+Features = tuple[Tensor, int]
+"""outputs (rows, …) of the layer that the monitor observes for a whole batch, and the first row of a request"""
+
+
 @dataclass(frozen=True, eq=False)
 class Output:
     """What the model returned for the inputs of a request."""
 
     logits: Tensor
-    features: Tensor | None = None
-    """outputs (n, …) of the layer that the monitor observes; None if it observes none"""
+    features: Features | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +104,7 @@ class Outcome:
     refusal: Refused | None = None
     action: Action = Action.ALLOW
     """action of the decision, which is computed only once"""
-    features: Tensor | None = None
-    """outputs (n, …) of the layer that the monitor observes; None if it observes none"""
+    features: Features | None = None
 
 
 class NoAudit:
@@ -321,7 +324,10 @@ class Answerer:
         if features is None or len(features) != len(logits):  # of a network that calls itself several times
             outputs = [Output(part) for part in parts]
         else:
-            outputs = list(map(Output, parts, torch.split(features, sizes)))
+            outputs = [
+                Output(part, (features, end - size))
+                for part, size, end in zip(parts, sizes, accumulate(sizes), strict=True)
+            ]
         if all_finite(logits):
             return list(outputs)
         self.errors("the model returned NaN or infinite scores")

@@ -80,7 +80,8 @@ class Reservoir:
                 row = self._random.randrange(len(each.job.incoming.x))
                 incoming = each.job.incoming
                 sample = incoming.x[row], each.answer.scores[row], served.name, (incoming.request, row)
-                self._new.append((sample, None if each.features is None else each.features[row]))
+                features, first = each.features or (None, 0)
+                self._new.append((sample, None if features is None else features[first + row].cpu()))
 
     def taken(self) -> dict[str, Any] | None:
         """Return the signals of inputs and the predictions since the last call; None without any. The signals are

@@ -83,4 +83,4 @@ class LastFeatures:
 
     def __call__(self) -> Tensor | None:
         output, self._last.output = getattr(self._last, "output", None), None
-        return output.cpu() if isinstance(output, Tensor) and output.dim() > 1 else None
+        return output if isinstance(output, Tensor) and output.dim() > 1 else None
