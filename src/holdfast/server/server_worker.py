@@ -174,6 +174,7 @@ class Worker:
             self.device,
             self.errors,
             logged=partial(log_requests, setup.audit_key),
+            features=LastFeatures(self._pristine.net, setup.monitor.layer if setup.monitor else None),
             release=setup.release,
         )
         guard = self.answering.guard
@@ -185,9 +186,6 @@ class Worker:
             seen=self._seen,
         )
         self.answering.progress = self.batcher.progress
-        layer = None if setup.monitor is None else setup.monitor.layer
-        if layer is not None:
-            self.answering.features = LastFeatures(self._pristine.net, layer)
         self.reservoir = None if setup.monitor is None else Reservoir(setup.monitor)
         self._next_observed_s = 0.0
         if self.reservoir is not None:

@@ -69,10 +69,10 @@ class LastFeatures:
     it.
     """
 
-    def __init__(self, network: object, layer: str) -> None:
+    def __init__(self, network: object, layer: str | None) -> None:
         self._last = threading.local()
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
-        if layer in modules:
+        if layer is not None and layer in modules:
             modules[layer].register_forward_hook(self._keep)
 
     def __deepcopy__(self, memo: object) -> "LastFeatures":
