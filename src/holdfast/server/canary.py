@@ -190,7 +190,8 @@ class Canary:
         """Return what workers of each served set have counted: since the last canary began or, for the newest sets of a
         pool, since they served.
         """
-        sums = {name: dict(counts) for name, counts in self._left.items()}
+        # a copy first, because another thread than that of the supervisor may ask
+        sums = {name: dict(counts) for name, counts in dict(self._left).items()}
         for worker in list(self.workers):
             if not worker.set_name:
                 continue
