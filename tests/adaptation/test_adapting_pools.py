@@ -19,7 +19,7 @@ from holdfast.api import adapting, adapting_pools
 from holdfast.api.serving import server_setup
 from holdfast.api.verb_settings import Serve
 from holdfast.cli.app import run as command
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import InUse, TargetError, UsageError
 from holdfast.rotation.pool.pool import Pool
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
@@ -108,17 +108,25 @@ def requests(server, key=None):
         thread.join()
 
 
+def judged_elsewhere(pool):
+    """An admission that is not possible because another process judges the sets, and refuses them."""
+
+    def admit(request, **_):
+        pool.refuse(request.only, "too weak")
+        raise InUse("another process runs admit")
+
+    return admit
+
+
 @pytest.mark.slow
 def test_a_candidate_becomes_a_set_of_the_pool_or_not(folder, tmp_path, monkeypatch):
     with serving(folder) as (server, url), requests(server) as statuses:
         pool = Pool.open(tmp_path / "pool")
         first = pool.serving.name
 
-        # the gates of the pool refuse the set
+        # the gates of the pool refuse the set, while another process judges sets
         with monkeypatch.context() as patched:
-            patched.setattr(
-                adapting_pools, "admit", lambda request, **_: pool.refuse(request.only, "too weak")
-            )
+            patched.setattr(adapting_pools, "admit", judged_elsewhere(pool))
             refused = settings(url, tmp_path).run(tmp_path / "refused")
         assert (refused.outcome, refused.steps[-1].step) == ("not promoted", "admit")
         assert "too weak" in refused.reason and pool.serving.name == first

@@ -17,12 +17,13 @@ from holdfast.api.pooled import pool_of
 from holdfast.api.recipe_building import candidates
 from holdfast.api.rotation_opening import reopened
 from holdfast.api.verb_settings import Adapt, RotateSettings
-from holdfast.core.errors import Inconclusive, TargetError, UsageError
+from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.io.models.models import ROTATING
 from holdfast.io.remote.operator_port import Json, OperatorPort
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation import Immunise, loaded
+from holdfast.rotation.pool.ledger_state import State
 from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
 from holdfast.rotation.pool.pool_manifest import SETS
 from holdfast.rotation.steps.admit import AdmitRequest, admit
@@ -169,14 +170,23 @@ class AdaptedPool:
         name = self.pool.add(
             weights, {"by": "adapt"}, bases=(self.incumbent,), why=f"hardened from {self.incumbent}"
         )
-        if self.pool.ledger.member(name).state == "candidate":
-            request = AdmitRequest(self.pool, self.common, accepted=self.settings.accept_doubts, only=name)
-            admit(request, again=again, notify=notify, progress=progress, is_step=True)
+        request = AdmitRequest(self.pool, self.common, accepted=self.settings.accept_doubts, only=name)
+        while self._state(name) == "candidate":
+            try:
+                admit(request, again=again, notify=notify, progress=progress, is_step=True)
+                break
+            except UsageError as error:  # a running rotation judges sets, and may have judged this one
+                if not isinstance(error, InUse) and self._state(name) == "candidate":
+                    raise
+            time.sleep(_POLL_S)
         member = self.pool.ledger.member(name)
         facts = {"set": name, "why": member.why}
         if member.state in ("candidate", "refused"):
             facts["ends"] = f"the pool did not admit the set {name}: {member.why}"
         return facts
+
+    def _state(self, name: str) -> State:
+        return self.pool.ledger.member(name).state
 
     def drop(self) -> None:
         """Delete the stored candidate, which is a set of the pool or is not used."""
@@ -201,7 +211,7 @@ class AdaptedPool:
 
     def promote(self, port: OperatorPort) -> Json:
         """Let the admitted set serve, and wait until the server does so."""
-        if self.pool.ledger.member(self.name).state == "admitted":  # the server may have swapped already
+        if self._state(self.name) == "admitted":  # the server may have swapped already
             try:
                 self.pool.serve(self.name, f"adapted by the run {self.run}")
             except UsageError as error:
@@ -219,7 +229,7 @@ class AdaptedPool:
             state = port.get("/status")["pool"]
             if (state["set"] == self.name) is serves:
                 return ""
-            if serves and self.pool.ledger.member(self.name).state == "retired":
+            if serves and self._state(self.name) == "retired":
                 return f"the set {self.name} was replaced before the server used it"
             if time.monotonic() > until:
                 return (
