@@ -61,8 +61,8 @@ def edits_of(settings: Opening) -> "TextEdits | None":
 
 def _refuse_numeric(settings: Opening) -> None:
     """Raise `UsageError` for settings of inputs that are numbers."""
-    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape"):
-        if name in settings.model_fields_set:
+    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape", "transform", "guard"):
+        if name in settings.model_fields_set and getattr(settings, name) is not None:
             raise UsageError(
                 f"{name} is for inputs that are numbers, and the threat is on texts", Remedy(name)
             )

@@ -325,7 +325,8 @@ def _not_numbers(
     words = [name for name in text if name not in sparse]
     return TargetError(
         f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
-        f"numbers in place of the text, as the model was trained{empty}",
+        f"numbers in place of the text, as the model was trained; a model of texts needs a threat such as "
+        f"text:edits=1,words=3{empty}",
         *(_without(words) if 0 < len(words) < len(features) else ()),
     )
 
