@@ -75,7 +75,24 @@ def robust(subject, data, threat=EDITS, **settings):
 @pytest.mark.parametrize("factory", ["make", "function"])
 def test_an_assessment_of_a_pipeline_is_stored_verified_and_reported(factory):
     flags = ["assess", f"spam.py:{factory}", "sms.csv", "--label", "label", "--threat", EDITS]
-    assert run([*flags, "--class-names", "ham,spam", "--run", "first", "-o", "a.json", "-o", "a.html"]) == 0
+    assert (
+        run(
+            [
+                *flags,
+                "--class-names",
+                "ham,spam",
+                "--run",
+                "first",
+                "-o",
+                "a.json",
+                "-o",
+                "a.html",
+                "-o",
+                "a.md",
+            ]
+        )
+        == 0
+    )
     assert run(["verify", "first"]) == 0
     assert run(["report", "first", "-o", "again.json"]) == 0
     content, again = (json.loads(Path(name).read_text()) for name in ("a.json", "again.json"))
@@ -91,7 +108,9 @@ def test_an_assessment_of_a_pipeline_is_stored_verified_and_reported(factory):
         "".join(part["text"] for part in example["parts"]).replace("[U+200B]", "\u200b")
         == example["perturbed"]
     )
-    assert "<mark" in Path("a.html").read_text()
+    assert (
+        "<mark" in Path("a.html").read_text() and "<summary>Adversarial examples" in Path("a.md").read_text()
+    )
     assert run([*flags, "--class-names", "ham,spam", "--run", "first", "--resume"]) == 0
 
 
