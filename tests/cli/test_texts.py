@@ -14,6 +14,7 @@ from torch import nn
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import HoldfastError
+from holdfast.io.models.estimators import contents
 from holdfast.io.models.text_models import adapted_text_model
 
 sklearn = pytest.importorskip("sklearn")
@@ -129,6 +130,12 @@ def test_a_run_is_not_resumed_with_another_file_of_words(capsys):
     Path("words.json").write_text(json.dumps({"insert": ["home", "now"]}))
     assert run([*flags, "--run", "first", "--resume"]) == 2
     assert "another content of the file words.json" in capsys.readouterr().err
+
+
+def test_the_digest_of_a_vectoriser_does_not_depend_on_addresses_in_memory():
+    one, other = model(), model()
+    other[0]._stop_words_id += 1
+    assert contents(one) == contents(other) != contents(one[1])
 
 
 def test_texts_are_read_from_lists_frames_and_files():
