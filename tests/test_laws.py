@@ -100,7 +100,10 @@ def test_every_attack_of_the_catalogue_has_its_cases():
     ruled = {type(case.attack).__name__ for case in (*cases.ATTACKS, *cases.LIMITED)}
     elsewhere = {
         "AdversarialPatch",
+        "CAPGD",
+        "ColumnSearch",
         "Corruption",
+        "GeneticSearch",
         "TextSearch",
         "Universal",
         "UniversalDeepFool",

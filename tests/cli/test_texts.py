@@ -14,6 +14,7 @@ from torch import nn
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import HoldfastError
+from holdfast.io.models.estimators import contents
 from holdfast.io.models.text_models import adapted_text_model
 
 sklearn = pytest.importorskip("sklearn")
@@ -75,7 +76,24 @@ def robust(subject, data, threat=EDITS, **settings):
 @pytest.mark.parametrize("factory", ["make", "function"])
 def test_an_assessment_of_a_pipeline_is_stored_verified_and_reported(factory):
     flags = ["assess", f"spam.py:{factory}", "sms.csv", "--label", "label", "--threat", EDITS]
-    assert run([*flags, "--class-names", "ham,spam", "--run", "first", "-o", "a.json", "-o", "a.html"]) == 0
+    assert (
+        run(
+            [
+                *flags,
+                "--class-names",
+                "ham,spam",
+                "--run",
+                "first",
+                "-o",
+                "a.json",
+                "-o",
+                "a.html",
+                "-o",
+                "a.md",
+            ]
+        )
+        == 0
+    )
     assert run(["verify", "first"]) == 0
     assert run(["report", "first", "-o", "again.json"]) == 0
     content, again = (json.loads(Path(name).read_text()) for name in ("a.json", "again.json"))
@@ -91,7 +109,9 @@ def test_an_assessment_of_a_pipeline_is_stored_verified_and_reported(factory):
         "".join(part["text"] for part in example["parts"]).replace("[U+200B]", "\u200b")
         == example["perturbed"]
     )
-    assert "<mark" in Path("a.html").read_text()
+    assert (
+        "<mark" in Path("a.html").read_text() and "<summary>Adversarial examples" in Path("a.md").read_text()
+    )
     assert run([*flags, "--class-names", "ham,spam", "--run", "first", "--resume"]) == 0
 
 
@@ -110,6 +130,12 @@ def test_a_run_is_not_resumed_with_another_file_of_words(capsys):
     Path("words.json").write_text(json.dumps({"insert": ["home", "now"]}))
     assert run([*flags, "--run", "first", "--resume"]) == 2
     assert "another content of the file words.json" in capsys.readouterr().err
+
+
+def test_the_digest_of_a_vectoriser_does_not_depend_on_addresses_in_memory():
+    one, other = model(), model()
+    other[0]._stop_words_id += 1
+    assert contents(one) == contents(other) != contents(one[1])
 
 
 def test_texts_are_read_from_lists_frames_and_files():

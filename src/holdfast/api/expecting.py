@@ -72,8 +72,8 @@ def _constraint_called(name: str, settings: Opening) -> Any:
 
 def _refuse_numeric(settings: Opening, inputs: str) -> None:
     """Raise `UsageError` for settings of inputs that are numbers without rules."""
-    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape"):
-        if name in settings.model_fields_set:
+    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape", "transform", "guard"):
+        if name in settings.model_fields_set and getattr(settings, name) is not None:
             raise UsageError(
                 f"{name} is for inputs that are numbers, and the threat is on {inputs}", Remedy(name)
             )

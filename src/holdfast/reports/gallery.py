@@ -164,7 +164,14 @@ def _texts(x: Tensor, x_adv: Tensor) -> Json:
         else:
             parts.append({"text": new.replace("\u200b", "[U+200B]"), "clean": None if old == new else old})
     changed = sum(part["clean"] is not None and not part["text"].isspace() for part in parts)
-    return {"kind": "text", "changed": changed, "clean": clean, "perturbed": perturbed, "parts": parts}
+    return {
+        "kind": "text",
+        "distances": {},
+        "changed": changed,
+        "clean": clean,
+        "perturbed": perturbed,
+        "parts": parts,
+    }
 
 
 def _changes(x: Tensor, x_adv: Tensor, evidence: Evidence) -> Json:

@@ -197,7 +197,13 @@ def shown_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the metrics of a run that text reports show. Redundant ones, such as an error rate next to the accuracy,
     are left out.
     """
-    return without_redundant(summary["metrics"])
+    of_texts = summary["threat"]["norm"] == "TextEdits"  # differences of code points mean nothing
+    metrics = {
+        name: estimate
+        for name, estimate in summary["metrics"].items()
+        if not (of_texts and "perturbation_" in name)
+    }
+    return without_redundant(metrics)
 
 
 def without_redundant(estimates: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -208,8 +208,12 @@ class Table:
         still = torch.zeros_like(change)
         if not isinstance(ball, L0) or not grouped.any():
             return clean + ball.project(change, still, _ANYWHERE) * unit
-        groups = torch.stack([(change[:, group] != 0).any(1) for group in map(list, self.tensors.groups)]).sum(0)
-        others = ball.within(change * ~grouped, still, _ANYWHERE, (ball.eps - groups.to(change.dtype)).clamp_min(0))
+        groups = torch.stack(
+            [(change[:, group] != 0).any(1) for group in map(list, self.tensors.groups)]
+        ).sum(0)
+        others = ball.within(
+            change * ~grouped, still, _ANYWHERE, (ball.eps - groups.to(change.dtype)).clamp_min(0)
+        )
         return clean + torch.where(grouped, change, others) * unit
 
     def _rounded(self, point: Tensor, clean: Tensor) -> Tensor:

@@ -388,8 +388,8 @@ def _not_numbers(
     words = [name for name in text if name not in sparse]
     return TargetError(
         f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
-        f"numbers in place of the text, as the model was trained, or give the rules of the table as the threat, as in "
-        f"table:rules.yaml{empty}",
+        f"numbers in place of the text, as the model was trained, or give a threat such as table:rules.yaml, with the "
+        f"rules of the table, or text:edits=1,words=3, for a model of texts{empty}",
         *(_without(words) if 0 < len(words) < len(features) else ()),
     )
 
