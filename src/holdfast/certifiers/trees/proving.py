@@ -6,11 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -115,8 +114,7 @@ class TreeProver:
     def ranks(self, x: Inputs) -> Integers:
         """Return the ranks of the values of inputs, (n, features)."""
         assert isinstance(self.model.net, Estimator)
-        values: NDArray[Any] = self.trees.rows(self.model.net.rows(self.model.preprocess(x)))
-        return self.ensemble.ranks(values)
+        return self.trees.ranks(self.trees.rows(self.model.net.rows(self.model.preprocess(x))))
 
     def _refuse_other_classes(self, batch: Batch) -> None:
         predicted = torch.from_numpy(self.ensemble.predictions(self.ranks(batch.x))).to(batch.y)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdfast.certifiers.trees.ensemble import Ensemble, Floats, Width, rounded_up
+from holdfast.certifiers.trees.ensemble import Ensemble, Floats, Integers, Width, rounded_up
 from holdfast.core.errors import NoBounds
 from holdfast.core.model import Classifier
 from holdfast.io.models.estimators import Estimator
@@ -21,6 +21,8 @@ MAX_DEPTH = 500
 """Largest depth of a tree; trees are cut to a region by recursion."""
 _CHECKED = 1000
 """Largest number of thresholds next to which both forms of an ensemble are compared."""
+_LIGHTGBM_ZERO = float(np.float32(1e-35))
+"""`kZeroThreshold` of LightGBM"""
 _FORESTS = ("RandomForestClassifier", "ExtraTreesClassifier")
 _MONOTONE = ("StandardScaler", "MinMaxScaler", "MaxAbsScaler", "RobustScaler")
 """transformations of scikit-learn by an increasing function of each feature"""
@@ -48,11 +50,18 @@ class TreeModel:
     steps: tuple[Any, ...] = ()
     """increasing transformations of each feature that precede the ensemble"""
 
+    zero: float = 0.0
+    """size up to which the library treats values as zeros"""
+
     def rows(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return rows of the ensemble for rows of the wrapped model."""
         for step in self.steps:
             values = step.transform(values)
         return np.asarray(values).astype(self.ensemble.width)
+
+    def ranks(self, rows: NDArray[Any]) -> Integers:
+        """Return the ranks of rows of the ensemble."""
+        return self.ensemble.ranks(np.where(np.abs(rows) <= self.zero, 0.0, rows))
 
 
 class _Tree(NamedTuple):
@@ -110,7 +119,7 @@ def refuse_other(tree_model: TreeModel, rows: NDArray[Any]) -> TreeModel:
     ensemble = tree_model.ensemble
     rows = np.concatenate((rows, _next_to_thresholds(ensemble, rows)))
     given = np.asarray(tree_model.scores(rows), dtype=np.float64).reshape(len(rows), -1)
-    computed = ensemble.scores(ensemble.ranks(rows)) / ensemble.divisor
+    computed = ensemble.scores(tree_model.ranks(rows)) / ensemble.divisor
     if given.shape == computed.shape:
         if tree_model.shifted:
             base = np.median(given - computed, axis=0)
@@ -260,7 +269,9 @@ def _read_lightgbm(source: Any) -> TreeModel:
     slope = re.search(r"sigmoid:(\S+)", str(dump.get("objective", "")))
     divisor = (len(trees) / outputs if dump["average_output"] else 1.0) / (float(slope[1]) if slope else 1.0)
     ensemble = _assembled(trees, booster.num_feature(), "float64", divisor=divisor)
-    return TreeModel(ensemble, lambda rows: booster.predict(rows, raw_score=True) / divisor)
+    return TreeModel(
+        ensemble, lambda rows: booster.predict(rows, raw_score=True) / divisor, zero=_LIGHTGBM_ZERO
+    )
 
 
 def _lightgbm_tree(structure: dict[str, Any], output: int, outputs: int) -> _Tree:
