@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -146,13 +147,14 @@ class TreeProver:
         bound, work, stopped = math.inf, 0, False
         for other in (k for k in range(ensemble.classes) if k != label):
             limit = ensemble.losing(label, other)
-            worst = smallest_lead(ensemble, ranks, low, high, (label, other), limit, deadline)
-            work, stopped = work + worst.work, stopped or worst.stopped
-            if worst.bound > limit:
-                bound = min(bound, self._margin(worst.bound))
-                continue
-            bound = -math.inf
-            if worst.attained:
+            # the first search may end at a lead that is so small that the library rounds it to either side
+            for searched in (limit, -limit):
+                worst = smallest_lead(ensemble, ranks, low, high, (label, other), searched, deadline)
+                work, stopped = work + worst.work, stopped or worst.stopped
+                if searched == limit and worst.bound > limit:
+                    bound = min(bound, self._margin(worst.bound))
+                    break
+                bound = -math.inf
                 x_adv = self._input(one, ranks, worst.ranks)
                 if bool(self.model(x_adv).argmax(1) != one.y) and self._allowed(x_adv, one):
                     found = torch.ones_like(none.broken)
@@ -175,7 +177,7 @@ class TreeProver:
 
         A difference of probabilities is smaller than that of their logarithms.
         """
-        return max((lead - self.ensemble.rounding) / self.ensemble.divisor, math.ulp(0.0))
+        return max((lead - self.ensemble.rounding) / self.ensemble.divisor, sys.float_info.min)
 
     def _input(self, one: Batch, ranks: Integers, wanted: Mapping[int, int]) -> Inputs:
         """Return an input near an example whose values have the wanted ranks, by halving the interval to the end of the
