@@ -2,15 +2,15 @@
 
 import importlib.util
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -115,8 +115,7 @@ class TreeProver:
     def ranks(self, x: Inputs) -> Integers:
         """Return the ranks of the values of inputs, (n, features)."""
         assert isinstance(self.model.net, Estimator)
-        values: NDArray[Any] = self.trees.rows(self.model.net.rows(self.model.preprocess(x)))
-        return self.ensemble.ranks(values)
+        return self.trees.ranks(self.trees.rows(self.model.net.rows(self.model.preprocess(x))))
 
     def _refuse_other_classes(self, batch: Batch) -> None:
         predicted = torch.from_numpy(self.ensemble.predictions(self.ranks(batch.x))).to(batch.y)
@@ -148,13 +147,14 @@ class TreeProver:
         bound, work, stopped = math.inf, 0, False
         for other in (k for k in range(ensemble.classes) if k != label):
             limit = ensemble.losing(label, other)
-            worst = smallest_lead(ensemble, ranks, low, high, (label, other), limit, deadline)
-            work, stopped = work + worst.work, stopped or worst.stopped
-            if worst.bound > limit:
-                bound = min(bound, self._margin(worst.bound))
-                continue
-            bound = -math.inf
-            if worst.attained:
+            # the first search may end at a lead that is so small that the library rounds it to either side
+            for searched in (limit, -limit):
+                worst = smallest_lead(ensemble, ranks, low, high, (label, other), searched, deadline)
+                work, stopped = work + worst.work, stopped or worst.stopped
+                if searched == limit and worst.bound > limit:
+                    bound = min(bound, self._margin(worst.bound))
+                    break
+                bound = -math.inf
                 x_adv = self._input(one, ranks, worst.ranks)
                 if bool(self.model(x_adv).argmax(1) != one.y) and self._allowed(x_adv, one):
                     found = torch.ones_like(none.broken)
@@ -177,7 +177,7 @@ class TreeProver:
 
         A difference of probabilities is smaller than that of their logarithms.
         """
-        return max((lead - self.ensemble.rounding) / self.ensemble.divisor, math.ulp(0.0))
+        return max((lead - self.ensemble.rounding) / self.ensemble.divisor, sys.float_info.min)
 
     def _input(self, one: Batch, ranks: Integers, wanted: Mapping[int, int]) -> Inputs:
         """Return an input near an example whose values have the wanted ranks, by halving the interval to the end of the
