@@ -85,6 +85,7 @@ ROWS = {
     "guard": "guard",
     "perfect-estimators": "perfect_estimators",
     "text": "texts",
+    "text-networks": "text_networks",
     "fitting-doubts": "fitting_doubts",
     "loss-spread": "loss_spread",
     "doubts": "doubts",

@@ -117,6 +117,8 @@ SUBJECTS = {
     "perfect-estimators": "Doubts (`constant`, `chance`, `input`) on estimators that are right on nearly all rows.",
     "text": "`TextSearch` on linear models of words, beside the exact worst case: recall of spam after inserted "
     "words, and accuracy of sentiment after edited words.",
+    "text-networks": "`TextSearch` on a small CNN and on a transformer encoder for SST-2: accuracy after two edits in "
+    "each of three words, and cost.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
     "loss-spread": "Largest difference of the success of attacks that differ in their loss, on the gallery of masked "
     "models and on honest networks; the doubt is raised from 0.15.",

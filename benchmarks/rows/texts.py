@@ -37,11 +37,11 @@ def measured() -> Outcome:
         return make_pipeline(CountVectorizer(binary=binary), LogisticRegression(max_iter=1000)).fit(x, y)
 
     table: list[Cells] = []
-    (x, y), (x_test, y_test) = _texts("sms_spam.csv.gz", "spam")
+    (x, y), (x_test, y_test) = texts_of("sms_spam.csv.gz", "spam")
     spam = [text for text, label in zip(x_test, y_test, strict=True) if label]
     model = fitted(x, y, binary=True)
     table += [_inserted(model, spam, inserts) for inserts in INSERTS]
-    (x, y), (x_test, y_test) = _texts("sst2_sentences.csv.gz", "1")
+    (x, y), (x_test, y_test) = texts_of("sst2_sentences.csv.gz", "1")
     model = fitted(x, y, binary=False)
     table += [_edited(model, x_test, y_test, words) for words in WORDS]
     claims = [
@@ -56,7 +56,7 @@ def measured() -> Outcome:
     return Outcome(table, claims, config)
 
 
-def _texts(name: str, positive: str) -> Iterator[tuple[list[str], list[int]]]:
+def texts_of(name: str, positive: str) -> Iterator[tuple[list[str], list[int]]]:
     """The texts and labels of the train and the test split of a file."""
     path = folder("HOLDFAST_DATA", "data") / name
     if not path.exists():

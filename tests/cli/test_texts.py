@@ -274,3 +274,11 @@ def test_two_columns_of_texts_need_a_choice(capsys):
 def test_other_verbs_refuse_a_threat_on_texts(verb, capsys):
     assert run([verb, "spam.py:make", "sms.csv", "--label", "label", "--threat", EDITS]) == 2
     assert ("not available for texts" if verb == "harden" else "is proved under") in capsys.readouterr().err
+
+
+def test_code_points_are_no_values_that_may_have_another_scale():
+    result = holdfast.assess(
+        lambda texts: [[0.5, len(text) % 2] for text in texts], (TEXTS, LABELS), threat=EDITS
+    )
+    doubts = {doubt["name"]: doubt["state"] for doubt in result.summary()["doubts"]}
+    assert result.summary()["metrics"]["clean_accuracy"]["value"] < 0.9 and doubts["input"] == "clear"

@@ -26,7 +26,7 @@ from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
 
-_ROWS = 512  # texts of one call of the model
+_FIRST, _ROWS = 16, 512  # texts of the first call of the model, which is doubled up to the largest number
 _VALUES = 1 << 22  # characters of one call, for long texts
 _WIDER = 4  # changes that extend each text of the beam, as multiples of the beam
 
@@ -100,9 +100,10 @@ class _Search:
         the result.
         """
         margins: list[float] = []
-        width = self._example.x.shape[1]
+        width, rows_of_call = self._example.x.shape[1], _FIRST
         while len(margins) < len(items) and self._left and self.lowest > 0:
-            n = min(_ROWS, max(1, _VALUES // width), self._left)
+            n = min(rows_of_call, max(1, _VALUES // width), self._left)
+            rows_of_call = min(2 * rows_of_call, _ROWS)  # few queries if an early text breaks the example
             texts = [written(item) for item in items[len(margins) : len(margins) + n]]
             first = torch.zeros(len(texts), dtype=torch.int64, device=self._example.ids.device)
             rows, x = self._example.take(first), encoded(texts, width).to(self._example.x)

@@ -55,7 +55,7 @@ ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
     "a bundled name, file.py:factory, .safetensors or .pt, .onnx, .pt2, .skops, .json or .ubj of XGBoost, .txt of "
-    "LightGBM, or the URL of a server"
+    "LightGBM, a folder of transformers, or the URL of a server"
 )
 
 
@@ -257,6 +257,9 @@ def open_model(
         return _open_code(opening)
     refuse_without_factory(address)
     path = Path(address)
+    if path.is_dir():
+        with reading(address):
+            return _open_folder(opening, path)
     if path.suffix in _OPENERS:
         with reading(address):
             return _OPENERS[path.suffix](opening, path)
@@ -486,6 +489,22 @@ def _open_estimator(opening: _Opening, path: Path) -> OpenedModel:
     how = path.suffix.removeprefix(".")
     return OpenedModel(
         opening.declared.of(adapted_model), opening.address, how, {opening.address: digest}, notes
+    )
+
+
+def _open_folder(opening: _Opening, path: Path) -> OpenedModel:
+    """Open a folder with a model of transformers, which is called with texts."""
+    if not opening.declared.texts:
+        raise UsageError(
+            f"{opening.address!r} is a folder, and a folder contains a model of texts; give a threat on texts, such as "
+            "text:edits=2,words=3, or the file of another model"
+        )
+    from holdfast.io.models.transformers_folders import open_folder  # late: few models are folders
+
+    opened = open_folder(path)
+    files = {f"{opening.address.rstrip('/')}/{name}": digest for name, digest in opened.files.items()}
+    return OpenedModel(
+        opening.declared.of(opened.adapted), opening.address, "transformers", files, opened.notes
     )
 
 
