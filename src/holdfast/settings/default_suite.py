@@ -69,11 +69,11 @@ def refuse_unknown(
 
 
 def refuse_uncertifiable(threat: str) -> None:
-    """Raise `UsageError` for a threat model under which robustness is not proved: without a norm and a positive eps, or
-    with a target class.
+    """Raise `UsageError` for a threat model under which robustness is not proved: without a norm and a positive eps or
+    rules of a table, or with a target class.
     """
     spec = parse_threat(threat)
-    if spec.norm not in ("linf", "l2", "l1"):
+    if spec.norm not in ("linf", "l2", "l1", "table"):
         raise UsageError(
             f"the threat is {threat}, and robustness is proved under linf, l2 and l1 only",
             Remedy("threat", "linf:0.1"),

@@ -116,6 +116,12 @@ def refuse_unprovable(
         own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
+    of_table = plan.threat.constraint.name == "table"
+    if of_table and any(stage.prover is not None and stage.prover.name != TREES for stage in stages):
+        raise UsageError(
+            "under rules of a table, only tree ensembles are certified, and the model is none",
+            *((Remedy("certify"),) if verb == "assess" else (Remedy("threat", "linf:0.1"),)),
+        )
     by_operations = any(stage.prover is not None and stage.prover.name != TREES for stage in stages)
     if (
         by_operations
