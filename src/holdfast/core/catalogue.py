@@ -129,6 +129,8 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 }
 SMOOTHING: Final = "smoothing"
 """method that certifies another model than the given one: the smoothed classifier"""
+MASKING: Final = "masking"
+"""method that certifies another model of texts than the given one: the most frequent class under random masks"""
 TREES: Final = "trees"
 """method for ensembles of trees, which `auto` chooses for them"""
 PROVERS: Final[Mapping[str, str]] = {
@@ -137,6 +139,7 @@ PROVERS: Final[Mapping[str, str]] = {
     "crown": "provers:Crown",
     "lipschitz": "bounds.lipschitz:Lipschitz",
     SMOOTHING: "smoothing.smoothing:Smoothing",
+    MASKING: "texts.masking:Masking",
     TREES: "trees.proving:Trees",
     "alpha-crown": "branching.searching:AlphaCrown",
     "branch-and-bound": "branching.searching:BranchAndBound",
