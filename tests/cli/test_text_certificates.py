@@ -72,7 +72,21 @@ def test_masking_certifies_the_smoothed_classifier_and_its_run_is_verified_and_r
     assert certify("function", threat, *flags, "--resume") == 0
 
 
+def test_substitutions_are_the_method_for_a_linear_model_under_synonyms():
+    flags = ["--run", "first", "-o", "a.json"]
+    assert certify("make", "text:synonyms=1,file=words.json", *flags) == 0
+    assert run(["verify", "first"]) == 0
+    results = json.loads(Path("a.json").read_text())["certification"]
+    assert results["certified"] == 2 and results["statistical"] is None
+    assert [row["name"] for row in results["rows"]] == ["substitutions", "attacks"]
+    assert results["attacked_certified"] == 2
+    assess = ["assess", "spam.py:make", "sms.csv", "--label", "label", "--certify"]
+    assert run([*assess, "--threat", "text:synonyms=1,file=words.json"]) == 0
+
+
 BAD = [
+    ("make", EDITS, [], "--method masking"),
+    ("function", "text:synonyms=1,file=words.json", [], "--method masking"),
     ("function", EDITS, [], "--method masking"),
     ("function", "linf:0.1", ["--method", "masking"], "certifies changed words of texts"),
     ("function", EDITS, ["--method", "crown"], "--method masking"),

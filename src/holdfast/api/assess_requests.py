@@ -23,7 +23,7 @@ from holdfast.api.resolve import (
 from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_settings
 from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, SUBSTITUTIONS, TREES, load
 from holdfast.core.evidence import Evidence
 from holdfast.io.data.selection import selected
 from holdfast.io.remote.counting import inspection_counter
@@ -36,7 +36,7 @@ from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, 
 from holdfast.runs.assess.result import Result
 from holdfast.runs.assess.served_runs import journaled
 from holdfast.runs.engine.progress import Progress
-from holdfast.settings.grammar import seconds
+from holdfast.settings.grammar import parse_threat, seconds
 from holdfast.settings.naming import AUTO
 from holdfast.settings.values import address_of
 
@@ -207,7 +207,8 @@ def _has_trees(subject: Subject) -> bool:
 
 def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    automatic = (TREES,) if _has_trees(subject) else CASCADE
+    of_texts = parse_threat(settings.threat).norm == "text"
+    automatic = (SUBSTITUTIONS,) if of_texts else (TREES,) if _has_trees(subject) else CASCADE
     names = automatic if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from holdfast.core.catalogue import MASKING, PROVERS, SMOOTHING
+from holdfast.core.catalogue import MASKING, PROVERS, SMOOTHING, SUBSTITUTIONS
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.engine.ray_cluster import RayOptions, refuse_address, refuse_missing_ray
@@ -154,7 +154,7 @@ class CertifyCluster(Placement):
 
 
 _RANDOM = (SMOOTHING, MASKING)
-_OF_TEXTS = (MASKING,)
+_OF_TEXTS = (SUBSTITUTIONS, MASKING)
 _OF_METHODS = {
     "sigma": (SMOOTHING,),
     "clip": (SMOOTHING,),

@@ -136,8 +136,8 @@ def _statistical_lines(statistical: Mapping[str, Any] | None, noun: str) -> list
     alpha, together = statistical["failure_probability"], statistical["any_failure_probability"]
     tried, contradicted = statistical["tried"], statistical["contradicted"]
     lines = [
-        f"the certificates are about the {statistical['model']}; each verdict of {statistical['method']} is wrong with a probability "
-        f"of at most {plain(alpha)}, "
+        f"the certificates are about the {statistical['model']}; each verdict of {statistical['method']} is wrong "
+        f"with a probability of at most {plain(alpha)}, "
         + (
             f"and any of the {count_text(tried)} with at most {plain(together)}"
             if together < 1

@@ -12,7 +12,7 @@ from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, smoothed_model
 from holdfast.certifiers.smoothing.smoothing import by_smoothing
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import TREES
+from holdfast.core.catalogue import SUBSTITUTIONS, TREES
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
@@ -120,7 +120,9 @@ def refuse_unprovable(
         own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
-    by_operations = any(stage.prover is not None and stage.prover.name != TREES for stage in stages)
+    by_operations = any(
+        stage.prover is not None and stage.prover.name not in (SUBSTITUTIONS, TREES) for stage in stages
+    )
     if (
         by_operations
         and target.smoothed is None
