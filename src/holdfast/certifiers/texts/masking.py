@@ -10,7 +10,7 @@ estimate of the overlap (the factor β of Zeng et al.), and the draws end once t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from math import ceil, comb
@@ -141,7 +141,7 @@ class Masking:
 
     def votes(self, model: Classifier, x: Inputs, ids: Ids, draws: range, *, rng: Draws) -> Tensor:
         """Return how often each class is predicted for masked copies of each text, (n, classes + 1) int64."""
-        texts = [re.findall(r"\s+|\S+", text) for text in decoded(x)]
+        texts = [_parts(text) for text in decoded(x)]
 
         def masked(rows: Tensor, numbers: Tensor) -> Inputs:
             copies: list[str] = []
@@ -220,6 +220,23 @@ class ReadyMasking:
 
         test = sequential_test(limit, how.draws, how.alpha)
         return Counting(how, self.model).proofs(test, batch, 1.0, radius, bound)
+
+
+def masked(texts: Sequence[str], *, keep: float = 0.1, mask: str = "[MASK]", rng: Draws) -> list[str]:
+    """Return a randomly masked copy of each text, as `masking` classifies them: to train a model on them.
+
+    >>> len(masked(["a b", "c d"], keep=0.5, rng=Draws(0).at("epoch", 1))[0].split())
+    2
+    """
+    how, copies = Masking(keep, mask), []
+    for row, text in enumerate(texts):
+        copies += how._masked(_parts(text), rng, torch.tensor([row]))
+    return copies
+
+
+def _parts(text: str) -> list[str]:
+    """Return the words of a text and the whitespace between them."""
+    return re.findall(r"\s+|\S+", text)
 
 
 def miss_limit(words: int, kept: int, changes: int) -> float:
