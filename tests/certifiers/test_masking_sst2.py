@@ -78,7 +78,6 @@ def test_no_attack_succeeds_on_certified_sentences(data_folder):
     threat = ThreatModel(edits)
     found = how.ready(base, batch, threat)(batch)
     certified = batch.take(found.certified.nonzero()[:, 0])
-    print(len(texts), found.certified.float().mean(), found.broken.float().mean(), found.work.double().mean())
     assert len(certified) > 0.3 * N
     smoothed = SmoothedVotes(base, how)
     x_adv = TextSearch(queries=60)(smoothed.network(), certified, threat, rng=Draws(0))

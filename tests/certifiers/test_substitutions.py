@@ -2,12 +2,14 @@
 
 import json
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import holdfast
 from holdfast.certifiers.texts.embedded import EmbeddingModel
 from holdfast.certifiers.texts.substitutions import Substitutions
 from holdfast.core.batch import Batch
@@ -127,6 +129,21 @@ def test_fewer_changes_give_better_bounds():
     one, _ = checked(Network(), 1)
     six, _ = checked(Network(), 6)
     assert (one.bound >= six.bound - 1e-4).all() and (one.bound > six.bound + 0.1).any()
+
+
+def test_a_run_certifies_and_breaks_texts_and_does_not_change_the_network(tmp_path):
+    model, clean = Network(), texts(12)
+    Path(tmp_path / "words.json").write_text(CONTENT)
+    threat = f"text:synonyms=2,file={tmp_path / 'words.json'}"
+    with torch.no_grad():
+        labels = model(clean).argmax(1)
+    result = holdfast.certify(model, (clean, labels), threat)
+    evidence = result.evidence
+    assert evidence["certified"].any() and evidence["success"].any()
+    assert not (evidence["certified"] & evidence["success"]).any()
+    assert [record.name for record in evidence.proofs] == ["substitutions"]
+    assert evidence.proofs[0].confirmed > 0
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 class OtherIds(Network):
