@@ -21,6 +21,8 @@ SUBJECTS = {
     "counterexample.",
     "certification": "Certificates of networks that others trained: examples decided, CPU time of each method, and "
     "a network with its normalisation inside.",
+    "trees": "Tree ensembles on tables: exact worst cases beside an attack, exact distances, and monotone models "
+    "against attackers who can only add to features.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",
@@ -113,6 +115,10 @@ SUBJECTS = {
     "guard": "The guard: false positives of its combined rules, CPU time of a request, and its detectors under "
     "attackers that do and do not know them.",
     "perfect-estimators": "Doubts (`constant`, `chance`, `input`) on estimators that are right on nearly all rows.",
+    "text": "`TextSearch` on linear models of words, beside the exact worst case: recall of spam after inserted "
+    "words, and accuracy of sentiment after edited words.",
+    "text-networks": "`TextSearch` on a small CNN and on a transformer encoder for SST-2: accuracy after two edits in "
+    "each of three words, and cost.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
     "loss-spread": "Largest difference of the success of attacks that differ in their loss, on the gallery of masked "
     "models and on honest networks; the doubt is raised from 0.15.",

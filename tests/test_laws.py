@@ -98,7 +98,16 @@ def test_more_never_loses(weaker, stronger, norms):
 
 def test_every_attack_of_the_catalogue_has_its_cases():
     ruled = {type(case.attack).__name__ for case in (*cases.ATTACKS, *cases.LIMITED)}
-    elsewhere = {"AdversarialPatch", "Corruption", "Universal", "UniversalDeepFool"}  # in tests/attacks
+    elsewhere = {
+        "AdversarialPatch",
+        "CAPGD",
+        "ColumnSearch",
+        "Corruption",
+        "GeneticSearch",
+        "TextSearch",
+        "Universal",
+        "UniversalDeepFool",
+    }  # in tests/attacks
     assert ruled == set(attacks.__all__) - elsewhere
 
 

@@ -422,6 +422,7 @@ def file(name: str) -> str:
         tables = {
             "table.csv": "a,b,c,d,name,label\n0.1,0.2,0.3,0.4,u,0\n0.5,0.6,0.7,0.8,v,1\n",
             "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
+            "texts.csv": "name,other,label\nu,x,0\nv,y,1\n",
             "unscaled.csv": "a,b,c,d,label\n0.1,20,3,40,0\n0.5,60,7,80,1\n",
             "no-header.csv": "0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
             "groups.csv": "a,b,c,d,sex,label\n0.1,0.2,0.3,0.4,f,0\n0.5,0.6,0.7,0.8,m,1\n",
@@ -858,6 +859,7 @@ situation("no eps", planned, threat="l2")
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
 situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
+situation("no suite on texts", planned, threat="text:edits=1,words=1", suite="rand")
 situation("no such device", planned, device="cuda:99")
 situation("certify under no norm", planned, threat="l0:1", certify=True)
 situation("certify without eps", planned, threat="linf", suite="minimum-norm", certify=True)
@@ -985,6 +987,17 @@ situation("no reference", monitored, {"reference": torch.rand(200, 4)})
 situation("a stream shorter than a window", monitored, reference=torch.rand(400, 4), alarm="ks")
 situation("no device of torch", planned, device="mps")
 situation("no label", opened, {"label": "label"}, data=Later(lambda: file("numbers.csv")))
+TEXTS = {"model": lambda texts: torch.rand(len(texts), 2), "threat": "text:edits=1,words=1"}
+situation("bounds of texts", opened, **TEXTS, data=(["a", "b"], [0, 1]), bounds=(0, 2))
+for name, column in (("two columns of texts", None), ("texts that are labels", "label")):
+    situation(
+        name,
+        opened,
+        {"x": "name"},
+        **TEXTS,
+        data=Later(lambda: file("texts.csv")),
+        open_data={"label": "label", **({"x": column} if column else {})},
+    )
 situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})
 situation(
     "columns in one",

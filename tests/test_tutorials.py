@@ -148,6 +148,23 @@ def test_every_block_of_estimators_runs(tmp_path, monkeypatch, capsys):
         assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
 
 
+def test_every_block_of_text_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    factory, code = re.findall(r"```python.*?\n(.*?)```", page("text"), re.DOTALL)
+    (words,) = re.findall(r"```json.*?\n(.*?)```", page("text"), re.DOTALL)
+    (tmp_path / "spam.py").write_text(factory, encoding="utf-8")
+    (tmp_path / "words.json").write_text(words, encoding="utf-8")
+    exec(compile(factory, "spam.py", "exec"), {"__name__": "__main__"})
+    lines = re.findall(r"^\$ holdfast (.*)$", page("text"), re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
+    assert "<mark" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    exec(compile(code, "text.md", "exec"), {})
+
+
 @pytest.mark.slow
 def test_every_block_of_keras_runs(tmp_path):
     """In a process of its own, for the back end is chosen when keras is imported; in one, for that takes seconds."""

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from holdfast.core.model import Classifier as Classifier
     from holdfast.core.patches import Patch as Patch
     from holdfast.core.skipped import skipped as skipped
+    from holdfast.core.text_edits import TextEdits as TextEdits
     from holdfast.core.threat import ThreatModel as ThreatModel
     from holdfast.core.through import through as through
     from holdfast.core.transformations import Colour as Colour
@@ -76,6 +77,7 @@ _HOMES = {
     "Ray": "holdfast.api.placing",
     "Smoothed": "holdfast.certifiers.smoothing.smoothed",
     "Spatial": "holdfast.core.transformations",
+    "TextEdits": "holdfast.core.text_edits",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api.verbs",
     "attack": "holdfast.api.attack",

@@ -1,8 +1,9 @@
 """`holdfast adapt` on a running server: a candidate is trained, compared and promoted, or not."""
 
+import io
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -210,6 +211,32 @@ def test_bad_settings_are_refused(served, tmp_path):
     labels.write_text("request,label\nnone,1\n")
     with pytest.raises(UsageError, match="is not among the stored flagged inputs"):
         settings(url, folder, labels=str(labels)).run(tmp_path / "labels")
+
+
+def test_the_shadow_compares_accuracies_on_labelled_inputs(tmp_path, monkeypatch):
+    n, content = 60, io.BytesIO()
+    x, y = torch.rand(n, 3), torch.arange(n) % 3
+    served = torch.nn.functional.one_hot(y, 3).float().numpy()
+    known = y.clone()
+    known[:10] = -1
+    np.savez(content, x=x.numpy(), logits=served, y=known.numpy())
+
+    class Port:
+        url = "http://127.0.0.1:9"
+
+        def read(self, path):
+            return content.getvalue()
+
+    class Wrong:
+        def logits(self, part):
+            return torch.zeros(len(part), 3)  # always the first class
+
+    run = adapting._Adaptation(settings("http://127.0.0.1:9", tmp_path), None, Port(), None, None)
+    run.__dict__["_candidate"] = None
+    monkeypatch.setattr(adapting._Adaptation, "_target", lambda self, subject: nullcontext(Wrong()))
+    facts = run._shadow()
+    assert (facts["samples"], facts["labelled"], facts["accuracy_served"]) == (60, 50, 1.0)
+    assert facts["accuracy_candidate"] == pytest.approx(0.32) and "fewer live inputs" in facts["ends"]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,18 @@ def test_a_pipeline_of_scalers_is_certified_like_its_tree():
     assert not (proofs.certified & (scaled(x_adv).argmax(1) != batch.y)).any()
 
 
+def test_values_that_lightgbm_treats_as_zeros_are_read_like_it():
+    x, y = table(300)
+    x = (np.round(x * 4) / 4 - 0.5).astype(np.float32)  # thresholds are next to 0, at 1e-35 and -1e-35
+    model = classifier(lightgbm.LGBMClassifier(n_estimators=10, min_child_samples=5, verbose=-1).fit(x, y))
+    trees = read_trees(model)
+    assert any(0 < abs(cut) < 1e-30 for cuts in trees.ensemble.cuts for cut in cuts)
+    refuse_other(trees, trees.rows(x.astype(np.float64)))
+    batch = correct(Classifier(model.net, bounds=Bounds(-1, 1), output=model.output, access="scores"), x, y)
+    proofs = prover(Classifier(model.net, bounds=Bounds(-1, 1), output=model.output), batch, 1e-3)(batch)
+    assert (proofs.certified | proofs.broken).all()
+
+
 def test_thresholds_are_rounded_up_to_the_numbers_that_a_library_compares():
     third = np.array([1 / 3, 0.5, 1e300])
     assert rounded_up(third, "float32").tolist() == [float(np.float32(1 / 3)), 0.5, np.inf]
@@ -195,6 +207,19 @@ def test_large_ensembles_are_decided_without_contradicting_an_attack():
     assert (proofs.certified | proofs.broken).all()
     assert proofs.certified.any()
     assert proofs.broken.any()
+
+
+@pytest.mark.parametrize("name", ["xgboost", "xgboost stumps", "histograms", "forest"])
+def test_thresholds_at_the_end_of_the_ball_are_decided(name):
+    x, y = table()
+    x = np.round(x * 16) / 16  # thresholds are in the middle of two values, at a distance of exactly eps
+    model = classifier(TREES[name]().fit(x, y))
+    for eps in (1 / 32, 3 / 32):
+        for dtype in (torch.float32, torch.float64):
+            batch = correct(model, x, y)
+            proofs = prover(model, batch.at(batch.x.to(dtype)), eps)(batch.at(batch.x.to(dtype)))
+            assert (proofs.certified | proofs.broken).all()
+            assert (model(proofs.x_adv).argmax(1) != batch.y)[proofs.broken].all()
 
 
 def test_a_time_limit_ends_the_search():

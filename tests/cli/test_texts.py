@@ -14,6 +14,7 @@ from torch import nn
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import HoldfastError
+from holdfast.io.models.estimators import contents
 from holdfast.io.models.text_models import adapted_text_model
 
 sklearn = pytest.importorskip("sklearn")
@@ -75,7 +76,24 @@ def robust(subject, data, threat=EDITS, **settings):
 @pytest.mark.parametrize("factory", ["make", "function"])
 def test_an_assessment_of_a_pipeline_is_stored_verified_and_reported(factory):
     flags = ["assess", f"spam.py:{factory}", "sms.csv", "--label", "label", "--threat", EDITS]
-    assert run([*flags, "--class-names", "ham,spam", "--run", "first", "-o", "a.json", "-o", "a.html"]) == 0
+    assert (
+        run(
+            [
+                *flags,
+                "--class-names",
+                "ham,spam",
+                "--run",
+                "first",
+                "-o",
+                "a.json",
+                "-o",
+                "a.html",
+                "-o",
+                "a.md",
+            ]
+        )
+        == 0
+    )
     assert run(["verify", "first"]) == 0
     assert run(["report", "first", "-o", "again.json"]) == 0
     content, again = (json.loads(Path(name).read_text()) for name in ("a.json", "again.json"))
@@ -91,7 +109,9 @@ def test_an_assessment_of_a_pipeline_is_stored_verified_and_reported(factory):
         "".join(part["text"] for part in example["parts"]).replace("[U+200B]", "\u200b")
         == example["perturbed"]
     )
-    assert "<mark" in Path("a.html").read_text()
+    assert (
+        "<mark" in Path("a.html").read_text() and "<summary>Adversarial examples" in Path("a.md").read_text()
+    )
     assert run([*flags, "--class-names", "ham,spam", "--run", "first", "--resume"]) == 0
 
 
@@ -110,6 +130,12 @@ def test_a_run_is_not_resumed_with_another_file_of_words(capsys):
     Path("words.json").write_text(json.dumps({"insert": ["home", "now"]}))
     assert run([*flags, "--run", "first", "--resume"]) == 2
     assert "another content of the file words.json" in capsys.readouterr().err
+
+
+def test_the_digest_of_a_vectoriser_does_not_depend_on_addresses_in_memory():
+    one, other = model(), model()
+    other[0]._stop_words_id += 1
+    assert contents(one) == contents(other) != contents(one[1])
 
 
 def test_texts_are_read_from_lists_frames_and_files():
@@ -159,7 +185,7 @@ def test_a_pipeline_of_transformers_gives_the_probabilities_of_all_classes(monke
         def __init__(self):
             self.model = SimpleNamespace(config=SimpleNamespace(id2label={0: "NEG", 1: "POS"}))
 
-        def __call__(self, texts, top_k=1, truncation=False):
+        def __call__(self, texts, top_k=1, truncation=None):
             assert top_k is None and truncation
             share = [0.9 if "win" in text else 0.2 for text in texts]
             return [[{"label": "POS", "score": p}, {"label": "NEG", "score": 1 - p}] for p in share]
@@ -168,6 +194,17 @@ def test_a_pipeline_of_transformers_gives_the_probabilities_of_all_classes(monke
     adapted = adapted_text_model(Pipeline())
     assert adapted.class_names == ("NEG", "POS") and adapted.output == "probability"
     assert robust(Pipeline(), (["win it", "lose it"], ["POS", "NEG"]), "text:edits=1,words=1") == 0.5
+
+
+@pytest.mark.parametrize(("most", "noted"), [(60, True), (500, False)])
+def test_a_model_that_truncates_texts_is_noted(most, noted):
+    def scores(texts):
+        words = [text.split()[:most] for text in texts]
+        return np.array([[sum(k * len(word) for k, word in enumerate(each)), 40.0] for each in words])
+
+    long = " ".join("word" * (1 + k * k % 5) for k in range(100))
+    notes = holdfast.assess(scores, ([long, "a b"], [0, 1]), threat="text:edits=1,words=1").summary()["notes"]
+    assert any("after the first 60" in note for note in notes) == noted, notes
 
 
 BAD = [
@@ -236,3 +273,11 @@ def test_two_columns_of_texts_need_a_choice(capsys):
 def test_harden_refuses_a_threat_on_texts(capsys):
     assert run(["harden", "spam.py:make", "sms.csv", "--label", "label", "--threat", EDITS]) == 2
     assert "not available for texts" in capsys.readouterr().err
+
+
+def test_code_points_are_no_values_that_may_have_another_scale():
+    result = holdfast.assess(
+        lambda texts: [[0.5, len(text) % 2] for text in texts], (TEXTS, LABELS), threat=EDITS
+    )
+    doubts = {doubt["name"]: doubt["state"] for doubt in result.summary()["doubts"]}
+    assert result.summary()["metrics"]["clean_accuracy"]["value"] < 0.9 and doubts["input"] == "clear"

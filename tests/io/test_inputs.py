@@ -188,7 +188,7 @@ TOKENS = torch.randint(0, 9, (6, 5))
 )
 def test_ids_of_tokens_are_refused_at_once(data):
     for call in (holdfast.assess, holdfast.doctor):
-        with pytest.raises(TargetError, match="text and ids of tokens are not supported") as refused:
+        with pytest.raises(TargetError, match="ids of tokens are not supported") as refused:
             call(OfTokens(), data)
         assert not refused.value.remedies
 

@@ -1,6 +1,8 @@
 """Batches of requests get the answers and the audit records of single requests."""
 
 import json
+import threading
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, Mode
 from holdfast.guard.detectors.energy import Energy
+from holdfast.guard.detectors.features import LastFeatures
 from holdfast.guard.detectors.queries import QueryDetector
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule
@@ -95,3 +98,26 @@ def test_batches_get_the_answers_and_records_of_single_requests(tmp_path, defenc
     kinds = {(record.get("status"), record.get("action")) for record in contents(chain)}
     assert {(422, "block"), (200, "allow"), (200, "label_only")} <= kinds
     assert any(isinstance(answer, Answer) and answer.delay_s for answer in answers)
+
+
+def test_each_outcome_has_the_features_of_its_inputs(tmp_path):
+    answering, _ = guarded(tmp_path / "a")
+    answering.features, outcomes = LastFeatures(answering.served.model.net, "0"), []
+    answering.observed = lambda settled, served: outcomes.extend(settled)
+    answering(jobs())
+    answered = [each for each in outcomes if each.answer is not None]
+    assert len(answered) > 3
+    for each in answered:  # the layer returns the inputs, without their shape
+        (features, first), x = each.features, each.job.incoming.x.flatten(1).float()
+        assert torch.equal(features[first : first + len(x)], x)
+
+
+def test_the_last_features_are_those_of_the_same_thread_and_of_any_copy():
+    net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3))
+    features, x = LastFeatures(net, "0"), torch.rand(5, 2)
+    thread = threading.Thread(target=net, args=(torch.rand(7, 2),))
+    thread.start()
+    thread.join()
+    assert features() is None
+    deepcopy(net)(x)
+    assert torch.equal(features(), net[0](x)) and LastFeatures(net, "other")() is None

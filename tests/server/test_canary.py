@@ -1,6 +1,7 @@
 """A candidate serves as a canary beside the served model, and runs of `holdfast adapt` hold the server."""
 
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from holdfast.api.verb_settings import Doctor
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.canary import Canary
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.supervisor import Supervisor
@@ -146,9 +148,41 @@ def test_runs_hold_the_server_one_at_a_time():
     assert [run["approval"] for run in adaptations.runs()] == ["rejected", None]
     adaptations.poll()
     assert records[-1] == ("approval", {"run": "b", "approved": False, "principal": "~operator"})
-    for run, step, facts in ((1, "x", {}), ("a", "", {}), ("a", "x", {"a": "x" * 9000}), ("a\n", "x", {})):
+    for run, step, facts in (
+        (1, "x", {}),
+        ("a", "", {}),
+        ("a", "x", {"a": "x" * 9000}),
+        ("a\n", "x", {}),
+        ("a", "x", {"a": float("nan")}),
+        ("a", "x", {"a": ["\ud800"]}),
+    ):
         with pytest.raises(Refused):
             adaptations.took(run, step, facts)
+
+
+def test_requests_are_counted_for_the_set_of_a_pool_that_served():
+    workers = [SimpleNamespace(name=name, set_name="") for name in ("one", "two")]
+    counted = {"one": 0.0, "two": 0.0}
+
+    class Totals:
+        def of(self, worker):
+            return {("holdfast_requests_total", ("200",)): (counted[worker],)}
+
+    ignored = [lambda *_, **__: None] * 4
+    canary = Canary(workers, Totals(), *ignored, None, "", lambda: None)
+    canary.follow("first")
+    counted |= {"one": 3.0, "two": 4.0}
+    assert canary.sets()["first"]["requests"] == 7
+    canary.follow("second")
+    counted["one"] += 5
+    canary.left(workers.pop(1), "it died")
+    workers.append(SimpleNamespace(name="three", set_name=""))
+    counted["three"] = 2.0
+    canary.follow("second")
+    assert {name: counts["requests"] for name, counts in canary.sets().items()} == {"first": 7, "second": 7}
+    for k in range(60):
+        canary.follow(f"set {k}")
+    assert len(canary.sets()) == 51, "the newest are kept"
 
 
 def test_requests_of_the_operator(tmp_path, operated):

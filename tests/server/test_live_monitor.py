@@ -11,9 +11,13 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from holdfast.cli.app import run
 from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming
 from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Observed
@@ -168,6 +172,29 @@ def test_labels_are_compared_with_the_predictions_of_each_set(live):
     assert live.summary()["expected"]["n"] == 2
 
 
+def test_samples_have_the_classes_that_are_known(live):
+    content, reservoir = reported(samples(3), ["a", "b", "c"])
+    live.received(content, canary=False)
+    live.label({"b": [2]})
+
+    def ask():
+        live.sampled(json.loads(json.dumps(reservoir.samples())))
+        return 1
+
+    with np.load(io.BytesIO(live.samples(ask))) as arrays:
+        assert len(arrays["x"]) == 3 and sorted(arrays["y"].tolist()) == [-1, -1, 2]
+        (row,) = np.flatnonzero(arrays["y"] == 2)
+        assert arrays["x"][row].tolist() == samples(3)[1].tolist()
+    empty = Reservoir(reference()).samples()
+
+    def ask_empty():
+        live.sampled(empty)
+        return 1
+
+    with np.load(io.BytesIO(live.samples(ask_empty))) as arrays:
+        assert len(arrays["y"]) == 0
+
+
 def test_predictions_of_large_requests_are_forgotten_earlier(live, monkeypatch):
     monkeypatch.setattr("holdfast.server.live_monitor._REMEMBERED", 10)
     for name in "abc":
@@ -183,6 +210,130 @@ def test_a_report_that_is_invalid_raises(live):
     for content in ({"predictions": [[1]], "signals": ""}, {"predictions": [], "signals": "AAAA"}):
         with pytest.raises(ValueError, match="unpack|buffer"):
             live.received(content, canary=False)
+
+
+def deep(seed=0):
+    torch.manual_seed(seed)
+    return Classifier(nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, CLASSES))).eval()
+
+
+def embedded(net, observer=None):
+    x = samples(400)
+    seen = Observed(x, net(x), net.net[:2](x), None)
+    return Reference.of(seen, Draws(0).at("monitor"), "reference", None, "deep", layer="1", observer=observer)
+
+
+def report_of(net, compared, x):
+    """The report of a worker that sampled all inputs, with their embeddings."""
+    reservoir, served = Reservoir(compared), ServedSet(net, "a")
+    reservoir._tokens = len(x)
+    jobs = [Job(Incoming(row[None], "client", f"r{k}")) for k, row in enumerate(x)]
+    reservoir.add(
+        [
+            Outcome(job, None, Answer(net(job.incoming.x)), features=(net.net[:2](job.incoming.x), 0))
+            for job in jobs
+        ],
+        served,
+    )
+    return reservoir.taken()
+
+
+def test_a_change_of_embeddings_alone_raises_an_alarm(monkeypatch):
+    monkeypatch.setattr(LiveMonitor, "_measure_power", lambda self: None)
+    net, other = deep(0), deep(1)
+    compared = embedded(net)
+    assert "embeddings: feature 7" in compared.signals.names
+    reservoir = Reservoir(compared)
+    reservoir.add([outcome(samples(1), "r")], ServedSet(None, "a"))
+    assert reservoir.taken()["signals"] == "", "an input without its embedding is not sampled"
+    monitor = LiveMonitor(compared, lambda kind, **facts: None, Telemetry(), lambda text: None)
+    monitor.start()
+    try:
+        content = report_of(net, compared, samples(40, 5))
+        monitor.received(content, canary=False)
+        until(lambda: monitor.summary()["stream"]["n"] == 40)
+        assert monitor.summary()["alarmed"] == [] and monitor.summary()["layer"] == "1"
+        mixed = replace_network(net, other)
+        for k in range(8):
+            monitor.received(report_of(mixed, compared, samples(40, 6 + k)), canary=False)
+        until(lambda: monitor.summary()["alarmed"])
+        (alarm,) = [t["alarm"] for t in monitor.summary()["tests"] if t["name"] == "martingale"]
+        assert alarm["view"] == "embeddings"
+    finally:
+        monitor.close()
+
+
+def replace_network(net, other):
+    """The logits of `net` and the embeddings of `other`."""
+
+    class Mixed:
+        def __init__(self):
+            self.net = other.net
+
+        def __call__(self, x):
+            return net(x)
+
+    return Mixed()
+
+
+def test_the_reference_follows_the_model_in_the_file(monkeypatch):
+    monkeypatch.setattr(LiveMonitor, "_measure_power", lambda self: None)
+    nets, warnings = [deep(0), deep(1)], []
+    first = embedded(nets[0])
+
+    def renewed():
+        if monitor.reference is not first:
+            raise TargetError("lost")
+        return embedded(nets[1], first.observer)
+
+    monitor = LiveMonitor(first, lambda kind, **facts: None, Telemetry(), warnings.append, renewed)
+    monitor.start()
+    try:
+        monitor.model_changes(done=False)
+        monitor.received(report_of(nets[1], first, samples(200, 1)), canary=False)
+        assert monitor._inbox.empty(), "no samples of two models"
+        monitor.model_changes(done=True)
+        until(lambda: monitor.reference is not first)
+        until(lambda: not monitor._changing)
+        for k in range(5):
+            monitor.received(report_of(nets[1], first, samples(40, 2 + k)), canary=False)
+        until(lambda: monitor.summary()["stream"]["n"] == 200)
+        assert monitor.summary()["alarmed"] == []
+        monitor.model_changes(done=True)
+        until(lambda: warnings)
+        assert "restart the server" in warnings[-1]
+    finally:
+        monitor.close()
+
+
+@pytest.mark.slow
+def test_a_reload_of_another_model_is_no_alarm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("reference.npz", x=samples(400).numpy(), y=np.arange(400) % CLASSES)
+    code = "from torch import nn\n\ndef make():\n"
+    code += f"    return nn.Sequential(nn.Linear({FEATURES}, 8), nn.ReLU(), nn.Linear(8, {CLASSES}))\n"
+    (tmp_path / "deep.py").write_text(code)
+    file = tmp_path / "deep.safetensors"
+    save_file(deep(0).net.state_dict(), file)
+    more = {"model": str(file), "arch": f"{tmp_path / 'deep.py'}:make", "monitor": "reference.npz"}
+    ready, _ = prepared(tmp_path, bounds=[-9, 9], **more)
+    with running(ready) as (server, url, _), httpx.Client(timeout=60) as client:
+        assert server.live.reference.layer == "1"
+
+        def ask(n, seed):
+            for x in torch.split(samples(n, seed), 1):
+                assert client.post(url, content=request(x), headers=JSON).status_code == 200
+
+        ask(40, 1)
+        until(lambda: server.live.summary()["stream"]["n"] > 0)
+        before = server.live.reference
+        save_file({name: 3 * value for name, value in deep(1).net.state_dict().items()}, file)
+        server.request_swap("test")
+        until(lambda: server.live.reference is not before)
+        until(lambda: not server.live._changing)
+        ask(300, 2)
+        until(lambda: server.live.summary()["stream"]["n"] > 20)
+        assert server.live.summary()["alarmed"] == []
 
 
 @pytest.mark.slow

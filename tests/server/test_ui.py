@@ -183,8 +183,13 @@ def test_sessions_expire_are_bounded_and_failed_logins_are_limited(tmp_path):
             sessions.login("hf_wrong")
         failures.append(refused.value.status)
     assert failures == [401] * 10 + [429] * 2
+    assert sessions.operator(sessions.login(key, "192.0.2.7")) == "alice", "of another address"
     now[0] += 61
     assert sessions.operator(sessions.login(key)) == "alice"
+    for k in range(1100):
+        with pytest.raises(Refused):
+            sessions.login("hf_wrong", f"address {k}")
+    assert len(sessions._failures) == 1000
 
 
 def test_forms_need_the_token_of_their_session_and_come_from_the_page(tmp_path):

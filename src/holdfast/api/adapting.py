@@ -6,7 +6,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,11 @@ from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
 from holdfast.adaptation.journal import Journal, Outcome
 from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import Screened, disagreeing, screened
+from holdfast.api import adapting_pools
+from holdfast.api.adapting_pools import AdaptedPool
 from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
 from holdfast.api.guard_opening import calibration_path, input_storage
+from holdfast.api.hardening import hardened
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
@@ -35,12 +39,14 @@ from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
+from holdfast.reports.numbers import strict
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.engine.progress import Notify, Progress
+from holdfast.runs.engine.progress import Notify, Progress, ignore
+from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import MODEL, Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import write_atomically
+from holdfast.runs.store.files import private, write_atomically
 from holdfast.runs.store.locking import locked
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
@@ -94,7 +100,8 @@ def adapted(
     identity = digest(canonical(canonical_settings(settings)))
     place = new_folder("adapt", identity) if folder is None else Path(folder)
     journal = Journal.opened(place, settings.server, identity, resume=resume)
-    with locked(place / ".lock"):
+    in_use = f"another process takes the steps of the adaptation in {str(place)!r}; wait until it has ended"
+    with locked(place / ".lock", 0.0, in_use=in_use):
         if journal.outcome is None:
             run = _Adaptation(settings, journal, port, progress, notify)
             with _signs_of_life(port, journal.run):
@@ -141,19 +148,8 @@ class _Adaptation:
     def finish(self) -> None:
         """Take all steps that are left, and note how the run ended."""
         try:
-            for step, function in (
-                ("begin", self._begin),
-                ("trigger", self._trigger),
-                ("quarantine", self._quarantine),
-                ("harden", self._harden),
-                ("assess", self._assess),
-                ("gates", self._judge),
-                ("shadow", self._shadow),
-                ("approved", self._approval),
-                ("canary", self._canary),
-                ("promote", self._promote),
-                ("watch", self._watch),
-            ):
+            self._once("begin", self._begin)
+            for step, function in self._steps():
                 self._once(step, function)
             outcome: Outcome = "promoted"
             reason = ""
@@ -161,14 +157,42 @@ class _Adaptation:
             outcome, reason = end.outcome, end.reason
         if outcome != "promoted":
             self._restore_guard()
+        if self._pool is not None:
+            self._pool.drop()
+            shutil.rmtree(
+                self.journal.folder / "harden", ignore_errors=True
+            )  # contains weights as plain text
         self.journal.end(outcome, reason)
         self.port.post("/adaptation", self._body("end", {"outcome": outcome, "reason": reason}))
+
+    def _steps(self) -> Iterator[tuple[str, Callable[[], Json]]]:
+        """The steps after the first one."""
+        pool, port = self._pool, self.port
+        yield "trigger", self._trigger
+        yield "quarantine", self._quarantine
+        yield "harden", self._harden
+        if pool is not None:
+            yield "immunise", lambda: pool.immunise(self._hardened())
+        yield "assess", self._assess
+        yield "gates", self._judge
+        yield "shadow", self._shadow
+        yield "approved", self._approval
+        if pool is None:
+            yield "canary", self._canary
+            yield "promote", self._promote
+            yield "watch", self._watch
+            return
+        yield "measure", lambda: pool.measure(port)
+        again = way_out("", self.journal.folder)
+        yield "admit", lambda: pool.admit(self.progress, self.notify, again)
+        yield "promote", lambda: self._monitor_restarted(pool.promote(port))
+        yield "watch", lambda: pool.watch(port, self.journal.facts("measure") or {})
 
     def _once(self, step: str, function: Callable[[], Json]) -> None:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
         facts = self.journal.facts(step)
         if facts is None:
-            facts = function()
+            facts = strict(function())  # the server refuses NaN
             self.journal.add(step, facts)
             self.port.post("/adaptation", self._body(step, facts))
             self.notify(f"{step}: {facts_text(facts)}")
@@ -196,10 +220,7 @@ class _Adaptation:
     def _begin(self) -> Json:
         status = self._status()
         if "pool" in status:
-            raise UsageError(
-                "the server rotates the sets of a pool, which adapt does not change; harden a model and add it to the "
-                "pool (holdfast rotate collect)"
-            )
+            return adapting_pools.begin(status, self.settings)
         stated = status["model"].get("settings") or {}
         settings = {key: value for key, value in stated.items() if key in _OPENING}
         file = Path(settings.get("model", ""))
@@ -239,7 +260,17 @@ class _Adaptation:
         return open_subject(Doctor(model=str(file), **_opening(settings)))
 
     @cached_property
+    def _pool(self) -> AdaptedPool | None:
+        """The pool behind the server; None if it serves a file."""
+        begun = self.journal.facts("begin")
+        if begun is None or "pool" not in begun:
+            return None
+        return AdaptedPool(Path(begun["pool"]), begun["set"], self.journal.run, self.settings)
+
+    @cached_property
     def _incumbent(self) -> Subject:
+        if self._pool is not None:
+            return self._pool.incumbent_subject
         return self._opened(self.journal.folder / _INCUMBENT, self._begun["settings"])
 
     @property
@@ -248,6 +279,8 @@ class _Adaptation:
 
     @cached_property
     def _candidate(self) -> Subject:
+        if self._pool is not None:
+            return self._pool.candidate
         opened = self._opened(self._candidate_file, self._begun["settings"])
         trained = self.journal.facts("harden")
         if trained is not None and trained["digest"] != opened.digest:
@@ -299,6 +332,11 @@ class _Adaptation:
 
     @cached_property
     def _harden_settings(self) -> Harden:
+        if self._pool is not None:
+            model = deepcopy(self._pool.incumbent_subject.model).requires_grad_()
+            return composed(Harden, self.settings).model_copy(
+                update={"model": model, "gates": [], "output": []}
+            )
         opened = Doctor(model=str(self.journal.folder / _INCUMBENT), **_opening(self._begun["settings"]))
         own = {key: getattr(opened, key) for key in opened.model_fields_set}
         return composed(Harden, self.settings).model_copy(update={**own, "gates": [], "output": []})
@@ -360,13 +398,23 @@ class _Adaptation:
     def _hardened(self) -> Hardened:
         if self._result is None:
             folder = self.journal.folder / "harden"
-            self._result = self._harden_settings.run(
-                folder, resume=folder.exists(), progress=self.progress, notify=self.notify
-            )
+            with nullcontext() if self._pool is None else private():  # the weights of a set are secret
+                self._result = hardened(
+                    self._harden_settings,
+                    folder,
+                    resume=folder.exists(),
+                    command="",
+                    notify=self.notify,
+                    held_out=None if self._pool is None else self._pool.common.held_out,
+                    progress=self.progress,
+                    detail=ignore,
+                )
         return self._result
 
     def _harden(self) -> Json:
         result = self._hardened()
+        if self._pool is not None:
+            return {"recipe": result.card["recipe"], "verdict": result.verdict}
         result.write(self._candidate_file.parent)
         return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
 
@@ -419,7 +467,7 @@ class _Adaptation:
             content = self.port.read("/samples")
         except Refusal as refusal:
             return {"samples": 0, "reason": refusal.reason}
-        x, served = self._samples(content)
+        x, served, y = self._samples(content)
         if not len(x):
             return {"samples": 0}
         with self._target(self._candidate) as target:
@@ -430,18 +478,32 @@ class _Adaptation:
         }
         if not bool(logits.isfinite().all()):
             facts["ends"] = "the candidate returns NaN or infinite scores for live inputs"
+        labelled = y >= 0
+        if bool(labelled.any()):
+            right = [(each.argmax(1) == y)[labelled] for each in (logits, served)]
+            difference = paired_difference(right[0], right[1])
+            facts |= {
+                "labelled": int(labelled.sum()),
+                "accuracy_served": float(right[1].double().mean()),
+                "accuracy_candidate": float(right[0].double().mean()),
+            }
+            if difference.high < 0:
+                facts.setdefault(
+                    "ends", "the candidate classifies fewer live inputs correctly than the served model"
+                )
         return facts
 
-    def _samples(self, content: bytes) -> tuple[Tensor, Tensor]:
-        """Return the inputs and the scores in an answer of the server, which are not compressed, so that they are not
-        larger than the answer.
+    def _samples(self, content: bytes) -> tuple[Tensor, Tensor, Labels]:
+        """Return the inputs, the scores and the classes (-1 if unknown) in an answer of the server. They are not
+        compressed, so that they are not larger than the answer.
         """
         try:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("it is compressed")
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["logits"])
+                x, logits, y = (torch.from_numpy(arrays[name]) for name in ("x", "logits", "y"))
+                return x, logits, y
         except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
             raise TargetError(
                 f"{self.port.url}/samples did not answer with samples ({error}); give the URL of your server"
@@ -543,9 +605,16 @@ class _Adaptation:
             return {"ends": str(error)}
         if guard is not None and alone is not None:
             write_candidate(guard, alone)
-        with suppress(Refusal):  # a server without a monitor
-            self.port.post("/monitor/restart", {})
-        return {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
+        return self._monitor_restarted(
+            {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
+        )
+
+    def _monitor_restarted(self, facts: Json) -> Json:
+        """Restart the monitor after a promotion, and return the facts about it."""
+        if "ends" not in facts:
+            with suppress(Refusal):  # a server without a monitor
+                self.port.post("/monitor/restart", {})
+        return facts
 
     def _watch(self) -> Json:
         """Watch the promoted candidate, and put the earlier model back if it is worse than that was."""

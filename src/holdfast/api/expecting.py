@@ -26,6 +26,7 @@ from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource,
 from holdfast.settings.values import numbers_by_feature
 
 if TYPE_CHECKING:
+    from holdfast.core.tables.table import Table
     from holdfast.core.text_edits import TextEdits
 
 
@@ -33,9 +34,9 @@ def declared(settings: Opening) -> Declared:
     """Return the properties of the model's input and output that the settings declare. Input bounds are included only
     if the user gave them.
     """
-    texts = edits_of(settings) is not None
-    if texts:
-        _refuse_numeric(settings)
+    texts, table = edits_of(settings) is not None, table_of(settings)
+    if texts or table is not None:
+        _refuse_numeric(settings, "texts" if texts else "rows of a table, whose rules state their limits")
     return Declared(
         bounds_of_all(settings) if "bounds" in settings.model_fields_set else None,
         settings.mean,
@@ -47,24 +48,34 @@ def declared(settings: Opening) -> Declared:
         input_shape=group_of(settings, InferenceSource).input_shape,
         input_name=None if texts else settings.x,
         texts=texts,
+        rules=None if table is None else table.rules,
     )
 
 
 def edits_of(settings: Opening) -> "TextEdits | None":
     """Return the constraint on texts if the threat model is on texts, else None."""
-    spec = parse_threat(settings.threat) if isinstance(settings, ThreatSource) else None
-    if spec is None or spec.norm != "text":
-        return None
-    edits: TextEdits = FORMS["text"].cls(**spec.arguments)
+    edits: TextEdits | None = _constraint_called("text", settings)
     return edits
 
 
-def _refuse_numeric(settings: Opening) -> None:
-    """Raise `UsageError` for settings of inputs that are numbers."""
-    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape"):
-        if name in settings.model_fields_set:
+def table_of(settings: Opening) -> "Table | None":
+    """Return the constraint on rows of a table if the threat model has rules, else None."""
+    table: Table | None = _constraint_called("table", settings)
+    return table
+
+
+def _constraint_called(name: str, settings: Opening) -> Any:
+    """Return the constraint of the threat model if its form has this name, else None."""
+    spec = parse_threat(settings.threat) if isinstance(settings, ThreatSource) else None
+    return None if spec is None or spec.norm != name else FORMS[name].cls(**spec.arguments)
+
+
+def _refuse_numeric(settings: Opening, inputs: str) -> None:
+    """Raise `UsageError` for settings of inputs that are numbers without rules."""
+    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape", "transform", "guard"):
+        if name in settings.model_fields_set and getattr(settings, name) is not None:
             raise UsageError(
-                f"{name} is for inputs that are numbers, and the threat is on texts", Remedy(name)
+                f"{name} is for inputs that are numbers, and the threat is on {inputs}", Remedy(name)
             )
 
 
@@ -196,7 +207,10 @@ def expected(
     With `lenient`, data that do not fit the model are accepted as well.
     """
     names = settings.class_names or model.class_names
-    source, edits = data or settings, edits_of(settings)
+    source, edits, table = data or settings, edits_of(settings), table_of(settings)
+    words: tuple[str, ...] | None = () if table is None else tuple(table.rules.categories)
+    if edits is not None:
+        words = None if source.x is None else (source.x,)
     return Expected(
         model.bounds,
         model.classes,
@@ -212,8 +226,9 @@ def expected(
         lenient,
         groups=group_column(settings),
         needs_groups=data is None,
-        words=() if edits is None else None if source.x is None else (source.x,),
+        words=words,
         edits=edits,
+        rules=None if table is None else table.rules,
     )
 
 

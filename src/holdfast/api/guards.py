@@ -46,6 +46,7 @@ from holdfast.guard.rules import QUERIES
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.selection import Selection
+from holdfast.io.models.models import ROTATING
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harness import Target
@@ -94,7 +95,7 @@ class Guard:
         settings = read_guard_settings(Path(path))
         known = None if model_name is None else _digest_of_name(model_name)
         if model is not None:
-            known = served_digest(open_subject(Calibrate(model=model, bounds=bounds_of(settings).bounds)))
+            known = served_digest(open_subject(Calibrate(model=model, **_range(settings, model))))
         calibration = stored_calibration(settings, Path(path), known)
         return cls(
             settings, ready_guard(settings, Path(path), calibration), Path(path), calibration
@@ -185,9 +186,7 @@ class Guard:
         that of the settings by default. Detectors that need a fit are fitted on `fit`, or on a random fifth of `data`,
         which is then not used for thresholds. Raises `UsageError` for fewer than 1 / `false_positives` - 1 inputs.
         """
-        settings = Calibrate(
-            model=model, data=data, fit=fit, bounds=bounds_of(self.settings).bounds, seed=seed
-        )
+        settings = Calibrate(model=model, data=data, fit=fit, seed=seed, **_range(self.settings, model))
         return self._with(_calibrate(self.settings, self.path, settings, self._rate(false_positives)))
 
     def calibrate_on(
@@ -242,6 +241,12 @@ class Guard:
         return self
 
 
+def _range(guard: GuardSettings, model: object) -> dict[str, Any]:
+    """Return the range in which the model and the data are read: that of the guard, unless a pool determines it."""
+    is_pool = isinstance(model, str) and model.startswith(ROTATING)
+    return {} if is_pool else {"bounds": bounds_of(guard).bounds}
+
+
 def _digest_of_name(name: str) -> str:
     return digest(f"model name {name}".encode())
 
@@ -263,7 +268,7 @@ def calibrate_file(settings: Calibrate) -> Calibrated:
     guard = read_guard_settings(path)
     range_of_all(settings, "a guard")
     if "bounds" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"bounds": bounds_of(guard).bounds})
+        settings = settings.model_copy(update=_range(guard, settings.model))
     rate = guard.false_positives if settings.false_positives is None else settings.false_positives
     calibration, place = _calibrate(guard, path, settings, rate), calibration_path(guard, path)
     write_calibration(calibration, place)

@@ -43,6 +43,7 @@ from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
+from holdfast.runs.harden.held_out import without_held
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable
 from holdfast.settings.grammar import parse_log, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
@@ -108,9 +109,12 @@ def hardened(
     command: str,
     on_epoch: OnEpoch | None = None,
     notify: Notify = ignore,
+    held_out: Batch | None = None,
     **reporting: Any,
 ) -> Hardened:
-    """Open the model and the data of a hardening, and take the steps of the run."""
+    """Open the model and the data of a hardening, and take the steps of the run. Examples that are equal to one of
+    `held_out` are not trained on.
+    """
     folder = resolve.folder_of(run, resume=resume)
     settings.refuse_unusable_cluster(settings.workers, settings.model)
     with gradients():
@@ -119,6 +123,8 @@ def hardened(
         log = EpochLog(on_epoch, opened_trackers(targets, folder, resume=resume), notify)
         baseline = baseline_evidence(settings)
         subject, training, judged, excluded, notes = settings.open()
+        if held_out is not None:
+            training, _ = without_held(training, held_out)
         request = harden_request(settings, subject, training, excluded, baseline, command)
         request = replace(request, notes=notes)
         with log.closing():
@@ -305,7 +311,7 @@ def harden_request(
     threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
     recipe: Any = settings.recipe  # or an object
     name = str(recipe["use"]) if isinstance(recipe, Mapping) else name_of(recipe)
-    refuse_unheld(threat)
+    refuse_unheld(threat, name)
     chosen = (
         candidates(recipe, subject.model, training.example_shape)
         if isinstance(recipe, Mapping)

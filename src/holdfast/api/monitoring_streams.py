@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.api.expecting import expected, normalisation
 from holdfast.api.references import beside
@@ -15,7 +15,7 @@ from holdfast.core.batch import UNLABELLED, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import REFERENCE, Remedy
-from holdfast.guard.detectors.features import features_of
+from holdfast.guard.detectors.features import features_of, layer_before_last_linear
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.pictures import Pictures
 from holdfast.monitoring.accuracy import (
@@ -26,7 +26,7 @@ from holdfast.monitoring.accuracy import (
 )
 from holdfast.monitoring.monitored import Monitored, Source
 from holdfast.monitoring.reference import FEWEST, Reference
-from holdfast.monitoring.signals import Observed, Signals, joined_samples
+from holdfast.monitoring.signals import Observed, Observer, Signals, joined_samples
 from holdfast.monitoring.watching import test_of, watch
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
@@ -54,9 +54,9 @@ def monitored(settings: Monitor) -> Monitored:
         return _compared(settings, watched, reference, stream)
 
 
-def live_reference(settings: Monitor) -> Reference:
-    """Return the reference of the requests to a server, with the predictions of the model if one is given. The layers
-    of a served model are not observed.
+def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Reference:
+    """Return the reference of the requests to a server, with the predictions and embeddings of the model if one is
+    given. With `observer`, that of an earlier model, whose scales are used again.
     """
     subject = None if settings.model is None else open_subject(settings)
     assert settings.reference is not None
@@ -67,10 +67,21 @@ def live_reference(settings: Monitor) -> Reference:
     if subject is None:
         seen = joined_samples(list(_Watched(None, None, None, None).observed(reference, labelled=False)))
         return Reference.of(seen, rng, reference.name, None, None)
-    with readied(subject, reference, torch.device("cpu")) as (target, _):
-        watched = _Watched(subject, target, None, None)
-        seen = joined_samples(list(watched.observed(reference, labelled=labelled)))
-    return Reference.of(seen, rng, reference.name, subject.model.class_names, str(subject.card["name"]))
+    with _watched(settings, subject, reference) as watched:
+        seen, layer = joined_samples(list(watched.observed(reference, labelled=labelled))), watched.layer
+    if seen.features is not None and len(seen.features) != len(
+        seen.x
+    ):  # the network calls itself several times
+        seen, layer = replace(seen, features=None), None
+    return Reference.of(
+        seen,
+        rng,
+        reference.name,
+        subject.model.class_names,
+        str(subject.card["name"]),
+        layer=layer,
+        observer=observer,
+    )
 
 
 def _open(settings: Monitor, source: DataSource, subject: Subject | None) -> Data:
@@ -168,21 +179,12 @@ def _watched(settings: Monitor, subject: Subject | None, reference: Data) -> Ite
         yield _Watched(None, None, None, None)
         return
     with readied(subject, reference, torch.device("cpu")) as (target, _):
-        layer = settings.layer or _layer_before_last_linear(target.bare.net)
+        layer = settings.layer or layer_before_last_linear(target.bare.net)
         if layer is None:
             yield _Watched(subject, target, None, None)
             return
         with features_of(target.bare.net, layer) as features:
             yield _Watched(subject, target, layer, features)
-
-
-def _layer_before_last_linear(net: object) -> str | None:
-    """Name of the layer without parts that precedes the last linear layer; None if there is none."""
-    if not isinstance(net, nn.Module):
-        return None
-    leaves = [(name, module) for name, module in net.named_modules() if name and not list(module.children())]
-    linear = [place for place, (_, module) in enumerate(leaves) if isinstance(module, nn.Linear)]
-    return leaves[linear[-1] - 1][0] if linear and linear[-1] else None
 
 
 def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Data) -> Monitored:

@@ -30,9 +30,21 @@ _OF_OPTIMIZER = ("lr", "momentum", "weight_decay")
 _SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updates
 
 
-def refuse_unheld(threat: ThreatModel) -> None:
-    """Raise `UsageError` for a threat model that no recipe can train against."""
+_OF_TABLES = ("pgd", "trades", "standard")
+"""Recipes that train within the rules of a table."""
+
+
+def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
+    """Raise `UsageError` for a threat model that the recipe cannot train against."""
     constraint = threat.constraint
+    if constraint.name == "table" and recipe in _OF_TABLES:
+        return
+    if constraint.name == "table" and recipe:
+        raise UsageError(
+            f"the threat has the rules of a table, and the recipe is {recipe}; within rules, models are trained by "
+            f"{', '.join(_OF_TABLES)}",
+            Remedy("recipe", _OF_TABLES[0]),
+        )
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
             f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",

@@ -1,6 +1,7 @@
 """Opens the models and the examples of a run, which are given as addresses or as Python objects."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from holdfast.api.expecting import (
     bounds_of_all,
     constant_where_still,
     declared,
+    edits_of,
     ends,
     expected,
     group_column,
@@ -246,7 +248,8 @@ def _subject(
     if model.units is not None:  # of the values, with which a hardened model is opened again
         mean, std = model.units.normalisation_of_values(model)
         shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
-    units = () if declared is not None and declared.texts else units_of_eps(model, normalised)
+    has_eps = declared is None or not (declared.texts or declared.rules is not None)
+    units = units_of_eps(model, normalised) if has_eps else ()
     return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 
 
@@ -389,7 +392,12 @@ def open_all(settings: Assess | Certify) -> Opened:
     subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
     surrogates = open_surrogates(settings, subject.model)
     data = open_examples(settings, subject.model)
-    return with_found_properties(subject, surrogates, data), data, surrogates
+    subject = with_found_properties(subject, surrogates, data)
+    if edits_of(settings) is not None and len(data):
+        from holdfast.io.models.truncation import truncation_notes  # late: few models are called with texts
+
+        subject = replace(subject, notes=(*subject.notes, *truncation_notes(subject.model, data)))
+    return subject, data, surrogates
 
 
 def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:

@@ -70,6 +70,7 @@ def server_setup(settings: Serve) -> ServerSetup:
     if keys is not None:
         read_keys(keys)
     audit = None if settings.audit is None else Path(settings.audit)
+    reference, renewed = _monitored(settings, served)
     worker = ServingSetup(
         opening=served.opening,
         name=signature.name if signature is not None else settings.name or _name_of(address),
@@ -95,7 +96,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         profile=settings.profile,
         log_format=settings.log_format,
         release=release_of(settings.scores),
-        monitor=_monitored(settings, served),
+        monitor=reference,
     )
     return ServerSetup(
         worker,
@@ -109,7 +110,8 @@ def server_setup(settings: Serve) -> ServerSetup:
         {**served.about, "name": worker.name, "version": worker.version},
         reloadable=served.reloadable,
         settings=_settings_of(settings, served),
-        monitor=worker.monitor,
+        monitor=reference,
+        renewed=renewed,
         candidate=None if served.model is None else partial(_candidate, worker, served.model),
         notes=notes,
         admin_hosts=_host_names(settings),
@@ -297,12 +299,12 @@ def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
     )
 
 
-def _monitored(settings: Serve, served: _Served) -> Reference | None:
-    """Return the reference of the monitor. The sets of a pool, and models behind other servers, are compared by their
-    inputs only.
+def _monitored(settings: Serve, served: _Served) -> tuple[Reference | None, Callable[[], Reference] | None]:
+    """Return the reference of the monitor, and a function that returns it with the model that is in the file then. The
+    sets of a pool, and models behind other servers, are compared by their inputs only.
     """
     if settings.monitor is None:
-        return None
+        return None, None
     opening = Monitor(reference=settings.monitor)
     if served.opened is not None:
         opening = composed(Monitor, served.opened).model_copy(
@@ -315,13 +317,18 @@ def _monitored(settings: Serve, served: _Served) -> Reference | None:
             f"the examples {reference.name} of the monitor have the shape {shape}, and the model takes {served.shape}; "
             "give examples like those that the model receives"
         )
-    return reference
+    if not served.reloadable:
+        return reference, None
+    return reference, partial(live_reference, opening, observer=reference.observer)
 
 
 def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
-    """Return the settings with which a model in a file is opened, and the file of the guard, with absolute paths; empty
-    for another model.
+    """Return the settings with which a model in a file is opened, or the folder of the pool, and the file of the guard,
+    with absolute paths; empty for another model.
     """
+    guard = {} if settings.guard is None else {"guard": str(Path(settings.guard).resolve())}
+    if served.pool is not None:
+        return {"pool": str(served.pool.pool.path.resolve()), **guard}
     if served.model is None:
         return {}
     opening = {**ModelSource.model_fields, **InputSpace.model_fields}
@@ -330,7 +337,7 @@ def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
     if settings.arch is not None and ".py:" in settings.arch:
         file, _, function = settings.arch.rpartition(":")
         about["arch"] = f"{Path(file).resolve()}:{function}"
-    return about if settings.guard is None else {**about, "guard": str(Path(settings.guard).resolve())}
+    return {**about, **guard}
 
 
 def _candidate(worker: ServingSetup, model: Doctor, file: str) -> ServingSetup:

@@ -5,7 +5,7 @@ torch is imported only for the settings of attacks in a configuration.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,41 @@ def init(
     """Write a commented configuration file, and return its path: holdfast.yaml, or with `guard` the settings of a
     guard, guard.yaml. An existing file is overwritten only if `force` is true.
     """
-    place = Path(path or ("guard.yaml" if guard else "holdfast.yaml"))
     text = _GUARD_TEMPLATE if guard else _TEMPLATE.format(model=json.dumps(model), data=json.dumps(data))
+    return _written(Path(path or ("guard.yaml" if guard else "holdfast.yaml")), text, force=force)
+
+
+def draft_rules(
+    path: str | Path | None = None,
+    *,
+    table: str | Path,
+    label: str | None,
+    drop: Sequence[str] = (),
+    separator: str | None = None,
+    force: bool = False,
+) -> tuple[Path, tuple[str, ...]]:
+    """Write a draft of the rules of a table, for a threat such as `table:rules.yaml`, and return its path (default:
+    rules.yaml) and notes. An existing file is overwritten only if `force` is true.
+
+    `label` is the label column, and `drop` lists columns that are not features.
+    """
+    from holdfast.settings.table_rules import drafted
+
+    place = Path(path or "rules.yaml")
+    _refuse_existing(place, force=force)
+    text, notes = drafted(Path(table), label, tuple(drop), separator)
+    return _written(place, text, force=force), notes
+
+
+def _refuse_existing(place: Path, *, force: bool) -> None:
     if place.exists() and not force:
         raise UsageError(
             f"{place} exists already; give another name", Remedy("force", True, reason="to overwrite it")
         )
+
+
+def _written(place: Path, text: str, *, force: bool) -> Path:
+    _refuse_existing(place, force=force)
     try:
         place.write_text(text, encoding="utf-8")
     except OSError as error:

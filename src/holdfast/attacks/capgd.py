@@ -2,8 +2,8 @@
 
 Simonetto et al., "Constrained Adaptive Attack: Effective Adversarial Attack Against Deep Neural Networks for Tabular
 Data", NeurIPS 2024, arXiv:2406.00775.
-Differs from the paper: the step size follows a cosine instead of checkpoints, each step is taken from a point that is not
-rounded, so that small steps add up, and in most steps not repaired, and the best row counts instead of the last.
+Differs from the paper: the step size follows a cosine instead of checkpoints; each step is taken from a point that is
+not rounded, so that small steps add up, and in most steps not repaired; the best row counts instead of the last.
 """
 
 from dataclasses import dataclass

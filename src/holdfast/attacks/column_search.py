@@ -1,8 +1,9 @@
-"""Column search: an attack on tables that tries values of single columns, and keeps the change that lowers the margin most.
+"""Column search: an attack on tables that tries values of single columns, and keeps the change that lowers the margin
+most.
 
-It is the coordinate search with which Kantchelian, Tygar & Joseph, "Evasion and Hardening of Tree Ensemble Classifiers",
-ICML 2016, arXiv:1509.07892, start their exact attack. Differs from the paper: it needs scores and not the trees, it
-covers any rules of a table, and in later rounds it tries only the columns that helped in the first.
+Kantchelian, Tygar & Joseph, "Evasion and Hardening of Tree Ensemble Classifiers", ICML 2016, arXiv:1509.07892, describe
+a coordinate search on the symbolic trees. Differs from the paper: it needs scores and not the trees, it covers any
+rules of a table, and in later rounds it tries only the columns that helped in the first.
 """
 
 from collections.abc import Sequence
@@ -97,7 +98,9 @@ def _values(constraint: Table, columns: tuple[int, ...], x: Inputs, clean: Input
         step = max(1, -(-count // _MOST_VALUES))
         return [x.new_full((n,), value) for value in range(0, count, step)]
     low, high = (side[:, place].to(x.dtype) for side in tensors.limits(clean.double()))
-    reach = float(tensors.unit[place]) * (constraint.eps if constraint.rules.budget.norm != "l0" else float("inf"))
+    reach = float(tensors.unit[place]) * (
+        constraint.eps if constraint.rules.budget.norm != "l0" else float("inf")
+    )
     values = []
     for fraction in _FRACTIONS:
         for side in (low, high):

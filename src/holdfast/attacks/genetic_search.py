@@ -68,8 +68,8 @@ class GeneticSearch:
 
 
 def _crossed(parents: Tensor, heights: Tensor, batch: Batch, rng: Draws) -> Tensor:
-    """Return as many children (members, n, columns) as parents: each column is that of one of two parents, which are the
-    better ones of two random pairs.
+    """Return as many children (members, n, columns) as parents: each column is that of one of two parents, which are
+    the better ones of two random pairs.
     """
     members, n, columns = parents.shape
     pairs = rng.at("parents").integers(batch.ids, members, members, 2, 2).permute(1, 2, 3, 0)
@@ -87,7 +87,7 @@ def _mutated(constraint: Table, x: Tensor, batch: Batch, share: float, rng: Draw
     least: half of the numbers to any value within the budget of one column, the others back towards the clean row.
     """
     tensors, choices = constraint.tensors, decisions(constraint.tensors)
-    members, n, columns = x.shape
+    members, _, columns = x.shape
 
     def uniform(name: str, size: int) -> Tensor:
         return rng.at(name).uniform(batch.ids, members, size, dtype=x.dtype).transpose(0, 1)
@@ -97,7 +97,9 @@ def _mutated(constraint: Table, x: Tensor, batch: Batch, share: float, rng: Draw
         reach = tensors.unit.to(x) * constraint.eps
         low, high = torch.maximum(low, batch.x - reach), torch.minimum(high, batch.x + reach)
     back = x + (batch.x - x) * uniform("back", columns)
-    proposed = torch.where(uniform("side", columns) < 0.5, back, low + (high - low) * uniform("value", columns))
+    proposed = torch.where(
+        uniform("side", columns) < 0.5, back, low + (high - low) * uniform("value", columns)
+    )
     codes = (uniform("category", columns) * (tensors.high.to(x) + 1)).floor()
     proposed = torch.where(tensors.category.to(x.device), codes, proposed)
     one = rng.at("one").integers(batch.ids, len(choices), members).T

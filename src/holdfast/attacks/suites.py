@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SuiteName = Literal[
     "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer", "trees"
 ]
-Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow", "text"]
+Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow", "text", "table"]
 """What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
 
 
@@ -124,6 +124,7 @@ _PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=
 _WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
 _WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
 _TEXTS = (_spec("TextSearch"),)
+_TABLE_SCORES = (_spec("ColumnSearch"), _spec("GeneticSearch"))
 _RAND = (
     _spec("APGD-CE", "APGD", loss="cross_entropy", steps=100, draws=20),
     _spec("APGD-DLR", "APGD", loss="dlr", steps=100, draws=20),
@@ -147,6 +148,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         **dict.fromkeys(("spatial", "colour"), (_spec("TransformPGD"),)),
         "flow": (_spec("Flow", restarts=2),),
         "text": (_spec("TextSearch", beam=1, queries=500),),
+        "table": (_spec("CAPGD", steps=30, restarts=2),),
     },
     "fast": {
         "linf": (
@@ -183,6 +185,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
         "flow": (_spec("Flow"),),
         "text": _TEXTS,
+        "table": (_spec("CAPGD"), *_TABLE_SCORES),
     },
     "standard": {
         **dict.fromkeys(("linf", "l2"), _standard(sparse=False)),
@@ -199,6 +202,11 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
         "flow": (_spec("Flow"),),
         "text": _TEXTS,
+        "table": (
+            _spec("CAPGD", steps=100, restarts=8),
+            _spec("ColumnSearch", columns=60, queries=30000),
+            _spec("GeneticSearch", population=60, generations=160),
+        ),
     },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), _RAND),
     "black-box": {
@@ -206,6 +214,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         "l0": (_SPARSE_RS,),
         **dict.fromkeys(("spatial", "colour"), (_spec("GridSearch"),)),
         "text": _TEXTS,
+        "table": _TABLE_SCORES,
     },
     "minimum-norm": {
         "linf": (_spec("DeepFool"), _spec("FMN", steps=100)),
@@ -292,10 +301,10 @@ def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageErr
         return UsageError(
             f"the suite 'black-box' has no attack under {kind} that needs only labels; use linf or l2"
         )
-    if kind == "text":
+    if kind in ("text", "table"):
         others = sorted(other for other, by_kind in SUITES.items() if kind in by_kind)
         return UsageError(
-            f"the suite {name} has no attack on texts; expected one of {', '.join(others)}",
+            f"the suite {name} has no attack on {kind}s; expected one of {', '.join(others)}",
             Remedy("suite", "fast"),
         )
     if name == "trees":

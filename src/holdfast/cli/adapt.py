@@ -23,6 +23,7 @@ Harden the model of a running server, and replace it if the new model passes all
 URL is the address of the operator's port. The steps: wait for the trigger, screen labels, train a candidate, assess it
 and the served model, judge the gates, compare both on live inputs, let the candidate answer a share of the requests,
 and promote it. The file of the served model is replaced at the end, and put back if live requests show a regression.
+On a server of a pool, the candidate becomes a set that the gates of the pool judge.
 Exit code 1 if the candidate was not promoted.
 """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from holdfast.api.starting import GUARD
+from holdfast.api.starting import GUARD, draft_rules
 from holdfast.api.starting import init as write_starting_file
 from holdfast.api.starting import validate as check_file
 from holdfast.cli import completing
@@ -26,10 +26,43 @@ from holdfast.cli.options import Voice, with_voice
     "--data", type=completing.DATA, default="mnist-mini", show_default=True, help="Data of the configuration."
 )
 @click.option("--guard", is_flag=True, help="Write the settings of a guard instead (default: guard.yaml).")
+@click.option("--table", metavar="FILE", help="Draft the rules of this table instead (default: rules.yaml).")
+@click.option("--label", metavar="COL", help="Label column of the table.")
+@click.option("--drop", multiple=True, metavar="COL", help="Leave this column of the table out.")
+@click.option("--separator", metavar="C", help="Character between the columns of the table (default: comma).")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @with_voice
-def init(voice: Voice, *, path: Path | None, model: str, data: str, guard: bool, force: bool) -> None:
-    """Write a commented configuration file to start from (default: holdfast.yaml)."""
+def init(
+    voice: Voice,
+    *,
+    path: Path | None,
+    model: str,
+    data: str,
+    guard: bool,
+    table: str | None,
+    label: str | None,
+    drop: tuple[str, ...],
+    separator: str | None,
+    force: bool,
+) -> None:
+    """Write a commented configuration file to start from (default: holdfast.yaml).
+
+    With --table, draft the rules of a table from its rows, for a threat such as table:rules.yaml.
+    """
+    if table is not None:
+        written, notes = draft_rules(
+            path, table=table, label=label, drop=drop, separator=separator, force=force
+        )
+        for note in notes:
+            voice.say(f"note: {note}")
+        options = " ".join(
+            [f"--label {shlex.quote(str(label))}", *(f"--drop {shlex.quote(column)}" for column in drop)]
+        )
+        voice.say(
+            f"wrote {written}; edit it, then: holdfast assess MODEL {shlex.quote(table)} {options} "
+            f"--threat table:{shlex.quote(str(written))}"
+        )
+        return
     written = write_starting_file(path, model=model, data=data, guard=guard, force=force)
     shown = shlex.quote(str(written))
     following = f"holdfast validate {shown}" if guard else f"holdfast assess --config {shown}"

@@ -57,7 +57,9 @@ ATTACKS: Final[Mapping[str, AttackEntry]] = {
         AttackEntry("Bandits", "bandits", "scores", paper="Bandits-TD"),
         AttackEntry("BIM", "bim", "gradients", paper="I-FGSM"),
         AttackEntry("Boundary", "boundary", "labels", paper="Boundary Attack"),
+        AttackEntry("CAPGD", "capgd", "gradients"),
         AttackEntry("CarliniWagner", "carlini_wagner", "gradients", paper="C&W", short=("cw", "carlini")),
+        AttackEntry("ColumnSearch", "column_search", "scores"),
         AttackEntry("Corruption", "corruption", "none"),
         AttackEntry("DDN", "ddn", "gradients"),
         AttackEntry("DeepFool", "deepfool", "gradients"),
@@ -66,6 +68,7 @@ ATTACKS: Final[Mapping[str, AttackEntry]] = {
         AttackEntry("FGSM", "fgsm", "gradients", short=("fgm",)),
         AttackEntry("Flow", "flow", "gradients", paper="stAdv"),
         AttackEntry("FMN", "fmn", "gradients"),
+        AttackEntry("GeneticSearch", "genetic_search", "scores", paper="MOEVA"),
         AttackEntry("GeoDA", "geoda", "labels"),
         AttackEntry("GridSearch", "grid_search", "scores"),
         AttackEntry(

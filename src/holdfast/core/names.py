@@ -103,6 +103,8 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
         for name, limit in limits.items()
         if name != "content"
     ]
+    if kind == "table":
+        parts[0] = _quoted(str(limits["file"]))
     if kind == "patch":
         parts[:2] = [f"{limits['height']}x{limits['width']}"]
         parts = [part for part in parts if part not in ("at=anywhere", "jitter=0")]

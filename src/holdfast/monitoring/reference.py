@@ -31,6 +31,10 @@ class Reference:
     class_names: Sequence[str] | None = None
     model: str | None = None
     """name of the model; None if only the inputs are compared"""
+    layer: str | None = None
+    """name of the layer of the embeddings; None without embeddings"""
+    n_features: int = 0
+    """number of features of an embedding"""
 
     @classmethod
     def of(
@@ -42,15 +46,26 @@ class Reference:
         model: str | None,
         *,
         errors: bool = False,
+        layer: str | None = None,
+        observer: Observer | None = None,
     ) -> "Reference":
         """Return the reference of samples. `errors` states whether it is a signal if the model is wrong, which needs
-        the labels of each sample of the stream.
+        the labels of each sample of the stream. `layer` is that of their features. With `observer`, its scales are used
+        and none are estimated.
         """
         order = rng.at("reference").uniform(torch.arange(len(seen.x)), dtype=torch.float64).argsort()
         fit, rest = order.tensor_split([len(order) // _FITTED_SHARE])
         samples = seen if errors else replace(seen, y=None)
-        observer = Observer.fitted(samples.take(fit), rng.at("projections"))
-        signals = observer(samples.take(rest))
+        observer = observer or Observer.fitted(samples.take(fit), rng.at("projections"))
         return cls(
-            name, len(seen.x), seen.x.shape[1:], observer, signals, Predictions.of(seen), class_names, model
+            name,
+            len(seen.x),
+            seen.x.shape[1:],
+            observer,
+            observer(samples.take(rest)),
+            Predictions.of(seen),
+            class_names,
+            model,
+            layer,
+            0 if seen.features is None else seen.features.shape[1],
         )

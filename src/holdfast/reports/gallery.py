@@ -8,16 +8,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 from holdfast.core.evidence import Evidence
-from holdfast.core.texts import decoded
 from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.numbers import strict
+
+if TYPE_CHECKING:
+    from holdfast.core.tables.rules import Rules
 
 Json = dict[str, Any]
 
@@ -50,7 +52,7 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
         elif is_image(x.shape):
             entry |= _pictures(x, x_adv, low, high)
         else:
-            entry |= _changes(x, x_adv, evidence.data)
+            entry |= _changes(x, x_adv, evidence)
         entries.append(entry)
     return entries
 
@@ -151,6 +153,8 @@ def png(pixels: Tensor) -> str:
 
 def _texts(x: Tensor, x_adv: Tensor) -> Json:
     """Both texts, and the parts of the changed text, with the word of the clean text for each changed word."""
+    from holdfast.core.texts import decoded  # late: few inputs are texts
+
     clean, perturbed = decoded(torch.stack((x, x_adv)))
     before, after = (re.findall(r"\s+|\S+", text) for text in (clean, perturbed))
     parts: list[Json] = []
@@ -160,20 +164,35 @@ def _texts(x: Tensor, x_adv: Tensor) -> Json:
         else:
             parts.append({"text": new.replace("\u200b", "[U+200B]"), "clean": None if old == new else old})
     changed = sum(part["clean"] is not None and not part["text"].isspace() for part in parts)
-    return {"kind": "text", "changed": changed, "clean": clean, "perturbed": perturbed, "parts": parts}
+    return {
+        "kind": "text",
+        "distances": {},
+        "changed": changed,
+        "clean": clean,
+        "perturbed": perturbed,
+        "parts": parts,
+    }
 
 
-def _changes(x: Tensor, x_adv: Tensor, data: Mapping[str, Any]) -> Json:
-    """The features with the largest changes, in decreasing order."""
+def _changes(x: Tensor, x_adv: Tensor, evidence: Evidence) -> Json:
+    """The features with the largest changes, in decreasing order; under rules of a table, relative to their units."""
     clean, perturbed = x.flatten(), x_adv.flatten()
-    moved = (perturbed - clean).abs()
-    names = data.get("features")
+    moved = (perturbed - clean).abs().nan_to_num(0.0)
+    names, constraint = evidence.data.get("features"), evidence.threat.constraint
+    rules: Rules | None = getattr(constraint, "rules", None)
+    if rules is not None:
+        moved = moved / torch.tensor([rules.unit(name) for name in rules.names])
+
+    def shown(value: Tensor, at: int) -> Any:
+        values = () if rules is None else rules.columns[rules.names[at]].values
+        return values[int(value)] if values and not value.isnan() else strict(float(value))
+
     has_names = isinstance(names, Sequence) and not isinstance(names, str) and len(names) == len(clean)
     changes = [
         {
             "feature": str(names[at]) if has_names and names is not None else f"feature {at}",
-            "clean": strict(float(clean[at])),
-            "perturbed": strict(float(perturbed[at])),
+            "clean": shown(clean[at], at),
+            "perturbed": shown(perturbed[at], at),
         }
         for at in moved.argsort(descending=True, stable=True)[:MOST_FEATURES].tolist()
         if moved[at] > 0

@@ -185,6 +185,7 @@ def _environment() -> "Environment":
     environment.filters |= {
         "percent": numbers.percent,
         "plain": numbers.plain,
+        "feature_value": numbers.feature_value,
         "count": numbers.count_text,
         "duration": numbers.seconds_text,
         "number": numbers.number,

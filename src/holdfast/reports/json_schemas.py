@@ -601,11 +601,11 @@ class ImageExample(TypedDict):
 
 
 class Change(TypedDict):
-    """The change of a feature."""
+    """The change of a feature: numbers, or the values of a category."""
 
     feature: str
-    clean: Number
-    perturbed: Number
+    clean: Number | str
+    perturbed: Number | str
 
 
 class TableExample(TypedDict):

@@ -46,6 +46,7 @@ def markdown_document(summary: Mapping[str, Any]) -> str:
         lines += _attacks(summary)
     lines += _matrices(summary)
     lines += _attackers(summary)
+    lines += _texts(summary)
     lines += _doubts(summary)
     if summary["per_class"]:
         lines += ["<details><summary>Classes</summary>", ""]
@@ -151,6 +152,28 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
         shown_table = table(attackers, summary["noun"])
         lines += [f"{escaped(capitalized(shown_table.description))}:", "", *_escaped_table(shown_table)]
     return lines
+
+
+def _texts(summary: Mapping[str, Any]) -> list[str]:
+    """The broken examples of a model of texts, with the changed words in bold."""
+    texts = [example for example in summary["examples"] if example["kind"] == "text"]
+    if not texts:
+        return []
+    rows = [
+        (
+            escaped(f"#{text['id']}, {text['label']}"),
+            escaped(text["clean"]),
+            "".join(
+                f"**{escaped(part['text'])}**"
+                if part["clean"] is not None and part["text"].strip()
+                else escaped(part["text"])
+                for part in text["parts"]
+            ),
+        )
+        for text in texts
+    ]
+    table = markdown_table(("text", "clean", "changed"), rows)
+    return ["<details><summary>Adversarial examples</summary>", "", *table, "</details>", ""]
 
 
 def _metric(name: str, estimate: Mapping[str, Any]) -> list[str]:

@@ -67,6 +67,11 @@ def plain(value: float | str, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def feature_value(value: float | str) -> str:
+    """Return the value of a feature as text: a category as it is, and a number with six significant digits."""
+    return value if isinstance(value, str) and value not in NOT_A_NUMBER_WORDS else plain(value, 6)
+
+
 def count_text(value: float | str) -> str:
     """Return a number, rounded to an integer, as text with thousands separators. NaN and infinity, which JSON contains
     as text, have the form of `plain`.

@@ -197,7 +197,13 @@ def shown_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the metrics of a run that text reports show. Redundant ones, such as an error rate next to the accuracy,
     are left out.
     """
-    return without_redundant(summary["metrics"])
+    of_texts = summary["threat"]["norm"] == "TextEdits"  # differences of code points mean nothing
+    metrics = {
+        name: estimate
+        for name, estimate in summary["metrics"].items()
+        if not (of_texts and "perturbation_" in name)
+    }
+    return without_redundant(metrics)
 
 
 def without_redundant(estimates: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -425,6 +431,11 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         if "within" in limits:
             around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
         return f"may replace {limits['height']}x{limits['width']} pixels of an image with any values, {at}{around}"
+    if kind == "Table":
+        return (
+            f"may change a row of the table as the rules in {limits['file']} allow, with a budget of "
+            f"{size(limits['eps'])}"
+        )
     if kind == "TextEdits":
         return _TEXT_CHANGES[next(name for name in _TEXT_CHANGES if name in limits)].format(**limits)
     changes = [_CHANGES[name].format(size(limit)) for name, limit in limits.items()]

@@ -63,8 +63,11 @@ class Adaptations:
         Raises `Refused` for invalid values, and while another run holds the server.
         """
         run, step = _name(run, "run"), None if step is None else _name(step, "step")
-        if not isinstance(facts, Mapping) or len(json.dumps(facts)) > _MOST_BYTES:
-            raise Refused(400, f"facts is no object of at most {_MOST_BYTES} bytes of JSON")
+        if not isinstance(facts, Mapping) or not _is_short(facts):
+            raise Refused(
+                400,
+                f"facts is no object of at most {_MOST_BYTES} bytes of JSON, with finite numbers and valid text",
+            )
         with self._lock:
             self._refuse_held(run)
             adaptation = self._found(run) or Adaptation(run)
@@ -140,3 +143,11 @@ def _name(value: object, key: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME or not value.isprintable():
         raise Refused(400, f"{key} is no text of 1 to {_LONGEST_NAME} printable characters")
     return value
+
+
+def _is_short(facts: Mapping[str, Any]) -> bool:
+    """Whether facts can be written to the audit chain and returned as JSON, and are not too long."""
+    try:
+        return len(json.dumps(facts, allow_nan=False, ensure_ascii=False).encode()) <= _MOST_BYTES
+    except (ValueError, RecursionError):  # NaN, infinity, and half of a surrogate pair
+        return False

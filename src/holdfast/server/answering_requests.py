@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -63,6 +64,18 @@ class Job:
     """time of `time.perf_counter` at which the headers had arrived"""
 
 
+Features = tuple[Tensor, int]
+"""outputs (rows, …) of the layer that the monitor observes for a whole batch, and the first row of a request"""
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What the model returned for the inputs of a request."""
+
+    logits: Tensor
+    features: Features | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
     """The scores of a request, and the seconds by which its response is delayed."""
@@ -91,6 +104,7 @@ class Outcome:
     refusal: Refused | None = None
     action: Action = Action.ALLOW
     """action of the decision, which is computed only once"""
+    features: Features | None = None
 
 
 class NoAudit:
@@ -180,6 +194,8 @@ class Answerer:
     """called with the outcomes of a batch, for the log of requests"""
     observed: Callable[[Sequence[Outcome], ServedSet], object] = lambda outcomes, served: None
     """called with the outcomes of a batch and the serving set, for the monitor"""
+    features: Callable[[], Tensor | None] = lambda: None
+    """function that returns what a layer returned in the last call of the model; None if no layer is observed"""
     release: Release = all_scores
     """function from the scores of the model to those that clients receive"""
     timing: Timing = no_timing
@@ -227,17 +243,19 @@ class Answerer:
             return [_failed(job, "the guard failed", "guard") for job in jobs]
         passed = [(job, d) for job, d in zip(jobs, decisions, strict=True) if d.answered]
         outputs = self._answers(passed, served)
-        scored = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if isinstance(out, Tensor)]
+        scored = [
+            (d, out.logits) for (_, d), out in zip(passed, outputs, strict=True) if isinstance(out, Output)
+        ]
         after = iter(self._after([d for d, _ in scored], [out for _, out in scored], served))
-        logits = iter(outputs)
+        remaining = iter(outputs)
         outcomes = []
         for job, decision in zip(jobs, decisions, strict=True):
             if not decision.answered:
                 outcomes.append(_decided(job, decision, None))
-            elif isinstance(scores := next(logits), Refused):
-                outcomes.append(Outcome(job, refusal=scores))
+            elif isinstance(output := next(remaining), Refused):
+                outcomes.append(Outcome(job, refusal=output))
             else:
-                outcomes.append(_decided(job, next(after), scores))
+                outcomes.append(_decided(job, next(after), output))
         return outcomes
 
     def _before(self, jobs: Sequence[Job]) -> Sequence[RequestDecision] | None:
@@ -269,11 +287,11 @@ class Answerer:
 
     def _answers(
         self, passed: Sequence[tuple[Job, RequestDecision]], served: ServedSet
-    ) -> list[Tensor | Refused]:
+    ) -> list[Output | Refused]:
         """Return the logits of each request, with one call of the model for all requests with the same forwarded
         headers.
         """
-        results: dict[int, Tensor | Refused] = {}
+        results: dict[int, Output | Refused] = {}
         groups: dict[Headers, list[int]] = {}
         for place, (job, _) in enumerate(passed):
             groups.setdefault(job.forwarded, []).append(place)
@@ -283,7 +301,7 @@ class Answerer:
             results.update(zip(places, outputs, strict=True))
         return [results[place] for place in range(len(passed))]
 
-    def _outputs(self, inputs: Sequence[Tensor], served: ServedSet) -> list[Tensor | Refused]:
+    def _outputs(self, inputs: Sequence[Tensor], served: ServedSet) -> list[Output | Refused]:
         """Return the logits of each request, or the refusal if the model raised an error or returned no finite
         numbers.
         """
@@ -301,11 +319,19 @@ class Answerer:
                 return [refusal] * len(inputs)
             # The request that causes the error must not fail the others.
             return [self._outputs([x], served)[0] for x in inputs]
-        parts = torch.split(logits, [x.shape[0] for x in inputs])
+        sizes, features = [x.shape[0] for x in inputs], self.features()
+        parts = torch.split(logits, sizes)
+        if features is None or len(features) != len(logits):  # of a network that calls itself several times
+            outputs = [Output(part) for part in parts]
+        else:
+            outputs = [
+                Output(part, (features, end - size))
+                for part, size, end in zip(parts, sizes, accumulate(sizes), strict=True)
+            ]
         if all_finite(logits):
-            return list(parts)
+            return list(outputs)
         self.errors("the model returned NaN or infinite scores")
-        return [part if all_finite(part) else failure for part in parts]
+        return [output if all_finite(output.logits) else failure for output in outputs]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
         try:
@@ -355,20 +381,21 @@ def _failed(job: Job, reason: str, cause: str) -> Outcome:
     return Outcome(job, refusal=Refused(500, reason, (), cause))
 
 
-def _decided(job: Job, decision: RequestDecision, logits: Tensor | None) -> Outcome:
-    """Return the outcome of a request from its final decision and the logits (n, classes) of the model."""
+def _decided(job: Job, decision: RequestDecision, output: Output | None) -> Outcome:
+    """Return the outcome of a request from its final decision and the output of the model."""
     action = decision.action
     if decision.unavailable:
         return Outcome(job, decision, refusal=wait_first(decision.refusal, _STATE_S, cause="state"))
-    if action is Action.BLOCK or decision.refusal or logits is None:
+    if action is Action.BLOCK or decision.refusal or output is None:
         reason = decision.refusal or "the request is refused"
         return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
     if action is Action.ABSTAIN:
         rows = [str(row) for row, each in enumerate(decision.actions) if each is Action.ABSTAIN]
         reason = _ABSTAINS.format(", ".join(rows))
         return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
+    logits = output.logits
     if action >= Action.LABEL_ONLY:
         labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
         logits = logits.clone()
         logits[labelled] = labels(logits[labelled])
-    return Outcome(job, decision, Answer(logits, decision.delay_s), action=action)
+    return Outcome(job, decision, Answer(logits, decision.delay_s), action=action, features=output.features)

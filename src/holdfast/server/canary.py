@@ -31,6 +31,8 @@ _COUNTED: Mapping[str, tuple[str, Callable[[tuple[str, ...]], bool]]] = {
 }
 """What is counted for each served set: the metric, and which of its labels"""
 Counts = dict[str, float]
+_MOST_SETS = 50
+"""largest number of sets of a pool whose counts are kept after they served"""
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,8 @@ class Canary:
 
     def left(self, worker: WorkerProcess, cause: str) -> None:
         """Keep the counts of a worker that has ended. A canary that died is not replaced."""
-        counts = self._left.setdefault(worker.set_name, {})
-        for key, n in self._since(worker).items():
-            counts[key] = counts.get(key, 0.0) + n
+        if worker.set_name:
+            self._left[worker.set_name] = _sum(self._left.get(worker.set_name, {}), self._since(worker))
         if worker is not self.worker:
             return
         self.worker = None
@@ -164,6 +165,21 @@ class Canary:
         self.record("canary", set=self._name, state="failed", why=cause)
         self.warn(f"note: the canary failed: {cause}")
 
+    def follow(self, name: str) -> None:
+        """Count what the workers answer from now on for the set of a pool that serves.
+
+        A worker reports its counts within a fraction of a second, so that a few requests are counted for the next set.
+        """
+        for worker in self.workers:
+            if worker.set_name in ("", name):
+                worker.set_name = name
+                continue
+            left = self._left.pop(worker.set_name, {})
+            self._left[worker.set_name] = _sum(left, self._since(worker))  # the newest is last
+            self._before[worker.name], worker.set_name = self._counts(worker), name
+        while len(self._left) > _MOST_SETS:
+            del self._left[next(iter(self._left))]
+
     # --- state for the operator
 
     def status(self) -> dict[str, Any]:
@@ -171,14 +187,15 @@ class Canary:
         return {"state": self.state, "set": self._name, "reason": self.reason}
 
     def sets(self) -> dict[str, Counts]:
-        """Return what workers of each served set have counted since the last canary began."""
-        sums = {name: dict(counts) for name, counts in self._left.items()}
+        """Return what workers of each served set have counted: since the last canary began or, for the newest sets of a
+        pool, since they served.
+        """
+        # a copy first, because another thread than that of the supervisor may ask
+        sums = {name: dict(counts) for name, counts in dict(self._left).items()}
         for worker in list(self.workers):
             if not worker.set_name:
                 continue
-            counts = sums.setdefault(worker.set_name, {})
-            for key, n in self._since(worker).items():
-                counts[key] = counts.get(key, 0.0) + n
+            sums[worker.set_name] = _sum(sums.get(worker.set_name, {}), self._since(worker))
         return sums
 
     def _since(self, worker: WorkerProcess) -> Counts:
@@ -192,3 +209,7 @@ class Canary:
             found = (n for (name, labels), (n, *_) in values.items() if name == metric and counted(labels))
             counts[key] = math.fsum(found)
         return counts
+
+
+def _sum(counts: Counts, more: Counts) -> Counts:
+    return {key: counts.get(key, 0.0) + n for key, n in more.items()}

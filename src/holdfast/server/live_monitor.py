@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.catalogue import DRIFT_TESTS
+from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
 from holdfast.monitoring.accuracy import Accuracy, Predictions, expected_accuracy, measured_accuracy
 from holdfast.monitoring.monitored import Monitored, Source
@@ -57,16 +58,29 @@ class _Remembered:
 class LiveMonitor:
     """The tests and the labelled predictions of a server. All methods may be called by any thread."""
 
-    def __init__(self, reference: Reference, record: Record, telemetry: Telemetry, warn: Notify) -> None:
-        self.reference = reference
+    def __init__(
+        self,
+        reference: Reference,
+        record: Record,
+        telemetry: Telemetry,
+        warn: Notify,
+        renewed: Callable[[], Reference] | None = None,
+    ) -> None:
+        """Prepare the tests. `renewed` returns the reference with the model in the served file, with the same scales;
+        None if the reference does not depend on the model.
+        """
+        self.reference, self._renewed = reference, renewed
         self._record, self._telemetry, self._warn = record, telemetry, warn
         self._lock = threading.Lock()
         self._inbox: queue.Queue[Signals | None] = queue.Queue(_WAITING)
+        self._changing = self._renewing = False
         self._powers: dict[str, Power] = {}
         self._owed: list[tuple[str, dict[str, Any]]] = []
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._remembered_inputs = 0
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
+        self._classes: OrderedDict[str, Sequence[int]] = OrderedDict()
+        """classes of the newest labelled requests"""
         self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
         self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue(_MOST_SAMPLES)
         self._begin()
@@ -104,7 +118,7 @@ class LiveMonitor:
                     self._confidences.extend(entry.confidences)
             while max(len(self._remembered), self._remembered_inputs) > _REMEMBERED:
                 self._forget(next(iter(self._remembered)))
-        if content["signals"] and not canary:
+        if content["signals"] and not canary and not self._changing:
             names, views = self.reference.signals.names, self.reference.signals.views
             values = np.frombuffer(base64.b64decode(content["signals"]), "<f8")
             try:
@@ -122,7 +136,9 @@ class LiveMonitor:
             self._samples.put_nowait(content)
 
     def samples(self, ask: Callable[[], int]) -> bytes:
-        """Return the sampled inputs of all workers as an .npz file. `ask` requests them, and returns from how many."""
+        """Return the sampled inputs of all workers as an .npz file, with their classes `y`, which are -1 if they are
+        unknown. `ask` requests the samples, and returns from how many workers.
+        """
         while not self._samples.empty():
             self._samples.get_nowait()
         found, until = [], time.monotonic() + _SAMPLES_S
@@ -136,18 +152,64 @@ class LiveMonitor:
         ]
         x = np.concatenate([x for x, _, _ in parts]) if parts else np.zeros((0, 1), np.float32)
         logits = np.concatenate([y for _, y, _ in parts]) if parts else np.zeros((0, 1), np.float32)
+        places = [place for each in found for place in each["requests"]]
+        with self._lock:
+            known = [self._classes.get(str(request), ())[int(row) : int(row) + 1] for request, row in places]
         content = io.BytesIO()
         np.savez(
-            content, x=x, logits=logits, sets=np.array([name for *_, names in parts for name in names], str)
+            content,
+            x=x,
+            logits=logits,
+            y=np.array([classes[0] if classes else -1 for classes in known], np.int64),
+            sets=np.array([name for *_, names in parts for name in names], str),
         )
         return content.getvalue()
 
+    def model_changes(self, *, done: bool) -> None:
+        """Leave samples out while workers exchange the model, and when it is `done`, compare the next ones with the
+        reference under the new model: a change of the model would be an alarm.
+        """
+        if self._renewed is None:
+            return
+        self._changing = True
+        if done:
+            self._renewing = True
+            with suppress(queue.Full):  # else the thread has work, and looks after it
+                self._inbox.put_nowait(Signals((), np.empty((0, 0)), {}))
+
     # --- threads
+
+    def _renew(self) -> None:
+        """Compute the reference with the new model, and restart the tests."""
+        assert self._renewed is not None
+        self._renewing = False
+        try:
+            reference = self._renewed()
+        except (HoldfastError, OSError, ValueError, RuntimeError) as error:
+            self._warn(
+                f"note: the monitor stops, because its reference cannot be compared with the new model ({error}); "
+                "restart the server"
+            )
+            return
+        with suppress(queue.Empty):
+            while self._inbox.get_nowait() is not None:
+                pass
+        with self._lock:
+            self.reference, self._powers = reference, {}
+        self.restart()
+        self._changing = self._renewing
+        thread = threading.Thread(target=self._measure_power, name="monitor")
+        self._threads.append(thread)
+        thread.start()
 
     def _test(self) -> None:
         """Give samples to the tests as they arrive."""
         lower_priority()
         while (batch := self._inbox.get()) is not None and not self._closed:
+            if self._renewing:
+                self._renew()
+            if self._changing or not len(batch):
+                continue
             with self._lock:
                 watch = self._watch
                 begin = watch.n >= _LONGEST
@@ -166,11 +228,12 @@ class LiveMonitor:
 
     def _measure_power(self) -> None:
         lower_priority()
-        watch = Watch(self.reference.signals, 0)
+        with self._lock:
+            watch, powers = Watch(self.reference.signals, 0), self._powers
         for name in DRIFT_TESTS:
-            if self._closed:
+            if self._closed or powers is not self._powers:
                 return
-            self._powers[name] = watch.power(name)
+            powers[name] = watch.power(name)
 
     def poll(self) -> None:
         """Write alarms to the audit chain. Called by the supervisor."""
@@ -183,7 +246,7 @@ class LiveMonitor:
         """End the threads. May be called several times."""
         self._closed = True
         self._inbox.put(None)
-        for thread in self._threads:
+        for thread in self._threads:  # the first one may add another
             thread.join()
 
     # --- requests of the operator
@@ -210,11 +273,14 @@ class LiveMonitor:
                     invalid[request] = "a class is no number of a class of the model"
                 else:
                     self._forget(request)
+                    self._classes[request] = classes
                     accepted += 1
                     for predicted, confidence, y in zip(
                         entry.classes, entry.confidences, classes, strict=True
                     ):
                         self._labelled.append((confidence, y, predicted == y, entry.set_name))
+            while len(self._classes) > _NEWEST:
+                self._classes.popitem(last=False)
         return {"accepted": accepted, "unknown": unknown, "invalid": invalid}
 
     def labelled(self, set_name: str) -> tuple[int, int]:
@@ -229,14 +295,14 @@ class LiveMonitor:
             watch, since = self._watch, self._since
             requests, flagged = self._requests, self._flagged
             confidences, labelled = list(self._confidences), list(self._labelled)
-        reference = self.reference
+            reference, powers = self.reference, dict(self._powers)
         monitored = Monitored(
             Source("the requests", watch.n, bool(labelled)),
             Source(reference.name, reference.n, reference.predictions.correct is not None),
             reference.model,
-            None,
+            reference.layer,
             DECISIVE,
-            tuple(watch.result(name, self._powers.get(name)) for name in DRIFT_TESTS),
+            tuple(watch.result(name, powers.get(name)) for name in DRIFT_TESTS),
             self._measured(labelled),
             measured_accuracy(reference.predictions, reference.class_names),
             self._expected(confidences),

@@ -138,7 +138,8 @@ class LivePool:
         try:
             current = self.pool.serving
             if current is not None and current.epoch != serving.epoch:
-                return self._set(current.name, current.epoch, recorded=True)
+                why = self.pool.ledger.member(current.name).why
+                return self._set(current.name, current.epoch, why=why, recorded=True)
             reasons, stolen = self._reasons()
             if not reasons:
                 self._raise("", "")

@@ -25,8 +25,8 @@ _KEPT, _KEPT_BYTES = 200, 64 * 2**20
 """largest number, and size, of the sampled inputs that are kept for the shadow test"""
 _MOST_REPORTED = 2000
 """requests of one report, whose predictions are compared with labels that arrive later"""
-Sample = tuple[Tensor, Tensor, str]
-"""an input, the scores for it, and the name of the set that answered"""
+Sample = tuple[Tensor, Tensor, str, tuple[str, int]]
+"""an input, the scores for it, the name of the set that answered, and its request with its position there"""
 _Answered = tuple[list[str], list[int], list[Tensor], list[bool], str]
 """the names, numbers of inputs, and scores of the requests of a batch, whether the guard flagged each, and the name of
 the set that answered
@@ -42,7 +42,8 @@ class Reservoir:
         self._reference = reference
         self._lock = threading.Lock()
         self._tokens, self._filled_s = 1.0, time.monotonic()
-        self._new: list[Sample] = []
+        self._new: list[tuple[Sample, Tensor | None]] = []
+        """samples with the outputs of the layer of the embeddings"""
         self._answered: list[_Answered] = []
         self._n_answered = self._left_out = 0
         self._kept: deque[Sample] = deque(maxlen=_KEPT)
@@ -70,12 +71,17 @@ class Reservoir:
                 )
             else:
                 self._left_out += len(answered)
+            if self._reference.layer is not None:
+                answered = [each for each in answered if each.features is not None]
             n = min(int(self._tokens), len(answered))
             self._tokens -= n
             for each in answered if n == len(answered) else self._random.sample(answered, n):
                 assert each.answer is not None
                 row = self._random.randrange(len(each.job.incoming.x))
-                self._new.append((each.job.incoming.x[row], each.answer.scores[row], served.name))
+                incoming = each.job.incoming
+                sample = incoming.x[row], each.answer.scores[row], served.name, (incoming.request, row)
+                features, first = each.features or (None, 0)
+                self._new.append((sample, None if features is None else features[first + row].cpu()))
 
     def taken(self) -> dict[str, Any] | None:
         """Return the signals of inputs and the predictions since the last call; None without any. The signals are
@@ -87,7 +93,7 @@ class Reservoir:
             left_out, self._left_out, self._n_answered = self._left_out, 0, 0
         if not answered:
             return None
-        for sample in new:
+        for sample, _ in new:
             if sample[0].nbytes * _KEPT <= _KEPT_BYTES:
                 self._kept.append(sample)
         return {
@@ -96,21 +102,40 @@ class Reservoir:
             "left_out": left_out,
         }
 
-    def _signals(self, samples: Sequence[Sample]) -> str:
+    def _signals(self, new: Sequence[tuple[Sample, Tensor | None]]) -> str:
         """The signals of samples, row by row."""
+        rows = [_pooled(features) for _, features in new if features is not None]
+        features = None
+        if self._reference.layer is not None:
+            if any(len(row) != self._reference.n_features for row in rows):  # another model was reloaded
+                return ""
+            features = torch.stack(rows) if rows else None
+        samples = [sample for sample, _ in new]
         if not samples:
             return ""
-        x = torch.stack([x for x, _, _ in samples])
-        logits = None if self._reference.model is None else torch.stack([scores for _, scores, _ in samples])
-        values = self._reference.observer(Observed(x, logits)).values
+        x = torch.stack([x for x, *_ in samples])
+        logits = None if self._reference.model is None else torch.stack([scores for _, scores, *_ in samples])
+        values = self._reference.observer(Observed(x, logits, features)).values
         return base64.b64encode(values.astype("<f8").tobytes()).decode()
 
     def samples(self) -> dict[str, Any]:
-        """Return the kept inputs and scores as 32-bit numbers in base64, with the names of the sets."""
+        """Return the kept inputs and scores as 32-bit numbers in base64, with the names of the sets, and the request
+        and the position of each input.
+        """
         kept = list(self._kept)
-        x = np.stack([x.numpy() for x, _, _ in kept]) if kept else np.zeros((0, 1), np.float32)
-        scores = np.stack([each.numpy() for _, each, _ in kept]) if kept else np.zeros((0, 1), np.float32)
-        return {"x": _encoded(x), "logits": _encoded(scores), "sets": [name for _, _, name in kept]}
+        x = np.stack([x.numpy() for x, *_ in kept]) if kept else np.zeros((0, 1), np.float32)
+        scores = np.stack([each.numpy() for _, each, *_ in kept]) if kept else np.zeros((0, 1), np.float32)
+        return {
+            "x": _encoded(x),
+            "logits": _encoded(scores),
+            "sets": [name for *_, name, _ in kept],
+            "requests": [place for *_, place in kept],
+        }
+
+
+def _pooled(features: Tensor) -> Tensor:
+    """Features (d,) of an input, averaged over the pixels of images of features."""
+    return features.flatten(1).mean(1) if features.dim() > 1 else features
 
 
 def _encoded(values: "np.ndarray[Any, Any]") -> list[Any]:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
+from holdfast.guard.detectors.features import LastFeatures
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
@@ -173,6 +174,7 @@ class Worker:
             self.device,
             self.errors,
             logged=partial(log_requests, setup.audit_key),
+            features=LastFeatures(self._pristine.net, setup.monitor.layer if setup.monitor else None),
             release=setup.release,
         )
         guard = self.answering.guard

@@ -75,9 +75,13 @@ class ServerSetup:
     reloadable: bool = False
     """whether the model is in a file, which may be opened again while the server runs"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """settings with which a model in a file is opened, for `holdfast adapt`; empty without one"""
+    """settings with which a model in a file is opened, or the folder of the pool, for `holdfast adapt`; empty for
+    another model
+    """
     monitor: Reference | None = None
     """what the monitor compares requests with; None without one"""
+    renewed: Callable[[], Reference] | None = None
+    """function that returns `monitor` with the model that is in the file now; None if it does not depend on it"""
     candidate: Callable[[str], ServingSetup] | None = None
     """function from the path of a file to the setup of a worker that serves the model in it; None without a file"""
     notes: tuple[str, ...] = ()
@@ -125,8 +129,9 @@ class Supervisor:
         self.live = (
             None
             if setup.monitor is None
-            else LiveMonitor(setup.monitor, self._record, self.telemetry, self._warn)
+            else LiveMonitor(setup.monitor, self._record, self.telemetry, self._warn, setup.renewed)
         )
+        self._monitored = setup.worker.digest
         self.canary = Canary(
             self._workers,
             self.totals,
@@ -256,6 +261,7 @@ class Supervisor:
         self._start_owed()
         if self._swaps is not None and not self._stopping:
             self._swaps.poll()
+            self.canary.follow(self._swaps.serving.name)
         elif not self._stopping and self._started:
             self._poll_model()
         self.adaptations.poll()
@@ -281,6 +287,11 @@ class Supervisor:
             canary.poll()
         else:
             self._reloading.poll()
+        version = self._reloading.version
+        if self.live is not None and version.digest != self._monitored:
+            done = not self._reloading.running and not self._reloading.old
+            self.live.model_changes(done=done)
+            self._monitored = version.digest if done else self._monitored
 
     def _receive(self, worker: WorkerProcess, message: bytes) -> None:
         if worker not in self._workers:
@@ -318,6 +329,7 @@ class Supervisor:
                 (self.canary if worker.canary else self._reloading).opened(worker, content)
             case b"L" if self._swaps is not None:
                 self._swaps.loaded(worker, int(content["epoch"]))
+                self.canary.follow(self._swaps.serving.name)
             case b"U" if self._swaps is not None:
                 self._swaps.unusable(worker, int(content["epoch"]), str(content["reason"]))
             case b"M" if self.live is not None:
@@ -586,8 +598,8 @@ class Supervisor:
             "draining": self._stopping,
         }
         if self._swaps is not None:
-            state["pool"] = self._swaps.status()
+            state["pool"] = {**self._swaps.status(), "settings": dict(self.setup.settings)}
         else:
             state["model"] = {**self._reloading.status(), "settings": dict(self.setup.settings)}
-            state["canary"], state["sets"] = self.canary.status(), self._sets()
-        return state
+            state["canary"] = self.canary.status()
+        return {**state, "sets": self._sets()}

@@ -109,7 +109,8 @@ class _Page:
         try:
             if self.keys is None:
                 raise Refused(409, "the server has no keys, so that its page needs no login; load /ui")
-            session = self.sessions.login(fields.get("key", ""))
+            address = "" if request.client is None else request.client.host
+            session = self.sessions.login(fields.get("key", ""), address)
         except Refused as error:
             text = login_page(self.sessions.token(visitor), error.reason)
             return HTMLResponse(text, error.status, {**_HEADERS, **dict(error.headers)})

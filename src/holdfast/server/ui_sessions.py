@@ -20,7 +20,10 @@ SESSION_S = 8 * 3600.0
 _MOST_SESSIONS = 32
 """number of sessions above which the oldest one ends"""
 _FAILURES, _FAILURES_S = 10, 60.0
-"""number of failed logins in so many seconds after which none is tried: it limits load, as keys cannot be guessed"""
+"""number of failed logins of an address in so many seconds after which none of it is tried: it limits load, as keys
+cannot be guessed"""
+_MOST_ADDRESSES = 1000
+"""number of addresses with failed logins that are remembered"""
 _ID_BYTES = 32
 WITHOUT_KEYS = "operator"
 """name of the operator of a server without keys"""
@@ -42,7 +45,8 @@ class Sessions:
     clock: Callable[[], float] = time.monotonic
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(_ID_BYTES), repr=False)
     _sessions: OrderedDict[str, Session] = field(default_factory=OrderedDict, repr=False)
-    _failures: deque[float] = field(default_factory=lambda: deque(maxlen=_FAILURES))
+    _failures: OrderedDict[str, deque[float]] = field(default_factory=OrderedDict, repr=False)
+    """times of the newest failed logins of each address"""
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     @staticmethod
@@ -76,24 +80,28 @@ class Sessions:
                 return None
             return session.key.name
 
-    def login(self, key: str) -> str:
+    def login(self, key: str, address: str = "") -> str:
         """Begin a session, and return its identifier, which no visitor had before.
 
         Raises `Refused` with status 401 or 403 for another key than one with the scope `admin`, and with status 429
-        after too many failures.
+        after too many failures of the same address.
         """
         assert self.keys is not None, "a server without keys has no login"
         now = self.clock()
         with self._lock:
-            if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_S:
-                wait_s = _FAILURES_S - (now - self._failures[0])
+            failures = self._failures.get(address, deque(maxlen=_FAILURES))
+            if len(failures) == _FAILURES and now - failures[0] < _FAILURES_S:
+                wait_s = _FAILURES_S - (now - failures[0])
                 raise wait_first(
                     "too many logins have failed; wait a minute", wait_s, status=429, cause="key"
                 )
             try:
                 found = self.keys.authenticated(b"Bearer " + key.strip().encode("utf-8", "replace"), "admin")
             except Refused:
-                self._failures.append(now)
+                failures.append(now)
+                self._failures[address] = failures
+                while len(self._failures) > _MOST_ADDRESSES:
+                    self._failures.popitem(last=False)
                 raise
             visitor = self.new_visitor()
             self._sessions[visitor] = Session(found, now + SESSION_S)

@@ -3,7 +3,7 @@ mistakes are reported immediately.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat model is `linf:8/255`,
 `corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5`,
-`colour:hue=18,saturation=0.3` or `text:edits=2,words=3`, followed by any of `goal=targeted:K`,
+`colour:hue=18,saturation=0.3`, `table:rules.yaml` or `text:edits=2,words=3`, followed by any of `goal=targeted:K`,
 `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and
 `unit=@FILE` state the unit of the eps of a norm for each feature.
 """
@@ -327,6 +327,13 @@ def file_argument(name: str) -> Callable[[str, str], Mapping[str, Argument]]:
     return read
 
 
+def _budget(text: str) -> Argument:
+    eps = parse_number(text, "eps")
+    if not 0 < eps < math.inf:
+        raise UsageError(f"eps is {eps:g}; the budget of a table must be above 0")
+    return eps
+
+
 def _file(text: str) -> Argument:
     return file_argument("file")(text, f"file={text}")["file"]
 
@@ -470,6 +477,12 @@ FORMS: Final[dict[str, Form]] = {
         arguments=_limits(_SPATIAL, _SPATIAL_EXAMPLE),
         written=_limits_written,
         example=_SPATIAL_EXAMPLE,
+    ),
+    "table": Form(
+        "holdfast.settings.table_rules:table_threat",
+        file_argument("file"),
+        {"eps": _budget},
+        written=lambda table: f"{path_text(table.file)},eps={_size_written(table)}",
     ),
     "text": Form(
         "holdfast.io.text_lists:text_edits",

@@ -230,7 +230,7 @@ class DataSource(SettingGroup):
     x: Annotated[str | None, Flag("NAME")] = Field(
         default=None,
         description="Name of the inputs: an array of an .npz file (default: x_test or x), a column of images or of "
-        "arrays in a .parquet file, or an entry of batches that are mappings.",
+        "arrays in a .parquet file, a column of texts, or an entry of batches that are mappings.",
     )
     y: Annotated[str | None, Flag("NAME")] = Field(
         default=None,

@@ -34,7 +34,7 @@ def evaluated(
     `best`. Return the valid rows, and their margins (k, n).
     """
     each = max(1, _ROWS_AT_ONCE // max(len(batch), 1))
-    parts = [_evaluated(model, batch, constraint, part) for part in candidates.split(each)]
+    parts = [_evaluated(model, batch, constraint, part) for part in torch.split(candidates, each)]
     rows, margins = (torch.cat([part[k] for part in parts]) for k in range(2))
     for x, heights in zip(rows, margins, strict=True):
         best.offer(batch, x, heights)

@@ -1,6 +1,6 @@
 """The common form of the tree ensembles of all libraries: arrays of nodes, and scores that are sums over trees."""
 
-import math
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -91,7 +91,7 @@ class Ensemble:
             return 0.0
         if (self.value == np.round(self.value)).all():
             return 1.0
-        return math.ulp(0.0) if len(self.roots) == 1 else 0.0
+        return 2 * sys.float_info.min if len(self.roots) == 1 else 0.0
 
     def ranks(self, rows: NDArray[Any]) -> Integers:
         """Return for each value of the rows (n, features) the number of thresholds that it reaches; -1 if it is
@@ -147,8 +147,7 @@ class Ensemble:
         step = self.smallest_difference
         if not step:
             return self.rounding
-        half = step / 2 or step  # which is not below the smallest number
-        return -half if label < other else half
+        return -step / 2 if label < other else step / 2
 
     def on_grid(self, width: Width) -> "Ensemble":
         """Return the same ensemble for rows whose values are numbers of the data type `width`.

@@ -2,15 +2,15 @@
 
 import importlib.util
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -21,14 +21,14 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf, allowed
 from holdfast.core.errors import NoBounds, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.per_example import spread
 from holdfast.core.remedies import Install, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.io.models.estimators import Estimator
 
-_HALVINGS = 70
-"""number of halvings of the interval in which a value with a given rank is searched; float64 has 53 bits"""
+_HALVINGS, _LEAST_HALVINGS = 70, 12
+"""largest number of halvings of the interval in which a value with a given rank is searched, since float64 has 53 bits,
+and the number after which any such value is accepted"""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ class TreeProver:
     def ranks(self, x: Inputs) -> Integers:
         """Return the ranks of the values of inputs, (n, features)."""
         assert isinstance(self.model.net, Estimator)
-        values: NDArray[Any] = self.trees.rows(self.model.net.rows(self.model.preprocess(x)))
-        return self.ensemble.ranks(values)
+        return self.trees.ranks(self.trees.rows(self.model.net.rows(self.model.preprocess(x))))
 
     def _refuse_other_classes(self, batch: Batch) -> None:
         predicted = torch.from_numpy(self.ensemble.predictions(self.ranks(batch.x))).to(batch.y)
@@ -132,19 +131,15 @@ class TreeProver:
             )
 
     def _box(self, x: Inputs) -> tuple[Inputs, Inputs]:
-        """Smallest and largest inputs that the harness accepts (`allowed` in `core/constraints.py`)."""
-        x64, (low, high) = x.double(), (side.double() for side in self.model.bounds.like(x))
-        size = torch.maximum(x64.abs(), torch.maximum(low.abs(), high.abs())).nan_to_num(0.0)
-        rounding = spread(torch.finfo(x.dtype).eps * size.flatten(1).amax(1), x)
-        eps = self.constraint.eps * (1 + 1e-6) + 1e-7 + rounding
-        infinity = torch.full_like(x, torch.inf)
-        below = torch.maximum(
-            (x64 - eps).to(x.dtype).nextafter(-infinity), (low - 1e-7).to(x.dtype).nextafter(-infinity)
-        )
-        above = torch.minimum(
-            (x64 + eps).to(x.dtype).nextafter(infinity), (high + 1e-7).to(x.dtype).nextafter(infinity)
-        )
-        return torch.minimum(below, x), torch.maximum(above, x)
+        """Smallest and largest inputs in the ball, extended by the rounding error of storing them.
+
+        The tolerance of the harness is left out: values of tables are often whole numbers, so that a threshold is
+        exactly at the end of the ball, and only inputs beyond it are misclassified. Attacks project onto the ball.
+        """
+        x64, (low, high) = x.double(), self.model.bounds.like(x)
+        eps = self.constraint.eps + torch.finfo(x.dtype).eps * (x64.abs() + self.constraint.eps)
+        below, above = (x64 - eps).to(x.dtype), (x64 + eps).to(x.dtype)
+        return torch.minimum(torch.maximum(below, low), x), torch.maximum(torch.minimum(above, high), x)
 
     def _example(self, one: Batch, ranks: Integers, low: Integers, high: Integers) -> Proofs:
         deadline, none = time.perf_counter() + self.timeout_s, Proofs.none(one)
@@ -152,17 +147,16 @@ class TreeProver:
         bound, work, stopped = math.inf, 0, False
         for other in (k for k in range(ensemble.classes) if k != label):
             limit = ensemble.losing(label, other)
-            worst = smallest_lead(ensemble, ranks, low, high, (label, other), limit, deadline)
-            work, stopped = work + worst.work, stopped or worst.stopped
-            if worst.bound > limit:
-                bound = min(bound, self._margin(worst.bound))
-                continue
-            bound = -math.inf
-            if worst.attained:
+            # the first search may end at a lead that is so small that the library rounds it to either side
+            for searched in (limit, -limit):
+                worst = smallest_lead(ensemble, ranks, low, high, (label, other), searched, deadline)
+                work, stopped = work + worst.work, stopped or worst.stopped
+                if searched == limit and worst.bound > limit:
+                    bound = min(bound, self._margin(worst.bound))
+                    break
+                bound = -math.inf
                 x_adv = self._input(one, ranks, worst.ranks)
-                if bool(self.model(x_adv).argmax(1) != one.y) and bool(
-                    allowed(self.constraint, x_adv, one.x, self.model.bounds)
-                ):
+                if bool(self.model(x_adv).argmax(1) != one.y) and self._allowed(x_adv, one):
                     found = torch.ones_like(none.broken)
                     return replace(none, x_adv=x_adv, broken=found, work=none.work + work)
         proved = torch.full_like(none.bound, bound)
@@ -174,17 +168,20 @@ class TreeProver:
             stopped=torch.full_like(none.stopped, stopped) & (proved <= 0),
         )
 
+    def _allowed(self, x_adv: Inputs, one: Batch) -> bool:
+        return bool(allowed(self.constraint, x_adv, one.x, self.model.bounds))
+
     def _margin(self, lead: float) -> float:
         """Lower bound of the difference of the logits for a lead that is proved, at least the smallest positive
         number.
 
         A difference of probabilities is smaller than that of their logarithms.
         """
-        return max((lead - self.ensemble.rounding) / self.ensemble.divisor, math.ulp(0.0))
+        return max((lead - self.ensemble.rounding) / self.ensemble.divisor, sys.float_info.min)
 
     def _input(self, one: Batch, ranks: Integers, wanted: Mapping[int, int]) -> Inputs:
-        """Return the input nearest to an example whose values have the wanted ranks, by halving the interval to the
-        end of the box in which the rank increases or decreases.
+        """Return an input near an example whose values have the wanted ranks, by halving the interval to the end of the
+        box in which the rank increases or decreases.
         """
         goal = ranks.copy()
         goal[list(wanted)] = list(wanted.values())
@@ -196,8 +193,16 @@ class TreeProver:
             now = torch.from_numpy(self.ranks(x)[0] - goal).to(x.device).reshape(x.shape)
             return torch.where(change > 0, now >= 0, now <= 0)
 
-        for _ in range(_HALVINGS):
+        for halving in range(_HALVINGS):
             middle = near + (far - near) / 2
             arrived = reached(middle)
             near, far = torch.where(arrived, near, middle), torch.where(arrived, middle, far)
-        return torch.where(change == 0, one.x, far)
+            x_adv = torch.where(change == 0, one.x, far)
+            # the end of the box may be outside of the tolerance of the harness by a rounding error
+            if (
+                halving >= _LEAST_HALVINGS
+                and self._allowed(x_adv, one)
+                and (self.ranks(x_adv)[0] == goal).all()
+            ):
+                break
+        return x_adv

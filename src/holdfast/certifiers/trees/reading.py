@@ -5,14 +5,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdfast.certifiers.trees.ensemble import Ensemble, Flags, Floats, Integers, Width, rounded_up
+from holdfast.certifiers.trees.ensemble import Ensemble, Floats, Integers, Width, rounded_up
 from holdfast.core.errors import NoBounds
 from holdfast.core.model import Classifier
 from holdfast.io.models.estimators import Estimator
@@ -21,6 +21,8 @@ MAX_DEPTH = 500
 """Largest depth of a tree; trees are cut to a region by recursion."""
 _CHECKED = 1000
 """Largest number of thresholds next to which both forms of an ensemble are compared."""
+_LIGHTGBM_ZERO = float(np.float32(1e-35))
+"""`kZeroThreshold` of LightGBM"""
 _FORESTS = ("RandomForestClassifier", "ExtraTreesClassifier")
 _MONOTONE = ("StandardScaler", "MinMaxScaler", "MaxAbsScaler", "RobustScaler")
 """transformations of scikit-learn by an increasing function of each feature"""
@@ -48,26 +50,30 @@ class TreeModel:
     steps: tuple[Any, ...] = ()
     """increasing transformations of each feature that precede the ensemble"""
 
+    zero: float = 0.0
+    """size up to which the library treats values as zeros"""
+
     def rows(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return rows of the ensemble for rows of the wrapped model."""
         for step in self.steps:
             values = step.transform(values)
         return np.asarray(values).astype(self.ensemble.width)
 
+    def ranks(self, rows: NDArray[Any]) -> Integers:
+        """Return the ranks of rows of the ensemble."""
+        return self.ensemble.ranks(np.where(np.abs(rows) <= self.zero, 0.0, rows))
 
-@dataclass(frozen=True, eq=False)
-class _Tree:
-    """One tree of a library, with thresholds from which on a row goes to the right child."""
 
-    feature: Integers
+class _Tree(NamedTuple):
+    """Nodes of one tree of a library, with thresholds from which on a row goes to the right child."""
+
+    feature: NDArray[Any]
     threshold: Floats
-    missing_left: Flags
-    left: Integers
-    right: Integers
+    missing_left: NDArray[Any]
+    left: NDArray[Any]
+    right: NDArray[Any]
     value: Floats
-    """(nodes,), or (nodes, classes)"""
-    output: int = 0
-    """score to which the leaves of a tree with one value are added"""
+    """(nodes, outputs)"""
 
 
 def has_trees(model: Classifier) -> bool:
@@ -113,7 +119,7 @@ def refuse_other(tree_model: TreeModel, rows: NDArray[Any]) -> TreeModel:
     ensemble = tree_model.ensemble
     rows = np.concatenate((rows, _next_to_thresholds(ensemble, rows)))
     given = np.asarray(tree_model.scores(rows), dtype=np.float64).reshape(len(rows), -1)
-    computed = ensemble.scores(ensemble.ranks(rows)) / ensemble.divisor
+    computed = ensemble.scores(tree_model.ranks(rows)) / ensemble.divisor
     if given.shape == computed.shape:
         if tree_model.shifted:
             base = np.median(given - computed, axis=0)
@@ -162,47 +168,39 @@ def _kind(source: Any) -> str:
     return library if name in known.get(library, ()) else ""
 
 
-def _assembled(
-    trees: Sequence[_Tree], outputs: int, features: int, width: Width, *, sums: Width, divisor: float = 1.0
-) -> Ensemble:
-    """Return trees as one list of nodes."""
+def _assembled(trees: Sequence[_Tree], features: int, width: Width, **kind: Any) -> Ensemble:
+    """Return trees as one list of nodes. `kind` are further fields of the ensemble."""
     if not trees:
         raise NoBounds("the model has no trees, so that it predicts the same class for every input")
     sizes = [len(tree.feature) for tree in trees]
-    roots = np.concatenate(([0], np.cumsum(sizes)[:-1])).astype(np.int64)
-    value = np.zeros((sum(sizes), outputs))
-    for root, tree in zip(roots, trees, strict=True):
-        nodes = value[root : root + len(tree.feature)]
-        if tree.value.ndim == 2:
-            nodes[:] = tree.value
-        else:
-            nodes[:, tree.output] = tree.value
-    feature = np.concatenate([tree.feature for tree in trees])
-    value[feature >= 0] = 0.0
-    left, right = (
-        np.concatenate([getattr(tree, side) + root for tree, root in zip(trees, roots, strict=True)])
-        for side in ("left", "right")
-    )
+    roots = np.cumsum([0, *sizes[:-1]])
+    nodes = _Tree(*(np.concatenate(side) for side in zip(*trees, strict=True)))
+    inner, first = nodes.feature >= 0, np.repeat(roots, sizes)
     ensemble = Ensemble(
-        feature.astype(np.int64),
-        np.where(feature >= 0, np.concatenate([tree.threshold for tree in trees]), 0.0),
-        np.concatenate([tree.missing_left for tree in trees]).astype(bool),
-        left.astype(np.int64),
-        right.astype(np.int64),
-        value,
+        nodes.feature.astype(np.int64),
+        np.where(inner, nodes.threshold, 0.0),
+        nodes.missing_left.astype(bool),
+        nodes.left.astype(np.int64) + first,
+        nodes.right.astype(np.int64) + first,
+        np.where(inner[:, None], 0.0, nodes.value),
         roots,
-        np.zeros(outputs),
+        np.zeros(nodes.value.shape[1]),
         features,
         width,
-        sums,
-        divisor,
+        **kind,
     )
-    depth = _depth(ensemble)
-    if depth > MAX_DEPTH:
+    if _depth(ensemble) > MAX_DEPTH:
         raise NoBounds(
             f"a tree has more than {MAX_DEPTH} levels; limit the depth of the trees, and train again"
         )
     return ensemble
+
+
+def _in_column(values: NDArray[Any], output: int, outputs: int) -> Floats:
+    """Return values (nodes,) as a column of a matrix (nodes, outputs) of zeros."""
+    matrix = np.zeros((len(values), outputs))
+    matrix[:, output] = values
+    return matrix
 
 
 def _depth(ensemble: Ensemble) -> int:
@@ -235,30 +233,27 @@ def _read_xgboost(source: Any) -> TreeModel:
     kind = learner["gradient_booster"]["name"]
     if kind != "gbtree":
         raise NoBounds(f"the booster of XGBoost is {kind}; gbtree was expected")
-    model = learner["gradient_booster"]["model"]
+    outputs, model = (
+        max(1, int(learner["learner_model_param"]["num_class"])),
+        learner["gradient_booster"]["model"],
+    )
     trees = []
-    for content, output in zip(model["trees"], model["tree_info"], strict=True):
-        if int(content["tree_param"]["size_leaf_vector"]) > 1:
+    for tree, output in zip(model["trees"], model["tree_info"], strict=True):
+        if int(tree["tree_param"]["size_leaf_vector"]) > 1:
             raise NoBounds(
-                "a tree of XGBoost has leaves for several outputs; multi_strategy=one_output_per_tree was expected"
+                "a tree of XGBoost has leaves for several outputs; one tree per output was expected"
             )
-        if any(content["split_type"]):
+        if any(tree["split_type"]):
             raise NoBounds(_CATEGORICAL.format("XGBoost"))
-        left = np.array(content["left_children"], dtype=np.int64)
-        conditions = np.array(content["split_conditions"], dtype=np.float32).astype(np.float64)
-        trees.append(
-            _Tree(
-                np.where(left < 0, -1, np.array(content["split_indices"])),
-                conditions,
-                np.array(content["default_left"]),
-                left,
-                np.array(content["right_children"]),
-                conditions,
-                output,
-            )
+        left, right, feature, to_left = (
+            np.array(tree[key])
+            for key in ("left_children", "right_children", "split_indices", "default_left")
         )
-    outputs = max(1, int(learner["learner_model_param"]["num_class"]))
-    ensemble = _assembled(trees, outputs, booster.num_features(), "float32", sums="float32")
+        # a threshold, or the value of a leaf
+        values = np.array(tree["split_conditions"], dtype=np.float32).astype(np.float64)
+        feature = np.where(left < 0, -1, feature)
+        trees.append(_Tree(feature, values, to_left, left, right, _in_column(values, output, outputs)))
+    ensemble = _assembled(trees, booster.num_features(), "float32", sums="float32")
     return TreeModel(ensemble, lambda rows: margins(booster, (0, 0), rows), shifted=True)
 
 
@@ -268,43 +263,43 @@ def _read_lightgbm(source: Any) -> TreeModel:
     dump = booster.dump_model()
     outputs = int(dump["num_tree_per_iteration"])
     trees = [
-        _lightgbm_tree(tree["tree_structure"], place % outputs)
+        _lightgbm_tree(tree["tree_structure"], place % outputs, outputs)
         for place, tree in enumerate(dump["tree_info"])
     ]
     slope = re.search(r"sigmoid:(\S+)", str(dump.get("objective", "")))
     divisor = (len(trees) / outputs if dump["average_output"] else 1.0) / (float(slope[1]) if slope else 1.0)
-    ensemble = _assembled(trees, outputs, booster.num_feature(), "float64", sums="float64", divisor=divisor)
-    return TreeModel(ensemble, lambda rows: booster.predict(rows, raw_score=True) / divisor)
+    ensemble = _assembled(trees, booster.num_feature(), "float64", divisor=divisor)
+    return TreeModel(
+        ensemble, lambda rows: booster.predict(rows, raw_score=True) / divisor, zero=_LIGHTGBM_ZERO
+    )
 
 
-def _lightgbm_tree(structure: dict[str, Any], output: int) -> _Tree:
-    nodes, lefts, rights = [structure], list[int](), list[int]()
+def _lightgbm_tree(structure: dict[str, Any], output: int, outputs: int) -> _Tree:
+    nodes, children = [structure], list[tuple[int, int]]()
     for node in nodes:  # which grows
-        inner = "split_feature" in node
-        lefts.append(len(nodes) if inner else -1)
-        rights.append(len(nodes) + 1 if inner else -1)
-        if not inner:
+        if "split_feature" not in node:
+            children.append((-1, -1))
             continue
         if node["decision_type"] != "<=":
             raise NoBounds(_CATEGORICAL.format("LightGBM"))
         if node["missing_type"] == "Zero":
             raise NoBounds("LightGBM treats zeros as missing values; zero_as_missing=False was expected")
+        children.append((len(nodes), len(nodes) + 1))
         nodes += [node["left_child"], node["right_child"]]
-    threshold = np.array([node.get("threshold", 0.0) for node in nodes], dtype=np.float64)
-    by_zero = np.array([node.get("missing_type") == "None" for node in nodes])
-    return _Tree(
-        np.array([node.get("split_feature", -1) for node in nodes]),
-        rounded_up(threshold, "float64", beyond=True),
-        # without a branch for missing values, they are compared as zeros
-        np.where(by_zero, threshold >= 0, [bool(node.get("default_left")) for node in nodes]),
-        np.array(lefts),
-        np.array(rights),
-        np.array([node.get("leaf_value", 0.0) for node in nodes], dtype=np.float64),
-        output,
-    )
+
+    def column(key: str, absent: float) -> NDArray[Any]:
+        return np.array([node.get(key, absent) for node in nodes])
+
+    threshold = column("threshold", 0.0).astype(np.float64)
+    # without a branch for missing values, they are compared as zeros
+    to_left = np.where(column("missing_type", 0) == "None", threshold >= 0, column("default_left", False))
+    left, right = np.array(children).T
+    value = _in_column(column("leaf_value", 0.0), output, outputs)
+    beyond = rounded_up(threshold, "float64", beyond=True)
+    return _Tree(column("split_feature", -1), beyond, to_left, left, right, value)
 
 
-def _sklearn_tree(tree: Any, value: Floats, output: int = 0) -> _Tree:
+def _sklearn_tree(tree: Any, value: Floats) -> _Tree:
     return _Tree(
         np.where(tree.children_left < 0, -1, tree.feature),
         rounded_up(tree.threshold, "float32", beyond=True),
@@ -312,30 +307,29 @@ def _sklearn_tree(tree: Any, value: Floats, output: int = 0) -> _Tree:
         tree.children_left,
         tree.children_right,
         value,
-        output,
     )
 
 
 def _read_forest(source: Any) -> TreeModel:
     """Trees of a decision tree or a forest, whose leaves are probabilities."""
     members = [source] if type(source).__name__ == "DecisionTreeClassifier" else source.estimators_
-    trees = []
-    for member in members:
-        value = member.tree_.value[:, 0, :]
-        trees.append(_sklearn_tree(member.tree_, value / value.sum(1, keepdims=True)))
-    outputs, divisor = len(source.classes_), float(len(trees))
-    ensemble = _assembled(trees, outputs, source.n_features_in_, "float32", sums="float64", divisor=divisor)
+    values = [member.tree_.value[:, 0, :] for member in members]
+    trees = [
+        _sklearn_tree(member.tree_, value / value.sum(1, keepdims=True))
+        for member, value in zip(members, values, strict=True)
+    ]
+    ensemble = _assembled(trees, source.n_features_in_, "float32", divisor=float(len(trees)))
     return TreeModel(ensemble, source.predict_proba)
 
 
 def _read_gradient_boosting(source: Any) -> TreeModel:
+    stages, rate = source.estimators_, source.learning_rate
     trees = [
-        _sklearn_tree(member.tree_, source.learning_rate * member.tree_.value[:, 0, 0], output)
-        for stage in source.estimators_
-        for output, member in enumerate(stage)
+        _sklearn_tree(tree.tree_, _in_column(rate * tree.tree_.value[:, 0, 0], output, len(stage)))
+        for stage in stages
+        for output, tree in enumerate(stage)
     ]
-    outputs = source.estimators_.shape[1]
-    ensemble = _assembled(trees, outputs, source.n_features_in_, "float32", sums="float64")
+    ensemble = _assembled(trees, source.n_features_in_, "float32")
     return TreeModel(ensemble, source.decision_function, shifted=True)
 
 
@@ -346,20 +340,12 @@ def _read_histograms(source: Any) -> TreeModel:
             nodes = predictor.nodes
             if nodes["is_categorical"].any():
                 raise NoBounds(_CATEGORICAL.format("HistGradientBoostingClassifier"))
-            is_leaf = nodes["is_leaf"].astype(bool)
-            trees.append(
-                _Tree(
-                    np.where(is_leaf, -1, nodes["feature_idx"]),
-                    rounded_up(nodes["num_threshold"], "float64", beyond=True),
-                    nodes["missing_go_to_left"],
-                    nodes["left"].astype(np.int64),
-                    nodes["right"].astype(np.int64),
-                    nodes["value"],
-                    output,
-                )
-            )
-    outputs = len(source._predictors[0]) if source._predictors else 1
-    ensemble = _assembled(trees, outputs, source.n_features_in_, "float64", sums="float64")
+            feature = np.where(nodes["is_leaf"], -1, nodes["feature_idx"])
+            threshold = rounded_up(nodes["num_threshold"], "float64", beyond=True)
+            value = _in_column(nodes["value"], output, len(stage))
+            to_left, left, right = (nodes[key] for key in ("missing_go_to_left", "left", "right"))
+            trees.append(_Tree(feature, threshold, to_left, left, right, value))
+    ensemble = _assembled(trees, source.n_features_in_, "float64")
     return TreeModel(ensemble, source.decision_function, shifted=True)
 
 

@@ -22,6 +22,9 @@ from holdfast.certifiers.trees.ensemble import Ensemble, Floats, Integers
 
 Box = Mapping[int, tuple[int, int]]
 """smallest and largest rank of features; other features are not restricted"""
+_FOCAL = 0.1
+"""relaxation of the search of Veritas, which searches in the depth first if it is small: on boosted trees of depth 6,
+counterexamples were found up to 20 times faster than with its default 0.8, and proofs took the same time"""
 _STEPS = 100
 """number of steps of Veritas between two looks at the clock"""
 _SLACK = 1e-9
@@ -85,7 +88,7 @@ def smallest_lead(
             trees.append(cut)
         else:
             lead += cut
-    groups = _groups(trees)
+    groups = _groups(trees, (low, high))
     results = [_minimum(group, row, (low, high)) for group in groups]
     easy = [result for result in results if isinstance(result, Worst)]
     lead += sum(result.bound for result in easy)
@@ -129,17 +132,15 @@ def _leaves(tree: _Cut, box: Box, ends: tuple[Integers, Integers]) -> Iterator[t
     yield from _leaves(tree.right, {**box, tree.feature: (tree.cut, high)}, ends)
 
 
-def _features(tree: _Cut) -> frozenset[int]:
-    if not isinstance(tree, _Split):
-        return frozenset()
-    return frozenset((tree.feature,)) | _features(tree.left) | _features(tree.right)
+def _features(tree: _Split, ends: tuple[Integers, Integers]) -> set[int]:
+    return {feature for _, box in _leaves(tree, {}, ends) for feature in box}
 
 
-def _groups(trees: Sequence[_Split]) -> list[list[_Split]]:
+def _groups(trees: Sequence[_Split], ends: tuple[Integers, Integers]) -> list[list[_Split]]:
     """Return the trees in groups, so that trees of different groups have no common feature."""
-    groups: list[tuple[frozenset[int], list[_Split]]] = []
+    groups: list[tuple[set[int], list[_Split]]] = []
     for tree in trees:
-        features, members = _features(tree), [tree]
+        features, members = _features(tree, ends), [tree]
         apart = []
         for group in groups:
             if group[0] & features:
@@ -155,7 +156,7 @@ def _minimum(group: Sequence[_Split], row: Integers, ends: tuple[Integers, Integ
     if len(group) == 1:
         value, box = min(_leaves(group[0], {}, ends), key=lambda leaf: leaf[0])
         return Worst(value, _nearest(box, row))
-    (feature, *others) = _features(group[0]).union(*map(_features, group[1:]))
+    (feature, *others) = set[int]().union(*(_features(tree, ends) for tree in group))
     if others:
         return None
     low, high = int(ends[0][feature]), int(ends[1][feature])
@@ -190,11 +191,16 @@ def _searched(
         _copy_into(ensemble.add_tree(), 0, tree)
     # Veritas maximises, so that leaves are negated; an output of at least `wanted` is a lead of at most `limit`
     wanted = lead - limit
-    wanted -= _SLACK * (abs(lead) + abs(limit) + sum(_largest(tree) for tree in trees))
+    wanted -= _SLACK * (
+        abs(lead)
+        + abs(limit)
+        + sum(max(abs(value) for value, _ in _leaves(tree, {}, ends)) for tree in trees)
+    )
     config = veritas.Config(veritas.HeuristicType.MAX_OUTPUT)
     config.ignore_state_when_worse_than = wanted
     config.stop_when_num_solutions_exceeds = 1
     config.stop_when_optimal = True
+    config.focal_eps = _FOCAL
     search = config.get_search(ensemble)
     reason = search.step_for(max(deadline - time.perf_counter(), 0.0), _STEPS)
     if search.num_solutions():
@@ -210,12 +216,6 @@ def _searched(
     if reason == veritas.StopReason.NO_MORE_OPEN:
         return Worst(math.nextafter(limit, math.inf), attained=False, work=1 + work)
     return Worst(-math.inf, attained=False, stopped=True, work=1 + work)
-
-
-def _largest(tree: _Cut) -> float:
-    if not isinstance(tree, _Split):
-        return abs(tree)
-    return max(_largest(tree.left), _largest(tree.right))
 
 
 def _copy_into(target: Any, node: int, tree: _Cut) -> None:

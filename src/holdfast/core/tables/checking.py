@@ -89,7 +89,11 @@ def distances(rules: Rules, x_adv: Rows, x: Rows) -> Rows:
             forbidden |= change != 0
         forbidden |= (change < 0) if column.change == "up" else (change > 0) & (column.change == "down")
         if name not in grouped:
-            sizes.append((change != 0) / rules.unit(name) if column.type == "category" else np.abs(change) / rules.unit(name))
+            sizes.append(
+                (change != 0) / rules.unit(name)
+                if column.type == "category"
+                else np.abs(change) / rules.unit(name)
+            )
     for group in rules.groups:
         places = [rules.places[name] for name in group]
         cost = max(rules.columns[name].cost for name in group)
@@ -143,7 +147,9 @@ def _value(expression: Expression, values: Callable[[str], Rows]) -> Rows:
             parts = [_value(argument, values) for argument in arguments]
             if function == "abs":
                 return np.asarray(np.abs(parts[0]))
-            return np.asarray((np.minimum if function == "min" else np.maximum).reduce(np.broadcast_arrays(*parts)))
+            return np.asarray(
+                (np.minimum if function == "min" else np.maximum).reduce(np.broadcast_arrays(*parts))
+            )
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ class RuleCheck:
     """number of rows that violate each rule, for rules that some row violates"""
     idle: tuple[str, ...]
     """relations that no row inside the limits of the columns can violate"""
+    fixed: tuple[str, ...]
+    """columns that may change, whose smallest change is larger than the budget"""
 
     def notes(self, rows: int) -> tuple[str, ...]:
         """Return a sentence for each finding."""
@@ -161,15 +169,39 @@ class RuleCheck:
             f"{count:,} of {rows:,} clean rows violate the rule {text!r}, which is not applied to changes of these rows"
             for text, count in self.broken.items()
         )
-        idle = (f"the relation {text!r} holds for every row within the limits of the columns" for text in self.idle)
-        return (*broken, *idle)
+        idle = (
+            f"the relation {text!r} holds for every row within the limits of the columns"
+            for text in self.idle
+        )
+        return (*broken, *idle, *([self._fixed_columns()] if self.fixed else []))
+
+    def _fixed_columns(self) -> str:
+        count = "1 column" if len(self.fixed) == 1 else f"{len(self.fixed)} columns"
+        more = " …" if len(self.fixed) > 6 else ""
+        return (
+            f"{count} cannot change, because the smallest change exceeds the budget: "
+            f"{', '.join(self.fixed[:6])}{more}; a lower cost would allow it"
+        )
 
 
 def checked(rules: Rules, x: Rows) -> RuleCheck:
     """Compare rules with the clean rows `x` (n, columns)."""
     counts = {text: int(violated.sum()) for text, violated in violations(rules, x).items()}
     idle = tuple(relation.text for relation in rules.relations if _always_holds(relation, rules))
-    return RuleCheck({text: count for text, count in counts.items() if count}, idle)
+    fixed = tuple(
+        name
+        for name, column in rules.columns.items()
+        if rules.mutable(name) and column.type != "number" and _smallest(rules, name) > rules.budget.eps
+    )
+    return RuleCheck({text: count for text, count in counts.items() if count}, idle, fixed)
+
+
+def _smallest(rules: Rules, name: str) -> float:
+    """Return the size of the smallest change of a whole number or of a category in the budget."""
+    grouped = any(name in group for group in rules.groups)
+    if rules.budget.norm == "l0":
+        return 1.0
+    return rules.columns[name].cost if grouped else 1 / rules.unit(name)
 
 
 Interval = tuple[float, float]
@@ -204,7 +236,7 @@ def _interval(expression: Expression, limits: Callable[[str], Interval]) -> Inte
         case Call(function, arguments):
             parts = [_interval(argument, limits) for argument in arguments]
             if function == "abs":
-                (low, high), = parts
+                ((low, high),) = parts
                 return (0.0 if low <= 0 <= high else min(abs(low), abs(high))), max(abs(low), abs(high))
             choose: Callable[[Sequence[float]], float] = min if function == "min" else max
             return choose([low for low, _ in parts]), choose([high for _, high in parts])

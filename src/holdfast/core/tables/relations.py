@@ -1,9 +1,9 @@
 """Relations between the columns of a table, such as `n_failed <= n_logins`, as expression trees.
 
-A relation is a comparison of two expressions with `<=`, `<`, `==`, `>=` or `>`, comparisons that are joined by `and` or
-`or`, or `if A then B`. Expressions have column names, numbers, `+ - * /`, `min`, `max` and `abs`. A column whose name is
-no identifier is written in quotes, as in `"days past due" >= 0`. Nothing is executed: the text is parsed, and only these
-parts are accepted.
+A relation is a comparison of two expressions with `<=`, `<`, `==`, `>=` or `>`, comparisons that are joined by `and`
+or `or`, or `if A then B`. Expressions have column names, numbers, `+ - * /`, `min`, `max` and `abs`. A column whose
+name is no identifier is written in quotes, as in `"days past due" >= 0`. Nothing is executed: the text is parsed, and
+only these parts are accepted.
 """
 
 import ast
@@ -122,8 +122,8 @@ def _parsed(part: str, text: str) -> Condition:
 
 def _refusal(text: str, reason: str) -> UsageError:
     return UsageError(
-        f"the relation {text!r} is not supported: {reason}; expected comparisons of columns, numbers, + - * /, min, max "
-        "and abs, joined by and, or, or written as if A then B, as in if n_failed > 0 then n_logins > 0"
+        f"the relation {text!r} is not supported: {reason}; expected comparisons of columns, numbers, + - * /, "
+        "min, max and abs, joined by and, or, or written as if A then B, as in if n_failed > 0 then n_logins > 0"
     )
 
 
@@ -177,10 +177,12 @@ def _expression(node: ast.expr, text: str, depth: int) -> Expression:
             sides = (_expression(side, text, depth + 1) for side in (left, right))
             return Arithmetic(_OPERATORS[type(operator)], *sides)
         case ast.Call(func=ast.Name(id="min" | "max" | "abs" as name), args=arguments, keywords=[]):
-            function: Function = name  # type: ignore[assignment]
+            function: Function = name
             least, most = _ARGUMENTS[function]
             if not least <= len(arguments) <= most:
-                raise _refusal(text, f"{name} has {len(arguments)} arguments, and {least} to {most} were expected")
+                raise _refusal(
+                    text, f"{name} has {len(arguments)} arguments, and {least} to {most} were expected"
+                )
             return Call(function, tuple(_expression(argument, text, depth + 1) for argument in arguments))
         case _:
             raise _refusal(text, f"{ast.unparse(node)!r} is not an expression of columns")

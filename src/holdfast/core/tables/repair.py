@@ -31,6 +31,8 @@ _SLACK = 1e-9
 """Relative difference of sides, in double precision, that needs no repair."""
 _PASSES = 3
 """Number of times that all relations are repaired, because a repair may violate another relation."""
+_KEPT = 1e6
+"""Added cost of a further change of a column that the attack has changed, in units, which exceeds any other cost."""
 _COLUMNS = 4
 """Largest number of columns that one repair of a relation changes."""
 
@@ -47,9 +49,12 @@ def violation(condition: Condition, places: Mapping[str, int], x: Tensor) -> Ten
             return excess.abs() if condition.order == "==" else excess.clamp_min(0)
 
 
-def repaired(tensors: "TableTensors", x: Tensor, clean: Tensor) -> Tensor:
+def repaired(tensors: "TableTensors", x: Tensor, clean: Tensor, *, undo: bool) -> Tensor:
     """Return the rows `x` (n, columns), float64, with columns changed so that they satisfy relations which their clean
     rows satisfy, as far as single columns can do that. `x` is not changed.
+
+    With `undo`, the column is preferred that brings the row nearest to its clean row, which may undo a change of the
+    attack. Otherwise columns are preferred that the attack has not changed.
     """
     if not tensors.rules.relations:
         return x
@@ -65,7 +70,7 @@ def repaired(tensors: "TableTensors", x: Tensor, clean: Tensor) -> Tensor:
                 rows = broken.nonzero()[:, 0]
                 if len(rows):
                     unrepaired = True
-                    part = _Part(tensors, places, clean[rows], low[rows], high[rows], movable)
+                    part = _Part(tensors, places, clean[rows], low[rows], high[rows], movable, undo=undo)
                     x[rows] = part.satisfied(relation.condition, x[rows])
             if not unrepaired:
                 break
@@ -83,7 +88,10 @@ class _Part:
         low: Tensor,
         high: Tensor,
         movable: Tensor,
+        *,
+        undo: bool,
     ) -> None:
+        self._undo = undo
         self._tensors, self._places, self._movable = tensors, places, movable
         self._clean, self._low, self._high = clean, low, high
 
@@ -133,7 +141,11 @@ class _Part:
         target = torch.clamp(x + needed.nan_to_num(0.0, 0.0, 0.0), self._low, self._high)
         left = excess[:, None] + slope * (target - x)
         left = left.abs() if comparison.order == "==" else left.clamp_min(0)
-        cost = ((target - self._clean).abs() - (x - self._clean).abs()) / self._unit
+        cost = (target - x).abs() / self._unit
+        if self._undo:
+            cost = ((target - self._clean).abs() - (x - self._clean).abs()) / self._unit
+        else:
+            cost = cost + _KEPT * (x != self._clean)
         usable = self._movable & (slope != 0) & (target != x) & ~x.isnan()
         done = usable & (left <= _SLACK)
         rank = torch.where(done, cost, torch.where(usable, 1e12 + left, torch.inf)).nan_to_num(torch.inf)
@@ -146,8 +158,8 @@ class _Part:
 
 
 def _excess(comparison: Comparison, places: Mapping[str, int], x: Tensor) -> Tensor:
-    """Return the left side of a comparison less the right side (n). It is at most 0 where `<=` and `<` hold, and 0 where
-    `==` holds.
+    """Return the left side of a comparison less the right side (n). It is at most 0 where `<=` and `<` hold, and 0
+    where `==` holds.
     """
     left, right = (_value(side, places, x) for side in (comparison.left, comparison.right))
     difference = left - right
@@ -179,5 +191,5 @@ def _value(expression: Expression, places: Mapping[str, int], x: Tensor) -> Tens
             parts = [_value(argument, places, x) for argument in arguments]
             if function == "abs":
                 return parts[0].abs()
-            stacked = torch.stack(torch.broadcast_tensors(*parts))
+            stacked = torch.stack([part.expand(len(x)) for part in parts])
             return stacked.amin(0) if function == "min" else stacked.amax(0)

@@ -7,14 +7,13 @@ The module does not import torch.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Gt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.spelling import suggestion
 from holdfast.core.tables.relations import Relation, parse_relation
 
@@ -27,14 +26,15 @@ FAR = 1e30
 MOST_VALUES = 10_000
 """Largest number of values of a category."""
 
-_STRICT: Any = ConfigDict(extra="forbid", strict=False)
+_FORM: Any = {"extra": "forbid", "coerce_numbers_to_str": True}
+"""Form of the entries of a file: unknown keys are refused, and numbers may be values of a category."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """Valid values of a column, and how an attacker may change them."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = _FORM
 
     type: ColumnType = "number"
     """number, whole number, or category"""
@@ -58,7 +58,7 @@ class Column:
 class Budget:
     """How much of a row an attacker may change: `norm` of the changes, each divided by its unit, is at most `eps`."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = _FORM
 
     norm: BudgetNorm = "linf"
     """how changes of columns are combined: the largest, the Euclidean length, the sum, or the number of columns"""
@@ -66,18 +66,6 @@ class Budget:
     """largest combined change"""
     unit: Literal["range", "value"] = "range"
     """whether a change of a number is measured in widths of its range, or in its own unit"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _File:
-    """Content of a file of rules."""
-
-    __pydantic_config__ = _STRICT
-
-    columns: dict[str, Column]
-    budget: Budget = field(default_factory=Budget)
-    groups: tuple[tuple[str, ...], ...] = ()
-    relations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,14 +95,14 @@ class Rules:
 
     @cached_property
     def content(self) -> str:
-        """The rules as JSON, from which `rules_from` returns equal ones."""
-        declared = _File(
-            columns=dict(self.columns),
-            budget=self.budget,
-            groups=self.groups,
-            relations=tuple(relation.text for relation in self.relations),
-        )
-        return json.dumps(TypeAdapter(_File).dump_python(declared, mode="json", exclude_defaults=True))
+        """The rules as JSON, from which `rules_of` returns equal ones."""
+        content = {
+            "columns": {name: asdict(column) for name, column in self.columns.items()},
+            "budget": asdict(self.budget),
+            "groups": self.groups,
+            "relations": [relation.text for relation in self.relations],
+        }
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
     def mutable(self, name: str) -> bool:
         """Return whether an attacker may change a column."""
@@ -145,41 +133,52 @@ class Rules:
         return (column.unit or usual) / column.cost
 
 
-def rules_from(content: Any, source: str) -> Rules:
-    """Return the rules in the content of a YAML or JSON file. Raises `UsageError` with the place of the first mistake.
-
-    `source` is the name of the file in messages.
-    """
+def rules_of(content: str) -> Rules:
+    """Return the rules in the JSON text `Rules.content`. Raises `TargetError` for any other text."""
     try:
-        declared = TypeAdapter(_File).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(
-            f"{source}: {place} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}; a mapping with "
-            "columns, budget, groups and relations was expected, as holdfast init writes it"
-        ) from None
-    if not declared.columns:
-        raise UsageError(f"{source} has no columns; list all features of the table in their order")
-    for name, column in declared.columns.items():
-        _refuse_column(name, column, source)
-    _refuse_budget(declared.budget, declared.columns, source)
-    relations = tuple(map(parse_relation, declared.relations))
-    rules = Rules(declared.columns, declared.budget, declared.groups, relations)
-    _refuse_groups(rules, source)
-    for relation in relations:
-        _refuse_relation(relation, rules, source)
-    if not any(map(rules.mutable, rules.names)):
-        raise UsageError(
-            f"{source} lets an attacker change no column, so nothing can be attacked; set change of a column to any, up "
-            "or down, and its min below its max"
+        entries = json.loads(content)
+        columns = {name: Column(**_typed(entry)) for name, entry in entries["columns"].items()}
+        groups = tuple(tuple(map(str, group)) for group in entries["groups"])
+        rules = Rules(
+            columns, Budget(**entries["budget"]), groups, tuple(map(parse_relation, entries["relations"]))
         )
+        refuse_rules(rules, "the stored rules")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise TargetError(f"the stored rules of a table are damaged: {error}; repeat the run") from error
     return rules
 
 
-def rules_of(content: str) -> Rules:
-    """Return the rules in the JSON text `Rules.content`."""
-    return rules_from(json.loads(content), "the stored rules")
+def _typed(entry: Mapping[str, object]) -> dict[str, Any]:
+    """Return the stored properties of a column with tuples in place of lists."""
+    expected = {"type": get_args(ColumnType), "change": get_args(Change), "missing": (True, False)}
+    for name, value in entry.items():
+        if name in expected and value not in expected[name]:
+            raise ValueError(f"{name} is {value!r}")
+        if name in ("min", "max", "cost", "unit") and not isinstance(value, int | float | None):
+            raise ValueError(f"{name} is {value!r}")
+    return {
+        name: tuple(map(str, value)) if isinstance(value, list) else value for name, value in entry.items()
+    }
+
+
+def refuse_rules(rules: Rules, source: str) -> None:
+    """Raise `UsageError` for rules that contradict each other, or that let an attacker change nothing.
+
+    `source` is the name of the file in messages.
+    """
+    if not rules.columns:
+        raise UsageError(f"{source} has no columns; list all features of the table in their order")
+    for name, column in rules.columns.items():
+        _refuse_column(name, column, source)
+    _refuse_budget(rules.budget, rules.columns, source)
+    _refuse_groups(rules, source)
+    for relation in rules.relations:
+        _refuse_relation(relation, rules, source)
+    if not any(map(rules.mutable, rules.names)):
+        raise UsageError(
+            f"{source} lets an attacker change no column, so nothing can be attacked; set change of a column to "
+            "any, up or down, and its min below its max"
+        )
 
 
 def _refuse_budget(budget: Budget, columns: Mapping[str, Column], source: str) -> None:
@@ -188,7 +187,9 @@ def _refuse_budget(budget: Budget, columns: Mapping[str, Column], source: str) -
     if budget.norm != "l0":
         return
     if budget.eps % 1:
-        raise UsageError(f"{source}: eps of the budget is {budget.eps:g}; l0 counts columns, so it must be whole")
+        raise UsageError(
+            f"{source}: eps of the budget is {budget.eps:g}; l0 counts columns, so it must be whole"
+        )
     for name, column in columns.items():
         if column.cost != 1:
             raise UsageError(
@@ -202,17 +203,23 @@ def _refuse_column(name: str, column: Column, source: str) -> None:
     where = f"{source}: column {name!r}"
     limits = [limit for limit in (column.min, column.max) if limit is not None]
     if any(not math.isfinite(limit) or abs(limit) > FAR for limit in limits):
-        raise UsageError(f"{where} has the limits {column.min} and {column.max}; finite numbers were expected")
+        raise UsageError(
+            f"{where} has the limits {column.min} and {column.max}; finite numbers were expected"
+        )
     if column.type == "category":
         if not column.values or len(set(column.values)) != len(column.values):
-            raise UsageError(f"{where} is a category; its values were expected, each once, as in values: [a, b]")
+            raise UsageError(
+                f"{where} is a category; its values were expected, each once, as in values: [a, b]"
+            )
         if len(column.values) > MOST_VALUES:
             raise UsageError(
-                f"{where} has {len(column.values):,} values; at most {MOST_VALUES:,} were expected: is it an identifier? "
-                "Drop it"
+                f"{where} has {len(column.values):,} values; at most {MOST_VALUES:,} were expected: is it an "
+                "identifier? Drop it"
             )
         if limits or column.unit is not None or column.change in ("up", "down"):
-            raise UsageError(f"{where} is a category, which has no min, max, unit or direction; leave them out")
+            raise UsageError(
+                f"{where} is a category, which has no min, max, unit or direction; leave them out"
+            )
         return
     if column.values:
         raise UsageError(f"{where} has values, which only a category has; set its type to category")
@@ -260,7 +267,9 @@ def _refuse_relation(relation: Relation, rules: Rules, source: str) -> None:
 def _refuse_unknown(name: str, rules: Rules, where: str) -> None:
     if name not in rules.columns:
         near = suggestion(name, rules.names)
-        raise UsageError(f"{where} has no column {name!r}{f'; {near}' if near else ' among the columns of the file'}")
+        raise UsageError(
+            f"{where} has no column {name!r}{f'; {near}' if near else ' among the columns of the file'}"
+        )
 
 
 def refuse_other_columns(rules: Rules, columns: Sequence[str], table: str) -> None:
@@ -274,6 +283,6 @@ def refuse_other_columns(rules: Rules, columns: Sequence[str], table: str) -> No
         )
     if without:
         raise UsageError(
-            f"{table} has the column {without[0]!r}, which the rules do not list; add it, with change: none if it cannot "
-            f"be attacked, or leave it out with drop={without[0]}"
+            f"{table} has the column {without[0]!r}, which the rules do not list; add it, with change: none if it "
+            f"cannot be attacked, or leave it out with drop={without[0]}"
         )

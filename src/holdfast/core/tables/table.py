@@ -5,6 +5,7 @@ Data", NeurIPS 2024, arXiv:2406.00775, for rules, repair and rounding. Differs f
 not only equalities, and a row that cannot be repaired moves towards its clean row until it is valid.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.tables.checking import distances
@@ -146,11 +147,17 @@ class Table:
         pending = torch.arange(len(x), device=x.device)
         for share in _SHARES:
             rows = clean[pending]
-            nearer = point[pending] if share == 1 else self._within(point[pending], rows, _shrunk(self.ball, share))
-            candidate = repaired(self.tensors, self._rounded(nearer, rows), rows).to(x.dtype)
-            fits = self.allows(candidate, x[pending])
-            result[pending[fits]] = candidate[fits]
-            pending = pending[~fits]
+            nearer = (
+                point[pending]
+                if share == 1
+                else self._within(point[pending], rows, _shrunk(self.ball, share))
+            )
+            rounded = self._rounded(nearer, rows)
+            for undo in (False, True):
+                candidate = repaired(self.tensors, rounded, rows, undo=undo).to(x.dtype)
+                fits = self.allows(candidate, x[pending])
+                result[pending[fits]] = candidate[fits]
+                pending, rounded, rows = pending[~fits], rounded[~fits], rows[~fits]
             if not len(pending):
                 break
         return result
@@ -192,10 +199,22 @@ class Table:
     def __str__(self) -> str:
         return f"table:{self.file},eps={self.eps:g}"
 
-    def _within(self, point: Tensor, clean: Tensor, ball: Constraint) -> Tensor:
-        unit = self.tensors.unit.to(clean.device)
+    def _within(self, point: Tensor, clean: Tensor, ball: Linf | L2 | L1 | L0) -> Tensor:
+        # A change of a group is that of two columns, and counts once.
+        grouped = self.tensors.grouped.to(clean.device)
+        twice = {"l2": math.sqrt(2), "l1": 2.0}.get(ball.name, 1.0)
+        unit = torch.where(grouped, twice, 1.0) * self.tensors.unit.to(clean.device)
         change = ((point - clean) / unit).nan_to_num(0.0)
-        return clean + ball.project(change, torch.zeros_like(change), _ANYWHERE) * unit
+        still = torch.zeros_like(change)
+        if not isinstance(ball, L0) or not grouped.any():
+            return clean + ball.project(change, still, _ANYWHERE) * unit
+        groups = torch.stack(
+            [(change[:, group] != 0).any(1) for group in map(list, self.tensors.groups)]
+        ).sum(0)
+        others = ball.within(
+            change * ~grouped, still, _ANYWHERE, (ball.eps - groups.to(change.dtype)).clamp_min(0)
+        )
+        return clean + torch.where(grouped, change, others) * unit
 
     def _rounded(self, point: Tensor, clean: Tensor) -> Tensor:
         """Return the rows with whole numbers and one-hot groups in place of other values."""
@@ -211,4 +230,6 @@ class Table:
 
 
 def _shrunk(ball: Linf | L2 | L1 | L0, share: float) -> Linf | L2 | L1 | L0:
-    return L0(max(float(int(ball.eps * share)), 0.0)) if isinstance(ball, L0) else ball.resized(ball.eps * share)
+    return (
+        L0(max(float(int(ball.eps * share)), 0.0)) if isinstance(ball, L0) else ball.resized(ball.eps * share)
+    )

@@ -1,5 +1,6 @@
 """Features of an inner layer of a network, for detectors that need them."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -51,3 +52,35 @@ def features_of(
         yield taken
     finally:
         hook.remove()
+
+
+def layer_before_last_linear(net: object) -> str | None:
+    """Return the name of the layer without parts that precedes the last linear layer; None if there is none."""
+    if not isinstance(net, nn.Module):
+        return None
+    leaves = [(name, module) for name, module in net.named_modules() if name and not list(module.children())]
+    linear = [place for place, (_, module) in enumerate(leaves) if isinstance(module, nn.Linear)]
+    return leaves[linear[-1] - 1][0] if linear and linear[-1] else None
+
+
+class LastFeatures:
+    """Function that returns the outputs of a layer (n, …) in the last call of a network by the same thread, which it
+    forgets; None if there was none, if they are no tensor, or if there is no such layer. Copies of the network share
+    it.
+    """
+
+    def __init__(self, network: object, layer: str | None) -> None:
+        self._last = threading.local()
+        modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+        if layer is not None and layer in modules:
+            modules[layer].register_forward_hook(self._keep)
+
+    def __deepcopy__(self, memo: object) -> "LastFeatures":
+        return self
+
+    def _keep(self, module: nn.Module, inputs: object, output: object) -> None:
+        self._last.output = output
+
+    def __call__(self) -> Tensor | None:
+        output, self._last.output = getattr(self._last, "output", None), None
+        return output if isinstance(output, Tensor) and output.dim() > 1 else None

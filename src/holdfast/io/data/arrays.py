@@ -37,6 +37,7 @@ from holdfast.io.remote.value_ranges import (
 )
 
 if TYPE_CHECKING:
+    from holdfast.core.text_edits import TextEdits
     from holdfast.io.data.example_groups import Groups
 
 _CHUNK = 1 << 22
@@ -275,9 +276,11 @@ def from_numpy(
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if expected.edits is not None:
-        from holdfast.io.data.texts import codes  # late: few inputs are texts
+        x, preserve = _codes(x, expected.edits, ids, name), True
+    if expected.rules is not None:
+        from holdfast.io.data.table_rows import notes_of_rules  # late: few inputs have rules
 
-        x, preserve = codes(x, expected.edits, ids, name), True
+        notes = (*notes, *notes_of_rules(expected.rules, x, ids, name))
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
@@ -317,6 +320,13 @@ def from_numpy(
         class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected)
     return data
+
+
+def _codes(x: Array, edits: "TextEdits", ids: NDArray[np.int64], name: str) -> Array:
+    """Return the code points of texts."""
+    from holdfast.io.data.texts import codes  # late: few inputs are texts
+
+    return codes(x, edits, ids, name)
 
 
 def with_network_layout(data: Arrays, expected: Expected) -> Arrays:

@@ -12,6 +12,7 @@ from holdfast.core.units import Units
 from holdfast.io.remote.probing import ProbedClassifier
 
 if TYPE_CHECKING:
+    from holdfast.core.tables.rules import Rules
     from holdfast.core.text_edits import TextEdits
 
 ClassOrder = Literal["lexical", "numeric"]
@@ -59,6 +60,8 @@ class Expected:
     """whether data without this column or array are refused; False if their groups are not used"""
     words: tuple[str, ...] | None = ()
     """columns of a table that are read as strings, and are no numeric features; None for all columns"""
+    rules: "Rules | None" = None
+    """rules of the table whose rows are the inputs; None for other inputs"""
     edits: "TextEdits | None" = None
     """constraint on texts, if the inputs are texts; None for numbers"""
 

@@ -65,10 +65,33 @@ def open_table(
     `header` are those of a CSV file. The columns of a file without a header get the names of the columns that the model
     was fitted on, in their order, if their number is equal.
     """
-    readable_file(path, "data file")
     expected = expected or Expected()
+    column_table = read_table(
+        path,
+        label=label,
+        drop=drop,
+        expected=expected,
+        inputs=None if expected.edits is not None else inputs,
+        separator=separator,
+        header=header,
+    )
+    return table_examples(column_table, choice, name=name, label=label, drop=drop, expected=expected)
+
+
+def read_table(
+    path: Path,
+    *,
+    label: str | None,
+    drop: tuple[str, ...] = (),
+    expected: Expected,
+    inputs: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
+) -> ColumnTable:
+    """Return the columns of a table file, of which those that `expected` names are read as strings."""
+    readable_file(path, "data file")
     request: dict[str, Any] = {
-        "inputs": None if expected is not None and expected.edits is not None else inputs,
+        "inputs": inputs,
         "separator": separator or ",",
         "header": header,
         "words": expected.words,
@@ -78,8 +101,7 @@ def open_table(
         description,
         folder,
     ):
-        column_table = replace(table(path, description, folder), has_header=header)
-    return table_examples(column_table, choice, name=name, label=label, drop=drop, expected=expected)
+        return replace(table(path, description, folder), has_header=header)
 
 
 def table_examples(
@@ -93,7 +115,7 @@ def table_examples(
 ) -> Arrays:
     """Return the rows of one split of a table in memory as a data set, with the same rules as `open_table`."""
     expected = expected or Expected()
-    label = _label(label, table)
+    label = label_column(label, table)
     _refuse_dropped(drop, label, table)
     groups = _groups(table, expected)
     drop = (*drop, *_groups_only(table, expected))
@@ -112,6 +134,11 @@ def table_examples(
 
         requested = expected.words[0] if expected.words else None
         x, notes = column_of_texts(table, requested, label, drop, chosen)
+    elif expected.rules is not None:
+        from holdfast.io.data.table_rows import rows_by_rules  # late: few tables have rules
+
+        features = expected.rules.names
+        x = rows_by_rules(table, expected.rules, label, drop, chosen)
     elif table.inputs is not None:
         x, layout, notes = _whole_inputs(table.inputs, chosen, name)
     else:
@@ -228,8 +255,8 @@ def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> l
     return list(fitted_names)
 
 
-def _label(label: str | None, table: ColumnTable) -> str:
-    """Return the name of the label column. Raises `UsageError` if it does not exist."""
+def label_column(label: str | None, table: ColumnTable) -> str:
+    """Return the name of the label column of a table. Raises `UsageError` if it does not exist."""
     if label is not None and label in table.columns:
         return label
     wrong = (
@@ -361,7 +388,8 @@ def _not_numbers(
     words = [name for name in text if name not in sparse]
     return TargetError(
         f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
-        f"numbers in place of the text, as the model was trained{empty}",
+        f"numbers in place of the text, as the model was trained, or give a threat such as table:rules.yaml, with the "
+        f"rules of the table, or text:edits=1,words=3, for a model of texts{empty}",
         *(_without(words) if 0 < len(words) < len(features) else ()),
     )
 

@@ -14,6 +14,7 @@ from holdfast.core.refusals import CUTS
 from holdfast.core.remedies import Remedy
 from holdfast.io.doctor.examined import STEADY, Examined, Finding, outputs_of
 from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels
+from holdfast.io.models.estimators import Estimator
 from holdfast.statistics.intervals import against_majority
 
 
@@ -139,6 +140,8 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
     if examined.model.access != "gradients":
         why = f" ({examined.model.hides})" if examined.model.hides else ""
         text = f"the model gives {examined.model.access} only{why}: the default suite is black-box"
+        if isinstance(examined.model.net, Estimator):
+            text += ", or trees for a tree ensemble"
         yield Finding("gradients", "good", text)
         return
     x = examined.batch.x.clone().requires_grad_()

@@ -69,19 +69,24 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
 
 def misfit(
-    model: Classifier, batch: Batch, batch_size: int, names: tuple[str, ...] | None = None
+    model: Classifier,
+    batch: Batch,
+    batch_size: int,
+    names: tuple[str, ...] | None = None,
+    *,
+    texts: bool = False,
 ) -> tuple[Finding | None, int]:
     """Return a finding if the data do not fit the model, otherwise None, together with the number of forward passes
     that were made.
 
-    The function checks labels, layout, normalisation, scale and value range. `names` are the class names in the order
-    of their numbers, if the labels of the data are names. The model must be in eval mode, and the
-    inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
+    The function checks labels, layout, normalisation, scale and value range, of `texts` only labels. `names` are the
+    class names in the order of their numbers, if the labels of the data are names. The model must be in eval mode, and
+    the inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
     them, otherwise about fifteen.
     """
     logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
     examined = Examined(model, batch, (), logits, batch_size, names=names)
-    checks = (class_orders, labels_from_one, layouts, units)
+    checks = (class_orders, labels_from_one, *(() if texts else (layouts, units)))
     problem = next(
         (problem for check in checks for problem in check(examined) if problem.level == "problem"), None
     )

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
-from holdfast.core.texts import LARGEST
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models.adapted import Adapted
@@ -40,6 +39,9 @@ from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.io.models.weights import fit_weights, read_state_dict, refuse_misfit, state_dict_content
 from holdfast.io.remote.remote import SCHEMES, Remote
 
+if TYPE_CHECKING:
+    from holdfast.core.tables.rules import Rules
+
 _SPARE = 1_000
 """Number by which the parameters of a requested network may exceed the tensors of the file.
 
@@ -53,7 +55,7 @@ ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
     "a bundled name, file.py:factory, .safetensors or .pt, .onnx, .pt2, .skops, .json or .ubj of XGBoost, .txt of "
-    "LightGBM, or the URL of a server"
+    "LightGBM, a folder of transformers, or the URL of a server"
 )
 
 
@@ -110,6 +112,8 @@ class Declared:
     """class labels of the data, if they are not 0, 1, 2, …"""
     texts: bool = False
     """whether the model is called with a list of strings"""
+    rules: "Rules | None" = None
+    """rules of the table whose rows are the inputs"""
 
     def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
         """Return a network as a classifier with the declared bounds and preprocessing.
@@ -120,6 +124,8 @@ class Declared:
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
         adapted_model = _adapted_to_texts(net) if self.texts else adapted(net)
+        if adapted_model is not None and self.rules is not None:
+            adapted_model = _adapted_to_table(adapted_model, self.rules)
         if adapted_model is not None:
             return self.of(adapted_model)
         assert callable(net)
@@ -130,7 +136,7 @@ class Declared:
             mean, std = self.normalised.mean, self.normalised.std
         model = Classifier(
             net,
-            bounds=Bounds(0.0, float(LARGEST)) if self.texts else self.bounds,
+            bounds=self._bounds,
             mean=mean,
             std=std,
             classes=self.classes,
@@ -143,6 +149,15 @@ class Declared:
         if self.input_name is not None:
             model.input_name = parameter_of(net, (self.input_name,)) or model.input_name
         return model
+
+    @property
+    def _bounds(self) -> Bounds | None:
+        if self.texts:
+            return _code_points()
+        if self.rules is None:
+            return self.bounds
+        low, high = ([side(name) for name in self.rules.names] for side in (self.rules.low, self.rules.high))
+        return Bounds(torch.tensor(low), torch.tensor(high))
 
     def of(self, adapted_model: Adapted) -> Classifier:
         """Return a wrapped model of another library, such as scikit-learn, as a classifier with the declared
@@ -176,11 +191,24 @@ class Declared:
         return replace(defaults, **{name: value for name, value in declared.items() if value is not None})
 
 
+def _code_points() -> Bounds:
+    """Return the bounds of texts, whose values are code points."""
+    from holdfast.core.texts import LARGEST  # late: few models are called with texts
+
+    return Bounds(0.0, float(LARGEST))
+
+
 def _adapted_to_texts(net: Model) -> Adapted | None:
     """Return a model of texts as a torch module that gets texts as rows of code points. Return None if it is one."""
     from holdfast.io.models.text_models import adapted_text_model  # late: few models are called with texts
 
     return adapted_text_model(net)
+
+
+def _adapted_to_table(adapted_model: Adapted, rules: "Rules") -> Adapted:
+    from holdfast.io.models.table_models import adapted_to_table  # late: few models have rules
+
+    return adapted_to_table(adapted_model, rules)
 
 
 @dataclass(frozen=True)
@@ -229,6 +257,9 @@ def open_model(
         return _open_code(opening)
     refuse_without_factory(address)
     path = Path(address)
+    if path.is_dir():
+        with reading(address):
+            return _open_folder(opening, path)
     if path.suffix in _OPENERS:
         with reading(address):
             return _OPENERS[path.suffix](opening, path)
@@ -458,6 +489,22 @@ def _open_estimator(opening: _Opening, path: Path) -> OpenedModel:
     how = path.suffix.removeprefix(".")
     return OpenedModel(
         opening.declared.of(adapted_model), opening.address, how, {opening.address: digest}, notes
+    )
+
+
+def _open_folder(opening: _Opening, path: Path) -> OpenedModel:
+    """Open a folder with a model of transformers, which is called with texts."""
+    if not opening.declared.texts:
+        raise UsageError(
+            f"{opening.address!r} is a folder, and a folder contains a model of texts; give a threat on texts, such as "
+            "text:edits=2,words=3, or the file of another model"
+        )
+    from holdfast.io.models.transformers_folders import open_folder  # late: few models are folders
+
+    opened = open_folder(path)
+    files = {f"{opening.address.rstrip('/')}/{name}": digest for name, digest in opened.files.items()}
+    return OpenedModel(
+        opening.declared.of(opened.adapted), opening.address, "transformers", files, opened.notes
     )
 
 

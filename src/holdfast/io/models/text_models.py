@@ -40,10 +40,10 @@ class TextEstimator(Estimator):
 class TextFunction(nn.Module):
     """A function from a list of strings to scores (n, classes), which are a tensor, an array, or a list of rows."""
 
-    def __init__(self, model: Texts) -> None:
+    def __init__(self, model: Texts, digest: str | None = None) -> None:
         super().__init__()
         self.model = model
-        self.digest = digest_of_object(model)
+        self.digest = digest or digest_of_object(model)
         """digest of the function, for a function that is an object"""
 
     def __deepcopy__(self, memo: dict[int, object]) -> "TextFunction":

@@ -98,17 +98,20 @@ def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
     )
 
 
-def margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
-    """Return the logits (n, classes) of the rows, or those (n,) of class 1. Raises `XGBoostError` with one line."""
+def margins(booster: Any, iterations: tuple[int, int], rows: Any) -> Array:
+    """Return the logits (n, classes) of the rows, an array or a pandas frame, or those (n,) of class 1. Raises
+    `XGBoostError` with one line.
+    """
     import xgboost
 
+    # a frame has names and categories of its own
+    declared = (
+        {"feature_names": booster.feature_names, "feature_types": booster.feature_types}
+        if isinstance(rows, np.ndarray)
+        else {}
+    )
     try:
-        matrix = xgboost.DMatrix(
-            rows,
-            feature_names=booster.feature_names,
-            feature_types=booster.feature_types,
-            enable_categorical=True,
-        )
+        matrix = xgboost.DMatrix(rows, **declared, enable_categorical=True)
         margins: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
     except xgboost.core.XGBoostError as error:
         raise type(error)(first_line(str(error))) from error

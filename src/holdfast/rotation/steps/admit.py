@@ -82,6 +82,8 @@ class AdmitRequest:
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     until_admitted: bool = False
     """whether the call ends as soon as one candidate is admitted"""
+    only: str = ""
+    """name of the candidate that is judged; empty for all sets that wait to be judged"""
 
 
 def admit(
@@ -107,7 +109,9 @@ def admit(
         examples = TransferExamples(pool, request.common, request.transfer_attacker, notify)
         measuring = SetMeasurements(pool, examples, progress, again)
         run = Run((CANARY_INPUTS,), PoolStore(pool=pool), stopper=stopper, progress=progress)
-        admitting = _Admitting(measuring, run, claims, request.accepted, request.n_judged, notify)
+        admitting = _Admitting(
+            measuring, run, claims, request.accepted, request.n_judged, notify, request.only
+        )
         if not admitting.waiting:
             raise UsageError(
                 f"{str(pool.path)!r} contains no candidate; generate some with holdfast rotate draw {pool.shown}"
@@ -148,6 +152,7 @@ class _Admitting:
     accepted: Mapping[str, str]
     n_judged: int
     notify: Notify
+    only: str = ""
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -187,7 +192,8 @@ class _Admitting:
     @property
     def waiting(self) -> tuple[str, ...]:
         """Names of the candidates, and of admitted sets that were judged before a later theft was reported."""
-        return (*self.pool.candidates, *self.pool.unjudged)
+        names = (*self.pool.candidates, *self.pool.unjudged)
+        return tuple(name for name in names if name == self.only) if self.only else names
 
     def _foreign(self, name: str) -> Judged | None:
         """The refusal of a set whose tensors do not match the model; None if they match."""

@@ -186,7 +186,8 @@ def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int
     """Test whether the data do not fit the model, in smaller batches if memory runs out."""
     room = measurement.run.room(DOUBTS, _FITTING)
     names = names_of_labels(measurement.data)
-    return in_room(lambda size: misfit(measurement.target.bare, batch, size, names), room, 0, len(batch))
+    model, texts = measurement.target.bare, measurement.plan.threat.constraint.name == "text"
+    return in_room(lambda size: misfit(model, batch, size, names, texts=texts), room, 0, len(batch))
 
 
 def _probes(measurement: Measurement, columns: Columns) -> tuple[Probe, ...]:

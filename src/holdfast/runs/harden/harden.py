@@ -344,7 +344,13 @@ class _Job:
         return {
             "requested_recipe": request.name,
             "threat": threat_text(
-                f"{constraint.name}:{size(constraint.eps)}", None, "gradients", None, request.threat.unit
+                str(constraint)
+                if constraint.name == "table"
+                else f"{constraint.name}:{size(constraint.eps)}",
+                None,
+                "gradients",
+                None,
+                request.threat.unit,
             ),
             "seed": request.seed,
             "notes": self.notes,

@@ -83,6 +83,10 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
         return L0(eps, threat["per"])
     if threat["norm"] == "Corruptions":
         return Corruptions(int(eps))
+    if threat["norm"] == "Table":
+        from holdfast.core.tables.table import Table  # late: few runs have rules
+
+        return Table(**threat["limits"])
     if threat["norm"] == "TextEdits":
         from holdfast.core.text_edits import TextEdits  # late: few runs are on texts
 

@@ -9,6 +9,7 @@ import torch
 
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Limited
 from holdfast.core.goal import Goal
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
@@ -123,6 +124,7 @@ def harden_manifest(
             "threat": {
                 "norm": type(constraint).__name__,
                 "eps": constraint.eps,
+                **({"limits": dict(constraint.limits)} if isinstance(constraint, Limited) else {}),
                 **({"unit": request.threat.unit} if request.threat.unit else {}),
             },
             "suite": request.assessment.plan.suite,
@@ -228,8 +230,8 @@ def _notes(
     """Notes on model, data and threat model that a reader needs before the numbers."""
     bounds = target.bare.bounds
     small = small_eps_note(plan.threat.constraint, bounds, math.prod(shape))
-    of_texts = plan.threat.constraint.name == "text"
-    wide = () if of_texts else wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
+    has_bounds = plan.threat.constraint.name not in ("text", "table")
+    wide = () if not has_bounds else wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
     surrogates = [
         f"the surrogate {surrogate.card.get('name', '')}: {note}"
         for surrogate in request.surrogates

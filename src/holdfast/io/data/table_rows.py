@@ -1,0 +1,81 @@
+"""Converts the rows of a table to inputs by its rules: categories become the positions of their values."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.core.errors import TargetError
+from holdfast.core.tables.checking import checked
+from holdfast.core.tables.rules import Rules, refuse_other_columns
+from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words
+from holdfast.io.files import names_of
+
+
+def rows_by_rules(
+    table: ColumnTable, rules: Rules, label: str, drop: Sequence[str], rows: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the inputs (n, columns) in the given rows of a table, in the order of the rules. Missing values are NaN.
+
+    Raises `UsageError` if the columns of the table are not those of the rules, and `TargetError` for cells that the
+    rules do not expect.
+    """
+    present = [name for name in table.columns if name not in (label, SPLIT_COLUMN, *drop)]
+    refuse_other_columns(rules, present, table.name)
+    x = np.empty((len(rows), len(rules.names)), np.float32)
+    for place, (name, column) in enumerate(rules.columns.items()):
+        if column.type == "category":
+            x[:, place] = _codes(table.words[name], column.values, name, rows, table.name)
+            continue
+        at = table.features.index(name)
+        if table.kinds is not None:
+            text = np.flatnonzero(table.kinds[rows, at] == TEXT)
+            if len(text):
+                raise TargetError(
+                    f"row {rows[text[0]]} of {table.name} has text in the column {name!r}, which is a number in "
+                    "the rules; set its type to category, and list its values"
+                )
+        x[:, place] = table.numbers[rows, at]
+    return x
+
+
+def _codes(
+    words: Words, values: Sequence[str], name: str, rows: NDArray[np.int64], table: str
+) -> NDArray[np.float32]:
+    """Return the position in `values` of the string in each row; NaN for empty strings."""
+    known = {value: float(place) for place, value in enumerate(values)}
+    codes = np.array(
+        [known.get(word, np.nan if not word.strip() else -1.0) for word in words.words], np.float32
+    )
+    result = codes[words.places[rows]]
+    unknown = np.flatnonzero(result == -1)
+    if len(unknown):
+        row = int(rows[unknown[0]])
+        word = words.words[words.places[row]]
+        raise TargetError(
+            f"row {row} of {table} has {word!r} in the column {name!r}, whose values in the rules are "
+            f"{names_of(values)}; add it to them if the model was trained with it, or leave such rows out"
+        )
+    return result
+
+
+def notes_of_rules(
+    rules: Rules, x: NDArray[np.float32], ids: NDArray[np.int64], name: str
+) -> tuple[str, ...]:
+    """Compare the inputs (n, columns) with the rules, and return notes for the report.
+
+    Raises `TargetError` for inputs with another number of columns, and for missing values that the rules forbid.
+    """
+    if x.ndim != 2 or x.shape[1] != len(rules.names):
+        raise TargetError(
+            f"the inputs of {name} have shape {x.shape}, and the rules have {len(rules.names)} columns; rows with "
+            "a value for each of them were expected, in their order"
+        )
+    for place, (column_name, column) in enumerate(rules.columns.items()):
+        missing = np.flatnonzero(np.isnan(x[:, place]))
+        if len(missing) and not column.missing:
+            raise TargetError(
+                f"the value of {column_name} in row {ids[missing[0]]} of {name} is missing, which the rules "
+                "forbid; set missing: true if the model accepts such rows, or leave them out"
+            )
+    return checked(rules, x.astype(np.float64)).notes(len(x))

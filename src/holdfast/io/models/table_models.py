@@ -1,0 +1,101 @@
+"""Wraps estimators of tables by the rules of the table: they get the columns and the categories of their training."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.tables.rules import Rules
+from holdfast.io.models.adapted import Adapted
+from holdfast.io.models.estimators import Array, Estimator, EstimatorInterface, Form
+
+
+class TableEstimator(Estimator):
+    """An estimator whose inputs are rows in the order of the rules of a table.
+
+    If the table has categories, it is called with a pandas frame in which they have their values, as in training.
+    """
+
+    def __init__(
+        self, interface: EstimatorInterface, digest: str, rules: Rules, fitted: Sequence[str] | None
+    ) -> None:
+        super().__init__(interface, digest)
+        self.rules = rules
+        self.order = [rules.places[name] for name in fitted or rules.names]
+        """position in the rules of each column that the estimator was fitted on"""
+
+    def _forms(self) -> tuple[Form, ...]:
+        return ("frame",) if self.rules.categories else super()._forms()
+
+    def _in_form(self, rows: Array, form: Form) -> Any:
+        if form != "frame":
+            return super()._in_form(rows[:, self.order], form)
+        import pandas as pd
+
+        columns = {}
+        for name in (self.rules.names[place] for place in self.order):
+            values = rows[:, self.rules.places[name]]
+            categories = self.rules.categories.get(name)
+            columns[name] = values if categories is None else _category(values, categories)
+        return pd.DataFrame(columns, copy=False)
+
+    def _compared(self, x: Tensor) -> Tensor:
+        # there is no midpoint of two categories
+        return x if self.rules.categories else super()._compared(x)
+
+
+def _category(codes: Array, values: Sequence[str]) -> Any:
+    """Return the positions of values as a pandas category. Values that are numbers are numbers in the frame, too."""
+    import pandas as pd
+
+    whole = np.where(np.isnan(codes), -1, codes).astype(np.int64)
+    return pd.Categorical.from_codes(whole, categories=_as_read(values))
+
+
+def _as_read(values: Sequence[str]) -> list[Any]:
+    """Return the values as pandas reads them from a file: as integers or floats if all are numbers."""
+    for kind in (int, float):
+        try:
+            numbers = [kind(value) for value in values]
+        except ValueError:
+            continue
+        return numbers
+    return list(values)
+
+
+def adapted_to_table(adapted: Adapted, rules: Rules) -> Adapted:
+    """Return a model of another library that gets the rows of a table by its rules. Networks and functions do not
+    change: they get the positions of categories.
+
+    Raises `TargetError` if it was fitted on other columns.
+    """
+    net = adapted.net
+    if not isinstance(net, Estimator) or isinstance(net, TableEstimator):
+        return replace(adapted, feature_names=rules.names)
+    if rules.categories and importlib.util.find_spec("pandas") is None:
+        raise UsageError(
+            f"the {net.name} gets categories in a frame of pandas, which is not installed; install it with pip install "
+            "pandas"
+        )
+    fitted = adapted.feature_names
+    if fitted is not None and {*fitted} != {*rules.names}:
+        missing = [name for name in fitted if name not in rules.columns]
+        extra = [name for name in rules.names if name not in fitted]
+        raise TargetError(
+            f"the {net.name} was fitted on {len(fitted)} columns, and the rules "
+            + " and ".join(
+                part
+                for part in (
+                    f"lack {', '.join(map(repr, missing[:6]))}" if missing else "",
+                    f"have {', '.join(map(repr, extra[:6]))} beside them" if extra else "",
+                )
+                if part
+            )
+            + "; list the columns of the training"
+        )
+    table_net = TableEstimator(net.interface, net.digest, rules, fitted)
+    return replace(adapted, net=table_net, feature_names=rules.names)

@@ -1,0 +1,202 @@
+"""The rules of a table: relations are parsed, rows are repaired, and the judge accepts exactly the valid changes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import allowed
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.tables.checking import checked, distances
+from holdfast.core.tables.relations import parse_relation
+from holdfast.core.tables.rules import rules_of
+from holdfast.core.tables.table import Table
+from holdfast.settings.table_rules import rules_from
+
+CONTENT = {
+    "columns": {
+        "logins": {"type": "whole", "min": 0, "max": 20},
+        "failed": {"type": "whole", "min": 0, "max": 20, "change": "down"},
+        "debit": {"min": 0, "max": 100},
+        "credit": {"min": 0, "max": 100, "cost": 2},
+        "total": {"min": 0, "max": 200, "missing": True},
+        "age": {"type": "whole", "min": 18, "max": 99, "change": "none"},
+        "country": {"type": "category", "values": ["DE", "FR", "US"], "cost": 0.2},
+        "card": {"type": "whole", "min": 0, "max": 1, "cost": 0.2},
+        "cash": {"type": "whole", "min": 0, "max": 1, "cost": 0.2},
+    },
+    "budget": {"norm": "linf", "eps": 0.4},
+    "groups": [["card", "cash"]],
+    "relations": [
+        "failed <= logins",
+        "total == debit + credit",
+        "if failed > 3 then logins >= 8",
+        "max(debit, credit) <= 90 and debit * credit <= 4000",
+        "abs(debit - credit) < 80",
+    ],
+}
+CLEAN = np.array(
+    [
+        [10, 5, 20, 30, 50, 40, 0, 1, 0],
+        [2, 1, 60, 1, 61, 18, 2, 0, 1],
+        [8, 4, 0, 0, 0, 70, 1, 1, 0],
+        [20, 0, 85, 40, np.nan, 99, 0, 0, 1],
+    ],
+    np.float32,
+)
+BOUNDS = Bounds(-torch.inf, torch.inf)
+
+
+def table(norm="linf", eps=0.4, **changes):
+    content = CONTENT | {"budget": {"norm": norm, "eps": eps}} | changes
+    if norm == "l0":  # which counts columns, so that they have no costs
+        columns = {name: {**column, "cost": 1} for name, column in content["columns"].items()}
+        content = content | {"columns": columns}
+    rules = rules_from(content, "rules.yaml")
+    return Table("rules.yaml", rules.content, eps)
+
+
+def follows_rules(row, clean):
+    """Return whether a row is a valid change, written out by hand, without regard to the budget."""
+    logins, failed, debit, credit, total, age, country, card, cash = map(float, row)
+    within = 0 <= logins <= 20 and 0 <= debit <= 100 and 0 <= credit <= 100 and country in (0, 1, 2)
+    whole = logins % 1 == failed % 1 == 0
+    relations = failed <= logins and (failed <= 3 or logins >= 8)
+    relations = relations and max(debit, credit) <= 90 + 1e-4 and debit * credit <= 4000 + 4e-2
+    relations = relations and abs(debit - credit) < 80
+    adds_up = np.isnan(total) or abs(total - debit - credit) <= 1e-3
+    unchanged = age == clean[5] and failed <= clean[1] and np.isnan(total) == np.isnan(clean[4])
+    return within and whole and relations and adds_up and unchanged and {card, cash} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.4), ("l2", 0.7), ("l1", 0.9), ("l0", 3)])
+@given(seed=st.integers(0, 10_000))
+def test_every_point_becomes_a_valid_change(norm, eps, seed):
+    constraint, clean = table(norm, eps), torch.from_numpy(CLEAN).repeat(8, 1)
+    noise = torch.from_numpy(np.random.default_rng(seed).normal(size=clean.shape) * 30).float()
+    batch = Batch(clean, torch.zeros(len(clean), dtype=torch.int64), torch.arange(len(clean)))
+    for x_adv in (
+        constraint.project(clean + noise, clean, BOUNDS),
+        constraint.sample(batch, BOUNDS, Draws(seed)),
+    ):
+        assert allowed(constraint, x_adv, clean, BOUNDS).all()
+        assert all(map(follows_rules, x_adv.numpy(), clean.numpy()))
+
+
+def test_a_projection_uses_the_budget():
+    constraint, clean = table(), torch.from_numpy(CLEAN[:1])
+    wanted = clean.clone()
+    wanted[0, 0], wanted[0, 2], wanted[0, 6] = 19, 60, 1
+    x_adv = constraint.project(wanted, clean, BOUNDS)
+    assert x_adv[0, [0, 1, 2, 3, 4, 6]].tolist() == [18, 5, 60, 30, 90, 1]
+    assert float(constraint.distance(x_adv, clean)) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("logins", 4), ("logins", 10.5), ("logins", 21), ("failed", 6), ("debit", 21), ("age", 41), ("country", 3),
+        ("country", 0.5), ("card", 0), ("cash", 1), ("total", np.nan), ("total", 50.1),
+    ],
+)  # fmt: skip
+def test_the_judge_refuses_a_row_that_violates_a_rule(column, value):
+    rules, row = table(eps=100).rules, CLEAN[:1].astype(float).copy()
+    assert distances(rules, row, row).tolist() == [0]
+    row[0, rules.places[column]] = value
+    assert np.isinf(distances(rules, row, CLEAN[:1].astype(float)))
+
+
+def test_the_judge_measures_changes_in_the_budget():
+    clean = CLEAN[:1].astype(float)
+    changed = clean.copy()
+    # 0.2 of a range, 0.05 at cost 2, 0.025, and twice the cost 0.2
+    changed[0, [0, 3, 4, 6, 7, 8]] = np.array([14, 35, 55, 1, 0, 1])
+    for norm, size in (("linf", 0.2), ("l1", 0.725), ("l0", 5)):
+        assert distances(table(norm, eps=3).rules, changed, clean).tolist() == pytest.approx([size])
+
+
+def test_a_rule_that_the_clean_row_violates_is_reported_and_not_applied():
+    constraint, clean = table(), torch.from_numpy(CLEAN[:2].copy())
+    clean[0, 4] = 51  # the total is wrong
+    x_adv = constraint.project(clean + 1, clean, BOUNDS)
+    assert allowed(constraint, x_adv, clean, BOUNDS).all()
+    assert (x_adv != clean).any(1).all()
+    notes = checked(constraint.rules, clean.double().numpy()).notes(2)
+    assert notes == (
+        "1 of 2 clean rows violate the rule 'total == debit + credit', which is not applied to changes of these rows",
+    )
+
+
+def test_relations_that_always_hold_and_columns_that_cannot_change_are_reported():
+    columns = CONTENT["columns"] | {"country": CONTENT["columns"]["country"] | {"cost": 1}}
+    relations = ["logins >= 0", "if debit > 100 then credit > 5", "failed <= logins"]
+    rules = table(relations=relations, columns=columns).rules
+    check = checked(rules, CLEAN.astype(float))
+    assert check.idle == ("logins >= 0", "if debit > 100 then credit > 5")
+    assert check.fixed == ("country",)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("debit", "a comparison is missing"),
+        ("debit != credit", "another comparison"),
+        ("debit ** 2 <= 3", "is not an expression"),
+        ("__import__('os').system('ls') <= 3", "is not an expression"),
+        ("debit <= ", "cannot be parsed"),
+        ("min(debit) <= 3", "min has 1 arguments"),
+        ("(" * 300 + "debit" + ")" * 300 + " <= 3", "cannot be parsed"),
+        ("-" * 500 + "debit <= 3", "nested too deeply"),
+        ("debit <= True", "True and False"),
+        ("debit <= 3 " * 400, "characters"),
+    ],
+)
+def test_other_texts_are_no_relations(text, reason):
+    with pytest.raises(UsageError, match=reason):
+        parse_relation(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": {}}, "has no columns"),
+        ({"columns": {"a": {"min": 2, "max": 1}}}, "min 2 above max 1"),
+        ({"columns": {"a": {"min": 0}}}, "has one limit"),
+        ({"columns": {"a": {}}}, "has no limits"),
+        ({"columns": {"a": {"type": "category"}}}, "its values were expected"),
+        ({"columns": {"a": {"type": "category", "values": ["x", "y"], "change": "up"}}}, "no min, max, unit or direction"),
+        ({"columns": {"a": {"min": 0, "max": 1, "values": ["x"]}}}, "has values, which only a category has"),
+        ({"columns": {"a": {"min": 0, "max": 1, "change": "none"}}, "groups": [], "relations": []}, "nothing can be"),
+        ({"columns": {"a": {"min": 0, "max": 1, "colour": "red"}}}, "columns.a.colour"),
+        ({"columns": {"a": {"min": 0, "max": 1, "cost": 0}}}, "columns.a.cost"),
+        ({"relations": ["failed <= login"]}, "did you mean 'logins'"),
+        ({"relations": ["country <= 1"]}, "which is a category"),
+        ({"relations": ["1 <= 2"]}, "has no column"),
+        ({"groups": [["card"]]}, "has one column"),
+        ({"groups": [["card", "logins"]]}, "expected type: whole, min: 0, max: 1"),
+        ({"groups": [["card", "cash"], ["cash", "card"]]}, "in two groups"),
+        ({"budget": {"norm": "l0", "eps": 1.5}}, "so it must be whole"),
+        ({"budget": {"norm": "l0", "eps": 1}}, "l0 counts each changed column once"),
+        ({"budget": {"norm": "l2", "eps": float("inf")}}, "a finite number"),
+        ({"budget": {"eps": 0}}, "budget.eps"),
+    ],
+)  # fmt: skip
+def test_rules_that_contradict_each_other_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        rules_from(CONTENT | change, "rules.yaml")
+
+
+def test_rules_are_stored_and_read_again():
+    rules = rules_from(CONTENT, "rules.yaml")
+    assert rules_of(rules.content) == rules
+    damaged = json.loads(rules.content)
+    damaged["columns"]["logins"]["min"] = "many"
+    for content in ("{", "[]", json.dumps(damaged), rules.content.replace('"whole"', "[1]", 1)):
+        with pytest.raises((TargetError, UsageError)):
+            rules_of(content)
