@@ -326,6 +326,15 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
             refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample, verb)
 
 
+def certified_texts(**arguments):
+    texts = ["a b c d e f g h i j"] * 2
+    return holdfast.certify(
+        lambda texts: [[0.0, 1.0]] * len(texts),
+        (texts, [1, 0]),
+        **{"threat": "text:edits=1,words=1", **arguments},
+    )
+
+
 def forest():
     from sklearn.ensemble import RandomForestClassifier
 
@@ -1148,6 +1157,9 @@ situation(
 )
 situation("sigma of another method", certified, method="ibp", sigma=0.1)
 situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
+situation("bounds under edits of texts", certified_texts)
+situation("bounds of a network for texts", certified_texts, method="crown")
+situation("masks that keep too many words", certified_texts, method="masking", keep=0.6)
 situation("bounds of trees", certified, model=Later(forest), method="crown", threat="linf:0.1")
 situation("suite of trees under l2", planned, suite="trees", threat="l2:1")
 situation("trees under l2", certified, model=Later(forest), method="trees", threat="l2:0.1")

@@ -158,7 +158,7 @@ def test_every_block_of_text_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "words.json").write_text(words, encoding="utf-8")
     exec(compile(factory, "spam.py", "exec"), {"__name__": "__main__"})
     lines = re.findall(r"^\$ holdfast (.*)$", page("text"), re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 5
     for line in lines:
         assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
     assert "<mark" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from holdfast.certifiers.protocol import Proofs
 from holdfast.certifiers.smoothing.noise import numbered_noise
 from holdfast.certifiers.smoothing.smoothed import ABSTAINED, Smoothed
 from holdfast.certifiers.smoothing.smoothing import Smoothing
+from holdfast.certifiers.smoothing.votes import Counting
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -123,14 +124,14 @@ def test_a_wrong_label_is_broken_and_an_even_one_abstains():
 
 def test_an_attacked_input_is_refuted_exactly_if_the_smoothed_classifier_is_wrong_there():
     model, batch, distance = linear()
-    ready = Smoothing(SIGMA).ready(model, batch, ThreatModel(L2(0.4)))
+    ready = Counting(Smoothing(SIGMA), model)
     beyond = batch.x - batch.x / distance[:, None] * 0.6
     refuted = ready.refuted(batch.at(beyond))
     assert refuted[distance < 0.5].all()
     assert not refuted[distance > 0.6].any()
     assert torch.equal(ready.refuted(batch.at(beyond).take(torch.tensor([3, 50]))), refuted[[3, 50]])
     empty = batch.take(torch.arange(0))
-    assert len(ready.refuted(empty)) == len(ready(empty).certified) == 0
+    assert len(ready.refuted(empty)) == len(proofs(model, empty).certified) == 0
 
 
 class Fails(nn.Module):

@@ -270,10 +270,9 @@ def test_two_columns_of_texts_need_a_choice(capsys):
     assert "the columns of texts a, b" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["harden", "certify"])
-def test_other_verbs_refuse_a_threat_on_texts(verb, capsys):
-    assert run([verb, "spam.py:make", "sms.csv", "--label", "label", "--threat", EDITS]) == 2
-    assert ("not available for texts" if verb == "harden" else "is proved under") in capsys.readouterr().err
+def test_harden_refuses_a_threat_on_texts(capsys):
+    assert run(["harden", "spam.py:make", "sms.csv", "--label", "label", "--threat", EDITS]) == 2
+    assert "not available for texts" in capsys.readouterr().err
 
 
 def test_code_points_are_no_values_that_may_have_another_scale():

@@ -120,3 +120,16 @@ def test_synonyms_and_appended_words_are_those_of_the_file(tmp_path):
 def test_limits_that_do_not_fit_together_are_refused(limits, message):
     with pytest.raises(UsageError, match=message):
         TextEdits(**limits)
+
+
+def test_substitutes_are_the_words_that_the_judge_accepts():
+    content = json.dumps(
+        {"synonyms": {"cash": ["money", "cash"], "Win": ["gain"], "www.a.com": ["b"]}, "protect": ["^7"]}
+    )
+    edits = TextEdits(synonyms=1, file="words.json", content=content)
+    words = ["cash", "(Cash!", "Win", "win", "...", "7cash", "www.a.com", "cash-cash"]
+    expected = [("money",), ("(Money!",), ("gain",), (), (), (), (), ()]
+    assert [edits.substitutes(word) for word in words] == expected
+    for word, new in zip(words, expected, strict=True):
+        for each in new:
+            assert edits.distance(encoded([each], 20), encoded([word], 20)) == 1

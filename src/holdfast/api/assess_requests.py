@@ -21,10 +21,9 @@ from holdfast.api.resolve import (
     open_surrogates,
 )
 from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_settings
-from holdfast.certifiers.protocol import Prover
-from holdfast.certifiers.smoothing.smoothing import Smoothing
+from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, LATE, SMOOTHING, TREES
+from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, SUBSTITUTIONS, TREES, load
 from holdfast.core.evidence import Evidence
 from holdfast.io.data.selection import selected
 from holdfast.io.remote.counting import inspection_counter
@@ -37,7 +36,7 @@ from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, 
 from holdfast.runs.assess.result import Result
 from holdfast.runs.assess.served_runs import journaled
 from holdfast.runs.engine.progress import Progress
-from holdfast.settings.grammar import seconds
+from holdfast.settings.grammar import parse_threat, seconds
 from holdfast.settings.naming import AUTO
 from holdfast.settings.values import address_of
 
@@ -102,17 +101,20 @@ def opened(settings: Assess | Certify) -> Opened:
     classifier of the opened one.
     """
     subject, data, surrogates = open_all(settings)
-    smoothing = _smoothing(settings)
+    smoothing = _statistical(settings)
     return subject if smoothing is None else smoothed_subject(subject, smoothing), data, surrogates
 
 
-def _smoothing(settings: Assess | Certify) -> Smoothing | None:
-    """Return the randomised smoothing of the model, if that is the method of a certification; otherwise None."""
-    if not isinstance(settings, Certify) or settings.method != SMOOTHING:
+def _statistical(settings: Assess | Certify) -> StatisticalProver | None:
+    """Return the method of a certification if it certifies the smoothed classifier of the model; otherwise None."""
+    if not isinstance(settings, Certify) or settings.method not in (SMOOTHING, MASKING):
         return None
-    chosen = {name: getattr(settings, name) for name in ("sigma", "draws", "failure_probability", "clip")}
+    own = ("sigma", "clip") if settings.method == SMOOTHING else ("keep", "mask")
+    chosen = {name: getattr(settings, name) for name in (*own, "draws", "failure_probability")}
     given = {name: value for name, value in chosen.items() if value is not None}
-    return Smoothing(**given, seed=settings.seed)
+    cls = load("certifiers", settings.method, type)
+    method: StatisticalProver = cls(**given, seed=settings.seed)
+    return method
 
 
 def _request(
@@ -131,7 +133,7 @@ def _request(
         target=subject.model.access,
         trees=_has_trees(subject),
     )
-    smoothing, guard = _smoothing(settings), settings.guard
+    smoothing, guard = _statistical(settings), settings.guard
     if smoothing is not None:
         request = certify_request(request, [smoothing], [])
         request = request if subject.model.access == "gradients" else without_attacks(request)
@@ -205,7 +207,8 @@ def _has_trees(subject: Subject) -> bool:
 
 def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    automatic = (TREES,) if _has_trees(subject) else CASCADE
+    of_texts = parse_threat(settings.threat).norm == "text"
+    automatic = (SUBSTITUTIONS,) if of_texts else (TREES,) if _has_trees(subject) else CASCADE
     names = automatic if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (

@@ -7,12 +7,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from holdfast.core.catalogue import PROVERS, SMOOTHING
+from holdfast.core.catalogue import MASKING, PROVERS, SMOOTHING, SUBSTITUTIONS
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.engine.ray_cluster import RayOptions, refuse_address, refuse_missing_ray
 from holdfast.settings import values
-from holdfast.settings.grammar import seconds
+from holdfast.settings.grammar import parse_threat, seconds
 from holdfast.settings.groups import Flag, SettingGroup
 
 ROTATING = "rotating:"
@@ -153,6 +153,19 @@ class CertifyCluster(Placement):
     waiting_key = "cluster_timeout"
 
 
+_RANDOM = (SMOOTHING, MASKING)
+_OF_TEXTS = (SUBSTITUTIONS, MASKING)
+_OF_METHODS = {
+    "sigma": (SMOOTHING,),
+    "clip": (SMOOTHING,),
+    "keep": (MASKING,),
+    "mask": (MASKING,),
+    "draws": _RANDOM,
+    "failure_probability": _RANDOM,
+}
+"""methods that each setting is for"""
+
+
 class CertifyOptions(SettingGroup):
     """Settings of the command `holdfast certify` that no other command has."""
 
@@ -172,7 +185,8 @@ class CertifyOptions(SettingGroup):
     )
     draws: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
-        description="Largest number of noisy copies of an example that --method smoothing classifies (default: 10000).",
+        description="Largest number of changed copies of an example that --method smoothing or masking classifies "
+        "(default: 10000).",
     )
     clip: Annotated[bool, Flag()] = Field(
         default=False,
@@ -180,7 +194,17 @@ class CertifyOptions(SettingGroup):
     )
     failure_probability: Annotated[values.Probability | None, Flag("A")] = Field(
         default=None,
-        description="Probability, for each example, that a verdict of --method smoothing is wrong (default: 0.001).",
+        description="Probability, for each example, that a verdict of --method smoothing or masking is wrong "
+        "(default: 0.001).",
+    )
+    keep: Annotated[values.Probability | None, Flag("SHARE")] = Field(
+        default=None,
+        description="Share of the words of a text that --method masking keeps, as in 0.1 (the default).",
+    )
+    mask: Annotated[str | None, Flag("WORD")] = Field(
+        default=None,
+        description="Word in the place of the others of --method masking (default: [MASK]); with an empty one they are "
+        "deleted.",
     )
     geometry: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
@@ -194,26 +218,40 @@ class CertifyOptions(SettingGroup):
         default=False, description="Store all adversarial examples in the run folder."
     )
 
-    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for smoothing without a noise level, and for its settings with another method."""
-        if self.method == SMOOTHING:
-            if self.sigma is None:
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for smoothing without a noise level, for a method that does not fit the threat, and for
+        settings of another method.
+        """
+        of_texts = parse_threat(self.threat).norm == "text"
+        if of_texts and self.method in PROVERS and self.method not in _OF_TEXTS:
+            raise UsageError(
+                f"{prefix}method is {self.method}, and the threat is {self.threat}, for which the methods are "
+                f"{' and '.join(_OF_TEXTS)}",
+                Remedy("method", MASKING),
+            )
+        if not of_texts and self.method in _OF_TEXTS:
+            raise UsageError(
+                f"{prefix}method is {self.method}, which certifies changed words of texts, and the threat is "
+                f"{self.threat}; give a threat such as text:edits=2,words=3"
+            )
+        if self.method == SMOOTHING and self.sigma is None:
+            raise UsageError(
+                f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise",
+                Remedy("sigma", Placeholder("SIGMA"), reason="such as twice the eps of the threat"),
+            )
+        if self.geometry is not None and (of_texts or self.method == SMOOTHING):
+            why = "the threat is on texts" if of_texts else "the method is smoothing, which has none"
+            raise UsageError(
+                f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and {why}",
+                Remedy("geometry"),
+            )
+        random = MASKING if of_texts else SMOOTHING
+        for key, methods in _OF_METHODS.items():
+            if getattr(self, key) not in (None, False) and self.method not in methods:
                 raise UsageError(
-                    f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise",
-                    Remedy("sigma", Placeholder("SIGMA"), reason="such as twice the eps of the threat"),
-                )
-            if self.geometry is not None:
-                raise UsageError(
-                    f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and the method is "
-                    "smoothing, which has none",
-                    Remedy("geometry"),
-                )
-            return
-        for key in ("sigma", "draws", "failure_probability", "clip"):
-            if getattr(self, key) not in (None, False):
-                raise UsageError(
-                    f"{written.get(key, prefix + key)} concerns randomised smoothing, and the method is {self.method}",
-                    Remedy("method", SMOOTHING),
+                    f"{written.get(key, prefix + key)} concerns randomised {' and '.join(methods)}, and the method is "
+                    f"{self.method}",
+                    *((Remedy("method", random),) if random in methods else ()),
                     Remedy(key),
                 )
 

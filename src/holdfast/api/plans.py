@@ -12,7 +12,7 @@ from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
-from holdfast.core.catalogue import CASCADE, LATE, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, SUBSTITUTIONS, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -235,7 +235,9 @@ def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover
             Remedy("certify"),
             Remedy("suite", DEFAULT_SUITE),
         )
-    return tuple(prover(name) for name in ((TREES,) if trees else CASCADE) if name not in LATE)
+    of_texts = parse_threat(settings.threat).norm == "text"
+    names = (SUBSTITUTIONS,) if of_texts else (TREES,) if trees else CASCADE
+    return tuple(prover(name) for name in names if name not in LATE)
 
 
 def prover(name: str, timeout_s: float | None = None) -> Prover:

@@ -84,7 +84,8 @@ def certify(
     With `method="smoothing"` the model of the result is the smoothed classifier of `model` with noise of standard
     deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
     of at most `failure_probability` (0.001 by default) for each example. With `clip`, noisy inputs are first clamped to
-    the legal range.
+    the legal range. `method="masking"` is the same for models of texts, with random masks that `keep` a share of the
+    words and replace the others by `mask`.
     With `geometry`, the report shows the decision boundary around as many examples.
     The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
     other arguments are those of `assess`.

@@ -1,16 +1,17 @@
 """Protocol of a prover, which tries to prove for each example that no input of the threat model is misclassified."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Mask
+from holdfast.core.types import Ids, Inputs, Mask
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,47 @@ class Prover(Protocol):
         Raises `UsageError` with the operation and its place in the user's code if the model contains an operation
         without sound bounds, and for a threat model that the method does not support.
         """
+
+
+@runtime_checkable
+class StatisticalProver(Prover, Protocol):
+    """Protocol of a method that certifies another model than the given one: the smoothed classifier, which predicts the
+    most frequent class under random changes of the input. Its verdicts have a failure probability.
+    """
+
+    @property
+    def draws(self) -> int:
+        """Largest number of changed copies of an example that are classified."""
+
+    @property
+    def failure_probability(self) -> float:
+        """Probability, for each example, of a verdict that is wrong."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the changes."""
+
+    @property
+    def parameters(self) -> Mapping[str, float | str | bool]:
+        """Settings that define the smoothed classifier, by their names."""
+
+    @property
+    def short(self) -> str:
+        """The most important of these settings, for the name of the smoothed classifier."""
+
+    @property
+    def change(self) -> str:
+        """The random change, as a noun for the report."""
+
+    @property
+    def place(self) -> str:
+        """Name of the random draws of the method."""
+
+    def votes(self, model: Classifier, x: Inputs, ids: Ids, draws: range, *, rng: Draws) -> Tensor:
+        """Return how often each class is predicted for changed copies of each input, (n, classes + 1) int64; the last
+        column counts copies without a prediction. The changes are a function of `rng`, the ids and the numbers of the
+        draws.
+        """
+
+    def network(self, base: Classifier, draws: int) -> Classifier:
+        """Return the model that attacks on the smoothed classifier query, with a number of fixed draws."""

@@ -28,7 +28,7 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.core.catalogue import SMOOTHING
+from holdfast.core.catalogue import MASKING, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.runs.store.files import refuse_no_run
@@ -123,7 +123,7 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
         refuse_unknown_model(address)
     if isinstance(settings, Harden):
         refuse_server_to_train(str(model))
-    if isinstance(settings, Certify) and settings.method != SMOOTHING:
+    if isinstance(settings, Certify) and settings.method not in (SMOOTHING, MASKING):
         refuse_server_to_certify(str(model), settings.threat)
     refuse_foreign_server(str(model), group_of(settings, InferenceSource).allow_hosts)
     across = settings.across if isinstance(settings, Assess) else ()

@@ -132,6 +132,10 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 }
 SMOOTHING: Final = "smoothing"
 """method that certifies another model than the given one: the smoothed classifier"""
+SUBSTITUTIONS: Final = "substitutions"
+"""method for models of texts under synonyms, which `auto` chooses for texts"""
+MASKING: Final = "masking"
+"""method that certifies another model of texts than the given one: the most frequent class under random masks"""
 TREES: Final = "trees"
 """method for ensembles of trees, which `auto` chooses for them"""
 PROVERS: Final[Mapping[str, str]] = {
@@ -140,6 +144,8 @@ PROVERS: Final[Mapping[str, str]] = {
     "crown": "provers:Crown",
     "lipschitz": "bounds.lipschitz:Lipschitz",
     SMOOTHING: "smoothing.smoothing:Smoothing",
+    SUBSTITUTIONS: "texts.substitutions:Substitutions",
+    MASKING: "texts.masking:Masking",
     TREES: "trees.proving:Trees",
     "alpha-crown": "branching.searching:AlphaCrown",
     "branch-and-bound": "branching.searching:BranchAndBound",

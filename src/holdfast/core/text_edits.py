@@ -210,6 +210,17 @@ class TextEdits(Whole):
             for entry in listed.get(core.lower(), ())
         )
 
+    def substitutes(self, word: str) -> tuple[str, ...]:
+        """Return the other words that may replace a word by the synonyms of the file."""
+        core, listed = word.strip(PUNCTUATION), self.lists.get("synonyms", {})
+        if not core:
+            return ()
+        before, _, after = word.partition(core)
+        entries = listed.get(core, listed.get(core.lower(), ()))
+        raised = core not in listed and core[:1].isupper()
+        words = (before + (new[:1].upper() + new[1:] if raised else new) + after for new in entries)
+        return tuple(dict.fromkeys(new for new in words if new != word and self._allows(word, new)))
+
     def refusal(self) -> UsageError:
         """Return the error for an attack that cannot be used under this constraint."""
         return UsageError(

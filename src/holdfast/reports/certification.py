@@ -48,8 +48,9 @@ def _statistical(evidence: Evidence) -> Json | None:
     (record,) = records
     alpha = float(record.settings["failure_probability"])
     return {
+        "method": record.name,
         "model": str(evidence.model.get("name", "")),
-        "sigma": float(record.settings["sigma"]),
+        **{name: record.settings[name] for name in ("sigma", "keep", "mask") if name in record.settings},
         "draws": int(record.settings["draws"]),
         "failure_probability": alpha,
         "any_failure_probability": min(1.0, alpha * record.tried),
@@ -135,8 +136,8 @@ def _statistical_lines(statistical: Mapping[str, Any] | None, noun: str) -> list
     alpha, together = statistical["failure_probability"], statistical["any_failure_probability"]
     tried, contradicted = statistical["tried"], statistical["contradicted"]
     lines = [
-        f"the certificates are about the {statistical['model']}; each verdict of smoothing is wrong with a probability "
-        f"of at most {plain(alpha)}, "
+        f"the certificates are about the {statistical['model']}; each verdict of {statistical['method']} is wrong "
+        f"with a probability of at most {plain(alpha)}, "
         + (
             f"and any of the {count_text(tried)} with at most {plain(together)}"
             if together < 1

@@ -151,11 +151,14 @@ class CertificationRow(TypedDict):
 
 
 class Statistical(TypedDict):
-    """Certificates with a failure probability, by randomised smoothing.
+    """Certificates with a failure probability, by randomised smoothing or masking.
 
+    - `method`: name of the method
     - `model`: name of the certified model
-    - `sigma`: standard deviation of the noise
-    - `draws`: largest number of draws of the noise for one example
+    - `sigma`: standard deviation of the noise of smoothing
+    - `keep`: share of the words that masking keeps
+    - `mask`: word in the place of the others
+    - `draws`: largest number of random changes of one example
     - `failure_probability`: probability, for each example, of a wrong verdict
     - `any_failure_probability`: probability that any verdict of the run is wrong (union bound)
     - `tried`: number of examples on which the method was run
@@ -164,8 +167,11 @@ class Statistical(TypedDict):
     - `contradicted`: ids of the examples with a certificate that an attack contradicts; they count as broken
     """
 
+    method: str
     model: str
-    sigma: NonNegative
+    sigma: NotRequired[NonNegative]
+    keep: NotRequired[NonNegative]
+    mask: NotRequired[str]
     draws: Natural
     failure_probability: NonNegative
     any_failure_probability: NonNegative
@@ -185,7 +191,7 @@ class Certification(TypedDict):
     - `misclassified`: number of examples that are misclassified when clean
     - `unknown`: number of the other examples
     - `attacked_certified`: number of certified examples that attacks were run on, as a test of the certificates
-    - `statistical`: certificates with a failure probability, by randomised smoothing; null for other methods
+    - `statistical`: certificates with a failure probability, by randomised smoothing or masking; null for other methods
     """
 
     constraint: str

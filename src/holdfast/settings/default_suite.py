@@ -73,9 +73,14 @@ def refuse_uncertifiable(threat: str) -> None:
     rules of a table, or with a target class.
     """
     spec = parse_threat(threat)
-    if spec.norm not in ("linf", "l2", "l1", "table"):
+    if spec.norm == "text" and "inserts" in spec.arguments:
         raise UsageError(
-            f"the threat is {threat}, and robustness is proved under linf, l2 and l1 only",
+            f"the threat {threat} appends words, and robustness is proved for changes of the words of a text, whose "
+            "number stays the same; give edits and words, or synonyms and a file"
+        )
+    if spec.norm not in ("linf", "l2", "l1", "table", "text"):
+        raise UsageError(
+            f"the threat is {threat}, and robustness is proved under linf, l2, l1, table and text only",
             Remedy("threat", "linf:0.1"),
         )
     if spec.eps == float("inf"):

@@ -3,11 +3,10 @@ adversarial examples.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from holdfast.certifiers.smoothing.smoothed import Smoothed
-from holdfast.certifiers.smoothing.smoothing import ReadySmoothing, Smoothing
-from holdfast.certifiers.smoothing.votes import noisy_votes
+from holdfast.certifiers.protocol import StatisticalProver
+from holdfast.certifiers.smoothing.votes import Counting
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import EVERY, Classifier
@@ -20,41 +19,39 @@ ATTACKED_DRAWS = 16
 
 
 class SmoothedVotes(nn.Module):
-    """Classifier that predicts the most frequent class of a base classifier in 100 draws of Gaussian noise.
+    """Classifier that predicts the most frequent class of a base classifier in fixed draws of a random change, such as
+    Gaussian noise.
 
     Its prediction is an estimate of that of the smoothed classifier. The draws are the same for all inputs, so that it
     is a function of its input, and independent of those of certificates.
     """
 
-    def __init__(self, base: Classifier, smoothing: Smoothing) -> None:
+    def __init__(self, base: Classifier, smoothing: StatisticalProver, draws: int = JUDGING_DRAWS) -> None:
         super().__init__()
-        self.base, self.smoothing = base, smoothing
-        self.rng = Draws(smoothing.seed).at("smoothing", "judge")
+        self.base, self.smoothing, self.draws = base, smoothing, draws
+        self.rng = Draws(smoothing.seed).at(smoothing.place, "judge")
 
     def forward(self, x: Inputs) -> Logits:
         """Return the logarithm of the share of votes of each class, (n, classes); half a vote is added to each.
 
-        A row is NaN if the base classifier has no prediction in most draws. Cost: 100 forwards of the base classifier.
+        A row is NaN if the base classifier has no prediction in most draws. Cost: `draws` forwards of the base
+        classifier.
         """
-        how, same = self.smoothing, torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        votes = noisy_votes(self.base, x, same, range(JUDGING_DRAWS), how.sigma, rng=self.rng, clip=how.clip)
+        same = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        votes = self.smoothing.votes(self.base, x, same, range(self.draws), rng=self.rng)
         of_classes = votes[:, :-1].to(x.dtype) + 0.5
-        logits: Tensor = (of_classes / of_classes.sum(1, keepdim=True)).log()
+        logits: Logits = (of_classes / of_classes.sum(1, keepdim=True)).log()
         return logits.masked_fill(votes.argmax(1, keepdim=True) == votes.shape[1] - 1, torch.nan)
 
     def network(self) -> Classifier:
-        """Return the network that attacks use: the logarithm of the mean probabilities over 16 fixed draws."""
-        how = self.smoothing
-        net = Smoothed(self.base, how.sigma, draws=ATTACKED_DRAWS, seed=how.seed, clip=how.clip)
-        return Classifier(net, bounds=self.base.bounds, access=self.base.access, batches=EVERY)
+        """Return the model that attacks query, with 16 fixed draws."""
+        return self.smoothing.network(self.base, ATTACKED_DRAWS)
 
     def refuted(self, batch: Batch) -> Mask:
         """Return for attacked inputs `batch.x` whether the smoothed classifier predicts another class than the label
-        there, with the failure probability of the settings. The noise is new.
+        there, with the failure probability of the settings. The random changes are new.
         """
-        how = self.smoothing
-        # only certificates use the eps
-        return ReadySmoothing(how, self.base, torch.inf).refuted(batch)
+        return Counting(self.smoothing, self.base).refuted(batch)
 
 
 def smoothed_votes(model: Classifier) -> SmoothedVotes | None:
@@ -62,7 +59,7 @@ def smoothed_votes(model: Classifier) -> SmoothedVotes | None:
     return model.net if isinstance(model.net, SmoothedVotes) else None
 
 
-def smoothed_model(base: Classifier, smoothing: Smoothing) -> Classifier:
+def smoothed_model(base: Classifier, smoothing: StatisticalProver) -> Classifier:
     """Return the smoothed classifier of a base classifier, as the model of a run."""
     model = Classifier(
         SmoothedVotes(base, smoothing),

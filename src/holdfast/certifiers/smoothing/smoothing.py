@@ -12,7 +12,8 @@ because the noise is drawn independently of it.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar
 
@@ -21,21 +22,17 @@ from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs
 from holdfast.certifiers.smoothing.noise import MOST_DRAWS
-from holdfast.certifiers.smoothing.votes import NO_CLASS, noisy_votes, votes_of
+from holdfast.certifiers.smoothing.votes import FOR_WRONG, NO_CLASS, Counting, noisy_votes, votes_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, TargetLost, UsageError
-from holdfast.core.model import Classifier
-from holdfast.core.purpose import judging
+from holdfast.core.model import EVERY, Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Labels, Mask, Positive, Steps
+from holdfast.core.types import Ids, Inputs, Positive, Steps
 from holdfast.statistics.sequential import SequentialTest, fewest_draws, fixed_test, sequential_test
 
-_FOR_WRONG = 0.01
-"""share of the failure probability for the verdict that the prediction is wrong, which seven more draws make up for"""
-_SELECTION = 100  # draws that choose the class at an attacked input, as in the paper
 _ROUNDED = 1 - 1e-9  # factor of a radius, by which it is rounded down
 _HALF = 0.5
 _TRIED, _COPIES = 32, 16  # examples and noisy copies of each that show whether smoothing certifies anything
@@ -57,6 +54,7 @@ class Smoothing:
     """whether noisy inputs are clamped to the valid range, as a first step of the base classifier"""
 
     name: ClassVar[str] = "smoothing"
+    place: ClassVar[str] = "smoothing"
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma < math.inf:
@@ -96,7 +94,7 @@ class Smoothing:
     @property
     def alpha(self) -> float:
         """Failure probability of the certificate; the rest is that of the verdict that the prediction is wrong."""
-        return (1 - _FOR_WRONG) * self.failure_probability
+        return (1 - FOR_WRONG) * self.failure_probability
 
     def _other_norm(self, constraint: Constraint, sample: Batch, model: Classifier) -> UsageError:
         """Return the error for a threat that is no ball of L2."""
@@ -136,7 +134,7 @@ class Smoothing:
             return
         reason = ""
         try:
-            votes = noisy_votes(model, sample.x, sample.ids, range(1), self.sigma, rng=self.rng)
+            votes = self.votes(model, sample.x, sample.ids, range(1), rng=Counting(self, model).rng)
             if bool((votes[:, -1] == 1).all()):
                 reason = "has no prediction for"
         except TargetLost:
@@ -158,9 +156,30 @@ class Smoothing:
             )
 
     @property
-    def rng(self) -> Draws:
-        """Source of the noise."""
-        return Draws(self.seed).at("smoothing", "certify")
+    def parameters(self) -> Mapping[str, float | str | bool]:
+        """Settings that define the smoothed classifier, by their names."""
+        return {"sigma": self.sigma, "clip": self.clip}
+
+    @property
+    def short(self) -> str:
+        """The noise level, for the name of the smoothed classifier."""
+        return f"σ = {self.sigma:g}"
+
+    @property
+    def change(self) -> str:
+        """The noise, as a noun for the report."""
+        return f"Gaussian noise of standard deviation {self.sigma:g}"
+
+    def votes(self, model: Classifier, x: Inputs, ids: Ids, draws: range, *, rng: Draws) -> Tensor:
+        """Return how often each class is predicted for noisy copies of each input, (n, classes + 1) int64."""
+        return noisy_votes(model, x, ids, draws, self.sigma, rng=rng, clip=self.clip)
+
+    def network(self, base: Classifier, draws: int) -> Classifier:
+        """Return the network that attacks query: the logarithm of the mean probabilities over fixed draws."""
+        from holdfast.certifiers.smoothing.smoothed import Smoothed  # it imports this module
+
+        net = Smoothed(base, self.sigma, draws=draws, seed=self.seed, clip=self.clip)
+        return Classifier(net, bounds=base.bounds, access=base.access, batches=EVERY)
 
 
 @dataclass(frozen=True)
@@ -188,73 +207,9 @@ class ReadySmoothing:
         is certified or broken. `bound` is the lower limit of
         the probability of the label less that of all other classes within eps, and `work` the number of draws.
         """
-        if not len(batch):
-            none = Proofs.none(batch)
-            return replace(none, radius=none.bound, abstained=none.certified)
-        votes, look = self._run(self.test, batch, 0, self.settings.rng)
-        work = votes.sum(1)
-        misses = work - votes.gather(1, batch.y[:, None])[:, 0]
-        certified = misses <= torch.tensor(self.test.proves, device=look.device)[look]
-        ends = zip(look.tolist(), misses.tolist(), strict=True)
-        limits = [self.test.upper_limit(at, count) for at, count in ends]
-        broken, more = self._wrong(batch, votes, look, certified)
-        radius = batch.x.new_tensor(
-            [radius_of(limit, self.settings.sigma) for limit in limits], dtype=torch.float64
+        return Counting(self.settings, self.model).proofs(
+            self.test, batch, self.eps, lambda limit: radius_of(limit, self.settings.sigma), self._bound
         )
-        radius = torch.where(certified, radius.clamp_min(self.eps), radius).masked_fill(broken, 0.0)
-        return Proofs(
-            certified,
-            self._bound(torch.tensor(limits, dtype=torch.float64, device=look.device)),
-            work + more,
-            torch.zeros_like(certified),
-            batch.x,
-            broken,
-            radius=radius,
-            abstained=~broken & (radius <= 0),
-        )
-
-    def refuted(self, batch: Batch) -> Mask:
-        """Return for attacked inputs `batch.x` whether the smoothed classifier predicts another class than the label
-        there.
-
-        A result of true is wrong with a probability of at most the failure probability of the settings. The noise is
-        independent of that of a certificate and of `Smoothed` as a network, which attacks use. The other class is the
-        most frequent one in 100 draws.
-        """
-        how, rng = self.settings, self.settings.rng.at("refute")
-        refuted = torch.zeros_like(batch.ids, dtype=torch.bool)
-        if not len(batch):
-            return refuted
-        with judging():
-            votes = noisy_votes(
-                self.model, batch.x, batch.ids, range(_SELECTION), how.sigma, rng=rng, clip=how.clip
-            )
-        rival = votes[:, :-1].argmax(1)
-        rows = (rival != batch.y).nonzero()[:, 0]
-        draws = max(how.draws, fewest_draws(_HALF, how.failure_probability))
-        test = sequential_test(_HALF, draws, how.failure_probability)
-        refuted[rows] = self._shown(test, batch.take(rows).labelled(rival[rows]), _SELECTION, rng)[0]
-        return refuted
-
-    def _run(self, test: SequentialTest, batch: Batch, begin: int, rng: Draws) -> tuple[Tensor, Labels]:
-        """The votes on the draws of each example from `begin` on until the test of its label ends, and the index of the
-        look at which it ends.
-        """
-        how, look, before = self.settings, torch.zeros_like(batch.ids), 0
-        open_rows, votes = torch.arange(len(batch), device=batch.ids.device), torch.zeros(0)
-        for at, n in enumerate(test.looks):
-            part, numbers = batch.take(open_rows), range(begin + before, begin + n)
-            with judging():
-                new = noisy_votes(self.model, part.x, part.ids, numbers, how.sigma, rng=rng, clip=how.clip)
-            votes = votes if at else torch.zeros_like(new)
-            votes[open_rows] += new
-            look[open_rows] = at
-            misses = n - votes[open_rows].gather(1, part.y[:, None])[:, 0]
-            open_rows = open_rows[(misses > test.proves[at]) & (misses < test.gives_up[at])]
-            before = n
-            if not len(open_rows):
-                break
-        return votes, look
 
     def _bound(self, limits: Tensor) -> Tensor:
         """Lower bound of the probability of the label less that of the others, within eps."""
@@ -263,37 +218,6 @@ class ReadySmoothing:
         shifted = torch.special.ndtri(1 - limits) - self.eps / self.settings.sigma
         bound: Tensor = 2 * torch.special.ndtr(shifted) - 1
         return bound
-
-    def _wrong(self, batch: Batch, votes: Tensor, look: Labels, certified: Mask) -> tuple[Mask, Tensor]:
-        """Where the smoothed classifier is wrong at the clean input, and the number of draws that show it.
-
-        The other class is the most frequent one so far. It is tested on the draws that follow, which are independent of
-        this choice.
-        """
-        how, wrong, work = self.settings, torch.zeros_like(certified), torch.zeros_like(batch.ids)
-        alpha = _FOR_WRONG * how.failure_probability
-        rival = votes[:, :-1].argmax(1)
-        tried = ~certified & (rival != batch.y)
-        for at in sorted(set(look[tried].tolist())):
-            rows = (tried & (look == at)).nonzero()[:, 0]
-            begin = self.test.looks[at]
-            if how.draws - begin < fewest_draws(_HALF, alpha):
-                continue
-            other = batch.take(rows).labelled(rival[rows])
-            test = sequential_test(_HALF, how.draws - begin, alpha)
-            wrong[rows], work[rows] = self._shown(test, other, begin, how.rng)
-        return wrong, work
-
-    def _shown(self, test: SequentialTest, batch: Batch, begin: int, rng: Draws) -> tuple[Mask, Tensor]:
-        """Whether a test proves that the smoothed classifier predicts the label of each example, and the number of
-        draws from `begin` on that it needs.
-        """
-        if not len(batch):
-            return torch.zeros_like(batch.ids, dtype=torch.bool), torch.zeros_like(batch.ids)
-        votes, look = self._run(test, batch, begin, rng)
-        work = votes.sum(1)
-        misses = work - votes.gather(1, batch.y[:, None])[:, 0]
-        return misses <= torch.tensor(test.proves, device=look.device)[look], work
 
 
 def miss_limit(eps: float, sigma: float) -> float:

@@ -6,6 +6,7 @@ a pipeline `text-classification` of transformers.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +48,10 @@ class TextFunction(nn.Module):
         """digest of the function, for a function that is an object"""
 
     def __deepcopy__(self, memo: dict[int, object]) -> "TextFunction":
-        """Return the module itself, because a call of the function does not change it, and a copy may be large."""
-        return self
+        """Return the module itself, because a call of the function does not change it, and a copy may be large. A
+        network is copied, since copies of it are converted to double precision.
+        """
+        return TextFunction(deepcopy(self.model, memo)) if isinstance(self.model, nn.Module) else self
 
     def forward(self, x: Tensor) -> object:
         """Return the scores of the texts in the rows of `x`."""

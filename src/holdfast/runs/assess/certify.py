@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from holdfast.certifiers.protocol import Prover
+from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, smoothed_model
-from holdfast.certifiers.smoothing.smoothing import Smoothing, by_smoothing
+from holdfast.certifiers.smoothing.smoothing import by_smoothing
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import TREES
+from holdfast.core.catalogue import SUBSTITUTIONS, TREES
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
@@ -60,7 +60,7 @@ def without_attacks(request: AssessRequest) -> AssessRequest:
     return replace(request, plan=replace(request.plan, members=(), adaptive=(), suite="", doubts="none"))
 
 
-def smoothed_subject(subject: Subject, smoothing: Smoothing) -> Subject:
+def smoothed_subject(subject: Subject, smoothing: StatisticalProver) -> Subject:
     """Return the smoothed classifier of a model, as the model of a run. All numbers of the run are about it.
 
     Raises `UsageError` for a model with a detector.
@@ -72,15 +72,15 @@ def smoothed_subject(subject: Subject, smoothing: Smoothing) -> Subject:
             "its detector"
         )
     name = subject.card.get("name", "the model")
-    identity = [smoothing.sigma, smoothing.clip, smoothing.seed, ATTACKED_DRAWS, JUDGING_DRAWS]
+    identity = [*smoothing.parameters.values(), smoothing.seed, ATTACKED_DRAWS, JUDGING_DRAWS]
     card = {
         **subject.card,
-        "name": f"smoothed classifier, σ = {smoothing.sigma:g}, on top of {name}",
-        "smoothed": {"base": name, "sigma": smoothing.sigma, "clip": smoothing.clip},
+        "name": f"smoothed classifier, {smoothing.short}, on top of {name}",
+        "smoothed": {"base": name, **smoothing.parameters},
     }
     what = (
         f"all numbers are about the smoothed classifier, which predicts the most frequent class of {name} under "
-        f"Gaussian noise of standard deviation {smoothing.sigma:g}; predictions are those of {JUDGING_DRAWS} draws"
+        f"{smoothing.change}; predictions are those of {JUDGING_DRAWS} draws"
     )
     attacked = base.access == "gradients"
     unattacked = (
@@ -113,6 +113,10 @@ def refuse_unprovable(
         # only if a model is refused: the trial of smoothing calls the model
         if verb == "assess":
             return (Remedy("certify"),)
+        if plan.threat.constraint.name == "text":
+            from holdfast.certifiers.texts.masking import by_masking
+
+            return by_masking(plan.threat.constraint)
         own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
@@ -122,7 +126,9 @@ def refuse_unprovable(
             "under rules of a table, only tree ensembles are certified, and the model is none",
             *((Remedy("certify"),) if verb == "assess" else (Remedy("threat", "linf:0.1"),)),
         )
-    by_operations = any(stage.prover is not None and stage.prover.name != TREES for stage in stages)
+    by_operations = any(
+        stage.prover is not None and stage.prover.name not in (SUBSTITUTIONS, TREES) for stage in stages
+    )
     if (
         by_operations
         and target.smoothed is None

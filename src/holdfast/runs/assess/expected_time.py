@@ -12,8 +12,7 @@ from holdfast.attacks.costs import expected_passes
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.pgd import PGD
-from holdfast.certifiers.protocol import Prover
-from holdfast.certifiers.smoothing.smoothing import Smoothing
+from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
@@ -218,7 +217,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 def _proof_s(prover: Prover, plan: Plan, target: Target, sample: Batch, forward_s: float) -> float:
     """Seconds of a quick method of certification for one example."""
-    if isinstance(prover, Smoothing):
+    if isinstance(prover, StatisticalProver):
         return prover.draws * forward_s
     ready = prepared_prover(target, prover, sample, plan.threat)
     one = sample.take(torch.zeros_like(sample.ids[:1]))

@@ -246,7 +246,7 @@ def _attacked(model: Classifier, sample: Batch, *, randomised: bool) -> tuple[Mo
             f"the most frequent class in {JUDGING_DRAWS} others; a query is {ATTACKED_DRAWS} forward passes of the "
             f"base classifier, and a judgement {JUDGING_DRAWS}"
         )
-        return smoothed.network(), (how,)
+        return smoothed.network(), (how,) if model.access == "gradients" else ()
     # a faster copy is tested by its outputs, which a randomised model does not repeat
     return (model, ()) if randomised else quickened(model, sample.x)
 

@@ -142,10 +142,13 @@ def _refuse_proofs(refuse: _Comparison, step: StageOutline, columns: Columns, ep
     possible = columns["ran"] & ~columns["claimed"] & (bound > 0)
     sources = "the columns ran, claimed and bound"
     if "radius" in columns:
-        radius, sigma = columns["radius"], float(step.settings["sigma"])
+        radius = columns["radius"]
         possible = columns["ran"] & ~columns["abstained"] & (radius >= eps)
         sources = "the columns ran, abstained and radius"
-        if math.isfinite(eps):  # otherwise the bound is -1, whatever the radius is
+        if "sigma" not in step.settings:  # masking, whose radius is a share of the number of words
+            refuse(step.name, "radius", radius >= eps, bound >= 0, "the column bound")
+        elif math.isfinite(eps):  # otherwise the bound is -1, whatever the radius is
+            sigma = float(step.settings["sigma"])
             proved = (eps + sigma * torch.special.ndtri((1 + bound) / 2)).clamp_min(0.0)
             proved = torch.where(certified, proved.clamp_min(eps), proved) * (1 + _RADIUS_TOLERANCE)
             refuse(

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.protocol import Proofs, Prover, ReadyProver
-from holdfast.certifiers.smoothing.smoothing import Smoothing
+from holdfast.certifiers.protocol import Proofs, Prover, ReadyProver, StatisticalProver
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns, Cost, in_table
@@ -173,7 +172,7 @@ class ProofKind(StageKind, Protocol):
 
 
 class StatisticalProof(ProofKind):
-    """Kind of stage for a method whose certificates have a failure probability: randomised smoothing.
+    """Kind of stage for a method whose certificates have a failure probability, such as randomised smoothing.
 
     Its draws may show that the model predicts another class at a clean input. As the votes of the clean stage say
     otherwise, the example remains undecided.
@@ -185,7 +184,9 @@ class StatisticalProof(ProofKind):
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stages of the statistical methods, in their order."""
-        return [stage for stage in _stages(self, plan.proofs, 1) if isinstance(stage.prover, Smoothing)]
+        return [
+            stage for stage in _stages(self, plan.proofs, 1) if isinstance(stage.prover, StatisticalProver)
+        ]
 
     def more(self, proofs: Proofs) -> dict[str, Tensor]:
         """Return the certified radii, and which examples the method abstained on."""
@@ -232,7 +233,11 @@ class QuickProof(ProofKind):
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stages of the quick methods, in their order."""
-        return [stage for stage in _stages(self, plan.proofs, 1) if not isinstance(stage.prover, Smoothing)]
+        return [
+            stage
+            for stage in _stages(self, plan.proofs, 1)
+            if not isinstance(stage.prover, StatisticalProver)
+        ]
 
 
 class LateProof(ProofKind):
@@ -257,7 +262,7 @@ def prepared_prover(target: Target, prover: Prover, sample: Batch, threat: "Thre
     """Return a prover that is prepared for the model of a target and a threat model. It is prepared once for each
     target, since tracing a network may take longer than the bounds of a batch.
     """
-    if isinstance(prover, Smoothing):
+    if isinstance(prover, StatisticalProver):
         return _prepared_smoothing(target, prover, sample, threat)
     from holdfast.certifiers.provers import GraphProver, prepared_graph
 
@@ -268,14 +273,26 @@ def prepared_prover(target: Target, prover: Prover, sample: Batch, threat: "Thre
 
 
 def _prepared_smoothing(
-    target: Target, prover: Smoothing, sample: Batch, threat: "ThreatModel"
+    target: Target, prover: StatisticalProver, sample: Batch, threat: "ThreatModel"
 ) -> ReadyProver:
     smoothed = target.smoothed
-    if smoothed is None or replace(prover, draws=1) != replace(smoothed.smoothing, draws=1):
+    if smoothed is None or not same_changes(prover, smoothed.smoothing):
         raise ValueError(
             "smoothing certifies a smoothed classifier; see holdfast.certifiers.smoothing.smoothed_votes"
         )
     return target.once(f"prover {prover!r}", lambda: prover.ready(smoothed.base, sample, threat))
+
+
+def same_changes(one: StatisticalProver, other: StatisticalProver) -> bool:
+    """Return whether two methods have the same smoothed classifier and failure probability, and the same draws up to
+    their number.
+    """
+    return (one.name, one.parameters, one.seed, one.failure_probability) == (
+        other.name,
+        other.parameters,
+        other.seed,
+        other.failure_probability,
+    )
 
 
 def refuse_contradictory(proofs: Proofs) -> None:

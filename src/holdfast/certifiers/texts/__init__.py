@@ -1,0 +1,1 @@
+"""Certification of models of texts: randomised masking, and bounds over the substitutes of words."""
