@@ -26,6 +26,7 @@ ROWS = {
     "odd-batches": "odd_batches",
     "soundness": "soundness",
     "certification": "certification",
+    "tables": "tables",
     "trees": "trees",
     "onnx-files": "onnx_files",
     "served-models": "served_models",

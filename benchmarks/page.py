@@ -21,6 +21,8 @@ SUBJECTS = {
     "counterexample.",
     "certification": "Certificates of networks that others trained: examples decided, CPU time of each method, and "
     "a network with its normalisation inside.",
+    "tables": "Rules of tables: adversarial rows judged again by a checker of the benchmark, and a network on phishing "
+    "pages under the fourteen relations of TabularBench.",
     "trees": "Tree ensembles on tables: exact worst cases beside an attack, exact distances, and monotone models "
     "against attackers who can only add to features.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
