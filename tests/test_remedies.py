@@ -83,6 +83,7 @@ from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.target import prepared
 from holdfast.settings.grammar import parse_threat
 from holdfast.settings.groups import InferenceSource
+from holdfast.settings.table_rules import drafted
 from holdfast.settings.threats_and_attacks import threat_model
 from servers import Server
 from servers import examples as served_examples
@@ -422,6 +423,7 @@ def file(name: str) -> str:
         tables = {
             "table.csv": "a,b,c,d,name,label\n0.1,0.2,0.3,0.4,u,0\n0.5,0.6,0.7,0.8,v,1\n",
             "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
+            "identifiers.csv": "id,a,label\nu,1,0\nv,2,1\nw,3,1\n",
             "texts.csv": "name,other,label\nu,x,0\nv,y,1\n",
             "unscaled.csv": "a,b,c,d,label\n0.1,20,3,40,0\n0.5,60,7,80,1\n",
             "no-header.csv": "0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
@@ -429,6 +431,8 @@ def file(name: str) -> str:
             "classes.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,1\n0.5,0.6,0.7,0.8,2\n0.5,0.6,0.7,0.8,10\n",
         }
         path.write_text(tables[name])
+    elif name == "rules.json":
+        path.write_text('{"columns": {"a": {"min": 0, "max": 1}}}')
     elif name == "bounds.json":
         path.write_text('{"a": [0, 1]}')
     elif name == "one.npz":
@@ -514,7 +518,7 @@ def in_range(linear, x):
 
 def settled(threat, recipe):
     """The settings of a hardening, which are refused for threats of no recipe."""
-    refuse_unheld(threat_model(parse_threat(threat)))
+    refuse_unheld(threat_model(parse_threat(threat)), recipe)
     return build_recipe({"use": "pgd" if recipe == "auto" else recipe})
 
 
@@ -958,9 +962,10 @@ situation(
     open_data={"label": "label"},
 )
 situation(
-    "units without bounds",
+    "units with narrow bounds",
     assessed,
     {"bounds": ([0] * 4, [100] * 4)},
+    bounds=([0] * 4, [10] * 4),
     data=Later(lambda: file("unscaled.csv")),
     open_data={"label": "label"},
     threat="linf:0.05,unit=range",
@@ -998,6 +1003,17 @@ for name, column in (("two columns of texts", None), ("texts that are labels", "
         data=Later(lambda: file("texts.csv")),
         open_data={"label": "label", **({"x": column} if column else {})},
     )
+situation(
+    "a recipe under rules of a table",
+    settled,
+    threat=Later(lambda: f"table:{file('rules.json')}"),
+    recipe="mart",
+)
+situation(
+    "a column of identifiers",
+    lambda drop: drafted(Path(file("identifiers.csv")), "label", tuple(drop), None),
+    drop=(),
+)
 situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})
 situation(
     "columns in one",

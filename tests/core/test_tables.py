@@ -170,7 +170,10 @@ def test_other_texts_are_no_relations(text, reason):
         ({"columns": {"a": {"min": 0}}}, "has one limit"),
         ({"columns": {"a": {}}}, "has no limits"),
         ({"columns": {"a": {"type": "category"}}}, "its values were expected"),
-        ({"columns": {"a": {"type": "category", "values": ["x", "y"], "change": "up"}}}, "no min, max, unit or direction"),
+        (
+            {"columns": {"a": {"type": "category", "values": ["x", "y"], "change": "up"}}},
+            "no min, max, unit or direction",
+        ),
         ({"columns": {"a": {"min": 0, "max": 1, "values": ["x"]}}}, "has values, which only a category has"),
         ({"columns": {"a": {"min": 0, "max": 1, "change": "none"}}, "groups": [], "relations": []}, "nothing can be"),
         ({"columns": {"a": {"min": 0, "max": 1, "colour": "red"}}}, "columns.a.colour"),

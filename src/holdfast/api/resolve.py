@@ -143,11 +143,16 @@ def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
     if of_all is not None and not unit:
         return ()
     exact = model.access != "gradients"
-    if of_all is not None and unit == "range":
+    found = _range_of_data(settings, model) if unit == "range" and not _gives_bounds(settings) else None
+    if found is not None:
+        low, high = found
+        units = Units(low, high, tuple(b - a for a, b in zip(low, high, strict=True)), exact, unit)
+    elif of_all is not None and unit == "range":
         lowest, highest = ends(of_all)
         units = Units((lowest,), (highest,), (highest - lowest,), exact, unit)
     else:
         raw = _values_of(settings, model.feature_names)
+        assert raw is not None
         features = _feature_names(model, raw)
         low, high = bounds_by_feature(settings, features)
         if not unit:
@@ -160,7 +165,31 @@ def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
     units.apply(model)
     still = sum(size == 0 for size in units.size)
     fixed = f"; {amount(still, 'features')} with a unit of 0 cannot change" if still else ""
+    if found is not None:
+        fixed = (
+            f", and the range of each is that of all rows of the data, because no bounds were given{fixed}"
+        )
     return (f"eps is measured in a unit of each feature, unit={unit}{fixed}",)
+
+
+def _gives_bounds(settings: Opening) -> bool:
+    return "bounds" in settings.model_fields_set
+
+
+def _range_of_data(
+    settings: Opening, model: Classifier
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return the smallest and the largest value of each feature in all rows of a table, in the order of the model's
+    inputs, or None if all values are inside the bounds of the model.
+    """
+    raw = _values_of(settings, model.feature_names, ExampleSelection(), table_only=False)
+    if raw is None:
+        return None
+    named = raw.features or ()
+    order = [named.index(name) for name in _feature_names(model, raw)] if named else slice(None)
+    low, high = (side(raw.x, axis=0)[order] for side in (np.nanmin, np.nanmax))
+    inside = bool((low >= float(model.bounds.low)).all() and (high <= float(model.bounds.high)).all())
+    return None if inside else (tuple(low.tolist()), tuple(high.tolist()))
 
 
 def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
@@ -171,11 +200,18 @@ def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
     return present or tuple(map(str, range(values.x.shape[1])))
 
 
-def _values_of(settings: Opening, fitted: tuple[str, ...] | None) -> Arrays:
+def _values_of(
+    settings: Opening,
+    fitted: tuple[str, ...] | None,
+    selection: ExampleSelection | None = None,
+    *,
+    table_only: bool = True,
+) -> Arrays | None:
     """Return the values of the examples as they are stored, without regard to the model, except that columns without
-    names get the `fitted` ones.
+    names get the `fitted` ones. `selection` replaces that of the settings.
 
-    Raises `UsageError` if they are not a table, because only its features have bounds and units of their own.
+    Without `table_only`, the result is None for other inputs than rows of a table. Otherwise raises `UsageError` for
+    them, because only features of a table have bounds and units of their own.
     """
     any_value = Bounds(torch.tensor(-torch.inf), torch.tensor(torch.inf))
     properties = Expected(
@@ -187,11 +223,13 @@ def _values_of(settings: Opening, fitted: tuple[str, ...] | None) -> Arrays:
         groups=group_column(settings),
         needs_groups=False,
     )
-    raw = open_expected(settings, properties)
+    raw = open_expected(settings, properties, selection)
     arrays = (
         raw.whole.taken(raw.rows) if isinstance(raw, Selection) and isinstance(raw.whole, Arrays) else raw
     )
     if not isinstance(arrays, Arrays) or arrays.x.ndim != 2:
+        if not table_only:
+            return None
         raise UsageError(
             "bounds or units of each feature were given, and the inputs are not rows of features (n, features); give "
             "two numbers as bounds, and an eps without unit="

@@ -163,7 +163,7 @@ def _column(
             raise UsageError(
                 f"the column {name!r} of {table.name} has {len(words):,} different texts in {len(table):,} rows, so it "
                 "is no category",
-                Remedy("drop", (name,), function="open_data", repeated=True),
+                Remedy("drop", (name,), repeated=True),
             )
         return {"type": "category", "values": words, **missing}
     present = values[~np.isnan(values)]

@@ -9,7 +9,6 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.tables.table import Table, TableTensors
 
 
@@ -18,8 +17,8 @@ def expect_table(constraint: Constraint, attack: object) -> Table:
     if isinstance(constraint, Table):
         return constraint
     raise UsageError(
-        f"{type(attack).__name__} changes rows of a table by its rules, and the threat is {constraint}",
-        Remedy("threat", Placeholder("RULES.yaml", "table:[RULES.yaml]")),
+        f"{type(attack).__name__} changes rows of a table by its rules, and the threat is {constraint}; give a threat "
+        "such as table:rules.yaml"
     )
 
 

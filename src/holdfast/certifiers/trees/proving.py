@@ -18,7 +18,7 @@ from holdfast.certifiers.trees.ensemble import Ensemble, Integers
 from holdfast.certifiers.trees.reading import TreeModel, read_trees, refuse_other
 from holdfast.certifiers.trees.worst import smallest_lead
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import Linf, allowed
+from holdfast.core.constraints import Constraint, Linf, allowed
 from holdfast.core.errors import NoBounds, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Install, Remedy
@@ -49,6 +49,8 @@ class Trees:
         Raises `NoBounds` for another model, and for one whose trees are not supported; `UsageError` if the constraint
         is not Linf, or Veritas is needed and missing.
         """
+        if threat.constraint.name == "table":
+            return _under_rules(model, sample, threat.constraint, self.timeout_s)
         if not isinstance(threat.constraint, Linf):
             raise UsageError(
                 f"{threat.constraint} cannot be certified for trees; expected a ball of the norm linf",
@@ -62,6 +64,14 @@ class Trees:
                 Install("trees"),
             )
         return ready
+
+
+def _under_rules(model: Classifier, sample: Batch, constraint: Constraint, timeout_s: float) -> ReadyProver:
+    from holdfast.certifiers.trees.rules import monotone_prover  # late: few threats have rules
+    from holdfast.core.tables.table import Table
+
+    assert isinstance(constraint, Table)
+    return monotone_prover(opened_trees(model, sample, Linf(0.0), timeout_s), constraint.rules)
 
 
 def opened_trees(model: Classifier, sample: Batch, constraint: Linf, timeout_s: float) -> "TreeProver":

@@ -277,10 +277,7 @@ def from_numpy(
         raise TargetError(f"{name} is empty; at least one example is needed")
     if expected.edits is not None:
         x, preserve = _codes(x, expected.edits, ids, name), True
-    if expected.rules is not None:
-        from holdfast.io.data.table_rows import notes_of_rules  # late: few inputs have rules
-
-        notes = (*notes, *notes_of_rules(expected.rules, x, ids, name))
+    notes = (*notes, *_rule_notes(x, expected, ids, name))
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
@@ -289,14 +286,7 @@ def from_numpy(
             f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
             "x.reshape(len(x), -1)"
         )
-    if (
-        x.ndim == 2
-        and probe is not None
-        and probe.takes_ids(torch.from_numpy(np.array(x[:_IDS], np.float32)))
-    ):
-        raise TargetError(
-            f"the model rejects floats and accepts whole numbers, as models of texts do. {SUPPORTED}"
-        )
+    _refuse_ids(x, probe)
     n_classes = expected.classes or (None if names is None else len(names))
     y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
     stored, scale, scale_notes = _stored(x, expected.bounds_of_values, name, preserve=preserve)
@@ -327,6 +317,28 @@ def _codes(x: Array, edits: "TextEdits", ids: NDArray[np.int64], name: str) -> A
     from holdfast.io.data.texts import codes  # late: few inputs are texts
 
     return codes(x, edits, ids, name)
+
+
+def _rule_notes(x: Array, expected: Expected, ids: NDArray[np.int64], name: str) -> tuple[str, ...]:
+    """Return notes about rows of a table that has rules, and an empty tuple for other inputs."""
+    if expected.rules is None:
+        return ()
+    from holdfast.io.data.table_rows import notes_of_rules  # late: few inputs have rules
+
+    return notes_of_rules(expected.rules, x, ids, name)
+
+
+def _refuse_ids(x: Array, probe: ProbedClassifier | None) -> None:
+    """Raise `TargetError` if the inputs are rows of numbers, and the model accepts ids of tokens."""
+    takes_ids = (
+        x.ndim == 2
+        and probe is not None
+        and probe.takes_ids(torch.from_numpy(np.array(x[:_IDS], np.float32)))
+    )
+    if takes_ids:
+        raise TargetError(
+            f"the model rejects floats and accepts whole numbers, as models of texts do. {SUPPORTED}"
+        )
 
 
 def with_network_layout(data: Arrays, expected: Expected) -> Arrays:

@@ -28,17 +28,21 @@ class TableEstimator(Estimator):
         self.order = [rules.places[name] for name in fitted or rules.names]
         """position in the rules of each column that the estimator was fitted on"""
 
+    def rows(self, x: Tensor) -> Array:
+        """Return the inputs with the columns in the order in which the estimator was fitted."""
+        return super().rows(x)[:, self.order]
+
     def _forms(self) -> tuple[Form, ...]:
         return ("frame",) if self.rules.categories else super()._forms()
 
     def _in_form(self, rows: Array, form: Form) -> Any:
         if form != "frame":
-            return super()._in_form(rows[:, self.order], form)
+            return super()._in_form(rows, form)
         import pandas as pd
 
         columns = {}
-        for name in (self.rules.names[place] for place in self.order):
-            values = rows[:, self.rules.places[name]]
+        for values, place in zip(rows.T, self.order, strict=True):
+            name = self.rules.names[place]
             categories = self.rules.categories.get(name)
             columns[name] = values if categories is None else _category(values, categories)
         return pd.DataFrame(columns, copy=False)

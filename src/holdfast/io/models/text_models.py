@@ -28,6 +28,7 @@ class TextEstimator(Estimator):
     """An estimator that is called with texts, such as a pipeline of scikit-learn that begins with a vectoriser."""
 
     def rows(self, x: Tensor) -> Array:
+        """Return the texts in the rows of `x`, as an array of strings."""
         return np.array(decoded(x), dtype=object)
 
     def _forms(self) -> tuple[Form, ...]:

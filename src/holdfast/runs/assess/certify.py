@@ -120,9 +120,14 @@ def refuse_unprovable(
         own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
-    by_operations = any(
-        stage.prover is not None and stage.prover.name not in (SUBSTITUTIONS, TREES) for stage in stages
-    )
+    of_table = plan.threat.constraint.name == "table"
+    if of_table and any(stage.prover is not None and stage.prover.name != TREES for stage in stages):
+        raise UsageError(
+            "under rules of a table, only tree ensembles are certified, and the model is none",
+            *((Remedy("certify"),) if verb == "assess" else (Remedy("threat", "linf:0.1"),)),
+        )
+    own_reading = (SUBSTITUTIONS, TREES)
+    by_operations = any(stage.prover is not None and stage.prover.name not in own_reading for stage in stages)
     if (
         by_operations
         and target.smoothed is None
