@@ -60,7 +60,8 @@ def refuse_unknown_model(address: str) -> None:
     if _is_word(address) and address not in names:
         raise UsageError(
             f"there is no bundled model {address!r}{_offered(address, names)} "
-            "give file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt file, or a URL"
+            "give file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt file, a folder of "
+            "transformers, or a URL"
         )
 
 

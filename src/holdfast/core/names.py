@@ -152,10 +152,11 @@ def refuse_text_limits(limits: Mapping[str, float | str]) -> None:
     if kinds[0] != "edits" and not limits.get("file"):
         raise UsageError(
             f"{limits_text('text', limits)} has no file; give file=FILE.json with a JSON object such as "
-            f"{_TEXT_FILES[kinds[0]]}"
+            f"{_TEXT_FILES[kinds[0]]}{_OR_FOLDER if kinds[0] == 'synonyms' else ''}"
         )
 
 
+_OR_FOLDER = ", or file=FOLDER with a model of transformers, whose embeddings give the synonyms"
 _TEXT_FILES = {
     "synonyms": '{"synonyms": {"good": ["great", "fine"]}}',
     "inserts": '{"insert": ["hello", "thanks"]}',

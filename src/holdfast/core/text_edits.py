@@ -97,7 +97,9 @@ class TextEdits(Whole):
     inserts: int = 0
     """largest number of words of the file that are appended, each after one space"""
     file: str = ""
-    """path of the JSON file with synonyms, words and protected patterns"""
+    """path of the JSON file with synonyms, words and protected patterns, or of a folder with embeddings of words"""
+    similarity: float = 0.0
+    """smallest cosine similarity of the embeddings of synonyms, if `file` is a folder; otherwise 0"""
     content: str = field(default="", repr=False)
     """content of the file: a JSON object with `synonyms`, `insert` and `protect`"""
 
@@ -119,7 +121,8 @@ class TextEdits(Whole):
         content.
         """
         named = {
-            name: getattr(self, name) for name in ("edits", "words", "synonyms", "inserts", "file", "content")
+            name: getattr(self, name)
+            for name in ("edits", "words", "synonyms", "inserts", "file", "similarity", "content")
         }
         return {name: limit for name, limit in named.items() if limit}
 

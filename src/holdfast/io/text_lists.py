@@ -5,34 +5,68 @@ import re
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.text_edits import TextEdits
 from holdfast.io.files import readable_file
 
 MOST_BYTES = 4_000_000
 """Largest size of the file; its content is stored with each run."""
+SIMILARITY = 0.7
+"""Smallest cosine similarity of synonyms from embeddings, if none is given."""
 _EXAMPLE = '{"synonyms": {"good": ["great", "fine"]}, "insert": ["hello"], "protect": ["^[0-9]+$"]}'
 _KEYS = ("synonyms", "insert", "protect")
 
 
 def text_edits(
-    *, edits: int = 0, words: int = 0, synonyms: int = 0, inserts: int = 0, file: str = ""
+    *,
+    edits: int = 0,
+    words: int = 0,
+    synonyms: int = 0,
+    inserts: int = 0,
+    file: str = "",
+    similarity: float | None = None,
 ) -> TextEdits:
-    """Return the constraint with these limits and the content of the file.
+    """Return the constraint with these limits and the content of the file, or the synonyms from the embeddings of a
+    folder with a model of transformers.
 
     Raises `UsageError` if the limits do not fit together, and `TargetError` for a file that is not as expected.
     """
     empty = TextEdits(edits, words, synonyms, inserts, file)
+    embedded = bool(synonyms and file) and Path(file).is_dir()
+    if similarity is not None and not embedded:
+        raise UsageError(
+            f"similarity is {similarity:g}, and no synonyms are taken from the embeddings of a folder; leave it out, "
+            "or give text:synonyms=2,file=FOLDER with a folder of transformers"
+        )
     if not file:
         return empty
-    lists = _lists(Path(file))
+    if embedded:
+        similarity = SIMILARITY if similarity is None else similarity
+        lists = _embedded(Path(file), similarity)
+    else:
+        lists = _lists(Path(file))
     needed = {"synonyms": synonyms, "insert": inserts}
     for key, limit in needed.items():
         if limit and not lists.get(key):
             raise TargetError(f"{file!r} has no {key}; a JSON object such as {_EXAMPLE} was expected")
     content = json.dumps(lists, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return TextEdits(edits, words, synonyms, inserts, file, content)
+    return TextEdits(edits, words, synonyms, inserts, file, similarity or 0.0, content)
+
+
+def _embedded(folder: Path, similarity: float) -> dict[str, Any]:
+    """Return the synonyms from the embeddings of a folder. Raises `TargetError` if there are none, or too many."""
+    from holdfast.io.text_embeddings import embedded_synonyms  # late: few threats are of folders
+
+    synonyms = embedded_synonyms(folder, similarity)
+    size = len(json.dumps(synonyms))
+    if not 0 < size <= MOST_BYTES or not synonyms:
+        raise TargetError(
+            f"{len(synonyms):,} words of {str(folder)!r} have synonyms with a similarity of {similarity:g}, which take "
+            f"{size:,} bytes; at least one word and at most {MOST_BYTES:,} bytes were expected: give a "
+            f"{'smaller' if not synonyms else 'larger'} similarity, as in similarity={SIMILARITY}"
+        )
+    return {"synonyms": synonyms}
 
 
 def _lists(path: Path) -> dict[str, Any]:

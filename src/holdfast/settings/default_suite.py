@@ -69,8 +69,8 @@ def refuse_unknown(
 
 
 def refuse_uncertifiable(threat: str) -> None:
-    """Raise `UsageError` for a threat model under which robustness is not proved: without a norm and a positive eps,
-    rules of a table or changed words, or with a target class.
+    """Raise `UsageError` for a threat model under which robustness is not proved: without a norm and a positive eps or
+    rules of a table, or with a target class.
     """
     spec = parse_threat(threat)
     if spec.norm == "text" and "inserts" in spec.arguments:
@@ -78,9 +78,9 @@ def refuse_uncertifiable(threat: str) -> None:
             f"the threat {threat} appends words, and robustness is proved for changes of the words of a text, whose "
             "number stays the same; give edits and words, or synonyms and a file"
         )
-    if spec.norm not in ("linf", "l2", "l1", "text", "table"):
+    if spec.norm not in ("linf", "l2", "l1", "table", "text"):
         raise UsageError(
-            f"the threat is {threat}, and robustness is proved under linf, l2, l1, text and table only",
+            f"the threat is {threat}, and robustness is proved under linf, l2, l1, table and text only",
             Remedy("threat", "linf:0.1"),
         )
     if spec.eps == float("inf"):

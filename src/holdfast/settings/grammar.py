@@ -494,6 +494,12 @@ FORMS: Final[dict[str, Form]] = {
                 for name, example in _TEXT_EXAMPLES.items()
             },
             "file": _file,
+            "similarity": _matching(
+                "similarity",
+                r"(0?\.\d{1,6}|1(\.0{1,6})?)",
+                "a number above 0 and at most 1, as in similarity=0.7",
+                float,
+            ),
         },
         written=_limits_written,
         example=_TEXT_EXAMPLES["edits"],

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -74,6 +75,17 @@ class _Tree(NamedTuple):
     right: NDArray[Any]
     value: Floats
     """(nodes, outputs)"""
+
+
+def _quiet(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a method of scikit-learn without its warnings, such as that an array has no names of features."""
+
+    def called(rows: NDArray[Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return method(rows)
+
+    return called
 
 
 def has_trees(model: Classifier) -> bool:
@@ -319,7 +331,7 @@ def _read_forest(source: Any) -> TreeModel:
         for member, value in zip(members, values, strict=True)
     ]
     ensemble = _assembled(trees, source.n_features_in_, "float32", divisor=float(len(trees)))
-    return TreeModel(ensemble, source.predict_proba)
+    return TreeModel(ensemble, _quiet(source.predict_proba))
 
 
 def _read_gradient_boosting(source: Any) -> TreeModel:
@@ -330,7 +342,7 @@ def _read_gradient_boosting(source: Any) -> TreeModel:
         for output, tree in enumerate(stage)
     ]
     ensemble = _assembled(trees, source.n_features_in_, "float32")
-    return TreeModel(ensemble, source.decision_function, shifted=True)
+    return TreeModel(ensemble, _quiet(source.decision_function), shifted=True)
 
 
 def _read_histograms(source: Any) -> TreeModel:
@@ -346,7 +358,7 @@ def _read_histograms(source: Any) -> TreeModel:
             to_left, left, right = (nodes[key] for key in ("missing_go_to_left", "left", "right"))
             trees.append(_Tree(feature, threshold, to_left, left, right, value))
     ensemble = _assembled(trees, source.n_features_in_, "float64")
-    return TreeModel(ensemble, source.decision_function, shifted=True)
+    return TreeModel(ensemble, _quiet(source.decision_function), shifted=True)
 
 
 _READERS: dict[str, Callable[[Any], TreeModel]] = {

@@ -496,8 +496,8 @@ def _open_folder(opening: _Opening, path: Path) -> OpenedModel:
     """Open a folder with a model of transformers, which is called with texts."""
     if not opening.declared.texts:
         raise UsageError(
-            f"{opening.address!r} is a folder, and a folder contains a model of texts; give a threat on texts, such as "
-            "text:edits=2,words=3, or the file of another model"
+            f"{opening.address!r} is a folder, whose model is called with texts, and there is no threat on texts such "
+            "as text:edits=2,words=3; assess it with one, or give the file of another model"
         )
     from holdfast.io.models.transformers_folders import open_folder  # late: few models are folders
 

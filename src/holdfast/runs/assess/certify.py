@@ -126,8 +126,9 @@ def refuse_unprovable(
             "under rules of a table, only tree ensembles are certified, and the model is none",
             *((Remedy("certify"),) if verb == "assess" else (Remedy("threat", "linf:0.1"),)),
         )
-    own_reading = (SUBSTITUTIONS, TREES)
-    by_operations = any(stage.prover is not None and stage.prover.name not in own_reading for stage in stages)
+    by_operations = any(
+        stage.prover is not None and stage.prover.name not in (SUBSTITUTIONS, TREES) for stage in stages
+    )
     if (
         by_operations
         and target.smoothed is None
