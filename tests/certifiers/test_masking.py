@@ -129,7 +129,7 @@ def test_it_is_a_statistical_method_that_refuses_what_it_does_not_cover():
     assert isinstance(HOW, StatisticalProver)
     inserts = TextEdits(inserts=1, file="words.json", content='{"insert": ["a"]}')
     for threat, message in (
-        (ThreatModel(inserts), "appends words"),
+        (ThreatModel(inserts), "whose number stays"),
         (ThreatModel(TextEdits(edits=1, words=1), goal=1), "leave goal= out"),
         (ThreatModel(TextEdits(edits=1, words=7)), "allow fewer changed words"),
     ):

@@ -105,3 +105,10 @@ BAD = [
 def test_what_is_not_covered_is_refused_with_what_to_do(model, threat, flags, message, capsys):
     assert certify(model, threat, *flags) in (2, 3)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "masking"]])
+def test_a_server_is_refused_with_what_to_give_instead(flags, capsys):
+    flags = ["--label", "label", "--threat", EDITS, "--allow-host", "localhost:1", *flags]
+    assert run(["certify", "http://localhost:1/predict", "sms.csv", *flags]) == 2
+    assert "a function from a list of strings" in capsys.readouterr().err

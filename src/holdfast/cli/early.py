@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import holdfast
-from holdfast.core.catalogue import MASKING, SMOOTHING
+from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.io.files import existing
@@ -91,17 +91,17 @@ def refuse_server_to_certify(address: str, threat: str) -> None:
     """Raise `UsageError` if the model to certify is given as the URL of a server, whose operations are not known."""
     from holdfast.io.remote.remote import SCHEMES
 
-    of_texts = parse_threat(threat).norm == "text"
-    if address.partition(":")[0] in SCHEMES:
+    of_texts = (
+        parse_threat(threat).norm == "text"
+    )  # then the error about a model of numbers has another way out
+    if address.partition(":")[0] in SCHEMES and not of_texts:
         raise UsageError(
             f"{address!r} is a server, and bounds are computed from the operations of a network; give the network "
             "itself, as in file.py:factory",
             Remedy(
                 "method",
-                MASKING if of_texts else SMOOTHING,
-                also=()
-                if of_texts
-                else (
+                SMOOTHING,
+                also=(
                     *(() if threat.startswith("l2:") else (Remedy("threat", Placeholder("l2:EPS")),)),
                     Remedy("sigma", Placeholder("SIGMA")),
                 ),

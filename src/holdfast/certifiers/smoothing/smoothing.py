@@ -22,7 +22,14 @@ from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs
 from holdfast.certifiers.smoothing.noise import MOST_DRAWS
-from holdfast.certifiers.smoothing.votes import FOR_WRONG, NO_CLASS, Counting, noisy_votes, votes_of
+from holdfast.certifiers.smoothing.votes import (
+    FOR_WRONG,
+    NO_CLASS,
+    Counting,
+    noisy_votes,
+    refuse_impossible,
+    votes_of,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
@@ -61,13 +68,7 @@ class Smoothing:
             raise UsageError(
                 f"sigma is {self.sigma}; it must be a positive number, such as 0.5: without noise nothing is smoothed"
             )
-        if not 0 < self.failure_probability < 1:
-            raise UsageError(
-                f"failure_probability is {self.failure_probability}; it must be between 0 and 1, such as 0.001: no "
-                "number of draws makes a statistical certificate certain"
-            )
-        if not 1 <= self.draws < MOST_DRAWS:
-            raise UsageError(f"draws is {self.draws}; it must be from 1 to {MOST_DRAWS - 1:,}, such as 10000")
+        refuse_impossible(self)
 
     def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> "ReadySmoothing":
         """Return the method for a frozen model in evaluation mode, after one noisy copy of the inputs of `sample`.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, StatisticalProver
-from holdfast.certifiers.smoothing.noise import numbered_noise
+from holdfast.certifiers.smoothing.noise import MOST_DRAWS, numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier, Model
 from holdfast.core.outputs import refused
 from holdfast.core.pieces import Room, in_room
@@ -91,6 +92,17 @@ def counted_votes(
         votes += torch.bincount(rows * width + predictions % width, minlength=len(votes))
         start += len(rows)
     return votes.view(len(ids), -1)
+
+
+def refuse_impossible(how: StatisticalProver) -> None:
+    """Raise `UsageError` for a failure probability or a number of draws with which nothing can be shown."""
+    if not 0 < how.failure_probability < 1:
+        raise UsageError(
+            f"failure_probability is {how.failure_probability}; it must be between 0 and 1, such as 0.001: no "
+            "number of draws makes a statistical certificate certain"
+        )
+    if not 1 <= how.draws < MOST_DRAWS:
+        raise UsageError(f"draws is {how.draws}; it must be from 1 to {MOST_DRAWS - 1:,}, such as 10000")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from holdfast.certifiers.protocol import Proofs
 from holdfast.certifiers.smoothing.noise import MOST_DRAWS
 from holdfast.certifiers.smoothing.smoothed_votes import SmoothedVotes
-from holdfast.certifiers.smoothing.votes import FOR_WRONG, Counting, counted_votes
+from holdfast.certifiers.smoothing.votes import FOR_WRONG, Counting, counted_votes, refuse_impossible
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import MASKING
 from holdfast.core.constraints import Constraint
@@ -63,12 +63,7 @@ class Masking:
             raise UsageError(f"keep is {self.keep}; it must be between 0 and 1, such as 0.1")
         if self.mask.split() not in ([], [self.mask]) or "\0" in self.mask:
             raise UsageError(f"mask is {self.mask!r}; one word was expected, such as [MASK]")
-        if not 0 < self.failure_probability < 1:
-            raise UsageError(
-                f"failure_probability is {self.failure_probability}; it must be between 0 and 1, such as 0.001"
-            )
-        if not 1 <= self.draws < MOST_DRAWS:
-            raise UsageError(f"draws is {self.draws}; it must be from 1 to {MOST_DRAWS - 1:,}, such as 10000")
+        refuse_impossible(self)
 
     @property
     def parameters(self) -> Mapping[str, float | str | bool]:
@@ -98,15 +93,10 @@ class Masking:
         that can be certified with this share of words and number of draws.
         """
         edits = threat.constraint
-        if not isinstance(edits, TextEdits):
+        if not isinstance(edits, TextEdits) or edits.inserts:
             raise UsageError(
-                f"the threat is {edits.name}, and masking certifies changed words of texts; give a threat such as "
-                "text:edits=2,words=3"
-            )
-        if edits.inserts:
-            raise UsageError(
-                f"the threat {edits} appends words, and masking certifies changes of the words of a text, whose number "
-                "stays the same; give edits and words, or synonyms and a file"
+                f"the threat is {edits}, and masking certifies changes of the words of a text, whose number stays the "
+                "same; give edits and words, or synonyms and a file"
             )
         if threat.goal is not None:
             raise UsageError(

@@ -283,16 +283,12 @@ def _prepared_smoothing(
     return target.once(f"prover {prover!r}", lambda: prover.ready(smoothed.base, sample, threat))
 
 
-def same_changes(one: StatisticalProver, other: StatisticalProver) -> bool:
-    """Return whether two methods have the same smoothed classifier and failure probability, and the same draws up to
-    their number.
+def same_changes(*methods: StatisticalProver) -> bool:
+    """Return whether methods have the same smoothed classifier and failure probability, and the same draws up to their
+    number.
     """
-    return (one.name, one.parameters, one.seed, one.failure_probability) == (
-        other.name,
-        other.parameters,
-        other.seed,
-        other.failure_probability,
-    )
+    first, *others = [(each.name, each.parameters, each.seed, each.failure_probability) for each in methods]
+    return all(each == first for each in others)
 
 
 def refuse_contradictory(proofs: Proofs) -> None:
