@@ -1,4 +1,4 @@
-"""Rules of tables: adversarial rows judged by a checker of the benchmark, and phishing pages under fourteen relations."""
+"""Rules of tables: rows judged by a checker of the benchmark, and phishing pages under fourteen relations."""
 
 import math
 from collections.abc import Mapping, Sequence
