@@ -432,7 +432,7 @@ def file(name: str) -> str:
         }
         path.write_text(tables[name])
     elif name == "rules.json":
-        path.write_text('{"columns": {"a": {"min": 0, "max": 1}}}')
+        path.write_text(json.dumps({"columns": {name: {"min": 0, "max": 1} for name in "abcd"}}))
     elif name == "bounds.json":
         path.write_text('{"a": [0, 1]}')
     elif name == "one.npz":
@@ -1143,6 +1143,9 @@ layer_norm = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
 situation("no bounds under linf", certified, model=layer_norm)
 situation("no bounds under l2", certified, model=layer_norm, threat="l2:0.02")
 situation("no bounds in assess", certified, model=layer_norm, verb="assess", certify=True)
+RULES = Later(lambda: f"table:{file('rules.json')}")
+situation("a network under rules", certified, threat=RULES)
+situation("a network under rules in assess", certified, threat=RULES, verb="assess", certify=True)
 situation("smoothing under linf", certified, method="smoothing", sigma=0.1, draws=500)
 situation("smoothing under l0", certified, method="smoothing", sigma=0.1, draws=500, threat="l0:1")
 situation("smoothing without sigma", certified, method="smoothing", threat="l2:0.02")
