@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,13 @@ def test_logits_are_those_of_transformers_for_texts_of_any_length(tiny):
             torch.testing.assert_close(row, net(**single).logits[0])
         model.net.longest = 5
         assert torch.equal(model(encoded(["a good film"], 30)), model(encoded(["a good film plot"], 30)))
+
+
+def test_a_copy_computes_in_double_precision_and_leaves_the_model(tiny):
+    net, x = opened(tiny).model.net, encoded(TEXTS, 200)
+    double = deepcopy(net).double()
+    assert double(x.double()).dtype == torch.float64 and net(x).dtype == torch.float32
+    torch.testing.assert_close(double(x.double()).float(), net(x))
 
 
 def test_every_file_identifies_the_model(copy):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,10 @@ class TokenisedTexts(TextFunction):
         self.longest = longest
         """largest number of tokens of a text; further tokens are not read"""
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "TokenisedTexts":
+        """Return a copy with a copy of the network, since copies are converted to double precision."""
+        return TokenisedTexts(deepcopy(self.model, memo), self.tokenizer, self.longest, self.digest)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the texts in the rows of `x`, in batches of texts of similar length."""
         rows = self.tokenizer(decoded(x), truncation=True, max_length=self.longest)
@@ -86,7 +91,7 @@ class TokenisedTexts(TextFunction):
                 {name: [values[place] for place in batch] for name, values in rows.items()},
                 return_tensors="pt",
             ).to(x.device)
-            logits |= zip(batch, self.model(**padded).logits.float(), strict=True)
+            logits |= zip(batch, self.model(**padded).logits, strict=True)
         return torch.stack([logits[place] for place in range(len(lengths))])
 
 
