@@ -225,4 +225,4 @@ def test_the_columns_of_the_data_are_those_of_the_rules(capsys):
 def test_certificates_are_refused(capsys):
     drafted()
     assert run(["certify", "model.py:make", *ARGUMENTS, "--threat", "table:rules.yaml"]) == 2
-    assert "only tree ensembles are certified" in capsys.readouterr().err
+    assert "also after StandardScaler" in capsys.readouterr().err

@@ -113,6 +113,8 @@ def refuse_unprovable(
         # only if a model is refused: the trial of smoothing calls the model
         if verb == "assess":
             return (Remedy("certify"),)
+        if plan.threat.constraint.name == "table":
+            return ()
         if plan.threat.constraint.name == "text":
             from holdfast.certifiers.texts.masking import by_masking
 
