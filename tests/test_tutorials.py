@@ -148,6 +148,24 @@ def test_every_block_of_estimators_runs(tmp_path, monkeypatch, capsys):
         assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
 
 
+@pytest.mark.slow
+def test_every_block_of_tables_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (code,) = re.findall(r"```python.*?\n(.*?)```", page("tables"), re.DOTALL)
+    (rules,) = re.findall(r"```yaml.*?\n(.*?)```", page("tables"), re.DOTALL)
+    (tmp_path / "fraud.py").write_text(code, encoding="utf-8")
+    exec(compile(code, "fraud.py", "exec"), {"__name__": "__main__"})
+    drafting, *lines = re.findall(r"^\$ holdfast (.*)$", page("tables"), re.MULTILINE)
+    assert run(shlex.split(drafting)) == 0
+    (tmp_path / "rules.yaml").write_text(rules, encoding="utf-8")
+    for line, code in zip(lines, (1, 0), strict=True):
+        assert run(shlex.split(line)) == code, (line, capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert "97.7 %" in shown and "11.9 %" in shown
+
+
 def test_every_block_of_text_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
