@@ -542,6 +542,20 @@ def test_a_gate_that_nothing_will_answer_is_refused_before_anything_is_measured(
     assert not steps and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("gate", "goal"), [("targeted_success_rate <= 1", 0), ("mean_perturbation_linf <= 1", None)]
+)
+def test_a_gate_does_not_depend_on_the_first_examples(gate, goal):
+    batch = data().read(0, N)
+    prediction = network()(batch.x).argmax(1)
+    rows = prediction.argsort(stable=True)
+    x, y = batch.x[rows], prediction[rows]
+    if goal is None:
+        y[:8] = (y[:8] + 1) % CLASSES
+    examples = as_data(x, y)
+    assert assess(subject(), examples, order(threat=ThreatModel(Linf(0.06), goal=goal), gates=(gate,))).gates
+
+
 def test_every_metric_that_a_run_brings_may_be_gated():
     asked = order(curve=(SMALLEST,))
     brought = assess(subject(), data(), asked).metrics

@@ -44,8 +44,12 @@ class Clean(StageKind):
         return dict(clean)
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """Return the measured columns of the clean stage, because attacks do not change them."""
-        return self.run(stage, work)
+        """Return the measured columns of the clean stage, with every example correct and eligible. The few examples of
+        the check may all be misclassified or ineligible, while others in the data are not.
+        """
+        columns = self.run(stage, work)
+        every = torch.ones_like(columns["correct"])
+        return {**columns, "correct": every, "eligible": every.clone()}
 
     def cost(self, columns: Columns, *, randomised: bool) -> Cost:
         """Return the cost of the clean stage: one query for each example, and further forward passes for the votes of a
