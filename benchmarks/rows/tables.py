@@ -97,6 +97,7 @@ def measured() -> Outcome:
     table: list[Cells] = []
     invalid = sum(_attacked(table, name) for name in TABLES)
     left = _phishing(table)
+    invalid += int(left.pop("invalid"))
     claims = [
         Claim("adversarial rows that the checker of the benchmark refuses <= 0", invalid, 0),
         Claim("recall on phishing pages, all columns <= 0.03", left["all columns"], 0.03),
@@ -266,13 +267,35 @@ def _phishing(table: list[Cells]) -> dict[str, float]:
         constraint = Table(name, rules.content, PHISHING_EPS)
         x_adv = CAPGD()(model, detected, ThreatModel(constraint), rng=Draws(0))
         kept = net(x_adv).argmax(1) == 1
+        valid = sum(
+            _moved_within(columns, (high - low).tolist(), after, before)
+            for after, before in zip(x_adv[~kept].tolist(), detected.x[~kept].tolist(), strict=True)
+        )
         left[name] = int(kept.sum()) / len(pages)
+        left["invalid"] = left.get("invalid", 0) + int((~kept).sum()) - valid
         table.append(
             {"table": "phishing_url", "model": f"network, CAPGD, {name}", "rows": len(pages)}
             | {"clean": len(detected) / len(pages), "survive attack": left[name]}
+            | {"adversarial rows": int((~kept).sum()), "valid": valid}
         )
     _plain(table, net, detected, content, len(pages))
     return left
+
+
+def _moved_within(
+    columns: Mapping[str, Any], widths: Sequence[float], after: Sequence[float], before: Sequence[float]
+) -> bool:
+    """Whether a row of the phishing table is a change within the L2 budget that the rules allow."""
+    length = 0.0
+    for column, width, new, old in zip(columns.values(), widths, after, before, strict=True):
+        fixed = column.get("change") == "none" and new != old
+        fraction = column["type"] == "whole" and new != round(new)
+        slack = 1e-6 * max(1.0, abs(column["max"]))
+        if fixed or fraction or not column["min"] - slack <= new <= column["max"] + slack:
+            return False
+        length += ((new - old) / width) ** 2 if width else 0.0
+    related = _related(*(dict(zip(columns, row, strict=True)) for row in (after, before)))
+    return related and math.sqrt(length) <= PHISHING_EPS * (1 + 1e-4)
 
 
 def _plain(table: list[Cells], net: _Scaled, detected: Batch, content: Mapping[str, Any], pages: int) -> None:
