@@ -191,6 +191,7 @@ def test_python_attacks_a_frame_by_rules():
         ({}, ["--curve"], "has no eps, which a curve needs"),
         ({"threat": "table:rules.yaml,eps=0"}, [], "must be above 0"),
         ({"threat": "table:https://example.com/rules.yaml"}, [], "an address; download the file"),
+        ({"threat": "table:rules.yaml,eps=nan"}, [], "eps"),
         ({"threat": "table:other.yaml"}, [], "does not exist"),
         ({"threat": "table:"}, [], "has no file"),
     ],

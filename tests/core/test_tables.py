@@ -142,9 +142,31 @@ def test_relations_that_always_hold_and_columns_that_cannot_change_are_reported(
     assert check.fixed == ("country",)
 
 
+def test_a_division_by_zero_violates_a_relation():
+    columns = {"loan": {"min": 0, "max": 1000}, "income": {"min": 0, "max": 100}}
+    content = {"columns": columns, "budget": {"norm": "l0", "eps": 2}, "relations": ["loan / income <= 0.5"]}
+    rules = rules_from(content, "r")
+    clean = np.array([[10.0, 100.0]] * 3)
+    changed = np.array([[900.0, 0.0], [0.0, 0.0], [40.0, 90.0]])
+    assert distances(rules, changed, clean).tolist() == [np.inf, np.inf, 2]
+    constraint, x = Table("r", rules.content, 2), torch.tensor(clean).float()
+    x_adv = constraint.project(torch.tensor(changed).float(), x, BOUNDS)
+    assert allowed(constraint, x_adv, x, BOUNDS).all()
+
+
+def test_tolerances_are_relative_to_the_values():
+    columns = {"a": {"min": 0, "max": 1e-7}, "b": {"min": 0, "max": 1e9}}
+    rules = rules_from({"columns": columns, "budget": {"eps": 9}, "relations": ["a <= b"]}, "r")
+    clean = np.array([[0.0, 0.0]] * 4)
+    changed = np.array([[9e-7, 1.0], [0.0, -999.0], [1e-7, 0.0], [1e-7, 1e-7]])
+    assert np.isinf(distances(rules, changed, clean)).tolist() == [True, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("debit <= 1" + "0" * 400, "a number is larger"),
+        ("debit <= 1e999", "a number is larger"),
         ("debit", "a comparison is missing"),
         ("debit != credit", "another comparison"),
         ("debit ** 2 <= 3", "is not an expression"),
@@ -181,6 +203,14 @@ def test_other_texts_are_no_relations(text, reason):
         ({"relations": ["failed <= login"]}, "did you mean 'logins'"),
         ({"relations": ["country <= 1"]}, "which is a category"),
         ({"relations": ["1 <= 2"]}, "has no column"),
+        ({"columns": {"a": {"min": 0, "max": 1, "cost": float("inf")}}}, "finite numbers"),
+        ({"columns": {"a": {"type": "whole", "min": 0.2, "max": 0.8}}}, "no whole number"),
+        ({"columns": {"a": {"type": "category", "values": ["", "b"]}}}, "its values were expected"),
+        (
+            {"columns": {name: {"type": "whole", "min": 0, "max": 1, "change": "up"} for name in "ab"},
+             "groups": [["a", "b"]], "relations": []},
+            "rises when another falls",
+        ),
         ({"groups": [["card"]]}, "has one column"),
         ({"groups": [["card", "logins"]]}, "expected type: whole, min: 0, max: 1"),
         ({"groups": [["card", "cash"], ["cash", "card"]]}, "in two groups"),
@@ -200,6 +230,16 @@ def test_rules_are_stored_and_read_again():
     assert rules_of(rules.content) == rules
     damaged = json.loads(rules.content)
     damaged["columns"]["logins"]["min"] = "many"
-    for content in ("{", "[]", json.dumps(damaged), rules.content.replace('"whole"', "[1]", 1)):
+    forged = [
+        rules.content.replace(old, new, 1)
+        for old, new in (
+            ('"whole"', "[1]"),
+            ('"linf"', '"foo"'),
+            ('"eps":0.4', '"eps":-1'),
+            ('"cost":1.0', '"cost":-1'),
+        )
+    ]
+    assert rules.content not in forged
+    for content in ("{", "[]", json.dumps(damaged), *forged):
         with pytest.raises((TargetError, UsageError)):
             rules_of(content)

@@ -94,4 +94,4 @@ def _penalty_slope(constraint: Table, point: torch.Tensor) -> torch.Tensor:
         if not penalty.requires_grad:
             return torch.zeros_like(point)
         (slope,) = torch.autograd.grad(penalty.sum(), at)
-    return levelled(slope)
+    return levelled(slope.nan_to_num(0.0, 0.0, 0.0))

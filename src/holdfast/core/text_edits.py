@@ -50,29 +50,10 @@ HOMOGLYPHS: Mapping[str, str] = {
     ),
 }
 """Letter of another alphabet that looks like each letter."""
-_TWO_PART = frozenset(
-    f"{kind}.{country}"
-    for country in (
-        "uk",
-        "au",
-        "nz",
-        "za",
-        "br",
-        "jp",
-        "kr",
-        "in",
-        "il",
-        "tr",
-        "cn",
-        "tw",
-        "hk",
-        "sg",
-        "mx",
-        "ar",
-    )
-    for kind in ("co", "com", "org", "net", "ac", "gov", "edu", "or", "ne", "go", "me", "ltd", "plc")
+_SECOND_LEVELS = frozenset(
+    ("ac", "co", "com", "edu", "go", "gov", "ltd", "me", "ne", "net", "or", "org", "plc")
 )
-"""Suffixes of two labels under which domains are registered."""
+"""Labels before the code of a country that form a suffix with it, as in `co.uk`."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +233,7 @@ def registered_domain(word: str) -> str:
     """Return the registered domain of a URL, in lower case, or an empty string for another word.
 
     A URL begins with a scheme or with `www.`, possibly after punctuation. Its registered domain is the last two labels
-    of its host, or three after a suffix such as `co.uk`.
+    of its host, or three after a suffix such as `co.uk`. For a number of a machine it is the host with its port.
 
     >>> [registered_domain(word) for word in ("(http://me@a.shop.co.uk:80/x", "www.example.com", "a.b")]
     ['shop.co.uk', 'example.com', '']
@@ -264,7 +245,10 @@ def registered_domain(word: str) -> str:
             return ""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2].partition(":")[0].lower()
     labels = host.rstrip(PUNCTUATION).split(".")
-    return ".".join(labels[-3:] if ".".join(labels[-2:]) in _TWO_PART else labels[-2:])
+    if labels[-1].isdigit() or rest.startswith("["):  # the address of a machine
+        return re.split(r"[/?#]", rest, maxsplit=1)[0].lower()
+    two_part = len(labels[-1]) == 2 and len(labels) > 2 and labels[-2] in _SECOND_LEVELS
+    return ".".join(labels[-3:] if two_part else labels[-2:])
 
 
 def within_edits(old: str, new: str, edits: int) -> bool:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.tables.relations import parse_relation
-from holdfast.core.tables.rules import MOST_VALUES, Budget, Column, Rules, refuse_rules
+from holdfast.core.tables.rules import MOST_VALUES, Budget, Column, Rules, refuse_budget, refuse_rules
 from holdfast.io.data.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable
 from holdfast.io.files import readable_file
 from holdfast.settings.wording import complaint, place
@@ -87,7 +87,10 @@ def table_threat(*, file: str, eps: float | None = None) -> "Table":
             f"{file!r} has {path.stat().st_size:,} bytes; a file of rules of at most 1 MiB was expected"
         )
     rules = rules_from(parse_yaml(path.read_text(encoding="utf-8", errors="replace"), repr(file)), repr(file))
-    return Table(file, rules.content, rules.budget.eps if eps is None else eps)
+    if eps is None:
+        return Table(file, rules.content, rules.budget.eps)
+    refuse_budget(replace(rules.budget, eps=eps), rules.columns, repr(file))
+    return Table(file, rules.content, eps)
 
 
 def drafted(

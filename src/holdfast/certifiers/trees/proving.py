@@ -113,7 +113,7 @@ class TreeProver:
         Raises `NoBounds` if the trees predict another class than the model for one of the examples.
         """
         with torch.no_grad():
-            self._refuse_other_classes(batch)
+            self.refuse_other_classes(batch)
             low, high = (self.ranks(side) for side in self._box(batch.x))
             rows, ranks = torch.arange(len(batch), device=batch.ids.device), self.ranks(batch.x)
             parts = [
@@ -127,7 +127,8 @@ class TreeProver:
         assert isinstance(self.model.net, Estimator)
         return self.trees.ranks(self.trees.rows(self.model.net.rows(self.model.preprocess(x))))
 
-    def _refuse_other_classes(self, batch: Batch) -> None:
+    def refuse_other_classes(self, batch: Batch) -> None:
+        """Raise `NoBounds` if the trees predict another class than the model for one of the examples."""
         predicted = torch.from_numpy(self.ensemble.predictions(self.ranks(batch.x))).to(batch.y)
         scores = self.model(batch.x).double()
         best = scores.amax(1)

@@ -29,6 +29,7 @@ class MonotoneProver:
     def __call__(self, batch: Batch) -> Proofs:
         """Return which examples keep their class under all changes that the rules allow."""
         with torch.no_grad():
+            self.prover.refuse_other_classes(batch)
             ranks = self.prover.ranks(batch.x)
         ensemble, none = self.prover.ensemble, Proofs.none(batch)
         unchanged = torch.from_numpy(proved_unchanged(ensemble, ranks, self.features, self.direction))

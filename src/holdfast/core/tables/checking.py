@@ -43,7 +43,8 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
 def violations(rules: Rules, x: Rows) -> dict[str, Truth]:
     """Return for each rule of a row alone, by its text, which rows (n, columns) violate it.
 
-    Missing values violate nothing but a rule that forbids them, and relations that contain them count as satisfied.
+    Missing values violate nothing but a rule that forbids them, and relations that contain them count as satisfied. A
+    relation with a division by zero is violated.
     """
     violated: dict[str, Truth] = {}
     for place, (name, column) in enumerate(rules.columns.items()):
@@ -52,8 +53,8 @@ def violations(rules: Rules, x: Rows) -> dict[str, Truth]:
         if not column.missing:
             violated[f"{name} is not missing"] = is_missing
         low, high = rules.low(name), rules.high(name)
-        slack = _ROUNDING * max(1.0, abs(low), abs(high))
-        violated[f"{name} is from {low:g} to {high:g}"] = (values < low - slack) | (values > high + slack)
+        below, above = values < low - _ROUNDING * abs(low), values > high + _ROUNDING * abs(high)
+        violated[f"{name} is from {low:g} to {high:g}"] = below | above
         if column.type != "number":
             violated[f"{name} is {'whole' if column.type == 'whole' else 'a category'}"] = (
                 values != np.round(values)
@@ -126,13 +127,41 @@ def _holds(condition: Condition, values: Callable[[str], Rows]) -> Truth:
                 return np.asarray(np.logical_or.reduce([_holds(part, values) for part in parts]))
             case Comparison(order, first, second):
                 left, right = np.broadcast_arrays(_value(first, values), _value(second, values))
-                size = np.maximum(1.0, np.maximum(np.abs(left), np.abs(right)))
-                undefined = ~np.isfinite(left - right)
+                size = np.maximum(_size(first, values), _size(second, values))
+                # A quotient by zero violates a relation: an attacker could otherwise escape it.
+                is_missing = _missing(first, values) | _missing(second, values)
                 if order == "<":
-                    return np.asarray((left < right) | undefined)
+                    return np.asarray((left < right) | is_missing)
                 if order == "<=":
-                    return np.asarray((left <= right + _ROUNDING * size) | undefined)
-                return np.asarray((np.abs(left - right) <= _EQUAL * size) | undefined)
+                    return np.asarray((left <= right + _ROUNDING * size) | is_missing)
+                return np.asarray((np.abs(left - right) <= _EQUAL * size) | is_missing)
+
+
+def _size(expression: Expression, values: Callable[[str], Rows]) -> Rows:
+    """Return the largest absolute value of an expression and of its terms, to which rounding errors are relative."""
+    size = np.nan_to_num(np.abs(_value(expression, values)), nan=0.0, posinf=0.0)
+    match expression:
+        case Arithmetic("+" | "-", left, right):
+            return np.asarray(np.maximum(size, np.maximum(_size(left, values), _size(right, values))))
+        case Call(_, arguments):
+            for argument in arguments:
+                size = np.maximum(size, _size(argument, values))
+    return np.asarray(size)
+
+
+def _missing(expression: Expression, values: Callable[[str], Rows]) -> Truth:
+    """Return for which rows a column in an expression has no value."""
+    match expression:
+        case Number():
+            return np.zeros(1, dtype=np.bool_)
+        case ColumnValue(name):
+            return np.asarray(np.isnan(values(name)))
+        case Arithmetic(_, left, right):
+            return np.asarray(_missing(left, values) | _missing(right, values))
+        case Call(_, arguments):
+            return np.asarray(
+                np.logical_or.reduce(np.broadcast_arrays(*(_missing(part, values) for part in arguments)))
+            )
 
 
 def _value(expression: Expression, values: Callable[[str], Rows]) -> Rows:

@@ -24,6 +24,8 @@ _ARGUMENTS: dict[Function, tuple[int, int]] = {"min": (2, 8), "max": (2, 8), "ab
 _IMPLICATION = re.compile(r"\s*if\s(?P<condition>.*)\sthen\s(?P<consequence>.*)", re.DOTALL)
 _LONGEST, _DEEPEST = 2000, 50
 """Largest number of characters of a relation, and largest depth of its tree."""
+_LARGEST = 1e30
+"""Largest absolute value of a number in a relation."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Relation:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns in the relation, in the order of their first use."""
-        return tuple(dict.fromkeys(_columns(self.condition)))
+        return tuple(dict.fromkeys(columns_of(self.condition)))
 
 
 def parse_relation(text: str) -> Relation:
@@ -166,6 +168,8 @@ def _expression(node: ast.expr, text: str, depth: int) -> Expression:
         case ast.Constant(value=bool()):
             raise _refusal(text, "True and False are no numbers; write 1 and 0")
         case ast.Constant(value=int() | float() as value):
+            if not abs(value) <= _LARGEST:
+                raise _refusal(text, f"a number is larger than {_LARGEST:g}")
             return Number(float(value))
         case ast.Constant(value=str() as name):
             return ColumnValue(name)
@@ -202,18 +206,19 @@ def _negated(condition: Condition) -> Condition:
             return Either((Comparison("<", left, right), Comparison("<", right, left)))
 
 
-def _columns(node: Condition | Expression) -> Iterator[str]:
+def columns_of(node: Condition | Expression) -> Iterator[str]:
+    """Yield the names of the columns in a condition or an expression, in their order."""
     match node:
         case ColumnValue(name):
             yield name
         case Arithmetic(_, left, right) | Comparison(_, left, right):
-            yield from _columns(left)
-            yield from _columns(right)
+            yield from columns_of(left)
+            yield from columns_of(right)
         case Call(_, parts):
             for argument in parts:
-                yield from _columns(argument)
+                yield from columns_of(argument)
         case All(parts) | Either(parts):
             for part in parts:
-                yield from _columns(part)
+                yield from columns_of(part)
         case Number():
             return

@@ -20,6 +20,7 @@ from holdfast.core.tables.relations import (
     Either,
     Expression,
     Number,
+    columns_of,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ _STEP = 1e-6
 """Relative amount by which the sides of a strict comparison differ after a repair."""
 _SLACK = 1e-9
 """Relative difference of sides, in double precision, that needs no repair."""
+_UNDEFINED = 1e9
+"""Violation of a comparison whose sides are infinite or not defined."""
 _PASSES = 3
 """Number of times that all relations are repaired, because a repair may violate another relation."""
 _KEPT = 1e6
@@ -141,11 +144,10 @@ class _Part:
         target = torch.clamp(x + needed.nan_to_num(0.0, 0.0, 0.0), self._low, self._high)
         left = excess[:, None] + slope * (target - x)
         left = left.abs() if comparison.order == "==" else left.clamp_min(0)
-        cost = (target - x).abs() / self._unit
         if self._undo:
             cost = ((target - self._clean).abs() - (x - self._clean).abs()) / self._unit
         else:
-            cost = cost + _KEPT * (x != self._clean)
+            cost = (target - x).abs() / self._unit + _KEPT * (x != self._clean)
         usable = self._movable & (slope != 0) & (target != x) & ~x.isnan()
         done = usable & (left <= _SLACK)
         rank = torch.where(done, cost, torch.where(usable, 1e12 + left, torch.inf)).nan_to_num(torch.inf)
@@ -166,8 +168,13 @@ def _excess(comparison: Comparison, places: Mapping[str, int], x: Tensor) -> Ten
     if comparison.order == "<":
         size = torch.maximum(left.detach().abs(), right.detach().abs()).clamp_min(1)
         difference = difference + _STEP * size
-    # a missing value, or a division by zero, violates nothing
-    return torch.where(difference.isfinite(), difference, torch.zeros_like(difference)).expand(len(x))
+    is_missing = torch.stack(
+        [x[:, places[name]].isnan() for name in columns_of(comparison)]
+        or [torch.zeros_like(x[:, 0], dtype=torch.bool)]
+    ).any(0)
+    # a missing value violates nothing, and a division by zero cannot be repaired
+    undefined = torch.where(is_missing, 0.0, _UNDEFINED).to(difference.dtype)
+    return torch.where(difference.isfinite(), difference, undefined).expand(len(x))
 
 
 def _value(expression: Expression, places: Mapping[str, int], x: Tensor) -> Tensor:

@@ -140,7 +140,10 @@ def rules_of(content: str) -> Rules:
         columns = {name: Column(**_typed(entry)) for name, entry in entries["columns"].items()}
         groups = tuple(tuple(map(str, group)) for group in entries["groups"])
         rules = Rules(
-            columns, Budget(**entries["budget"]), groups, tuple(map(parse_relation, entries["relations"]))
+            columns,
+            Budget(**_typed(entries["budget"])),
+            groups,
+            tuple(map(parse_relation, entries["relations"])),
         )
         refuse_rules(rules, "the stored rules")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -148,17 +151,32 @@ def rules_of(content: str) -> Rules:
     return rules
 
 
-def _typed(entry: Mapping[str, object]) -> dict[str, Any]:
-    """Return the stored properties of a column with tuples in place of lists."""
-    expected = {"type": get_args(ColumnType), "change": get_args(Change), "missing": (True, False)}
+def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored properties of a column or of a budget, with tuples in place of lists. Raises `ValueError` for
+    values of other types.
+    """
     for name, value in entry.items():
-        if name in expected and value not in expected[name]:
+        if name in _STORED and value not in _STORED[name]:
             raise ValueError(f"{name} is {value!r}")
-        if name in ("min", "max", "cost", "unit") and not isinstance(value, int | float | None):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in ("cost", "eps") and not (is_number and value > 0):
+            raise ValueError(f"{name} is {value!r}")
+        if name in ("min", "max") and not (value is None or is_number):
+            raise ValueError(f"{name} is {value!r}")
+        if name == "unit" and "norm" not in entry and not (value is None or (is_number and value > 0)):
             raise ValueError(f"{name} is {value!r}")
     return {
         name: tuple(map(str, value)) if isinstance(value, list) else value for name, value in entry.items()
     }
+
+
+_STORED: Mapping[str, tuple[object, ...]] = {
+    "type": get_args(ColumnType),
+    "change": get_args(Change),
+    "missing": (True, False),
+    "norm": get_args(BudgetNorm),
+}
+"""Accepted values of stored properties."""
 
 
 def refuse_rules(rules: Rules, source: str) -> None:
@@ -170,7 +188,7 @@ def refuse_rules(rules: Rules, source: str) -> None:
         raise UsageError(f"{source} has no columns; list all features of the table in their order")
     for name, column in rules.columns.items():
         _refuse_column(name, column, source)
-    _refuse_budget(rules.budget, rules.columns, source)
+    refuse_budget(rules.budget, rules.columns, source)
     _refuse_groups(rules, source)
     for relation in rules.relations:
         _refuse_relation(relation, rules, source)
@@ -181,9 +199,10 @@ def refuse_rules(rules: Rules, source: str) -> None:
         )
 
 
-def _refuse_budget(budget: Budget, columns: Mapping[str, Column], source: str) -> None:
-    if not math.isfinite(budget.eps):
-        raise UsageError(f"{source}: eps of the budget is {budget.eps}; a finite number was expected")
+def refuse_budget(budget: Budget, columns: Mapping[str, Column], source: str) -> None:
+    """Raise `UsageError` for a budget that is not above 0, or that does not fit the costs of the columns."""
+    if not 0 < budget.eps < math.inf:
+        raise UsageError(f"{source}: eps of the budget is {budget.eps}; a finite number above 0 was expected")
     if budget.norm != "l0":
         return
     if budget.eps % 1:
@@ -202,12 +221,20 @@ def _refuse_column(name: str, column: Column, source: str) -> None:
     """Raise `UsageError` for a column whose declared properties contradict each other."""
     where = f"{source}: column {name!r}"
     limits = [limit for limit in (column.min, column.max) if limit is not None]
+    if any(not math.isfinite(size) for size in (column.cost, column.unit or 1.0)):
+        raise UsageError(
+            f"{where} has cost {column.cost} and unit {column.unit}; finite numbers were expected"
+        )
     if any(not math.isfinite(limit) or abs(limit) > FAR for limit in limits):
         raise UsageError(
             f"{where} has the limits {column.min} and {column.max}; finite numbers were expected"
         )
     if column.type == "category":
-        if not column.values or len(set(column.values)) != len(column.values):
+        if (
+            not column.values
+            or len(set(column.values)) != len(column.values)
+            or not all(map(str.strip, column.values))
+        ):
             raise UsageError(
                 f"{where} is a category; its values were expected, each once, as in values: [a, b]"
             )
@@ -221,6 +248,10 @@ def _refuse_column(name: str, column: Column, source: str) -> None:
                 f"{where} is a category, which has no min, max, unit or direction; leave them out"
             )
         return
+    if column.type == "whole" and len(limits) == 2 and limits[0] <= limits[1] < math.ceil(limits[0]):
+        raise UsageError(
+            f"{where} has no whole number from {limits[0]:g} to {limits[1]:g}; correct min and max"
+        )
     if column.values:
         raise UsageError(f"{where} has values, which only a category has; set its type to category")
     if column.min is not None and column.max is not None and column.min > column.max:
@@ -246,9 +277,11 @@ def _refuse_groups(rules: Rules, source: str) -> None:
                 raise UsageError(
                     f"{source}: the column {name!r} is in a one-hot group; expected type: whole, min: 0, max: 1"
                 )
-        if len({rules.columns[name].change for name in group}) > 1:
+        changes = {rules.columns[name].change for name in group}
+        if len(changes) > 1 or changes & {"up", "down"}:
             raise UsageError(
-                f"{source}: the columns of the group {list(group)} have different settings of change; give all the same"
+                f"{source}: the columns of the group {list(group)} have change: {', '.join(sorted(changes))}; one "
+                "rises when another falls, so give any, or none, to all of them"
             )
 
 

@@ -61,13 +61,16 @@ def _category(codes: Array, values: Sequence[str]) -> Any:
 
 
 def _as_read(values: Sequence[str]) -> list[Any]:
-    """Return the values as pandas reads them from a file: as integers or floats if all are numbers."""
+    """Return the values as pandas reads them from a file: as truth values, integers or floats if all are such."""
+    if {*values} <= {"True", "False"}:
+        return [value == "True" for value in values]
     for kind in (int, float):
         try:
             numbers = [kind(value) for value in values]
         except ValueError:
             continue
-        return numbers
+        if len({*numbers}) == len(numbers):
+            return numbers
     return list(values)
 
 

@@ -1,6 +1,7 @@
 """Converts the parts of the evidence that are not columns, such as doubts and judged gates, to strict JSON and back."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -86,11 +87,11 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
     if threat["norm"] == "Table":
         from holdfast.core.tables.table import Table  # late: few runs have rules
 
-        return Table(**threat["limits"])
+        return _of_limits(Table, threat, eps)
     if threat["norm"] == "TextEdits":
         from holdfast.core.text_edits import TextEdits  # late: few runs are on texts
 
-        return TextEdits(**threat["limits"])
+        return _of_limits(TextEdits, threat, eps)
     limited: dict[str, type[Patch | Spatial | Colour]] = {
         "Patch": Patch,
         "Spatial": Spatial,
@@ -105,6 +106,33 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
             "that wrote it"
         )
     return norms[threat["norm"]](eps)
+
+
+def _of_limits(kind: Callable[..., Constraint], threat: Mapping[str, Any], eps: float) -> Constraint:
+    """Return the constraint with the stored limits. Raises `TargetError` for limits of other types, and for another
+    eps.
+    """
+    limits = threat["limits"]
+    texts = {name: limits[name] for name in ("file", "content") if name in limits}
+    numbers = {name: value for name, value in limits.items() if name not in texts}
+    try:
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise TypeError(f"file is {texts.get('file')!r}")
+        if any(
+            isinstance(value, bool) or not isinstance(value, int | float) or value < 0
+            for value in numbers.values()
+        ):
+            raise TypeError(f"{numbers}")
+        constraint = kind(**limits)
+        if isinstance(texts.get("content"), str) and not isinstance(json.loads(texts["content"]), dict):
+            raise TypeError("content is no JSON object")
+    except (TypeError, ValueError, KeyError) as error:
+        raise TargetError(f"the limits of the threat model are damaged: {error}; repeat the run") from error
+    if constraint.eps != eps:
+        raise TargetError(
+            f"eps of the threat model is {eps:g}, and its limits have {constraint.eps:g}; repeat the run"
+        )
+    return constraint
 
 
 def judgement_to_json(judgement: Judgement) -> Json:

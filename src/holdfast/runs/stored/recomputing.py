@@ -104,6 +104,7 @@ def _refuse_manifest(file: Path, manifest: Json, by_stage: Mapping[str, Columns]
     if n is not None:
         refuse_other(file, "data.n", n, len(by_stage["clean"]["id"]))
     groups = manifest["data"].get("groups")
+    refuse_other(file, "data.groups", groups is not None, "groups" in manifest["config"])
     if groups is not None:
         refuse_other(file, "data.groups.of", len(groups["of"]), len(by_stage["clean"]["id"]))
         refuse_other(
