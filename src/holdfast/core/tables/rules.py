@@ -88,7 +88,7 @@ class Rules:
         """Position of each column in the inputs."""
         return {name: place for place, name in enumerate(self.columns)}
 
-    @property
+    @cached_property
     def categories(self) -> Mapping[str, tuple[str, ...]]:
         """Values of each column that is a category."""
         return {name: column.values for name, column in self.columns.items() if column.type == "category"}
