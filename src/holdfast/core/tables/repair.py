@@ -64,12 +64,12 @@ def repaired(tensors: "TableTensors", x: Tensor, clean: Tensor, *, undo: bool) -
     places, x = tensors.rules.places, x.clone()
     low, high = tensors.limits(clean)
     movable = (tensors.mutable & ~tensors.category & ~tensors.grouped).to(x.device)
+    applied = [violation(relation.condition, places, clean) <= _SLACK for relation in tensors.rules.relations]
     with torch.enable_grad():
         for _ in range(_PASSES):
             unrepaired = False
-            for relation in tensors.rules.relations:
-                broken = violation(relation.condition, places, x) > _SLACK
-                broken &= violation(relation.condition, places, clean) <= _SLACK
+            for relation, applies in zip(tensors.rules.relations, applied, strict=True):
+                broken = applies & (violation(relation.condition, places, x) > _SLACK)
                 rows = broken.nonzero()[:, 0]
                 if len(rows):
                     unrepaired = True
