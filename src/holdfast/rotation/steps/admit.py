@@ -206,7 +206,9 @@ class _Admitting:
 
     def _judged(self, name: str) -> Judged:
         weights, exposed = self.weights(name), self._exposed(name)
-        tensors = tensor_gate(weights, self._known, self._names)
+        # A set of `adapt` was trained further by a recipe of its own, which may change its norms.
+        trained_alike = self.pool.about(name).get("by") != "adapt"
+        tensors = tensor_gate(weights, self._known, self._names, trained_alike=trained_alike)
         refusal_gate = (
             tensors
             if tensors.verdict == "fail"
