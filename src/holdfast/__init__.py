@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from holdfast.api.stored import verify as verify
     from holdfast.api.verb_settings import Adapt as Adapt
     from holdfast.api.verb_settings import Assess as Assess
+    from holdfast.api.verb_settings import AuditBackdoor as AuditBackdoor
+    from holdfast.api.verb_settings import AuditPoison as AuditPoison
     from holdfast.api.verb_settings import Calibrate as Calibrate
     from holdfast.api.verb_settings import Certify as Certify
     from holdfast.api.verb_settings import Doctor as Doctor
@@ -57,7 +59,18 @@ __version__ = "0.2.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("Adapt", "Assess", "Calibrate", "Certify", "Doctor", "Harden", "Monitor", "Serve"),
+        (
+            "Adapt",
+            "Assess",
+            "AuditBackdoor",
+            "AuditPoison",
+            "Calibrate",
+            "Certify",
+            "Doctor",
+            "Harden",
+            "Monitor",
+            "Serve",
+        ),
         "holdfast.api.verb_settings",
     ),
     "Batch": "holdfast.core.batch",
@@ -104,6 +117,7 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 _MODULES = {
     "attacks": "holdfast.attacks",
+    "audit": "holdfast.api.audits",
     "recipes": "holdfast.recipes",
     "rotate": "holdfast.api.rotate",
     "rotation": "holdfast.rotation",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from holdfast.audits.audit import AuditResult, is_audit, open_audit
 from holdfast.runs.assess.result import Result
 from holdfast.runs.store.verify import Verified
 from holdfast.runs.store.verify import verify as verify_folder
@@ -15,9 +16,9 @@ def compare(first: Result | str | Path, second: Result | str | Path) -> Comparis
     return Comparison(_result(first), _result(second))
 
 
-def report(run: str | Path) -> Result:
-    """Read the folder of a finished run and return its result."""
-    return open_run(Path(run))
+def report(run: str | Path) -> Result | AuditResult:
+    """Read the folder of a finished run or audit and return its result."""
+    return open_audit(Path(run)) if is_audit(Path(run)) else open_run(Path(run))
 
 
 def verify(run: str | Path) -> Verified:
@@ -27,7 +28,10 @@ def verify(run: str | Path) -> Verified:
     Raises `TargetError` for the first difference.
     """
     verified = verify_folder(Path(run))
-    refuse_false(Path(run))
+    if not is_audit(Path(run)):
+        refuse_false(Path(run))
+    elif verified.complete:
+        open_audit(Path(run))
     return verified
 
 

@@ -18,7 +18,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.settings import groups, guard_settings, serve_settings, values
+from holdfast.settings import audit_settings, groups, guard_settings, serve_settings, values
 from holdfast.settings.default_suite import refuse_uncertifiable
 from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.groups import Flag, SettingGroup
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from holdfast.adaptation.adapted import Adapted
     from holdfast.api.guards import Calibrated
     from holdfast.api.hardening import ForHardening
+    from holdfast.audits.audit import AuditResult
     from holdfast.core.batch import Data
     from holdfast.io.doctor import Checkup
     from holdfast.monitoring.monitored import Monitored
@@ -454,11 +455,59 @@ class Adapt(
             return adapted(self, folder, resume=resume, progress=progress, notify=notify)
 
 
-Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor
+class AuditVerb(
+    groups.Device,
+    groups.Seed,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.ModelSource,
+    audit_settings.AuditOptions,
+    VerbSettings,
+):
+    """The settings and the steps that all audits share."""
+
+    def run(
+        self,
+        folder: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress = silent,
+        notify: Notify = ignore,
+        command: str = "",
+    ) -> "AuditResult":
+        """Run the audit, and return its result. If `folder` is given, all artefacts are stored in it, and `resume`
+        continues the run in it. `notify` is called with messages.
+        """
+        from holdfast.api.audits import run_audit
+        from holdfast.api.grad_mode import gradients
+
+        with gradients():
+            return run_audit(self, folder, resume=resume, progress=progress, notify=notify, command=command)
+
+
+class AuditBackdoor(audit_settings.BackdoorOptions, AuditVerb):
+    """All settings of the command `holdfast audit backdoor`. `data` are clean examples."""
+
+    verb = "audit-backdoor"
+
+
+class AuditPoison(audit_settings.PoisonOptions, AuditVerb):
+    """All settings of the command `holdfast audit poison`. `data` are the examples that are audited, and `model` is the
+    network that is trained on them.
+    """
+
+    verb = "audit-poison"
+    model: Annotated[values.Given | None, Flag("MODEL", completion="MODEL")] = Field(
+        default=None, description=groups.ModelSource.model_fields["model"].description
+    )
+
+
+Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb
 """Settings of any command that opens a model and data."""
 
 VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind for kind in (Assess, Certify, Harden, RotateSettings, Serve, Monitor, Adapt)
+    kind.verb: kind
+    for kind in (Assess, Certify, Harden, RotateSettings, Serve, Monitor, Adapt, AuditBackdoor, AuditPoison)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 

@@ -39,6 +39,12 @@ _COMMANDS = {
         "harden mnist-cnn mnist --threat linf:0.3 --budget 10min -o hardened/",
         "harden net.py:make images/ --recipe trades --budget 1h -o hardened/",
     ),
+    "audit": (
+        "audit",
+        "search a model for a backdoor, or training data for manipulated examples",
+        "audit backdoor model.pt data.npz --arch net.py:make --controls controls/",
+        "audit poison train.npz --model net.py:make --clean trusted.npz",
+    ),
     "rotate": (
         "rotate",
         "serve several parameter sets in turn, so that a stolen set is soon out of use",

@@ -27,12 +27,18 @@ from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
 def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run."""
     refuse_no_run(run)
+    from holdfast.audits.audit import is_audit
+
+    if is_audit(run):
+        from holdfast.cli.audit import report_audit
+
+        return report_audit(run, output, voice)
     refuse_reports(output)
-    from holdfast.api.stored import report as opened
     from holdfast.cli.running import tell
     from holdfast.runs.stored.run_forms import consistent
+    from holdfast.runs.stored.stored_runs import open_run
 
-    result = opened(run)
+    result = open_run(run)
     with consistent(run):
         tell(result, output, voice)
     return result.exit_code
@@ -163,13 +169,13 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
     refuse_no_run(first, second)
     refuse_reports(output, COMPARISON_SUFFIXES)
     from holdfast.api.stored import compare as compared
-    from holdfast.api.stored import report as opened
     from holdfast.runs.stored.run_forms import consistent
+    from holdfast.runs.stored.stored_runs import open_run
 
     results = []
     for run in (first, second):
         with consistent(run):
-            results.append(opened(run))
+            results.append(open_run(run))
             results[-1].summary()
     comparison = compared(*results)
     places: list[Path] = []

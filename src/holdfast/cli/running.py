@@ -15,7 +15,7 @@ import click
 
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.starting import DEMO
-from holdfast.api.verb_settings import Assess, Certify, Harden, VerbSettings
+from holdfast.api.verb_settings import Assess, AuditVerb, Certify, Harden, VerbSettings
 from holdfast.api.verbs import demo, exhibition
 from holdfast.cli.options import Voice
 from holdfast.core.chain import canonical as as_bytes
@@ -53,7 +53,7 @@ def folder_of_run(settings: VerbSettings, run: str | None) -> Path:
 
 @contextmanager
 def finished_run(
-    settings: Assess | Certify | Harden, voice: Voice, *, run: str | None, resume: bool
+    settings: Assess | Certify | Harden | AuditVerb, voice: Voice, *, run: str | None, resume: bool
 ) -> Iterator[tuple[Any, Path]]:
     """Context manager that takes the steps of a run with a progress bar, and yields its result and its folder. A signal
     ends the process with the command that resumes the run, also while the caller writes reports.
@@ -65,14 +65,17 @@ def finished_run(
         )
     with stoppable(way_out(command, folder)):
         with progress_bar(voice, piped=_timed_lines if isinstance(settings, Harden) else None) as progress:
-            result = settings.run(
-                folder,
-                resume=resume,
-                progress=progress,
-                notify=voice.say,
-                detail=voice.say if voice.verbose else ignore,
-                command=command,
-            )
+            shared: dict[str, Any] = {
+                "resume": resume,
+                "progress": progress,
+                "notify": voice.say,
+                "command": command,
+            }
+            result: Any
+            if isinstance(settings, AuditVerb):
+                result = settings.run(folder, **shared)
+            else:
+                result = settings.run(folder, **shared, detail=voice.say if voice.verbose else ignore)
         yield result, folder
 
 

@@ -48,6 +48,23 @@ class RecipeEntry:
     """settings whose defaults under this name differ from those of the class"""
 
 
+@dataclass(frozen=True)
+class AuditEntry:
+    """Entry of the catalogue for one audit."""
+
+    name: str
+    """name of the command after `holdfast audit`"""
+    gate: str
+    """gate that passes if the verdict is `not flagged`; empty for an audit without one"""
+    metrics: tuple[str, ...] = ()
+    """names of the metrics on which gates can be set"""
+
+
+AUDITS: Final[Mapping[str, AuditEntry]] = {
+    entry.name: entry for entry in (AuditEntry("backdoor", "no-backdoor"), AuditEntry("poison", "no-poison"))
+}
+"""The audits by name."""
+
 ATTACKS: Final[Mapping[str, AttackEntry]] = {
     entry.name: entry
     for entry in (

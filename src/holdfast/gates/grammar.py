@@ -8,7 +8,7 @@ early.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -68,9 +68,10 @@ class Claim:
     """the gate as the user wrote it"""
 
 
-def parse(text: str) -> Claim:
+def parse(text: str, metrics: Collection[str] = METRICS | ROTATION) -> Claim:
     """Return the gate in a text such as `robust_accuracy >= 0.40`, or in the name of a verdict such as `improved`.
-    Raises `UsageError` with the mistake and the correct form if the text is invalid.
+    `metrics` are the names of the metrics that the command has. Raises `UsageError` with the mistake and the correct
+    form if the text is invalid.
     """
     name = text.strip()
     if name in VERDICTS:
@@ -81,7 +82,7 @@ def parse(text: str) -> Claim:
         form = VERSUS if "baseline" in words else STATIC if "static" in words else FORM
         similar = suggestion(name, VERDICTS) if len(words) == 1 else ""
         raise UsageError(f"gate {text!r} cannot be read; {f'{similar} Or ' if similar else ''}{form}")
-    metric = _metric(parts["metric"], text)
+    metric = _metric(parts["metric"], text, metrics)
     eps = None if parts["eps"] is None else _number(parts["eps"], text)
     if eps is not None and metric not in AT_EPS:
         raise UsageError(
@@ -115,8 +116,7 @@ def with_equality(text: str) -> str:
     return re.sub("[<>](?!=)", r"\g<0>=", text)
 
 
-def _metric(name: str, text: str) -> str:
-    metrics = METRICS | ROTATION
+def _metric(name: str, text: str, metrics: Collection[str]) -> str:
     if name in metrics:
         return name
     offered = suggestion(name, metrics) or f"known are {_list(metrics)}"

@@ -169,6 +169,7 @@ def _environment() -> "Environment":
         "parts",
         "geometry",
         "monitoring",
+        "audit",
         "ui",
         "ui-login",
     )

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,6 +24,8 @@ COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for a comparison."""
 MONITORING_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for the report of a monitored stream."""
+AUDIT_SUFFIXES = (".html", ".json", ".md", ".xml")
+"""File suffixes that are allowed for the report of an audit."""
 
 
 def check_destination(path: Path, suffixes: Collection[str] | None = None) -> None:
@@ -73,9 +75,7 @@ def write_comparison(content: Summary, path: Path) -> None:
         ".json": comparison.comparison_to_json,
         ".md": comparison.markdown,
     }
-    suffix = _suffix(path, COMPARISON_SUFFIXES)
-    with _explained(path), replacing(path) as file:
-        file.write(render[suffix](content))
+    _write_rendered(content, path, render)
 
 
 def write_monitoring(content: Summary, path: Path) -> None:
@@ -89,7 +89,24 @@ def write_monitoring(content: Summary, path: Path) -> None:
         ".json": monitoring.monitoring_to_json,
         ".md": monitoring.monitoring_markdown,
     }
-    suffix = _suffix(path, MONITORING_SUFFIXES)
+    _write_rendered(content, path, render)
+
+
+def write_audit(content: Summary, path: Path) -> None:
+    """Write the report of an audit to a file, atomically, in the format that the suffix of the path states."""
+    from holdfast.reports import audit
+
+    render = {
+        ".html": audit.audit_page,
+        ".json": audit.audit_to_json,
+        ".md": audit.audit_markdown,
+        ".xml": audit.audit_junit,
+    }
+    _write_rendered(content, path, render)
+
+
+def _write_rendered(content: Summary, path: Path, render: Mapping[str, Callable[[Summary], str]]) -> None:
+    suffix = _suffix(path, render)
     with _explained(path), replacing(path) as file:
         file.write(render[suffix](content))
 

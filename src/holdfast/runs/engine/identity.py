@@ -13,6 +13,7 @@ import holdfast
 
 DECIDING = (
     "attacks",
+    "audits",
     "certifiers",
     "core",
     "corruptions",

@@ -28,7 +28,7 @@ _BESIDE = frozenset(
 )
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""
 _EVIDENCE = re.compile(
-    r".+\.safetensors|(run|doubts|verdict|adaptive|nodes|rotation|before|after|checked(-\d+)?|training|card)\.json",
+    r".+\.safetensors|(run|doubts|verdict|adaptive|nodes|rotation|before|after|checked(-\d+)?|training|card|finding)\.json",
     re.IGNORECASE,
 )
 """Names of files that readers interpret as evidence."""

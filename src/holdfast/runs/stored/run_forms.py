@@ -116,6 +116,41 @@ class Listed(TypedDict):
     plan: _ListedPlan
 
 
+class _AuditConfig(TypedDict):
+    kind: str
+
+
+class _AuditedThing(TypedDict):
+    name: str
+
+
+class ListedAudit(TypedDict):
+    """Model of those parts of `run.json` of an audit that the list of runs and the reports show."""
+
+    verb: Literal["audit"]
+    config: _AuditConfig
+    model: _AuditedThing
+    data: _AuditedThing
+    plan: _ListedPlan
+    notes: list[str]
+    seed: Whole
+    hardware: str
+    versions: dict[str, str]
+
+
+class _JudgedGate(TypedDict):
+    gate: str
+    verdict: Verdict
+    because: str
+
+
+class JudgedAudit(TypedDict):
+    """Model of `verdict.json` of an audit."""
+
+    verdict_of: Literal["audit"]
+    gates: list[_JudgedGate]
+
+
 class _Estimate(TypedDict):
     value: Real
     low: Real

@@ -1,7 +1,7 @@
 """Opens stored runs, lists the runs in a folder, creates the path of a new run, and compares two runs."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.core.names import threat_kind
 from holdfast.core.remedies import RESUME, Remedy
+from holdfast.gates.judging import exit_code
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
 from holdfast.reports import comparison as reported
@@ -65,7 +66,9 @@ from holdfast.runs.stored.run_forms import (
     Doubted,
     Inner,
     Judged,
+    JudgedAudit,
     Listed,
+    ListedAudit,
     consistent,
 )
 
@@ -161,6 +164,8 @@ def open_run(path: Path) -> Result:
     Raises `TargetError` if there is no run in the folder, or if it is unfinished or altered.
     """
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
+    if manifest.get("verb") == "audit":
+        raise UsageError(f"{str(path)!r} is an audit, and a run of assess, certify or harden was expected")
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT)
     if decided is None:
@@ -317,6 +322,8 @@ def _entries(parent: Path) -> Iterator[RunEntry]:
 
 def _entry(path: Path) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
+    if manifest.get("verb") == "audit":
+        return _audit_entry(path, manifest, chain)
     refuse_form(path / MANIFEST, manifest, Listed)
     refuse_altered(path, chain)
     threat, decided = (
@@ -327,7 +334,6 @@ def _entry(path: Path) -> RunEntry:
         refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
     eps = number(threat["eps"])
     stages = manifest["plan"]["stages"]
-    done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
     return RunEntry(
         path,
         manifest["verb"],
@@ -337,9 +343,37 @@ def _entry(path: Path) -> RunEntry:
         threat_kind(threat["norm"]) + ("" if math.isinf(eps) else f":{eps:.4g}"),
         manifest["config"]["suite"],
         decided is not None,
-        done,
-        len(manifest["plan"]["stages"]),
+        _done(stages, chain),
+        len(stages),
         *((None, None) if decided is None else _outcome(path)),
+    )
+
+
+def _done(stages: Sequence[str], chain: Chain) -> int:
+    """The number of records of stages in a chain."""
+    return sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
+
+
+def _audit_entry(path: Path, manifest: dict[str, Any], chain: Chain) -> RunEntry:
+    """The entry of an audit, which has neither a threat model nor a suite."""
+    refuse_form(path / MANIFEST, manifest, ListedAudit)
+    refuse_altered(path, chain)
+    decided = recorded_document(path, chain, VERDICT)
+    if decided is not None:
+        refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit)
+    stages = manifest["plan"]["stages"]
+    return RunEntry(
+        path,
+        f"audit {manifest['config']['kind']}",
+        str(read_about(path).get("created", "")),
+        manifest["model"]["name"],
+        manifest["data"]["name"],
+        "",
+        "",
+        decided is not None,
+        _done(stages, chain),
+        len(stages),
+        None if decided is None else exit_code(gate["verdict"] for gate in decided["gates"]),
     )
 
 

@@ -1,0 +1,82 @@
+"""The Python functions `holdfast.audit.backdoor` and `holdfast.audit.poison`, and the run of an audit from its
+settings.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from holdfast.api.python_functions import verb_with
+from holdfast.api.reading_settings import given
+from holdfast.api.references import DataLike, ModelLike
+from holdfast.api.resolve import folder_of
+from holdfast.api.verb_settings import AuditBackdoor, AuditPoison, AuditVerb
+from holdfast.audits.audit import AuditResult, audited
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
+from holdfast.runs.store.folder import refuse_used
+
+__all__ = ["backdoor", "poison"]
+
+
+@verb_with(AuditBackdoor)
+def backdoor(
+    model: ModelLike,
+    data: DataLike,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> AuditResult:
+    """Search a model for a backdoor: a small trigger with which it predicts one class for almost every input.
+
+    `data` are clean examples. The model is `flagged` only if its trigger is unusual among those of at least 20 control
+    networks of the same architecture (`controls` or `train_controls`); without them the result is `unclear`.
+    """
+    return AuditBackdoor(**given(model=model, data=data, **settings)).run(
+        run, resume=resume, progress=progress
+    )
+
+
+@verb_with(AuditPoison)
+def poison(
+    data: DataLike,
+    model: ModelLike,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> AuditResult:
+    """Search training data for manipulated examples and wrong labels. `model` is the network that is trained on them.
+
+    The data are `flagged` only by comparison with trusted examples of the same classes (`clean`); without them the
+    examples are ranked, and the result is `unclear`.
+    """
+    return AuditPoison(**given(data=data, model=model, **settings)).run(run, resume=resume, progress=progress)
+
+
+def run_audit(
+    settings: AuditVerb,
+    folder: str | Path | None,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    notify: Notify = ignore,
+    command: str = "",
+) -> AuditResult:
+    """Open the model and the data of an audit, and take its steps."""
+    place = folder_of(folder, resume=resume)
+    if place is not None:
+        refuse_used(place, resume=resume)
+    if isinstance(settings, AuditBackdoor):
+        from holdfast.api.audit_backdoor import prepared_backdoor
+
+        request, audit = prepared_backdoor(settings, notify, command)
+    else:
+        from holdfast.api.audit_poison import prepared_poison
+
+        assert isinstance(settings, AuditPoison)
+        request, audit = prepared_poison(settings, notify, command)
+    for note in request.notes:
+        notify(note)
+    return audited(request, audit, place, resume=resume, progress=progress)

@@ -1,0 +1,100 @@
+"""The commands `holdfast audit backdoor` and `audit poison`, which search a model or a data set for manipulation."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.api.verb_settings import AuditBackdoor, AuditPoison, AuditVerb
+from holdfast.cli import completing
+from holdfast.cli.assess import settings_from
+from holdfast.cli.early import refuse_missing_file, refuse_reports
+from holdfast.cli.options import Group, Voice, offered, with_voice
+from holdfast.cli.setting_options import (
+    MODEL_AND_DATA,
+    SETTING,
+    options_of,
+    refuse_resume_without_run,
+    run_options,
+)
+from holdfast.reports.write import AUDIT_SUFFIXES
+
+
+@click.group(cls=Group, short_help="search a model or a data set for manipulation")
+def audit() -> None:
+    """Search a model for a backdoor, or training data for manipulated examples.
+
+    The result is `flagged`, `not flagged`, or `unclear` if there was nothing to compare with.
+    """
+
+
+@audit.command("backdoor", short_help="search a model for a backdoor")
+@offered(*MODEL_AND_DATA, *run_options("audit"))
+@offered(*options_of(AuditBackdoor), *SETTING)
+@with_voice
+def backdoor(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Search MODEL for a backdoor: a small trigger with which it predicts one class for almost every input.
+
+    DATA are clean examples. MODEL is flagged only if its trigger is unusual among those of at least 20 clean networks
+    of the same architecture (--controls, or --train-controls); without them the result is unclear.
+    """
+    refuse_missing_file(flags["controls"])
+    return _audited(settings_from(flags, AuditBackdoor), voice, run=run, resume=resume)
+
+
+@audit.command("poison", short_help="search training data for manipulated examples")
+@click.argument("data", required=False, type=completing.DATA)
+@offered(*run_options("audit"), *options_of(AuditPoison), *SETTING)
+@with_voice
+def poison(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Search the training examples in DATA for manipulated ones, with a network (--model) that is trained on them.
+
+    DATA are flagged only by comparison with trusted examples (--clean); without them the examples are ranked, and the
+    result is unclear.
+    """
+    refuse_missing_file(flags["clean"])
+    return _audited(settings_from(flags, AuditPoison), voice, run=run, resume=resume)
+
+
+def _audited(settings: AuditVerb, voice: Voice, *, run: str | None, resume: bool) -> int:
+    refuse_resume_without_run(resume=resume, run=run)
+    refuse_reports(settings.output, AUDIT_SUFFIXES)
+    from holdfast.cli.running import finished_run
+
+    with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
+        _tell(result.summary(), settings.output, voice, folder)
+    return int(result.exit_code)
+
+
+def report_audit(folder: Path, outputs: Sequence[str], voice: Voice) -> int:
+    """Write the reports of the finished audit in a folder again, and return its exit code."""
+    refuse_reports(outputs, AUDIT_SUFFIXES)
+    from holdfast.audits.audit import open_audit
+
+    result = open_audit(folder)
+    _tell(result.summary(), outputs, voice, None)
+    return result.exit_code
+
+
+def _tell(content: Mapping[str, Any], outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
+    """Write the reports of an audit, and print its tables (JSON if `-` is an output) and its verdict."""
+    from holdfast.reports.audit import audit_to_json, headline, tables
+    from holdfast.reports.write import write_audit
+
+    places = [Path(output) for output in outputs if output != "-"]
+    try:
+        for place in places:
+            write_audit(content, place)
+    finally:
+        if "-" in outputs:
+            click.echo(audit_to_json(content), nl=False)
+        elif not voice.quiet:
+            colour = sys.stdout.isatty() and not voice.plain
+            click.echo(tables(content, colour=colour, width=voice.console().width))
+        click.echo(headline(content), err=True)
+        if folder is not None:
+            voice.say(f"run: {folder}")
+    for place in places:
+        voice.say(f"report: {place}")

@@ -1,0 +1,110 @@
+"""The report of an audit as text, Markdown, HTML, JUnit XML and JSON, written from its content."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from holdfast.core.names import printable
+from holdfast.reports.numbers import plain
+from holdfast.reports.words import VERDICTS, TextTable, capitalized
+
+AUDIT_VERSION = 1
+"""Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
+
+_TONES = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
+"""Tone of the page for each verdict."""
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """Return the result in one sentence, after the verdict."""
+    return f"{capitalized(content['verdict'])}: {content['headline']}"
+
+
+def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
+    """Return the tables of a report as text."""
+    return [
+        TextTable(table["title"], table["headings"], [[_cell(cell) for cell in row] for row in table["rows"]])
+        for table in content["tables"]
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return plain(value) if isinstance(value, float) else str(value)
+
+
+def gate_lines(content: Mapping[str, Any]) -> list[str]:
+    """Return one line for each gate: its sign, its text and the reason for its verdict."""
+    return [f"{VERDICTS[g['verdict']][0]} {g['gate']}: {g['because']}" for g in content["gates"]]
+
+
+def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
+    """Return the report as text for a terminal."""
+    from holdfast.reports.terminal import as_string, filled
+
+    parts = []
+    for table, stored in zip(report_tables(content), content["tables"], strict=True):
+        parts += [as_string(filled(table), colour=colour, width=width)]
+        parts += [stored["note"]] if stored["note"] else []
+    for heading, key in (("Why:", "reasons"), ("What this does not show:", "limits"), ("Notes:", "notes")):
+        if content[key]:
+            parts += ["", heading, *(f"- {text}" for text in content[key])]
+    return "\n".join([*parts, *(["", *gate_lines(content)] if content["gates"] else [])])
+
+
+def audit_to_json(content: Mapping[str, Any]) -> str:
+    """Return the report as strict JSON, with a newline at the end."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def audit_markdown(content: Mapping[str, Any]) -> str:
+    """Return the report as a Markdown document, without the pictures."""
+    from holdfast.reports.markdown import escaped, markdown_table
+
+    lines = [f"## Audit: {content['kind']}", "", escaped(headline(content)), ""]
+    lines += [f"- {escaped(line)}" for line in gate_lines(content)]
+    for title, key in (("Why", "reasons"), ("What this does not show", "limits"), ("Notes", "notes")):
+        if content[key]:
+            lines += ["", f"### {title}", "", *(f"- {escaped(text)}" for text in content[key])]
+    for table, stored in zip(report_tables(content), content["tables"], strict=True):
+        lines += ["", f"### {escaped(table.title)}", ""]
+        lines += markdown_table(table.headings, [[escaped(cell) for cell in row] for row in table.rows])
+        lines += [escaped(stored["note"])] if stored["note"] else []
+    return "\n".join([*lines, ""])
+
+
+def audit_page(content: Mapping[str, Any]) -> str:
+    """Return the report as a self-contained HTML page."""
+    from holdfast.reports.html import render
+
+    return render(
+        "audit.html.j2",
+        s=content,
+        headline=headline(content),
+        tone=_TONES[content["verdict"]],
+        gates=[
+            (gate["verdict"], line) for gate, line in zip(content["gates"], gate_lines(content), strict=True)
+        ],
+        tables=[
+            (capitalized(table.title), table.headings, table.rows, stored["note"])
+            for table, stored in zip(report_tables(content), content["tables"], strict=True)
+        ],
+    )
+
+
+def audit_junit(content: Mapping[str, Any]) -> str:
+    """Return the gates of the audit as JUnit XML, in which a gate that fails or is unclear is a failure."""
+    failures = sum(gate["verdict"] != "pass" for gate in content["gates"])
+    counted = {"tests": str(len(content["gates"]) + 1), "failures": str(failures), "errors": "0"}
+    root = ET.Element("testsuites", {"name": "holdfast"} | counted)
+    suite = ET.SubElement(root, "testsuite", {"name": f"holdfast audit {content['kind']}"} | counted)
+    result = ET.SubElement(suite, "testcase", {"classname": "audit", "name": content["kind"]})
+    ET.SubElement(result, "system-out").text = printable(headline(content))
+    for gate in content["gates"]:
+        case = ET.SubElement(suite, "testcase", {"classname": "gate", "name": printable(gate["gate"])})
+        if gate["verdict"] != "pass":
+            ET.SubElement(case, "failure", {"type": gate["verdict"], "message": printable(gate["because"])})
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
