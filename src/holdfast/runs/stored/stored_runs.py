@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.core.names import threat_kind
@@ -165,7 +165,7 @@ def open_run(path: Path) -> Result:
     """
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     if manifest.get("verb") == "audit":
-        raise UsageError(f"{str(path)!r} is an audit, and a run of assess, certify or harden was expected")
+        raise TargetError(f"{str(path)!r} is an audit, and a run of assess, certify or harden was expected")
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT)
     if decided is None:
