@@ -432,7 +432,15 @@ rotate: {min_waiting: 3, initialisation: own}
 def test_one_file_serves_several_verbs(tmp_path):
     file = tmp_path / "holdfast.yaml"
     file.write_text(FILE)
-    assert validate(file) == ("assess", "certify", "harden", "rotate", "monitor")
+    assert validate(file) == (
+        "assess",
+        "certify",
+        "harden",
+        "rotate",
+        "monitor",
+        "audit-backdoor",
+        "audit-poison",
+    )
     file.write_text(FILE + "threat: l0:3\n")
     assert validate(file) == ("assess", "harden", "rotate")
     file.write_text(FILE + "threat: l0:3\ncertify: {timeout: 5s}\n")
