@@ -128,10 +128,10 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
 
 
 def threat_kind(norm: str) -> str:
-    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf or `text` for
-    TextEdits.
+    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf, `text` for TextEdits or
+    `training-set` for TrainingSet.
     """
-    return norm.removesuffix("Edits").lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", norm.removesuffix("Edits")).lower()
 
 
 def refuse_text_limits(limits: Mapping[str, float | str]) -> None:
