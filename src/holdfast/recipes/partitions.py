@@ -26,7 +26,6 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.goal import Goal
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Rows
 from holdfast.io.data.streamed import Streamed
@@ -80,8 +79,7 @@ class Partitions:
         if self.training.pacing is not None:
             raise UsageError(
                 "the members of partitions are functions of the training set, and a budget of time is given, which "
-                "would change them; set recipe.training.epochs",
-                Remedy("budget"),
+                "would change them; leave the budget out, and set recipe.training.epochs"
             )
         if isinstance(data, Streamed) and data.changing is not None:
             raise UsageError(

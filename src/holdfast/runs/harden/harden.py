@@ -25,7 +25,6 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.models.ensembles import Ensemble
 from holdfast.io.models.exported import exported
-from holdfast.io.models.models import PROGRAM
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
@@ -82,7 +81,7 @@ from holdfast.runs.harden.trainable import (
     training_notes,
 )
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import CHECKPOINTS, write_atomically
+from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.run_manifest import about_run, harden_manifest
@@ -329,8 +328,6 @@ class _Job:
             result = Hardened(model, before, after, best.curve, card, weights, self.run, program)
             with stopper.finishing():
                 folder.keep("model", MODEL, weights)
-                if program is not None:
-                    write_atomically(self.run / PROGRAM, program)
             run.record("training", {"chosen": card["chosen"]["epoch"], "weights": digest(weights)})
             run.record("after", _head(after))
             run.record("card", timeless(card))
