@@ -258,7 +258,11 @@ def test_every_recipe_has_a_row():
 
 
 def test_every_recipe_has_a_record():
-    recorded = {row["recipe"] for name in ("recipes", "certified-training") for row in newest(name)["table"]}
+    recorded = {
+        row["recipe"]
+        for name in ("recipes", "certified-training", "partitions")
+        for row in newest(name)["table"]
+    }
     assert recorded | FOR_SMOOTHING == set(CLASSES)
     assert not recorded & FOR_SMOOTHING
     smoothed = newest("smoothing")["config"]
