@@ -282,6 +282,16 @@ def test_the_page_has_the_recorded_numbers_of_recipes(row, first):
     }
 
 
+def test_the_page_has_the_recorded_numbers_of_partitions():
+    (recorded,) = newest("partitions")["table"]
+    (documented,) = rows("concepts/training-set-certificates.md", "members")
+    assert documented == {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in recorded.items()
+        if name != "recipe"
+    }
+
+
 def test_the_page_has_the_recorded_numbers_of_certified_training():
     documented = rows("concepts/certified-training.md", "recipe")
     assert documented == [

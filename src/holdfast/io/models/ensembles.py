@@ -89,7 +89,7 @@ class Ensemble(nn.Module):
 
     def metadata(self) -> dict[str, Any]:
         """Return what a file with the weights states about the ensemble. For partitions these are the rule, and the
-        digests of the training set and of each member, which `refuse_other_members` compares.
+        digests of the training set and of each member, which `declared_ensemble` compares.
         """
         entries: dict[str, Any] = {
             "members": len(self.members),
@@ -104,14 +104,19 @@ class Ensemble(nn.Module):
             }
         return entries
 
-    def refuse_other_members(self, metadata: Mapping[str, Any], source: str) -> None:
-        """Raise `TargetError` if the members or the training set differ from those that a file states."""
-        stated, own = metadata.get("partitions"), self.metadata().get("partitions")
-        if stated != own:
-            raise TargetError(
-                f"the members of {source} are not those that the recipe partitions trained: the file states other "
-                "digests or another rule, so that nothing is certified about it; train the model again"
-            )
+
+def declared_ensemble(net: nn.Module, model: Classifier, metadata: Mapping[str, Any], source: str) -> None:
+    """Declare what a model returns whose network is an ensemble from a weights file.
+
+    Raises `TargetError` if the members or the training set differ from those that the metadata of the file state.
+    """
+    assert isinstance(net, Ensemble)
+    if metadata.get("partitions") != net.metadata().get("partitions"):
+        raise TargetError(
+            f"the members of {source} are not those that the recipe partitions trained: the file states other digests "
+            "or another rule, so that nothing is certified about it; train the model again"
+        )
+    net.declare(model)
 
 
 def ensemble_of(net: nn.Module, metadata: Mapping[str, Any]) -> Ensemble:

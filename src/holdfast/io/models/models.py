@@ -23,7 +23,6 @@ from holdfast.io.models.adapting import adapted
 from holdfast.io.models.archive import Weights
 from holdfast.io.models.declarations import ARCHITECTURE
 from holdfast.io.models.denoiser import with_denoiser
-from holdfast.io.models.ensembles import Ensemble, ensemble_of
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.exported import open_program
 from holdfast.io.models.factories import (
@@ -370,9 +369,10 @@ def _filled(
     files = {**built.files, opening.address: digest}
     net.eval()
     model = opening.declared.filled(properties).wrap(built.net)
-    if isinstance(net, Ensemble):
-        net.refuse_other_members(metadata["ensemble"], repr(opening.address))
-        net.declare(model)
+    if metadata.get("ensemble"):
+        from holdfast.io.models.ensembles import declared_ensemble  # late: few models are ensembles
+
+        declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
     catalogued = _catalogued(opening, metadata)
     return OpenedModel(model, opening.address, how, files, notes, architecture=catalogued)
 
@@ -449,7 +449,11 @@ def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
     members of an ensemble.
     """
     net = with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
-    return ensemble_of(net, metadata["ensemble"]) if metadata.get("ensemble") else net
+    if not metadata.get("ensemble"):
+        return net
+    from holdfast.io.models.ensembles import ensemble_of  # late: few models are ensembles
+
+    return ensemble_of(net, metadata["ensemble"])
 
 
 def _with_parts(model: Model, metadata: Mapping[str, Any]) -> Model:
