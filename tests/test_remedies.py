@@ -1018,6 +1018,11 @@ situation(
     budget="1min",
 )
 situation("a suite for training sets", planned, threat="training-set:2", suite="fast")
+situation(
+    "a suite for partitions",
+    lambda **arguments: assess_request(Harden(model=LINEAR, data=PAIR, threat="training-set:2", **arguments)),
+    suite="fast",
+)
 situation("an attack for training sets", attacked, threat="training-set:2", attack=PGD(steps=2))
 situation("partitions certify no norm", certified, method="partitions")
 situation(

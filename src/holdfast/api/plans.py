@@ -224,14 +224,15 @@ def _without_attacks(settings: Measuring, threat: ThreatModel) -> Plan:
     """Return the plan of a measurement under a threat that changes no input. Raises `UsageError` if the settings
     contain attacks.
     """
+    from holdfast.core.training_set import TrainingSet  # late: few threats are on training sets
+
     given = [name for name in ("suite", "attacks", "surrogates", "only", "skip") if getattr(settings, name)]
     given += [name for name in ("curve", "full", "adaptive", "save_adversarial") if getattr(settings, name)]
     if given:
-        raise UsageError(
-            f"the threat {settings.threat} changes the training set and no input, so that no attack applies, and "
-            f"{given[0]} is given",
-            Remedy(given[0]),
-        )
+        assert isinstance(threat.constraint, TrainingSet)
+        refusal = threat.constraint.refusal()
+        # an assessment may be of another threat, and the others are of this one
+        raise refusal if isinstance(settings, Assess) else UsageError(refusal.message, Remedy(given[0]))
     # the votes of an ensemble hide the gradients, and both assessments of a training have the same threat
     threat = replace(threat, access="none")
     return Plan((), threat, settings.seed, doubts="none", proofs=(prover(PARTITIONS),))
