@@ -1017,6 +1017,11 @@ situation(
     recipe="partitions",
     budget="1min",
 )
+situation(
+    "partitions in a pool",
+    lambda recipe: rotation_recipe(RotateSettings(model="mnist-cnn", recipe=recipe)),
+    recipe={"use": "partitions"},
+)
 situation("a suite for training sets", planned, threat="training-set:2", suite="fast")
 situation(
     "a suite for partitions",

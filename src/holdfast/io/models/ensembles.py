@@ -105,8 +105,10 @@ class Ensemble(nn.Module):
         return entries
 
 
-def declared_ensemble(net: nn.Module, model: Classifier, metadata: Mapping[str, Any], source: str) -> None:
-    """Declare what a model returns whose network is an ensemble from a weights file.
+def declared_ensemble(
+    net: nn.Module, model: Classifier, metadata: Mapping[str, Any], source: str
+) -> tuple[str, ...]:
+    """Declare what a model returns whose network is an ensemble from a weights file. Return notes for the report.
 
     Raises `TargetError` if the members or the training set differ from those that the metadata of the file state.
     """
@@ -117,6 +119,9 @@ def declared_ensemble(net: nn.Module, model: Classifier, metadata: Mapping[str, 
             "or another rule, so that nothing is certified about it; train the model again"
         )
     net.declare(model)
+    trained = metadata.get("partitions")
+    of = f", trained on parts of the training set {trained['training_set'][:12]}…" if trained else ""
+    return (f"the model is an ensemble of {len(net.members)} members ({net.combine}){of}",)
 
 
 def ensemble_of(net: nn.Module, metadata: Mapping[str, Any]) -> Ensemble:

@@ -372,19 +372,19 @@ def _filled(
     if metadata.get("ensemble"):
         from holdfast.io.models.ensembles import declared_ensemble  # late: few models are ensembles
 
-        declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
+        notes += declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
     catalogued = _catalogued(opening, metadata)
     return OpenedModel(model, opening.address, how, files, notes, architecture=catalogued)
 
 
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the architecture for the metadata of a file with weights; empty for networks from the user's code."""
-    added = {name: metadata[name] for name in ("denoiser", "ensemble") if metadata.get(name)}
+    denoiser = {"denoiser": metadata["denoiser"]} if metadata.get("denoiser") else {}
     if names_code(opening.arch or "") or not (opening.arch or metadata.get("architecture")):
-        return added
+        return denoiser
     integers = {name: int(value) for name, value in opening.arguments.items()}
     arguments = integers or ({} if opening.arch is not None else metadata.get("arguments", {}))
-    return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments, **added}
+    return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments, **denoiser}
 
 
 def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
