@@ -86,6 +86,12 @@ class Partitions:
                 f"training example {data.changing} differs between two readings, and partitions assigns each example "
                 "to a part by its content; give examples that do not change, and recipe.training.augment"
             )
+        if model.rejects or model.input_name is not None:
+            raise UsageError(
+                "the members of an ensemble are called with inputs alone and return classes, and this model "
+                + ("has a detector that rejects inputs" if model.rejects else f"names them {model.input_name}")
+                + "; give a network from inputs to logits"
+            )
         if (data.y == UNLABELLED).any():
             raise UsageError("training examples without labels are given, and partitions uses labels only")
         parts, training_set = parts_of(data, self.partitions)
