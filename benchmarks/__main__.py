@@ -72,6 +72,7 @@ ROWS = {
     "hardening": "hardening",
     "cifar-hardening": "cifar_hardening",
     "certified-training": "certified_training",
+    "partitions": "partitions",
     "fast-choice": "fast_choice",
     "fast": "fast",
     "trades": "trades",

@@ -262,7 +262,11 @@ def test_every_recipe_has_a_row():
 
 
 def test_every_recipe_has_a_record():
-    recorded = {row["recipe"] for name in ("recipes", "certified-training") for row in newest(name)["table"]}
+    recorded = {
+        row["recipe"]
+        for name in ("recipes", "certified-training", "partitions")
+        for row in newest(name)["table"]
+    }
     assert recorded | FOR_SMOOTHING == set(CLASSES)
     assert not recorded & FOR_SMOOTHING
     smoothed = newest("smoothing")["config"]
@@ -279,6 +283,16 @@ def test_the_page_has_the_recorded_numbers_of_recipes(row, first):
     }
     assert {name: row["passes"] for name, row in documented.items()} == {
         row["recipe"]: f"{row['passes']:.1f}" for row in recorded
+    }
+
+
+def test_the_page_has_the_recorded_numbers_of_partitions():
+    (recorded,) = newest("partitions")["table"]
+    (documented,) = rows("concepts/training-set-certificates.md", "members")
+    assert documented == {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in recorded.items()
+        if name != "recipe"
     }
 
 

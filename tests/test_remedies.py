@@ -29,7 +29,7 @@ from torch import nn
 import holdfast
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_opening import guarded_subject
-from holdfast.api.hardening import _with_denoiser
+from holdfast.api.hardening import _with_denoiser, _with_threat_of_recipe
 from holdfast.api.misspelt import refuse_misspelt
 from holdfast.api.monitoring_streams import _refuse_data
 from holdfast.api.plans import assess_request, prover
@@ -1012,6 +1012,27 @@ situation(
     threat=Later(lambda: f"table:{file('rules.json')}"),
     recipe="mart",
 )
+situation("partitions under a norm", settled, threat="linf:0.1", recipe="partitions")
+situation("another recipe for training sets", settled, threat="training-set:2", recipe="pgd")
+situation(
+    "a budget of partitions",
+    lambda **arguments: _with_threat_of_recipe(Harden(model=LINEAR, data=PAIR, **arguments)),
+    recipe="partitions",
+    budget="1min",
+)
+situation(
+    "partitions in a pool",
+    lambda recipe: rotation_recipe(RotateSettings(model="mnist-cnn", recipe=recipe)),
+    recipe={"use": "partitions"},
+)
+situation("a suite for training sets", planned, threat="training-set:2", suite="fast")
+situation(
+    "a suite for partitions",
+    lambda **arguments: assess_request(Harden(model=LINEAR, data=PAIR, threat="training-set:2", **arguments)),
+    suite="fast",
+)
+situation("an attack for training sets", attacked, threat="training-set:2", attack=PGD(steps=2))
+situation("partitions certify no norm", certified, method="partitions")
 situation(
     "a column of identifiers",
     lambda drop: drafted(Path(file("identifiers.csv")), "label", tuple(drop), None),

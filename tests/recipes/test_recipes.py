@@ -36,6 +36,7 @@ from holdfast.recipes import (
     LipschitzConstraint,
     MarginTraining,
     MultiNormTraining,
+    Partitions,
     PGDTraining,
     SingleStep,
     Standard,
@@ -45,7 +46,14 @@ from holdfast.recipes.training.fit import _Loop
 from holdfast.recipes.training.learner import Learner, trained
 from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
 from holdfast.testing import fakes
-from holdfast.testing.recipes import RECIPE_LAWS, SHORT, learns, same
+from holdfast.testing.recipes import (
+    RECIPE_LAWS,
+    SHORT,
+    does_not_use_global_randomness,
+    is_reproducible,
+    learns,
+    same,
+)
 
 CASES = [
     Standard(),
@@ -82,6 +90,8 @@ CASES = [
     IBPTraining(clean=0.5),
     SABR(),
 ]
+PARTITIONS = [Partitions(3), Partitions(2)]
+"""These train one member after another, with one checkpoint: tests/certifiers/test_partitions.py has their laws."""
 DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigma=0.1, stability=0.0)]
 """These train another part of a model, and no labels: `learns` is a test of their own."""
 
@@ -100,9 +110,17 @@ def test_law_of_denoising(recipe, law):
     law(recipe)
 
 
+@pytest.mark.parametrize(
+    "law", [is_reproducible, does_not_use_global_randomness], ids=lambda law: law.__name__
+)
+@pytest.mark.parametrize("recipe", PARTITIONS, ids=repr)
+def test_law_of_partitions(recipe, law):
+    law(recipe)
+
+
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
-    assert {type(case).__name__ for case in (*CASES, *DENOISING)} == set(recipes.__all__)
+    assert {type(case).__name__ for case in (*CASES, *DENOISING, *PARTITIONS)} == set(recipes.__all__)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from holdfast.api.resolve import (
 from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_settings
 from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, SUBSTITUTIONS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, MASKING, PARTITIONS, SMOOTHING, SUBSTITUTIONS, TREES, load
 from holdfast.core.evidence import Evidence
 from holdfast.io.data.selection import selected
 from holdfast.io.remote.counting import inspection_counter
@@ -139,6 +139,7 @@ def _request(
         request = request if subject.model.access == "gradients" else without_attacks(request)
     elif isinstance(settings, Certify):
         request = certify_request(request, *_provers(settings, subject), settings.geometry)
+        request = request if request.plan.members else without_attacks(request)
     elif guard is not None:
         request = _with_trials(request, guard, subject)
     return replace(
@@ -198,8 +199,9 @@ def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> Assess
 
 def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    of_texts = parse_threat(settings.threat).norm == "text"
-    automatic = (SUBSTITUTIONS,) if of_texts else (TREES,) if reads_trees(subject.model) else CASCADE
+    norm = parse_threat(settings.threat).norm
+    own = {"text": (SUBSTITUTIONS,), "training-set": (PARTITIONS,)}
+    automatic = own[norm] if norm in own else (TREES,) if reads_trees(subject.model) else CASCADE
     names = automatic if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (

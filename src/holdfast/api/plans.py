@@ -12,7 +12,7 @@ from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
-from holdfast.core.catalogue import CASCADE, LATE, SUBSTITUTIONS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, SUBSTITUTIONS, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -178,6 +178,8 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     """
     spec = parse_threat(settings.threat)
     threat = threat_model(spec)
+    if spec.norm == "training-set":
+        return _without_attacks(settings, threat)
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = listed_attacks(settings)
     if members is not None:
@@ -217,6 +219,24 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
         proofs=_proofs(settings, smallest=smallest, trees=trees),
     )
+
+
+def _without_attacks(settings: Measuring, threat: ThreatModel) -> Plan:
+    """Return the plan of a measurement under a threat that changes no input. Raises `UsageError` if the settings
+    contain attacks.
+    """
+    from holdfast.core.training_set import TrainingSet  # late: few threats are on training sets
+
+    given = [name for name in ("suite", "attacks", "surrogates", "only", "skip") if getattr(settings, name)]
+    given += [name for name in ("curve", "full", "adaptive", "save_adversarial") if getattr(settings, name)]
+    if given:
+        assert isinstance(threat.constraint, TrainingSet)
+        refusal = threat.constraint.refusal()
+        # an assessment may be of another threat, and the others are of this one
+        raise refusal if isinstance(settings, Assess) else UsageError(refusal.message, Remedy(given[0]))
+    # the votes of an ensemble hide the gradients, and both assessments of a training have the same threat
+    threat = replace(threat, access="none")
+    return Plan((), threat, settings.seed, doubts="none", proofs=(prover(PARTITIONS),))
 
 
 def _without_reading(member: Member) -> Member:

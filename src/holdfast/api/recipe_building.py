@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
-from holdfast.core.catalogue import RECIPES, load, names
+from holdfast.core.catalogue import PARTITIONS, RECIPES, load, names
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
@@ -45,6 +45,16 @@ def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
             f"{', '.join(_OF_TABLES)}",
             Remedy("recipe", _OF_TABLES[0]),
         )
+    if (constraint.name == "training-set") != (recipe == PARTITIONS):
+        raise UsageError(
+            f"the recipe partitions trains for changes of the training set, and the threat is {constraint.name} with "
+            f"the recipe {recipe or 'that was given'}",
+            Remedy("recipe", PARTITIONS)
+            if constraint.name == "training-set"
+            else Remedy("threat", "training-set:20"),
+        )
+    if constraint.name == "training-set":
+        return
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
             f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",

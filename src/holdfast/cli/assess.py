@@ -262,7 +262,7 @@ The report contains confidence intervals, and doubts: reasons why the measured r
 \b
 MODEL  a bundled model (mnist-cnn, mnist-cnn-hardened), file.py:factory (a
        function that returns the model), a .safetensors, .pt, .pt2, .onnx,
-       .skops, .json, .ubj or .txt file, a folder of transformers, or a URL with
+       .skops, .json, .ubj or .txt file, a folder of harden or transformers, or a URL with
        --allow-host
 DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
        .npz, .csv or .parquet file, or a folder with one folder of images for

@@ -140,6 +140,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("mart", "MART", "mart"),
         RecipeEntry("multi-norm", "MultiNormTraining", "multi_norm"),
         RecipeEntry("n-fgsm", "SingleStep", "single_step"),
+        RecipeEntry("partitions", "Partitions", "partitions"),
         RecipeEntry("pgd", "PGDTraining", "pgd_training"),
         RecipeEntry("sabr", "SABR", "sabr"),
         RecipeEntry("score", "SCORE", "score"),
@@ -156,6 +157,8 @@ MASKING: Final = "masking"
 """method that certifies another model of texts than the given one: the most frequent class under random masks"""
 TREES: Final = "trees"
 """method for ensembles of trees, which `auto` chooses for them"""
+PARTITIONS: Final = "partitions"
+"""method, and recipe, for changes of the training set"""
 PROVERS: Final[Mapping[str, str]] = {
     "ibp": "provers:IBP",
     "crown-ibp": "provers:CrownIBP",
@@ -165,6 +168,7 @@ PROVERS: Final[Mapping[str, str]] = {
     SUBSTITUTIONS: "texts.substitutions:Substitutions",
     MASKING: "texts.masking:Masking",
     TREES: "trees.proving:Trees",
+    PARTITIONS: "partitions:PartitionVotes",
     "alpha-crown": "branching.searching:AlphaCrown",
     "branch-and-bound": "branching.searching:BranchAndBound",
 }

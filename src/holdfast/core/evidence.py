@@ -229,11 +229,12 @@ class Evidence:
     Certification: `certified` marks examples for which it is proved that no input of the threat model is misclassified;
     `certified_by` (index into `proofs` of the method, -1 for none); `certified_bound`, the largest proved lower bound
     of the margin over the threat model (-inf if there is none); `certified_radius`, the eps at which the example is
-    certified, 0 if it is not; `attacked` marks the examples on which at least one attack of the suite was run.
-    Randomised smoothing: `certified_radius` is a lower confidence limit, also above eps and where it is below;
-    `abstained` marks examples whose prediction the draws do not show, and `contradicted` those that a certificate and
-    an attack contradict, which count as broken. `group` is the index of the group of each example in
-    `data["groups"]["names"]`, if there are groups.
+    certified, 0 if it is not; under changes of the training set it is the largest number of changes that is certified,
+    also above eps and where it is below; `attacked` marks the examples on which at least one attack was run. Randomised
+    smoothing: `certified_radius` is a lower confidence limit, also above eps and where it is below; `abstained` marks
+    examples whose prediction the draws do not show, and `contradicted` those that a certificate and an attack
+    contradict, which count as broken. `group` is the index of the group of each example in `data["groups"]["names"]`,
+    if there are groups.
     """
 
     columns: Columns

@@ -67,7 +67,7 @@ class ModelSource(SettingGroup):
     model: values.Given | None = Field(
         default=None,
         description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
-        "file, a folder of transformers, or a URL.",
+        "file, a folder of harden or transformers, or a URL.",
     )
     arch: Annotated[str | None, Flag("NAME|FILE.py:F")] = Field(
         default=None,

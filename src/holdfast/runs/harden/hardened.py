@@ -1,6 +1,5 @@
 """The result of a hardening: the new model, its model card, and the measurements before and after."""
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,8 @@ from torch import Tensor
 from holdfast.core.chain import canonical, digest
 from holdfast.core.model import Classifier
 from holdfast.gates.training_verdicts import TrainingVerdict
+from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS
 from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
@@ -37,7 +38,7 @@ from holdfast.runs.store.files import usable, write_atomically
 from holdfast.runs.store.records import document
 from holdfast.statistics.intervals import against_majority, proportion
 
-MODEL = "model.safetensors"
+MODEL = WEIGHTS
 """Name of the file with the new model."""
 
 
@@ -55,6 +56,8 @@ class Hardened:
     weights: bytes
     """content of the safetensors file with the new model"""
     folder: Path | None = None
+    program: bytes | None = None
+    """content of the file with the program of a member of an ensemble, with which it is opened without its code"""
 
     def opened_by(self, folder: Path) -> str:
         """Return the command line that assesses the new model in the file in `folder`."""
@@ -72,7 +75,9 @@ class Hardened:
         with usable(place):
             place.mkdir(parents=True, exist_ok=True)
             write_atomically(place / MODEL, self.weights)
-            write_atomically(place / "card.json", document(card))
+            if self.program is not None:
+                write_atomically(place / PROGRAM, self.program)
+            write_atomically(place / CARD, document(card))
             write_atomically(place / "card.md", as_markdown(card).encode())
             write_atomically(place / "curve.svg", curve_svg(self.card["curve"], self.card["chosen"]).encode())
         return place
@@ -133,6 +138,8 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
     architecture = {
         key: subject.card[key] for key in ("architecture", "arguments", "denoiser") if key in subject.card
     }
+    if isinstance(subject.model.net, Ensemble):
+        architecture["ensemble"] = subject.model.net.metadata()
     properties = {
         key: subject.card[key]
         for key in ("bounds", "mean", "std", "classes")
@@ -155,15 +162,6 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
 def training_digest(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 that identifies the hardening with a manifest in the file of its new model, in hex."""
     return digest(canonical([manifest["digests"], manifest["plan"]]))
-
-
-def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of the tensors of a network, in hex."""
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def weights_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -21,6 +21,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.pieces import PIECE, results_in_pieces
 from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training_set import TrainingSet
 from holdfast.recipes import SABR, IBPTraining
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe
@@ -33,6 +34,7 @@ CERTIFIED = (IBPTraining, SABR)
 """The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
+_ONE_OF = 64  # by content, one training example of this many is held out on average
 _PIECE_VALUES = 1 << 22  # largest number of values of the inputs that are attacked at once in an evaluation
 _TRACED = 8  # examples on which the graph of operations is compared with the model
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
@@ -51,15 +53,18 @@ class TrainingExamples:
     """notes on which examples were left out of the training, and why"""
 
 
-def examples_of(data: TrainingData, excluded: Data, seed: int, classes: int) -> TrainingExamples:
+def examples_of(
+    data: TrainingData, excluded: Data, seed: int, classes: int, *, by_content: bool = False
+) -> TrainingExamples:
     """Split `data` into training examples and held-out examples, after removing all inputs that also occur in
     `excluded`.
 
-    `excluded` contains the test examples. Raises an error if a class has no training example left.
+    `excluded` contains the test examples. With `by_content`, each example is held out or not by its input alone. Raises
+    an error if a class has no training example left.
     """
     refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data, excluded)
-    rest, held = split_of(fresh, seed)
+    rest, held = split_by_content(fresh) if by_content else split_of(fresh, seed)
     rest, chosen_by = without_held(rest, held)
     notes = tuple(note for note in (judged, chosen_by) if note)
     if notes:
@@ -89,6 +94,23 @@ def split_of(data: D, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) 
         )
     held_out = torch.zeros_like(labelled)
     held_out[order[can_be_held_out][:n]] = True
+    return data.subset(~held_out), data.take(held_out)
+
+
+def split_by_content(data: D) -> tuple[D, Batch]:
+    """Split examples into training examples and held-out examples by hashes of their inputs, so that an added or
+    removed example changes neither the other training examples nor the other held-out ones.
+
+    Raises `UsageError` if none would be held out.
+    """
+    names = data.fingerprints()
+    held_out = torch.tensor([int.from_bytes(name[-8:], "big") % _ONE_OF == 0 for name in names])
+    if not held_out.any():
+        raise UsageError(
+            f"of {len(data)} training examples none is held out, which one in {_ONE_OF} is on average",
+            replace(OTHER_EXAMPLES, reason="for more examples"),
+        )
+    held_out = held_out.to(data.ids.device)
     return data.subset(~held_out), data.take(held_out)
 
 
@@ -126,7 +148,9 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
             logits = model(part.x)
         correct = margin(logits, part) > 0
         correct_examples, n_robust = part.take(correct), 0
-        if len(correct_examples):
+        if isinstance(threat.constraint, TrainingSet):  # no input changes
+            n_robust = len(correct_examples)
+        elif len(correct_examples):
             x_adv = EVALUATION_ATTACK(model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
                 n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())

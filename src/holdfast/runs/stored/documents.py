@@ -84,6 +84,10 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
         return L0(eps, threat["per"])
     if threat["norm"] == "Corruptions":
         return Corruptions(int(eps))
+    if threat["norm"] == "TrainingSet":
+        from holdfast.core.training_set import TrainingSet  # late: few runs are on training sets
+
+        return TrainingSet(int(eps))
     if threat["norm"] == "Table":
         from holdfast.core.tables.table import Table  # late: few runs have rules
 

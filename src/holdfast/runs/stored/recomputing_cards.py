@@ -10,8 +10,9 @@ from typing import Any
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.core.goal import Goal
+from holdfast.core.names import threat_kind
 from holdfast.gates.training_verdicts import Before
-from holdfast.io.models.weights import METADATA_KEY
+from holdfast.io.models.weights import METADATA_KEY, digest_of_weights
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.paired import basis
 from holdfast.reports.card import judged
@@ -23,7 +24,6 @@ from holdfast.runs.harden.advice import advice, verdict_entries
 from holdfast.runs.harden.candidates import standard_error
 from holdfast.runs.harden.hardened import (
     MODEL,
-    digest_of_weights,
     generalisation,
     held_out_metrics,
     training_digest,
@@ -150,7 +150,7 @@ def _refuse_settings(run: StoredHardening) -> None:
         "requested_recipe": config["recipe"],
         "recipes_tried": [attempt["recipe"] for attempt in manifest["plan"]["attempts"]][:tried],
         "reason": attempts[recipe]["reason"],
-        "threat": f"{threat['norm'].lower()}:{size(threat['eps'])}",
+        "threat": f"{threat_kind(threat['norm'])}:{size(threat['eps'])}",
         "evaluated_under": threat_syntax(run.sides["after"].summary()["threat"]),
         "seed": config["seed"],
         "advice": advice(card, threat["eps"]),
