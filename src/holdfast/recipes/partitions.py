@@ -89,7 +89,11 @@ class Partitions:
         if model.rejects or model.input_name is not None:
             raise UsageError(
                 "the members of an ensemble are called with inputs alone and return classes, and this model "
-                + ("has a detector that rejects inputs" if model.rejects else f"names them {model.input_name}")
+                + (
+                    "has a detector that rejects inputs"
+                    if model.rejects
+                    else f"names them {model.input_name}"
+                )
                 + "; give a network from inputs to logits"
             )
         if (data.y == UNLABELLED).any():
