@@ -212,13 +212,15 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     recipe = {"use": "partitions", "partitions": 6, "training": {"epochs": 1, "batch": 64, "lr": 0.01}}
-    hardened = holdfast.harden(net, "mnist-mini", recipe=recipe, n=200)
+    run = tmp_path_factory.mktemp("runs") / "run"
+    hardened = holdfast.harden(net, "mnist-mini", recipe=recipe, n=200, run=run)
     place = hardened.write(tmp_path_factory.mktemp("partitions"))
     return hardened, place
 
 
 def test_harden_returns_an_ensemble_that_opens_from_its_folder_without_code(folder):
     hardened, place = folder
+    assert hardened.folder is not None and holdfast.verify(hardened.folder).complete
     assert hardened.verdict == "improved"
     assert hardened.card["threat"] == "training-set:1"  # a fifth of the parts
     assert hardened.model.access == "scores"
