@@ -137,6 +137,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("llr", "LLR", "llr"),
         RecipeEntry("margin", "MarginTraining", "margin"),
         RecipeEntry("mart", "MART", "mart"),
+        RecipeEntry("masked-words", "MaskedWords", "masked_words"),
         RecipeEntry("multi-norm", "MultiNormTraining", "multi_norm"),
         RecipeEntry("n-fgsm", "SingleStep", "single_step"),
         RecipeEntry("pgd", "PGDTraining", "pgd_training"),

@@ -345,7 +345,7 @@ class _Job:
             "requested_recipe": request.name,
             "threat": threat_text(
                 str(constraint)
-                if constraint.name == "table"
+                if constraint.name in ("table", "text")
                 else f"{constraint.name}:{size(constraint.eps)}",
                 None,
                 "gradients",
