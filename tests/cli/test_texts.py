@@ -270,8 +270,8 @@ def test_two_columns_of_texts_need_a_choice(capsys):
     assert "the columns of texts a, b" in capsys.readouterr().err
 
 
-def test_harden_refuses_a_threat_on_texts(capsys):
-    assert run(["harden", "spam.py:make", "sms.csv", "--label", "label", "--threat", EDITS]) == 2
+def test_rotate_refuses_a_threat_on_texts(capsys):
+    assert run(["rotate", "collect", "spam.py:make", "sms.csv", "--threat", EDITS]) == 2
     assert "not available for texts" in capsys.readouterr().err
 
 

@@ -102,7 +102,8 @@ def test_law_of_denoising(recipe, law):
 
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
-    assert {type(case).__name__ for case in (*CASES, *DENOISING)} == set(recipes.__all__)
+    of_texts = {"MaskedWords"}  # has its own tests, because the laws are about inputs that are numbers
+    assert {type(case).__name__ for case in (*CASES, *DENOISING)} | of_texts == set(recipes.__all__)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.gradients import input_gradient
 from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
-from holdfast.core.names import kind_of
+from holdfast.core.names import kind_of, with_article
 from holdfast.core.spelling import suggestion
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
@@ -74,9 +74,9 @@ def _refuse_untrainable_texts(function: TextFunction) -> None:
         )
     if not any(True for _ in function.parameters()):
         raise TargetError(
-            f"the model is the {kind_of(function.model)} from texts to scores, which hides its weights, so it cannot "
-            "be trained; let the factory return a torch.nn.Module whose forward takes a list of strings and returns "
-            "logits, or a fitted pipeline of scikit-learn that ends with a linear classifier"
+            f"the model is {with_article(type(function.model).__name__)} from texts to scores, which hides its "
+            "weights, so it cannot be trained; let the factory return a torch.nn.Module whose forward takes a list of "
+            "strings and returns logits, or a fitted pipeline of scikit-learn that ends with a linear classifier"
         )
 
 
