@@ -34,7 +34,7 @@ def measured() -> Outcome:
     train, test = (_batch(texts, labels) for texts, labels in texts_of("sst2_sentences.csv.gz", "1"))
     test = test.take(torch.arange(N))
     recipes = {
-        "standard": Standard(TRAINING),
+        "standard": Standard(training=TRAINING),
         "masked-words": MaskedWords(HOW.keep, HOW.mask, training=TRAINING),
     }
     table = [_certified(name, recipe, train, test) for name, recipe in recipes.items()]
