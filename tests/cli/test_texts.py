@@ -207,6 +207,13 @@ def test_a_model_that_truncates_texts_is_noted(most, noted):
     assert any("after the first 60" in note for note in notes) == noted, notes
 
 
+@pytest.mark.parametrize(("threat", "noted"), [(EDITS, True), ("text:inserts=1,file=words.json", False)])
+def test_edited_words_that_a_vectoriser_does_not_know_are_noted(threat, noted):
+    notes = holdfast.assess(model(), (TEXTS, LABELS), threat=threat).summary()["notes"]
+    found = [note for note in notes if "the model does not know" in note]
+    assert len(found) == noted and all("'nice'" in note and "% of the words" in note for note in found)
+
+
 BAD = [
     (["--threat", "text:edits=0,words=1"], "edits is '0'"),
     (["--threat", "text:edits=1"], "words is the largest number of words"),
