@@ -89,6 +89,7 @@ ROWS = {
     "perfect-estimators": "perfect_estimators",
     "text": "texts",
     "text-networks": "text_networks",
+    "text-masking": "text_masking",
     "fitting-doubts": "fitting_doubts",
     "loss-spread": "loss_spread",
     "doubts": "doubts",

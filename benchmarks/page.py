@@ -126,6 +126,8 @@ SUBJECTS = {
     "words, and accuracy of sentiment after edited words.",
     "text-networks": "`TextSearch` on a small CNN and on a transformer encoder for SST-2: accuracy after two edits in "
     "each of three words, and cost.",
+    "text-masking": "Random masks on sentences of SST-2: certified accuracy after `standard` and after `masked-words`, "
+    "and attacks inside the certificates.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
     "loss-spread": "Largest difference of the success of attacks that differ in their loss, on the gallery of masked "
     "models and on honest networks; the doubt is raised from 0.15.",

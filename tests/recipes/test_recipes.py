@@ -120,7 +120,9 @@ def test_law_of_partitions(recipe, law):
 
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
-    assert {type(case).__name__ for case in (*CASES, *DENOISING, *PARTITIONS)} == set(recipes.__all__)
+    of_texts = {"MaskedWords"}  # has its own tests, because the laws are about inputs that are numbers
+    cases = {type(case).__name__ for case in (*CASES, *DENOISING, *PARTITIONS)}
+    assert cases | of_texts == set(recipes.__all__)
 
 
 @pytest.mark.parametrize(

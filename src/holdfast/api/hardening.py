@@ -44,7 +44,7 @@ from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
-from holdfast.runs.harden.trainable import copy_of, refuse_untrainable
+from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
 from holdfast.settings.grammar import parse_log, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
@@ -80,6 +80,7 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
     """
     with drawing(Draws(settings.seed).at("model")):  # a factory initialises weights from the seed
         subject = resolve.open_subject(settings)
+    subject = replace(subject, model=with_trainable_texts(subject.model))
     model = subject.model
     if model.access != "gradients":
         refuse_untrainable(model)  # before its data are opened

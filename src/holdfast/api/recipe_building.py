@@ -32,11 +32,25 @@ _SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updat
 
 _OF_TABLES = ("pgd", "trades", "standard")
 """Recipes that train within the rules of a table."""
+_OF_TEXTS = ("masked-words", "standard")
+"""Recipes that train models of texts, whose inputs have no gradients."""
 
 
 def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
     """Raise `UsageError` for a threat model that the recipe cannot train against."""
     constraint = threat.constraint
+    if constraint.name == "text" and recipe in _OF_TEXTS:
+        return
+    if constraint.name == "text" and recipe:
+        raise UsageError(
+            f"the threat is on texts, and the recipe is {recipe}; models of texts are trained by "
+            f"{' and '.join(_OF_TEXTS)}",
+            Remedy("recipe", _OF_TEXTS[0]),
+        )
+    if recipe == _OF_TEXTS[0]:
+        raise UsageError(
+            f"{recipe} trains models of texts, and the threat is {constraint.name}", Remedy("recipe", "pgd")
+        )
     if constraint.name == "table" and recipe in _OF_TABLES:
         return
     if constraint.name == "table" and recipe:

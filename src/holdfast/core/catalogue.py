@@ -138,6 +138,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("llr", "LLR", "llr"),
         RecipeEntry("margin", "MarginTraining", "margin"),
         RecipeEntry("mart", "MART", "mart"),
+        RecipeEntry("masked-words", "MaskedWords", "masked_words"),
         RecipeEntry("multi-norm", "MultiNormTraining", "multi_norm"),
         RecipeEntry("n-fgsm", "SingleStep", "single_step"),
         RecipeEntry("partitions", "Partitions", "partitions"),

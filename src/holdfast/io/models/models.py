@@ -23,7 +23,7 @@ from holdfast.io.models.adapting import adapted
 from holdfast.io.models.archive import Weights
 from holdfast.io.models.declarations import ARCHITECTURE
 from holdfast.io.models.denoiser import with_denoiser
-from holdfast.io.models.estimators import Estimator
+from holdfast.io.models.estimators import Estimator, Predictor
 from holdfast.io.models.exported import open_program
 from holdfast.io.models.factories import (
     Built,
@@ -359,6 +359,13 @@ def _filled(
         )
     built, properties = _architecture(opening, metadata, weights)
     net = built.net.net if isinstance(built.net, Classifier) else built.net
+    if (
+        opening.declared.texts and "training" in metadata
+    ):  # of `harden`, which trains a network of texts inside
+        tensors = {name.removeprefix("model."): value for name, value in weights.tensors.items()}
+        weights = replace(weights, tensors=tensors)
+    if opening.declared.texts and isinstance(net, Predictor) and not isinstance(net, nn.Module):
+        return _filled_pipeline(opening, built, net, weights, digest)
     if not isinstance(net, nn.Module):
         raise TargetError(
             f"the architecture {opening.arch} returned {'a function' if callable(net) else 'an estimator'}, which "
@@ -375,6 +382,18 @@ def _filled(
         notes += declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
     catalogued = _catalogued(opening, metadata)
     return OpenedModel(model, opening.address, how, files, notes, architecture=catalogued)
+
+
+def _filled_pipeline(
+    opening: _Opening, built: Built, pipeline: Predictor, weights: Weights, digest: str
+) -> OpenedModel:
+    """Load weights into the linear classifier of a pipeline of scikit-learn, and return it as a model of texts."""
+    from holdfast.io.models.linear_texts import LinearTexts  # late: few models are pipelines for texts
+
+    trained = LinearTexts(pipeline)
+    notes = fit_weights(trained, weights, repr(opening.address))
+    model = opening.declared.wrap(trained.fitted_pipeline())
+    return OpenedModel(model, opening.address, "safetensors", {**built.files, opening.address: digest}, notes)
 
 
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:

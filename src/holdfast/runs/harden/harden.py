@@ -18,7 +18,6 @@ from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.core.names import threat_text
 from holdfast.core.units import of_values
 from holdfast.gates.training_verdicts import Before, refuse_goal
 from holdfast.io.data.expected import Expected
@@ -29,7 +28,6 @@ from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
 from holdfast.recipes.training.recipe import OnParts, goal_of, trained_as
-from holdfast.reports.numbers import size
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
@@ -61,6 +59,7 @@ from holdfast.runs.harden.hardened import (
     Made,
     card_of,
     opened_by,
+    threat_of_card,
     timeless,
     weights_metadata,
 )
@@ -349,15 +348,7 @@ class _Job:
         request, constraint = self.request, self.request.threat.constraint
         return {
             "requested_recipe": request.name,
-            "threat": threat_text(
-                str(constraint)
-                if constraint.name == "table"
-                else f"{constraint.name}:{size(constraint.eps)}",
-                None,
-                "gradients",
-                None,
-                request.threat.unit,
-            ),
+            "threat": threat_of_card(constraint, request.threat.unit),
             "seed": request.seed,
             "notes": self.notes,
             "command": repeatable(request.command),

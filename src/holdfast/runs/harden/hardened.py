@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Constraint
 from holdfast.core.model import Classifier
+from holdfast.core.names import threat_text
 from holdfast.gates.training_verdicts import TrainingVerdict
 from holdfast.io.models.ensembles import Ensemble
 from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS
@@ -25,7 +27,7 @@ from holdfast.recipes.training.overfitting import MOST_RAISED
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
-from holdfast.reports.numbers import percent, plain, strict
+from holdfast.reports.numbers import percent, plain, size, strict
 from holdfast.reports.training import checkpoint_text
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.request import Subject
@@ -129,6 +131,13 @@ class Made:
         """Number of epochs for which the model was trained. It is an integer if the last epoch is complete."""
         epochs = self.curve[-1].epochs
         return int(epochs) if epochs == int(epochs) else epochs
+
+
+def threat_of_card(constraint: Constraint, unit: str) -> str:
+    """Return the threat model of a training as its card states it, such as `linf:0.1`."""
+    limited = constraint.name in ("table", "text")
+    text = str(constraint) if limited else f"{constraint.name}:{size(constraint.eps)}"
+    return threat_text(text, None, "gradients", None, unit)
 
 
 def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +244,8 @@ def card_of(
             "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
         }
     )
-    card["advice"] = strict(advice(card, float(sides[1].evidence.threat.constraint.eps)))
+    constraint = sides[1].evidence.threat.constraint
+    card["advice"] = strict(advice(card, float(constraint.eps), of_texts=constraint.name == "text"))
     return card
 
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
+from holdfast.attacks.protocol import Attack
+from holdfast.attacks.text_search import TextSearch
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
@@ -32,6 +35,7 @@ EVALUATION_ATTACK = margin_pgd(steps=20)
 loss than in training."""
 CERTIFIED = (IBPTraining, SABR)
 """The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
+_TEXT_QUERIES = 32  # of each held-out text, since a search for one text takes milliseconds
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
 _ONE_OF = 64  # by content, one training example of this many is held out on average
@@ -141,6 +145,8 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
     often.
     """
     mode = model.training
+    of_texts = threat.constraint.name == "text"
+    attack: Attack = TextSearch(queries=_TEXT_QUERIES) if of_texts else EVALUATION_ATTACK
     model.eval()
 
     def counts(part: Batch) -> tuple[int, int, Tensor]:
@@ -151,7 +157,7 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
         if isinstance(threat.constraint, TrainingSet):  # no input changes
             n_robust = len(correct_examples)
         elif len(correct_examples):
-            x_adv = EVALUATION_ATTACK(model, correct_examples, threat, rng=Draws(0).at("look"))
+            x_adv = attack(model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
                 n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
         return int(correct.sum()), n_robust, logits.argmax(1).bincount(minlength=logits.shape[1])
@@ -198,8 +204,12 @@ def without_judged(data: D, test: Data) -> tuple[D, str]:
     Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
     """
     judged: dict[bytes, int] = {}
+    if isinstance(data, Batch):
+        data = replace(data, x=_of_width(data, test.read(0, 1)))
     for begin in range(0, len(test), 1_000):
         part = test.read(begin, min(begin + 1_000, len(test)))
+        if isinstance(data, Batch):
+            part = replace(part, x=_of_width(part, data))
         judged |= dict(zip(part.fingerprints(), part.ids.tolist(), strict=True))
     fresh, duplicates = _without_duplicates(data, judged)
     if not duplicates:
@@ -213,6 +223,14 @@ def without_judged(data: D, test: Data) -> tuple[D, str]:
     if not len(fresh):
         raise UsageError(f"{note}; give other test examples, or other training examples", OTHER_EXAMPLES)
     return fresh, f"{note}; they are not used for the training"
+
+
+def _of_width(batch: Batch, other: Batch) -> Tensor:
+    """Return the inputs of a batch. Rows are padded with zeros to the width of others, because texts of two data sets
+    may have other numbers of values, and equal texts must have equal rows.
+    """
+    missing = other.x.shape[-1] - batch.x.shape[-1]
+    return F.pad(batch.x, (0, missing)) if batch.x.dim() == 2 and missing > 0 else batch.x
 
 
 def without_held(rest: D, held: Batch) -> tuple[D, str]:
