@@ -32,6 +32,7 @@ from holdfast.core.catalogue import MASKING, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.runs.store.files import refuse_no_run
+from holdfast.settings.audit_settings import TrainingFunctionSource
 from holdfast.settings.groups import InferenceSource
 from holdfast.settings.values import SurrogateSettings
 
@@ -150,7 +151,10 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
     """Raise `UsageError` if a configuration file names code that the command line does not name."""
     if not flags.get("config") or settings.trust_code:
         return
-    for name, value in (("model", settings.model), ("arch", settings.arch)):
+    named = [("model", settings.model), ("arch", settings.arch)]
+    if isinstance(settings, TrainingFunctionSource):
+        named.append(("train", settings.train))
+    for name, value in named:
         # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(

@@ -39,6 +39,15 @@ class AuditOptions(SettingGroup):
             parse(gate, entry.metrics)
 
 
+class TrainingFunctionSource(SettingGroup):
+    """Setting of the audits that train networks."""
+
+    train: Annotated[values.Given | None, Flag("FILE.py:F")] = Field(
+        default=None,
+        description="Function fit(x, y, seed) that trains a network on the examples and returns it, as in net.py:fit.",
+    )
+
+
 class BackdoorOptions(AuditOptions):
     """Settings of the command `holdfast audit backdoor` that no other command has."""
 
