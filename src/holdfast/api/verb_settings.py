@@ -502,12 +502,31 @@ class AuditPoison(audit_settings.PoisonOptions, AuditVerb):
     )
 
 
+class AuditPrivacy(audit_settings.PrivacyOptions, AuditVerb):
+    """All settings of the command `holdfast audit privacy`. `data` are the training examples, and `model` is a network
+    of the architecture that is trained on them.
+    """
+
+    verb = "audit-privacy"
+
+
 Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb
 """Settings of any command that opens a model and data."""
 
 VERBS: Mapping[str, type[VerbSettings]] = {
     kind.verb: kind
-    for kind in (Assess, Certify, Harden, RotateSettings, Serve, Monitor, Adapt, AuditBackdoor, AuditPoison)
+    for kind in (
+        Assess,
+        Certify,
+        Harden,
+        RotateSettings,
+        Serve,
+        Monitor,
+        Adapt,
+        AuditBackdoor,
+        AuditPoison,
+        AuditPrivacy,
+    )
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 

@@ -61,7 +61,12 @@ class AuditEntry:
 
 
 AUDITS: Final[Mapping[str, AuditEntry]] = {
-    entry.name: entry for entry in (AuditEntry("backdoor", "no-backdoor"), AuditEntry("poison", "no-poison"))
+    entry.name: entry
+    for entry in (
+        AuditEntry("backdoor", "no-backdoor"),
+        AuditEntry("poison", "no-poison"),
+        AuditEntry("privacy", "", ("epsilon_lower",)),
+    )
 }
 """The audits by name."""
 
