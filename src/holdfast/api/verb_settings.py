@@ -510,6 +510,20 @@ class AuditPrivacy(audit_settings.PrivacyOptions, AuditVerb):
     verb = "audit-privacy"
 
 
+class AuditMembership(
+    groups.ServerLimits,
+    groups.InferenceSource,
+    groups.ExampleGroups,
+    audit_settings.MembershipOptions,
+    AuditVerb,
+):
+    """All settings of the command `holdfast audit membership`. `data` are the training examples of `model` if
+    `non_members` are given, and otherwise the examples of which a training procedure gets random halves.
+    """
+
+    verb = "audit-membership"
+
+
 Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb
 """Settings of any command that opens a model and data."""
 
@@ -526,6 +540,7 @@ VERBS: Mapping[str, type[VerbSettings]] = {
         AuditBackdoor,
         AuditPoison,
         AuditPrivacy,
+        AuditMembership,
     )
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""

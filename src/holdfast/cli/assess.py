@@ -7,7 +7,17 @@ from typing import Any, TypeVar, cast
 import click
 
 from holdfast.api.reading_settings import S, read_settings
-from holdfast.api.verb_settings import Adapt, Assess, AuditVerb, Certify, Harden, Opening, Serve, group_of
+from holdfast.api.verb_settings import (
+    Adapt,
+    Assess,
+    AuditMembership,
+    AuditVerb,
+    Certify,
+    Harden,
+    Opening,
+    Serve,
+    group_of,
+)
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -122,7 +132,7 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
     for address in (str(model), *(surrogate.model for surrogate in _surrogates(settings))):
         refuse_unknown_model(address)
-    if isinstance(settings, Harden | AuditVerb):
+    if isinstance(settings, Harden | AuditVerb) and not isinstance(settings, AuditMembership):
         refuse_server_to_train(str(model))
     if isinstance(settings, Certify) and settings.method not in (SMOOTHING, MASKING):
         refuse_server_to_certify(str(model), settings.threat)

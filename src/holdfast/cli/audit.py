@@ -9,7 +9,13 @@ from typing import Any
 
 import click
 
-from holdfast.api.verb_settings import AuditBackdoor, AuditPoison, AuditPrivacy, AuditVerb
+from holdfast.api.verb_settings import (
+    AuditBackdoor,
+    AuditMembership,
+    AuditPoison,
+    AuditPrivacy,
+    AuditVerb,
+)
 from holdfast.cli import completing
 from holdfast.cli.assess import settings_from
 from holdfast.cli.early import refuse_missing_file, refuse_reports
@@ -58,6 +64,20 @@ def poison(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """
     refuse_missing_file(flags["clean"])
     return _audited(settings_from(flags, AuditPoison), voice, run=run, resume=resume)
+
+
+@audit.command("membership", short_help="measure how many training examples an attacker finds")
+@offered(*MODEL_AND_DATA, *run_options("audit"))
+@offered(*options_of(AuditMembership), *SETTING)
+@with_voice
+def membership(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Measure how many training examples an attacker finds among others, at a low false-positive rate.
+
+    With --non-members, MODEL is audited, and DATA are its training examples. Otherwise the training procedure is
+    audited: --train, or a default training of the architecture of MODEL, on random halves of DATA.
+    """
+    refuse_missing_file(flags["non_members"])
+    return _audited(settings_from(flags, AuditMembership), voice, run=run, resume=resume)
 
 
 @audit.command("privacy", short_help="test the epsilon that a private training claims")

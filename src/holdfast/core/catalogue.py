@@ -66,6 +66,7 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("backdoor", "no-backdoor"),
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
+        AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
     )
 }
 """The audits by name."""

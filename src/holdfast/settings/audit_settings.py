@@ -81,6 +81,29 @@ class PoisonOptions(AuditOptions):
     )
 
 
+class MembershipOptions(TrainingFunctionSource, AuditOptions):
+    """Settings of the command `holdfast audit membership` that no other command has."""
+
+    kind = "membership"
+    non_members: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Audit this model: examples that it was not trained on, of the same kind as its training examples, "
+        "which are DATA.",
+    )
+    references: Annotated[Annotated[int, Ge(2)] | None, Flag("N")] = Field(
+        default=None,
+        description="Number of networks that are trained on random halves, an even number (default: 16, and none for a "
+        "model with non-members).",
+    )
+    epochs: Annotated[values.Positive, Flag("N")] = Field(
+        default=30, description="Epochs of the training of networks without a function --train (default: 30)."
+    )
+    fpr: Annotated[float, Gt(0), Lt(1), Flag("X")] = Field(
+        default=0.01,
+        description="False-positive rate of the attacker at which members are found (default: 0.01).",
+    )
+
+
 class PrivacyOptions(TrainingFunctionSource, AuditOptions):
     """Settings of the command `holdfast audit privacy` that no other command has."""
 
