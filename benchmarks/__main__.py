@@ -28,6 +28,7 @@ ROWS = {
     "certification": "certification",
     "tables": "tables",
     "trees": "trees",
+    "membership": "membership",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",
