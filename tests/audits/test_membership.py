@@ -22,7 +22,10 @@ from holdfast.audits.membership.signals import LARGEST, phi
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.errors import HoldfastError, QueriesSpent, TargetError, UsageError
+from servers import Server
+from servers import examples as served_examples
+from servers import network as served_network
 
 FEATURES, CLASSES = 20, 4
 
@@ -380,3 +383,22 @@ def test_the_blind_classifier_finds_labels_spreads_and_nothing():
     assert controls.blind_auc(Batch(spread, y, torch.arange(1200)), member, CLASSES, rng) > 0.7
     skewed = torch.where(member, y, y.clamp_max(2))
     assert controls.blind_auc(Batch(x, skewed, torch.arange(1200)), member, CLASSES, rng) > 0.55
+
+
+def test_a_server_answers_each_row_once_and_needs_a_function_for_references(tmp_path):
+    (x, y), (other_x, _) = served_examples(300), served_examples(300, seed=1)
+    data, outside = (x[2:], y[2:]), (other_x, served_network(other_x).argmax(1))
+    with Server() as server:
+        model = holdfast.open_model(server.url(), allow_hosts=[server.host])
+        settings = {"non_members": outside, "run": tmp_path / "run", "fpr": 0.1}
+        with pytest.raises(UsageError, match="model is behind a server") as refused:
+            membership(model, data, **{**settings, "references": 4})
+        assert [remedy.argument for remedy in refused.value.remedies] == ["train"]
+        limited = holdfast.open_model(server.url(), allow_hosts=[server.host], max_queries=400)
+        with pytest.raises(QueriesSpent):
+            membership(limited, data, **settings)
+        assert len(server.rows) <= 400
+        result = membership(model, data, resume=True, **settings)
+        assert len(server.rows) == result.facts["rows_sent"]
+        assert len(server.rows) < 598 + 300
+    assert result.verdict == "not flagged"

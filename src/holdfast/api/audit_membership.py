@@ -1,7 +1,7 @@
 """Opens what an audit of membership needs, and runs it: the model, both data sets, and the training of networks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditMembership, composed
 from holdfast.audits.audit import AuditRequest, AuditResult, audited
+from holdfast.audits.finding import Finding
 from holdfast.audits.membership import rates
 from holdfast.audits.membership.audit import Train, membership_finding, steps
 from holdfast.audits.membership.controls import are_labels, first_copies, refuse_shared
@@ -95,14 +96,15 @@ def membership_audited(
         for note in request.notes:
             notify(note)
 
-        def audit(run: Run) -> Any:
+        def audit(run: Run) -> Finding:
             attach(served)
             notes = () if training is None else _seed_notes(run, training, model, how)
             query = None if how.members is None else partial(_queried, model)
             finding = membership_finding(run, how, train, query, notes)
-            if served is not None:
-                finish(served)
-            return finding
+            if served is None:
+                return finding
+            finish(served)
+            return replace(finding, facts={**finding.facts, "rows_sent": served.sent.totals.rows.total()})
 
         return audited(request, audit, folder, resume=resume, progress=progress)
 
