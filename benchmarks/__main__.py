@@ -29,6 +29,7 @@ ROWS = {
     "tables": "tables",
     "trees": "trees",
     "planting": "planting",
+    "membership": "membership",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

@@ -61,7 +61,13 @@ class AuditEntry:
 
 
 AUDITS: Final[Mapping[str, AuditEntry]] = {
-    entry.name: entry for entry in (AuditEntry("backdoor", "no-backdoor"), AuditEntry("poison", "no-poison"))
+    entry.name: entry
+    for entry in (
+        AuditEntry("backdoor", "no-backdoor"),
+        AuditEntry("poison", "no-poison"),
+        AuditEntry("privacy", "", ("epsilon_lower",)),
+        AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
+    )
 }
 """The audits by name."""
 
