@@ -17,6 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes import (
     ATTA,
     CURE,
+    DPSGD,
     HAT,
     IKL,
     LLR,
@@ -81,6 +82,7 @@ CASES = [
     IBPTraining(),
     IBPTraining(clean=0.5),
     SABR(),
+    DPSGD(epsilon=500.0, delta=1e-3, max_grad_norm=10.0),
 ]
 DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigma=0.1, stability=0.0)]
 """These train another part of a model, and no labels: `learns` is a test of their own."""
