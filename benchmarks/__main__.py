@@ -28,6 +28,7 @@ ROWS = {
     "certification": "certification",
     "tables": "tables",
     "trees": "trees",
+    "privacy": "privacy",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

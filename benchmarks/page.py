@@ -25,6 +25,8 @@ SUBJECTS = {
     "pages under the fourteen relations of TabularBench.",
     "trees": "Tree ensembles on tables: exact worst cases beside an attack, exact distances, and monotone models "
     "against attackers who can only add to features.",
+    "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
+    "trainings of a small network without and with differential privacy.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",

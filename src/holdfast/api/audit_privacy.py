@@ -62,11 +62,13 @@ def prepared_privacy(
         command,
         subject.notes,
     )
-    train = partial(_trained, training, model)
+    train = partial(trained_like, training, model)
     return request, lambda run: privacy_finding(run, train, data, model, how)
 
 
-def _trained(training: TrainingFunction, model: Classifier, x: Inputs, y: Labels, seed: int) -> Classifier:
+def trained_like(
+    training: TrainingFunction, model: Classifier, x: Inputs, y: Labels, seed: int
+) -> Classifier:
     """Train a network on inputs, which it gets with the preprocessing of `model`, and return it as a classifier with
     the properties of `model`.
     """
