@@ -30,6 +30,7 @@ ROWS = {
     "trees": "trees",
     "planting": "planting",
     "membership": "membership",
+    "privacy": "privacy",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

@@ -30,6 +30,8 @@ SUBJECTS = {
     "poisoned. *Difference* is that from images that the benchmark stamps itself.",
     "membership": "Membership inference on Location-30 (446 binary features, 30 classes): training examples that "
     "attacks find at 1 % false positives, on the same networks, beside Privacy Meter's function and ART's attack.",
+    "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
+    "trainings of a small network without and with differential privacy.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",

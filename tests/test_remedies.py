@@ -72,6 +72,8 @@ from holdfast.io.remote.counting import InspectionCounter
 from holdfast.io.remote.payloads import Shaped, Template
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.metrics.catalogue import estimate
+from holdfast.recipes import DPSGD
+from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.gains import order_of
 from holdfast.reports.across import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
@@ -378,6 +380,29 @@ def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=
         threat_model(parse_threat(threat)), surrogates=tuple(map(Classifier, surrogates))
     )
     return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
+
+
+def centred():
+    """A network whose outputs depend on the mean of the batch."""
+
+    class Centred(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    return Centred(4, 3)
+
+
+def paced(budget=None):
+    """A private training, within a time if there is a budget."""
+    pacing = None if budget is None else lambda *_: None
+    recipe = DPSGD(training=Training(epochs=1, batch=8, pacing=pacing))
+    recipe._refuse_unsound(Batch(X, Y, torch.arange(len(X))))
+
+
+def privacy(model=LINEAR, **arguments):
+    x = torch.rand(240, 4)
+    settings = {"train": lambda x, y, seed: nn.Linear(4, 3), "epsilon": 2, "device": "cpu", **arguments}
+    return holdfast.audit.privacy(model, (x, LINEAR(x).argmax(1)), **settings)
 
 
 def poor():
@@ -1242,6 +1267,13 @@ situation(
 )
 situation("no other norms", trained, recipe={"use": "multi-norm", "others": ()})
 situation("foreign norms", trained, recipe={"use": "multi-norm", "others": "l0:1"})
+situation("a large delta", trained, recipe={"use": "dp-sgd", "delta": 0.5})
+situation("gradients of a batch", trained, model=Later(centred), recipe="dp-sgd")
+situation("privacy within a time", paced, budget="1min")
+situation("privacy of no training", privacy, {"train": lambda x, y, seed: nn.Linear(4, 3)}, train=None)
+situation("privacy without a claim", privacy, {"epsilon": 2}, epsilon=None, canaries=100)
+situation("few canaries", privacy, canaries=10)
+situation("canaries of most examples", privacy, canaries=150)
 situation("ensemble of one", trained, recipe="ensemble")
 situation("help of a poor model", trained, model=Later(poor), recipe="hat")
 

@@ -1,5 +1,6 @@
 """The audit of privacy: the arithmetic of its bounds, its canaries, its verdicts and its errors."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,18 @@ def test_a_delta_of_one_over_n_is_reported(data):
 def test_settings_without_a_meaningful_result_are_refused(data, settings, message):
     with pytest.raises(UsageError, match=message):
         privacy(data, **{"train": untrained, **settings})
+
+
+def test_the_training_in_a_card_of_harden_is_repeated(data, tmp_path):
+    settings = {"training": {"epochs": 40, "batch": 20, "lr": 0.02, "averaging": "none", "weight_decay": 0.0}}
+    card = {"recipe": "standard", "settings": settings, "threat": "linf:0.1"}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    found = privacy(data, str(tmp_path))
+    assert found.facts["training_accuracy"] > 0.9 and found.facts["epsilon_lower"] > 0.5
+    settings["training"]["optimizer"] = "optim.py:make"
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UsageError, match=r"optim\.py:make.*not run"):
+        privacy(data, str(tmp_path))
 
 
 def test_networks_of_another_shape_and_without_finite_values_are_refused(data):

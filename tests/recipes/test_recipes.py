@@ -17,6 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes import (
     ATTA,
     CURE,
+    DPSGD,
     HAT,
     IKL,
     LLR,
@@ -89,6 +90,7 @@ CASES = [
     IBPTraining(),
     IBPTraining(clean=0.5),
     SABR(),
+    DPSGD(epsilon=500.0, delta=1e-3, max_grad_norm=10.0),
 ]
 PARTITIONS = [Partitions(3), Partitions(2)]
 """These train one member after another, with one checkpoint: tests/certifiers/test_partitions.py has their laws."""

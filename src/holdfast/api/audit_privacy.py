@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from holdfast.api import expecting, resolve
+from holdfast.api.card_training import CardTraining, is_card_folder, open_card_training
 from holdfast.api.plans import device_of
 from holdfast.api.verb_settings import AuditPrivacy
 from holdfast.audits.audit import AuditRequest
@@ -18,6 +19,7 @@ from holdfast.core.types import Inputs, Labels
 from holdfast.io.models.training_function import TrainingFunction, open_training, refuse_other_classes
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
+from holdfast.runs.harden.trainable import refuse_untrainable
 
 
 def prepared_privacy(
@@ -34,7 +36,11 @@ def prepared_privacy(
             "epsilon is missing: the audit compares its bound with the epsilon that the training claims",
             Remedy("epsilon", Placeholder("X")),
         )
-    training = open_training(settings.train)
+    training: CardTraining | TrainingFunction = (
+        open_card_training(settings.train)
+        if is_card_folder(settings.train)
+        else open_training(settings.train)
+    )
     subject = resolve.open_subject(settings)
     examples = resolve.open_examples(settings, subject.model)
     subject = expecting.with_found_properties(subject, (), examples)
@@ -62,7 +68,11 @@ def prepared_privacy(
         command,
         subject.notes,
     )
-    train = partial(trained_like, training, model)
+    if isinstance(training, CardTraining):
+        refuse_untrainable(model)
+        train = partial(training, model)
+    else:
+        train = partial(trained_like, training, model)
     return request, lambda run: privacy_finding(run, train, data, model, how)
 
 

@@ -130,6 +130,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("cure", "CURE", "cure"),
         RecipeEntry("curriculum", "CurriculumTraining", "curriculum"),
         RecipeEntry("denoised", "Denoising", "denoising"),
+        RecipeEntry("dp-sgd", "DPSGD", "dp_sgd"),
         RecipeEntry("ensemble", "EnsembleTraining", "ensemble"),
         RecipeEntry("fgsm", "SingleStep", "single_step", {"noise": 0.0, "step": 1.0, "clip": True}),
         RecipeEntry("fgsm-rs", "SingleStep", "single_step", {"noise": 1.0, "step": 1.25, "clip": True}),

@@ -45,7 +45,8 @@ class TrainingFunctionSource(SettingGroup):
 
     train: Annotated[values.Given | None, Flag("FILE.py:F")] = Field(
         default=None,
-        description="Function fit(x, y, seed) that trains a network on the examples and returns it, as in net.py:fit.",
+        description="Function fit(x, y, seed) that trains a network on the examples and returns it, as in net.py:fit. "
+        "Or a folder that harden wrote, whose card states the training.",
     )
 
 
