@@ -87,6 +87,7 @@ from holdfast.settings.grammar import parse_threat
 from holdfast.settings.groups import InferenceSource
 from holdfast.settings.table_rules import drafted
 from holdfast.settings.threats_and_attacks import threat_model
+from servers import CLASSES as SERVED_CLASSES
 from servers import Server
 from servers import examples as served_examples
 
@@ -831,6 +832,24 @@ class Later:
 
     def __call__(self):
         return self.create()
+
+
+def member_examples(n, seed):
+    x = torch.rand(n, 4, generator=torch.Generator().manual_seed(seed))
+    return x, LINEAR(x).argmax(1)
+
+
+def membership_audited(model=LINEAR, data=None, **arguments):
+    holdfast.audit.membership(
+        model, data or member_examples(240, 0), **{"fpr": 0.1, "epochs": 1, "device": "cpu", **arguments}
+    )
+
+
+def served_membership(train=None, **arguments):
+    x, y = served_examples(120)
+    model = holdfast.open_model((address := server()).url(), allow_hosts=[address.host])
+    outside = (x + 0.01, y)
+    membership_audited(model, (x, y), train=train, non_members=outside, references=2, **arguments)
 
 
 VALUES: dict[str, Any] = {
@@ -1720,6 +1739,14 @@ situation("geometry of l0", bounded, threat="l0:1", geometry=1)
 situation("no file of a network", fitting, {"network": {"net": 1}})
 situation("no network to decide", decided, {"networks": {"net": 1}})
 situation("free sizes", with_free_sizes, {"input_shape": (3, 8, 8)})
+situation("membership of a model alone", membership_audited, {"non_members": member_examples(120, 1)})
+situation("an odd number of references", membership_audited, references=5)
+situation("few non-members", membership_audited, references=4, fpr=0.01)
+situation(
+    "references of a server",
+    served_membership,
+    {"train": lambda x, y, seed: nn.Linear(x.shape[1], SERVED_CLASSES)},
+)
 situation("a damaged card", lambda recipe=None: None if recipe else trained_by(file("carded.safetensors")))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from holdfast.audits.audit import open_audit
 from holdfast.cli.app import run
 from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
@@ -149,6 +150,20 @@ def test_every_block_of_estimators_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_every_command_of_audit_membership_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python.*?\n(.*?)```", page("audit-membership"), re.DOTALL)
+    (tmp_path / "net.py").write_text(code, encoding="utf-8")
+    exec(compile(code, "net.py", "exec"), {"__name__": "__main__"})
+    lines = re.findall(r"^\$ holdfast (.*)$", page("audit-membership"), re.MULTILINE)
+    for line, expected in zip(lines, (1, 0, 0, 0), strict=True):
+        assert run(shlex.split(line)) == expected, (line, capsys.readouterr().out)
+    assert "BaVarIA" in (tmp_path / "procedure.html").read_text(encoding="utf-8")
+    rates = [open_audit(tmp_path / name).facts["tpr"] for name in ("procedure", "informed", "careful")]
+    assert rates[0] > 0.6 and rates[1] > 0.6 and rates[2] < 0.1
+
+
+@pytest.mark.slow
 def test_every_block_of_tables_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
@@ -197,6 +212,7 @@ def test_every_block_of_keras_runs(tmp_path):
     then = f"""
 model.save("cnn.keras")
 
+from holdfast.audits.audit import open_audit
 from holdfast.cli.app import run
 
 raise SystemExit(run({shlex.split(line)!r}))

@@ -231,7 +231,7 @@ def test_this_model_is_compared_with_non_members_without_and_with_references():
         net, members, non_members=outside, fpr=0.01, gates=["membership_tpr_at_1_percent <= 0.5"]
     )
     assert alone.facts["attack"] == "loss" and alone.facts["networks"] == 0
-    assert alone.exit_code == 0
+    assert (alone.verdict, alone.exit_code) in (("flagged", 0), ("unclear", 4))
     assert alone.facts["tail_estimate"] > alone.facts["tpr"]
     informed = membership(net, members, non_members=outside, references=6, train=fit)
     assert informed.verdict == "flagged" and informed.facts["attack"] == "BaVarIA"
@@ -401,4 +401,4 @@ def test_a_server_answers_each_row_once_and_needs_a_function_for_references(tmp_
         result = membership(model, data, resume=True, **settings)
         assert len(server.rows) == result.facts["rows_sent"]
         assert len(server.rows) < 598 + 300
-    assert result.verdict == "not flagged"
+    assert result.verdict == "unclear"

@@ -441,6 +441,7 @@ def test_one_file_serves_several_verbs(tmp_path):
         "audit-backdoor",
         "audit-poison",
         "audit-privacy",
+        "audit-membership",
     )
     file.write_text(FILE + "threat: l0:3\n")
     assert validate(file) == ("assess", "harden", "rotate")

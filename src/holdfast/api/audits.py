@@ -97,7 +97,8 @@ def membership(
     With `non_members`, the model is audited, whose training examples are `data`. Otherwise a training procedure is
     audited: the function `train`, `fit(x, y, seed)`, or a default training of the architecture of `model`. It trains
     `references` networks on random halves of the data. The result is `flagged` if members are found more often than
-    the false-positive rate `fpr`, and `unclear` if members and non-members differ in kind.
+    the false-positive rate `fpr`. It is `unclear` if members and non-members differ in kind, or if they are not found
+    without reference networks.
     """
     return AuditMembership(**given(model=model, data=data, **settings)).run(
         run, resume=resume, progress=progress

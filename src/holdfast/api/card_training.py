@@ -16,7 +16,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
-from holdfast.io.models.cards import CARD, trained_by
+from holdfast.io.models.cards import trained_by
+from holdfast.io.models.models import CARD
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation.collecting import with_fresh_weights
 from holdfast.settings.grammar import parse_threat

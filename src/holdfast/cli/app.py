@@ -44,6 +44,7 @@ _COMMANDS = {
         "search a model for a backdoor, or training data for manipulated examples",
         "audit backdoor model.pt data.npz --arch net.py:make --controls controls/",
         "audit poison train.npz --model net.py:make --clean trusted.npz",
+        "audit membership net.py:make data.npz --train net.py:fit --references 16",
     ),
     "rotate": (
         "rotate",

@@ -16,6 +16,8 @@ from holdfast.core.types import Mask, PerExample
 METRIC = "membership_tpr_at_1_percent"
 METRIC_FPR = 0.01
 _RATES = (0.001, 0.01, 0.1)
+_WEAK = ("loss", "label only")
+"""attacks that need no reference networks; that they find nothing is no result"""
 _SHOWN, _POINTS = 12, 41
 
 
@@ -66,7 +68,7 @@ class Results:
 
 def finding_of(how: MembershipAudit, results: Results, notes: Sequence[str]) -> Finding:
     """Return the finding: `flagged` if members are found more often than the false-positive rate, `unclear` if a
-    control fails.
+    control fails, or if a weak attack finds nothing.
     """
     rate = results.rate(results.headline, how.fpr)
     n_members = int(results.members[0].sum())
@@ -100,6 +102,11 @@ def _judged(
         f"the accuracy is {results.accuracy:.1%} on members and {results.other_accuracy:.1%} on non-members",
     ]
     verdict: AuditVerdict = "flagged" if rate.low > how.fpr else "not flagged"
+    if verdict == "not flagged" and results.headline in _WEAK:
+        verdict = "unclear"
+        reasons.insert(
+            0, f"{results.headline} finds few members of most models, also of those that reveal many"
+        )
     if abs(results.blind_auc - 0.5) > width:
         verdict = "unclear"
         reasons.insert(
