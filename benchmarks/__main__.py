@@ -29,6 +29,7 @@ ROWS = {
     "tables": "tables",
     "trees": "trees",
     "planting": "planting",
+    "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

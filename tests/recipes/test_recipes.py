@@ -17,6 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes import (
     ATTA,
     CURE,
+    FTSAM,
     HAT,
     IKL,
     LLR,
@@ -37,6 +38,7 @@ from holdfast.recipes import (
     MarginTraining,
     MultiNormTraining,
     PGDTraining,
+    Repair,
     SingleStep,
     Standard,
 )
@@ -84,10 +86,12 @@ CASES = [
 ]
 DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigma=0.1, stability=0.0)]
 """These train another part of a model, and no labels: `learns` is a test of their own."""
+REPAIRS = [Repair(), Repair(stamped=0.2), FTSAM(rho=0.1)]
+"""These are for the threat of a trigger."""
 
 
 @pytest.mark.parametrize("law", RECIPE_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("recipe", CASES, ids=repr)
+@pytest.mark.parametrize("recipe", [*CASES, *REPAIRS], ids=repr)
 def test_law(recipe, law):
     law(recipe)
 
@@ -102,7 +106,7 @@ def test_law_of_denoising(recipe, law):
 
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
-    assert {type(case).__name__ for case in (*CASES, *DENOISING)} == set(recipes.__all__)
+    assert {type(case).__name__ for case in (*CASES, *DENOISING, *REPAIRS)} == set(recipes.__all__)
 
 
 @pytest.mark.parametrize(

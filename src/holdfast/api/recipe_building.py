@@ -32,6 +32,8 @@ _SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updat
 
 _OF_TABLES = ("pgd", "trades", "standard")
 """Recipes that train within the rules of a table."""
+_OF_TRIGGERS = ("repair", "ft-sam")
+"""Recipes that remove a backdoor, with a trigger as threat."""
 
 
 def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
@@ -44,6 +46,14 @@ def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
             f"the threat has the rules of a table, and the recipe is {recipe}; within rules, models are trained by "
             f"{', '.join(_OF_TABLES)}",
             Remedy("recipe", _OF_TABLES[0]),
+        )
+    if constraint.name == "trigger" and recipe in _OF_TRIGGERS:
+        return
+    if constraint.name == "trigger" and recipe:
+        raise UsageError(
+            f"the threat is a trigger, and the recipe is {recipe}; backdoors are removed by "
+            f"{' and '.join(_OF_TRIGGERS)}",
+            Remedy("recipe", _OF_TRIGGERS[0]),
         )
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(

@@ -65,13 +65,20 @@ def _text(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
 
 
-_KEPT = ("clean_accuracy", "robust_accuracy", "suite_robust_accuracy")
+_KEPT = ("clean_accuracy", "robust_accuracy", "suite_robust_accuracy", "trigger_success_rate")
 _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
 def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
     """Return the names of the two metrics by which the card compares the hardened model with the original one."""
+    if _of_trigger(card):
+        return "clean_accuracy", "trigger_success_rate"
     return "clean_accuracy", "suite_robust_accuracy" if card["scope"] == "suite only" else "robust_accuracy"
+
+
+def _of_trigger(card: Mapping[str, Any]) -> bool:
+    """Whether the goal of the training is a lower success rate of a trigger."""
+    return bool(card["change"]["metric"] == "trigger_success_rate")
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +88,10 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "headline": summary["headline"],
         "suite": summary["suite"],
-        "n": summary["n"],
-        "metrics": {name: summary["metrics"][name] for name in _KEPT},
+        "n": summary["metrics"]["clean_accuracy"][
+            "n"
+        ],  # also with a target class, whose examples do not count
+        "metrics": {name: summary["metrics"][name] for name in _KEPT if name in summary["metrics"]},
         "doubts": [{"name": doubt["name"], "message": doubt["message"]} for doubt in raised],
         "doubts_tested": len(tested),
         "notes": shown_notes(summary),
@@ -127,7 +136,8 @@ def card_document(card: Mapping[str, Any]) -> str:
         after["metrics"],
         compared_metrics(card),
     )
-    lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
+    if not _of_trigger(card):
+        lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
     held_out = card["held_out"]
     error = f"{100 * held_out['standard_error']:.1f} percentage points"
     lines += [
@@ -135,7 +145,7 @@ def card_document(card: Mapping[str, Any]) -> str:
         "",
     ]
     lines += _sides(
-        f"on {held_out['n']:,} held-out training examples, attacked by PGD with 20 steps (overestimates robustness)",
+        f"on {held_out['n']:,} held-out training examples, {_held_out_attack(card)}",
         held_out["before"],
         held_out["after"],
         _HELD_OUT,
@@ -155,6 +165,13 @@ def card_document(card: Mapping[str, Any]) -> str:
     lines += [_training_cost(card), ""]
     lines += ["Settings:", "", *(f"    {printable(line)}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
+
+
+def _held_out_attack(card: Mapping[str, Any]) -> str:
+    """How the held-out examples are attacked."""
+    if _of_trigger(card):
+        return "with the trigger"
+    return "attacked by PGD with 20 steps (overestimates robustness)"
 
 
 def _reservations(card: Mapping[str, Any]) -> list[str]:

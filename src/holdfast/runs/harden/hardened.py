@@ -237,7 +237,9 @@ def card_of(
             "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
         }
     )
-    card["advice"] = strict(advice(card, float(sides[1].evidence.threat.constraint.eps)))
+    constraint = sides[1].evidence.threat.constraint
+    eps = None if constraint.name == "trigger" else float(constraint.eps)
+    card["advice"] = strict(advice(card, eps))
     return card
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
+from holdfast.attacks.trigger_stamp import TriggerStamp
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
@@ -127,7 +128,8 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
         correct = margin(logits, part) > 0
         correct_examples, n_robust = part.take(correct), 0
         if len(correct_examples):
-            x_adv = EVALUATION_ATTACK(model, correct_examples, threat, rng=Draws(0).at("look"))
+            attack = TriggerStamp() if threat.constraint.name == "trigger" else EVALUATION_ATTACK
+            x_adv = attack(model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
                 n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
         return int(correct.sum()), n_robust, logits.argmax(1).bincount(minlength=logits.shape[1])

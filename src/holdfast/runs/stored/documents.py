@@ -66,7 +66,7 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
             for step in content["stages"]
         ),
         ThreatModel(
-            _constraint(threat),
+            constraint_from_json(threat),
             threat["goal"],
             threat["access"],
             threat["queries"],
@@ -78,7 +78,8 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
     )
 
 
-def _constraint(threat: Mapping[str, Any]) -> Constraint:
+def constraint_from_json(threat: Mapping[str, Any]) -> Constraint:
+    """Return the constraint of a threat model from its JSON, with its limits if it has some."""
     eps = number(threat["eps"])
     if threat["norm"] == "L0":
         return L0(eps, threat["per"])

@@ -30,7 +30,7 @@ from holdfast.runs.harden.hardened import (
     weights_and_metadata,
 )
 from holdfast.runs.store.files import MANIFEST
-from holdfast.runs.stored.documents import VERDICT
+from holdfast.runs.stored.documents import VERDICT, constraint_from_json
 from holdfast.runs.stored.recomputing_columns import refuse_other
 from holdfast.statistics.intervals import against_majority
 
@@ -145,15 +145,18 @@ def _refuse_settings(run: StoredHardening) -> None:
         refuse_other(run.path / "card.json", "recipe", recipe, next(iter(attempts), None))
     tried = len(card["recipes_tried"])
     threat = config["threat"]
+    sized = threat["norm"] != "Stamped"
     expected = {
         "name": f"{manifest['model'].get('name', 'model')}, {recipe}",
         "requested_recipe": config["recipe"],
         "recipes_tried": [attempt["recipe"] for attempt in manifest["plan"]["attempts"]][:tried],
         "reason": attempts[recipe]["reason"],
-        "threat": f"{threat['norm'].lower()}:{size(threat['eps'])}",
+        "threat": f"{threat['norm'].lower()}:{size(threat['eps'])}"
+        if sized
+        else str(constraint_from_json(threat)),
         "evaluated_under": threat_syntax(run.sides["after"].summary()["threat"]),
         "seed": config["seed"],
-        "advice": advice(card, threat["eps"]),
+        "advice": advice(card, threat["eps"] if sized else None),
         "scope": basis(run.sides["before"].evidence, run.sides["after"].evidence),
         "settings": _unplanned(config["settings"][recipe]),
         **{key: manifest[key] for key in ("plan", "data", "versions")},
