@@ -29,8 +29,8 @@ SUBJECTS = {
     "trained on the poisoned digits and on a clean one (*on clean*), and the trigger of a network that others "
     "poisoned. *Difference* is that from images that the benchmark stamps itself.",
     "repair": "Repair of backdoors in MNIST networks with 3,000 clean digits: success of the planted trigger, clean "
-    "accuracy, and the success after 50 further updates with two poisoned digits in 128, in the repaired network and in "
-    "one that was never poisoned (*control*).",
+    "accuracy, and the success after 50 further updates with two poisoned digits in 128, in the repaired network and "
+    "in one that was never poisoned (*control*).",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",

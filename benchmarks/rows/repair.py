@@ -1,4 +1,4 @@
-"""Repair of networks with a planted backdoor: what the recipes `repair` and `ft-sam` leave of it, and what comes back."""
+"""Repair of networks with a planted backdoor: what `repair` and `ft-sam` leave of it, and what comes back."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import holdfast
+from benchmarks import networks
 from benchmarks.networks import images, two_conv_two_fc
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.audits.planting import BadNets, Blended, Poisoning, poisoned
@@ -19,7 +20,7 @@ TRAINED, TESTED, CLEAN, EPOCHS, BATCH, LR, SEED, TARGET = 57_000, 2_000, 3_000, 
 RATE = 0.01
 DRILLS: tuple[tuple[str, Poisoning], ...] = (("BadNets 1 %", BadNets()), ("Blended 1 %", Blended()))
 RECIPES = ("repair", "ft-sam")
-NET = "benchmarks.networks:two_conv_two_fc"
+NET = f"{networks.__file__}:two_conv_two_fc"
 
 
 def measured() -> Outcome:
@@ -36,8 +37,8 @@ def measured() -> Outcome:
         for name, attack in DRILLS:
             drill = poisoned(x[:TRAINED], y[:TRAINED], attack, rate=RATE, target=TARGET, seed=SEED)
             assert drill.trigger is not None
-            net = _trained(drill.x, drill.y)
-            table += [_row(name, recipe, net, drill.trigger, place, control) for recipe in RECIPES]
+            torch.save(_trained(drill.x, drill.y).state_dict(), place / "model.pt")
+            table += [_row(name, recipe, drill.trigger, place, control) for recipe in RECIPES]
     repairs = [row for row in table if row["recipe"] == "repair"]
     claims = [
         Claim("largest success after repair <= 0.08", max(row["after"] for row in repairs), 0.08),
@@ -63,11 +64,11 @@ def _trained(x: Tensor, y: Tensor) -> nn.Module:
     return net.eval()
 
 
-def _row(name: str, recipe: str, net: nn.Module, trigger: Trigger, place: Path, control: Path) -> Cells:
+def _row(name: str, recipe: str, trigger: Trigger, place: Path, control: Path) -> Cells:
     """The measurements on the card of a repair."""
     write_trigger(place / "found.npz", trigger)
     card = holdfast.harden(
-        net,
+        holdfast.open_model(place / "model.pt", arch=NET, trust_code=True),
         str(place / "clean.npz"),
         threat=f"trigger:{place / 'found.npz'}",
         recipe={"use": recipe, "control": f"{control},arch={NET}"},
