@@ -45,6 +45,7 @@ from holdfast.settings.consent import CONSENT
 from holdfast.settings.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.settings.values import written_fields
 from holdfast.testing import fakes
+from holdfast.testing.recipes import threat_for
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -262,7 +263,9 @@ def test_every_recipe_has_a_row():
 
 
 def test_every_recipe_has_a_record():
-    recorded = {row["recipe"] for name in ("recipes", "certified-training") for row in newest(name)["table"]}
+    recorded = {
+        row["recipe"] for name in ("recipes", "certified-training", "repair") for row in newest(name)["table"]
+    }
     assert recorded | FOR_SMOOTHING == set(CLASSES)
     assert not recorded & FOR_SMOOTHING
     smoothed = newest("smoothing")["config"]
@@ -346,7 +349,7 @@ def test_a_recipe_costs_and_cites_what_its_row_states(row):
     surrogates = (Classifier(Counting(fakes.network(5).net)),)
 
     def asked(epochs, eps=0.05):
-        threat = ThreatModel(Linf(eps), surrogates=surrogates)
+        threat = replace(threat_for(recipe, eps), surrogates=surrogates)
         guarded = {"guard": False} if hasattr(recipe, "guard") else {}
         short = replace(recipe, training=Training(epochs=epochs, batch=8), **guarded)
         Counting.asked = 0

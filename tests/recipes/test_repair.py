@@ -70,7 +70,7 @@ def test_the_goal_is_a_lower_success_of_the_trigger(recipe):
 
 @pytest.mark.parametrize("recipe", [Repair(), FTSAM()])
 def test_a_threat_without_a_trigger_is_refused(recipe):
-    with pytest.raises(UsageError, match="needs its trigger"):
+    with pytest.raises(UsageError, match="by its trigger"):
         recipe(network(False), images(), ThreatModel(Linf(0.1)), rng=Draws(0))
 
 
@@ -80,6 +80,8 @@ def test_other_recipes_do_not_remove_backdoors(recipe):
         refuse_unheld(threat(), recipe)
     assert refused.value.remedies[0].value == "repair"
     refuse_unheld(threat(), "repair")
+    with pytest.raises(UsageError, match="the recipe is ft-sam"):
+        refuse_unheld(ThreatModel(Linf(0.1)), "ft-sam")
 
 
 def test_the_chosen_fraction_gets_the_trigger_and_keeps_its_labels():

@@ -55,6 +55,12 @@ def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
             f"{' and '.join(_OF_TRIGGERS)}",
             Remedy("recipe", _OF_TRIGGERS[0]),
         )
+    if recipe in _OF_TRIGGERS:
+        raise UsageError(
+            f"the recipe is {recipe}, which removes a backdoor by its trigger, and the threat is {constraint}",
+            Remedy("threat", Placeholder("trigger:FILE", "'trigger:FILE'")),
+            Remedy("recipe", "pgd"),
+        )
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
             f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",

@@ -53,15 +53,15 @@ def _run(
     seed: int = 0,
     after: Checkpoint | None = None,
 ) -> list[Checkpoint]:
-    return list(trained_as(recipe, SHORT)(model, data, _threat(recipe, eps), rng=Draws(seed), after=after))
+    return list(trained_as(recipe, SHORT)(model, data, threat_for(recipe, eps), rng=Draws(seed), after=after))
 
 
 _SURROGATE = network(5)
 _TRIGGER = Trigger((torch.arange(math.prod(SHAPE)).view(SHAPE) < 4).double(), torch.ones(SHAPE), 0)
 
 
-def _threat(recipe: Recipe, eps: float) -> ThreatModel:
-    """Return the threat model of a law; a trigger for a recipe whose goal is to remove one."""
+def threat_for(recipe: Recipe, eps: float) -> ThreatModel:
+    """Return the threat model of the laws for a recipe: a ball, or a trigger if the recipe removes one."""
     if goal_of(recipe).metric == "trigger_success_rate":
         return ThreatModel(Stamped("trigger.npz", trigger_text(_TRIGGER)), goal=0)
     return ThreatModel(Linf(eps), surrogates=(_SURROGATE,))
@@ -144,7 +144,7 @@ def learns(recipe: Recipe) -> None:
     """
     model, data = _problem(recipe)
     longer = replace(SHORT, epochs=12)
-    checkpoints = list(trained_as(recipe, longer)(model, data, _threat(recipe, 0.01), rng=Draws(0)))
+    checkpoints = list(trained_as(recipe, longer)(model, data, threat_for(recipe, 0.01), rng=Draws(0)))
     assert checkpoints[-1].measured["loss"] < checkpoints[0].measured["loss"]
     with torch.no_grad():
         n_correct_before = (model(data.x).argmax(1) == data.y).sum()

@@ -18,7 +18,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
 from holdfast.core.pieces import results_in_pieces
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.triggers import Stamped, Trigger
 from holdfast.core.types import Labels
@@ -52,9 +51,8 @@ def trigger_of(threat: ThreatModel) -> Trigger:
     if isinstance(threat.constraint, Stamped):
         return threat.constraint.trigger
     raise UsageError(
-        f"the threat is {threat.constraint}, and this recipe removes a backdoor, which needs its trigger",
-        Remedy("threat", Placeholder("trigger:FILE", "'trigger:FILE'")),
-        Remedy("recipe", "pgd"),
+        f"the threat is {threat.constraint}, and this recipe removes a backdoor by its trigger; give a threat such as "
+        "trigger:found.npz"
     )
 
 
