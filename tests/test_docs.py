@@ -285,6 +285,25 @@ def test_the_page_has_the_recorded_numbers_of_recipes(row, first):
     }
 
 
+def test_the_page_has_the_recorded_numbers_of_repair():
+    columns = {
+        "before": "before",
+        "after": "after",
+        "clean loss": "clean, lost points",
+        "after 50 updates": "after 50 updates",
+        "control after 50": "control after 50",
+    }
+    assert rows("concepts/repair.md", "drill") == [
+        {
+            "drill": row["drill"],
+            "recipe": f"`{row['recipe']}`",
+            **{title: f"{100 * row[name]:.1f}" for name, title in columns.items()},
+            "outcome": row["outcome"],
+        }
+        for row in newest("repair")["table"]
+    ]
+
+
 def test_the_page_has_the_recorded_numbers_of_certified_training():
     documented = rows("concepts/certified-training.md", "recipe")
     assert documented == [

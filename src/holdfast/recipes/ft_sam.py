@@ -80,12 +80,10 @@ class FTSAM:
         }  # batch norm updates once
         logits = learner.net(x_adv)
         here = learner.mean_cross_entropy(logits, batch.y, smoothing=self.label_smoothing)
-        gradients = torch.autograd.grad(here, list(weights.values()), allow_unused=True)
+        gradients = torch.autograd.grad(here, list(weights.values()), materialize_grads=True)
         sizes = {name: weight.detach().abs() for name, weight in weights.items()}
         scaled = {
-            name: size * gradient
-            for (name, size), gradient in zip(sizes.items(), gradients, strict=True)
-            if gradient is not None
+            name: size * gradient for (name, size), gradient in zip(sizes.items(), gradients, strict=True)
         }
         length = torch.stack([value.norm() for value in scaled.values()]).norm()
         moved = {
