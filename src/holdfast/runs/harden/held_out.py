@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
-from holdfast.attacks.trigger_stamp import TriggerStamp
+from holdfast.attacks.protocol import Attack
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
@@ -128,8 +128,7 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
         correct = margin(logits, part) > 0
         correct_examples, n_robust = part.take(correct), 0
         if len(correct_examples):
-            attack = TriggerStamp() if threat.constraint.name == "trigger" else EVALUATION_ATTACK
-            x_adv = attack(model, correct_examples, threat, rng=Draws(0).at("look"))
+            x_adv = _evaluation_attack(threat)(model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
                 n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
         return int(correct.sum()), n_robust, logits.argmax(1).bincount(minlength=logits.shape[1])
@@ -141,6 +140,15 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
     most, label = torch.stack(predicted).sum(0).max(0)
     counted = sum(right), sum(n_robust), int(most), int((held_out.y == label).sum())
     return HeldOutShares(*(count / len(held_out) for count in counted))
+
+
+def _evaluation_attack(threat: ThreatModel) -> Attack:
+    """The attack for held-out accuracy under a threat model."""
+    if threat.constraint.name != "trigger":
+        return EVALUATION_ATTACK
+    from holdfast.attacks.trigger_stamp import TriggerStamp
+
+    return TriggerStamp()
 
 
 def proved_accuracy(
