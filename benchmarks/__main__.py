@@ -31,6 +31,7 @@ ROWS = {
     "planting": "planting",
     "membership": "membership",
     "privacy": "privacy",
+    "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

@@ -45,6 +45,7 @@ from holdfast.settings.consent import CONSENT
 from holdfast.settings.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.settings.values import written_fields
 from holdfast.testing import fakes
+from holdfast.testing.recipes import threat_for
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -261,7 +262,7 @@ def test_every_recipe_has_a_row():
     assert sorted(row["recipe"].strip("`") for row in RECIPES) == sorted(CLASSES)
 
 
-RECORDS = ("recipes", "certified-training", "partitions", "text-masking")
+RECORDS = ("recipes", "certified-training", "partitions", "repair", "text-masking")
 
 
 def test_every_recipe_has_a_record():
@@ -295,6 +296,25 @@ def test_the_page_has_the_recorded_numbers_of_partitions():
         for name, value in recorded.items()
         if name != "recipe"
     }
+
+
+def test_the_page_has_the_recorded_numbers_of_repair():
+    columns = {
+        "before": "before",
+        "after": "after",
+        "clean loss": "clean, lost points",
+        "after 50 updates": "after 50 updates",
+        "control after 50": "control after 50",
+    }
+    assert rows("concepts/repair.md", "drill") == [
+        {
+            "drill": row["drill"],
+            "recipe": f"`{row['recipe']}`",
+            **{title: f"{100 * row[name]:.1f}" for name, title in columns.items()},
+            "outcome": row["outcome"],
+        }
+        for row in newest("repair")["table"]
+    ]
 
 
 def test_the_page_has_the_recorded_numbers_of_certified_training():
@@ -364,7 +384,7 @@ def test_a_recipe_costs_and_cites_what_its_row_states(row, monkeypatch):
     surrogates = (Classifier(Counting(fakes.network(5).net)),)
 
     def asked(epochs, eps=0.05):
-        threat = ThreatModel(Linf(eps), surrogates=surrogates)
+        threat = replace(threat_for(recipe, eps), surrogates=surrogates)
         guarded = {"guard": False} if hasattr(recipe, "guard") else {}
         short = replace(recipe, training=Training(epochs=epochs, batch=8), **guarded)
         Counting.asked = 0

@@ -56,6 +56,7 @@ from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.refusals import refuse_lost
 from holdfast.core.remedies import Install, Placeholder, Remedy
+from holdfast.core.triggers import Trigger
 from holdfast.corruptions import refuse_no_images
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.data.arrays import selected_rows
@@ -63,6 +64,7 @@ from holdfast.io.data.class_numbers import MOST_NAMES, class_numbers, matched, n
 from holdfast.io.data.data import open_data as open_table_file
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
+from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.doctor import misfit
 from holdfast.io.limited.calling import HERE
 from holdfast.io.models.cards import CARD, trained_by
@@ -542,6 +544,12 @@ def in_range(linear, x):
     if bool((x < 0).any() | (x > 1).any()):
         raise ValueError("inputs from 0 to 1 were expected")
     return linear(x)
+
+
+def trigger_file() -> str:
+    """The path of a file with a trigger."""
+    write_trigger(FOLDER / "found.npz", Trigger(torch.ones(1, 2, 2), torch.ones(1, 2, 2), 0))
+    return str(FOLDER / "found.npz")
 
 
 def settled(threat, recipe):
@@ -1400,6 +1408,14 @@ situation("another output", answered, shaped=True, answer=TENSOR, open_model={"h
 # gates and recipes in settings
 situation("no reason", planned, {"accept_doubts": {"noise": "a reason"}}, accept_doubts={"noise": " "})
 situation("a threat of no recipe", settled, threat="patch:3x3", recipe="auto")
+situation("a recipe of no trigger", settled, threat=f"trigger:{trigger_file()}", recipe="pgd")
+situation(
+    "a repair without a trigger",
+    settled,
+    {"threat": f"trigger:{trigger_file()}"},
+    threat="linf:0.1",
+    recipe="repair",
+)
 situation("no such recipe of a card", lambda recipe: build_recipe({"use": recipe}), recipe="standrad")
 situation("a setting without a value", built_part, {"part.value": 1}, part={})
 situation("bounds in training", trained, model=layer_norm, recipe="ibp")

@@ -18,6 +18,7 @@ from holdfast.recipes import (
     ATTA,
     CURE,
     DPSGD,
+    FTSAM,
     HAT,
     IKL,
     LLR,
@@ -39,6 +40,7 @@ from holdfast.recipes import (
     MultiNormTraining,
     Partitions,
     PGDTraining,
+    Repair,
     SingleStep,
     Standard,
 )
@@ -96,10 +98,12 @@ PARTITIONS = [Partitions(3), Partitions(2)]
 """These train one member after another, with one checkpoint: tests/certifiers/test_partitions.py has their laws."""
 DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigma=0.1, stability=0.0)]
 """These train another part of a model, and no labels: `learns` is a test of their own."""
+REPAIRS = [Repair(), Repair(stamped=0.2), FTSAM(rho=0.1)]
+"""These are for the threat of a trigger."""
 
 
 @pytest.mark.parametrize("law", RECIPE_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("recipe", CASES, ids=repr)
+@pytest.mark.parametrize("recipe", [*CASES, *REPAIRS], ids=repr)
 def test_law(recipe, law):
     law(recipe)
 
@@ -123,7 +127,7 @@ def test_law_of_partitions(recipe, law):
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
     of_texts = {"MaskedWords"}  # has its own tests, because the laws are about inputs that are numbers
-    cases = {type(case).__name__ for case in (*CASES, *DENOISING, *PARTITIONS)}
+    cases = {type(case).__name__ for case in (*CASES, *DENOISING, *PARTITIONS, *REPAIRS)}
     assert cases | of_texts == set(recipes.__all__)
 
 

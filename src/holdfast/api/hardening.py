@@ -36,7 +36,7 @@ from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.recipes import Denoising
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import OnParts, Recipe
+from holdfast.recipes.training.recipe import OnParts, Recipe, WithFollowUp
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
@@ -45,11 +45,11 @@ from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
-from holdfast.settings.grammar import parse_log, parse_threat, seconds
+from holdfast.settings.grammar import parse_log, parse_surrogate, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
 from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
-from holdfast.settings.values import address_of
+from holdfast.settings.values import SurrogateSettings, address_of
 
 JUDGED = 1_000
 """Number of test examples for the measurements before and after, sampled by the seed, if the settings give no other."""
@@ -354,7 +354,17 @@ def harden_request(
         _open_options(settings, subject),
         tuple(settings.train_only),
         settings.checkpoint_every,
+        control=_control(chosen[0].recipe, settings, subject.model),
     )
+
+
+def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | None:
+    """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
+    if not isinstance(recipe, WithFollowUp) or not recipe.control:
+        return None
+    given = SurrogateSettings.model_validate(parse_surrogate(recipe.control))
+    (control,) = resolve.open_surrogates(settings.model_copy(update={"surrogates": [given]}), model)
+    return control
 
 
 def _candidate(name: str, recipe: Recipe) -> Candidate:

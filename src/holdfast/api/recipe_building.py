@@ -34,6 +34,8 @@ _OF_TABLES = ("pgd", "trades", "standard")
 """Recipes that train within the rules of a table."""
 _OF_TEXTS = ("masked-words", "standard")
 """Recipes that train models of texts, whose inputs have no gradients."""
+_OF_TRIGGERS = ("repair", "ft-sam")
+"""Recipes that remove a backdoor, with a trigger as threat."""
 
 
 def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
@@ -69,6 +71,20 @@ def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
         )
     if constraint.name == "training-set":
         return
+    if constraint.name == "trigger" and recipe in _OF_TRIGGERS:
+        return
+    if constraint.name == "trigger" and recipe:
+        raise UsageError(
+            f"the threat is a trigger, and the recipe is {recipe}; backdoors are removed by "
+            f"{' and '.join(_OF_TRIGGERS)}",
+            Remedy("recipe", _OF_TRIGGERS[0]),
+        )
+    if recipe in _OF_TRIGGERS:
+        raise UsageError(
+            f"the recipe is {recipe}, which removes a backdoor by its trigger, and the threat is {constraint}",
+            Remedy("threat", Placeholder("trigger:FILE", "'trigger:FILE'")),
+            Remedy("recipe", "pgd"),
+        )
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
             f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",

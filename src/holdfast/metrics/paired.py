@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Evidence, Scope
+from holdfast.core.evidence import TRIGGERED, Evidence, Scope
 from holdfast.core.goal import Goal
 from holdfast.core.types import Mask, Rows
 from holdfast.metrics.columns import robust, suite_robust
@@ -111,10 +111,22 @@ def certified_accuracy_drop(evidence: Evidence, baseline: Evidence) -> Estimate:
     return paired_difference(before[shared.second], after[shared.first])
 
 
+def trigger_success_drop(evidence: Evidence, baseline: Evidence) -> Estimate:
+    """Return the drop of the success rate of a trigger relative to the baseline run, on the examples of
+    `trigger_success_rate` that both runs share. Positive values mean that the trigger moves fewer examples.
+    """
+    shared, goal = paired_examples(evidence, baseline), evidence.threat.goal
+    counted = torch.ones_like(evidence["y"], dtype=torch.bool) if goal is None else evidence["y"] != goal
+    kept = counted[shared.first]
+    after, before = evidence[TRIGGERED][shared.first[kept]], baseline[TRIGGERED][shared.second[kept]]
+    return paired_difference(before, after)
+
+
 LOSSES: Final[Mapping[str, Callable[[Evidence, Evidence], Estimate]]] = {
     "robust_accuracy": regression,
     "clean_accuracy": clean_accuracy_drop,
     "certified_accuracy": certified_accuracy_drop,
+    "trigger_success_rate": trigger_success_drop,
 }
 """Functions that return the loss of a metric relative to a baseline run on the same examples, by the metric."""
 

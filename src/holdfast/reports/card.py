@@ -65,7 +65,13 @@ def _text(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
 
 
-_KEPT = ("clean_accuracy", "robust_accuracy", "suite_robust_accuracy", "certified_accuracy")
+_KEPT = (
+    "clean_accuracy",
+    "robust_accuracy",
+    "suite_robust_accuracy",
+    "certified_accuracy",
+    "trigger_success_rate",
+)
 _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
@@ -73,7 +79,14 @@ def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
     """Return the names of the two metrics by which the card compares the hardened model with the original one."""
     if card["change"]["metric"] == "certified_accuracy":
         return "clean_accuracy", "certified_accuracy"
+    if _of_trigger(card):
+        return "clean_accuracy", "trigger_success_rate"
     return "clean_accuracy", "suite_robust_accuracy" if card["scope"] == "suite only" else "robust_accuracy"
+
+
+def _of_trigger(card: Mapping[str, Any]) -> bool:
+    """Whether the goal of the training is a lower success rate of a trigger."""
+    return bool(card["change"]["metric"] == "trigger_success_rate")
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +96,9 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "headline": summary["headline"],
         "suite": summary["suite"],
-        "n": summary["n"],
+        "n": summary["metrics"]["clean_accuracy"][
+            "n"
+        ],  # also with a target class, whose examples do not count
         "metrics": {name: summary["metrics"][name] for name in _KEPT if name in summary["metrics"]},
         "doubts": [{"name": doubt["name"], "message": doubt["message"]} for doubt in raised],
         "doubts_tested": len(tested),
@@ -129,7 +144,7 @@ def card_document(card: Mapping[str, Any]) -> str:
     names, attacked = compared_metrics(card), "certified_accuracy" not in compared_metrics(card)
     suite = f", suite {escaped(after['suite'])}" if attacked else ""
     lines += _sides(f"on {after['n']:,} test examples{suite}", before["metrics"], after["metrics"], names)
-    if attacked:
+    if attacked and not _of_trigger(card):
         lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
     lines += _on_held_out(card, attacked=attacked)
     lines += [f"{capitalized(generalisation_note(card['generalisation'], robust=attacked))}.", ""]
@@ -159,8 +174,7 @@ def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> list[str]:
         f"The checkpoint was written {checkpoint_text(chosen, card['epochs'])}, and is the best on held-out examples:",
         "",
         *_sides(
-            f"on {held_out['n']:,} held-out training examples, attacked by PGD with 20 steps (overestimates "
-            "robustness)",
+            f"on {held_out['n']:,} held-out training examples, {_held_out_attack(card)}",
             held_out["before"],
             held_out["after"],
             _HELD_OUT,
@@ -168,6 +182,13 @@ def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> list[str]:
         f"The standard error of the robust accuracy after the training is {error}.",
         "",
     ]
+
+
+def _held_out_attack(card: Mapping[str, Any]) -> str:
+    """How the held-out examples are attacked."""
+    if _of_trigger(card):
+        return "with the trigger"
+    return "attacked by PGD with 20 steps (overestimates robustness)"
 
 
 def _reservations(card: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 packages.
 """
 
+import math
 from dataclasses import replace
 from operator import itemgetter
 
@@ -15,12 +16,13 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.loaders import Source
 from holdfast.io.data.streamed import Streamed
 from holdfast.io.models.denoiser import with_denoiser
 from holdfast.recipes import Denoising
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import Recipe, trained_as
+from holdfast.recipes.training.recipe import Recipe, goal_of, trained_as
 from holdfast.testing.fakes import SHAPE, examples, labelled, network
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
@@ -51,13 +53,17 @@ def _run(
     seed: int = 0,
     after: Checkpoint | None = None,
 ) -> list[Checkpoint]:
-    return list(trained_as(recipe, SHORT)(model, data, _threat(eps), rng=Draws(seed), after=after))
+    return list(trained_as(recipe, SHORT)(model, data, threat_for(recipe, eps), rng=Draws(seed), after=after))
 
 
 _SURROGATE = network(5)
+_TRIGGER = Trigger((torch.arange(math.prod(SHAPE)).view(SHAPE) < 4).double(), torch.ones(SHAPE), 0)
 
 
-def _threat(eps: float) -> ThreatModel:
+def threat_for(recipe: Recipe, eps: float) -> ThreatModel:
+    """Return the threat model of the laws for a recipe: a ball, or a trigger if the recipe removes one."""
+    if goal_of(recipe).metric == "trigger_success_rate":
+        return ThreatModel(Stamped("trigger.npz", trigger_text(_TRIGGER)), goal=0)
     return ThreatModel(Linf(eps), surrogates=(_SURROGATE,))
 
 
@@ -138,7 +144,7 @@ def learns(recipe: Recipe) -> None:
     """
     model, data = _problem(recipe)
     longer = replace(SHORT, epochs=12)
-    checkpoints = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))
+    checkpoints = list(trained_as(recipe, longer)(model, data, threat_for(recipe, 0.01), rng=Draws(0)))
     assert checkpoints[-1].measured["loss"] < checkpoints[0].measured["loss"]
     with torch.no_grad():
         n_correct_before = (model(data.x).argmax(1) == data.y).sum()

@@ -4,10 +4,10 @@ it is called.
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from holdfast.core.batch import TrainingData
+from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.goal import Goal
@@ -47,6 +47,32 @@ class WithGoal(Protocol):
     @property
     def goal(self) -> Goal:
         """Metric by which the new model is compared with the given one."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished training, about which a recipe may measure more than the metrics before and after it."""
+
+    given: Classifier
+    new: Classifier
+    control: Classifier | None
+    """network that a recipe with a setting `control` names, for comparison; None without one"""
+    training: TrainingData
+    test: Batch
+    threat: ThreatModel
+    rng: Draws
+
+
+@runtime_checkable
+class WithFollowUp(Protocol):
+    """Protocol of a recipe that measures more after its training, which the card of the new model states."""
+
+    @property
+    def control(self) -> str:
+        """Network for comparison, as in `clean.pt,arch=net.py:make`; empty for none."""
+
+    def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
+        """Return the entry `follow_up` of the card, and a sentence on it. No network is changed."""
 
 
 def goal_of(recipe: Recipe) -> Goal:

@@ -114,6 +114,8 @@ class HardenRequest:
     """number of updates between two checkpoints within an epoch; None for checkpoints after each epoch only"""
     notes: tuple[str, ...] = ()
     """notes on how the training examples are read, which are shown before the training and are on the card"""
+    control: Subject | None = None
+    """network with which the recipe compares the new one after the training"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]

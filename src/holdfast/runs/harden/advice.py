@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.core.constraints import Constraint
 from holdfast.core.evidence import Evidence
 from holdfast.core.goal import Goal
 from holdfast.gates.training_verdicts import training_verdict
@@ -17,6 +18,8 @@ _FEW = 0.2
 """Robust accuracy below which a smaller eps is advised."""
 _QUICK = ("fgsm", "fgsm-rs", "n-fgsm", "free", "atta")
 """Recipes with cheap updates."""
+_WITHOUT_SIZE = ("text", "trigger", "training-set")
+"""Constraints whose eps is no size that could be smaller."""
 _SLOWER, _LONGER = 4, 2
 """Advised divisor of the learning rate and factor of the warm-up after a collapse."""
 _LONGEST = 0.9
@@ -37,11 +40,12 @@ def verdict_entries(before: Evidence, after: Evidence, goal: Goal) -> Json:
     return {"verdict": verdict, "change": {"metric": goal.metric, "better": goal.better, **values}}
 
 
-def advice(card: Mapping[str, Any], eps: float, *, of_texts: bool = False) -> Json:
+def advice(card: Mapping[str, Any], constraint: Constraint) -> Json:
     """Return what would help the hardening with a card that improved nothing: more epochs with the budget that they
     need, another recipe, a smaller eps, and after a collapse a smaller learning rate and a longer warm-up. Entries are
-    None if they would not help or are not known. Models `of_texts` have no eps and two recipes.
+    None if they would not help or are not known, as a smaller eps under a constraint without a size.
     """
+    eps = None if constraint.name in _WITHOUT_SIZE else float(constraint.eps)
     ways: Json = dict.fromkeys(("epochs", "budget_s", "recipe", "eps", "lr", "warmup"))
     if card["verdict"] == "improved":
         return ways
@@ -50,15 +54,15 @@ def advice(card: Mapping[str, Any], eps: float, *, of_texts: bool = False) -> Js
         lr, warmup = training.get("lr"), training.get("warmup")
         ways["lr"] = None if lr is None else lr / _SLOWER
         ways["warmup"] = None if warmup is None else min(_LONGER * warmup, _LONGEST)
-        ways["eps"] = None if of_texts else eps / 2
+        ways["eps"] = None if eps is None else eps / 2
         return ways
     short = card["epochs"] < _EPOCHS
     if short and card["ended_by"] != "patience":
         ways["epochs"] = _EPOCHS
         ways["budget_s"] = _budget_s(card["plan"], card["recipe"])
-    if of_texts:
+    if constraint.name == "text":
         ways["recipe"] = "masked-words" if card["recipe"] == "standard" else None
-    elif card["change"]["metric"] == "robust_accuracy":
+    elif card["change"]["metric"] == "robust_accuracy" and eps is not None:
         ways["recipe"] = _other_recipe(card["recipe"], card["ended_by"], short=short)
         ways["eps"] = eps / 2 if card["change"]["after"] < _FEW else None
     return ways

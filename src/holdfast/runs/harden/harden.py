@@ -27,7 +27,7 @@ from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
-from holdfast.recipes.training.recipe import OnParts, goal_of, trained_as
+from holdfast.recipes.training.recipe import Finished, OnParts, WithFollowUp, goal_of, trained_as
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
@@ -320,6 +320,7 @@ class _Job:
             assert isinstance(net, nn.Module)  # other models were refused before
             weights = written(net, weights_metadata(best.subject, self.manifest))
             entries = {**self._entries(accuracies_before), "generalisation": self._on_training(best)}
+            entries |= self._follow_up(best)
             card = card_of(trained, best, (before, after), folder.manifest, entries)
             after = replace(after, training=training_summary(card))
             model = of_values(best.subject.model)
@@ -364,6 +365,25 @@ class _Job:
         model = learner_of(best.subject.model, sample.x[:_IN_PLACE_EXAMPLES])
         _, robust = held_out_accuracies(model, sample, self.request.threat)
         return {"n_training": len(sample), "robust_in_training": robust}
+
+    def _follow_up(self, best: Made) -> dict[str, Any]:
+        """The entries of the card that the recipe measures after the training; empty for most recipes."""
+        recipe, control = best.candidate.recipe, self.request.control
+        if not isinstance(recipe, WithFollowUp):
+            return {}
+        test = self.test.read(0, len(self.test)).to(self.held_out.x.device)
+        inputs = test.x[:_IN_PLACE_EXAMPLES]
+        finished = Finished(
+            self.model,
+            learner_of(best.subject.model, inputs),
+            None if control is None else learner_of(control.model, inputs),
+            self.rest,
+            test,
+            self.request.threat,
+            Draws(self.request.seed).at("follow up"),
+        )
+        entry, note = recipe.follow_up(finished)
+        return {"follow_up": entry, "notes": [*self.notes, note]}
 
     def _trained_attempts(self, run: Run) -> tuple[list[Made], Made]:
         """Train the attempts of the plan until no doubt is raised, and return all trained models and the best one.

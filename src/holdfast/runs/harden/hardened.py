@@ -135,7 +135,7 @@ class Made:
 
 def threat_of_card(constraint: Constraint, unit: str) -> str:
     """Return the threat model of a training as its card states it, such as `linf:0.1`."""
-    limited = constraint.name in ("table", "text")
+    limited = constraint.name in ("table", "text", "trigger")
     text = str(constraint) if limited else f"{constraint.name}:{size(constraint.eps)}"
     return threat_text(text, None, "gradients", None, unit)
 
@@ -245,7 +245,7 @@ def card_of(
         }
     )
     constraint = sides[1].evidence.threat.constraint
-    card["advice"] = strict(advice(card, float(constraint.eps), of_texts=constraint.name == "text"))
+    card["advice"] = strict(advice(card, constraint))
     return card
 
 

@@ -16,6 +16,7 @@ from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.text_search import TextSearch
+from holdfast.attacks.trigger_stamp import TriggerStamp
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
@@ -144,9 +145,7 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
     """Return the accuracies of `held_out_accuracies`, and the shares of the class that the model predicts most
     often.
     """
-    mode = model.training
-    of_texts = threat.constraint.name == "text"
-    attack: Attack = TextSearch(queries=_TEXT_QUERIES) if of_texts else EVALUATION_ATTACK
+    mode, attack = model.training, _evaluation_attack(threat)
     model.eval()
 
     def counts(part: Batch) -> tuple[int, int, Tensor]:
@@ -169,6 +168,17 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
     most, label = torch.stack(predicted).sum(0).max(0)
     counted = sum(right), sum(n_robust), int(most), int((held_out.y == label).sum())
     return HeldOutShares(*(count / len(held_out) for count in counted))
+
+
+def _evaluation_attack(threat: ThreatModel) -> Attack:
+    """The attack for held-out accuracy under a threat model."""
+    match threat.constraint.name:
+        case "text":
+            return TextSearch(queries=_TEXT_QUERIES)
+        case "trigger":
+            return TriggerStamp()
+        case _:
+            return EVALUATION_ATTACK
 
 
 def proved_accuracy(

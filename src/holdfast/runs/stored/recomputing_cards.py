@@ -152,7 +152,7 @@ def _refuse_settings(run: StoredHardening) -> None:
         "threat": threat_of_card(constraint_of(threat), threat.get("unit", "")),
         "evaluated_under": threat_syntax(run.sides["after"].summary()["threat"]),
         "seed": config["seed"],
-        "advice": advice(card, threat["eps"], of_texts=threat["norm"] == "TextEdits"),
+        "advice": advice(card, constraint_of(threat)),
         "scope": basis(run.sides["before"].evidence, run.sides["after"].evidence),
         "settings": _unplanned(config["settings"][recipe]),
         **{key: manifest[key] for key in ("plan", "data", "versions")},
