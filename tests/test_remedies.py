@@ -433,6 +433,8 @@ def file(name: str) -> str:
         path.write_text(tables[name])
     elif name == "rules.json":
         path.write_text(json.dumps({"columns": {name: {"min": 0, "max": 1} for name in "abcd"}}))
+    elif name == "t.npz":
+        np.savez(path, mask=np.ones(4), pattern=np.zeros(4))
     elif name == "bounds.json":
         path.write_text('{"a": [0, 1]}')
     elif name == "one.npz":
@@ -862,6 +864,7 @@ situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="mi
 situation("no eps", planned, threat="l2")
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
+situation("an attack under a trigger", planned, threat=Later(lambda: f"trigger:{file('t.npz')}"), suite="pgd")
 situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
 situation("no suite on texts", planned, threat="text:edits=1,words=1", suite="rand")
 situation("no such device", planned, device="cuda:99")

@@ -195,6 +195,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
+    _refuse_other_triggers(members, threat.constraint)
     if settings.curve and not in_ball:
         raise UsageError(f"{settings.threat} has no eps, which a curve needs", Remedy("curve"))
     probing: DoubtsWanted = "all" if name and in_ball else "free"
@@ -297,6 +298,23 @@ def _refuse_strangers(members: Sequence[Member], settings: Measuring, *, corrupt
                 f"{member.name} is not a common corruption, and the threat is {settings.threat}",
                 Remedy("threat", "linf:8/255"),
             )
+
+
+def _refuse_other_triggers(members: Sequence[Member], constraint: Constraint) -> None:
+    """Raise `UsageError` for the attack with a trigger under another threat, and for another attack under a trigger."""
+    if constraint.name != "trigger" and all(member.attack.needs != "none" for member in members):
+        return
+    from holdfast.attacks.trigger_stamp import (
+        TriggerStamp,
+        refuse_no_trigger,
+    )  # late: few runs have a trigger
+    from holdfast.core.triggers import Stamped
+
+    for member in members:
+        if isinstance(member.attack, TriggerStamp):
+            refuse_no_trigger(constraint)
+        elif isinstance(constraint, Stamped):
+            raise constraint.refusal()
 
 
 def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:

@@ -119,7 +119,7 @@ def refuse_unprovable(
             from holdfast.certifiers.texts.masking import by_masking
 
             return by_masking(plan.threat.constraint)
-        own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
+        own = (Remedy("method", TREES),) if reads_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
     of_table = plan.threat.constraint.name == "table"
@@ -155,7 +155,10 @@ def refuse_unprovable(
             raise NoBounds(error.message, *without_bounds()) from error
 
 
-def _has_trees(model: Classifier) -> bool:
+def reads_trees(model: Classifier) -> bool:
+    """Return whether a model is an ensemble of trees that can be read."""
+    if model.access != "scores":
+        return False
     from holdfast.certifiers.trees.reading import has_trees
 
     return has_trees(model)
