@@ -28,6 +28,7 @@ ROWS = {
     "certification": "certification",
     "tables": "tables",
     "trees": "trees",
+    "audit-poison": "audit_poison",
     "planting": "planting",
     "onnx-files": "onnx_files",
     "served-models": "served_models",

@@ -28,6 +28,8 @@ SUBJECTS = {
     "planting": "Triggers that `holdfast data poison` plants in MNIST: their success on small networks that were "
     "trained on the poisoned digits and on a clean one (*on clean*), and the trigger of a network that others "
     "poisoned. *Difference* is that from images that the benchmark stamps itself.",
+    "audit-poison": "`holdfast audit poison` on MNIST: planted triggers, label noise beside cleanlab, and clean sets. "
+    "AUROC is that of the manipulated examples, for triggers within the target class.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",
