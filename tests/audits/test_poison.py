@@ -86,6 +86,7 @@ def trusted():
     return digits(200, seed=1)
 
 
+@pytest.mark.slow
 def test_a_set_with_a_trigger_is_flagged_in_its_class(data, trusted):
     x, y, rows = stamped(*data, 60)
     result, finding = audited(x, y, trusted)
@@ -96,6 +97,7 @@ def test_a_set_with_a_trigger_is_flagged_in_its_class(data, trusted):
     assert finding.pictures[0].images.shape[1:] == (1, SIDE, SIDE)
 
 
+@pytest.mark.slow
 def test_a_set_with_wrong_labels_is_flagged_as_label_errors(data, trusted):
     x, y, rows = flipped(*data, 90)
     result, finding = audited(x, y, trusted)
@@ -105,27 +107,26 @@ def test_a_set_with_wrong_labels_is_flagged_as_label_errors(data, trusted):
     assert len(found & {*rows.tolist()}) >= 80 and len(found) <= 100
 
 
-def test_a_clean_set_is_not_flagged_and_one_without_trusted_examples_is_unclear(data, trusted):
+@pytest.mark.slow
+def test_a_clean_set_is_not_flagged(data, trusted):
     assert audited(*data, trusted)[1].verdict == "not flagged"
-    result, finding = audited(*data)
-    assert finding.verdict == "unclear" and result.comparison is None
 
 
-def test_too_few_trusted_examples_leave_the_set_unclear(data):
-    result, finding = audited(*data, digits(8, seed=1))
+def test_too_few_trusted_examples_leave_the_set_unclear():
+    result, finding = audited(*digits(100), digits(8, seed=1))
     assert finding.verdict == "unclear" and {*result.comparison.detectable.values()} == {1.0}
 
 
 def test_the_level_holds_for_scores_that_do_not_depend_on_trust():
     rng = torch.Generator().manual_seed(0)
     y, ids = torch.arange(400) % 4, torch.arange(400)
-    flagged = 0
-    for draw in range(200):
+    flagged, draws = 0, 60
+    for draw in range(draws):
         scores = {name: torch.randint(50, (400,), generator=rng).double() for name in METHODS}
         trusted = torch.rand(400, generator=rng) < 0.3
         compares = dict.fromkeys(METHODS, torch.ones(400, dtype=torch.bool))
         flagged += bool(compared(scores, compares, y, trusted, ids=ids, rng=Draws(draw)).flagged)
-    assert flagged <= 200 * LEVEL * 3
+    assert flagged <= max(2, 3 * LEVEL * draws)
 
 
 def test_the_p_value_is_that_of_the_hypergeometric_distribution():
@@ -157,20 +158,12 @@ def test_energy_and_clusters_find_a_shifted_group_of_features():
     assert not none.unusual.any() and not none.energy.any()
 
 
-def test_directions_are_the_same_from_both_gram_matrices():
-    rng = torch.Generator().manual_seed(0)
-    features = torch.randn(40, 60, generator=rng).double()
-    every = torch.ones(40, dtype=torch.bool)
-    wide = feature_scores(features, every).energy
+@pytest.mark.parametrize("width", [60, 20])
+def test_the_energy_is_that_of_the_top_singular_directions(width):
+    features = torch.randn(40, width, generator=torch.Generator().manual_seed(0)).double()
     centred = features - features.mean(0)
     exact = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:10].T).square().sum(1)
-    assert torch.allclose(wide, exact)
-    assert torch.allclose(feature_scores(features[:, :20], every).energy.sum(), _top(features[:, :20]))
-
-
-def _top(features):
-    centred = features - features.mean(0)
-    return torch.linalg.svdvals(centred)[:10].square().sum()
+    assert torch.allclose(feature_scores(features, torch.ones(40, dtype=torch.bool)).energy, exact)
 
 
 def test_confident_learning_finds_labels_that_other_networks_contradict():
@@ -193,7 +186,7 @@ def test_penultimate_features_are_the_inputs_of_the_last_linear_layer(data):
 
 
 def test_the_scores_are_a_function_of_the_seed(data):
-    first, second = (audited(data[0][:120], data[1][:120])[0] for _ in range(2))
+    first, second = (audited(data[0][:60], data[1][:60])[0] for _ in range(2))
     assert all(torch.equal(first.scores[name], second.scores[name]) for name in METHODS)
 
 
@@ -218,7 +211,7 @@ def test_labels_that_form_no_classes_are_refused(change, message):
 
 def test_trusted_examples_of_other_classes_or_shapes_are_refused(data):
     x, y = digits(40)
-    with pytest.raises(UsageError, match=r"classes 0, 1, 2, 3 and the trusted ones 0, 1, 2"):
+    with pytest.raises(UsageError, match=r"only one of them has examples of 3;"):
         with_trusted(batch_of(*data), batch_of(x[y < 3], y[y < 3]))
     with pytest.raises(UsageError, match=r"shape \(1, 4, 8\)"):
         with_trusted(batch_of(*data), batch_of(x[:, :, :4], y))
@@ -254,9 +247,8 @@ def test_the_command_writes_suspects_and_judges_the_gate(data, trusted, tmp_path
     assert json.loads(capsys.readouterr().out)["verdict"] == "unclear"
 
 
-def test_rows_of_a_table_are_listed_without_pictures(data, trusted):
-    rows = data[0].flatten(1)
-    result = holdfast.audit.poison(
-        (rows, data[1]), nn.Sequential(*make()[1:]), clean=(trusted[0].flatten(1), trusted[1])
-    )
-    assert result.verdict == "not flagged" and not result.content["pictures"]
+def test_rows_of_a_table_are_listed_without_pictures():
+    x, y, _ = flipped(*digits(100), 10)
+    result = holdfast.audit.poison((x.flatten(1), y), nn.Sequential(*make()[1:]))
+    assert result.verdict == "unclear" and not result.content["pictures"]
+    assert result.content["tables"][1]["headings"][:3] == ["index", "class", "predicted"]

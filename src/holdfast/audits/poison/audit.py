@@ -141,11 +141,12 @@ def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
             "trusted examples of the same shape",
             Remedy("clean"),
         )
-    own, others = (sorted({*part.y.tolist()}) for part in (batch, trusted))
-    if own != others:
+    differing = {*batch.y.tolist()} ^ {*trusted.y.tolist()}
+    if differing:
+        listed = ", ".join(map(str, sorted(differing)))
         raise UsageError(
-            f"the audited examples have the classes {_listed(own)} and the trusted ones {_listed(others)}; give "
-            "trusted examples of the same classes",
+            f"the audited and the trusted examples must have the same classes, and only one of them has examples of "
+            f"{listed}; give trusted examples of the same classes",
             Remedy("clean"),
         )
     known = {*zip(trusted.fingerprints(), trusted.y.tolist(), strict=True)}
@@ -159,11 +160,6 @@ def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
     ids = torch.cat((batch.ids, trusted.ids + batch.ids.max() + 1))  # unique, as draws need
     both = Batch(torch.cat((batch.x, trusted.x.to(batch.x))), torch.cat((batch.y, trusted.y)), ids)
     return PoisonRequest(both, len(trusted))
-
-
-def _listed(labels: list[int]) -> str:
-    shown = ", ".join(map(str, labels[:12]))
-    return shown if len(labels) <= 12 else f"{shown}, … ({len(labels)})"
 
 
 def scored(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> Scored:
@@ -199,17 +195,18 @@ def scored(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> Sc
 def _columns(batch: Batch, model: Classifier, trusted_label: Mask) -> Columns:
     """The scores by the features and the losses of the network that was trained on all examples."""
     features, logits = penultimate(model, batch.x)
-    numbers = {name: torch.zeros(len(batch), dtype=torch.float64) for name in ("energy", "clustering")}
-    numbers |= {name: torch.zeros(len(batch), dtype=torch.float64) for name in ("share", "silhouette")}
-    flags = {name: torch.zeros(len(batch), dtype=torch.bool) for name in ("unusual", "clustered")}
+    columns = {
+        name: torch.zeros(len(batch), dtype=torch.bool if name in ("unusual", "clustered") else torch.float64)
+        for name in ("energy", "clustering", "share", "silhouette", "unusual", "clustered")
+    }
     for label in torch.bincount(batch.y).nonzero()[:, 0].tolist():
         rows = batch.y == label
         result = feature_scores(features[rows], trusted_label[rows])
-        for name, column in (numbers | flags).items():
+        for name, column in columns.items():
             value = getattr(result, name)
             column[rows.cpu()] = value.cpu() if isinstance(value, Tensor) else value
     loss = cross_entropy(logits, batch.y, reduction="none")
-    return {"id": batch.ids.cpu(), "loss": loss.cpu(), **numbers, **flags}
+    return {"id": batch.ids.cpu(), "loss": loss.cpu(), **columns}
 
 
 def _judged(request: PoisonRequest, labels: LabelScores, columns: Columns) -> Scored:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import hypergeom
+from numpy.typing import NDArray
+from scipy.special import gammaln
 
 from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Labels, Mask, PerExample
@@ -108,11 +109,23 @@ def _counted(score: str, label: int | None, classes: Sequence[Mask], share: floa
         n, n_trusted = len(trusted), int(trusted.sum())
         size = _size(share, n)
         k = int(trusted[:size].sum())
-        chances = np.convolve(chances, hypergeom.pmf(np.arange(min(size, n_trusted) + 1), n, n_trusted, size))
+        chances = np.convolve(chances, _hypergeometric(n, n_trusted, size))
         examined, counted, expected = examined + size, counted + k, expected + size * n_trusted / n
         excess += size - k - k * (n - n_trusted) / n_trusted
     p = min(1.0, factor * float(chances[: counted + 1].sum()))
     return Tested(score, label, examined, counted, expected, p, max(0, round(excess)))
+
+
+def _hypergeometric(n: int, n_trusted: int, size: int) -> NDArray[np.float64]:
+    """The probability of each number of trusted examples, from 0, among `size` of `n` examples."""
+    k = np.arange(min(size, n_trusted) + 1)
+    logs = _log_binomial(n_trusted, k) + _log_binomial(n - n_trusted, size - k) - _log_binomial(n, size)
+    return np.exp(logs)  # gammaln is infinite where there are fewer untrusted examples than needed
+
+
+def _log_binomial(n: int, k: NDArray[np.int64] | int) -> NDArray[np.float64]:
+    logs: NDArray[np.float64] = gammaln(n + 1) - gammaln(np.add(k, 1)) - gammaln(np.subtract(n + 1, k))
+    return logs
 
 
 def _size(share: float, n: int) -> int:
@@ -123,6 +136,6 @@ def _detectable(trusted: Mask, factor: int) -> float:
     """The smallest share of a class that would be flagged if none of its examples is trusted."""
     n, n_trusted = len(trusted), int(trusted.sum())
     for share in SHARES if n_trusted else ():
-        if factor * float(hypergeom.cdf(0, n, n_trusted, _size(share, n))) <= LEVEL:
+        if factor * _hypergeometric(n, n_trusted, _size(share, n))[0] <= LEVEL:
             return share
     return 1.0

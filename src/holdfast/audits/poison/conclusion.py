@@ -90,7 +90,7 @@ def _verdict(
     rules = f"Examples that each method flags: {by_method}. Lowest-loss isolation flags 1 % of any set."
     if comparison is None:
         return "unclear", f"{counted}, and no trusted examples to compare the set with", (rules, _RANKED)
-    reasons = (rules, *(_found(test, names) for test in comparison.flagged), *_detectable(comparison, names))
+    reasons = (rules, *(_found(test, names) for test in comparison.flagged), _detectable(comparison, names))
     if comparison.flagged:
         inputs = _of_inputs(comparison)
         of = sorted({test.label for test in inputs or comparison.flagged if test.label is not None})
@@ -125,36 +125,29 @@ def _found(test: Tested, names: Sequence[str] | None) -> str:
     )
 
 
-def _detectable(comparison: Comparison, names: Sequence[str] | None) -> tuple[str, ...]:
+def _detectable(comparison: Comparison, names: Sequence[str] | None) -> str:
     """A sentence that states how small a cluster can be flagged."""
-    few = [label for label, share in comparison.detectable.items() if share == 1]
+    few = [_named(label, names) for label, share in comparison.detectable.items() if share == 1]
     if few:
-        return (f"Too few trusted examples of: {', '.join(_named(label, names) for label in few)}.",)
-    share = 100 * max(comparison.detectable.values())
-    sentence = (
-        f"With these trusted examples a cluster of {share:g} % of any class is flagged if its scores are the largest "
-        "ones."
+        return f"Too few trusted examples of: {', '.join(few)}."
+    share = f"{100 * max(comparison.detectable.values()):g} %"
+    return (
+        f"With these trusted examples a cluster of {share} of any class with the largest scores is flagged."
     )
-    return (sentence,)
 
 
 def _classes(scored: Scored, names: Sequence[str] | None) -> Table:
     n, y = scored.request.n, scored.request.y
     headings = ["class", "examples", "suspect", "smaller cluster %", "silhouette"]
     tested = scored.comparison
+    p = {} if tested is None else {(test.label, test.score): test.p for test in tested.tests}
     rows: list[list[str | float | int]] = []
     for label in sorted({*y[:n].tolist()}):
         own = y[:n] == label
-        first = int(own.nonzero()[0])
-        row: list[str | float | int] = [_named(label, names), int(own.sum())]
-        row += [int((scored.n_methods[own] > 0).sum())]
-        row += [100 * float(scored.share[first]), float(scored.silhouette[first])]
-        if tested is not None:
-            row += [
-                next(test.p for test in tested.tests if (test.label, test.score) == (label, name))
-                for name in METHODS
-            ]
-        rows.append(row)
+        first, suspect = int(own.nonzero()[0]), int((scored.n_methods[own] > 0).sum())
+        clusters = (100 * float(scored.share[first]), float(scored.silhouette[first]))
+        p_values = [p[label, name] for name in METHODS if p]
+        rows.append([_named(label, names), int(own.sum()), suspect, *clusters, *p_values])
     if tested is not None:
         headings += [f"p {name}" for name in METHODS]
     note = f"p after correction for all tests; the set is flagged at {LEVEL} or less" if tested else ""

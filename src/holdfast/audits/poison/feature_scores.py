@@ -101,14 +101,9 @@ def feature_scores(features: Tensor, trusted_label: Mask) -> FeatureScores:
 
 
 def _directions(centred: Tensor) -> Tensor:
-    """The top singular directions (d, k) of centred features, from the smaller of the two Gram matrices."""
-    n, d = centred.shape
-    wide = d > n
-    vectors: Tensor = torch.linalg.eigh(centred @ centred.T if wide else centred.T @ centred).eigenvectors
-    vectors = vectors[:, -DIRECTIONS:].flip(1)
-    if not wide:
-        return vectors
-    return nn.functional.normalize(centred.T @ vectors, dim=0)
+    """The top singular directions (d, k) of centred features (n, d), from their Gram matrix."""
+    vectors: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors
+    return vectors[:, -DIRECTIONS:]
 
 
 def _centres(points: Tensor) -> tuple[Tensor, Tensor]:
