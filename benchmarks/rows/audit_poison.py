@@ -61,14 +61,28 @@ def measured() -> Outcome:
     else:
         gap = noise["F1 cleanlab"] - noise["F1 labels"]
         claims.append(Claim("label noise 10 %: F1 of cleanlab - F1 <= 0.03", gap, 0.03))
-    detail["clean"] = parts.part(ROW, "clean", lambda: [_clean(place) for place in range(CLEAN_SETS)])
-    clean = detail["clean"]["measured"]
-    flagged = sum(row["verdict"] == "flagged" for row in clean)
-    table.append(
-        {"data": f"{CLEAN_SETS} clean sets of {CLEAN_N}", "trusted": CLEAN_TRUSTED}
-        | {"flagged sets": flagged, "CPU s": sum(row["CPU s"] for row in clean) / CLEAN_SETS}
+    flagged = {}
+    for split in ("random", "consecutive"):
+        detail[split] = parts.part(
+            ROW,
+            f"clean {split}",
+            lambda at=split: [_clean(place, at == "random") for place in range(CLEAN_SETS)],
+        )  # type: ignore[misc]
+        clean = detail[split]["measured"]
+        flagged[split] = sum(row["verdict"] == "flagged" for row in clean)
+        table.append(
+            {
+                "data": f"{CLEAN_SETS} clean sets of {CLEAN_N}, {split} trusted images",
+                "trusted": CLEAN_TRUSTED,
+            }
+            | {"flagged sets": flagged[split], "CPU s": sum(row["CPU s"] for row in clean) / CLEAN_SETS}
+        )
+    claims.append(Claim(f"flagged among {CLEAN_SETS} clean sets <= 1", flagged["random"], 1))
+    notes.append(
+        "consecutive images of MNIST are not a random sample: they are from few writers. In an earlier record of this "
+        "row, trusted images were consecutive, a set with more than a quarter of the expected trusted examples could "
+        "be flagged, and 6 of 20 clean sets were"
     )
-    claims.append(Claim(f"flagged among {CLEAN_SETS} clean sets <= 1", flagged, 1))
     config = {
         "n": N,
         "trusted": TRUSTED,
@@ -81,7 +95,7 @@ def measured() -> Outcome:
 
 def _drill(attack: Poisoning, rate: float, seed: int) -> Cells:
     """An audit of images with a planted trigger, beside trusted ones."""
-    x, y = images("mnist", N + TRUSTED, "train")
+    x, y = _shuffled(*images("mnist", N + TRUSTED, "train"), seed)
     plan = poisoned(x[:N], y[:N], attack, rate=rate, target=TARGET, seed=seed)
     batch, trusted = _batch(plan.x, plan.y), _batch(x[N:], y[N:])
     result, finding, model, seconds = _audited(with_trusted(batch, trusted), seed)
@@ -126,13 +140,23 @@ def _noise() -> Cells:
     }
 
 
-def _clean(place: int) -> Cells:
-    """An audit of clean images beside trusted ones; no image is in two sets."""
+def _clean(place: int, shuffled: bool) -> Cells:
+    """An audit of clean images beside trusted ones, which are a random sample or the last ones; no image is in two
+    sets.
+    """
     size = CLEAN_N + CLEAN_TRUSTED
     x, y = images("mnist", size, "train", first=place * size)
+    if shuffled:
+        x, y = _shuffled(x, y, place)
     request = with_trusted(_batch(x[:CLEAN_N], y[:CLEAN_N]), _batch(x[CLEAN_N:], y[CLEAN_N:]))
     _, finding, _, seconds = _audited(request, place)
-    return {"verdict": finding.verdict, "p": finding.facts["p"], "CPU s": seconds}
+    tests = [test for test in finding.facts["tests"] if test["flagged"]]
+    return {"verdict": finding.verdict, "p": finding.facts["p"], "CPU s": seconds, "tests": tests}
+
+
+def _shuffled(x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    return x[order], y[order]
 
 
 def _audited(

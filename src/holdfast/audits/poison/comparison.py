@@ -19,6 +19,10 @@ from holdfast.core.types import Ids, Labels, Mask, PerExample
 
 LEVEL = 0.01
 """Largest probability that a clean set is flagged, over all classes and scores together."""
+FEW = 0.25
+"""Largest number of trusted examples, relative to the expected one, that flags a set. A cluster of manipulated examples
+has almost no trusted ones. Sets of slightly different sources, such as the two splits of MNIST, differ less: they had
+ratios from 0.45."""
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 """Shares of a class, those with the largest scores, in which trusted examples are counted."""
 
@@ -112,7 +116,8 @@ def _counted(score: str, label: int | None, classes: Sequence[Mask], share: floa
         chances = np.convolve(chances, _hypergeometric(n, n_trusted, size))
         examined, counted, expected = examined + size, counted + k, expected + size * n_trusted / n
         excess += size - k - k * (n - n_trusted) / n_trusted
-    p = min(1.0, factor * float(chances[: counted + 1].sum()))
+    few = counted <= FEW * expected
+    p = min(1.0, factor * float(chances[: counted + 1].sum())) if few else 1.0
     return Tested(score, label, examined, counted, expected, p, max(0, round(excess)))
 
 
