@@ -146,6 +146,19 @@ def test_the_p_value_is_that_of_the_hypergeometric_distribution():
     assert test.p == pytest.approx(14 / 1.0089134454556415e29, rel=1e-6)  # 7 shares, 2 tests, 100 choose 50
 
 
+def test_a_set_with_some_trusted_examples_among_the_largest_scores_is_not_flagged():
+    trusted = (torch.arange(4000) % 10) < torch.where(torch.arange(4000) < 2000, 3, 7)
+    result = compared(
+        {"energy": torch.arange(4000.0).flip(0)},
+        {"energy": torch.ones(4000, dtype=torch.bool)},
+        torch.zeros(4000, dtype=torch.int64),
+        trusted,
+        ids=torch.arange(4000),
+        rng=Draws(0),
+    )
+    assert not result.flagged and {*result.detectable.values()} == {0.01}
+
+
 def test_energy_and_clusters_find_a_shifted_group_of_features():
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(200, 30, generator=rng).double()

@@ -21,8 +21,8 @@ LEVEL = 0.01
 """Largest probability that a clean set is flagged, over all classes and scores together."""
 FEW = 0.25
 """Largest number of trusted examples, relative to the expected one, that flags a set. A cluster of manipulated examples
-has almost no trusted ones. Sets of slightly different sources, such as the two splits of MNIST, differ less: they had
-ratios from 0.45."""
+has almost no trusted ones, while small differences between sources leave more: the losses of the two splits of
+`mnist-mini` had ratios from 0.45."""
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 """Shares of a class, those with the largest scores, in which trusted examples are counted."""
 

@@ -18,8 +18,8 @@ _LISTED, _PICTURED = 20, 40
 """Numbers of suspect examples that the report lists, and shows as pictures."""
 
 _DIFFERENT_SOURCE = (
-    "The comparison assumes that the trusted examples are a random part of the same population. If they come from "
-    "another source, a clean set is flagged too."
+    "The comparison assumes that the trusted examples are a random sample of the same source, such as rows of the set "
+    "that were drawn at random and checked. With another sample a clean set may be flagged too."
 )
 _MISSED = (
     "Poisons that were adapted to these methods, correctly labelled poisons, and clusters that are smaller than the "
