@@ -177,7 +177,7 @@ def scored(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> Sc
         rows = fold_of == fold
         model = train(batch.take(~rows), rng.at("fold", fold))
         _, logits = penultimate(model, batch.take(rows).x)
-        return {"id": batch.ids[rows].cpu(), "logits": logits.cpu()}
+        return {"id": batch.ids[rows].cpu(), "logits": logits}
 
     parts = [run.stage(f"fold-{fold}", partial(left_out, fold)).columns for fold in range(FOLDS)]
     logits = torch.empty(len(batch), parts[0]["logits"].shape[1], dtype=torch.float64)
@@ -187,26 +187,25 @@ def scored(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> Sc
 
     def all_scores() -> Columns:
         notify(f"training network {FOLDS + 1} of {FOLDS + 1}, on all examples")
-        return _columns(batch, train(batch, rng.at("all")), ~labels.suspect.to(batch.y.device))
+        return _columns(batch, train(batch, rng.at("all")), ~labels.suspect)
 
     return _judged(request, labels, run.stage("scores", all_scores).columns)
 
 
 def _columns(batch: Batch, model: Classifier, trusted_label: Mask) -> Columns:
     """The scores by the features and the losses of the network that was trained on all examples."""
-    features, logits = penultimate(model, batch.x)
+    (features, logits), y = penultimate(model, batch.x), batch.y.cpu()
     columns = {
         name: torch.zeros(len(batch), dtype=torch.bool if name in ("unusual", "clustered") else torch.float64)
         for name in ("energy", "clustering", "share", "silhouette", "unusual", "clustered")
     }
-    for label in torch.bincount(batch.y).nonzero()[:, 0].tolist():
-        rows = batch.y == label
+    for label in torch.bincount(y).nonzero()[:, 0].tolist():
+        rows = y == label
         result = feature_scores(features[rows], trusted_label[rows])
         for name, column in columns.items():
-            value = getattr(result, name)
-            column[rows.cpu()] = value.cpu() if isinstance(value, Tensor) else value
-    loss = cross_entropy(logits, batch.y, reduction="none")
-    return {"id": batch.ids.cpu(), "loss": loss.cpu(), **columns}
+            column[rows] = torch.as_tensor(getattr(result, name), dtype=column.dtype)
+    loss = cross_entropy(logits, y, reduction="none")
+    return {"id": batch.ids.cpu(), "loss": loss, **columns}
 
 
 def _judged(request: PoisonRequest, labels: LabelScores, columns: Columns) -> Scored:

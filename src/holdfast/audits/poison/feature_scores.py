@@ -57,7 +57,7 @@ class FeatureScores:
 @torch.no_grad()
 def penultimate(model: Classifier, x: Inputs) -> tuple[Tensor, Logits]:
     """Return the inputs of the last linear layer (n, d), or of the last layer with parameters if there is none, and the
-    logits. Inputs with pixels are averaged over their pixels.
+    logits, on the CPU. Inputs with pixels are averaged over their pixels.
     """
     layers = [module for module in model.modules() if [*module.parameters(recurse=False)]]
     linear = [module for module in layers if isinstance(module, nn.Linear)]
@@ -71,7 +71,7 @@ def penultimate(model: Classifier, x: Inputs) -> tuple[Tensor, Logits]:
         logits = torch.cat([model(piece) for piece in torch.split(x, _ROWS)])
     finally:
         hook.remove()
-    return torch.cat(kept).double(), logits.double()
+    return torch.cat(kept).cpu().double(), logits.cpu().double()
 
 
 def feature_scores(features: Tensor, trusted_label: Mask) -> FeatureScores:
