@@ -28,6 +28,7 @@ ROWS = {
     "certification": "certification",
     "tables": "tables",
     "trees": "trees",
+    "audit-poison": "audit_poison",
     "planting": "planting",
     "membership": "membership",
     "privacy": "privacy",

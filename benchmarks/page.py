@@ -35,6 +35,8 @@ SUBJECTS = {
     "repair": "Repair of backdoors in MNIST networks with 3,000 clean digits: success of the planted trigger, clean "
     "accuracy, and the success after 50 further updates with two poisoned digits in 128, in the repaired network and "
     "in one that was never poisoned (*control*).",
+    "audit-poison": "`holdfast audit poison` on MNIST: planted triggers, label noise beside cleanlab, and clean sets. "
+    "AUROC is that of the manipulated examples, for triggers within the target class.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",

@@ -917,6 +917,21 @@ situation("no eps", planned, threat="l2")
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
 situation("an attack under a trigger", planned, threat=Later(lambda: f"trigger:{file('t.npz')}"), suite="pgd")
+situation(
+    "trusted examples of another shape",
+    holdfast.audit.poison,
+    data=(IMAGES, torch.arange(8) % 2),
+    model=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2)),
+    clean=(IMAGES[:, :, :4], torch.arange(8) % 2),
+)
+situation(
+    "trusted examples of other classes",
+    holdfast.audit.poison,
+    data=PAIR,
+    model=LINEAR,
+    clean=(X[Y.eq(Y[0])], Y[Y.eq(Y[0])]),
+)
+situation("audited examples that are trusted", holdfast.audit.poison, data=PAIR, model=LINEAR, clean=PAIR)
 situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
 situation("no suite on texts", planned, threat="text:edits=1,words=1", suite="rand")
 situation("no such device", planned, device="cuda:99")

@@ -1,16 +1,101 @@
 """Opens the network and the data of `holdfast audit poison`."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from holdfast.api.verb_settings import AuditPoison
+import torch
+
+from holdfast.api.expecting import expected
+from holdfast.api.plans import device_of
+from holdfast.api.references import beside
+from holdfast.api.resolve import open_expected, open_subject
+from holdfast.api.verb_settings import AuditPoison, composed
 from holdfast.audits.audit import AuditRequest
 from holdfast.audits.finding import Finding
+from holdfast.audits.poison.audit import EPOCHS, PoisonRequest, Train, refuse_unscorable, scored, with_trusted
+from holdfast.audits.poison.conclusion import concluded, write_suspects
+from holdfast.core.batch import Batch, Data
+from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import NoSplit
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.recipes import Standard
+from holdfast.recipes.training.fit import Training
+from holdfast.rotation.collecting import last_of, with_fresh_weights
+from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
+from holdfast.runs.harden.trainable import refuse_untrainable
+
+_BATCH, _SMALLEST_BATCH, _UPDATES = 128, 8, 50
+"""Largest and smallest batch size, and the number of updates of an epoch that a small set has if possible."""
 
 
 def prepared_poison(
     settings: AuditPoison, notify: Notify, command: str
 ) -> tuple[AuditRequest, Callable[[Run], Finding]]:
     """Return the request of the audit, and the function that takes its steps."""
-    raise NotImplementedError
+    subject = open_subject(settings)
+    model = subject.model
+    refuse_untrainable(model)
+    data = _training_examples(settings, model)
+    batch = data.read(0, len(data))
+    refuse_unscorable(batch)
+    request, compared, notes = PoisonRequest(batch, 0, settings.seed), {}, list(subject.notes)
+    if settings.clean is not None:
+        source = beside(settings, settings.clean)
+        clean = open_expected(composed(AuditPoison, settings, source), expected(settings, model, source))
+        request = replace(with_trusted(batch, clean.read(0, len(clean))), seed=settings.seed)
+        compared = {"clean": {"name": clean.name, "digest": clean.digest, "n": len(clean)}}
+        if request.n < len(batch):
+            notes.append(f"{len(batch) - request.n} examples are among the trusted ones, and were left out")
+    device = torch.device(device_of(settings.device))
+    request = replace(request, batch=request.batch.to(device))
+
+    def audit(run: Run) -> Finding:
+        with readied(subject, data, device):
+            result = scored(run, request, training(model), notify)
+        if settings.suspects is not None:
+            write_suspects(Path(settings.suspects), result)
+        return concluded(result, model.bounds, model.class_names)
+
+    return (
+        AuditRequest(
+            "poison",
+            {"epochs": EPOCHS},
+            {**subject.card, "digest": subject.digest},
+            {"name": data.name, "digest": data.digest, "n": len(data), **compared},
+            request.steps(),
+            tuple(settings.gates),
+            settings.seed,
+            str(device),
+            command,
+            notes,
+        ),
+        audit,
+    )
+
+
+def _training_examples(settings: AuditPoison, model: Classifier) -> Data:
+    """Return the examples that are audited: the train split of the data if there is one, or all."""
+    properties = expected(settings, model)
+    if isinstance(settings.data, str) and settings.split is None:
+        try:
+            return open_expected(settings.model_copy(update={"split": "train"}), properties)
+        except NoSplit:
+            pass  # the file has only one split
+    return open_expected(settings, properties)
+
+
+def training(model: Classifier) -> Train:
+    """Return the function that trains a copy of a network with fresh weights."""
+
+    def train(batch: Batch, rng: Draws) -> Classifier:
+        size = min(_BATCH, max(_SMALLEST_BATCH, len(batch) // _UPDATES))
+        recipe = Standard(training=Training(epochs=EPOCHS, batch=size, weight_decay=0.0, averaging="none"))
+        initial = with_fresh_weights(model, rng.at("begin"), "own")
+        return last_of(recipe, initial, batch, ThreatModel(Linf(0.0)), rng.at("training"))
+
+    return train

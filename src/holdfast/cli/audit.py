@@ -59,8 +59,8 @@ def backdoor(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> in
 def poison(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Search the training examples in DATA for manipulated ones, with a network (--model) that is trained on them.
 
-    DATA are flagged only by comparison with trusted examples (--clean); without them the examples are ranked, and the
-    result is unclear.
+    The train split is audited if DATA has one. DATA are flagged only by comparison with trusted examples (--clean);
+    without them the examples are ranked, and the result is unclear.
     """
     refuse_missing_file(flags["clean"])
     return _audited(settings_from(flags, AuditPoison), voice, run=run, resume=resume)

@@ -74,8 +74,8 @@ class PoisonOptions(AuditOptions):
     kind = "poison"
     clean: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
-        description="Trusted examples of the same classes, with which the data are compared. Without them, examples "
-        "are ranked and the result is unclear.",
+        description="Trusted examples of the same classes (the test split if there is one), with which the data are "
+        "compared. Without them, examples are ranked and the result is unclear.",
     )
     suspects: Annotated[str | None, Flag("FILE", completion="PATH", identifies=False)] = Field(
         default=None, description="Write the suspect examples to this .csv file, with their scores."

@@ -1,0 +1,239 @@
+"""The steps of the audit of training data: cross-fitted networks, one network that is trained on all examples, and the
+scores of each example.
+
+The score of the lowest losses is that of Li et al., "Anti-backdoor learning", NeurIPS 2021, arXiv:2110.11571. Differs
+from the paper: the loss is that of the network after the training, without gradient ascent on low losses. With it the
+1 % lowest losses on MNIST contained fewer manipulated examples (0.00 against 0.22 for a stamp on 1 %).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from holdfast.audits.poison.comparison import Comparison, compared
+from holdfast.audits.poison.confident_learning import LabelScores, label_scores
+from holdfast.audits.poison.feature_scores import feature_scores, penultimate
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
+from holdfast.core.types import Labels, Mask, PerExample
+from holdfast.runs.engine.progress import Notify
+from holdfast.runs.engine.run import Run
+
+EPOCHS = 4
+"""number of epochs of each network, after which manipulated examples differ most and labels are not memorised"""
+FOLDS = 3
+"""number of networks that are trained without a part of the examples"""
+METHODS = ("energy", "clustering", "labels", "loss")
+"""names of the methods, each with its own score"""
+LOWEST = 0.01
+"""share of the examples that lowest-loss isolation flags in any set, as in the paper"""
+
+Train = Callable[[Batch, Draws], Classifier]
+"""function that trains a network with fresh weights on examples"""
+
+
+@dataclass(frozen=True)
+class PoisonRequest:
+    """The examples of an audit of training data, and its settings."""
+
+    batch: Batch
+    """the examples that are audited, followed by the trusted ones"""
+    n_trusted: int
+    """number of trusted examples; 0 for none"""
+    seed: int = 0
+
+    @property
+    def n(self) -> int:
+        """Number of examples that are audited."""
+        return len(self.batch) - self.n_trusted
+
+    @property
+    def y(self) -> Labels:
+        """Labels of all examples, on the CPU."""
+        return self.batch.y.cpu()
+
+    @property
+    def trusted(self) -> Mask:
+        """Whether each example is trusted, on the CPU."""
+        return torch.arange(len(self.batch)) >= self.n
+
+    @property
+    def rng(self) -> Draws:
+        """Random numbers of the audit."""
+        return Draws(self.seed).at("poison")
+
+    def steps(self) -> tuple[str, ...]:
+        """Return the names of the steps, in their order."""
+        return (*(f"fold-{fold}" for fold in range(FOLDS)), "scores")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of the audited examples, of which larger ones are more suspect, and the comparison of the set."""
+
+    request: PoisonRequest
+    scores: dict[str, PerExample]
+    """scores of all examples, by method"""
+    flags: dict[str, Mask]
+    """whether a method flags each example"""
+    predicted: Tensor
+    """class that a network predicts which was not trained on the example"""
+    share: PerExample
+    """share of the smaller cluster of the class of each example"""
+    silhouette: PerExample
+    """silhouette of the clusters of the class of each example"""
+    comparison: Comparison | None
+    """None without trusted examples"""
+
+    @property
+    def n_methods(self) -> Tensor:
+        """The number of methods that flag each audited example; 0 if it is only lowest-loss isolation, which flags a
+        share of any set.
+        """
+        flags = torch.stack([self.flags[name][: self.request.n] for name in METHODS])
+        return torch.where(flags[: METHODS.index("loss")].any(0), flags.sum(0), 0)
+
+    def suspects(self) -> list[int]:
+        """Return the rows of the suspect examples: those that most methods flag first, then by the mean rank of their
+        scores in their class.
+        """
+        n, y = self.request.n, self.request.y[: self.request.n]
+        rank = torch.zeros(n, dtype=torch.float64)
+        for label in sorted({*y.tolist()}):
+            rows = (y == label).nonzero()[:, 0]
+            for values in self.scores.values():
+                rank[rows] += values[rows].argsort(stable=True).argsort(stable=True).double() / len(rows)
+        order = (self.n_methods + rank / (len(METHODS) + 1)).argsort(descending=True, stable=True)
+        return order[self.n_methods[order] > 0].tolist()
+
+
+def refuse_unscorable(batch: Batch) -> None:
+    """Raise `UsageError` if the labels of the audited examples do not form classes."""
+    counts = torch.bincount(batch.y)
+    if int((counts > 0).sum()) < 2:
+        raise UsageError(
+            f"all {len(batch)} examples have the label {int(batch.y[0])}; a network learns nothing from one class, so "
+            "give all classes of the training data"
+        )
+    if int(counts.max()) == 1:
+        raise UsageError(
+            f"each of the {len(batch)} examples has a label of its own; the methods compare examples of the same "
+            "class, so give labels of classes, and not numbers of examples"
+        )
+
+
+def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
+    """Return the request for examples beside trusted ones. Audited examples that are trusted themselves are left out.
+
+    Raises `UsageError` if the trusted examples have other classes or another shape.
+    """
+    if batch.example_shape != trusted.example_shape:
+        raise UsageError(
+            f"the trusted examples have shape {trusted.example_shape} and the audited ones {batch.example_shape}; give "
+            "trusted examples of the same shape",
+            Remedy("clean"),
+        )
+    differing = {*batch.y.tolist()} ^ {*trusted.y.tolist()}
+    if differing:
+        listed = ", ".join(map(str, sorted(differing)))
+        raise UsageError(
+            f"the audited and the trusted examples must have the same classes, and only one of them has examples of "
+            f"{listed}; give trusted examples of the same classes",
+            Remedy("clean"),
+        )
+    known = {*zip(trusted.fingerprints(), trusted.y.tolist(), strict=True)}
+    audited = zip(batch.fingerprints(), batch.y.tolist(), strict=True)
+    kept = torch.tensor([pair not in known for pair in audited], device=batch.y.device)
+    if not bool(kept.any()):
+        raise UsageError(
+            "all examples are among the trusted ones, so there is nothing to audit", Remedy("clean")
+        )
+    batch = batch.take(kept)
+    ids = torch.cat((batch.ids, trusted.ids + batch.ids.max() + 1))  # unique, as draws need
+    both = Batch(torch.cat((batch.x, trusted.x.to(batch.x))), torch.cat((batch.y, trusted.y)), ids)
+    return PoisonRequest(both, len(trusted))
+
+
+def scored(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> Scored:
+    """Take the steps of the audit that are not stored in the run, and return the scores.
+
+    Cost: four trainings, three of them on two thirds of the examples.
+    """
+    batch, rng = request.batch, request.rng
+    order = rng.at("fold").bits(batch.ids).argsort()
+    fold_of = torch.empty_like(order)
+    fold_of[order] = torch.arange(len(order), device=order.device) % FOLDS
+
+    def left_out(fold: int) -> Columns:
+        notify(f"training network {fold + 1} of {FOLDS + 1}, without a third of the examples")
+        rows = fold_of == fold
+        model = train(batch.take(~rows), rng.at("fold", fold))
+        _, logits = penultimate(model, batch.take(rows).x)
+        return {"id": batch.ids[rows].cpu(), "logits": logits}
+
+    parts = [run.stage(f"fold-{fold}", partial(left_out, fold)).columns for fold in range(FOLDS)]
+    logits = torch.empty(len(batch), parts[0]["logits"].shape[1], dtype=torch.float64)
+    for fold, columns in enumerate(parts):
+        logits[(fold_of == fold).cpu()] = columns["logits"]
+    labels = label_scores(logits, request.y)
+
+    def all_scores() -> Columns:
+        notify(f"training network {FOLDS + 1} of {FOLDS + 1}, on all examples")
+        return _columns(batch, train(batch, rng.at("all")), ~labels.suspect)
+
+    return _judged(request, labels, run.stage("scores", all_scores).columns)
+
+
+def _columns(batch: Batch, model: Classifier, trusted_label: Mask) -> Columns:
+    """The scores by the features and the losses of the network that was trained on all examples."""
+    (features, logits), y = penultimate(model, batch.x), batch.y.cpu()
+    columns = {
+        name: torch.zeros(len(batch), dtype=torch.bool if name in ("unusual", "clustered") else torch.float64)
+        for name in ("energy", "clustering", "share", "silhouette", "unusual", "clustered")
+    }
+    for label in torch.bincount(y).nonzero()[:, 0].tolist():
+        rows = y == label
+        result = feature_scores(features[rows], trusted_label[rows])
+        for name, column in columns.items():
+            column[rows] = torch.as_tensor(getattr(result, name), dtype=column.dtype)
+    loss = cross_entropy(logits, y, reduction="none")
+    return {"id": batch.ids.cpu(), "loss": loss, **columns}
+
+
+def _judged(request: PoisonRequest, labels: LabelScores, columns: Columns) -> Scored:
+    """Apply the rules for examples, and compare the set with the trusted examples. Where a score differs from that of
+    the trusted ones, the examples that are too many are flagged as well.
+    """
+    loss, n, everything = columns["loss"], request.n, torch.ones(len(request.batch), dtype=torch.bool)
+    lowest = torch.zeros(len(loss), dtype=torch.bool)
+    lowest[loss[:n].argsort(stable=True)[: max(1, round(LOWEST * n))]] = True
+    scores = {
+        "energy": columns["energy"],
+        "clustering": columns["clustering"],
+        "labels": labels.loss,
+        "loss": -loss,
+    }
+    rules = (columns["unusual"], columns["clustered"], labels.suspect, lowest)
+    flags = {name: flagged.clone() for name, flagged in zip(METHODS, rules, strict=True)}
+    comparison = None
+    if request.n_trusted:
+        # wrong labels alone must not look like manipulated inputs
+        compares = {name: everything if name == "labels" else ~labels.suspect for name in METHODS}
+        y, trusted, ids = request.y, request.trusted, request.batch.ids.cpu()
+        comparison = compared(scores, compares, y, trusted, ids=ids, rng=request.rng)
+        for test in comparison.flagged:
+            in_class = everything if test.label is None else y == test.label
+            rows = (in_class & compares[test.score] & ~trusted).nonzero()[:, 0]
+            order = scores[test.score][rows].argsort(descending=True, stable=True)
+            flags[test.score][rows[order[: test.excess]]] = True
+    return Scored(
+        request, scores, flags, labels.predicted, columns["share"], columns["silhouette"], comparison
+    )
