@@ -49,7 +49,7 @@ def _is_unknown(model: Classifier) -> Callable[[str], bool] | None:
             return None
         return lambda word: unknown_id in tokenizer(word, add_special_tokens=False)["input_ids"]
     source: Any = model.net.interface.source if isinstance(model.net, Estimator) else None
-    vectoriser = source.steps[0][1] if type(source).__name__ == "Pipeline" else None
+    vectoriser: Any = source.steps[0][1] if type(source).__name__ == "Pipeline" else None
     places = getattr(vectoriser, "vocabulary_", None)
     if places is None or getattr(vectoriser, "analyzer", "") != "word":
         return None
