@@ -22,6 +22,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.io.models.text_models import TextFunction
 from holdfast.recipes import MaskedWords, Standard
 from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.recipe import Recipe
 
 WHAT = (
     "Random masks on SST-2: certified accuracy with and without the recipe `masked-words`, and attacks inside"
@@ -58,7 +59,7 @@ def _batch(texts: list[str], labels: list[int]) -> Batch:
     return Batch(encoded(texts, width), torch.tensor(labels), torch.arange(len(texts)))
 
 
-def _certified(name: str, recipe: Standard | MaskedWords, train: Batch, test: Batch) -> Cells:
+def _certified(name: str, recipe: Recipe, train: Batch, test: Batch) -> Cells:
     """Accuracy and certificates of the smoothed classifier of a network, and successes of attacks on certified texts:
     texts whose most frequent class in new draws is shown to be wrong.
     """
