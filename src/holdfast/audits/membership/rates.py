@@ -64,11 +64,6 @@ def auc(score: PerExample, member: Mask) -> float:
     return float(ranks[member].sum() - m * (m + 1) / 2) / (m * n)
 
 
-def curve(score: PerExample, member: Mask, rates: Sequence[float]) -> list[float]:
-    """Return the true-positive rate at each of the false-positive rates."""
-    return [tpr(score, member, rate) for rate in rates]
-
-
 def tpr_of_one(score: PerExample, member: Mask, fpr: float) -> Estimate:
     """Return the true-positive rate of one network with an interval that covers the choice of the members and of the
     non-members.

@@ -210,18 +210,8 @@ def _by_group(how: MembershipAudit, results: Results) -> list[Table]:
             weights = columns["trainings"][inside].double()
             share = float((columns["found"][inside] * weights).sum() / weights.sum())
             rows.append((name, int(inside.sum()), f"{share:.1%}"))
-    title = "Groups" if how.groups else "Classes"
-    return [
-        Table(
-            title,
-            (
-                title.lower().removesuffix("s").removesuffix("e") if how.groups else "class",
-                "training examples",
-                "found",
-            ),
-            rows,
-        )
-    ]
+    title, heading = ("Groups", "group") if how.groups else ("Classes", "class")
+    return [Table(title, (heading, "training examples", "found"), rows)]
 
 
 def _pictures(how: MembershipAudit, results: Results) -> list[Picture]:
@@ -239,7 +229,7 @@ def _pictures(how: MembershipAudit, results: Results) -> list[Picture]:
 
 
 def _curve(results: Results, n_others: int) -> Curve:
-    least = 10 ** math.floor(math.log10(1 / n_others))
+    least = 10 ** math.ceil(math.log10(1 / n_others))
     grid = [10 ** (math.log10(least) * (1 - k / (_POINTS - 1))) for k in range(_POINTS)]
     usable = [fpr for fpr in grid if fpr * n_others >= 1]
     names = dict.fromkeys((results.headline, "loss" if not results.labels else results.headline))
