@@ -167,7 +167,7 @@ def refuse_other_accuracy(model: float, controls: Mapping[str, float], n: int) -
     Such networks were trained in another way, so that the sizes of their triggers are not comparable.
     """
     for name, accuracy in controls.items():
-        if abs(accuracy - model) > MAX_DIFFERENCE:
+        if abs(accuracy - model) > MAX_DIFFERENCE + 1e-9:  # of rounding
             raise UsageError(
                 f"the control {name!r} has an accuracy of {100 * accuracy:.1f} % on {n} clean examples, and the model "
                 f"{100 * model:.1f} %; they may differ by at most {100 * MAX_DIFFERENCE:.0f} points: give controls "
