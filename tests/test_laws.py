@@ -105,6 +105,7 @@ def test_every_attack_of_the_catalogue_has_its_cases():
         "Corruption",
         "GeneticSearch",
         "TextSearch",
+        "TriggerStamp",
         "Universal",
         "UniversalDeepFool",
     }  # in tests/attacks

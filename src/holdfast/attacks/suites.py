@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 SuiteName = Literal[
     "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer", "trees"
 ]
-Kind = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow", "text", "table"]
+Kind = Literal[
+    "linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow", "text", "table", "trigger"
+]
 """What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
 
 
@@ -124,6 +126,7 @@ _PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=
 _WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
 _WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
 _TEXTS = (_spec("TextSearch"),)
+_TRIGGER = (_spec("TriggerStamp"),)
 _TABLE_SCORES = (_spec("ColumnSearch"), _spec("GeneticSearch"))
 _RAND = (
     _spec("APGD-CE", "APGD", loss="cross_entropy", steps=100, draws=20),
@@ -149,6 +152,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         "flow": (_spec("Flow", restarts=2),),
         "text": (_spec("TextSearch", beam=1, queries=500),),
         "table": (_spec("CAPGD", steps=30, restarts=2),),
+        "trigger": _TRIGGER,
     },
     "fast": {
         "linf": (
@@ -186,6 +190,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         "flow": (_spec("Flow"),),
         "text": _TEXTS,
         "table": (_spec("CAPGD"), *_TABLE_SCORES),
+        "trigger": _TRIGGER,
     },
     "standard": {
         **dict.fromkeys(("linf", "l2"), _standard(sparse=False)),
@@ -207,6 +212,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
             _spec("ColumnSearch", columns=60, queries=30000),
             _spec("GeneticSearch", population=60, generations=160),
         ),
+        "trigger": _TRIGGER,
     },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), _RAND),
     "black-box": {
@@ -215,6 +221,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         **dict.fromkeys(("spatial", "colour"), (_spec("GridSearch"),)),
         "text": _TEXTS,
         "table": _TABLE_SCORES,
+        "trigger": _TRIGGER,
     },
     "minimum-norm": {
         "linf": (_spec("DeepFool"), _spec("FMN", steps=100)),

@@ -111,6 +111,7 @@ ATTACKS: Final[Mapping[str, AttackEntry]] = {
         AttackEntry("Thresholds", "thresholds", "scores"),
         AttackEntry("Transfer", "transfer", "none"),
         AttackEntry("TransformPGD", "transform_pgd", "gradients"),
+        AttackEntry("TriggerStamp", "trigger_stamp", "none"),
         AttackEntry("Universal", "universal", "gradients", paper="UAP"),
         AttackEntry("UniversalDeepFool", "universal_deepfool", "gradients"),
         AttackEntry("ZOO", "zoo", "scores"),

@@ -103,7 +103,7 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
         for name, limit in limits.items()
         if name != "content"
     ]
-    if kind == "table":
+    if kind in ("table", "trigger"):
         parts[0] = _quoted(str(limits["file"]))
     if kind == "patch":
         parts[:2] = [f"{limits['height']}x{limits['width']}"]
@@ -128,10 +128,10 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
 
 
 def threat_kind(norm: str) -> str:
-    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf or `text` for
-    TextEdits.
+    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf, `text` for
+    TextEdits or `trigger` for Stamped.
     """
-    return norm.removesuffix("Edits").lower()
+    return "trigger" if norm == "Stamped" else norm.removesuffix("Edits").lower()
 
 
 def refuse_text_limits(limits: Mapping[str, float | str]) -> None:

@@ -1,17 +1,34 @@
 """The trigger of a backdoor: a change of the input to which a manipulated model responds with a class of the attacker.
 
+As a constraint, such as `trigger:drill.trigger.npz` in a threat model, an input may only get this trigger.
+
 Gu et al., "BadNets", 2017, arXiv:1708.06733; Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using
 Data Poisoning", 2017, arXiv:1712.05526; Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption Without
 Label Poisoning", 2019, arXiv:1902.11237.
 """
 
-from dataclasses import dataclass
+import base64
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.types import Inputs
+from holdfast.core.remedies import Remedy
+from holdfast.core.types import Inputs, PerExample
+from holdfast.core.whole_image import Whole
+
+_ROUNDING = 1e-3
+"""Largest difference from the stamped input, as a share of the largest value of an input: the rounding of half
+precision, and less than a quarter of the step between two of 256 levels of grey."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,12 @@ class Trigger:
 
     def stamped(self, x: Inputs, bounds: Bounds) -> Inputs:
         """Return inputs (n, *shape) with the trigger. Raises `UsageError` if the trigger has another shape."""
+        return bounds.clamp(self.unlimited(x))
+
+    def unlimited(self, x: Inputs) -> Inputs:
+        """Return inputs (n, *shape) with the trigger, whose values may be invalid. Raises `UsageError` if the trigger
+        has another shape.
+        """
         if self.pattern.shape != x.shape[1:]:
             raise UsageError(
                 f"the trigger has the shape {tuple(self.pattern.shape)}, and the inputs have {tuple(x.shape[1:])}; "
@@ -37,6 +60,94 @@ class Trigger:
             )
         mask, pattern = self.mask.to(x), self.pattern.to(x)
         stamped = x * (1 - mask) + mask * pattern
-        if self.shift is not None:
-            stamped = stamped + self.shift.to(x)
-        return bounds.clamp(stamped)
+        return stamped if self.shift is None else stamped + self.shift.to(x)
+
+
+@dataclass(frozen=True)
+class Stamped(Whole):
+    """Constraint that an input gets the trigger of a file, and that nothing else changes."""
+
+    name: ClassVar[str] = "trigger"
+
+    file: str
+    """file of the trigger, as it was given"""
+    content: str = field(repr=False)
+    """the trigger as JSON, from `trigger_text`"""
+
+    def __post_init__(self) -> None:
+        trigger_of(self.content)
+
+    @property
+    def eps(self) -> float:
+        """Always 1, because there is one change instead of a radius."""
+        return 1.0
+
+    @property
+    def limits(self) -> Mapping[str, str]:
+        """The file and the trigger in it."""
+        return {"file": self.file, "content": self.content}
+
+    @property
+    def trigger(self) -> Trigger:
+        """The trigger."""
+        return trigger_of(self.content)
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """Return for each example 0 if nothing changed, 1 if it is the input with the trigger, else infinity.
+
+        A value that the trigger moves out of the valid range is allowed at the end of the range. This is not known
+        here, but it is at least as large as every value of the feature in the batch. Raises `UsageError` if the trigger
+        has another shape than the inputs.
+        """
+        stamped, missing = self.trigger.unlimited(x), x.isnan()
+        slack = _ROUNDING * x.nan_to_num().abs().amax().clamp_min(1)
+        high = torch.maximum(x, x_adv).masked_fill(missing, -torch.inf).amax(0) - slack
+        low = torch.minimum(x, x_adv).masked_fill(missing, torch.inf).amin(0) + slack
+        at_end = ((stamped > x_adv) & (x_adv >= high)) | ((stamped < x_adv) & (x_adv <= low))
+        inside = ((x_adv - stamped).abs() <= slack) | at_end | missing
+        changed = ((x_adv != x) & ~missing).flatten(1).any(1)
+        return torch.where(inside.flatten(1).all(1) | ~changed, changed.to(x), torch.inf)
+
+    def resized(self, eps: float) -> "Stamped":
+        """Return the constraint itself for any `eps`, because a trigger has no radius."""
+        return self
+
+    def refusal(self) -> UsageError:
+        """Return the error for an attack that searches, because there is only one allowed change."""
+        return UsageError(
+            f"under {self} inputs get the trigger of the file, and nothing is searched",
+            Remedy("suite", "fast"),
+            Remedy("threat", "linf:8/255"),
+        )
+
+    def __str__(self) -> str:
+        return f"trigger:{self.file}"
+
+
+def trigger_text(trigger: Trigger) -> str:
+    """Return a trigger as JSON text, with its values as compressed 32-bit floats."""
+    arrays = {"mask": trigger.mask, "pattern": trigger.pattern, "shift": trigger.shift}
+    content: dict[str, Any] = {"target": trigger.target}
+    for name, values in arrays.items():
+        if values is not None:
+            packed = zlib.compress(values.detach().cpu().numpy().astype("<f4").tobytes())
+            content[name] = {"shape": list(values.shape), "values": base64.b64encode(packed).decode("ascii")}
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+@lru_cache(maxsize=16)
+def trigger_of(text: str) -> Trigger:
+    """Return the trigger in a text of `trigger_text`. Raises `ValueError`, `TypeError` or `KeyError` for other text."""
+    content = json.loads(text)
+    shift = _unpacked(content["shift"]) if "shift" in content else None
+    return Trigger(_unpacked(content["mask"]), _unpacked(content["pattern"]), content["target"], shift)
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Tensor:
+    """Return the values of an array, of which at most as many bytes are decompressed as its shape needs."""
+    size = 4 * prod(packed["shape"])
+    try:
+        content = zlib.decompressobj().decompress(base64.b64decode(packed["values"]), max(size, 1))
+    except zlib.error as error:
+        raise ValueError(f"the trigger is damaged: {error}") from error
+    return torch.from_numpy(np.frombuffer(content, "<f4").reshape(packed["shape"]).astype(np.float32))

@@ -436,6 +436,8 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
             f"may change a row of the table as the rules in {limits['file']} allow, with a budget of "
             f"{size(limits['eps'])}"
         )
+    if kind == "Stamped":
+        return f"adds the trigger in {limits['file']} to an input, and changes nothing else"
     if kind == "TextEdits":
         return _TEXT_CHANGES[next(name for name in _TEXT_CHANGES if name in limits)].format(**limits)
     changes = [_CHANGES[name].format(size(limit)) for name, limit in limits.items()]

@@ -24,7 +24,7 @@ def usual_suite(threat: ThreatSpec, *, trees: bool = False) -> SuiteName:
     It is `trees` for a model with readable `trees`. Otherwise it depends on the access of the attacker: `transfer` for
     no access, `black-box` for scores or labels, and otherwise `fast`.
     """
-    if threat.norm == "corruptions" or threat.access == "gradients":
+    if threat.norm in ("corruptions", "trigger") or threat.access == "gradients":
         return DEFAULT_SUITE
     if trees and names_in_suite("trees", threat):
         return "trees"

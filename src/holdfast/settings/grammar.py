@@ -3,9 +3,9 @@ mistakes are reported immediately.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat model is `linf:8/255`,
 `corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5`,
-`colour:hue=18,saturation=0.3`, `table:rules.yaml` or `text:edits=2,words=3`, followed by any of `goal=targeted:K`,
-`access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and
-`unit=@FILE` state the unit of the eps of a norm for each feature.
+`colour:hue=18,saturation=0.3`, `table:rules.yaml`, `text:edits=2,words=3` or `trigger:drill.trigger.npz`, followed by
+any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
+`unit=range`, `unit=std` and `unit=@FILE` state the unit of the eps of a norm for each feature.
 """
 
 import math
@@ -70,6 +70,8 @@ class Form:
     """whether the size may be in a unit of each feature"""
     aimed: bool = True
     """whether the attacker may have a target class"""
+    goal: Callable[[Any], int | None] = lambda _: None
+    """function that returns the target class that a constraint states itself; None for none"""
 
     @property
     def cls(self) -> Callable[..., Any]:
@@ -503,6 +505,12 @@ FORMS: Final[dict[str, Form]] = {
         },
         written=_limits_written,
         example=_TEXT_EXAMPLES["edits"],
+    ),
+    "trigger": Form(
+        "holdfast.io.data.trigger_files:trigger_threat",
+        file_argument("file"),
+        written=lambda stamped: path_text(stamped.file),
+        goal=lambda stamped: stamped.trigger.target,
     ),
     "colour": Form(
         "holdfast.core.transformations:Colour",

@@ -37,9 +37,19 @@ _FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
 
 
 def threat_model(spec: ThreatSpec) -> ThreatModel:
-    """Return the threat model for the parsed form of a text such as `linf:8/255`."""
-    constraint: Constraint = FORMS[spec.norm].cls(**spec.arguments)
-    return ThreatModel(constraint, spec.goal, spec.access, spec.queries, unit=spec.unit)
+    """Return the threat model for the parsed form of a text such as `linf:8/255`. Its goal is that of the constraint if
+    this has one, as a trigger with a target class has; another target raises `UsageError`.
+    """
+    form = FORMS[spec.norm]
+    constraint: Constraint = form.cls(**spec.arguments)
+    goal = form.goal(constraint)
+    if None not in (goal, spec.goal) and goal != spec.goal:
+        raise UsageError(
+            f"the goal is targeted:{spec.goal}, and {constraint} has the target class {goal}; leave the goal out"
+        )
+    return ThreatModel(
+        constraint, spec.goal if goal is None else goal, spec.access, spec.queries, unit=spec.unit
+    )
 
 
 ThreatLike = str | Constraint | ThreatModel

@@ -92,6 +92,10 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
         from holdfast.core.text_edits import TextEdits  # late: few runs are on texts
 
         return _of_limits(TextEdits, threat, eps)
+    if threat["norm"] == "Stamped":
+        from holdfast.core.triggers import Stamped  # late: few runs have a trigger
+
+        return _of_limits(Stamped, threat, eps)
     limited: dict[str, type[Patch | Spatial | Colour]] = {
         "Patch": Patch,
         "Spatial": Spatial,

@@ -1,0 +1,31 @@
+"""TriggerStamp: the trigger of a backdoor on every input, independent of the model.
+
+Gu et al., "BadNets", 2017, arXiv:1708.06733.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.triggers import Stamped
+from holdfast.core.types import Access, Inputs
+
+
+@dataclass(frozen=True)
+class TriggerStamp:
+    """Adds the trigger of the threat model to every input, without queries of the model."""
+
+    needs: ClassVar[Access] = "none"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint = threat.constraint
+        if not isinstance(constraint, Stamped):
+            raise UsageError(
+                f"TriggerStamp adds the trigger of a file, and the threat is {constraint}; give a threat such as "
+                "trigger:drill.trigger.npz"
+            )
+        return constraint.trigger.stamped(batch.x, model.bounds)

@@ -1,0 +1,152 @@
+"""The trigger of a backdoor as a change of inputs, as a constraint, and as an attack."""
+
+import pytest
+import torch
+
+import holdfast
+from holdfast.attacks import PGD, TriggerStamp
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint, Limited, Linf, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.threat import ThreatModel
+from holdfast.core.triggers import Stamped, Trigger, trigger_of, trigger_text
+from holdfast.io.data.trigger_files import write_trigger
+from holdfast.settings.grammar import parse_threat
+from holdfast.settings.threats_and_attacks import threat_model, threat_written
+
+BOX = Bounds()
+
+
+class Corner(torch.nn.Module):
+    """Class 0 without a white lower right corner, and class 1 with one."""
+
+    def forward(self, x):
+        corner = x[:, :, -2:, -2:].mean((1, 2, 3))
+        return torch.stack([0.9 - corner, corner], 1)
+
+
+def patch(target=None, shape=(1, 6, 6)):
+    mask = torch.zeros(1, *shape[1:])
+    mask[:, -2:, -2:] = 1
+    return Trigger(mask, torch.ones(shape), target)
+
+
+def wave(size=0.5):
+    return Trigger(
+        torch.zeros(1, 6, 6), torch.zeros(1, 6, 6), None, size * torch.linspace(-1, 1, 36).view(1, 6, 6)
+    )
+
+
+def images(n=20):
+    x = 0.5 * torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    return x, torch.zeros(n, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("trigger", [patch(), patch(3), patch(1, (3, 6, 6)), wave()])
+def test_a_trigger_survives_its_text(trigger):
+    again = trigger_of(trigger_text(trigger))
+    assert torch.equal(again.mask, trigger.mask) and torch.equal(again.pattern, trigger.pattern)
+    assert again.target == trigger.target
+    assert (again.shift is None) == (trigger.shift is None)
+    assert again.shift is None or torch.equal(again.shift, trigger.shift)
+
+
+@pytest.mark.parametrize("trigger", [patch(), wave()])
+def test_only_the_input_with_the_trigger_is_allowed(trigger):
+    constraint, (x, _) = Stamped("t.npz", trigger_text(trigger)), images()
+    stamped = trigger.stamped(x, BOX)
+    assert isinstance(constraint, Constraint) and isinstance(constraint, Limited)
+    assert constraint.distance(stamped, x).eq(1).all() and constraint.distance(x, x).eq(0).all()
+    assert allowed(constraint, stamped, x, BOX).all()
+    other = stamped.clone()
+    other[:, 0, 0, 0] += 0.1
+    assert (
+        constraint.distance(other, x).eq(torch.inf).sum() >= len(x) - 1
+    )  # one may be at the end of the range
+    assert constraint.resized(0.3) is constraint
+
+
+def test_a_missing_value_stays_missing():
+    x, _ = images(2)
+    x[0, 0, 5, 5] = torch.nan
+    constraint = Stamped("t.npz", trigger_text(patch()))
+    stamped = patch().stamped(x, BOX)
+    assert constraint.distance(stamped, x).tolist() == [1, 1]
+
+
+def test_half_precision_is_within_the_tolerance():
+    x = images()[0].half()
+    constraint = Stamped("t.npz", trigger_text(wave()))
+    assert allowed(constraint, wave().stamped(x, BOX), x, BOX).all()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"target":1}', trigger_text(patch()).replace("eJ", "AA"), "null"]
+)
+def test_a_damaged_text_is_refused(content):
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        Stamped("t.npz", content)
+
+
+def test_the_success_of_a_trigger_is_measured(tmp_path):
+    write_trigger(tmp_path / "corner, white.trigger.npz", patch(1))
+    threat = f'trigger:"{tmp_path}/corner, white.trigger.npz"'
+    result = holdfast.assess(Corner(), images(), threat)
+    assert [attack.name for attack in result.evidence.attacks] == ["TriggerStamp"]
+    assert result.evidence.threat.goal == 1
+    assert result["targeted_success_rate"].value == 1
+    assert "adds the trigger in" in result.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    write_trigger(tmp_path / "wave.npz", wave(0.05))
+    unaimed = holdfast.assess(Corner(), images(), f"trigger:{tmp_path}/wave.npz")
+    assert unaimed["attack_success_rate"].value == 0 and unaimed["robust_accuracy"].value == 1
+
+
+def test_examples_of_the_target_class_are_none_of_the_attack(tmp_path):
+    write_trigger(tmp_path / "t.npz", patch(1))
+    x, y = images()
+    x[:5], y[:5] = patch().stamped(x[:5], BOX), 1
+    result = holdfast.assess(Corner(), (x, y), f"trigger:{tmp_path}/t.npz")
+    assert result["targeted_success_rate"].n == 15
+
+
+def test_a_run_with_a_trigger_is_stored_and_another_trigger_refused(tmp_path):
+    file, run = tmp_path / "t.npz", tmp_path / "run"
+    write_trigger(file, patch(1))
+    holdfast.assess(Corner(), images(), f"trigger:{file}", run=run)
+    report = holdfast.report(run)
+    assert report["targeted_success_rate"].value == 1
+    holdfast.verify(run)
+    write_trigger(file, wave())
+    with pytest.raises(UsageError, match="another content of the file"):
+        holdfast.assess(Corner(), images(), f"trigger:{file}", run=run, resume=True)
+
+
+def test_a_stored_threat_is_read_again(tmp_path):
+    write_trigger(tmp_path / "t.npz", patch(1))
+    threat = threat_model(parse_threat(f"trigger:{tmp_path}/t.npz,access=scores"))
+    assert threat.goal == 1
+    assert threat_written(threat) == f"trigger:{tmp_path}/t.npz,goal=targeted:1,access=scores"
+    assert threat_model(parse_threat(threat_written(threat))) == threat
+
+
+def test_other_goals_shapes_attacks_and_threats_are_refused(tmp_path):
+    file = tmp_path / "t.npz"
+    write_trigger(file, patch(1))
+    with pytest.raises(UsageError, match="goal is targeted:0, and trigger:.* has the target class 1"):
+        holdfast.assess(Corner(), images(), f"trigger:{file},goal=targeted:0")
+    write_trigger(tmp_path / "wide.npz", patch(1, (1, 7, 7)))
+    with pytest.raises(UsageError, match=r"has the shape \(1, 7, 7\), and the inputs have \(1, 6, 6\)"):
+        holdfast.assess(Corner(), images(), f"trigger:{tmp_path}/wide.npz")
+    write_trigger(tmp_path / "class.npz", patch(7))
+    with pytest.raises(UsageError, match="the target class is 7, but the model has 2 classes"):
+        holdfast.assess(Corner(), images(), f"trigger:{tmp_path}/class.npz")
+    with pytest.raises(UsageError, match="nothing is searched"):
+        holdfast.assess(Corner(), images(), f"trigger:{file}", suite=[PGD()])
+    x, y = images()
+    batch = Batch(x, y, torch.arange(len(y)))
+    with pytest.raises(UsageError, match="and the threat is Linf"):
+        TriggerStamp()(None, batch, ThreatModel(Linf(0.1)), rng=Draws(0))
+    with pytest.raises(UsageError, match="the threat 'trigger:' has no file"):
+        parse_threat("trigger:")
