@@ -207,7 +207,7 @@ def test_controls_that_cannot_be_compared_are_refused(batch, folder, tmp_path):
     save_file(make().state_dict(), few / "copy.safetensors")
     with pytest.raises(UsageError, match=r"'copy.safetensors' has an accuracy of .* and the model 100.0 %"):
         finding(trained(100), request(batch, few))
-    refuse_other_accuracy(0.9, {"a": 0.93, "b": 0.87}, 100)
+    refuse_other_accuracy(0.9, {"a": 0.93, "b": 0.87}, 100, trained=False)
 
 
 def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch):
@@ -273,9 +273,8 @@ def arrays(batch):
 
 
 def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monkeypatch, capsys):
-    from holdfast.io.data.trigger_files import read_trigger
-
     from holdfast.cli.app import run as command
+    from holdfast.io.data.trigger_files import read_trigger
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "net.py").write_text(
@@ -307,3 +306,18 @@ def test_python_trains_controls_on_the_rest_of_the_data(arrays, tmp_path, monkey
         holdfast.audit.backdoor(trained(100), arrays, controls=str(tmp_path), train_controls="10min")
     with pytest.raises(UsageError, match="expected a folder"):
         holdfast.audit.backdoor(trained(100), arrays, controls=str(tmp_path / "absent"))
+
+
+@pytest.mark.slow
+def test_trained_controls_are_used_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("holdfast.api.audit_backdoor.CLEAN", 200)
+    monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
+    x, y = digits(8000)
+    first = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
+    assert first.facts["controls"] == 20 and first.facts["class"] == TARGET
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 20
+    changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
+    assert again.facts == first.facts
+    assert changed == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}

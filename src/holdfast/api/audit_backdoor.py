@@ -15,6 +15,7 @@ from holdfast.audits.audit import AuditRequest
 from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measured
 from holdfast.audits.backdoor.conclusion import concluded, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache
+from holdfast.audits.backdoor.inversion import refuse_one_class
 from holdfast.audits.finding import Finding
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
@@ -24,6 +25,7 @@ from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
+from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.data_catalogue import cache_folder
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
@@ -55,6 +57,7 @@ def prepared_backdoor(
     stream = None if settings.stream is None else _stream(settings, model)
     device = torch.device(device_of(settings.device))
     batch = data.read(0, len(data))
+    refuse_one_class(batch.y)
     with readied(subject, data, device) as (target, _):
         request = BackdoorRequest(batch.to(device), target.classes, stream=stream, seed=settings.seed)
     request = _with_controls(request, settings, model, batch)
@@ -64,8 +67,6 @@ def prepared_backdoor(
         with readied(subject, data, device):
             found = measured(run, model, request, notify)
         if settings.trigger_out is not None:
-            from holdfast.io.data.trigger_files import write_trigger
-
             write_trigger(Path(settings.trigger_out), suspect(found))
         return concluded(found, model.bounds, model.class_names)
 

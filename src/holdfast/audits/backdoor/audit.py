@@ -183,7 +183,8 @@ class _Steps:
             }
 
         measured = self.run.document("accuracy", compute)
-        refuse_other_accuracy(measured["model"], measured["controls"], len(batch))
+        trained = self.request.training is not None
+        refuse_other_accuracy(measured["model"], measured["controls"], len(batch), trained=trained)
         return measured
 
     def inverted(self) -> Inverted:

@@ -161,15 +161,18 @@ class SizeCache:
         part.replace(self.path)
 
 
-def refuse_other_accuracy(model: float, controls: Mapping[str, float], n: int) -> None:
+def refuse_other_accuracy(model: float, controls: Mapping[str, float], n: int, *, trained: bool) -> None:
     """Raise `UsageError` if the accuracy of a control, by its name, is too far from that of the model, on `n` examples.
 
-    Such networks were trained in another way, so that the sizes of their triggers are not comparable.
+    Such networks were trained in another way, so that the sizes of their triggers are not comparable. `trained` states
+    whether the audit trained the controls.
     """
+    advice = "give controls that were trained like the model"
+    if trained:
+        advice = "give a longer train_controls or more data, or controls that were trained like the model"
     for name, accuracy in controls.items():
         if abs(accuracy - model) > MAX_DIFFERENCE + 1e-9:  # of rounding
             raise UsageError(
                 f"the control {name!r} has an accuracy of {100 * accuracy:.1f} % on {n} clean examples, and the model "
-                f"{100 * model:.1f} %; they may differ by at most {100 * MAX_DIFFERENCE:.0f} points: give controls "
-                "that were trained like the model"
+                f"{100 * model:.1f} %; they may differ by at most {100 * MAX_DIFFERENCE:.0f} points: {advice}"
             )

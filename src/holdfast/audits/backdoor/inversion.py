@@ -75,6 +75,15 @@ def abnormality(size: Tensor) -> Tensor:
     return torch.where(size == median, 0.0, (median - size) / spread)
 
 
+def refuse_one_class(y: Labels) -> None:
+    """Raise `UsageError` if all examples are of one class."""
+    if bool((y == y[:1]).all()):
+        raise UsageError(
+            f"all {len(y)} clean examples are of one class, and a trigger is searched on examples of other classes; "
+            "give clean examples of at least two classes"
+        )
+
+
 @dataclass(frozen=True)
 class Inversion:
     """Searches for the smallest trigger of each class: `min CE(f((1 - m) x + m p), class) + weight · |m|_1`."""
@@ -91,7 +100,7 @@ class Inversion:
     """factor by which the weight of the size grows; it falls by this factor to the power of 1.5"""
     window: Steps = 10
     """number of steps over which the success is averaged"""
-    patience: Steps = 6
+    patience: Steps = 10
     """number of windows without a smaller trigger after which the search for a class ends"""
 
     def __call__(
@@ -103,11 +112,7 @@ class Inversion:
         `steps · examples` forward and backward passes for each class. Raises `UsageError` if all examples are of one
         class.
         """
-        if bool((y == y[0]).all()):
-            raise UsageError(
-                f"all {len(y)} clean examples are of class {int(y[0])}, and a trigger is searched on examples of other "
-                "classes; give clean examples of at least two classes"
-            )
+        refuse_one_class(y)
         searches = [_Search(self, model, x[y != label], label, rng.at("class", label)) for label in classes]
         self._search(model, searches)
         return Inverted(

@@ -12,6 +12,7 @@ from torch.nn.functional import log_softmax
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.types import Fraction, Ids, Inputs, PerExample, Steps
+from holdfast.statistics.detection_rates import threshold
 
 _ROWS = 1024
 """Number of blended inputs in one forward pass."""
@@ -42,7 +43,7 @@ class Strip:
 
     def threshold(self, clean: PerExample) -> float:
         """Return the entropy below which an input is suspect, from the entropies of clean inputs."""
-        return float(clean.double().quantile(self.false_positives))
+        return -threshold(-clean, self.false_positives)
 
 
 def _entropy(logits: Tensor) -> PerExample:
