@@ -28,6 +28,7 @@ ROWS = {
     "certification": "certification",
     "tables": "tables",
     "trees": "trees",
+    "planting": "planting",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

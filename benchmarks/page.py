@@ -25,6 +25,9 @@ SUBJECTS = {
     "pages under the fourteen relations of TabularBench.",
     "trees": "Tree ensembles on tables: exact worst cases beside an attack, exact distances, and monotone models "
     "against attackers who can only add to features.",
+    "planting": "Triggers that `holdfast data poison` plants in MNIST: their success on small networks that were trained on "
+    "the poisoned digits and on a clean one (*on clean*), and the trigger of a network that others poisoned. "
+    "*Difference* is that from images that the benchmark stamps itself.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",

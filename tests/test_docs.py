@@ -34,6 +34,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Spatial
+from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.data import open_data
 from holdfast.io.models.denoiser import with_denoiser
 from holdfast.io.models.models import bundled_models, open_model
@@ -157,6 +158,9 @@ def test_an_attack_needs_and_costs_what_its_row_states(row):
         return
     batch = open_data("mnist-mini", n=2).read(0, 2)
     limited = {"images": Corruptions(1), "L0": L0(1), "patch": Patch(1, 1), "spatial": Spatial(0.001, 0.001)}
+    corner = torch.zeros(1, 28, 28)
+    corner[:, -3:, -3:] = 1
+    limited["trigger"] = Stamped("t.npz", trigger_text(Trigger(corner, corner)))
     limited["spatial"] = Spatial(flow=1e-6) if isinstance(attack, Flow) else limited["spatial"]
     smallest = limited.get(kind) or NORMS.get(kind, Linf)(1e-6)
     spared = max(

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from holdfast.api.attack import attack as attack
     from holdfast.api.guards import Guard as Guard
     from holdfast.api.placing import Ray as Ray
+    from holdfast.api.poisoning import poison as poison
     from holdfast.api.references import open_data as open_data
     from holdfast.api.references import open_model as open_model
     from holdfast.api.serve import serve as serve
@@ -104,6 +105,7 @@ _HOMES = {
     "monitor": "holdfast.api.verbs",
     "open_data": "holdfast.api.references",
     "open_model": "holdfast.api.references",
+    "poison": "holdfast.api.poisoning",
     "report": "holdfast.api.stored",
     "serve": "holdfast.api.serve",
     "skipped": "holdfast.core.skipped",

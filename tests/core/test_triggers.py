@@ -96,11 +96,12 @@ def test_the_success_of_a_trigger_is_measured(tmp_path):
     result = holdfast.assess(Corner(), images(), threat)
     assert [attack.name for attack in result.evidence.attacks] == ["TriggerStamp"]
     assert result.evidence.threat.goal == 1
-    assert result["targeted_success_rate"].value == 1
+    assert result["trigger_success_rate"].value == 1
+    assert "100.0 % of 20 images of other classes are assigned to class 1 with the trigger" in str(result)
     assert "adds the trigger in" in result.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
     write_trigger(tmp_path / "wave.npz", wave(0.05))
     unaimed = holdfast.assess(Corner(), images(), f"trigger:{tmp_path}/wave.npz")
-    assert unaimed["attack_success_rate"].value == 0 and unaimed["robust_accuracy"].value == 1
+    assert unaimed["trigger_success_rate"].value == 0 and unaimed["robust_accuracy"].value == 1
 
 
 def test_examples_of_the_target_class_are_none_of_the_attack(tmp_path):
@@ -108,7 +109,31 @@ def test_examples_of_the_target_class_are_none_of_the_attack(tmp_path):
     x, y = images()
     x[:5], y[:5] = patch().stamped(x[:5], BOX), 1
     result = holdfast.assess(Corner(), (x, y), f"trigger:{tmp_path}/t.npz")
-    assert result["targeted_success_rate"].n == 15
+    assert result["trigger_success_rate"].n == 15
+    with pytest.raises(UsageError, match="all examples have the target class 1 of the trigger"):
+        holdfast.assess(
+            Corner(), (x[:5], y[:5]), f"trigger:{tmp_path}/t.npz", gates=["trigger_success_rate <= 1"]
+        )
+
+
+def test_misclassified_examples_count_as_well(tmp_path):
+    write_trigger(tmp_path / "t.npz", patch(1))
+    x, y = images()
+    y[:5] = 2  # the model has no such class, and the examples are wrong when clean
+    net = torch.nn.Sequential(Corner(), torch.nn.ConstantPad1d((0, 1), -1.0))
+    result = holdfast.assess(net, (x, y), f"trigger:{tmp_path}/t.npz", gates=["trigger_success_rate <= 0.1"])
+    assert result["clean_accuracy"].value == 0.75 and result.exit_code == 1
+    assert result["trigger_success_rate"].value == 1 and result["trigger_success_rate"].n == 20
+    assert result["targeted_success_rate"].value == 0.75
+
+
+def test_without_a_target_any_change_of_the_class_counts(tmp_path):
+    write_trigger(tmp_path / "t.npz", patch())
+    x, y = images()
+    x[:5] = patch().stamped(x[:5], BOX)
+    result = holdfast.assess(Corner(), (x, y), f"trigger:{tmp_path}/t.npz")
+    assert result["trigger_success_rate"].value == 0.75 and result["trigger_success_rate"].n == 20
+    assert "75.0 % of 20 images change their class with the trigger" in str(result)
 
 
 def test_a_run_with_a_trigger_is_stored_and_another_trigger_refused(tmp_path):
@@ -116,7 +141,7 @@ def test_a_run_with_a_trigger_is_stored_and_another_trigger_refused(tmp_path):
     write_trigger(file, patch(1))
     holdfast.assess(Corner(), images(), f"trigger:{file}", run=run)
     report = holdfast.report(run)
-    assert report["targeted_success_rate"].value == 1
+    assert report["trigger_success_rate"].value == 1
     holdfast.verify(run)
     write_trigger(file, wave())
     with pytest.raises(UsageError, match="another content of the file"):

@@ -110,9 +110,10 @@ _COMMANDS = {
     "validate": ("first", "check a holdfast.yaml without running it"),
     "data": (
         "data",
-        "list, show, download and import data sets",
+        "list, show, download, import and poison data sets",
         "data list",
         "data fetch mnist",
+        "data poison mnist --attack badnets,target=1,rate=0.01 -o drill.npz",
     ),
     "models": ("catalogue", "list the bundled models and architectures"),
     "attacks": ("catalogue", "list the attacks, or show one with its settings", "attacks", "attacks pgd"),

@@ -1,6 +1,7 @@
-"""The command `holdfast data`, which lists, shows, downloads and imports data sets."""
+"""The command `holdfast data`, which lists, shows, downloads, imports and poisons data sets."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import click
 from holdfast.cli import completing
 from holdfast.cli.options import Group, Voice, with_voice
 from holdfast.core.names import line
+from holdfast.settings.grammar import path_text
 
 
-@click.group(cls=Group, invoke_without_command=True, short_help="list, show, download and import data sets")
+@click.group(
+    cls=Group, invoke_without_command=True, short_help="list, show, download, import and poison data sets"
+)
 @click.pass_context
 def data(context: click.Context) -> None:
     """List data sets, show one, download one from its official mirror, or import downloaded files from a folder.
+    Poison one to test audits.
 
     They are stored in the folder HOLDFAST_DATA (an environment variable), else in the user's cache.
     """
@@ -106,3 +111,41 @@ def import_(voice: Voice, folder: Path) -> None:
 
     for imported in import_folder(folder):
         click.echo(line(f"{imported.name}: {imported.path} (from {', '.join(imported.files)})"))
+
+
+@data.command(short_help="plant manipulated examples in training data")
+@click.argument("address", metavar="DATA", type=completing.DATA)
+@click.option(
+    "--attack",
+    required=True,
+    metavar="NAME,KEY=VALUE",
+    help="flip, flip-targeted, badnets, blended or sig, with rate (the share of the training examples that is "
+    "poisoned), target (a class) and further settings, as in badnets,target=1,rate=0.01,size=3.",
+)
+@click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="File to write (.npz).")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random choices.")
+@with_voice
+def poison(voice: Voice, *, address: str, attack: str, output: Path, seed: int) -> None:
+    """Plant manipulated examples in the training split of DATA, as a drill for audits.
+
+    The file that is written has the poisoned training split, the unchanged test split, and the positions of the
+    manipulated examples (poisoned). The trigger of a backdoor is written beside it, as in drill.trigger.npz.
+
+    Settings of the attacks: source (flip-targeted); size and at (badnets); alpha (blended); delta and frequency (sig).
+    """
+    from holdfast.api.poisoning import write_drill
+
+    drill = write_drill(address, attack, output, seed=seed)
+    aim = "" if drill.target is None else f", target class {drill.target}"
+    voice.say(
+        f"{drill.attack}{aim}: {drill.poisoned:,} of {drill.train:,} training examples are poisoned "
+        f"({drill.poisoned / drill.train:.3g} of them); the {drill.test:,} test examples are unchanged"
+    )
+    if drill.trigger is not None:
+        voice.say(
+            f"success rate of the attack on a MODEL that was trained on {drill.data}: holdfast assess MODEL "
+            f"{drill.data} --threat {shlex.quote('trigger:' + path_text(str(drill.trigger)))}"
+        )
+    click.echo(line(str(drill.data)))
+    if drill.trigger is not None:
+        click.echo(line(str(drill.trigger)))

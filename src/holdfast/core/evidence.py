@@ -16,6 +16,9 @@ Columns = Mapping[str, Tensor]
 PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across", "geometry", "stateful"))
 """names of the tables inside the columns of a stage: the column `gallery.x` is the column `x` of the table `gallery`"""
 
+TRIGGERED = "triggered"
+"""name of the column that states whether the trigger of a backdoor changed the class of an example"""
+
 
 def in_table(column: str) -> bool:
     """Return whether a column of a stage belongs to a separate table, such as the gallery of broken examples, and not
@@ -215,8 +218,9 @@ class Evidence:
     the successful input was never queried itself). The fixed PGD-40 pass: `attacked_prediction`, `attacked_confidence`,
     `attacked_entropy`, `attacked_probability_margin`. Minimum-norm attacks: `distance`, the smallest over all successes
     in the threat's own norm, and `STAGE.distance`, that of one attack, such as `1-fmn.distance`. Under a targeted goal
-    `eligible` marks the examples that count, and `success` means that the target was reached. A model that rejects:
-    `rejected` marks rejected clean inputs, whose prediction is -1; `score` is the detector's score minus its threshold,
+    `eligible` marks the examples that count, and `success` means that the target was reached. A trigger: `triggered`
+    marks the examples that reach its target class with it, or without a target change their class. A model that
+    rejects: `rejected` marks rejected clean inputs, whose prediction is -1; `score` is the detector's score minus its threshold,
     in units of its scale; `class_margin` is the margin of the network alone; `oblivious_score` and `aware_score` are
     scores of attacked inputs that the network alone misclassifies: of an attack without knowledge of the detector, and
     the lowest of the attacks with it (inf if there is none). A randomised model: `right_probability` is the share of

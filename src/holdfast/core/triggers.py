@@ -68,6 +68,7 @@ class Stamped(Whole):
     """Constraint that an input gets the trigger of a file, and that nothing else changes."""
 
     name: ClassVar[str] = "trigger"
+    judges_misclassified: ClassVar[bool] = True
 
     file: str
     """file of the trigger, as it was given"""

@@ -23,6 +23,7 @@ PLAIN: Mapping[str, Metric] = {
     "rejection_rate": shares.rejection_rate,
     **detection.DETECTION_METRICS,
     "targeted_success_rate": shares.targeted_success_rate,
+    "trigger_success_rate": shares.trigger_success_rate,
     "transfer_success": transfer_success,
     **perturbations.PERTURBATIONS,
     "robust_margin": perturbations.robust_margin,

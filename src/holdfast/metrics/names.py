@@ -75,6 +75,10 @@ METRICS: Final[dict[str, str]] = {
     ),
     "attack_success_rate": "share of the examples correct when clean that an attack broke",
     "targeted_success_rate": "share of eligible examples that an attack changed to the target class",
+    "trigger_success_rate": (
+        "share of the examples of other classes that are assigned to the target class of a trigger, or without a "
+        "target share of all examples whose class the trigger changes"
+    ),
     "transfer_success": "share of the examples correct when clean that examples computed on the surrogates break",
     "perturbed_share": "share of all examples that an attack broke (those that the mean perturbations are over)",
     "perturbation_linf": "median over all examples of the largest change found, infinite if none was found",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Evidence
+from holdfast.core.evidence import TRIGGERED, Evidence
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
@@ -157,6 +157,24 @@ def targeted_success_rate(evidence: Evidence) -> Estimate:
             f"no example is eligible: all have class {evidence.threat.goal} as label or clean prediction"
         )
     return proportion(evidence["success"][eligible])
+
+
+def trigger_success_rate(evidence: Evidence) -> Estimate:
+    """Return the share of the examples of other classes that the model assigns to the target class of a trigger, if
+    they have the trigger, whether they are correct when clean or not. If the trigger has no target class, it is the
+    share of all examples whose predicted class the trigger changes.
+    """
+    changed, goal = (
+        column(evidence, TRIGGERED, "use a threat such as trigger:drill.trigger.npz"),
+        evidence.threat.goal,
+    )
+    if goal is not None:
+        changed = changed[evidence["y"] != goal]
+    if not len(changed):
+        raise Absent(
+            f"all examples have the target class {goal} of the trigger; give examples of other classes"
+        )
+    return proportion(changed)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ FIRST = frozenset(
         "worst_group",
         "attack_success_rate",
         "targeted_success_rate",
+        "trigger_success_rate",
         "transfer_success",
         "robust_margin",
         "adversarial_radius",

@@ -185,7 +185,13 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
     """Return the name of the metric that the headline of a report states, such as `robust_accuracy`, or None if no such
     metric was measured.
     """
-    candidates = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
+    candidates = [
+        "trigger_success_rate",
+        "robust_accuracy",
+        "targeted_success_rate",
+        "robust_margin",
+        "clean_accuracy",
+    ]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
         candidates.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
     if summary["verb"] == "certify":
@@ -253,6 +259,10 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
         results = summary.get("certification")
         model = ", for the smoothed classifier" if results and results.get("statistical") else ""
         return f"{rate} {of} are certified under {constraint}{model}{interval_part}{rest}"
+    if metric == "trigger_success_rate":
+        goal = summary["threat"]["goal"]
+        outcome = "change their class" if goal is None else f"of other classes are assigned to class {goal}"
+        return f"{rate} {of} {outcome} with the trigger{interval_part}"
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be changed to class {summary['threat']['goal']}{interval_part}"
     if metric != "clean_accuracy":

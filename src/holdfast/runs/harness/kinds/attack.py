@@ -13,7 +13,7 @@ from holdfast.attacks.protocol import Learned, Placed
 from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
-from holdfast.core.evidence import Columns, in_table
+from holdfast.core.evidence import TRIGGERED, Columns, in_table
 from holdfast.core.guard import Aim
 from holdfast.core.names import slug
 from holdfast.core.pieces import Pieces
@@ -229,7 +229,7 @@ class SuiteAttack(AttackKind):
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
         """Return columns that single attacks add to the evidence: the distances of each minimum-norm attack, and
-        whether each example is correct under each corruption.
+        whether each example is correct under each corruption, or changes its class with a trigger.
         """
         added: dict[str, Tensor] = {}
         steps = [step for step in outline.steps if step.kind is self and step.name in by_stage]
@@ -237,6 +237,13 @@ class SuiteAttack(AttackKind):
             added |= {f"{step.name}.distance": by_stage[step.name]["distance"] for step in steps}
         if isinstance(outline.threat.constraint, Corruptions):
             added |= {f"{step.settings['name']}.right": by_stage[step.name]["right"] > 0.5 for step in steps}
+        if outline.threat.constraint.name == "trigger" and steps:
+            stamped = by_stage[steps[0].name]
+            reached, moved = (
+                ~(stamped["right"] > 0.5),
+                stamped["prediction"] != by_stage["clean"]["prediction"],
+            )
+            added[TRIGGERED] = moved if outline.threat.goal is None else reached
         return added
 
 
