@@ -172,15 +172,10 @@ class _Steps:
         batch = self.request.batch
 
         def compute() -> Mapping[str, Any]:
-            files = () if controls is None else controls.files
-            return {
-                "model": accuracy(self.model, batch),
-                "controls": {
-                    path.name: accuracy(controls.opened(place, self.model), batch)
-                    for place, path in enumerate(files)
-                    if controls is not None
-                },
-            }
+            of_controls = (
+                {} if controls is None else controls.each(self.model, partial(accuracy, batch=batch))
+            )
+            return {"model": accuracy(self.model, batch), "controls": of_controls}
 
         measured = self.run.document("accuracy", compute)
         trained = self.request.training is not None
@@ -213,13 +208,11 @@ class _Steps:
         trigger, others = inverted.trigger(rank.label), self.request.batch.y != rank.label
         stamped = trigger.stamped(self.request.batch.x[others], self.model.bounds)
 
-        def transfer() -> Mapping[str, Any]:
-            opened = (controls.opened(place, self.model) for place in range(len(controls.files)))
-            return {
-                "success": [float((predicted(one, stamped) == rank.label).double().mean()) for one in opened]
-            }
+        def success(control: Classifier) -> float:
+            return float((predicted(control, stamped) == rank.label).double().mean())
 
-        return Compared(accuracies, rank, tuple(self.run.document("transfer", transfer)["success"]))
+        transfer = self.run.document("transfer", lambda: controls.each(self.model, success))
+        return Compared(accuracies, rank, tuple(transfer.values()))
 
     def control(self, controls: Controls, place: int) -> Mapping[str, Any]:
         """Search the triggers of a control, unless an earlier audit did with the same settings."""

@@ -9,7 +9,7 @@ spread comes from the few classes of one network, is only shown.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +130,10 @@ class Controls:
                 f"the control {path.name!r} has the weights of the model itself; remove it from the folder"
             )
         return control.eval().requires_grad_(requires_grad=False)
+
+    def each(self, model: Classifier, measure: Callable[[Classifier], float]) -> dict[str, float]:
+        """Return the results of a measurement on each control, by the name of its file."""
+        return {path.name: measure(self.opened(place, model)) for place, path in enumerate(self.files)}
 
 
 @dataclass(frozen=True)

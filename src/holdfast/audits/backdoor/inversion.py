@@ -117,9 +117,9 @@ class Inversion:
         self._search(model, searches)
         return Inverted(
             torch.tensor(classes),
-            torch.stack([one.mask for one in searches]),
-            torch.stack([one.pattern for one in searches]),
-            torch.stack([one.mask.sum() for one in searches]),
+            torch.stack([one.mask.cpu() for one in searches]),
+            torch.stack([one.pattern.cpu() for one in searches]),
+            torch.stack([one.mask.sum().cpu() for one in searches]),
             torch.tensor([one.success(model) for one in searches]),
             torch.tensor([one.n_steps for one in searches]),
         )
