@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from holdfast.audits.planting import POISONINGS, poisoned
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -22,6 +21,7 @@ from holdfast.audits.backdoor.conclusion import concluded, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache
 from holdfast.audits.backdoor.inversion import Inversion, Inverted
 from holdfast.audits.backdoor.strip import Strip
+from holdfast.audits.planting import POISONINGS, poisoned
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
@@ -37,7 +37,7 @@ CONTROLS, OTHERS, PLANTED, PUBLISHED = range(20), range(100, 110), 200, range(30
 DRILLS = (("badnets", 0.01), ("badnets", 0.001), ("blended", 0.01))
 PUBLISHED_TARGET = 1
 HALF = 30_000
-"""Number of images of the one epoch in which the controls of the published network are trained: its accuracy is lower."""
+"""Number of training images of the controls of the published network, in one epoch: its accuracy is lower."""
 STRIP_AUROC = {"badnets": 0.99, "blended": 0.98}
 STREAM = 1000
 """Number of clean and of triggered test images that STRIP separates."""
@@ -94,7 +94,7 @@ def measured() -> Outcome:
     table += [found[f"strip-{attack}"] for attack in STRIP_AUROC]
     config = {"epochs": EPOCHS, "batch": BATCH, "clean images": CLEAN, "controls": len(CONTROLS)}
     config |= {
-        "seeds": f"0-19 controls, 100-109 clean, {PLANTED} planted, 300-319 controls of the published one"
+        "seeds": f"0-19 controls, 100-109 clean, {PLANTED} planted, 300-319 controls of the published one, of one epoch"
     }
     return Outcome(table, claims, config, parts)
 
@@ -161,7 +161,7 @@ def _audit(name: str, net: nn.Module, folder: Path) -> tuple[Cells, Trigger]:
     cells |= {"success on controls": facts["success_on_controls"]}
     together = [seconds for classes, seconds in timed.seconds if classes == 10]
     own = sum(seconds for classes, seconds in timed.seconds if classes < 10)
-    return cells | {"CPU s": max(own, *together), "of controls": facts["ratios_of_controls"]}, suspect(found)
+    return cells | {"CPU s": max([own, *together]), "of controls": facts["ratios_of_controls"]}, suspect(found)
 
 
 def _small(x: Tensor, y: Tensor) -> Path:
