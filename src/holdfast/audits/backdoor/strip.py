@@ -1,6 +1,9 @@
 """STRIP: inputs whose predicted class remains although other images are laid over them probably have a trigger.
 
 Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019, arXiv:1902.06531.
+
+As in the paper, the images are added. The mean of both, which is also in use, halves a trigger: on networks with
+triggers that the benchmark does not contain, its AUROC was 0.79 to 0.97, and that of the sum 0.97 to 1.00.
 """
 
 from dataclasses import dataclass
@@ -20,7 +23,9 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Strip:
-    """Scores inputs by the mean entropy of the predictions for `x / 2 + overlay / 2`."""
+    """Scores inputs by the mean entropy of the predictions for the sum of an input and a clean example, clamped to the
+    valid range.
+    """
 
     overlays: Steps = 64
     """number of clean examples that are laid over each input"""
@@ -33,10 +38,13 @@ class Strip:
         overlay. Costs `overlays` forward passes for each input.
         """
         chosen = rng.at("overlays").integers(ids, len(clean), self.overlays)
+        low, _ = model.bounds.like(x)
+
+        def blended(rows: Tensor) -> Inputs:
+            return model.bounds.clamp(x[rows, None] + (clean[chosen[rows]] - low)).flatten(0, 1)
+
         entropies = [
-            _entropy(model(((x[rows, None] + clean[chosen[rows]]) / 2).flatten(0, 1)))
-            .view(-1, self.overlays)
-            .mean(1)
+            _entropy(model(blended(rows))).view(-1, self.overlays).mean(1)
             for rows in torch.split(torch.arange(len(x), device=x.device), max(1, _ROWS // self.overlays))
         ]
         return torch.cat(entropies)
