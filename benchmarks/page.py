@@ -25,9 +25,13 @@ SUBJECTS = {
     "pages under the fourteen relations of TabularBench.",
     "trees": "Tree ensembles on tables: exact worst cases beside an attack, exact distances, and monotone models "
     "against attackers who can only add to features.",
-    "planting": "Triggers that `holdfast data poison` plants in MNIST: their success on small networks that were trained on "
-    "the poisoned digits and on a clean one (*on clean*), and the trigger of a network that others poisoned. "
-    "*Difference* is that from images that the benchmark stamps itself.",
+    "planting": "Triggers that `holdfast data poison` plants in MNIST: their success on small networks that were "
+    "trained on the poisoned digits and on a clean one (*on clean*), and the trigger of a network that others "
+    "poisoned. *Difference* is that from images that the benchmark stamps itself.",
+    "membership": "Membership inference on Location-30 (446 binary features, 30 classes): training examples that "
+    "attacks find at 1 % false positives, on the same networks, beside Privacy Meter's function and ART's attack.",
+    "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
+    "trainings of a small network without and with differential privacy.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",
@@ -99,6 +103,8 @@ SUBJECTS = {
     "hardening": "Models hardened within minutes on two cores: `standard` on 1,000 test images, `fast` on all 10,000.",
     "cifar-hardening": "CIFAR-10 hardened in ten minutes on two cores: a small residual network, `fast` on 1,000 "
     "images.",
+    "partitions": "An ensemble of 100 partitions of MNIST: accuracy, accuracy that is certified against added and "
+    "removed training images, and CPU time.",
     "certified-training": "Certified training of the bundled network, MNIST, Linf 0.1: share of the 10,000 test "
     "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
@@ -124,6 +130,8 @@ SUBJECTS = {
     "words, and accuracy of sentiment after edited words.",
     "text-networks": "`TextSearch` on a small CNN and on a transformer encoder for SST-2: accuracy after two edits in "
     "each of three words, and cost.",
+    "text-masking": "Random masks on sentences of SST-2: certified accuracy after `standard` and after `masked-words`, "
+    "and attacks inside the certificates.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
     "loss-spread": "Largest difference of the success of attacks that differ in their loss, on the gallery of masked "
     "models and on honest networks; the doubt is raised from 0.15.",

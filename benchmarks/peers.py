@@ -4,11 +4,12 @@
 (jeromerony/adversarial-library), `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks), `RayS`
 (uclaml/RayS), `SurFree` (t-maho/SurFree), `sparse-rs` (fra31/sparse-rs), `blackbox-bandits`
 (MadryLab/blackbox-bandits), `advertorch` (BorealisAI/advertorch), `Adversarial-Patch-Training`
-(sukrutrao/Adversarial-Patch-Training, licensed for research alone) and `skip-connections-matter`
-(csdongxian/skip-connections-matter). adv-lib imports torchvision and visdom at the top of modules that the attacks
-compared here never use (perceptual distances and live plots), so empty stand-ins take their place, as they do for
-advertorch's pictures and for the log files of Adversarial-Patch-Training; RayS gets one for its progress bar, which
-wants a terminal; torchattacks is installed with `--no-deps`. The row `onnx-files` reads wheels from the same folder.
+(sukrutrao/Adversarial-Patch-Training, licensed for research alone), `skip-connections-matter`
+(csdongxian/skip-connections-matter) and `ml_privacy_meter` (privacytrustlab/ml_privacy_meter). adv-lib imports
+torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and
+live plots), so empty stand-ins take their place, as they do for advertorch's pictures and for the log files of
+Adversarial-Patch-Training; RayS gets one for its progress bar, which wants a terminal; torchattacks is
+installed with `--no-deps`. The row `onnx-files` reads wheels from the same folder.
 """
 
 import importlib
@@ -38,6 +39,7 @@ CHECKOUTS = {
     "utils_sgm": "skip-connections-matter",
     "advertorch": "advertorch",
     "attacks": "Adversarial-Patch-Training",
+    "modules": "ml_privacy_meter",
 }
 DISTRIBUTIONS = {
     "foolbox": "foolbox",

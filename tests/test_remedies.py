@@ -29,7 +29,7 @@ from torch import nn
 import holdfast
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_opening import guarded_subject
-from holdfast.api.hardening import _with_denoiser
+from holdfast.api.hardening import _with_denoiser, _with_threat_of_recipe
 from holdfast.api.misspelt import refuse_misspelt
 from holdfast.api.monitoring_streams import _refuse_data
 from holdfast.api.plans import assess_request, prover
@@ -72,6 +72,8 @@ from holdfast.io.remote.counting import InspectionCounter
 from holdfast.io.remote.payloads import Shaped, Template
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.metrics.catalogue import estimate
+from holdfast.recipes import DPSGD
+from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.gains import order_of
 from holdfast.reports.across import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
@@ -380,6 +382,29 @@ def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=
     return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
 
 
+def centred():
+    """A network whose outputs depend on the mean of the batch."""
+
+    class Centred(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    return Centred(4, 3)
+
+
+def paced(budget=None):
+    """A private training, within a time if there is a budget."""
+    pacing = None if budget is None else lambda *_: None
+    recipe = DPSGD(training=Training(epochs=1, batch=8, pacing=pacing))
+    recipe._refuse_unsound(Batch(X, Y, torch.arange(len(X))))
+
+
+def privacy(model=LINEAR, **arguments):
+    x = torch.rand(240, 4)
+    settings = {"train": lambda x, y, seed: nn.Linear(4, 3), "epsilon": 2, "device": "cpu", **arguments}
+    return holdfast.audit.privacy(model, (x, LINEAR(x).argmax(1)), **settings)
+
+
 def poor():
     """A network that predicts few of the labels `Y`."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -433,6 +458,8 @@ def file(name: str) -> str:
         path.write_text(tables[name])
     elif name == "rules.json":
         path.write_text(json.dumps({"columns": {name: {"min": 0, "max": 1} for name in "abcd"}}))
+    elif name == "t.npz":
+        np.savez(path, mask=np.ones(4), pattern=np.zeros(4))
     elif name == "bounds.json":
         path.write_text('{"a": [0, 1]}')
     elif name == "one.npz":
@@ -862,6 +889,7 @@ situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="mi
 situation("no eps", planned, threat="l2")
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
+situation("an attack under a trigger", planned, threat=Later(lambda: f"trigger:{file('t.npz')}"), suite="pgd")
 situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
 situation("no suite on texts", planned, threat="text:edits=1,words=1", suite="rand")
 situation("no such device", planned, device="cuda:99")
@@ -1009,6 +1037,27 @@ situation(
     threat=Later(lambda: f"table:{file('rules.json')}"),
     recipe="mart",
 )
+situation("partitions under a norm", settled, threat="linf:0.1", recipe="partitions")
+situation("another recipe for training sets", settled, threat="training-set:2", recipe="pgd")
+situation(
+    "a budget of partitions",
+    lambda **arguments: _with_threat_of_recipe(Harden(model=LINEAR, data=PAIR, **arguments)),
+    recipe="partitions",
+    budget="1min",
+)
+situation(
+    "partitions in a pool",
+    lambda recipe: rotation_recipe(RotateSettings(model="mnist-cnn", recipe=recipe)),
+    recipe={"use": "partitions"},
+)
+situation("a suite for training sets", planned, threat="training-set:2", suite="fast")
+situation(
+    "a suite for partitions",
+    lambda **arguments: assess_request(Harden(model=LINEAR, data=PAIR, threat="training-set:2", **arguments)),
+    suite="fast",
+)
+situation("an attack for training sets", attacked, threat="training-set:2", attack=PGD(steps=2))
+situation("partitions certify no norm", certified, method="partitions")
 situation(
     "a column of identifiers",
     lambda drop: drafted(Path(file("identifiers.csv")), "label", tuple(drop), None),
@@ -1218,6 +1267,13 @@ situation(
 )
 situation("no other norms", trained, recipe={"use": "multi-norm", "others": ()})
 situation("foreign norms", trained, recipe={"use": "multi-norm", "others": "l0:1"})
+situation("a large delta", trained, recipe={"use": "dp-sgd", "delta": 0.5})
+situation("gradients of a batch", trained, model=Later(centred), recipe="dp-sgd")
+situation("privacy within a time", paced, budget="1min")
+situation("privacy of no training", privacy, {"train": lambda x, y, seed: nn.Linear(4, 3)}, train=None)
+situation("privacy without a claim", privacy, {"epsilon": 2}, epsilon=None, canaries=100)
+situation("few canaries", privacy, canaries=10)
+situation("canaries of most examples", privacy, canaries=150)
 situation("ensemble of one", trained, recipe="ensemble")
 situation("help of a poor model", trained, model=Later(poor), recipe="hat")
 

@@ -176,9 +176,10 @@ def test_every_block_of_text_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "words.json").write_text(words, encoding="utf-8")
     exec(compile(factory, "spam.py", "exec"), {"__name__": "__main__"})
     lines = re.findall(r"^\$ holdfast (.*)$", page("text"), re.MULTILINE)
-    assert len(lines) == 5
+    assert len(lines) == 7
     for line in lines:
         assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
+    assert (tmp_path / "hardened" / "card.md").exists()
     assert "<mark" in (tmp_path / "report.html").read_text(encoding="utf-8")
     exec(compile(code, "text.md", "exec"), {})
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from holdfast.api.verb_settings import Adapt as Adapt
     from holdfast.api.verb_settings import Assess as Assess
     from holdfast.api.verb_settings import AuditBackdoor as AuditBackdoor
+    from holdfast.api.verb_settings import AuditMembership as AuditMembership
     from holdfast.api.verb_settings import AuditPoison as AuditPoison
     from holdfast.api.verb_settings import Calibrate as Calibrate
     from holdfast.api.verb_settings import Certify as Certify
@@ -64,6 +65,7 @@ _HOMES = {
             "Adapt",
             "Assess",
             "AuditBackdoor",
+            "AuditMembership",
             "AuditPoison",
             "Calibrate",
             "Certify",

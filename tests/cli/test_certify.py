@@ -119,7 +119,10 @@ def test_the_python_function_has_the_same_result():
     "arguments, message",
     [
         (["http://localhost:9/x", "mnist-mini"], "is a server, and bounds are computed from the operations"),
-        (["mnist-cnn", "mnist-mini", "--threat", "l0:3"], "proved under linf, l2, l1, table and text only"),
+        (
+            ["mnist-cnn", "mnist-mini", "--threat", "l0:3"],
+            "proved under linf, l2, l1, table, text and training-set only",
+        ),
         (
             ["mnist-cnn", "mnist-mini", "--threat", "l2"],
             "has no eps, which is to be proved; give --threat l2:0.1",

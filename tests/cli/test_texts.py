@@ -207,6 +207,13 @@ def test_a_model_that_truncates_texts_is_noted(most, noted):
     assert any("after the first 60" in note for note in notes) == noted, notes
 
 
+@pytest.mark.parametrize(("threat", "noted"), [(EDITS, True), ("text:inserts=1,file=words.json", False)])
+def test_edited_words_that_a_vectoriser_does_not_know_are_noted(threat, noted):
+    notes = holdfast.assess(model(), (TEXTS, LABELS), threat=threat).summary()["notes"]
+    found = [note for note in notes if "the model does not know" in note]
+    assert len(found) == noted and all("'nice'" in note and "% of the words" in note for note in found)
+
+
 BAD = [
     (["--threat", "text:edits=0,words=1"], "edits is '0'"),
     (["--threat", "text:edits=1"], "words is the largest number of words"),
@@ -270,8 +277,8 @@ def test_two_columns_of_texts_need_a_choice(capsys):
     assert "the columns of texts a, b" in capsys.readouterr().err
 
 
-def test_harden_refuses_a_threat_on_texts(capsys):
-    assert run(["harden", "spam.py:make", "sms.csv", "--label", "label", "--threat", EDITS]) == 2
+def test_rotate_refuses_a_threat_on_texts(capsys):
+    assert run(["rotate", "collect", "spam.py:make", "sms.csv", "--threat", EDITS]) == 2
     assert "not available for texts" in capsys.readouterr().err
 
 

@@ -133,6 +133,16 @@ def test_a_rule_that_the_clean_row_violates_is_reported_and_not_applied():
     )
 
 
+def test_a_limit_is_extended_to_a_clean_value_outside_it():
+    content = {"columns": {"a": {"min": 0, "max": 10}}, "budget": {"eps": 9}}
+    rules = rules_from(content, "r")
+    clean, changed = np.array([[20.0]] * 4), np.array([[20.0], [5.0], [21.0], [-1.0]])
+    assert np.isinf(distances(rules, changed, clean)).tolist() == [False, False, True, True]
+    x = torch.tensor(clean).float()
+    x_adv = Table("r", rules.content, 9).project(torch.tensor(changed).float(), x, BOUNDS)
+    assert x_adv.flatten().tolist() == [20, 5, 20, 0]
+
+
 def test_relations_that_always_hold_and_columns_that_cannot_change_are_reported():
     columns = CONTENT["columns"] | {"country": CONTENT["columns"]["country"] | {"cost": 1}}
     relations = ["logins >= 0", "if debit > 100 then credit > 5", "failed <= logins"]

@@ -13,7 +13,7 @@ from holdfast.core.text_edits import (
     INVISIBLE,
     NEIGHBOURS,
     TextEdits,
-    registered_domain,
+    registered_domains,
     within_edits,
 )
 from holdfast.core.texts import LARGEST, decoded, encoded
@@ -89,7 +89,9 @@ def test_the_domain_of_a_url_and_protected_words_do_not_change(tmp_path):
     assert distance(constraint, old.replace("shop", "shp"), old) > INSIDE
     assert distance(constraint, old.replace("bank", "bamk"), old) > INSIDE
     assert distance(constraint, old.replace("http:", "http"), old) > INSIDE
-    assert registered_domain("(WWW.Bank.com),") == "bank.com"
+    assert registered_domains("(WWW.Bank.com),") == ("bank.com",)
+    two = "https://a.com/?to=http://bank.com"
+    assert distance(constraint, two.replace("bank", "bamk"), two) > INSIDE
 
 
 def test_synonyms_and_appended_words_are_those_of_the_file(tmp_path):

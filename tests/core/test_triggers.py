@@ -172,6 +172,8 @@ def test_other_goals_shapes_attacks_and_threats_are_refused(tmp_path):
     x, y = images()
     batch = Batch(x, y, torch.arange(len(y)))
     with pytest.raises(UsageError, match="and the threat is Linf"):
+        holdfast.assess(Corner(), images(), "linf:0.1", suite=[TriggerStamp()])
+    with pytest.raises(UsageError, match="and the threat is Linf"):
         TriggerStamp()(None, batch, ThreatModel(Linf(0.1)), rng=Draws(0))
     with pytest.raises(UsageError, match="the threat 'trigger:' has no file"):
         parse_threat("trigger:")

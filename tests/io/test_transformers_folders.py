@@ -126,7 +126,11 @@ def test_an_assessment_of_a_folder_is_stored_and_verified(copy, monkeypatch, in_
     flags = ["assess", "model", "films.csv", "--label", "label"]
     assert run([*flags, "--threat", EDITS, "--run", "first", "-o", "a.json"]) == 0
     assert run(["verify", "first"]) == 0
-    assert json.loads(Path("a.json").read_text())["model"]["how"] == "transformers"
+    content = json.loads(Path("a.json").read_text())
+    assert content["model"]["how"] == "transformers"
+    assert any("the model does not know" in note for note in content["notes"])
+    flags_of_training = ["--fit", "films.csv", "--threat", EDITS, "--recipe", "masked-words"]
+    assert run(["harden", *flags[1:], *flags_of_training]) == 3
     assert run([*flags, "--threat", "linf:0.1"]) == 2
 
 

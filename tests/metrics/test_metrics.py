@@ -81,6 +81,7 @@ def test_every_value_lies_in_its_interval_and_names_its_n():
         "certified_accuracy",
         "rejection_rate",
         "targeted_success_rate",
+        "trigger_success_rate",
         "transfer_success",
         "suite_robust_accuracy",
         "worst_group",
@@ -303,6 +304,19 @@ def test_targeted_runs_have_their_own_metric():
         estimate("robust_accuracy", run)
     with pytest.raises(Absent, match="goal=targeted"):
         estimate("targeted_success_rate", evidence())
+
+
+def test_the_success_rate_of_a_trigger_is_over_the_examples_of_other_classes():
+    run = evidence()
+    triggered = torch.arange(60) % 3 == 0
+    assert estimate("trigger_success_rate", evidence(triggered=triggered)).value == pytest.approx(1 / 3)
+    aimed = evidence(threat=ThreatModel(Linf(8 / 255), goal=0), triggered=triggered)
+    others = run["y"] != 0
+    found = estimate("trigger_success_rate", aimed)
+    assert found.n == int(others.sum())
+    assert found.value == pytest.approx(float(triggered[others].double().mean()))
+    with pytest.raises(Absent, match="use a threat such as trigger"):
+        estimate("trigger_success_rate", run)
 
 
 def test_runs_are_paired_by_digest_whatever_their_order():

@@ -175,7 +175,7 @@ BAD = [
     ({"groups": SEX[:40], "sample": 60}, "groups has 40 values, and the data have at least .* examples"),
     ({"groups": X}, r"groups has the shape \(120, 4\); one value for each example"),
     ({"groups": "sex"}, "has no columns or arrays with names .*; leave out groups"),
-    ({"groups": object()}, "the groups are an object; a tensor or an array was expected"),
+    ({"groups": object()}, "the groups are an object; numbers, or only texts, were expected"),
     ({"gates": ["worst_group >= 0.5"]}, "worst_group needs the group of each example; give groups=array"),
     ({"groups": SEX, "gates": ["worst_group >= 50"]}, "did you mean 0.5"),
     (

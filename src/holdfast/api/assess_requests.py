@@ -23,13 +23,13 @@ from holdfast.api.resolve import (
 from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_settings
 from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, SUBSTITUTIONS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, MASKING, PARTITIONS, SMOOTHING, SUBSTITUTIONS, TREES, load
 from holdfast.core.evidence import Evidence
 from holdfast.io.data.selection import selected
 from holdfast.io.remote.counting import inspection_counter
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.certify import certify_request, smoothed_subject, without_attacks
+from holdfast.runs.assess.certify import certify_request, reads_trees, smoothed_subject, without_attacks
 from holdfast.runs.assess.expected_rows import Rehearsed, rehearsed
 from holdfast.runs.assess.expected_time import ExpectedCost
 from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, Opened, Subject
@@ -131,7 +131,7 @@ def _request(
         baseline=baseline,
         device=device_of_model(settings, subject),
         target=subject.model.access,
-        trees=_has_trees(subject),
+        trees=reads_trees(subject.model),
     )
     smoothing, guard = _statistical(settings), settings.guard
     if smoothing is not None:
@@ -139,6 +139,7 @@ def _request(
         request = request if subject.model.access == "gradients" else without_attacks(request)
     elif isinstance(settings, Certify):
         request = certify_request(request, *_provers(settings, subject), settings.geometry)
+        request = request if request.plan.members else without_attacks(request)
     elif guard is not None:
         request = _with_trials(request, guard, subject)
     return replace(
@@ -196,19 +197,11 @@ def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> Assess
     return replace(request, plan=replace(request.plan, trials=trials))
 
 
-def _has_trees(subject: Subject) -> bool:
-    """Return whether the model is an ensemble of trees that can be read."""
-    if subject.model.access != "scores":
-        return False
-    from holdfast.certifiers.trees.reading import has_trees
-
-    return has_trees(subject.model)
-
-
 def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    of_texts = parse_threat(settings.threat).norm == "text"
-    automatic = (SUBSTITUTIONS,) if of_texts else (TREES,) if _has_trees(subject) else CASCADE
+    norm = parse_threat(settings.threat).norm
+    own = {"text": (SUBSTITUTIONS,), "training-set": (PARTITIONS,)}
+    automatic = own[norm] if norm in own else (TREES,) if reads_trees(subject.model) else CASCADE
     names = automatic if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (

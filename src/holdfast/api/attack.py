@@ -95,7 +95,7 @@ def attack(
     model: ModelLike,
     x: DataLike,
     y: object = None,
-    attack: SuiteLike = "pgd",
+    attack: SuiteLike | None = None,
     threat: ThreatLike = "linf:8/255",
     *,
     goal: int | str | None = None,
@@ -113,7 +113,8 @@ def attack(
 
     `goal` is a target class for all examples, by number or name. `queries` is the largest number of forward passes of
     an attack for each example. Equal values of `seed` give equal examples; `assess` with the same attack and seed
-    computes the same examples. `y` is omitted if `x` is a loader or dataset of pairs, an address, or a result of
+    computes the same examples. Without `attack`, PGD is used under a norm, and the suite `fast` under any other threat,
+    such as rules of a table. `y` is omitted if `x` is a loader or dataset of pairs, an address, or a result of
     `holdfast.open_data`. `fit` contains other examples, for attacks that are learned. `surrogates` are the models on
     which `Transfer` computes its examples. Every other argument has the same meaning as in `assess`.
 
@@ -121,6 +122,9 @@ def attack(
     that cannot run under this threat or needs more access than the model gives.
     """
     settings_of_run = {key: others.pop(key) for key in _OF_RUN if key in others}
+    if attack is None:
+        of_norm = bool(others) or parse_threat(threat_written(threat, "attack(): threat")).norm in _NORMS
+        attack = "pgd" if of_norm else "fast"
     attack = _with_settings(attack, others)
     class_name = goal if isinstance(goal, str) and not _WRITTEN_GOAL.fullmatch(goal) else None
     inputs, data = _inputs_and_data(x, y)
@@ -151,6 +155,8 @@ def attack(
     return _attacked(result, examples, inputs)
 
 
+_NORMS = ("linf", "l2", "l1", "l0")
+"""threats under which PGD can be used"""
 _WRITTEN_GOAL = re.compile(r"untargeted|targeted:.*", re.DOTALL)
 """pattern of a goal in the syntax of a threat"""
 

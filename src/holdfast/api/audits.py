@@ -1,5 +1,5 @@
-"""The Python functions `holdfast.audit.backdoor` and `holdfast.audit.poison`, and the run of an audit from its
-settings.
+"""The Python functions `holdfast.audit.backdoor`, `holdfast.audit.poison` and `holdfast.audit.privacy`, and the run of
+an audit from its settings.
 """
 
 from pathlib import Path
@@ -9,12 +9,18 @@ from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.resolve import folder_of
-from holdfast.api.verb_settings import AuditBackdoor, AuditPoison, AuditVerb
+from holdfast.api.verb_settings import (
+    AuditBackdoor,
+    AuditMembership,
+    AuditPoison,
+    AuditPrivacy,
+    AuditVerb,
+)
 from holdfast.audits.audit import AuditResult, audited
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.store.folder import refuse_used
 
-__all__ = ["backdoor", "poison"]
+__all__ = ["backdoor", "membership", "poison", "privacy"]
 
 
 @verb_with(AuditBackdoor)
@@ -55,6 +61,49 @@ def poison(
     return AuditPoison(**given(data=data, model=model, **settings)).run(run, resume=resume, progress=progress)
 
 
+@verb_with(AuditPrivacy)
+def privacy(
+    model: ModelLike,
+    data: DataLike,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> AuditResult:
+    """Measure a lower bound of the epsilon of a differentially private training, and compare it with the claimed one.
+
+    `train` is the function `fit(x, y, seed)` that trains the network on `data`, and `model` is a network of its
+    architecture. One network is trained with canaries. The training is `flagged` if the bound at 95 % confidence
+    exceeds `epsilon`; a bound below it is no proof of privacy.
+    """
+    return AuditPrivacy(**given(model=model, data=data, **settings)).run(
+        run, resume=resume, progress=progress
+    )
+
+
+@verb_with(AuditMembership)
+def membership(
+    model: ModelLike,
+    data: DataLike,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> AuditResult:
+    """Measure how many training examples an attacker finds among others, at a low false-positive rate.
+
+    With `non_members`, the model is audited, whose training examples are `data`. Otherwise a training procedure is
+    audited: the function `train`, `fit(x, y, seed)`, or a default training of the architecture of `model`. It trains
+    `references` networks on random halves of the data. The result is `flagged` if members are found more often than
+    the false-positive rate `fpr`, and `unclear` if members and non-members differ in kind.
+    """
+    return AuditMembership(**given(model=model, data=data, **settings)).run(
+        run, resume=resume, progress=progress
+    )
+
+
 def run_audit(
     settings: AuditVerb,
     folder: str | Path | None,
@@ -72,6 +121,14 @@ def run_audit(
         from holdfast.api.audit_backdoor import prepared_backdoor
 
         request, audit = prepared_backdoor(settings, notify, command)
+    elif isinstance(settings, AuditMembership):
+        from holdfast.api.audit_membership import membership_audited
+
+        return membership_audited(settings, place, notify, command, resume=resume, progress=progress)
+    elif isinstance(settings, AuditPrivacy):
+        from holdfast.api.audit_privacy import prepared_privacy
+
+        request, audit = prepared_privacy(settings, notify, command)
     else:
         from holdfast.api.audit_poison import prepared_poison
 

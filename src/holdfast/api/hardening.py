@@ -36,7 +36,7 @@ from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.recipes import Denoising
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import Recipe
+from holdfast.recipes.training.recipe import OnParts, Recipe
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
@@ -44,7 +44,7 @@ from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
-from holdfast.runs.harden.trainable import copy_of, refuse_untrainable
+from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
 from holdfast.settings.grammar import parse_log, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
@@ -80,6 +80,7 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
     """
     with drawing(Draws(settings.seed).at("model")):  # a factory initialises weights from the seed
         subject = resolve.open_subject(settings)
+    subject = replace(subject, model=with_trainable_texts(subject.model))
     model = subject.model
     if model.access != "gradients":
         refuse_untrainable(model)  # before its data are opened
@@ -115,7 +116,7 @@ def hardened(
     """Open the model and the data of a hardening, and take the steps of the run. Examples that are equal to one of
     `held_out` are not trained on.
     """
-    folder = resolve.folder_of(run, resume=resume)
+    folder, settings = resolve.folder_of(run, resume=resume), _with_threat_of_recipe(settings)
     settings.refuse_unusable_cluster(settings.workers, settings.model)
     with gradients():
         listed_attacks(settings)  # before the model is opened
@@ -139,6 +140,26 @@ def hardened(
                 notify=notify,
                 **reporting,
             )
+
+
+def _with_threat_of_recipe(settings: Harden) -> Harden:
+    """Return the settings with the threat of a recipe for changes of the training set, if they have the default one.
+
+    Raises `UsageError` for a budget of such a recipe.
+    """
+    recipe: Any = settings.recipe
+    if isinstance(recipe, Mapping):
+        recipe = build_recipe(recipe) if recipe["use"] in names("recipes") else None
+    if not isinstance(recipe, OnParts):
+        return settings
+    if settings.budget is not None:
+        raise UsageError(
+            f"the budget is {settings.budget}, and the members of {name_of(recipe)} must be functions of the training "
+            "set, which a training of limited time is not; set recipe.training.epochs",
+            Remedy("budget"),
+        )
+    usual = type(settings).model_fields["threat"].default
+    return settings.model_copy(update={"threat": recipe.threat}) if settings.threat == usual else settings
 
 
 def _with_denoiser(

@@ -12,7 +12,7 @@ from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
-from holdfast.core.catalogue import CASCADE, LATE, SUBSTITUTIONS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, SUBSTITUTIONS, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -178,6 +178,8 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     """
     spec = parse_threat(settings.threat)
     threat = threat_model(spec)
+    if spec.norm == "training-set":
+        return _without_attacks(settings, threat)
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = listed_attacks(settings)
     if members is not None:
@@ -195,6 +197,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
+    _refuse_other_triggers(members, threat.constraint)
     if settings.curve and not in_ball:
         raise UsageError(f"{settings.threat} has no eps, which a curve needs", Remedy("curve"))
     probing: DoubtsWanted = "all" if name and in_ball else "free"
@@ -216,6 +219,24 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
         proofs=_proofs(settings, smallest=smallest, trees=trees),
     )
+
+
+def _without_attacks(settings: Measuring, threat: ThreatModel) -> Plan:
+    """Return the plan of a measurement under a threat that changes no input. Raises `UsageError` if the settings
+    contain attacks.
+    """
+    from holdfast.core.training_set import TrainingSet  # late: few threats are on training sets
+
+    given = [name for name in ("suite", "attacks", "surrogates", "only", "skip") if getattr(settings, name)]
+    given += [name for name in ("curve", "full", "adaptive", "save_adversarial") if getattr(settings, name)]
+    if given:
+        assert isinstance(threat.constraint, TrainingSet)
+        refusal = threat.constraint.refusal()
+        # an assessment may be of another threat, and the others are of this one
+        raise refusal if isinstance(settings, Assess) else UsageError(refusal.message, Remedy(given[0]))
+    # the votes of an ensemble hide the gradients, and both assessments of a training have the same threat
+    threat = replace(threat, access="none")
+    return Plan((), threat, settings.seed, doubts="none", proofs=(prover(PARTITIONS),))
 
 
 def _without_reading(member: Member) -> Member:
@@ -297,6 +318,23 @@ def _refuse_strangers(members: Sequence[Member], settings: Measuring, *, corrupt
                 f"{member.name} is not a common corruption, and the threat is {settings.threat}",
                 Remedy("threat", "linf:8/255"),
             )
+
+
+def _refuse_other_triggers(members: Sequence[Member], constraint: Constraint) -> None:
+    """Raise `UsageError` for the attack with a trigger under another threat, and for another attack under a trigger."""
+    if constraint.name != "trigger" and all(member.attack.needs != "none" for member in members):
+        return
+    from holdfast.attacks.trigger_stamp import (
+        TriggerStamp,
+        refuse_no_trigger,
+    )  # late: few runs have a trigger
+    from holdfast.core.triggers import Stamped
+
+    for member in members:
+        if isinstance(member.attack, TriggerStamp):
+            refuse_no_trigger(constraint)
+        elif isinstance(constraint, Stamped):
+            raise constraint.refusal()
 
 
 def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:

@@ -3,8 +3,7 @@ data.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,17 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.audits.planting import POISONINGS, Planted, Poisoning, planted
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.triggers import Trigger
-from holdfast.core.types import Layout
 from holdfast.io.data.arrays import Arrays, from_numpy
 from holdfast.io.data.data import open_data
 from holdfast.io.data.expected import Expected
-from holdfast.io.data.layouts import CHANNELS
+from holdfast.io.data.layouts import layout_of_images
 from holdfast.io.data.memory import as_array
 from holdfast.io.data.trigger_files import write_trigger
-from holdfast.settings.grammar import did_you_mean, parse_number
+from holdfast.reports.write import explained
+from holdfast.settings.grammar import did_you_mean, parse_number, parse_pairs
 from holdfast.settings.threats_and_attacks import setting
 
 Array = Tensor | NDArray[Any]
@@ -90,7 +89,7 @@ def poison(
             f"there are {len(stored):,} inputs and {len(labels):,} labels; one label for each was expected"
         )
     box = Bounds(*bounds)
-    expected = Expected(box, layout=_layout(stored), lenient=True)
+    expected = Expected(box, layout=layout_of_images(stored), lenient=True)
     data = from_numpy("x", stored, labels, np.arange(len(stored)), expected)
     if labels.dtype.kind not in "iu" or (labels != data.y).any():
         raise UsageError(f"the labels are {labels.dtype}; class numbers from 0 were expected")
@@ -116,12 +115,7 @@ def parse_poisoning(text: str) -> tuple[str, float, int | None, dict[str, str]]:
     `badnets,target=1,rate=0.01,size=4`.
     """
     name, *parts = re.split(r"[,\s]+", text.strip())
-    pairs: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or not value or key in pairs:
-            raise UsageError(f"the attack {text!r} has {part!r}; expected NAME=VALUE once, as in {_EXAMPLE}")
-        pairs[key] = value
+    pairs = parse_pairs(parts, f"the attack {text!r}")
     if "rate" not in pairs:
         raise UsageError(f"the attack {text!r} has no rate; expected the share of examples, as in {_EXAMPLE}")
     target = pairs.pop("target", None)
@@ -173,24 +167,13 @@ def write_drill(address: str, attack: str, output: Path, *, seed: int = 0) -> Dr
     if train.classes is not None:
         arrays["classes"] = np.array(train.classes)
     trigger_file = None if plan.trigger is None else output.with_suffix(".trigger.npz")
-    with _writing(output):
+    with explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         if plan.trigger is not None and trigger_file is not None:
             write_trigger(trigger_file, plan.trigger)
     return Drill(output, trigger_file, name, target, len(rows), len(y), len(test.y))
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Context manager that converts an `OSError` to a `TargetError` with advice."""
-    try:
-        yield
-    except OSError as error:
-        raise TargetError(
-            f"{path} cannot be written: {error.strerror or error}; free some space or choose another place with -o"
-        ) from error
 
 
 def _opened(address: str, split: str, class_names: tuple[str, ...] | None = None) -> Arrays:
@@ -203,16 +186,9 @@ def _opened(address: str, split: str, class_names: tuple[str, ...] | None = None
         )
     if data.reading.stored != "asis" or data.x.ndim not in (3, 4):
         return data
-    again = open_data(address, split=split, expected=replace(expected, layout=_layout(data.x)))
+    again = open_data(address, split=split, expected=replace(expected, layout=layout_of_images(data.x)))
     assert isinstance(again, Arrays)
     return again
-
-
-def _layout(x: NDArray[Any]) -> Layout | None:
-    """Return the layout of an array of images, by the axis that has the size of channels; None for other arrays."""
-    if x.ndim not in (3, 4):
-        return None
-    return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else "chw"
 
 
 def _stamped(data: Arrays, plan: Planted, bounds: Bounds) -> NDArray[Any]:

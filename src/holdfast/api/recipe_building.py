@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
-from holdfast.core.catalogue import RECIPES, load, names
+from holdfast.core.catalogue import PARTITIONS, RECIPES, load, names
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
@@ -32,11 +32,25 @@ _SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updat
 
 _OF_TABLES = ("pgd", "trades", "standard")
 """Recipes that train within the rules of a table."""
+_OF_TEXTS = ("masked-words", "standard")
+"""Recipes that train models of texts, whose inputs have no gradients."""
 
 
 def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
     """Raise `UsageError` for a threat model that the recipe cannot train against."""
     constraint = threat.constraint
+    if constraint.name == "text" and recipe in _OF_TEXTS:
+        return
+    if constraint.name == "text" and recipe:
+        raise UsageError(
+            f"the threat is on texts, and the recipe is {recipe}; models of texts are trained by "
+            f"{' and '.join(_OF_TEXTS)}",
+            Remedy("recipe", _OF_TEXTS[0]),
+        )
+    if recipe == _OF_TEXTS[0]:
+        raise UsageError(
+            f"{recipe} trains models of texts, and the threat is {constraint.name}", Remedy("recipe", "pgd")
+        )
     if constraint.name == "table" and recipe in _OF_TABLES:
         return
     if constraint.name == "table" and recipe:
@@ -45,6 +59,16 @@ def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
             f"{', '.join(_OF_TABLES)}",
             Remedy("recipe", _OF_TABLES[0]),
         )
+    if (constraint.name == "training-set") != (recipe == PARTITIONS):
+        raise UsageError(
+            f"the recipe partitions trains for changes of the training set, and the threat is {constraint.name} with "
+            f"the recipe {recipe or 'that was given'}",
+            Remedy("recipe", PARTITIONS)
+            if constraint.name == "training-set"
+            else Remedy("threat", "training-set:20"),
+        )
+    if constraint.name == "training-set":
+        return
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
             f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",

@@ -431,10 +431,13 @@ def open_all(settings: Assess | Certify) -> Opened:
     surrogates = open_surrogates(settings, subject.model)
     data = open_examples(settings, subject.model)
     subject = with_found_properties(subject, surrogates, data)
-    if edits_of(settings) is not None and len(data):
+    edits = edits_of(settings)
+    if edits is not None and len(data):
         from holdfast.io.models.truncation import truncation_notes  # late: few models are called with texts
+        from holdfast.io.models.unknown_words import unknown_notes
 
-        subject = replace(subject, notes=(*subject.notes, *truncation_notes(subject.model, data)))
+        notes = (*truncation_notes(subject.model, data), *unknown_notes(subject.model, data, edits))
+        subject = replace(subject, notes=(*subject.notes, *notes))
     return subject, data, surrogates
 
 

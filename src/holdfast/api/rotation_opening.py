@@ -14,6 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.models.cards import trained_by
 from holdfast.recipes.training.fit import Training
+from holdfast.recipes.training.recipe import WithNetwork
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
@@ -116,6 +117,12 @@ def _candidate(settings: RotateSettings) -> Candidate:
             Remedy(f"recipe.training.{key}", getattr(Training(), key)),
         )
     recipe = build_recipe(spec)
+    if isinstance(recipe, WithNetwork):
+        raise UsageError(
+            f"the recipe {spec['use']} returns another network than the given one, and the sets of a pool have one "
+            "network",
+            Remedy("recipe", "standard"),
+        )
     budget, epochs = settings.budget, settings.recipe.get("training", {}).get("epochs")
     if budget is not None and epochs is not None:
         raise UsageError(

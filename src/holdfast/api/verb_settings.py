@@ -502,12 +502,46 @@ class AuditPoison(audit_settings.PoisonOptions, AuditVerb):
     )
 
 
+class AuditPrivacy(audit_settings.PrivacyOptions, AuditVerb):
+    """All settings of the command `holdfast audit privacy`. `data` are the training examples, and `model` is a network
+    of the architecture that is trained on them.
+    """
+
+    verb = "audit-privacy"
+
+
+class AuditMembership(
+    groups.ServerLimits,
+    groups.InferenceSource,
+    groups.ExampleGroups,
+    audit_settings.MembershipOptions,
+    AuditVerb,
+):
+    """All settings of the command `holdfast audit membership`. `data` are the training examples of `model` if
+    `non_members` are given, and otherwise the examples of which a training procedure gets random halves.
+    """
+
+    verb = "audit-membership"
+
+
 Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb
 """Settings of any command that opens a model and data."""
 
 VERBS: Mapping[str, type[VerbSettings]] = {
     kind.verb: kind
-    for kind in (Assess, Certify, Harden, RotateSettings, Serve, Monitor, Adapt, AuditBackdoor, AuditPoison)
+    for kind in (
+        Assess,
+        Certify,
+        Harden,
+        RotateSettings,
+        Serve,
+        Monitor,
+        Adapt,
+        AuditBackdoor,
+        AuditPoison,
+        AuditPrivacy,
+        AuditMembership,
+    )
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 

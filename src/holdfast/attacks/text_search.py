@@ -16,7 +16,7 @@ import torch
 
 from holdfast.attacks.parts.best import Best
 from holdfast.attacks.parts.losses import margin
-from holdfast.attacks.parts.word_changes import Operation, edited, synonyms
+from holdfast.attacks.parts.word_changes import Operation, edited
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -132,14 +132,13 @@ class _Search:
         """Return at least `most` changes of single words, or all, those of the words without which the margin is lowest
         first.
         """
-        lists = self._edits.lists
         if self._edits.inserts:
-            return [(-1, word) for word in dict.fromkeys(lists["insert"])]
+            return [(-1, word) for word in dict.fromkeys(self._edits.lists["insert"])]
         places = [
             place
             for place, word in list(enumerate(self._parts))[::2]
-            if word and not any(re.search(pattern, word) for pattern in lists.get("protect", ()))
-            if self._edits.edits or synonyms(word, lists["synonyms"])
+            if word and not any(pattern.search(word) for pattern in self._edits.protected)
+            if self._edits.edits or self._edits.substitutes(word)
         ]
         parts, first = self._parts, places[: self._queries // 4]
         margins = self._margins(first, lambda at: "".join((*parts[:at], *parts[at + 1 :])), allowed=False)
@@ -148,7 +147,7 @@ class _Search:
             if len(changes) >= most:  # a long text has too many changes to list all
                 break
             word = parts[place]
-            found = edited(word) if self._edits.edits else synonyms(word, lists["synonyms"])
+            found = edited(word) if self._edits.edits else dict.fromkeys(self._edits.substitutes(word), ())
             self._operations |= {(place, new): done for new, done in found.items()}
             changes += [(place, new) for new in found]
         return changes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
@@ -22,10 +23,14 @@ class TriggerStamp:
     needs: ClassVar[Access] = "none"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        constraint = threat.constraint
-        if not isinstance(constraint, Stamped):
-            raise UsageError(
-                f"TriggerStamp adds the trigger of a file, and the threat is {constraint}; give a threat such as "
-                "trigger:drill.trigger.npz"
-            )
-        return constraint.trigger.stamped(batch.x, model.bounds)
+        return refuse_no_trigger(threat.constraint).trigger.stamped(batch.x, model.bounds)
+
+
+def refuse_no_trigger(constraint: Constraint) -> Stamped:
+    """Return the constraint if it is that of a trigger. Otherwise raise `UsageError`."""
+    if not isinstance(constraint, Stamped):
+        raise UsageError(
+            f"TriggerStamp adds the trigger of a file, and the threat is {constraint}; give a threat such as "
+            "trigger:drill.trigger.npz"
+        )
+    return constraint

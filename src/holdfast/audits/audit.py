@@ -187,6 +187,8 @@ def judged(kind: str, finding: Mapping[str, Any], gates: Sequence[str]) -> list[
                 raise UsageError(f"gate {gate!r} cannot be judged: {claim.metric} was not measured")
             judgement = judged_estimate(claim, Estimate(**finding["metrics"][claim.metric]), Doubts())
             verdict, because = judgement.verdict, judgement.because
+            if finding["verdict"] == "unclear":  # the number does not measure what the gate is about
+                verdict, because = "unclear", "the audit is unclear"
         results.append({"gate": gate.strip(), "verdict": verdict, "because": because})
     return results
 
@@ -208,6 +210,20 @@ class _Picture(TypedDict):
     images: list[_Image]
 
 
+class _Line(TypedDict):
+    name: str
+    points: list[list[float]]
+
+
+class _Curve(TypedDict):
+    title: str
+    across: str
+    upward: str
+    lines: list[_Line]
+    least: float
+    note: str
+
+
 class _Estimate(TypedDict):
     value: float
     low: float
@@ -223,6 +239,7 @@ class _Finding(TypedDict):
     metrics: dict[str, _Estimate]
     tables: list[_Table]
     pictures: list[_Picture]
+    curves: list[_Curve]
     limits: list[str]
 
 

@@ -62,6 +62,36 @@ class Picture:
         return {"title": self.title, "images": shown}
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Lines of a report on two logarithmic axes, such as the true-positive rate for each false-positive rate."""
+
+    title: str
+    across: str
+    """name of the horizontal axis"""
+    upward: str
+    """name of the vertical axis"""
+    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]
+    """name and points of each line, with values from 0 to 1"""
+    least: float
+    """lowest value of both axes; lower values are drawn there"""
+    note: str = ""
+
+    def to_json(self) -> Json:
+        """Return the curve as strict JSON."""
+        content: Json = strict(
+            {
+                "title": self.title,
+                "across": self.across,
+                "upward": self.upward,
+                "lines": [{"name": name, "points": [list(p) for p in points]} for name, points in self.lines],
+                "least": self.least,
+                "note": self.note,
+            }
+        )
+        return content
+
+
 def _enlarged(image: Tensor) -> Tensor:
     """A small image (channels, height, width) with each pixel repeated."""
     factor = min(-(-_SMALLEST_SIDE // min(image.shape[1:])), LONGEST_SIDE // max(image.shape[1:]))
@@ -83,6 +113,7 @@ class Finding:
     """estimates on which gates can be set, by name"""
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    curves: Sequence[Curve] = ()
     limits: Sequence[str] = ()
     """sentences that state what the result does not show"""
 
@@ -96,6 +127,7 @@ class Finding:
             "metrics": {name: strict(vars(estimate)) for name, estimate in self.metrics.items()},
             "tables": [table.to_json() for table in self.tables],
             "pictures": [picture.to_json() for picture in self.pictures],
+            "curves": [curve.to_json() for curve in self.curves],
             "limits": list(self.limits),
         }
 

@@ -62,13 +62,11 @@ class Poisoning(Protocol):
     name: ClassVar[str]
     """name on the command line"""
     aimed: ClassVar[bool]
-    """whether the attack has a target class"""
+    """whether the attack has a target class, which is the label of all poisoned examples; else they get a random other
+    class"""
 
     def candidates(self, y: Labels, target: int | None) -> Mask:
         """Return the mask of the examples among which the attack chooses."""
-
-    def labels(self, rows: Rows, y: Labels, target: int | None, classes: int, rng: Draws) -> Labels:
-        """Return the new labels of the examples in `rows`, of all labels `y`."""
 
     def trigger(self, shape: torch.Size, target: int | None, bounds: Bounds, rng: Draws) -> Trigger | None:
         """Return the trigger for inputs of the given shape; None if the attack changes labels only. Raises `UsageError`
@@ -86,10 +84,6 @@ class Flip:
     def candidates(self, y: Labels, target: int | None) -> Mask:
         """Return a mask of all examples."""
         return torch.ones_like(y, dtype=torch.bool)
-
-    def labels(self, rows: Rows, y: Labels, target: int | None, classes: int, rng: Draws) -> Labels:
-        """Return a random other class for each of the examples."""
-        return (y[rows] + 1 + rng.at("label").integers(rows, classes - 1)) % classes
 
     def trigger(self, shape: torch.Size, target: int | None, bounds: Bounds, rng: Draws) -> None:
         """Return None, because inputs are not changed."""
@@ -110,10 +104,6 @@ class TargetedFlip:
         if self.source == target:
             raise UsageError(f"source and target are both class {target}; two classes were expected")
         return y.eq(self.source)
-
-    def labels(self, rows: Rows, y: Labels, target: int | None, classes: int, rng: Draws) -> Labels:
-        """Return the target class for each of the examples."""
-        return torch.full_like(rows, _known(target))
 
     def trigger(self, shape: torch.Size, target: int | None, bounds: Bounds, rng: Draws) -> None:
         """Return None, because inputs are not changed."""
@@ -136,10 +126,6 @@ class BadNets:
         """Return the mask of the examples of other classes than the target."""
         return y.ne(_known(target))
 
-    def labels(self, rows: Rows, y: Labels, target: int | None, classes: int, rng: Draws) -> Labels:
-        """Return the target class for each of the examples."""
-        return torch.full_like(rows, _known(target))
-
     def trigger(self, shape: torch.Size, target: int | None, bounds: Bounds, rng: Draws) -> Trigger:
         """Return a mask of 1 on the square, and the largest valid value as the pattern."""
         _refuse_no_image(self.name, shape)
@@ -151,18 +137,17 @@ class BadNets:
 
     def _corner(self, height: int, width: int) -> tuple[int, int]:
         """Return the row and the column of the upper left pixel of the square."""
-        free = height - self.size, width - self.size
         matched = re.fullmatch(r"(\d{1,5}):(\d{1,5})", self.at)
         if matched is None and self.at not in _CORNERS:
             raise UsageError(
-                f"at is {self.at!r}; expected {', '.join(_CORNERS)}, or ROW:COLUMN of the upper left pixel, as in "
-                "at=3:4"
+                f"at is {self.at!r}; expected {', '.join(_CORNERS)}, or ROW:COLUMN of the upper left pixel, as in 3:4"
             )
-        if matched is not None:
-            row, column = int(matched[1]), int(matched[2])
+        down, right = height - self.size, width - self.size
+        if matched is None:
+            row, column = int(_CORNERS[self.at][0] * down), int(_CORNERS[self.at][1] * right)
         else:
-            row, column = (int(share * length) for share, length in zip(_CORNERS[self.at], free, strict=True))
-        if not (0 <= row <= free[0] and 0 <= column <= free[1]):
+            row, column = int(matched[1]), int(matched[2])
+        if not (0 <= row <= down and 0 <= column <= right):
             raise UsageError(
                 f"a square of {self.size}x{self.size} at {self.at} does not fit into images of {height}x{width}; give "
                 "a smaller size, or another place"
@@ -183,10 +168,6 @@ class Blended:
     def candidates(self, y: Labels, target: int | None) -> Mask:
         """Return the mask of the examples of other classes than the target."""
         return y.ne(_known(target))
-
-    def labels(self, rows: Rows, y: Labels, target: int | None, classes: int, rng: Draws) -> Labels:
-        """Return the target class for each of the examples."""
-        return torch.full_like(rows, _known(target))
 
     def trigger(self, shape: torch.Size, target: int | None, bounds: Bounds, rng: Draws) -> Trigger:
         """Return a mask of alpha, and uniform random values as the pattern."""
@@ -214,10 +195,6 @@ class SIG:
     def candidates(self, y: Labels, target: int | None) -> Mask:
         """Return the mask of the examples of the target class."""
         return y.eq(_known(target))
-
-    def labels(self, rows: Rows, y: Labels, target: int | None, classes: int, rng: Draws) -> Labels:
-        """Return the target class, which is the label of each of the examples."""
-        return torch.full_like(rows, _known(target))
 
     def trigger(self, shape: torch.Size, target: int | None, bounds: Bounds, rng: Draws) -> Trigger:
         """Return the wave as values that are added."""
@@ -268,7 +245,10 @@ def planted(
         )
     order = rng.at("choice").uniform(possible, dtype=torch.float64).argsort(stable=True)
     indices = possible[order[:n]].sort().values
-    labels = attack.labels(indices, y, target, classes, rng)
+    if target is None:  # a random other class
+        labels = (y[indices] + 1 + rng.at("label").integers(indices, classes - 1)) % classes
+    else:
+        labels = torch.full_like(indices, target)
     return Planted(indices, labels, attack.trigger(shape, target, bounds, rng))
 
 

@@ -75,6 +75,14 @@ class Prover(Protocol):
 
 
 @runtime_checkable
+class RadiusProver(Prover, Protocol):
+    """Protocol of a method that proves a radius for each example, which is in `Proofs.radius`."""
+
+    radii: ClassVar[bool]
+    """always true; it distinguishes such methods"""
+
+
+@runtime_checkable
 class StatisticalProver(Prover, Protocol):
     """Protocol of a method that certifies another model than the given one: the smoothed classifier, which predicts the
     most frequent class under random changes of the input. Its verdicts have a failure probability.

@@ -7,7 +7,17 @@ from typing import Any, TypeVar, cast
 import click
 
 from holdfast.api.reading_settings import S, read_settings
-from holdfast.api.verb_settings import Adapt, Assess, AuditVerb, Certify, Harden, Opening, Serve, group_of
+from holdfast.api.verb_settings import (
+    Adapt,
+    Assess,
+    AuditMembership,
+    AuditVerb,
+    Certify,
+    Harden,
+    Opening,
+    Serve,
+    group_of,
+)
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -32,6 +42,7 @@ from holdfast.core.catalogue import MASKING, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.runs.store.files import refuse_no_run
+from holdfast.settings.audit_settings import TrainingFunctionSource
 from holdfast.settings.groups import InferenceSource
 from holdfast.settings.values import SurrogateSettings
 
@@ -121,7 +132,7 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
     for address in (str(model), *(surrogate.model for surrogate in _surrogates(settings))):
         refuse_unknown_model(address)
-    if isinstance(settings, Harden | AuditVerb):
+    if isinstance(settings, Harden | AuditVerb) and not isinstance(settings, AuditMembership):
         refuse_server_to_train(str(model))
     if isinstance(settings, Certify) and settings.method not in (SMOOTHING, MASKING):
         refuse_server_to_certify(str(model), settings.threat)
@@ -150,7 +161,10 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
     """Raise `UsageError` if a configuration file names code that the command line does not name."""
     if not flags.get("config") or settings.trust_code:
         return
-    for name, value in (("model", settings.model), ("arch", settings.arch)):
+    named = [("model", settings.model), ("arch", settings.arch)]
+    if isinstance(settings, TrainingFunctionSource):
+        named.append(("train", settings.train))
+    for name, value in named:
         # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
@@ -262,7 +276,7 @@ The report contains confidence intervals, and doubts: reasons why the measured r
 \b
 MODEL  a bundled model (mnist-cnn, mnist-cnn-hardened), file.py:factory (a
        function that returns the model), a .safetensors, .pt, .pt2, .onnx,
-       .skops, .json, .ubj or .txt file, a folder of transformers, or a URL with
+       .skops, .json, .ubj or .txt file, a folder of harden or transformers, or a URL with
        --allow-host
 DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
        .npz, .csv or .parquet file, or a folder with one folder of images for

@@ -1,4 +1,6 @@
-"""The commands `holdfast audit backdoor` and `audit poison`, which search a model or a data set for manipulation."""
+"""The commands `holdfast audit backdoor` and `audit poison`, which search a model or a data set for manipulation, and
+`audit privacy`, which measures what a training reveals of its examples.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,7 +9,13 @@ from typing import Any
 
 import click
 
-from holdfast.api.verb_settings import AuditBackdoor, AuditPoison, AuditVerb
+from holdfast.api.verb_settings import (
+    AuditBackdoor,
+    AuditMembership,
+    AuditPoison,
+    AuditPrivacy,
+    AuditVerb,
+)
 from holdfast.cli import completing
 from holdfast.cli.assess import settings_from
 from holdfast.cli.early import refuse_missing_file, refuse_reports
@@ -22,9 +30,9 @@ from holdfast.cli.setting_options import (
 from holdfast.reports.write import AUDIT_SUFFIXES
 
 
-@click.group(cls=Group, short_help="search a model or a data set for manipulation")
+@click.group(cls=Group, short_help="search a model or data for manipulation, and trainings for leaks")
 def audit() -> None:
-    """Search a model for a backdoor, or training data for manipulated examples.
+    """Search a model for a backdoor, or training data for manipulated examples, or test the privacy of a training.
 
     The result is `flagged`, `not flagged`, or `unclear` if there was nothing to compare with.
     """
@@ -56,6 +64,34 @@ def poison(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """
     refuse_missing_file(flags["clean"])
     return _audited(settings_from(flags, AuditPoison), voice, run=run, resume=resume)
+
+
+@audit.command("membership", short_help="measure how many training examples an attacker finds")
+@offered(*MODEL_AND_DATA, *run_options("audit"))
+@offered(*options_of(AuditMembership), *SETTING)
+@with_voice
+def membership(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Measure how many training examples an attacker finds among others, at a low false-positive rate.
+
+    With --non-members, MODEL is audited, and DATA are its training examples. Otherwise the training procedure is
+    audited: --train, or a default training of the architecture of MODEL, on random halves of DATA.
+    """
+    refuse_missing_file(flags["non_members"])
+    return _audited(settings_from(flags, AuditMembership), voice, run=run, resume=resume)
+
+
+@audit.command("privacy", short_help="test the epsilon that a private training claims")
+@offered(*MODEL_AND_DATA, *run_options("audit"))
+@offered(*options_of(AuditPrivacy), *SETTING)
+@with_voice
+def privacy(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Measure a lower bound of the epsilon of a differentially private training (--train), and compare it with the
+    claimed one (--epsilon).
+
+    One network of the architecture of MODEL is trained on DATA with canaries. The training is flagged if the bound at
+    95 % confidence exceeds the claim; a bound below it is no proof of privacy.
+    """
+    return _audited(settings_from(flags, AuditPrivacy), voice, run=run, resume=resume)
 
 
 def _audited(settings: AuditVerb, voice: Voice, *, run: str | None, resume: bool) -> int:

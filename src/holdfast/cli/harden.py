@@ -52,7 +52,8 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
             place = hardened.write(output)
             voice.say(f"model: {place}")
         tell(hardened.after, files, voice, folder=folder)
-    for note in (*hardened.notes, generalisation_note(hardened.card["generalisation"])):
+    attacked = hardened.card["change"]["metric"] != "certified_accuracy"
+    for note in (*hardened.notes, generalisation_note(hardened.card["generalisation"], robust=attacked)):
         voice.say(f"note: {note}")
     click.echo(line(str(hardened)), err=True)
     voice.say(f"assess the new model with: {line(hardened.opened_by(place))}")

@@ -61,7 +61,13 @@ class AuditEntry:
 
 
 AUDITS: Final[Mapping[str, AuditEntry]] = {
-    entry.name: entry for entry in (AuditEntry("backdoor", "no-backdoor"), AuditEntry("poison", "no-poison"))
+    entry.name: entry
+    for entry in (
+        AuditEntry("backdoor", "no-backdoor"),
+        AuditEntry("poison", "no-poison"),
+        AuditEntry("privacy", "", ("epsilon_lower",)),
+        AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
+    )
 }
 """The audits by name."""
 
@@ -124,6 +130,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("cure", "CURE", "cure"),
         RecipeEntry("curriculum", "CurriculumTraining", "curriculum"),
         RecipeEntry("denoised", "Denoising", "denoising"),
+        RecipeEntry("dp-sgd", "DPSGD", "dp_sgd"),
         RecipeEntry("ensemble", "EnsembleTraining", "ensemble"),
         RecipeEntry("fgsm", "SingleStep", "single_step", {"noise": 0.0, "step": 1.0, "clip": True}),
         RecipeEntry("fgsm-rs", "SingleStep", "single_step", {"noise": 1.0, "step": 1.25, "clip": True}),
@@ -138,8 +145,10 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("llr", "LLR", "llr"),
         RecipeEntry("margin", "MarginTraining", "margin"),
         RecipeEntry("mart", "MART", "mart"),
+        RecipeEntry("masked-words", "MaskedWords", "masked_words"),
         RecipeEntry("multi-norm", "MultiNormTraining", "multi_norm"),
         RecipeEntry("n-fgsm", "SingleStep", "single_step"),
+        RecipeEntry("partitions", "Partitions", "partitions"),
         RecipeEntry("pgd", "PGDTraining", "pgd_training"),
         RecipeEntry("sabr", "SABR", "sabr"),
         RecipeEntry("score", "SCORE", "score"),
@@ -156,6 +165,8 @@ MASKING: Final = "masking"
 """method that certifies another model of texts than the given one: the most frequent class under random masks"""
 TREES: Final = "trees"
 """method for ensembles of trees, which `auto` chooses for them"""
+PARTITIONS: Final = "partitions"
+"""method, and recipe, for changes of the training set"""
 PROVERS: Final[Mapping[str, str]] = {
     "ibp": "provers:IBP",
     "crown-ibp": "provers:CrownIBP",
@@ -165,6 +176,7 @@ PROVERS: Final[Mapping[str, str]] = {
     SUBSTITUTIONS: "texts.substitutions:Substitutions",
     MASKING: "texts.masking:Masking",
     TREES: "trees.proving:Trees",
+    PARTITIONS: "partitions:PartitionVotes",
     "alpha-crown": "branching.searching:AlphaCrown",
     "branch-and-bound": "branching.searching:BranchAndBound",
 }

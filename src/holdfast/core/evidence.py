@@ -220,20 +220,21 @@ class Evidence:
     in the threat's own norm, and `STAGE.distance`, that of one attack, such as `1-fmn.distance`. Under a targeted goal
     `eligible` marks the examples that count, and `success` means that the target was reached. A trigger: `triggered`
     marks the examples that reach its target class with it, or without a target change their class. A model that
-    rejects: `rejected` marks rejected clean inputs, whose prediction is -1; `score` is the detector's score minus its threshold,
-    in units of its scale; `class_margin` is the margin of the network alone; `oblivious_score` and `aware_score` are
-    scores of attacked inputs that the network alone misclassifies: of an attack without knowledge of the detector, and
-    the lowest of the attacks with it (inf if there is none). A randomised model: `right_probability` is the share of
-    new evaluations that are correct in the worst case. `suite_success` and `suite_right_probability` are those of the
-    suite's own attacks, without adaptive attacks and passes, for comparison with published results. Certification:
-    `certified` marks examples for which it is proved that no input of the threat model is misclassified; `certified_by`
-    (index into `proofs` of the method, -1 for none); `certified_bound`, the largest proved lower bound of the margin
-    over the threat model (-inf if there is none); `certified_radius`, the eps at which the example is certified, 0
-    if it is not; `attacked` marks the examples on which at least one attack of the suite was run. Randomised smoothing:
-    `certified_radius` is a lower confidence limit, also above eps and where it is below; `abstained` marks examples
-    whose prediction the draws do not show, and `contradicted` those that a certificate and an attack contradict, which
-    count as broken. `group` is the index of the group of each example in `data["groups"]["names"]`, if there are
-    groups.
+    rejects: `rejected` marks rejected clean inputs, whose prediction is -1; `score` is the detector's score minus its
+    threshold, in units of its scale; `class_margin` is the margin of the network alone; `oblivious_score` and
+    `aware_score` are scores of attacked inputs that the network alone misclassifies: of an attack without knowledge of
+    the detector, and the lowest of the attacks with it (inf if there is none). A randomised model: `right_probability`
+    is the share of new evaluations that are correct in the worst case. `suite_success` and `suite_right_probability`
+    are those of the suite's own attacks, without adaptive attacks and passes, for comparison with published results.
+    Certification: `certified` marks examples for which it is proved that no input of the threat model is misclassified;
+    `certified_by` (index into `proofs` of the method, -1 for none); `certified_bound`, the largest proved lower bound
+    of the margin over the threat model (-inf if there is none); `certified_radius`, the eps at which the example is
+    certified, 0 if it is not; under changes of the training set it is the largest number of changes that is certified,
+    also above eps and where it is below; `attacked` marks the examples on which at least one attack was run. Randomised
+    smoothing: `certified_radius` is a lower confidence limit, also above eps and where it is below; `abstained` marks
+    examples whose prediction the draws do not show, and `contradicted` those that a certificate and an attack
+    contradict, which count as broken. `group` is the index of the group of each example in `data["groups"]["names"]`,
+    if there are groups.
     """
 
     columns: Columns

@@ -128,10 +128,12 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
 
 
 def threat_kind(norm: str) -> str:
-    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf, `text` for
-    TextEdits or `trigger` for Stamped.
+    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf, `text` for TextEdits,
+    `training-set` for TrainingSet or `trigger` for Stamped.
     """
-    return "trigger" if norm == "Stamped" else norm.removesuffix("Edits").lower()
+    if norm == "Stamped":
+        return "trigger"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", norm.removesuffix("Edits")).lower()
 
 
 def refuse_text_limits(limits: Mapping[str, float | str]) -> None:

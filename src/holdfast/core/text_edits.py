@@ -64,7 +64,7 @@ class TextEdits(Whole):
     Exactly one of `edits`, `synonyms` and `inserts` is positive. Whitespace never changes. One edit deletes a
     character, swaps two neighbouring characters, replaces a letter by a neighbouring key or by a homoglyph, repeats a
     character, or inserts a zero-width space. A word keeps at least one character. Words that match a protected pattern
-    do not change, and the registered domain of a URL does not change.
+    do not change, and the registered domains of URLs do not change.
     """
 
     name: ClassVar[str] = "text"
@@ -168,7 +168,7 @@ class TextEdits(Whole):
 
     def _allows(self, old: str, new: str) -> bool:
         """Return whether the word `old` may become `new`."""
-        if old.isspace() or new.isspace() or registered_domain(old) != registered_domain(new):
+        if old.isspace() or new.isspace() or registered_domains(old) != registered_domains(new):
             return False
         if any(pattern.search(old) for pattern in self.protected):
             return False
@@ -229,20 +229,26 @@ PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2018\u2019\u201c\u201d\u2026"
 """Characters that are no part of a word when its synonyms are looked up."""
 
 
-def registered_domain(word: str) -> str:
-    """Return the registered domain of a URL, in lower case, or an empty string for another word.
+def registered_domains(word: str) -> tuple[str, ...]:
+    """Return the registered domains of the URLs in a word, in lower case, in their order.
 
     A URL begins with a scheme or with `www.`, possibly after punctuation. Its registered domain is the last two labels
     of its host, or three after a suffix such as `co.uk`. For a number of a machine it is the host with its port.
 
-    >>> [registered_domain(word) for word in ("(http://me@a.shop.co.uk:80/x", "www.example.com", "a.b")]
-    ['shop.co.uk', 'example.com', '']
+    >>> [registered_domains(word) for word in ("(http://me@a.shop.co.uk:80/x", "www.example.com", "a.b")]
+    [('shop.co.uk',), ('example.com',), ()]
+    >>> registered_domains("http://a.com/?to=https://b.org/x")
+    ('a.com', 'b.org')
     """
-    _, scheme_end, rest = word.partition("://")
-    if not scheme_end:
-        rest = word.lstrip(PUNCTUATION)
-        if not rest.lower().startswith("www."):
-            return ""
+    _, *after_schemes = word.split("://")
+    without_scheme = word.lstrip(PUNCTUATION)
+    if not after_schemes and without_scheme.lower().startswith("www."):
+        after_schemes = [without_scheme]
+    return tuple(map(_registered_domain, after_schemes))
+
+
+def _registered_domain(rest: str) -> str:
+    """Return the registered domain of a URL from the text after its scheme."""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2].partition(":")[0].lower()
     labels = host.rstrip(PUNCTUATION).split(".")
     if labels[-1].isdigit() or rest.startswith("["):  # the address of a machine

@@ -104,9 +104,17 @@ def clean_accuracy_drop(evidence: Evidence, baseline: Evidence) -> Estimate:
     return paired_difference(baseline["correct"][shared.second], evidence["correct"][shared.first])
 
 
+def certified_accuracy_drop(evidence: Evidence, baseline: Evidence) -> Estimate:
+    """Return the loss of certified accuracy relative to the baseline run, on the examples that both runs share."""
+    shared = paired_examples(evidence, baseline)
+    after, before = (each["certified"] & each["correct"] for each in (evidence, baseline))
+    return paired_difference(before[shared.second], after[shared.first])
+
+
 LOSSES: Final[Mapping[str, Callable[[Evidence, Evidence], Estimate]]] = {
     "robust_accuracy": regression,
     "clean_accuracy": clean_accuracy_drop,
+    "certified_accuracy": certified_accuracy_drop,
 }
 """Functions that return the loss of a metric relative to a baseline run on the same examples, by the metric."""
 

@@ -77,6 +77,7 @@ def audit_markdown(content: Mapping[str, Any]) -> str:
 
 def audit_page(content: Mapping[str, Any]) -> str:
     """Return the report as a self-contained HTML page."""
+    from holdfast.reports.charts import rates
     from holdfast.reports.html import render
 
     return render(
@@ -87,6 +88,7 @@ def audit_page(content: Mapping[str, Any]) -> str:
         gates=[
             (gate["verdict"], line) for gate, line in zip(content["gates"], gate_lines(content), strict=True)
         ],
+        curves=[(curve, rates(curve["lines"], curve["least"])) for curve in content["curves"]],
         tables=[
             (capitalized(table.title), table.headings, table.rows, stored["note"])
             for table, stored in zip(report_tables(content), content["tables"], strict=True)

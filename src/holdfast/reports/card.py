@@ -65,12 +65,14 @@ def _text(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
 
 
-_KEPT = ("clean_accuracy", "robust_accuracy", "suite_robust_accuracy")
+_KEPT = ("clean_accuracy", "robust_accuracy", "suite_robust_accuracy", "certified_accuracy")
 _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
 def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
     """Return the names of the two metrics by which the card compares the hardened model with the original one."""
+    if card["change"]["metric"] == "certified_accuracy":
+        return "clean_accuracy", "certified_accuracy"
     return "clean_accuracy", "suite_robust_accuracy" if card["scope"] == "suite only" else "robust_accuracy"
 
 
@@ -82,7 +84,7 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
         "headline": summary["headline"],
         "suite": summary["suite"],
         "n": summary["n"],
-        "metrics": {name: summary["metrics"][name] for name in _KEPT},
+        "metrics": {name: summary["metrics"][name] for name in _KEPT if name in summary["metrics"]},
         "doubts": [{"name": doubt["name"], "message": doubt["message"]} for doubt in raised],
         "doubts_tested": len(tested),
         "notes": shown_notes(summary),
@@ -90,28 +92,31 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def generalisation_note(generalisation: Mapping[str, Any]) -> str:
-    """Return a sentence on the robust generalisation of a hardened model, without a full stop."""
+def generalisation_note(generalisation: Mapping[str, Any], *, robust: bool = True) -> str:
+    """Return a sentence on the robust generalisation of a hardened model, without a full stop. Without `robust`, the
+    threat changes no input.
+    """
+    error = "robust error" if robust else "error"
     gap = generalisation["robust_error_gap"]
     value, low, high = number(gap["value"]), number(gap["low"]), number(gap["high"])
     direction, meaning = "higher", "an interval above 0 shows that the model overfits"
     if round(100 * value, 1) == 0:
         return (
-            f"the robust error on held-out examples is equal to that on {generalisation['n_training']:,} training "
+            f"the {error} on held-out examples is equal to that on {generalisation['n_training']:,} training "
             f"examples (difference {signed(low)} to {signed(high)} percentage points); {meaning}"
         )
     if value < 0:
         value, low, high = -value, -high, -low
         direction, meaning = "lower", "this does not show that the model overfits"
     return (
-        f"the robust error on held-out examples is {100 * value:.1f} percentage points {direction} ({signed(low)} to "
+        f"the {error} on held-out examples is {100 * value:.1f} percentage points {direction} ({signed(low)} to "
         f"{signed(high)}) than that on {generalisation['n_training']:,} training examples; {meaning}"
     )
 
 
 def card_document(card: Mapping[str, Any]) -> str:
     """Return the card of a hardened model as a Markdown document."""
-    before, after, chosen = card["before"], card["after"], card["chosen"]
+    before, after = card["before"], card["after"]
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [
         escaped(verdict_sentence(card)),
@@ -121,27 +126,13 @@ def card_document(card: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [f"Evaluated under {escaped(card['evaluated_under'])}.", ""]
-    lines += _sides(
-        f"on {after['n']:,} test examples, suite {escaped(after['suite'])}",
-        before["metrics"],
-        after["metrics"],
-        compared_metrics(card),
-    )
-    lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
-    held_out = card["held_out"]
-    error = f"{100 * held_out['standard_error']:.1f} percentage points"
-    lines += [
-        f"The checkpoint was written {checkpoint_text(chosen, card['epochs'])}, and is the best on held-out examples:",
-        "",
-    ]
-    lines += _sides(
-        f"on {held_out['n']:,} held-out training examples, attacked by PGD with 20 steps (overestimates robustness)",
-        held_out["before"],
-        held_out["after"],
-        _HELD_OUT,
-    )
-    lines += [f"The standard error of the robust accuracy after the training is {error}.", ""]
-    lines += [f"{capitalized(generalisation_note(card['generalisation']))}.", ""]
+    names, attacked = compared_metrics(card), "certified_accuracy" not in compared_metrics(card)
+    suite = f", suite {escaped(after['suite'])}" if attacked else ""
+    lines += _sides(f"on {after['n']:,} test examples{suite}", before["metrics"], after["metrics"], names)
+    if attacked:
+        lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
+    lines += _on_held_out(card, attacked=attacked)
+    lines += [f"{capitalized(generalisation_note(card['generalisation'], robust=attacked))}.", ""]
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     lines += _reservations(card)
     lines += [
@@ -155,6 +146,28 @@ def card_document(card: Mapping[str, Any]) -> str:
     lines += [_training_cost(card), ""]
     lines += ["Settings:", "", *(f"    {printable(line)}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
+
+
+def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> list[str]:
+    """The metrics of both models on the held-out examples, which choose the checkpoint if the threat changes inputs."""
+    held_out, chosen = card["held_out"], card["chosen"]
+    if not attacked:
+        head = f"on {held_out['n']:,} held-out training examples, which choose no checkpoint"
+        return _sides(head, held_out["before"], held_out["after"], _HELD_OUT[:1])
+    error = f"{100 * held_out['standard_error']:.1f} percentage points"
+    return [
+        f"The checkpoint was written {checkpoint_text(chosen, card['epochs'])}, and is the best on held-out examples:",
+        "",
+        *_sides(
+            f"on {held_out['n']:,} held-out training examples, attacked by PGD with 20 steps (overestimates "
+            "robustness)",
+            held_out["before"],
+            held_out["after"],
+            _HELD_OUT,
+        ),
+        f"The standard error of the robust accuracy after the training is {error}.",
+        "",
+    ]
 
 
 def _reservations(card: Mapping[str, Any]) -> list[str]:

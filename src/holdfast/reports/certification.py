@@ -6,6 +6,8 @@ from typing import Any
 
 from holdfast.core.catalogue import TREES
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
+from holdfast.metrics.shares import certified_accuracy
+from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent, plain, seconds_text, strict
 from holdfast.reports.words import TextTable, amount, interval
 
@@ -37,7 +39,28 @@ def certification(evidence: Evidence, constraint: str) -> Json | None:
         "attacked_certified": int((certified & evidence["attacked"]).sum()),
         "rows": list(_rows(evidence, n - misclassified, broken - misclassified)),
         "statistical": statistical,
+        **_curve(evidence),
     }
+
+
+_CHANGES = (1, 10, 20, 40)
+"""Numbers of changes of the training set for which reports show the certified accuracy, besides that of the threat."""
+
+
+def _curve(evidence: Evidence) -> Json:
+    """The certified accuracy for several numbers of changes of the training set, and the largest number against which
+    at least half of the examples are certified. Nothing for other threats.
+    """
+    eps = int(evidence.threat.constraint.eps) if evidence.threat.constraint.name == "training-set" else 0
+    if not eps:
+        return {}
+    radii = evidence["certified_radius"]
+    curve = [
+        {"changes": n, "certified_accuracy": estimate_to_json(certified_accuracy(evidence, eps=n))}
+        for n in sorted({*_CHANGES, eps})
+    ]
+    median = radii.sort(descending=True).values[(len(radii) + 1) // 2 - 1]
+    return {"training_set": {"curve": curve, "median": int(median)}}
 
 
 def _statistical(evidence: Evidence) -> Json | None:
@@ -157,6 +180,21 @@ def _statistical_lines(statistical: Mapping[str, Any] | None, noun: str) -> list
     return lines
 
 
+def _training_set_lines(training_set: Mapping[str, Any], noun: str) -> list[str]:
+    """Sentences about certificates against changes of the training set."""
+    shares = [
+        f"{point['changes']}: {percent(point['certified_accuracy']['value'])} "
+        f"({interval('certified_accuracy', point['certified_accuracy'])})"
+        for point in training_set["curve"]
+    ]
+    return [
+        f"certified accuracy by the number of training examples that are added or removed: {', '.join(shares)}",
+        f"half of the {noun} are certified against {training_set['median']} or more",
+        "a replaced training example counts twice, and a changed label once",
+        "the certificates hold if the recipe partitions trained the model on the training set that its file names",
+    ]
+
+
 def certification_table(summary: Mapping[str, Any]) -> TextTable | None:
     """Return the table of a certification, from the clean pass to the sums over all methods; None without one."""
     results = summary["certification"]
@@ -201,6 +239,9 @@ def certification_lines(summary: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{count_text(results[name])} {name}" for name in ("certified", "broken", "unknown"))
     lines = [f"of {amount(results['n'], noun)}, {counts}"]
     certified, robust = metrics.get("certified_accuracy"), metrics.get("robust_accuracy")
+    training_set = results.get("training_set")
+    if training_set:
+        return [*lines, *_training_set_lines(training_set, noun)]
     if certified and robust:
         lines.append(
             f"certified accuracy {percent(certified['value'])} ({interval('certified_accuracy', certified)}) ≤ robust "

@@ -168,6 +168,56 @@ def _back(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float
 
 
 @dataclass(frozen=True)
+class Rates:
+    """The coordinates of lines on two logarithmic axes from the same lowest value to 1."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    lines: tuple[tuple[str, str], ...]
+    """name and SVG path of each line"""
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+
+def rates(
+    lines: Sequence[Mapping[str, Any]], least: float, *, width: float = 640.0, height: float = 300.0
+) -> Rates:
+    """Return the coordinates of lines on two logarithmic axes. Values below `least` are drawn at `least`."""
+    right, bottom, decades = width - _RIGHT, height - _BOTTOM, max(-math.log10(least), 1.0)
+
+    def place(value: float) -> float:
+        return 1 + math.log10(max(value, least)) / decades
+
+    def across(value: float) -> float:
+        return _LEFT + (right - _LEFT) * place(value)
+
+    def upward(value: float) -> float:
+        return bottom - (bottom - _TOP) * place(value)
+
+    paths = [
+        (str(line["name"]), "M" + "L".join(f"{across(x):.1f},{upward(y):.1f}" for x, y in line["points"]))
+        for line in lines
+        if line["points"]
+    ]
+    ticks = [10.0**-power for power in range(math.floor(decades + 1e-9) + 1)]
+    return Rates(
+        width,
+        height,
+        _LEFT,
+        right,
+        _TOP,
+        bottom,
+        tuple(paths),
+        tuple(Tick(round(across(value), 1), f"{value:g}") for value in ticks),
+        tuple(Tick(round(upward(value), 1), f"{value:g}") for value in ticks),
+    )
+
+
+@dataclass(frozen=True)
 class Bands:
     """The coordinates of a chart of two bounds for each of several examples, as two step functions, with its axes."""
 

@@ -64,7 +64,7 @@ def comparison(
     content = {
         "schema_version": COMPARISON_VERSION,
         "verb": "compare",
-        "caution": caution(summaries[0]["threat"], summaries[1]["threat"]),
+        "caution": caution(summaries[0]["threat"], summaries[1]["threat"]) or _other_content(first, second),
         "headline": "",
         "n": len(shared),
         "noun": summaries[0]["noun"],
@@ -120,6 +120,17 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     return (
         f"The threat models differ: {before} in the first run, {after} in the second; the difference may come from "
         "the attacker and not from the model."
+    )
+
+
+def _other_content(first: Evidence, second: Evidence) -> str:
+    """Return a warning if the file of the threat model had another content in the second run, or an empty string."""
+    limits = [getattr(evidence.threat.constraint, "limits", {}) for evidence in (first, second)]
+    if limits[0].get("content") == limits[1].get("content"):
+        return ""
+    return (
+        f"The content of {limits[1]['file']!r} differs between the runs; the difference may come from the attacker "
+        "and not from the model."
     )
 
 

@@ -181,6 +181,27 @@ class Statistical(TypedDict):
     contradicted: list[int]
 
 
+class CertifiedChanges(TypedDict):
+    """Share of the examples that are certified against a number of changes of the training set.
+
+    - `changes`: number of training examples that are added or removed
+    """
+
+    changes: Positive
+    certified_accuracy: EstimateJson
+
+
+class TrainingSetCertificates(TypedDict):
+    """Certificates against changes of the training set.
+
+    - `curve`: certified accuracy for several numbers of changes
+    - `median`: largest number of changes against which at least half of the examples are certified
+    """
+
+    curve: list[CertifiedChanges]
+    median: Natural
+
+
 class Certification(TypedDict):
     """Results of a certification, in the order in which the methods ran.
 
@@ -192,6 +213,7 @@ class Certification(TypedDict):
     - `unknown`: number of the other examples
     - `attacked_certified`: number of certified examples that attacks were run on, as a test of the certificates
     - `statistical`: certificates with a failure probability, by randomised smoothing or masking; null for other methods
+    - `training_set`: certificates against changes of the training set; absent under other threats
     """
 
     constraint: str
@@ -203,6 +225,7 @@ class Certification(TypedDict):
     attacked_certified: Natural
     rows: list[CertificationRow]
     statistical: NotRequired[Statistical | None]
+    training_set: NotRequired[TrainingSetCertificates]
 
 
 class Colour(TypedDict):

@@ -342,7 +342,7 @@ def threat_to_json(threat: ThreatModel) -> Json:
     unit = "px" if per == "pixel" else ""
     limits = dict(constraint.limits) if isinstance(constraint, Limited) else {}
     limits.pop("content", None)  # of a file, which is stored with the run
-    sized = norm.lower() + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else "")
+    sized = constraint.name + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else "")
     sized += f",unit={threat.unit}" if threat.unit else ""
     return {
         "constraint": limits_text(constraint.name, limits) if limits else sized,

@@ -8,7 +8,7 @@ from typing import Any
 from holdfast.core.names import threat_text
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on
-from holdfast.metrics.names import METRICS, NOT_SHARES, PERTURBATIONS
+from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, PERTURBATIONS, UPPER_BOUNDS
 from holdfast.reports.numbers import count_text, number, percent, plain, size
 
 Json = dict[str, Any]
@@ -34,6 +34,7 @@ _BALLS = {
     "L1": "may change an input by absolute changes that add up to at most {eps}",
     "Corruptions": "applies each common corruption, such as noise, blur or fog, once at severity {eps} of 5",
     "L0": "may change at most {eps} values of an input, each to any legal value",
+    "TrainingSet": "may add or remove at most {eps} training examples, before the training",
 }
 
 
@@ -194,7 +195,7 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
     ]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
         candidates.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
-    if summary["verb"] == "certify":
+    if summary["verb"] == "certify" or summary["threat"]["norm"] == "TrainingSet":
         candidates.insert(0, "certified_accuracy")
     return next((name for name in candidates if name in summary["metrics"]), None)
 
@@ -204,10 +205,12 @@ def shown_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     are left out.
     """
     of_texts = summary["threat"]["norm"] == "TextEdits"  # differences of code points mean nothing
+    unattacked = summary["threat"]["norm"] == "TrainingSet"  # no input changes
     metrics = {
         name: estimate
         for name, estimate in summary["metrics"].items()
         if not (of_texts and "perturbation_" in name)
+        and not (unattacked and name in UPPER_BOUNDS | LOWER_BOUNDS)
     }
     return without_redundant(metrics)
 
@@ -471,7 +474,11 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
     budget = query_budget(threat) or "any number of queries"
     return [
         f"The attacker {change}."
-        + ("" if threat["norm"] == "TextEdits" else " Every value stays inside the legal range of inputs.")
+        + (
+            ""
+            if threat["norm"] in ("TextEdits", "TrainingSet")
+            else " Every value stays inside the legal range of inputs."
+        )
         + (f" Eps is in {threat['unit']}." if threat.get("unit") else ""),
         f"The attacker aims for {aim}.",
         f"The attacker {_ACCESS[threat['access']]}.",

@@ -59,7 +59,7 @@ def write(summary: Summary, columns: "Columns", path: Path) -> None:
     """
     suffix = _suffix(path, names("reports"))
     render = load("reports", suffix, FunctionType)
-    with _explained(path), replacing(path) as file:
+    with explained(path), replacing(path) as file:
         if suffix == TABLE:  # is written row by row, since it may be large
             render(summary, columns, file)
         else:
@@ -107,7 +107,7 @@ def write_audit(content: Summary, path: Path) -> None:
 
 def _write_rendered(content: Summary, path: Path, render: Mapping[str, Callable[[Summary], str]]) -> None:
     suffix = _suffix(path, render)
-    with _explained(path), replacing(path) as file:
+    with explained(path), replacing(path) as file:
         file.write(render[suffix](content))
 
 
@@ -115,12 +115,12 @@ def write_exhibits(measured: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the results for the bundled models with masked gradients to a JSON file, atomically."""
     from holdfast.reports.exhibits import exhibits_to_json
 
-    with _explained(path), replacing(path) as file:
+    with explained(path), replacing(path) as file:
         file.write(exhibits_to_json(measured))
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Convert an `OSError` to a `TargetError` with advice."""
     try:
         yield

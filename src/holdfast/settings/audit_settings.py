@@ -1,8 +1,9 @@
 """The settings of the audits that no other command has. The module does not import torch."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
 from holdfast.core.catalogue import AUDITS
@@ -39,6 +40,16 @@ class AuditOptions(SettingGroup):
             parse(gate, entry.metrics)
 
 
+class TrainingFunctionSource(SettingGroup):
+    """Setting of the audits that train networks."""
+
+    train: Annotated[values.Given | None, Flag("FILE.py:F")] = Field(
+        default=None,
+        description="Function fit(x, y, seed) that trains a network on the examples and returns it, as in net.py:fit. "
+        "Or a folder that harden wrote, whose card states the training.",
+    )
+
+
 class BackdoorOptions(AuditOptions):
     """Settings of the command `holdfast audit backdoor` that no other command has."""
 
@@ -72,4 +83,51 @@ class PoisonOptions(AuditOptions):
     )
     suspects: Annotated[str | None, Flag("FILE", completion="PATH", identifies=False)] = Field(
         default=None, description="Write the suspect examples to this .csv file, with their scores."
+    )
+
+
+class MembershipOptions(TrainingFunctionSource, AuditOptions):
+    """Settings of the command `holdfast audit membership` that no other command has."""
+
+    kind = "membership"
+    non_members: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Audit this model: examples that it was not trained on, of the same kind as its training examples, "
+        "which are DATA.",
+    )
+    references: Annotated[Annotated[int, Ge(2)] | None, Flag("N")] = Field(
+        default=None,
+        description="Number of networks that are trained on random halves, an even number (default: 16, and none for a "
+        "model with non-members).",
+    )
+    epochs: Annotated[values.Positive, Flag("N")] = Field(
+        default=30, description="Epochs of the training of networks without a function --train (default: 30)."
+    )
+    fpr: Annotated[float, Gt(0), Lt(1), Flag("X")] = Field(
+        default=0.01,
+        description="False-positive rate of the attacker at which members are found (default: 0.01).",
+    )
+
+
+class PrivacyOptions(TrainingFunctionSource, AuditOptions):
+    """Settings of the command `holdfast audit privacy` that no other command has."""
+
+    kind = "privacy"
+    epsilon: Annotated[Annotated[float, Gt(0)] | None, Flag("X")] = Field(
+        default=None, description="The epsilon that the training claims, as in 2."
+    )
+    delta: Annotated[float, Gt(0), Lt(1), Flag("X")] = Field(
+        default=1e-5, description="The delta that the training claims (default: 1e-5)."
+    )
+    canaries: Annotated[values.Positive, Ge(8), Flag("N")] = Field(
+        default=200, description="Number of canaries, each trained on with probability 1/2 (default: 200)."
+    )
+    canary: Annotated[Literal["mislabelled", "random"], Flag("KIND")] = Field(
+        default="mislabelled",
+        description="What the canaries are: examples with a wrong label (mislabelled, the default), or random inputs "
+        "with a random label (random).",
+    )
+    guesses: Annotated[float, Gt(0), Le(1), Flag("SHARE")] = Field(
+        default=2 / 3,
+        description="Share of the canaries about which a guess is made, those with extreme losses (default: 2/3).",
     )

@@ -78,9 +78,9 @@ def refuse_uncertifiable(threat: str) -> None:
             f"the threat {threat} appends words, and robustness is proved for changes of the words of a text, whose "
             "number stays the same; give edits and words, or synonyms and a file"
         )
-    if spec.norm not in ("linf", "l2", "l1", "table", "text"):
+    if spec.norm not in ("linf", "l2", "l1", "table", "text", "training-set"):
         raise UsageError(
-            f"the threat is {threat}, and robustness is proved under linf, l2, l1, table and text only",
+            f"the threat is {threat}, and robustness is proved under linf, l2, l1, table, text and training-set only",
             Remedy("threat", "linf:0.1"),
         )
     if spec.eps == float("inf"):

@@ -3,9 +3,10 @@ mistakes are reported immediately.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat model is `linf:8/255`,
 `corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5`,
-`colour:hue=18,saturation=0.3`, `table:rules.yaml`, `text:edits=2,words=3` or `trigger:drill.trigger.npz`, followed by
-any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
-`unit=range`, `unit=std` and `unit=@FILE` state the unit of the eps of a norm for each feature.
+`colour:hue=18,saturation=0.3`, `table:rules.yaml`, `text:edits=2,words=3`, `trigger:drill.trigger.npz` or
+`training-set:20`, followed by any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`,
+separated by commas or spaces. `unit=range`, `unit=std` and `unit=@FILE` state the unit of the eps of a norm for each
+feature.
 """
 
 import math
@@ -98,7 +99,7 @@ class ThreatSpec:
     @property
     def eps(self) -> float:
         """Size of the change. It is infinite if the attacks search for the smallest change that breaks an example."""
-        return float(self.arguments.get("eps", 1.0))
+        return float(self.arguments.get("eps", self.arguments.get("changes", 1.0)))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -315,6 +316,15 @@ def _patch(size: str, threat: str) -> Mapping[str, Argument]:
     return {"height": int(matched[1]), "width": int(matched[2])}
 
 
+def _changes(text: str, threat: str) -> Mapping[str, Argument]:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise UsageError(
+            f"the threat {threat!r} has no number of changes; write how many training examples may be added or "
+            "removed, as in training-set:20"
+        )
+    return {"changes": int(text)}
+
+
 def file_argument(name: str) -> Callable[[str, str], Mapping[str, Argument]]:
     """Return the function that reads the path of a file as the argument `name`. A path with commas or spaces is
     quoted.
@@ -416,7 +426,7 @@ def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
     if value == "untargeted":
         return replace(spec, goal=None)
     if not FORMS[spec.norm].aimed:
-        raise UsageError(f"common corruptions have no target class; leave {text!r} out")
+        raise UsageError(f"{_AIMLESS[spec.norm]} have no target class; leave {text!r} out")
     if aimed is None:
         raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
     return replace(spec, goal=int(aimed[1]))
@@ -437,6 +447,7 @@ def _limits_written(constraint: Any) -> str:
     return limits_text(constraint.name, exact).partition(":")[2]
 
 
+_AIMLESS = {"corruptions": "common corruptions", "training-set": "changes of a training set"}
 _NORM = Form("", _eps, written=_size_written, units=True)
 _SPATIAL_EXAMPLE = "spatial:rotate=30,shift=3"
 _COLOUR_EXAMPLE = "colour:hue=18,saturation=0.3,brightness=0.2"
@@ -479,6 +490,12 @@ FORMS: Final[dict[str, Form]] = {
         arguments=_limits(_SPATIAL, _SPATIAL_EXAMPLE),
         written=_limits_written,
         example=_SPATIAL_EXAMPLE,
+    ),
+    "training-set": Form(
+        "holdfast.core.training_set:TrainingSet",
+        _changes,
+        written=lambda training_set: str(training_set.changes),
+        aimed=False,
     ),
     "table": Form(
         "holdfast.settings.table_rules:table_threat",

@@ -67,7 +67,7 @@ class ModelSource(SettingGroup):
     model: values.Given | None = Field(
         default=None,
         description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
-        "file, a folder of transformers, or a URL.",
+        "file, a folder of harden or transformers, or a URL.",
     )
     arch: Annotated[str | None, Flag("NAME|FILE.py:F")] = Field(
         default=None,
@@ -305,8 +305,8 @@ class ThreatSource(SettingGroup):
     )
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for a threat on texts outside of attacks and assessments."""
-        if self.verb in ("harden", "adapt", "rotate") and parse_threat(self.threat).norm == "text":
+        """Raise `UsageError` for a threat on texts in an adaptation or a rotation."""
+        if self.verb in ("adapt", "rotate") and parse_threat(self.threat).norm == "text":
             raise UsageError(
                 f"{prefix}the threat is {self.threat}, and {self.verb} is not available for texts; assess measures a "
                 "model of texts"

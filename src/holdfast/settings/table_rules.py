@@ -1,6 +1,6 @@
 """Reads the rules of a table from a YAML or JSON file, and drafts them from data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,11 @@ def rules_from(content: object, source: str) -> Rules:
 
     `source` is the name of the file in messages.
     """
+    if not isinstance(content, Mapping):
+        raise UsageError(
+            f"{source} contains {content!r}; a mapping with columns, budget, groups and relations was expected, as "
+            "holdfast init --table writes it"
+        )
     try:
         declared = TypeAdapter(_File).validate_python(content)
     except ValidationError as error:

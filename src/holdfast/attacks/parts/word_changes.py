@@ -1,12 +1,8 @@
-"""Changes of single words of a text: edits of characters, and synonyms."""
+"""Edits of the characters of single words of a text."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
-from holdfast.core.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS, PUNCTUATION
-
-_AROUND = re.compile(rf"([{re.escape(PUNCTUATION)}]*)(.*?)([{re.escape(PUNCTUATION)}]*)", re.DOTALL)
-_HOST = re.compile(rf"(?:.*?://|[{re.escape(PUNCTUATION)}]*(?=www\.))([^/?#]*)", re.DOTALL | re.IGNORECASE)
+from holdfast.core.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS, registered_domains
 
 _LONGEST = 64  # longer words are data or addresses, and their edits would need too much memory
 
@@ -17,7 +13,7 @@ Operation = tuple[int, int, str]
 def edited(word: str, done: tuple[Operation, ...] = ()) -> dict[str, tuple[Operation, ...]]:
     """Return the words that one edit makes of a word beside the operations `done`, with all their operations.
 
-    No two operations change a common character. The host of a URL does not change.
+    No two operations change a common character. The registered domains of URLs do not change.
     """
     found: dict[str, tuple[Operation, ...]] = {}
     for operation in _operations(word):
@@ -28,18 +24,6 @@ def edited(word: str, done: tuple[Operation, ...] = ()) -> dict[str, tuple[Opera
         if new and all(_apart(operation, other) for other in done) and _changes(word, new):
             found.setdefault(new, together)
     return found
-
-
-def synonyms(word: str, listed: Mapping[str, Sequence[str]]) -> dict[str, tuple[Operation, ...]]:
-    """Return the word with each of its listed synonyms between its punctuation, each without operations."""
-    around = _AROUND.fullmatch(word)
-    assert around is not None
-    before, core, after = around.groups()
-    exact = core in listed
-    raised = core[:1].isupper() and not exact
-    entries = listed.get(core, ()) if exact else listed.get(core.lower(), ())
-    found = (before + (new[:1].upper() + new[1:] if raised else new) + after for new in entries)
-    return {new: () for new in found if _changes(word, new)}
 
 
 def _operations(word: str) -> Iterator[Operation]:
@@ -65,11 +49,5 @@ def _apart(one: Operation, other: Operation) -> bool:
 
 
 def _changes(word: str, new: str) -> bool:
-    """Return whether two words differ, and are URLs of the same host or no URLs."""
-    return new != word and _host(new) == _host(word)
-
-
-def _host(word: str) -> str | None:
-    """Return the host of a URL as it is written, or None for another word."""
-    matched = _HOST.match(word)
-    return None if matched is None else matched[1]
+    """Return whether two words differ, and have the same registered domains."""
+    return new != word and registered_domains(new) == registered_domains(word)

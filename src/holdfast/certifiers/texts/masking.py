@@ -212,15 +212,19 @@ class ReadyMasking:
         return Counting(how, self.model).proofs(test, batch, 1.0, radius, bound)
 
 
-def masked(texts: Sequence[str], *, keep: float = 0.1, mask: str = "[MASK]", rng: Draws) -> list[str]:
-    """Return a randomly masked copy of each text, as `masking` classifies them: to train a model on them.
+def masked(
+    texts: Sequence[str], *, keep: float = 0.1, mask: str = "[MASK]", rng: Draws, ids: Ids | None = None
+) -> list[str]:
+    """Return a randomly masked copy of each text, as `masking` classifies them: to train a model on them. The masks of
+    a text depend on its id, which is its place in `texts` if there are no `ids`.
 
     >>> len(masked(["a b", "c d"], keep=0.5, rng=Draws(0).at("epoch", 1))[0].split())
     2
     """
     how, copies = Masking(keep, mask), []
-    for row, text in enumerate(texts):
-        copies += how._masked(_parts(text), rng, torch.tensor([row]))
+    draws = range(len(texts)) if ids is None else ids.tolist()
+    for text, draw in zip(texts, draws, strict=True):
+        copies += how._masked(_parts(text), rng, torch.tensor([draw]))
     return copies
 
 

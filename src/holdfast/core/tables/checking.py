@@ -72,8 +72,8 @@ def distances(rules: Rules, x_adv: Rows, x: Rows) -> Rows:
     """Return the size of the change of each row in the budget, or infinity for a row that is no valid change of its
     clean row.
 
-    A rule that the clean row violates is not applied to its change. A budget counts a change of a category, or of a
-    one-hot group, as its cost.
+    A rule that the clean row violates is not applied to its change, except that a limit of a column is extended to the
+    clean value. A budget counts a change of a category, or of a one-hot group, as its cost.
     """
     clean = violations(rules, x)
     forbidden = np.zeros(len(x), bool)
@@ -86,6 +86,9 @@ def distances(rules: Rules, x_adv: Rows, x: Rows) -> Rows:
         is_missing = np.isnan(before)
         forbidden |= is_missing != np.isnan(after)
         change = np.where(is_missing, 0.0, after - before)
+        low, high = rules.low(name), rules.high(name)
+        forbidden |= after < np.minimum(low - _ROUNDING * abs(low), before)
+        forbidden |= after > np.maximum(high + _ROUNDING * abs(high), before)
         if not rules.mutable(name):
             forbidden |= change != 0
         forbidden |= (change < 0) if column.change == "up" else (change > 0) & (column.change == "down")

@@ -69,9 +69,9 @@ class TableTensors:
 
     def limits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and the highest values (n, columns) that an attacker may give to the rows `x`, whatever the
-        budget.
+        budget. They include the values of the rows.
         """
-        low, high = (side.to(x.device).expand_as(x) for side in (self.low, self.high))
+        low, high = torch.minimum(self.low.to(x.device), x), torch.maximum(self.high.to(x.device), x)
         low = torch.where(self.only_up.to(x.device), x, low)
         high = torch.where(self.only_down.to(x.device), x, high)
         fixed = ~self.mutable.to(x.device) | x.isnan()

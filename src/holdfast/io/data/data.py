@@ -17,7 +17,7 @@ from holdfast.io.data.arrays import Array, Arrays, Choice, from_numpy
 from holdfast.io.data.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import refuse_swapped, whole_numbers
-from holdfast.io.data.layouts import CHANNELS
+from holdfast.io.data.layouts import layout_of_images
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
 from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder
@@ -246,9 +246,7 @@ def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:
     """Return the layout of the images in an archive of the catalogue; colour images may have their channels last."""
-    if declared is None or x.ndim not in (3, 4):
-        return None
-    return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else declared
+    return None if declared is None else layout_of_images(x)
 
 
 def _located(address: str) -> _Location:

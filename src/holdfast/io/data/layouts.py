@@ -89,6 +89,13 @@ class LayoutReading:
         return (*grey, *moved, *inserted, *((HWC_NOTE,) if self.network == "hwc" else ()))
 
 
+def layout_of_images(x: Array) -> Layout | None:
+    """Return the layout of an array of images whose colours may be last; None for an array of another rank."""
+    if x.ndim not in (3, 4):
+        return None
+    return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else "chw"
+
+
 def reading_of(
     shape: Sequence[int],
     declared: Layout | None,

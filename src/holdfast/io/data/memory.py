@@ -179,6 +179,10 @@ def _entry(batch: Mapping[str, object], name: str | None, argument: str, usual: 
     )
 
 
+_INSPECTED = 1000
+"""Number of values whose types an error message states."""
+
+
 def as_array(values: object, what: str) -> Array:
     """Convert a tensor or a sequence to a numpy array. Half precision is converted to float32.
 
@@ -197,7 +201,9 @@ def as_array(values: object, what: str) -> Array:
     if _is_text(array):
         return array.astype(str)
     if array.dtype == object or array.ndim == 0:
-        raise TargetError(f"the {what} are {kind_of(values)}; a tensor or an array was expected")
+        kinds = sorted({type(value).__name__ for value in array.flat[:_INSPECTED]}) if array.ndim else []
+        of = f" of {' and '.join(kinds)}" if kinds else ""
+        raise TargetError(f"the {what} are {kind_of(values)}{of}; numbers, or only texts, were expected")
     return array
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.tables.checking import checked
 from holdfast.core.tables.rules import Rules, refuse_other_columns
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words
@@ -21,6 +21,11 @@ def rows_by_rules(
     rules do not expect.
     """
     present = [name for name in table.columns if name not in (label, SPLIT_COLUMN, *drop)]
+    dropped = next((name for name in drop if name in rules.columns), None)
+    if dropped is not None:
+        raise UsageError(
+            f"the column {dropped!r} is dropped, and the rules have it; remove it from the rules, or do not drop it"
+        )
     refuse_other_columns(rules, present, table.name)
     x = np.empty((len(rows), len(rules.names)), np.float32)
     for place, (name, column) in enumerate(rules.columns.items()):

@@ -10,9 +10,8 @@ from typing import Any
 
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Remedy
-from holdfast.io.models.models import BUNDLED_FOLDER
+from holdfast.io.models.models import BUNDLED_FOLDER, CARD
 
-CARD = "card.json"
 _INDENT = "    "  # indent of the settings in a bundled card
 
 

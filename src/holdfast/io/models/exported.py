@@ -130,6 +130,23 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
     return Program(net if size is None else FixedBatch(net, size), size, digest)
 
 
+def exported(net: nn.Module, x: Tensor) -> bytes | None:
+    """Return a network as the content of a `.pt2` file that is opened without trust and accepts any batch size. Return
+    None if torch cannot export it so.
+    """
+    file = io.BytesIO()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            batch = torch.export.Dim("batch", min=1)
+            program = torch.export.export(net.eval(), (x[:2],), dynamic_shapes=({0: batch},))
+            torch.export.save(program, file)
+        harmless = not list(_needs_trust(file.getvalue()))
+    except Exception:  # noqa: BLE001  the code of the user's network may raise anything
+        return None
+    return file.getvalue() if harmless else None
+
+
 def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
     """Return descriptions of all parts of an exported program that could run code, which are all parts other than
     tensors and operators of networks.

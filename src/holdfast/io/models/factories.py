@@ -116,7 +116,7 @@ def call_factory(
             else ""
         )
         hint_text = hint if isinstance(error, TypeError) else ""
-        raise TargetError(f"{address} raised {_error_text(error, files)}{hint_text}") from error
+        raise TargetError(f"{address} raised {error_text(error, files)}{hint_text}") from error
     if isinstance(net, type) or not accepted(net) or takes_no_input(net):
         if inspect.iscoroutine(net):
             net.close()
@@ -216,11 +216,11 @@ def imported_from(path: Path, content: bytes, name: str) -> types.ModuleType:
         exec(code, vars(module))  # noqa: S102 - the user named the file; the loader would read it once more
     except (Exception, SystemExit) as error:
         del sys.modules[name], CODE[name]
-        raise TargetError(f"importing {str(path)!r} raised {_error_text(error, [str(path)])}") from error
+        raise TargetError(f"importing {str(path)!r} raised {error_text(error, [str(path)])}") from error
     return module
 
 
-def _error_text(error: BaseException, files: Iterable[str]) -> str:
+def error_text(error: BaseException, files: Iterable[str]) -> str:
     """Return a description of an exception: its type, the line in the user's file or its folder, and its message."""
     folders = {Path(name).resolve().parent for name in files}
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve().parent in folders:

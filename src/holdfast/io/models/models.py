@@ -23,7 +23,7 @@ from holdfast.io.models.adapting import adapted
 from holdfast.io.models.archive import Weights
 from holdfast.io.models.declarations import ARCHITECTURE
 from holdfast.io.models.denoiser import with_denoiser
-from holdfast.io.models.estimators import Estimator
+from holdfast.io.models.estimators import Estimator, Predictor
 from holdfast.io.models.exported import open_program
 from holdfast.io.models.factories import (
     Built,
@@ -36,7 +36,13 @@ from holdfast.io.models.factories import (
 )
 from holdfast.io.models.object_digest import digest_of_object
 from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
-from holdfast.io.models.weights import fit_weights, read_state_dict, refuse_misfit, state_dict_content
+from holdfast.io.models.weights import (
+    digest_of_weights,
+    fit_weights,
+    read_state_dict,
+    refuse_misfit,
+    state_dict_content,
+)
 from holdfast.io.remote.remote import SCHEMES, Remote
 
 if TYPE_CHECKING:
@@ -51,11 +57,13 @@ BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
 _OF_NUMBERS = (".onnx", ".pt2", ".json", ".ubj", ".txt")
 """Suffixes of models that cannot be called with texts."""
+WEIGHTS, CARD, PROGRAM = "model.safetensors", "card.json", "member.pt2"
+"""Names of the files of a hardened model in its folder; the program is that of a member of an ensemble."""
 ROTATING = "rotating:"
 """Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
     "a bundled name, file.py:factory, .safetensors or .pt, .onnx, .pt2, .skops, .json or .ubj of XGBoost, .txt of "
-    "LightGBM, a folder of transformers, or the URL of a server"
+    "LightGBM, a folder that harden wrote, a folder of transformers, or the URL of a server"
 )
 
 
@@ -308,11 +316,7 @@ def _open_code(opening: _Opening) -> OpenedModel:
 
 def sha256_of_state(net: nn.Module) -> str:
     """Return the SHA-256 of the names, types, shapes and values of a network's parameters and buffers, in hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest_of_weights(net.state_dict())
 
 
 def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
@@ -347,8 +351,21 @@ def _filled(
     opening: _Opening, weights: Weights, metadata: Mapping[str, Any], how: str, digest: str
 ) -> OpenedModel:
     """Build the architecture, load the weights into it, and return it as a model."""
+    members = (metadata.get("ensemble") or {}).get("members", 1)
+    if members > len(weights.tensors):
+        raise TargetError(
+            f"{opening.address!r} states {members:,} members and has {len(weights.tensors):,} tensors; write the file "
+            "again"
+        )
     built, properties = _architecture(opening, metadata, weights)
     net = built.net.net if isinstance(built.net, Classifier) else built.net
+    if (
+        opening.declared.texts and "training" in metadata
+    ):  # of `harden`, which trains a network of texts inside
+        tensors = {name.removeprefix("model."): value for name, value in weights.tensors.items()}
+        weights = replace(weights, tensors=tensors)
+    if opening.declared.texts and isinstance(net, Predictor) and not isinstance(net, nn.Module):
+        return _filled_pipeline(opening, built, net, weights, digest)
     if not isinstance(net, nn.Module):
         raise TargetError(
             f"the architecture {opening.arch} returned {'a function' if callable(net) else 'an estimator'}, which "
@@ -359,14 +376,30 @@ def _filled(
     files = {**built.files, opening.address: digest}
     net.eval()
     model = opening.declared.filled(properties).wrap(built.net)
+    if metadata.get("ensemble"):
+        from holdfast.io.models.ensembles import declared_ensemble  # late: few models are ensembles
+
+        notes += declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
     catalogued = _catalogued(opening, metadata)
     return OpenedModel(model, opening.address, how, files, notes, architecture=catalogued)
+
+
+def _filled_pipeline(
+    opening: _Opening, built: Built, pipeline: Predictor, weights: Weights, digest: str
+) -> OpenedModel:
+    """Load weights into the linear classifier of a pipeline of scikit-learn, and return it as a model of texts."""
+    from holdfast.io.models.linear_texts import LinearTexts  # late: few models are pipelines for texts
+
+    trained = LinearTexts(pipeline)
+    notes = fit_weights(trained, weights, repr(opening.address))
+    model = opening.declared.wrap(trained.fitted_pipeline())
+    return OpenedModel(model, opening.address, "safetensors", {**built.files, opening.address: digest}, notes)
 
 
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the architecture for the metadata of a file with weights; empty for networks from the user's code."""
     denoiser = {"denoiser": metadata["denoiser"]} if metadata.get("denoiser") else {}
-    if opening.arch is not None and names_code(opening.arch):
+    if names_code(opening.arch or "") or not (opening.arch or metadata.get("architecture")):
         return denoiser
     integers = {name: int(value) for name, value in opening.arguments.items()}
     arguments = integers or ({} if opening.arch is not None else metadata.get("arguments", {}))
@@ -383,8 +416,12 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
     if opening.arch is not None and names_code(opening.arch):
         built = build_from_file(opening.arch, opening.arguments)
         properties = Declared() if isinstance(built.net, Classifier) else _known(metadata)
-        return replace(built, net=_with_denoiser(built.net, metadata)), properties
+        return replace(built, net=_with_parts(built.net, metadata)), properties
     name = opening.arch or metadata.get("architecture")
+    program = _folder_of(opening.address) / PROGRAM
+    if name is None and metadata.get("ensemble") and program.is_file():
+        member = open_program(program, trust_code=opening.trust_code)
+        return Built(_extended(member.net, metadata), {str(program): member.digest}), _known(metadata)
     if name is None:
         raise UsageError(
             f"{opening.address!r} contains weights but no architecture, such as one of "
@@ -404,13 +441,13 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         factory, address = ARCHITECTURES[name], f"architecture {name}"
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
-            refuse_misfit(lambda: _denoised(make(), metadata), weights, repr(opening.address), spare=_SPARE)
+            refuse_misfit(lambda: _extended(make(), metadata), weights, repr(opening.address), spare=_SPARE)
         built = call_factory(factory, opening.arguments, address, {})
-        return replace(built, net=_with_denoiser(built.net, metadata)), _known(metadata)
+        return replace(built, net=_with_parts(built.net, metadata)), _known(metadata)
     try:
         make = partial(ARCHITECTURES[name], **metadata.get("arguments", {}))
-        refuse_misfit(lambda: _denoised(make(), metadata), weights, repr(opening.address))
-        net = _denoised(make(), metadata)
+        refuse_misfit(lambda: _extended(make(), metadata), weights, repr(opening.address))
+        net = _extended(make(), metadata)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
@@ -421,17 +458,29 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
     return Built(net, {}), _known(metadata)
 
 
-def _denoised(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
-    """Return the network with the denoiser in front of it that the metadata of a weights file specifies, if any."""
-    return with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
+def _folder_of(address: str) -> Path:
+    path = Path(address)
+    return path if path.is_dir() else path.parent
 
 
-def _with_denoiser(model: Model, metadata: Mapping[str, Any]) -> Model:
-    """Return the model of a factory with the denoiser of a weights file in front of its network, if there is one."""
+def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
+    """Return the network with what the metadata of a weights file add to it: a denoiser in front of it, or the other
+    members of an ensemble.
+    """
+    net = with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
+    if not metadata.get("ensemble"):
+        return net
+    from holdfast.io.models.ensembles import ensemble_of  # late: few models are ensembles
+
+    return ensemble_of(net, metadata["ensemble"])
+
+
+def _with_parts(model: Model, metadata: Mapping[str, Any]) -> Model:
+    """Return the model of a factory with the denoiser or the ensemble that a weights file describes, if any."""
     if isinstance(model, Classifier) and isinstance(model.net, nn.Module):
-        model.net = _denoised(model.net, metadata)
+        model.net = _extended(model.net, metadata)
         return model
-    return _denoised(model, metadata) if isinstance(model, nn.Module) else model
+    return _extended(model, metadata) if isinstance(model, nn.Module) else model
 
 
 def _known(metadata: Mapping[str, Any]) -> Declared:
@@ -493,7 +542,9 @@ def _open_estimator(opening: _Opening, path: Path) -> OpenedModel:
 
 
 def _open_folder(opening: _Opening, path: Path) -> OpenedModel:
-    """Open a folder with a model of transformers, which is called with texts."""
+    """Open a folder that harden wrote, or one with a model of transformers, which is called with texts."""
+    if not opening.declared.texts and (path / WEIGHTS).is_file() and (path / CARD).is_file():
+        return replace(_open_state_dict(opening, path / WEIGHTS), name=opening.address)
     if not opening.declared.texts:
         raise UsageError(
             f"{opening.address!r} is a folder, whose model is called with texts, and there is no threat on texts such "

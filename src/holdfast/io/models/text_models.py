@@ -51,7 +51,9 @@ class TextFunction(nn.Module):
         """Return the module itself, because a call of the function does not change it, and a copy may be large. A
         network is copied, since copies of it are converted to double precision.
         """
-        return TextFunction(deepcopy(self.model, memo)) if isinstance(self.model, nn.Module) else self
+        if not isinstance(self.model, nn.Module):
+            return self
+        return TextFunction(deepcopy(self.model, memo), self.digest)
 
     def forward(self, x: Tensor) -> object:
         """Return the scores of the texts in the rows of `x`."""

@@ -68,6 +68,15 @@ def written(net: nn.Module, metadata: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
 
+def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, types, shapes and values of the tensors of a network, in hex."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
 def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
     """Raise `TargetError` if the names or shapes of a network's tensors differ from those in a weights file, before
     memory is allocated for the network.
@@ -208,6 +217,12 @@ def _is_denoiser(value: Any) -> bool:
     return sizes and min(value.values()) >= 1 and value["depth"] >= 2
 
 
+def _is_ensemble(value: Any) -> bool:
+    known = isinstance(value, dict) and value.get("combine") in ("votes", "mean")
+    known = known and value.get("output") in (None, "logit", "probability")
+    return known and _is_count(value.get("members")) and isinstance(value.get("partitions", {}), dict)
+
+
 def _are_names(value: Any) -> bool:
     texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     return texts and 1 <= len(value) <= MOST_CLASSES
@@ -217,6 +232,7 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "architecture": (lambda value: isinstance(value, str), "the name of an architecture"),
     "arguments": (_are_integers, "names with whole numbers"),
     "denoiser": (_is_denoiser, "channels, width and depth as whole numbers from 1, the depth from 2"),
+    "ensemble": (_is_ensemble, "the number of members and how they are combined"),
     "bounds": (_are_bounds, "two numbers, the smaller first,"),
     "mean": (_are_numbers, "a list of numbers"),
     "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of positive numbers"),

@@ -245,6 +245,7 @@ def fit(
     replays: int = 1,
     settle: Callable[[], None] | None = None,
     forwards: Forwards | None = None,
+    private: bool = False,
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch. The last epoch may be incomplete.
     Within a time budget, short epochs have a checkpoint only if enough time passed since the last one
@@ -254,14 +255,15 @@ def fit(
     the training resumes from that checkpoint. `state` contains tensors that the loss or `settle` change in place. They
     are saved and restored, except that changes by a `guard` remain when the guard undoes the last updates. Each batch
     is used for `replays` consecutive updates. `forwards` counts forward passes, whose number for an example is part of
-    the measurements. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
+    the measurements. With `private`, `loss` sets the gradients itself, and each example is in a batch with the same
+    probability, independently of the others. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
     buffer changes that is not in the state dict.
     """
     if how.averaging == "swa":
         state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.ids.device)}
     plans = Plans(how.epochs, updates(len(data), how.batch) * replays, how.pacing)
     forwards = forwards or Forwards()
-    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans, forwards)
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans, forwards, private=private)
     first_epoch, is_evaluated = 0, True
     if after is not None:
         first_epoch = after.epoch
@@ -300,7 +302,10 @@ class _Loop:
         settle: Callable[[], None] | None,
         plans: Plans,
         forwards: Forwards,
+        *,
+        private: bool,
     ) -> None:
+        self._private = private
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
         self._how, self._rng, self._state = how, rng, state
         self._replays, self._settle = replays, settle
@@ -319,12 +324,8 @@ class _Loop:
         `begun` is the checkpoint within the epoch from which the training resumes, or None.
         """
         plans, per_epoch = self._plans, self._plans.per_epoch
-        rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
-        rows = rows[: per_epoch // self._replays * self._how.batch]
-        batches = [
-            batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
-        ]
-        sums, step = _Sums.begun(begun, rows.device), 0 if begun is None else begun.step
+        batches = self._batches(epoch)
+        sums, step = _Sums.begun(begun, self._data.ids.device), 0 if begun is None else begun.step
         if begun is not None:
             self._forwards.n = int(begun.tensors[_FORWARDS])
         with ExitStack() as readings:
@@ -362,6 +363,17 @@ class _Loop:
             # each process counts its own share of the examples
             "forwards": processes() * self._forwards.n / len(self._data),
         }
+
+    def _batches(self, epoch: int) -> list[Tensor]:
+        """Positions of the examples in the batch of each update of an epoch."""
+        ids, rng, size = self._data.ids, self._rng.at("order", epoch), self._how.batch
+        n = self._plans.per_epoch // self._replays
+        if self._private:
+            share = size / len(ids)
+            drawn = [rng.at(step).uniform(ids, dtype=torch.float64) < share for step in range(n)]
+            return [rows.nonzero()[:, 0] for rows in drawn]
+        rows = rng.bits(ids).argsort()[: n * size]
+        return [batch_rows for batch_rows in torch.split(rows, size) for _ in range(self._replays)]
 
     def _gather(self, sums: "_Sums", epoch: int) -> None:
         """Include the updates of all processes in the sums over an epoch. Raises `LostLoss` in all processes if the
@@ -474,10 +486,13 @@ class _Loop:
             with computing(how.precision, rows.device):
                 x_adv = self._inner(batch, turn)
             self._optimisation.zero_grad()
-            with perturbed(self._model, lambda: measured()[0], how.awp):
-                value, hits = measured()
-                refuse_cut(value)
-                value.backward()  # type: ignore[no-untyped-call]
+            if self._private:
+                value, hits = self._loss(batch, x_adv)
+            else:
+                with perturbed(self._model, lambda: measured()[0], how.awp):
+                    value, hits = measured()
+                    refuse_cut(value)
+                    value.backward()  # type: ignore[no-untyped-call]
         # with awp, the gradient at the perturbed weights is applied to the restored ones
         average(weight.grad for weight in self._parameters)
         if how.clip is not None:

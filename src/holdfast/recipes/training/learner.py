@@ -155,6 +155,7 @@ def trained(
     slope: bool = False,
     alone: bool = False,
     weighted: bool = False,
+    private: bool = False,
 ) -> Iterator[Checkpoint]:
     """Train a copy of a model with the attack `inner` and the loss `loss` of a recipe, and yield a checkpoint after
     each epoch.
@@ -164,7 +165,8 @@ def trained(
     the label (up to terms without a gradient), so that labels can be mixed. `unlabelled`: it learns from examples
     without labels. `slope`: its loss contains a gradient, so that a pass is differentiated twice. `alone`: it must
     train in one process, because it stores data of all examples. `weighted`: it averages the losses of examples by
-    `Learner.mean` and `Learner.mean_cross_entropy`, which weight them by their classes. Settings that contradict these
+    `Learner.mean` and `Learner.mean_cross_entropy`, which weight them by their classes. `private`: its loss sets the
+    gradients itself, and batches are random samples (`fit`). Settings that contradict these
     raise `UsageError` before the first update. So does an optimiser, a scheduler or weights that do not fit the model.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
@@ -197,6 +199,7 @@ def trained(
         replays=replays,
         settle=None if settle is None else settle(learner),
         forwards=forwards,
+        private=private,
     )
 
 

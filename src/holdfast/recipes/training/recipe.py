@@ -3,6 +3,7 @@ it is called.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +52,32 @@ class WithGoal(Protocol):
 def goal_of(recipe: Recipe) -> Goal:
     """Return the goal of a recipe, which is a higher robust accuracy if the recipe declares no other."""
     return recipe.goal if isinstance(recipe, WithGoal) else Goal()
+
+
+@runtime_checkable
+class WithNetwork(Protocol):
+    """Protocol of a recipe whose new model has another network than the given one."""
+
+    def network(self, model: Classifier) -> Classifier:
+        """Return the untrained new model, whose weights the checkpoints of the recipe contain."""
+
+
+def untrained(recipe: Recipe, model: Classifier) -> Classifier:
+    """Return the model into which the checkpoints of a recipe are loaded: a copy of the given one, if the recipe
+    declares no other.
+    """
+    return recipe.network(model) if isinstance(recipe, WithNetwork) else deepcopy(model)
+
+
+@runtime_checkable
+class OnParts(Protocol):
+    """Protocol of a recipe whose certificate needs that a training example influences only its part of the training
+    set. The held-out examples are then chosen by their content, and choose no checkpoint.
+    """
+
+    @property
+    def threat(self) -> str:
+        """Threat of the assessments if no other is given."""
 
 
 def trained_as(recipe: Recipe, how: Training) -> Recipe:

@@ -12,7 +12,7 @@ from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, smoothed_model
 from holdfast.certifiers.smoothing.smoothing import by_smoothing
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import SUBSTITUTIONS, TREES
+from holdfast.core.catalogue import PARTITIONS, SUBSTITUTIONS, TREES
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
@@ -54,8 +54,8 @@ def certify_request(
 
 
 def without_attacks(request: AssessRequest) -> AssessRequest:
-    """Return the request without attacks, for a smoothed classifier whose base classifier gives no gradients: each of
-    the many queries of a black-box attack would be many queries of it.
+    """Return the request without attacks: for a threat that changes no input, and for a smoothed classifier whose base
+    classifier gives no gradients, where each query of a black-box attack would be many queries of it.
     """
     return replace(request, plan=replace(request.plan, members=(), adaptive=(), suite="", doubts="none"))
 
@@ -113,15 +113,21 @@ def refuse_unprovable(
         # only if a model is refused: the trial of smoothing calls the model
         if verb == "assess":
             return (Remedy("certify"),)
-        if plan.threat.constraint.name == "table":
+        if plan.threat.constraint.name in ("table", "training-set"):
             return ()
         if plan.threat.constraint.name == "text":
             from holdfast.certifiers.texts.masking import by_masking
 
             return by_masking(plan.threat.constraint)
-        own = (Remedy("method", TREES),) if _has_trees(target.bare) else ()
+        own = (Remedy("method", TREES),) if reads_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
+    if verb == "certify" and plan.threat.constraint.name == "training-set":
+        from holdfast.certifiers.partitions import (
+            refuse_unpartitioned,
+        )  # late: few threats are on training sets
+
+        refuse_unpartitioned(target.bare)
     of_table = plan.threat.constraint.name == "table"
     if of_table and any(stage.prover is not None and stage.prover.name != TREES for stage in stages):
         raise UsageError(
@@ -129,7 +135,8 @@ def refuse_unprovable(
             *((Remedy("certify"),) if verb == "assess" else (Remedy("threat", "linf:0.1"),)),
         )
     by_operations = any(
-        stage.prover is not None and stage.prover.name not in (SUBSTITUTIONS, TREES) for stage in stages
+        stage.prover is not None and stage.prover.name not in (PARTITIONS, SUBSTITUTIONS, TREES)
+        for stage in stages
     )
     if (
         by_operations
@@ -155,7 +162,10 @@ def refuse_unprovable(
             raise NoBounds(error.message, *without_bounds()) from error
 
 
-def _has_trees(model: Classifier) -> bool:
+def reads_trees(model: Classifier) -> bool:
+    """Return whether a model is an ensemble of trees that can be read."""
+    if model.access != "scores":
+        return False
     from holdfast.certifiers.trees.reading import has_trees
 
     return has_trees(model)

@@ -37,10 +37,10 @@ def verdict_entries(before: Evidence, after: Evidence, goal: Goal) -> Json:
     return {"verdict": verdict, "change": {"metric": goal.metric, "better": goal.better, **values}}
 
 
-def advice(card: Mapping[str, Any], eps: float) -> Json:
+def advice(card: Mapping[str, Any], eps: float, *, of_texts: bool = False) -> Json:
     """Return what would help the hardening with a card that improved nothing: more epochs with the budget that they
     need, another recipe, a smaller eps, and after a collapse a smaller learning rate and a longer warm-up. Entries are
-    None if they would not help or are not known.
+    None if they would not help or are not known. Models `of_texts` have no eps and two recipes.
     """
     ways: Json = dict.fromkeys(("epochs", "budget_s", "recipe", "eps", "lr", "warmup"))
     if card["verdict"] == "improved":
@@ -50,13 +50,15 @@ def advice(card: Mapping[str, Any], eps: float) -> Json:
         lr, warmup = training.get("lr"), training.get("warmup")
         ways["lr"] = None if lr is None else lr / _SLOWER
         ways["warmup"] = None if warmup is None else min(_LONGER * warmup, _LONGEST)
-        ways["eps"] = eps / 2
+        ways["eps"] = None if of_texts else eps / 2
         return ways
     short = card["epochs"] < _EPOCHS
     if short and card["ended_by"] != "patience":
         ways["epochs"] = _EPOCHS
         ways["budget_s"] = _budget_s(card["plan"], card["recipe"])
-    if card["change"]["metric"] == "robust_accuracy":
+    if of_texts:
+        ways["recipe"] = "masked-words" if card["recipe"] == "standard" else None
+    elif card["change"]["metric"] == "robust_accuracy":
         ways["recipe"] = _other_recipe(card["recipe"], card["ended_by"], short=short)
         ways["eps"] = eps / 2 if card["change"]["after"] < _FEW else None
     return ways

@@ -1,7 +1,6 @@
 """Trains one attempt of a hardening, i.e. one recipe, within its time budget and in batches that fit into memory."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,17 @@ from torch import nn
 
 from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.errors import LostLoss
-from holdfast.io.models.weights import written
+from holdfast.io.models.weights import digest_of_weights, written
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.overfitting import RAISED
+from holdfast.recipes.training.recipe import WithNetwork, untrained
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate, announced_s
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
 from holdfast.runs.harden.epochs import Trainer, ended_by
-from holdfast.runs.harden.hardened import MODEL, Made, digest_of_weights
+from holdfast.runs.harden.hardened import MODEL, Made
 from holdfast.runs.harden.pace import Clock, Pacer, smaller
 from holdfast.runs.store.files import usable, write_atomically
 
@@ -156,10 +156,13 @@ class AttemptTraining:
         return f"the best of the {last_epoch(last.curve)} epochs before is in {str(path)!r}"
 
     def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
-        new = deepcopy(self.subject.model)
+        new = untrained(candidate.recipe, self.subject.model)
         checkpoint.put_into(new)
         name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
         card = {**self.subject.card, "name": name}
+        if isinstance(candidate.recipe, WithNetwork):
+            card["parameters"] = sum(weight.numel() for weight in new.parameters())
+            card |= {"access": new.access, "output": new.output}
         assert isinstance(new.net, nn.Module)
         digest = digest_of_weights(new.net.state_dict())  # of the tensors in the file of the new model
         return replace(self.subject, model=new.eval(), digest=digest, card=card)

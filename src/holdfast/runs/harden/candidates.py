@@ -228,17 +228,19 @@ def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> 
 
 def announced(attempt: Mapping[str, Any], left_s: float | None, n_held_out: int) -> str:
     """Return the message that is shown before a training: its recipe, its epochs, the seconds that are left for it if
-    there is a budget, and the number of held-out examples that choose the checkpoint.
+    there is a budget, and the number of held-out examples that choose the checkpoint, if any do.
     """
     duration = (
         ""
         if left_s is None
         else f" of about {attempt['epoch_s']:.2g} s in the first plan, within the remaining {left_s:.3g} s"
     )
+    start = f"training by {attempt['recipe']} ({attempt['reason']}): {_epochs(attempt['epochs'])}{duration}"
+    if not n_held_out:
+        return start
     return (
-        f"training by {attempt['recipe']} ({attempt['reason']}): {_epochs(attempt['epochs'])}{duration}; "
-        f"{n_held_out:,} held-out examples choose the checkpoint, with a standard error of robust accuracy of at most "
-        f"{100 * standard_error(0.5, n_held_out):.1f} percentage points"
+        f"{start}; {n_held_out:,} held-out examples choose the checkpoint, with a standard error of robust accuracy of "
+        f"at most {100 * standard_error(0.5, n_held_out):.1f} percentage points"
     )
 
 

@@ -4,7 +4,6 @@ checkpoint. Within a time budget, short epochs are not all evaluated.
 
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Saving, Training
-from holdfast.recipes.training.recipe import Recipe, trained_as
+from holdfast.recipes.training.recipe import Recipe, trained_as, untrained
 from holdfast.recipes.training.update_plans import most_evaluations
 from holdfast.runs.engine.progress import EpochMeasures, Step
 from holdfast.runs.engine.run import Run
@@ -101,7 +100,7 @@ class Trainer:
             return curve
         # Below every score, so that the first epoch is always stored as the best one.
         highest = max((point.score for point in curve), default=(-1.0, -1.0))
-        evaluated_model = deepcopy(self.model)
+        evaluated_model = untrained(candidate.recipe, self.model)
         within = checkpoints.saved_within(place, last_epoch(curve), settings.batch)
         latest = within or last
         after = None if latest is None else latest.checkpoint

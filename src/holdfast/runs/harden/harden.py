@@ -18,16 +18,16 @@ from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.core.names import threat_text
 from holdfast.core.units import of_values
 from holdfast.gates.training_verdicts import Before, refuse_goal
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
+from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
-from holdfast.recipes.training.recipe import goal_of, trained_as
-from holdfast.reports.numbers import size
+from holdfast.recipes.training.recipe import OnParts, goal_of, trained_as
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
@@ -59,6 +59,7 @@ from holdfast.runs.harden.hardened import (
     Made,
     card_of,
     opened_by,
+    threat_of_card,
     timeless,
     weights_metadata,
 )
@@ -124,7 +125,9 @@ def harden(
             for part in data.split(_CHECKED):
                 labelled = part.take(part.y != UNLABELLED)
                 refuse_batch(labelled, bounds, target.classes, "the training data", whole=data)
-        examples = examples_of(data, request.excluded or test, request.seed, target.classes)
+        examples = examples_of(
+            data, request.excluded or test, request.seed, target.classes, by_content=_on_parts(request)
+        )
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
         for note in request.notes:
@@ -218,7 +221,8 @@ class _Job:
         n_assessed = self.plan["assessed"]
         self.test = assessed(test, n_assessed, request.seed)
         self.checked = self.held_out if self.test is test else self._held_out_sample(n_assessed)
-        limits = (few_held_out(len(self.evaluated)), sample_note(test, n_assessed, limit_s(request)))
+        few = "" if _on_parts(request) else few_held_out(len(self.evaluated))
+        limits = (few, sample_note(test, n_assessed, limit_s(request)))
         self.limits = [note for note in limits if note]
         self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
@@ -314,12 +318,13 @@ class _Job:
             after = replace(after, about={**after.about, "command": command})
             net = best.subject.model.net
             assert isinstance(net, nn.Module)  # other models were refused before
-            weights = written(net, weights_metadata(self.subject, self.manifest))
+            weights = written(net, weights_metadata(best.subject, self.manifest))
             entries = {**self._entries(accuracies_before), "generalisation": self._on_training(best)}
             card = card_of(trained, best, (before, after), folder.manifest, entries)
             after = replace(after, training=training_summary(card))
             model = of_values(best.subject.model)
-            result = Hardened(model, before, after, best.curve, card, weights, self.run)
+            program = self._program(best.subject.model)
+            result = Hardened(model, before, after, best.curve, card, weights, self.run, program)
             with stopper.finishing():
                 folder.keep("model", MODEL, weights)
             run.record("training", {"chosen": card["chosen"]["epoch"], "weights": digest(weights)})
@@ -343,15 +348,7 @@ class _Job:
         request, constraint = self.request, self.request.threat.constraint
         return {
             "requested_recipe": request.name,
-            "threat": threat_text(
-                str(constraint)
-                if constraint.name == "table"
-                else f"{constraint.name}:{size(constraint.eps)}",
-                None,
-                "gradients",
-                None,
-                request.threat.unit,
-            ),
+            "threat": threat_of_card(constraint, request.threat.unit),
             "seed": request.seed,
             "notes": self.notes,
             "command": repeatable(request.command),
@@ -391,7 +388,8 @@ class _Job:
             candidate = self._candidate(attempt["recipe"])
             place = self.run / _numbered(CHECKPOINTS, k)
             continued = trainings.resumed(place, candidate, attempt, budget)
-            self.notify(continued or announced(attempt, left_s, len(self.evaluated)))
+            choosing = 0 if _on_parts(self.request) else len(self.evaluated)
+            self.notify(continued or announced(attempt, left_s, choosing))
             trained_models.append(trainings.trained(place, candidate, attempt, budget, run))
             if len(planned) == 1:
                 return trained_models, trained_models[0]
@@ -409,6 +407,12 @@ class _Job:
 
     def _candidate(self, name: str) -> Candidate:
         return next(candidate for candidate in self.request.candidates if candidate.name == name)
+
+    def _program(self, model: Classifier) -> bytes | None:
+        """The program of a member of an ensemble that has no architecture in the catalogue, if it can be exported."""
+        if not isinstance(model.net, Ensemble) or "architecture" in self.subject.card:
+            return None
+        return exported(model.net.members[0], model.preprocess(self.held_out.x[:2]))
 
     def _opened(self, weights: bytes) -> Classifier:
         """The new model with weights from a file."""
@@ -430,6 +434,11 @@ class _Job:
             notify=self.notify,
             detail=self.detail,
         )
+
+
+def _on_parts(request: HardenRequest) -> bool:
+    """Whether the recipe certifies changes of the training set."""
+    return any(isinstance(candidate.recipe, OnParts) for candidate in request.candidates)
 
 
 def _numbered(name: str, k: int) -> str:

@@ -1,6 +1,5 @@
 """The result of a hardening: the new model, its model card, and the measurements before and after."""
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,12 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Constraint
 from holdfast.core.model import Classifier
+from holdfast.core.names import threat_text
 from holdfast.gates.training_verdicts import TrainingVerdict
+from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS
 from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
@@ -24,7 +27,7 @@ from holdfast.recipes.training.overfitting import MOST_RAISED
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
-from holdfast.reports.numbers import percent, plain, strict
+from holdfast.reports.numbers import percent, plain, size, strict
 from holdfast.reports.training import checkpoint_text
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.request import Subject
@@ -37,7 +40,7 @@ from holdfast.runs.store.files import usable, write_atomically
 from holdfast.runs.store.records import document
 from holdfast.statistics.intervals import against_majority, proportion
 
-MODEL = "model.safetensors"
+MODEL = WEIGHTS
 """Name of the file with the new model."""
 
 
@@ -55,6 +58,8 @@ class Hardened:
     weights: bytes
     """content of the safetensors file with the new model"""
     folder: Path | None = None
+    program: bytes | None = None
+    """content of the file with the program of a member of an ensemble, with which it is opened without its code"""
 
     def opened_by(self, folder: Path) -> str:
         """Return the command line that assesses the new model in the file in `folder`."""
@@ -72,7 +77,9 @@ class Hardened:
         with usable(place):
             place.mkdir(parents=True, exist_ok=True)
             write_atomically(place / MODEL, self.weights)
-            write_atomically(place / "card.json", document(card))
+            if self.program is not None:
+                write_atomically(place / PROGRAM, self.program)
+            write_atomically(place / CARD, document(card))
             write_atomically(place / "card.md", as_markdown(card).encode())
             write_atomically(place / "curve.svg", curve_svg(self.card["curve"], self.card["chosen"]).encode())
         return place
@@ -126,6 +133,13 @@ class Made:
         return int(epochs) if epochs == int(epochs) else epochs
 
 
+def threat_of_card(constraint: Constraint, unit: str) -> str:
+    """Return the threat model of a training as its card states it, such as `linf:0.1`."""
+    limited = constraint.name in ("table", "text")
+    text = str(constraint) if limited else f"{constraint.name}:{size(constraint.eps)}"
+    return threat_text(text, None, "gradients", None, unit)
+
+
 def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata that is written to the weights file of a hardened model: how the model is opened, and the
     digest of its training.
@@ -133,6 +147,8 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
     architecture = {
         key: subject.card[key] for key in ("architecture", "arguments", "denoiser") if key in subject.card
     }
+    if isinstance(subject.model.net, Ensemble):
+        architecture["ensemble"] = subject.model.net.metadata()
     properties = {
         key: subject.card[key]
         for key in ("bounds", "mean", "std", "classes")
@@ -155,15 +171,6 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
 def training_digest(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 that identifies the hardening with a manifest in the file of its new model, in hex."""
     return digest(canonical([manifest["digests"], manifest["plan"]]))
-
-
-def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of the tensors of a network, in hex."""
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def weights_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -237,7 +244,8 @@ def card_of(
             "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
         }
     )
-    card["advice"] = strict(advice(card, float(sides[1].evidence.threat.constraint.eps)))
+    constraint = sides[1].evidence.threat.constraint
+    card["advice"] = strict(advice(card, float(constraint.eps), of_texts=constraint.name == "text"))
     return card
 
 

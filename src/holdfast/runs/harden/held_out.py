@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
+from holdfast.attacks.protocol import Attack
+from holdfast.attacks.text_search import TextSearch
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
@@ -21,6 +24,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.pieces import PIECE, results_in_pieces
 from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training_set import TrainingSet
 from holdfast.recipes import SABR, IBPTraining
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe
@@ -31,8 +35,10 @@ EVALUATION_ATTACK = margin_pgd(steps=20)
 loss than in training."""
 CERTIFIED = (IBPTraining, SABR)
 """The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
+_TEXT_QUERIES = 32  # of each held-out text, since a search for one text takes milliseconds
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
+_ONE_OF = 64  # by content, one training example of this many is held out on average
 _PIECE_VALUES = 1 << 22  # largest number of values of the inputs that are attacked at once in an evaluation
 _TRACED = 8  # examples on which the graph of operations is compared with the model
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
@@ -51,15 +57,18 @@ class TrainingExamples:
     """notes on which examples were left out of the training, and why"""
 
 
-def examples_of(data: TrainingData, excluded: Data, seed: int, classes: int) -> TrainingExamples:
+def examples_of(
+    data: TrainingData, excluded: Data, seed: int, classes: int, *, by_content: bool = False
+) -> TrainingExamples:
     """Split `data` into training examples and held-out examples, after removing all inputs that also occur in
     `excluded`.
 
-    `excluded` contains the test examples. Raises an error if a class has no training example left.
+    `excluded` contains the test examples. With `by_content`, each example is held out or not by its input alone. Raises
+    an error if a class has no training example left.
     """
     refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data, excluded)
-    rest, held = split_of(fresh, seed)
+    rest, held = split_by_content(fresh) if by_content else split_of(fresh, seed)
     rest, chosen_by = without_held(rest, held)
     notes = tuple(note for note in (judged, chosen_by) if note)
     if notes:
@@ -92,6 +101,23 @@ def split_of(data: D, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) 
     return data.subset(~held_out), data.take(held_out)
 
 
+def split_by_content(data: D) -> tuple[D, Batch]:
+    """Split examples into training examples and held-out examples by hashes of their inputs, so that an added or
+    removed example changes neither the other training examples nor the other held-out ones.
+
+    Raises `UsageError` if none would be held out.
+    """
+    names = data.fingerprints()
+    held_out = torch.tensor([int.from_bytes(name[-8:], "big") % _ONE_OF == 0 for name in names])
+    if not held_out.any():
+        raise UsageError(
+            f"of {len(data)} training examples none is held out, which one in {_ONE_OF} is on average",
+            replace(OTHER_EXAMPLES, reason="for more examples"),
+        )
+    held_out = held_out.to(data.ids.device)
+    return data.subset(~held_out), data.take(held_out)
+
+
 def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel) -> tuple[float, float]:
     """Return the clean accuracy of a model on the held-out examples, and its accuracy under the short attack that
     compares checkpoints.
@@ -119,6 +145,8 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
     often.
     """
     mode = model.training
+    of_texts = threat.constraint.name == "text"
+    attack: Attack = TextSearch(queries=_TEXT_QUERIES) if of_texts else EVALUATION_ATTACK
     model.eval()
 
     def counts(part: Batch) -> tuple[int, int, Tensor]:
@@ -126,8 +154,10 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
             logits = model(part.x)
         correct = margin(logits, part) > 0
         correct_examples, n_robust = part.take(correct), 0
-        if len(correct_examples):
-            x_adv = EVALUATION_ATTACK(model, correct_examples, threat, rng=Draws(0).at("look"))
+        if isinstance(threat.constraint, TrainingSet):  # no input changes
+            n_robust = len(correct_examples)
+        elif len(correct_examples):
+            x_adv = attack(model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
                 n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
         return int(correct.sum()), n_robust, logits.argmax(1).bincount(minlength=logits.shape[1])
@@ -174,8 +204,12 @@ def without_judged(data: D, test: Data) -> tuple[D, str]:
     Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
     """
     judged: dict[bytes, int] = {}
+    if isinstance(data, Batch):
+        data = replace(data, x=_of_width(data, test.read(0, 1)))
     for begin in range(0, len(test), 1_000):
         part = test.read(begin, min(begin + 1_000, len(test)))
+        if isinstance(data, Batch):
+            part = replace(part, x=_of_width(part, data))
         judged |= dict(zip(part.fingerprints(), part.ids.tolist(), strict=True))
     fresh, duplicates = _without_duplicates(data, judged)
     if not duplicates:
@@ -189,6 +223,14 @@ def without_judged(data: D, test: Data) -> tuple[D, str]:
     if not len(fresh):
         raise UsageError(f"{note}; give other test examples, or other training examples", OTHER_EXAMPLES)
     return fresh, f"{note}; they are not used for the training"
+
+
+def _of_width(batch: Batch, other: Batch) -> Tensor:
+    """Return the inputs of a batch. Rows are padded with zeros to the width of others, because texts of two data sets
+    may have other numbers of values, and equal texts must have equal rows.
+    """
+    missing = other.x.shape[-1] - batch.x.shape[-1]
+    return F.pad(batch.x, (0, missing)) if batch.x.dim() == 2 and missing > 0 else batch.x
 
 
 def without_held(rest: D, held: Batch) -> tuple[D, str]:

@@ -12,11 +12,13 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.gradients import input_gradient
 from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
-from holdfast.core.names import kind_of
+from holdfast.core.names import kind_of, with_article
 from holdfast.core.spelling import suggestion
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.io.models.keras_models import KerasNet
+from holdfast.io.models.linear_texts import LinearTexts
+from holdfast.io.models.text_models import TextEstimator, TextFunction
 from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe
@@ -30,7 +32,9 @@ def refuse_untrainable(model: Classifier) -> None:
     Raises `TargetError` if it is not a network, has no gradients or cannot be saved in a checkpoint, and `UsageError`
     if all parameters are frozen.
     """
-    if model.access != "gradients":
+    if isinstance(model.net, TextFunction):
+        _refuse_untrainable_texts(model.net)
+    elif model.access != "gradients":
         raise TargetError(
             f"the model gives only {model.access} and no gradients, so it cannot be trained: {model.hides}"
         )
@@ -60,6 +64,36 @@ def refuse_untrainable(model: Classifier) -> None:
         )
 
 
+def _refuse_untrainable_texts(function: TextFunction) -> None:
+    """Raise `TargetError` for a model of texts whose weights are hidden, or cannot be written to its file."""
+    if type(function) is not TextFunction:
+        raise TargetError(
+            "the model is a folder of transformers, whose new weights harden cannot write to a folder; give "
+            "FILE.py:FACTORY, whose factory returns a torch.nn.Module that contains the network and its tokenizer, and "
+            "whose forward takes a list of strings and returns logits"
+        )
+    if not any(True for _ in function.parameters()):
+        raise TargetError(
+            f"the model is {with_article(type(function.model).__name__)} from texts to scores, which hides its "
+            "weights, so it cannot be trained; let the factory return a torch.nn.Module whose forward takes a list of "
+            "strings and returns logits, or a fitted pipeline of scikit-learn that ends with a linear classifier"
+        )
+
+
+def with_trainable_texts(model: Classifier) -> Classifier:
+    """Return a model of texts in a form whose weights can be trained: a copy of a pipeline of scikit-learn whose linear
+    classifier is a layer of torch. Other models are returned as they are.
+
+    Raises `TargetError` for an estimator whose weights cannot be trained.
+    """
+    if not isinstance(model.net, TextEstimator):
+        return model
+    trainable = deepcopy(model)
+    trainable.net = TextFunction(LinearTexts(model.net.interface.source), model.net.digest).eval()
+    trainable.output = "logit"
+    return trainable
+
+
 def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
     """Return notes for the report on properties of a model that impair its training, such as frozen parameters.
 
@@ -85,7 +119,7 @@ def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
             (frozen_note, frozen),
             (unused_note, unused),
             (IN_PLACE, model.rewrites),
-            (flat_note, _flat(model, x)),
+            (flat_note, not isinstance(model.net, TextFunction) and _flat(model, x)),
         )
         if applies
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from holdfast.attacks.suites import SUITES
 from holdfast.core.catalogue import RECIPES, load, names
-from holdfast.core.names import threat_text
+from holdfast.core.names import threat_kind, threat_text
 from holdfast.gates.judging import Judgement
 from holdfast.io.models.factories import names_code
 from holdfast.reports.numbers import size
@@ -28,7 +28,7 @@ _SUITE = re.compile(r"([\w-]+)@\d+")
 _SWITCHES = {"full": "--full", "keep_adversarial": "--save-adversarial"}
 _OPTIONS_OF_KINDS = {"curve": "--curve", "quick-proof": "--certify"}
 """options of `assess` that add a stage, by the kind of the stage"""
-_NORMS = ("Linf", "L2", "L1")
+_NORMS = ("Linf", "L2", "L1", "TrainingSet")
 """Norms of which eps is the only parameter."""
 
 
@@ -116,7 +116,7 @@ def _threat(config: Mapping[str, Any]) -> str:
         return threat_syntax(threat_to_json(outline_from_json(config).threat))
     if threat["norm"] not in _NORMS:
         return "THREAT"
-    change = f"{threat['norm'].lower()}:{size(threat['eps'])}"
+    change = f"{threat_kind(threat['norm'])}:{size(threat['eps'])}"
     return threat_text(change, None, "gradients", None, threat.get("unit", ""))
 
 

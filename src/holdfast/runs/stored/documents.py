@@ -66,7 +66,7 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
             for step in content["stages"]
         ),
         ThreatModel(
-            _constraint(threat),
+            constraint_of(threat),
             threat["goal"],
             threat["access"],
             threat["queries"],
@@ -78,12 +78,17 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
     )
 
 
-def _constraint(threat: Mapping[str, Any]) -> Constraint:
+def constraint_of(threat: Mapping[str, Any]) -> Constraint:
+    """Return the constraint of a stored threat model."""
     eps = number(threat["eps"])
     if threat["norm"] == "L0":
         return L0(eps, threat["per"])
     if threat["norm"] == "Corruptions":
         return Corruptions(int(eps))
+    if threat["norm"] == "TrainingSet":
+        from holdfast.core.training_set import TrainingSet  # late: few runs are on training sets
+
+        return TrainingSet(int(eps))
     if threat["norm"] == "Table":
         from holdfast.core.tables.table import Table  # late: few runs have rules
 

@@ -11,11 +11,10 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.core.goal import Goal
 from holdfast.gates.training_verdicts import Before
-from holdfast.io.models.weights import METADATA_KEY
+from holdfast.io.models.weights import METADATA_KEY, digest_of_weights
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.paired import basis
 from holdfast.reports.card import judged
-from holdfast.reports.numbers import size
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.identity import code_digest
@@ -23,14 +22,14 @@ from holdfast.runs.harden.advice import advice, verdict_entries
 from holdfast.runs.harden.candidates import standard_error
 from holdfast.runs.harden.hardened import (
     MODEL,
-    digest_of_weights,
     generalisation,
     held_out_metrics,
+    threat_of_card,
     training_digest,
     weights_and_metadata,
 )
 from holdfast.runs.store.files import MANIFEST
-from holdfast.runs.stored.documents import VERDICT
+from holdfast.runs.stored.documents import VERDICT, constraint_of
 from holdfast.runs.stored.recomputing_columns import refuse_other
 from holdfast.statistics.intervals import against_majority
 
@@ -150,10 +149,10 @@ def _refuse_settings(run: StoredHardening) -> None:
         "requested_recipe": config["recipe"],
         "recipes_tried": [attempt["recipe"] for attempt in manifest["plan"]["attempts"]][:tried],
         "reason": attempts[recipe]["reason"],
-        "threat": f"{threat['norm'].lower()}:{size(threat['eps'])}",
+        "threat": threat_of_card(constraint_of(threat), threat.get("unit", "")),
         "evaluated_under": threat_syntax(run.sides["after"].summary()["threat"]),
         "seed": config["seed"],
-        "advice": advice(card, threat["eps"]),
+        "advice": advice(card, threat["eps"], of_texts=threat["norm"] == "TextEdits"),
         "scope": basis(run.sides["before"].evidence, run.sides["after"].evidence),
         "settings": _unplanned(config["settings"][recipe]),
         **{key: manifest[key] for key in ("plan", "data", "versions")},

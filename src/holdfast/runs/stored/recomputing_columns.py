@@ -141,7 +141,10 @@ def _refuse_proofs(refuse: _Comparison, step: StageOutline, columns: Columns, ep
     certified, bound = columns["certified"], columns["bound"]
     possible = columns["ran"] & ~columns["claimed"] & (bound > 0)
     sources = "the columns ran, claimed and bound"
-    if "radius" in columns:
+    if "radius" in columns and "abstained" not in columns:
+        possible, sources = columns["ran"] & (columns["radius"] >= eps), "the columns ran and radius"
+        refuse(step.name, "radius", columns["radius"] >= eps, certified, "the column certified")
+    elif "radius" in columns:
         radius = columns["radius"]
         possible = columns["ran"] & ~columns["abstained"] & (radius >= eps)
         sources = "the columns ran, abstained and radius"

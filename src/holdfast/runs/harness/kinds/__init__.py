@@ -13,7 +13,7 @@ from holdfast.runs.harness.kinds.detection import DetectorPass
 from holdfast.runs.harness.kinds.fit import Fit
 from holdfast.runs.harness.kinds.geometry import GeometryTable
 from holdfast.runs.harness.kinds.passes import CurvePass, FixedPass
-from holdfast.runs.harness.kinds.proof import LateProof, QuickProof, StatisticalProof
+from holdfast.runs.harness.kinds.proof import LateProof, QuickProof, RadiusProof, StatisticalProof
 from holdfast.runs.harness.kinds.stateful import StatefulTable
 from holdfast.runs.harness.kinds.transfer import TransferMatrix
 from holdfast.runs.harness.stage import StageKind
@@ -24,6 +24,7 @@ KINDS: Mapping[str, StageKind] = {
         Clean(),
         QuickProof(),
         StatisticalProof(),
+        RadiusProof(),
         Fit(),
         SuiteAttack(),
         LateProof(),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.protocol import Proofs, Prover, ReadyProver, StatisticalProver
+from holdfast.certifiers.protocol import Proofs, Prover, RadiusProver, ReadyProver, StatisticalProver
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns, Cost, in_table
@@ -236,8 +236,39 @@ class QuickProof(ProofKind):
         return [
             stage
             for stage in _stages(self, plan.proofs, 1)
-            if not isinstance(stage.prover, StatisticalProver)
+            if not isinstance(stage.prover, StatisticalProver | RadiusProver)
         ]
+
+
+class RadiusProof(ProofKind):
+    """Kind of stage for the methods that prove a radius for each example, which may exceed eps or be below it."""
+
+    name = "radius-proof"
+    refutes = False
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """Return the stages of these methods, in their order."""
+        return [stage for stage in _stages(self, plan.proofs, 1) if isinstance(stage.prover, RadiusProver)]
+
+    def more(self, proofs: Proofs) -> dict[str, Tensor]:
+        """Return the certified radii, which are 0 for a model about which nothing is proved."""
+        return {"radius": torch.zeros_like(proofs.bound) if proofs.radius is None else proofs.radius}
+
+    def columns(self, clean: Columns) -> dict[str, Tensor]:
+        """Return the columns of a method for examples on which it was not run: their radius is 0."""
+        nothing = super().columns(clean)
+        return {**nothing, "radius": torch.zeros_like(nothing["bound"])}
+
+    def evidence(
+        self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
+    ) -> Mapping[str, Tensor]:
+        """Return the columns of all methods, with the largest certified radius of each example."""
+        columns = dict(super().evidence(outline, by_stage, worst))
+        for step in outline.steps:
+            if step.kind is self and step.name in by_stage:
+                radius = by_stage[step.name]["radius"]
+                columns["certified_radius"] = torch.maximum(columns["certified_radius"], radius)
+        return columns
 
 
 class LateProof(ProofKind):

@@ -1,0 +1,93 @@
+"""Opens what an audit of privacy needs: the model, the examples and the training function."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from holdfast.api import expecting, resolve
+from holdfast.api.card_training import CardTraining, is_card_folder, open_card_training
+from holdfast.api.plans import device_of
+from holdfast.api.verb_settings import AuditPrivacy
+from holdfast.audits.audit import AuditRequest
+from holdfast.audits.finding import Finding
+from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, privacy_finding
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.types import Inputs, Labels
+from holdfast.io.models.training_function import TrainingFunction, open_training, refuse_other_classes
+from holdfast.runs.engine.progress import Notify
+from holdfast.runs.engine.run import Run
+from holdfast.runs.harden.trainable import refuse_untrainable
+
+
+def prepared_privacy(
+    settings: AuditPrivacy, notify: Notify, command: str
+) -> tuple[AuditRequest, Callable[[Run], Finding]]:
+    """Open the model, the data and the training function, and return the request and the function of the audit."""
+    if settings.train is None:
+        raise UsageError(
+            "train is missing: the audit trains a network with canaries, and needs the function that trains it",
+            Remedy("train", Placeholder("FILE.py:F", "fit")),
+        )
+    if settings.epsilon is None:
+        raise UsageError(
+            "epsilon is missing: the audit compares its bound with the epsilon that the training claims",
+            Remedy("epsilon", Placeholder("X")),
+        )
+    training: CardTraining | TrainingFunction = (
+        open_card_training(settings.train)
+        if is_card_folder(settings.train)
+        else open_training(settings.train)
+    )
+    subject = resolve.open_subject(settings)
+    examples = resolve.open_examples(settings, subject.model)
+    subject = expecting.with_found_properties(subject, (), examples)
+    device = torch.device(device_of(settings.device))
+    data = examples.read(0, len(examples)).to(device)
+    model = subject.model.to(device)
+    if model.classes is None:
+        model.classes = model(data.first(1).x).shape[1]
+    how = PrivacyAudit(
+        settings.epsilon, settings.delta, settings.canaries, settings.canary, settings.guesses, settings.seed
+    )
+    how.refuse_unable(len(data), model.classes)
+    request = AuditRequest(
+        "privacy",
+        {
+            **{name: value for name, value in vars(how).items() if name != "seed"},
+            "train": {"name": training.name, "digest": training.digest},
+        },
+        {**subject.card, "digest": subject.digest},
+        {"name": examples.name, "digest": examples.digest, "n": len(data), "shape": data.example_shape},
+        (LOSSES,),
+        tuple(settings.gates),
+        settings.seed,
+        str(device),
+        command,
+        subject.notes,
+    )
+    if isinstance(training, CardTraining):
+        refuse_untrainable(model)
+        train = partial(training, model)
+    else:
+        train = partial(trained_like, training, model)
+    return request, lambda run: privacy_finding(run, train, data, model, how)
+
+
+def trained_like(
+    training: TrainingFunction, model: Classifier, x: Inputs, y: Labels, seed: int
+) -> Classifier:
+    """Train a network on inputs, which it gets with the preprocessing of `model`, and return it as a classifier with
+    the properties of `model`.
+    """
+    net = training(model.preprocess(x), y, seed)
+    mean, std = (None if value is None else value.tolist() for value in (model.mean, model.std))
+    trained = model.renormalised(mean, std).to(x.device)
+    trained.net, trained.classes = net, None
+    with torch.no_grad():
+        logits = trained(x[:1])
+    assert model.classes is not None
+    refuse_other_classes(training.name, logits, model.classes)
+    return trained

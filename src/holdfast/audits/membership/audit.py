@@ -1,0 +1,210 @@
+"""The audit of membership: an attacker's success in telling training examples from others, and its controls.
+
+A training procedure is audited on networks that are trained on random halves of the data, each of which is the target
+in turn. A given model is audited on its training examples and on others.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from holdfast.audits.finding import Finding
+from holdfast.audits.membership import controls, rates, scores
+from holdfast.audits.membership.how import MembershipAudit
+from holdfast.audits.membership.references import Signals, halves, others
+from holdfast.audits.membership.report import Results, finding_of
+from holdfast.core.batch import Batch
+from holdfast.core.types import Mask, PerExample
+from holdfast.runs.engine.run import Run
+
+TOGETHER = 16
+"""number of reference networks that are trained in one step of a run"""
+PIECE = 1000
+"""number of examples that the model is queried on in one step of a run"""
+SCORES = "scores"
+"""name of the stage with the score of each example"""
+
+Train = Callable[[Sequence[int], Tensor], Signals]
+"""function `train(networks, inside)` that trains networks and returns what they say about all examples"""
+Query = Callable[[Batch], tuple[Signals, bool]]
+"""function that returns what the model says about examples, and whether it gives labels only"""
+
+
+def steps(how: MembershipAudit) -> tuple[str, ...]:
+    """Return the names of the stages in their order."""
+    queried = [] if how.members is None else [_queries(at) for at in range(0, len(how.examples), PIECE)]
+    trained = [_training(first) for first in range(0, how.networks, TOGETHER)]
+    return (*queried, *trained, SCORES)
+
+
+def _queries(first: int) -> str:
+    return f"answers-{first}"
+
+
+def _training(first: int) -> str:
+    return f"networks-{first}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target, and what an attacker knows about it."""
+
+    target: PerExample
+    """signal of each example (n)"""
+    right: Mask
+    """whether the target predicts the label (n)"""
+    member: Mask
+    """whether the target was trained on the example (n), which the attacker does not know"""
+    references: Signals | None = None
+    inside: Tensor | None = None
+    """examples that each reference network was trained on (networks, n)"""
+
+    def scores(self, *, labels: bool) -> dict[str, PerExample]:
+        """Return the scores of all attacks by name, the headline first. With `labels`, the target gives only labels."""
+        results: dict[str, PerExample] = {}
+        known, inside = self.references, self.inside
+        if known is not None and inside is not None and not labels:
+            results["BaVarIA"] = scores.bavaria(self.target, known.phi, inside)
+            results["LiRA online"] = scores.lira_online(self.target, known.phi, inside)
+            results["LiRA offline"] = scores.lira_offline(self.target, known.phi, inside)
+            results["RMIA"] = scores.rmia(self.target, known.phi, inside)
+        if not labels:
+            results["loss"] = scores.loss(self.target)
+        results["label only"] = scores.labels_only(self.right, None if known is None else known.right, inside)
+        return results
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The targets of an audit, and the same targets with halves that nobody was trained on."""
+
+    cases: Sequence[Case]
+    nulls: Sequence[Case]
+    labels: bool = False
+    """whether the target gives labels only"""
+
+
+def membership_finding(
+    run: Run, how: MembershipAudit, train: Train | None, query: Query | None, notes: Sequence[str] = ()
+) -> Finding:
+    """Take the steps of the audit, and return its finding. `notes` are sentences about the reference networks.
+
+    Without `query` a training procedure is audited, otherwise the model that answers.
+    """
+    found = _of_procedure(run, how, train) if query is None else _of_model(run, how, train, query)
+    scored = [case.scores(labels=found.labels) for case in found.cases]
+    members = [case.member for case in found.cases]
+    headline = [next(iter(each.values())) for each in scored]
+    columns = run.stage(SCORES, partial(_per_example, how, headline, members)).columns
+    nulls = [
+        rates.auc(next(iter(case.scores(labels=found.labels).values())), case.member) for case in found.nulls
+    ]
+    first = found.cases[0]
+    tail = None
+    if how.members is not None and not found.labels:
+        tail = scores.tail_estimate(first.target[first.member], first.target[~first.member], how.fpr)
+    return finding_of(
+        how,
+        Results(
+            scored,
+            members,
+            columns,
+            null_auc=sum(nulls) / len(nulls),
+            blind_auc=controls.blind_auc(how.examples, first.member, how.classes, how.rng.at("blind")),
+            accuracy=_mean([float(case.right[case.member].double().mean()) for case in found.cases]),
+            other_accuracy=_mean([float(case.right[~case.member].double().mean()) for case in found.cases]),
+            tail=tail,
+            labels=found.labels,
+            rounded=not found.labels and any(controls.is_rounded(case.target) for case in found.cases),
+        ),
+        notes,
+    )
+
+
+def _of_procedure(run: Run, how: MembershipAudit, train: Train | None) -> Measured:
+    """Every network is a target, compared with the others but that of the complementary half."""
+    assert train is not None
+    signals = _trained(run, how, train)
+
+    def cases(inside: Tensor) -> list[Case]:
+        return [
+            Case(
+                signals.phi[k],
+                signals.right[k],
+                inside[k],
+                signals.of(rest := others(k, how.networks)),
+                inside[rest],
+            )
+            for k in range(how.networks)
+        ]
+
+    return Measured(cases(how.inside()), cases(how.null()))
+
+
+def _of_model(run: Run, how: MembershipAudit, train: Train | None, query: Query) -> Measured:
+    parts = []
+    for first in range(0, len(how.examples), PIECE):
+        rows = torch.arange(first, min(first + PIECE, len(how.examples)))
+        parts.append(run.stage(_queries(first), partial(_answers, query, how.examples, rows)).columns)
+    phi, right = (torch.cat([part[name] for part in parts]) for name in ("phi", "right"))
+    labels = all(bool(part["labels"].all()) for part in parts)
+    references = _trained(run, how, train) if train is not None else None
+    case = Case(phi, right == 1, how.member, references, None if references is None else how.inside())
+    nobody = halves(how.places, 2, how.rng.at("null target"))[0]
+    null = replace(case, member=nobody, inside=None if references is None else how.null())
+    return Measured([case], [null], labels)
+
+
+def _answers(query: Query, examples: Batch, rows: Tensor) -> dict[str, Tensor]:
+    signals, labels = query(examples.take(rows))
+    return {
+        "id": rows,
+        "phi": signals.phi[0],
+        "right": signals.right[0].long(),
+        "labels": torch.full((len(rows),), int(labels)),
+    }
+
+
+def _trained(run: Run, how: MembershipAudit, train: Train) -> Signals:
+    """Signals of the reference networks, which are trained in steps that are stored."""
+    inside, phis, rights = how.inside(), [], []
+    for first in range(0, how.networks, TOGETHER):
+        networks = range(first, min(first + TOGETHER, how.networks))
+
+        def measured(networks: Sequence[int] = networks) -> dict[str, Tensor]:
+            signals = train(networks, inside[list(networks)])
+            return {"id": how.places, "phi": signals.phi.T.contiguous(), "right": signals.right.T.long()}
+
+        columns = run.stage(_training(first), measured).columns
+        phis.append(columns["phi"].T)
+        rights.append(columns["right"].T == 1)
+    return Signals(torch.cat(phis), torch.cat(rights))
+
+
+def _per_example(
+    how: MembershipAudit, headline: Sequence[PerExample], members: Sequence[Mask]
+) -> dict[str, Tensor]:
+    """For each example, the mean score of the networks that were trained on it and of the others, and the share of the
+    networks that were trained on it in which it is found.
+    """
+    score, member = torch.stack(list(headline)), torch.stack(list(members))
+    hit = torch.stack(
+        [rates.found(each, mask, how.fpr) for each, mask in zip(headline, members, strict=True)]
+    )
+    n = member.sum(0)
+    return {
+        "id": how.places,
+        "row": how.examples.ids.cpu(),
+        "label": how.examples.y.cpu(),
+        "trainings": n,
+        "score": torch.where(member, score, 0.0).sum(0) / n,
+        "score_outside": torch.where(member, 0.0, score).sum(0) / (~member).sum(0),
+        "found": (hit & member).sum(0).double() / n,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,52 @@
+"""What an audit of membership audits, and the halves of the data that its networks are trained on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from holdfast.audits.membership.references import halves
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.types import Mask
+
+
+@dataclass(frozen=True)
+class MembershipAudit:
+    """What is audited, and how."""
+
+    examples: Batch
+    classes: int
+    networks: int
+    """number of reference networks, or of networks that are targets in turn"""
+    fpr: float
+    seed: int
+    members: int | None = None
+    """number of the first examples, those that the model was trained on; None if a training procedure is audited"""
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
+    """members of each group, by name, as a mask of the examples"""
+
+    @property
+    def rng(self) -> Draws:
+        """Random numbers of the audit."""
+        return Draws(self.seed).at("membership")
+
+    @property
+    def member(self) -> Mask:
+        """Mask of the training examples of the model."""
+        assert self.members is not None
+        return torch.arange(len(self.examples)) < self.members
+
+    @property
+    def places(self) -> Tensor:
+        """Positions of the examples, by which random numbers are drawn; ids may occur in two data sets."""
+        return torch.arange(len(self.examples))
+
+    def inside(self) -> Tensor:
+        """Return which examples each network is trained on."""
+        return halves(self.places, self.networks, self.rng)
+
+    def null(self) -> Tensor:
+        """Return other halves, which no network was trained on."""
+        return halves(self.places, max(self.networks, 2), self.rng.at("null"))

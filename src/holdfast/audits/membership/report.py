@@ -1,0 +1,277 @@
+"""The finding of an audit of membership: its verdict, tables, curve and most exposed examples."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.audits.finding import AuditVerdict, Curve, Finding, Picture, Table, in_unit_range
+from holdfast.audits.membership import controls, rates
+from holdfast.audits.membership.how import MembershipAudit
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Columns
+from holdfast.core.types import Mask, PerExample
+
+METRIC = "membership_tpr_at_1_percent"
+METRIC_FPR = 0.01
+_RATES = (0.001, 0.01, 0.1)
+_SHOWN, _POINTS = 12, 41
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an audit measured."""
+
+    scores: Sequence[Mapping[str, PerExample]]
+    """for each target, the scores of each attack by name, the headline first"""
+    members: Sequence[Mask]
+    columns: Columns
+    """the stored score of each example"""
+    null_auc: float
+    """area under the curve of the headline on halves that nobody trained on"""
+    blind_auc: float
+    """area under the curve of a classifier without the model"""
+    accuracy: float
+    """accuracy of the targets on the examples that they were trained on"""
+    other_accuracy: float
+    tail: float | None
+    labels: bool
+    rounded: bool
+
+    @property
+    def headline(self) -> str:
+        """Name of the attack whose rate is the result."""
+        return next(iter(self.scores[0]))
+
+    def rate(self, attack: str, fpr: float) -> Estimate:
+        """Return the true-positive rate of an attack: the mean of several targets, or that of the only one."""
+        if len(self.scores) == 1:
+            return rates.tpr_of_one(self.scores[0][attack], self.members[0], fpr)
+        return rates.mean_of_networks(self._of_each(attack, fpr))
+
+    def auc(self, attack: str) -> float:
+        """Return the mean area under the curve of an attack."""
+        values = [rates.auc(s[attack], m) for s, m in zip(self.scores, self.members, strict=True)]
+        return sum(values) / len(values)
+
+    def mean_rate(self, attack: str, fpr: float) -> float:
+        """Return the mean true-positive rate of an attack over the targets."""
+        values = self._of_each(attack, fpr)
+        return sum(values) / len(values)
+
+    def _of_each(self, attack: str, fpr: float) -> list[float]:
+        return [rates.tpr(s[attack], m, fpr) for s, m in zip(self.scores, self.members, strict=True)]
+
+
+def finding_of(how: MembershipAudit, results: Results, notes: Sequence[str]) -> Finding:
+    """Return the finding: `flagged` if members are found more often than the false-positive rate, `unclear` if a
+    control fails.
+    """
+    rate = results.rate(results.headline, how.fpr)
+    n_members = int(results.members[0].sum())
+    n_others = len(how.examples) - n_members
+    verdict, reasons = _judged(how, results, rate, controls.width(n_members, n_others))
+    metrics = {}
+    if n_others >= rates.needed(METRIC_FPR):
+        metrics[METRIC] = results.rate(results.headline, METRIC_FPR)
+    subject = "the training procedure" if how.members is None else "the model"
+    return Finding(
+        verdict,
+        f"an attacker ({results.headline}) finds {rate.value:.1%} of the training examples of {subject} "
+        f"({rate.low:.1%} to {rate.high:.1%}) at a false-positive rate of {_percent(how.fpr)}",
+        reasons,
+        _facts(how, results, rate, n_members, n_others),
+        metrics,
+        (_attacks(results, n_others), _exposed(how, results), *_by_group(how, results)),
+        _pictures(how, results),
+        (_curve(results, n_others),),
+        _limits(how, results, notes),
+    )
+
+
+def _judged(
+    how: MembershipAudit, results: Results, rate: Estimate, width: float
+) -> tuple[AuditVerdict, list[str]]:
+    allowed = f"allowed: {0.5 - width:.2f} to {0.5 + width:.2f}"
+    reasons = [
+        f"without the model, members and non-members are told apart with an AUC of {results.blind_auc:.3f}, {allowed}",
+        f"on halves that nobody trained on, the attack has an AUC of {results.null_auc:.3f}, {allowed}",
+        f"the accuracy is {results.accuracy:.1%} on members and {results.other_accuracy:.1%} on non-members",
+    ]
+    verdict: AuditVerdict = "flagged" if rate.low > how.fpr else "not flagged"
+    if abs(results.blind_auc - 0.5) > width:
+        verdict = "unclear"
+        reasons.insert(
+            0, "members and non-members differ in kind, so that the rates do not measure membership"
+        )
+    if abs(results.null_auc - 0.5) > width:
+        verdict = "unclear"
+        reasons.insert(0, "the attack finds members where there are none")
+    return verdict, reasons
+
+
+def _facts(
+    how: MembershipAudit, results: Results, rate: Estimate, n_members: int, n_others: int
+) -> dict[str, object]:
+    return {
+        "audited": "procedure" if how.members is None else "model",
+        "networks": how.networks,
+        "references_of_each_target": how.networks - 2 if how.members is None else how.networks,
+        "targets": len(results.scores),
+        "members": n_members,
+        "non_members": n_others,
+        "fpr": how.fpr,
+        "attack": results.headline,
+        "tpr": rate.value,
+        "tpr_low": rate.low,
+        "tpr_high": rate.high,
+        "attacks": {
+            name: {"auc": results.auc(name), "tpr": results.mean_rate(name, how.fpr)}
+            for name in results.scores[0]
+        },
+        "blind_auc": results.blind_auc,
+        "null_auc": results.null_auc,
+        "accuracy_members": results.accuracy,
+        "accuracy_non_members": results.other_accuracy,
+        "tail_estimate": results.tail,
+        "labels_only": results.labels,
+        "rounded": results.rounded,
+    }
+
+
+def _attacks(results: Results, n_others: int) -> Table:
+    def cell(attack: str, fpr: float) -> str:
+        if n_others < rates.needed(fpr):
+            return f"needs {rates.needed(fpr):,} non-members"
+        return f"{results.mean_rate(attack, fpr):.1%}"
+
+    note = "TPR is the share of the training examples that are found. The first attack is the result, chosen before."
+    if results.tail is not None:
+        note += (
+            f" The tail of the losses predicts that attacks with reference networks find {results.tail:.1%}."
+        )
+    return Table(
+        "Attacks",
+        ("attack", "AUC", *(f"TPR at {_percent(fpr)} FPR" for fpr in _RATES)),
+        [
+            (name, round(results.auc(name), 3), *(cell(name, fpr) for fpr in _RATES))
+            for name in results.scores[0]
+        ],
+        note,
+    )
+
+
+def _most_exposed(how: MembershipAudit, columns: Columns) -> list[int]:
+    """Places of the members that are found most often, those with the largest scores first."""
+    score = torch.where(columns["trainings"] > 0, columns["score"], -torch.inf)
+    by_score = score.argsort(descending=True, stable=True)
+    often = torch.nan_to_num(columns["found"], nan=-1.0)[by_score].argsort(descending=True, stable=True)
+    return [int(place) for place in by_score[often][:_SHOWN]]
+
+
+def _exposed(how: MembershipAudit, results: Results) -> Table:
+    columns = results.columns
+    several = len(results.scores) > 1
+    return Table(
+        "Most exposed training examples",
+        ("row", "label", "found", "score as a member", *(["score otherwise"] if several else [])),
+        [
+            (
+                int(columns["row"][k]),
+                int(columns["label"][k]),
+                f"{float(columns['found'][k]):.0%}",
+                round(float(columns["score"][k]), 2),
+                *([round(float(columns["score_outside"][k]), 2)] if several else []),
+            )
+            for k in _most_exposed(how, columns)
+        ],
+        "Found is the share of the networks trained on the example in which it is found. The folder of the run has the "
+        "scores of all examples.",
+    )
+
+
+def _by_group(how: MembershipAudit, results: Results) -> list[Table]:
+    columns = results.columns
+    masks = dict(how.groups) or {
+        str(label): columns["label"] == label for label in torch.unique(columns["label"]).tolist()
+    }
+    rows: list[tuple[str, int, str]] = []
+    for name, mask in masks.items():
+        inside = mask & (columns["trainings"] > 0)
+        if inside.any():
+            weights = columns["trainings"][inside].double()
+            share = float((columns["found"][inside] * weights).sum() / weights.sum())
+            rows.append((name, int(inside.sum()), f"{share:.1%}"))
+    title = "Groups" if how.groups else "Classes"
+    return [
+        Table(
+            title,
+            (
+                title.lower().removesuffix("s").removesuffix("e") if how.groups else "class",
+                "training examples",
+                "found",
+            ),
+            rows,
+        )
+    ]
+
+
+def _pictures(how: MembershipAudit, results: Results) -> list[Picture]:
+    x = how.examples.x
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        return []
+    places = _most_exposed(how, results.columns)
+    images = in_unit_range(x[places], float(x.min()), float(x.max()))
+    captions = [
+        f"row {int(results.columns['row'][k])}, label {int(results.columns['label'][k])}, found "
+        f"{float(results.columns['found'][k]):.0%}"
+        for k in places
+    ]
+    return [Picture("The most exposed training examples", images, captions)]
+
+
+def _curve(results: Results, n_others: int) -> Curve:
+    least = 10 ** math.floor(math.log10(1 / n_others))
+    grid = [10 ** (math.log10(least) * (1 - k / (_POINTS - 1))) for k in range(_POINTS)]
+    usable = [fpr for fpr in grid if fpr * n_others >= 1]
+    names = dict.fromkeys((results.headline, "loss" if not results.labels else results.headline))
+    lines = [(name, [(fpr, results.mean_rate(name, fpr)) for fpr in usable]) for name in names]
+    return Curve(
+        "Share of the training examples that are found",
+        "false-positive rate",
+        "true-positive rate",
+        [*lines, ("chance", [(fpr, fpr) for fpr in usable])],
+        least,
+        f"Below {rates.EXPECTED / n_others:.2g}, fewer than {rates.EXPECTED} false positives are expected.",
+    )
+
+
+def _limits(how: MembershipAudit, results: Results, notes: Sequence[str]) -> list[str]:
+    limits = [
+        "A low rate is no proof of privacy: other attacks may find more. Only differential privacy bounds them."
+    ]
+    if how.members is None:
+        limits.append(
+            "The networks are trained on half of the data each; a network of all data may leak less."
+        )
+    elif not how.networks:
+        limits.append(
+            "No reference networks were used. Attacks with them usually find many more training examples: give "
+            "references and train."
+        )
+    if results.labels:
+        limits.append(
+            "The model gives labels only, so that only the attack on labels was measured; attacks that query many "
+            "changed copies of an example find more."
+        )
+    if results.rounded:
+        limits.append(
+            "Many examples have equal probabilities, as after rounding, which hides members from attacks on "
+            "probabilities and not from others; audit the model before rounding."
+        )
+    return [*limits, *notes]
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.3g}%"

@@ -1,0 +1,194 @@
+"""The audit of a training procedure: one training with canaries, guesses from their losses, and the bound."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from holdfast.audits.finding import Finding, Table
+from holdfast.audits.privacy.bounds import epsilon_from_guesses
+from holdfast.audits.privacy.canaries import Canaries, CanaryKind, planted, right_guesses
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.estimate import Estimate
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
+from holdfast.core.types import Inputs, Labels
+from holdfast.runs.engine.run import Run
+from holdfast.statistics.intervals import clopper_pearson
+
+LOSSES = "losses"
+"""name of the stage with the losses of the canaries"""
+_PIECE, _SEEN = 256, 1000
+"""examples in a forward pass, and largest number of other training examples whose accuracy is reported"""
+
+Train = Callable[[Inputs, Labels, int], Classifier]
+"""function that trains a network on inputs and labels with a seed"""
+
+
+@dataclass(frozen=True)
+class PrivacyAudit:
+    """Settings of the audit."""
+
+    epsilon: float
+    """epsilon that the training claims"""
+    delta: float
+    """delta that the training claims"""
+    canaries: int
+    kind: CanaryKind
+    share: float
+    """share of the canaries about which a guess is made"""
+    seed: int
+
+    @property
+    def guesses(self) -> int:
+        """Number of guesses."""
+        return max(round(self.share * self.canaries), 1)
+
+    def bound(self, right: int) -> float:
+        """Return the lower bound of epsilon from the number of right guesses."""
+        return epsilon_from_guesses(right, self.guesses, delta=self.delta, canaries=self.canaries)
+
+    @property
+    def largest(self) -> float:
+        """The bound if all guesses are right."""
+        return self.bound(self.guesses)
+
+    def refuse_unable(self, n: int, classes: int) -> None:
+        """Raise `UsageError` if no result could exceed the claimed epsilon, or if there are too few of `n` examples."""
+        if self.largest <= self.epsilon:
+            enough = (self.canaries * 2**power for power in range(1, 9))
+            able = next((n for n in enough if replace(self, canaries=n).largest > self.epsilon), None)
+            if able is None:
+                raise UsageError(
+                    f"with delta={self.delta:g}, even if all guesses about {self.canaries} to "
+                    f"{self.canaries * 256:,} canaries were right, they would not show more than the claimed epsilon "
+                    f"of {self.epsilon:g}, so that no result has a meaning; expected a smaller epsilon, or a delta "
+                    f"well below 1/n = {1 / n:.1g}"
+                )
+            raise UsageError(
+                f"{self.canaries} canaries show an epsilon of at most {self.largest:.2f}, and {self.epsilon:g} is "
+                "claimed, so that no result could exceed it",
+                Remedy("canaries", able),
+            )
+        if self.kind == "mislabelled" and self.canaries > n // 2:
+            raise UsageError(
+                f"{self.canaries} mislabelled canaries would replace more than half of the {n} examples; expected "
+                "more examples, fewer canaries, or random canaries",
+                Remedy("canary", "random"),
+            )
+        if classes < 2:
+            raise UsageError(
+                "the model has one class, so that no label is wrong; expected two classes or more"
+            )
+
+
+def privacy_finding(run: Run, train: Train, data: Batch, model: Classifier, how: PrivacyAudit) -> Finding:
+    """Train one network with canaries, guess which were included, and return the lower bound of epsilon.
+
+    `model` states the bounds of the inputs and the number of classes. The training is one step of the run.
+    """
+    classes = model.classes
+    assert classes is not None
+    rng = Draws(how.seed).at("privacy")
+    canaries = planted(data, classes, model.bounds, n=how.canaries, kind=how.kind, rng=rng)
+    columns = run.stage(LOSSES, partial(_measured, train, canaries, how.seed)).columns
+    shown = columns["canary"] == 1
+    losses, included = columns["loss"][shown], columns["included"][shown] == 1
+    accuracy = float((columns["right"][~shown] == 1).double().mean())
+    return _finding(how, right_guesses(losses, included, how.guesses), len(data), accuracy, losses, included)
+
+
+def _measured(train: Train, canaries: Canaries, seed: int) -> dict[str, Tensor]:
+    """Losses of the canaries, and of some of the other training examples, under a network that is trained once."""
+    model = train(*canaries.training, seed)
+    rest = canaries.rest.first(_SEEN)
+    y = torch.cat((canaries.y, rest.y))
+    logits = _logits(model, torch.cat((canaries.x, rest.x)))
+    n, n_rest = len(canaries.y), len(rest)
+    zeros = torch.zeros(n_rest, dtype=torch.int64)
+    return {
+        "id": torch.arange(n + n_rest),
+        "canary": (torch.arange(n + n_rest) < n).long(),
+        "included": torch.cat((canaries.included.cpu().long(), zeros + 1)),
+        "label": y.cpu(),
+        "loss": cross_entropy(logits, y, reduction="none").double().cpu(),
+        "right": (logits.argmax(1) == y).long().cpu(),
+    }
+
+
+def _logits(model: Classifier, x: Inputs) -> Tensor:
+    with torch.no_grad():
+        logits = torch.cat([model(piece).double() for piece in torch.split(x, _PIECE)])
+    if not logits.isfinite().all():
+        raise TargetError(
+            "the trained network returns values that are not finite, so that canaries cannot be guessed; expected a "
+            "training that converges"
+        )
+    return logits
+
+
+def _finding(
+    how: PrivacyAudit, right: int, n: int, accuracy: float, losses: Tensor, included: Tensor
+) -> Finding:
+    guesses, epsilon = how.guesses, how.bound(right)
+    flagged = epsilon > how.epsilon
+    chance = 1 / (1 + math.exp(-how.epsilon))
+    compared = (
+        f"more than the claimed {how.epsilon:g}" if flagged else f"not more than the claimed {how.epsilon:g}"
+    )
+    counted = f"{right} of {guesses} guesses are right"
+    reasons = [f"{counted}; each is with probability {chance:.3f} at most if epsilon is {how.epsilon:g}"]
+    if how.delta >= 1 / n:
+        reasons.append(
+            f"delta is {how.delta:g}, which is not smaller than 1/n = {1 / n:.2g}: a training that publishes one of "
+            f"the {n:,} examples could have this delta"
+        )
+    weak = (
+        "The bound holds with 95 % confidence and is a lower one: other canaries, another attack or another seed may "
+        "show more, and a small bound is no proof of privacy."
+    )
+    medians = [float(losses[part].median()) if part.any() else math.nan for part in (included, ~included)]
+    return Finding(
+        "flagged" if flagged else "not flagged",
+        f"epsilon is at least {epsilon:.2f}, {compared}",
+        reasons,
+        {
+            "epsilon_lower": epsilon,
+            "epsilon_claimed": how.epsilon,
+            "delta": how.delta,
+            "largest_possible": how.largest,
+            "canaries": how.canaries,
+            "guesses": guesses,
+            "right": right,
+            "right_interval": clopper_pearson(right, guesses),
+            "training_accuracy": accuracy,
+            "median_loss_included": medians[0],
+            "median_loss_not_included": medians[1],
+        },
+        # the bound is a function of the counts; an interval around a bound would have no meaning
+        metrics={"epsilon_lower": Estimate(epsilon, epsilon, epsilon, guesses)},
+        tables=(
+            Table(
+                "Guesses",
+                ("canaries", "guesses", "right", "bound at 95 %", "bound if all were right"),
+                [(how.canaries, guesses, right, round(epsilon, 3), round(how.largest, 3))],
+                "The canaries with the smallest losses are guessed to be included, those with the largest not.",
+            ),
+            Table(
+                "Losses",
+                ("canaries", "number", "median loss"),
+                [
+                    ("included", int(included.sum()), medians[0]),
+                    ("not included", int((~included).sum()), medians[1]),
+                ],
+                f"The network classifies {accuracy:.1%} of its other training examples correctly.",
+            ),
+        ),
+        limits=(weak, f"{guesses} guesses show an epsilon of at most {how.largest:.2f}."),
+    )
