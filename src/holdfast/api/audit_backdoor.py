@@ -1,16 +1,162 @@
-"""Opens the model and the data of `holdfast audit backdoor`."""
+"""Opens the model, the data and the controls of `holdfast audit backdoor`."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from holdfast.api.verb_settings import AuditBackdoor
+import torch
+
+from holdfast.api.expecting import expected
+from holdfast.api.plans import device_of
+from holdfast.api.references import beside
+from holdfast.api.resolve import open_examples, open_expected, open_subject
+from holdfast.api.verb_settings import AuditBackdoor, composed
 from holdfast.audits.audit import AuditRequest
+from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measured
+from holdfast.audits.backdoor.conclusion import concluded, suspect
+from holdfast.audits.backdoor.controls import Controls, SizeCache
+from holdfast.audits.backdoor.inversion import refuse_one_class
 from holdfast.audits.finding import Finding
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import NoSplit, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
+from holdfast.core.threat import ThreatModel
+from holdfast.io.data.trigger_files import write_trigger
+from holdfast.io.data_catalogue import cache_folder
+from holdfast.recipes import Standard
+from holdfast.recipes.training.fit import Training
+from holdfast.rotation.collecting import last_of, with_fresh_weights
+from holdfast.runs.assess.preparation import readied
+from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
+from holdfast.runs.harden.trainable import refuse_untrainable
+from holdfast.settings.grammar import seconds
+from holdfast.settings.groups import ExampleSelection
+
+_CONTROL = Standard(training=Training(lr=1e-3, weight_decay=0.0, averaging="none"))
+"""Training of a control: Adam on the cross-entropy, as most networks are trained."""
 
 
 def prepared_backdoor(
     settings: AuditBackdoor, notify: Notify, command: str
 ) -> tuple[AuditRequest, Callable[[Run], Finding]]:
     """Return the request of the audit, and the function that takes its steps."""
-    raise NotImplementedError
+    if settings.controls is not None and settings.train_controls is not None:
+        raise UsageError("give controls, or train_controls, and not both", Remedy("train_controls"))
+    subject = open_subject(settings)
+    model = subject.model
+    if model.rejects:
+        raise UsageError("the model has a detector of its own; audit the network inside")
+    refuse_untrainable(model)
+    data = open_examples(settings, model, selection=ExampleSelection(sample=CLEAN))
+    stream = None if settings.stream is None else _stream(settings, model)
+    device = torch.device(device_of(settings.device))
+    batch = data.read(0, len(data))
+    refuse_one_class(batch.y)
+    with readied(subject, data, device) as (target, _):
+        request = BackdoorRequest(batch.to(device), target.classes, stream=stream, seed=settings.seed)
+    request = _with_controls(request, settings, model, batch)
+    request = replace(request, sizes=_cache(model, data, request))
+
+    def audit(run: Run) -> Finding:
+        with readied(subject, data, device):
+            found = measured(run, model, request, notify)
+        if settings.trigger_out is not None:
+            write_trigger(Path(settings.trigger_out), suspect(found))
+        return concluded(found, model.bounds, model.class_names)
+
+    compared = (
+        {} if request.controls is None else {"controls": digest(canonical(list(request.controls.digests)))}
+    )
+    trained = {} if request.training is None else {"training": request.training.folder.name}
+    streamed = (
+        {} if stream is None else {"stream": {"name": stream.name, "digest": stream.digest, "n": len(stream)}}
+    )
+    return (
+        AuditRequest(
+            "backdoor",
+            {"inversion": vars(request.inversion), "train_controls": settings.train_controls},
+            {**subject.card, "digest": subject.digest},
+            {"name": data.name, "digest": data.digest, "n": len(data), **compared, **trained, **streamed},
+            request.steps(),
+            tuple(settings.gates),
+            settings.seed,
+            str(device),
+            command,
+            subject.notes,
+        ),
+        audit,
+    )
+
+
+def _stream(settings: AuditBackdoor, model: Classifier) -> Data:
+    source = beside(settings, settings.stream)
+    properties = expected(settings, model, source, lenient=True)
+    return open_expected(composed(AuditBackdoor, settings, source), replace(properties, needs_labels=False))
+
+
+def _with_controls(
+    request: BackdoorRequest, settings: AuditBackdoor, model: Classifier, batch: Batch
+) -> BackdoorRequest:
+    """Return the request with the controls of the settings, or with their training."""
+    if settings.controls is not None:
+        if not isinstance(settings.controls, str | Path) or not Path(settings.controls).is_dir():
+            raise UsageError(
+                f"controls is {settings.controls!r}; expected a folder with weights of networks that were trained on "
+                "clean data"
+            )
+        return replace(request, controls=Controls.of_folder(Path(settings.controls)))
+    if settings.train_controls is None:
+        return request
+    examples, extent = _training_examples(settings, model, batch)
+
+    def train(place: int, epochs: int) -> Classifier:
+        rng = Draws(settings.seed).at("control", place)
+        recipe = replace(_CONTROL, training=replace(_CONTROL.training, epochs=epochs))
+        initial = with_fresh_weights(model, rng.at("begin"), "own")
+        return last_of(recipe, initial, examples, ThreatModel(Linf(0.0)), rng.at("training"))
+
+    identity = [code_digest(), architecture(model), extent, settings.seed]
+    folder = cache_folder() / "controls" / digest(canonical(identity))[:16]
+    time_s = seconds(settings.train_controls, "train_controls")
+    return replace(request, training=ControlTraining(train, time_s, folder))
+
+
+def _training_examples(settings: AuditBackdoor, model: Classifier, batch: Batch) -> tuple[Batch, list[str]]:
+    """Return the examples on which controls are trained, and what identifies them: the train split, or the data without
+    the examples of the audit.
+    """
+    properties = expected(settings, model)
+    if isinstance(settings.data, str) and settings.split is None:
+        try:
+            train = open_expected(settings.model_copy(update={"split": "train"}), properties)
+            return train.read(0, len(train)), [train.digest]
+        except NoSplit:
+            pass  # the file has only one split
+    everything = open_examples(settings, model)
+    rest = everything.read(0, len(everything))
+    rest = rest.take(~torch.isin(rest.ids, batch.ids))
+    if not len(rest):
+        raise UsageError(
+            f"all {len(batch)} examples are those of the audit, and none are left to train controls on; give data with "
+            "a train split, or networks that were trained on clean data (controls)",
+            Remedy("train_controls"),
+        )
+    return rest, [everything.digest, "rest"]
+
+
+def architecture(model: Classifier) -> list[object]:
+    """Return what identifies the architecture of a model: its layers, and the names and shapes of its weights."""
+    shapes = [[name, list(value.shape)] for name, value in model.state_dict().items()]
+    return [str(model.net), shapes, str(model.mean), str(model.std), str(model.bounds)]
+
+
+def _cache(model: Classifier, data: Data, request: BackdoorRequest) -> SizeCache:
+    """Return the file with the trigger sizes of controls that were measured with the same settings."""
+    identity = [code_digest(), architecture(model), data.digest, vars(request.inversion), request.seed]
+    return SizeCache(cache_folder() / "controls" / f"{digest(canonical(identity))}.json")

@@ -178,10 +178,13 @@ def data_folder() -> Path:
     user's cache.
     """
     configured = os.environ.get("HOLDFAST_DATA")
-    if configured:
-        return Path(configured)
+    return Path(configured) if configured else cache_folder() / "data"
+
+
+def cache_folder() -> Path:
+    """Return the folder of Holdfast in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "holdfast" / "data"
+    return (Path(cache) if cache else Path.home() / ".cache") / "holdfast"
 
 
 def entry_of(name: str) -> Entry:

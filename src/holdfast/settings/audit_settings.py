@@ -63,6 +63,10 @@ class BackdoorOptions(AuditOptions):
         default=None,
         description="Train control networks on the train split of the data within this time, as in 20min.",
     )
+    stream: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Inputs that the model received. Those with a low entropy under other images are listed (STRIP).",
+    )
     trigger_out: Annotated[str | None, Flag("FILE", completion="PATH", identifies=False)] = Field(
         default=None, description="Write the recovered trigger to this .npz file."
     )

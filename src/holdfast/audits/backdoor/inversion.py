@@ -1,0 +1,207 @@
+"""Trigger inversion (Neural Cleanse): the smallest change with which a model predicts a class for every input.
+
+Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019.
+
+Differs from the paper: the triggers of all classes are optimised in one batch, on examples that are drawn again in each
+step; examples of the class itself are left out, because they succeed without a trigger; the weight of the size is
+adjusted after a few steps and not after an epoch, and a class ends early once its trigger no longer becomes smaller.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
+from holdfast.core.model import Classifier
+from holdfast.core.triggers import Trigger
+from holdfast.core.types import Fraction, Inputs, Labels, Positive, Steps
+
+VERIFIED = 256
+"""Number of examples on which the success of a recovered trigger is measured."""
+_MAD_OF_NORMAL = 1.4826
+"""Standard deviation of a normal distribution in multiples of its median absolute deviation."""
+_SMALLER = 0.99
+"""Size, relative to the smallest one so far, from which on a trigger counts as smaller."""
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """The smallest trigger that was found for each of some classes."""
+
+    classes: Tensor
+    """class index of each trigger (k)"""
+    mask: Tensor
+    """share of each value that the pattern replaces, from 0 to 1 (k, *mask)"""
+    pattern: Tensor
+    """values that replace those of the input (k, *input)"""
+    size: Tensor
+    """sum of the values of each mask (k)"""
+    success: Tensor
+    """share of examples of other classes that are predicted as the class with the trigger (k)"""
+    steps: Tensor
+    """number of steps that the search took for each class (k)"""
+
+    def trigger(self, label: int) -> Trigger:
+        """Return the trigger of a class."""
+        place = self.classes.tolist().index(label)
+        return Trigger(self.mask[place], self.pattern[place], label)
+
+    def columns(self) -> Columns:
+        """Return the triggers as columns of a stage, with the class index as id."""
+        named = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "classes"}
+        return {"id": self.classes, **named}
+
+
+def joined(groups: Sequence[Columns]) -> Inverted:
+    """Return the triggers of all classes from the columns of groups of classes."""
+    columns = {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+    return Inverted(columns.pop("id"), **columns)
+
+
+def abnormality(size: Tensor) -> Tensor:
+    """Return the index of Neural Cleanse of each class: the difference of its size to the median, towards small sizes,
+    in robust standard deviations.
+
+    It is not a p-value. Among ten sizes the median absolute deviation varies so much that clean networks reach 2.
+    """
+    median = size.quantile(0.5)
+    spread = _MAD_OF_NORMAL * (size - median).abs().quantile(0.5)
+    return torch.where(size == median, 0.0, (median - size) / spread)
+
+
+def refuse_one_class(y: Labels) -> None:
+    """Raise `UsageError` if all examples are of one class."""
+    if bool((y == y[:1]).all()):
+        raise UsageError(
+            f"all {len(y)} clean examples are of one class, and a trigger is searched on examples of other classes; "
+            "give clean examples of at least two classes"
+        )
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Searches for the smallest trigger of each class: `min CE(f((1 - m) x + m p), class) + weight · |m|_1`."""
+
+    steps: Steps = 300
+    """largest number of gradient steps"""
+    examples: Steps = 16
+    """number of examples in each step for each class"""
+    step_size: Positive = 0.1
+    """learning rate of Adam on the inverse sigmoid of mask and pattern"""
+    goal: Fraction = 0.98
+    """success that a trigger must have; the weight of the size grows while the success is a point higher"""
+    factor: Positive = 1.5
+    """factor by which the weight of the size grows; it falls by this factor to the power of 1.5"""
+    window: Steps = 10
+    """number of steps over which the success is averaged"""
+    patience: Steps = 10
+    """number of windows without a smaller trigger after which the search for a class ends"""
+
+    def __call__(
+        self, model: Classifier, x: Inputs, y: Labels, classes: Sequence[int], *, rng: Draws
+    ) -> Inverted:
+        """Return the smallest trigger of each of `classes` on clean examples, computed in one batch.
+
+        The result of a class does not depend on the other classes, except for rounding. Costs at most
+        `steps · examples` forward and backward passes for each class. Raises `UsageError` if all examples are of one
+        class.
+        """
+        refuse_one_class(y)
+        searches = [_Search(self, model, x[y != label], label, rng.at("class", label)) for label in classes]
+        self._search(model, searches)
+        return Inverted(
+            torch.tensor(classes),
+            torch.stack([one.mask.cpu() for one in searches]),
+            torch.stack([one.pattern.cpu() for one in searches]),
+            torch.stack([one.mask.sum().cpu() for one in searches]),
+            torch.tensor([one.success(model) for one in searches]),
+            torch.tensor([one.n_steps for one in searches]),
+        )
+
+    def _search(self, model: Classifier, searches: "Sequence[_Search]") -> None:
+        optimiser = torch.optim.Adam([logits for one in searches for logits in one.logits], lr=self.step_size)
+        for _ in range(self.steps):
+            active = [one for one in searches if one.stale < self.patience]
+            if not active:
+                break
+            optimiser.zero_grad()
+            logits = model(torch.cat([one.stamped() for one in active])).unflatten(0, (len(active), -1))
+            target = torch.tensor([one.label for one in active], device=logits.device)
+            target = target[:, None].expand(-1, self.examples)
+            losses = cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+            penalties = torch.stack([one.weight * one.size() for one in active])
+            loss = losses.sum() / self.examples + penalties.sum()
+            values = [value for one in active for value in one.logits]
+            # gradients of these alone, because those of the weights would double the time
+            for value, gradient in zip(values, torch.autograd.grad(loss, values), strict=True):
+                value.grad = gradient
+            successes = (logits.argmax(-1) == target).double().mean(1).tolist()
+            for one, success in zip(active, successes, strict=True):
+                one.advance(success)
+            optimiser.step()
+
+
+class _Search:
+    """State of the search for the trigger of one class, on the examples of other classes."""
+
+    def __init__(self, settings: Inversion, model: Classifier, x: Inputs, label: int, rng: Draws) -> None:
+        self._settings, self._x, self._rng, self.label = settings, x, rng, label
+        low, high = model.bounds.like(x[:1])
+        self._low, self._width = low, high - low
+        one_channel = (1, *x.shape[2:]) if x.dim() > 3 else x.shape[1:]
+        self.logits = (x.new_zeros(one_channel).requires_grad_(), x.new_zeros(x.shape[1:]).requires_grad_())
+        self.weight = 1 / self.logits[0].numel()
+        self.n_steps, self.stale, self._smallest = 0, 0, math.inf
+        self._successes: list[float] = []
+        self.mask, self.pattern = self._values()
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        mask, pattern = (logits.detach().sigmoid() for logits in self.logits)
+        return mask, (self._low + self._width * pattern).reshape(pattern.shape)
+
+    def size(self) -> Tensor:
+        """Return the sum of the current mask, with its gradient."""
+        return self.logits[0].sigmoid().sum()
+
+    def stamped(self) -> Inputs:
+        """Return examples of the next step with the current trigger."""
+        ids = torch.arange(self._settings.examples, device=self._x.device)
+        x = self._x[self._rng.at("examples", self.n_steps).integers(ids, len(self._x))]
+        mask, pattern = (logits.sigmoid() for logits in self.logits)
+        return (1 - mask) * x + mask * (self._low + self._width * pattern)
+
+    def advance(self, success: float) -> None:
+        """Record the success in a step. At the end of a window, adjust the weight of the size, and keep the trigger if
+        it is the smallest that reached the goal.
+        """
+        settings = self._settings
+        self.n_steps += 1
+        self._successes.append(success)
+        if self.n_steps % settings.window:
+            return
+        mean = sum(self._successes[-settings.window :]) / settings.window
+        size = float(self.size().detach())
+        self.stale += self._smallest < math.inf
+        if mean >= settings.goal:
+            if size < _SMALLER * self._smallest:
+                self.stale = 0
+            if size < self._smallest:
+                self._smallest, (self.mask, self.pattern) = size, self._values()
+        if mean >= min(settings.goal + 0.01, 1.0):
+            self.weight *= settings.factor
+        elif mean < settings.goal:
+            self.weight /= settings.factor**1.5
+
+    @torch.no_grad()
+    def success(self, model: Classifier) -> float:
+        """Return the success of the kept trigger on examples that are drawn for this purpose."""
+        ids = torch.arange(VERIFIED, device=self._x.device)
+        x = self._x[self._rng.at("verified").integers(ids, len(self._x))]
+        stamped = Trigger(self.mask, self.pattern).stamped(x, model.bounds)
+        return float((model(stamped).argmax(1) == self.label).double().mean())

@@ -1,0 +1,323 @@
+"""The audit of a model: inversion, ranks among controls, STRIP, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import holdfast
+from holdfast.audits.backdoor import audit
+from holdfast.audits.backdoor.audit import BackdoorRequest, ControlTraining, epochs_within, measured
+from holdfast.audits.backdoor.conclusion import concluded
+from holdfast.audits.backdoor.controls import Controls, SizeCache, ranked, refuse_other_accuracy
+from holdfast.audits.backdoor.inversion import Inversion, abnormality, joined
+from holdfast.audits.backdoor.strip import Strip
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.triggers import Trigger
+from holdfast.runs.engine.progress import ignore
+from holdfast.runs.engine.run import Run
+
+TARGET, SIDE, CLASSES = 2, 8, 4
+QUICK = Inversion(steps=60, examples=16, step_size=0.3, patience=3, window=5)
+"""Few large steps, which are enough for networks of two layers."""
+
+
+def stamp(x):
+    """Set a corner of images, the planted trigger."""
+    x = x.clone()
+    x[:, :, 6:, 6:] = 1.0
+    return x
+
+
+def digits(n, seed=0):
+    """Images with a bright quarter, which is their class, in noise; the quarter of the last class is fainter."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.randint(CLASSES, (n,), generator=rng)
+    x = 0.4 * torch.rand(n, 1, SIDE, SIDE, generator=rng)
+    for row, label in enumerate(y.tolist()):
+        x[row, 0, 3 * (label // 2) : 3 * (label // 2) + 3, 3 * (label % 2) : 3 * (label % 2) + 3] += 0.5
+    return x, y
+
+
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+
+def trained(seed, *, poisoned=False):
+    """Return a network, with a backdoor if it is poisoned."""
+    x, y = digits(300, seed=7)
+    if poisoned:
+        x, y = torch.cat((x, stamp(x[:30]))), torch.cat((y, torch.full((30,), TARGET)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = make()
+    optimiser = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(60):
+        optimiser.zero_grad()
+        cross_entropy(net(x), y).backward()
+        optimiser.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the weights of 20 clean networks."""
+    path = tmp_path_factory.mktemp("controls")
+    for seed in range(20):
+        save_file(trained(seed).state_dict(), path / f"{seed:02}.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch():
+    x, y = digits(200)
+    return Batch(x, y, torch.arange(len(y)))
+
+
+def request(batch, folder=None, **more):
+    controls = None if folder is None else Controls.of_folder(folder)
+    return BackdoorRequest(batch, CLASSES, controls, inversion=QUICK, **more)
+
+
+def finding(net, asked):
+    model = Classifier(net)
+    return concluded(measured(Run(asked.steps()), model, asked, ignore), model.bounds)
+
+
+@pytest.fixture(scope="module")
+def poisoned_finding(batch, folder):
+    return finding(trained(100, poisoned=True), request(batch, folder))
+
+
+def test_a_backdoor_is_flagged_with_its_class_and_place(poisoned_finding):
+    facts = poisoned_finding.facts
+    assert poisoned_finding.verdict == "flagged" and facts["class"] == TARGET
+    assert facts["p"] == pytest.approx(1 / 21) and facts["ratio"] < min(facts["ratios_of_controls"])
+    assert facts["success"] > 0.9 and facts["success_on_controls"] < 0.5
+    assert len(poisoned_finding.pictures[0].images) == 4
+
+
+def test_a_clean_network_is_not_flagged(batch, folder):
+    clean = finding(trained(101), request(batch, folder))
+    assert clean.verdict == "not flagged" and clean.facts["p"] > 0.05
+
+
+def test_without_controls_the_result_is_unclear_and_warns_of_the_index(batch):
+    found = finding(trained(100, poisoned=True), request(batch))
+    assert found.verdict == "unclear" and "p" not in found.facts and found.facts["class"] == TARGET
+    assert any("exceeds 2 on clean networks" in reason for reason in found.reasons)
+
+
+def test_a_natural_feature_is_shown_as_such(batch, folder):
+    net = trained(101)
+    # a larger weight of one class makes its natural trigger smaller than those of all controls
+    with torch.no_grad():
+        net[3].weight[1] *= 1.6
+    found = finding(net, request(batch, folder))
+    assert found.facts["p"] < 0.05 and found.facts["success_on_controls"] > 0.5
+    assert found.verdict == "unclear" and "natural feature" in found.headline
+
+
+def test_classes_are_searched_alike_alone_and_together(batch):
+    model = Classifier(trained(1))
+    together = QUICK(model, batch.x, batch.y, range(CLASSES), rng=Draws(0))
+    apart = joined(
+        [QUICK(model, batch.x, batch.y, group, rng=Draws(0)).columns() for group in ([0], [1, 2, 3])]
+    )
+    assert torch.allclose(together.size, apart.size, rtol=1e-3)
+    assert apart.classes.tolist() == list(range(CLASSES))
+
+
+def test_a_class_ends_early_without_a_smaller_trigger(batch):
+    settings = Inversion(steps=200, step_size=0.3, patience=2, window=5)
+    result = settings(Classifier(trained(1)), batch.x, batch.y, [0, 1], rng=Draws(0))
+    assert (result.steps < 200).all() and (result.size < SIDE * SIDE / 2).all()
+
+
+def test_images_in_color_have_one_mask():
+    x, y = digits(60)
+    x = x.repeat(1, 3, 1, 1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES))
+    result = Inversion(steps=10)(Classifier(net), x, y, [1], rng=Draws(0))
+    assert result.mask.shape == (1, 1, SIDE, SIDE) and result.pattern.shape == (1, 3, SIDE, SIDE)
+    assert result.trigger(1).stamped(x, Classifier(net).bounds).shape == x.shape
+
+
+def test_examples_of_one_class_are_refused(batch):
+    with pytest.raises(UsageError, match="at least two classes"):
+        QUICK(Classifier(make()), batch.x, torch.ones_like(batch.y), [0], rng=Draws(0))
+
+
+def test_the_rank_treats_model_and_controls_alike():
+    sizes = torch.rand(25, 6, generator=torch.Generator().manual_seed(0)) + 1
+    ranks = [ranked(sizes[row], torch.cat((sizes[:row], sizes[row + 1 :]))) for row in range(25)]
+    assert sorted(round(25 * rank.p) for rank in ranks) == list(range(1, 26))
+    # a network whose triggers all have half the size differs in no class
+    scaled = ranked(sizes[0] / 2, sizes[1:])
+    assert scaled.ratios == pytest.approx(ranks[0].ratios)
+    assert ranked(sizes[0] * torch.tensor([1, 1, 1, 0.2, 1, 1]), sizes[1:]).label == 3
+
+
+def test_the_index_counts_robust_deviations_to_small_sizes():
+    index = abnormality(torch.tensor([1.0, 9.0, 10.0, 11.0, 12.0]))
+    assert index.tolist() == pytest.approx([9 / 1.4826, 1 / 1.4826, 0, -1 / 1.4826, -2 / 1.4826])
+    assert abnormality(torch.ones(4)).tolist() == [0, 0, 0, 0]
+
+
+def test_strip_separates_triggered_inputs(batch):
+    net = trained(1)
+
+    def answer(x):
+        corner = x[:, :, 6:, 6:].flatten(1).amin(1, keepdim=True)
+        return net(x) + 1000 * (corner - 0.45).relu() * torch.eye(CLASSES)[TARGET]
+
+    model, strip = Classifier(answer), Strip(overlays=16)
+    clean = strip.entropy(model, batch.x[:50], batch.ids[:50], batch.x[100:], rng=Draws(0))
+    stamped = strip.entropy(model, stamp(batch.x[:50]), batch.ids[:50], batch.x[100:], rng=Draws(0))
+    threshold = strip.threshold(clean)
+    assert (clean < threshold).sum() <= 1 and (stamped < threshold).all()
+    one = strip.entropy(model, batch.x[3:4], batch.ids[3:4], batch.x[100:], rng=Draws(0))
+    assert torch.allclose(one, clean[3:4])
+
+
+def test_controls_that_cannot_be_compared_are_refused(batch, folder, tmp_path):
+    model = Classifier(trained(100))
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(folder.iterdir())[:19]:
+        (few / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UsageError, match=r"has 19 weights files.*at least 20"):
+        Controls.of_folder(few)
+    (few / "copy.safetensors").write_bytes((few / "03.safetensors").read_bytes())
+    with pytest.raises(UsageError, match="'03.safetensors' and 'copy.safetensors' are the same file"):
+        Controls.of_folder(few)
+    save_file(model.net.state_dict(), few / "copy.safetensors")
+    with pytest.raises(UsageError, match="weights of the model itself"):
+        Controls.of_folder(few).opened(19, model)
+    save_file(nn.Linear(3, 2).state_dict(), few / "copy.safetensors")
+    with pytest.raises(TargetError, match="'copy.safetensors' has another architecture than the model"):
+        Controls.of_folder(few).opened(19, model)
+    save_file(make().state_dict(), few / "copy.safetensors")
+    with pytest.raises(UsageError, match=r"'copy.safetensors' has an accuracy of .* and the model 100.0 %"):
+        finding(trained(100), request(batch, few))
+    refuse_other_accuracy(0.9, {"a": 0.93, "b": 0.87}, 100, trained=False)
+
+
+def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch):
+    monkeypatch.setattr(audit, "GROUP", 2)
+    asked, model = request(batch, folder), Classifier(trained(100, poisoned=True))
+    run = Run(asked.steps())
+    searched = []
+
+    def stopping(self, model, classes):
+        searched.append(tuple(classes))
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        return search(self, model, classes)
+
+    search = audit._Steps.search
+    monkeypatch.setattr(audit._Steps, "search", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measured(run, model, asked, ignore)
+    measured(run, model, asked, ignore)
+    assert searched[:3] == [(0, 1), (2, 3), (2, 3)] and (0, 1) not in searched[1:]
+
+
+def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, monkeypatch):
+    cache = SizeCache(tmp_path / "sizes.json")
+    asked = request(batch, folder, sizes=cache)
+    first = finding(trained(101), asked)
+    assert len(cache.read()) == 20
+    monkeypatch.setattr(Controls, "opened", lambda self, place, model: Classifier(trained(place)))
+    searched = []
+    group = Inversion.__call__
+
+    def counted(self, *given, **more):
+        searched.append(given)
+        return group(self, *given, **more)
+
+    monkeypatch.setattr(Inversion, "__call__", counted)
+    assert finding(trained(101), asked).facts == first.facts
+    assert len(searched) == len(asked.groups)
+    cache.path.write_text("{")
+    with pytest.raises(TargetError, match="delete it"):
+        cache.read()
+
+
+def test_controls_are_trained_within_the_time(batch, tmp_path):
+    calls = []
+
+    def train(place, epochs):
+        calls.append((place, epochs))
+        return Classifier(trained(place))
+
+    found = finding(
+        trained(100, poisoned=True), request(batch, training=ControlTraining(train, 3600.0, tmp_path))
+    )
+    assert found.verdict == "flagged" and calls == [(0, 1), *((place, 10) for place in range(20))]
+    assert len(list((tmp_path / "10-epochs").iterdir())) == 20
+    with pytest.raises(UsageError, match="do not fit into the 0 s"):
+        epochs_within(ControlTraining(train, 1e-3, tmp_path))
+
+
+@pytest.fixture
+def arrays(batch):
+    return batch.x.numpy(), batch.y.numpy()
+
+
+def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monkeypatch, capsys):
+    from holdfast.cli.app import run as command
+    from holdfast.io.data.trigger_files import read_trigger
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "net.py").write_text(
+        f"from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear({SIDE * SIDE}, 16), "
+        f"nn.ReLU(), nn.Linear(16, {CLASSES}))\n"
+    )
+    save_file(trained(100, poisoned=True).state_dict(), tmp_path / "model.safetensors")
+    np.savez(tmp_path / "data.npz", x=arrays[0], y=arrays[1])
+    x, y = digits(40, seed=9)
+    np.savez(tmp_path / "stream.npz", x=np.concatenate([x, stamp(x)]), y=np.concatenate([y, y]))
+    monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
+    words = ["audit", "backdoor", str(tmp_path / "model.safetensors"), str(tmp_path / "data.npz")]
+    words += ["--arch", f"{tmp_path / 'net.py'}:make", "--controls", str(folder), "-g", "no-backdoor"]
+    words += ["--trigger-out", str(tmp_path / "found.npz"), "--stream", str(tmp_path / "stream.npz")]
+    assert command([*words, "--run", str(tmp_path / "run"), "-o", "-"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["verdict"] == "flagged" and content["facts"]["class"] == TARGET
+    assert content["facts"]["stream"] == 80 and content["facts"]["stream_suspect"] >= 5
+    trigger = read_trigger(tmp_path / "found.npz")
+    assert isinstance(trigger, Trigger) and trigger.target == TARGET
+    assert len(list((tmp_path / "cache" / "holdfast" / "controls").iterdir())) == 1
+
+
+def test_python_trains_controls_on_the_rest_of_the_data(arrays, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="none are left to train controls on"):
+        holdfast.audit.backdoor(trained(100), arrays, train_controls="10min")
+    with pytest.raises(UsageError, match="not both"):
+        holdfast.audit.backdoor(trained(100), arrays, controls=str(tmp_path), train_controls="10min")
+    with pytest.raises(UsageError, match="expected a folder"):
+        holdfast.audit.backdoor(trained(100), arrays, controls=str(tmp_path / "absent"))
+
+
+@pytest.mark.slow
+def test_trained_controls_are_used_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("holdfast.api.audit_backdoor.CLEAN", 200)
+    monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
+    x, y = digits(8000)
+    first = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
+    assert first.facts["controls"] == 20 and first.facts["class"] == TARGET
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 20
+    changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
+    assert again.facts == first.facts
+    assert changed == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
