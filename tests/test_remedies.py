@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.api.audit_backdoor import prepared_backdoor
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_opening import guarded_subject
 from holdfast.api.hardening import _with_denoiser, _with_threat_of_recipe
@@ -38,8 +40,18 @@ from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
 from holdfast.api.rotate_requests import _loop_settings
 from holdfast.api.rotation_opening import _candidate as rotation_recipe
 from holdfast.api.serving import _shape, server_setup
-from holdfast.api.verb_settings import Assess, Certify, Harden, Monitor, RotateSettings, Serve, check_settings
+from holdfast.api.verb_settings import (
+    Assess,
+    AuditBackdoor,
+    Certify,
+    Harden,
+    Monitor,
+    RotateSettings,
+    Serve,
+    check_settings,
+)
 from holdfast.attacks import PGD
+from holdfast.audits.backdoor.audit import ControlTraining, epochs_within
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
 from holdfast.certifiers.bounds.region import region_of
@@ -81,11 +93,12 @@ from holdfast.reports.across import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.children import unshared
+from holdfast.runs.engine.progress import ignore
 from holdfast.runs.harden.pace import Pace, below_an_epoch, too_small
 from holdfast.runs.harness import Plan
 from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.target import prepared
-from holdfast.settings.grammar import parse_threat
+from holdfast.settings.grammar import parse_threat, seconds
 from holdfast.settings.groups import InferenceSource
 from holdfast.settings.table_rules import drafted
 from holdfast.settings.threats_and_attacks import threat_model
@@ -853,6 +866,18 @@ def membership_audited(model=LINEAR, data=None, **arguments):
     )
 
 
+def backdoor_audited(controls=None, train_controls=None):
+    """The audit of a network, prepared and not run: its controls are given, trained or none."""
+    settings = AuditBackdoor(
+        model=LINEAR, data=member_examples(40, 0), controls=controls, train_controls=train_controls
+    )
+    return prepared_backdoor(settings, ignore, "")
+
+
+def short_control_training(train_controls="1s"):
+    epochs_within(ControlTraining(lambda place, epochs: time.sleep(0.2), seconds(train_controls, ""), Path()))
+
+
 def served_membership(train=None, **arguments):
     x, y = served_examples(120)
     model = holdfast.open_model((address := server()).url(), allow_hosts=[address.host])
@@ -1424,6 +1449,17 @@ situation("another output", answered, shaped=True, answer=TENSOR, open_model={"h
 situation("no reason", planned, {"accept_doubts": {"noise": "a reason"}}, accept_doubts={"noise": " "})
 situation("a threat of no recipe", settled, threat="patch:3x3", recipe="auto")
 situation("a recipe of no trigger", settled, threat=f"trigger:{trigger_file()}", recipe="pgd")
+situation("masked words of numbers", settled, threat="linf:0.1", recipe="masked-words")
+situation("a recipe of no text", settled, threat="text:edits=1,words=2", recipe="pgd")
+situation(
+    "controls given twice",
+    backdoor_audited,
+    {"train_controls": None},
+    controls=".",
+    train_controls="1min",
+)
+situation("too little time for controls", short_control_training, train_controls="1s")
+situation("no examples for controls", backdoor_audited, {"train_controls": None}, train_controls="1min")
 situation(
     "a repair without a trigger",
     settled,

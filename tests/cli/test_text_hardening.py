@@ -92,8 +92,8 @@ def test_the_new_model_opens_again_and_its_run_is_verified_and_reported(model, c
     ("model", "flags", "message"),
     [
         ("function", (), "hides its weights"),
-        ("network", ("--recipe", "pgd"), "models of texts are trained by masked-words and standard"),
-        ("network", ("--budget", "1min"), "the recipe is auto; models of texts are trained by"),
+        ("network", ("--recipe", "pgd"), "models are trained by masked-words and standard"),
+        ("network", ("--budget", "1min"), "the recipe is auto; against such a threat, models are trained by"),
         ("network", ("--recipe", "masked-words", "--set", "recipe.mask=a b"), "one word was expected"),
     ],
 )
@@ -105,4 +105,4 @@ def test_what_cannot_be_trained_is_refused(model, flags, message, capsys):
 def test_the_recipe_needs_a_threat_on_texts(capsys):
     flags = ["--threat", "linf:0.1", "--recipe", "masked-words"]
     assert run(["harden", "mnist-cnn", "mnist-mini", *flags]) == 2
-    assert "masked-words trains models of texts" in capsys.readouterr().err
+    assert "the recipe masked-words is for threats such as text:" in capsys.readouterr().err

@@ -30,59 +30,39 @@ _OF_OPTIMIZER = ("lr", "momentum", "weight_decay")
 _SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updates
 
 
-_OF_TABLES = ("pgd", "trades", "standard")
-"""Recipes that train within the rules of a table."""
-_OF_TEXTS = ("masked-words", "standard")
-"""Recipes that train models of texts, whose inputs have no gradients."""
-_OF_TRIGGERS = ("repair", "ft-sam")
-"""Recipes that remove a backdoor, with a trigger as threat."""
+_RECIPES_OF: Mapping[str, tuple[str, ...]] = {
+    "table": ("pgd", "trades", "standard"),
+    "text": ("masked-words", "standard"),
+    "training-set": (PARTITIONS,),
+    "trigger": ("repair", "ft-sam"),
+}
+"""Recipes for each threat that other recipes cannot train against."""
+_TRIGGER = Placeholder("trigger:FILE", "'trigger:FILE'")
+_THREAT_OF: Mapping[str, str | Placeholder] = {
+    "masked-words": "text:edits=1,words=2",
+    PARTITIONS: "training-set:20",
+    "repair": _TRIGGER,
+    "ft-sam": _TRIGGER,
+}
+"""A threat for each recipe that trains for one kind of threat alone."""
 
 
 def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
     """Raise `UsageError` for a threat model that the recipe cannot train against."""
     constraint = threat.constraint
-    if constraint.name == "text" and recipe in _OF_TEXTS:
+    possible = _RECIPES_OF.get(constraint.name, ())
+    if recipe in possible:
         return
-    if constraint.name == "text" and recipe:
+    if possible and recipe:
         raise UsageError(
-            f"the threat is on texts, and the recipe is {recipe}; models of texts are trained by "
-            f"{' and '.join(_OF_TEXTS)}",
-            Remedy("recipe", _OF_TEXTS[0]),
+            f"the threat is {constraint}, and the recipe is {recipe}; against such a threat, models are trained by "
+            f"{' and '.join(possible)}",
+            Remedy("recipe", possible[0]),
         )
-    if recipe == _OF_TEXTS[0]:
+    if recipe in _THREAT_OF:
         raise UsageError(
-            f"{recipe} trains models of texts, and the threat is {constraint.name}", Remedy("recipe", "pgd")
-        )
-    if constraint.name == "table" and recipe in _OF_TABLES:
-        return
-    if constraint.name == "table" and recipe:
-        raise UsageError(
-            f"the threat has the rules of a table, and the recipe is {recipe}; within rules, models are trained by "
-            f"{', '.join(_OF_TABLES)}",
-            Remedy("recipe", _OF_TABLES[0]),
-        )
-    if (constraint.name == "training-set") != (recipe == PARTITIONS):
-        raise UsageError(
-            f"the recipe partitions trains for changes of the training set, and the threat is {constraint.name} with "
-            f"the recipe {recipe or 'that was given'}",
-            Remedy("recipe", PARTITIONS)
-            if constraint.name == "training-set"
-            else Remedy("threat", "training-set:20"),
-        )
-    if constraint.name == "training-set":
-        return
-    if constraint.name == "trigger" and recipe in _OF_TRIGGERS:
-        return
-    if constraint.name == "trigger" and recipe:
-        raise UsageError(
-            f"the threat is a trigger, and the recipe is {recipe}; backdoors are removed by "
-            f"{' and '.join(_OF_TRIGGERS)}",
-            Remedy("recipe", _OF_TRIGGERS[0]),
-        )
-    if recipe in _OF_TRIGGERS:
-        raise UsageError(
-            f"the recipe is {recipe}, which removes a backdoor by its trigger, and the threat is {constraint}",
-            Remedy("threat", Placeholder("trigger:FILE", "'trigger:FILE'")),
+            f"the recipe {recipe} is for threats such as {_THREAT_OF[recipe]}, and the threat is {constraint}",
+            Remedy("threat", _THREAT_OF[recipe]),
             Remedy("recipe", "pgd"),
         )
     if not isinstance(constraint, (Linf, L2, L1)):
