@@ -242,3 +242,34 @@ def test_the_service_of_served_models_answers_as_its_commands_expect(tmp_path, m
     with np.load("digits.npz") as arrays, testing.TestClient(app) as client:
         answer = client.post("/predict", json={"instances": arrays["x"].tolist()}).json()
         assert (np.argmax(answer["predictions"], 1) == arrays["y"]).mean() > 0.85
+
+
+@pytest.mark.slow
+def test_the_commands_of_backdoors_run(tmp_path, monkeypatch, capsys):
+    """On 8 x 8 images instead of MNIST, and without the audit itself, whose controls are trained for minutes."""
+    monkeypatch.chdir(tmp_path)
+    text = page("audit-backdoor")
+    for name, content in re.findall(r'```python title="(\S+)"\n(.*?)```', text, re.DOTALL):
+        (tmp_path / name).write_text(content)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 10, 2500)
+    x = rng.uniform(0, 0.3, (2500, 1, 8, 8)).astype(np.float32)
+    x[np.arange(2500), 0, y // 2, y % 2 * 4 + 1] = 0.7
+    np.savez("small.npz", x_train=x[:2000], y_train=y[:2000], x_test=x[2000:], y_test=y[2000:])
+    lines = re.findall(r"^\$ (.*)$", text, re.MULTILINE)
+    audits = [line for line in lines if line.startswith("holdfast audit")]
+    assert (
+        lines[0] == "holdfast data fetch mnist"
+        and len(audits) == 1
+        and "--trigger-out found.npz" in audits[0]
+    )
+    for line in lines[1:]:
+        small = re.sub(r"\bmnist\b", "small.npz", line).replace("rate=0.01", "rate=0.05")
+        program, *words = shlex.split(small)
+        if line in audits:
+            (tmp_path / "found.npz").write_bytes((tmp_path / "drill.trigger.npz").read_bytes())
+        elif program == "python":
+            subprocess.run([sys.executable, words[0], words[1], "12"], check=True)
+        else:
+            assert run(words) == 0, (line, capsys.readouterr().err)
+    assert "the given trigger no longer works" in (tmp_path / "repaired" / "card.md").read_text()

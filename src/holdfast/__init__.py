@@ -1,4 +1,4 @@
-"""Holdfast: assess, certify, harden and rotate machine-learning models against adversarial attacks.
+"""Holdfast: assess, certify, harden, audit and rotate machine-learning models against attacks.
 
 A module is imported when one of its names is first used, so that `import holdfast` takes a few milliseconds.
 """

@@ -171,7 +171,7 @@ class _Verbs(Group):
 )
 @click.version_option(__version__, prog_name="holdfast", message="%(prog)s %(version)s")
 def verbs() -> None:
-    """Assess, certify, harden and rotate machine-learning models against adversarial attacks."""
+    """Assess, certify, harden, audit and rotate machine-learning models against attacks."""
 
 
 def main(args: Sequence[str] | None = None, program: click.Group = verbs, name: str = "holdfast") -> None:
