@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.api import expecting, resolve
-from holdfast.api.audit_privacy import trained_like
+from holdfast.api.audited_trainings import Training, open_any_training, trained_like
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditMembership, composed
@@ -32,7 +32,6 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.io.models.training_function import TrainingFunction, open_training
 from holdfast.rotation.collecting import with_fresh_weights
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
@@ -65,7 +64,7 @@ def membership_audited(
 ) -> AuditResult:
     """Open the model and the data of an audit of membership, and take its steps."""
     networks = _networks(settings)
-    training = None if settings.train is None else open_training(settings.train)
+    training = None if settings.train is None else open_any_training(settings.train)
     with journaled(folder, resume=resume, keep=settings.keep_answers):
         opened = _opened(settings)
         model, device = opened.subject.model, torch.device(device_of(settings.device))
@@ -195,7 +194,7 @@ def _request(
     settings: AuditMembership,
     opened: _Opened,
     how: MembershipAudit,
-    training: TrainingFunction | None,
+    training: Training | None,
     device: str,
     command: str,
 ) -> AuditRequest:
@@ -236,7 +235,7 @@ def _queried(model: Classifier, batch: Batch) -> tuple[Signals, bool]:
 
 
 def _training(
-    settings: AuditMembership, training: TrainingFunction | None, model: Classifier, how: MembershipAudit
+    settings: AuditMembership, training: Training | None, model: Classifier, how: MembershipAudit
 ) -> Train:
     """Return the function that trains networks of the audit: that of the user, or the default training."""
     rng = how.rng.at("network")
@@ -265,9 +264,7 @@ def _training(
     return trained_here
 
 
-def _seed_notes(
-    run: Run, training: TrainingFunction, model: Classifier, how: MembershipAudit
-) -> tuple[str, ...]:
+def _seed_notes(run: Run, training: Training, model: Classifier, how: MembershipAudit) -> tuple[str, ...]:
     """A sentence if a training function returns the same network for two seeds on a few examples."""
 
     def compared() -> dict[str, bool]:

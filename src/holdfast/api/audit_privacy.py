@@ -6,20 +6,16 @@ from functools import partial
 import torch
 
 from holdfast.api import expecting, resolve
-from holdfast.api.card_training import CardTraining, is_card_folder, open_card_training
+from holdfast.api.audited_trainings import open_any_training, trained_like
 from holdfast.api.plans import device_of
 from holdfast.api.verb_settings import AuditPrivacy
 from holdfast.audits.audit import AuditRequest
 from holdfast.audits.finding import Finding
 from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, privacy_finding
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.types import Inputs, Labels
-from holdfast.io.models.training_function import TrainingFunction, open_training, refuse_other_classes
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
-from holdfast.runs.harden.trainable import refuse_untrainable
 
 
 def prepared_privacy(
@@ -36,11 +32,7 @@ def prepared_privacy(
             "epsilon is missing: the audit compares its bound with the epsilon that the training claims",
             Remedy("epsilon", Placeholder("X")),
         )
-    training: CardTraining | TrainingFunction = (
-        open_card_training(settings.train)
-        if is_card_folder(settings.train)
-        else open_training(settings.train)
-    )
+    training = open_any_training(settings.train)
     subject = resolve.open_subject(settings)
     examples = resolve.open_examples(settings, subject.model)
     subject = expecting.with_found_properties(subject, (), examples)
@@ -68,26 +60,5 @@ def prepared_privacy(
         command,
         subject.notes,
     )
-    if isinstance(training, CardTraining):
-        refuse_untrainable(model)
-        train = partial(training, model)
-    else:
-        train = partial(trained_like, training, model)
+    train = partial(trained_like, training, model)
     return request, lambda run: privacy_finding(run, train, data, model, how)
-
-
-def trained_like(
-    training: TrainingFunction, model: Classifier, x: Inputs, y: Labels, seed: int
-) -> Classifier:
-    """Train a network on inputs, which it gets with the preprocessing of `model`, and return it as a classifier with
-    the properties of `model`.
-    """
-    net = training(model.preprocess(x), y, seed)
-    mean, std = (None if value is None else value.tolist() for value in (model.mean, model.std))
-    trained = model.renormalised(mean, std).to(x.device)
-    trained.net, trained.classes = net, None
-    with torch.no_grad():
-        logits = trained(x[:1])
-    assert model.classes is not None
-    refuse_other_classes(training.name, logits, model.classes)
-    return trained

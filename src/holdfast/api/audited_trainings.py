@@ -1,4 +1,4 @@
-"""Trains networks as a model of `holdfast harden` was trained, by the recipe in its card."""
+"""Trains networks for audits: by a function of the user, or as the card of a hardened model states."""
 
 import json
 from collections import deque
@@ -18,8 +18,10 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
 from holdfast.io.models.cards import trained_by
 from holdfast.io.models.models import CARD
+from holdfast.io.models.training_function import TrainingFunction, open_training, refuse_other_classes
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation.collecting import with_fresh_weights
+from holdfast.runs.harden.trainable import refuse_untrainable
 from holdfast.settings.grammar import parse_threat
 from holdfast.settings.threats_and_attacks import threat_model
 
@@ -45,9 +47,33 @@ class CardTraining:
         return trained.eval()
 
 
-def is_card_folder(train: object) -> bool:
-    """Return whether a training is given as a folder that `harden` wrote."""
-    return isinstance(train, str) and (Path(train) / CARD).is_file()
+Training = CardTraining | TrainingFunction
+"""A training that an audit repeats."""
+
+
+def open_any_training(train: object) -> Training:
+    """Return a training that is given as a folder that `harden` wrote, or as a function (`FILE.py:F`)."""
+    if isinstance(train, str) and (Path(train) / CARD).is_file():
+        return open_card_training(train)
+    return open_training(train)
+
+
+def trained_like(training: Training, model: Classifier, x: Inputs, y: Labels, seed: int) -> Classifier:
+    """Train a network on inputs, and return it as a classifier with the properties of `model`. A function of the user
+    gets the inputs with the preprocessing of `model`.
+    """
+    if isinstance(training, CardTraining):
+        refuse_untrainable(model)
+        return training(model, x, y, seed)
+    net = training(model.preprocess(x), y, seed)
+    mean, std = (None if value is None else value.tolist() for value in (model.mean, model.std))
+    trained = model.renormalised(mean, std).to(x.device)
+    trained.net, trained.classes = net, None
+    with torch.no_grad():
+        logits = trained(x[:1])
+    assert model.classes is not None
+    refuse_other_classes(training.name, logits, model.classes)
+    return trained
 
 
 def open_card_training(folder: str) -> CardTraining:
