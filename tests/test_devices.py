@@ -20,6 +20,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.corruptions import EXTRA, STANDARD
 from holdfast.doubts.probing import probes_for
 from holdfast.io.models.denoiser import with_denoiser
@@ -158,7 +159,7 @@ def test_a_norm_follows_the_device_of_its_input(norm, bounds):
     same(computed(batch), there(computed, batch))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "masked-words"])  # texts are on the CPU
 def test_a_recipe_follows_the_device_of_its_data(name):
     entry = RECIPES[name]
     recipe = brief(getattr(recipes, entry.cls)(**entry.settings))
@@ -173,6 +174,10 @@ def test_a_recipe_follows_the_device_of_its_data(name):
 
     def trained(model, data, surrogate):
         threat = ThreatModel(Linf(0.05), surrogates=(surrogate,))
+        if isinstance(recipe, recipes.Repair | recipes.FTSAM):
+            square = torch.zeros(data.x.shape[1:])
+            square[..., :2, :2] = 1
+            threat = ThreatModel(Stamped("square", trigger_text(Trigger(square, square, 1))))
         short = replace(SHORT, epochs=1, batch=N)
         *_, last = trained_as(recipe, short)(model, data, threat, rng=Draws(0))
         return last
@@ -206,8 +211,8 @@ def convolutional():
     )
 
 
-# trees and texts are never on a device
-OF_NETWORKS = [name for name in PROVERS if name not in ("masking", "substitutions", "trees")]
+# trees and texts are never on a device, and the votes of partitions are tested with their recipe
+OF_NETWORKS = [name for name in PROVERS if name not in ("masking", "partitions", "substitutions", "trees")]
 
 
 @pytest.mark.parametrize("name", OF_NETWORKS)

@@ -76,11 +76,11 @@ def test_a_threat_without_a_trigger_is_refused(recipe):
 
 @pytest.mark.parametrize("recipe", ["pgd", "auto"])
 def test_other_recipes_do_not_remove_backdoors(recipe):
-    with pytest.raises(UsageError, match="removed by repair and ft-sam") as refused:
+    with pytest.raises(UsageError, match="trained by repair and ft-sam") as refused:
         refuse_unheld(threat(), recipe)
     assert refused.value.remedies[0].value == "repair"
     refuse_unheld(threat(), "repair")
-    with pytest.raises(UsageError, match="the recipe is ft-sam"):
+    with pytest.raises(UsageError, match="the recipe ft-sam is for threats"):
         refuse_unheld(ThreatModel(Linf(0.1)), "ft-sam")
 
 

@@ -212,8 +212,9 @@ WEIGHTED = [
 
 def test_every_recipe_weights_the_losses_of_examples_by_their_classes_or_refuses():
     """The gradient of a weighted loss is linear in the weights, so that opposite changes of weights cancel."""
+    other = {"DPSGD", "FTSAM", "MaskedWords", "Partitions", "Repair"}  # for other threats or networks
     assert {type(recipe) for recipe in WEIGHTED} | {VAT, Denoising} == {
-        getattr(recipes, name) for name in recipes.__all__
+        getattr(recipes, name) for name in recipes.__all__ if name not in other
     }
     data = training()
     data = data.take(torch.cat([(data.y == k).nonzero()[:32, 0] for k in (0, 3)]))

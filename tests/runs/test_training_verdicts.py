@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from holdfast.api.stored import report, verify
+from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
@@ -224,7 +225,7 @@ CARD = {
 )
 def test_what_would_help_follows_from_the_card(changes, expected):
     card = {**CARD, **changes}
-    assert help_sentence({**card, "advice": advice(card, 0.3)}) == expected
+    assert help_sentence({**card, "advice": advice(card, Linf(0.3))}) == expected
 
 
 def test_the_verdict_states_both_values_and_a_checkpoint_states_its_epochs():

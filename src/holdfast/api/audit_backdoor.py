@@ -9,7 +9,7 @@ import torch
 from holdfast.api.expecting import expected
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_examples, open_expected, open_subject
+from holdfast.api.resolve import open_examples, open_expected, open_seeded
 from holdfast.api.verb_settings import AuditBackdoor, composed
 from holdfast.audits.audit import AuditRequest
 from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measured
@@ -48,7 +48,7 @@ def prepared_backdoor(
     """Return the request of the audit, and the function that takes its steps."""
     if settings.controls is not None and settings.train_controls is not None:
         raise UsageError("give controls, or train_controls, and not both", Remedy("train_controls"))
-    subject = open_subject(settings)
+    subject = open_seeded(settings)
     model = subject.model
     if model.rejects:
         raise UsageError("the model has a detector of its own; audit the network inside")

@@ -132,8 +132,8 @@ def _networks(settings: AuditMembership) -> int:
 
 def _opened(settings: AuditMembership) -> _Opened:
     """Open the model and the data. Without non-members, further copies of an example are left out."""
-    subject = resolve.open_subject(settings)
-    data = resolve.open_examples(settings, subject.model)
+    subject = resolve.open_seeded(settings)
+    data = resolve.open_training_examples(settings, subject.model)
     subject = expecting.with_found_properties(subject, (), data)
     if subject.model.rejects:
         raise UsageError("the model has a detector of its own; audit the network inside")
@@ -186,8 +186,11 @@ def _refuse_too_few(settings: AuditMembership, how: MembershipAudit) -> None:
     n = len(how.examples)
     non_members = n // 2 if how.members is None else n - how.members
     rates.refuse_few(settings.fpr, non_members)
-    if any(METRIC in gate for gate in settings.gates):
-        rates.refuse_few(METRIC_FPR, non_members)
+    if any(METRIC in gate for gate in settings.gates) and non_members < rates.needed(METRIC_FPR):
+        raise UsageError(
+            f"a gate is on {METRIC}, which needs {rates.needed(METRIC_FPR):,} non-members, and there are "
+            f"{non_members:,}; give more of them, or leave the gate out and read the rate at --fpr"
+        )
 
 
 def _request(

@@ -9,16 +9,15 @@ import torch
 from holdfast.api.expecting import expected
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_expected, open_subject
+from holdfast.api.resolve import open_expected, open_seeded, open_training_examples
 from holdfast.api.verb_settings import AuditPoison, composed
 from holdfast.audits.audit import AuditRequest
 from holdfast.audits.finding import Finding
 from holdfast.audits.poison.audit import EPOCHS, PoisonRequest, Train, refuse_unscorable, scored, with_trusted
 from holdfast.audits.poison.conclusion import concluded, write_suspects
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import NoSplit
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import Standard
@@ -37,10 +36,10 @@ def prepared_poison(
     settings: AuditPoison, notify: Notify, command: str
 ) -> tuple[AuditRequest, Callable[[Run], Finding]]:
     """Return the request of the audit, and the function that takes its steps."""
-    subject = open_subject(settings)
+    subject = open_seeded(settings)
     model = subject.model
     refuse_untrainable(model)
-    data = _training_examples(settings, model)
+    data = open_training_examples(settings, model)
     batch = data.read(0, len(data))
     refuse_unscorable(batch)
     request, compared, notes = PoisonRequest(batch, 0, settings.seed), {}, list(subject.notes)
@@ -76,17 +75,6 @@ def prepared_poison(
         ),
         audit,
     )
-
-
-def _training_examples(settings: AuditPoison, model: Classifier) -> Data:
-    """Return the examples that are audited: the train split of the data if there is one, or all."""
-    properties = expected(settings, model)
-    if isinstance(settings.data, str) and settings.split is None:
-        try:
-            return open_expected(settings.model_copy(update={"split": "train"}), properties)
-        except NoSplit:
-            pass  # the file has only one split
-    return open_expected(settings, properties)
 
 
 def training(model: Classifier) -> Train:

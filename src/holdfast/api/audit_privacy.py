@@ -33,8 +33,8 @@ def prepared_privacy(
             Remedy("epsilon", Placeholder("X")),
         )
     training = open_any_training(settings.train)
-    subject = resolve.open_subject(settings)
-    examples = resolve.open_examples(settings, subject.model)
+    subject = resolve.open_seeded(settings)
+    examples = resolve.open_training_examples(settings, subject.model)
     subject = expecting.with_found_properties(subject, (), examples)
     device = torch.device(device_of(settings.device))
     data = examples.read(0, len(examples)).to(device)

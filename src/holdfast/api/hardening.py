@@ -78,8 +78,7 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
     For the recipe `denoised` the model has an untrained denoiser, which does not change its outputs. If the data are
     given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
     """
-    with drawing(Draws(settings.seed).at("model")):  # a factory initialises weights from the seed
-        subject = resolve.open_subject(settings)
+    subject = resolve.open_seeded(settings)
     subject = replace(subject, model=with_trainable_texts(subject.model))
     model = subject.model
     if model.access != "gradients":

@@ -1,6 +1,7 @@
 """Opens the models and the examples of a run, which are given as addresses or as Python objects."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,8 @@ from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening,
 from holdfast.attacks.parts.expectation import seen_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.draws import Draws
+from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.skipped import DECAY, skipped
@@ -50,6 +52,7 @@ from holdfast.io.models.adapting import object_identity, refuse_no_model
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.remote.remote import SCHEMES, Remote
+from holdfast.recipes.training.fit import drawing
 from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
 from holdfast.runs.assess.request import Opened, Subject
@@ -423,6 +426,29 @@ def open_object(source: DataSource, expected: Expected) -> Data:
     if is_frame(source.data):
         return _frame(source, expected)
     return as_data(source.data, expected=expected, entries=(source.x, source.y))
+
+
+def open_seeded(settings: Opening) -> Subject:
+    """Open the model under test. A factory initialises its weights from the seed, so that it returns the same network
+    in each process.
+    """
+    with drawing(Draws(settings.seed).at("model")):
+        return open_subject(settings)
+
+
+def open_training_examples(settings: Opening, model: Classifier) -> Data:
+    """Open the train split of the data if there is one, and all examples otherwise. A split of the settings takes
+    precedence.
+    """
+    properties = expected(settings, model)
+    if isinstance(settings.data, str) and settings.split is None:
+        with suppress(NoSplit):  # the file has only one split
+            return with_groups(
+                open_expected(settings.model_copy(update={"split": "train"}), properties),
+                settings,
+                whole=True,
+            )
+    return with_groups(open_expected(settings, properties), settings, whole=True)
 
 
 def open_all(settings: Assess | Certify) -> Opened:

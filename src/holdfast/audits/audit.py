@@ -68,7 +68,7 @@ class AuditRequest:
 
     def manifest(self) -> Json:
         """Return the content of `run.json`."""
-        config = strict({"kind": self.kind, **self.settings, "seed": self.seed})
+        config = strict({"kind": self.kind, "settings": dict(self.settings), "seed": self.seed})
         return {
             "verb": "audit",
             "digests": {

@@ -18,7 +18,9 @@ class AuditOptions(SettingGroup):
 
     gates: Annotated[list[str], Flag("G", "--gate", "-g", identifies=False)] = Field(
         default_factory=list,
-        description="Condition on the result of the audit, as in no-backdoor, which passes if nothing is flagged.",
+        description="Condition on the result of the audit: no-backdoor and no-poison pass if nothing is flagged; "
+        "membership and privacy have the metrics membership_tpr_at_1_percent and epsilon_lower, as in "
+        "epsilon_lower <= 2.",
     )
     output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
         default_factory=list,

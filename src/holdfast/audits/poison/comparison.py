@@ -6,6 +6,7 @@ test of a class and a score is then exact: among the examples with the largest s
 follows the hypergeometric distribution. It is too small if the set contains a cluster of manipulated examples.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ FEW = 0.25
 """Largest number of trusted examples, relative to the expected one, that flags a set. A cluster of manipulated examples
 has almost no trusted ones, while small differences between sources leave more: the losses of the two splits of
 `mnist-mini` had ratios from 0.45."""
+DETECTABLE = 0.2
+"""Share of manipulated examples of a class that must be detectable for the result `not flagged`."""
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 """Shares of a class, those with the largest scores, in which trusted examples are counted."""
 
@@ -59,6 +62,8 @@ class Comparison:
     detectable: Mapping[int, float]
     """for each class the smallest share of manipulated examples that is flagged if they have the largest scores; 1 if
     there are too few trusted examples"""
+    needed: int
+    """number of trusted examples of each class with which the share `DETECTABLE` of it is flagged"""
 
     @property
     def flagged(self) -> list[Tested]:
@@ -92,7 +97,8 @@ def compared(
             detectable[label] = max(detectable[label], _detectable(ordered[-1], factor))
         tests += [_tested(name, label, [own], factor) for label, own in zip(labels, ordered, strict=True)]
         tests.append(_tested(name, None, ordered, factor))
-    return Comparison(tests, detectable)
+    needed = math.ceil(math.log(LEVEL / factor) / math.log(1 - DETECTABLE))
+    return Comparison(tests, detectable, needed)
 
 
 def _tested(score: str, label: int | None, ordered: Sequence[Mask], factor: int) -> Tested:

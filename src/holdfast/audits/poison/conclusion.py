@@ -9,7 +9,7 @@ import torch
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
 from holdfast.audits.poison.audit import METHODS, Scored
-from holdfast.audits.poison.comparison import LEVEL, Comparison, Tested
+from holdfast.audits.poison.comparison import DETECTABLE, LEVEL, Comparison, Tested
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
 from holdfast.reports.words import amount
@@ -85,7 +85,7 @@ def _verdict(
     scored: Scored, n_suspects: int, names: Sequence[str] | None
 ) -> tuple[AuditVerdict, str, tuple[str, ...]]:
     request, comparison = scored.request, scored.comparison
-    counted = f"{amount(n_suspects, 'suspect examples')} of {request.n}"
+    counted = f"{amount(n_suspects, 'suspect examples')} of {request.n:,}"
     by_method = ", ".join(f"{name} {int(scored.flags[name][: request.n].sum())}" for name in METHODS)
     rules = f"Examples that each method flags: {by_method}. Lowest-loss isolation flags 1 % of any set."
     if comparison is None:
@@ -100,8 +100,12 @@ def _verdict(
             return "flagged", f"examples of {where} are unlike the trusted ones ({counted})", reasons
         text = f"more labels of {where} are wrong than among the trusted examples ({counted})"
         return "flagged", text, (*reasons, _ERRORS_ONLY)
-    if any(share == 1 for share in comparison.detectable.values()):
-        return "unclear", "there are too few trusted examples of some classes", reasons
+    if max(comparison.detectable.values()) > DETECTABLE:
+        text = (
+            f"there are too few trusted examples to find a manipulation of {100 * DETECTABLE:g} % of each class; give "
+            f"about {comparison.needed} of each ({counted})"
+        )
+        return "unclear", text, reasons
     return "not flagged", f"no class differs from its trusted examples ({counted})", reasons
 
 

@@ -58,7 +58,10 @@ def open_training(train: object) -> TrainingFunction:
     """
     if isinstance(train, str):
         if ".py:" not in train:
-            raise UsageError(f"train is {train!r}; expected a function in a Python file, as in net.py:fit")
+            raise UsageError(
+                f"train is {train!r}; expected a function in a Python file, as in net.py:fit, or a folder that harden "
+                "wrote"
+            )
         train = function_from_file(train)
     elif not callable(train) or isinstance(train, nn.Module | type):
         what = f"the class {train.__name__}" if isinstance(train, type) else kind_of(train)
