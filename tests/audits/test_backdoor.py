@@ -196,7 +196,7 @@ def test_controls_that_cannot_be_compared_are_refused(batch, folder, tmp_path):
     with pytest.raises(UsageError, match=r"has 19 weights files.*at least 20"):
         Controls.of_folder(few)
     (few / "copy.safetensors").write_bytes((few / "03.safetensors").read_bytes())
-    with pytest.raises(UsageError, match="'03.safetensors' and 'copy.safetensors' are the same file"):
+    with pytest.raises(UsageError, match="'03.safetensors' and 'copy.safetensors' are the same network"):
         Controls.of_folder(few)
     save_file(model.net.state_dict(), few / "copy.safetensors")
     with pytest.raises(UsageError, match="weights of the model itself"):

@@ -264,6 +264,9 @@ def open_audit(path: Path) -> AuditResult:
         raise TargetError(
             f"the audit in {str(path)!r} is not finished; resume it with its command and --resume"
         )
+    recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
+    if missing := [step for step in manifest["plan"]["stages"] if step not in recorded]:
+        raise TargetError(f"{str(path)!r} has a finding and no {missing[0]}; restore it from a copy")
     refuse_form(path / f"{FINDING}.json", finding, _Finding)
     refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit)
     if decided["gates"] != judged(kind, finding, [gate["gate"] for gate in decided["gates"]]):

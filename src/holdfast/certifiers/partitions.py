@@ -61,7 +61,7 @@ class VoteProver:
         with torch.no_grad():
             votes = self.ensemble.votes(self.model.preprocess(batch.x))
         radius = unchanged_under(votes)
-        # an example whose votes depend on the size of the batch, by rounding errors, is not certified
+        # only an example that the votes classify correctly is certified
         radius = torch.where(votes.argmax(1) == batch.y, radius, -1).double()
         none = Proofs.none(batch)
         return replace(

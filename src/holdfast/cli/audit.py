@@ -1,5 +1,5 @@
 """The commands `holdfast audit backdoor` and `audit poison`, which search a model or a data set for manipulation, and
-`audit privacy`, which measures what a training reveals of its examples.
+`audit membership` and `audit privacy`, which measure what a model or a training reveals of the training examples.
 """
 
 import sys
@@ -32,7 +32,8 @@ from holdfast.reports.write import AUDIT_SUFFIXES
 
 @click.group(cls=Group, short_help="search a model or data for manipulation, and trainings for leaks")
 def audit() -> None:
-    """Search a model for a backdoor, or training data for manipulated examples, or test the privacy of a training.
+    """Search a model for a backdoor or training data for manipulated examples, or measure what is revealed of the
+    training examples by a model or by its training.
 
     The result is `flagged`, `not flagged`, or `unclear` if there was nothing to compare with.
     """

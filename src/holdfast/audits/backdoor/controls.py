@@ -22,7 +22,7 @@ from holdfast.core.model import Classifier
 from holdfast.io.files import sha256_of_file
 from holdfast.io.models.archive import Weights
 from holdfast.io.models.models import STATE_DICT_SUFFIXES
-from holdfast.io.models.weights import fit_weights, read_state_dict, state_dict_content
+from holdfast.io.models.weights import digest_of_weights, fit_weights, read_state_dict, state_dict_content
 from holdfast.runs.store.forms import refuse_form
 
 MIN_CONTROLS = 20
@@ -72,6 +72,18 @@ def ranked(sizes: Tensor, controls: Tensor) -> Rank:
     return Rank(int(ratios[-1].argmin()), tuple(ratios[-1].tolist()), tuple(smallest[:-1].tolist()), p)
 
 
+def _refuse_copies(files: Sequence[Path], digests: Sequence[str]) -> None:
+    """Raise `UsageError` if two controls have the same digest, of their files or of their weights."""
+    first = dict[str, Path]()
+    for path, digest in zip(files, digests, strict=True):
+        if digest in first:
+            raise UsageError(
+                f"the controls {first[digest].name!r} and {path.name!r} are the same network; give networks that were "
+                "trained with different seeds"
+            )
+        first[digest] = path
+
+
 @dataclass(frozen=True)
 class Controls:
     """Files with the weights of control networks, which are opened one at a time."""
@@ -97,14 +109,7 @@ class Controls:
                 f"p <= {LEVEL}: train more of them with different seeds"
             )
         digests = tuple(map(sha256_of_file, files))
-        first = dict[str, Path]()
-        for path, digest in zip(files, digests, strict=True):
-            if digest in first:
-                raise UsageError(
-                    f"the controls {first[digest].name!r} and {path.name!r} are the same file; give networks that were "
-                    "trained with different seeds"
-                )
-            first[digest] = path
+        _refuse_copies(files, digests)
         return cls(files, digests)
 
     def opened(self, place: int, model: Classifier) -> Classifier:
@@ -132,8 +137,16 @@ class Controls:
         return control.eval().requires_grad_(requires_grad=False)
 
     def each(self, model: Classifier, measure: Callable[[Classifier], float]) -> dict[str, float]:
-        """Return the results of a measurement on each control, by the name of its file."""
-        return {path.name: measure(self.opened(place, model)) for place, path in enumerate(self.files)}
+        """Return the results of a measurement on each control, by the name of its file. Raises `UsageError` if two
+        controls have the same weights.
+        """
+        results, digests = dict[str, float](), list[str]()
+        for place, path in enumerate(self.files):
+            control = self.opened(place, model)
+            digests.append(digest_of_weights(control.state_dict()))
+            results[path.name] = measure(control)
+        _refuse_copies(self.files, digests)
+        return results
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,15 @@ def privacy_finding(run: Run, train: Train, data: Batch, model: Classifier, how:
     shown = columns["canary"] == 1
     losses, included = columns["loss"][shown], columns["included"][shown] == 1
     accuracy = float((columns["right"][~shown] == 1).double().mean())
-    return _finding(how, right_guesses(losses, included, how.guesses), len(data), accuracy, losses, included)
+    found = _finding(how, right_guesses(losses, included, how.guesses), len(data), accuracy, losses, included)
+    majority = float(data.y.bincount().max()) / len(data)
+    if found.verdict == "flagged" or accuracy > majority:
+        return found
+    untrained = (
+        f"The network classifies {accuracy:.1%} of its other training examples correctly, and the most frequent class "
+        f"is {majority:.1%} of them: a training that learns nothing reveals nothing."
+    )
+    return replace(found, verdict="unclear", reasons=[untrained, *found.reasons])
 
 
 def _measured(train: Train, canaries: Canaries, seed: int) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def read_trigger(path: str | Path) -> Trigger:
 
 
 def write_trigger(path: str | Path, trigger: Trigger) -> None:
-    """Write a trigger to a file that `read_trigger` reads."""
+    """Write a trigger to a file that `read_trigger` reads. Raises `TargetError` if it cannot be written."""
     arrays = {"mask": trigger.mask, "pattern": trigger.pattern, "shift": trigger.shift}
     present = {
         name: values.detach().cpu().numpy().astype(np.float32)
@@ -61,8 +61,11 @@ def write_trigger(path: str | Path, trigger: Trigger) -> None:
         if values is not None
     }
     target = {} if trigger.target is None else {"target": np.int64(trigger.target)}
-    with Path(path).open("wb") as file:  # savez would append another suffix to a name
-        np.savez(file, allow_pickle=False, **present, **target)
+    try:
+        with Path(path).open("wb") as file:  # savez would append another suffix to a name
+            np.savez(file, allow_pickle=False, **present, **target)
+    except OSError as error:
+        raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def trigger_threat(*, file: str) -> Stamped:

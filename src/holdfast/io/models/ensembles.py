@@ -84,8 +84,8 @@ class Ensemble(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the recipe `partitions` trained the members."""
-        return self.partitioned and bool(self.training_set.any())
+        """Whether the recipe `partitions` trained the members, and their votes are counted."""
+        return self.partitioned and self.combine == "votes" and bool(self.training_set.any())
 
     def metadata(self) -> dict[str, Any]:
         """Return what a file with the weights states about the ensemble. For partitions these are the rule, and the

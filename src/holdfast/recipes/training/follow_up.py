@@ -32,6 +32,8 @@ _LR = 1e-3
 """Learning rate of Adam in these updates, its usual value."""
 _MARGIN = 0.1
 """Largest amount by which the success in a repaired network may exceed that in a network that was never poisoned."""
+_REMAINING = 0.08
+"""Largest success of a trigger that no longer works."""
 _MOST = 0.5
 """Success in a network that was never poisoned above which the comparison shows nothing, because any network learns
 such a trigger from a few examples."""
@@ -170,5 +172,5 @@ def _sentence(entry: dict[str, Any]) -> str:
             f"{percent(control['after_steps'])} after the same updates: "
             f"{compared.get(entry['outcome'], 'the backdoor is ' + entry['outcome'])}"
         )
-    worked = "no longer works" if entry["after"] < entry["before"] / 2 else "still works"
+    worked = "no longer works" if entry["after"] <= _REMAINING else "still works"
     return f"{found}: the given trigger {worked}"
