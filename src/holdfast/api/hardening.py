@@ -33,7 +33,7 @@ from holdfast.io.data.loaders import tensors_of
 from holdfast.io.data.memory import as_data
 from holdfast.io.data.streamed import Streamed, changing_example, open_by_index, training_data
 from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
-from holdfast.recipes import Denoising
+from holdfast.recipes import DPSGD, Denoising
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import OnParts, Recipe, WithFollowUp
@@ -51,6 +51,7 @@ from holdfast.settings.naming import AUTO
 from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
 from holdfast.settings.values import SurrogateSettings, address_of
 
+_SECRET = 10**18  # smallest seed that is not found by trying
 JUDGED = 1_000
 """Number of test examples for the measurements before and after, sampled by the seed, if the settings give no other."""
 USUAL_BUDGET = "10min"
@@ -126,7 +127,7 @@ def hardened(
         if held_out is not None:
             training, _ = without_held(training, held_out)
         request = harden_request(settings, subject, training, excluded, baseline, command)
-        request = replace(request, notes=notes)
+        request = replace(request, notes=(*notes, *_seed_notes(request)))
         with log.closing():
             return harden(
                 subject,
@@ -159,6 +160,20 @@ def _with_threat_of_recipe(settings: Harden) -> Harden:
         )
     usual = type(settings).model_fields["threat"].default
     return settings.model_copy(update={"threat": recipe.threat}) if settings.threat == usual else settings
+
+
+def _seed_notes(request: HardenRequest) -> tuple[str, ...]:
+    """A note if the noise of a private training follows from a seed that is easily guessed."""
+    private = any(isinstance(candidate.recipe, DPSGD) for candidate in request.candidates)
+    if not private or request.seed >= _SECRET:
+        return ()
+    return (
+        (
+            f"the noise of dp-sgd is a function of the seed, and the seed is {request.seed}: whoever guesses it can remove "
+            "the noise, and epsilon does not hold against them. Repeat the training with a random seed of 19 digits that "
+            "begins with 1 to 8, keep the seed secret, and publish the weights only"
+        ),
+    )
 
 
 def _with_denoiser(
