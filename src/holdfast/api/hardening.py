@@ -167,13 +167,12 @@ def _seed_notes(request: HardenRequest) -> tuple[str, ...]:
     private = any(isinstance(candidate.recipe, DPSGD) for candidate in request.candidates)
     if not private or request.seed >= _SECRET:
         return ()
-    return (
-        (
-            f"the noise of dp-sgd is a function of the seed, and the seed is {request.seed}: whoever guesses it can remove "
-            "the noise, and epsilon does not hold against them. Repeat the training with a random seed of 19 digits that "
-            "begins with 1 to 8, keep the seed secret, and publish the weights only"
-        ),
+    note = (
+        f"the noise of dp-sgd is a function of the seed, and the seed is {request.seed}: whoever guesses it can remove "
+        "the noise, and epsilon does not hold against them. Repeat the training with a random seed of 19 digits that "
+        "begins with 1 to 8, keep the seed secret, and publish the weights only"
     )
+    return (note,)
 
 
 def _with_denoiser(
