@@ -122,6 +122,7 @@ class _AuditConfig(TypedDict):
 
 class _AuditedThing(TypedDict):
     name: str
+    digest: str
 
 
 class ListedAudit(TypedDict):
