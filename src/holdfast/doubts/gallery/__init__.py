@@ -7,11 +7,26 @@ is the same network without the defence. For each, `holdfast demo --gallery` sho
 and under an adaptive attack, and the doubts that are raised.
 """
 
-from holdfast.doubts.gallery import activations, generative, images, logit_masks
+from holdfast.doubts.gallery import (
+    activations,
+    codebooks,
+    decisions,
+    generative,
+    images,
+    logit_masks,
+    memories,
+    precisions,
+)
 from holdfast.doubts.gallery.item import EPS, Item
 from holdfast.doubts.gallery.small_networks import undefended
 
 ITEMS: tuple[Item, ...] = (*logit_masks.ITEMS, *images.ITEMS, *activations.ITEMS, *generative.ITEMS)
-"""All masked models, grouped by the module that defines them."""
+"""Masked models that `holdfast demo --gallery` shows, grouped by the module that defines them."""
 
-__all__ = ["EPS", "ITEMS", "Item", "undefended"]
+DISCRETE: tuple[Item, ...] = (*decisions.ITEMS, *codebooks.ITEMS, *precisions.ITEMS, *memories.ITEMS)
+"""Further masked models: each decides, quantises or looks up, in part without a derivative.
+
+They were built before the attacks that are measured on them, and are not marked with replacements of a gradient.
+"""
+
+__all__ = ["DISCRETE", "EPS", "ITEMS", "Item", "undefended"]

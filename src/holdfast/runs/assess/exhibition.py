@@ -59,12 +59,13 @@ def exhibits(
     seed: int = 0,
 ) -> Iterator[Exhibit]:
     """Build each model of the gallery from the training digits, measure it on `data`, and yield the measurements."""
-    twin, sound = undefended(training), dict[float, Result]()
+    plain, sound = undefended(training), dict[tuple[nn.Module, float], Result]()
     for item in items:
-        model = item.build(training, twin)
-        if item.eps not in sound:
+        model = item.build(training, plain)
+        twin = item.twin(model) if item.twin else plain
+        if (twin, item.eps) not in sound:
             members = tuple(Member(*named) for named in suite(SOUND, Linf(item.eps)).attacks)
-            sound[item.eps] = assessed_net(twin, data, item.eps, members, seed=seed)
+            sound[twin, item.eps] = assessed_net(twin, data, item.eps, members, seed=seed)
         naive = assessed_net(model, data, item.eps, (FIXED,), seed=seed)
         adaptive = assessed_net(model, data, item.eps, (FIXED,), seed=seed, doubts="all", adaptive=True)
         ran = adaptive.attacks[1:]
@@ -74,7 +75,7 @@ def exhibits(
             item.eps,
             naive.metrics["clean_accuracy"].value,
             naive.metrics["robust_accuracy"].value,
-            sound[item.eps].metrics["robust_accuracy"].value,
+            sound[twin, item.eps].metrics["robust_accuracy"].value,
             adaptive.metrics["robust_accuracy"].value,
             raised(adaptive),
             tuple(record.name for record in ran),
