@@ -130,10 +130,11 @@ class Halving:
                     return accounts
                 account.rank = self.attempt(account, pilot, max(passes, least), number)
             accounts = sorted(accounts, key=lambda account: account.rank, reverse=True)
-            for account in accounts[(len(accounts) + 1) // 2 :]:
-                account.state = "dropped"
-            accounts, passes, number = accounts[: (len(accounts) + 1) // 2], 2 * passes, number + 1
-            accounts = [account for account in accounts if account.state == "run"]
+            kept = [account for account in accounts[: (len(accounts) + 1) // 2] if any(account.rank)]
+            for account in accounts:
+                if account not in kept and account.state == "run":
+                    account.state = "dropped"
+            accounts, passes, number = kept, 2 * passes, number + 1
         return accounts
 
     def attempt(self, account: Account, rows: Rows, passes: int, number: int) -> tuple[float, float]:
