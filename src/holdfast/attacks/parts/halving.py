@@ -50,7 +50,7 @@ _OF_LABELS = 4  # the search with labels only has this part of the budget at lea
 _SAME = 1e-4  # relative difference of two outputs of a deterministic model
 
 
-@dataclass
+@dataclass(eq=False)
 class Account:
     """What one method did on each example of a batch."""
 
