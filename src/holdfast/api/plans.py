@@ -21,6 +21,7 @@ from holdfast.core.names import kind_of, slug
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
+from holdfast.doubts.answering import BUDGET
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.runs.assess.request import AssessRequest
 from holdfast.runs.assess.result import Result
@@ -217,6 +218,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         keep_adversarial=settings.save_adversarial,
         doubts=probing if settings.doubts else "none",
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
+        adaptive_budget=BUDGET if settings.adaptive_budget is None else settings.adaptive_budget,
         proofs=_proofs(settings, smallest=smallest, trees=trees),
     )
 

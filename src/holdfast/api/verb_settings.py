@@ -358,6 +358,7 @@ class Certify(
     curve: ClassVar[bool] = False
     doubts: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
+    adaptive_budget: ClassVar[int | None] = None
     fit: ClassVar[None] = None
     across: ClassVar[tuple[()]] = ()
     transform: ClassVar[None] = None

@@ -8,6 +8,7 @@ weight; a step is evaluated at a point closer than the known one, and the bounda
 nearest of several starts is used.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,8 +48,15 @@ class HopSkipJump:
     batched: ClassVar[bool] = False
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        return self.started(model, batch, threat, (), rng=rng)
+
+    def started(
+        self, model: Model, batch: Batch, threat: ThreatModel, starts: Sequence[Inputs], *, rng: Draws
+    ) -> Inputs:
+        """Return the perturbed inputs of a search that begins with the points in `starts`, each (n, *features)."""
         norm = expect_norm(threat.constraint, self, L2, Linf)
-        decisions = Decisions(model, batch, norm, min(self.queries, threat.queries or self.queries))
+        queries = min(self.queries, threat.queries or self.queries)
+        decisions = Decisions(model, batch, norm, queries, starts)
         normals = torch.zeros_like(batch.x)
         with torch.no_grad():
             for step, active in decisions.steps(rng):

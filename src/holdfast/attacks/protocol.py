@@ -86,6 +86,26 @@ class Placed(Attack, Protocol):
 
 
 @runtime_checkable
+class Itemised(Attack, Protocol):
+    """Protocol of an attack that consists of several methods, and returns for each example what each of them did.
+
+    It has a setting `passes`, the largest number of forward and backward passes for each example.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    """names of the columns"""
+
+    @property
+    def passes(self) -> int:
+        """Largest number of forward and backward passes for each example."""
+
+    def itemised(
+        self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws
+    ) -> tuple[Inputs, dict[str, Tensor]]:
+        """Return the perturbed inputs, and int64 columns (n) with what each method did."""
+
+
+@runtime_checkable
 class QueryAttack(Attack, Protocol):
     """Protocol of an attack that has a setting `queries`, the largest number of queries for each example."""
 

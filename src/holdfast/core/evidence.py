@@ -4,7 +4,7 @@ Evidence contains no verdict.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -44,6 +44,24 @@ class Doubt:
     n: int = 0
     """number of examples that were measured"""
     message: str = ""
+    """one sentence for the report, with the measured numbers"""
+
+
+CheckState = Literal["passed", "failed", "not measured", "not applicable"]
+
+
+@dataclass(frozen=True)
+class AnswerCheck:
+    """A check of the adaptive attack itself. If one is failed, the attack answers no doubt."""
+
+    name: str
+    state: CheckState
+    statistic: float
+    """measured value that is compared with the threshold"""
+    threshold: float
+    n: int
+    """number of examples that were measured"""
+    message: str
     """one sentence for the report, with the measured numbers"""
 
 
@@ -102,6 +120,51 @@ class Places:
     """number of examples that survive the change at one random position of each"""
 
 
+MethodState = Literal[
+    "not reached",
+    "run",
+    "dropped",
+    "needs gradients",
+    "needs scores",
+    "other norm",
+    "randomised",
+    "too few passes",
+    "nothing to attack",
+]
+"""what became of a method of an adaptive search: it was not reached because every example was broken or the budget was
+used, it was run on all surviving examples, it was dropped after a trial on a few examples, or it was not applicable,
+with the reason"""
+
+
+METHOD_STATES: tuple[MethodState, ...] = get_args(MethodState)
+"""the states in the order of their numbers in columns"""
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """What one method of an adaptive search contributed, and its cost, summed over the examples."""
+
+    name: str
+    state: MethodState
+    broke: int
+    """number of examples that it broke and that no method before it had broken"""
+    forwards: int
+    backwards: int
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """Record of an adaptive search, which divides its budget among several methods."""
+
+    methods: tuple[MethodRecord, ...]
+    draws: int
+    """largest number of passes over which a gradient was averaged until its sign was stable; 0 if none was"""
+    raised: int
+    """number of points at which the model raised an error, and which were left out"""
+    changed: int
+    """number of examples of which an input had another output after further queries"""
+
+
 @dataclass(frozen=True)
 class AttackRecord:
     """Record of one attack of a suite: its settings, the number of surviving examples before and after it, and its
@@ -126,6 +189,8 @@ class AttackRecord:
     """number of fits of an attack that is fitted, of which the best was used; 0 for other attacks"""
     places: Places | None = None
     """numbers about the positions of a change that is placed at the worst one of each image; None for other attacks"""
+    search: SearchRecord | None = None
+    """methods of an adaptive search; None for other attacks"""
 
 
 @dataclass(frozen=True)
@@ -244,6 +309,8 @@ class Evidence:
     attacks: tuple[AttackRecord, ...]
     seed: int
     doubts: tuple[Doubt, ...] = ()
+    answer_checks: tuple[AnswerCheck, ...] = ()
+    """checks of the adaptive attack, whose results answer no doubt if one is failed; empty if none was made"""
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -2,7 +2,8 @@
 outside the access of the attacker are hidden.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class Spent:
     """number of gradients that were computed"""
     dead: Tensor
     """whether the first gradient was zero or not finite (bool); False if none was computed"""
+    items: Mapping[str, Tensor] = field(default_factory=dict)
+    """further columns of an attack that itemises what its parts did"""
 
 
 class Metered:

@@ -6,18 +6,21 @@ attack is chosen by what makes the naive one fail. Each runs on the examples tha
 that bypass the stages that mask them (`core.through`). Examples that it breaks count in the verdict.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from holdfast.attacks import ALMA, APGD, FAB, SparseRS, Square
+from holdfast.attacks.costs import expected_passes
 from holdfast.attacks.parts.losses import dlr, margin_loss
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.protocol import Attack
-from holdfast.core.constraints import L0, Constraint, Linf
-from holdfast.core.evidence import Columns, Doubt
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.evidence import AnswerCheck, Columns, Doubt
+from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import doubt_test
 from holdfast.doubts.zero_gradient import ZERO_GRADIENTS
 
@@ -27,6 +30,14 @@ SURE = 0.95
 """fraction of the forward passes that must misclassify an example before EOT stops; a mere majority may not last"""
 Means = Literal["bypass", "search", "average"]
 """kinds of adaptive attacks, as in `DoubtTest.answered_by`"""
+BUDGET = 20_000
+"""default for the largest number of forward and backward passes of all adaptive attacks and checks for each example"""
+FIXED = 0.75
+"""largest share of the budget for the attacks with fixed settings; otherwise only the adaptive search is run"""
+CHECKED = 3
+"""the checks of the adaptive search use this part of its passes"""
+SEARCH = "AdaptiveSearch"
+"""name of the attack that divides its budget among several methods"""
 DETECTOR = "a detector"
 """reason, listed with the doubts, for attacks on a network together with its detector"""
 EVEN = 0.3
@@ -62,7 +73,7 @@ class Arm:
 
 def arms(constraint: Constraint) -> tuple[Arm, ...]:
     """Return the adaptive attacks that are possible under a constraint: attacks whose gradients bypass gradient
-    masking, followed by a search without gradients.
+    masking, followed by a search without gradients, and by the search that divides its budget among several methods.
 
     Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
     arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks are
@@ -80,6 +91,11 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
         Arm("BPDA-ALMA", ALMA(steps=100, reach=4, refine=20), ("bypass",)),
         Arm("BPDA-FAB", FAB(steps=100, targets=9, eta=1.3, refine=20), ("bypass",)),
     )
+    searches: tuple[Arm, ...] = ()
+    if isinstance(constraint, (Linf, L2, L1)):
+        from holdfast.attacks.adaptive_search import AdaptiveSearch  # only for runs with adaptive attacks
+
+        searches = (Arm(SEARCH, AdaptiveSearch(passes=BUDGET), ("bypass", "average", "search")),)
     return (
         *on_pair,
         Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), ("average",)),
@@ -87,7 +103,40 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), ("bypass",)),
         *(() if isinstance(constraint, Linf) else nearest),
         Arm("Search", Square(queries=5000), ("average", "search")),
+        *searches,
     )
+
+
+def within(
+    budget: int, available: Sequence[Arm], threat: ThreatModel, *, randomised: bool
+) -> tuple[Arm, ...]:
+    """Return the adaptive attacks that fit into a budget, the largest number of forward and backward passes for each
+    example, with the adaptive search limited to what the others leave.
+
+    If the others with fixed settings need more than the share `FIXED` of the budget, only the adaptive search and the
+    attacks on detectors are run. Without an adaptive search, the attacks are unchanged.
+    """
+    search = next((arm for arm in available if arm.name == SEARCH), None)
+    if search is None:
+        return tuple(available)
+    fixed = [arm for arm in available if arm.name != SEARCH]
+    averages = randomised and any(arm.averages for arm in fixed)
+    needed = {
+        arm.name: _passes(arm.attack, threat)
+        for arm in fixed
+        if arm.weight is not None or not (arm.single_draw if averages else arm.averages)
+    }
+    if sum(needed.values()) > FIXED * budget:
+        fixed = [arm for arm in fixed if arm.weight is not None]
+    left = budget - math.ceil(sum(needed.get(arm.name, 0.0) for arm in fixed))
+    settings: Any = search.attack
+    return (*fixed, replace(search, attack=replace(settings, passes=max(1, left * CHECKED // (CHECKED + 1)))))
+
+
+def _passes(attack: Attack, threat: ThreatModel) -> float:
+    """Forward and backward passes of an attack for an example that it does not break; DLR targets need the classes."""
+    forwards, backwards = expected_passes(attack, threat, classes=10)
+    return (forwards + backwards) * int(vars(attack).get("draws", 1))
 
 
 def required_attacks(available: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str, ...]]:
@@ -127,12 +176,14 @@ def with_answers(
     bypassed: bool,
     survivor_broken: bool,
     blind: bool = False,
+    checks: Sequence[AnswerCheck] = (),
 ) -> tuple[Doubt, ...]:
     """Return the doubts of a run after its adaptive attacks. A raised doubt becomes answered if the attacks that it
     requires were run.
 
     `ran` are the columns of each attack that was run, and `because` the doubts that required each attack. A doubt is
-    answered if all attacks that it requires were run on all surviving examples. There are three exceptions: the
+    answered if all attacks that it requires were run on all surviving examples, and none of the `checks` of the
+    adaptive attack is failed or not measured. There are three exceptions: the
     gradient of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered,
     and no attack averaged it or bypassed a stage (`bypassed`); and `not-exhausted`, while an example that a probe
     broke survives (`survivor_broken`).
@@ -142,6 +193,11 @@ def with_answers(
         required = [arm for arm, names in because.items() if doubt.name in names]
         if doubt.state != "raised" or not required or not set(required) <= set(ran):
             return doubt
+        failed = [check.name for check in checks if check.state in ("failed", "not measured")]
+        if failed:
+            return replace(
+                doubt, message=f"{doubt.message}; the adaptive attack failed its checks {', '.join(failed)}"
+            )
         unless = doubt_test(doubt.name).unanswered_if
         dead = unless == "dead" and (blind or _dead(ran, required))
         if dead or (unless == "not bypassed" and not bypassed and "EOT" not in required):

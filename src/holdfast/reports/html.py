@@ -59,6 +59,7 @@ def page(summary: Mapping[str, Any]) -> str:
         remarks=summary["notes"],
         details=summary["details"],
         attacker_names=rotation.NAMES,
+        adaptive=_adaptive(summary),
         proof=certification.certification_table(summary),
         proof_lines=certification.certification_lines(summary),
         **_doubts(summary["doubts"]),
@@ -72,6 +73,15 @@ def _groups_lead(summary: Mapping[str, Any]) -> str:
     from holdfast.reports.groups import table  # only for runs with groups
 
     return words.sentences(table(summary["groups"], summary["noun"]).description)
+
+
+def _adaptive(summary: Mapping[str, Any]) -> list[words.TextTable]:
+    """The tables of an adaptive search; none without one."""
+    if not any(attack.get("search") for attack in summary["attacks"]):
+        return []
+    from holdfast.reports.adaptive import tables  # only for runs with adaptive attacks
+
+    return list(tables(summary))
 
 
 def _doubts(doubts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from annotated_types import Gt, Lt, MaxLen
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from holdfast.core.evidence import DoubtState, Scope
+from holdfast.core.evidence import CheckState, DoubtState, MethodState, Scope
 from holdfast.core.types import Access, NonNegative
 from holdfast.core.types import Count as Natural
 from holdfast.core.types import Steps as Positive
@@ -85,6 +85,49 @@ class Positions(TypedDict):
     surviving_at_random: Natural
 
 
+class SearchMethod(TypedDict):
+    """A method of an adaptive search, and what it did.
+
+    - `state`: whether it was run on all surviving examples (`run`), dropped after a trial on a few (`dropped`), not
+      reached, or why it was not applicable
+    - `broke`: examples that it broke and no method before it
+    """
+
+    name: str
+    state: MethodState
+    broke: Natural
+    forwards: Natural
+    backwards: Natural
+
+
+class Search(TypedDict):
+    """The methods among which an adaptive search divided its budget.
+
+    - `draws`: most passes over which a gradient was averaged until its sign was stable; 0 if none was averaged
+    - `raised`: points at which the model raised an error, and which were left out
+    - `changed`: examples of which an input had another output after further queries
+    """
+
+    methods: list[SearchMethod]
+    draws: Natural
+    raised: Natural
+    changed: Natural
+
+
+class AnswerCheck(TypedDict):
+    """A check of the adaptive attack itself. If one is failed, the attack answers no doubt.
+
+    - `name`: `whole-box`, `larger-eps`, `labels-only`, `gradient` or `same-output`
+    """
+
+    name: str
+    state: CheckState
+    statistic: Number
+    threshold: Number
+    n: Natural
+    message: str
+
+
 class Attack(CostJson):
     """An attack of the suite, and its results.
 
@@ -98,6 +141,7 @@ class Attack(CostJson):
     - `adaptive`: whether it ran because of a doubt, and is not part of the suite's own robust accuracy
     - `fits`: fits of a learned attack, of which the best was used; 0 for other attacks
     - `positions`: positions of a change of which the worst of each image counts; null if there is a single one
+    - `search`: methods of an adaptive search; null for other attacks
     """
 
     stage: str
@@ -113,6 +157,7 @@ class Attack(CostJson):
     adaptive: bool
     fits: Natural
     positions: Positions | None
+    search: NotRequired[Search | None]
 
 
 class CertificationRow(TypedDict):
@@ -697,6 +742,7 @@ class Assessment(TypedDict):
       certified
     - `geometry`: geometry of the decision boundary around the first examples; null if it was not measured
     - `query_detector`: attacks on the query detector of a guard; null if it has none
+    - `answer_checks`: checks of the adaptive attack, which answers no doubt if one is failed; empty without one
     - `accepted_doubts`: reasons by name of the doubt
     - `served`: rows and requests sent to the server of a served model, over all attempts of the run; empty for other
       models
@@ -730,6 +776,7 @@ class Assessment(TypedDict):
     geometry: NotRequired[Geometry | None]
     query_detector: NotRequired[QueryDetector | None]
     doubts: list[Doubt]
+    answer_checks: NotRequired[list[AnswerCheck]]
     accepted_doubts: dict[str, str]
     threat: Threat
     model: dict[str, Any]

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from holdfast.core.constraints import L0, Limited
@@ -109,6 +110,7 @@ def _measured(evidence: Evidence) -> Json:
         "suite": evidence.suite,
         "attacks": _attacks(evidence),
         "doubts": [_doubt(doubt, evidence.model.get("output")) for doubt in evidence.doubts],
+        "answer_checks": [strict(asdict(check)) for check in evidence.answer_checks],
         "certification": certification(evidence, threat["constraint"]),
         "geometry": _geometry(evidence, classes),
         "query_detector": _query_detector(evidence),
@@ -170,13 +172,17 @@ def _about(run: Mapping[str, Any]) -> Json:
 
 
 def measured_tables(summary: Mapping[str, Any]) -> Iterator[TextTable]:
-    """Yield the tables of the groups, of the transfer between models, of the transfer across data sets, of a detector,
-    and of black-box attacks on a guard, if these were measured.
+    """Yield the tables of the groups, of an adaptive search, of the transfer between models, of the transfer across
+    data sets, of a detector, and of black-box attacks on a guard, if these were measured.
     """
     if summary.get("groups") is not None:
         from holdfast.reports.groups import table as groups_table  # only for runs with groups
 
         yield groups_table(summary["groups"], summary["noun"])
+    if any(attack.get("search") for attack in summary["attacks"]):
+        from holdfast.reports.adaptive import tables as adaptive_tables  # only for runs with adaptive attacks
+
+        yield from adaptive_tables(summary)
     for results, table in (
         (summary.get("transfer"), transfer_table),
         (summary.get("data_transfer"), across_table),
@@ -284,6 +290,7 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         "adaptive": record.adaptive,
         "fits": record.fits,
         "positions": _positions(record.places),
+        "search": None if record.search is None else strict(asdict(record.search)),
     }
 
 

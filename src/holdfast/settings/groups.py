@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from holdfast.attacks.suites import SUITES
 from holdfast.core.catalogue import DRIFT_TESTS, RECIPES
 from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.gates.grammar import VERDICTS, refused_verdict
 from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
@@ -352,14 +353,24 @@ class SuiteSettings(SettingGroup):
         default=False,
         description="Also run adaptive attacks, chosen by the raised doubts and for a detector (BPDA, EOT, search).",
     )
+    adaptive_budget: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Most queries and gradients of the adaptive attacks for each example (default: 20000).",
+    )
     save_adversarial: Annotated[bool, Flag()] = Field(
         default=False, description="Store all adversarial examples in the run folder."
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` if both a suite and a list of attacks are given."""
+        """Raise `UsageError` for both a suite and a list of attacks, and for a budget without adaptive attacks."""
         if self.suite is not None and self.attacks is not None:
             raise UsageError(f"{prefix}give a suite or a list of attacks, not both")
+        if self.adaptive_budget is not None and not self.adaptive:
+            raise UsageError(
+                f"{prefix}adaptive_budget is {self.adaptive_budget}, but no adaptive attacks are run",
+                Remedy("adaptive", True),
+                Remedy("adaptive_budget"),
+            )
 
 
 class GateSettings(SettingGroup):

@@ -47,6 +47,7 @@ SUITE_SPELLINGS: Final[Mapping[SuiteName, tuple[str, ...]]] = {
 
 ADAPTIVE: Final = (
     "Pair", "Pair-light", "Pair-heavy", "EOT", "BPDA", "BPDA-T", "BPDA-ALMA", "BPDA-FAB", "Search",
+    "AdaptiveSearch",
 )  # fmt: skip
 """Names of the attacks that the setting `adaptive` adds depending on the doubts. A test compares them with `doubts`."""
 

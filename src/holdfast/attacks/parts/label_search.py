@@ -3,7 +3,7 @@ boundary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import torch
@@ -31,11 +31,14 @@ _STRIDE = 0.02  # first inward step of the search as a share of the radius; doub
 class Decisions:
     """State of a label-based attack on a batch: the remaining queries and the closest broken point of each example.
 
-    An example is open while it has queries left and no broken point within a finite eps.
+    An example is open while it has queries left and no broken point within a finite eps. `starts` are points, each of
+    the shape of the inputs, from which the search begins.
     """
 
-    def __init__(self, model: Model, batch: Batch, norm: Norm, queries: int) -> None:
-        self._model, self._norm = model, norm
+    def __init__(
+        self, model: Model, batch: Batch, norm: Norm, queries: int, starts: Sequence[Inputs] = ()
+    ) -> None:
+        self._model, self._norm, self._given = model, norm, starts
         self._sufficient = norm.eps if norm.eps < math.inf else 0.0
         self._n_left = torch.full_like(batch.ids, queries)
         self.batch, self.bounds = batch, model.bounds
@@ -50,9 +53,13 @@ class Decisions:
     def _start(self, rng: Draws) -> None:
         """Query the clean inputs, then search for starting points: the nearest of ten, or else the first that breaks.
 
-        The search continues as long as there are queries; an example that no start breaks stays unchanged.
+        The given starts are tried before. The search continues as long as there are queries; an example that no start
+        breaks stays unchanged.
         """
         self.ask(self.batch, self.batch.x)
+        for points in self._given:
+            subset = self.batch.take(self.open(self.batch))
+            self.improve(subset, points[self.closest.rows(subset)], share=_RIVAL)
         for k, points in enumerate(_starts(self.batch, self.bounds.like(self.batch.x), rng)):
             subset = self.batch.take(self.open(self.batch) & ((k < _STARTS) | ~self.closest.found))
             if not len(subset):

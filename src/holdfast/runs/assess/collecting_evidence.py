@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.core.evidence import Columns, Cost, Evidence, Seconds, in_table
+from holdfast.core.evidence import AnswerCheck, Columns, Cost, Evidence, Seconds, in_table
 from holdfast.doubts.answering import with_answers
 from holdfast.io.remote.sent import Totals
 from holdfast.runs.assess.served_runs import totals_to_json
@@ -16,6 +16,7 @@ from holdfast.runs.harness import (
     Outline,
     Pass,
     StageKind,
+    StageOutline,
     broken_by_suite,
     evidence_from,
     passes,
@@ -136,7 +137,9 @@ def _adapted(
 ) -> Context:
     """The context after the adaptive attacks: which doubts they answered, and their notes."""
     reasons = {arm: tuple(names) for arm, names in adapted["reasons"].items()}
-    places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
+    measured = [step for step in outline.steps if step.adaptive and step.name in by_stage]
+    places = {step.attack: step.name for step in measured if step.kind.in_suite}
+    checks = _answer_checks(measured, by_stage)
     results = {} if adapted["unfinished"] else {arm: by_stage[name] for arm, name in places.items()}
     clean = by_stage["clean"]
     robust = clean["correct"] & clean["eligible"] & ~broken_by_suite(outline.steps, by_stage)
@@ -151,13 +154,32 @@ def _adapted(
             bypassed=bool(adapted["bypassed"]),
             survivor_broken=bool(broken_elsewhere),
             blind=adapted["no_detector_gradient"],
+            checks=checks,
         ),
+        answer_checks=checks,
         notes=(*context.notes, *adapted["unfinished"], *adapted["notes"]),
         remarks={
             name: (f"run because of {enumerated(reasons[arm])}", *_bypass_note(adapted, arm))
             for arm, name in places.items()
         },
     )
+
+
+def _answer_checks(
+    measured: Sequence[StageOutline], by_stage: Mapping[str, Columns]
+) -> tuple[AnswerCheck, ...]:
+    """The checks of the adaptive search; none if it was not run or not checked."""
+    names = [step.name for step in measured if step.kind.name == "answer-checks"]
+    if not names:
+        return ()
+    from holdfast.doubts.answer_checks import answer_checks  # only for runs with adaptive attacks
+
+    changed = sum(
+        int((by_stage[step.name]["changed"] > 0).sum())
+        for step in measured
+        if step.kind.in_suite and "changed" in by_stage[step.name]
+    )
+    return answer_checks(by_stage[names[0]], changed=changed)
 
 
 def _bypass_note(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:

@@ -177,7 +177,7 @@ class Measurement:
             start, stop = shards[shard]
             if chosen is None or chosen[start:stop].any():
                 return None
-            return stage.kind.columns(shard_rows(by_stage["clean"], start, stop))
+            return stage.kind.unattacked(stage, shard_rows(by_stage["clean"], start, stop))
 
         def report(done: Mapping[int, Columns], more: int) -> None:
             finished = sum(len(columns["id"]) for columns in done.values())

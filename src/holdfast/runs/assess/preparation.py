@@ -32,6 +32,7 @@ from holdfast.runs.harness import (
     prepared,
     refuse_unfitted,
     refuse_what_is_hidden,
+    within_budget,
 )
 from holdfast.runs.harness.target import base_of
 
@@ -220,7 +221,7 @@ def plan_for(
     plan = with_surrogates(request.plan, stack, request.surrogates, sample, target)
     plan = with_others(plan, request.across, sample, target)
     plan = refuse_what_is_hidden(plan, subject.model.access, subject.model.hides)
-    plan = on_detector(plan, rejects=target.rejects)
+    plan = within_budget(on_detector(plan, rejects=target.rejects), randomised=target.randomised)
     refuse_unfitted(plan, fit=request.fit is not None)
     refuse_unprovable(plan, target, sample, request.verb)
     return plan

@@ -19,6 +19,7 @@ from holdfast.runs.harness.plan import (
     refuse_unfitted,
     refuse_what_is_hidden,
     settings,
+    within_budget,
 )
 from holdfast.runs.harness.stage import (
     Member,
@@ -78,5 +79,6 @@ __all__ = [
     "suite_columns",
     "task_of",
     "unattacked",
+    "within_budget",
     "worst_rows",
 ]

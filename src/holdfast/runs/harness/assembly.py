@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import (
+    METHOD_STATES,
+    AnswerCheck,
     AttackRecord,
     Columns,
     Cost,
     Doubt,
     Evidence,
+    MethodRecord,
+    MethodState,
     PassRecord,
     Places,
     ProofRecord,
+    SearchRecord,
     Seconds,
     Table,
 )
@@ -44,6 +49,7 @@ class Context:
     notes: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
     doubts: tuple[Doubt, ...] = ()
+    answer_checks: tuple[AnswerCheck, ...] = ()
     doubts_cost: Cost = Cost()
     probes: Probes = ()
     surrogates: tuple[Mapping[str, Any], ...] = ()
@@ -164,6 +170,7 @@ def evidence_from(
         records,
         plan.seed,
         doubts=context.doubts,
+        answer_checks=context.answer_checks,
         model=context.model,
         data=context.data,
         notes=context.notes,
@@ -256,17 +263,20 @@ def _attack_records(
             before, after = int(surviving.sum()), int(survived.sum())
             risky = [{**columns, "ran": columns["ran"] & ~certified} for columns in waves]
             risk = residual(risky, int((surviving & ~certified).sum())) if len(waves) > 1 else None
-            places = _places(waves[0], surviving)
+            places, search = _places(waves[0], surviving), _search(waves[0])
             notes = (
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
                 *_placed(places),
                 *remark(stage.attack, risky, risk),
+                *_searched(search),
                 *remarks.get(stage.name, ()),
             )
             fits = _fits(by_stage.get(learned))
             fields = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
-            records.append(AttackRecord(*fields, adaptive=stage.adaptive, fits=fits, places=places))
+            records.append(
+                AttackRecord(*fields, adaptive=stage.adaptive, fits=fits, places=places, search=search)
+            )
             surviving = survived
     return tuple(records), total
 
@@ -306,6 +316,44 @@ def _placed(places: Places | None) -> tuple[str, ...]:
         return ()
     worst = f"judged at the worst of {places.tried:,} places of each image"
     return (f"{worst}; at one random place of each, {places.surviving_at_random:,} survive",)
+
+
+def _search(columns: Columns) -> SearchRecord | None:
+    """What the methods of an adaptive search did; None for other attacks."""
+    if "raised" not in columns or not columns["ran"].any():
+        return None
+    ran, methods = (
+        columns["ran"],
+        [name.removesuffix(".state") for name in columns if name.endswith(".state")],
+    )
+
+    def total(name: str) -> int:
+        return int(columns[name].sum())
+
+    def record(name: str) -> MethodRecord:
+        # a method may be run on one shard and not be reached on another
+        states = sorted({METHOD_STATES[state] for state in columns[f"{name}.state"][ran].tolist()})
+        state: MethodState = "run" if "run" in states else states[-1]
+        counts = (total(f"{name}.{value}") for value in ("broke", "forwards", "backwards"))
+        return MethodRecord(name, state, *counts)
+
+    return SearchRecord(
+        tuple(map(record, methods)), int(columns["draws"].max()), total("raised"), total("changed")
+    )
+
+
+def _searched(search: SearchRecord | None) -> tuple[str, ...]:
+    """Notes on a model that raised errors or changed its outputs during an adaptive search."""
+    notes = []
+    if search is not None and search.raised:
+        notes.append(
+            f"the model raised an error at {search.raised:,} points, without which the search continued"
+        )
+    if search is not None and search.changed:
+        notes.append(
+            f"the model answers from earlier queries: an input of {search.changed:,} examples had another output later"
+        )
+    return tuple(notes)
 
 
 def _cost(kind: StageKind, columns: Columns, seconds: Seconds | None, *, randomised: bool) -> Cost:

@@ -16,7 +16,7 @@ from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Transformations
 from holdfast.core.types import ACCESS_ORDER, Access
-from holdfast.doubts.answering import arms
+from holdfast.doubts.answering import BUDGET, Arm, arms, within
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.kinds.geometry import Geometer
 from holdfast.runs.harness.kinds.stateful import Trials
@@ -67,6 +67,8 @@ class Plan:
     """methods of certification that are run after the attacks of the suite, on the examples that are still undecided"""
     adaptive: tuple[Member, ...] = ()
     """attacks that are run if raised doubts require them, on the examples that survive all other attacks"""
+    adaptive_budget: int = BUDGET
+    """largest number of forward and backward passes for each example, over all adaptive attacks and their checks"""
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages of the plan in the order in which they run, with those of adaptive attacks at the end."""
@@ -100,10 +102,26 @@ class Plan:
 
 def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
     """Return all adaptive attacks that are possible under a constraint, with their names."""
-    return tuple(
-        Member(arm.name, arm.attack, against=None if arm.weight is None else Against(arm.weight))
-        for arm in arms(constraint)
-    )
+    return tuple(map(_member, arms(constraint)))
+
+
+def _member(arm: Arm) -> Member:
+    return Member(arm.name, arm.attack, against=None if arm.weight is None else Against(arm.weight))
+
+
+def within_budget(plan: Plan, *, randomised: bool) -> Plan:
+    """Return the plan with those adaptive attacks that fit into its budget of passes for each example.
+
+    Attacks that are not those of `arms`, as for a list of attacks in Python, are unchanged.
+    """
+    known = {arm.name: arm for arm in arms(plan.threat.constraint)} if plan.adaptive else {}
+    chosen = [
+        replace(known[member.name], attack=member.attack) for member in plan.adaptive if member.name in known
+    ]
+    if len(chosen) < len(plan.adaptive):
+        return plan
+    limited = within(plan.adaptive_budget, chosen, plan.threat, randomised=randomised)
+    return replace(plan, adaptive=tuple(map(_member, limited)))
 
 
 def on_detector(plan: Plan, *, rejects: bool) -> Plan:

@@ -164,6 +164,10 @@ class StageKind(Protocol):
     def columns(self, clean: Columns) -> dict[str, Tensor]:
         """Return the columns of a stage for examples on which it is not run."""
 
+    def unattacked(self, stage: "Stage", clean: Columns) -> Columns:
+        """Return the columns of a stage for a shard without an example on which it is run."""
+        return self.columns(clean)
+
     def as_if_broken(self, stage: "Stage", work: Work) -> Columns:
         """Return the columns that a stage would have if it broke every correct example. They serve to check gates
         before a run.

@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from holdfast.attacks.protocol import Attack, ThresholdAttack
+from holdfast.attacks.protocol import Attack, Itemised, ThresholdAttack
 from holdfast.certifiers.smoothing.smoothed_votes import SmoothedVotes
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
@@ -164,8 +165,12 @@ def returned(
         attack = _reading(attack, target)
     attacked = without_missing(batch, target.bare.bounds)
     meter = Metered(target.queried(target.quick, batch), attacked, threat)
+    items: Mapping[str, Tensor] = {}
     try:
-        x_adv = attack(meter, attacked, threat, rng=rng)
+        if isinstance(attack, Itemised):
+            x_adv, items = attack.itemised(meter, attacked, threat, rng=rng)
+        else:
+            x_adv = attack(meter, attacked, threat, rng=rng)
     except BudgetSpent:
         x_adv = meter.adversarial()
     if x_adv.shape != batch.x.shape or x_adv.dtype != batch.x.dtype:
@@ -183,7 +188,7 @@ def returned(
             f"distance {distance:.6g}, allowed {threat.constraint.eps:.6g} inside the bounds; "
             f"report it as a bug of the attack"
         )
-    return x_adv.detach(), meter.spent
+    return x_adv.detach(), replace(meter.spent, items=items)
 
 
 def _reading(attack: ThresholdAttack, target: Target) -> Attack:

@@ -104,6 +104,8 @@ def _attacks(manifest: Mapping[str, Any]) -> list[str]:
     steps = config.get("stages", ())
     if any(step.get("adaptive") is True for step in steps):
         words.append("--adaptive")
+        if isinstance(config.get("adaptive_budget"), int):
+            words += ["--adaptive-budget", str(config["adaptive_budget"])]
     kinds = {step.get("kind") for step in steps}
     words += [option for kind, option in _OPTIONS_OF_KINDS.items() if kind in kinds]
     return [*words, "--no-doubts"] if config.get("doubts") == "none" else words

@@ -11,6 +11,7 @@ from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Limited
 from holdfast.core.goal import Goal
+from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
 from holdfast.io.remote.served_model import Served
@@ -185,6 +186,7 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         "fit": None if request.fit is None else request.fit.digest,
         "surrogates": {f"{place} {item['name']}": item["digest"] for place, item in enumerate(surrogates, 1)},
         "across": {f"{place} {item.name}": item.digest for place, item in enumerate(request.across, 1)},
+        **({} if plan.adaptive_budget == BUDGET else {"adaptive_budget": plan.adaptive_budget}),
         **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
         **({} if plan.trials is None else {"trials": plan.trials.identity}),
     }

@@ -7,6 +7,7 @@ The names of the kinds are stored in `run.json`. The stages of a plan follow the
 from collections.abc import Mapping
 
 from holdfast.runs.harness.kinds.across import AcrossSets
+from holdfast.runs.harness.kinds.answer_checks import AnswerChecks
 from holdfast.runs.harness.kinds.attack import SuiteAttack
 from holdfast.runs.harness.kinds.clean import Clean
 from holdfast.runs.harness.kinds.detection import DetectorPass
@@ -35,6 +36,7 @@ KINDS: Mapping[str, StageKind] = {
         AcrossSets(),
         GeometryTable(),
         StatefulTable(),
+        AnswerChecks(),
     )
 }
 """All kinds of stages by name."""

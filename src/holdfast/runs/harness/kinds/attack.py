@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.sampling import sample_rows
-from holdfast.attacks.protocol import Learned, Placed
+from holdfast.attacks.protocol import Itemised, Learned, Placed
 from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
@@ -85,9 +85,7 @@ class AttackKind(StageKind, Protocol):
         target = replace(target, quick=target.view if aware else target.quick, aim=stage.aim)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
         rng, work = Draws(plan.seed).at("stage", stage.name), replace(work, target=target)
-        columns = self.columns(work.clean)
-        if isinstance(stage.attack, Placed):
-            columns |= {name: torch.zeros_like(columns["queries"]) for name in (_PLACES, _BROKEN_AT_RANDOM)}
+        columns = dict(self.unattacked(stage, work.clean))
         chosen = torch.ones_like(work.clean["correct"]) if chosen is None else chosen
         # the examples that are not attacked count as finished in the progress of the shard
         work.room.progress(int((~chosen).sum()))
@@ -121,6 +119,7 @@ class AttackKind(StageKind, Protocol):
             columns |= _at_random(stage, work, threat, batch, rng)
         columns |= {
             **cost_columns(spent),
+            **spent.items,
             "dead": spent.dead,
             **stored_inputs(plan, batch, x_adv, columns["success"], missed),
         }
@@ -135,6 +134,13 @@ class AttackKind(StageKind, Protocol):
     def columns(self, clean: Columns) -> dict[str, Tensor]:
         """Return the columns of an attack for examples that were not attacked."""
         return unattacked(clean)
+
+    def unattacked(self, stage: Stage, clean: Columns) -> Columns:
+        """Return these columns together with those that the attack of the stage adds."""
+        added: tuple[str, ...] = (_PLACES, _BROKEN_AT_RANDOM) if isinstance(stage.attack, Placed) else ()
+        added = stage.attack.columns if isinstance(stage.attack, Itemised) else added
+        columns = self.columns(clean)
+        return columns | {name: torch.zeros_like(columns["queries"]) for name in added}
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
         """Return the columns that the stage would have if a change of size 0 broke every correct example. They serve to

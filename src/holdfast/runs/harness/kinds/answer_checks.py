@@ -1,0 +1,178 @@
+"""Stage that checks an adaptive attack itself on a few examples, before its results answer a doubt."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.parts.sampling import sample_rows
+from holdfast.attacks.protocol import Itemised
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint, extent
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns
+from holdfast.core.logit_scale import change
+from holdfast.core.lookup import Lookup
+from holdfast.core.meter import Spent, margin
+from holdfast.core.missing import without_missing
+from holdfast.core.model import VOTES
+from holdfast.core.names import slug
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Ids, Inputs, Mask
+from holdfast.runs.harness.kinds.attack import AttackKind
+from holdfast.runs.harness.stage import Schedule, Stage, Work
+from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.verdict import aimed, cost_columns, returned, stored_inputs, verdict_of, votes
+
+if TYPE_CHECKING:
+    from holdfast.runs.harness.plan import Plan
+
+PARTS = 3
+"""the checks of an example use at most this part of the passes that the attack has"""
+_SIZES = 3  # larger values of eps
+_SHARES = {"box": 4, "labels": 4, "larger": 2 * _SIZES}  # parts of the passes of the checks
+_SAME = 1e-4  # relative difference of two outputs of a deterministic model
+
+
+class AnswerChecks(AttackKind):
+    """Kind of stage that runs the adaptive search with the whole box, with larger eps and from labels only, on a sample
+    of the correct examples. Adversarial examples from labels count in the verdict.
+    """
+
+    name = "answer-checks"
+    named = r"answer-checks-.*"
+    title = "the label search of the checks of {}"
+    lost = "the checks of the adaptive attack are"
+    sampled = True
+    aware = True
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """Return a stage for each adaptive attack that consists of several methods."""
+        searches = [member for member in plan.adaptive if isinstance(member.attack, Itemised)]
+        return [Stage(f"{self.name}-{slug(m.name)}", self, m, adaptive=True) for m in searches]
+
+    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+        """Return the mask of a random sample of the correct examples."""
+        from holdfast.doubts.answer_checks import SAMPLE  # only for runs with adaptive attacks
+
+        clean = by_stage["clean"]
+        due = torch.zeros_like(clean["correct"])
+        eligible = clean["correct"] & clean["eligible"]
+        due[sample_rows(clean, eligible, Draws(plan.seed).at(self.name), SAMPLE)] = True
+        return due
+
+    def unattacked(self, stage: Stage, clean: Columns) -> Columns:
+        """Return the columns of an attack, and those of the checks, for examples that were not checked."""
+        columns = self.columns(clean)
+        names = ("survived", "box", "larger", "agrees", "changed")
+        return columns | {name: torch.zeros_like(columns["queries"]) for name in names}
+
+    def run(self, stage: Stage, work: Work) -> Columns:
+        """Check the attack on the chosen examples of a shard, and return the columns of all its examples."""
+        self_columns = super().run(stage, work)
+        assert work.chosen is not None
+        return dict(self_columns) | {"agrees": torch.where(work.chosen, self_columns["agrees"], -1)}
+
+    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
+        """Make the checks on one batch; `missed` are the examples that survived all attacks."""
+        plan, target, threat = work.plan, work.target, work.plan.threat
+        batch = aimed(batch, threat)
+        survived = torch.isin(batch.ids, missed)
+        with target.repeatable(rng.at(int(batch.ids[0]))):
+            fresh = threat.constraint.sample(
+                without_missing(batch, target.bare.bounds), target.bare.bounds, rng.at("fresh")
+            )
+            before = target.logits(fresh)
+            x_adv, spent = self.attacked(stage, work, batch, replace(threat, access="labels"), rng, "labels")
+            _, columns = verdict_of(plan, target, batch, x_adv)
+            box, of_box = self.survivors(stage, work, batch, rng)
+            larger, of_larger = self.larger(stage, work, batch.take(survived), rng)
+            agrees = self.agrees(target, batch, threat, rng)
+            changed = self.changed(work, batch, fresh, before)
+        by_row = torch.zeros_like(batch.ids)
+        columns |= {
+            "survived": survived.long(),
+            "box": box.long(),
+            "larger": by_row.index_copy(0, survived.nonzero()[:, 0], larger),
+            "agrees": agrees,
+            "changed": changed.long(),
+            **cost_columns(spent),
+            "dead": spent.dead,
+            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
+        }
+        for name in ("queries", "backwards"):
+            columns[name] = columns[name] + getattr(of_box, name)
+            columns[name][survived] += of_larger[name]
+        return {name: values.cpu() for name, values in columns.items()}
+
+    def attacked(
+        self, stage: Stage, work: Work, batch: Batch, threat: ThreatModel, rng: Draws, what: str
+    ) -> tuple[Inputs, Spent]:
+        """Run the attack of the stage with a part of its passes under another threat model."""
+        settings: Any = stage.attack
+        passes = max(1, settings.passes // PARTS // _SHARES[what])
+        return returned(replace(settings, passes=passes), threat, work.target, batch, rng.at(what))
+
+    def survivors(self, stage: Stage, work: Work, batch: Batch, rng: Draws) -> tuple[Mask, Spent]:
+        """Return which examples survive if every valid input is allowed."""
+        target, threat = work.target, work.plan.threat
+        box = resized(threat, extent(threat.constraint, batch.x, target.bare.bounds))
+        x_adv, spent = self.attacked(stage, work, batch, box, rng, "box")
+        return right(target, batch, x_adv), spent
+
+    def larger(self, stage: Stage, work: Work, batch: Batch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return for each example that survives the number of the first larger eps that breaks it, 0 if none does. The
+        search ends with the first eps that breaks an example.
+        """
+        from holdfast.doubts.answer_checks import larger_sizes  # only for runs with adaptive attacks
+
+        threat, number = work.plan.threat, torch.zeros_like(batch.ids)
+        cost = {"queries": torch.zeros_like(batch.ids), "backwards": torch.zeros_like(batch.ids)}
+        if not len(batch):
+            return number, cost
+        for k, eps in enumerate(larger_sizes(threat.constraint, batch, work.target.bare.bounds, _SIZES), 1):
+            x_adv, spent = self.attacked(stage, work, batch, resized(threat, eps), rng.at(k), "larger")
+            cost = {name: count + getattr(spent, name) for name, count in cost.items()}
+            number[~right(work.target, batch, x_adv)] = k
+            if number.any():
+                break
+        return number, cost
+
+    def agrees(self, target: Target, batch: Batch, threat: ThreatModel, rng: Draws) -> Tensor:
+        """Return 1 for each example of which the gradient predicts the effect of a step, 0 for the others, and -1
+        without gradients.
+        """
+        from holdfast.doubts.answer_checks import agreeing  # only for runs with adaptive attacks
+
+        if not threat.gives("gradients"):
+            return torch.full_like(batch.ids, -1)
+        filled = without_missing(batch, target.bare.bounds)
+        draws = VOTES if target.randomised else 1
+        return agreeing(target.queried(target.quick, batch), filled, threat.constraint, rng, draws).long()
+
+    def changed(self, work: Work, batch: Batch, fresh: Inputs, before: Tensor) -> Mask:
+        """Return which examples have an input whose output differs from an earlier one: the clean input, or a new input
+        that was queried before the checks.
+        """
+        target = work.target
+        if target.randomised:
+            return torch.zeros_like(batch.ids, dtype=torch.bool)
+        clean = work.clean["margin"][Lookup(work.clean["id"]).rows(batch.ids.cpu())].to(batch.x)
+        logits = target.logits(batch.x)
+        now = margin(target.judged_logits(logits, batch.y), batch)
+        largest = logits.abs().amax().clamp_min(1e-12)
+        return (change(before, target.logits(fresh)) > _SAME) | ((now - clean).abs() > _SAME * largest)
+
+
+def resized(threat: ThreatModel, eps: float) -> ThreatModel:
+    """Return the threat model with another eps."""
+    constraint: Constraint = threat.constraint.resized(eps)
+    return replace(threat, constraint=constraint)
+
+
+def right(target: Target, batch: Batch, x: Inputs) -> Mask:
+    """Return which inputs the model classifies correctly in most of its votes."""
+    _, share, _ = votes(target, batch, x, lambda logits: target.judged_logits(logits, batch.y))
+    return share > 0.5
