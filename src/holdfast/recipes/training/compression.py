@@ -78,9 +78,7 @@ def after_compression(finished: Finished, size: int, sizes: str) -> tuple[dict[s
         f"both; of the given network {percent['given']}"
     )
     if rounds:
-        sentence += (
-            f". A naive attack, with the zero gradient of the rounding, leaves {percent['naive']}: too much"
-        )
+        sentence += f". An overestimate is {percent['naive']}, by a naive attack with the zero gradient of the rounding"
     return entry, sentence
 
 
