@@ -77,6 +77,8 @@ ROWS = {
     "cifar-hardening": "cifar_hardening",
     "certified-training": "certified_training",
     "partitions": "partitions",
+    "distil-robust": "distil_robust",
+    "compression": "compression",
     "fast-choice": "fast_choice",
     "fast": "fast",
     "trades": "trades",

@@ -23,6 +23,7 @@ from holdfast.recipes import (
     IKL,
     LLR,
     MART,
+    RSLAD,
     SABR,
     SCORE,
     TRADES,
@@ -34,12 +35,14 @@ from holdfast.recipes import (
     GaussianNoise,
     GradientRegularisation,
     IBPTraining,
+    Int8,
     JacobianRegularisation,
     LipschitzConstraint,
     MarginTraining,
     MultiNormTraining,
     Partitions,
     PGDTraining,
+    Prune,
     Repair,
     SingleStep,
     Standard,
@@ -57,6 +60,15 @@ from holdfast.testing.recipes import (
     learns,
     same,
 )
+
+
+def certain_teacher():
+    """The network that labels the examples of the laws, with ten times its logits: a soft teacher is learned slowly."""
+    teacher = fakes.network(0)
+    for weight in teacher.net[-1].parameters():
+        weight.data *= 10
+    return teacher
+
 
 CASES = [
     Standard(),
@@ -93,6 +105,11 @@ CASES = [
     IBPTraining(clean=0.5),
     SABR(),
     DPSGD(epsilon=500.0, delta=1e-3, max_grad_norm=10.0),
+    RSLAD(opened=certain_teacher(), steps=2),
+    RSLAD(opened=certain_teacher(), steps=2, alpha=1.0),
+    Int8(steps=2),
+    Prune(0.5, steps=2),
+    Prune(0.5, gradual=0.0, steps=2, clean=0.5),
 ]
 PARTITIONS = [Partitions(3), Partitions(2)]
 """These train one member after another, with one checkpoint: tests/certifiers/test_partitions.py has their laws."""

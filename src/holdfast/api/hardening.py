@@ -36,7 +36,7 @@ from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.recipes import DPSGD, Denoising
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import OnParts, Recipe, WithFollowUp
+from holdfast.recipes.training.recipe import OnParts, Recipe, WithFollowUp, WithTeacher
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
@@ -45,11 +45,11 @@ from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
-from holdfast.settings.grammar import parse_log, parse_surrogate, parse_threat, seconds
+from holdfast.settings.grammar import parse_log, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
 from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
-from holdfast.settings.values import SurrogateSettings, address_of
+from holdfast.settings.values import address_of
 
 _SECRET = 10**18  # smallest seed that is not found by trying
 JUDGED = 1_000
@@ -368,6 +368,7 @@ def harden_request(
         tuple(settings.train_only),
         settings.checkpoint_every,
         control=_control(chosen[0].recipe, settings, subject.model),
+        teacher=_teacher(chosen[0].recipe, settings, subject, training, excluded),
     )
 
 
@@ -375,9 +376,27 @@ def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | N
     """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
     if not isinstance(recipe, WithFollowUp) or not recipe.control:
         return None
-    given = SurrogateSettings.model_validate(parse_surrogate(recipe.control))
-    (control,) = resolve.open_surrogates(settings.model_copy(update={"surrogates": [given]}), model)
+    control = resolve.open_named(recipe.control, settings, "control")
+    resolve.refuse_other_bounds(control, model, "control")
     return control
+
+
+def _teacher(
+    recipe: Recipe, settings: Harden, subject: Subject, training: TrainingData, examples: Data
+) -> Subject | None:
+    """Open the network whose predictions a recipe learns; None without one.
+
+    Raises `UsageError` if it takes inputs from another range, or has other classes.
+    """
+    if not isinstance(recipe, WithTeacher) or not recipe.teacher:
+        return None
+    teacher, x = resolve.open_named(recipe.teacher, settings, "teacher"), training.first(1).x
+    resolve.refuse_other_bounds(teacher, subject.model, "teacher")
+    with torch.no_grad():
+        classes = copy_of(subject.model).to(x.device).eval()(x).shape[1]
+    resolve.refuse_other_classes(teacher, classes, x, "teacher")
+    expecting.with_found_properties(subject, (teacher,), examples)  # determines the layout of its inputs
+    return teacher
 
 
 def _candidate(name: str, recipe: Recipe) -> Candidate:

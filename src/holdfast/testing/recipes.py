@@ -22,7 +22,7 @@ from holdfast.io.data.streamed import Streamed
 from holdfast.io.models.denoiser import with_denoiser
 from holdfast.recipes import Denoising
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import Recipe, goal_of, trained_as
+from holdfast.recipes.training.recipe import Recipe, goal_of, trained_as, untrained
 from holdfast.testing.fakes import SHAPE, examples, labelled, network
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
@@ -148,8 +148,9 @@ def learns(recipe: Recipe) -> None:
     assert checkpoints[-1].measured["loss"] < checkpoints[0].measured["loss"]
     with torch.no_grad():
         n_correct_before = (model(data.x).argmax(1) == data.y).sum()
-        checkpoints[-1].put_into(model)
-        assert (model(data.x).argmax(1) == data.y).sum() > n_correct_before
+        new = untrained(recipe, model)
+        checkpoints[-1].put_into(new)
+        assert (new(data.x).argmax(1) == data.y).sum() > n_correct_before
 
 
 RECIPE_LAWS = (

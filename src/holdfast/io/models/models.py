@@ -380,6 +380,10 @@ def _filled(
         from holdfast.io.models.ensembles import declared_ensemble  # late: few models are ensembles
 
         notes += declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
+    if metadata.get("int8"):
+        from holdfast.io.models.int8 import note_of  # late: few models have rounded layers
+
+        notes += (note_of(net),)
     catalogued = _catalogued(opening, metadata)
     return OpenedModel(model, opening.address, how, files, notes, architecture=catalogued)
 
@@ -464,19 +468,23 @@ def _folder_of(address: str) -> Path:
 
 
 def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
-    """Return the network with what the metadata of a weights file add to it: a denoiser in front of it, or the other
-    members of an ensemble.
+    """Return the network with what the metadata of a weights file add to it: a denoiser in front of it, the other
+    members of an ensemble, or layers of 8-bit integers.
     """
     net = with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
-    if not metadata.get("ensemble"):
-        return net
-    from holdfast.io.models.ensembles import ensemble_of  # late: few models are ensembles
+    if metadata.get("ensemble"):
+        from holdfast.io.models.ensembles import ensemble_of  # late: few models are ensembles
 
-    return ensemble_of(net, metadata["ensemble"])
+        net = ensemble_of(net, metadata["ensemble"])
+    if metadata.get("int8"):
+        from holdfast.io.models.int8 import with_int8  # late: few models have rounded layers
+
+        net = with_int8(net, metadata["int8"])
+    return net
 
 
 def _with_parts(model: Model, metadata: Mapping[str, Any]) -> Model:
-    """Return the model of a factory with the denoiser or the ensemble that a weights file describes, if any."""
+    """Return the model of a factory with what a weights file adds to its network, if anything."""
     if isinstance(model, Classifier) and isinstance(model.net, nn.Module):
         model.net = _extended(model.net, metadata)
         return model

@@ -233,6 +233,7 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "arguments": (_are_integers, "names with whole numbers"),
     "denoiser": (_is_denoiser, "channels, width and depth as whole numbers from 1, the depth from 2"),
     "ensemble": (_is_ensemble, "the number of members and how they are combined"),
+    "int8": (_are_names, "the names of the layers of 8-bit integers"),
     "bounds": (_are_bounds, "two numbers, the smaller first,"),
     "mean": (_are_numbers, "a list of numbers"),
     "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of positive numbers"),

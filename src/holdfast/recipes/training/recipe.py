@@ -75,6 +75,18 @@ class WithFollowUp(Protocol):
         """Return the entry `follow_up` of the card, and a sentence on it. No network is changed."""
 
 
+@runtime_checkable
+class WithTeacher(Protocol):
+    """Protocol of a recipe that trains on the predictions of another network."""
+
+    @property
+    def teacher(self) -> str:
+        """The other network, as in `robust.safetensors,arch=net.py:make`; empty for none."""
+
+    def taught_by(self, teacher: Classifier) -> Recipe:
+        """Return the same recipe with the opened network."""
+
+
 def goal_of(recipe: Recipe) -> Goal:
     """Return the goal of a recipe, which is a higher robust accuracy if the recipe declares no other."""
     return recipe.goal if isinstance(recipe, WithGoal) else Goal()

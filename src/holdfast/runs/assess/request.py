@@ -116,6 +116,8 @@ class HardenRequest:
     """notes on how the training examples are read, which are shown before the training and are on the card"""
     control: Subject | None = None
     """network with which the recipe compares the new one after the training"""
+    teacher: Subject | None = None
+    """network whose predictions the recipe trains on"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]

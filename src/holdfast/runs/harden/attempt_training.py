@@ -19,7 +19,7 @@ from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate, announced_s
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
 from holdfast.runs.harden.epochs import Trainer, ended_by
-from holdfast.runs.harden.hardened import MODEL, Made
+from holdfast.runs.harden.hardened import MODEL, Made, structure_metadata
 from holdfast.runs.harden.pace import Clock, Pacer, smaller
 from holdfast.runs.store.files import usable, write_atomically
 
@@ -152,7 +152,7 @@ class AttemptTraining:
         assert isinstance(net, nn.Module)
         path = place / MODEL
         with usable(path):
-            write_atomically(path, written(net, self.metadata))
+            write_atomically(path, written(net, {**self.metadata, **structure_metadata(net)}))
         return f"the best of the {last_epoch(last.curve)} epochs before is in {str(path)!r}"
 
     def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:

@@ -11,7 +11,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.distributed import broadcast
 from holdfast.recipes.training.fit import updates
-from holdfast.recipes.training.recipe import Recipe
+from holdfast.recipes.training.recipe import Recipe, WithTeacher
 from holdfast.reports.numbers import plain
 from holdfast.runs.harden.pace import (
     Clock,
@@ -58,6 +58,11 @@ class Candidate:
     results"""
     short_lr: float | None = None
     """learning rate of a training of few updates; None for that of the recipe"""
+
+    def taught_by(self, teacher: Classifier) -> "Candidate":
+        """Return the same candidate, whose recipe trains on the predictions of a teacher if it needs one."""
+        recipe = self.recipe.taught_by(teacher) if isinstance(self.recipe, WithTeacher) else self.recipe
+        return replace(self, recipe=recipe)
 
     def per_epoch(self, examples: int) -> int:
         """Return the number of updates of this recipe in an epoch of `examples` training examples."""

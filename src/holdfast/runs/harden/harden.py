@@ -5,7 +5,6 @@ measures the new model.
 import math
 import time
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
 from holdfast.recipes.training.recipe import Finished, OnParts, WithFollowUp, goal_of, trained_as
+from holdfast.recipes.training.recipe import untrained as untrained_model
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
@@ -197,6 +197,9 @@ class _Job:
             for model in request.threat.surrogates
         )
         request = replace(request, threat=replace(request.threat, surrogates=prepared))
+        if request.teacher is not None:
+            teacher = learner_of(request.teacher.model, inputs)
+            request = replace(request, candidates=tuple(one.taught_by(teacher) for one in request.candidates))
         self.subject, self.request, self.run = subject, request, run
         self.again = way_out(request.command, run)
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
@@ -341,7 +344,7 @@ class _Job:
         while True:
             message: TrainingStart | Hardened = distributed.broadcast(NOTHING)
             if isinstance(message, Hardened):
-                return replace(message, model=self._opened(message.weights))
+                return replace(message, model=self._opened(message.weights, message.card["recipe"]))
             self.trainer.follow(self._candidate(message.name), message)
 
     def _entries(self, accuracies_before: tuple[float, float]) -> dict[str, Any]:
@@ -434,9 +437,9 @@ class _Job:
             return None
         return exported(model.net.members[0], model.preprocess(self.held_out.x[:2]))
 
-    def _opened(self, weights: bytes) -> Classifier:
-        """The new model with weights from a file."""
-        model = deepcopy(self.subject.model)
+    def _opened(self, weights: bytes, recipe: str) -> Classifier:
+        """The new model of a recipe with weights from a file."""
+        model = untrained_model(self._candidate(recipe).recipe, self.subject.model)
         assert isinstance(model.net, nn.Module)
         model.net.load_state_dict(safetensors.torch.load(weights))
         return of_values(model.eval())

@@ -19,6 +19,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.names import threat_text
 from holdfast.gates.training_verdicts import TrainingVerdict
 from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.int8 import int8_layers
 from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS
 from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.gap import robust_error_gap
@@ -147,8 +148,7 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
     architecture = {
         key: subject.card[key] for key in ("architecture", "arguments", "denoiser") if key in subject.card
     }
-    if isinstance(subject.model.net, Ensemble):
-        architecture["ensemble"] = subject.model.net.metadata()
+    architecture |= structure_metadata(subject.model.net)
     properties = {
         key: subject.card[key]
         for key in ("bounds", "mean", "std", "classes")
@@ -166,6 +166,15 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
         **properties,
         "training": training_digest(manifest),
     }
+
+
+def structure_metadata(net: object) -> dict[str, Any]:
+    """Return the metadata of a weights file on the structure of a network beyond its architecture: the members of an
+    ensemble, and layers of 8-bit integers.
+    """
+    ensemble = {"ensemble": net.metadata()} if isinstance(net, Ensemble) else {}
+    layers = [*int8_layers(net)]
+    return ensemble | ({"int8": layers} if layers else {})
 
 
 def training_digest(manifest: Mapping[str, Any]) -> str:

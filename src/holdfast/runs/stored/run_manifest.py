@@ -131,6 +131,7 @@ def harden_manifest(
             "suite": request.assessment.plan.suite,
             "surrogates": {f"{k} {item.card['name']}": item.digest for k, item in enumerate(surrogates, 1)},
             **({} if request.control is None else {"control": request.control.digest}),
+            **({} if request.teacher is None else {"teacher": request.teacher.digest}),
             "budget_s": request.budget_s,
             **({} if request.assess_budget_s is None else {"assess_budget_s": request.assess_budget_s}),
             "seed": request.seed,

@@ -1,0 +1,161 @@
+"""Pruning: the smallest weights of a network are set to zero, step by step, while it is trained on attacked inputs.
+
+Han, Pool, Tran & Dally, "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015,
+arXiv:1506.02626: weights are removed by their magnitude, and the others are trained further. Zhu & Gupta, "To Prune, or
+Not to Prune: Exploring the Efficacy of Pruning for Model Compression", 2017, arXiv:1710.01878: the sparsity grows along
+a cubic curve. Differs from the papers: the training is adversarial, and one threshold holds for all layers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+import torch
+from annotated_types import Gt, Lt
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from holdfast.core.batch import Batch, TrainingData
+from holdfast.core.checkpoint import STATE, Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.recipes.training.compression import after_compression, bytes_of, compressed, uncompressed
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.recipe import Finished
+
+_DONE, _MASK = "done", "kept."
+"""names of the state tensors: the completed fraction of the training, and which weights are not pruned"""
+_ROUNDS = 100
+"""Largest number of times that weights are pruned, because sorting the weights of a large network takes long."""
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Sets the smallest weights to zero, and trains the others on attacked inputs."""
+
+    sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
+    """fraction of the weights of linear and convolutional layers, all together, that are zero in the new model"""
+    gradual: Fraction = 0.5
+    """fraction of the training over which the sparsity grows; 0 to prune once, before the first update is applied"""
+    steps: Steps = 7
+    """number of gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """path length of the inner attack, in multiples of eps"""
+    clean: NonNegative = 0.0
+    """weight of the loss on clean inputs, relative to that on attacked ones"""
+    training: Training = field(default_factory=lambda: Training(epochs=10, weight_decay=0.0, warmup=0.0))
+
+    control: ClassVar[str] = ""
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: TrainingData,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        weights = prunable(model)
+        state = {_MASK + name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+        state[_DONE] = torch.zeros((), dtype=torch.float64, device=data.ids.device)
+        checkpoints = trained(
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=uncompressed(after),
+            state=state,
+            settle=self.settle,
+            linear=True,
+            weighted=True,
+        )
+
+        def finished(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+            """The weights of a checkpoint, pruned as far as in the new model."""
+            kept = {name: checkpoint.tensors[STATE + _MASK + name].clone() for name in weights}
+            prune(kept, tensors, self.sparsity)
+            return tensors | {name: tensors[name] * mask for name, mask in kept.items()}
+
+        return compressed(checkpoints, finished)
+
+    def settle(self, learner: Learner) -> Callable[[], None]:
+        """Return the function that sets the pruned weights to zero after each update, and prunes further ones."""
+        weights = prunable(learner.net)
+        kept = {name: learner.state[_MASK + name] for name in weights}
+
+        @torch.no_grad()
+        def set_zero() -> None:
+            done = float(learner.state[_DONE])
+            reached = min(done / self.gradual, 1.0) if self.gradual else 1.0
+            share = round(_ROUNDS * (1 - (1 - reached) ** 3)) / _ROUNDS
+            prune(kept, weights, share * self.sparsity)
+            for name, weight in weights.items():
+                weight.mul_(kept[name])
+
+        return set_zero
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
+        learner.state[_DONE].fill_(turn.done)
+        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a batch and the number of correct examples."""
+        return adversarial_cross_entropy(learner, batch, x_adv, clean=self.clean)
+
+    def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
+        """Return the sizes of both networks, and robust accuracies of the pruned one. A pruned network is stored with
+        its zeros; its size is that of a format with the other weights and one bit for each weight.
+        """
+        weights = prunable(finished.new).values()
+        zeros, n = sum(int((weight == 0).sum()) for weight in weights), sum(w.numel() for w in weights)
+        width = max(weight.element_size() for weight in weights)
+        size = bytes_of(finished.new) - width * zeros + -(-n // 8)
+        entry, sentence = after_compression(
+            finished, size, f"{100 * zeros / n:.1f} % of its {n:,} weights are zero and need one bit"
+        )
+        return {**entry, "sparsity": zeros / n}, sentence
+
+
+def prunable(model: Classifier) -> dict[str, nn.Parameter]:
+    """Return the weights of linear and convolutional layers that can be pruned, by name. Frozen ones are left out.
+
+    Raises `UsageError` if there are none.
+    """
+    weights = {
+        f"{name}.weight": weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | _ConvNd)
+        for weight in (layer._parameters.get("weight"),)
+        if weight is not None and weight.requires_grad
+    }
+    if not weights:
+        raise UsageError(
+            "prune sets weights of linear and convolutional layers of torch.nn to zero, and the network has none that "
+            "are trained; give a network that is built of them, as in net.py:make"
+        )
+    return weights
+
+
+def prune(kept: Mapping[str, Tensor], weights: Mapping[str, Tensor], sparsity: float) -> None:
+    """Prune the smallest of the kept weights until the fraction `sparsity` of all weights is pruned. `kept` has a mask
+    for each tensor of weights, and is changed in place. Pruned weights remain pruned.
+    """
+    masks = torch.cat([mask.flatten() for mask in kept.values()])
+    n = round(sparsity * len(masks))
+    if int((~masks).sum()) >= n:
+        return
+    sizes = torch.cat([weights[name].detach().abs().flatten().to(masks.device) for name in kept])
+    smallest = sizes.masked_fill(~masks, -1).argsort(stable=True)[:n]
+    masks[smallest] = False
+    parts = torch.split(masks, [mask.numel() for mask in kept.values()])
+    for mask, part in zip(kept.values(), parts, strict=True):
+        mask.copy_(part.view_as(mask))

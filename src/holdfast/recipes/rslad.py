@@ -1,0 +1,102 @@
+"""RSLAD: a network learns the predictions of a robust teacher for clean inputs, at clean and at attacked inputs.
+
+Zi, Zhao, Ma & Jiang, "Revisiting Adversarial Robustness Distillation: Robust Soft Labels Make Student Better", ICCV
+2021, arXiv:2108.07969. No label is used. Differs from the paper: the inner attack starts from a random point of the
+ball instead of from small Gaussian noise, eps grows at first, the weights are averaged, and the learning rate follows
+one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor
+
+from holdfast.core.batch import Batch, TrainingData
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, Positive, Steps
+from holdfast.recipes.training.divergences import kullback_leibler
+from holdfast.recipes.training.fit import UNWRITTEN, Training, Turn
+from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.soft_labels import SoftLabels
+
+
+@dataclass(frozen=True)
+class RSLAD:
+    """Trains on the divergence from the predictions of a robust teacher, at clean and at attacked inputs."""
+
+    teacher: str = ""
+    """robust network with the same classes, as in `robust.safetensors,arch=net.py:make`, with the grammar of a
+    surrogate"""
+    alpha: Fraction = 5 / 6
+    """weight of the divergence at attacked inputs; that at clean ones has the rest"""
+    steps: Steps = 10
+    """number of gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """path length of the inner attack, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+    opened: Classifier | None = field(default=None, repr=False, metadata=UNWRITTEN)
+    """the opened teacher; it is set by `harden`"""
+
+    def taught_by(self, teacher: Classifier) -> "RSLAD":
+        """Return the same recipe with the opened teacher."""
+        return replace(self, opened=teacher)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: TrainingData,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        if self.opened is None:
+            raise UsageError(
+                "rslad learns from a robust teacher, and none is given",
+                Remedy("recipe.teacher", Placeholder("MODEL", "MODEL")),
+                Remedy("recipe", "pgd"),
+            )
+        labels = SoftLabels(self.opened)
+        return trained(
+            partial(self.inner, labels=labels),
+            partial(self.loss, labels=labels),
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            linear=True,
+            unlabelled=True,
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn, *, labels: SoftLabels) -> Inputs:
+        """Return the attacked inputs of a batch, found by gradient ascent on the divergence from the teacher's
+        prediction for the clean inputs.
+        """
+        taught = labels(batch.x)
+        return learner.worst(
+            batch,
+            turn.rng,
+            steps=self.steps,
+            reach=self.reach,
+            loss=lambda logits, _: kullback_leibler(logits, taught),
+        )
+
+    def loss(
+        self, learner: Learner, batch: Batch, x_adv: Inputs, *, labels: SoftLabels
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean weighted divergence from the teacher's predictions for the clean inputs, and the number of
+        correct attacked inputs.
+        """
+        taught, logits = labels(batch.x), learner.net(x_adv)
+        value = self.alpha * kullback_leibler(logits, taught).mean()
+        if self.alpha < 1:
+            value = value + (1 - self.alpha) * kullback_leibler(learner.net(batch.x), taught).mean()
+        return value, hits(logits, batch.y)
