@@ -441,11 +441,15 @@ ClassRow = TypedDict(
 
 
 class Surrogate(TypedDict):
-    """A surrogate model of the attacker."""
+    """A surrogate model of the attacker.
+
+    - `member`: whether it is a member of the model
+    """
 
     name: str
     how: str
     digest: str
+    member: NotRequired[bool]
 
 
 class TransferRow(TypedDict):
@@ -466,10 +470,12 @@ class Transfer(TypedDict):
 
     - `models`: the model, then the surrogates
     - `n`: examples of the sample
+    - `accuracy`: for each model, its accuracy on the clean inputs of the sample
     """
 
     models: list[str]
     n: Natural
+    accuracy: list[EstimateJson]
     rows: list[TransferRow]
 
 
