@@ -126,8 +126,8 @@ class Members(SettingGroup):
         if not _is_composed(model):
             if n:
                 raise UsageError(
-                    f"{prefix}members are given, and the model is "
-                    f"{model if isinstance(model, str) else 'another one'}; give {ENSEMBLE} or {MIXED} as the model",
+                    f"{prefix}members are given, which are those of the models {ENSEMBLE} and {MIXED}, and the model "
+                    f"is {model if isinstance(model, str) else 'another one'}",
                     Remedy("members", option="--member"),
                 )
             return

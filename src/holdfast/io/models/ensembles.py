@@ -60,7 +60,7 @@ class Ensemble(nn.Module):
 
     def logits(self, x: Inputs) -> Tensor:
         """Return the logits of the members, (members, n, classes)."""
-        return outputs_of(self.members, x, self.output, self.names)
+        return torch.stack(outputs_of(self.members, x, self.output, self.names))
 
     def votes(self, x: Inputs) -> Tensor:
         """Return how many members vote for each class, (n, classes) int64."""
@@ -75,7 +75,9 @@ class Ensemble(nn.Module):
     def forward(self, x: Inputs) -> Tensor:
         """Return the vote shares, the votes as logits, the mean probabilities or the mean logits (n, classes)."""
         if self.combine == "logits":
-            return self.logits(x).mean(0)
+            # a sum, because operations along the dimension of the members have no sound bounds
+            first, *others = outputs_of(self.members, x, self.output, self.names)
+            return sum(others, first) / len(self.members)
         if self.combine == "mean":
             return self.logits(x).softmax(2).mean(0)
         if self.straight:
@@ -127,8 +129,8 @@ class Ensemble(nn.Module):
 
 def outputs_of(
     members: Iterable[nn.Module], x: Inputs, output: OutputKind | None = None, names: Sequence[str] = ()
-) -> Tensor:
-    """Return the logits of several networks (members, n, classes). `names` are their names in errors. Raises
+) -> list[Tensor]:
+    """Return the logits (n, classes) of each of several networks. `names` are their names in errors. Raises
     `TargetError` if a member does not accept the inputs, or if the numbers of classes differ.
     """
     logits: list[Tensor] = []
@@ -144,7 +146,7 @@ def outputs_of(
                 f"the member {name} has {own} classes, and the first one has {first}; give members with the same "
                 "classes"
             )
-    return torch.stack(logits)
+    return logits
 
 
 def declared_ensemble(
