@@ -1,4 +1,6 @@
-"""Opens the model at an address. The address `rotating:POOL` opens the serving set of a rotation pool."""
+"""Opens the model at an address. The address `rotating:POOL` opens the serving set of a rotation pool, and `ensemble:`
+and `mixed:` a model that consists of the setting `members`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from holdfast.io.remote.remote import Remote
 from holdfast.reports.numbers import strict
 from holdfast.runs.store.files import POOL_MANIFEST
 from holdfast.runs.store.forms import Count, Real, refuse_form
+from holdfast.settings.naming import ENSEMBLE, MIXED
 
 if TYPE_CHECKING:
     from holdfast.rotation.pool.pool import Pool
@@ -75,6 +78,10 @@ def open_model_at(
     pool = pool_of(address)
     if pool is not None:
         return _serving(address, pool, settings, adaptive=adaptive)
+    if address.startswith((ENSEMBLE, MIXED)):
+        from holdfast.api.members import open_members  # late: few models consist of others
+
+        return open_members(address, settings, declared)
     return open_model(
         address,
         arch=settings.arch,

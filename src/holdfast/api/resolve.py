@@ -302,21 +302,25 @@ def open_surrogates(settings: Measuring, target: Classifier) -> tuple[Subject, .
 
 
 def _open_surrogate(surrogate: object, settings: Measuring, target: Classifier) -> Subject:
-    if isinstance(surrogate, ModelReference):
-        refuse_other_settings(surrogate, "a surrogate", "arch", "model_args", "trust_code")
-    if isinstance(surrogate, ModelReference) and isinstance(surrogate.model, str):
-        spec = SurrogateSettings(model=surrogate.model, arch=surrogate.arch, model_args=surrogate.model_args)
-        subject = subject_at(spec, settings, trust_code=surrogate.trust_code)
-    elif isinstance(surrogate, SurrogateSettings):
-        subject = subject_at(surrogate, settings, trust_code=settings.trust_code)
-    else:
-        net = surrogate.model if isinstance(surrogate, ModelReference) else surrogate
-        refuse_no_model(net, "a surrogate")
-        # its preprocessing is its own, or undoes that of the data
-        properties = Declared(normalised=normalisation(settings))
-        subject = _subject(*_wrapped(net, properties), properties)
+    subject = open_other(surrogate, settings, "surrogate")
     refuse_other_bounds(subject, target)
     return subject
+
+
+def open_other(other: object, settings: Opening, role: str) -> Subject:
+    """Open a further model of a run, which is given as settings or as an object. `role` names it in errors."""
+    if isinstance(other, ModelReference):
+        refuse_other_settings(other, f"a {role}", "arch", "model_args", "trust_code")
+    if isinstance(other, ModelReference) and isinstance(other.model, str):
+        spec = SurrogateSettings(model=other.model, arch=other.arch, model_args=other.model_args)
+        return subject_at(spec, settings, trust_code=other.trust_code, role=role)
+    if isinstance(other, SurrogateSettings):
+        return subject_at(other, settings, trust_code=settings.trust_code, role=role)
+    net = other.model if isinstance(other, ModelReference) else other
+    refuse_no_model(net, f"a {role}")
+    # its preprocessing is its own, or undoes that of the data
+    properties = Declared(normalised=normalisation(settings))
+    return _subject(*_wrapped(net, properties), properties)
 
 
 def refuse_other_bounds(subject: Subject, target: Classifier, role: str = "surrogate") -> None:
@@ -491,9 +495,15 @@ def open_training_examples(settings: Opening, model: Classifier) -> Data:
 
 
 def open_all(settings: Assess | Certify) -> Opened:
-    """Open the model, the examples and the surrogates of an assessment."""
+    """Open the model, the examples and the surrogates of an assessment. The members of an ensemble are further
+    surrogates of an attacker who has the model.
+    """
     subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
     surrogates = open_surrogates(settings, subject.model)
+    if isinstance(settings, Assess) and settings.members and _attacks_members(settings.threat):
+        from holdfast.api.members import members_as_surrogates  # late: few models consist of others
+
+        surrogates = (*surrogates, *members_as_surrogates(subject))
     data = open_examples(settings, subject.model)
     subject = with_found_properties(subject, surrogates, data)
     edits = edits_of(settings)
@@ -504,6 +514,12 @@ def open_all(settings: Assess | Certify) -> Opened:
         notes = (*truncation_notes(subject.model, data), *unknown_notes(subject.model, data, edits))
         subject = replace(subject, notes=(*subject.notes, *notes))
     return subject, data, surrogates
+
+
+def _attacks_members(threat: str) -> bool:
+    """Return whether examples are computed on single members under a threat model: within a ball, with gradients."""
+    spec = parse_threat(threat)
+    return spec.access == "gradients" and spec.norm in ("linf", "l2", "l1", "l0")
 
 
 def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:

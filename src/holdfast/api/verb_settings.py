@@ -105,7 +105,9 @@ class Checked(SettingGroup):
         return ((key, getattr(self, key)) for key in type(self).model_fields if key in self.model_fields_set)
 
 
-class ModelReference(groups.ServerLimits, groups.InferenceSource, groups.ModelSource, Checked):
+class ModelReference(
+    groups.ServerLimits, groups.InferenceSource, groups.Members, groups.ModelSource, Checked
+):
     """A model that is not opened yet, and options for opening it. The run opens it, so that the run counts all requests
     to a server.
     """
@@ -179,6 +181,7 @@ class Doctor(
     groups.InputSpace,
     groups.QueryLimit,
     groups.InferenceSource,
+    groups.Members,
     groups.ModelSource,
     VerbSettings,
 ):
@@ -212,6 +215,7 @@ class Calibrate(
     groups.InputSpace,
     groups.ServerLimits,
     groups.InferenceSource,
+    groups.Members,
     groups.ModelSource,
     guard_settings.CalibrateOptions,
     VerbSettings,
@@ -235,6 +239,7 @@ class Assess(
     groups.OtherData,
     groups.DataSource,
     groups.InputSpace,
+    groups.Members,
     groups.ModelSource,
     groups.Device,
     placing.ClusterSettings,
@@ -332,6 +337,7 @@ class Certify(
     groups.InferenceSource,
     groups.DataSource,
     groups.InputSpace,
+    groups.Members,
     groups.ModelSource,
     groups.Device,
     placing.CertifyCluster,
@@ -367,6 +373,7 @@ class Certify(
 class Serve(
     groups.InputSpace,
     serve_settings.ServedInference,
+    groups.Members,
     groups.ModelSource,
     groups.Device,
     serve_settings.RequestLimits,
@@ -398,6 +405,7 @@ class Monitor(
     groups.DataSource,
     groups.InputSpace,
     groups.InferenceSource,
+    groups.Members,
     groups.ModelSource,
     groups.MonitorOptions,
     VerbSettings,

@@ -43,7 +43,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.runs.store.files import refuse_no_run
 from holdfast.settings.audit_settings import TrainingFunctionSource
-from holdfast.settings.groups import InferenceSource
+from holdfast.settings.groups import InferenceSource, Members
 from holdfast.settings.values import SurrogateSettings
 
 _CONFIG = "holdfast.yaml"
@@ -61,7 +61,8 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
     from holdfast.settings.grammar import parse_surrogate
 
     addresses: list[str | None] = [flags.get(key) for key in ("model", "data", "config", "baseline")]
-    addresses += [str(parse_surrogate(surrogate)["model"]) for surrogate in flags.get("surrogates", ())]
+    for key, (role, _) in _OTHER_MODELS.items():
+        addresses += [str(parse_surrogate(other, role)["model"]) for other in flags.get(key, ())]
     refuse_swapped(flags.get("model"), flags.get("data"))
     for address in (*addresses, *flags.get("across", ())):
         refuse_missing_file(address)
@@ -114,7 +115,14 @@ def _report_files(outputs: Iterable[str]) -> list[str]:
     return files
 
 
-def _surrogates(settings: Opening | Serve) -> list[SurrogateSettings]:
+_OTHER_MODELS = {"surrogates": ("surrogate", "--surrogate"), "members": ("member", "--member")}
+"""The role and the option of each setting that lists further models."""
+
+
+def _others(settings: Opening | Serve, key: str) -> list[SurrogateSettings]:
+    """Return the models in a setting of `_OTHER_MODELS`; none for a command without it."""
+    if key == "members":
+        return group_of(settings, Members).members
     return settings.surrogates if isinstance(settings, Assess | Harden) else []
 
 
@@ -130,7 +138,8 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
     ):
         if address is None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
-    for address in (str(model), *(surrogate.model for surrogate in _surrogates(settings))):
+    others = [other.model for key in _OTHER_MODELS for other in _others(settings, key)]
+    for address in (str(model), *others):
         refuse_unknown_model(address)
     if isinstance(settings, Harden | AuditVerb) and not isinstance(settings, AuditMembership):
         refuse_server_to_train(str(model))
@@ -172,15 +181,15 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
                 "Repeat the address on the command line",
                 TRUST_CODE,
             )
-    if not flags.get("surrogates"):
-        for place, listed in enumerate(_surrogates(settings)):
-            for value in (listed.model, listed.arch):
+    for key, (_, option) in _OTHER_MODELS.items():
+        listed = [] if flags.get(key) else _others(settings, key)
+        for place, other in enumerate(listed):
+            for value in (other.model, other.arch):
                 if value and ".py:" in value:
-                    all_surrogates = tuple(map(_spelled, _surrogates(settings)))
                     raise UsageError(
-                        f"the configuration refers to code (surrogates.{place}: {value}). Code from a configuration "
+                        f"the configuration refers to code ({key}.{place}: {value}). Code from a configuration "
                         "is not run. Repeat the address on the command line",
-                        Remedy("surrogates", all_surrogates, "--surrogate", repeated=True),
+                        Remedy(key, tuple(map(_spelled, listed)), option, repeated=True),
                         TRUST_CODE,
                     )
     if isinstance(settings, Harden):
@@ -220,7 +229,7 @@ def _code_in(value: object, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _spelled(surrogate: SurrogateSettings) -> str:
-    """Return a surrogate in the syntax of the option `--surrogate`, with all its settings.
+    """Return a surrogate or a member in the syntax of its option, with all its settings.
 
     The error message needs all settings, because the option replaces the whole list in the file.
     """

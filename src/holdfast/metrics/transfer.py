@@ -58,6 +58,11 @@ def matrix(evidence: Evidence) -> tuple[TransferRow, ...]:
     )
 
 
+def accuracies(evidence: Evidence) -> tuple[Estimate, ...]:
+    """Return the clean accuracy of each model of the transfer matrix, on the examples of the matrix."""
+    return tuple(proportion(column) for column in evidence.transfer["right"].T)
+
+
 def transfer_success(evidence: Evidence) -> Estimate:
     """Return the share of the inputs classified correctly by the target that adversarial examples computed on the
     surrogates break.

@@ -486,11 +486,15 @@ ClassRow = TypedDict(
 
 
 class Surrogate(TypedDict):
-    """A surrogate model of the attacker."""
+    """A surrogate model of the attacker.
+
+    - `member`: whether it is a member of the model
+    """
 
     name: str
     how: str
     digest: str
+    member: NotRequired[bool]
 
 
 class TransferRow(TypedDict):
@@ -511,10 +515,12 @@ class Transfer(TypedDict):
 
     - `models`: the model, then the surrogates
     - `n`: examples of the sample
+    - `accuracy`: for each model, its accuracy on the clean inputs of the sample
     """
 
     models: list[str]
     n: Natural
+    accuracy: list[EstimateJson]
     rows: list[TransferRow]
 
 

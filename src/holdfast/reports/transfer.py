@@ -8,7 +8,7 @@ from typing import Any
 
 from holdfast.core.evidence import Evidence
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.transfer import matrix, model_names
+from holdfast.metrics.transfer import accuracies, matrix, model_names
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import TextTable, interval
@@ -30,6 +30,7 @@ def transfer(evidence: Evidence) -> Json | None:
     return {
         "models": list(names),
         "n": len(evidence.transfer["id"]),
+        "accuracy": [estimate_to_json(share) for share in accuracies(evidence)],
         "rows": [
             {
                 "computed_on": row.maker if row.of is None else names[row.of],
@@ -45,21 +46,24 @@ def table(results: Mapping[str, Any], noun: str) -> TextTable:
     """Return the transfer matrix: the model on which examples were computed, and their success rate on each model."""
     share = (
         f"on {count_text(results['n'])} {noun}: share of those that a model classifies correctly and that the examples "
-        "break"
+        "break; the first line is the accuracy on clean inputs"
     )
     return TextTable(
         f"transfer: in a pass outside the suite, {share}",
         ["computed on", *(f"on {name}" for name in results["models"])],
         [
-            [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
-            for row in results["rows"]
+            ["– (accuracy)", *(shown(own, "clean_accuracy") for own in results["accuracy"])],
+            *(
+                [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
+                for row in results["rows"]
+            ),
         ],
     )
 
 
-def shown(share: Mapping[str, Any]) -> str:
-    """Return the success rate of a transfer between models with its confidence interval as text."""
-    return f"{percent(share['value'])} ({interval(METRIC, share)})"
+def shown(share: Mapping[str, Any], metric: str = METRIC) -> str:
+    """Return a share of the transfer matrix, such as the success rate of examples, with its interval as text."""
+    return f"{percent(share['value'])} ({interval(metric, share)})"
 
 
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -484,9 +484,12 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
         f"The attacker {_ACCESS[threat['access']]}.",
         f"The attacker may use {budget}.",
         *(
-            [f"The attacker has surrogate models: {', '.join(card['name'] for card in surrogates)}."]
-            if surrogates
-            else []
+            f"{beginning}: {', '.join(names)}."
+            for beginning, member in (
+                ("The attacker has surrogate models", False),
+                ("Examples are also computed on each member of the model", True),
+            )
+            if (names := [card["name"] for card in surrogates if bool(card.get("member")) is member])
         ),
     ]
 

@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from holdfast.attacks.suites import SUITES
 from holdfast.core.catalogue import DRIFT_TESTS, RECIPES
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.gates.grammar import VERDICTS, refused_verdict
 from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
 from holdfast.settings.grammar import parse_threat
-from holdfast.settings.naming import CARD, SOURCES
+from holdfast.settings.naming import CARD, COMBINATIONS, ENSEMBLE, MIXED, SOURCES
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,66 @@ class ModelSource(SettingGroup):
     trust_code: Annotated[bool, Flag()] = Field(
         default=False, description="Allow files to run the code that they contain."
     )
+
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if several models are one model and the command needs a single network."""
+        if _is_composed(self.model) and "members" not in type(self).model_fields:
+            raise UsageError(
+                f"{prefix}the model is {self.model}, which has no weights of its own, and {self.verb} needs one "
+                "network; give a member, and assess the whole afterwards"
+            )
+
+
+def _is_composed(model: object) -> bool:
+    return isinstance(model, str) and model.startswith((ENSEMBLE, MIXED))
+
+
+class Members(SettingGroup):
+    """Setting with the models that an ensemble or a mix consists of."""
+
+    members: Annotated[values.Members, Flag("MODEL[,K=V]", "--member", completion="MODEL")] = Field(
+        default_factory=list,
+        description=f"Member of the model {ENSEMBLE} (or {ENSEMBLE}{'|'.join(COMBINATIONS)}), or the accurate and "
+        f"then the robust member of {MIXED}; an address, or `model: ADDRESS` with arch, mean, std.",
+    )
+
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if the number of members or other settings do not fit the address of the model."""
+        model, n = self.model, len(self.members)
+        if not _is_composed(model):
+            if n:
+                raise UsageError(
+                    f"{prefix}members are given, which are those of the models {ENSEMBLE} and {MIXED}, and the model "
+                    f"is {model if isinstance(model, str) else 'another one'}",
+                    Remedy("members", option="--member"),
+                )
+            return
+        address, combine = model.partition(":")[0] + ":", model.partition(":")[2]
+        known = COMBINATIONS if address == ENSEMBLE else ()
+        if combine and combine not in known:
+            raise UsageError(
+                f"{prefix}the model is {model!r}; expected {ENSEMBLE}, {MIXED}, or one of "
+                f"{', '.join(ENSEMBLE + name for name in COMBINATIONS)}"
+            )
+        if (n != 2) if address == MIXED else (n < 2):
+            expected = "two members (the accurate one first)" if address == MIXED else "at least two members"
+            raise UsageError(
+                f"{prefix}{model} has {n} {'member' if n == 1 else 'members'}; {expected} were expected",
+                Remedy(
+                    "members", Placeholder("MODEL", "[MODEL, MODEL]"), "--member", reason="for each of them"
+                ),
+            )
+        for name in ("arch", "mean", "std", *(() if address == MIXED else ("model_args",))):
+            if getattr(self, name, None):
+                raise UsageError(
+                    f"{prefix}{written.get(name, name)} is given, and the model is {model}; give it for each member, "
+                    f"as in MODEL,{name if name != 'model_args' else 'KEY'}=VALUE",
+                    Remedy(name),
+                )
+        if any(getattr(member, "skip", None) for member in self.members):
+            raise UsageError(
+                f"{prefix}a member has skip, which changes the gradients of a surrogate; leave it out"
+            )
 
 
 class InferenceSource(SettingGroup):

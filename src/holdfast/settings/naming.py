@@ -26,6 +26,11 @@ SOURCES: Final = {
 """Names of the sources of parameter sets for `rotate collect`, with the names of their classes in
 `holdfast.rotation`."""
 
+ENSEMBLE, MIXED = "ensemble:", "mixed:"
+"""Addresses of a model that consists of the models in the setting `members`."""
+COMBINATIONS: Final = ("logits", "mean", "votes")
+"""Ways of combining the members of an ensemble, which follow the address `ensemble:`; the first is the default."""
+
 
 def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> set[str]:
     """Return the attacks of a suite, as normalised names, that remain after the options `only` and `skip` are applied.

@@ -89,13 +89,17 @@ def _data_sets(value: object) -> object:
     return value
 
 
-def _models(value: object) -> object:
-    """Refuse surrogates that are not in a list."""
-    if not isinstance(value, list | tuple):
-        if _is_plain(value):
-            raise PydanticCustomError("given", "expected a list of models, as in ['mnist-cnn-hardened']")
-        raise UsageError(f"surrogates is {kind_of(value)}; give a list of models, as in surrogates=[net]")
-    return value
+def _models(name: str) -> BeforeValidator:
+    """Return a validator of the setting `name` that refuses models that are not in a list."""
+
+    def read(value: object) -> object:
+        if not isinstance(value, list | tuple):
+            if _is_plain(value):
+                raise PydanticCustomError("given", "expected a list of models, as in ['mnist-cnn-hardened']")
+            raise UsageError(f"{name} is {kind_of(value)}; give a list of models, as in {name}=[net]")
+        return value
+
+    return BeforeValidator(read)
 
 
 def _threat(value: object) -> object:
@@ -419,9 +423,9 @@ def _accepted(value: object) -> object:
     return value
 
 
-def _surrogate(value: object, validated: ValidatorFunctionWrapHandler) -> object:
-    """Return the settings of a surrogate, and a Python object unchanged."""
-    surrogate = parse_surrogate(str(value)) if isinstance(value, str | Path) else value
+def _surrogate(value: object, validated: ValidatorFunctionWrapHandler, role: str = "surrogate") -> object:
+    """Return the settings of a surrogate or of a member, and a Python object unchanged."""
+    surrogate = parse_surrogate(str(value), role) if isinstance(value, str | Path) else value
     if isinstance(surrogate, int | float | list | None):
         raise _NOT_GIVEN
     of_settings = isinstance(surrogate, Mapping) and isinstance(surrogate.get("model"), str)
@@ -433,7 +437,7 @@ def _surrogate(value: object, validated: ValidatorFunctionWrapHandler) -> object
         and surrogate.get("skip") is None
     ):
         raise UsageError(
-            f"the surrogate {surrogate.get('model')} has decay={surrogate['decay']} but no residual branches; give "
+            f"the {role} {surrogate.get('model')} has decay={surrogate['decay']} but no residual branches; give "
             "the last module of each, as in skip=layer*.*.bn2, or leave decay out"
         )
     return validated(surrogate)
@@ -548,6 +552,13 @@ RecipeSpec = Annotated[
 """Name or settings of a recipe, or a Python object."""
 SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _recipes))]
 SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", lambda: [*SOURCES]))]
-Surrogates = Annotated[
-    list[Annotated[SurrogateSettings, WrapValidator(_surrogate)]], BeforeValidator(_models)
+Surrogates = Annotated[list[Annotated[SurrogateSettings, WrapValidator(_surrogate)]], _models("surrogates")]
+Members = Annotated[
+    list[
+        Annotated[
+            SurrogateSettings,
+            WrapValidator(lambda value, validated: _surrogate(value, validated, "member")),
+        ]
+    ],
+    _models("members"),
 ]

@@ -1,6 +1,6 @@
-"""Several networks that are one model: each votes for a class, or their probabilities are averaged."""
+"""Several networks that are one model: each votes for a class, or their logits or probabilities are averaged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal, get_args
 
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import OutputKind, of_classes
+from holdfast.core.through import instead
 from holdfast.core.types import Inputs
 from holdfast.io.models.weights import digest_of_weights
 
-Combination = Literal["votes", "mean"]
-"""`votes`: each member votes for its most probable class; `mean`: the probabilities of the members are averaged"""
+Combination = Literal["votes", "mean", "logits"]
+"""`votes`: each member votes for its most probable class; `mean`: the probabilities of the members are averaged;
+`logits`: their logits are averaged"""
 RULE = "blake2b of the input, modulo the number of members"
 """how the recipe `partitions` assigns a training example to a member; another rule needs another text"""
 _STEP = 2.0**-20
@@ -22,11 +24,14 @@ _STEP = 2.0**-20
 
 
 class Ensemble(nn.Module):
-    """Network whose outputs are the vote shares, or the mean probabilities, of its members.
+    """Network whose outputs are the vote shares, the mean probabilities, or the mean logits, of its members.
 
     Of classes with equally many votes, the smallest is predicted: the share of class c is reduced by a fraction of c ·
-    2⁻²⁰. Votes have no gradient. `output` states what the members return, as for `Classifier`. An ensemble that the
-    recipe `partitions` trained has `training_set`, the SHA-256 of its training set, which is zero before the training.
+    2⁻²⁰. Votes have no gradient, unless `straight` is true: then the outputs are logits, the number of votes of a class
+    plus its mean probability, which resolves ties, and their gradient is that of the mean log-probabilities, as of a
+    straight-through estimator. `names` are those of the members in errors. `output` states what the members return, as
+    for `Classifier`. An ensemble that the recipe `partitions` trained has `training_set`, the SHA-256 of its training
+    set, which is zero before the training.
     """
 
     training_set: Tensor
@@ -38,6 +43,8 @@ class Ensemble(nn.Module):
         combine: Combination = "votes",
         output: OutputKind | None = None,
         partitioned: bool = False,
+        straight: bool = False,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if not members or combine not in get_args(Combination):
@@ -47,25 +54,36 @@ class Ensemble(nn.Module):
             )
         self.members = nn.ModuleList(members)
         self.combine, self.output, self.partitioned = combine, output, partitioned
+        self.straight, self.names = straight, tuple(names)
         if partitioned:
             self.register_buffer("training_set", torch.zeros(32, dtype=torch.uint8))
 
     def logits(self, x: Inputs) -> Tensor:
         """Return the logits of the members, (members, n, classes)."""
-        return torch.stack([of_classes(member(x), self.output) for member in self.members])
+        return torch.stack(outputs_of(self.members, x, self.output, self.names))
 
     def votes(self, x: Inputs) -> Tensor:
         """Return how many members vote for each class, (n, classes) int64."""
-        logits = self.logits(x)
+        return self._ballots(self.logits(x))
+
+    def _ballots(self, logits: Tensor) -> Tensor:
         ballots = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
         # argmax returns the first of equal values
         chosen = logits.argmax(2).T
         return ballots.scatter_add_(1, chosen, torch.ones_like(chosen))
 
     def forward(self, x: Inputs) -> Tensor:
-        """Return the vote shares or the mean probabilities (n, classes)."""
+        """Return the vote shares, the votes as logits, the mean probabilities or the mean logits (n, classes)."""
+        if self.combine == "logits":
+            # a sum, because operations along the dimension of the members have no sound bounds
+            first, *others = outputs_of(self.members, x, self.output, self.names)
+            return sum(others, first) / len(self.members)
         if self.combine == "mean":
             return self.logits(x).softmax(2).mean(0)
+        if self.straight:
+            logits = self.logits(x)
+            value = self._ballots(logits) + logits.softmax(2).mean(0)
+            return instead(value, logits.log_softmax(2).mean(0))
         votes = self.votes(x)
         classes = votes.shape[1]
         if classes * len(self.members) >= 1 / _STEP:
@@ -77,7 +95,11 @@ class Ensemble(nn.Module):
         return shares * (1 - _STEP * torch.arange(classes, device=x.device, dtype=x.dtype))
 
     def declare(self, model: Classifier) -> None:
-        """Declare what a classifier of this network returns: probabilities, of which votes have no gradient."""
+        """Declare what a classifier of this network returns: logits, or probabilities, of which votes have no
+        gradient.
+        """
+        if self.combine == "logits" or self.straight:
+            return
         model.output = "probability"
         if self.combine == "votes":
             model.access, model.hides = "scores", "the votes of an ensemble have no gradients"
@@ -103,6 +125,28 @@ class Ensemble(nn.Module):
                 "members": [digest_of_weights(member.state_dict()) for member in self.members],
             }
         return entries
+
+
+def outputs_of(
+    members: Iterable[nn.Module], x: Inputs, output: OutputKind | None = None, names: Sequence[str] = ()
+) -> list[Tensor]:
+    """Return the logits (n, classes) of each of several networks. `names` are their names in errors. Raises
+    `TargetError` if a member does not accept the inputs, or if the numbers of classes differ.
+    """
+    logits: list[Tensor] = []
+    for k, member in enumerate(members):
+        name = names[k] if k < len(names) else f"{k + 1}"
+        try:
+            logits.append(of_classes(member(x), output))
+        except TargetError as error:
+            raise error.reworded(f"the member {name}: {error.message}") from error
+        if logits[k].shape != logits[0].shape:
+            first, own = (values.shape[1] for values in (logits[0], logits[k]))
+            raise TargetError(
+                f"the member {name} has {own} classes, and the first one has {first}; give members with the same "
+                "classes"
+            )
+    return logits
 
 
 def declared_ensemble(

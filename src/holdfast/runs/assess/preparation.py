@@ -110,10 +110,11 @@ def with_surrogates(
 
 
 def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) -> Target:
-    name = surrogate.card.get("name", "")
+    role = "member" if surrogate.card.get("member") else "surrogate"
+    name = f"{role} {surrogate.card.get('name', '')}"
     if surrogate.model.access != "gradients":
         raise UsageError(
-            f"the surrogate {name} gives only {surrogate.model.access}, but examples are computed from gradients; "
+            f"the {name} gives only {surrogate.model.access}, but examples are computed from gradients; "
             "give a model that torch can differentiate"
         )
     stack.enter_context(placed(surrogate.model, sample.x.device))
@@ -122,27 +123,27 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
     except TargetError as error:
         shape = tuple(sample.x.shape[1:])
         raise TargetError(
-            f"the surrogate {name} does not accept the inputs of the model, of shape {shape}: {error.message}"
+            f"the {name} does not accept the inputs of the model, of shape {shape}: {error.message}"
         ) from error
     if prepared_surrogate.classes != target.classes:
         raise TargetError(
-            f"the surrogate {name} has {prepared_surrogate.classes} classes, but the model has {target.classes}; "
+            f"the {name} has {prepared_surrogate.classes} classes, but the model has {target.classes}; "
             "give one that was trained on the same classes"
         )
     if prepared_surrogate.rejects:
         raise UsageError(
-            f"the surrogate {name} has a detector that rejects inputs, but examples are computed on a network without "
+            f"the {name} has a detector that rejects inputs, but examples are computed on a network without "
             "a detector; give the network without its detector"
         )
     if prepared_surrogate.randomised:
         raise UsageError(
-            f"the surrogate {name} is randomised, so its examples could not be reproduced; "
+            f"the {name} is randomised, so its examples could not be reproduced; "
             "wrap it in a factory that fixes its random numbers"
         )
     n_nan = int(prepared_surrogate.logits(sample.x).isnan().any(1).sum())
     if n_nan:
         raise TargetError(
-            f"the surrogate {name} returns NaN for {n_nan} of the first {len(sample)} examples, from which no example "
+            f"the {name} returns NaN for {n_nan} of the first {len(sample)} examples, from which no example "
             "can be computed; look for a division or a logarithm of zero with holdfast doctor"
         )
     _refuse_flat(name, prepared_surrogate, sample)
@@ -155,7 +156,7 @@ def _refuse_flat(name: str, prepared_surrogate: Target, sample: Batch) -> None:
     input_gradient, _ = gradient(prepared_surrogate.bare, examples, margin_loss)
     if not input_gradient.any():
         raise UsageError(
-            f"the surrogate {name} passes no gradient back to any of the first {len(examples)} examples, and examples "
+            f"the {name} passes no gradient back to any of the first {len(examples)} examples, and examples "
             "are computed from gradients; remove the operation that stops them (detach, no_grad, rounding), or give "
             "another model"
         )

@@ -44,6 +44,8 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
         return ""
     config = manifest["config"]
     words = ["holdfast", verb, _address(manifest["model"], "MODEL"), _address(manifest["data"], "DATA")]
+    members = manifest["model"].get("members", ())
+    words += [word for card in members for word in ("--member", _address(card, "MODEL"))]
     words += ["--threat", _threat(config)]
     if config.get("recipe") in names("recipes"):
         words += ["--recipe", config["recipe"], *_recipe_settings(config)]
@@ -96,8 +98,9 @@ def _attacks(manifest: Mapping[str, Any]) -> list[str]:
     config = manifest["config"]
     named = _SUITE.fullmatch(config["suite"])
     words = ["--suite", named[1] if named and named[1] in SUITES else "ATTACKS"]
+    surrogates = [card for card in manifest.get("surrogates", ()) if not card.get("member")]
     for option, cards in (
-        ("--surrogate", manifest.get("surrogates", ())),
+        ("--surrogate", surrogates),
         ("--across", manifest.get("other_data", ())),
     ):
         words += [word for card in cards for word in (option, _address(card, option[2:].upper()))]

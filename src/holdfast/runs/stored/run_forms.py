@@ -55,10 +55,6 @@ class _Named(TypedDict, total=False):
     name: str
 
 
-class _Model(_Named):
-    randomised: Flag
-
-
 class _Groups(TypedDict):
     column: str
     names: Annotated[list[str], distinct()]
@@ -79,6 +75,12 @@ class _Other(TypedDict):
     name: str
     digest: str
     n: NotRequired[Count]
+    member: NotRequired[bool]
+
+
+class _Model(_Named):
+    randomised: Flag
+    members: NotRequired[list[_Other]]
 
 
 class Assessed(TypedDict):

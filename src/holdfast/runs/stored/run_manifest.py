@@ -244,7 +244,8 @@ def _notes(
     return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
 
 
-def _identity(surrogate: Subject) -> dict[str, str]:
-    """Name, origin and digest of a surrogate model."""
+def _identity(surrogate: Subject) -> dict[str, Any]:
+    """Name, origin and digest of a surrogate model, and whether it is a member of the model."""
     name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
-    return {"name": name, "how": how, "digest": surrogate.digest}
+    member = {"member": True} if surrogate.card.get("member") else {}
+    return {"name": name, "how": how, "digest": surrogate.digest, **member}
