@@ -36,7 +36,7 @@ from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.recipes import DPSGD, Denoising
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import OnParts, Recipe, WithFollowUp, WithTeacher
+from holdfast.recipes.training.recipe import OnParts, Recipe, WithControl, WithTeacher
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
@@ -374,7 +374,7 @@ def harden_request(
 
 def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | None:
     """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
-    if not isinstance(recipe, WithFollowUp) or not recipe.control:
+    if not isinstance(recipe, WithControl) or not recipe.control:
         return None
     control = resolve.open_named(recipe.control, settings, "control")
     resolve.refuse_other_bounds(control, model, "control")

@@ -2,10 +2,12 @@
 it is called.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
@@ -61,15 +63,22 @@ class Finished:
     test: Batch
     threat: ThreatModel
     rng: Draws
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """state of the recipe in the checkpoint of the new model"""
+
+
+@runtime_checkable
+class WithControl(Protocol):
+    """Protocol of a recipe whose follow-up may compare the new model with another network."""
+
+    @property
+    def control(self) -> str:
+        """Network for comparison, as in `clean.pt,arch=net.py:make`; empty for none."""
 
 
 @runtime_checkable
 class WithFollowUp(Protocol):
     """Protocol of a recipe that measures more after its training, which the card of the new model states."""
-
-    @property
-    def control(self) -> str:
-        """Network for comparison, as in `clean.pt,arch=net.py:make`; empty for none."""
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the entry `follow_up` of the card, and a sentence on it. No network is changed."""
