@@ -1,0 +1,198 @@
+"""A small class-conditional GAN (generative adversarial network) for images, with a classifier that filters its samples.
+
+Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014, arXiv:1406.2661; hinge loss and spectral norm of Miyato et
+al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957; projection of the class
+in the discriminator of Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018, arXiv:1802.05637; class norm
+of de Vries et al., "Modulating early visual processing by language", NeurIPS 2017, arXiv:1707.00683. Differs from the
+papers: two convolutions instead of a residual network, and one update of the discriminator for each of the generator.
+Samples are those of the averaged generator.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.core.types import Ids, Inputs, Labels, PerExample
+from holdfast.recipes.training.fit import drawing
+from holdfast.recipes.training.weights import ema
+
+_LATENT = 48  # values of the noise from which an image is generated
+_WIDTH = 32  # channels of the wider one of two convolutions
+_BATCH = 64  # examples of an update: many small updates give better samples than few large ones
+_LR, _BETAS = 1e-3, (0.5, 0.99)  # of Adam: the rate is large because a budget of minutes has few updates
+_KEPT = 0.995  # decay of the average of the generator
+_TRIES: Final = 2
+"""number of samples of which the first accepted one is used"""
+
+
+class _ClassNorm(nn.Module):
+    """Batch norm whose gains and shifts depend on the class."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gains, self.shifts = nn.Embedding(classes, channels), nn.Embedding(classes, channels)
+        nn.init.ones_(self.gains.weight)
+        nn.init.zeros_(self.shifts.weight)
+
+    def forward(self, x: Tensor, y: Labels) -> Tensor:
+        gains, shifts = (each(y)[:, :, None, None] for each in (self.gains, self.shifts))
+        return gains * self.norm(x) + shifts
+
+
+class _Generator(nn.Module):
+    """Network from noise (n, latent) and classes (n) to images (n, *shape) inside the bounds."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, bounds: Bounds) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.side = (-(-height // 4), -(-width // 4))
+        self.shape, self.bounds = shape, bounds
+        self.first = nn.Linear(_LATENT, _WIDTH * self.side[0] * self.side[1])
+        self.norms = nn.ModuleList([_ClassNorm(_WIDTH, classes), _ClassNorm(_WIDTH // 2, classes)])
+        self.up = nn.ConvTranspose2d(_WIDTH, _WIDTH // 2, 4, 2, 1)
+        self.last = nn.ConvTranspose2d(_WIDTH // 2, channels, 4, 2, 1)
+
+    def forward(self, z: Tensor, y: Labels) -> Inputs:
+        x = self.first(z).view(len(z), _WIDTH, *self.side)
+        x = self.up(F.relu(self.norms[0](x, y)))
+        x = self.last(F.relu(self.norms[1](x, y)))[:, :, : self.shape[1], : self.shape[2]]
+        low, high = self.bounds.like(x)
+        return low + (high - low) * torch.sigmoid(x)
+
+
+class _Trunk(nn.Module):
+    """Two convolutions with strides and a hidden layer, from images to features (n, 2 * width)."""
+
+    def __init__(self, shape: tuple[int, ...], *, normed: bool) -> None:
+        super().__init__()
+        sides = [((size + 2 - 4) // 2 + 1 + 2 - 4) // 2 + 1 for size in shape[1:]]
+        convolutions = [
+            nn.Conv2d(*pair, 4, 2, 1) for pair in pairwise((shape[0], _WIDTH // 2, _WIDTH))
+        ]
+        layers = [*convolutions, nn.Linear(_WIDTH * sides[0] * sides[1], 2 * _WIDTH)]
+        first, second, hidden = (spectral_norm(layer) if normed else layer for layer in layers)
+        slope = nn.LeakyReLU(0.1)
+        self.layers = nn.Sequential(first, slope, second, slope, nn.Flatten(), hidden, slope)
+
+    def forward(self, x: Inputs) -> Tensor:
+        features: Tensor = self.layers(x)
+        return features
+
+
+class _Discriminator(nn.Module):
+    """Network from images and classes to scores (n), which are large for real images of the class."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.trunk = _Trunk(shape, normed=True)
+        self.score = spectral_norm(nn.Linear(2 * _WIDTH, 1))
+        self.classes = spectral_norm(nn.Embedding(classes, 2 * _WIDTH))
+
+    def forward(self, x: Inputs, y: Labels) -> PerExample:
+        features = self.trunk(x)
+        return self.score(features)[:, 0] + (self.classes(y) * features).sum(1)
+
+
+class GAN:
+    """A class-conditional generator of images with its discriminator, and a classifier of real images that filters the
+    samples. All tensors are in `state`, from which a training resumes exactly.
+    """
+
+    def __init__(self, example: Inputs, classes: int, bounds: Bounds, rng: Draws) -> None:
+        """Create the networks for images like `example` (n, channels, height, width) with random weights."""
+        shape = tuple(example.shape[1:])
+        with drawing(rng.at("generator"), example.device):
+            nets = nn.ModuleDict(
+                {
+                    "generator": _Generator(shape, classes, bounds),
+                    "average": _Generator(shape, classes, bounds),
+                    "discriminator": _Discriminator(shape, classes),
+                    "classifier": nn.Sequential(_Trunk(shape, normed=False), nn.Linear(2 * _WIDTH, classes)),
+                }
+            ).to(example)
+        self._nets = nets
+        self._generator, self._average = nets["generator"], nets["average"].eval().requires_grad_(False)
+        self._average.load_state_dict(self._generator.state_dict())
+        self._discriminator, self._classifier = nets["discriminator"], nets["classifier"]
+        self.updates = torch.zeros((), dtype=torch.int64, device=example.device)
+        """number of updates of the generator"""
+        trained = (self._generator, self._discriminator, self._classifier)
+        self._optimizers = [
+            torch.optim.Adam(net.parameters(), _LR, _BETAS, foreach=False) for net in trained
+        ]
+        for optimizer in self._optimizers:
+            for weight in optimizer.param_groups[0]["params"]:  # the moments exist before the first update
+                zeros = [torch.zeros_like(weight, requires_grad=False) for _ in range(2)]
+                moments = dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True))
+                optimizer.state[weight] = {"step": torch.zeros(()), **moments}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors by name, each with a first dimension of 1. They share the memory of the networks, so that
+        values that are written into them change the networks.
+        """
+        tensors = {"gan.updates": self.updates}
+        tensors |= {f"gan.{name}": value for name, value in self._nets.state_dict().items()}
+        for number, name, value in self._moments():
+            tensors[f"gan.adam.{number}.{name}"] = value
+        # with a first dimension of 1, none of them is taken for a tensor with a row for each example
+        return {name: value[None] for name, value in tensors.items()}
+
+    def _moments(self) -> Iterator[tuple[int, str, Tensor]]:
+        weights = [
+            (optimizer, weight)
+            for optimizer in self._optimizers
+            for weight in optimizer.param_groups[0]["params"]
+        ]
+        for number, (optimizer, weight) in enumerate(weights):
+            for name, value in optimizer.state[weight].items():
+                yield number, name, value
+
+    def update(self, batch: Batch, rng: Draws) -> None:
+        """Train discriminator, generator and classifier for one update on real examples."""
+        discriminator, batch = self._discriminator, batch.first(_BATCH)
+        fake = self._generator.train()(self._noise(batch.ids, rng.at("noise"), batch.x), batch.y)
+        scores = discriminator(torch.cat((batch.x, fake.detach())), batch.y.repeat(2))
+        real, generated = scores.chunk(2)
+        self._step(1, F.relu(1 - real).mean() + F.relu(1 + generated).mean())
+        discriminator.requires_grad_(False)  # the generator's update needs no gradient of these weights
+        self._step(0, -discriminator(fake, batch.y).mean())
+        discriminator.requires_grad_(True)
+        self._step(2, F.cross_entropy(self._classifier(batch.x), batch.y))
+        ema(self._average.state_dict(), self._generator, _KEPT, int(self.updates))
+        self.updates.add_(1)
+
+    def _step(self, number: int, loss: Tensor) -> None:
+        self._optimizers[number].zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizers[number].step()
+
+    def _noise(self, ids: Ids, rng: Draws, like: Tensor) -> Tensor:
+        return rng.normal(ids, _LATENT, dtype=like.dtype)
+
+    @torch.no_grad()
+    def samples(self, ids: Ids, y: Labels, rng: Draws) -> Inputs:
+        """Return an image of each class in `y` (n), which is a function of its id and of `rng`."""
+        images: Inputs = self._average(self._noise(ids, rng, self._average.first.weight), y)
+        return images
+
+    @torch.no_grad()
+    def confidence(self, x: Inputs, y: Labels) -> PerExample:
+        """Return the probability (n) that the classifier gives to the class `y` of each image."""
+        return self._classifier(x).softmax(1).gather(1, y[:, None])[:, 0]
+
+    def accepted(self, batch: Batch, rng: Draws, least: float) -> tuple[Inputs, Tensor]:
+        """Return an image of the class of each example, and whether the classifier has at least the confidence `least`
+        in its class. Of a few samples for each example, the first accepted one is returned.
+        """
+        x = [self.samples(batch.ids, batch.y, rng.at("sample", k)) for k in range(_TRIES)]
+        first, second = (self.confidence(each, batch.y) >= least for each in x)
+        return torch.where(first[:, None, None, None], x[0], x[1]), first | second
