@@ -180,9 +180,10 @@ class Doctor(
     groups.QueryLimit,
     groups.InferenceSource,
     groups.ModelSource,
+    groups.ThreatSource,
     VerbSettings,
 ):
-    """All settings of the command `holdfast doctor`."""
+    """All settings of the command `holdfast doctor`. Of the threat, only rules of a table and edits of texts matter."""
 
     verb = "doctor"
 
@@ -197,12 +198,13 @@ class Doctor(
 
     def run(self) -> "Checkup":
         """Check the model and the data for common mistakes, and return the findings."""
+        from holdfast.api.expecting import edits_of
         from holdfast.api.grad_mode import gradients
         from holdfast.io.doctor import Checkup, examine
 
         with gradients():
             subject, data = self.open()
-            return Checkup(examine(subject.model, data))
+            return Checkup(examine(subject.model, data, texts=edits_of(self) is not None))
 
 
 class Calibrate(
