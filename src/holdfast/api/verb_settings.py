@@ -516,6 +516,7 @@ class AuditMembership(
     groups.ServerLimits,
     groups.InferenceSource,
     groups.ExampleGroups,
+    placing.ClusterSettings,
     audit_settings.MembershipOptions,
     AuditVerb,
 ):
