@@ -1,6 +1,7 @@
 """The audit of membership: its scores, rates, reference networks and controls, its verdicts and its errors."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -402,3 +403,77 @@ def test_a_server_answers_each_row_once_and_needs_a_function_for_references(tmp_
         assert len(server.rows) == result.facts["rows_sent"]
         assert len(server.rows) < 598 + 300
     assert result.verdict == "unclear"
+
+
+WORKED = """
+import torch
+from torch import nn
+
+
+def make():
+    return nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def fit(x, y, seed):
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net
+"""
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """A folder with data and code, as the current one, and a function that audits there and returns what is stored."""
+    monkeypatch.chdir(tmp_path)
+    x, y = examples(400)
+    np.savez("data.npz", x=x.numpy(), y=y.numpy())
+    Path("net.py").write_text(WORKED)
+
+    def audited(run, *more):
+        arguments = ["audit", "membership", "net.py:make", "data.npz", "--fpr", "0.1", "--run", run, *more]
+        assert command(arguments) == 0
+        assert command(["verify", run]) == 0
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(Path(run).rglob("*"))
+            if path.suffix in (".safetensors", ".json")
+            and path.name in ("networks.safetensors", "finding.json")
+        }
+
+    return audited
+
+
+def test_two_workers_leave_the_bytes_of_one_process(in_folder):
+    references = ["--references", "4", "--train", "net.py:fit"]
+    alone = in_folder("alone", *references)
+    assert len(alone) == 2
+    assert in_folder("two", *references, "--workers", "2") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+def test_a_worker_and_a_cluster_leave_the_bytes_of_one_process(in_folder):
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "holdfast-ml[scale]"')
+    references = ["--references", "10", "--epochs", "2"]
+    alone = in_folder("alone", *references)
+    assert in_folder("one", *references, "--workers", "1") == alone
+    assert in_folder("cluster", *references, "--workers", "2", "--on", "ray") == alone
+
+
+def test_the_training_of_networks_reports_its_progress():
+    steps = []
+    settings = {"references": 10, "epochs": 3, "fpr": 0.1, "progress": steps.append}
+    membership(make_once(), examples(400), **settings)
+    done = [step.done for step in steps if step.stage == "networks"]
+    assert done == sorted(done) and done[-1] == 30 == steps[0].of
+    assert {8, 16, 24, 26, 28} <= set(done)
+
+
+def test_workers_without_networks_to_train_are_refused():
+    with pytest.raises(UsageError, match="none are trained") as refused:
+        membership(make(), examples(400), non_members=examples(400, 1), workers=2)
+    assert [remedy.argument for remedy in refused.value.remedies] == ["references", "workers"]

@@ -129,6 +129,26 @@ def test_missing_values_stay_missing(name, classes):
     assert torch.equal(proofs.x_adv.isnan(), batch.x.isnan())
 
 
+@pytest.mark.parametrize("name", ["tree", "forest"])
+def test_what_the_comparison_with_the_model_accepts_is_part_of_the_bound(name):
+    x, y = np.array([[0.2], [0.8]] * 4, np.float32), np.array([0, 1] * 4)
+    forest = {"bootstrap": False} if name == "forest" else {}
+    estimator = TREES[name]().set_params(max_depth=1, **forest).fit(x, y)
+    for tree in getattr(estimator, "estimators_", [estimator]):
+        tree.tree_.value[1:, 0] = [[0.9, 0.1], [0.5 + 3e-7, 0.5 - 3e-7]]  # the worst lead is 6e-7
+    batch = Batch(torch.tensor([[0.2]]), torch.tensor([0]), torch.arange(1))
+    assert prover(classifier(estimator), batch, 0.7)(batch).certified.all()
+    exact = estimator.predict_proba
+    estimator.predict_proba = lambda rows: (
+        exact(rows) + np.array([-4e-7, 4e-7])
+    )  # accepted, and class 1 there
+    other = prover(classifier(estimator), batch, 0.7)
+    proofs = other(batch)
+    assert other.ensemble.slack > 8e-7
+    assert not proofs.certified.any()
+    assert proofs.broken.all()
+
+
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("name", TREES)
 def test_trees_predict_like_the_model_at_their_thresholds(name, missing):

@@ -141,6 +141,26 @@ def test_a_model_with_categories_is_assessed_by_rules(factory, capsys):
     assert json.loads(Path("again.json").read_text())["metrics"] == report["metrics"]
 
 
+def test_a_target_class_is_given_by_its_name(capsys):
+    drafted(country={"cost": 0.1})
+    assert assess("model.py:make", threat="table:rules.yaml,goal=targeted:no") == 0
+    named = json.loads(Path("r.json").read_text())
+    assert assess("model.py:make", threat="table:rules.yaml,goal=targeted:0") == 0
+    numbered = json.loads(Path("r.json").read_text())
+    assert named["metrics"] == numbered["metrics"] and named["threat"] == numbered["threat"]
+    assert assess("model.py:make", threat="table:rules.yaml,goal=targeted:maybe") == 2
+    assert "expected one of 0 (no), 1 (yes)" in capsys.readouterr().err
+    training = ["--threat", "table:rules.yaml,goal=targeted:no", "--recipe", "pgd", "-o", "hard/"]
+    assert run(["harden", "model.py:net", *ARGUMENTS, *training]) == 2
+    assert "give the number of the class" in capsys.readouterr().err
+
+
+def test_doctor_checks_a_model_with_categories_by_rules(capsys):
+    drafted()
+    assert run(["doctor", "model.py:make", *ARGUMENTS, "--threat", "table:rules.yaml"]) == 0
+    assert "accuracy is 100.0%" in capsys.readouterr().out
+
+
 def test_a_network_is_assessed_and_hardened_by_rules():
     drafted(age={"change": "none"})
     frame = pd.read_csv("payments.csv").fillna({"age": 1})

@@ -14,8 +14,13 @@ from torch import nn
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import HoldfastError
+from holdfast.core.text_edits import TextEdits
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.memory import as_data
 from holdfast.io.models.estimators import contents
 from holdfast.io.models.text_models import adapted_text_model
+from holdfast.io.models.transformers_folders import TokenisedTexts
+from holdfast.io.models.unknown_words import unknown_notes
 
 sklearn = pytest.importorskip("sklearn")
 
@@ -212,6 +217,32 @@ def test_edited_words_that_a_vectoriser_does_not_know_are_noted(threat, noted):
     notes = holdfast.assess(model(), (TEXTS, LABELS), threat=threat).summary()["notes"]
     found = [note for note in notes if "the model does not know" in note]
     assert len(found) == noted and all("'nice'" in note and "% of the words" in note for note in found)
+
+
+@pytest.mark.parametrize(("unknown_id", "noted"), [(1, True), (None, False)])
+def test_edited_words_that_a_tokenizer_maps_to_its_unknown_token_are_noted(unknown_id, noted):
+    class Tokenizer:
+        unk_token_id = unknown_id
+
+        def __call__(self, word, *, add_special_tokens):
+            assert not add_special_tokens
+            return {"input_ids": [2 if word.isascii() else 1]}
+
+    model = SimpleNamespace(net=TokenisedTexts(None, Tokenizer(), 10, ""))
+    edits = TextEdits(1, 1)
+    data = as_data((TEXTS, [0, 0, 1, 1, 1]), expected=Expected(edits=edits, lenient=True))
+    notes = unknown_notes(model, data, edits)
+    assert len(notes) == noted
+    assert all("words it knows, such as" in note and "'\\u" in note for note in notes)
+
+
+def test_doctor_checks_a_model_of_texts_without_the_range_of_its_code_points(capsys):
+    assert (
+        run(["doctor", "spam.py:make", "sms.csv", "--label", "label", "--x", "text", "--threat", EDITS]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "accuracy is 100.0%" in printed
+    assert "range" not in printed and "scale" not in printed
 
 
 BAD = [

@@ -126,6 +126,7 @@ REFUSED = [
     ("threat: l0:infpx", "must be whole"),
     ("threat: 'linf:0.1,queries=\u00b2'", "queries is '\u00b2'; expected a whole number of at least 1"),
     ("threat: 'linf:0.1,goal=targeted:\u0663'", "expected untargeted or targeted:K"),
+    ("threat: 'linf:0.1,goal=targeted: '", "expected untargeted or targeted:K"),
     (f"threat: 'linf:0.1,queries={'9' * 5000}'", "expected a whole number of at least 1"),
 ]
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.api.expecting import with_found_properties
+from holdfast.api.expecting import with_found_properties, with_numbered_goal
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import assess_request, baseline_evidence, listed_attacks, prover
 from holdfast.api.pooled import pool_of
@@ -55,7 +55,7 @@ def measured(
     with gradients(), journaled(folder, resume=resume, keep=settings.keep_answers):
         subject, data, surrogates = settings.open()
         request = replace(
-            _request(settings, subject, surrogates, baseline),
+            _request(settings, (subject, data, surrogates), baseline),
             attackers=_attackers(settings),
             command=command,
         )
@@ -71,7 +71,7 @@ def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:
         return _estimated_rows(settings, baseline)
     with gradients():
         subject, data, surrogates = settings.open()
-        request = _request(settings, subject, surrogates, baseline)
+        request = _request(settings, (subject, data, surrogates), baseline)
         examples = selected(data, n=min(_TRIED, len(data)), sample=None, seed=settings.seed)
         result = assess(subject, examples, replace(request, gates=(), workers=None, ray=None))
     cost, factor = result.cost, len(data) / len(examples)
@@ -93,7 +93,7 @@ def _estimated_rows(settings: Assess | Certify, baseline: Evidence | None) -> Re
     surrogates = open_surrogates(settings, subject.model)
     data = open_examples(settings, subject.model)
     subject = with_found_properties(subject, surrogates, data)
-    return rehearsed(subject, data, _request(settings, subject, surrogates, baseline), sent)
+    return rehearsed(subject, data, _request(settings, (subject, data, surrogates), baseline), sent)
 
 
 def opened(settings: Assess | Certify) -> Opened:
@@ -119,13 +119,14 @@ def _statistical(settings: Assess | Certify) -> StatisticalProver | None:
 
 def _request(
     settings: Assess | Certify,
-    subject: Subject,
-    surrogates: tuple[Subject, ...],
+    opened: Opened,
     baseline: Evidence | None,
 ) -> AssessRequest:
     """Return the request of an assessment of the opened model and surrogates. It does not contain the measurement
     of attackers of a rotation pool.
     """
+    subject, data, surrogates = opened
+    settings = with_numbered_goal(settings, subject.model, data)
     request = assess_request(
         settings,
         baseline=baseline,

@@ -3,7 +3,7 @@ way as an assessment.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from holdfast.api.expecting import with_numbered_goal
 from holdfast.api.plans import SuiteLike, assess_request, members_given
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
@@ -40,8 +41,6 @@ from holdfast.settings.threats_and_attacks import ThreatLike, threat_model, thre
 
 Array = Tensor | NDArray[Any]
 """Type of the results: a tensor if the inputs were a tensor, a loader or an address, else a numpy array."""
-_LISTED = 20
-"""Largest number of classes that an error message lists."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,7 @@ def attack(
         constraint = threat_model(parse_threat(settings.threat)).constraint
         settings = settings.model_copy(update={"suite": members_given(attack, constraint, "attack")})
     subject, examples, opened = settings.open()
-    if class_name is not None:
-        names = settings.class_names or subject.model.class_names or examples.classes or ()
-        text = _threat(settings.threat, _class_called(class_name, names), None)
-        settings = settings.model_copy(update={"threat": text})
+    settings = with_numbered_goal(settings, subject.model, examples, class_name)
     device_of_run = device_of_model(settings, subject)
     request = assess_request(settings, device=device_of_run, target=subject.model.access)
     plan = replace(request.plan, alone=True, attacked=False)
@@ -185,21 +181,6 @@ def _with_settings(attack: SuiteLike, settings: Mapping[str, Any]) -> SuiteLike:
     )
 
 
-def _class_called(name: str, names: Sequence[str]) -> int:
-    """Return the number of the class called `name`.
-
-    Raises `UsageError` if there is none; its message lists classes with their numbers.
-    """
-    if name in names:
-        return list(names).index(name)
-    listed = ", ".join(f"{k} ({class_name})" for k, class_name in enumerate(names[:_LISTED]))
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    listed = f"expected one of {listed}{more}" if names else "this model has no names for its classes"
-    raise UsageError(
-        f"goal is {name!r}, which is not the name of a class; {listed}; give the number of a class, as in goal=3"
-    )
-
-
 def _inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
     """Return the inputs as they were given, and the data in a type that `assess` accepts."""
     if isinstance(x, tuple) and len(x) == 2 and y is None:
@@ -225,7 +206,7 @@ def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> 
     text = threat_written(threat, "attack(): threat")
     spec = parse_threat(text)
     if goal is not None:
-        if spec.goal is not None:
+        if spec.goal is not None or spec.goal_name:
             raise UsageError(f"the goal is {goal!r}, and the threat {text} has one; leave one of them out")
         text += f",goal={goal if isinstance(goal, str) else _target(goal)}"
     if queries is not None:

@@ -1,38 +1,31 @@
 """Opens what an audit of membership needs, and runs it: the model, both data sets, and the training of networks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from holdfast.api import expecting, resolve
 from holdfast.api.audited_trainings import Training, open_any_training, trained_like
 from holdfast.api.plans import device_of
+from holdfast.api.reference_networks import FUNCTION_TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditMembership, composed
 from holdfast.audits.audit import AuditRequest, AuditResult, audited
 from holdfast.audits.finding import Finding
 from holdfast.audits.membership import rates
-from holdfast.audits.membership.audit import Train, membership_finding, steps
-from holdfast.audits.membership.controls import are_labels, first_copies, refuse_shared
+from holdfast.audits.membership.audit import membership_finding, steps
+from holdfast.audits.membership.controls import first_copies, refuse_shared
 from holdfast.audits.membership.how import MembershipAudit
-from holdfast.audits.membership.references import (
-    ReferenceTraining,
-    Signals,
-    joined,
-    signals_of,
-    trained_signals,
-)
+from holdfast.audits.membership.references import ReferenceTraining
 from holdfast.audits.membership.report import METRIC, METRIC_FPR
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.rotation.collecting import with_fresh_weights
+from holdfast.runs.assess.executors import executor_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
 from holdfast.runs.engine.progress import Notify, Progress
@@ -64,6 +57,13 @@ def membership_audited(
 ) -> AuditResult:
     """Open the model and the data of an audit of membership, and take its steps."""
     networks = _networks(settings)
+    settings.refuse_unusable_cluster(settings.workers, settings.model)
+    if settings.workers is not None and not networks:
+        raise UsageError(
+            f"workers is {settings.workers}, which share the training of networks, and none are trained",
+            Remedy("references", _NETWORKS),
+            Remedy("workers"),
+        )
     training = None if settings.train is None else open_any_training(settings.train)
     with journaled(folder, resume=resume, keep=settings.keep_answers):
         opened = _opened(settings)
@@ -89,8 +89,12 @@ def membership_audited(
             opened.members,
             opened.names.pop("groups", {}),
         )
+        if training is not None:
+            how = replace(how, together=FUNCTION_TOGETHER)
+        elif networks:
+            refuse_untrainable(model)
+            how = replace(how, epochs=settings.epochs)
         _refuse_too_few(settings, how)
-        train = _training(settings, training, model, how) if networks else None
         request = _request(settings, opened, how, training, str(device), command)
         for note in request.notes:
             notify(note)
@@ -98,14 +102,19 @@ def membership_audited(
         def audit(run: Run) -> Finding:
             attach(served)
             notes = () if training is None else _seed_notes(run, training, model, how)
-            query = None if how.members is None else partial(_queried, model)
-            finding = membership_finding(run, how, train, query, notes)
+            query = None if how.members is None else partial(queried, model)
+            finding = membership_finding(run, how, query, notes)
             if served is None:
                 return finding
             finish(served)
             return replace(finding, facts={**finding.facts, "rows_sent": served.sent.totals.rows.total()})
 
-        return audited(request, audit, folder, resume=resume, progress=progress)
+        work = NetworkTraining(model, how, training, ReferenceTraining(settings.epochs), str(device))
+        if settings.workers is not None:
+            work = work.in_memory()
+        options = settings.ray_options(str(device))
+        with executor_of(work, settings.workers, options, str(device), notify) as executor:
+            return audited(request, audit, folder, resume=resume, progress=progress, executor=executor)
 
 
 def _networks(settings: AuditMembership) -> int:
@@ -222,49 +231,8 @@ def _request(
         device,
         command,
         opened.notes,
+        how.shards,
     )
-
-
-def _queried(model: Classifier, batch: Batch) -> tuple[Signals, bool]:
-    """What the model says about examples, in pieces; a server limits the rows of its requests itself."""
-    with torch.no_grad():
-        logits = torch.cat([model(piece.x) for piece in batch.split(256)])
-    if (largest := int(batch.y.max())) >= logits.shape[1]:
-        raise UsageError(
-            f"the data have the label {largest}, and the model has {logits.shape[1]} classes; expected labels from 0 "
-            f"to {logits.shape[1] - 1}"
-        )
-    return signals_of(logits, batch.y), model.access == "labels" or are_labels(logits)
-
-
-def _training(
-    settings: AuditMembership, training: Training | None, model: Classifier, how: MembershipAudit
-) -> Train:
-    """Return the function that trains networks of the audit: that of the user, or the default training."""
-    rng = how.rng.at("network")
-    if training is not None:
-
-        def called(networks: Sequence[int], inside: Tensor) -> Signals:
-            results = []
-            for network, mask in zip(networks, inside, strict=True):
-                part = how.examples.take(mask)
-                trained = trained_like(training, model, part.x, part.y, how.seed * 100_000 + network)
-                results.append(_queried(trained, how.examples)[0])
-            return joined(results)
-
-        return called
-    refuse_untrainable(model)
-
-    def trained_here(networks: Sequence[int], inside: Tensor) -> Signals:
-        draws = [rng.at(network) for network in networks]
-        fresh = [with_fresh_weights(model, each.at("begin"), "own").net for each in draws]
-        nets = [net for net in fresh if isinstance(net, nn.Module)]
-        x = model.preprocess(how.examples.x)
-        return trained_signals(
-            nets, x, how.examples.y, inside, ReferenceTraining(settings.epochs), draws, model.output
-        )
-
-    return trained_here
 
 
 def _seed_notes(run: Run, training: Training, model: Classifier, how: MembershipAudit) -> tuple[str, ...]:

@@ -5,11 +5,11 @@ properties that are not declared.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from holdfast.api.verb_settings import Opening, group_of
+from holdfast.api.verb_settings import Assess, Certify, Opening, group_of
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -28,6 +28,9 @@ from holdfast.settings.values import numbers_by_feature
 if TYPE_CHECKING:
     from holdfast.core.tables.table import Table
     from holdfast.core.text_edits import TextEdits
+
+T = TypeVar("T", bound=Assess | Certify)
+_LISTED = 20  # classes in an error message
 
 
 def declared(settings: Opening) -> Declared:
@@ -267,6 +270,26 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
     notes = (*settle_predictions(model, data), *settle_gradients(model, data))
     card = {**subject.card, "access": model.access} if notes else subject.card
     return replace(subject, card=card, notes=(*subject.notes, *notes))
+
+
+def with_numbered_goal(settings: T, model: Classifier, data: Data, name: str | None = None) -> T:
+    """Return the settings with the number of the target class in the threat, if it or `name` states the class by name.
+
+    Raises `UsageError` if there is no class with this name; its message lists classes with their numbers.
+    """
+    name = name or parse_threat(settings.threat).goal_name
+    if not name:
+        return settings
+    names = settings.class_names or model.class_names or data.classes or ()
+    if name not in names:
+        listed = ", ".join(f"{k} ({class_name})" for k, class_name in enumerate(names[:_LISTED]))
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        listed = f"expected one of {listed}{more}" if names else "this model has no names for its classes"
+        raise UsageError(
+            f"goal is {name!r}, which is not the name of a class; {listed}; give the number of a class, as in goal=3"
+        )
+    threat = f"{settings.threat},goal=targeted:{list(names).index(name)}"
+    return cast("T", settings.model_copy(update={"threat": threat}))
 
 
 def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:

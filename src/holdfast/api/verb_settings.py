@@ -183,9 +183,10 @@ class Doctor(
     groups.InferenceSource,
     groups.Members,
     groups.ModelSource,
+    groups.ThreatSource,
     VerbSettings,
 ):
-    """All settings of the command `holdfast doctor`."""
+    """All settings of the command `holdfast doctor`. Of the threat, only rules of a table and edits of texts matter."""
 
     verb = "doctor"
 
@@ -200,12 +201,13 @@ class Doctor(
 
     def run(self) -> "Checkup":
         """Check the model and the data for common mistakes, and return the findings."""
+        from holdfast.api.expecting import edits_of
         from holdfast.api.grad_mode import gradients
         from holdfast.io.doctor import Checkup, examine
 
         with gradients():
             subject, data = self.open()
-            return Checkup(examine(subject.model, data))
+            return Checkup(examine(subject.model, data, texts=edits_of(self) is not None))
 
 
 class Calibrate(
@@ -523,6 +525,7 @@ class AuditMembership(
     groups.ServerLimits,
     groups.InferenceSource,
     groups.ExampleGroups,
+    placing.ClusterSettings,
     audit_settings.MembershipOptions,
     AuditVerb,
 ):

@@ -18,6 +18,7 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Verdict, exit_code, judged_estimate, overall
 from holdfast.reports import audit as reported
 from holdfast.reports.numbers import strict
+from holdfast.runs.engine.executor import Executor, Inline
 from holdfast.runs.engine.identity import code_digest, hardware, versions
 from holdfast.runs.engine.progress import Progress, silent
 from holdfast.runs.engine.resuming import way_out
@@ -65,6 +66,8 @@ class AuditRequest:
     command: str = ""
     notes: Sequence[str] = ()
     """notes on the model and the data"""
+    shards: Sequence[tuple[int, int]] = ()
+    """for each shard of the stages that are divided into shards, its first item and the item after its last one"""
 
     def manifest(self) -> Json:
         """Return the content of `run.json`."""
@@ -84,7 +87,11 @@ class AuditRequest:
             "versions": versions(),
             "hardware": hardware(torch.device(self.device)),
             "seed": self.seed,
-            "plan": {"stages": [*self.steps, FINDING], "batch_size": 1, "shards": []},
+            "plan": {
+                "stages": [*self.steps, FINDING],
+                "batch_size": 1,
+                "shards": [list(shard) for shard in self.shards],
+            },
         }
 
 
@@ -150,23 +157,25 @@ def audited(
     *,
     resume: bool = False,
     progress: Progress = silent,
+    executor: Executor | None = None,
 ) -> AuditResult:
     """Run an audit, and return its result.
 
     `audit` takes its slow steps with `Run.stage`, `Run.step` and `Run.document`, so that a stopped audit is resumed in
-    its `folder`. Without `folder` nothing is stored.
+    its `folder`, and with `Run.sharded_stage`, whose shards `executor` measures. Without `folder` nothing is stored.
     """
     manifest, stages = request.manifest(), (*request.steps, FINDING)
+    work = Inline() if executor is None else executor
     with ExitStack() as stack:
         if folder is None:
-            run = Run(stages, MemoryStore(), progress=progress)
+            run = Run(stages, MemoryStore(), work, tuple(request.shards), progress=progress)
             about: Mapping[str, Any] = about_run(request.command)
         else:
             stopper = stack.enter_context(stoppable(way_out(request.command, folder)))
             store = stack.enter_context(
                 open_run_folder(folder, manifest, about_run(request.command), resume=resume)
             )
-            run = Run(stages, store, stopper=stopper, progress=progress)
+            run = Run(stages, store, work, tuple(request.shards), stopper=stopper, progress=progress)
             about = read_about(folder)
         finding = run.document(FINDING, lambda: audit(run).to_json())
         gates = judged(request.kind, finding, request.gates)

@@ -74,7 +74,7 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
         if isinstance(settings, Harden):
             refuse_logs_of_config(settings, flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, Assess | Certify | Harden):
+    if isinstance(settings, Assess | Certify | Harden | AuditMembership):
         settings.refuse_unusable_cluster(settings.workers, settings.model)
     if isinstance(settings, Assess | Certify):
         refuse_reports(settings.output)

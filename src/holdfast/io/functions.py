@@ -3,6 +3,7 @@ objects. They are identified by a name and a digest.
 """
 
 import hashlib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,21 @@ class FileFunction:
     digest: str
     """SHA-256 of the file, in hex"""
     function: Callable[..., Any]
+    module: str
+    """name of the module of the file"""
 
     def __call__(self, *arguments: object) -> Any:
         """Return the result of the function."""
         return self.function(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the function by its name, because pickle refuses one whose file was imported again later."""
+        return _of_module, (self.address, self.digest, self.module)
+
+
+def _of_module(address: str, digest: str, module: str) -> FileFunction:
+    function = getattr(importlib.import_module(module), address.rpartition(":")[2])
+    return FileFunction(address, digest, function, module)
 
 
 def function_from_file(address: str) -> FileFunction:
@@ -46,7 +58,7 @@ def function_from_file(address: str) -> FileFunction:
     function = vars(module)[name]
     if not callable(function):
         raise UsageError(f"{name} in {str(path)!r} is {kind_of(function)}; a function was expected")
-    return FileFunction(f"{path.name}:{name}", hashlib.sha256(content).hexdigest(), function)
+    return FileFunction(f"{path.name}:{name}", hashlib.sha256(content).hexdigest(), function, module.__name__)
 
 
 def function_name(function: Callable[..., Any]) -> str:

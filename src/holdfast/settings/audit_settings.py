@@ -105,6 +105,9 @@ class MembershipOptions(TrainingFunctionSource, AuditOptions):
     epochs: Annotated[values.Positive, Flag("N")] = Field(
         default=30, description="Epochs of the training of networks without a function --train (default: 30)."
     )
+    workers: Annotated[values.Positive | None, Flag("N", identifies=False)] = Field(
+        default=None, description="Number of processes that train networks, each with one thread."
+    )
     fpr: Annotated[float, Gt(0), Lt(1), Flag("X")] = Field(
         default=0.01,
         description="False-positive rate of the attacker at which members are found (default: 0.01).",

@@ -92,9 +92,10 @@ def refuse_uncertifiable(threat: str) -> None:
             f"the threat is {threat}, and under eps 0 there is nothing to prove",
             Remedy("threat", f"{spec.norm}:0.1"),
         )
-    if spec.goal is not None:
+    if spec.goal is not None or spec.goal_name:
+        goal = spec.goal_name or spec.goal
         raise UsageError(
-            f"the threat is {threat}, and a proof is about every wrong class; leave goal=targeted:{spec.goal} out"
+            f"the threat is {threat}, and a proof is about every wrong class; leave goal=targeted:{goal} out"
         )
 
 

@@ -91,6 +91,8 @@ class ThreatSpec:
     arguments: Mapping[str, Argument] = field(default_factory=lambda: MappingProxyType({}))
     """arguments of the class of its constraint"""
     goal: int | None = None
+    goal_name: str = ""
+    """name of the target class, if its number is known from the data only"""
     access: Sees = "gradients"
     queries: int | None = None
     unit: str = ""
@@ -422,14 +424,16 @@ def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
                 "of at least 1, as in queries=1000"
             )
         return replace(spec, queries=int(value))
-    aimed = re.fullmatch(r"targeted:([0-9]{1,18})", value)
+    aimed = re.fullmatch(r"targeted:(?:([0-9]{1,18})|(.*[^\d\s].*))", value)
     if value == "untargeted":
-        return replace(spec, goal=None)
+        return replace(spec, goal=None, goal_name="")
     if not FORMS[spec.norm].aimed:
         raise UsageError(f"{_AIMLESS[spec.norm]} have no target class; leave {text!r} out")
     if aimed is None:
-        raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
-    return replace(spec, goal=int(aimed[1]))
+        raise UsageError(
+            f"the goal is {value!r}; expected untargeted or targeted:K with the number or the name K of a class"
+        )
+    return replace(spec, goal=int(aimed[1]) if aimed[1] else None, goal_name=aimed[2] or "")
 
 
 def _size_written(constraint: Any) -> str:

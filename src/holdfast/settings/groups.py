@@ -366,8 +366,16 @@ class ThreatSource(SettingGroup):
     )
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for a threat on texts in an adaptation or a rotation."""
-        if self.verb in ("adapt", "rotate") and parse_threat(self.threat).norm == "text":
+        """Raise `UsageError` for a threat on texts in an adaptation or a rotation, and for the name of a target class
+        outside of an assessment.
+        """
+        spec = parse_threat(self.threat)
+        if spec.goal_name and self.verb not in ("assess", "certify"):
+            raise UsageError(
+                f"{prefix}the threat is {self.threat}, and names of classes are looked up by assess only; give the "
+                "number of the class, as in goal=targeted:0"
+            )
+        if self.verb in ("adapt", "rotate") and spec.norm == "text":
             raise UsageError(
                 f"{prefix}the threat is {self.threat}, and {self.verb} is not available for texts; assess measures a "
                 "model of texts"

@@ -4,7 +4,7 @@ A training procedure is audited on networks that are trained on random halves of
 in turn. A given model is audited on its training examples and on others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,18 +17,15 @@ from holdfast.audits.membership.how import MembershipAudit
 from holdfast.audits.membership.references import Signals, halves, others
 from holdfast.audits.membership.report import Results, finding_of
 from holdfast.core.batch import Batch
+from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask, PerExample
-from holdfast.runs.engine.run import Run
+from holdfast.runs.engine.run import Run, Shards
 
-TOGETHER = 16
-"""number of reference networks that are trained in one step of a run"""
 PIECE = 1000
 """number of examples that the model is queried on in one step of a run"""
-SCORES = "scores"
-"""name of the stage with the score of each example"""
+NETWORKS, SCORES = "networks", "scores"
+"""names of the stages with what each reference network says about the examples, and with the score of each example"""
 
-Train = Callable[[Sequence[int], Tensor], Signals]
-"""function `train(networks, inside)` that trains networks and returns what they say about all examples"""
 Query = Callable[[Batch], tuple[Signals, bool]]
 """function that returns what the model says about examples, and whether it gives labels only"""
 
@@ -36,16 +33,11 @@ Query = Callable[[Batch], tuple[Signals, bool]]
 def steps(how: MembershipAudit) -> tuple[str, ...]:
     """Return the names of the stages in their order."""
     queried = [] if how.members is None else [_queries(at) for at in range(0, len(how.examples), PIECE)]
-    trained = [_training(first) for first in range(0, how.networks, TOGETHER)]
-    return (*queried, *trained, SCORES)
+    return (*queried, *([NETWORKS] if how.networks else []), SCORES)
 
 
 def _queries(first: int) -> str:
     return f"answers-{first}"
-
-
-def _training(first: int) -> str:
-    return f"networks-{first}"
 
 
 @dataclass(frozen=True)
@@ -88,13 +80,14 @@ class Measured:
 
 
 def membership_finding(
-    run: Run, how: MembershipAudit, train: Train | None, query: Query | None, notes: Sequence[str] = ()
+    run: Run, how: MembershipAudit, query: Query | None, notes: Sequence[str] = ()
 ) -> Finding:
-    """Take the steps of the audit, and return its finding. `notes` are sentences about the reference networks.
+    """Take the steps of the audit, and return its finding. `notes` are sentences about the reference networks, which
+    the executor of the run trains, in shards of network numbers.
 
     Without `query` a training procedure is audited, otherwise the model that answers.
     """
-    found = _of_procedure(run, how, train) if query is None else _of_model(run, how, train, query)
+    found = _of_procedure(run, how) if query is None else _of_model(run, how, query)
     scored = [case.scores(labels=found.labels) for case in found.cases]
     members = [case.member for case in found.cases]
     headline = [next(iter(each.values())) for each in scored]
@@ -124,10 +117,9 @@ def membership_finding(
     )
 
 
-def _of_procedure(run: Run, how: MembershipAudit, train: Train | None) -> Measured:
+def _of_procedure(run: Run, how: MembershipAudit) -> Measured:
     """Every network is a target, compared with the others but that of the complementary half."""
-    assert train is not None
-    signals = _trained(run, how, train)
+    signals = _trained(run, how)
 
     def cases(inside: Tensor) -> list[Case]:
         return [
@@ -144,14 +136,14 @@ def _of_procedure(run: Run, how: MembershipAudit, train: Train | None) -> Measur
     return Measured(cases(how.inside()), cases(how.null()))
 
 
-def _of_model(run: Run, how: MembershipAudit, train: Train | None, query: Query) -> Measured:
+def _of_model(run: Run, how: MembershipAudit, query: Query) -> Measured:
     parts = []
     for first in range(0, len(how.examples), PIECE):
         rows = torch.arange(first, min(first + PIECE, len(how.examples)))
         parts.append(run.stage(_queries(first), partial(_answers, query, how.examples, rows)).columns)
     phi, right = (torch.cat([part[name] for part in parts]) for name in ("phi", "right"))
     labels = all(bool(part["labels"].all()) for part in parts)
-    references = _trained(run, how, train) if train is not None else None
+    references = _trained(run, how) if how.networks else None
     case = Case(phi, right == 1, how.member, references, None if references is None else how.inside())
     nobody = halves(how.places, 2, how.rng.at("null target"))[0]
     null = replace(case, member=nobody, inside=None if references is None else how.null())
@@ -168,20 +160,26 @@ def _answers(query: Query, examples: Batch, rows: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _trained(run: Run, how: MembershipAudit, train: Train) -> Signals:
-    """Signals of the reference networks, which are trained in steps that are stored."""
-    inside, phis, rights = how.inside(), [], []
-    for first in range(0, how.networks, TOGETHER):
-        networks = range(first, min(first + TOGETHER, how.networks))
+def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
+    """Return the columns of a shard: what its networks say about all examples."""
+    return {"id": torch.tensor(networks), "phi": signals.phi, "right": signals.right.long()}
 
-        def measured(networks: Sequence[int] = networks) -> dict[str, Tensor]:
-            signals = train(networks, inside[list(networks)])
-            return {"id": how.places, "phi": signals.phi.T.contiguous(), "right": signals.right.T.long()}
 
-        columns = run.stage(_training(first), measured).columns
-        phis.append(columns["phi"].T)
-        rights.append(columns["right"].T == 1)
-    return Signals(torch.cat(phis), torch.cat(rights))
+def _trained(run: Run, how: MembershipAudit) -> Signals:
+    """Signals of the reference networks, which are trained in shards that are stored."""
+
+    def report(done: Mapping[int, Columns], epochs: int) -> None:
+        finished = how.epochs * sum(len(columns["id"]) for columns in done.values())
+        run.report(NETWORKS, finished + epochs, how.epochs * how.networks, 0, 0)
+
+    def joined(parts: Sequence[Columns]) -> Columns:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def shards() -> Shards:
+        return Shards(lambda shard: None, run.shards.__getitem__, joined, report, timed=False)
+
+    columns = run.sharded_stage(NETWORKS, shards).columns
+    return Signals(columns["phi"], columns["right"] == 1)
 
 
 def _per_example(

@@ -26,11 +26,21 @@ class MembershipAudit:
     """number of the first examples, those that the model was trained on; None if a training procedure is audited"""
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     """members of each group, by name, as a mask of the examples"""
+    together: int = 8
+    """number of networks that one shard trains; an even number"""
+    epochs: int = 1
+    """number of times that progress is reported for each network"""
 
     @property
     def rng(self) -> Draws:
         """Random numbers of the audit."""
         return Draws(self.seed).at("membership")
+
+    @property
+    def shards(self) -> tuple[tuple[int, int], ...]:
+        """For each shard, its first network and the network after its last one."""
+        firsts = range(0, self.networks, self.together)
+        return tuple((first, min(first + self.together, self.networks)) for first in firsts)
 
     @property
     def member(self) -> Mask:

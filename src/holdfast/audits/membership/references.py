@@ -85,12 +85,19 @@ def trained_signals(
     how: ReferenceTraining,
     rng: Sequence[Draws],
     output: OutputKind | None = None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> Signals:
-    """Train each network on its examples in the mask `inside` (networks, n), and return what they say about all `x`."""
+    """Train each network on its examples in the mask `inside` (networks, n), and return what they say about all `x`.
+
+    `progress` is called with the number of networks that are trained at once, after each of their epochs.
+    """
     if batched(nets, x):
-        return _fitted(list(nets), x, y, inside, how, rng, output)
+        return _fitted(list(nets), x, y, inside, how, rng, output, progress)
     return joined(
-        [_fitted([net], x, y, inside[k : k + 1], how, rng[k : k + 1], output) for k, net in enumerate(nets)]
+        [
+            _fitted([net], x, y, inside[k : k + 1], how, rng[k : k + 1], output, progress)
+            for k, net in enumerate(nets)
+        ]
     )
 
 
@@ -120,18 +127,24 @@ def _fitted(
     how: ReferenceTraining,
     rng: Sequence[Draws],
     output: OutputKind | None,
+    progress: Callable[[int], None],
 ) -> Signals:
     for net in nets:
         net.train()
     forward, parameters = _together(nets) if len(nets) > 1 else _alone(nets[0])
     optimizer = torch.optim.Adam(parameters, lr=how.lr, fused=True)
+    finished = 0
     with torch.enable_grad():
-        for rows in _batches(inside, how, rng, x.device):
+        for epoch, rows in _batches(inside, how, rng, x.device):
+            if epoch > finished:
+                finished = epoch
+                progress(len(nets))
             logits = of_classes(forward(x[rows]).flatten(0, 1), output)
             loss = cross_entropy(logits, y[rows].flatten(), reduction="sum") / rows.shape[1]
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+    progress(len(nets))
     for net in nets:
         net.eval()
     scores, right = [], []
@@ -147,8 +160,10 @@ def _fitted(
 
 def _batches(
     inside: Tensor, how: ReferenceTraining, rng: Sequence[Draws], device: torch.device
-) -> Iterator[Tensor]:
-    """Positions (networks, batch) of the examples of each update. Networks have equally many examples, up to one."""
+) -> Iterator[tuple[int, Tensor]]:
+    """Epoch of each update, and the positions (networks, batch) of its examples. Networks have equally many examples,
+    up to one.
+    """
     members = [mask.nonzero()[:, 0] for mask in inside]
     n = min(map(len, members))
     size = min(how.batch, n)
@@ -159,7 +174,7 @@ def _batches(
         ]
         shuffled = torch.stack([order[:n] for order in orders]).to(device)
         for start in range(0, n - size + 1, size):
-            yield shuffled[:, start : start + size]
+            yield epoch, shuffled[:, start : start + size]
 
 
 Forward = Callable[[Tensor], Tensor]

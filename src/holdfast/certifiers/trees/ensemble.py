@@ -58,6 +58,8 @@ class Ensemble:
     """data type in which the library adds the leaves"""
     divisor: float = 1.0
     """number by which the library divides the sums, such as the number of trees of a forest"""
+    slack: float = 0.0
+    """difference between a lead and that of the library that the comparison of both accepted beyond rounding errors"""
 
     @property
     def classes(self) -> int:
@@ -87,7 +89,7 @@ class Ensemble:
         """Lower bound of the difference of two scores that are not equal, if the library adds the leaves without
         rounding because they are whole numbers, or because there is one tree; 0 otherwise.
         """
-        if self.base.any():
+        if self.base.any() or self.slack:
             return 0.0
         if (self.value == np.round(self.value)).all():
             return 1.0
@@ -130,11 +132,14 @@ class Ensemble:
             return (scores[:, 0] > 0).astype(np.int64)
         return np.asarray(scores.argmax(1), dtype=np.int64)
 
-    @cached_property
+    @property
     def rounding(self) -> float:
         """Bound of the difference between a lead of one class over another and that which the library computes."""
-        if self.smallest_difference:
-            return 0.0
+        return 0.0 if self.smallest_difference else self.rounding_of_sums + self.slack
+
+    @cached_property
+    def rounding_of_sums(self) -> float:
+        """Bound of the rounding errors of a lead, if it is a sum of numbers that are not whole."""
         largest = np.maximum.reduceat(np.abs(self.value).max(1), self.roots)
         size = 2 * (float(np.abs(self.base).max()) + float(largest.sum()))
         return 2 * (len(self.roots) + 4) * (_UNIT[self.sums] + _UNIT["float64"]) * size + 1e-12

@@ -125,8 +125,10 @@ def inner_values(model: Classifier) -> tuple[Tensor, ...]:
 
 
 def refuse_other(tree_model: TreeModel, rows: NDArray[Any]) -> TreeModel:
-    """Return the tree model with its base score. Raises `NoBounds` if its scores differ from those of the library, on
-    the rows (n, features) of the ensemble or next to thresholds.
+    """Return the tree model with its base score, and with the difference from the library that was accepted as `slack`.
+
+    Raises `NoBounds` if its scores differ from those of the library, on the rows (n, features) of the ensemble or next
+    to thresholds.
     """
     ensemble = tree_model.ensemble
     rows = np.concatenate((rows, _next_to_thresholds(ensemble, rows)))
@@ -136,9 +138,15 @@ def refuse_other(tree_model: TreeModel, rows: NDArray[Any]) -> TreeModel:
         if tree_model.shifted:
             base = np.median(given - computed, axis=0)
             ensemble, computed = replace(ensemble, base=base), computed + base
-        tolerance = ensemble.rounding / ensemble.divisor + 1e-6 * (1 + np.abs(given).max())
-        if (np.abs(computed - given) <= tolerance).all():
-            return replace(tree_model, ensemble=ensemble)
+        difference = float(np.abs(computed - given).max())
+        rounding = ensemble.rounding_of_sums / ensemble.divisor
+        accepted = rounding + 1e-6 * (1 + float(np.abs(given).max()))
+        if difference <= rounding:  # a base score that was computed has a rounding error as well
+            exact = not tree_model.shifted or (ensemble.smallest_difference > 0 and difference == 0)
+            slack = 0.0 if exact else ensemble.rounding_of_sums
+            return replace(tree_model, ensemble=replace(ensemble, slack=slack))
+        if difference <= accepted:  # each of the two scores of a lead may differ by this
+            return replace(tree_model, ensemble=replace(ensemble, slack=2 * accepted * ensemble.divisor))
     raise NoBounds(
         f"the trees that were read give other scores than the model on {len(rows)} rows, as those of a model with an "
         f"initial estimator or weights of trees do; {_ACCEPTED}"

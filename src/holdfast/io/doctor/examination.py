@@ -37,9 +37,9 @@ from holdfast.io.doctor.served_checks import examine_served
 from holdfast.io.remote.probing import settle_output, settle_predictions
 
 
-def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
+def examine(model: Classifier, data: Data, *, texts: bool = False) -> tuple[Finding, ...]:
     """Run all checks of `holdfast doctor` on a model and a data set, and return their findings. The train or eval mode
-    of the model is restored.
+    of the model is restored. The values of `texts` are code points, whose range is not checked.
 
     At most 64 rows are sent to a served model; this number includes the rows that were sent when the data were opened,
     if those were counted. Raises `TargetError` if the model can be run on the data neither in this layout nor with the
@@ -59,7 +59,11 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             unclear = tuple(_unclear_output(model, data))
             differs = tuple(_predictions(model, data))
             strange = tuple(strange_classes(data))
-            findings = () if unclear else without_estimates(_findings(model, batch, left_in_training, data))
+            findings = (
+                ()
+                if unclear
+                else without_estimates(_findings(model, batch, left_in_training, data, texts=texts))
+            )
             if strange:  # these findings already explain wrong labels
                 findings = tuple(finding for finding in findings if finding.check != "labels")
             return (*strange, *unclear, *differs, *findings)
@@ -110,7 +114,7 @@ def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
 
 
 def _findings(
-    model: Classifier, batch: Batch, left_in_training: tuple[str, ...], data: Data
+    model: Classifier, batch: Batch, left_in_training: tuple[str, ...], data: Data, *, texts: bool
 ) -> Iterator[Finding]:
     wrong_layout = _layout(model, batch)
     if wrong_layout is not None:
@@ -121,13 +125,16 @@ def _findings(
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in its code instead of x -= mean")
     classes = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
     ends = range_of_labels(data, batch)
-    yield from (*range_of_values(model, batch.x, data), *labels_outside(*ends, classes, remote=model.remote))
+    if not texts:
+        yield from range_of_values(model, batch.x, data)
+    yield from labels_outside(*ends, classes, remote=model.remote)
     y, rows = known_labels(batch.y, classes, ends)
     batch = Batch(moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
     logits, names = outputs_of(model, batch.x), names_of_labels(data)
     examined = Examined(model, batch, left_in_training, logits, SAMPLE, names=names)
     for check in _CHECKS:
-        yield from check(examined)
+        if check is not units or not texts:
+            yield from check(examined)
 
 
 def _layout(model: Classifier, batch: Batch) -> Finding | None:

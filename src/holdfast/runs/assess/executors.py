@@ -10,13 +10,14 @@ from holdfast.core.batch import Data
 from holdfast.runs.assess.measuring import ShardMeasure, WorkerSetup
 from holdfast.runs.assess.request import AssessRequest, Opening, Subject
 from holdfast.runs.engine.children import import_path
-from holdfast.runs.engine.executor import Executor, Inline
+from holdfast.runs.engine.executor import Executor, Inline, Task
 from holdfast.runs.engine.processes import worker_processes
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.ray_cluster import RayOptions, connected
 from holdfast.runs.harness import Plan
 
 if TYPE_CHECKING:
+    from holdfast.runs.assess.sending import Sent
     from holdfast.runs.engine.ray_tasks import RayTasks
 
 
@@ -85,6 +86,34 @@ def _cluster(
         if files:
             notify(f"sent to the nodes with --ship: {', '.join(files)}")
         yield tasks
+
+
+@contextmanager
+def executor_of(
+    work: "Sent", workers: int | None, options: RayOptions | None, device: str, notify: Notify
+) -> Iterator[Executor]:
+    """Context manager that yields the executor of other work than an assessment: this process, `workers` processes, or
+    that many workers of a cluster. The work is sent to each of them once, and tasks as they are.
+    """
+    from holdfast.runs.assess.sending import process_shipment, shipment, shipped_files
+
+    if workers is None:
+        with work.opened() as measure:
+            yield Inline(measure)
+    elif options is None:
+        with worker_processes(process_shipment(work), workers) as processes:
+            yield processes
+    else:
+        from holdfast.runs.engine.ray_tasks import ray_tasks
+
+        setup = partial(shipment, work, shipped_files(options.ship))
+        paths = tuple(import_path())
+        with ray_tasks(setup, _as_it_is, workers, device, options, paths=paths, notify=notify) as tasks:
+            yield tasks
+
+
+def _as_it_is(task: Task) -> Task:
+    return task
 
 
 @contextmanager

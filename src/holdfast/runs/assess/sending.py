@@ -9,11 +9,11 @@ import pickletools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +28,7 @@ from holdfast.io.models.factories import CODE, imported_from
 from holdfast.runs.assess.measuring import ShardMeasure
 from holdfast.runs.assess.preparation import model_digest, readied, with_surrogates
 from holdfast.runs.assess.request import Subject
+from holdfast.runs.engine.children import unshared
 from holdfast.runs.engine.executor import Measure
 from holdfast.runs.harness import LOOKED_AT, Plan, ShardTask
 
@@ -84,6 +85,13 @@ def with_examples(data: Data, task: ShardTask) -> ShardWithExamples:
     return ShardWithExamples(task, stored_examples(data, task.start, task.stop))
 
 
+class Sent(Protocol):
+    """Protocol of what a worker receives once to measure shards: an object that can be pickled."""
+
+    def opened(self) -> AbstractContextManager[Measure]:
+        """Return a context manager that yields the function that measures shards."""
+
+
 @dataclass(frozen=True)
 class SentModel:
     """Everything that a worker needs to measure shards of a run: the opened model and surrogates, and the plan."""
@@ -127,7 +135,7 @@ class Shipment:
     """The pickled model, and the code that it needs. Calling it opens the model: see `runs.engine.ray_worker`."""
 
     content: list[bytes]
-    """the pickled `SentModel`; empty once it is opened, so that a worker keeps one copy of the model"""
+    """the pickled `Sent`, such as a `SentModel`; empty once it is opened, so that a worker keeps one copy of it"""
     modules: Mapping[str, tuple[str, bytes]]
     """path and content of each code file of the user that the pickled model refers to, by the name of the module"""
     files: Mapping[str, bytes]
@@ -147,8 +155,10 @@ class Shipment:
             for name, (path, content) in self.modules.items():
                 if CODE.get(name) != (path, content):  # a worker may have opened an earlier state of the file
                     imported_from(Path(path), content, name)
-            # sent by the process of the run
-            model: SentModel = pickle.loads(self.content.pop())  # noqa: S301
+            try:  # sent by the process of the run
+                model: Sent = pickle.loads(self.content.pop())  # noqa: S301
+            except (AttributeError, ImportError) as error:  # a name of a script, which a worker does not run
+                raise unshared(error) from error
             yield stack.enter_context(model.opened())
 
 
@@ -167,7 +177,19 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         place.write_bytes(content)
 
 
-def shipment(model: SentModel, files: Mapping[str, bytes], dumps: Callable[[Any], bytes]) -> bytes:
+def process_shipment(model: Sent) -> Shipment:
+    """Return the shipment of a model to worker processes of this machine.
+
+    Raises `UsageError` for a model that cannot be pickled.
+    """
+    try:
+        content = pickle.dumps(model)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise unshared(error) from error
+    return Shipment([content], _user_modules(content), {})
+
+
+def shipment(model: Sent, files: Mapping[str, bytes], dumps: Callable[[Any], bytes]) -> bytes:
     """Return the pickled shipment of a model. `dumps` is the pickling function of Ray.
 
     Raises `UsageError` for a model or an attack that cannot be pickled.
