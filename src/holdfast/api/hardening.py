@@ -45,11 +45,11 @@ from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
-from holdfast.settings.grammar import parse_log, parse_surrogate, parse_threat, seconds
+from holdfast.settings.grammar import parse_log, parse_threat, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
 from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
-from holdfast.settings.values import SurrogateSettings, address_of
+from holdfast.settings.values import address_of
 
 _SECRET = 10**18  # smallest seed that is not found by trying
 JUDGED = 1_000
@@ -375,8 +375,8 @@ def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | N
     """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
     if not isinstance(recipe, WithFollowUp) or not recipe.control:
         return None
-    given = SurrogateSettings.model_validate(parse_surrogate(recipe.control))
-    (control,) = resolve.open_surrogates(settings.model_copy(update={"surrogates": [given]}), model)
+    control = resolve.open_named(recipe.control, settings, "control")
+    resolve.refuse_other_bounds(control, model, "control")
     return control
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.skipped import DECAY, skipped
+from holdfast.core.types import Inputs
 from holdfast.core.units import Units
 from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.data import noting_fewer, open_data
@@ -57,7 +59,7 @@ from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
 from holdfast.runs.assess.request import Opened, Subject
 from holdfast.runs.harness import MATRIX_ROWS, Plan
-from holdfast.settings.grammar import parse_threat, parse_transform, per_second, seconds
+from holdfast.settings.grammar import parse_surrogate, parse_threat, parse_transform, per_second, seconds
 from holdfast.settings.groups import (
     DataSource,
     ExampleGroups,
@@ -304,32 +306,69 @@ def _open_surrogate(surrogate: object, settings: Measuring, target: Classifier) 
         refuse_other_settings(surrogate, "a surrogate", "arch", "model_args", "trust_code")
     if isinstance(surrogate, ModelReference) and isinstance(surrogate.model, str):
         spec = SurrogateSettings(model=surrogate.model, arch=surrogate.arch, model_args=surrogate.model_args)
-        subject = _surrogate_at(spec, settings, trust_code=surrogate.trust_code)
+        subject = subject_at(spec, settings, trust_code=surrogate.trust_code)
     elif isinstance(surrogate, SurrogateSettings):
-        subject = _surrogate_at(surrogate, settings, trust_code=settings.trust_code)
+        subject = subject_at(surrogate, settings, trust_code=settings.trust_code)
     else:
         net = surrogate.model if isinstance(surrogate, ModelReference) else surrogate
         refuse_no_model(net, "a surrogate")
         # its preprocessing is its own, or undoes that of the data
         properties = Declared(normalised=normalisation(settings))
         subject = _subject(*_wrapped(net, properties), properties)
+    refuse_other_bounds(subject, target)
+    return subject
+
+
+def refuse_other_bounds(subject: Subject, target: Classifier, role: str = "surrogate") -> None:
+    """Give another model the units of the model `target`, and raise `UsageError` if it takes inputs from another
+    range.
+    """
     if target.units is not None:
         target.units.apply(subject.model)
     bounds, target_ends = (ends(model.bounds) for model in (subject.model, target))
     if bounds not in (target_ends, ends(Bounds())):
         raise UsageError(
-            f"the surrogate {subject.card['name']} takes inputs from {bounds[0]:g} to {bounds[1]:g}, the model from "
+            f"the {role} {subject.card['name']} takes inputs from {bounds[0]:g} to {bounds[1]:g}, the model from "
             f"{target_ends[0]:g} to {target_ends[1]:g}; wrap it in a factory that rescales them"
         )
-    return subject
 
 
-def _surrogate_at(spec: SurrogateSettings, settings: Measuring, *, trust_code: bool) -> Subject:
-    """Open the surrogate at an address."""
-    if spec.model.partition(":")[0] in SCHEMES:
+def open_named(text: str, settings: Opening, role: str) -> Subject:
+    """Open another model than the one under test, such as a teacher, from text such as
+    `weights.pt,arch=net.py:build`, which has the grammar of a surrogate. `role` names it in errors.
+    """
+    spec = SurrogateSettings.model_validate(parse_surrogate(text, role))
+    return subject_at(spec, settings, trust_code=settings.trust_code, role=role)
+
+
+def refuse_other_classes(subject: Subject, classes: int, x: Inputs, role: str) -> None:
+    """Raise `UsageError` if another model cannot be called with the inputs `x`, or returns another number of
+    classes.
+    """
+    name = f"the {role} {subject.card['name']}"
+    try:
+        with torch.no_grad():
+            found = deepcopy(subject.model).to(x.device).eval()(x).shape[1]
+    except (TargetError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"the surrogate {spec.model} is behind a server, and transfer examples are computed from gradients; give "
-            f"its weights"
+            f"{name} fails on inputs of shape {tuple(x.shape[1:])}, which the model takes: {first_line}; give a model "
+            "with the same inputs"
+        ) from error
+    if found != classes:
+        raise UsageError(
+            f"{name} has {found} classes, but the model has {classes}; give a model with the same classes"
+        )
+
+
+def subject_at(
+    spec: SurrogateSettings, settings: Opening, *, trust_code: bool, role: str = "surrogate"
+) -> Subject:
+    """Open a surrogate or another model that is needed beside the model under test, at an address."""
+    if spec.model.partition(":")[0] in SCHEMES:
+        needed = "transfer examples are" if role == "surrogate" else "attacks on it are"
+        raise UsageError(
+            f"the {role} {spec.model} is behind a server, and {needed} computed from gradients; give its weights"
         )
     opened = open_model(
         spec.model,

@@ -539,16 +539,16 @@ FORMS: Final[dict[str, Form]] = {
 """Forms of threat models by name. A new form is one entry; one with a file is read by `file_argument`."""
 
 
-def parse_surrogate(text: str) -> dict[str, object]:
+def parse_surrogate(text: str, role: str = "surrogate") -> dict[str, object]:
     """Return the settings of a surrogate from text such as `weights.pt,arch=net.py:build,mean=0.5,std=0.25`.
 
-    Unknown keys are arguments of the factory.
+    Unknown keys are arguments of the factory. `role` is the name of such a model in errors, as in `teacher`.
     """
     # only at commas before a key, since values such as mean=0.5,0.4 contain commas
     address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
     if not address:
         raise UsageError(
-            f"the surrogate {text!r} has no address; expected one as for a model, as in mnist-cnn or net.py:build"
+            f"the {role} {text!r} has no address; expected one as for a model, as in mnist-cnn or net.py:build"
         )
     settings: dict[str, object] = {"model": address}
     arguments: dict[str, str] = {}
@@ -556,7 +556,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
         key, _, value = condition.partition("=")
         into = settings if key in ("arch", "mean", "std", "skip", "decay") else arguments
         if key in into:
-            raise UsageError(f"the surrogate {text!r} contains {key} twice; keep one")
+            raise UsageError(f"the {role} {text!r} contains {key} twice; keep one")
         into[key] = value
     return {**settings, "model_args": arguments} if arguments else settings
 
