@@ -14,7 +14,7 @@ from holdfast.audits.generator.report import Measured, finding_of
 from holdfast.core.batch import Batch, fingerprints_of
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
-from holdfast.core.model import Bounds, Classifier
+from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.run import Run
 
@@ -31,7 +31,6 @@ class GeneratorAudit:
 
     training: Batch
     held_out: Batch
-    bounds: Bounds
     n: int
     """number of samples"""
     draw: Callable[[], Tensor]
@@ -49,8 +48,8 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
     """Raise `UsageError` if the held-out examples are too few, have another shape, or are training examples."""
     if len(how.held_out) < LEAST:
         raise UsageError(
-            f"there are {len(how.held_out)} held-out examples; at least {LEAST} were expected, because the threshold of "
-            "copies is the lowest percent of the distances of one half of them"
+            f"there are {len(how.held_out)} held-out examples; at least {LEAST} were expected, because the threshold "
+            "of copies is the lowest percent of the distances of one half of them"
         )
     if how.held_out.example_shape != how.training.example_shape:
         raise UsageError(
@@ -67,12 +66,11 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
         )
 
 
-def generator_finding(run: Run, how: GeneratorAudit, notes: tuple[str, ...] = ()) -> Finding:
+def generator_finding(run: Run, how: GeneratorAudit) -> Finding:
     """Take the steps of the audit, and return the finding."""
 
     def drawn() -> Columns:
-        samples = how.draw()
-        _refuse_other_space(samples, how)
+        samples = _in_space_of(how.draw(), how)
         return {"id": torch.arange(len(samples)), "x": samples}
 
     samples = run.stage(SAMPLES, drawn).columns["x"]
@@ -85,27 +83,30 @@ def generator_finding(run: Run, how: GeneratorAudit, notes: tuple[str, ...] = ()
         classes = torch.full((len(samples),), logits.shape[1])
         return {"id": torch.arange(len(samples)), **columns, "classes": classes}
 
-    return _concluded(how, samples, run.stage(FEATURES, features).columns, notes)
+    return _concluded(how, samples, run.stage(FEATURES, features).columns)
 
 
-def _refuse_other_space(samples: Tensor, how: GeneratorAudit) -> None:
-    """Raise `UsageError` for samples with another shape or range than the training examples."""
+def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
+    """Return samples with the shape of the training examples; a missing channel of grey images is added. Raises
+    `UsageError` for another shape or range.
+    """
     shape, expected = tuple(samples.shape[1:]), how.training.example_shape
-    if shape != expected:
+    if [size for size in shape if size != 1] != [size for size in expected if size != 1]:
         raise UsageError(
             f"samples have shape {shape}, and training examples {expected}; the same shape was expected"
         )
     low, high = float(samples.min()), float(samples.max())
     lowest, highest = float(how.training.x.min()), float(how.training.x.max())
     width = highest - lowest
-    if low < lowest - width / 2 or high > highest + width / 2 or high - low > 4 * width:
+    if low < lowest - width / 2 or high > highest + width / 2:
         raise UsageError(
             f"samples have values from {low:g} to {high:g}, and training examples from {lowest:g} to {highest:g}; "
             "scale the samples to the range of the training examples"
         )
+    return samples.view(-1, *expected)
 
 
-def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns, notes: tuple[str, ...]) -> Finding:
+def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Finding:
     sets = dict(zip(_SETS, _standardised(*(columns[f"{name}.features"] for name in _SETS)), strict=True))
     dimensions, n = sets["training"].shape[1], min(len(samples), len(how.held_out))
     if min(n, len(how.training)) <= dimensions:
@@ -125,7 +126,7 @@ def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns, notes: tu
         len({*fingerprints_of(samples)}),
         dimensions,
     )
-    return finding_of(measured, samples, how.training.x, how.bounds, notes)
+    return finding_of(measured, samples, how.training.x)
 
 
 def _standardised(samples: Tensor, training: Tensor, held_out: Tensor) -> tuple[Tensor, ...]:
@@ -137,4 +138,6 @@ def _standardised(samples: Tensor, training: Tensor, held_out: Tensor) -> tuple[
             "the features of all training examples are the same, so that nothing can be compared; give another network",
             Remedy("features"),
         )
-    return tuple(((each - mean) / deviation.clamp_min(1e-12))[:, varying] for each in (samples, training, held_out))
+    return tuple(
+        ((each - mean) / deviation.clamp_min(1e-12))[:, varying] for each in (samples, training, held_out)
+    )

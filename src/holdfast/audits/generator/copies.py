@@ -55,9 +55,8 @@ def _share(mask: Tensor) -> Estimate:
 def nearest_example(points: Tensor, training: Tensor) -> tuple[PerExample, Tensor]:
     """Return the Euclidean distance of each point to its nearest training example, and the row of that example."""
     flat, found = training.flatten(1), []
-    for rows in points.flatten(1).split(_ROWS):
-        # the exact form: the fast one has errors that are as large as the distance of a copy
-        distance = torch.cdist(rows, flat, compute_mode="use_mm_for_euclid_dist")
-        index = distance.argmin(1)
+    for rows in torch.split(points.flatten(1), _ROWS):
+        index = torch.cdist(rows, flat).argmin(1)
+        # computed again, because the errors of matrix products are as large as the distance of a copy
         found.append((torch.linalg.vector_norm(rows - flat[index], dim=1), index))
     return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])

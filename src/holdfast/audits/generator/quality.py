@@ -65,7 +65,7 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     features (n, d) and (m, d).
     """
     a, b = samples.double(), reference.double()
-    cov_a, cov_b = torch.cov(a.T).atleast_2d(), torch.cov(b.T).atleast_2d()
+    cov_a, cov_b = _covariance(a), _covariance(b)
     root = _root(cov_b)
     # the trace of (A B)^(1/2) equals that of (B^(1/2) A B^(1/2))^(1/2), which is symmetric
     both = torch.linalg.eigvalsh(root @ cov_a @ root).clamp_min(0).sqrt().sum()
@@ -73,10 +73,16 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     return float(means + cov_a.trace() + cov_b.trace() - 2 * both)
 
 
+def _covariance(features: Tensor) -> Tensor:
+    centred = features - features.mean(0)
+    return centred.T @ centred / (len(features) - 1)
+
+
 def _root(matrix: Tensor) -> Tensor:
     """The square root of a symmetric matrix without negative eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
 
 
 def kernel_distance(samples: Tensor, reference: Tensor) -> float:
@@ -96,7 +102,7 @@ def _kernel(a: Tensor, b: Tensor, *, diagonal: bool = False) -> Tensor:
 
 
 def _kernel_sum(a: Tensor, b: Tensor) -> float:
-    return sum(float(_kernel(rows, b).sum()) for rows in a.split(_ROWS))
+    return sum(float(_kernel(rows, b).sum()) for rows in torch.split(a, _ROWS))
 
 
 class _Neighbours:
@@ -108,7 +114,7 @@ class _Neighbours:
         self.n = len(samples)
         radius, sample_radius = _radius(reference), _radius(samples)
         inside, near_sample = [], []
-        for rows in torch.arange(len(samples)).split(_ROWS):
+        for rows in torch.split(torch.arange(len(samples)), _ROWS):
             distance = torch.cdist(samples[rows], reference)
             inside.append(distance <= radius)
             near_sample.append(distance <= sample_radius[rows, None])
@@ -131,7 +137,7 @@ def _share(mask: Tensor) -> float:
 def _radius(points: Tensor) -> Tensor:
     """The distance of each point to its fifth nearest neighbour; the nearest is the point itself."""
     k = min(NEIGHBOURS + 1, len(points))
-    parts = [torch.cdist(rows, points).kthvalue(k, dim=1).values for rows in points.split(_ROWS)]
+    parts = [torch.cdist(rows, points).kthvalue(k, dim=1).values for rows in torch.split(points, _ROWS)]
     return torch.cat(parts)
 
 

@@ -2,7 +2,6 @@
 examples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,7 +11,6 @@ from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_un
 from holdfast.audits.generator.copies import Copies
 from holdfast.audits.generator.quality import Quality
 from holdfast.core.estimate import Estimate
-from holdfast.core.model import Bounds
 
 _COLLAPSED = 0.01
 """recall up to which a generator with realistic samples counts as collapsed"""
@@ -27,14 +25,15 @@ _NAMES = {
     "density": "density",
     "coverage": "coverage",
 }
-_LIMITS = (
-    "The Fréchet distance, KID, precision and the other measures compare features of one network. A difference that "
-    "this network does not see is not measured.",
-    "Copies are found by their distance in the space of the inputs. A copy that is shifted, mirrored or recoloured may "
-    "be missed.",
-    "A training set that was copied completely has the best possible quality. Read the quality together with the share "
-    "of copies.",
+_FEATURES = (
+    "The measures of quality compare features of one network. A difference that this network does not see is not "
+    "measured."
 )
+_DISTANCE = (
+    "Copies are found by their distance in the space of the inputs. A copy that is shifted, mirrored or recoloured may "
+    "be missed."
+)
+_TOGETHER = "Samples that are all copies have the best possible quality. Read the quality together with the share of copies."
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,7 @@ class Measured:
         return self.copies.rate.low > self.copies.held_out.high
 
 
-def finding_of(
-    measured: Measured, samples: Tensor, training: Tensor, bounds: Bounds, notes: Sequence[str]
-) -> Finding:
+def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding:
     """Return the finding: `flagged` if samples are copies of training examples, or if the generator has collapsed."""
     copied, held_out = measured.copies.rate, measured.copies.held_out
     frechet, floor = measured.samples.frechet, measured.floor.frechet
@@ -78,14 +75,19 @@ def finding_of(
         f"held-out examples: {held_out.value:.1%}), and the Fréchet distance is {frechet.value:.3g} "
         f"({floor.value:.3g} for held-out examples){collapse}"
     )
-    reasons = [
+    rule = (
         f"a sample is a copy if it is nearer to a training example than {measured.copies.threshold:.4g}, as 1 % of the "
-        "held-out examples are",
+        "held-out examples are"
+    )
+    variety = (
         f"{measured.distinct:,} of {len(samples):,} samples are different; their predicted classes have an entropy of "
-        f"{measured.entropy:.3f} (training examples: {measured.training_entropy:.3f})",
-    ]
+        f"{measured.entropy:.3f} (training examples: {measured.training_entropy:.3f})"
+    )
+    reasons = [rule, variety]
     if measured.collapsed:
-        reasons.insert(0, f"the samples cover {measured.samples.recall.value:.1%} of the training examples (recall)")
+        reasons.insert(
+            0, f"the samples cover {measured.samples.recall.value:.1%} of the training examples (recall)"
+        )
     return Finding(
         verdict,
         headline,
@@ -93,8 +95,8 @@ def finding_of(
         _facts(measured),
         {"frechet": frechet, "copy_rate": copied},
         (_measures(measured),),
-        _pairs(measured, samples, training, bounds),
-        limits=(*_LIMITS, *notes),
+        _pairs(measured, samples, training),
+        limits=(_FEATURES, _DISTANCE, _TOGETHER),
     )
 
 
@@ -133,7 +135,7 @@ def _shown(estimate: Estimate) -> tuple[str, str]:
     return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
 
 
-def _pairs(measured: Measured, samples: Tensor, training: Tensor, bounds: Bounds) -> tuple[Picture, ...]:
+def _pairs(measured: Measured, samples: Tensor, training: Tensor) -> tuple[Picture, ...]:
     """The samples that are nearest to a training example, each above that example, if they are images."""
     if samples.dim() != 4 or samples.shape[1] not in (1, 3):
         return ()

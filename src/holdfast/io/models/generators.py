@@ -40,9 +40,8 @@ class OpenedGenerator:
         """Return `n` samples as a float tensor (n, *features). They are requested in pieces, each with a seed of its
         own. Raises `TargetError` if the generator raises an exception, or returns another number of samples or NaN.
         """
-        pieces = []
-        for start in range(0, n, _PIECE):
-            pieces.append(self._piece(min(_PIECE, n - start), seed + start // _PIECE))
+        starts = range(0, n, _PIECE)
+        pieces = [self._piece(min(_PIECE, n - start), seed + start // _PIECE) for start in starts]
         shapes = {tuple(piece.shape[1:]) for piece in pieces}
         if len(shapes) > 1:
             raise TargetError(f"{self.name} returns samples of several shapes: {sorted(shapes)}")
@@ -53,7 +52,9 @@ class OpenedGenerator:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed)
                 drawn = self.generator.sample(n, seed)
-                samples = drawn.detach().cpu() if isinstance(drawn, Tensor) else torch.from_numpy(np.asarray(drawn))
+                samples = (
+                    drawn.detach().cpu() if isinstance(drawn, Tensor) else torch.from_numpy(np.asarray(drawn))
+                )
         except HoldfastError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything; its message is shown
@@ -76,7 +77,9 @@ class OpenedGenerator:
         """Return notes for the report: whether the generator ignores its seed, or is not determined by it."""
         first, again, other = (self._piece(_TESTED, number) for number in (seed, seed, seed + 1))
         if not torch.equal(first, again):
-            return (f"{self.name} is not determined by its seed, so that the audit cannot be repeated exactly",)
+            return (
+                f"{self.name} is not determined by its seed, so that the audit cannot be repeated exactly",
+            )
         if torch.equal(first, other):
             return (f"{self.name} ignores its seed: two seeds gave the same samples",)
         return ()
@@ -96,7 +99,7 @@ def open_generator(source: object) -> OpenedGenerator:
             raise TargetError(f"{name} raised {error_text(error, [])}") from error
     else:
         generator, name = source, f"{type(source).__module__}.{type(source).__qualname__}"
-        identity = digest_of_object(source)
+        identity = digest_of_object(getattr(source, "sample", type(source)))
     if isinstance(generator, type) or not isinstance(generator, Generator):
         raise UsageError(
             f"{name} {'returned' if isinstance(source, str) else 'is'} {kind_of(generator)}; expected a generator, an "
