@@ -128,7 +128,7 @@ def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
 
 
 def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Classifier:
-    """Train a small network on the labels of the training examples, whose features are compared."""
+    """Train the network whose features are compared, on the labels of the training examples."""
     if bool((training.y == UNLABELLED).any()):
         raise UsageError(
             "the training examples have no labels, with which a network for the features could be trained; give a "
@@ -136,16 +136,15 @@ def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Class
             Remedy("features", Placeholder("MODEL")),
         )
     notify(f"training a small network on {len(training):,} examples, whose features are compared")
-    rng = Draws(settings.seed).at("features")
+    return trained_extractor(training, Draws(settings.seed).at("features"))
+
+
+def trained_extractor(training: Batch, rng: Draws) -> Classifier:
+    """Return a small network that is trained on examples and their labels."""
     with drawing(rng.at("begin")):
         net = network_for(training.example_shape, int(training.y.max()) + 1)
         net(training.x[:2])  # gives the lazy layer its size
     low, high = float(training.x.min()), float(training.x.max())
     recipe = Standard(training=Training(epochs=_EPOCHS, batch=_BATCH, weight_decay=0.0, averaging="none"))
-    return last_of(
-        recipe,
-        Classifier(net, bounds=Bounds(low, high)),
-        training,
-        ThreatModel(Linf(0.0)),
-        rng.at("training"),
-    )
+    untrained = Classifier(net, bounds=Bounds(low, high))
+    return last_of(recipe, untrained, training, ThreatModel(Linf(0.0)), rng.at("training"))

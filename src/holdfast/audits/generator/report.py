@@ -33,7 +33,9 @@ _DISTANCE = (
     "Copies are found by their distance in the space of the inputs. A copy that is shifted, mirrored or recoloured may "
     "be missed."
 )
-_TOGETHER = "Samples that are all copies have the best possible quality. Read the quality together with the share of copies."
+_TOGETHER = (
+    "Samples that are all copies have the best possible quality. Read it together with the share of copies."
+)
 
 
 @dataclass(frozen=True)
