@@ -1,4 +1,6 @@
-"""Random starting points of attacks on the surface of a ball, as in AutoAttack."""
+"""Random points around examples: on the surface of the ball, as in AutoAttack, and others from which an attack
+learns.
+"""
 
 import torch
 
@@ -33,3 +35,21 @@ def surface(batch: Batch, constraint: Constraint, bounds: Bounds, rng: Draws) ->
     else:
         return constraint.sample(batch, bounds, rng)
     return constraint.project(batch.x + noise, batch.x, bounds)
+
+
+def near(
+    active: Batch, batch: Batch, constraint: Constraint, bounds: Bounds, kind: int, rng: Draws
+) -> Inputs:
+    """Return a random valid input near each example of `active`, from which an attack learns about the model.
+
+    By `kind` in turn, it is on the surface of the ball, inside it, and on the way to another example of `batch`, which
+    every second time is shortened to the ball.
+    """
+    if kind % 3 == 0:
+        return surface(active, constraint, bounds, rng)
+    if kind % 3 == 1:
+        return constraint.sample(active, bounds, rng)
+    others = batch.x[rng.at("other").integers(active.ids, len(batch))]
+    share = spread(rng.at("share").uniform(active.ids, 1, dtype=batch.x.dtype)[:, 0], batch.x)
+    mixed: Inputs = torch.lerp(active.x, others, share)
+    return mixed if kind % 2 else constraint.project(mixed, active.x, bounds)
