@@ -32,6 +32,7 @@ ROWS = {
     "planting": "planting",
     "membership": "membership",
     "privacy": "privacy",
+    "generator-quality": "generator_quality",
     "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",

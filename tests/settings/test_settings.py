@@ -443,6 +443,7 @@ def test_one_file_serves_several_verbs(tmp_path):
         "audit-poison",
         "audit-privacy",
         "audit-membership",
+        "audit-generator",
     )
     file.write_text(FILE + "threat: l0:3\n")
     assert validate(file) == ("assess", "harden", "rotate")

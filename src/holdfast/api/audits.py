@@ -11,6 +11,7 @@ from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.resolve import folder_of
 from holdfast.api.verb_settings import (
     AuditBackdoor,
+    AuditGenerator,
     AuditMembership,
     AuditPoison,
     AuditPrivacy,
@@ -20,7 +21,7 @@ from holdfast.audits.audit import AuditResult, audited
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.store.folder import refuse_used
 
-__all__ = ["backdoor", "membership", "poison", "privacy"]
+__all__ = ["backdoor", "generator", "membership", "poison", "privacy"]
 
 
 @verb_with(AuditBackdoor)
@@ -105,6 +106,28 @@ def membership(
     )
 
 
+@verb_with(AuditGenerator)
+def generator(
+    model: Any,
+    data: DataLike,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> AuditResult:
+    """Measure how well the samples of a generator match examples that it was not trained on (`held_out`), and how many
+    of them are copies of its training examples `data`.
+
+    `model` is an object with a method `sample(n, seed)`, the address of a function that returns one, as in
+    `"gen.py:make"`, or a file of samples. The generator is `flagged` if more samples than held-out examples are copies,
+    or if it has collapsed to few different samples.
+    """
+    return AuditGenerator(**given(model=model, data=data, **settings)).run(
+        run, resume=resume, progress=progress
+    )
+
+
 def run_audit(
     settings: AuditVerb,
     folder: str | Path | None,
@@ -130,6 +153,10 @@ def run_audit(
         from holdfast.api.audit_privacy import prepared_privacy
 
         request, audit = prepared_privacy(settings, notify, command)
+    elif isinstance(settings, AuditGenerator):
+        from holdfast.api.audit_generator import prepared_generator
+
+        request, audit = prepared_generator(settings, notify, command)
     else:
         from holdfast.api.audit_poison import prepared_poison
 

@@ -536,6 +536,19 @@ class AuditMembership(
     verb = "audit-membership"
 
 
+class AuditGenerator(audit_settings.GeneratorOptions, AuditVerb):
+    """All settings of the command `holdfast audit generator`. `model` is a generator or a file of its samples, and
+    `data` are its training examples.
+    """
+
+    verb = "audit-generator"
+    model: values.Given | None = Field(
+        default=None,
+        description="Function of a Python file that returns an object with sample(n, seed), as in gen.py:make, or a "
+        "file of samples.",
+    )
+
+
 Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb
 """Settings of any command that opens a model and data."""
 
@@ -553,6 +566,7 @@ VERBS: Mapping[str, type[VerbSettings]] = {
         AuditPoison,
         AuditPrivacy,
         AuditMembership,
+        AuditGenerator,
     )
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""

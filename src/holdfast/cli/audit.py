@@ -1,5 +1,6 @@
 """The commands `holdfast audit backdoor` and `audit poison`, which search a model or a data set for manipulation, and
-`audit membership` and `audit privacy`, which measure what a model or a training reveals of the training examples.
+`audit membership` and `audit privacy`, which measure what a model or a training reveals of the training examples, and
+`audit generator`, which measures generated samples.
 """
 
 import sys
@@ -11,6 +12,7 @@ import click
 
 from holdfast.api.verb_settings import (
     AuditBackdoor,
+    AuditGenerator,
     AuditMembership,
     AuditPoison,
     AuditPrivacy,
@@ -93,6 +95,22 @@ def privacy(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
     95 % confidence exceeds the claim; a bound below it is no proof of privacy.
     """
     return _audited(settings_from(flags, AuditPrivacy), voice, run=run, resume=resume)
+
+
+@audit.command("generator", short_help="measure the quality of generated samples, and copies among them")
+@click.argument("model", metavar="GENERATOR", required=False, type=completing.MODEL)
+@click.argument("data", required=False, type=completing.DATA)
+@offered(*run_options("audit"), *options_of(AuditGenerator), *SETTING)
+@with_voice
+def generator(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Measure how well the samples of GENERATOR match examples that it was not trained on (--held-out), and how many of
+    them are copies of its training examples DATA.
+
+    GENERATOR is a function in a Python file that returns an object with sample(n, seed), or a file of samples. It is
+    flagged if more samples than held-out examples are copies, or if it has collapsed to few different samples.
+    """
+    refuse_missing_file(flags["held_out"])
+    return _audited(settings_from(flags, AuditGenerator), voice, run=run, resume=resume)
 
 
 def _audited(settings: AuditVerb, voice: Voice, *, run: str | None, resume: bool) -> int:

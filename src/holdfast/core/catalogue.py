@@ -67,6 +67,7 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
+        AuditEntry("generator", "", ("frechet", "copy_rate")),
     )
 }
 """The audits by name."""

@@ -136,3 +136,22 @@ class PrivacyOptions(TrainingFunctionSource, AuditOptions):
         default=2 / 3,
         description="Share of the canaries about which a guess is made, those with extreme losses (default: 2/3).",
     )
+
+
+class GeneratorOptions(AuditOptions):
+    """Settings of the command `holdfast audit generator` that no other command has."""
+
+    kind = "generator"
+    held_out: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples of the same source that the generator was not trained on, with which its samples are "
+        "compared.",
+    )
+    samples: Annotated[values.Positive, Flag("N")] = Field(
+        default=2000, description="Number of samples (default: 2000)."
+    )
+    features: Annotated[str | None, Flag("MODEL[,K=V]", completion="MODEL")] = Field(
+        default=None,
+        description="Network whose features are compared, as in net.pt,arch=net.py:make (default: a small network that "
+        "is trained on the labels of the training examples).",
+    )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from holdfast.audits.features import penultimate
 from holdfast.audits.poison.comparison import Comparison, compared
 from holdfast.audits.poison.confident_learning import LabelScores, label_scores
-from holdfast.audits.poison.feature_scores import feature_scores, penultimate
+from holdfast.audits.poison.feature_scores import feature_scores
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError

@@ -17,10 +17,9 @@ Differs from the papers:
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from holdfast.core.model import Classifier
-from holdfast.core.types import Inputs, Logits, Mask, PerExample
+from holdfast.core.types import Mask, PerExample
 
 DIRECTIONS = 10
 """number of singular directions of a class"""
@@ -32,7 +31,6 @@ SMALLER_SHARE = 0.35
 MIN_SILHOUETTE = 0.5
 """smallest silhouette of suspect clusters. On MNIST with a network of two convolutions, classes with manipulated
 examples had 0.63 and others at most 0.42"""
-_ROWS = 500  # examples in one forward pass
 _MOST_ITERATIONS = 100  # of 2-means, which needs about ten
 
 
@@ -52,26 +50,6 @@ class FeatureScores:
     """share of the smaller cluster"""
     silhouette: float
     """mean silhouette of the clusters, with distances to their centres"""
-
-
-@torch.no_grad()
-def penultimate(model: Classifier, x: Inputs) -> tuple[Tensor, Logits]:
-    """Return the inputs of the last linear layer (n, d), or of the last layer with parameters if there is none, and the
-    logits, on the CPU. Inputs with pixels are averaged over their pixels.
-    """
-    layers = [module for module in model.modules() if [*module.parameters(recurse=False)]]
-    linear = [module for module in layers if isinstance(module, nn.Linear)]
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept.append(inputs[0].flatten(2).mean(2) if inputs[0].dim() > 2 else inputs[0])
-
-    hook = (linear or layers)[-1].register_forward_pre_hook(keep)
-    try:
-        logits = torch.cat([model(piece) for piece in torch.split(x, _ROWS)])
-    finally:
-        hook.remove()
-    return torch.cat(kept).cpu().double(), logits.cpu().double()
 
 
 def feature_scores(features: Tensor, trusted_label: Mask) -> FeatureScores:

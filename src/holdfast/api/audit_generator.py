@@ -1,0 +1,150 @@
+"""Opens what an audit of a generator needs: the generator or a file of its samples, its training examples, held-out
+examples, and a network whose features are compared.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from holdfast.api import resolve
+from holdfast.api.expecting import normalisation, unlabelled
+from holdfast.api.plans import device_of
+from holdfast.api.references import beside
+from holdfast.api.verb_settings import AuditGenerator, composed
+from holdfast.attacks.parts.small_networks import network_for
+from holdfast.audits.audit import AuditRequest
+from holdfast.audits.finding import Finding
+from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, refuse_incomparable
+from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import NoSplit, UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.threat import ThreatModel
+from holdfast.io.data.arrays import Arrays
+from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import layout_of_images
+from holdfast.io.models.factories import names_code
+from holdfast.io.models.generators import open_generator
+from holdfast.recipes import Standard
+from holdfast.recipes.training.fit import Training, drawing
+from holdfast.rotation.collecting import last_of
+from holdfast.runs.engine.progress import Notify
+from holdfast.runs.engine.run import Run
+from holdfast.settings.groups import DataSource
+
+_EPOCHS, _BATCH = 8, 128  # of the network that is trained for the features
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    digest: str
+    draw: Callable[[], Tensor]
+    notes: tuple[str, ...]
+
+
+def prepared_generator(
+    settings: AuditGenerator, notify: Notify, command: str
+) -> tuple[AuditRequest, Callable[[Run], Finding]]:
+    """Open the generator and the data, and return the request and the function of the audit."""
+    if settings.held_out is None:
+        raise UsageError(
+            "held_out is missing: copies are found by comparison with examples that the generator was not trained on",
+            Remedy("held_out", Placeholder("DATA")),
+        )
+    subject = (
+        None if settings.features is None else resolve.open_named(settings.features, settings, "features")
+    )
+    network = None if subject is None else subject.model.eval()
+    training = _of_split(settings, "train", network)
+    held_out = _opened(settings, beside(settings, settings.held_out), network)
+    batch, source = training.read(0, len(training)), _source(settings, network)
+
+    def extractor() -> Classifier:
+        return _trained(batch, settings, notify) if network is None else network
+
+    how = GeneratorAudit(batch, held_out.read(0, len(held_out)), settings.samples, source.draw, extractor)
+    refuse_incomparable(how)
+    about: dict[str, Any] = {"name": training.name, "digest": training.digest, "n": len(training)}
+    about["held_out"] = {"name": held_out.name, "digest": held_out.digest, "n": len(held_out)}
+    request = AuditRequest(
+        "generator",
+        {"samples": settings.samples, "features": None if subject is None else subject.card},
+        {"name": source.name, "digest": source.digest},
+        about,
+        how.steps,
+        tuple(settings.gates),
+        settings.seed,
+        device_of(settings.device),
+        command,
+        source.notes,
+    )
+    return request, lambda run: generator_finding(run, how)
+
+
+def _opened(settings: AuditGenerator, source: DataSource, network: Classifier | None) -> Data:
+    """Open examples whose labels may be missing, in the layout that the network of the features takes."""
+    opened = composed(AuditGenerator, settings, source)
+    if network is not None:
+        return resolve.open_expected(opened, unlabelled(settings, network, source))
+    properties = Expected(
+        class_names=settings.class_names,
+        class_order=settings.class_order,
+        layout=source.layout,
+        normalised=normalisation(settings),
+        lenient=True,
+        needs_labels=False,
+    )
+    data = resolve.open_expected(opened, properties)
+    if not isinstance(data, Arrays) or data.reading.stored != "asis" or data.x.ndim not in (3, 4):
+        return data
+    return resolve.open_expected(opened, replace(properties, layout=layout_of_images(data.x)))
+
+
+def _of_split(settings: AuditGenerator, split: str, network: Classifier | None) -> Data:
+    """Open the training examples: the split, or all examples if the data have one split only."""
+    if isinstance(settings.data, str) and settings.split is None:
+        with suppress(NoSplit):
+            return _opened(settings, settings.model_copy(update={"split": split}), network)
+    return _opened(settings, settings, network)
+
+
+def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
+    """The generator, or the file of its samples."""
+    given = settings.model
+    if isinstance(given, str) and not names_code(given):
+        samples = _opened(settings, beside(settings, given), network)
+        stored = samples.read(0, min(len(samples), settings.samples))
+        return _Source(samples.name, samples.digest, lambda: stored.x, ())
+    generator = open_generator(given)
+    draw = partial(generator.samples, settings.samples, settings.seed)
+    return _Source(generator.name, generator.digest, draw, generator.notes(settings.seed))
+
+
+def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Classifier:
+    """Train the network whose features are compared, on the labels of the training examples."""
+    if bool((training.y == UNLABELLED).any()):
+        raise UsageError(
+            "the training examples have no labels, with which a network for the features could be trained; give a "
+            "network that was trained on such data",
+            Remedy("features", Placeholder("MODEL")),
+        )
+    notify(f"training a small network on {len(training):,} examples, whose features are compared")
+    return trained_extractor(training, Draws(settings.seed).at("features"))
+
+
+def trained_extractor(training: Batch, rng: Draws) -> Classifier:
+    """Return a small network that is trained on examples and their labels."""
+    with drawing(rng.at("begin")):
+        net = network_for(training.example_shape, int(training.y.max()) + 1)
+        net(training.x[:2])  # gives the lazy layer its size
+    low, high = float(training.x.min()), float(training.x.max())
+    recipe = Standard(training=Training(epochs=_EPOCHS, batch=_BATCH, weight_decay=0.0, averaging="none"))
+    untrained = Classifier(net, bounds=Bounds(low, high))
+    return last_of(recipe, untrained, training, ThreatModel(Linf(0.0)), rng.at("training"))

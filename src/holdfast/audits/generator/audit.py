@@ -1,0 +1,143 @@
+"""The steps of the audit of a generator: its samples, their features, their quality, and copies among them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.audits.features import penultimate
+from holdfast.audits.finding import Finding
+from holdfast.audits.generator.copies import copies
+from holdfast.audits.generator.quality import label_entropy, quality
+from holdfast.audits.generator.report import Measured, finding_of
+from holdfast.core.batch import Batch, fingerprints_of
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
+from holdfast.runs.engine.run import Run
+
+SAMPLES, FEATURES = "samples", "features"
+"""Names of the stages of an audit."""
+LEAST = 200
+"""smallest number of held-out examples: the threshold of copies is the lowest percent of one half of them"""
+_SETS = ("samples", "training", "held_out")
+
+
+@dataclass(frozen=True)
+class GeneratorAudit:
+    """What an audit of a generator compares."""
+
+    training: Batch
+    held_out: Batch
+    n: int
+    """number of samples"""
+    draw: Callable[[], Tensor]
+    """function that returns the samples (n, *features)"""
+    extractor: Callable[[], Classifier]
+    """function that returns the network whose features are compared"""
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Names of the stages in their order."""
+        return (SAMPLES, FEATURES)
+
+
+def refuse_incomparable(how: GeneratorAudit) -> None:
+    """Raise `UsageError` if the held-out examples are too few, have another shape, or are training examples."""
+    if len(how.held_out) < LEAST:
+        raise UsageError(
+            f"there are {len(how.held_out)} held-out examples; at least {LEAST} were expected, because the threshold "
+            "of copies is the lowest percent of the distances of one half of them"
+        )
+    if how.held_out.example_shape != how.training.example_shape:
+        raise UsageError(
+            f"held-out examples have shape {how.held_out.example_shape}, and training examples "
+            f"{how.training.example_shape}; the same shape was expected"
+        )
+    known = {*how.training.fingerprints()}
+    shared = sum(mark in known for mark in how.held_out.fingerprints())
+    if shared:
+        raise UsageError(
+            f"{shared:,} of {len(how.held_out):,} held-out examples are among the training examples, so that copies "
+            "cannot be told from new samples; give examples that the generator was not trained on",
+            Remedy("held_out"),
+        )
+
+
+def generator_finding(run: Run, how: GeneratorAudit) -> Finding:
+    """Take the steps of the audit, and return the finding."""
+
+    def drawn() -> Columns:
+        samples = _in_space_of(how.draw(), how)
+        return {"id": torch.arange(len(samples)), "x": samples}
+
+    samples = run.stage(SAMPLES, drawn).columns["x"]
+
+    def features() -> Columns:
+        extractor, columns = how.extractor(), dict[str, Tensor]()
+        for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
+            found, logits = penultimate(extractor, x)
+            columns |= {f"{name}.features": found, f"{name}.class": logits.argmax(1)}
+        classes = torch.full((len(samples),), logits.shape[1])
+        return {"id": torch.arange(len(samples)), **columns, "classes": classes}
+
+    return _concluded(how, samples, run.stage(FEATURES, features).columns)
+
+
+def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
+    """Return samples with the shape of the training examples; a missing channel of grey images is added. Raises
+    `UsageError` for another shape or range.
+    """
+    shape, expected = tuple(samples.shape[1:]), how.training.example_shape
+    if [size for size in shape if size != 1] != [size for size in expected if size != 1]:
+        raise UsageError(
+            f"samples have shape {shape}, and training examples {expected}; the same shape was expected"
+        )
+    low, high = float(samples.min()), float(samples.max())
+    lowest, highest = float(how.training.x.min()), float(how.training.x.max())
+    width = highest - lowest
+    if low < lowest - width / 2 or high > highest + width / 2:
+        raise UsageError(
+            f"samples have values from {low:g} to {high:g}, and training examples from {lowest:g} to {highest:g}; "
+            "scale the samples to the range of the training examples"
+        )
+    return samples.view(-1, *expected)
+
+
+def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Finding:
+    sets = dict(zip(_SETS, _standardised(*(columns[f"{name}.features"] for name in _SETS)), strict=True))
+    dimensions, n = sets["training"].shape[1], min(len(samples), len(how.held_out))
+    if min(n, len(how.training)) <= dimensions:
+        raise UsageError(
+            f"{min(n, len(how.training))} examples are compared by {dimensions} features, and a Fréchet distance needs "
+            f"more examples than features; give at least {dimensions + 1} samples, training and held-out examples, or "
+            "a network with fewer features",
+            Remedy("features"),
+        )
+    classes = int(columns["classes"][0])
+    measured = Measured(
+        quality(sets["samples"][:n], sets["training"]),
+        quality(sets["held_out"][:n], sets["training"]),
+        copies(samples, how.training.x, how.held_out.x),
+        label_entropy(columns["samples.class"], classes),
+        label_entropy(columns["training.class"], classes),
+        len({*fingerprints_of(samples)}),
+        dimensions,
+    )
+    return finding_of(measured, samples, how.training.x)
+
+
+def _standardised(samples: Tensor, training: Tensor, held_out: Tensor) -> tuple[Tensor, ...]:
+    """The features with mean 0 and standard deviation 1 on the training examples, without constant ones."""
+    mean, deviation = training.mean(0), training.std(0)
+    varying = deviation > 1e-6 * deviation.max().clamp_min(1e-12)
+    if not bool(varying.any()) or not float(deviation.max()) > 0:
+        raise UsageError(
+            "the features of all training examples are the same, so that nothing can be compared; give another network",
+            Remedy("features"),
+        )
+    return tuple(
+        ((each - mean) / deviation.clamp_min(1e-12))[:, varying] for each in (samples, training, held_out)
+    )

@@ -1,0 +1,160 @@
+"""Measures of how well generated samples match a data set, computed from features of a network that was trained on data
+of the same kind.
+
+Frechet distance: Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium",
+NeurIPS 2017, arXiv:1706.08500. KID: Binkowski et al., "Demystifying MMD GANs", ICLR 2018, arXiv:1801.01401. Precision
+and recall: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models", NeurIPS 2019,
+arXiv:1904.06991. Density and coverage: Naeem et al., "Reliable fidelity and diversity metrics for generative models",
+ICML 2020, arXiv:2002.09797.
+
+Differs from the papers: the features are those of any network, and not of Inception; KID uses all samples at once
+instead of subsets.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.estimate import Estimate
+
+NEIGHBOURS = 5
+"""number of neighbours of precision, recall, density and coverage, as in Naeem et al."""
+_GROUPS = (
+    10  # of the jackknife; ten are enough for an interval, and each costs one computation of the measure
+)
+_ROWS = 1000  # rows of a matrix of distances that are in memory at once
+_Z = 1.959964  # quantile of the normal distribution for an interval of 95 %
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measures of one set of samples against a reference set, each with an interval of 95 %."""
+
+    frechet: Estimate
+    """Frechet distance of two normal distributions with the means and covariances of the features; 0 is best"""
+    kid: Estimate
+    """squared maximum mean discrepancy with a cubic kernel, without bias, so that it may be negative; 0 is best"""
+    precision: Estimate
+    """share of the samples that are near a reference example"""
+    recall: Estimate
+    """share of the reference examples that are near a sample"""
+    density: Estimate
+    """mean number of neighbourhoods of reference examples in which a sample is, divided by the number of neighbours"""
+    coverage: Estimate
+    """share of the reference examples in whose neighbourhood a sample is"""
+
+
+def quality(samples: Tensor, reference: Tensor) -> Quality:
+    """Return all measures of the features of samples (n, d) against those of reference examples (m, d).
+
+    The intervals are from a jackknife over ten groups of the samples; the reference is fixed.
+    """
+    nearest = _Neighbours(samples, reference)
+    return Quality(
+        _jackknife(lambda rows: frechet_distance(samples[rows], reference), len(samples)),
+        _jackknife(lambda rows: kernel_distance(samples[rows], reference), len(samples)),
+        *(_jackknife(measure, len(samples)) for measure in nearest.measures()),
+    )
+
+
+def frechet_distance(samples: Tensor, reference: Tensor) -> float:
+    """Return the Frechet distance between the normal distributions with the means and covariances of two sets of
+    features (n, d) and (m, d).
+    """
+    a, b = samples.double(), reference.double()
+    cov_a, cov_b = _covariance(a), _covariance(b)
+    root = _root(cov_b)
+    # the trace of (A B)^(1/2) equals that of (B^(1/2) A B^(1/2))^(1/2), which is symmetric
+    both = torch.linalg.eigvalsh(root @ cov_a @ root).clamp_min(0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + cov_a.trace() + cov_b.trace() - 2 * both)
+
+
+def _covariance(features: Tensor) -> Tensor:
+    centred = features - features.mean(0)
+    return centred.T @ centred / (len(features) - 1)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The square root of a symmetric matrix without negative eigenvalues."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
+
+
+def kernel_distance(samples: Tensor, reference: Tensor) -> float:
+    """Return the unbiased estimate of the squared maximum mean discrepancy between two sets of features (n, d) and
+    (m, d), with the kernel (u · v / d + 1)³.
+    """
+    a, b = samples.double(), reference.double()
+    n, m = len(a), len(b)
+    within_a = (_kernel_sum(a, a) - float(_kernel(a, a, diagonal=True).sum())) / (n * (n - 1))
+    within_b = (_kernel_sum(b, b) - float(_kernel(b, b, diagonal=True).sum())) / (m * (m - 1))
+    return within_a + within_b - 2 * _kernel_sum(a, b) / (n * m)
+
+
+def _kernel(a: Tensor, b: Tensor, *, diagonal: bool = False) -> Tensor:
+    products = (a * b).sum(1) if diagonal else a @ b.T
+    return (products / a.shape[1] + 1) ** 3
+
+
+def _kernel_sum(a: Tensor, b: Tensor) -> float:
+    return sum(float(_kernel(rows, b).sum()) for rows in torch.split(a, _ROWS))
+
+
+class _Neighbours:
+    """Which samples are in the neighbourhood of which reference examples, and the reverse. The neighbourhood of a point
+    reaches to its fifth nearest neighbour of the same set.
+    """
+
+    def __init__(self, samples: Tensor, reference: Tensor) -> None:
+        self.n = len(samples)
+        radius, sample_radius = _radius(reference), _radius(samples)
+        inside, near_sample = [], []
+        for rows in torch.split(torch.arange(len(samples)), _ROWS):
+            distance = torch.cdist(samples[rows], reference)
+            inside.append(distance <= radius)
+            near_sample.append(distance <= sample_radius[rows, None])
+        self.inside, self.near_sample = torch.cat(inside), torch.cat(near_sample)
+
+    def measures(self) -> tuple[Callable[[Tensor], float], ...]:
+        """Functions of the rows of samples that return precision, recall, density and coverage."""
+        return (
+            lambda rows: _share(self.inside[rows].any(1)),
+            lambda rows: _share(self.near_sample[rows].any(0)),
+            lambda rows: float(self.inside[rows].sum(1).double().mean() / NEIGHBOURS),
+            lambda rows: _share(self.inside[rows].any(0)),
+        )
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean())
+
+
+def _radius(points: Tensor) -> Tensor:
+    """The distance of each point to its fifth nearest neighbour; the nearest is the point itself."""
+    k = min(NEIGHBOURS + 1, len(points))
+    parts = [torch.cdist(rows, points).kthvalue(k, dim=1).values for rows in torch.split(points, _ROWS)]
+    return torch.cat(parts)
+
+
+def _jackknife(measure: Callable[[Tensor], float], n: int) -> Estimate:
+    """The measure on all rows, with an interval from its values without each of ten groups of rows."""
+    everything = torch.arange(n)
+    value = measure(everything)
+    without = [measure(everything[everything % _GROUPS != group]) for group in range(_GROUPS)]
+    mean = sum(without) / _GROUPS
+    variance = (_GROUPS - 1) / _GROUPS * sum((each - mean) ** 2 for each in without)
+    half = _Z * math.sqrt(variance)
+    return Estimate(value, value - half, value + half, n)
+
+
+def label_entropy(classes: Tensor, number: int) -> float:
+    """Return the entropy of the predicted classes (n) divided by the logarithm of the number of classes: 1 if all are
+    equally frequent, and 0 if there is only one.
+    """
+    shares = torch.bincount(classes, minlength=number).double() / len(classes)
+    return float(-(shares * shares.clamp_min(1e-12).log()).sum() / math.log(number)) if number > 1 else 0.0

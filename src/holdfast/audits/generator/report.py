@@ -1,0 +1,151 @@
+"""The finding of an audit of a generator: its verdict, the table of measures, and the samples nearest to training
+examples.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
+from holdfast.audits.generator.copies import Copies
+from holdfast.audits.generator.quality import Quality
+from holdfast.core.estimate import Estimate
+
+_COLLAPSED = 0.01
+"""recall up to which a generator with realistic samples counts as collapsed"""
+_REALISTIC = 0.5
+"""precision from which samples count as realistic"""
+_SHOWN = 6
+_NAMES = {
+    "frechet": "Fréchet distance",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+_FEATURES = (
+    "The measures of quality compare features of one network. A difference that this network does not see is not "
+    "measured."
+)
+_DISTANCE = (
+    "Copies are found by their distance in the space of the inputs. A copy that is shifted, mirrored or recoloured may "
+    "be missed."
+)
+_TOGETHER = (
+    "Samples that are all copies have the best possible quality. Read it together with the share of copies."
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an audit of a generator measured."""
+
+    samples: Quality
+    floor: Quality
+    """the same measures for as many held-out examples: what a perfect generator would reach"""
+    copies: Copies
+    entropy: float
+    """entropy of the predicted classes of the samples, from 0 to 1"""
+    training_entropy: float
+    distinct: int
+    """number of different samples"""
+    features: int
+    """number of features that are compared"""
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the samples look like training examples, but only like few of them."""
+        quality = self.samples
+        return quality.recall.value <= _COLLAPSED and quality.precision.value >= _REALISTIC
+
+    @property
+    def copied(self) -> bool:
+        """Whether the samples contain more copies than held-out examples would."""
+        return self.copies.rate.low > self.copies.held_out.high
+
+
+def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding:
+    """Return the finding: `flagged` if samples are copies of training examples, or if the generator has collapsed."""
+    copied, held_out = measured.copies.rate, measured.copies.held_out
+    frechet, floor = measured.samples.frechet, measured.floor.frechet
+    verdict: AuditVerdict = "flagged" if measured.copied or measured.collapsed else "not flagged"
+    collapse = "; the generator has collapsed to few different samples" if measured.collapsed else ""
+    headline = (
+        f"{copied.value:.1%} of the samples are copies of training examples ({copied.low:.1%} to {copied.high:.1%}; "
+        f"held-out examples: {held_out.value:.1%}), and the Fréchet distance is {frechet.value:.3g} "
+        f"({floor.value:.3g} for held-out examples){collapse}"
+    )
+    rule = (
+        f"a sample is a copy if it is nearer to a training example than {measured.copies.threshold:.4g}, as 1 % of the "
+        "held-out examples are"
+    )
+    variety = (
+        f"{measured.distinct:,} of {len(samples):,} samples are different; their predicted classes have an entropy of "
+        f"{measured.entropy:.3f} (training examples: {measured.training_entropy:.3f})"
+    )
+    reasons = [rule, variety]
+    if measured.collapsed:
+        reasons.insert(
+            0, f"the samples cover {measured.samples.recall.value:.1%} of the training examples (recall)"
+        )
+    return Finding(
+        verdict,
+        headline,
+        reasons,
+        _facts(measured),
+        {"frechet": frechet, "copy_rate": copied},
+        (_measures(measured),),
+        _pairs(measured, samples, training),
+        limits=(_FEATURES, _DISTANCE, _TOGETHER),
+    )
+
+
+def _facts(measured: Measured) -> dict[str, object]:
+    return {
+        "copy_rate": measured.copies.rate.value,
+        "held_out_copy_rate": measured.copies.held_out.value,
+        "copy_threshold": measured.copies.threshold,
+        "collapsed": measured.collapsed,
+        "distinct": measured.distinct,
+        "label_entropy": measured.entropy,
+        "training_label_entropy": measured.training_entropy,
+        "features": measured.features,
+        **{f.name: getattr(measured.samples, f.name).value for f in fields(Quality)},
+        "floor": {f.name: getattr(measured.floor, f.name).value for f in fields(Quality)},
+    }
+
+
+def _measures(measured: Measured) -> Table:
+    rows = [
+        (title, *_shown(getattr(measured.samples, name)), *_shown(getattr(measured.floor, name)))
+        for name, title in _NAMES.items()
+    ]
+    n = measured.samples.frechet.n
+    return Table(
+        "Quality of the samples",
+        ("measure", "samples", "interval", "held-out", "interval"),
+        rows,
+        f"{n:,} samples and {n:,} held-out examples, each compared with the training examples by {measured.features} "
+        "features. The column held-out is what a perfect generator would reach. Lower is better for the Fréchet "
+        "distance and KID, and higher for the others.",
+    )
+
+
+def _shown(estimate: Estimate) -> tuple[str, str]:
+    return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
+
+
+def _pairs(measured: Measured, samples: Tensor, training: Tensor) -> tuple[Picture, ...]:
+    """The samples that are nearest to a training example, each above that example, if they are images."""
+    if samples.dim() != 4 or samples.shape[1] not in (1, 3):
+        return ()
+    closest = measured.copies.distance.argsort(stable=True)[:_SHOWN]
+    nearest = measured.copies.nearest[closest]
+    both = torch.cat((samples[closest], training[nearest].to(samples)))
+    shown = in_unit_range(both, float(both.min()), float(both.max()))
+    captions = [f"sample, distance {float(measured.copies.distance[row]):.3g}" for row in closest]
+    captions += [f"its nearest training example, row {int(row)}" for row in nearest]
+    state = "are copies" if measured.copied else "are not nearer than held-out examples"
+    return (Picture(f"The samples nearest to training examples {state}", shown, captions),)

@@ -1,0 +1,108 @@
+"""Opens a generator: an object with a method `sample(n, seed)`, which a function in a Python file returns or that is
+given as a Python object.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.names import kind_of
+from holdfast.io.functions import function_digest, function_from_file, function_name
+from holdfast.io.models.factories import error_text
+from holdfast.io.models.object_digest import digest_of_object
+
+_PIECE = 500  # samples of one call
+_TESTED = 8  # samples of the tests of the seed
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Protocol of a generator of examples."""
+
+    def sample(self, n: int, seed: int) -> Any:
+        """Return `n` samples (n, *features), a tensor or an array, that are determined by `seed`."""
+
+
+@dataclass(frozen=True)
+class OpenedGenerator:
+    """A generator with what identifies it."""
+
+    name: str
+    digest: str
+    """SHA-256 in hex of the file of its function, or of the object"""
+    generator: Generator
+
+    def samples(self, n: int, seed: int) -> Tensor:
+        """Return `n` samples as a float tensor (n, *features). They are requested in pieces, each with a seed of its
+        own. Raises `TargetError` if the generator raises an exception, or returns another number of samples or NaN.
+        """
+        starts = range(0, n, _PIECE)
+        pieces = [self._piece(min(_PIECE, n - start), seed + start // _PIECE) for start in starts]
+        shapes = {tuple(piece.shape[1:]) for piece in pieces}
+        if len(shapes) > 1:
+            raise TargetError(f"{self.name} returns samples of several shapes: {sorted(shapes)}")
+        return torch.cat(pieces)
+
+    def _piece(self, n: int, seed: int) -> Tensor:
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                drawn = self.generator.sample(n, seed)
+                samples = (
+                    drawn.detach().cpu() if isinstance(drawn, Tensor) else torch.from_numpy(np.asarray(drawn))
+                )
+        except HoldfastError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's code may raise anything; its message is shown
+            raise TargetError(f"sample({n}, {seed}) of {self.name} raised {error_text(error, [])}") from error
+        if samples.dim() < 2 or len(samples) != n:
+            raise TargetError(
+                f"sample({n}, {seed}) of {self.name} returned shape {tuple(samples.shape)}; expected {n} samples, "
+                f"({n}, *features)"
+            )
+        samples = samples.float()
+        if not bool(samples.isfinite().all()):
+            bad = int((~samples.isfinite()).flatten(1).any(1).sum())
+            raise TargetError(
+                f"{bad} of {n} samples of {self.name} contain NaN or infinity; look for a division or a logarithm of "
+                "zero in it"
+            )
+        return samples
+
+    def notes(self, seed: int) -> tuple[str, ...]:
+        """Return notes for the report: whether the generator ignores its seed, or is not determined by it."""
+        first, again, other = (self._piece(_TESTED, number) for number in (seed, seed, seed + 1))
+        if not torch.equal(first, again):
+            return (
+                f"{self.name} is not determined by its seed, so that the audit cannot be repeated exactly",
+            )
+        if torch.equal(first, other):
+            return (f"{self.name} ignores its seed: two seeds gave the same samples",)
+        return ()
+
+
+def open_generator(source: object) -> OpenedGenerator:
+    """Return the generator that the function at an address `file.py:name` returns, or one that is given as an object.
+
+    The file is imported. Raises `UsageError` for anything else.
+    """
+    if isinstance(source, str):
+        function = function_from_file(source)
+        name, identity = function_name(function), function_digest(function)
+        try:
+            generator = function()
+        except (Exception, SystemExit) as error:  # the user's code may raise anything; its message is shown
+            raise TargetError(f"{name} raised {error_text(error, [])}") from error
+    else:
+        generator, name = source, f"{type(source).__module__}.{type(source).__qualname__}"
+        identity = digest_of_object(getattr(source, "sample", type(source)))
+    if isinstance(generator, type) or not isinstance(generator, Generator):
+        raise UsageError(
+            f"{name} {'returned' if isinstance(source, str) else 'is'} {kind_of(generator)}; expected a generator, an "
+            "object with a method sample(n, seed), or a file of samples"
+        )
+    return OpenedGenerator(name, identity, generator)
