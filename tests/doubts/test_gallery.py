@@ -1,6 +1,7 @@
 """The gallery: every item is built from its name, masks, is given away by a doubt, and falls to who knows it."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -138,10 +139,10 @@ def test_a_discrete_model_is_about_as_accurate_as_its_twin_and_hides_its_gradien
 
 
 @pytest.mark.parametrize("item", DISCRETE, ids=lambda item: item.name)
-def test_a_discrete_model_is_deterministic(item, few):
+def test_a_discrete_model_is_deterministic_and_can_be_copied(item, few):
     twin = undefended(few)
     first, second = (item.build(few, twin) for _ in range(2))
-    assert answers(first, few.x).equal(answers(second, few.x))
+    assert answers(first, few.x).equal(answers(deepcopy(second), few.x))
 
 
 def test_models_that_need_no_training_hide_every_decision():
