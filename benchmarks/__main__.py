@@ -103,6 +103,7 @@ ROWS = {
     "loss-spread": "loss_spread",
     "doubts": "doubts",
     "gallery": "gallery",
+    "masked-unknown": "masked_unknown",
     "audit-backdoor": "audit_backdoor",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""

@@ -149,6 +149,8 @@ SUBJECTS = {
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "
     "adaptive attacks, and the doubts raised.",
+    "masked-unknown": "Masked models that the adaptive attacks were not developed on, beside their twins; honest "
+    "networks; and models without any gradient beside Square and HopSkipJump at equal queries.",
     "audit-backdoor": "`holdfast audit backdoor` on MNIST networks with planted backdoors, on ten clean ones and on a "
     "published network with a backdoor, each against 20 control networks; and STRIP. *Index* is that of Neural "
     "Cleanse.",

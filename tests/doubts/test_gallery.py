@@ -1,6 +1,7 @@
 """The gallery: every item is built from its name, masks, is given away by a doubt, and falls to who knows it."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from holdfast.api.verbs import exhibition
 from holdfast.cli import running
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
-from holdfast.doubts.gallery import EPS, ITEMS, undefended
+from holdfast.core.through import Through
+from holdfast.doubts.gallery import DISCRETE, EPS, ITEMS, undefended
 from holdfast.io.data.data import open_data
-from holdfast.runs.assess.exhibition import Exhibit
+from holdfast.runs.assess.exhibition import Exhibit, assessed_net
+from holdfast.runs.harness.kinds.passes import FIXED
 
 KEYS = {
     "name",
@@ -27,6 +30,11 @@ KEYS = {
 @pytest.fixture(scope="module")
 def digits():
     return open_data("mnist-mini", split="train").read(0, 1500)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return open_data("mnist-mini", split="train").read(0, 100)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def test_an_item_reads_digits_and_names_its_paper(item, digits, twin):
 
 
 def test_names_are_told_apart():
-    assert len({item.name for item in ITEMS}) == len(ITEMS) == 12
+    assert len({item.name for item in (*ITEMS, *DISCRETE)}) == len(ITEMS) + len(DISCRETE) == 12 + 11
 
 
 def test_a_name_that_is_not_shown_is_answered_with_the_nearest():
@@ -103,3 +111,63 @@ def test_the_gallery_is_written_as_json_alone(tmp_path):
     done = CliRunner().invoke(verbs, ["demo", "--gallery", "-o", str(tmp_path / "folder")])
     assert isinstance(done.exception, UsageError)
     assert ".json" in str(done.exception)
+
+
+def answers(net, x):
+    """The outputs of a network, whose random numbers are the same each time."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return net(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", DISCRETE, ids=lambda item: item.name)
+def test_a_discrete_model_is_about_as_accurate_as_its_twin_and_hides_its_gradient(item, digits, twin):
+    before = torch.random.get_rng_state()
+    net, data = item.build(digits, twin), open_data("mnist-mini", n=100)
+    assert (torch.random.get_rng_state() == before).all()
+    own, test = item.twin(net) if item.twin else twin, data.read(0, 100)
+    masked, plain = ((answers(model, test.x).argmax(1) == test.y).float().mean() for model in (net, own))
+    # the networks see 1,500 digits only, so that two of them need not agree as well as in the gallery
+    assert abs(masked - plain) < 0.12
+    left, of_twin = (
+        assessed_net(model, data, item.eps, (FIXED,)).metrics["robust_accuracy"].value for model in (net, own)
+    )
+    assert left - of_twin > 0.4, "PGD-40 breaks the model as often as its twin"
+    assert not any(isinstance(module, Through) for module in net.modules()), "marked for the attacks"
+    assert "20" in item.source
+
+
+@pytest.mark.parametrize("item", DISCRETE, ids=lambda item: item.name)
+def test_a_discrete_model_is_deterministic_and_can_be_copied(item, few):
+    twin = undefended(few)
+    first, second = (item.build(few, twin) for _ in range(2))
+    assert answers(first, few.x).equal(answers(deepcopy(second), few.x))
+
+
+def test_models_that_need_no_training_hide_every_decision():
+    """The wrappers that share all weights with their twin, around an untrained network."""
+    from holdfast.core.batch import Batch
+    from holdfast.doubts.gallery.decisions import Decided, NoisyVotes, Votes
+    from holdfast.doubts.gallery.memories import Memory
+    from holdfast.doubts.gallery.precisions import MixedPrecision
+    from holdfast.doubts.gallery.small_networks import digit_network
+
+    torch.manual_seed(0)
+    net, x = digit_network().eval().requires_grad_(False), torch.rand(12, 1, 28, 28)
+    stored = Batch(x, torch.arange(12) % 10, torch.arange(12))
+    members = torch.nn.ModuleList([net, digit_network().eval().requires_grad_(False)])
+    assert answers(Decided(net), x).argmax(1).equal(net(x).argmax(1))
+    assert (answers(Votes(members), x).sum(1) == 2).all()
+    torch.testing.assert_close(answers(NoisyVotes(net), x).sum(1), torch.ones(12))
+    assert answers(Memory(net[:5], stored, 1), x).argmax(1).equal(stored.y)
+    for model in (
+        Decided(net),
+        Votes(members),
+        NoisyVotes(net),
+        Memory(net[:5], stored, 1),
+        MixedPrecision(net),
+    ):
+        points = x.clone().requires_grad_()
+        output = model(points).sum()
+        assert not output.requires_grad or not torch.autograd.grad(output, points)[0].any()

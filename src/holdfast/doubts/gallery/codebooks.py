@@ -87,7 +87,10 @@ def features(digits: Batch, twin: nn.Module) -> nn.Module:
         loss = F.cross_entropy(net(batch.x), batch.y)
         return loss + WEIGHT * cast("FeatureCodebook", cast("nn.Sequential", net)[4]).distance
 
-    return trained_on_digits(build, digits, quantised, epochs=10)
+    net = trained_on_digits(build, digits, quantised, epochs=10)
+    # the graph of the last batch cannot be copied to another process
+    cast("FeatureCodebook", cast("nn.Sequential", net)[4]).distance = torch.zeros(())
+    return net
 
 
 def _without_codebook(model: nn.Module) -> nn.Module:
