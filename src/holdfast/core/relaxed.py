@@ -27,7 +27,21 @@ _MOST_OUTCOMES = 5_000_000
 """largest number of values of a distribution, which bounds the memory"""
 _ROUNDINGS = frozenset({"round", "floor", "ceil", "trunc", "fix"})
 _CASTS = frozenset(
-    {"to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "short", "char", "byte"}
+    {
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "int",
+        "long",
+        "short",
+        "char",
+        "byte",
+        "to_copy",
+    }
 )
 _MOVES = frozenset(
     {
@@ -36,6 +50,7 @@ _MOVES = frozenset(
     }
 )  # fmt: skip
 """operations that move elements, and so the distributions of each"""
+_UNUSUAL = (RuntimeError, TypeError, IndexError, ValueError)
 _LEAVING = frozenset({"numpy", "__array__", "tolist"})
 """operations whose results are no tensors"""
 
@@ -74,6 +89,7 @@ class Relaxation(TorchFunctionMode):
         """positions in `recorded` of tensors that enter an operation after which no gradient is left, or a relaxed
         one"""
         self._depth = 0
+        self._outside: Tensor | None = None
         self._soft: dict[int, tuple[Tensor, _Soft]] = {}
 
     def __torch_function__(
@@ -84,6 +100,8 @@ class Relaxation(TorchFunctionMode):
         kwargs: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
+        if self._outside is not None and self._depth:
+            args = _mapped(self._returned, args)
         live = [value for value in _tensors((args, kwargs)) if self._is_live(value)] if self._depth else []
         if not live:
             return func(*args, **kwargs)
@@ -96,7 +114,7 @@ class Relaxation(TorchFunctionMode):
         """Count the beginning of a module's forward pass; relaxation is limited to them."""
         if not self._depth:
             self.passed = 0
-            self.recorded, self.cuts, self._soft = [], [], {}
+            self.recorded, self.cuts, self._soft, self._outside = [], [], {}, None
         self._depth += 1
 
     def left(self, _module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
@@ -137,6 +155,7 @@ class Relaxation(TorchFunctionMode):
             return args[0]
         if name in _LEAVING:
             self.cut(args[0])
+            self._outside = args[0] if args[0].requires_grad and args[0].dim() > 1 else None
             return func(args[0].detach(), *args[1:], **kwargs)
         plain = name.strip("_")
         if plain in _ROUNDINGS and name != plain:
@@ -144,7 +163,10 @@ class Relaxation(TorchFunctionMode):
         value = func(*args, **kwargs)
         rule = _RULES.get(plain) if name == plain or name.startswith("__") else None
         if rule is not None:
-            stand_in = rule(self, value, *args, **kwargs)
+            try:
+                stand_in = rule(self, value, *args, **kwargs)
+            except _UNUSUAL:  # arguments that the rule does not know
+                stand_in = None
             if stand_in is not None:
                 return self._replaced(value, stand_in)
         if any(id(one) in self._soft for one in live):
@@ -154,6 +176,17 @@ class Relaxation(TorchFunctionMode):
             for one in live:
                 self.cut(one)
         return value
+
+    def _returned(self, value: Tensor) -> Tensor:
+        """The first tensor in the shape of one that left torch, as for a function of numpy, gets its gradient."""
+        outside = self._outside
+        if outside is None or value.requires_grad or value.shape != outside.shape:
+            return value
+        if isinstance(value, nn.Parameter) or not value.is_floating_point() or value.is_inference():
+            return value
+        self._outside = None
+        self.passed += 1
+        return instead(value, outside.to(value.dtype))
 
     def _passed_on(self, value: Tensor) -> Tensor:
         """A copy with the gradient, which the model may change in place as it may a detached tensor."""
@@ -202,7 +235,7 @@ class Relaxation(TorchFunctionMode):
             return self._replaced(value, _choice(chances, first.table))
         try:
             soft = func(*_mapped(self.dense, args), **_mapped(self.dense, dict(kwargs)))
-        except (RuntimeError, TypeError, IndexError, ValueError):  # an operation on integers alone
+        except _UNUSUAL:  # an operation on integers alone
             for one in _tensors((args, kwargs)):
                 self.cut(self.dense(one))
             return value
@@ -347,7 +380,7 @@ def _looked_up(
 
 def _step(sign: int) -> Callable[..., Any]:
     def rule(mode: Relaxation, value: Tensor, first: Any, second: Any, **_: Any) -> Tensor | None:  # noqa: ANN401
-        difference: Tensor = 1.0 * mode.dense(first) - mode.dense(second)
+        difference: Tensor = 1.0 * mode.dense(first) - 1.0 * mode.dense(second)
         if not difference.requires_grad:
             return None
         mode.cut(first)
@@ -363,7 +396,7 @@ def _same(sign: int) -> Callable[..., Any]:
         soft = mode.soft_of(first)
         if soft is not None and soft.chances is not None and not isinstance(second, Tensor):
             return _choice(soft.chances, soft.table == second if sign > 0 else soft.table != second)
-        difference = 1.0 * mode.dense(first) - mode.dense(second)
+        difference = 1.0 * mode.dense(first) - 1.0 * mode.dense(second)
         if not isinstance(difference, Tensor) or not difference.requires_grad:
             return None
         equal = 1 - difference.abs().clamp_max(1)
@@ -459,6 +492,9 @@ _RULES: Mapping[str, Callable[..., Any]] = {
     "searchsorted": lambda mode, value, boundaries, x, **kw: _interval(mode, value, x, boundaries),
     "one_hot": lambda mode, value, index, *a, **kw: _looked_up(
         mode, index, lambda table: torch.nn.functional.one_hot(table, value.shape[-1])
+    ),
+    "index": lambda mode, value, table, index: (
+        _looked_up(mode, index[0], lambda rows: table[rows]) if len(index) == 1 else None
     ),
     "getitem": lambda mode, value, table, index: _looked_up(mode, index, lambda rows: table[rows]),
     "embedding": lambda mode, value, index, table, *a, **kw: (
