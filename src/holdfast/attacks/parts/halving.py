@@ -73,6 +73,7 @@ class Halving:
     threat: ThreatModel
     passes: int
     rng: Draws
+    methods: tuple[str, ...]
     draws: int = 0
     accounts: list[Account] = field(default_factory=list)
 
@@ -100,6 +101,9 @@ class Halving:
             )
             for m in (*METHODS, LABELS)
         ]
+        for account in self.accounts:
+            if account.method.name not in self.methods:
+                account.state = "left out"
         *compared, labels = self.accounts
         applicable = [account for account in compared if account.state == "not reached"]
         reserve = self.passes // _OF_LABELS if labels.state == "not reached" else 0
