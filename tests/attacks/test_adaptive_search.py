@@ -168,7 +168,9 @@ def test_a_small_budget_trains_no_stand_in():
 
 
 def test_a_model_that_raises_far_from_the_data_is_searched_elsewhere():
-    model, batch, x, columns, _ = searched(Fragile(), 300, access="labels", methods=("labels",))
+    model, batch, x, columns, _ = searched(
+        Fragile(), 120, access="labels", methods=("labels",), batch=examples(4)
+    )
     assert columns["raised"].any()
     assert (margin(model(x), batch) <= 0).any()
 
