@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import cosine, gradient
-from holdfast.attacks.parts.counted_queries import CountedQueries
-from holdfast.attacks.parts.losses import Loss, likeliest, margin_loss, scaled_cross_entropy
+from holdfast.attacks.parts.counted_queries import DOUBLE_CHECKS, CountedQueries
+from holdfast.attacks.parts.losses import Loss, likeliest, margin, margin_loss, scaled_cross_entropy
 from holdfast.attacks.parts.norms import expect_eps, expect_norm
 from holdfast.attacks.parts.small_networks import SmallNetwork
 from holdfast.attacks.parts.starts import near
@@ -23,23 +23,27 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
+from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Inputs, Labels, Steps
+from holdfast.core.types import Access, Inputs, Labels, Logits, PerExample, Steps
 
 LEAST_PASSES = 60
 """Smallest number of queries for each example from which a network is trained: with fewer, more than half of them would
 serve the training alone."""
 _FIRST = (0.125, 40)
 """share of the queries for the first training, and the largest number for each example"""
-_FIRST_STEPS, _LATER_STEPS = 400, 60
+_FIRST_STEPS, _LATER_STEPS = 200, 20
 """steps of training before the first round, and between rounds"""
-_PER_ROUND = (3, 12)
-"""smallest and largest number of points of each example that a round queries"""
-_ROUNDS = 60
+_PER_ROUND = 3
+"""largest number of points of each example that a round queries"""
+_FARTHEST, _NEARER = 4.0, 0.85
+"""largest radius, in multiples of eps, of the balls in which the network learns the boundary; and the factor of the
+radius of an example after a round that crossed the boundary"""
+_ROUNDS = 200
 """number of rounds after which further training changes little"""
-_PATIENCE = 12
+_PATIENCE = 30
 """number of rounds without a broken example after which the attack ends"""
-_CLIMB = 20
+_CLIMB = 12
 """gradient steps through the network in a round, which cost no query"""
 _REACH = 10.0
 """length of these steps in multiples of eps"""
@@ -54,6 +58,12 @@ class StandIn:
     random points"""
 
     needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = False
+
+    @property
+    def queries(self) -> int:
+        """Largest number of queries for each example, which is all of the passes."""
+        return self.passes
 
     @property
     def searches(self) -> bool:
@@ -83,54 +93,56 @@ class StandIn:
         return queries.best.x
 
     def _rounds(self, queries: CountedQueries, network: SmallNetwork, rng: Draws) -> None:
-        fewest, most = _PER_ROUND
-        points = max(fewest, min(most, queries.passes_left // _ROUNDS))
-        unchanged = 0
+        """Attack the network, query the points, and train it again with the answers, in turn."""
+        radius = torch.full_like(queries.best.margin, _FARTHEST)
+        cost, idle = _PER_ROUND + (DOUBLE_CHECKS * _PER_ROUND if queries.randomised else 0), 0
         for number in range(_ROUNDS):
-            active = queries.surviving()
-            # a randomised model is asked again about each broken point
-            if (
-                not len(active)
-                or unchanged >= _PATIENCE
-                or queries.passes_left < points * (1 + 4 * queries.randomised)
-            ):
+            active, draws = queries.surviving(), rng.at("round", number)
+            if not len(active) or idle >= _PATIENCE or queries.passes_left < cost:
                 return
-            n_active = len(active)
-            for x in _climbed(network, active, queries, number, points, rng.at("round", number)):
-                network.add(x, queries.logits(active, x))
-            unchanged = unchanged + 1 if len(queries.best.surviving) == n_active else 0
+            rows = queries.best.rows(active)
+            reach = radius[rows] if number % 2 else torch.ones_like(radius[rows])
+            x = _climbed(network, active, queries, reach, number, draws)
+            wrong = ~(margin(self._asked(queries, network, active, x), active) > 0)
+            if number % 2:
+                radius[rows] = torch.where(wrong, reach * _NEARER, reach / _NEARER).clamp(1, _FARTHEST)
+            share = 0.5 + 0.5 * draws.at("between").uniform(active.ids, 1, dtype=x.dtype)[:, 0]
+            self._asked(queries, network, active, torch.lerp(active.x, x, spread(share, x)))
+            norm = queries.constraint
+            if number % 2:
+                self._asked(queries, network, active, norm.project(x, active.x, network.bounds))
+            idle = idle + 1 if len(queries.best.surviving) == len(rows) else 0
             network.train(_LATER_STEPS)
+
+    def _asked(self, queries: CountedQueries, network: SmallNetwork, active: Batch, x: Inputs) -> Logits:
+        logits = queries.logits(active, x)
+        network.add(x, logits)
+        return logits
 
 
 def _climbed(
-    network: SmallNetwork, active: Batch, queries: CountedQueries, number: int, points: int, rng: Draws
-) -> list[Inputs]:
-    """Points of gradient ascent through the network from a random start or the best point so far, the last one last.
+    network: SmallNetwork, active: Batch, queries: CountedQueries, radius: PerExample, number: int, rng: Draws
+) -> Inputs:
+    """End of gradient ascent through the network, from a random start, in a ball of `radius` times eps.
 
     Rounds take turns between the margin, the cross-entropy and one wrong class as the goal.
     """
     norm, bounds = queries.constraint, network.bounds
-    rows = queries.best.rows(active)
-    x = queries.best.x[rows] if number % 2 else norm.sample(active, bounds, rng)
-    loss: Loss = margin_loss if number % 3 else scaled_cross_entropy
-    aimed, aim = active, _aim(network, active, number)
-    if aim is not None:
-        aimed = active.towards(aim)
-    shown = {round((k + 1) * _CLIMB / points) for k in range(points)}
-    kept: list[Inputs] = []
+    loss: Loss = margin_loss if number % 4 < 2 else scaled_cross_entropy
+    aim = _aim(network, active, number)
+    aimed = active if aim is None else active.towards(aim)
+    x = norm.sample(active, bounds, rng)
     for step in range(_CLIMB):
         grad, _ = gradient(network, aimed.at(x), loss)
-        size = _REACH * norm.eps / _CLIMB * cosine(step, _CLIMB)
-        x = norm.project(torch.add(x, norm.steepest(grad, x, bounds), alpha=size), active.x, bounds)
-        if step + 1 in shown:
-            kept.append(x)
-    return kept
+        size = spread(radius, x) * (_REACH * norm.eps / _CLIMB * cosine(step, _CLIMB))
+        x = norm.within(x + size * norm.steepest(grad, x, bounds), active.x, bounds, radius * norm.eps)
+    return x
 
 
 def _aim(network: SmallNetwork, active: Batch, number: int) -> Labels | None:
     """The wrong class that every third round targets: the likeliest first, by the network."""
-    if number % 3 != 2 or active.target is not None:
+    if number % 6 < 4 or active.target is not None:
         return None
     with torch.no_grad():
         ranked = likeliest(network(active.x), active.y, 5)
-    return ranked[:, number // 3 % ranked.shape[1]]
+    return ranked[:, number // 6 % ranked.shape[1]]

@@ -27,7 +27,21 @@ _MOST_OUTCOMES = 5_000_000
 """largest number of values of a distribution, which bounds the memory"""
 _ROUNDINGS = frozenset({"round", "floor", "ceil", "trunc", "fix"})
 _CASTS = frozenset(
-    {"to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "short", "char", "byte"}
+    {
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "int",
+        "long",
+        "short",
+        "char",
+        "byte",
+        "to_copy",
+    }
 )
 _MOVES = frozenset(
     {
@@ -36,6 +50,7 @@ _MOVES = frozenset(
     }
 )  # fmt: skip
 """operations that move elements, and so the distributions of each"""
+_UNUSUAL = (RuntimeError, TypeError, IndexError, ValueError)
 _LEAVING = frozenset({"numpy", "__array__", "tolist"})
 """operations whose results are no tensors"""
 
@@ -144,7 +159,10 @@ class Relaxation(TorchFunctionMode):
         value = func(*args, **kwargs)
         rule = _RULES.get(plain) if name == plain or name.startswith("__") else None
         if rule is not None:
-            stand_in = rule(self, value, *args, **kwargs)
+            try:
+                stand_in = rule(self, value, *args, **kwargs)
+            except _UNUSUAL:  # arguments that the rule does not know
+                stand_in = None
             if stand_in is not None:
                 return self._replaced(value, stand_in)
         if any(id(one) in self._soft for one in live):
@@ -202,7 +220,7 @@ class Relaxation(TorchFunctionMode):
             return self._replaced(value, _choice(chances, first.table))
         try:
             soft = func(*_mapped(self.dense, args), **_mapped(self.dense, dict(kwargs)))
-        except (RuntimeError, TypeError, IndexError, ValueError):  # an operation on integers alone
+        except _UNUSUAL:  # an operation on integers alone
             for one in _tensors((args, kwargs)):
                 self.cut(self.dense(one))
             return value
@@ -347,7 +365,7 @@ def _looked_up(
 
 def _step(sign: int) -> Callable[..., Any]:
     def rule(mode: Relaxation, value: Tensor, first: Any, second: Any, **_: Any) -> Tensor | None:  # noqa: ANN401
-        difference: Tensor = 1.0 * mode.dense(first) - mode.dense(second)
+        difference: Tensor = 1.0 * mode.dense(first) - 1.0 * mode.dense(second)
         if not difference.requires_grad:
             return None
         mode.cut(first)
@@ -363,7 +381,7 @@ def _same(sign: int) -> Callable[..., Any]:
         soft = mode.soft_of(first)
         if soft is not None and soft.chances is not None and not isinstance(second, Tensor):
             return _choice(soft.chances, soft.table == second if sign > 0 else soft.table != second)
-        difference = 1.0 * mode.dense(first) - mode.dense(second)
+        difference = 1.0 * mode.dense(first) - 1.0 * mode.dense(second)
         if not isinstance(difference, Tensor) or not difference.requires_grad:
             return None
         equal = 1 - difference.abs().clamp_max(1)
@@ -459,6 +477,9 @@ _RULES: Mapping[str, Callable[..., Any]] = {
     "searchsorted": lambda mode, value, boundaries, x, **kw: _interval(mode, value, x, boundaries),
     "one_hot": lambda mode, value, index, *a, **kw: _looked_up(
         mode, index, lambda table: torch.nn.functional.one_hot(table, value.shape[-1])
+    ),
+    "index": lambda mode, value, table, index: (
+        _looked_up(mode, index[0], lambda rows: table[rows]) if len(index) == 1 else None
     ),
     "getitem": lambda mode, value, table, index: _looked_up(mode, index, lambda rows: table[rows]),
     "embedding": lambda mode, value, index, table, *a, **kw: (

@@ -5,7 +5,7 @@ import torch
 from holdfast.attacks.parts.best import Best
 from holdfast.attacks.parts.losses import margin
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import Constraint, allowed
+from holdfast.core.constraints import Norm, allowed
 from holdfast.core.model import Model
 from holdfast.core.types import Inputs, Logits, Mask, PerExample
 
@@ -16,7 +16,7 @@ DOUBLE_CHECKS = 4
 class CountedQueries:
     """Model with a number of passes that are left for each example, and the best points of all queries."""
 
-    def __init__(self, model: Model, batch: Batch, constraint: Constraint, passes: int) -> None:
+    def __init__(self, model: Model, batch: Batch, constraint: Norm, passes: int) -> None:
         self.model, self.constraint, self.passes_left = model, constraint, passes
         self.best = Best(batch)
         self.randomised = False
