@@ -151,7 +151,8 @@ def searching(**changes):
     return adaptive_order(arms=(*ARMS, SEARCH), adaptive_budget=250, **changes)
 
 
-def test_the_report_has_what_each_method_did_and_the_checks():
+@pytest.mark.slow
+def test_the_report_has_what_each_method_did_and_the_checks(tmp_path):
     result = assess(masked(), data(), searching())
     summary = json.loads(result.to_json())
     record = result.attacks[-1]
@@ -168,7 +169,8 @@ def test_the_report_has_what_each_method_did_and_the_checks():
     assert [check["name"] for check in summary["answer_checks"]] == [
         "whole-box", "larger-eps", "labels-only", "gradient", "same-output"
     ]  # fmt: skip
-    assert "methods that share the budget" in result.to_html().lower()
+    result.to_html(tmp_path / "r.html")
+    assert "methods that share the budget" in (tmp_path / "r.html").read_text().lower()
     failed = [check.name for check in result.evidence.answer_checks if check.state == "failed"]
     answered = [doubt for doubt in result.doubts if doubt.state == "answered"]
     assert bool(failed) != bool(answered)
@@ -181,6 +183,7 @@ class Hidden(nn.Module):
         return x - 2 * x + 2 * x.detach()
 
 
+@pytest.mark.slow
 def test_a_doubt_stays_raised_if_the_gradient_of_the_attack_is_wrong():
     flat = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (12, 1)), nn.Flatten())
     model = subject(nn.Sequential(Hidden(), flat, network()), digest="c" * 64)
@@ -189,6 +192,24 @@ def test_a_doubt_stays_raised_if_the_gradient_of_the_attack_is_wrong():
     doubts = [doubt for doubt in result.doubts if doubt.state in ("raised", "answered")]
     assert doubts
     assert all(doubt.state == "raised" for doubt in doubts) == ("failed" in checks.values())
+
+
+class Fragile(Hidden):
+    """Raises an error for inputs far from the data, which are corners of the box here."""
+
+    def forward(self, x):
+        if (((x < 0.01) | (x > 0.99)).double().mean(1) > 0.7).any():
+            raise ValueError("out of range")
+        return super().forward(x)
+
+
+@pytest.mark.slow
+def test_a_model_that_raises_far_from_the_data_is_attacked_near_them():
+    result = assess(masked(Fragile()), data(), searching())
+    doubts = {doubt.name: doubt for doubt in result.doubts}
+    assert "raised an error" in doubts["whole-box"].message
+    assert doubts["whole-box"].state == "not measured"
+    assert {check.name for check in result.evidence.answer_checks} >= {"whole-box"}
 
 
 def test_what_time_cuts_off_answers_nothing():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from holdfast.attacks.apgd import APGD
 from holdfast.attacks.feature_transfer import FeatureTransfer
@@ -28,7 +29,7 @@ from holdfast.core.evidence import MethodState
 from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Inputs, Labels
+from holdfast.core.types import Access, Inputs
 
 DRAWS = 8
 """forward passes over which the outputs of a randomised model are averaged for methods without gradients"""
@@ -132,7 +133,7 @@ LABELS = Method("labels", "labels", no_search, 30, norms=(Linf, L2))
 
 
 def starts(
-    batch: Batch, best: Inputs, images: Inputs, predicted: Labels, threat: ThreatModel
+    batch: Batch, best: Inputs, images: Tensor, predicted: Tensor, threat: ThreatModel
 ) -> tuple[Inputs, ...]:
     """Return the points from which a search with labels only starts: twice and four times the best change of each
     example so far, and the nearest other images of the class that the attack needs.
