@@ -26,6 +26,10 @@ from holdfast.core.types import Access, Inputs, Steps
 
 _STEPS = (8, 30)
 """smallest and largest number of gradient steps of one run"""
+_LOOKING = 4
+"""most passes of the inspection of the model"""
+_LEAST = 20
+"""smallest number of passes with which the attack begins: the inspection, the clean inputs, and some steps"""
 _RUNS = 6
 """number of runs for which there are passes if they are few; this shortens the runs"""
 
@@ -42,10 +46,10 @@ class FeatureTransfer:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         expect_eps(threat.constraint, self)
         norm = expect_norm(threat.constraint, self, Linf, L2, L1)
-        features = features_of(model, batch)
+        features = features_of(model, batch) if self.passes >= _LEAST else None
         if features is None:
             return batch.x.clone()
-        queries = CountedQueries(model, batch, norm, self.passes)
+        queries = CountedQueries(model, batch, norm, self.passes - _LOOKING)
         queries.begin()
         steps = max(_STEPS[0], min(_STEPS[1], self.passes // (2 * _RUNS)))
         FeatureSearch(queries, features, batch, steps, rng).rounds()

@@ -46,6 +46,8 @@ def features_of(model: Model, batch: Batch) -> Features | None:
     and the last output of a module before it. Cost: one to three forwards and backwards of at most 8 examples.
     """
     looked = batch.first(_LOOKED_AT)
+    if not len(looked):
+        return None
     for cross in (True, False):
         try:
             found = _inspected(model, looked, cross=cross)
