@@ -22,7 +22,6 @@ from holdfast.doubts.concluding import Findings, conclude, missed_by_suite
 from holdfast.doubts.probing import counts, doubt_test, probes_for, rows_for, surviving_examples
 from holdfast.doubts.protocol import MeasurementContext, Probe, Probed, Run, probing_threat
 from holdfast.doubts.thresholds import SAMPLE
-from holdfast.doubts.whole_box import WHOLE_BOX
 from holdfast.io.data.selection import concatenated
 from holdfast.io.doctor import BETTER, FILLED, Finding, misfit, names_of_labels
 from holdfast.runs.assess.collecting_evidence import DOUBTS
@@ -298,7 +297,7 @@ def _probed(
         try:
             result = Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
         except TargetError as error:
-            if probe.name != WHOLE_BOX.name or isinstance(error, (TargetLost, TargetRefused)):
+            if probe.breaks or isinstance(error, (TargetLost, TargetRefused)):
                 raise
             raising.add(probe.name)
             continue
