@@ -15,7 +15,7 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import METHOD_STATES
 from holdfast.core.meter import Metered, margin
-from holdfast.core.model import Classifier
+from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 
 NAMES = (*(method.name for method in METHODS), LABELS.name)
@@ -220,3 +220,29 @@ def test_targets_are_reached():
     batch = batch.towards(torch.ones_like(batch.y))
     model, batch, x, *_ = searched(Prototypes(), 300, batch=batch, constraint=Linf(0.25), methods=("labels",))
     assert (model(x).argmax(1) == 1).double().mean() > 0.9
+
+
+def test_an_error_that_is_none_of_the_model_ends_the_search():
+    """Such as the end of the time budget of a run."""
+
+    class Ended(Exception):
+        pass
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return Distances()(x)
+
+    def model(x, ids=None):
+        if net.calls > 20:
+            raise Ended
+        return net(x)
+
+    net, batch = Slow(), examples()
+    model.bounds = Bounds()
+    with pytest.raises(Ended):
+        AdaptiveSearch(passes=100)(model, batch, ThreatModel(Linf(1e-3)), rng=Draws(0))
