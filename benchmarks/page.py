@@ -12,6 +12,8 @@ from benchmarks.absent import Absent
 from benchmarks.record import Cells, as_table, newest
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+PLACES = {"masked-unknown": PAGE.parent / "concepts" / "adaptive.md"}
+"""Other pages with the table of a row, between the lines `<!-- ROW: begin -->` and `<!-- ROW: end -->`"""
 
 SUBJECTS = {
     "import": "CPU time of importing all attacks after torch, beside other attack libraries.",
@@ -257,10 +259,27 @@ def _plain(cells: Cells) -> Cells:
     return {HEADINGS.get(name, name): "" if value is None else value for name, value in cells.items()}
 
 
+def with_table(row: str, text: str) -> str:
+    """The text of a page with the newest table of a row in its place, which is empty without a record."""
+    try:
+        lines = as_table([_plain(cells) for cells in newest(row)["table"]])
+    except Absent:
+        lines = []
+    begin, end = f"<!-- {row}: begin -->\n", f"<!-- {row}: end -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    table = "".join(f"{line}\n" for line in ("", *lines, "")) if lines else ""
+    return f"{before}{begin}{table}{end}{after}"
+
+
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    """Write the pages."""
+    pages = {PAGE: page()} | {
+        path: with_table(row, path.read_text(encoding="utf-8")) for row, path in PLACES.items()
+    }
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
 
 
 if __name__ == "__main__":

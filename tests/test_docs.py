@@ -93,6 +93,13 @@ def test_the_page_of_benchmarks_is_in_step_with_the_records():
     assert text("benchmarks.md") == benchmarks_page.page(), "write it again: make benchmarks-page"
 
 
+@pytest.mark.parametrize("row, path", benchmarks_page.PLACES.items())
+def test_a_table_on_another_page_is_in_step_with_its_record(row, path):
+    written = path.read_text(encoding="utf-8")
+    assert f"<!-- {row}: begin -->" in written
+    assert written == benchmarks_page.with_table(row, written), "write it again: make benchmarks-page"
+
+
 def test_the_readme_is_short_and_its_rows_are_recorded():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150

@@ -938,6 +938,7 @@ situation(
 situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
+situation("a budget without adaptive attacks", planned, adaptive_budget=100)
 situation("no eps", planned, threat="l2")
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")

@@ -1,11 +1,14 @@
 """The adaptive run: called for by doubts, part of the verdict, an answer to what called for it, and resumable."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import holdfast
 from holdfast.attacks import APGD, Square
+from holdfast.attacks.adaptive_search import AdaptiveSearch
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Doubt
@@ -16,6 +19,9 @@ from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import FAST, data, network, order, settled, subject
 
 ARMS = (Member("BPDA", APGD(steps=5)), Member("Search", Square(queries=10)))
+
+
+SEARCH = Member("AdaptiveSearch", AdaptiveSearch(methods=("margin", "square", "labels")))
 
 
 class Rounded(nn.Module):
@@ -120,6 +126,90 @@ def test_a_run_stopped_in_its_adaptive_part_ends_with_the_same_bytes(tmp_path, a
         assert other.doubts == whole.doubts
         assert [record.notes for record in other.attacks] == [record.notes for record in whole.attacks]
         assert other.metrics == whole.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["4-adaptivesearch", "answer-checks-adaptivesearch"])
+def test_a_run_stopped_in_its_search_or_its_checks_ends_with_the_same_bytes(tmp_path, at):
+    whole = assess(masked(), data(), searching(), run=tmp_path / "whole")
+
+    def stop(step):
+        if step.stage == at and step.done:
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError, match="plug"):
+        assess(masked(), data(), searching(), run=tmp_path / "cut", progress=stop)
+    again = assess(masked(), data(), searching(), run=tmp_path / "cut", resume=True)
+    assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
+    for other in (again, open_run(tmp_path / "whole")):
+        assert other.doubts == whole.doubts
+        assert other.evidence.answer_checks == whole.evidence.answer_checks != ()
+        assert [record.search for record in other.attacks] == [record.search for record in whole.attacks]
+
+
+def searching(**changes):
+    return adaptive_order(arms=(*ARMS, SEARCH), adaptive_budget=250, **changes)
+
+
+@pytest.mark.slow
+def test_the_report_has_what_each_method_did_and_the_checks(tmp_path):
+    result = assess(masked(), data(), searching())
+    summary = json.loads(result.to_json())
+    record = result.attacks[-1]
+    assert summary["attacks"][-1]["search"]["methods"] == [vars(method) for method in record.search.methods]
+    states = {method.name: method.state for method in record.search.methods}
+    assert states["stand-in"] == "left out"
+    assert states["margin"] in ("run", "dropped")
+    assert (
+        sum(method.broke for method in record.search.methods)
+        == record.surviving_before - record.surviving_after
+    )
+    passes = sum(method.forwards for method in record.search.methods)
+    assert 0 < passes <= record.cost.queries
+    assert [check["name"] for check in summary["answer_checks"]] == [
+        "whole-box", "larger-eps", "labels-only", "gradient", "same-output"
+    ]  # fmt: skip
+    result.to_html(tmp_path / "r.html")
+    assert "methods that share the budget" in (tmp_path / "r.html").read_text().lower()
+    failed = [check.name for check in result.evidence.answer_checks if check.state == "failed"]
+    answered = [doubt for doubt in result.doubts if doubt.state == "answered"]
+    assert bool(failed) != bool(answered)
+
+
+class Hidden(nn.Module):
+    """A gradient of the wrong sign."""
+
+    def forward(self, x):
+        return x - 2 * x + 2 * x.detach()
+
+
+@pytest.mark.slow
+def test_a_doubt_stays_raised_if_the_gradient_of_the_attack_is_wrong():
+    flat = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (12, 1)), nn.Flatten())
+    model = subject(nn.Sequential(Hidden(), flat, network()), digest="c" * 64)
+    result = assess(model, data(), searching())
+    checks = {check.name: check.state for check in result.evidence.answer_checks}
+    doubts = [doubt for doubt in result.doubts if doubt.state in ("raised", "answered")]
+    assert doubts
+    assert all(doubt.state == "raised" for doubt in doubts) == ("failed" in checks.values())
+
+
+class Fragile(Hidden):
+    """Raises an error for inputs far from the data, which are corners of the box here."""
+
+    def forward(self, x):
+        if (((x < 0.01) | (x > 0.99)).double().mean(1) > 0.7).any():
+            raise ValueError("out of range")
+        return super().forward(x)
+
+
+@pytest.mark.slow
+def test_a_model_that_raises_far_from_the_data_is_attacked_near_them():
+    result = assess(masked(Fragile()), data(), searching())
+    doubts = {doubt.name: doubt for doubt in result.doubts}
+    assert "raised an error" in doubts["whole-box"].message
+    assert doubts["whole-box"].state == "not measured"
+    assert {check.name for check in result.evidence.answer_checks} >= {"whole-box"}
 
 
 def test_what_time_cuts_off_answers_nothing():

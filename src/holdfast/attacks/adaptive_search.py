@@ -30,6 +30,9 @@ class AdaptiveSearch:
     passes: Steps = 20_000
     """largest number of forward and backward passes for each example, over all methods"""
 
+    methods: tuple[str, ...] = ("features", "stand-in", "margin", "expectation", "square", "labels")
+    """methods among which the budget is divided"""
+
     needs: ClassVar[Access] = "labels"
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     """names of the columns of `itemised`"""
@@ -51,4 +54,4 @@ class AdaptiveSearch:
         if not len(batch):
             return batch.x, {name: torch.zeros_like(batch.ids) for name in self.columns}
         limit = self.passes if threat.queries is None else min(self.passes, threat.queries)
-        return Halving(model, batch, replace(threat, queries=None), limit, rng).run()
+        return Halving(model, batch, replace(threat, queries=None), limit, rng, self.methods).run()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from holdfast.attacks.protocol import Attack, Enumeration, QueryAttack
+from holdfast.attacks.protocol import Attack, Enumeration, Itemised, QueryAttack
 from holdfast.attacks.relay import Relay
 from holdfast.core.model import Batches
 from holdfast.core.threat import ThreatModel
@@ -62,6 +62,8 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
         return 0
     if isinstance(attack, QueryAttack):
         setting = attack.queries
+    elif isinstance(attack, Itemised):
+        setting = attack.passes
     elif isinstance(attack, Enumeration) and isinstance(threat.constraint, Transformations):
         setting = len(attack.grid_points(threat.constraint))
     return min((n for n in (setting, threat.queries) if n is not None), default=None)

@@ -130,10 +130,11 @@ MethodState = Literal[
     "randomised",
     "too few passes",
     "nothing to attack",
+    "left out",
 ]
 """what became of a method of an adaptive search: it was not reached because every example was broken or the budget was
-used, it was run on all surviving examples, it was dropped after a trial on a few examples, or it was not applicable,
-with the reason"""
+used, it was run on all surviving examples, it was dropped after a trial on a few examples, it was not applicable, with
+the reason, or the settings leave it out"""
 
 
 METHOD_STATES: tuple[MethodState, ...] = get_args(MethodState)

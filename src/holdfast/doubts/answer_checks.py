@@ -16,8 +16,6 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Mask, PerExample
 from holdfast.doubts.protocol import percent
 
-SAMPLE = 32
-"""largest number of correct examples on which the checks are made"""
 WHOLE_BOX = 0.05
 """largest share of examples that the attack may leave if every valid input is allowed"""
 AGREES = 0.75

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.attacks import ALMA, APGD, FAB, SparseRS, Square
 from holdfast.attacks.costs import expected_passes
 from holdfast.attacks.parts.losses import dlr, margin_loss
 from holdfast.attacks.pgd import margin_pgd
@@ -79,6 +78,8 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
     arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks are
     added, since they break examples that survive attacks inside the ball (docs/decisions/0008).
     """
+    from holdfast.attacks import ALMA, APGD, FAB, SparseRS, Square  # only for runs with adaptive attacks
+
     pair = margin_pgd(steps=100, restarts=8)
     on_pair = tuple(Arm(name, pair, ("bypass",), weight) for name, weight in WEIGHTS.items())
     if isinstance(constraint, L0):

@@ -47,6 +47,7 @@ COLUMNS: tuple[str, ...] = (
 _FIRST = 64  # the first trial of a method has this part of the budget
 _KEPT = 2  # methods that are run on all examples
 _OF_LABELS = 4  # the search with labels only has this part of the budget at least
+_LOOKED = 4  # passes after which a method may find that there is nothing for it to attack
 _SAME = 1e-4  # relative difference of two outputs of a deterministic model
 
 
@@ -72,6 +73,7 @@ class Halving:
     threat: ThreatModel
     passes: int
     rng: Draws
+    methods: tuple[str, ...]
     draws: int = 0
     accounts: list[Account] = field(default_factory=list)
 
@@ -81,12 +83,15 @@ class Halving:
         self.randomised, self.best = False, Best(batch)
         self.ration = Ration(self.model, batch, self.threat.constraint, exact=True)
         self.ration.begin(every, min(2, self.passes))
+        state = _generators(batch.x.device)
         with torch.no_grad():
             self.clean = self.ration(batch.x)
             again = self.clean if self.passes < 2 else self.ration(batch.x)
         self.predicted: Labels = self.clean.argmax(1)
         self.start: PerExample = margin(self.clean, batch)
-        self.randomised = bool((change(self.clean, again) > _SAME).any())
+        # labels of a randomised model may be the same in two passes, but they change the state of the generator
+        drawn = not torch.equal(state, _generators(batch.x.device))
+        self.randomised = drawn or bool((change(self.clean, again) > _SAME).any())
         if self.randomised:
             self.ration.exact, self.ration.best = False, Best(batch)
         zeros = torch.zeros_like(batch.ids)
@@ -96,6 +101,9 @@ class Halving:
             )
             for m in (*METHODS, LABELS)
         ]
+        for account in self.accounts:
+            if account.method.name not in self.methods:
+                account.state = "left out"
         *compared, labels = self.accounts
         applicable = [account for account in compared if account.state == "not reached"]
         reserve = self.passes // _OF_LABELS if labels.state == "not reached" else 0
@@ -129,13 +137,20 @@ class Halving:
                 if self.left(pilot) - max(passes, least) < self.passes // 2:
                     return accounts
                 account.rank = self.attempt(account, pilot, max(passes, least), number)
-            accounts = sorted(accounts, key=lambda account: account.rank, reverse=True)
-            kept = [account for account in accounts[: (len(accounts) + 1) // 2] if any(account.rank)]
-            for account in accounts:
-                if account not in kept and account.state == "run":
-                    account.state = "dropped"
-            accounts, passes, number = kept, 2 * passes, number + 1
+                if account.rank[0] == len(pilot):  # the others are for the examples that it leaves
+                    return self.best_of(accounts, _KEPT)
+            accounts = self.best_of(accounts, (len(accounts) + 1) // 2)
+            passes, number = 2 * passes, number + 1
         return accounts
+
+    def best_of(self, accounts: list[Account], n: int) -> list[Account]:
+        """Return the `n` methods of highest rank that made progress, and drop the others."""
+        ordered = sorted(accounts, key=lambda account: account.rank, reverse=True)
+        kept = [account for account in ordered[:n] if any(account.rank)]
+        for account in ordered:
+            if account not in kept and account.state == "run":
+                account.state = "dropped"
+        return kept
 
     def attempt(self, account: Account, rows: Rows, passes: int, number: int) -> tuple[float, float]:
         """Run a method on some of the examples, and return how many it broke and its progress per pass."""
@@ -157,7 +172,7 @@ class Halving:
                 self.draws = max(self.draws, draws)
         except BudgetSpent:  # the points that it queried are recorded
             points = ration.own.x[rows]
-        if bool((ration.forwards == forwards).all()) and torch.equal(points, batch.x):
+        if int((ration.forwards - forwards).max()) <= _LOOKED and torch.equal(points, batch.x):
             account.state = "nothing to attack"
             return 0.0, 0.0
         account.state = "run"
@@ -230,3 +245,9 @@ class Halving:
             clean, found = ration(batch.x), ration(best)
         healed = broken & (margin(found, batch) > leeway(found))
         return ((change(self.clean, clean) > _SAME) | healed).long()
+
+
+def _generators(device: torch.device) -> Tensor:
+    """States of torch's random generators, which a forward pass with random numbers changes."""
+    states = [torch.get_rng_state()]
+    return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)

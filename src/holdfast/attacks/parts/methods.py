@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from holdfast.attacks.apgd import APGD
+from holdfast.attacks.feature_transfer import FeatureTransfer
 from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.parts.ration import Averaged
 from holdfast.attacks.parts.stable_ascent import stable_ascent
 from holdfast.attacks.square import Square
+from holdfast.attacks.stand_in import LEAST_PASSES, StandIn
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf, Norm
 from holdfast.core.draws import Draws
@@ -26,7 +29,7 @@ from holdfast.core.evidence import MethodState
 from holdfast.core.model import Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Inputs, Labels
+from holdfast.core.types import Access, Inputs
 
 DRAWS = 8
 """forward passes over which the outputs of a randomised model are averaged for methods without gradients"""
@@ -95,7 +98,17 @@ def _square(model: Model, batch: Batch, threat: ThreatModel, passes: int, rng: D
     return Square(queries=passes)(model, batch, threat, rng=rng), 0
 
 
+def _features(model: Model, batch: Batch, threat: ThreatModel, passes: int, rng: Draws) -> tuple[Inputs, int]:
+    return FeatureTransfer(passes=passes)(model, batch, threat, rng=rng), 0
+
+
+def _stand_in(model: Model, batch: Batch, threat: ThreatModel, passes: int, rng: Draws) -> tuple[Inputs, int]:
+    return StandIn(passes=passes)(model, batch, threat, rng=rng), 0
+
+
 METHODS: tuple[Method, ...] = (
+    Method("features", "gradients", _features, 40, for_random="itself"),
+    Method("stand-in", "labels", _stand_in, LEAST_PASSES, for_random="itself"),
     Method("margin", "gradients", _margin, 12, for_random="no"),
     Method("expectation", "gradients", _expected, 24, for_random="itself"),
     Method("square", "scores", _square, 20),
@@ -120,7 +133,7 @@ LABELS = Method("labels", "labels", no_search, 30, norms=(Linf, L2))
 
 
 def starts(
-    batch: Batch, best: Inputs, images: Inputs, predicted: Labels, threat: ThreatModel
+    batch: Batch, best: Inputs, images: Tensor, predicted: Tensor, threat: ThreatModel
 ) -> tuple[Inputs, ...]:
     """Return the points from which a search with labels only starts: twice and four times the best change of each
     example so far, and the nearest other images of the class that the attack needs.

@@ -136,7 +136,11 @@ def _adapted(
     adapted: Mapping[str, Any],
 ) -> Context:
     """The context after the adaptive attacks: which doubts they answered, and their notes."""
-    reasons = {arm: tuple(names) for arm, names in adapted["reasons"].items()}
+    order = [step.attack for step in outline.steps]  # a stored document has its keys in alphabetical order
+    reasons = {
+        arm: tuple(names)
+        for arm, names in sorted(adapted["reasons"].items(), key=lambda item: order.index(item[0]))
+    }
     measured = [step for step in outline.steps if step.adaptive and step.name in by_stage]
     places = {step.attack: step.name for step in measured if step.kind.in_suite}
     checks = _answer_checks(measured, by_stage)

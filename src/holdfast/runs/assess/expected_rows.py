@@ -5,11 +5,12 @@ examples.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from holdfast.attacks.costs import Passes, most_rows
+from holdfast.attacks.protocol import Itemised
 from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes
 from holdfast.core.batch import Batch, Data
 from holdfast.core.logit_scale import change
@@ -25,6 +26,7 @@ from holdfast.runs.assess.preparation import plan_for
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.assess.served_runs import served_by
 from holdfast.runs.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
+from holdfast.runs.harness.kinds.answer_checks import CHECKED, PARTS
 from holdfast.runs.harness.kinds.proof import AT_ONCE
 from holdfast.runs.stored.run_manifest import work_of
 
@@ -106,6 +108,12 @@ def expected_rows(
     )
     attack_rows, unknown = _attacked((*plan.members, *plan.curve, *plan.adaptive), plan, due, passes)
     members = (*plan.members, *plan.curve, *plan.adaptive)
+    checks = [
+        replace(member, attack=replace(cast(Any, member.attack), passes=member.attack.passes // PARTS))
+        for member in plan.adaptive
+        if isinstance(member.attack, Itemised)
+    ]
+    attack_rows += _attacked(checks, plan, min(due, CHECKED), passes)[0]
     judging = sum(judged * _of(member, passes).once(due) for member in members)
     judging += _on_surrogates(plan, n, passes, judged) + _across(plan, n, passes, others)
     doubts = _doubts(plan, due, passes, randomised=randomised)

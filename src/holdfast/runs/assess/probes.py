@@ -10,6 +10,7 @@ from holdfast.attacks.costs import Passes
 from holdfast.attacks.parts.sampling import sample_rows
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, TargetLost, TargetRefused
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.lookup import Lookup
 from holdfast.core.missing import without_missing
@@ -18,7 +19,7 @@ from holdfast.core.pieces import in_pieces, in_room
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, Allotment, allotted, as_allotted, probe_rows
 from holdfast.doubts.concluding import Findings, conclude, missed_by_suite
-from holdfast.doubts.probing import counts, probes_for, rows_for, surviving_examples
+from holdfast.doubts.probing import counts, doubt_test, probes_for, rows_for, surviving_examples
 from holdfast.doubts.protocol import MeasurementContext, Probe, Probed, Run, probing_threat
 from holdfast.doubts.thresholds import SAMPLE
 from holdfast.io.data.selection import concatenated
@@ -113,7 +114,8 @@ def run_probes(
         findings = _unfinished(findings, missed) if suite else findings
         return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
     allotment = _allotment(measurement, columns, by_stage)
-    probed = dict(_probed(measurement, counting_model, columns, stopwatch, allotment))
+    raising = set[str]()
+    probed = dict(_probed(measurement, counting_model, columns, stopwatch, allotment, raising))
     counted_probes = tuple(
         (p.name, len(probed[p.name].rows))
         for p in _probes(measurement, columns)
@@ -126,8 +128,22 @@ def run_probes(
         outline, {**by_stage, **({FOUND: adversarial} if adversarial else {})}, counted_probes
     )
     broken_by |= {passed.name: passed.columns["success"] for passed in by_probe}
-    findings = conclude(probed, columns, context, broken_by)
+    findings = _without_raising(conclude(probed, columns, context, broken_by), raising)
     return ProbeResults(_as_allotted(findings, allotment), cost, counted_probes, adversarial)
+
+
+def _without_raising(findings: Findings, raising: set[str]) -> Findings:
+    """The findings with the reason for doubts that were not measured because the model raised an error."""
+
+    def updated(doubt: Doubt) -> Doubt:
+        probes = {probe.name for probe in doubt_test(doubt.name).probes}
+        if doubt.state != "not measured" or not probes & raising:
+            return doubt
+        return replace(
+            doubt, message="the model raised an error for an input of its probe, far from the data"
+        )
+
+    return replace(findings, doubts=tuple(map(updated, findings.doubts)))
 
 
 def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
@@ -245,7 +261,11 @@ def _probed(
     columns: Columns,
     stopwatch: Stopwatch,
     allotment: Allotment | None,
+    raising: set[str],
 ) -> Iterator[tuple[str, Probed]]:
+    """Results of the probes. A probe with inputs outside the threat model for which the model raises an error is left
+    out, and its name is added to `raising`.
+    """
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
     within, probes = probing_threat(plan.threat, columns), _probes(measurement, columns)
     n_surviving = int((columns["correct"] & ~columns["success"]).sum())
@@ -274,7 +294,14 @@ def _probed(
                     name: values.cpu() for name, values in run_probe(probed_model, piece, within, rng).items()
                 }
 
-        yield probe.name, Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
+        try:
+            result = Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
+        except TargetError as error:
+            if probe.breaks or isinstance(error, (TargetLost, TargetRefused)):
+                raise
+            raising.add(probe.name)
+            continue
+        yield probe.name, result
         stopwatch.tick()
 
 

@@ -338,7 +338,11 @@ def _search(columns: Columns) -> SearchRecord | None:
         return MethodRecord(name, state, *counts)
 
     return SearchRecord(
-        tuple(map(record, methods)), int(columns["draws"].max()), total("raised"), total("changed")
+        # those that broke most first; stored columns are in alphabetical order
+        tuple(sorted(map(record, methods), key=lambda each: (-each.broke, each.name))),
+        int(columns["draws"].max()),
+        total("raised"),
+        total("changed"),
     )
 
 

@@ -29,6 +29,8 @@ from holdfast.runs.harness.verdict import aimed, cost_columns, returned, stored_
 if TYPE_CHECKING:
     from holdfast.runs.harness.plan import Plan
 
+CHECKED = 32
+"""largest number of correct examples on which the checks are made"""
 PARTS = 3
 """the checks of an example use at most this part of the passes that the attack has"""
 _SIZES = 3  # larger values of eps
@@ -55,12 +57,10 @@ class AnswerChecks(AttackKind):
 
     def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of a random sample of the correct examples."""
-        from holdfast.doubts.answer_checks import SAMPLE  # only for runs with adaptive attacks
-
         clean = by_stage["clean"]
         due = torch.zeros_like(clean["correct"])
         eligible = clean["correct"] & clean["eligible"]
-        due[sample_rows(clean, eligible, Draws(plan.seed).at(self.name), SAMPLE)] = True
+        due[sample_rows(clean, eligible, Draws(plan.seed).at(self.name), CHECKED)] = True
         return due
 
     def unattacked(self, stage: Stage, clean: Columns) -> Columns:
