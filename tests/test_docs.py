@@ -360,6 +360,17 @@ def test_the_page_has_the_tables_for_the_published_ones():
     ]
 
 
+def test_the_page_has_the_recorded_numbers_of_distillation():
+    assert rows("concepts/hardening.md", "distilled or trained by") == [
+        {
+            "distilled or trained by": f"`{row['recipe']}`",
+            "epochs": f"{row['epochs']:.1f}",
+            **{name: row.get(name, "") for name in ("clean, %", "robust, %", "points more")},
+        }
+        for row in newest("distil-robust")["table"]
+    ]
+
+
 def test_every_picture_is_of_the_newest_record():
     shown = {
         path.parent / name
