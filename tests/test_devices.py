@@ -178,8 +178,10 @@ def test_a_recipe_follows_the_device_of_its_data(name):
             square = torch.zeros(data.x.shape[1:])
             square[..., :2, :2] = 1
             threat = ThreatModel(Stamped("square", trigger_text(Trigger(square, square, 1))))
-        short = replace(SHORT, epochs=1, batch=N)
-        *_, last = trained_as(recipe, short)(model, data, threat, rng=Draws(0))
+        short, used = replace(SHORT, epochs=1, batch=N), recipe
+        if isinstance(recipe, recipes.RSLAD):
+            used = recipe.taught_by(surrogate)
+        *_, last = trained_as(used, short)(model, data, threat, rng=Draws(0))
         return last
 
     expected, found = trained(model, data, surrogate), there(trained, model, data, surrogate)

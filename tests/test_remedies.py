@@ -398,6 +398,16 @@ def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=
     return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
 
 
+def taught(recipe):
+    """A training by a recipe that needs a teacher, which is opened if it is named."""
+    named = build_recipe({"use": recipe} if isinstance(recipe, str) else recipe)
+    batch = Batch(X, Y, torch.arange(len(X)))
+    model, teacher = (Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3))) for _ in range(2))
+    if getattr(named, "teacher", ""):
+        named = named.taught_by(teacher)
+    next(iter(named(model, batch, threat_model(parse_threat("linf:0.01")), rng=Draws(0))))
+
+
 def centred():
     """A network whose outputs depend on the mean of the batch."""
 
@@ -1343,6 +1353,7 @@ situation("privacy without a claim", privacy, {"epsilon": 2}, epsilon=None, cana
 situation("few canaries", privacy, canaries=10)
 situation("canaries of most examples", privacy, canaries=150)
 situation("ensemble of one", trained, recipe="ensemble")
+situation("no teacher", taught, {"recipe.teacher": "mnist-cnn"}, recipe="rslad")
 situation("help of a poor model", trained, model=Later(poor), recipe="hat")
 
 # the answers of servers

@@ -248,6 +248,12 @@ def test_a_naive_attack_on_8_bits_raises_a_doubt(small):
     assert naive.metrics["suite_robust_accuracy"].value > true.metrics["suite_robust_accuracy"].value
 
 
+def test_rounding_has_no_bounds(small):
+    test = images(2, 3)
+    with pytest.raises(UsageError, match=r"no sound bounds are known for the operation aten\.round"):
+        holdfast.certify(small.model, (test.x, test.y), "linf:0.1", method="ibp", n=2)
+
+
 def test_the_card_of_a_pruned_network_states_its_size(dense, tmp_path, source):
     result = hardened(dense, Prune(0.75, steps=2, training=replace(SHORT, epochs=2)))
     place = result.write(tmp_path / "sparse") / "model.safetensors"

@@ -82,7 +82,7 @@ class RSLAD:
         """
         taught = labels(batch.x)
         return learner.worst(
-            batch,
+            replace(batch, y=taught.argmax(1)),  # an example may have no label
             turn.rng,
             steps=self.steps,
             reach=self.reach,

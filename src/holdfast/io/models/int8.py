@@ -66,7 +66,8 @@ class Int8Layer(nn.Module):
     def forward(self, x: Inputs) -> Tensor:
         """Return the output of the layer for its rounded inputs."""
         values = (x / self.step).round().clamp(self.lowest, self.lowest + _STEPS) * self.step
-        x = instead(values, x) if self.straight_through else values
+        # without gradients, the rounding is recorded for bounds, which refuse it
+        x = instead(values, x) if self.straight_through and torch.is_grad_enabled() else values
         if self.is_trained:
             weight = instead(torch.mul(*rounded(self.weight)), self.weight)
         else:
