@@ -139,6 +139,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("gaussian-noise", "GaussianNoise", "gaussian_noise"),
         RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
         RecipeEntry("hat", "HAT", "hat"),
+        RecipeEntry("hybrid", "Hybrid", "hybrid"),
         RecipeEntry("ibp", "IBPTraining", "ibp"),
         RecipeEntry("ikl", "IKL", "ikl"),
         RecipeEntry("jacobian", "JacobianRegularisation", "jacobian"),

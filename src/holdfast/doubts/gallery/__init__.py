@@ -7,11 +7,17 @@ is the same network without the defence. For each, `holdfast demo --gallery` sho
 and under an adaptive attack, and the doubts that are raised.
 """
 
-from holdfast.doubts.gallery import activations, generative, images, logit_masks
+from holdfast.doubts.gallery import activations, generative, guided, images, logit_masks
 from holdfast.doubts.gallery.item import EPS, Item
 from holdfast.doubts.gallery.small_networks import undefended
 
-ITEMS: tuple[Item, ...] = (*logit_masks.ITEMS, *images.ITEMS, *activations.ITEMS, *generative.ITEMS)
+ITEMS: tuple[Item, ...] = (
+    *logit_masks.ITEMS,
+    *images.ITEMS,
+    *activations.ITEMS,
+    *generative.ITEMS,
+    *guided.ITEMS,
+)
 """All masked models, grouped by the module that defines them."""
 
 __all__ = ["EPS", "ITEMS", "Item", "undefended"]
