@@ -77,6 +77,8 @@ ROWS = {
     "cifar-hardening": "cifar_hardening",
     "certified-training": "certified_training",
     "partitions": "partitions",
+    "ensembles": "ensembles",
+    "hybrid": "hybrid",
     "fast-choice": "fast_choice",
     "fast": "fast",
     "trades": "trades",
@@ -98,6 +100,7 @@ ROWS = {
     "loss-spread": "loss_spread",
     "doubts": "doubts",
     "gallery": "gallery",
+    "guided-denoiser": "guided_denoiser",
     "audit-backdoor": "audit_backdoor",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""

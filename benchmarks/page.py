@@ -110,6 +110,10 @@ SUBJECTS = {
     "images.",
     "partitions": "An ensemble of 100 partitions of MNIST: accuracy, accuracy that is certified against added and "
     "removed training images, and CPU time.",
+    "ensembles": "CIFAR-10, Linf 8/255: an ensemble of three small residual networks from adversarial training, and "
+    "a mix of one of them with an accurate network; `fast` on 1,000 images.",
+    "hybrid": "The recipe `hybrid` beside `pgd` with as many epochs: bundled digits, Linf 0.1, one seed, `quick` on "
+    "500 images.",
     "certified-training": "Certified training of the bundled network, MNIST, Linf 0.1: share of the 10,000 test "
     "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
@@ -141,6 +145,8 @@ SUBJECTS = {
     "loss-spread": "Largest difference of the success of attacks that differ in their loss, on the gallery of masked "
     "models and on honest networks; the doubt is raised from 0.15.",
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
+    "guided-denoiser": "The guided denoiser of the gallery: robust accuracy under PGD-40 without the gradient of the "
+    "denoiser, and under adaptive attacks; 200 digits.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "
     "adaptive attacks, and the doubts raised.",
     "audit-backdoor": "`holdfast audit backdoor` on MNIST networks with planted backdoors, on ten clean ones and on a "

@@ -966,8 +966,8 @@ situation(
 situation(
     "inputs of an ensemble",
     opened,
-    {"open_model": {"members": [LINEAR, LINEAR], "input_shape": (4,)}},
     model="ensemble:",
+    open_model={"members": [LINEAR, LINEAR], "input_shape": (4,)},
 )
 situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
 situation("no suite on texts", planned, threat="text:edits=1,words=1", suite="rand")

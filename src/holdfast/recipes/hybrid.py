@@ -1,10 +1,10 @@
 """Hybrid: adversarial training whose labels are mixed with the predictions of the average of its own weights.
 
-Chen, Zhang, Liu, Chang & Wang, "Robust Overfitting May Be Mitigated by Properly Learned Smoothening", ICLR 2021, combine
-adversarial training, an average of the weights, and distillation. Differs from the paper: the teacher is the running
-average of the weights of the same training instead of networks that were trained before, it predicts the clean inputs,
-which gives robust soft labels as in RSLAD (Zi et al., ICCV 2021, arXiv:2108.07969), its share grows during the warm-up
-of eps, and the new model is the exponential average of the weights (`training.averaging=swa` for their mean).
+Chen, Zhang, Liu, Chang & Wang, "Robust Overfitting May Be Mitigated by Properly Learned Smoothening", ICLR 2021,
+combine adversarial training, an average of the weights, and distillation. Differs from the paper: the teacher is the
+running average of the weights of the same training instead of networks that were trained before, it predicts the clean
+inputs, which gives robust soft labels as in RSLAD (Zi et al., ICCV 2021, arXiv:2108.07969), its share grows during the
+warm-up of eps, and the new model is the exponential average of the weights (`training.averaging=swa` for their mean).
 """
 
 from collections.abc import Callable, Iterator
