@@ -49,8 +49,10 @@ def measured() -> Outcome:
     claims = [Claim("robust accuracy, hybrid - pgd, points >= 0", 100 * gain.value, 0.0, least=True)]
     config: Cells = {"network": "two_conv_two_fc", "eps": EPS, "epochs": EPOCHS, "seed": SEED, "n": N}
     notes = [
-        f"robust accuracy, hybrid - pgd: {100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to "
-        f"{100 * gain.high:+.1f}); one seed"
+        (
+            f"robust accuracy, hybrid - pgd: {100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to "
+            f"{100 * gain.high:+.1f}); one seed"
+        )
     ]
     return Outcome(table, claims, config, {"passes of an epoch": {"pgd": 8, "hybrid": 9}}, notes)
 
