@@ -262,7 +262,7 @@ def test_every_recipe_has_a_row():
     assert sorted(row["recipe"].strip("`") for row in RECIPES) == sorted(CLASSES)
 
 
-RECORDS = ("recipes", "certified-training", "partitions", "repair", "text-masking")
+RECORDS = ("recipes", "certified-training", "partitions", "repair", "text-masking", "hybrid")
 
 
 def test_every_recipe_has_a_record():

@@ -136,6 +136,15 @@ def test_an_ensemble_of_votes_is_attacked_by_gradients():
     assert result.metrics["robust_accuracy"].value < 0.5
 
 
+def test_members_are_found_behind_random_transformations():
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    members = [nn.Sequential(nn.Flatten(), net(seed, features=64)) for seed in (0, 1)]
+    opened = Assess(
+        model="ensemble:", data=(images, torch.arange(4) % 3), members=members, transform="brightness=0.1"
+    ).open()
+    assert len(opened[2]) == 2
+
+
 def test_a_mix_with_other_parameters_is_another_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call = [
