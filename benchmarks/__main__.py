@@ -82,6 +82,8 @@ ROWS = {
     "partitions": "partitions",
     "distil-robust": "distil_robust",
     "compression": "compression",
+    "ensembles": "ensembles",
+    "hybrid": "hybrid",
     "fast-choice": "fast_choice",
     "fast": "fast",
     "trades": "trades",
@@ -104,6 +106,7 @@ ROWS = {
     "doubts": "doubts",
     "gallery": "gallery",
     "masked-unknown": "masked_unknown",
+    "guided-denoiser": "guided_denoiser",
     "audit-backdoor": "audit_backdoor",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""

@@ -118,6 +118,10 @@ SUBJECTS = {
     "parameters, MNIST, Linf 0.3, beside adversarial training of the small network with the same CPU time.",
     "compression": "The bundled hardened network with nine tenths of its weights pruned, and with 8 bits, MNIST, Linf "
     "0.3: `standard` on 500 images, attacks through the compressed network, transferred and naive ones, and sizes.",
+    "ensembles": "CIFAR-10, Linf 8/255: an ensemble of three small residual networks from adversarial training, and "
+    "a mix of one of them with an accurate network; `fast` on 1,000 images.",
+    "hybrid": "The recipe `hybrid` beside `pgd` with as many epochs: bundled digits, Linf 0.1, one seed, `quick` on "
+    "500 images.",
     "certified-training": "Certified training of the bundled network, MNIST, Linf 0.1: share of the 10,000 test "
     "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
@@ -149,6 +153,8 @@ SUBJECTS = {
     "loss-spread": "Largest difference of the success of attacks that differ in their loss, on the gallery of masked "
     "models and on honest networks; the doubt is raised from 0.15.",
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
+    "guided-denoiser": "The guided denoiser of the gallery: robust accuracy under PGD-40 without the gradient of the "
+    "denoiser, and under adaptive attacks; 200 digits.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "
     "adaptive attacks, and the doubts raised.",
     "masked-unknown": "Masked models that the adaptive attacks were not developed on, beside their twins; honest "

@@ -270,8 +270,15 @@ def test_every_recipe_has_a_row():
 
 
 RECORDS = (
-    "recipes", "certified-training", "partitions", "repair", "text-masking", "distil-robust", "compression"
-)  # fmt: skip
+    "recipes",
+    "certified-training",
+    "partitions",
+    "repair",
+    "text-masking",
+    "distil-robust",
+    "compression",
+    "hybrid",
+)
 
 
 def test_every_recipe_has_a_record():

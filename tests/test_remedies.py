@@ -898,6 +898,7 @@ def served_membership(train=None, **arguments):
 VALUES: dict[str, Any] = {
     "fit": (torch.rand(12, 4), Y),
     "surrogates": [nn.Linear(4, 3)],
+    "members": [LINEAR, nn.Linear(4, 3)],
     "sigma": 0.02,
     "class_names": ["a", "b", "c"],
     "classes": 3,
@@ -968,6 +969,17 @@ situation(
     clean=(X[Y.eq(Y[0])], Y[Y.eq(Y[0])]),
 )
 situation("audited examples that are trusted", holdfast.audit.poison, data=PAIR, model=LINEAR, clean=PAIR)
+situation("members of another model", planned, model="mnist-cnn", members=[LINEAR, LINEAR])
+situation("an ensemble of one", planned, model="ensemble:", members=[LINEAR])
+situation(
+    "an architecture of an ensemble", planned, model="ensemble:", members=[LINEAR, LINEAR], arch="net.py:make"
+)
+situation(
+    "inputs of an ensemble",
+    opened,
+    model="ensemble:",
+    open_model={"members": [LINEAR, LINEAR], "input_shape": (4,)},
+)
 situation("no suite of corruptions", planned, threat="corruptions:3", suite="rand")
 situation("no suite on texts", planned, threat="text:edits=1,words=1", suite="rand")
 situation("no such device", planned, device="cuda:99")

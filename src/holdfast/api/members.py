@@ -144,10 +144,11 @@ def members_as_surrogates(subject: Subject) -> tuple[Subject, ...]:
     entries = subject.card.get("members", ())
     if not entries or subject.model.access != "gradients":
         return ()
-    assert isinstance(subject.model.net, Ensemble | Mixture)
+    # a guard or random transformations may be around the network
+    net = next(part for part in subject.model.modules() if isinstance(part, Ensemble | Mixture))
     return tuple(
         Subject(_copy(member, subject.model), entry["digest"], {**entry, "member": True})
-        for member, entry in zip(subject.model.net.members, entries, strict=True)
+        for member, entry in zip(net.members, entries, strict=True)
     )
 
 

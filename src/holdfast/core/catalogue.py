@@ -142,6 +142,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("gaussian-noise", "GaussianNoise", "gaussian_noise"),
         RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
         RecipeEntry("hat", "HAT", "hat"),
+        RecipeEntry("hybrid", "Hybrid", "hybrid"),
         RecipeEntry("ibp", "IBPTraining", "ibp"),
         RecipeEntry("ikl", "IKL", "ikl"),
         RecipeEntry("int8", "Int8", "int8"),

@@ -12,6 +12,7 @@ from holdfast.doubts.gallery import (
     codebooks,
     decisions,
     generative,
+    guided,
     images,
     logit_masks,
     memories,
@@ -20,7 +21,13 @@ from holdfast.doubts.gallery import (
 from holdfast.doubts.gallery.item import EPS, Item
 from holdfast.doubts.gallery.small_networks import undefended
 
-ITEMS: tuple[Item, ...] = (*logit_masks.ITEMS, *images.ITEMS, *activations.ITEMS, *generative.ITEMS)
+ITEMS: tuple[Item, ...] = (
+    *logit_masks.ITEMS,
+    *images.ITEMS,
+    *activations.ITEMS,
+    *generative.ITEMS,
+    *guided.ITEMS,
+)
 """Masked models that `holdfast demo --gallery` shows, grouped by the module that defines them."""
 
 DISCRETE: tuple[Item, ...] = (*decisions.ITEMS, *codebooks.ITEMS, *precisions.ITEMS, *memories.ITEMS)

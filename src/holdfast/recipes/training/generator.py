@@ -75,9 +75,7 @@ class _Trunk(nn.Module):
     def __init__(self, shape: tuple[int, ...], *, normed: bool) -> None:
         super().__init__()
         sides = [((size + 2 - 4) // 2 + 1 + 2 - 4) // 2 + 1 for size in shape[1:]]
-        convolutions = [
-            nn.Conv2d(*pair, 4, 2, 1) for pair in pairwise((shape[0], _WIDTH // 2, _WIDTH))
-        ]
+        convolutions = [nn.Conv2d(*pair, 4, 2, 1) for pair in pairwise((shape[0], _WIDTH // 2, _WIDTH))]
         layers = [*convolutions, nn.Linear(_WIDTH * sides[0] * sides[1], 2 * _WIDTH)]
         first, second, hidden = (spectral_norm(layer) if normed else layer for layer in layers)
         slope = nn.LeakyReLU(0.1)
@@ -126,9 +124,7 @@ class GAN:
         self.updates = torch.zeros((), dtype=torch.int64, device=example.device)
         """number of updates of the generator"""
         trained = (self._generator, self._discriminator, self._classifier)
-        self._optimizers = [
-            torch.optim.Adam(net.parameters(), _LR, _BETAS, foreach=False) for net in trained
-        ]
+        self._optimizers = [torch.optim.Adam(net.parameters(), _LR, _BETAS, foreach=False) for net in trained]
         for optimizer in self._optimizers:
             for weight in optimizer.param_groups[0]["params"]:  # the moments exist before the first update
                 zeros = [torch.zeros_like(weight, requires_grad=False) for _ in range(2)]

@@ -1,0 +1,102 @@
+"""Hybrid: adversarial training whose labels are mixed with the predictions of the average of its own weights.
+
+Chen, Zhang, Liu, Chang & Wang, "Robust Overfitting May Be Mitigated by Properly Learned Smoothening", ICLR 2021,
+combine adversarial training, an average of the weights, and distillation. Differs from the paper: the teacher is the
+running average of the weights of the same training instead of networks that were trained before, it predicts the clean
+inputs, which gives robust soft labels as in RSLAD (Zi et al., ICCV 2021, arXiv:2108.07969), its share grows during the
+warm-up of eps, and the new model is the exponential average of the weights (`training.averaging=swa` for their mean).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Lt
+from torch import Tensor
+
+from holdfast.core.batch import Batch, TrainingData
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, Positive, Steps
+from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.learner import GROWN, Learner, hits, trained
+from holdfast.recipes.training.weights import ema
+
+_TEACHER, _UPDATES = "teacher.", "updates"
+"""names of state tensors: those of the teacher, and the number of updates"""
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Adversarial training, averaged weights, and distillation from the averaged weights."""
+
+    distilled: Fraction = 0.5
+    """weight of the teacher's predictions in the labels; the given labels have the rest"""
+    memory: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """decay of the average of the weights that is the teacher"""
+    steps: Steps = 7
+    """number of gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """path length of the inner attack, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: TrainingData,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        device = data.ids.device
+        teacher = {_TEACHER + name: value.detach().clone() for name, value in model.state_dict().items()}
+        return trained(
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            state={**teacher, _UPDATES: torch.zeros((), dtype=torch.int64, device=device)},
+            settle=self.settle,
+            linear=True,
+            weighted=True,
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
+        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the mean cross-entropy of attacked inputs with the mixed labels, and the number of correct ones."""
+        logits = learner.net(x_adv)
+        with torch.no_grad():
+            taught = torch.func.functional_call(learner.frozen, _teacher_of(learner), (batch.x,)).softmax(1)
+        share = self.distilled * min(float(learner.state[GROWN]), 1.0)
+        labels = torch.lerp(F.one_hot(batch.y, logits.shape[1]).to(taught), taught, share)
+        return learner.mean_cross_entropy(logits, batch.y, towards=labels), hits(logits, batch.y)
+
+    def settle(self, learner: Learner) -> Callable[[], None]:
+        """Return the function that moves the teacher towards the network after each update."""
+
+        def move() -> None:
+            updates = learner.state[_UPDATES]
+            ema(_teacher_of(learner), learner.net, self.memory, int(updates))
+            updates += 1
+
+        return move
+
+
+def _teacher_of(learner: Learner) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(_TEACHER): value
+        for name, value in learner.state.items()
+        if name.startswith(_TEACHER)
+    }
