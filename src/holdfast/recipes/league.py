@@ -291,6 +291,8 @@ def _unpublished(checkpoint: Checkpoint) -> Checkpoint:
     best, tensors = int(checkpoint.tensors[STATE + _BEST]), {}
     for name, value in checkpoint.tensors.items():
         kind = next((kind for kind in (WEIGHTS, AVERAGE) if name.startswith(f"{kind}net.")), None)
+        if name == STATE + _BEST:
+            continue
         if kind is not None:
             tensors[f"{kind}{_MEMBERS}{best}.{name.removeprefix(f'{kind}net.')}"] = value
         else:

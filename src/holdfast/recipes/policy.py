@@ -21,7 +21,6 @@ from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, Steps
 from holdfast.recipes.training.attack_policies import (
@@ -33,6 +32,7 @@ from holdfast.recipes.training.attack_policies import (
     in_words,
     is_due,
     refuse_other_norms,
+    table_of,
 )
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, hits, trained
@@ -79,8 +79,7 @@ class PolicyTraining:
             if how.pacing is not None:
                 raise UsageError(
                     f"passes is {self.passes:g}, and a budget of time is given, which determines them; only one of "
-                    "both was expected",
-                    Remedy("budget"),
+                    "both was expected"
                 )
             how = replace(how, pacing=ending_after(self.passes * len(data), passes, _USUAL * how.batch))
         play = _Play(self, policy, passes)
@@ -107,7 +106,10 @@ class PolicyTraining:
         if self.strategy == "fixed":
             return entry, f"the fixed strategy made {made}"
         policy = Policy.of(finished.state, _POLICY)
-        entry |= distribution(policy)
+        entry |= {
+            **distribution(policy),
+            "tables": [table_of(policy, "strategies by quarter of the training")],
+        }
         return entry, f"the {self.strategy} strategy made {made}; its choices at last: {in_words(policy)}"
 
 

@@ -32,7 +32,8 @@ _SHAPES = ((_HIDDEN, _N_FEATURES), (_HIDDEN,), (sum(_SIZES), _HIDDEN), (sum(_SIZ
 _LR, _BETAS, _TINY = 0.02, (0.9, 0.999), 1e-8  # of Adam: there are few updates, of few parameters
 _MOVING = 0.9  # share of the baseline that an update keeps
 _LARGEST = 10.0  # in nats, of a loss that is a feature
-_EVERY = 4  # updates of the network for each update of a policy, whose rewards need further passes
+EVERY = 4
+"""number of updates of the network for each update of a policy, on average, because rewards need further passes"""
 _AHEAD_STEPS = 2  # of the attack on the updated network
 REACH = 2.5
 """path length of attacks with a fixed number of steps, in multiples of eps"""
@@ -208,7 +209,7 @@ def distance(first: Policy, second: Policy, features: Tensor) -> float:
 def is_due(turn: Turn) -> bool:
     """Return whether policies learn from an update, which a quarter of the updates, chosen at random, have."""
     one = torch.zeros(1, dtype=torch.int64)
-    return int(turn.rng.at("learns").integers(one, _EVERY)) == 0
+    return int(turn.rng.at("learns").integers(one, EVERY)) == 0
 
 
 def after_update(learner: Learner, batch: Batch, rng: Draws) -> tuple[PerExample, int]:
@@ -251,14 +252,27 @@ def distribution(policy: Policy) -> dict[str, Any]:
     }
 
 
+def table_of(policy: Policy, title: str) -> dict[str, Any]:
+    """Return a table of a card with the shares of the alternatives in each period of the training."""
+    n = len(policy.mean_steps())
+    rows = [
+        [f"{name} {alternative}", *(f"{100 * share:.0f} %" for share in shares)]
+        for name, each in policy.shares().items()
+        for alternative, shares in each.items()
+    ]
+    return {"title": title, "columns": ["chosen", *(f"quarter {k + 1}" for k in range(n))], "rows": rows}
+
+
 def in_words(policy: Policy) -> str:
     """Return a sentence part with the shares of the alternatives in the last period, and the mean numbers of steps in
     the first and the last one.
     """
+    steps = policy.mean_steps()
+    if not steps:
+        return "no attack was made"
     parts = [
         f"{name} "
         + ", ".join(f"{alternative} {100 * shares[-1]:.0f} %" for alternative, shares in each.items())
         for name, each in policy.shares().items()
     ]
-    steps = policy.mean_steps()
     return f"{'; '.join(parts)}; mean number of steps {steps[0]:.1f} at first and {steps[-1]:.1f} at last"

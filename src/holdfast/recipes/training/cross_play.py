@@ -21,6 +21,7 @@ from holdfast.recipes.training.attack_policies import (
     distribution,
     features_of,
     in_words,
+    table_of,
 )
 
 _STEPS = 20  # of PGD, as in the evaluation on held-out examples
@@ -84,6 +85,17 @@ class CrossPlay:
             "distance": apart,
             "converged": apart <= CONVERGED,
             "policies": [distribution(attacker) for attacker in attackers],
+            "tables": [
+                {
+                    "title": f"cross-play on {len(play.batch):,} test examples, robust accuracy",
+                    "columns": ["network", *columns],
+                    "rows": [[name, *map(_percent, shares)] for name, shares in rows.items()],
+                },
+                *(
+                    table_of(each, f"strategies of policy {k + 1}, by quarter")
+                    for k, each in enumerate(attackers)
+                ),
+            ],
         }
         return entry, _sentence(entry, attackers)
 
@@ -110,8 +122,7 @@ def most_robust(play: CrossPlay, networks: Sequence[Classifier], attackers: Sequ
 
 def _sentence(entry: Mapping[str, Any], attackers: Sequence[Policy]) -> str:
     rows = "; ".join(
-        f"{name} " + ", ".join("–" if share is None else f"{100 * share:.1f} %" for share in shares)
-        for name, shares in entry["cross_play"].items()
+        f"{name} " + ", ".join(map(_percent, shares)) for name, shares in entry["cross_play"].items()
     )
     words = "; ".join(f"policy {k + 1}: {in_words(attacker)}" for k, attacker in enumerate(attackers))
     apart = (
@@ -124,3 +135,7 @@ def _sentence(entry: Mapping[str, Any], attackers: Sequence[Policy]) -> str:
         f"cross-play on {entry['n']:,} test examples, robust accuracy against {', '.join(entry['columns'])}: {rows}; "
         f"{apart}; choices at last, {words}"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
