@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.attacks.parts.ascent import descend
 from holdfast.core.checkpoint import AVERAGE, STATE, WEIGHTS, without_prefix
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import LeagueTraining
-from holdfast.recipes.league import SIDES, Members, _published, _unpublished
+from holdfast.recipes.league import SIDES, Members, _published, _unpublished, cross_play, most_robust
 from holdfast.recipes.training.attack_policies import Policy
-from holdfast.recipes.training.cross_play import CrossPlay, most_robust
 from holdfast.recipes.training.recipe import Finished
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT, same
@@ -81,10 +81,9 @@ def test_the_network_that_is_more_robust_on_held_out_examples_is_chosen():
     batch = data(40)
     batch = replace(batch, y=(batch.x.flatten(1)[:, 0] > 0.5).long())
     attackers = [Policy.new(Draws(k), batch.x.device) for k in range(SIDES)]
-    play = CrossPlay(batch, THREAT, Draws(0))
     right, wrong = flat_network(4.0), flat_network(-4.0)
-    assert most_robust(play, [right, wrong], attackers) == 0
-    assert most_robust(play, [wrong, right], attackers) == 1
+    assert most_robust([right, wrong], attackers, batch, THREAT, Draws(0)) == 0
+    assert most_robust([wrong, right], attackers, batch, THREAT, Draws(0)) == 1
 
 
 def test_the_cross_play_and_the_choices_are_reported(last):
@@ -103,21 +102,23 @@ def test_the_cross_play_and_the_choices_are_reported(last):
     assert all(
         len(row) == 4 and all(0 <= share <= 1 for share in row) for row in entry["cross_play"].values()
     )
-    play = CrossPlay(finished.test, THREAT, finished.rng)
-    assert entry["cross_play"]["returned network"][3] == pytest.approx(float(play.pgd(new).double().mean()))
+    start = THREAT.constraint.sample(finished.test, new.bounds, finished.rng.at("pgd"))
+    _, margins = descend(new, finished.test, start, THREAT.constraint, steps=20, reach=2.5)
+    assert entry["cross_play"]["returned network"][3] == pytest.approx(float((margins > 0).double().mean()))
     assert f"cross-play on {entry['n']} test examples" in sentence and "choices at last, policy 1" in sentence
-    assert entry["tables"][0]["columns"] == ["network", *entry["columns"]] and len(entry["tables"]) == 3
+    (table,) = entry["tables"]
+    assert table["columns"] == ["network", *entry["columns"]] and len(table["rows"]) == 4
 
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_policies_that_converge_to_one_strategy_are_reported(shifted):
-    networks = {"returned network": fakes.network(1)}
     one, other = (Policy.new(Draws(k), torch.device("cpu")) for k in range(SIDES))
     if shifted:
         other.parameters[-2:] = torch.tensor([2.0, -2.0])
     for policy in (one, other):
         policy.counts.add_(1)
-    entry, sentence = CrossPlay(data(), THREAT, Draws(0)).report(networks, [one, other], [])
+    rows = {"returned network": [0.5, 0.25, None, 0.0]}
+    entry, sentence = cross_play(rows, [one, other], fakes.network(1), data())
     assert entry["converged"] is not shifted
     assert ("converged to one strategy" in sentence) is not shifted
-    assert entry["cross_play"]["returned network"][2] is None and ", –, " in sentence
+    assert "returned network 50.0 %, 25.0 %, –, 0.0 %" in sentence

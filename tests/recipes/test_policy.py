@@ -23,7 +23,6 @@ from holdfast.recipes.training.attack_policies import (
     distance,
     features_of,
     in_words,
-    table_of,
 )
 from holdfast.recipes.training.attack_strategies import ALTERNATIVES, STEPS, attacked, steps_of
 from holdfast.recipes.training.fit import Saving, Training
@@ -206,7 +205,7 @@ def test_threats_without_a_ball_of_linf_or_l2_are_refused(recipe):
 
 def test_passes_and_a_budget_are_refused_together():
     recipe = PolicyTraining(passes=5.0, training=replace(SHORT, pacing=lambda *where: None))
-    with pytest.raises(UsageError, match="passes is 5, and a budget of time is given"):
+    with pytest.raises(UsageError, match="passes is 5, and a budget of time is given; expected one of both"):
         trained(recipe)
 
 
@@ -228,8 +227,4 @@ def test_the_follow_up_states_the_strategies_and_the_passes(strategy):
         for each in entry["shares"].values()
         for k in range(4)
     )
-    policy = Policy.of(state, "policy.")
-    assert in_words(policy) in sentence
-    (table,) = entry["tables"]
-    assert table["columns"] == ["chosen", "quarter 1", "quarter 2", "quarter 3", "quarter 4"]
-    assert table == table_of(policy, table["title"]) and len(table["rows"]) == 13
+    assert in_words(Policy.of(state, "policy.")) in sentence

@@ -32,7 +32,6 @@ from holdfast.recipes.training.attack_policies import (
     in_words,
     is_due,
     refuse_other_norms,
-    table_of,
 )
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, hits, trained
@@ -78,25 +77,15 @@ class PolicyTraining:
         if self.passes:
             if how.pacing is not None:
                 raise UsageError(
-                    f"passes is {self.passes:g}, and a budget of time is given, which determines them; only one of "
-                    "both was expected"
+                    f"passes is {self.passes:g}, and a budget of time is given; expected one of both"
                 )
             how = replace(how, pacing=ending_after(self.passes * len(data), passes, _USUAL * how.batch))
         play = _Play(self, policy, passes)
+        settle = (lambda learner: lambda: play.settle(learner)) if self.strategy == "learned" else None
         return trained(
-            play.inner,
-            play.loss,
-            model,
-            data,
-            threat,
-            how,
-            rng=rng,
-            after=after,
-            state={**policy.state(_POLICY), _PASSES: passes},
-            settle=(lambda learner: lambda: play.settle(learner)) if self.strategy == "learned" else None,
-            alone=True,
-            weighted=True,
-        )
+            play.inner, play.loss, model, data, threat, how, rng=rng, after=after,
+            state={**policy.state(_POLICY), _PASSES: passes}, settle=settle, alone=True, weighted=True,
+        )  # fmt: skip
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the passes of the training and the strategies that were chosen."""
@@ -106,10 +95,7 @@ class PolicyTraining:
         if self.strategy == "fixed":
             return entry, f"the fixed strategy made {made}"
         policy = Policy.of(finished.state, _POLICY)
-        entry |= {
-            **distribution(policy),
-            "tables": [table_of(policy, "strategies by quarter of the training")],
-        }
+        entry |= distribution(policy)
         return entry, f"the {self.strategy} strategy made {made}; its choices at last: {in_words(policy)}"
 
 

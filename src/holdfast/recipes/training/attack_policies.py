@@ -111,10 +111,6 @@ class Policy:
         """Return the policy whose tensors are in `state` under names with a prefix."""
         return cls(*(state[prefix + name] for name in cls.__dataclass_fields__))
 
-    def to(self, device: torch.device) -> "Policy":
-        """Return the policy on a device."""
-        return Policy(*(value.to(device) for value in vars(self).values()))
-
     def state(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors of the policy under names with a prefix."""
         return {prefix + name: value for name, value in vars(self).items()}
@@ -250,17 +246,6 @@ def distribution(policy: Policy) -> dict[str, Any]:
         "mean_steps": policy.mean_steps(),
         "policy_updates": int(policy.numbers[1]),
     }
-
-
-def table_of(policy: Policy, title: str) -> dict[str, Any]:
-    """Return a table of a card with the shares of the alternatives in each period of the training."""
-    n = len(policy.mean_steps())
-    rows = [
-        [f"{name} {alternative}", *(f"{100 * share:.0f} %" for share in shares)]
-        for name, each in policy.shares().items()
-        for alternative, shares in each.items()
-    ]
-    return {"title": title, "columns": ["chosen", *(f"quarter {k + 1}" for k in range(n))], "rows": rows}
 
 
 def in_words(policy: Policy) -> str:
