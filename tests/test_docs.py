@@ -278,6 +278,8 @@ RECORDS = (
     "distil-robust",
     "compression",
     "hybrid",
+    "policy",
+    "league",
 )
 
 
@@ -330,6 +332,26 @@ def test_the_page_has_the_recorded_numbers_of_repair():
             "outcome": row["outcome"],
         }
         for row in newest("repair")["table"]
+    ]
+
+
+def test_the_page_has_the_recorded_numbers_of_learned_strategies():
+    assert rows("concepts/hardening.md", "strategy") == [
+        {
+            "strategy": row["strategy"],
+            **{name: str(row.get(name, "")) for name in ("robust, %", "passes", "CPU s", "updates", "steps")},
+            "clean, %": str(row["clean"]),
+            "learned − this, points": row.get("learned − this, points", ""),
+        }
+        for row in newest("policy")["table"]
+    ]
+    (found,) = (kept["measured"] for kept in newest("league")["detail"].values())
+    assert rows("concepts/hardening.md", "network") == [
+        {
+            "network": name,
+            **{column: f"{100 * share:.1f}" for column, share in zip(found["columns"], shares, strict=True)},
+        }
+        for name, shares in found["cross_play"].items()
     ]
 
 
@@ -422,7 +444,7 @@ def test_a_recipe_costs_and_cites_what_its_row_states(row, monkeypatch):
             model.net = with_denoiser(model.net, {"channels": 3, "width": 4, "depth": 2})
         counted = sum(point.measured["forwards"] for point in short(model, data, threat, rng=Draws(0)))
         # which ask other networks, too, or measure ranges before the training
-        if name not in {"denoised", "ensemble", "hat", "int8"}:
+        if name not in {"denoised", "ensemble", "hat", "int8", "league"}:
             # a look at one example before, and at four by dp-sgd
             assert counted * len(data) == pytest.approx(Counting.asked, abs=4 if name == "dp-sgd" else 1)
         return Counting.asked

@@ -45,6 +45,7 @@ from holdfast.recipes import (
     MarginTraining,
     MultiNormTraining,
     PGDTraining,
+    PolicyTraining,
     SingleStep,
     Standard,
 )
@@ -209,13 +210,16 @@ WEIGHTED = [
     MarginTraining(),
     IBPTraining(regularisation=0.0),
     SABR(regularisation=0.0),
+    PolicyTraining(),
 ]
 
 
 def test_every_recipe_weights_the_losses_of_examples_by_their_classes_or_refuses():
     """The gradient of a weighted loss is linear in the weights, so that opposite changes of weights cancel."""
-    # for other threats or networks, with weights that are rounded or pruned, or without labels
-    other = {"DPSGD", "FTSAM", "Int8", "MaskedWords", "Partitions", "Prune", "RSLAD", "Repair"}
+    # for other threats or networks or for several of them, with weights that are rounded or pruned, or without labels
+    other = {
+        "DPSGD", "FTSAM", "Int8", "LeagueTraining", "MaskedWords", "Partitions", "Prune", "RSLAD", "Repair"
+    }  # fmt: skip
     assert {type(recipe) for recipe in WEIGHTED} | {VAT, Denoising} == {
         getattr(recipes, name) for name in recipes.__all__ if name not in other
     }

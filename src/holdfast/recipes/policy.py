@@ -21,7 +21,6 @@ from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, Steps
 from holdfast.recipes.training.attack_policies import (
@@ -78,26 +77,15 @@ class PolicyTraining:
         if self.passes:
             if how.pacing is not None:
                 raise UsageError(
-                    f"passes is {self.passes:g}, and a budget of time is given, which determines them; only one of "
-                    "both was expected",
-                    Remedy("budget"),
+                    f"passes is {self.passes:g}, and a budget of time is given; expected one of both"
                 )
             how = replace(how, pacing=ending_after(self.passes * len(data), passes, _USUAL * how.batch))
         play = _Play(self, policy, passes)
+        settle = (lambda learner: lambda: play.settle(learner)) if self.strategy == "learned" else None
         return trained(
-            play.inner,
-            play.loss,
-            model,
-            data,
-            threat,
-            how,
-            rng=rng,
-            after=after,
-            state={**policy.state(_POLICY), _PASSES: passes},
-            settle=(lambda learner: lambda: play.settle(learner)) if self.strategy == "learned" else None,
-            alone=True,
-            weighted=True,
-        )
+            play.inner, play.loss, model, data, threat, how, rng=rng, after=after,
+            state={**policy.state(_POLICY), _PASSES: passes}, settle=settle, alone=True, weighted=True,
+        )  # fmt: skip
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the passes of the training and the strategies that were chosen."""

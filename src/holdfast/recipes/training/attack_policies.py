@@ -32,7 +32,8 @@ _SHAPES = ((_HIDDEN, _N_FEATURES), (_HIDDEN,), (sum(_SIZES), _HIDDEN), (sum(_SIZ
 _LR, _BETAS, _TINY = 0.02, (0.9, 0.999), 1e-8  # of Adam: there are few updates, of few parameters
 _MOVING = 0.9  # share of the baseline that an update keeps
 _LARGEST = 10.0  # in nats, of a loss that is a feature
-_EVERY = 4  # updates of the network for each update of a policy, whose rewards need further passes
+EVERY = 4
+"""number of updates of the network for each update of a policy, on average, because rewards need further passes"""
 _AHEAD_STEPS = 2  # of the attack on the updated network
 REACH = 2.5
 """path length of attacks with a fixed number of steps, in multiples of eps"""
@@ -109,10 +110,6 @@ class Policy:
     def of(cls, state: Mapping[str, Tensor], prefix: str) -> "Policy":
         """Return the policy whose tensors are in `state` under names with a prefix."""
         return cls(*(state[prefix + name] for name in cls.__dataclass_fields__))
-
-    def to(self, device: torch.device) -> "Policy":
-        """Return the policy on a device."""
-        return Policy(*(value.to(device) for value in vars(self).values()))
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors of the policy under names with a prefix."""
@@ -208,7 +205,7 @@ def distance(first: Policy, second: Policy, features: Tensor) -> float:
 def is_due(turn: Turn) -> bool:
     """Return whether policies learn from an update, which a quarter of the updates, chosen at random, have."""
     one = torch.zeros(1, dtype=torch.int64)
-    return int(turn.rng.at("learns").integers(one, _EVERY)) == 0
+    return int(turn.rng.at("learns").integers(one, EVERY)) == 0
 
 
 def after_update(learner: Learner, batch: Batch, rng: Draws) -> tuple[PerExample, int]:
@@ -255,10 +252,12 @@ def in_words(policy: Policy) -> str:
     """Return a sentence part with the shares of the alternatives in the last period, and the mean numbers of steps in
     the first and the last one.
     """
+    steps = policy.mean_steps()
+    if not steps:
+        return "no attack was made"
     parts = [
         f"{name} "
         + ", ".join(f"{alternative} {100 * shares[-1]:.0f} %" for alternative, shares in each.items())
         for name, each in policy.shares().items()
     ]
-    steps = policy.mean_steps()
     return f"{'; '.join(parts)}; mean number of steps {steps[0]:.1f} at first and {steps[-1]:.1f} at last"

@@ -60,7 +60,9 @@ def attacked(
     share = torch.where(choices[:, _START] == 0, _NEAR, 1.0).to(batch.x)
     x_adv = torch.lerp(batch.x, anywhere, spread(share, batch.x))
     n_steps = steps_of(choices)
-    sizes = constraint.eps * torch.tensor(_SIZES, device=batch.x.device)[choices[:, _SIZE]]
+    sizes = (
+        constraint.eps * torch.tensor(_SIZES, dtype=batch.x.dtype, device=batch.x.device)[choices[:, _SIZE]]
+    )
     for step in range(int(n_steps.max())):
         moving = n_steps > step
         rows = torch.arange(len(batch), device=batch.x.device) if whole else moving.nonzero()[:, 0]
