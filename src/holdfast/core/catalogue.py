@@ -137,6 +137,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("free", "FreeTraining", "free"),
         RecipeEntry("ft-sam", "FTSAM", "ft_sam"),
         RecipeEntry("gaussian-noise", "GaussianNoise", "gaussian_noise"),
+        RecipeEntry("generated", "GeneratedData", "generated"),
         RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
         RecipeEntry("hat", "HAT", "hat"),
         RecipeEntry("ibp", "IBPTraining", "ibp"),

@@ -1,16 +1,15 @@
-"""A small class-conditional GAN (generative adversarial network) for images, with a classifier that filters its samples.
+"""A small class-conditional GAN (generative adversarial network) for images, and a classifier that filters its samples.
 
-Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014, arXiv:1406.2661; hinge loss and spectral norm of Miyato et
-al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957; projection of the class
-in the discriminator of Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018, arXiv:1802.05637; class norm
-of de Vries et al., "Modulating early visual processing by language", NeurIPS 2017, arXiv:1707.00683. Differs from the
-papers: two convolutions instead of a residual network, and one update of the discriminator for each of the generator.
+Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014, arXiv:1406.2661; hinge loss and spectral norm of Miyato
+et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957; projection of the
+class in the discriminator of Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018, arXiv:1802.05637; class
+norm of de Vries et al., "Modulating early visual processing by language", NeurIPS 2017, arXiv:1707.00683. Differs from
+the papers: two convolutions instead of a residual network, and one update of the discriminator per update of the generator.
 Samples are those of the averaged generator.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,6 @@ _WIDTH = 32  # channels of the wider one of two convolutions
 _BATCH = 64  # examples of an update: many small updates give better samples than few large ones
 _LR, _BETAS = 1e-3, (0.5, 0.99)  # of Adam: the rate is large because a budget of minutes has few updates
 _KEPT = 0.995  # decay of the average of the generator
-_TRIES: Final = 2
-"""number of samples of which the first accepted one is used"""
 
 
 class _ClassNorm(nn.Module):
@@ -75,9 +72,7 @@ class _Trunk(nn.Module):
     def __init__(self, shape: tuple[int, ...], *, normed: bool) -> None:
         super().__init__()
         sides = [((size + 2 - 4) // 2 + 1 + 2 - 4) // 2 + 1 for size in shape[1:]]
-        convolutions = [
-            nn.Conv2d(*pair, 4, 2, 1) for pair in pairwise((shape[0], _WIDTH // 2, _WIDTH))
-        ]
+        convolutions = [nn.Conv2d(*pair, 4, 2, 1) for pair in pairwise((shape[0], _WIDTH // 2, _WIDTH))]
         layers = [*convolutions, nn.Linear(_WIDTH * sides[0] * sides[1], 2 * _WIDTH)]
         first, second, hidden = (spectral_norm(layer) if normed else layer for layer in layers)
         slope = nn.LeakyReLU(0.1)
@@ -126,9 +121,7 @@ class GAN:
         self.updates = torch.zeros((), dtype=torch.int64, device=example.device)
         """number of updates of the generator"""
         trained = (self._generator, self._discriminator, self._classifier)
-        self._optimizers = [
-            torch.optim.Adam(net.parameters(), _LR, _BETAS, foreach=False) for net in trained
-        ]
+        self._optimizers = [torch.optim.Adam(net.parameters(), _LR, _BETAS, foreach=False) for net in trained]
         for optimizer in self._optimizers:
             for weight in optimizer.param_groups[0]["params"]:  # the moments exist before the first update
                 zeros = [torch.zeros_like(weight, requires_grad=False) for _ in range(2)]
@@ -145,6 +138,11 @@ class GAN:
             tensors[f"gan.adam.{number}.{name}"] = value
         # with a first dimension of 1, none of them is taken for a tensor with a row for each example
         return {name: value[None] for name, value in tensors.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore all tensors from those of a checkpoint, by the names that `state` returns."""
+        for name, value in self.state().items():
+            value.copy_(tensors[name])
 
     def _moments(self) -> Iterator[tuple[int, str, Tensor]]:
         weights = [
@@ -191,8 +189,13 @@ class GAN:
 
     def accepted(self, batch: Batch, rng: Draws, least: float) -> tuple[Inputs, Tensor]:
         """Return an image of the class of each example, and whether the classifier has at least the confidence `least`
-        in its class. Of a few samples for each example, the first accepted one is returned.
+        in its class. Where it has less, one more sample is tried.
         """
-        x = [self.samples(batch.ids, batch.y, rng.at("sample", k)) for k in range(_TRIES)]
-        first, second = (self.confidence(each, batch.y) >= least for each in x)
-        return torch.where(first[:, None, None, None], x[0], x[1]), first | second
+        x = self.samples(batch.ids, batch.y, rng.at("first"))
+        is_accepted = self.confidence(x, batch.y) >= least
+        rows = (~is_accepted).nonzero()[:, 0]
+        if len(rows):
+            other = self.samples(batch.ids[rows], batch.y[rows], rng.at("second"))
+            x[rows] = other
+            is_accepted[rows] = self.confidence(other, batch.y[rows]) >= least
+        return x, is_accepted

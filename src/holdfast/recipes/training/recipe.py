@@ -2,10 +2,12 @@
 it is called.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
@@ -61,6 +63,18 @@ class Finished:
     test: Batch
     threat: ThreatModel
     rng: Draws
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """tensors that the loss of the recipe stored, at the end of the training"""
+
+
+@runtime_checkable
+class WithFurtherExamples(Protocol):
+    """Protocol of a recipe that reads further examples from a file of the user, which must not contain test
+    examples.
+    """
+
+    def further_examples(self, model: Classifier) -> Batch | None:
+        """Return these examples, read for a model; None if no file is given."""
 
 
 @runtime_checkable

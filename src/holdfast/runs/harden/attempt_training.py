@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from holdfast.core.checkpoint import STATE, Checkpoint
+from holdfast.core.checkpoint import STATE, Checkpoint, without_prefix
 from holdfast.core.errors import LostLoss
 from holdfast.io.models.weights import digest_of_weights, written
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.overfitting import RAISED
-from holdfast.recipes.training.recipe import WithNetwork, untrained
+from holdfast.recipes.training.recipe import WithFollowUp, WithNetwork, untrained
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
@@ -85,7 +85,11 @@ class AttemptTraining:
         start = self.trainer.start(candidate.recipe)
         end_reason = ended_by(last.checkpoint, curve, candidate.recipe.training, start) or "budget"
         plans = len(last.checkpoint.plans)
-        return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans)
+        measures_more = isinstance(candidate.recipe, WithFollowUp)
+        state_at_end = without_prefix(last.checkpoint.tensors, STATE) if measures_more else {}
+        return Made(
+            candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans, state_at_end
+        )
 
     def resumed(
         self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], budget: AttemptBudget | None

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,8 @@ class Made:
     ended_by: EndedBy
     plans: int = 0
     """number of plans made within the budget"""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """tensors of a recipe that measures more after its training, at the end of the training"""
 
     @property
     def epochs(self) -> float:
