@@ -2,16 +2,8 @@
 included; and a learned policy of augmentations and a search of settings, in two minutes each.
 """
 
-from functools import partial
-from typing import Any
-
-import torch
-
-import holdfast
-from benchmarks.hardened import dataset, made, percent, shares, spent
-from benchmarks.parts import RUNS, part
-from benchmarks.record import Cells, Claim, Outcome
-from holdfast.metrics.paired import difference
+from benchmarks.hardened import made
+from benchmarks.record import Cells
 
 WHAT = "`generated` beside `auto`, Fashion-MNIST linf:0.1, 12.5 CPU minutes with the generator, `standard` on 1,000"
 ROW, DATA, THREAT, SEED = "generated", "fashion_mnist", "linf:0.1", 0

@@ -127,6 +127,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
     entry.name: entry
     for entry in (
         RecipeEntry("atta", "ATTA", "atta"),
+        RecipeEntry("augment-policy", "AugmentPolicy", "augment_policy"),
         RecipeEntry("cure", "CURE", "cure"),
         RecipeEntry("curriculum", "CurriculumTraining", "curriculum"),
         RecipeEntry("denoised", "Denoising", "denoising"),
@@ -157,6 +158,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("score", "SCORE", "score"),
         RecipeEntry("standard", "Standard", "standard"),
         RecipeEntry("trades", "TRADES", "trades"),
+        RecipeEntry("tune", "Tuning", "tuning"),
         RecipeEntry("vat", "VAT", "vat"),
     )
 }

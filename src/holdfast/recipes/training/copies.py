@@ -25,7 +25,7 @@ def copies(generated: Batch, test: Batch, data: TrainingData, rng: Draws) -> dic
         for part in parts:
             distances = torch.cdist(both, part.x.flatten(1).to(both), compute_mode="use_mm_for_euclid_dist")
             nearest = torch.minimum(nearest, distances.amin(1))
-    own, others = nearest.split([len(side) for side in sides])
+    own, others = nearest[: len(sides[0])], nearest[len(sides[0]) :]
     return {
         "generated": len(own),
         "test": len(others),

@@ -4,7 +4,7 @@ Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014, arXiv:1406.2661;
 et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957; projection of the
 class in the discriminator of Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018, arXiv:1802.05637; class
 norm of de Vries et al., "Modulating early visual processing by language", NeurIPS 2017, arXiv:1707.00683. Differs from
-the papers: two convolutions instead of a residual network, and one update of the discriminator per update of the generator.
+the papers: two convolutions instead of a residual network; discriminator and generator are updated in turn, once each.
 Samples are those of the averaged generator.
 """
 
@@ -42,7 +42,8 @@ class _ClassNorm(nn.Module):
 
     def forward(self, x: Tensor, y: Labels) -> Tensor:
         gains, shifts = (each(y)[:, :, None, None] for each in (self.gains, self.shifts))
-        return gains * self.norm(x) + shifts
+        modulated: Tensor = gains * self.norm(x) + shifts
+        return modulated
 
 
 class _Generator(nn.Module):
@@ -94,7 +95,8 @@ class _Discriminator(nn.Module):
 
     def forward(self, x: Inputs, y: Labels) -> PerExample:
         features = self.trunk(x)
-        return self.score(features)[:, 0] + (self.classes(y) * features).sum(1)
+        scores: Tensor = self.score(features)[:, 0] + (self.classes(y) * features).sum(1)
+        return scores
 
 
 class GAN:
@@ -179,13 +181,15 @@ class GAN:
     @torch.no_grad()
     def samples(self, ids: Ids, y: Labels, rng: Draws) -> Inputs:
         """Return an image of each class in `y` (n), which is a function of its id and of `rng`."""
-        images: Inputs = self._average(self._noise(ids, rng, self._average.first.weight), y)
+        like = next(self._average.parameters())
+        images: Inputs = self._average(self._noise(ids, rng, like), y)
         return images
 
     @torch.no_grad()
     def confidence(self, x: Inputs, y: Labels) -> PerExample:
         """Return the probability (n) that the classifier gives to the class `y` of each image."""
-        return self._classifier(x).softmax(1).gather(1, y[:, None])[:, 0]
+        probabilities: Tensor = self._classifier(x).softmax(1)
+        return probabilities.gather(1, y[:, None])[:, 0]
 
     def accepted(self, batch: Batch, rng: Draws, least: float) -> tuple[Inputs, Tensor]:
         """Return an image of the class of each example, and whether the classifier has at least the confidence `least`
