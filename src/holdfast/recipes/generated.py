@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
+from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -53,7 +53,7 @@ class GeneratedData:
     confidence: Fraction = 0.5
     """smallest probability that a classifier, trained on the real images, gives to the class of an accepted sample"""
     samples: str = ""
-    """file `.npz` with generated images and their labels, which are used in place of a generator"""
+    """file `.npz` with generated images `x` and their labels `y`, which are used in place of a generator"""
     method: Literal["auto", "pgd", "trades"] = "auto"
     """loss of the adversarial training: `pgd`, `trades`, or `auto`, which is trades from as many epochs on as
     the recipe auto requires for it (60, or 30 for images of three channels), and else pgd"""
@@ -137,7 +137,7 @@ class GeneratedData:
         from holdfast.io.data.data import open_data  # only for a recipe with a file
         from holdfast.io.data.expected import Expected
 
-        found = open_data(self.samples, expected=Expected(model.bounds, model.classes))
+        found = open_data(self.samples, x="x", y="y", expected=Expected(model.bounds, model.classes))
         return found.read(0, len(found))
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
@@ -154,7 +154,7 @@ class GeneratedData:
             images = _accepted_samples(gan, finished.training, finished.rng, self.confidence)
         if not len(images):
             return entry, "no generated image was accepted, so the network was trained on real images only"
-        nearest = copies(images, finished.test, finished.training, finished.rng)
+        nearest = copies(images.to(finished.test.x.device), finished.test, finished.training, finished.rng)
         share = f"{accepted:,} of {tried:,} images that were to be replaced were replaced by generated ones"
         return {**entry, "copies": nearest}, f"{share}; {sentence_on_copies(nearest)}"
 
@@ -179,7 +179,7 @@ class FileSamples:
                 f"the generated images have shape {images.example_shape}, and the training examples "
                 f"{data.example_shape}; give images of the same shape"
             )
-        missing = sorted(set(data.y.tolist()) - set(images.y.tolist()))
+        missing = sorted(set(data.y[data.y != UNLABELLED].tolist()) - set(images.y.tolist()))
         if missing:
             raise UsageError(
                 f"no generated image is of class {', '.join(map(str, missing))}, which the training examples have; "
