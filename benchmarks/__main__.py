@@ -73,6 +73,8 @@ ROWS = {
     "ladder": "ladder",
     "best-recipes": "best_recipes",
     "seed-tables": "seed_tables",
+    "policy": "policy",
+    "league": "league",
     "hardening": "hardening",
     "cifar-hardening": "cifar_hardening",
     "certified-training": "certified_training",

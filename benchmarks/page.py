@@ -105,6 +105,10 @@ SUBJECTS = {
     "best-recipes": "The three best recipes of the row `recipes`, three seeds each, `standard` on 1,000 images.",
     "seed-tables": "Three kinds of hardening and none: MNIST, Linf 0.1, two minutes each, means of three seeds, "
     "`standard` on 1,000 images.",
+    "policy": "Learned, random and fixed attack strategies at equal passes: MNIST, Linf 0.3, `fast` on 2,000 images. "
+    "The fixed one trains for two CPU minutes; the intervals of the differences are paired.",
+    "league": "Two networks against two attack policies and past versions of both, for five CPU minutes: MNIST, Linf "
+    "0.3, `fast` on 1,000 images.",
     "hardening": "Models hardened within minutes on two cores: `standard` on 1,000 test images, `fast` on all 10,000.",
     "cifar-hardening": "CIFAR-10 hardened in ten minutes on two cores: a small residual network, `fast` on 1,000 "
     "images.",

@@ -262,7 +262,7 @@ def test_every_recipe_has_a_row():
     assert sorted(row["recipe"].strip("`") for row in RECIPES) == sorted(CLASSES)
 
 
-RECORDS = ("recipes", "certified-training", "partitions", "repair", "text-masking")
+RECORDS = ("recipes", "certified-training", "partitions", "repair", "text-masking", "policy", "league")
 
 
 def test_every_recipe_has_a_record():
@@ -314,6 +314,26 @@ def test_the_page_has_the_recorded_numbers_of_repair():
             "outcome": row["outcome"],
         }
         for row in newest("repair")["table"]
+    ]
+
+
+def test_the_page_has_the_recorded_numbers_of_learned_strategies():
+    assert rows("concepts/hardening.md", "strategy") == [
+        {
+            "strategy": row["strategy"],
+            **{name: str(row.get(name, "")) for name in ("robust, %", "passes", "CPU s", "updates", "steps")},
+            "clean, %": str(row["clean"]),
+            "learned − this, points": row.get("learned − this, points", ""),
+        }
+        for row in newest("policy")["table"]
+    ]
+    (found,) = (kept["measured"] for kept in newest("league")["detail"].values())
+    assert rows("concepts/hardening.md", "network") == [
+        {
+            "network": name,
+            **{column: f"{100 * share:.1f}" for column, share in zip(found["columns"], shares, strict=True)},
+        }
+        for name, shares in found["cross_play"].items()
     ]
 
 
@@ -392,7 +412,7 @@ def test_a_recipe_costs_and_cites_what_its_row_states(row, monkeypatch):
         if name == "denoised":
             model.net = with_denoiser(model.net, {"channels": 3, "width": 4, "depth": 2})
         counted = sum(point.measured["forwards"] for point in short(model, data, threat, rng=Draws(0)))
-        if name not in {"denoised", "ensemble", "hat"}:  # which ask other networks, too
+        if name not in {"denoised", "ensemble", "hat", "league"}:  # which ask other networks, too
             # a look at one example before, and at four by dp-sgd
             assert counted * len(data) == pytest.approx(Counting.asked, abs=4 if name == "dp-sgd" else 1)
         return Counting.asked

@@ -31,7 +31,7 @@ import holdfast
 from holdfast.api.audit_backdoor import prepared_backdoor
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_opening import guarded_subject
-from holdfast.api.hardening import _with_denoiser, _with_threat_of_recipe
+from holdfast.api.hardening import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
 from holdfast.api.misspelt import refuse_misspelt
 from holdfast.api.monitoring_streams import _refuse_data
 from holdfast.api.plans import assess_request, prover
@@ -86,7 +86,7 @@ from holdfast.io.remote.counting import InspectionCounter
 from holdfast.io.remote.payloads import Shaped, Template
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.metrics.catalogue import estimate
-from holdfast.recipes import DPSGD
+from holdfast.recipes import DPSGD, PolicyTraining
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.gains import order_of
 from holdfast.reports.across import across_rows
@@ -1131,6 +1131,12 @@ situation(
     "a budget of partitions",
     lambda **arguments: _with_threat_of_recipe(Harden(model=LINEAR, data=PAIR, **arguments)),
     recipe="partitions",
+    budget="1min",
+)
+situation("a learned strategy under l1", trained, recipe="policy", threat="l1:1")
+situation(
+    "a budget and a number of passes",
+    lambda budget=None: _refuse_two_limits(budget, PolicyTraining(passes=5.0)),
     budget="1min",
 )
 situation(

@@ -37,11 +37,13 @@ from holdfast.recipes import (
     GradientRegularisation,
     IBPTraining,
     JacobianRegularisation,
+    LeagueTraining,
     LipschitzConstraint,
     MarginTraining,
     MultiNormTraining,
     Partitions,
     PGDTraining,
+    PolicyTraining,
     Repair,
     SingleStep,
     Standard,
@@ -95,6 +97,9 @@ CASES = [
     IBPTraining(),
     IBPTraining(clean=0.5),
     SABR(),
+    PolicyTraining(),
+    PolicyTraining(strategy="random"),
+    LeagueTraining(past=1),
     DPSGD(epsilon=500.0, delta=1e-3, max_grad_norm=10.0),
 ]
 PARTITIONS = [Partitions(3), Partitions(2)]

@@ -33,10 +33,10 @@ from holdfast.io.data.loaders import tensors_of
 from holdfast.io.data.memory import as_data
 from holdfast.io.data.streamed import Streamed, changing_example, open_by_index, training_data
 from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
-from holdfast.recipes import DPSGD, Denoising
+from holdfast.recipes import DPSGD, Denoising, PolicyTraining
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import OnParts, Recipe, WithFollowUp
+from holdfast.recipes.training.recipe import OnParts, Recipe, WithControl
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
@@ -351,6 +351,7 @@ def harden_request(
         if isinstance(recipe, Mapping)
         else (_candidate(name, recipe),)
     )
+    _refuse_two_limits(settings.budget, chosen[0].recipe)
     return HardenRequest(
         name,
         chosen,
@@ -373,7 +374,7 @@ def harden_request(
 
 def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | None:
     """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
-    if not isinstance(recipe, WithFollowUp) or not recipe.control:
+    if not isinstance(recipe, WithControl) or not recipe.control:
         return None
     given = SurrogateSettings.model_validate(parse_surrogate(recipe.control))
     (control,) = resolve.open_surrogates(settings.model_copy(update={"surrogates": [given]}), model)
@@ -403,6 +404,16 @@ def _budget_s(given: str | None, recipe: Recipe | Mapping[str, Any]) -> float | 
             f"determines them; only one of both was expected{', and with epochs a recipe' if auto else ''}"
         )
     return seconds(budget, "budget")
+
+
+def _refuse_two_limits(budget: str | None, recipe: Recipe) -> None:
+    """Raise `UsageError` if both a budget and a number of passes are given."""
+    if budget is not None and isinstance(recipe, PolicyTraining) and recipe.passes:
+        raise UsageError(
+            f"recipe.passes is {recipe.passes:g}, and the budget is {budget}, which determines the number of passes; "
+            "only one of both was expected",
+            Remedy("budget"),
+        )
 
 
 def _usual_epochs(recipe: Any) -> int | None:

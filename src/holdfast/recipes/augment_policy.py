@@ -9,7 +9,7 @@ training of the network, as a bandit over single augmentations, and its reward i
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -58,8 +58,6 @@ class AugmentPolicy:
     label_smoothing: Fraction = 0.0
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
-
-    control: ClassVar[str] = ""  # no network for comparison
 
     def __call__(
         self,

@@ -150,6 +150,7 @@ def card_document(card: Mapping[str, Any]) -> str:
     lines += [f"{capitalized(generalisation_note(card['generalisation'], robust=attacked))}.", ""]
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     lines += _reservations(card)
+    lines += _tables_of_follow_up(card)
     lines += [
         "",
         "Load it, from the folder in which it was created:",
@@ -212,6 +213,17 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
         lines += [f"- {assessment} for the hardened model"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
     return [*lines, *(f"- {escaped(note)}" for note in _of_judging(card))]
+
+
+def _tables_of_follow_up(card: Mapping[str, Any]) -> list[str]:
+    """The tables that the recipe measured after the training, if there are any."""
+    lines = []
+    for table in card.get("follow_up", {}).get("tables", ()):
+        lines += ["", f"{capitalized(escaped(table['title']))}:", ""]
+        lines += markdown_table(table["columns"], [[escaped(cell) for cell in row] for row in table["rows"]])[
+            :-1
+        ]
+    return lines
 
 
 def _training_cost(card: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ class Finished:
     threat: ThreatModel
     rng: Draws
     state: Mapping[str, Tensor] = field(default_factory=dict)
-    """tensors that the loss of the recipe stored, at the end of the training"""
+    """state of the recipe in the checkpoint of the new model"""
 
 
 @runtime_checkable
@@ -78,12 +78,17 @@ class WithFurtherExamples(Protocol):
 
 
 @runtime_checkable
-class WithFollowUp(Protocol):
-    """Protocol of a recipe that measures more after its training, which the card of the new model states."""
+class WithControl(Protocol):
+    """Protocol of a recipe whose follow-up may compare the new model with another network."""
 
     @property
     def control(self) -> str:
         """Network for comparison, as in `clean.pt,arch=net.py:make`; empty for none."""
+
+
+@runtime_checkable
+class WithFollowUp(Protocol):
+    """Protocol of a recipe that measures more after its training, which the card of the new model states."""
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the entry `follow_up` of the card, and a sentence on it. No network is changed."""

@@ -85,11 +85,9 @@ class AttemptTraining:
         start = self.trainer.start(candidate.recipe)
         end_reason = ended_by(last.checkpoint, curve, candidate.recipe.training, start) or "budget"
         plans = len(last.checkpoint.plans)
-        measures_more = isinstance(candidate.recipe, WithFollowUp)
-        state_at_end = without_prefix(last.checkpoint.tensors, STATE) if measures_more else {}
-        return Made(
-            candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans, state_at_end
-        )
+        chosen = best.checkpoint.tensors if isinstance(candidate.recipe, WithFollowUp) else {}
+        kept = without_prefix(chosen, STATE)
+        return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans, kept)
 
     def resumed(
         self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], budget: AttemptBudget | None

@@ -180,7 +180,7 @@ def _step(candidate: Candidate, curve: tuple[Point, ...], checkpoint: Checkpoint
 def _left_s(curve: tuple[Point, ...], checkpoint: Checkpoint) -> float:
     """Expected seconds until the end of a training: of its last plan, or at the pace of its epochs."""
     n_left = checkpoint.of - checkpoint.epoch
-    if not checkpoint.plans:
+    if not checkpoint.plans or not checkpoint.plans[-1].update_s:  # epochs or passes were given, and no time
         return n_left * sum(point.wall_s for point in curve) / len(curve)
     plan = checkpoint.plans[-1]
     updates_s = max(plan.end - checkpoint.updates, 0) * plan.update_s

@@ -394,7 +394,7 @@ class _Job:
             test,
             self.request.threat,
             Draws(self.request.seed).at("follow up"),
-            {name: value.to(self.held_out.x.device) for name, value in best.state.items()},
+            {name: value.to(test.x.device) for name, value in best.state.items()},
         )
         entry, note = recipe.follow_up(finished)
         return {"follow_up": entry, "notes": [*self.notes, note]}

@@ -126,7 +126,7 @@ class Made:
     plans: int = 0
     """number of plans made within the budget"""
     state: Mapping[str, Tensor] = field(default_factory=dict)
-    """tensors of a recipe that measures more after its training, at the end of the training"""
+    """state of the recipe in the chosen checkpoint, for a recipe with a follow-up"""
 
     @property
     def epochs(self) -> float:
