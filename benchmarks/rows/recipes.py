@@ -17,8 +17,8 @@ FOR_TRIGGERS = {"repair", "ft-sam"}
 """Recipes for the base classifier of randomised smoothing, which the row `smoothing` measures."""
 MORE: dict[str, Any] = {"multi-norm": {"others": "l2:1.5,l1:10"}}
 """What a recipe cannot do without."""
-COMPARED = ("policy", "league")
-"""Recipes that rows of their own compare at equal passes."""
+COMPARED = ("policy", "league", "generated", "augment-policy", "tune")
+"""Recipes that rows of their own compare with others."""
 CERTIFIED = ("ibp", "sabr")
 """Recipes whose bounds are too loose at this eps for three minutes."""
 PUBLISHED = 88.5

@@ -42,7 +42,9 @@ def test_the_policy_prefers_the_augmentation_after_which_more_is_robust(monkeypa
     monkeypatch.setattr(augment_policy, "robust_share", rewarded)
     recipe = AugmentPolicy(period=1, steps=1, rate=0.3, training=replace(SHORT, epochs=80))
     *_, last = recipe(MODEL, data(), THREAT, rng=Draws(0))
-    entry, note = recipe.follow_up(finished(last))
+    found, note = recipe.follow_up(finished(last))
+    entry = found["policy"]
+    assert len(found["tables"][0]["rows"]) == len(entry)
     probabilities = {name: each["probability"] for name, each in entry.items()}
     assert max(probabilities, key=probabilities.get) == "shift 2" and probabilities["shift 2"] > 0.5
     assert sum(probabilities.values()) == pytest.approx(1)

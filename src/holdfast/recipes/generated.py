@@ -150,11 +150,13 @@ class GeneratedData:
             gan.restore(finished.state)
             entry["generator_updates"] = int(gan.updates)
             images = _accepted_samples(gan, finished.training, finished.rng, self.confidence)
-        if not len(images):
-            return entry, "no generated image was accepted, so the network was trained on real images only"
-        nearest = copies(images.to(finished.test.x.device), finished.test, finished.training, finished.rng)
-        share = f"{accepted:,} of {tried:,} images that were to be replaced were replaced by generated ones"
-        return {**entry, "copies": nearest}, f"{share}; {sentence_on_copies(nearest)}"
+        if not accepted or not len(images):
+            return entry, "up to the chosen checkpoint, the network was trained on real images only"
+        found = copies(images.to(finished.test.x.device), finished.test, finished.training, finished.rng)
+        return {**entry, "copies": found}, (
+            f"generated images replaced {accepted:,} of the {tried:,} images that were drawn for it; "
+            f"{sentence_on_copies(found)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def refuse_other_inputs(data: TrainingData, recipe: str) -> None:
 
 
 def _gan(model: Classifier, data: TrainingData, rng: Draws) -> GAN:
-    example = data.first(2).x
+    example = data.first(1).x
     with torch.no_grad():
         classes = deepcopy(model).eval()(example).shape[1]
     return GAN(example, classes, model.bounds, rng)
