@@ -35,7 +35,7 @@ SEEN = 200
 REACHABLE = [
     (
         "table 4 has 68.4 % adversarial accuracy on CIFAR-10 and no eps; at 8/255 this is more than the best WRN-28-10 "
-        "in RobustBench with 20 million generated images has (67.7 %), and less than a WRN-70-16 with 50 million (70.7 %)"
+        "in RobustBench with 20 million generated images has (67.7 %), and less than a WRN-70-16 with 50 million (70.7)"
     ),
     "table 4 is of MNIST here: two cores train no such network on CIFAR-10 within minutes",
     "table 5 has 80.2 % adversarial accuracy on Fashion-MNIST and no eps; whether this is much depends on the eps",
