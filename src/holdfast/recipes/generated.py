@@ -35,6 +35,7 @@ from holdfast.recipes.training.recipe import Finished
 _BETA, _STEPS, _REACH = 6.0, 10, 2.5  # of the recipe trades
 _LEAST_OF_TRADES = {"photographs": 30, "others": 60}  # epochs from which the recipe `auto` chooses trades
 _JUDGED, _COUNTS = "judged", "counts"  # state: whether the generator was judged; samples accepted and tried
+_LEAST_SIDE = 4  # pixels; two convolutions halve an image twice
 _TRIED = 4  # samples for each example of a batch by which the generator is judged
 _FEW = 0.2  # smallest share of accepted samples of a generator that has not collapsed
 _ALIKE = 0.2  # smallest distance of two samples of a class, relative to that of two real images
@@ -74,7 +75,7 @@ class GeneratedData:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        refuse_other_inputs(data, "generated")
+        _refuse_other_inputs(data)
         samples = self.further_examples(model)
         source = _gan(model, data, rng) if samples is None else FileSamples.of(samples, data)
         is_trades = self._is_trades(data)
@@ -204,11 +205,12 @@ class FileSamples:
         return self.images.x[self.order[place]], torch.ones_like(batch.y, dtype=torch.bool)
 
 
-def refuse_other_inputs(data: TrainingData, recipe: str) -> None:
-    """Raise `UsageError` for training examples that are no images (channels, height, width)."""
-    if len(data.example_shape) != 3:
+def _refuse_other_inputs(data: TrainingData) -> None:
+    """Raise `UsageError` for training examples that are no images (channels, height, width) of at least 4 × 4."""
+    if len(data.example_shape) != 3 or min(data.example_shape[1:]) < _LEAST_SIDE:
         raise UsageError(
-            f"inputs have shape {data.example_shape}, and the recipe {recipe} is for images (channels, height, width)",
+            f"inputs have shape {data.example_shape}, and the recipe generated is for images (channels, height, width) "
+            f"of at least {_LEAST_SIDE} × {_LEAST_SIDE} pixels",
             Remedy("recipe", "pgd"),
         )
 
