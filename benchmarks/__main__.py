@@ -76,6 +76,7 @@ ROWS = {
     "seed-tables": "seed_tables",
     "policy": "policy",
     "league": "league",
+    "generated": "generated",
     "hardening": "hardening",
     "cifar-hardening": "cifar_hardening",
     "certified-training": "certified_training",

@@ -19,6 +19,7 @@ from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
 from holdfast.api import hardening
 from holdfast.io.data.data import bundled_data
+from holdfast.runs.harden.harden import harden
 
 N = 1_000
 Examples = tuple[Tensor, Tensor]
@@ -45,7 +46,7 @@ def made(
     def measured() -> Cells:
         known = dataset(data) if isinstance(data, str) and data not in bundled_data() else data
         torch.set_num_threads(threads)
-        timed = partial(hardening.harden, clock=time.process_time)
+        timed = partial(harden, clock=time.process_time)
         try:
             with patch.object(hardening, "harden", timed) if by_cpu else nullcontext():
                 found = holdfast.harden(

@@ -108,11 +108,13 @@ SUBJECTS = {
     "the data.",
     "best-recipes": "The three best recipes of the row `recipes`, three seeds each, `standard` on 1,000 images.",
     "seed-tables": "Three kinds of hardening and none: MNIST, Linf 0.1, two minutes each, means of three seeds, "
-    "`standard` on 1,000 images.",
+    "`standard` on 1,000 images. Learned attacks and generated images: the rows `policy` and `generated`.",
     "policy": "Learned, random and fixed attack strategies at equal passes: MNIST, Linf 0.3, `fast` on 2,000 images. "
     "The fixed one trains for two CPU minutes; the intervals of the differences are paired.",
     "league": "Two networks against two attack policies and past versions of both, for five CPU minutes: MNIST, Linf "
     "0.3, `fast` on 1,000 images.",
+    "generated": "Training on generated images beside `auto`: Fashion-MNIST, Linf 0.1, 12.5 minutes of CPU time each, "
+    "the generator included, `standard` on 1,000 images; a learned policy of augmentations; a search of settings.",
     "hardening": "Models hardened within minutes on two cores: `standard` on 1,000 test images, `fast` on all 10,000.",
     "cifar-hardening": "CIFAR-10 hardened in ten minutes on two cores: a small residual network, `fast` on 1,000 "
     "images.",

@@ -94,6 +94,7 @@ from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.children import unshared
 from holdfast.runs.engine.progress import ignore
+from holdfast.runs.harden.held_out import refuse_judged
 from holdfast.runs.harden.pace import Pace, below_an_epoch, too_small
 from holdfast.runs.harness import Plan
 from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
@@ -406,6 +407,26 @@ def taught(recipe):
     if getattr(named, "teacher", ""):
         named = named.taught_by(teacher)
     next(iter(named(model, batch, threat_model(parse_threat("linf:0.01")), rng=Draws(0))))
+
+
+def of_images(recipe):
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)))
+    trained(model, Batch(IMAGES, torch.arange(8) % 3, torch.arange(8)), recipe)
+
+
+def samples_file():
+    """The path of a file with generated images, of which one is a test image."""
+    path = FOLDER / "samples.npz"
+    np.savez(path, x=IMAGES.numpy(), y=np.arange(8) % 3)
+    return str(path)
+
+
+def with_samples(recipe):
+    """Read the file of generated images of a recipe, and compare it with a test image."""
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)))
+    further = build_recipe(recipe).further_examples(model)
+    if further is not None:
+        refuse_judged(further, as_data(IMAGES[:1], torch.zeros(1, dtype=torch.int64)))
 
 
 def centred():
@@ -1372,6 +1393,23 @@ situation("few canaries", privacy, canaries=10)
 situation("canaries of most examples", privacy, canaries=150)
 situation("ensemble of one", trained, recipe="ensemble")
 situation("no teacher", taught, {"recipe.teacher": "mnist-cnn"}, recipe="rslad")
+situation("generated rows", trained, recipe="generated")
+situation(
+    "a collapsed generator",
+    of_images,
+    recipe={"use": "generated", "generator": 0.0, "training": {"batch": 8}},
+)
+situation(
+    "a policy beside an augmentation",
+    of_images,
+    recipe={"use": "augment-policy", "training": {"augment": "shift"}},
+)
+situation(
+    "a search for an own optimiser",
+    of_images,
+    recipe={"use": "tune", "training": {"optimizer": lambda weights: torch.optim.SGD(weights, 0.1)}},
+)
+situation("generated test images", with_samples, recipe={"use": "generated", "samples": samples_file()})
 situation("help of a poor model", trained, model=Later(poor), recipe="hat")
 
 # the answers of servers

@@ -19,8 +19,8 @@ FOR_SMALL_NETWORKS = {"rslad", "prune", "int8"}
 """Recipes that the rows `distil-robust` and `compression` measure."""
 MORE: dict[str, Any] = {"multi-norm": {"others": "l2:1.5,l1:10"}}
 """What a recipe cannot do without."""
-COMPARED = ("policy", "league")
-"""Recipes that rows of their own compare at equal passes."""
+COMPARED = ("policy", "league", "generated", "augment-policy", "tune")
+"""Recipes that rows of their own compare with others."""
 CERTIFIED = ("ibp", "sabr")
 """Recipes whose bounds are too loose at this eps for three minutes."""
 PUBLISHED = 88.5

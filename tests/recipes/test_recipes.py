@@ -28,11 +28,13 @@ from holdfast.recipes import (
     SCORE,
     TRADES,
     VAT,
+    AugmentPolicy,
     CurriculumTraining,
     Denoising,
     EnsembleTraining,
     FreeTraining,
     GaussianNoise,
+    GeneratedData,
     GradientRegularisation,
     Hybrid,
     IBPTraining,
@@ -49,6 +51,7 @@ from holdfast.recipes import (
     Repair,
     SingleStep,
     Standard,
+    Tuning,
 )
 from holdfast.recipes.training import learner
 from holdfast.recipes.training.fit import _Loop
@@ -124,10 +127,16 @@ DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigm
 """These train another part of a model, and no labels: `learns` is a test of their own."""
 REPAIRS = [Repair(), Repair(stamped=0.2), FTSAM(rho=0.1)]
 """These are for the threat of a trigger."""
+CHOOSING = [
+    GeneratedData(steps=2, generator=1.0),
+    AugmentPolicy(period=2, steps=2),
+    Tuning(steps=2, search=0.9, candidates=4),
+]
+"""These train on other images than those of a batch, or with other settings."""
 
 
 @pytest.mark.parametrize("law", RECIPE_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("recipe", [*CASES, *REPAIRS], ids=repr)
+@pytest.mark.parametrize("recipe", [*CASES, *REPAIRS, *CHOOSING], ids=repr)
 def test_law(recipe, law):
     law(recipe)
 
@@ -151,7 +160,7 @@ def test_law_of_partitions(recipe, law):
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
     of_texts = {"MaskedWords"}  # has its own tests, because the laws are about inputs that are numbers
-    cases = {type(case).__name__ for case in (*CASES, *DENOISING, *PARTITIONS, *REPAIRS)}
+    cases = {type(case).__name__ for case in (*CASES, *CHOOSING, *DENOISING, *PARTITIONS, *REPAIRS)}
     assert cases | of_texts == set(recipes.__all__)
 
 

@@ -130,6 +130,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
     entry.name: entry
     for entry in (
         RecipeEntry("atta", "ATTA", "atta"),
+        RecipeEntry("augment-policy", "AugmentPolicy", "augment_policy"),
         RecipeEntry("cure", "CURE", "cure"),
         RecipeEntry("curriculum", "CurriculumTraining", "curriculum"),
         RecipeEntry("denoised", "Denoising", "denoising"),
@@ -140,6 +141,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("free", "FreeTraining", "free"),
         RecipeEntry("ft-sam", "FTSAM", "ft_sam"),
         RecipeEntry("gaussian-noise", "GaussianNoise", "gaussian_noise"),
+        RecipeEntry("generated", "GeneratedData", "generated"),
         RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
         RecipeEntry("hat", "HAT", "hat"),
         RecipeEntry("hybrid", "Hybrid", "hybrid"),
@@ -165,6 +167,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("score", "SCORE", "score"),
         RecipeEntry("standard", "Standard", "standard"),
         RecipeEntry("trades", "TRADES", "trades"),
+        RecipeEntry("tune", "Tuning", "tuning"),
         RecipeEntry("vat", "VAT", "vat"),
     )
 }

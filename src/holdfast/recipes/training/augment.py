@@ -78,9 +78,13 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
     if how == "none" or not isinstance(how, str):
         return None
     refuse_augmentation(batch.x, how, 0.0)
-    reach = _REACH[how]
+    return drawn_moves(batch, _REACH[how], rng, flips=how == "crop-flip")
+
+
+def drawn_moves(batch: Batch, reach: int, rng: Draws, *, flips: bool) -> Moves:
+    """Sample a shift by up to `reach` pixels for each image of a batch and, with `flips`, whether it is flipped."""
     down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
-    return Moves(reach, down, right, rng.at("flip").bits(batch.ids) < 0 if how == "crop-flip" else None)
+    return Moves(reach, down, right, rng.at("flip").bits(batch.ids) < 0 if flips else None)
 
 
 def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:

@@ -165,6 +165,8 @@ class Training:
     """function that plans the number of updates within a time budget, in place of `epochs`; it is set by `harden`"""
     saving: Saving | None = field(default=None, metadata=UNWRITTEN)
     """checkpoints within an epoch; it is set by `harden`"""
+    trial: bool = field(default=False, metadata=UNWRITTEN)
+    """whether updates are only timed, so that no result of them is judged; it is set by `harden`"""
 
     @property
     def functions(self) -> dict[str, Callable[..., object]]:

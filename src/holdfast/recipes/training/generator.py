@@ -1,16 +1,15 @@
-"""A small class-conditional GAN (generative adversarial network) for images, with a classifier that filters its samples.
+"""A small class-conditional GAN (generative adversarial network) for images, and a classifier that filters its samples.
 
-Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014, arXiv:1406.2661; hinge loss and spectral norm of Miyato et
-al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957; projection of the class
-in the discriminator of Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018, arXiv:1802.05637; class norm
-of de Vries et al., "Modulating early visual processing by language", NeurIPS 2017, arXiv:1707.00683. Differs from the
-papers: two convolutions instead of a residual network, and one update of the discriminator for each of the generator.
+Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014, arXiv:1406.2661; hinge loss and spectral norm of Miyato
+et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957; projection of the
+class in the discriminator of Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018, arXiv:1802.05637; class
+norm of de Vries et al., "Modulating early visual processing by language", NeurIPS 2017, arXiv:1707.00683. Differs from
+the papers: two convolutions instead of a residual network; discriminator and generator are updated in turn, once each.
 Samples are those of the averaged generator.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,6 @@ _WIDTH = 32  # channels of the wider one of two convolutions
 _BATCH = 64  # examples of an update: many small updates give better samples than few large ones
 _LR, _BETAS = 1e-3, (0.5, 0.99)  # of Adam: the rate is large because a budget of minutes has few updates
 _KEPT = 0.995  # decay of the average of the generator
-_TRIES: Final = 2
-"""number of samples of which the first accepted one is used"""
 
 
 class _ClassNorm(nn.Module):
@@ -45,7 +42,8 @@ class _ClassNorm(nn.Module):
 
     def forward(self, x: Tensor, y: Labels) -> Tensor:
         gains, shifts = (each(y)[:, :, None, None] for each in (self.gains, self.shifts))
-        return gains * self.norm(x) + shifts
+        modulated: Tensor = gains * self.norm(x) + shifts
+        return modulated
 
 
 class _Generator(nn.Module):
@@ -97,7 +95,8 @@ class _Discriminator(nn.Module):
 
     def forward(self, x: Inputs, y: Labels) -> PerExample:
         features = self.trunk(x)
-        return self.score(features)[:, 0] + (self.classes(y) * features).sum(1)
+        scores: Tensor = self.score(features)[:, 0] + (self.classes(y) * features).sum(1)
+        return scores
 
 
 class GAN:
@@ -142,6 +141,11 @@ class GAN:
         # with a first dimension of 1, none of them is taken for a tensor with a row for each example
         return {name: value[None] for name, value in tensors.items()}
 
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore all tensors from those of a checkpoint, by the names that `state` returns."""
+        for name, value in self.state().items():
+            value.copy_(tensors[name])
+
     def _moments(self) -> Iterator[tuple[int, str, Tensor]]:
         weights = [
             (optimizer, weight)
@@ -177,18 +181,25 @@ class GAN:
     @torch.no_grad()
     def samples(self, ids: Ids, y: Labels, rng: Draws) -> Inputs:
         """Return an image of each class in `y` (n), which is a function of its id and of `rng`."""
-        images: Inputs = self._average(self._noise(ids, rng, self._average.first.weight), y)
+        like = next(self._average.parameters())
+        images: Inputs = self._average(self._noise(ids, rng, like), y)
         return images
 
     @torch.no_grad()
     def confidence(self, x: Inputs, y: Labels) -> PerExample:
         """Return the probability (n) that the classifier gives to the class `y` of each image."""
-        return self._classifier(x).softmax(1).gather(1, y[:, None])[:, 0]
+        probabilities: Tensor = self._classifier(x).softmax(1)
+        return probabilities.gather(1, y[:, None])[:, 0]
 
     def accepted(self, batch: Batch, rng: Draws, least: float) -> tuple[Inputs, Tensor]:
         """Return an image of the class of each example, and whether the classifier has at least the confidence `least`
-        in its class. Of a few samples for each example, the first accepted one is returned.
+        in its class. Where it has less, one more sample is tried.
         """
-        x = [self.samples(batch.ids, batch.y, rng.at("sample", k)) for k in range(_TRIES)]
-        first, second = (self.confidence(each, batch.y) >= least for each in x)
-        return torch.where(first[:, None, None, None], x[0], x[1]), first | second
+        x = self.samples(batch.ids, batch.y, rng.at("first"))
+        is_accepted = self.confidence(x, batch.y) >= least
+        rows = (~is_accepted).nonzero()[:, 0]
+        if len(rows):
+            other = self.samples(batch.ids[rows], batch.y[rows], rng.at("second"))
+            x[rows] = other
+            is_accepted[rows] = self.confidence(other, batch.y[rows]) >= least
+        return x, is_accepted

@@ -68,6 +68,16 @@ class Finished:
 
 
 @runtime_checkable
+class WithFurtherExamples(Protocol):
+    """Protocol of a recipe that reads further examples from a file of the user, which must not contain test
+    examples.
+    """
+
+    def further_examples(self, model: Classifier) -> Batch | None:
+        """Return these examples, read for a model; None if no file is given."""
+
+
+@runtime_checkable
 class WithControl(Protocol):
     """Protocol of a recipe whose follow-up may compare the new model with another network."""
 

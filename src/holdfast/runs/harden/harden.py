@@ -26,7 +26,14 @@ from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
-from holdfast.recipes.training.recipe import Finished, OnParts, WithFollowUp, goal_of, trained_as
+from holdfast.recipes.training.recipe import (
+    Finished,
+    OnParts,
+    WithFollowUp,
+    WithFurtherExamples,
+    goal_of,
+    trained_as,
+)
 from holdfast.recipes.training.recipe import untrained as untrained_model
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
@@ -65,10 +72,12 @@ from holdfast.runs.harden.hardened import (
 )
 from holdfast.runs.harden.held_out import (
     TrainingExamples,
+    digest_of,
     examples_of,
     harmless,
     held_out_accuracies,
     proved_accuracy,
+    refuse_judged,
 )
 from holdfast.runs.harden.pace import Clock, first_total, with_predicted_labels
 from holdfast.runs.harden.trainable import (
@@ -130,6 +139,7 @@ def harden(
         )
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
+        further = _further_digests(request, subject.model, request.excluded or test)
         for note in request.notes:
             notify(note)
         n_assessed = len(test)
@@ -143,7 +153,9 @@ def harden(
         stack.enter_context(distributed.joined(torch.device(request.device)))
         stack.enter_context(threads(n_threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, test, n_assessed, request, place, progress, notify, detail, clock)
+        job = _Job(
+            subject, examples, further, test, n_assessed, request, place, progress, notify, detail, clock
+        )
         job.report(log or EpochLog())
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
@@ -180,6 +192,7 @@ class _Job:
         self,
         subject: Subject,
         examples: TrainingExamples,
+        further: list[str],
         test: Data,
         n_assessed: int,
         request: HardenRequest,
@@ -205,7 +218,7 @@ class _Job:
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
         freeze_others(self.model, request.train_only)
-        digests = [test.digest, examples.digest]
+        digests = [test.digest, examples.digest, *further]
         distributed.match_first(digests, self.model)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(
@@ -458,6 +471,19 @@ class _Job:
             notify=self.notify,
             detail=self.detail,
         )
+
+
+def _further_digests(request: HardenRequest, model: Classifier, excluded: Data) -> list[str]:
+    """Return the digests of the further examples that recipes read from files of the user. Raises `UsageError` if such
+    a file contains a test example.
+    """
+    digests = []
+    for recipe in (candidate.recipe for candidate in request.candidates):
+        examples = recipe.further_examples(model) if isinstance(recipe, WithFurtherExamples) else None
+        if examples is not None:
+            refuse_judged(examples, excluded)
+            digests.append(digest_of(examples))
+    return digests
 
 
 def _on_parts(request: HardenRequest) -> bool:

@@ -21,7 +21,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.pieces import PIECE, results_in_pieces
-from holdfast.core.remedies import OTHER_EXAMPLES
+from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import SABR, IBPTraining
 from holdfast.recipes.training.fit import drawing
@@ -206,9 +206,9 @@ def harmless(threat: ThreatModel) -> ThreatModel:
     return replace(threat, constraint=constraint.resized(_HARMLESS * constraint.eps))
 
 
-def without_judged(data: D, test: Data) -> tuple[D, str]:
+def without_judged(data: D, test: Data, *, of: str = "training") -> tuple[D, str]:
     """Remove the test examples from the training examples. Return the remaining ones, and a note on the number of
-    duplicates.
+    duplicates, which names the examples as those `of` a kind.
 
     Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
     """
@@ -226,12 +226,21 @@ def without_judged(data: D, test: Data) -> tuple[D, str]:
     pairs = ", ".join(f"{row} is test example {test_id}" for row, test_id in duplicates[:_NAMED])
     more = f" and {len(duplicates) - _NAMED:,} more" if len(duplicates) > _NAMED else ""
     note = (
-        f"{len(duplicates):,} of {len(data):,} training examples are also test examples: training example "
+        f"{len(duplicates):,} of {len(data):,} {of} examples are also test examples: {of} example "
         f"{pairs}{more}"
     )
     if not len(fresh):
         raise UsageError(f"{note}; give other test examples, or other training examples", OTHER_EXAMPLES)
     return fresh, f"{note}; they are not used for the training"
+
+
+def refuse_judged(examples: Batch, test: Data) -> None:
+    """Raise `UsageError` if generated examples of the user contain test examples: the new model would be trained on
+    what it is judged on.
+    """
+    _, note = without_judged(examples, test, of="generated")
+    if note:
+        raise UsageError(f"{note}; remove them from the file, or train without it", Remedy("recipe.samples"))
 
 
 def _of_width(batch: Batch, other: Batch) -> Tensor:

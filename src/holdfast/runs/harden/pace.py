@@ -142,7 +142,7 @@ def _paced(
     model, and no guard adds a step. If an update is slow, single ones are timed and include the fixed costs.
     """
     settings = recipe.training
-    short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size)
+    short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size, trial=True)
     rows, least_examples = (
         torch.arange(len(data), device=data.ids.device),
         max(_SHORT * size, _LEAST_EXAMPLES),
