@@ -142,13 +142,13 @@ def _networks(settings: AuditMembership) -> int:
 def _opened(settings: AuditMembership) -> _Opened:
     """Open the model and the data. Without non-members, further copies of an example are left out."""
     subject = resolve.open_seeded(settings)
-    data = resolve.open_training_examples(settings, subject.model)
+    data, split_notes = resolve.open_training_examples(settings, subject.model)
     subject = expecting.with_found_properties(subject, (), data)
     if subject.model.rejects:
         raise UsageError("the model has a detector of its own; audit the network inside")
     examples, groups = data.read(0, len(data)), getattr(data, "groups", None)
     about: dict[str, Any] = {"name": data.name, "digest": data.digest, "n": len(data)}
-    notes: tuple[str, ...] = subject.notes
+    notes: tuple[str, ...] = (*subject.notes, *split_notes)
     members = None
     if settings.non_members is None:
         kept = first_copies(examples)

@@ -68,6 +68,8 @@ class AuditRequest:
     """notes on the model and the data"""
     shards: Sequence[tuple[int, int]] = ()
     """for each shard of the stages that are divided into shards, its first item and the item after its last one"""
+    writes: bool = False
+    """whether the audit writes a file of its own, from its stored steps if it is finished"""
 
     def manifest(self) -> Json:
         """Return the content of `run.json`."""
@@ -177,6 +179,8 @@ def audited(
             )
             run = Run(stages, store, work, tuple(request.shards), stopper=stopper, progress=progress)
             about = read_about(folder)
+        if request.writes and run.store.document(FINDING) is not None:
+            audit(run)
         finding = run.document(FINDING, lambda: audit(run).to_json())
         gates = judged(request.kind, finding, request.gates)
         run.record(VERDICT, {"verdict_of": "audit", "gates": gates})
