@@ -126,6 +126,12 @@ def _request(
     of attackers of a rotation pool.
     """
     subject, data, surrogates = opened
+    if parse_threat(settings.threat).norm == "training-set":
+        from holdfast.certifiers.partitions import (
+            refuse_unpartitioned,
+        )  # late: few threats are on training sets
+
+        refuse_unpartitioned(subject.model)
     settings = with_numbered_goal(settings, subject.model, data)
     request = assess_request(
         settings,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,11 @@ class AuditRequest:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditResult:
     """The result of an audit: its finding, its gates and its reports."""
 
-    content: Json = field(repr=False)
+    content: Json
     """content of all reports as strict JSON"""
     folder: Path | None = None
 
@@ -150,6 +150,10 @@ class AuditResult:
 
     def __str__(self) -> str:
         return reported.headline(self.content)
+
+    def __repr__(self) -> str:
+        place = "" if self.folder is None else f" in {self.folder}"
+        return f"<AuditResult: {self}{place}>"
 
 
 def audited(
