@@ -1809,6 +1809,10 @@ situation("no network to decide", decided, {"networks": {"net": 1}})
 situation("free sizes", with_free_sizes, {"input_shape": (3, 8, 8)})
 situation("membership of a model alone", membership_audited, {"non_members": member_examples(120, 1)})
 situation("an odd number of references", membership_audited, references=5)
+situation(
+    "workers without networks", membership_audited, {"non_members": member_examples(120, 1)}, workers=1,
+    non_members=member_examples(120, 1),
+)  # fmt: skip
 situation("few non-members", membership_audited, references=4, fpr=0.01)
 situation(
     "references of a server",

@@ -126,12 +126,6 @@ def _request(
     of attackers of a rotation pool.
     """
     subject, data, surrogates = opened
-    if parse_threat(settings.threat).norm == "training-set":
-        from holdfast.certifiers.partitions import (
-            refuse_unpartitioned,
-        )  # late: few threats are on training sets
-
-        refuse_unpartitioned(subject.model)
     settings = with_numbered_goal(settings, subject.model, data)
     request = assess_request(
         settings,
@@ -140,6 +134,10 @@ def _request(
         target=subject.model.access,
         trees=reads_trees(subject.model),
     )
+    if parse_threat(settings.threat).norm == "training-set":
+        from holdfast.certifiers.partitions import refuse_unpartitioned  # late, as few threats need it
+
+        refuse_unpartitioned(subject.model)
     smoothing, guard = _statistical(settings), settings.guard
     if smoothing is not None:
         request = certify_request(request, [smoothing], [])
