@@ -1390,6 +1390,8 @@ situation("privacy within a time", paced, budget="1min")
 situation("privacy of no training", privacy, {"train": lambda x, y, seed: nn.Linear(4, 3)}, train=None)
 situation("privacy without a claim", privacy, {"epsilon": 2}, epsilon=None, canaries=100)
 situation("few canaries", privacy, canaries=10)
+situation("more canaries than half of the examples", privacy, epsilon=4, canaries=100)
+situation("a delta that hides all guesses", privacy, delta=0.05, canaries=100, canary="random")
 situation("canaries of most examples", privacy, canaries=150)
 situation("ensemble of one", trained, recipe="ensemble")
 situation("no teacher", taught, {"recipe.teacher": "mnist-cnn"}, recipe="rslad")
@@ -1876,6 +1878,10 @@ situation("no network to decide", decided, {"networks": {"net": 1}})
 situation("free sizes", with_free_sizes, {"input_shape": (3, 8, 8)})
 situation("membership of a model alone", membership_audited, {"non_members": member_examples(120, 1)})
 situation("an odd number of references", membership_audited, references=5)
+situation(
+    "workers without networks", membership_audited, {"non_members": member_examples(120, 1)}, workers=1,
+    non_members=member_examples(120, 1),
+)  # fmt: skip
 situation("few non-members", membership_audited, references=4, fpr=0.01)
 situation(
     "references of a server",

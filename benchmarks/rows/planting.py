@@ -30,12 +30,12 @@ def measured() -> Outcome:
     """Train a network on each poisoned set and one on the clean digits, and measure the success of each trigger."""
     x, y = images("mnist", TRAINED, "train")
     test = images("mnist", TESTED)
-    clean = _trained(x, y)
+    clean = trained(x, y)
     table: list[Cells] = []
     for name, attack, rate in DRILLS:
         result = poisoned(x, y, attack, rate=rate, target=TARGET, seed=SEED)
         assert result.trigger is not None
-        net = _trained(result.x, result.y)
+        net = trained(result.x, result.y)
         table.append(_row(name, net, clean, test, result.trigger, len(result.indices)))
     notes: list[str] = []
     try:
@@ -72,7 +72,8 @@ def measured() -> Outcome:
     return Outcome(table, claims, config, notes=notes)
 
 
-def _trained(x: Tensor, y: Tensor) -> nn.Module:
+def trained(x: Tensor, y: Tensor) -> nn.Module:
+    """Return a network in eval mode that is trained on images and labels."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         net = two_conv_two_fc()

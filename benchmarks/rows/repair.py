@@ -5,18 +5,18 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 import holdfast
 from benchmarks import networks
-from benchmarks.networks import images, two_conv_two_fc
+from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
+from benchmarks.rows.planting import BATCH, EPOCHS, LR, SEED, trained
 from holdfast.audits.planting import BadNets, Blended, Poisoning, poisoned
 from holdfast.core.triggers import Trigger
 from holdfast.io.data.trigger_files import write_trigger
 
 WHAT = "repair of backdoors in MNIST networks with 3,000 clean digits"
-TRAINED, TESTED, CLEAN, EPOCHS, BATCH, LR, SEED, TARGET = 57_000, 2_000, 3_000, 2, 128, 1e-3, 0, 1
+TRAINED, TESTED, CLEAN, TARGET = 57_000, 2_000, 3_000, 1
 RATE = 0.01
 DRILLS: tuple[tuple[str, Poisoning], ...] = (("BadNets 1 %", BadNets()), ("Blended 1 %", Blended()))
 RECIPES = ("repair", "ft-sam")
@@ -33,11 +33,11 @@ def measured() -> Outcome:
         clean_set = {"x_train": x[TRAINED:], "y_train": y[TRAINED:], "x_test": test[0], "y_test": test[1]}
         np.savez(place / "clean.npz", **{name: values.numpy() for name, values in clean_set.items()})
         control = place / "control.pt"
-        torch.save(_trained(x[:TRAINED], y[:TRAINED]).state_dict(), control)
+        torch.save(trained(x[:TRAINED], y[:TRAINED]).state_dict(), control)
         for name, attack in DRILLS:
             drill = poisoned(x[:TRAINED], y[:TRAINED], attack, rate=RATE, target=TARGET, seed=SEED)
             assert drill.trigger is not None
-            torch.save(_trained(drill.x, drill.y).state_dict(), place / "model.pt")
+            torch.save(trained(drill.x, drill.y).state_dict(), place / "model.pt")
             table += [_row(name, recipe, drill.trigger, place, control) for recipe in RECIPES]
     repairs = [row for row in table if row["recipe"] == "repair"]
     claims = [
@@ -49,19 +49,6 @@ def measured() -> Outcome:
     config |= {"seed": SEED, "target": TARGET, "rate": RATE}
     notes = ["the trigger is the planted one, and not one that an audit recovered"]
     return Outcome(table, claims, config, notes=notes)
-
-
-def _trained(x: Tensor, y: Tensor) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        net = two_conv_two_fc()
-        optimiser = torch.optim.Adam(net.parameters(), LR)
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(x)).split(BATCH):
-                optimiser.zero_grad()
-                nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-    return net.eval()
 
 
 def _row(name: str, recipe: str, trigger: Trigger, place: Path, control: Path) -> Cells:

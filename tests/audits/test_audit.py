@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import holdfast
 from holdfast.audits.audit import AuditRequest, audited, is_audit, open_audit
 from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.cli.app import run as command
@@ -61,9 +62,14 @@ def test_a_killed_audit_continues_after_its_stored_steps(tmp_path):
     assert result.content == open_audit(tmp_path / "run").content
 
 
+def test_the_functions_of_audits_are_listed_for_completion():
+    assert dir(holdfast.audit) == ["backdoor", "membership", "poison", "privacy"]
+
+
 def test_a_stored_audit_is_reported_listed_and_verified(tmp_path, capsys):
     run = tmp_path / "runs" / "one"
-    audited(REQUEST, finding, run)
+    result = audited(REQUEST, finding, run)
+    assert repr(result) == f"<AuditResult: {result} in {run}>" and str(result).startswith("Flagged: ")
     assert is_audit(run)
     places = [tmp_path / f"report.{suffix}" for suffix in ("html", "json", "md", "xml")]
     assert command(["report", str(run), *(word for place in places for word in ("-o", str(place)))]) == 1

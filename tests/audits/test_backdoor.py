@@ -293,6 +293,8 @@ def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monk
     content = json.loads(capsys.readouterr().out)
     assert content["verdict"] == "flagged" and content["facts"]["class"] == TARGET
     assert content["facts"]["stream"] == 80 and content["facts"]["stream_suspect"] >= 5
+    (tmp_path / "found.npz").unlink()
+    assert command([*words, "--run", str(tmp_path / "run"), "--resume"]) == 1
     trigger = read_trigger(tmp_path / "found.npz")
     assert isinstance(trigger, Trigger) and trigger.target == TARGET
     assert len(list((tmp_path / "cache" / "holdfast" / "controls").iterdir())) == 1

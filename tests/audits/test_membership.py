@@ -1,5 +1,6 @@
 """The audit of membership: its scores, rates, reference networks and controls, its verdicts and its errors."""
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
@@ -244,6 +245,46 @@ def test_non_members_of_another_kind_make_the_result_unclear():
     result = membership(fit(*members, 0), members, non_members=(x * 0.8, y))
     assert result.verdict == "unclear"
     assert "differ in kind" in result.summary()["reasons"][0]
+    assert str(result) == "Unclear: members and non-members differ in kind, so that no rate is stated"
+
+
+def test_the_table_has_a_column_for_the_chosen_rate_and_only_examples_that_are_found():
+    result = membership(make_once(), examples(400), non_members=examples(400, 1), fpr=0.07).summary()
+    assert "TPR at 7% FPR" in result["tables"][0]["headings"]
+    assert "each target has 400 members and 400 non-members" in result["reasons"]
+    exposed = [table for table in result["tables"] if table["title"].startswith("Most exposed")]
+    assert all(row[2] == "100%" for table in exposed for row in table["rows"])
+
+    def constant(x):
+        return torch.zeros(len(x), CLASSES) + torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+    nothing = membership(constant, examples(400), non_members=examples(400, 1)).summary()
+    assert not any(table["title"].startswith("Most exposed") for table in nothing["tables"])
+
+
+def test_the_training_of_a_hardened_folder_is_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (x, y), (x_test, y_test) = examples(800), examples(100, 1)
+    np.savez("data.npz", x_train=x.numpy(), y_train=y.numpy(), x_test=x_test.numpy(), y_test=y_test.numpy())
+    Path("net.py").write_text(WORKED)
+    harden = [
+        "harden",
+        "net.py:make",
+        "data.npz",
+        "--recipe",
+        "standard",
+        "--threat",
+        "linf:0.01",
+        "-n",
+        "50",
+    ]
+    assert command([*harden, "--set", "recipe.training.epochs=2", "--no-doubts", "-o", "hard/"]) in (0, 1)
+    audit = ["audit", "membership", "net.py:make", "data.npz", "--train", "hard/", "--references", "4"]
+    assert command([*audit, "--fpr", "0.1", "-o", "report.json"]) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["config"]["settings"]["train"]["name"].endswith("card.json")
+    assert report["facts"]["members"] == report["facts"]["non_members"] == 400
+    assert any("the split train with 800 examples is audited" in note for note in report["notes"])
 
 
 def test_a_gate_of_an_unclear_audit_is_unclear():

@@ -104,7 +104,7 @@ def test_sig_is_a_wave_along_columns():
         ),
         (BadNets(), {"rate": 0, "target": 1}, "poisons none"),
         (BadNets(), {"rate": float("nan"), "target": 1}, "poisons none"),
-        (BadNets(), {"rate": 1.5, "target": 1}, "at most 1"),
+        (BadNets(), {"rate": 1.5, "target": 1}, "rate is 1.5, which is more than all examples.*at most 1"),
         (BadNets(), {"rate": 0.9, "target": 1}, "badnets can use 150 of 200; give a rate of at most 0.75"),
         (SIG(), {"rate": 0.5, "target": 1}, "sig can use 50 of 200; give a rate of at most 0.25"),
         (BadNets(), {"rate": 0.1}, "badnets needs a target class"),
@@ -169,6 +169,9 @@ def test_arrays_keep_their_form(form):
         ({"attack": "badnets", "size": 0}, "badnets: size"),
         ({"attack": "flip-targeted"}, "flip-targeted needs source"),
         ({"attack": "badnets", "target": 1.5}, "target"),
+        ({"attack": "badnets", "seed": "a"}, "seed is 'a'"),
+        ({"attack": "badnets", "seed": 1.5}, "expected a whole number"),
+        ({"attack": "badnets", "rate": "much"}, "rate is 'much'"),
         ({"attack": "badnets", "bounds": (0.0, 0.5)}, "outside the bounds 0 to 0.5"),
         ({"attack": "badnets", "y": torch.ones(3, dtype=torch.int64)}, "200 inputs and 3 labels"),
         ({"attack": "badnets", "y": torch.rand(200)}, "class"),
@@ -189,6 +192,7 @@ def test_wrong_arguments_of_poison_are_refused(settings, message):
         ("badnets,target=1,rate=x", "rate is 'x'"),
         ("badnets,target=10,rate=0.1", "expected a class from 0 to 9"),
         ("badnets,target=1,rate=0.0001", "poisons none of 5,000"),
+        ("badnets,target=1,rate=2", "more than all examples"),
     ],
 )
 def test_a_wrong_attack_of_the_command_is_refused(tmp_path, capsys, attack, message):
@@ -208,7 +212,8 @@ def test_outputs_that_are_no_data_file_are_refused(tmp_path, capsys, monkeypatch
     assert "would be overwritten" in capsys.readouterr().err
     np.savez("one.npz", x=np.zeros((4, 8, 8), np.uint8), y=[0, 1, 0, 1])
     assert command(["data", "poison", "one.npz", "--attack", "flip,rate=0.5", "-o", "drill.npz"]) in (2, 3)
-    assert "no split 'train'" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert "no split 'train'" in refusal and "x_train, y_train" in refusal and "--split" not in refusal
 
 
 def trained(x, y):

@@ -254,6 +254,10 @@ def test_the_command_writes_suspects_and_judges_the_gate(data, trusted, tmp_path
     assert len({int(line["index"]) for line in lines[:60]} & {*rows.tolist()}) >= 50
     assert lines[0]["class"] == str(TARGET) and "clustering" in lines[0]["flagged"].split()
     assert "data:image/png" in (tmp_path / "report.html").read_text()
+    suspects.unlink()
+    other = tmp_path / "other.csv"  # a finished audit writes the file of a resumed command
+    assert command([*base, *clean[:2], "--suspects", str(other), "--run", run, "--resume"]) == 0
+    assert len(other.read_text().splitlines()) == len(lines) + 1 and not suspects.exists()
     assert command(["verify", run]) == 0
     capsys.readouterr()
     assert command([*base, "-o", "-"]) == 0

@@ -134,8 +134,10 @@ def test_a_delta_of_one_over_n_is_reported(data):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"delta": 0.05}, "no result has a meaning; expected a smaller epsilon, or a delta well below"),
-        ({"epsilon": 4}, "at most 3.*canaries=400"),
+        ({"delta": 0.05}, "at most 0.00 at delta=0.05.*give delta=0.0005 if the training claims this delta"),
+        ({"epsilon": 4}, "at most 3.*canaries=400, canary='random'"),
+        ({"epsilon": 8}, "give canaries=25600, delta=1e-06, canary='random' if the training"),
+        ({"epsilon": 20}, "too large for a test by canaries"),
         ({"canaries": 150}, "more than half of the 240 examples.*canary='random'"),
         ({"epsilon": None}, "epsilon is missing"),
         ({"train": None}, "train is missing"),
@@ -157,6 +159,16 @@ def test_the_training_in_a_card_of_harden_is_repeated(data, tmp_path):
     (tmp_path / "card.json").write_text(json.dumps(card))
     with pytest.raises(UsageError, match=r"optim\.py:make.*not run"):
         privacy(data, str(tmp_path))
+
+
+def test_the_claim_is_that_of_a_card_of_a_private_training(data, tmp_path):
+    settings = {"epsilon": 4.0, "delta": 1e-6, "training": {"epochs": 1, "batch": 20}}
+    card = {"recipe": "dp-sgd", "settings": settings, "threat": "linf:0.1"}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UsageError, match="at delta=1e-06, and 4 is claimed"):
+        privacy(data, str(tmp_path), epsilon=None)
+    with pytest.raises(UsageError, match="at delta=0.0001, and 5 is claimed"):
+        privacy(data, str(tmp_path), epsilon=5, delta=1e-4)
 
 
 def test_networks_of_another_shape_and_without_finite_values_are_refused(data):

@@ -21,6 +21,7 @@ from holdfast.recipes import Partitions
 from holdfast.recipes.partitions import parts_of, restarted
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.runs.harden.held_out import split_by_content
+from holdfast.runs.stored.stored_runs import runs_in
 from holdfast.settings.grammar import parse_threat
 from holdfast.settings.threats_and_attacks import threat_model
 
@@ -180,6 +181,8 @@ def test_nothing_is_certified_about_another_model():
         PartitionVotes().ready(network(), sample, ThreatModel(Linf(0.1)))
     with pytest.raises(NoBounds, match="--recipe partitions"):
         holdfast.certify(network().net, (x, y), "training-set:1")
+    with pytest.raises(NoBounds, match="--recipe partitions"):
+        holdfast.assess(network().net, (x, y), "training-set:1")
     with pytest.raises(UsageError, match="no attack applies"):
         holdfast.assess(network().net, (x, y), "training-set:1", suite="fast")
 
@@ -218,7 +221,7 @@ def folder(tmp_path_factory):
     return hardened, place
 
 
-def test_harden_returns_an_ensemble_that_opens_from_its_folder_without_code(folder):
+def test_harden_returns_an_ensemble_that_opens_from_its_folder_without_code(folder, tmp_path):
     hardened, place = folder
     assert hardened.folder is not None and holdfast.verify(hardened.folder).complete
     assert hardened.verdict == "improved"
@@ -232,7 +235,9 @@ def test_harden_returns_an_ensemble_that_opens_from_its_folder_without_code(fold
     curve = result.summary()["certification"]["training_set"]["curve"]
     assert [point["changes"] for point in curve] == [1, 10, 20, 40]
     opened = holdfast.open_model(str(place))
-    assessed = holdfast.assess(opened, "mnist-mini", "training-set:1", n=50)
+    assessed = holdfast.assess(opened, "mnist-mini", "training-set:1", n=50, run=tmp_path / "assessed")
+    (entry,) = runs_in(tmp_path)
+    assert entry.exit_code == 0 and entry.robust is None  # no attack on inputs was measured
     assert assessed.evidence["certified"].tolist() == result.evidence["certified"][:50].tolist()
 
 

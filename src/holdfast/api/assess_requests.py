@@ -134,6 +134,10 @@ def _request(
         target=subject.model.access,
         trees=reads_trees(subject.model),
     )
+    if parse_threat(settings.threat).norm == "training-set":
+        from holdfast.certifiers.partitions import refuse_unpartitioned  # late, as few threats need it
+
+        refuse_unpartitioned(subject.model)
     smoothing, guard = _statistical(settings), settings.guard
     if smoothing is not None:
         request = certify_request(request, [smoothing], [])

@@ -9,7 +9,7 @@ import torch
 from holdfast.api.expecting import expected
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_examples, open_expected, open_seeded
+from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
 from holdfast.api.verb_settings import AuditBackdoor, composed
 from holdfast.audits.audit import AuditRequest
 from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measured
@@ -21,7 +21,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import NoSplit, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
@@ -89,6 +89,7 @@ def prepared_backdoor(
             str(device),
             command,
             subject.notes,
+            writes=settings.trigger_out is not None,
         ),
         audit,
     )
@@ -131,13 +132,9 @@ def _training_examples(settings: AuditBackdoor, model: Classifier, batch: Batch)
     """Return the examples on which controls are trained, and what identifies them: the train split, or the data without
     the examples of the audit.
     """
-    properties = expected(settings, model)
-    if isinstance(settings.data, str) and settings.split is None:
-        try:
-            train = open_expected(settings.model_copy(update={"split": "train"}), properties)
-            return train.read(0, len(train)), [train.digest]
-        except NoSplit:
-            pass  # the file has only one split
+    train = open_train_split(settings, model)
+    if train is not None:
+        return train.read(0, len(train)), [train.digest]
     everything = open_examples(settings, model)
     rest = everything.read(0, len(everything))
     rest = rest.take(~torch.isin(rest.ids, batch.ids))

@@ -10,7 +10,7 @@ import torch
 from holdfast.api import expecting, resolve
 from holdfast.api.audited_trainings import Training, open_any_training, trained_like
 from holdfast.api.plans import device_of
-from holdfast.api.reference_networks import FUNCTION_TOGETHER, NetworkTraining, queried
+from holdfast.api.reference_networks import FUNCTION_TOGETHER, TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditMembership, composed
 from holdfast.audits.audit import AuditRequest, AuditResult, audited
@@ -58,12 +58,6 @@ def membership_audited(
     """Open the model and the data of an audit of membership, and take its steps."""
     networks = _networks(settings)
     settings.refuse_unusable_cluster(settings.workers, settings.model)
-    if settings.workers is not None and not networks:
-        raise UsageError(
-            f"workers is {settings.workers}, which share the training of networks, and none are trained",
-            Remedy("references", _NETWORKS),
-            Remedy("workers"),
-        )
     training = None if settings.train is None else open_any_training(settings.train)
     with journaled(folder, resume=resume, keep=settings.keep_answers):
         opened = _opened(settings)
@@ -80,20 +74,7 @@ def membership_audited(
         if model.classes is None and served is None:
             with torch.no_grad():
                 model.classes = model(examples.first(1).x).shape[1]
-        how = MembershipAudit(
-            examples,
-            model.classes or int(examples.y.max()) + 1,
-            networks,
-            settings.fpr,
-            settings.seed,
-            opened.members,
-            opened.names.pop("groups", {}),
-        )
-        if training is not None:
-            how = replace(how, together=FUNCTION_TOGETHER)
-        elif networks:
-            refuse_untrainable(model)
-            how = replace(how, epochs=settings.epochs)
+        how = _how(settings, opened, examples, networks, training)
         _refuse_too_few(settings, how)
         request = _request(settings, opened, how, training, str(device), command)
         for note in request.notes:
@@ -117,6 +98,26 @@ def membership_audited(
             return audited(request, audit, folder, resume=resume, progress=progress, executor=executor)
 
 
+def _how(
+    settings: AuditMembership, opened: _Opened, examples: Batch, networks: int, training: Training | None
+) -> MembershipAudit:
+    """Return what is audited, and how."""
+    model = opened.subject.model
+    if networks and training is None:
+        refuse_untrainable(model)
+    return MembershipAudit(
+        examples,
+        model.classes or int(examples.y.max()) + 1,
+        networks,
+        settings.fpr,
+        settings.seed,
+        opened.members,
+        opened.names.pop("groups", {}),
+        TOGETHER if training is None else FUNCTION_TOGETHER,
+        settings.epochs if training is None else 1,
+    )
+
+
 def _networks(settings: AuditMembership) -> int:
     """Number of networks to train. Raises `UsageError` if the settings name neither way to audit, or too few."""
     given, of_model = settings.references, settings.non_members is not None
@@ -127,8 +128,16 @@ def _networks(settings: AuditMembership) -> int:
             Remedy("non_members", Placeholder("DATA")),
             Remedy("references", _NETWORKS),
         )
+    if given is None and of_model and settings.train is None:
+        if settings.workers is not None:
+            raise UsageError(
+                f"workers is {settings.workers}, which share the training of networks, and none are trained",
+                Remedy("references", _NETWORKS),
+                Remedy("workers"),
+            )
+        return 0
     if given is None:
-        return 0 if of_model and settings.train is None else _NETWORKS
+        return _NETWORKS
     least = 2 if of_model else 4
     if given < least or given % 2:
         raise UsageError(
@@ -142,13 +151,13 @@ def _networks(settings: AuditMembership) -> int:
 def _opened(settings: AuditMembership) -> _Opened:
     """Open the model and the data. Without non-members, further copies of an example are left out."""
     subject = resolve.open_seeded(settings)
-    data = resolve.open_training_examples(settings, subject.model)
+    data, split_notes = resolve.open_training_examples(settings, subject.model)
     subject = expecting.with_found_properties(subject, (), data)
     if subject.model.rejects:
         raise UsageError("the model has a detector of its own; audit the network inside")
     examples, groups = data.read(0, len(data)), getattr(data, "groups", None)
     about: dict[str, Any] = {"name": data.name, "digest": data.digest, "n": len(data)}
-    notes: tuple[str, ...] = subject.notes
+    notes: tuple[str, ...] = (*subject.notes, *split_notes)
     members = None
     if settings.non_members is None:
         kept = first_copies(examples)

@@ -39,10 +39,10 @@ def prepared_poison(
     subject = open_seeded(settings)
     model = subject.model
     refuse_untrainable(model)
-    data = open_training_examples(settings, model)
+    data, split_notes = open_training_examples(settings, model)
     batch = data.read(0, len(data))
     refuse_unscorable(batch)
-    request, compared, notes = PoisonRequest(batch, 0, settings.seed), {}, list(subject.notes)
+    request, compared, notes = PoisonRequest(batch, 0, settings.seed), {}, [*subject.notes, *split_notes]
     if settings.clean is not None:
         source = beside(settings, settings.clean)
         clean = open_expected(composed(AuditPoison, settings, source), expected(settings, model, source))
@@ -72,6 +72,7 @@ def prepared_poison(
             str(device),
             command,
             notes,
+            writes=settings.suspects is not None,
         ),
         audit,
     )

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from holdfast.api import expecting, resolve
-from holdfast.api.audited_trainings import open_any_training, trained_like
+from holdfast.api.audited_trainings import CardTraining, Training, open_any_training, trained_like
 from holdfast.api.plans import device_of
 from holdfast.api.verb_settings import AuditPrivacy
 from holdfast.audits.audit import AuditRequest
@@ -14,6 +14,7 @@ from holdfast.audits.finding import Finding
 from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, privacy_finding
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.recipes.dp_sgd import DPSGD
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
 
@@ -27,23 +28,17 @@ def prepared_privacy(
             "train is missing: the audit trains a network with canaries, and needs the function that trains it",
             Remedy("train", Placeholder("FILE.py:F", "fit")),
         )
-    if settings.epsilon is None:
-        raise UsageError(
-            "epsilon is missing: the audit compares its bound with the epsilon that the training claims",
-            Remedy("epsilon", Placeholder("X")),
-        )
     training = open_any_training(settings.train)
+    epsilon, delta = _claimed(settings, training)
     subject = resolve.open_seeded(settings)
-    examples = resolve.open_training_examples(settings, subject.model)
+    examples, split_notes = resolve.open_training_examples(settings, subject.model)
     subject = expecting.with_found_properties(subject, (), examples)
     device = torch.device(device_of(settings.device))
     data = examples.read(0, len(examples)).to(device)
     model = subject.model.to(device)
     if model.classes is None:
         model.classes = model(data.first(1).x).shape[1]
-    how = PrivacyAudit(
-        settings.epsilon, settings.delta, settings.canaries, settings.canary, settings.guesses, settings.seed
-    )
+    how = PrivacyAudit(epsilon, delta, settings.canaries, settings.canary, settings.guesses, settings.seed)
     how.refuse_unable(len(data), model.classes)
     request = AuditRequest(
         "privacy",
@@ -58,7 +53,21 @@ def prepared_privacy(
         settings.seed,
         str(device),
         command,
-        subject.notes,
+        (*subject.notes, *split_notes),
     )
     train = partial(trained_like, training, model)
     return request, lambda run: privacy_finding(run, train, data, model, how)
+
+
+def _claimed(settings: AuditPrivacy, training: Training) -> tuple[float, float]:
+    """Return the epsilon and the delta of the settings, and otherwise those in the card of a private training."""
+    epsilon, delta = settings.epsilon, settings.delta
+    if isinstance(training, CardTraining) and isinstance(training.recipe, DPSGD):
+        epsilon = training.recipe.epsilon if epsilon is None else epsilon
+        delta = delta if "delta" in settings.model_fields_set else training.recipe.delta
+    if epsilon is None:
+        raise UsageError(
+            "epsilon is missing: the audit compares its bound with the epsilon that the training claims",
+            Remedy("epsilon", Placeholder("X")),
+        )
+    return epsilon, delta

@@ -24,6 +24,11 @@ from holdfast.runs.store.folder import refuse_used
 __all__ = ["backdoor", "generator", "membership", "poison", "privacy"]
 
 
+def __dir__() -> list[str]:
+    """Names of the functions, for completion."""
+    return __all__
+
+
 @verb_with(AuditBackdoor)
 def backdoor(
     model: ModelLike,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.audits.planting import POISONINGS, Planted, Poisoning, planted
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.triggers import Trigger
 from holdfast.io.data.arrays import Arrays, from_numpy
@@ -84,6 +84,7 @@ def poison(
     built = build_poisoning(attack, settings)
     stored, labels = as_array(x, "inputs"), as_array(y, "labels")
     target = None if target is None else setting(int, target, "target")
+    rate, seed = setting(float, rate, "rate"), setting(int, seed, "seed")
     if len(stored) != len(labels):
         raise UsageError(
             f"there are {len(stored):,} inputs and {len(labels):,} labels; one label for each was expected"
@@ -179,7 +180,16 @@ def write_drill(address: str, attack: str, output: Path, *, seed: int = 0) -> Dr
 def _opened(address: str, split: str, class_names: tuple[str, ...] | None = None) -> Arrays:
     """Return a split of a data set in memory, with the channels of images first."""
     expected = Expected(class_names=class_names, lenient=True)
-    data = open_data(address, split=split, expected=expected)
+    try:
+        data = open_data(address, split=split, expected=expected)
+    except HoldfastError as error:
+        if not error.remedies:
+            raise
+        # the remedies are options that this command does not have
+        raise type(error)(
+            f"{error.message}; a drill needs an .npz file with x_train, y_train, x_test and y_test, or a name of the "
+            "catalogue"
+        ) from error
     if not isinstance(data, Arrays):
         raise UsageError(
             f"{address!r} is a folder of images; an .npz file or a name of the catalogue was expected"

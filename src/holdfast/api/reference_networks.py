@@ -27,8 +27,8 @@ from holdfast.core.pieces import Room
 from holdfast.rotation.collecting import with_fresh_weights
 from holdfast.runs.engine.executor import Measure
 
-FUNCTION_TOGETHER = 2
-"""number of networks that one shard trains with a function, which trains them one after another"""
+TOGETHER, FUNCTION_TOGETHER = 8, 2
+"""numbers of networks that one shard trains: as one network with batched weights, or by a function one after another"""
 
 
 @dataclass(frozen=True)

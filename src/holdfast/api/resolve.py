@@ -479,19 +479,25 @@ def open_seeded(settings: Opening) -> Subject:
         return open_subject(settings)
 
 
-def open_training_examples(settings: Opening, model: Classifier) -> Data:
-    """Open the train split of the data if there is one, and all examples otherwise. A split of the settings takes
-    precedence.
-    """
-    properties = expected(settings, model)
+def open_train_split(settings: Opening, model: Classifier) -> Data | None:
+    """Open the train split of the data, or return None if there is none or the settings choose a split."""
     if isinstance(settings.data, str) and settings.split is None:
         with suppress(NoSplit):  # the file has only one split
-            return with_groups(
-                open_expected(settings.model_copy(update={"split": "train"}), properties),
-                settings,
-                whole=True,
-            )
-    return with_groups(open_expected(settings, properties), settings, whole=True)
+            return open_expected(settings.model_copy(update={"split": "train"}), expected(settings, model))
+    return None
+
+
+def open_training_examples(settings: Opening, model: Classifier) -> tuple[Data, tuple[str, ...]]:
+    """Open the train split of the data if there is one, and all examples otherwise. A split of the settings takes
+    precedence. Return a note for the report on the split as well.
+    """
+    train = open_train_split(settings, model)
+    data = open_expected(settings, expected(settings, model)) if train is None else train
+    split = settings.split if train is None else "train"
+    notes = (
+        () if split is None else (f"{data.name}: the split {split} with {len(data):,} examples is audited",)
+    )
+    return with_groups(data, settings, whole=True), notes
 
 
 def open_all(settings: Assess | Certify) -> Opened:

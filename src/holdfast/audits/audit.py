@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class AuditRequest:
     """notes on the model and the data"""
     shards: Sequence[tuple[int, int]] = ()
     """for each shard of the stages that are divided into shards, its first item and the item after its last one"""
+    writes: bool = False
+    """whether the audit writes a file of its own, from its stored steps if it is finished"""
 
     def manifest(self) -> Json:
         """Return the content of `run.json`."""
@@ -95,11 +97,11 @@ class AuditRequest:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditResult:
     """The result of an audit: its finding, its gates and its reports."""
 
-    content: Json = field(repr=False)
+    content: Json
     """content of all reports as strict JSON"""
     folder: Path | None = None
 
@@ -149,6 +151,10 @@ class AuditResult:
     def __str__(self) -> str:
         return reported.headline(self.content)
 
+    def __repr__(self) -> str:
+        place = "" if self.folder is None else f" in {self.folder}"
+        return f"<AuditResult: {self}{place}>"
+
 
 def audited(
     request: AuditRequest,
@@ -177,6 +183,8 @@ def audited(
             )
             run = Run(stages, store, work, tuple(request.shards), stopper=stopper, progress=progress)
             about = read_about(folder)
+        if request.writes and run.store.document(FINDING) is not None:
+            audit(run)
         finding = run.document(FINDING, lambda: audit(run).to_json())
         gates = judged(request.kind, finding, request.gates)
         run.record(VERDICT, {"verdict_of": "audit", "gates": gates})

@@ -232,9 +232,9 @@ def planted(
     _refuse_target(attack, target, y, classes)
     n = round(rate * len(y)) if 0 < rate <= 1 else 0
     if not n:
+        problem = "is more than all" if rate > 1 else f"poisons none of {len(y):,}"
         raise UsageError(
-            f"rate is {rate:g}, which poisons none of {len(y):,} examples; expected a share of at least "
-            f"{1 / len(y):.2g} and at most 1"
+            f"rate is {rate:g}, which {problem} examples; expected a share of at least {1 / len(y):.2g} and at most 1"
         )
     rng = Draws(seed).at("poison", attack.name)
     possible = attack.candidates(y, target).nonzero()[:, 0]

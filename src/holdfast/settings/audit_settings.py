@@ -119,10 +119,12 @@ class PrivacyOptions(TrainingFunctionSource, AuditOptions):
 
     kind = "privacy"
     epsilon: Annotated[Annotated[float, Gt(0)] | None, Flag("X")] = Field(
-        default=None, description="The epsilon that the training claims, as in 2."
+        default=None,
+        description="The epsilon that the training claims, as in 2 (default: that of a card of dp-sgd in --train).",
     )
     delta: Annotated[float, Gt(0), Lt(1), Flag("X")] = Field(
-        default=1e-5, description="The delta that the training claims (default: 1e-5)."
+        default=1e-5,
+        description="The delta that the training claims (default: that of a card of dp-sgd in --train, else 1e-5).",
     )
     canaries: Annotated[values.Positive, Ge(8), Flag("N")] = Field(
         default=200, description="Number of canaries, each trained on with probability 1/2 (default: 200)."

@@ -26,7 +26,7 @@ class MembershipAudit:
     """number of the first examples, those that the model was trained on; None if a training procedure is audited"""
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     """members of each group, by name, as a mask of the examples"""
-    together: int = 8
+    together: int = 2
     """number of networks that one shard trains; an even number"""
     epochs: int = 1
     """number of times that progress is reported for each network"""

@@ -78,14 +78,19 @@ def finding_of(how: MembershipAudit, results: Results, notes: Sequence[str]) -> 
     if n_others >= rates.needed(METRIC_FPR):
         metrics[METRIC] = results.rate(results.headline, METRIC_FPR)
     subject = "the training procedure" if how.members is None else "the model"
+    headline = (
+        f"an attacker ({results.headline}) finds {rate.value:.1%} of the training examples of {subject} "
+        f"({rate.low:.1%} to {rate.high:.1%}) at a false-positive rate of {_percent(how.fpr)}"
+    )
+    if failed := _failed_control(results, controls.width(n_members, n_others)):
+        headline = f"{failed}, so that no rate is stated"
     return Finding(
         verdict,
-        f"an attacker ({results.headline}) finds {rate.value:.1%} of the training examples of {subject} "
-        f"({rate.low:.1%} to {rate.high:.1%}) at a false-positive rate of {_percent(how.fpr)}",
-        reasons,
+        headline,
+        [*reasons, f"each target has {n_members:,} members and {n_others:,} non-members"],
         _facts(how, results, rate, n_members, n_others),
         metrics,
-        (_attacks(results, n_others), _exposed(how, results), *_by_group(how, results)),
+        (_attacks(how, results, n_others), *_exposed(how, results), *_by_group(how, results)),
         _pictures(how, results),
         (_curve(results, n_others),),
         _limits(how, results, notes),
@@ -107,15 +112,17 @@ def _judged(
         reasons.insert(
             0, f"{results.headline} finds few members of most models, also of those that reveal many"
         )
-    if abs(results.blind_auc - 0.5) > width:
+    if failed := _failed_control(results, width):
         verdict = "unclear"
-        reasons.insert(
-            0, "members and non-members differ in kind, so that the rates do not measure membership"
-        )
-    if abs(results.null_auc - 0.5) > width:
-        verdict = "unclear"
-        reasons.insert(0, "the attack finds members where there are none")
+        reasons.insert(0, f"{failed}, so that the rates do not measure membership")
     return verdict, reasons
+
+
+def _failed_control(results: Results, width: float) -> str:
+    """State which control failed; empty if none did."""
+    if abs(results.null_auc - 0.5) > width:
+        return "the attack finds members where there are none"
+    return "members and non-members differ in kind" if abs(results.blind_auc - 0.5) > width else ""
 
 
 def _facts(
@@ -147,7 +154,9 @@ def _facts(
     }
 
 
-def _attacks(results: Results, n_others: int) -> Table:
+def _attacks(how: MembershipAudit, results: Results, n_others: int) -> Table:
+    shown = sorted({*_RATES, how.fpr})
+
     def cell(attack: str, fpr: float) -> str:
         if n_others < rates.needed(fpr):
             return f"needs {rates.needed(fpr):,} non-members"
@@ -160,9 +169,9 @@ def _attacks(results: Results, n_others: int) -> Table:
         )
     return Table(
         "Attacks",
-        ("attack", "AUC", *(f"TPR at {_percent(fpr)} FPR" for fpr in _RATES)),
+        ("attack", "AUC", *(f"TPR at {_percent(fpr)} FPR" for fpr in shown)),
         [
-            (name, round(results.auc(name), 3), *(cell(name, fpr) for fpr in _RATES))
+            (name, round(results.auc(name), 3), *(cell(name, fpr) for fpr in shown))
             for name in results.scores[0]
         ],
         note,
@@ -170,17 +179,19 @@ def _attacks(results: Results, n_others: int) -> Table:
 
 
 def _most_exposed(how: MembershipAudit, columns: Columns) -> list[int]:
-    """Places of the members that are found most often, those with the largest scores first."""
+    """Places of the members that are found most often, those with the largest scores first, without those that are not
+    found.
+    """
     score = torch.where(columns["trainings"] > 0, columns["score"], -torch.inf)
     by_score = score.argsort(descending=True, stable=True)
     often = torch.nan_to_num(columns["found"], nan=-1.0)[by_score].argsort(descending=True, stable=True)
-    return [int(place) for place in by_score[often][:_SHOWN]]
+    return [int(place) for place in by_score[often][:_SHOWN] if columns["found"][place] > 0]
 
 
-def _exposed(how: MembershipAudit, results: Results) -> Table:
-    columns = results.columns
+def _exposed(how: MembershipAudit, results: Results) -> list[Table]:
+    columns, places = results.columns, _most_exposed(how, results.columns)
     several = len(results.scores) > 1
-    return Table(
+    table = Table(
         "Most exposed training examples",
         ("row", "label", "found", "score as a member", *(["score otherwise"] if several else [])),
         [
@@ -191,11 +202,12 @@ def _exposed(how: MembershipAudit, results: Results) -> Table:
                 round(float(columns["score"][k]), 2),
                 *([round(float(columns["score_outside"][k]), 2)] if several else []),
             )
-            for k in _most_exposed(how, columns)
+            for k in places
         ],
         "Found is the share of the networks trained on the example in which it is found. The folder of the run has the "
         "scores of all examples.",
     )
+    return [table] if places else []
 
 
 def _by_group(how: MembershipAudit, results: Results) -> list[Table]:
@@ -219,6 +231,8 @@ def _pictures(how: MembershipAudit, results: Results) -> list[Picture]:
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return []
     places = _most_exposed(how, results.columns)
+    if not places:
+        return []
     images = in_unit_range(x[places], float(x.min()), float(x.max()))
     captions = [
         f"row {int(results.columns['row'][k])}, label {int(results.columns['label'][k])}, found "

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from holdfast.audits.finding import Finding, Table
-from holdfast.audits.privacy.bounds import epsilon_from_guesses
+from holdfast.audits.privacy.bounds import epsilon_from_guesses, p_value
 from holdfast.audits.privacy.canaries import Canaries, CanaryKind, planted, right_guesses
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -20,10 +20,11 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Labels
 from holdfast.runs.engine.run import Run
-from holdfast.statistics.intervals import clopper_pearson
+from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson
 
 LOSSES = "losses"
 """name of the stage with the losses of the canaries"""
+_DOUBLINGS, _DIGITS = 8, 10  # of the canaries and of delta, up to which a possible audit is searched
 _PIECE, _SEEN = 256, 1000
 """examples in a forward pass, and largest number of other training examples whose accuracy is reported"""
 
@@ -59,22 +60,41 @@ class PrivacyAudit:
         """The bound if all guesses are right."""
         return self.bound(self.guesses)
 
+    @property
+    def able(self) -> bool:
+        """Whether the bound exceeds the claimed epsilon if all guesses are right."""
+        chance = p_value(self.guesses, self.guesses, self.epsilon, self.delta, self.canaries)
+        return chance < 1 - CONFIDENCE
+
+    def _able(self) -> "PrivacyAudit | None":
+        """The audit with more canaries that can exceed the claim, if there is none also with a smaller delta."""
+        for digits in range(_DIGITS):
+            delta = float(f"{self.delta / 10**digits:.1e}")
+            for power in range(_DOUBLINGS + 1):
+                audit = replace(self, canaries=self.canaries * 2**power, delta=delta)
+                if audit.able:
+                    return audit
+        return None
+
     def refuse_unable(self, n: int, classes: int) -> None:
         """Raise `UsageError` if no result could exceed the claimed epsilon, or if there are too few of `n` examples."""
-        if self.largest <= self.epsilon:
-            enough = (self.canaries * 2**power for power in range(1, 9))
-            able = next((n for n in enough if replace(self, canaries=n).largest > self.epsilon), None)
+        if not self.able:
+            able = self._able()
             if able is None:
                 raise UsageError(
-                    f"with delta={self.delta:g}, even if all guesses about {self.canaries} to "
-                    f"{self.canaries * 256:,} canaries were right, they would not show more than the claimed epsilon "
-                    f"of {self.epsilon:g}, so that no result has a meaning; expected a smaller epsilon, or a delta "
-                    f"well below 1/n = {1 / n:.1g}"
+                    f"the claimed epsilon is {self.epsilon:g}, which is too large for a test by canaries: even if all "
+                    f"guesses about {self.canaries * 2**_DOUBLINGS:,} canaries were right, they would not show more; "
+                    "expected a smaller epsilon"
                 )
+            changes = {"canaries": able.canaries, "delta": able.delta}
+            changed = [Remedy(name, value) for name, value in changes.items() if value != getattr(self, name)]
+            if self.kind == "mislabelled" and able.canaries > n // 2:
+                changed.append(Remedy("canary", "random"))
+            reason = "" if able.delta == self.delta else "if the training claims this delta"
             raise UsageError(
-                f"{self.canaries} canaries show an epsilon of at most {self.largest:.2f}, and {self.epsilon:g} is "
-                "claimed, so that no result could exceed it",
-                Remedy("canaries", able),
+                f"{self.canaries:,} canaries show an epsilon of at most {self.largest:.2f} at delta={self.delta:g}, "
+                f"and {self.epsilon:g} is claimed, so that no result could exceed it",
+                replace(changed[0], also=tuple(changed[1:]), reason=reason),
             )
         if self.kind == "mislabelled" and self.canaries > n // 2:
             raise UsageError(

@@ -122,12 +122,6 @@ def refuse_unprovable(
         own = (Remedy("method", TREES),) if reads_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
-    if verb == "certify" and plan.threat.constraint.name == "training-set":
-        from holdfast.certifiers.partitions import (
-            refuse_unpartitioned,
-        )  # late: few threats are on training sets
-
-        refuse_unpartitioned(target.bare)
     of_table = plan.threat.constraint.name == "table"
     if of_table and any(stage.prover is not None and stage.prover.name != TREES for stage in stages):
         raise UsageError(

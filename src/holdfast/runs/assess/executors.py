@@ -17,7 +17,7 @@ from holdfast.runs.engine.ray_cluster import RayOptions, connected
 from holdfast.runs.harness import Plan
 
 if TYPE_CHECKING:
-    from holdfast.runs.assess.sending import Sent
+    from holdfast.runs.assess.sending import Sendable
     from holdfast.runs.engine.ray_tasks import RayTasks
 
 
@@ -90,7 +90,7 @@ def _cluster(
 
 @contextmanager
 def executor_of(
-    work: "Sent", workers: int | None, options: RayOptions | None, device: str, notify: Notify
+    work: "Sendable", workers: int | None, options: RayOptions | None, device: str, notify: Notify
 ) -> Iterator[Executor]:
     """Context manager that yields the executor of other work than an assessment: this process, `workers` processes, or
     that many workers of a cluster. The work is sent to each of them once, and tasks as they are.

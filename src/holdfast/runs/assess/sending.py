@@ -85,7 +85,7 @@ def with_examples(data: Data, task: ShardTask) -> ShardWithExamples:
     return ShardWithExamples(task, stored_examples(data, task.start, task.stop))
 
 
-class Sent(Protocol):
+class Sendable(Protocol):
     """Protocol of what a worker receives once to measure shards: an object that can be pickled."""
 
     def opened(self) -> AbstractContextManager[Measure]:
@@ -135,7 +135,7 @@ class Shipment:
     """The pickled model, and the code that it needs. Calling it opens the model: see `runs.engine.ray_worker`."""
 
     content: list[bytes]
-    """the pickled `Sent`, such as a `SentModel`; empty once it is opened, so that a worker keeps one copy of it"""
+    """the pickled `Sendable`, such as a `SentModel`; empty once it is opened, so that a worker keeps one copy of it"""
     modules: Mapping[str, tuple[str, bytes]]
     """path and content of each code file of the user that the pickled model refers to, by the name of the module"""
     files: Mapping[str, bytes]
@@ -156,7 +156,7 @@ class Shipment:
                 if CODE.get(name) != (path, content):  # a worker may have opened an earlier state of the file
                     imported_from(Path(path), content, name)
             try:  # sent by the process of the run
-                model: Sent = pickle.loads(self.content.pop())  # noqa: S301
+                model: Sendable = pickle.loads(self.content.pop())  # noqa: S301
             except (AttributeError, ImportError) as error:  # a name of a script, which a worker does not run
                 raise unshared(error) from error
             yield stack.enter_context(model.opened())
@@ -177,7 +177,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         place.write_bytes(content)
 
 
-def process_shipment(model: Sent) -> Shipment:
+def process_shipment(model: Sendable) -> Shipment:
     """Return the shipment of a model to worker processes of this machine.
 
     Raises `UsageError` for a model that cannot be pickled.
@@ -189,7 +189,7 @@ def process_shipment(model: Sent) -> Shipment:
     return Shipment([content], _user_modules(content), {})
 
 
-def shipment(model: Sent, files: Mapping[str, bytes], dumps: Callable[[Any], bytes]) -> bytes:
+def shipment(model: Sendable, files: Mapping[str, bytes], dumps: Callable[[Any], bytes]) -> bytes:
     """Return the pickled shipment of a model. `dumps` is the pickling function of Ray.
 
     Raises `UsageError` for a model or an attack that cannot be pickled.
