@@ -1,7 +1,7 @@
 """Measures of how well generated samples match a data set, computed from features of a network that was trained on data
 of the same kind.
 
-Frechet distance: Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium",
+Fréchet distance: Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium",
 NeurIPS 2017, arXiv:1706.08500. KID: Binkowski et al., "Demystifying MMD GANs", ICLR 2018, arXiv:1801.01401. Precision
 and recall: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models", NeurIPS 2019,
 arXiv:1904.06991. Density and coverage: Naeem et al., "Reliable fidelity and diversity metrics for generative models",
@@ -34,7 +34,7 @@ class Quality:
     """Measures of one set of samples against a reference set, each with an interval of 95 %."""
 
     frechet: Estimate
-    """Frechet distance of two normal distributions with the means and covariances of the features; 0 is best"""
+    """Fréchet distance of two normal distributions with the means and covariances of the features; 0 is best"""
     kid: Estimate
     """squared maximum mean discrepancy with a cubic kernel, without bias, so that it may be negative; 0 is best"""
     precision: Estimate
@@ -54,23 +54,43 @@ def quality(samples: Tensor, reference: Tensor) -> Quality:
     """
     nearest = _Neighbours(samples, reference)
     return Quality(
-        _jackknife(lambda rows: frechet_distance(samples[rows], reference), len(samples)),
-        _jackknife(lambda rows: kernel_distance(samples[rows], reference), len(samples)),
+        _jackknife(_Frechet(samples, reference), len(samples)),
+        _jackknife(_Kernel(samples, reference), len(samples)),
         *(_jackknife(measure, len(samples)) for measure in nearest.measures()),
     )
 
 
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
-    """Return the Frechet distance between the normal distributions with the means and covariances of two sets of
+    """Return the Fréchet distance between the normal distributions with the means and covariances of two sets of
     features (n, d) and (m, d).
     """
-    a, b = samples.double(), reference.double()
-    cov_a, cov_b = _covariance(a), _covariance(b)
-    root = _root(cov_b)
-    # the trace of (A B)^(1/2) equals that of (B^(1/2) A B^(1/2))^(1/2), which is symmetric
-    both = torch.linalg.eigvalsh(root @ cov_a @ root).clamp_min(0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return float(means + cov_a.trace() + cov_b.trace() - 2 * both)
+    return _Frechet(samples, reference)(torch.arange(len(samples)))
+
+
+def kernel_distance(samples: Tensor, reference: Tensor) -> float:
+    """Return the unbiased estimate of the squared maximum mean discrepancy between two sets of features (n, d) and
+    (m, d), with the kernel (u · v / d + 1)³.
+    """
+    return _Kernel(samples, reference)(torch.arange(len(samples)))
+
+
+class _Frechet:
+    """The Fréchet distance of some rows of the samples to the reference."""
+
+    def __init__(self, samples: Tensor, reference: Tensor) -> None:
+        self.samples, fixed = samples.double(), reference.double()
+        self.mean, covariance = fixed.mean(0), _covariance(fixed)
+        self.trace = covariance.trace()
+        values, vectors = torch.linalg.eigh(covariance)
+        self.root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+    def __call__(self, rows: Tensor) -> float:
+        chosen = self.samples[rows]
+        covariance = _covariance(chosen)
+        # the trace of (A B)^(1/2) equals that of (B^(1/2) A B^(1/2))^(1/2), which is symmetric
+        both = torch.linalg.eigvalsh(self.root @ covariance @ self.root).clamp_min(0).sqrt().sum()
+        means = (chosen.mean(0) - self.mean).square().sum()
+        return float(means + covariance.trace() + self.trace - 2 * both)
 
 
 def _covariance(features: Tensor) -> Tensor:
@@ -78,31 +98,29 @@ def _covariance(features: Tensor) -> Tensor:
     return centred.T @ centred / (len(features) - 1)
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric matrix without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    return root
-
-
-def kernel_distance(samples: Tensor, reference: Tensor) -> float:
-    """Return the unbiased estimate of the squared maximum mean discrepancy between two sets of features (n, d) and
-    (m, d), with the kernel (u · v / d + 1)³.
+class _Kernel:
+    """The kernel distance of some rows of the samples to the reference, from sums of the kernel that are computed
+    once.
     """
-    a, b = samples.double(), reference.double()
-    n, m = len(a), len(b)
-    within_a = (_kernel_sum(a, a) - float(_kernel(a, a, diagonal=True).sum())) / (n * (n - 1))
-    within_b = (_kernel_sum(b, b) - float(_kernel(b, b, diagonal=True).sum())) / (m * (m - 1))
-    return within_a + within_b - 2 * _kernel_sum(a, b) / (n * m)
+
+    def __init__(self, samples: Tensor, reference: Tensor) -> None:
+        a, b = samples.double(), reference.double()
+        m = len(b)
+        self.within = torch.cat([_kernel(rows, a) for rows in torch.split(a, _ROWS)])
+        self.across = torch.cat([_kernel(rows, b).mean(1) for rows in torch.split(a, _ROWS)])
+        diagonal = float(((b * b).sum(1) / b.shape[1] + 1).pow(3).sum())
+        total = float(sum(_kernel(rows, b).sum() for rows in torch.split(b, _ROWS)))
+        self.reference = (total - diagonal) / (m * (m - 1))
+
+    def __call__(self, rows: Tensor) -> float:
+        n, block = len(rows), self.within[rows][:, rows]
+        within = (block.sum() - block.diagonal().sum()) / (n * (n - 1))
+        return float(within + self.reference - 2 * self.across[rows].mean())
 
 
-def _kernel(a: Tensor, b: Tensor, *, diagonal: bool = False) -> Tensor:
-    products = (a * b).sum(1) if diagonal else a @ b.T
-    return (products / a.shape[1] + 1) ** 3
-
-
-def _kernel_sum(a: Tensor, b: Tensor) -> float:
-    return sum(float(_kernel(rows, b).sum()) for rows in torch.split(a, _ROWS))
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    values: Tensor = (a @ b.T / a.shape[1] + 1) ** 3
+    return values
 
 
 class _Neighbours:
