@@ -66,7 +66,8 @@ def guided(digits: Batch, twin: nn.Module) -> nn.Module:
         return (twin(denoiser(attacked(twin, batch))) - twin(batch.x)).abs().mean()
 
     denoiser = trained_on_digits(Denoiser, digits, logit_difference, epochs=EPOCHS)
-    return through(Oblivious(denoiser, twin), nn.Sequential(denoiser, twin))
+    model: nn.Module = through(Oblivious(denoiser, twin), nn.Sequential(denoiser, twin))
+    return model
 
 
 ITEMS = (
