@@ -204,3 +204,24 @@ def test_a_model_that_takes_gradients_of_its_own_is_attacked():
     batch = labelled(model, examples(n=8))
     x_adv = FeatureTransfer(passes=200)(model, batch, ThreatModel(Linf(0.2)), rng=Draws(0))
     assert surviving(model, batch, x_adv) <= LEFT
+
+
+def test_a_model_whose_graph_is_used_up_is_attacked_without_crossing_detach():
+    class Ending(nn.Module):
+        """Frees the graph of the outputs that it decides on."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = network(0).net
+
+        def forward(self, x):
+            z = x.detach()
+            outputs = self.net(z)
+            if outputs.requires_grad:
+                torch.autograd.grad(outputs.sum(), z)
+            return one_hot(outputs + 0 * self.net(x))
+
+    model = Classifier(Ending()).eval().requires_grad_(False)
+    batch = labelled(model, examples(n=8))
+    x_adv = FeatureTransfer(passes=100)(model, batch, ThreatModel(Linf(EPS)), rng=Draws(0))
+    assert allowed(Linf(EPS), x_adv, batch.x, model.bounds).all()

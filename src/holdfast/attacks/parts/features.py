@@ -51,7 +51,7 @@ def features_of(model: Model, batch: Batch) -> Features | None:
     for cross in (True, False):
         try:
             found = _inspected(model, looked, cross=cross)
-        except HoldfastError as error:
+        except (HoldfastError, RuntimeError) as error:
             if not _by_relaxation(error):
                 raise
         else:
@@ -59,9 +59,9 @@ def features_of(model: Model, batch: Batch) -> Features | None:
     return None
 
 
-def _by_relaxation(error: HoldfastError) -> bool:
+def _by_relaxation(error: Exception) -> bool:
     """Whether an error of a model may come from gradients that it does not expect, as in a second backward pass."""
-    cause = error.__cause__
+    cause = error.__cause__ if isinstance(error, HoldfastError) else error
     return isinstance(cause, (RuntimeError, TypeError)) and not out_of_memory(cause)
 
 
