@@ -1,6 +1,7 @@
 """FeatureTransfer breaks models that decide hard at the end, and leaves alone those with a gradient."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -143,8 +144,16 @@ def test_it_uses_no_more_passes_than_its_setting(decide, passes):
     assert int((spent.queries + spent.backwards).max()) <= passes
 
 
-def test_a_model_with_a_gradient_costs_one_pass_and_is_returned_as_it_is():
-    model, batch, threat = problem(nn.Identity())
+def beside(z):
+    """Logits whose order of size is only looked at."""
+    return z - 0 * z.argsort(1).sum()
+
+
+@pytest.mark.parametrize(
+    "decide", [nn.Identity(), beside, F.softmax], ids=["smooth", "beside", "probabilities"]
+)
+def test_a_model_with_a_gradient_costs_one_pass_and_is_returned_as_it_is(decide):
+    model, batch, threat = problem(partial(decide, dim=1) if decide is F.softmax else decide)
     metered = Metered(model, batch, threat)
     x_adv = FeatureTransfer()(metered, batch, threat, rng=Draws(0))
     assert torch.equal(x_adv, batch.x)
