@@ -172,7 +172,7 @@ def test_an_attack_needs_and_costs_what_its_row_states(row):
     limited["spatial"] = Spatial(flow=1e-6) if isinstance(attack, Flow) else limited["spatial"]
     smallest = limited.get(kind) or NORMS.get(kind, Linf)(1e-6)
     spared = max(
-        0, getattr(attack, "queries", 0) - 500
+        0, vars(attack).get("queries", 0) - 500
     )  # each query is like the next, and 500 show what it spends
     if spared:
         attack = replace(attack, queries=500)

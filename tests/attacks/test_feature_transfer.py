@@ -1,6 +1,7 @@
 """FeatureTransfer breaks models that decide hard at the end, and leaves alone those with a gradient."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -143,8 +144,16 @@ def test_it_uses_no_more_passes_than_its_setting(decide, passes):
     assert int((spent.queries + spent.backwards).max()) <= passes
 
 
-def test_a_model_with_a_gradient_costs_one_pass_and_is_returned_as_it_is():
-    model, batch, threat = problem(nn.Identity())
+def beside(z):
+    """Logits whose order of size is only looked at."""
+    return z - 0 * z.argsort(1).sum()
+
+
+@pytest.mark.parametrize(
+    "decide", [nn.Identity(), beside, F.softmax], ids=["smooth", "beside", "probabilities"]
+)
+def test_a_model_with_a_gradient_costs_one_pass_and_is_returned_as_it_is(decide):
+    model, batch, threat = problem(partial(decide, dim=1) if decide is F.softmax else decide)
     metered = Metered(model, batch, threat)
     x_adv = FeatureTransfer()(metered, batch, threat, rng=Draws(0))
     assert torch.equal(x_adv, batch.x)
@@ -204,3 +213,24 @@ def test_a_model_that_takes_gradients_of_its_own_is_attacked():
     batch = labelled(model, examples(n=8))
     x_adv = FeatureTransfer(passes=200)(model, batch, ThreatModel(Linf(0.2)), rng=Draws(0))
     assert surviving(model, batch, x_adv) <= LEFT
+
+
+def test_a_model_whose_graph_is_used_up_is_attacked_without_crossing_detach():
+    class Ending(nn.Module):
+        """Frees the graph of the outputs that it decides on."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = network(0).net
+
+        def forward(self, x):
+            z = x.detach()
+            outputs = self.net(z)
+            if outputs.requires_grad:
+                torch.autograd.grad(outputs.sum(), z)
+            return one_hot(outputs + 0 * self.net(x))
+
+    model = Classifier(Ending()).eval().requires_grad_(False)
+    batch = labelled(model, examples(n=8))
+    x_adv = FeatureTransfer(passes=100)(model, batch, ThreatModel(Linf(EPS)), rng=Draws(0))
+    assert allowed(Linf(EPS), x_adv, batch.x, model.bounds).all()

@@ -111,6 +111,8 @@ def _unlimited(attack: Attack, threat: ThreatModel, classes: int) -> tuple[float
     if attack.needs != "gradients" and queries is not None:
         return queries, 0
     settings = vars(attack)
+    if "passes" in settings:  # about as many forwards as backwards
+        return settings["passes"] / 2, settings["passes"] / 2
     steps = settings.get("steps", 1)
     for name in _PASSES_PER_STEP:
         steps *= max(settings.get(name, 1), 1)

@@ -51,7 +51,7 @@ def features_of(model: Model, batch: Batch) -> Features | None:
     for cross in (True, False):
         try:
             found = _inspected(model, looked, cross=cross)
-        except HoldfastError as error:
+        except (HoldfastError, RuntimeError) as error:
             if not _by_relaxation(error):
                 raise
         else:
@@ -59,9 +59,9 @@ def features_of(model: Model, batch: Batch) -> Features | None:
     return None
 
 
-def _by_relaxation(error: HoldfastError) -> bool:
+def _by_relaxation(error: Exception) -> bool:
     """Whether an error of a model may come from gradients that it does not expect, as in a second backward pass."""
-    cause = error.__cause__
+    cause = error.__cause__ if isinstance(error, HoldfastError) else error
     return isinstance(cause, (RuntimeError, TypeError)) and not out_of_memory(cause)
 
 
@@ -71,7 +71,10 @@ def _inspected(model: Model, batch: Batch, *, cross: bool) -> Features | None:
         logits = model(leaf, batch.ids)
     reaches = logits.requires_grad
     if reaches:
-        input_gradient(logits.sum(1), leaf, retain=True)  # an error of the backward pass is raised here
+        highest = logits.amax(1)
+        gradient = input_gradient(highest, leaf)  # an error of the backward pass is raised here
+        if not record.passed and gradient.flatten(1).any(1).double().mean() > 0.5:
+            return None  # what is cut beside the way of a gradient is usually no defence
     if not record.passed and not record.cuts:
         return None
     places = tuple(place for place in _places(record, len(batch)) if place)
