@@ -44,14 +44,18 @@ def surviving(model, batch, x_adv):
         return float((margin(model(x_adv), batch) > 0).double().mean())
 
 
-@pytest.mark.parametrize("constraint", [Linf(0.25), L2(1.3), L1(7.0)], ids=lambda constraint: constraint.name)
-def test_it_breaks_a_model_that_gives_labels_alone(constraint):
+@pytest.mark.parametrize(
+    ("constraint", "left_by_search"),
+    [(Linf(0.25), 0.6), (L2(1.3), 0.6), (L1(7.0), 0.2)],
+    ids=["linf", "l2", "l1"],
+)
+def test_it_breaks_a_model_that_gives_labels_alone(constraint, left_by_search):
     model, batch, threat = problem(constraint=constraint)
     searched = Square(queries=300)(model, batch, threat, rng=Draws(0))
     x_adv = StandIn(passes=300)(model, batch, threat, rng=Draws(0))
     assert allowed(constraint, x_adv, batch.x, model.bounds).all()
-    assert surviving(model, batch, searched) >= 0.6
-    assert surviving(model, batch, x_adv) <= 0.2
+    assert surviving(model, batch, searched) >= left_by_search
+    assert surviving(model, batch, x_adv) <= 0.15
 
 
 def test_labels_access_is_enough():
@@ -62,7 +66,7 @@ def test_labels_access_is_enough():
     assert int(metered.spent.backwards.max()) == 0
 
 
-@pytest.mark.parametrize("passes", [1, LEAST_PASSES - 1, LEAST_PASSES, 150])
+@pytest.mark.parametrize("passes", [1, LEAST_PASSES - 1, LEAST_PASSES])
 def test_it_uses_no_more_queries_than_its_setting(passes):
     model, batch, threat = problem(eps=0.01)
     metered, attack = Metered(model, batch, threat), StandIn(passes=passes)
@@ -82,10 +86,10 @@ def test_too_few_queries_to_train_search_from_random_points():
 def test_a_successful_query_is_returned_and_runs_agree():
     model, batch, threat = problem(eps=0.12)
     metered = Metered(model, batch, threat)
-    x_adv = StandIn(passes=100)(metered, batch, threat, rng=Draws(0))
+    x_adv = StandIn(passes=70)(metered, batch, threat, rng=Draws(0))
     with torch.no_grad():
         assert not (margin(model(x_adv), batch) > 0)[metered.spent.first_success > 0].any()
-    assert torch.equal(x_adv, StandIn(passes=100)(model, batch, threat, rng=Draws(0)))
+    assert torch.equal(x_adv, StandIn(passes=70)(model, batch, threat, rng=Draws(0)))
 
 
 def test_a_target_class_is_reached():

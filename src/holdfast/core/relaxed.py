@@ -89,6 +89,7 @@ class Relaxation(TorchFunctionMode):
         """positions in `recorded` of tensors that enter an operation after which no gradient is left, or a relaxed
         one"""
         self._depth = 0
+        self._outside: Tensor | None = None
         self._soft: dict[int, tuple[Tensor, _Soft]] = {}
 
     def __torch_function__(
@@ -99,6 +100,8 @@ class Relaxation(TorchFunctionMode):
         kwargs: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
+        if self._outside is not None and self._depth:
+            args = _mapped(self._returned, args)
         live = [value for value in _tensors((args, kwargs)) if self._is_live(value)] if self._depth else []
         if not live:
             return func(*args, **kwargs)
@@ -111,7 +114,7 @@ class Relaxation(TorchFunctionMode):
         """Count the beginning of a module's forward pass; relaxation is limited to them."""
         if not self._depth:
             self.passed = 0
-            self.recorded, self.cuts, self._soft = [], [], {}
+            self.recorded, self.cuts, self._soft, self._outside = [], [], {}, None
         self._depth += 1
 
     def left(self, _module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
@@ -152,6 +155,7 @@ class Relaxation(TorchFunctionMode):
             return args[0]
         if name in _LEAVING:
             self.cut(args[0])
+            self._outside = args[0] if args[0].requires_grad and args[0].dim() > 1 else None
             return func(args[0].detach(), *args[1:], **kwargs)
         plain = name.strip("_")
         if plain in _ROUNDINGS and name != plain:
@@ -172,6 +176,17 @@ class Relaxation(TorchFunctionMode):
             for one in live:
                 self.cut(one)
         return value
+
+    def _returned(self, value: Tensor) -> Tensor:
+        """The first tensor in the shape of one that left torch, as for a function of numpy, gets its gradient."""
+        outside = self._outside
+        if outside is None or value.requires_grad or value.shape != outside.shape:
+            return value
+        if isinstance(value, nn.Parameter) or not value.is_floating_point() or value.is_inference():
+            return value
+        self._outside = None
+        self.passed += 1
+        return instead(value, outside.to(value.dtype))
 
     def _passed_on(self, value: Tensor) -> Tensor:
         """A copy with the gradient, which the model may change in place as it may a detached tensor."""
