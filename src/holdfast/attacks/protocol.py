@@ -89,7 +89,7 @@ class Placed(Attack, Protocol):
 class Itemised(Attack, Protocol):
     """Protocol of an attack that consists of several methods, and returns for each example what each of them did.
 
-    It has a setting `passes`, the largest number of forward and backward passes for each example.
+    It has the settings `passes`, the largest number of forward and backward passes for each example, and `methods`.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -98,6 +98,10 @@ class Itemised(Attack, Protocol):
     @property
     def passes(self) -> int:
         """Largest number of forward and backward passes for each example."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that are run."""
 
     def itemised(
         self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws

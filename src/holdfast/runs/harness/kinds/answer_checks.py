@@ -10,7 +10,7 @@ from torch import Tensor
 from holdfast.attacks.parts.sampling import sample_rows
 from holdfast.attacks.protocol import Itemised
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import Constraint, extent
+from holdfast.core.constraints import L1, Constraint, extent
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
 from holdfast.core.logit_scale import change
@@ -113,7 +113,11 @@ class AnswerChecks(AttackKind):
         """Run the attack of the stage with a part of its passes under another threat model."""
         settings: Any = stage.attack
         passes = max(1, settings.passes // PARTS // _SHARES[what])
-        return returned(replace(settings, passes=passes), threat, work.target, batch, rng.at(what))
+        methods = settings.methods
+        if what == "labels":  # the search under L1 needs a stand-in
+            methods = ("stand-in",) if isinstance(threat.constraint, L1) else ("labels",)
+        attack = replace(settings, passes=passes, methods=methods)
+        return returned(attack, threat, work.target, batch, rng.at(what))
 
     def survivors(self, stage: Stage, work: Work, batch: Batch, rng: Draws) -> tuple[Mask, Spent]:
         """Return which examples survive if every valid input is allowed."""
