@@ -408,6 +408,18 @@ def test_the_page_has_the_recorded_numbers_of_distillation():
     ]
 
 
+def test_the_page_has_the_recorded_numbers_of_compression():
+    columns = ("clean, %", "robust, %", "points lost", "PGD through, %", "transferred, %", "naive, %")
+    assert rows("concepts/hardening.md", "compressed network") == [
+        {
+            "compressed network": row["network"],
+            "bytes": f"{row['bytes']:,}" if "bytes" in row else "",
+            **{name: row.get(name, "") for name in columns},
+        }
+        for row in newest("compression")["table"]
+    ]
+
+
 def test_every_picture_is_of_the_newest_record():
     shown = {
         path.parent / name

@@ -21,7 +21,7 @@ WHAT = "the bundled hardened network, MNIST linf:0.3, 90 % sparse and with 8 bit
 ROW, SEED, N, THREAT, SUITE = "compression", 0, 500, "linf:0.3", "standard"
 DENSE = "mnist-cnn-hardened"
 RECIPES: dict[str, tuple[dict[str, Any], str]] = {
-    "prune": ({"use": "prune", "sparsity": 0.9}, "60s"),
+    "prune": ({"use": "prune", "sparsity": 0.9, "training": {"overshoot": 1.2}}, "180s"),
     "int8": ({"use": "int8"}, "20s"),
 }
 """Recipe and CPU time of each training."""
@@ -79,9 +79,12 @@ def measured() -> Outcome:
         "network": DENSE, "data": "mnist", "threat": THREAT, "recipes": RECIPES, "budget": "CPU time",
         "suite": SUITE, "n": N, "n of the naive attack": NAIVE_N, "seed": SEED,
     }  # fmt: skip
-    return Outcome(
-        table, claims, config, {"dense": dense, **made}, ["one seed; intervals of points are paired"]
+    first = (
+        "pruning had a first attempt on the same images, with 60 s and no overshoot, which lost 13.6 points under "
+        "`standard` and 0.2 under PGD with 40 steps; a longer training with overshoot followed"
     )
+    notes = ["one seed; intervals of points are paired", first]
+    return Outcome(table, claims, config, {"dense": dense, **made}, notes)
 
 
 def _settings(n: int = N, suite: str = SUITE) -> dict[str, Any]:
