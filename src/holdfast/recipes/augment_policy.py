@@ -143,14 +143,7 @@ class AugmentPolicy:
             for k in range(len(AUGMENTATIONS))
         }
         best = int(probabilities.argmax())
-        table = {
-            "title": "policy of augmentations at the chosen checkpoint",
-            "columns": ["augmentation", "probability", "updates"],
-            "rows": [
-                [name, f"{each['probability']:.2f}", f"{each['updates']:,}"] for name, each in entry.items()
-            ],
-        }
-        return {"policy": entry, "tables": [table]}, (
+        return {"policy": entry}, (
             f"the policy augments by {_name(best)} with a probability of {float(probabilities[best]):.2f}, "
             f"of {len(AUGMENTATIONS)} augmentations with {1 / len(AUGMENTATIONS):.2f} each at the start"
         )
