@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import ours
 from benchmarks.networks import images, network
@@ -48,7 +49,7 @@ def measured() -> Outcome:
         detail[name] = part(ROW, f"{name}, seed {SEED}", partial(_strategy, settings, passes))
         passes = passes or detail[name]["measured"]["passes"]
     parts = {name: detail[name]["measured"] for name in STRATEGIES}
-    robust = {strategy: torch.tensor(found["robust"]) for strategy, found in parts.items()}
+    robust = {strategy: _mask(found["robust"]) for strategy, found in parts.items()}
     table: list[Cells] = []
     for strategy, found in parts.items():
         row = {"recipe": "policy", "strategy": strategy, **cells(found)}
@@ -102,7 +103,7 @@ def trained(recipe: Recipe, budget_s: float | None, n_train: int, n_test: int) -
     passes = sum(each.measured["forwards"] for each in (*checkpoints, last))
     return {
         "passes": passes, "cpu_s": cpu_s, "updates": last.updates, "epochs": last.epoch - 1 + last.part,
-        "clean": evidence["correct"].tolist(), "robust": (evidence["correct"] & ~evidence["success"]).tolist(),
+        "clean": _digits(evidence["correct"]), "robust": _digits(evidence["correct"] & ~evidence["success"]),
     }, last  # fmt: skip
 
 
@@ -111,9 +112,18 @@ def pacer(budget_s: float | None, clock: Callable[[], float]) -> Pacer | None:
     return None if budget_s is None else Pacer(budget_s, EPOCH_S, 0.0, 0.0, clock)
 
 
+def _digits(mask: Tensor) -> str:
+    """One digit for each image, so that a record is short."""
+    return "".join(str(int(each)) for each in mask)
+
+
+def _mask(digits: str) -> Tensor:
+    return torch.tensor([digit == "1" for digit in digits])
+
+
 def cells(found: Cells) -> Cells:
     """Accuracies with their intervals, and the cost of the training."""
-    clean, robust = (proportion(torch.tensor(found[name])) for name in ("clean", "robust"))
+    clean, robust = (proportion(_mask(found[name])) for name in ("clean", "robust"))
     return {
         "clean": round(100 * clean.value, 1),
         "robust, %": f"{100 * robust.value:.1f} ({100 * robust.low:.1f}–{100 * robust.high:.1f})",
