@@ -84,12 +84,7 @@ class AugmentPolicy:
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
             if not learner.state[_UPDATES].sum() % self.period:
-                if learner.state[_CURRENT] >= 0:
-                    self._learn(learner.state, robust_share(learner, held_out))
-                drawn = _policy(learner.state).cumsum(0) > turn.rng.at("choice").uniform(
-                    batch.ids[:1] * 0
-                ).to(zeros)
-                learner.state[_CURRENT].fill_(drawn.to(torch.int8).argmax())
+                self._choose(learner, held_out, turn.rng.at("choice"))
             k = int(learner.state[_CURRENT])
             learner.state[_UPDATES][0, k] += 1
             reach, flips, chance = AUGMENTATIONS[k]
@@ -120,6 +115,14 @@ class AugmentPolicy:
             alone=True,
             weighted=True,
         )
+
+    def _choose(self, learner: Learner, held_out: Batch, rng: Draws) -> None:
+        """Learn from the robust accuracy after the updates with the current augmentation, and draw the next one."""
+        if learner.state[_CURRENT] >= 0:
+            self._learn(learner.state, robust_share(learner, held_out))
+        probabilities = _policy(learner.state)
+        u = rng.uniform(held_out.ids[:1] * 0, dtype=torch.float64).to(probabilities)
+        learner.state[_CURRENT].fill_((probabilities.cumsum(0) > u).to(torch.int8).argmax())
 
     def _learn(self, state: dict[str, Tensor], reward: float) -> None:
         """Update preferences and baseline after the robust accuracy `reward` of the current augmentation."""
