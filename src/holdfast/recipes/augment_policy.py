@@ -84,12 +84,7 @@ class AugmentPolicy:
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
             if not learner.state[_UPDATES].sum() % self.period:
-                if learner.state[_CURRENT] >= 0:
-                    self._learn(learner.state, robust_share(learner, held_out))
-                drawn = _policy(learner.state).cumsum(0) > turn.rng.at("choice").uniform(
-                    batch.ids[:1] * 0
-                ).to(zeros)
-                learner.state[_CURRENT].fill_(drawn.to(torch.int8).argmax())
+                self._choose(learner, held_out, turn.rng.at("choice"))
             k = int(learner.state[_CURRENT])
             learner.state[_UPDATES][0, k] += 1
             reach, flips, chance = AUGMENTATIONS[k]
@@ -121,6 +116,14 @@ class AugmentPolicy:
             weighted=True,
         )
 
+    def _choose(self, learner: Learner, held_out: Batch, rng: Draws) -> None:
+        """Learn from the robust accuracy after the updates with the current augmentation, and draw the next one."""
+        if learner.state[_CURRENT] >= 0:
+            self._learn(learner.state, robust_share(learner, held_out))
+        probabilities = _policy(learner.state)
+        u = rng.uniform(held_out.ids[:1] * 0, dtype=torch.float64).to(probabilities)
+        learner.state[_CURRENT].fill_((probabilities.cumsum(0) > u).to(torch.int8).argmax())
+
     def _learn(self, state: dict[str, Tensor], reward: float) -> None:
         """Update preferences and baseline after the robust accuracy `reward` of the current augmentation."""
         probabilities, (mean, square) = _policy(state), state[_BASELINE][0]
@@ -143,14 +146,7 @@ class AugmentPolicy:
             for k in range(len(AUGMENTATIONS))
         }
         best = int(probabilities.argmax())
-        table = {
-            "title": "policy of augmentations at the chosen checkpoint",
-            "columns": ["augmentation", "probability", "updates"],
-            "rows": [
-                [name, f"{each['probability']:.2f}", f"{each['updates']:,}"] for name, each in entry.items()
-            ],
-        }
-        return {"policy": entry, "tables": [table]}, (
+        return {"policy": entry}, (
             f"the policy augments by {_name(best)} with a probability of {float(probabilities[best]):.2f}, "
             f"of {len(AUGMENTATIONS)} augmentations with {1 / len(AUGMENTATIONS):.2f} each at the start"
         )

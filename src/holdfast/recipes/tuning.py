@@ -164,18 +164,9 @@ class Tuning:
 
         tried, scores = state[_TRIED][0].tolist(), state[_SCORES][0].T.tolist()
         chosen = settings(int(state[_CHOSEN]))
-        compared: list[dict[str, Any]] = [
+        compared = [
             {**settings(k), "robust": [share for share in shares if share >= 0]}
             for k, shares in zip(tried, scores, strict=True)
         ]
         text = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
-        table = {
-            "title": "robust accuracy on reserved examples in each round of the search",
-            "columns": [*chosen, "robust, %"],
-            "rows": [
-                [*(f"{each[name]:g}" for name in chosen), ", ".join(f"{100 * r:.1f}" for r in each["robust"])]
-                for each in compared
-            ],
-        }
-        entry = {"chosen": chosen, "compared": compared, "tables": [table]}
-        return entry, f"of {len(tried)} settings, the search chose {text}"
+        return {"chosen": chosen, "compared": compared}, f"of {len(tried)} settings, the search chose {text}"
