@@ -2,9 +2,10 @@
 needs no code.
 
 A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (one of these names),
-`arguments` (its settings), `denoiser` (the sizes of a denoiser in front of it, if there is one), `bounds`, `mean`,
-`std`, `classes` (their number) and `training` (the digest of the training that produced the weights). Inputs are
-normalised by `mean` and `std` before they reach these networks.
+`arguments` (its settings), `denoiser` (the sizes of a denoiser in front of it, if there is one), `int8` (the names of
+layers of 8-bit integers, if there are any), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the
+digest of the training that produced the weights). Inputs are normalised by `mean` and `std` before they reach these
+networks.
 """
 
 from collections.abc import Callable, Mapping
