@@ -42,7 +42,7 @@ class Fixed(nn.Module):
 
 
 def assessed(model="ensemble:", members=NETS, threat="linf:0.1", **more):
-    return holdfast.assess(model, (X, Y), threat, members=members, **{**FEW, **more})
+    return holdfast.assess(holdfast.open_model(model, members=members), (X, Y), threat, **{**FEW, **more})
 
 
 def test_logits_are_averaged():
@@ -165,7 +165,8 @@ def test_a_mix_with_other_parameters_is_another_model(tmp_path, monkeypatch):
 
 
 def test_bounds_are_proved_of_mean_logits():
-    result = holdfast.certify("ensemble:", (X[:4], Y[:4]), "linf:0.001", "crown", members=NETS)
+    ensemble = holdfast.open_model("ensemble:", members=NETS)
+    result = holdfast.certify(ensemble, (X[:4], Y[:4]), "linf:0.001", "crown")
     assert result.metrics["certified_accuracy"].value == 1.0
 
 
@@ -221,8 +222,9 @@ def test_a_mix_outside_its_ranges_is_refused():
 
 
 def test_texts_have_no_members():
+    ensemble = holdfast.open_model("ensemble:", members=NETS)
     with pytest.raises(UsageError, match="threat is on texts"):
-        holdfast.assess("ensemble:", (["a", "b"], [0, 1]), "text:edits=1,words=1", members=NETS)
+        holdfast.assess(ensemble, (["a", "b"], [0, 1]), "text:edits=1,words=1")
 
 
 def test_verbs_that_train_refuse_an_ensemble():

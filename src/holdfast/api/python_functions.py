@@ -11,7 +11,14 @@ from holdfast.api.misspelt import refuse_misspelt
 from holdfast.api.placing import OF_CLUSTERS, Placement
 from holdfast.api.verb_settings import Checked, VerbSettings
 from holdfast.core.errors import UsageError
-from holdfast.settings.groups import DataSource, InferenceSource, ModelSource, ServerLimits, SettingGroup
+from holdfast.settings.groups import (
+    DataSource,
+    InferenceSource,
+    Members,
+    ModelSource,
+    ServerLimits,
+    SettingGroup,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,7 +29,7 @@ def _keys(*groups: type[SettingGroup]) -> list[str]:
 
 
 PLACES = {
-    **dict.fromkeys(_keys(ModelSource, InferenceSource, ServerLimits), "open_model"),
+    **dict.fromkeys(_keys(ModelSource, Members, InferenceSource, ServerLimits), "open_model"),
     **dict.fromkeys(_keys(DataSource), "open_data"),
 }
 """Name of the function that has the argument, for each setting that states how a model is opened or data are read."""

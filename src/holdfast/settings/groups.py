@@ -116,8 +116,8 @@ class Members(SettingGroup):
 
     members: Annotated[values.Members, Flag("MODEL[,K=V]", "--member", completion="MODEL")] = Field(
         default_factory=list,
-        description=f"Member of the model {ENSEMBLE} (or {ENSEMBLE}{'|'.join(COMBINATIONS)}), or the accurate and "
-        f"then the robust member of {MIXED}; an address, or `model: ADDRESS` with arch, mean, std.",
+        description=f"Member of the model {', '.join(ENSEMBLE + name for name in ('', *COMBINATIONS[1:]))}, or the "
+        f"accurate and then the robust member of {MIXED}; an address, or `model: ADDRESS` with arch, mean, std.",
     )
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
