@@ -83,7 +83,9 @@ def measured() -> Outcome:
         "norms of": SEEN,
         "threads": THREADS,
     }
-    notes = [*REACHABLE, *(f"deliberately not built: {text}" for text in NOT_BUILT), *missing]
+    days = sorted(kept["made"][:10] for kept in detail.values())
+    dated = f"tables 1 to 3 were measured from {days[0]} to {days[-1]}"
+    notes = [dated, *REACHABLE, *(f"deliberately not built: {text}" for text in NOT_BUILT), *missing]
     return Outcome([*table, *later], claims, config, detail, notes)
 
 
