@@ -43,8 +43,8 @@ REACHABLE = [
 """What the numbers of the survey need."""
 NOT_BUILT = [
     (
-        "defences that adaptive attacks break (defensive distillation, Defense-GAN, purification by a generator): they "
-        "are in the gallery of masked models, and are no recipes"
+        "defences that adaptive attacks break (defensive distillation, purification by a generator) as "
+        "recipes: defensive distillation and Defense-GAN are in the gallery of masked models"
     ),
     "generators as attackers (AdvGAN) in training: gradients find stronger attacks at a lower cost",
     "diffusion models as generators: they take days on an accelerator; their samples are accepted as recipe.samples",
