@@ -394,6 +394,35 @@ def test_the_page_has_the_tables_for_the_published_ones():
             "doubts": str(row["doubts raised"]),
         }
         for row in newest("seed-tables")["table"]
+        if row.get("table", "1–3") == "1–3"
+    ]
+
+
+def test_the_page_has_the_recorded_numbers_of_generated_images():
+    assert rows("concepts/hardening.md", "requested") == [
+        {
+            **{name: f"`{row[name]}`" for name in ("requested", "recipe", "suite")},
+            **{name: row[name] for name in ("clean, %", "robust, %")},
+            "epochs": f"{row['epochs']:.1f}",
+            "CPU s": f"{row['planning s'] + row['CPU s']:.0f}",
+            "generated − auto, points": row.get("generated − auto, points", ""),
+        }
+        for row in newest("generated")["table"]
+    ]
+    titles = {
+        "clean, %": "clean accuracy, %",
+        "adversarial, %": "adversarial accuracy, %",
+        "clean error, %": "clean error, %",
+        "adversarial error, %": "adversarial error, %",
+    }
+    assert rows("concepts/hardening.md", "table") == [
+        {
+            **{name: row[name] for name in ("table", "threat", "model")},
+            "recipe": f"`{row['recipe']}`",
+            **{title: f"{row[name]:.1f}" for title, name in titles.items()},
+        }
+        for row in newest("seed-tables")["table"]
+        if row["table"] in ("4", "5")
     ]
 
 

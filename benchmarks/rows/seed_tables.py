@@ -43,8 +43,8 @@ REACHABLE = [
 """What the numbers of the survey need."""
 NOT_BUILT = [
     (
-        "defences that adaptive attacks break (defensive distillation, Defense-GAN, purification by a generator): they "
-        "are in the gallery of masked models, and are no recipes"
+        "defences that adaptive attacks break (defensive distillation, purification by a generator) as "
+        "recipes: defensive distillation and Defense-GAN are in the gallery of masked models"
     ),
     "generators as attackers (AdvGAN) in training: gradients find stronger attacks at a lower cost",
     "diffusion models as generators: they take days on an accelerator; their samples are accepted as recipe.samples",
@@ -83,7 +83,9 @@ def measured() -> Outcome:
         "norms of": SEEN,
         "threads": THREADS,
     }
-    notes = [*REACHABLE, *(f"deliberately not built: {text}" for text in NOT_BUILT), *missing]
+    days = sorted(kept["made"][:10] for kept in detail.values())
+    dated = f"tables 1 to 3 were measured from {days[0]} to {days[-1]}"
+    notes = [dated, *REACHABLE, *(f"deliberately not built: {text}" for text in NOT_BUILT), *missing]
     return Outcome([*table, *later], claims, config, detail, notes)
 
 
