@@ -452,6 +452,14 @@ def privacy(model=LINEAR, **arguments):
     return holdfast.audit.privacy(model, (x, LINEAR(x).argmax(1)), **settings)
 
 
+def generator_audited(**arguments):
+    """An audit of a generator that returns other points of the same kind."""
+    points = [torch.rand(400, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    generator = SimpleNamespace(sample=lambda n, seed: points[2][:n])
+    y = (points[0][:, 0] > 0.5).long()
+    holdfast.audit.generator(generator, (points[0], y), samples=400, device="cpu", **arguments)
+
+
 def poor():
     """A network that predicts few of the labels `Y`."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -1882,6 +1890,11 @@ situation(
     "workers without networks", membership_audited, {"non_members": member_examples(120, 1)}, workers=1,
     non_members=member_examples(120, 1),
 )  # fmt: skip
+situation(
+    "a generator without held-out examples",
+    generator_audited,
+    {"held_out": (torch.rand(400, 6, generator=torch.Generator().manual_seed(1)), torch.zeros(400).long())},
+)
 situation("few non-members", membership_audited, references=4, fpr=0.01)
 situation(
     "references of a server",

@@ -63,7 +63,7 @@ def test_a_killed_audit_continues_after_its_stored_steps(tmp_path):
 
 
 def test_the_functions_of_audits_are_listed_for_completion():
-    assert dir(holdfast.audit) == ["backdoor", "membership", "poison", "privacy"]
+    assert dir(holdfast.audit) == ["backdoor", "generator", "membership", "poison", "privacy"]
 
 
 def test_a_stored_audit_is_reported_listed_and_verified(tmp_path, capsys):

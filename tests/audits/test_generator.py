@@ -110,7 +110,7 @@ def test_copies_and_a_collapse_are_flagged(kind, verdict, collapsed):
     result = audited(Points(kind), gates=["copy_rate <= 0.05"])
     assert result.verdict == verdict
     assert result.facts["collapsed"] is collapsed
-    assert result.exit_code == (1 if kind == "copies" else 0 if kind == "new" else result.exit_code)
+    assert result.exit_code == (1 if kind == "copies" else 0)
     if kind == "copies":
         assert result.metrics["copy_rate"].value >= 0.99
 
@@ -180,3 +180,14 @@ def test_bad_input_is_refused():
 def test_a_generator_that_ignores_its_seed_is_noted():
     result = audited(Broken(lambda n: points(n, 7)[0]))
     assert any("ignores its seed" in note for note in result.summary()["notes"])
+
+
+def test_code_that_a_configuration_names_is_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("train.npz", x=TRAIN[0].numpy(), y=TRAIN[1].numpy())
+    np.savez("test.npz", x=HELD_OUT[0].numpy(), y=HELD_OUT[1].numpy())
+    (tmp_path / "net.py").write_text("raise SystemExit('the code ran')\n")
+    (tmp_path / "audit.yaml").write_text("held_out: test.npz\naudit-generator: {features: 'net.py:make'}\n")
+    words = ["audit", "generator", "train.npz", "train.npz", "--held-out", "test.npz", "-c", "audit.yaml"]
+    assert command(words) == 2
+    assert "the configuration refers to code (features: net.py:make)" in capsys.readouterr().err

@@ -10,11 +10,12 @@ from torch import nn
 
 import holdfast
 from holdfast.api.audit_poison import training
+from holdfast.audits.features import penultimate
 from holdfast.audits.poison.audit import METHODS, PoisonRequest, refuse_unscorable, scored, with_trusted
 from holdfast.audits.poison.comparison import LEVEL, compared
 from holdfast.audits.poison.conclusion import concluded
 from holdfast.audits.poison.confident_learning import label_scores
-from holdfast.audits.poison.feature_scores import feature_scores, penultimate
+from holdfast.audits.poison.feature_scores import feature_scores
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws

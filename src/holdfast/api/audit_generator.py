@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from holdfast.api import resolve
@@ -33,7 +34,7 @@ from holdfast.io.models.factories import names_code
 from holdfast.io.models.generators import open_generator
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.rotation.collecting import last_of
+from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
 from holdfast.settings.groups import DataSource
@@ -65,11 +66,19 @@ def prepared_generator(
     training = _of_split(settings, "train", network)
     held_out = _opened(settings, beside(settings, settings.held_out), network)
     batch, source = training.read(0, len(training)), _source(settings, network)
+    device, rng = torch.device(device_of(settings.device)), Draws(settings.seed)
 
     def extractor() -> Classifier:
-        return _trained(batch, settings, notify) if network is None else network
+        return (_trained(batch.to(device), settings, notify) if network is None else network).to(device)
 
-    how = GeneratorAudit(batch, held_out.read(0, len(held_out)), settings.samples, source.draw, extractor)
+    how = GeneratorAudit(
+        batch,
+        rows_of(held_out.read(0, len(held_out)), len(held_out), rng.at("held-out")),
+        settings.samples,
+        source.draw,
+        extractor,
+        device,
+    )
     refuse_incomparable(how)
     about: dict[str, Any] = {"name": training.name, "digest": training.digest, "n": len(training)}
     about["held_out"] = {"name": held_out.name, "digest": held_out.digest, "n": len(held_out)}
@@ -81,7 +90,7 @@ def prepared_generator(
         how.steps,
         tuple(settings.gates),
         settings.seed,
-        device_of(settings.device),
+        str(device),
         command,
         source.notes,
     )
@@ -120,7 +129,9 @@ def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
     given = settings.model
     if isinstance(given, str) and not names_code(given):
         samples = _opened(settings, beside(settings, given), network)
-        stored = samples.read(0, min(len(samples), settings.samples))
+        # a random sample, because a file may be sorted by class
+        everything = samples.read(0, len(samples))
+        stored = rows_of(everything, settings.samples, Draws(settings.seed).at("samples"))
         return _Source(samples.name, samples.digest, lambda: stored.x, ())
     generator = open_generator(given)
     draw = partial(generator.samples, settings.samples, settings.seed)
@@ -132,8 +143,7 @@ def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Class
     if bool((training.y == UNLABELLED).any()):
         raise UsageError(
             "the training examples have no labels, with which a network for the features could be trained; give a "
-            "network that was trained on such data",
-            Remedy("features", Placeholder("MODEL")),
+            "network that was trained on such data, as in features=net.pt,arch=net.py:make"
         )
     notify(f"training a small network on {len(training):,} examples, whose features are compared")
     return trained_extractor(training, Draws(settings.seed).at("features"))
@@ -143,8 +153,8 @@ def trained_extractor(training: Batch, rng: Draws) -> Classifier:
     """Return a small network that is trained on examples and their labels."""
     with drawing(rng.at("begin")):
         net = network_for(training.example_shape, int(training.y.max()) + 1)
-        net(training.x[:2])  # gives the lazy layer its size
+        net(training.x[:2].cpu())  # gives the lazy layer its size
     low, high = float(training.x.min()), float(training.x.max())
     recipe = Standard(training=Training(epochs=_EPOCHS, batch=_BATCH, weight_decay=0.0, averaging="none"))
-    untrained = Classifier(net, bounds=Bounds(low, high))
+    untrained = Classifier(net, bounds=Bounds(low, high)).to(training.x.device)
     return last_of(recipe, untrained, training, ThreatModel(Linf(0.0)), rng.at("training"))

@@ -42,7 +42,7 @@ from holdfast.core.catalogue import MASKING, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.runs.store.files import refuse_no_run
-from holdfast.settings.audit_settings import TrainingFunctionSource
+from holdfast.settings.audit_settings import GeneratorOptions, TrainingFunctionSource
 from holdfast.settings.groups import InferenceSource, Members
 from holdfast.settings.values import SurrogateSettings
 
@@ -173,6 +173,8 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
     named = [("model", settings.model), ("arch", settings.arch)]
     if isinstance(settings, TrainingFunctionSource):
         named.append(("train", settings.train))
+    if isinstance(settings, GeneratorOptions):
+        named.append(("features", settings.features))
     for name, value in named:
         # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:

@@ -15,7 +15,6 @@ from holdfast.core.batch import Batch, fingerprints_of
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.run import Run
 
 SAMPLES, FEATURES = "samples", "features"
@@ -36,7 +35,8 @@ class GeneratorAudit:
     draw: Callable[[], Tensor]
     """function that returns the samples (n, *features)"""
     extractor: Callable[[], Classifier]
-    """function that returns the network whose features are compared"""
+    """function that returns the network whose features are compared, on `device`"""
+    device: torch.device
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -61,8 +61,7 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
     if shared:
         raise UsageError(
             f"{shared:,} of {len(how.held_out):,} held-out examples are among the training examples, so that copies "
-            "cannot be told from new samples; give examples that the generator was not trained on",
-            Remedy("held_out"),
+            "cannot be told from new samples; give examples that the generator was not trained on"
         )
 
 
@@ -78,7 +77,7 @@ def generator_finding(run: Run, how: GeneratorAudit) -> Finding:
     def features() -> Columns:
         extractor, columns = how.extractor(), dict[str, Tensor]()
         for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
-            found, logits = penultimate(extractor, x)
+            found, logits = penultimate(extractor, x.to(how.device))
             columns |= {f"{name}.features": found, f"{name}.class": logits.argmax(1)}
         classes = torch.full((len(samples),), logits.shape[1])
         return {"id": torch.arange(len(samples)), **columns, "classes": classes}
@@ -113,8 +112,7 @@ def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Findin
         raise UsageError(
             f"{min(n, len(how.training))} examples are compared by {dimensions} features, and a Fréchet distance needs "
             f"more examples than features; give at least {dimensions + 1} samples, training and held-out examples, or "
-            "a network with fewer features",
-            Remedy("features"),
+            "a network with fewer features"
         )
     classes = int(columns["classes"][0])
     measured = Measured(
@@ -135,8 +133,7 @@ def _standardised(samples: Tensor, training: Tensor, held_out: Tensor) -> tuple[
     varying = deviation > 1e-6 * deviation.max().clamp_min(1e-12)
     if not bool(varying.any()) or not float(deviation.max()) > 0:
         raise UsageError(
-            "the features of all training examples are the same, so that nothing can be compared; give another network",
-            Remedy("features"),
+            "the features of all training examples are the same, so that nothing can be compared; give another network"
         )
     return tuple(
         ((each - mean) / deviation.clamp_min(1e-12))[:, varying] for each in (samples, training, held_out)

@@ -56,7 +56,10 @@ def quality(samples: Tensor, reference: Tensor) -> Quality:
     return Quality(
         _jackknife(_Frechet(samples, reference), len(samples)),
         _jackknife(_Kernel(samples, reference), len(samples)),
-        *(_jackknife(measure, len(samples)) for measure in nearest.measures()),
+        *(
+            _jackknife(measure, len(samples), 0.0, math.inf if name == "density" else 1.0)
+            for name, measure in nearest.measures().items()
+        ),
     )
 
 
@@ -138,14 +141,14 @@ class _Neighbours:
             near_sample.append(distance <= sample_radius[rows, None])
         self.inside, self.near_sample = torch.cat(inside), torch.cat(near_sample)
 
-    def measures(self) -> tuple[Callable[[Tensor], float], ...]:
-        """Functions of the rows of samples that return precision, recall, density and coverage."""
-        return (
-            lambda rows: _share(self.inside[rows].any(1)),
-            lambda rows: _share(self.near_sample[rows].any(0)),
-            lambda rows: float(self.inside[rows].sum(1).double().mean() / NEIGHBOURS),
-            lambda rows: _share(self.inside[rows].any(0)),
-        )
+    def measures(self) -> dict[str, Callable[[Tensor], float]]:
+        """Functions of the rows of samples by the name of the measure, in the order of `Quality`."""
+        return {
+            "precision": lambda rows: _share(self.inside[rows].any(1)),
+            "recall": lambda rows: _share(self.near_sample[rows].any(0)),
+            "density": lambda rows: float(self.inside[rows].sum(1).double().mean() / NEIGHBOURS),
+            "coverage": lambda rows: _share(self.inside[rows].any(0)),
+        }
 
 
 def _share(mask: Tensor) -> float:
@@ -159,15 +162,19 @@ def _radius(points: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _jackknife(measure: Callable[[Tensor], float], n: int) -> Estimate:
-    """The measure on all rows, with an interval from its values without each of ten groups of rows."""
+def _jackknife(
+    measure: Callable[[Tensor], float], n: int, least: float = -math.inf, most: float = math.inf
+) -> Estimate:
+    """The measure on all rows, with an interval inside [least, most] from its values without each of ten groups of
+    rows.
+    """
     everything = torch.arange(n)
     value = measure(everything)
     without = [measure(everything[everything % _GROUPS != group]) for group in range(_GROUPS)]
     mean = sum(without) / _GROUPS
     variance = (_GROUPS - 1) / _GROUPS * sum((each - mean) ** 2 for each in without)
     half = _Z * math.sqrt(variance)
-    return Estimate(value, value - half, value + half, n)
+    return Estimate(value, max(value - half, least), min(value + half, most), n)
 
 
 def label_entropy(classes: Tensor, number: int) -> float:

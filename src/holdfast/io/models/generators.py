@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.io.functions import function_digest, function_from_file, function_name
@@ -33,7 +34,7 @@ class OpenedGenerator:
 
     name: str
     digest: str
-    """SHA-256 in hex of the file of its function, or of the object"""
+    """SHA-256 in hex of the file of its function, and of the object"""
     generator: Generator
 
     def samples(self, n: int, seed: int) -> Tensor:
@@ -99,10 +100,12 @@ def open_generator(source: object) -> OpenedGenerator:
             raise TargetError(f"{name} raised {error_text(error, [])}") from error
     else:
         generator, name = source, f"{type(source).__module__}.{type(source).__qualname__}"
-        identity = digest_of_object(getattr(source, "sample", type(source)))
+        identity = ""
     if isinstance(generator, type) or not isinstance(generator, Generator):
         raise UsageError(
             f"{name} {'returned' if isinstance(source, str) else 'is'} {kind_of(generator)}; expected a generator, an "
             "object with a method sample(n, seed), or a file of samples"
         )
-    return OpenedGenerator(name, identity, generator)
+    # of the object too, because the function may load weights
+    content = digest(canonical([identity, digest_of_object(generator.sample)]))
+    return OpenedGenerator(name, content, generator)
