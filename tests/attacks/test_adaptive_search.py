@@ -8,7 +8,7 @@ from torch import nn
 
 from holdfast.attacks import HopSkipJump
 from holdfast.attacks.adaptive_search import AdaptiveSearch
-from holdfast.attacks.parts.methods import LABELS, METHODS, starts
+from holdfast.attacks.parts.methods import LABELS, METHODS, Method, starts
 from holdfast.attacks.parts.stable_ascent import FIRST, stable_ascent
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
@@ -130,6 +130,22 @@ def test_the_result_is_no_worse_than_any_queried_point():
     _, batch, x, *_ = searched(Recorded(), 50, batch=BATCH)
     reached = margin(Distances()(x), batch)
     assert all(reached[k] <= lowest[k] + 1e-9 or reached[k] <= 0 for k in lowest)
+
+
+@pytest.mark.parametrize("net, missing", [(Distances(), set()), (Noisy(), {"margin"})])
+def test_every_applicable_method_is_tried_on_a_few_examples(net, missing, monkeypatch):
+    tried = set()
+
+    def looked(self, model, batch, threat, passes, rng, *, randomised):
+        tried.add(self.name)
+        assert passes >= self.cost(self.least, randomised=randomised)
+        for _ in range(6):
+            model(batch.x, batch.ids)
+        return batch.x, 0
+
+    monkeypatch.setattr(Method, "points", looked)
+    searched(net, 3000, constraint=Linf(1e-3), batch=examples(4))
+    assert tried == {*NAMES} - {"labels"} - missing
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from holdfast.attacks.parts.methods import (
     LABELS,
     METHODS,
     Method,
+    judging,
     label_search,
     starts,
 )
@@ -133,10 +134,11 @@ class Halving:
         while len(accounts) > _KEPT:
             for account in accounts:
                 least = account.method.cost(account.method.least, randomised=self.randomised)
+                trial = max(passes, least + judging(randomised=self.randomised))
                 # half of the budget at most, so that the examples of the trials are attacked like the others
-                if self.left(pilot) - max(passes, least) < self.passes // 2:
+                if self.left(pilot) - trial < self.passes // 2:
                     return accounts
-                account.rank = self.attempt(account, pilot, max(passes, least), number)
+                account.rank = self.attempt(account, pilot, trial, number)
                 if account.rank[0] == len(pilot):  # the others are for the examples that it leaves
                     return self.best_of(accounts, _KEPT)
             accounts = self.best_of(accounts, (len(accounts) + 1) // 2)
@@ -156,18 +158,18 @@ class Halving:
         """Run a method on some of the examples, and return how many it broke and its progress per pass."""
         method, ration = account.method, self.ration
         least = method.cost(method.least, randomised=self.randomised)
-        judging = VOTES if self.randomised else 1
-        if not len(rows) or passes - judging < least:
+        judged = judging(randomised=self.randomised)
+        if not len(rows) or passes - judged < least:
             return 0.0, 0.0
         batch, rng = self.batch.take(rows), self.rng.at(method.name, number, len(rows))
         broken, forwards, backwards = ~(ration.best.margin > 0), ration.forwards, ration.backwards
-        ration.begin(rows, passes - judging)
+        ration.begin(rows, passes - judged)
         try:
             if account.method is LABELS:
-                points = self.by_labels(batch, rows, passes - judging, rng)
+                points = self.by_labels(batch, rows, passes - judged, rng)
             else:
                 points, draws = method.points(
-                    ration, batch, self.threat, passes - judging, rng, randomised=self.randomised
+                    ration, batch, self.threat, passes - judged, rng, randomised=self.randomised
                 )
                 self.draws = max(self.draws, draws)
         except BudgetSpent:  # the points that it queried are recorded
@@ -176,7 +178,7 @@ class Halving:
             account.state = "nothing to attack"
             return 0.0, 0.0
         account.state = "run"
-        ration.allow(rows, judging)
+        ration.allow(rows, judged)
         self.judge(batch, points)
         account.forwards = account.forwards + ration.forwards - forwards
         account.backwards = account.backwards + ration.backwards - backwards
