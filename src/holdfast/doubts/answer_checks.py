@@ -51,9 +51,10 @@ def agreeing(model: Model, batch: Batch, constraint: Constraint, rng: Draws, dra
 
 def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, ...]:
     """Return the checks from the columns of their stage: `ran`, the examples that `survived` all attacks, those that
-    `box` leaves with the whole box (-1 if no method was run), the number of the `larger` eps that broke each survivor (0 if none did), those that
-    the search from labels broke (`success`) and whether it was run (`searched`), whether the gradient `agrees` (-1 without gradients), and whether outputs
-    `changed` with earlier queries. `changed` is the number of examples with another output during the attack.
+    `box` leaves with the whole box (-1 if no method was run), the number of the `larger` eps that broke each survivor
+    (0 if none did), those that the search from labels broke (`success`) and whether it was run (`searched`), whether
+    the gradient `agrees` (-1 without gradients), and whether outputs `changed` with earlier queries. `changed` is the
+    number of examples with another output during the attack.
     """
     ran, survived = columns["ran"].bool(), columns["survived"].bool()
     n, left = int(ran.sum()), int((ran & survived).sum())

@@ -26,16 +26,14 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent
 from holdfast.core.evidence import METHOD_STATES, MethodState
-from holdfast.core.logit_scale import change
+from holdfast.core.logit_scale import SAME, change
 from holdfast.core.meter import margin
-from holdfast.core.model import VOTES, Model
+from holdfast.core.model import AT_TIMES, VOTES, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, PerExample, Rows
 
 PILOT = 16
 """largest number of examples on which the methods are compared"""
-AT_TIMES = 0.05
-"""a randomised model counts as broken at a point if at most this share of its outputs is correct there"""
 COLUMNS: tuple[str, ...] = (
     *(
         f"{method.name}.{value}"
@@ -49,7 +47,6 @@ _FIRST = 64  # the first trial of a method has this part of the budget
 _KEPT = 2  # methods that are run on all examples
 _OF_LABELS = 4  # the search with labels only has this part of the budget at least
 _LOOKED = 4  # passes after which a method may find that there is nothing for it to attack
-_SAME = 1e-4  # relative difference of two outputs of a deterministic model
 
 
 @dataclass(eq=False)
@@ -81,7 +78,7 @@ class Halving:
     def run(self) -> tuple[Inputs, dict[str, Tensor]]:
         """Run the search, and return the best points and the columns `COLUMNS`."""
         batch, every = self.batch, torch.arange(len(self.batch), device=self.batch.x.device)
-        self.randomised, self.best = False, Best(batch)
+        self.randomised = False
         self.ration = Ration(self.model, batch, self.threat.constraint, exact=True)
         self.ration.begin(every, min(2, self.passes))
         state = _generators(batch.x.device)
@@ -92,9 +89,10 @@ class Halving:
         self.start: PerExample = margin(self.clean, batch)
         # labels of a randomised model may be the same in two passes, but they change the state of the generator
         drawn = not torch.equal(state, _generators(batch.x.device))
-        self.randomised = drawn or bool((change(self.clean, again) > _SAME).any())
+        self.randomised = drawn or bool((change(self.clean, again) > SAME).any())
         if self.randomised:
             self.ration.exact, self.ration.best = False, Best(batch)
+            self.start = torch.ones_like(self.start)  # points are compared by the share of correct outputs
         zeros = torch.zeros_like(batch.ids)
         self.accounts = [
             Account(
@@ -246,7 +244,7 @@ class Halving:
         with torch.no_grad():
             clean, found = ration(batch.x), ration(best)
         healed = broken & (margin(found, batch) > leeway(found))
-        return ((change(self.clean, clean) > _SAME) | healed).long()
+        return ((change(self.clean, clean) > SAME) | healed).long()
 
 
 def _generators(device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, Constraint, extent
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import METHOD_STATES, Columns, MethodState
-from holdfast.core.logit_scale import change
+from holdfast.core.logit_scale import SAME, change
 from holdfast.core.lookup import Lookup
 from holdfast.core.meter import Spent, margin
 from holdfast.core.missing import without_missing
@@ -36,7 +36,6 @@ PARTS = 3
 _SIZES = 3  # larger values of eps
 _SHARES = {"box": 4, "labels": 4, "larger": 2 * _SIZES}  # parts of the passes of the checks
 _FROM_NOTHING = ("margin", "expectation", "square")  # methods that use no other example
-_SAME = 1e-4  # relative difference of two outputs of a deterministic model
 
 
 class AnswerChecks(AttackKind):
@@ -173,7 +172,7 @@ class AnswerChecks(AttackKind):
         logits = target.logits(batch.x)
         now = margin(target.judged_logits(logits, batch.y), batch)
         largest = logits.abs().amax().clamp_min(1e-12)
-        return (change(before, target.logits(fresh)) > _SAME) | ((now - clean).abs() > _SAME * largest)
+        return (change(before, target.logits(fresh)) > SAME) | ((now - clean).abs() > SAME * largest)
 
 
 def _was_run(spent: Spent, *states: MethodState) -> bool:
