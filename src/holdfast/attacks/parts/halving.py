@@ -5,6 +5,7 @@ Successive halving: Jamieson & Talwalkar, "Non-stochastic best arm identificatio
 AISTATS 2016, arXiv:1502.07943. Here the arms are attacks, and the reward is the number of examples that they break.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +31,7 @@ from holdfast.core.logit_scale import SAME, change
 from holdfast.core.meter import margin
 from holdfast.core.model import AT_TIMES, VOTES, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Labels, PerExample, Rows
+from holdfast.core.types import Inputs, Labels, Logits, PerExample, Rows
 
 PILOT = 16
 """largest number of examples on which the methods are compared"""
@@ -74,35 +75,45 @@ class Halving:
     methods: tuple[str, ...]
     draws: int = 0
     accounts: list[Account] = field(default_factory=list)
+    clean: Logits | None = None
+    """outputs for the clean inputs"""
 
     def run(self) -> tuple[Inputs, dict[str, Tensor]]:
         """Run the search, and return the best points and the columns `COLUMNS`."""
+        zeros = torch.zeros_like(self.batch.ids)
+        self.randomised, self.clean = False, None
+        self.ration = Ration(self.model, self.batch, self.threat.constraint, exact=True)
+        self.accounts = [Account(m, "too few passes", zeros, zeros, zeros) for m in (*METHODS, LABELS)]
+        with suppress(BudgetSpent):  # of the attacked model, which may count otherwise
+            self.look()
+            self.search()
+        return self.ration.best.x, self.columns()
+
+    def look(self) -> None:
+        """Query the clean inputs twice, and find which methods are applicable."""
         batch, every = self.batch, torch.arange(len(self.batch), device=self.batch.x.device)
-        self.randomised = False
-        self.ration = Ration(self.model, batch, self.threat.constraint, exact=True)
         self.ration.begin(every, min(2, self.passes))
-        state = _generators(batch.x.device)
+        generators = _generators(batch.x.device)
         with torch.no_grad():
-            self.clean = self.ration(batch.x)
-            again = self.clean if self.passes < 2 else self.ration(batch.x)
-        self.predicted: Labels = self.clean.argmax(1)
-        self.start: PerExample = margin(self.clean, batch)
+            clean = self.clean = self.ration(batch.x)
+            again = clean if self.passes < 2 else self.ration(batch.x)
+        self.predicted: Labels = clean.argmax(1)
+        self.start: PerExample = margin(clean, batch)
         # labels of a randomised model may be the same in two passes, but they change the state of the generator
-        drawn = not torch.equal(state, _generators(batch.x.device))
-        self.randomised = drawn or bool((change(self.clean, again) > SAME).any())
+        drawn = not torch.equal(generators, _generators(batch.x.device))
+        self.randomised = drawn or bool((change(clean, again) > SAME).any())
         if self.randomised:
             self.ration.exact, self.ration.best = False, Best(batch)
             self.start = torch.ones_like(self.start)  # points are compared by the share of correct outputs
-        zeros = torch.zeros_like(batch.ids)
-        self.accounts = [
-            Account(
-                m, m.state(self.threat, self.left(every), randomised=self.randomised), zeros, zeros, zeros
-            )
-            for m in (*METHODS, LABELS)
-        ]
+        left = self.left(every)
         for account in self.accounts:
-            if account.method.name not in self.methods:
-                account.state = "left out"
+            method = account.method
+            chosen = method.name in self.methods
+            applicable = method.state(self.threat, left, randomised=self.randomised)
+            account.state = applicable if chosen else "left out"
+
+    def search(self) -> None:
+        """Compare the applicable methods, and run the best ones, followed by the search with labels only."""
         *compared, labels = self.accounts
         applicable = [account for account in compared if account.state == "not reached"]
         reserve = self.passes // _OF_LABELS if labels.state == "not reached" else 0
@@ -114,7 +125,6 @@ class Halving:
         if labels.state == "not reached":
             rows = self.surviving()
             self.attempt(labels, rows, self.left(rows), 0)
-        return self.ration.best.x, self.columns()
 
     def surviving(self) -> Rows:
         return self.ration.best.surviving
@@ -162,6 +172,7 @@ class Halving:
         batch, rng = self.batch.take(rows), self.rng.at(method.name, number, len(rows))
         broken, forwards, backwards = ~(ration.best.margin > 0), ration.forwards, ration.backwards
         ration.begin(rows, passes - judged)
+        ended = False
         try:
             if account.method is LABELS:
                 points = self.by_labels(batch, rows, passes - judged, rng)
@@ -171,13 +182,14 @@ class Halving:
                 )
                 self.draws = max(self.draws, draws)
         except BudgetSpent:  # the points that it queried are recorded
-            points = ration.own.x[rows]
+            points, ended = ration.own.x[rows], True
         if int((ration.forwards - forwards).max()) <= _LOOKED and torch.equal(points, batch.x):
-            account.state = "nothing to attack"
+            account.state = account.state if ended else "nothing to attack"
             return 0.0, 0.0
         account.state = "run"
         ration.allow(rows, judged)
-        self.judge(batch, points)
+        with suppress(BudgetSpent):  # where the model raised an error, it is called again
+            self.judge(batch, points)
         account.forwards = account.forwards + ration.forwards - forwards
         account.backwards = account.backwards + ration.backwards - backwards
         account.broke = account.broke + (~(ration.best.margin > 0) & ~broken).long()
@@ -236,13 +248,16 @@ class Halving:
 
     def changed(self) -> Tensor:
         """Whether the clean input or the broken point of each example now has another output than before."""
-        if self.randomised or self.passes < 4:
+        if self.clean is None or self.randomised or self.passes < 4:
             return torch.zeros_like(self.batch.ids)
         ration, batch = self.ration, self.batch
         best, broken = ration.best.x.clone(), ~(ration.best.margin > 0)
         ration.allow(torch.arange(len(batch), device=batch.x.device), 2)
-        with torch.no_grad():
-            clean, found = ration(batch.x), ration(best)
+        try:
+            with torch.no_grad():
+                clean, found = ration(batch.x), ration(best)
+        except BudgetSpent:
+            return torch.zeros_like(batch.ids)
         healed = broken & (margin(found, batch) > leeway(found))
         return ((change(self.clean, clean) > SAME) | healed).long()
 
