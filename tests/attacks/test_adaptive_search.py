@@ -8,11 +8,13 @@ from torch import nn
 
 from holdfast.attacks import HopSkipJump
 from holdfast.attacks.adaptive_search import AdaptiveSearch
-from holdfast.attacks.parts.methods import LABELS, METHODS, starts
+from holdfast.attacks.parts.methods import LABELS, METHODS, Method, starts
+from holdfast.attacks.parts.ration import Ration
 from holdfast.attacks.parts.stable_ascent import FIRST, stable_ascent
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
+from holdfast.core.errors import BudgetSpent
 from holdfast.core.evidence import METHOD_STATES
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds, Classifier
@@ -132,6 +134,22 @@ def test_the_result_is_no_worse_than_any_queried_point():
     assert all(reached[k] <= lowest[k] + 1e-9 or reached[k] <= 0 for k in lowest)
 
 
+@pytest.mark.parametrize("net, missing", [(Distances(), set()), (Noisy(), {"margin"})])
+def test_every_applicable_method_is_tried_on_a_few_examples(net, missing, monkeypatch):
+    tried = set()
+
+    def looked(self, model, batch, threat, passes, rng, *, randomised):
+        tried.add(self.name)
+        assert passes >= self.cost(self.least, randomised=randomised)
+        for _ in range(6):
+            model(batch.x, batch.ids)
+        return batch.x, 0
+
+    monkeypatch.setattr(Method, "points", looked)
+    searched(net, 3000, constraint=Linf(1e-3), batch=examples(4))
+    assert tried == {*NAMES} - {"labels"} - missing
+
+
 @pytest.mark.slow
 def test_a_model_that_decides_hard_is_broken_by_what_needs_no_gradient():
     model, batch, x, columns, _ = searched(Prototypes(), 800)
@@ -173,6 +191,55 @@ def test_a_model_that_raises_far_from_the_data_is_searched_elsewhere():
     )
     assert columns["raised"].any()
     assert (margin(model(x), batch) <= 0).any()
+
+
+def test_calls_that_find_which_inputs_raise_are_counted():
+    class Counted(Fragile):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += len(x)
+            return super().forward(x)
+
+    net, batch = Counted(), examples(4)
+    search = AdaptiveSearch(passes=120, methods=("labels",))
+    threat = ThreatModel(Linf(EPS), access="labels")
+    _, columns = search.itemised(Classifier(net.eval()), batch, threat, rng=Draws(0))
+    assert columns["raised"].any()
+    assert net.calls <= 120 * len(batch)
+
+
+def test_an_error_of_the_inspection_of_a_model_is_none_of_inputs_far_from_the_data():
+    class Detaching(nn.Module):
+        def forward(self, x):
+            if x.requires_grad:
+                raise RuntimeError("no gradient here")
+            return Distances()(x)
+
+    batch = examples(4)
+    ration = Ration(Classifier(Detaching()), batch, Linf(EPS), exact=True)
+    ration.begin(torch.arange(4), 10)
+    ration(batch.x)
+    with pytest.raises(Exception, match="no gradient here"):
+        ration(batch.x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("queries", [0, 1, 30])
+def test_a_model_that_ends_the_queries_leaves_points_and_columns(queries):
+    class Ending:
+        bounds, calls = Bounds(), 0
+
+        def __call__(self, x, ids=None):
+            self.calls += 1
+            if self.calls > queries:
+                raise BudgetSpent("all queries are used")
+            return Distances()(x)
+
+    batch = examples(4)
+    search, threat = AdaptiveSearch(passes=100), ThreatModel(Linf(EPS))
+    x, columns = search.itemised(Ending(), batch, threat, rng=Draws(0))
+    assert x.shape == batch.x.shape
+    assert set(columns) == set(AdaptiveSearch.columns)
 
 
 def test_a_model_that_raises_at_once_is_no_model_that_raises_far_from_the_data():

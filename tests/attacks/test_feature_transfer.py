@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast.attacks import FeatureTransfer
+from holdfast.attacks.parts.ration import Ration
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
@@ -178,6 +179,18 @@ def test_a_successful_query_is_returned():
         found = metered.spent.first_success > 0
         with torch.no_grad():
             assert not (margin(model(x_adv), batch) > 0)[found].any()
+
+
+@pytest.mark.parametrize("passes, rationed", [(300, 300), (2000, 300)], ids=["within", "beyond"])
+def test_what_it_broke_in_a_ration_is_returned(passes, rationed):
+    """The ration counts a backward pass for each evaluation with a gradient, and may end the attack early."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, batch, threat = problem(noise_votes)
+        ration = Ration(model, batch, threat.constraint, exact=False)
+        ration.begin(torch.arange(len(batch)), rationed)
+        x_adv = FeatureTransfer(passes=passes)(ration, batch, threat, rng=Draws(0))
+        assert surviving(model, batch, x_adv) <= 0.5
 
 
 def test_a_target_class_is_reached():

@@ -62,10 +62,14 @@ CUT = {
     "detach": lambda h: 2 * h.detach(),
     "data": lambda h: h.data + 1,
     "no gradient": without_gradient,
+    "a number": lambda h: (4 * h).round() * float(h.amax() * 0 + 1),
+    "a whole number": lambda h: (4 * h).round() * int(h.amax() * 0 + 1),
+    "a type": lambda h: (4 * h).round().type(h.type()),
     "operators": lambda h: torch.ops.aten.index.Tensor(TABLE, [torch.ops.aten.argmax.default(h, 1)]),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("name", CUT)
 def test_an_operation_that_cuts_the_gradient_keeps_its_output_and_gets_one(name):
     model = Function(CUT[name])
@@ -114,6 +118,19 @@ def test_values_that_leave_torch_are_recorded():
     with relaxed() as record:
         assert not model(x).requires_grad
     assert torch.equal(record.recorded[record.cuts[0]].detach(), model.front(x).detach())
+
+
+def test_after_an_error_of_a_model_the_record_begins_anew():
+    def fails(h):
+        raise ValueError("far from the data")
+
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with relaxed() as record:
+        with pytest.raises(ValueError, match="far"):
+            Function(fails)(x)
+        assert not x.detach().requires_grad
+        Function(torch.sign)(x)
+        assert len(record.cuts) == 1
 
 
 def test_outside_of_modules_nothing_changes():

@@ -22,6 +22,7 @@ def columns(**changes):
     passed = {
         "ran": rows >= 0,
         "survived": (rows < 5).long(),
+        "searched": torch.ones(N, dtype=torch.int64),
         "box": torch.zeros(N, dtype=torch.int64),
         "larger": (rows == 0).long(),
         "success": torch.zeros(N, dtype=torch.bool),
@@ -61,6 +62,23 @@ def test_no_survivor_needs_no_larger_eps_and_no_gradient_is_not_checked():
 
 def test_an_output_that_changed_during_the_attack_counts():
     assert answer_checks(columns(), changed=1)[-1].state == "failed"
+
+
+@pytest.mark.parametrize("check, column", [("labels-only", ("searched", 0)), ("whole-box", ("box", -1))])
+def test_a_search_that_was_not_made_is_no_passed_check_and_answers_nothing(check, column):
+    name, value = column
+    assert [each for each, state in states(**{name: (value, N)}).items() if state != "passed"] == [check]
+    assert states(**{name: (value, N)})[check] == "not measured"
+    ran = {
+        "ran": torch.ones(4, dtype=torch.bool), "success": torch.zeros(4, dtype=torch.bool),
+        "dead": torch.zeros(4, dtype=torch.bool), "backwards": torch.full((4,), 5)
+    }  # fmt: skip
+    checks = answer_checks(columns(**{name: (value, N)}))
+    doubts, because = (Doubt("black-box", "raised", message="odd"),), {SEARCH: ("black-box",)}
+    (doubt,) = with_answers(
+        doubts, {SEARCH: ran}, because, bypassed=True, survivor_broken=False, checks=checks
+    )
+    assert doubt.state == "raised"
 
 
 def test_no_example_is_no_passed_check():

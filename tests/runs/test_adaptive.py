@@ -194,6 +194,30 @@ def test_a_doubt_stays_raised_if_the_gradient_of_the_attack_is_wrong():
     assert all(doubt.state == "raised" for doubt in doubts) == ("failed" in checks.values())
 
 
+class Alone(nn.Module):
+    """Answers the class of the examples near them, and the first class elsewhere, without a gradient."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.net, self.known = network(), x
+
+    def forward(self, x):
+        near = (x[:, None] - self.known).abs().amax(2).amin(1) < 0.07
+        labels = self.net(x).argmax(1).where(near, 0)
+        return nn.functional.one_hot(labels, 4).to(x.dtype)
+
+
+@pytest.mark.slow
+def test_images_of_other_classes_do_not_pass_the_check_with_the_whole_box():
+    examples = data()
+    model = subject(Alone(examples.read(0, len(examples)).x), digest="d" * 64)
+    search = Member("AdaptiveSearch", AdaptiveSearch())
+    result = assess(model, examples, adaptive_order(arms=(search,), adaptive_budget=4000))
+    checks = {check.name: check.state for check in result.evidence.answer_checks}
+    assert checks["whole-box"] == "failed"
+    assert "answered" not in states(result).values()
+
+
 class Fragile(Hidden):
     """Raises an error for inputs far from the data, which are corners of the box here."""
 

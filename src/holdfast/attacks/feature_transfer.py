@@ -10,6 +10,7 @@ examples", CVPR 2019, for moving them to another example. Differs from the paper
 pass, so that the model is not rewritten, and the targets are the nearest examples of other classes.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from holdfast.attacks.parts.norms import expect_eps, expect_norm
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
+from holdfast.core.errors import BudgetSpent
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
@@ -50,7 +52,8 @@ class FeatureTransfer:
         if features is None:
             return batch.x.clone()
         queries = CountedQueries(model, batch, norm, self.passes - _LOOKING)
-        queries.begin()
         steps = max(_STEPS[0], min(_STEPS[1], self.passes // (2 * _RUNS)))
-        FeatureSearch(queries, features, batch, steps, rng).rounds()
+        with suppress(BudgetSpent):  # the points that were queried are results
+            queries.begin()
+            FeatureSearch(queries, features, batch, steps, rng).rounds()
         return queries.best.x

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from holdfast.core.types import Logits, PerExample
 
+SAME = 1e-4
+"""largest change of the outputs of a deterministic model for equal inputs, relative to the largest logit"""
 _OUT_OF_REACH = 1e4  # below the largest: exp(-1e4) is 0 in every type
 
 

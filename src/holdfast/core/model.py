@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 VOTES = 20
 """number of evaluations of a randomised model that decide whether an example survives; the final evaluation uses as
 many new ones"""
+AT_TIMES = 0.05
+"""largest share of correct outputs with which an attack considers a point of a randomised model broken"""
 
 
 @dataclass(frozen=True)

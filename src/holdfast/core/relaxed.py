@@ -162,7 +162,7 @@ class Relaxation(TorchFunctionMode):
             return self._rounded_in_place(func, args, kwargs)
         value = func(*args, **kwargs)
         rule = _RULES.get(plain) if name == plain or name.startswith("__") else None
-        if rule is not None:
+        if rule is not None and isinstance(value, (Tensor, tuple)):
             try:
                 stand_in = rule(self, value, *args, **kwargs)
             except _UNUSUAL:  # arguments that the rule does not know
@@ -251,7 +251,8 @@ def relaxed(*, cross: bool = True) -> Iterator[Relaxation]:
     With `cross`, gradients also pass through `detach` and `no_grad`. Yields the record of the last forward pass.
     """
     mode = Relaxation(cross=cross)
-    hooks = [register_module_forward_pre_hook(mode.entered), register_module_forward_hook(mode.left)]
+    left = register_module_forward_hook(mode.left, always_call=True)  # also after an error of the module
+    hooks = [register_module_forward_pre_hook(mode.entered), left]
     try:
         with mode:
             yield mode

@@ -51,21 +51,23 @@ def agreeing(model: Model, batch: Batch, constraint: Constraint, rng: Draws, dra
 
 def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, ...]:
     """Return the checks from the columns of their stage: `ran`, the examples that `survived` all attacks, those that
-    `box` leaves with the whole box, the number of the `larger` eps that broke each survivor (0 if none did), those that
-    the search from labels broke (`success`), whether the gradient `agrees` (-1 without gradients), and whether outputs
-    `changed` with earlier queries. `changed` is the number of examples with another output during the attack.
+    `box` leaves with the whole box (-1 if no method was run), the number of the `larger` eps that broke each survivor
+    (0 if none did), those that the search from labels broke (`success`) and whether it was run (`searched`), whether
+    the gradient `agrees` (-1 without gradients), and whether outputs `changed` with earlier queries. `changed` is the
+    number of examples with another output during the attack.
     """
     ran, survived = columns["ran"].bool(), columns["survived"].bool()
     n, left = int(ran.sum()), int((ran & survived).sum())
-    boxed = int((ran & columns["box"].bool()).sum())
+    in_box, searched = ran & (columns["box"] >= 0), bool(columns["searched"][ran & survived].bool().all())
+    boxed, n_in_box = int((in_box & (columns["box"] > 0)).sum()), int(in_box.sum())
     larger = int((columns["larger"] > 0).sum())
     labels = int((columns["success"] & survived).sum())
     tested = ran & (columns["agrees"] >= 0)
     agrees, changed = int((columns["agrees"] > 0).sum()), changed + int((columns["changed"] > 0).sum())
-    share, rest = agrees / max(int(tested.sum()), 1), boxed / max(n, 1)
+    share, rest = agrees / max(int(tested.sum()), 1), boxed / max(n_in_box, 1)
     checks = [
-        ("whole-box", rest <= WHOLE_BOX, rest, WHOLE_BOX, n,
-         f"with every valid input allowed, it leaves {boxed} of {n} examples"),
+        ("whole-box", rest <= WHOLE_BOX, rest, WHOLE_BOX, n_in_box,
+         f"with every valid input allowed, it leaves {boxed} of {n_in_box} examples"),
         ("larger-eps", larger > 0 or not left, float(larger), 1.0, left,
          f"larger eps break {larger} of the {left} examples that survive"),
         ("labels-only", not labels, float(labels), 0.0, left,
@@ -75,11 +77,15 @@ def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, .
         ("same-output", not changed, float(changed), 0.0, n,
          f"after further queries, {changed} examples had an input with another output"),
     ]  # fmt: skip
-    gradients: CheckState = "passed" if tested.any() else "not applicable"
+    if_passed: dict[str, CheckState] = {
+        "whole-box": "passed" if torch.equal(in_box, ran) else "not measured",
+        "labels-only": "passed" if searched else "not measured",  # it breaks nothing if it was not run
+        "gradient": "passed" if tested.any() else "not applicable",
+    }
     return tuple(
         AnswerCheck(
             name,
-            _state(n, gradients if name == "gradient" else "passed", passed=passed),
+            _state(n, if_passed.get(name, "passed"), passed=passed),
             value,
             limit,
             of,

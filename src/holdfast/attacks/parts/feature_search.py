@@ -29,6 +29,8 @@ _PATIENCE = 2
 """number of rounds of all kinds of runs without a broken example after which the attack ends"""
 _HEAD_STEPS = 100
 """steps of training of a head before each of its runs, and three times as many before the first"""
+_BOTH = 2
+"""passes of an evaluation from which a gradient can be taken; the backward counts even if it does not follow"""
 
 Goal = Callable[[Logits, list[Tensor], Batch], PerExample]
 """function of the logits, the features, and the examples that a run maximises"""
@@ -54,7 +56,7 @@ class FeatureSearch:
         self._queries, self._features, self._batch, self._steps = queries, features, batch, steps
         self._rng, self._draws = rng, _DRAWS if queries.randomised else 1
         logits, clean = features.forward(queries.model, batch, batch.x.detach().requires_grad_())
-        queries.passes_left -= 1
+        queries.passes_left -= _BOTH
         self._clean = [values.detach() for values in clean]
         self._predictions = logits.detach().argmax(1)
         self._heads = [
@@ -140,7 +142,6 @@ class FeatureSearch:
             leaf = x.detach().requires_grad_()
             logits, features = self._answers(active, leaf)
             grad += input_gradient(goal(logits, features, active), leaf)
-            self._queries.passes_left -= 1
         return grad
 
     def _goal(self, run: _Run, active: Batch, number: int) -> Goal:
@@ -183,7 +184,7 @@ class FeatureSearch:
     def _answers(self, active: Batch, x: Inputs) -> tuple[Logits, list[Tensor]]:
         """Logits and features of a forward pass, which counts as a query and teaches the heads."""
         logits, features = self._features.forward(self._queries.model, active, x)
-        self._queries.passes_left -= 1
+        self._queries.passes_left -= _BOTH
         self._queries.offer(active, x, logits)
         for head, values in zip(self._heads, features, strict=True):
             head.add(values, logits)

@@ -5,6 +5,7 @@ Successive halving: Jamieson & Talwalkar, "Non-stochastic best arm identificatio
 AISTATS 2016, arXiv:1502.07943. Here the arms are attacks, and the reward is the number of examples that they break.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from holdfast.attacks.parts.methods import (
     LABELS,
     METHODS,
     Method,
+    judging,
     label_search,
     starts,
 )
@@ -25,16 +27,14 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent
 from holdfast.core.evidence import METHOD_STATES, MethodState
-from holdfast.core.logit_scale import change
+from holdfast.core.logit_scale import SAME, change
 from holdfast.core.meter import margin
-from holdfast.core.model import VOTES, Model
+from holdfast.core.model import AT_TIMES, VOTES, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Labels, PerExample, Rows
+from holdfast.core.types import Inputs, Labels, Logits, PerExample, Rows
 
 PILOT = 16
 """largest number of examples on which the methods are compared"""
-AT_TIMES = 0.05
-"""a randomised model counts as broken at a point if at most this share of its outputs is correct there"""
 COLUMNS: tuple[str, ...] = (
     *(
         f"{method.name}.{value}"
@@ -48,7 +48,6 @@ _FIRST = 64  # the first trial of a method has this part of the budget
 _KEPT = 2  # methods that are run on all examples
 _OF_LABELS = 4  # the search with labels only has this part of the budget at least
 _LOOKED = 4  # passes after which a method may find that there is nothing for it to attack
-_SAME = 1e-4  # relative difference of two outputs of a deterministic model
 
 
 @dataclass(eq=False)
@@ -76,34 +75,45 @@ class Halving:
     methods: tuple[str, ...]
     draws: int = 0
     accounts: list[Account] = field(default_factory=list)
+    clean: Logits | None = None
+    """outputs for the clean inputs"""
 
     def run(self) -> tuple[Inputs, dict[str, Tensor]]:
         """Run the search, and return the best points and the columns `COLUMNS`."""
+        zeros = torch.zeros_like(self.batch.ids)
+        self.randomised, self.clean = False, None
+        self.ration = Ration(self.model, self.batch, self.threat.constraint, exact=True)
+        self.accounts = [Account(m, "too few passes", zeros, zeros, zeros) for m in (*METHODS, LABELS)]
+        with suppress(BudgetSpent):  # of the attacked model, which may count otherwise
+            self.look()
+            self.search()
+        return self.ration.best.x, self.columns()
+
+    def look(self) -> None:
+        """Query the clean inputs twice, and find which methods are applicable."""
         batch, every = self.batch, torch.arange(len(self.batch), device=self.batch.x.device)
-        self.randomised, self.best = False, Best(batch)
-        self.ration = Ration(self.model, batch, self.threat.constraint, exact=True)
         self.ration.begin(every, min(2, self.passes))
-        state = _generators(batch.x.device)
+        generators = _generators(batch.x.device)
         with torch.no_grad():
-            self.clean = self.ration(batch.x)
-            again = self.clean if self.passes < 2 else self.ration(batch.x)
-        self.predicted: Labels = self.clean.argmax(1)
-        self.start: PerExample = margin(self.clean, batch)
+            clean = self.clean = self.ration(batch.x)
+            again = clean if self.passes < 2 else self.ration(batch.x)
+        self.predicted: Labels = clean.argmax(1)
+        self.start: PerExample = margin(clean, batch)
         # labels of a randomised model may be the same in two passes, but they change the state of the generator
-        drawn = not torch.equal(state, _generators(batch.x.device))
-        self.randomised = drawn or bool((change(self.clean, again) > _SAME).any())
+        drawn = not torch.equal(generators, _generators(batch.x.device))
+        self.randomised = drawn or bool((change(clean, again) > SAME).any())
         if self.randomised:
             self.ration.exact, self.ration.best = False, Best(batch)
-        zeros = torch.zeros_like(batch.ids)
-        self.accounts = [
-            Account(
-                m, m.state(self.threat, self.left(every), randomised=self.randomised), zeros, zeros, zeros
-            )
-            for m in (*METHODS, LABELS)
-        ]
+            self.start = torch.ones_like(self.start)  # points are compared by the share of correct outputs
+        left = self.left(every)
         for account in self.accounts:
-            if account.method.name not in self.methods:
-                account.state = "left out"
+            method = account.method
+            chosen = method.name in self.methods
+            applicable = method.state(self.threat, left, randomised=self.randomised)
+            account.state = applicable if chosen else "left out"
+
+    def search(self) -> None:
+        """Compare the applicable methods, and run the best ones, followed by the search with labels only."""
         *compared, labels = self.accounts
         applicable = [account for account in compared if account.state == "not reached"]
         reserve = self.passes // _OF_LABELS if labels.state == "not reached" else 0
@@ -115,7 +125,6 @@ class Halving:
         if labels.state == "not reached":
             rows = self.surviving()
             self.attempt(labels, rows, self.left(rows), 0)
-        return self.ration.best.x, self.columns()
 
     def surviving(self) -> Rows:
         return self.ration.best.surviving
@@ -133,10 +142,11 @@ class Halving:
         while len(accounts) > _KEPT:
             for account in accounts:
                 least = account.method.cost(account.method.least, randomised=self.randomised)
+                trial = max(passes, least + judging(randomised=self.randomised))
                 # half of the budget at most, so that the examples of the trials are attacked like the others
-                if self.left(pilot) - max(passes, least) < self.passes // 2:
+                if self.left(pilot) - trial < self.passes // 2:
                     return accounts
-                account.rank = self.attempt(account, pilot, max(passes, least), number)
+                account.rank = self.attempt(account, pilot, trial, number)
                 if account.rank[0] == len(pilot):  # the others are for the examples that it leaves
                     return self.best_of(accounts, _KEPT)
             accounts = self.best_of(accounts, (len(accounts) + 1) // 2)
@@ -156,28 +166,30 @@ class Halving:
         """Run a method on some of the examples, and return how many it broke and its progress per pass."""
         method, ration = account.method, self.ration
         least = method.cost(method.least, randomised=self.randomised)
-        judging = VOTES if self.randomised else 1
-        if not len(rows) or passes - judging < least:
+        judged = judging(randomised=self.randomised)
+        if not len(rows) or passes - judged < least:
             return 0.0, 0.0
         batch, rng = self.batch.take(rows), self.rng.at(method.name, number, len(rows))
         broken, forwards, backwards = ~(ration.best.margin > 0), ration.forwards, ration.backwards
-        ration.begin(rows, passes - judging)
+        ration.begin(rows, passes - judged)
+        ended = False
         try:
             if account.method is LABELS:
-                points = self.by_labels(batch, rows, passes - judging, rng)
+                points = self.by_labels(batch, rows, passes - judged, rng)
             else:
                 points, draws = method.points(
-                    ration, batch, self.threat, passes - judging, rng, randomised=self.randomised
+                    ration, batch, self.threat, passes - judged, rng, randomised=self.randomised
                 )
                 self.draws = max(self.draws, draws)
         except BudgetSpent:  # the points that it queried are recorded
-            points = ration.own.x[rows]
+            points, ended = ration.own.x[rows], True
         if int((ration.forwards - forwards).max()) <= _LOOKED and torch.equal(points, batch.x):
-            account.state = "nothing to attack"
+            account.state = account.state if ended else "nothing to attack"
             return 0.0, 0.0
         account.state = "run"
-        ration.allow(rows, judging)
-        self.judge(batch, points)
+        ration.allow(rows, judged)
+        with suppress(BudgetSpent):  # where the model raised an error, it is called again
+            self.judge(batch, points)
         account.forwards = account.forwards + ration.forwards - forwards
         account.backwards = account.backwards + ration.backwards - backwards
         account.broke = account.broke + (~(ration.best.margin > 0) & ~broken).long()
@@ -236,15 +248,18 @@ class Halving:
 
     def changed(self) -> Tensor:
         """Whether the clean input or the broken point of each example now has another output than before."""
-        if self.randomised or self.passes < 4:
+        if self.clean is None or self.randomised or self.passes < 4:
             return torch.zeros_like(self.batch.ids)
         ration, batch = self.ration, self.batch
         best, broken = ration.best.x.clone(), ~(ration.best.margin > 0)
         ration.allow(torch.arange(len(batch), device=batch.x.device), 2)
-        with torch.no_grad():
-            clean, found = ration(batch.x), ration(best)
+        try:
+            with torch.no_grad():
+                clean, found = ration(batch.x), ration(best)
+        except BudgetSpent:
+            return torch.zeros_like(batch.ids)
         healed = broken & (margin(found, batch) > leeway(found))
-        return ((change(self.clean, clean) > _SAME) | healed).long()
+        return ((change(self.clean, clean) > SAME) | healed).long()
 
 
 def _generators(device: torch.device) -> Tensor:

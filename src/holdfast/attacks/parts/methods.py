@@ -26,7 +26,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import MethodState
-from holdfast.core.model import Model
+from holdfast.core.model import VOTES, Model
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
@@ -42,6 +42,11 @@ _BEYOND = (2.0, 4.0)  # multiples of the best change so far, from which it start
 Run = Callable[[Model, Batch, ThreatModel, int, Draws], tuple[Inputs, int]]
 """function of a model, a batch, a threat model, the number of passes and random numbers; it returns the points that the
 method reached, and the number of draws of a gradient (0 if it does not average)"""
+
+
+def judging(*, randomised: bool) -> int:
+    """Return the number of passes with which the points that a method returned are judged."""
+    return VOTES if randomised else 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class Method:
             return "other norm"
         if randomised and self.for_random == "no":
             return "randomised"
-        return "too few passes" if passes < self.cost(self.least, randomised=randomised) else "not reached"
+        least = self.cost(self.least, randomised=randomised) + judging(randomised=randomised)
+        return "too few passes" if passes < least else "not reached"
 
     def cost(self, passes: int, *, randomised: bool) -> int:
         """Return the number of passes of the model for a number of passes of the method."""

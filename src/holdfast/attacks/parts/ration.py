@@ -69,35 +69,42 @@ class Ration:
         """Return the logits of `x`, counted as passes of `ids` (if None, all examples of the batch in order)."""
         ids = self._batch.ids if ids is None else ids
         rows = self._lookup.rows(ids)
-        forwards = self.forwards.index_add(0, rows, torch.ones_like(rows))
-        backwards = self.backwards
-        if x.requires_grad and torch.is_grad_enabled():
-            backwards = backwards.index_add(0, rows, torch.ones_like(rows))
-        if (forwards + backwards > self.limits).any():
-            raise BudgetSpent("the passes of this attack are used")
-        self.forwards, self.backwards = forwards, backwards
+        self._book(rows, backward=x.requires_grad and torch.is_grad_enabled())
         logits = self._answers(x, ids, rows)
         self._classes = logits.shape[1]
         if self.exact:
             self._record(x.detach(), logits.detach(), rows)
         return logits
 
+    def _book(self, rows: Rows, *, backward: bool = False) -> None:
+        """Count a forward and perhaps a backward pass of each row, if all of them have enough left."""
+        forwards, backwards = self.forwards.index_add(0, rows, torch.ones_like(rows)), self.backwards
+        if backward:
+            backwards = backwards.index_add(0, rows, torch.ones_like(rows))
+        if (forwards + backwards > self.limits).any():
+            raise BudgetSpent("the passes of this attack are used")
+        self.forwards, self.backwards = forwards, backwards
+
     def _answers(self, x: Inputs, ids: Ids, rows: Rows) -> Logits:
         """Logits of `x`; if the model raises an error, it is called with halves of the rows to find those that cause
-        it.
+        it. These calls are counted.
+
+        An error at the first inputs, or at clean inputs that need a gradient, does not come from inputs far from the
+        data; the latter may come from how an attack inspects the model.
         """
         try:
             return self._model(x, ids)
         except (TargetLost, TargetRefused):
             raise
         except (TargetError, RuntimeError, ValueError, ArithmeticError, LookupError) as error:
-            if (
-                out_of_memory(error) or not self._classes
-            ):  # an error at the first inputs is not one of far inputs
+            inspected = x.requires_grad and torch.equal(x, self._batch.x[rows])
+            if inspected or out_of_memory(error) or not self._classes:
                 raise
         if len(x) > 1:
             half = len(x) // 2
             parts = (slice(0, half), slice(half, None))
+            for part in parts:
+                self._book(rows[part])
             return torch.cat([self._answers(x[part], ids[part], rows[part]) for part in parts])
         self.raised[rows] += 1
         judge, sign = (self._batch.y, 1) if self._batch.target is None else (self._batch.target, -1)

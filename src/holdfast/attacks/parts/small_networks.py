@@ -64,7 +64,7 @@ class SmallNetwork:
         self._mean = like.mean()
         self._scale = like.std(unbiased=False).clamp_min(1e-6)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.key >> 1)
+            torch.default_generator.manual_seed(rng.key >> 1)  # of the CPU alone, which is restored
             net = network_for(like.shape[1:], classes)
             net(torch.zeros(1, *like.shape[1:]))  # gives the lazy layer its size
         self.net = net.to(like).requires_grad_(False)

@@ -13,7 +13,7 @@ from holdfast.attacks.costs import Passes, most_rows
 from holdfast.attacks.protocol import Itemised
 from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes
 from holdfast.core.batch import Batch, Data
-from holdfast.core.logit_scale import change
+from holdfast.core.logit_scale import SAME, change
 from holdfast.core.model import VOTES, Classifier
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
 from holdfast.doubts.probing import probes_for
@@ -218,8 +218,6 @@ def _across(plan: Plan, n: int, passes: Passes, others: Sequence[int]) -> int:
 
 _SAMPLED = 32
 """clean examples from which the clean accuracy is estimated"""
-_SAME = 1e-4
-"""largest difference of the logits of equal inputs, as a share of the largest logit, for a deterministic model"""
 
 
 @dataclass(frozen=True)
@@ -306,6 +304,6 @@ def _inspected(model: Classifier, sample: Batch, again: int) -> tuple[int, int, 
     with torch.no_grad():
         logits = model(sample.x)
         repeated = model(sample.x[:again]) if again else logits[:0]
-    randomised = bool((change(logits[:again], repeated) > _SAME).any()) if again else False
+    randomised = bool((change(logits[:again], repeated) > SAME).any()) if again else False
     class_logits = logits[:, :-1] if model.rejects else logits
     return class_logits.shape[1], int((class_logits.argmax(1) == sample.y).sum()), randomised

@@ -318,6 +318,13 @@ def _placed(places: Places | None) -> tuple[str, ...]:
     return (f"{worst}; at one random place of each, {places.surviving_at_random:,} survive",)
 
 
+_MOST_FIRST: tuple[MethodState, ...] = (
+    "run", "dropped", "nothing to attack", "not reached", "too few passes", "randomised", "other norm",
+    "needs scores", "needs gradients", "left out",
+)  # fmt: skip
+"""states of a method, those in which it did most first; the first state of any shard is shown"""
+
+
 def _search(columns: Columns) -> SearchRecord | None:
     """What the methods of an adaptive search did; None for other attacks."""
     if "raised" not in columns or not columns["ran"].any():
@@ -332,8 +339,8 @@ def _search(columns: Columns) -> SearchRecord | None:
 
     def record(name: str) -> MethodRecord:
         # a method may be run on one shard and not be reached on another
-        states = sorted({METHOD_STATES[state] for state in columns[f"{name}.state"][ran].tolist()})
-        state: MethodState = "run" if "run" in states else states[-1]
+        states = {METHOD_STATES[state] for state in columns[f"{name}.state"][ran].tolist()}
+        state = next(state for state in _MOST_FIRST if state in states)
         counts = (total(f"{name}.{value}") for value in ("broke", "forwards", "backwards"))
         return MethodRecord(name, state, *counts)
 

@@ -28,7 +28,7 @@ from holdfast.core.guard import (
     softly_rejected_as_correct,
     with_aim,
 )
-from holdfast.core.logit_scale import change
+from holdfast.core.logit_scale import SAME, change
 from holdfast.core.lookup import Lookup
 from holdfast.core.missing import WithMissing
 from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
@@ -49,8 +49,6 @@ REJECTS = (
     "together"
 )
 """Note on a model with a detector that rejects inputs."""
-
-_SAME = 1e-4  # largest difference, relative to the largest logit, of the outputs of a deterministic model
 
 
 @dataclass(frozen=True)
@@ -219,9 +217,7 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     logits = _first_logits(base, sample)
     # a model may use its random numbers rarely, for example in every tenth call
     n_calls = 1 if torch.equal(state, _generators(sample.x.device)) else VOTES
-    randomised = any(
-        bool((change(logits, _first_logits(base, sample)) > _SAME).any()) for _ in range(n_calls)
-    )
+    randomised = any(bool((change(logits, _first_logits(base, sample)) > SAME).any()) for _ in range(n_calls))
     quick, details = _attacked(model, sample, randomised=randomised)
     filling = () if base.batches is None or base.batches == EVERY else (base.batches.description,)
     if base.rewrites:

@@ -12,8 +12,8 @@ from holdfast.attacks.protocol import Itemised
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, Constraint, extent
 from holdfast.core.draws import Draws
-from holdfast.core.evidence import Columns
-from holdfast.core.logit_scale import change
+from holdfast.core.evidence import METHOD_STATES, Columns, MethodState
+from holdfast.core.logit_scale import SAME, change
 from holdfast.core.lookup import Lookup
 from holdfast.core.meter import Spent, margin
 from holdfast.core.missing import without_missing
@@ -35,7 +35,7 @@ PARTS = 3
 """the checks of an example use at most this part of the passes that the attack has"""
 _SIZES = 3  # larger values of eps
 _SHARES = {"box": 4, "labels": 4, "larger": 2 * _SIZES}  # parts of the passes of the checks
-_SAME = 1e-4  # relative difference of two outputs of a deterministic model
+_FROM_NOTHING = ("margin", "expectation", "square")  # methods that use no other example
 
 
 class AnswerChecks(AttackKind):
@@ -66,7 +66,7 @@ class AnswerChecks(AttackKind):
     def unattacked(self, stage: Stage, clean: Columns) -> Columns:
         """Return the columns of an attack, and those of the checks, for examples that were not checked."""
         columns = self.columns(clean)
-        names = ("survived", "box", "larger", "agrees", "changed")
+        names = ("survived", "searched", "box", "larger", "agrees", "changed")
         return columns | {name: torch.zeros_like(columns["queries"]) for name in names}
 
     def run(self, stage: Stage, work: Work) -> Columns:
@@ -94,7 +94,8 @@ class AnswerChecks(AttackKind):
         by_row = torch.zeros_like(batch.ids)
         columns |= {
             "survived": survived.long(),
-            "box": box.long(),
+            "searched": by_row + _was_run(spent, "run"),
+            "box": box.long() if _was_run(of_box, "run", "dropped") else by_row - 1,
             "larger": by_row.index_copy(0, survived.nonzero()[:, 0], larger),
             "agrees": agrees,
             "changed": changed.long(),
@@ -110,12 +111,16 @@ class AnswerChecks(AttackKind):
     def attacked(
         self, stage: Stage, work: Work, batch: Batch, threat: ThreatModel, rng: Draws, what: str
     ) -> tuple[Inputs, Spent]:
-        """Run the attack of the stage with a part of its passes under another threat model."""
+        """Run the attack of the stage with a part of its passes under another threat model, in the box without the
+        methods that start from other examples, since these are adversarial there.
+        """
         settings: Any = stage.attack
         passes = max(1, settings.passes // PARTS // _SHARES[what])
         methods = settings.methods
         if what == "labels":  # the search under L1 needs a stand-in
             methods = ("stand-in",) if isinstance(threat.constraint, L1) else ("labels",)
+        if what == "box":
+            methods = tuple(name for name in methods if name in _FROM_NOTHING)
         attack = replace(settings, passes=passes, methods=methods)
         return returned(attack, threat, work.target, batch, rng.at(what))
 
@@ -167,7 +172,14 @@ class AnswerChecks(AttackKind):
         logits = target.logits(batch.x)
         now = margin(target.judged_logits(logits, batch.y), batch)
         largest = logits.abs().amax().clamp_min(1e-12)
-        return (change(before, target.logits(fresh)) > _SAME) | ((now - clean).abs() > _SAME * largest)
+        return (change(before, target.logits(fresh)) > SAME) | ((now - clean).abs() > SAME * largest)
+
+
+def _was_run(spent: Spent, *states: MethodState) -> bool:
+    """Return whether a method of an adaptive search reached one of these states."""
+    wanted = {METHOD_STATES.index(state) for state in states}
+    reached = (values for name, values in spent.items.items() if name.endswith(".state"))
+    return any(bool(wanted & set(values.tolist())) for values in reached)
 
 
 def resized(threat: ThreatModel, eps: float) -> ThreatModel:

@@ -15,6 +15,7 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import TRIGGERED, Columns, in_table
 from holdfast.core.guard import Aim
+from holdfast.core.model import AT_TIMES
 from holdfast.core.names import slug
 from holdfast.core.pieces import Pieces
 from holdfast.core.threat import ThreatModel
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
 
 LEAST = 32
 """Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
-AT_TIMES = 0.05
-"""Adaptive attacks continue with a broken example if it is correct in more than this fraction of the votes."""
 TESTED = 32
 """Number of certified examples that attacks are run on, as a test of the certificates."""
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
