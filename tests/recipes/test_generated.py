@@ -150,9 +150,15 @@ def test_a_file_with_other_images_or_without_a_class_or_with_test_images_is_refu
     ):
         FileSamples.of(batch.take(batch.y != 1), batch)
     with pytest.raises(UsageError, match="1 of 26 generated examples are also test examples") as refused:
-        refuse_judged(batch, as_data(batch.x[3:4], batch.y[3:4]))
+        refuse_judged(batch, as_data(batch.x[3:4], batch.y[3:4]), batch.first(0))
     assert refused.value.remedies[0].argument == "recipe.samples"
-    refuse_judged(batch, as_data(data(50).x[40:], data(50).y[40:]))
+    others = as_data(data(50).x[40:], data(50).y[40:])
+    refuse_judged(batch, others, data(50).take(torch.arange(30, 40)))
+    with pytest.raises(UsageError, match="2 of 26 generated examples are also held-out examples"):
+        refuse_judged(batch, others, batch.first(2))
+    with pytest.raises(UsageError, match="26 of 26 generated examples are also test examples") as refused:
+        refuse_judged(batch, as_data(batch.x, batch.y), batch.first(0))
+    assert refused.value.remedies[0].argument == "recipe.samples"
     with pytest.raises(UsageError, match="is for images"):
         GeneratedData()(MODEL, Batch(batch.x.flatten(1), batch.y, batch.ids), THREAT, rng=Draws(0))
 

@@ -139,7 +139,7 @@ def harden(
         )
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
-        further = _further_digests(request, subject.model, request.excluded or test)
+        further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
         for note in request.notes:
             notify(note)
         n_assessed = len(test)
@@ -473,15 +473,15 @@ class _Job:
         )
 
 
-def _further_digests(request: HardenRequest, model: Classifier, excluded: Data) -> list[str]:
+def _further_digests(request: HardenRequest, model: Classifier, excluded: Data, held: Batch) -> list[str]:
     """Return the digests of the further examples that recipes read from files of the user. Raises `UsageError` if such
-    a file contains a test example.
+    a file contains a test example or a held-out example.
     """
     digests = []
     for recipe in (candidate.recipe for candidate in request.candidates):
         examples = recipe.further_examples(model) if isinstance(recipe, WithFurtherExamples) else None
         if examples is not None:
-            refuse_judged(examples, excluded)
+            refuse_judged(examples, excluded, held)
             digests.append(digest_of(examples))
     return digests
 

@@ -206,27 +206,21 @@ def harmless(threat: ThreatModel) -> ThreatModel:
     return replace(threat, constraint=constraint.resized(_HARMLESS * constraint.eps))
 
 
-def without_judged(data: D, test: Data, *, of: str = "training") -> tuple[D, str]:
+def without_judged(data: D, test: Data) -> tuple[D, str]:
     """Remove the test examples from the training examples. Return the remaining ones, and a note on the number of
-    duplicates, which names the examples as those `of` a kind.
+    duplicates.
 
     Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
     """
-    judged: dict[bytes, int] = {}
     if isinstance(data, Batch):
         data = replace(data, x=_of_width(data, test.read(0, 1)))
-    for begin in range(0, len(test), 1_000):
-        part = test.read(begin, min(begin + 1_000, len(test)))
-        if isinstance(data, Batch):
-            part = replace(part, x=_of_width(part, data))
-        judged |= dict(zip(part.fingerprints(), part.ids.tolist(), strict=True))
-    fresh, duplicates = _without_duplicates(data, judged)
+    fresh, duplicates = _without_test(data, test)
     if not duplicates:
         return data, ""
     pairs = ", ".join(f"{row} is test example {test_id}" for row, test_id in duplicates[:_NAMED])
     more = f" and {len(duplicates) - _NAMED:,} more" if len(duplicates) > _NAMED else ""
     note = (
-        f"{len(duplicates):,} of {len(data):,} {of} examples are also test examples: {of} example "
+        f"{len(duplicates):,} of {len(data):,} training examples are also test examples: training example "
         f"{pairs}{more}"
     )
     if not len(fresh):
@@ -234,13 +228,32 @@ def without_judged(data: D, test: Data, *, of: str = "training") -> tuple[D, str
     return fresh, f"{note}; they are not used for the training"
 
 
-def refuse_judged(examples: Batch, test: Data) -> None:
-    """Raise `UsageError` if generated examples of the user contain test examples: the new model would be trained on
-    what it is judged on.
+def _without_test(data: D, test: Data) -> tuple[D, list[tuple[int, int]]]:
+    """The examples that are no test examples, and the ids of the others with the ids of their duplicates."""
+    judged: dict[bytes, int] = {}
+    for begin in range(0, len(test), 1_000):
+        part = test.read(begin, min(begin + 1_000, len(test)))
+        if isinstance(data, Batch):
+            part = replace(part, x=_of_width(part, data))
+        judged |= dict(zip(part.fingerprints(), part.ids.tolist(), strict=True))
+    return _without_duplicates(data, judged)
+
+
+def refuse_judged(examples: Batch, test: Data, held: Batch) -> None:
+    """Raise `UsageError` if generated examples of the user contain test examples, or held-out examples, which choose
+    the checkpoint: the new model would be trained on what it is judged on.
     """
-    _, note = without_judged(examples, test, of="generated")
-    if note:
-        raise UsageError(f"{note}; remove them from the file, or train without it", Remedy("recipe.samples"))
+    found = {"test": _without_test(examples, test)[1]}
+    chosen_by = dict(zip(held.fingerprints(), held.ids.tolist(), strict=True))
+    found["held-out"] = _without_duplicates(examples, chosen_by)[1]
+    for kind, duplicates in found.items():
+        if duplicates:
+            raise UsageError(
+                f"{len(duplicates):,} of {len(examples):,} generated examples are also {kind} examples: generated "
+                f"example {duplicates[0][0]} is {kind} example {duplicates[0][1]}; remove them from the file, or train "
+                "without it",
+                Remedy("recipe.samples"),
+            )
 
 
 def _of_width(batch: Batch, other: Batch) -> Tensor:
