@@ -426,7 +426,7 @@ def with_samples(recipe):
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)))
     further = build_recipe(recipe).further_examples(model)
     if further is not None:
-        refuse_judged(further, as_data(IMAGES[:1], torch.zeros(1, dtype=torch.int64)))
+        refuse_judged(further, as_data(IMAGES[:1], torch.zeros(1, dtype=torch.int64)), further.first(0))
 
 
 def centred():
@@ -1419,6 +1419,7 @@ situation(
     of_images,
     recipe={"use": "tune", "training": {"optimizer": lambda weights: torch.optim.SGD(weights, 0.1)}},
 )
+situation("a search beside a warm-up", of_images, recipe={"use": "tune", "training": {"warmup": 0.5}})
 situation("generated test images", with_samples, recipe={"use": "generated", "samples": samples_file()})
 situation("help of a poor model", trained, model=Later(poor), recipe="hat")
 

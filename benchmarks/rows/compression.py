@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import holdfast
-from benchmarks.cpu_budget import hardened_in_cpu_time, standing
-from benchmarks.hardened import dataset, interval
+from benchmarks.hardened import dataset, hardened_in_cpu_time, interval, standing
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.estimate import Estimate
@@ -108,8 +107,8 @@ def _assessed(result: Result) -> Cells:
 def _compressed(name: str) -> Cells:
     recipe, budget = RECIPES[name]
     result = hardened_in_cpu_time(
-        DENSE, "mnist", THREAT, recipe, budget, suite="quick", n=N, seed=SEED, doubts=False, anyway=True,
-        assess_budget="1h",
+        DENSE, "mnist", threat=THREAT, recipe=recipe, budget=budget, suite="quick", n=N, seed=SEED,
+        doubts=False, anyway=True, assess_budget="1h",
     )  # fmt: skip
     found = _assessed(holdfast.assess(result.model, **_settings(), doubts=False, surrogates=[DENSE]))
     found["card"] = json.loads(json.dumps(result.card))

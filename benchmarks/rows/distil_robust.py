@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu_budget import hardened_in_cpu_time, standing
-from benchmarks.hardened import interval, percent
+from benchmarks.hardened import hardened_in_cpu_time, interval, percent, standing
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.io.models.architectures import cnn
@@ -64,9 +63,9 @@ def _trained(name: str) -> Cells:
     result = hardened_in_cpu_time(
         cnn(**STUDENT),
         "mnist",
-        THREAT,
-        RECIPES[name],
-        BUDGET,
+        threat=THREAT,
+        recipe=RECIPES[name],
+        budget=BUDGET,
         suite=SUITE,
         n=N,
         seed=SEED,

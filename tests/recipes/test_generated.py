@@ -181,4 +181,9 @@ def test_copies_are_nearer_to_training_examples_than_test_examples():
     found = copies(training.take(torch.arange(7)), test, training, Draws(0))
     assert found["median_generated"] == pytest.approx(0, abs=1e-3) and found["nearer"] == 1.0
     assert found["median_test"] > 0.5 and (found["generated"], found["test"]) == (7, 20)
-    assert copies(test, test, training, Draws(0))["nearer"] < 0.1
+    assert copies(test, test, training, Draws(0))["nearer"] <= 0.1
+
+
+def test_a_copied_image_has_a_distance_of_exactly_zero():
+    found = copies(data().first(9), data(60).take(torch.arange(30, 60)), data(), Draws(0))
+    assert found["median_generated"] == 0 and found["nearer"] == 1

@@ -150,7 +150,7 @@ def exhibition(
     images of digits.
 
     `shown` is called with each result as soon as it is known. `only` lists the names of the models to build; if it is
-    empty, the twelve of `holdfast.doubts.gallery.ITEMS` are built. The names of `DISCRETE` are accepted as well. Raises
+    empty, those of `holdfast.doubts.gallery.ITEMS` are built. The names of `DISCRETE` are accepted as well. Raises
     `UsageError` for an unknown name.
     """
     from holdfast.doubts.gallery import DISCRETE, ITEMS

@@ -69,6 +69,12 @@ class Tuning:
                 "optimiser",
                 Remedy("recipe", "pgd"),
             )
+        if self.training.warmup != Training().warmup:
+            raise UsageError(
+                f"tune searches the warm-up of eps, and recipe.training.warmup sets it to {self.training.warmup:g}; "
+                "leave it out",
+                Remedy("recipe", "pgd"),
+            )
         rest, held_out = reserved(data, rng)
         self._training(_USUAL, self.training, {}, model, rest, threat, rng)  # refuses what cannot be trained
         return self._trained(model, rest, held_out, threat, rng, after)

@@ -8,16 +8,12 @@ held-out examples, and its rate is checked on the other half.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.types import PerExample
 from holdfast.statistics.intervals import proportion
-
-PERCENTILE = 0.01
-"""share of the held-out examples that are nearer to a training example than the threshold"""
-_ROWS = 500  # samples whose distances to all training examples are in memory at once
+from holdfast.statistics.nearest import copy_threshold, nearest_example
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ def copies(samples: Tensor, training: Tensor, held_out: Tensor) -> Copies:
     """
     distance, nearest = nearest_example(samples, training)
     unseen, _ = nearest_example(held_out, training)
-    threshold = float(torch.quantile(unseen[::2].double(), PERCENTILE))
+    threshold = copy_threshold(unseen)
     return Copies(
         _share(distance < threshold), _share(unseen[1::2] < threshold), threshold, distance, nearest
     )
@@ -50,13 +46,3 @@ def copies(samples: Tensor, training: Tensor, held_out: Tensor) -> Copies:
 
 def _share(mask: Tensor) -> Estimate:
     return proportion(mask)
-
-
-def nearest_example(points: Tensor, training: Tensor) -> tuple[PerExample, Tensor]:
-    """Return the Euclidean distance of each point to its nearest training example, and the row of that example."""
-    flat, found = training.flatten(1), []
-    for rows in torch.split(points.flatten(1), _ROWS):
-        index = torch.cdist(rows, flat).argmin(1)
-        # computed again, because the errors of matrix products are as large as the distance of a copy
-        found.append((torch.linalg.vector_norm(rows - flat[index], dim=1), index))
-    return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
