@@ -272,15 +272,15 @@ def _plain(cells: Cells) -> Cells:
 
 
 def with_table(row: str, text: str) -> str:
-    """The text of a page with the newest table of a row in its place, which is empty without a record."""
+    """The text of a page with the newest table of a row in its place, or the statement that there is no record."""
     try:
         lines = as_table([_plain(cells) for cells in newest(row)["table"]])
     except Absent:
-        lines = []
+        lines = ["This is not recorded yet."]
     begin, end = f"<!-- {row}: begin -->\n", f"<!-- {row}: end -->"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    table = "".join(f"{line}\n" for line in ("", *lines, "")) if lines else ""
+    table = "".join(f"{line}\n" for line in ("", *lines, ""))
     return f"{before}{begin}{table}{end}{after}"
 
 

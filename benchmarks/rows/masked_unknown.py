@@ -4,9 +4,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks import controls
@@ -15,7 +18,7 @@ from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import HopSkipJump, Square
 from holdfast.attacks.suites import suite
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, Data
 from holdfast.core.constraints import Linf
 from holdfast.doubts.gallery import DISCRETE, EPS, Item, undefended
 from holdfast.io.data.data import open_data
@@ -144,24 +147,17 @@ def _masked(item: Item) -> Cells:
 def _honest(control: controls.Control) -> Cells:
     """The row of an honest network, which the suite `standard` attacks, and then what its doubts require."""
     x, y = images(control.data, CONTROLS)
-    result = assessed_net(
-        controls.trained(control),
-        as_data(x, y),
-        control.eps,
-        _members(control.eps),
-        doubts="all",
-        adaptive=True,
-    )
+    result, most = _adaptively(controls.trained(control), as_data(x, y), control.eps, _members(control.eps))
     left = [a.surviving_after for a in result.attacks if not a.adaptive][-1]
-    return _cells("honest", control.name, control.eps, result) | {"reference": left / len(x)}
+    return _cells("honest", control.name, control.eps, result, most) | {"reference": left / len(x)}
 
 
 def _bare(build: Callable[[Batch], nn.Module]) -> Cells:
     """The row of a model without any gradient, beside two searches with the passes of the adaptive run as queries."""
     model, data = build(_digits()), open_data("mnist-mini", n=SEARCHED)
-    adaptive = assessed_net(model, data, EPS, (FIXED,), doubts="all", adaptive=True)
-    row = _cells("without a gradient", type(model).__name__, EPS, adaptive)
-    queries = max(LEAST, round(row["passes"] / 2))
+    adaptive, most = _adaptively(model, data, EPS, (FIXED,))
+    row = _cells("without a gradient", type(model).__name__, EPS, adaptive, most)
+    queries = max(LEAST, row["passes"] // 2)
     searches = (
         Member("Square", Square(queries=queries)),
         Member("HopSkipJump", HopSkipJump(queries=queries)),
@@ -172,8 +168,21 @@ def _bare(build: Callable[[Batch], nn.Module]) -> Cells:
 
 def _attacked(kind: str, name: str, model: nn.Module, eps: float, sound: Result) -> Cells:
     data = open_data("mnist-mini", n=N)
-    adaptive = assessed_net(model, data, eps, (FIXED,), doubts="all", adaptive=True)
-    return _cells(kind, name, eps, adaptive) | {"naive": _naive(adaptive), "reference": _robust(sound)}
+    adaptive, most = _adaptively(model, data, eps, (FIXED,))
+    return _cells(kind, name, eps, adaptive, most) | {"naive": _naive(adaptive), "reference": _robust(sound)}
+
+
+def _adaptively(model: nn.Module, data: Data, eps: float, members: tuple[Member, ...]) -> tuple[Result, int]:
+    """The result of a run with doubts and adaptive attacks, and the most forward and backward passes of an example in
+    all adaptive attacks and their checks.
+    """
+    with TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        result = assessed_net(model, data, eps, members, doubts="all", adaptive=True, run=run)
+        stages = [run / f"{attack.stage}.safetensors" for attack in result.attacks if attack.adaptive]
+        read = [load_file(file) for file in (*stages, *run.glob("answer-checks-*.safetensors"))]
+    passes = sum((each["queries"] + each["backwards"] for each in read), torch.zeros(1, dtype=torch.int64))
+    return result, int(passes.max())
 
 
 def _members(eps: float) -> tuple[Member, ...]:
@@ -189,8 +198,8 @@ def _naive(result: Result) -> float:
     return result.attacks[0].surviving_after / len(result.evidence["correct"])
 
 
-def _cells(kind: str, name: str, eps: float, result: Result) -> Cells:
-    """The cells that all rows have, of a run with doubts and adaptive attacks."""
+def _cells(kind: str, name: str, eps: float, result: Result, passes: int) -> Cells:
+    """The cells that all rows have, of a run with doubts and adaptive attacks, and its most passes of an example."""
     ran = [attack for attack in result.attacks if attack.adaptive]
     names: dict[str, list[str]] = {state: [] for state in ("raised", "answered")}
     for doubt in result.doubts:
@@ -208,7 +217,6 @@ def _cells(kind: str, name: str, eps: float, result: Result) -> Cells:
         "raised": ", ".join((*names["raised"], *names["answered"])),
         "raised after": ", ".join(names["raised"]),
         "attacks": ", ".join(f"{a.name} {a.surviving_before} → {a.surviving_after}" for a in ran),
-        # of an example that survives to the end: the attacks run on the examples that are left
-        "passes": sum((a.cost.forwards + a.cost.backwards) / max(a.surviving_before, 1) for a in ran),
+        "passes": passes,
         "CPU s": sum(a.cost.cpu_s for a in ran),
     }

@@ -232,6 +232,7 @@ def test_a_model_that_raises_far_from_the_data_is_attacked_near_them():
     result = assess(masked(Fragile()), data(), searching())
     doubts = {doubt.name: doubt for doubt in result.doubts}
     assert "raised an error" in doubts["whole-box"].message
+    assert "ValueError: out of range" in doubts["whole-box"].message
     assert doubts["whole-box"].state == "not measured"
     assert {check.name for check in result.evidence.answer_checks} >= {"whole-box"}
 

@@ -33,7 +33,9 @@ ITEMS: tuple[Item, ...] = (
 DISCRETE: tuple[Item, ...] = (*decisions.ITEMS, *codebooks.ITEMS, *precisions.ITEMS, *memories.ITEMS)
 """Further masked models: each decides, quantises or looks up, in part without a derivative.
 
-They were built before the attacks that are measured on them, and are not marked with replacements of a gradient.
+They were committed shortly before the attacks `StandIn` and `FeatureTransfer`, without knowledge of them, but after the
+first version of the search that divides the budget; nobody who wrote the attacks looked at the models. They are not
+marked with replacements of a gradient.
 """
 
 __all__ = ["DISCRETE", "EPS", "ITEMS", "Item", "undefended"]

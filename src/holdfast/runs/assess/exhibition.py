@@ -4,6 +4,7 @@ records which doubts are raised.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -99,10 +100,12 @@ def assessed_net(
     seed: int = 0,
     doubts: DoubtsWanted = "none",
     adaptive: bool = False,
+    run: Path | None = None,
 ) -> Result:
     """Return the assessment of a network with the attacks `members`, within an Linf ball of radius `eps`.
 
-    With `adaptive`, the adaptive attacks that the raised doubts call for are run as well.
+    With `adaptive`, the adaptive attacks that the raised doubts call for are run as well. `run` is a folder in which
+    the run is stored.
     """
     plan = Plan(
         members,
@@ -112,4 +115,4 @@ def assessed_net(
         doubts=doubts,
         adaptive=adaptive_members(Linf(eps)) if adaptive else (),
     )
-    return assess(Subject(Classifier(net), digest(canonical([]))), data, AssessRequest(plan))
+    return assess(Subject(Classifier(net), digest(canonical([]))), data, AssessRequest(plan), run=run)

@@ -10,7 +10,7 @@ from holdfast.attacks.costs import Passes
 from holdfast.attacks.parts.sampling import sample_rows
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, TargetLost, TargetRefused
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.lookup import Lookup
 from holdfast.core.missing import without_missing
@@ -114,7 +114,7 @@ def run_probes(
         findings = _unfinished(findings, missed) if suite else findings
         return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
     allotment = _allotment(measurement, columns, by_stage)
-    raising = set[str]()
+    raising = dict[str, str]()
     probed = dict(_probed(measurement, counting_model, columns, stopwatch, allotment, raising))
     counted_probes = tuple(
         (p.name, len(probed[p.name].rows))
@@ -132,16 +132,14 @@ def run_probes(
     return ProbeResults(_as_allotted(findings, allotment), cost, counted_probes, adversarial)
 
 
-def _without_raising(findings: Findings, raising: set[str]) -> Findings:
+def _without_raising(findings: Findings, raising: Mapping[str, str]) -> Findings:
     """The findings with the reason for doubts that were not measured because the model raised an error."""
 
     def updated(doubt: Doubt) -> Doubt:
-        probes = {probe.name for probe in doubt_test(doubt.name).probes}
-        if doubt.state != "not measured" or not probes & raising:
+        errors = [raising[probe.name] for probe in doubt_test(doubt.name).probes if probe.name in raising]
+        if doubt.state != "not measured" or not errors:
             return doubt
-        return replace(
-            doubt, message="the model raised an error for an input of its probe, far from the data"
-        )
+        return replace(doubt, message=f"the model raised an error for an input of its probe: {errors[0]}")
 
     return replace(findings, doubts=tuple(map(updated, findings.doubts)))
 
@@ -261,10 +259,10 @@ def _probed(
     columns: Columns,
     stopwatch: Stopwatch,
     allotment: Allotment | None,
-    raising: set[str],
+    raising: dict[str, str],
 ) -> Iterator[tuple[str, Probed]]:
-    """Results of the probes. A probe with inputs outside the threat model for which the model raises an error is left
-    out, and its name is added to `raising`.
+    """Results of the probes. A probe with inputs outside the threat model for which the model's own code raises an
+    error is left out, and the error is added to `raising` under its name.
     """
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
     within, probes = probing_threat(plan.threat, columns), _probes(measurement, columns)
@@ -297,9 +295,10 @@ def _probed(
         try:
             result = Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
         except TargetError as error:
-            if probe.breaks or isinstance(error, (TargetLost, TargetRefused)):
-                raise
-            raising.add(probe.name)
+            own = isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, HoldfastError)
+            if probe.breaks or not own or isinstance(error, (TargetLost, TargetRefused)):
+                raise  # only an error of the model's own code may come from the inputs of the probe
+            raising[probe.name] = f"{type(error.__cause__).__name__}: {error.__cause__}"
             continue
         yield probe.name, result
         stopwatch.tick()
