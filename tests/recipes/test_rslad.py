@@ -102,7 +102,7 @@ def test_the_teacher_is_part_of_the_identity_of_the_run(teacher, tmp_path):
         ("net.py:make,classes=4", "the teacher net.py:make has 4 classes, but the model has 3"),
         ("net.py:make,high=255", "the teacher net.py:make takes inputs from 0 to 255, the model from 0 to 1"),
         ("net.py:make,features=27", r"fails on inputs of shape \(3, 2, 2\)"),
-        ("http://localhost:1/predict", "the teacher .* is behind a server"),
+        ("http://localhost:1/predict", "the teacher .* is behind a server, and its answers are needed"),
         (",arch=net.py:make", "the teacher .* has no address"),
         ("net.py:make,classes=3,classes=4", "the teacher .* contains classes twice"),
     ],
