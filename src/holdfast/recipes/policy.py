@@ -105,7 +105,7 @@ class _Play:
     def __init__(self, recipe: PolicyTraining, policy: Policy, passes: Tensor) -> None:
         self._recipe, self._policy, self._passes = recipe, policy, passes
         self._last: tuple[Played, Turn] | None = None
-        self._logits: Logits = passes[None, None]
+        self._logits: Logits | None = None
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch."""
@@ -135,6 +135,7 @@ class _Play:
         if is_due(turn):
             ahead, forwards = after_update(learner.with_current_eps, played.batch, turn.rng.at("ahead"))
             self._passes += forwards
+            assert self._logits is not None
             rewards = played.gain(self._logits, self._recipe.price) + ahead
             self._policy.learn(played, rewards, self._recipe.entropy)
 
