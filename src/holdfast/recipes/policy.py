@@ -11,7 +11,7 @@ and the learning rate follows one cycle. The description of the paper was implem
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class PolicyTraining:
     """number of forward passes for each training example after which the training ends, in place of epochs, so that
     strategies are compared at equal passes; 0 for no limit"""
     training: Training = field(default_factory=Training)
+
+    keeps_state: ClassVar[bool] = True
 
     def __call__(
         self,

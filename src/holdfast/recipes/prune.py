@@ -51,6 +51,8 @@ class Prune:
 
     control: ClassVar[str] = ""
 
+    keeps_state: ClassVar[bool] = True
+
     def __call__(
         self,
         model: Classifier,
