@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.api.hardening import _candidate
 from holdfast.api.verb_settings import Harden
 from holdfast.attacks import PGD
 from holdfast.cli.assess import refuse_functions_of_config
@@ -132,3 +133,8 @@ def test_the_code_of_a_teacher_in_a_configuration_must_be_repeated():
     ):
         refuse_functions_of_config(settings, ())
     refuse_functions_of_config(settings, ("recipe.teacher=t.safetensors,arch=net.py:make",))
+
+
+def test_an_opened_teacher_is_refused_in_a_run_because_its_digest_is_unknown():
+    with pytest.raises(UsageError, match="give its file instead"):
+        _candidate("rslad", RSLAD(opened=Classifier(nn.Flatten())))
