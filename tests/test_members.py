@@ -101,6 +101,16 @@ def test_a_fitted_weight_keeps_the_requested_share_of_attacked_inputs():
     assert 0.88 < float(share) < 0.92
     with pytest.raises(UsageError, match="0 clean ones wrongly"):
         fitted(10 * nn.functional.one_hot(y, 10).double(), attacked.double(), y)
+    same = torch.zeros(4, 10)
+    with pytest.raises(UsageError, match="no transformation"):
+        fitted(same, same, torch.tensor([0, 0, 1, 1]))
+
+
+def test_a_mix_needs_three_classes():
+    mix = Mixture(nn.Flatten(), nn.Flatten())
+    with pytest.raises(TargetError, match="expected at least 3"):
+        mix(torch.rand(5, 2))
+    assert mix(torch.rand(5, 3)).shape == (5, 3)
 
 
 def test_each_member_is_attacked_and_has_its_accuracy():

@@ -49,6 +49,29 @@ def source(tmp_path_factory):
     return f"{path}:make"
 
 
+class Tied(nn.Module):
+    """A network that uses one layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(36, 36)
+        self.last = nn.Linear(36, 3)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x.flatten(1)).relu()))
+
+
+def test_a_layer_with_two_names_stays_pruned_when_weights_are_loaded():
+    net = Tied()
+    recipe = Prune(sparsity=0.5, steps=1, training=replace(SHORT, epochs=1, averaging="ema"))
+    *_, last = recipe(Classifier(net), images(), THREAT, rng=Draws(0))
+    tensors = {name.removeprefix(WEIGHTS): t for name, t in last.tensors.items() if name.startswith(WEIGHTS)}
+    new = Classifier(Tied())
+    new.load_state_dict(tensors)
+    zeros = sum(int((layer.weight == 0).sum()) for layer in (new.net.first, new.net.last))
+    assert zeros == round(0.5 * (36 * 36 + 3 * 36))
+
+
 @pytest.fixture(scope="module")
 def dense(source):
     """A network that is right about all examples."""

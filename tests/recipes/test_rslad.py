@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.api.hardening import _candidate
 from holdfast.api.verb_settings import Harden
 from holdfast.attacks import PGD
 from holdfast.cli.assess import refuse_functions_of_config
@@ -102,7 +103,7 @@ def test_the_teacher_is_part_of_the_identity_of_the_run(teacher, tmp_path):
         ("net.py:make,classes=4", "the teacher net.py:make has 4 classes, but the model has 3"),
         ("net.py:make,high=255", "the teacher net.py:make takes inputs from 0 to 255, the model from 0 to 1"),
         ("net.py:make,features=27", r"fails on inputs of shape \(3, 2, 2\)"),
-        ("http://localhost:1/predict", "the teacher .* is behind a server"),
+        ("http://localhost:1/predict", "the teacher .* is behind a server, and its answers are needed"),
         (",arch=net.py:make", "the teacher .* has no address"),
         ("net.py:make,classes=3,classes=4", "the teacher .* contains classes twice"),
     ],
@@ -132,3 +133,8 @@ def test_the_code_of_a_teacher_in_a_configuration_must_be_repeated():
     ):
         refuse_functions_of_config(settings, ())
     refuse_functions_of_config(settings, ("recipe.teacher=t.safetensors,arch=net.py:make",))
+
+
+def test_an_opened_teacher_is_refused_in_a_run_because_its_digest_is_unknown():
+    with pytest.raises(UsageError, match="give its file instead"):
+        _candidate("rslad", RSLAD(opened=Classifier(nn.Flatten())))

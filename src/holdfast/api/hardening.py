@@ -403,6 +403,11 @@ def _teacher(
 def _candidate(name: str, recipe: Recipe) -> Candidate:
     """Return a candidate for a recipe given as an object, with validated settings."""
     refuse_settings(recipe, type(recipe).__name__)
+    if isinstance(recipe, WithTeacher) and not recipe.teacher and getattr(recipe, "opened", None) is not None:
+        raise UsageError(
+            f"{type(recipe).__name__} has an opened teacher, which a stored run cannot name; give its file instead, as "
+            "in teacher='robust.safetensors,arch=net.py:make'"
+        )
     return Candidate(name, recipe, settings_of(recipe))
 
 

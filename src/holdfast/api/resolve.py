@@ -365,15 +365,21 @@ def refuse_other_classes(subject: Subject, classes: int, x: Inputs, role: str) -
         )
 
 
+_NEEDS_WEIGHTS = {
+    "surrogate": "transfer examples are computed from gradients",
+    "teacher": "its answers are needed in every update of the training",
+    "features": "the outputs of its layers are needed",
+}
+"""why another model cannot be behind a server, by its role"""
+
+
 def subject_at(
     spec: SurrogateSettings, settings: Opening, *, trust_code: bool, role: str = "surrogate"
 ) -> Subject:
     """Open a surrogate or another model that is needed beside the model under test, at an address."""
     if spec.model.partition(":")[0] in SCHEMES:
-        needed = "transfer examples are" if role == "surrogate" else "attacks on it are"
-        raise UsageError(
-            f"the {role} {spec.model} is behind a server, and {needed} computed from gradients; give its weights"
-        )
+        reason = _NEEDS_WEIGHTS.get(role, "attacks on it are computed from gradients")
+        raise UsageError(f"the {role} {spec.model} is behind a server, and {reason}; give its weights")
     opened = open_model(
         spec.model,
         arch=spec.arch,

@@ -14,7 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.models.cards import trained_by
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.recipe import WithNetwork
+from holdfast.recipes.training.recipe import WithNetwork, WithOwnState, WithTeacher
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
@@ -121,6 +121,12 @@ def _candidate(settings: RotateSettings) -> Candidate:
         raise UsageError(
             f"the recipe {spec['use']} returns another network than the given one, and the sets of a pool have one "
             "network",
+            Remedy("recipe", "standard"),
+        )
+    if isinstance(recipe, WithOwnState | WithTeacher):
+        raise UsageError(
+            f"the recipe {spec['use']} needs another network, further examples or values of its own besides the "
+            "weights, and the sets of a pool are trained from weights and examples alone",
             Remedy("recipe", "standard"),
         )
     budget, epochs = settings.budget, settings.recipe.get("training", {}).get("epochs")

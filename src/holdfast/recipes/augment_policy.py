@@ -9,7 +9,7 @@ training of the network, as a bandit over single augmentations, and its reward i
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class AugmentPolicy:
     label_smoothing: Fraction = 0.0
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
+
+    keeps_state: ClassVar[bool] = True
 
     def __call__(
         self,

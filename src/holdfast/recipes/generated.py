@@ -11,7 +11,7 @@ replaces a real image of its class, so that the classes keep their shares, and a
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class GeneratedData:
     clean: NonNegative = 0.25
     """weight of the loss of pgd on clean inputs, relative to that on attacked ones"""
     training: Training = field(default_factory=Training)
+
+    keeps_state: ClassVar[bool] = True
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ are drawn with equal probability, half of them from the past. The policies are t
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class LeagueTraining:
     entropy: NonNegative = 0.01
     """weight of the entropy of the strategies, which is added to the mean reward"""
     training: Training = field(default_factory=Training)
+
+    keeps_state: ClassVar[bool] = True
 
     def __call__(
         self,

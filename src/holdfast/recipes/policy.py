@@ -11,7 +11,7 @@ and the learning rate follows one cycle. The description of the paper was implem
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class PolicyTraining:
     strategies are compared at equal passes; 0 for no limit"""
     training: Training = field(default_factory=Training)
 
+    keeps_state: ClassVar[bool] = True
+
     def __call__(
         self,
         model: Classifier,
@@ -105,7 +107,7 @@ class _Play:
     def __init__(self, recipe: PolicyTraining, policy: Policy, passes: Tensor) -> None:
         self._recipe, self._policy, self._passes = recipe, policy, passes
         self._last: tuple[Played, Turn] | None = None
-        self._logits: Logits = passes[None, None]
+        self._logits: Logits | None = None
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch."""
@@ -135,6 +137,7 @@ class _Play:
         if is_due(turn):
             ahead, forwards = after_update(learner.with_current_eps, played.batch, turn.rng.at("ahead"))
             self._passes += forwards
+            assert self._logits is not None
             rewards = played.gain(self._logits, self._recipe.price) + ahead
             self._policy.learn(played, rewards, self._recipe.entropy)
 

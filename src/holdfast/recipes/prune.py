@@ -51,6 +51,8 @@ class Prune:
 
     control: ClassVar[str] = ""
 
+    keeps_state: ClassVar[bool] = True
+
     def __call__(
         self,
         model: Classifier,
@@ -61,6 +63,13 @@ class Prune:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         weights = prunable(model)
+        # a state dict has a tensor for each name of a shared weight, and the last one is loaded
+        names = {id(weight): name for name, weight in weights.items()}
+        aliases = {
+            alias: names[id(weight)]
+            for alias, weight in model.named_parameters(remove_duplicate=False)
+            if id(weight) in names
+        }
         state = {_MASK + name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         state[_DONE] = torch.zeros((), dtype=torch.float64, device=data.ids.device)
         checkpoints = trained(
@@ -82,7 +91,7 @@ class Prune:
             """The weights of a checkpoint, pruned as far as in the new model."""
             kept = {name: checkpoint.tensors[STATE + _MASK + name].clone() for name in weights}
             prune(kept, tensors, self.sparsity)
-            return tensors | {name: tensors[name] * mask for name, mask in kept.items()}
+            return tensors | {alias: tensors[alias] * kept[name] for alias, name in aliases.items()}
 
         return compressed(checkpoints, finished)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -53,6 +53,8 @@ class Tuning:
     label_smoothing: Fraction = 0.0
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
+
+    keeps_state: ClassVar[bool] = True
 
     def __call__(
         self,

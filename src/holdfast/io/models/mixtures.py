@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.types import Inputs, Labels, Logits
 from holdfast.io.models.ensembles import outputs_of
 
@@ -64,6 +64,11 @@ class Mixture(nn.Module):
     def forward(self, x: Inputs) -> Tensor:
         """Return the logarithms of the mixed probabilities (n, classes)."""
         accurate, robust = outputs_of(self.members, x, names=self.names)
+        if robust.shape[1] < 3:
+            raise TargetError(
+                f"the members of the mix have {robust.shape[1]} classes; expected at least 3, because the layer norm "
+                "of two logits contains no confidence; give an ensemble of both networks"
+            )
         robust = transformed(robust, self.scale, self.power, self.shift)
         return torch.logaddexp(
             accurate.log_softmax(1) + math.log1p(-self.weight), robust.log_softmax(1) + math.log(self.weight)
@@ -106,6 +111,11 @@ def fitted(clean: Logits, attacked: Logits, y: Labels, *, kept: float = 0.985) -
         if 0 < threshold < 1 and overruled < best:
             best = overruled
             parameters = {"weight": 1 / (1 + threshold), "scale": scale, "power": power, "shift": shift}
+    if not parameters:
+        raise UsageError(
+            "no transformation of the robust network's logits has a margin between 0 and 1 on attacked inputs; give "
+            "more attacked inputs, or a robust network with other logits"
+        )
     return parameters
 
 

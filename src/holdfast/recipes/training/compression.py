@@ -90,6 +90,7 @@ def _robust(attacked: Classifier, judged: Classifier, finished: Finished, *, nai
     rng = finished.rng.at("compression")
     # a transferred attack continues after it has broken the attacked network
     attack = replace(margin_pgd(), drop=attacked is judged)
+    modes = [(module, module.training) for net in (attacked, judged) for module in net.modules()]
     attacked.eval()
     judged.eval()
 
@@ -100,4 +101,6 @@ def _robust(attacked: Classifier, judged: Classifier, finished: Finished, *, nai
 
     with naive_gradients(attacked.net) if naive else nullcontext(), drawing(rng, finished.test.x.device):
         parts = results_in_pieces(finished.test, right)
+    for module, mode in modes:
+        module.training = mode
     return torch.cat(parts)

@@ -5,7 +5,7 @@ it is called.
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -109,6 +109,15 @@ class WithTeacher(Protocol):
 def goal_of(recipe: Recipe) -> Goal:
     """Return the goal of a recipe, which is a higher robust accuracy if the recipe declares no other."""
     return recipe.goal if isinstance(recipe, WithGoal) else Goal()
+
+
+@runtime_checkable
+class WithOwnState(Protocol):
+    """Protocol of a recipe whose weights are only of use with other tensors of its checkpoints or with further
+    examples. `rotate` refuses it, because the sets of a pool contain weights only.
+    """
+
+    keeps_state: ClassVar[bool]
 
 
 @runtime_checkable
