@@ -63,7 +63,8 @@ def guided(digits: Batch, twin: nn.Module) -> nn.Module:
     """
 
     def logit_difference(denoiser: nn.Module, batch: Batch) -> Tensor:
-        return (twin(denoiser(attacked(twin, batch))) - twin(batch.x)).abs().mean()
+        difference: Tensor = twin(denoiser(attacked(twin, batch))) - twin(batch.x)
+        return difference.abs().mean()
 
     denoiser = trained_on_digits(Denoiser, digits, logit_difference, epochs=EPOCHS)
     model: nn.Module = through(Oblivious(denoiser, twin), nn.Sequential(denoiser, twin))
