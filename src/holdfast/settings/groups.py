@@ -423,7 +423,7 @@ class SuiteSettings(SettingGroup):
     )
     adaptive_budget: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
-        description="Most queries and gradients of the adaptive attacks for each example (default: 20000).",
+        description="Queries and gradients that adaptive attacks share for each example (default: 20000).",
     )
     save_adversarial: Annotated[bool, Flag()] = Field(
         default=False, description="Store all adversarial examples in the run folder."
