@@ -127,6 +127,7 @@ class Halving:
             self.attempt(labels, rows, self.left(rows), 0)
 
     def surviving(self) -> Rows:
+        """Rows of the examples that no point has broken so far."""
         return self.ration.best.surviving
 
     def left(self, rows: Rows) -> int:
@@ -196,6 +197,7 @@ class Halving:
         return self.progress(rows, passes)
 
     def by_labels(self, batch: Batch, rows: Rows, passes: int, rng: Draws) -> Inputs:
+        """Run the search with labels only on some rows, from what the other methods reached and from other examples."""
         best = self.ration.best.x[rows]
         points = starts(batch, best, self.batch.x, self.predicted, self.threat)
         model: Model = Averaged(self.ration, DRAWS) if self.randomised else self.ration
@@ -227,6 +229,7 @@ class Halving:
         return float((~(own > 0)).sum()), float(torch.maximum(covered, near).mean()) / passes
 
     def columns(self) -> dict[str, Tensor]:
+        """Return the columns `COLUMNS`."""
         zeros = torch.zeros_like(self.batch.ids)
         columns = dict[str, Tensor]()
         for account in self.accounts:
