@@ -49,8 +49,7 @@ class Int8Layer(nn.Module):
         if trained:
             self.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
         else:
-            # no parameter, because integers have no gradient
-            self.register_buffer("weight", torch.zeros_like(weight, dtype=torch.int8))
+            self.weight = nn.Parameter(torch.zeros_like(weight, dtype=torch.int8), requires_grad=False)
             self.register_buffer("scale", weight.new_ones(len(weight), *[1] * (weight.dim() - 1)))
         self.register_buffer("step", weight.new_ones(()))
         self.register_buffer("lowest", weight.new_zeros(()))
