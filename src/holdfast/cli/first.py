@@ -108,7 +108,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
 def demo(voice: Voice, place: Path | None, *, gallery: bool) -> int:
     """Assess a bundled model on real images, with one gate that passes and one that fails, explained in a report.
 
-    With --gallery, build thirteen models with masked gradients (four to ten minutes), and show for each the robust
+    With --gallery, build thirteen models with masked gradients (ten minutes or more), and show for each the robust
     accuracy under PGD, the robust accuracy under an adaptive attack, and the raised doubts. Further models, which
     decide, quantise or look up, are measured in Python (`holdfast.api.verbs.exhibition`). Exit code 0 if it completes,
     whether or not gates pass.
