@@ -34,7 +34,7 @@ DISCRETE: tuple[Item, ...] = (*decisions.ITEMS, *codebooks.ITEMS, *precisions.IT
 """Further masked models: each decides, quantises or looks up, in part without a derivative.
 
 They were committed shortly before the attacks `StandIn` and `FeatureTransfer`, without knowledge of them, but after the
-first version of the search that divides the budget; nobody who wrote the attacks looked at the models. They are not
+first version of the search that divides the budget; the attacks were not developed on them. They are not
 marked with replacements of a gradient.
 """
 
