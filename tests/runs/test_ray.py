@@ -113,6 +113,33 @@ def test_a_split_in_a_worker_is_recorded(cluster, tmp_path):
     assert 0 < split["size"] < 15
 
 
+class Unfetched(torch.nn.Module):
+    """A model that a worker cannot fetch at first."""
+
+    def __init__(self, net, flag):
+        super().__init__()
+        self.net, self.flag, self.here = net, flag, os.getpid()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if os.getpid() != self.here and not self.flag.exists():
+            self.flag.touch()
+            raise ray.exceptions.OwnerDiedError("ab" * 28, b"", "")
+
+
+@pytest.mark.slow
+def test_a_setup_that_a_worker_cannot_fetch_is_stored_again(cluster, tmp_path):
+    run, one = tmp_path / "run", replace(on_ray(), ray=None, workers=None)
+    net = Unfetched(network(), tmp_path / "tried")
+    assess(subject(net), data(), on_ray(), run=run)
+    assess(subject(net), data(), one, run=tmp_path / "alone")
+    assert settled(run) == settled(tmp_path / "alone")
+    assert repeated(run) >= 1  # once in each worker that tried before the flag was there
+
+
 def raising():
     """Raise an exception."""
     raise ValueError("no")

@@ -157,6 +157,10 @@ class Shipment:
                     imported_from(Path(path), content, name)
             try:  # sent by the process of the run
                 model: Sendable = pickle.loads(self.content.pop())  # noqa: S301
+            except (
+                ModuleNotFoundError
+            ):  # the advice differs between the processes of this machine and those of Ray
+                raise
             except (AttributeError, ImportError) as error:  # a name of a script, which a worker does not run
                 raise unshared(error) from error
             yield stack.enter_context(model.opened())

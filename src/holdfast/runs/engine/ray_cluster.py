@@ -25,9 +25,9 @@ NODES = "nodes"
 """Kind of the document with the properties of nodes that differ from the process of the run."""
 _FETCH_S = 600
 """Seconds in which a finished result must arrive from its node."""
-Failure = Literal["memory", "lost", "full", "cancelled", "error"]
-"""Reason why a task has no result: its worker was killed for memory, its worker or node is lost, the object store is
-full, it was cancelled, or it raised an exception."""
+Failure = Literal["memory", "lost", "unfetched", "full", "cancelled", "error"]
+"""Reason why a task has no result: its worker was killed for memory, its worker or node is lost, the task could not
+fetch an object of this process, the object store is full, it was cancelled, or it raised an exception."""
 CONNECT_S = 10
 """Seconds in which an address must answer."""
 _TRY_S = 2
@@ -170,6 +170,8 @@ class Cluster:
             except errors.RayError as error:
                 if not self.ray.is_initialized():
                     raise
+                if isinstance(error, errors.RayTaskError) and isinstance(error, errors.ObjectLostError):
+                    return "unfetched"
                 return next(failure for failure, kinds in failures.items() if isinstance(error, kinds))
         return content
 

@@ -221,6 +221,8 @@ class RayTasks:
                 f"a worker ended {place} with an error; look for it in the logs of Ray on the node, and whether "
                 "Holdfast is installed on all nodes"
             )
+        if failure == "unfetched":  # a node that takes this process for ended never fetches the same object
+            self._reference = self.cluster.put(self.setup)
         self._lost[stage, shard] += 1
         if self._lost[stage, shard] >= DEATHS:
             raise TargetError(

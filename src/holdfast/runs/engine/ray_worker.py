@@ -56,6 +56,12 @@ def fetched(reference: Any) -> Any:
     return ray.get(reference)
 
 
+def _object_lost(error: Exception) -> bool:
+    import ray
+
+    return isinstance(error, ray.exceptions.ObjectLostError)
+
+
 CURRENT = Opened()
 """The model that this worker process has open."""
 atexit.register(CURRENT.close)
@@ -95,7 +101,9 @@ def measured(
             Remedy("ship", (f"{module}.py",), function="Ray", repeated=True),
         )
         return b"E" + header(**failure_to_json(missing))
-    except Exception:  # noqa: BLE001 - the process of the run raises it
+    except Exception as error:
+        if _object_lost(error):  # the process of the run stores the setup again
+            raise
         message = f"a worker failed:\n{traceback.format_exc()}"
         return b"E" + header(**failure_to_json(HoldfastError(message)))
     content = {name: values.cpu().contiguous().clone() for name, values in columns.items()}

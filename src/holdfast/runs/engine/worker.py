@@ -9,6 +9,7 @@ import pickle
 import queue
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -65,7 +66,11 @@ def _serve(driver: _Driver, pipe: IO[bytes], send: Send) -> None:
         raise unshared(error) from error
     if setup is None:
         return
-    with setup() as measure:
+    with ExitStack() as stack:
+        try:
+            measure = stack.enter_context(setup())
+        except ModuleNotFoundError as error:  # a module of a script, which a worker does not run
+            raise unshared(error) from error
         send(b"R", {})
         while (message := driver.next()) is not None:
             driver.busy = True
