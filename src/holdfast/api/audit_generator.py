@@ -20,6 +20,7 @@ from holdfast.attacks.parts.small_networks import network_for
 from holdfast.audits.audit import AuditRequest
 from holdfast.audits.finding import Finding
 from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, refuse_incomparable
+from holdfast.audits.generator.parts import Part
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -31,7 +32,7 @@ from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import layout_of_images
 from holdfast.io.models.factories import names_code
-from holdfast.io.models.generators import open_generator
+from holdfast.io.models.generators import OpenedGenerator, open_generator
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.rotation.collecting import last_of, rows_of
@@ -48,6 +49,7 @@ class _Source:
     digest: str
     draw: Callable[[], Tensor]
     notes: tuple[str, ...]
+    generator: OpenedGenerator | None = None
 
 
 def prepared_generator(
@@ -78,6 +80,9 @@ def prepared_generator(
         source.draw,
         extractor,
         device,
+        rng.at("parts"),
+        source.generator,
+        parts_of(settings),
     )
     refuse_incomparable(how)
     about: dict[str, Any] = {"name": training.name, "digest": training.digest, "n": len(training)}
@@ -95,6 +100,11 @@ def prepared_generator(
         source.notes,
     )
     return request, lambda run: generator_finding(run, how)
+
+
+def parts_of(settings: AuditGenerator) -> tuple[Part, ...]:
+    """Return the parts of the audit beside quality and copies."""
+    return ()
 
 
 def _opened(settings: AuditGenerator, source: DataSource, network: Classifier | None) -> Data:
@@ -135,7 +145,7 @@ def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
         return _Source(samples.name, samples.digest, lambda: stored.x, ())
     generator = open_generator(given)
     draw = partial(generator.samples, settings.samples, settings.seed)
-    return _Source(generator.name, generator.digest, draw, generator.notes(settings.seed))
+    return _Source(generator.name, generator.digest, draw, generator.notes(settings.seed), generator)
 
 
 def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Classifier:

@@ -1,7 +1,10 @@
-"""The steps of the audit of a generator: its samples, their features, their quality, and copies among them."""
+"""The steps of the audit of a generator: its samples, their features, their quality, copies among them, and what each
+part of the audit (`parts.py`) measures.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,12 +12,15 @@ from torch import Tensor
 from holdfast.audits.features import penultimate
 from holdfast.audits.finding import Finding
 from holdfast.audits.generator.copies import copies
+from holdfast.audits.generator.parts import Context, Part, PartFinding
 from holdfast.audits.generator.quality import label_entropy, quality
-from holdfast.audits.generator.report import Measured, finding_of
+from holdfast.audits.generator.report import Measured, finding_of, joined
 from holdfast.core.batch import Batch, fingerprints_of
+from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.io.models.generators import OpenedGenerator
 from holdfast.runs.engine.run import Run
 
 SAMPLES, FEATURES = "samples", "features"
@@ -37,11 +43,16 @@ class GeneratorAudit:
     extractor: Callable[[], Classifier]
     """function that returns the network whose features are compared, on `device`"""
     device: torch.device
+    rng: Draws
+    generator: OpenedGenerator | None = None
+    """None for a file of samples"""
+    parts: tuple[Part, ...] = ()
+    """further parts of the audit, whether they apply or not"""
 
     @property
     def steps(self) -> tuple[str, ...]:
         """Names of the stages in their order."""
-        return (SAMPLES, FEATURES)
+        return (SAMPLES, FEATURES, *(part.name for part in self.parts))
 
 
 def refuse_incomparable(how: GeneratorAudit) -> None:
@@ -82,7 +93,23 @@ def generator_finding(run: Run, how: GeneratorAudit) -> Finding:
         classes = torch.full((len(samples),), logits.shape[1])
         return {"id": torch.arange(len(samples)), **columns, "classes": classes}
 
-    return _concluded(how, samples, run.stage(FEATURES, features).columns)
+    quality_found = _concluded(how, samples, run.stage(FEATURES, features).columns)
+    found, lacking = list[tuple[str, PartFinding]](), list[tuple[str, str]]()
+    for part in how.parts:
+        context = Context(
+            samples, how.training, how.held_out, how.generator, how.device, how.rng.at(part.name)
+        )
+        if missing := part.missing(context):
+            run.stage(part.name, _nothing)
+            lacking.append((part.title, missing))
+            continue
+        columns = run.stage(part.name, partial(part.measure, context)).columns
+        found.append((part.name, part.concluded(columns, context)))
+    return joined(quality_found, found, lacking)
+
+
+def _nothing() -> Columns:
+    return {"id": torch.empty(0, dtype=torch.int64)}
 
 
 def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:

@@ -2,13 +2,15 @@
 examples.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
 from holdfast.audits.generator.copies import Copies
+from holdfast.audits.generator.parts import PartFinding
 from holdfast.audits.generator.quality import Quality
 from holdfast.core.estimate import Estimate
 
@@ -99,6 +101,41 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
         (_measures(measured),),
         _pairs(measured, samples, training),
         limits=(_FEATURES, _DISTANCE, _TOGETHER),
+    )
+
+
+def joined(
+    quality: Finding, found: Sequence[tuple[str, PartFinding]], lacking: Sequence[tuple[str, str]]
+) -> Finding:
+    """Return the finding of quality and copies with those of the parts, by name, and a table of the parts that do not
+    apply, each with what is missing.
+    """
+    parts = [part for _, part in found]
+    verdict: AuditVerdict = "flagged" if any(part.flagged for part in parts) else quality.verdict
+    table = Table(
+        "Not applicable",
+        ("part", "missing"),
+        lacking,
+        "What the generator or the data lack for a part of the audit.",
+    )
+    return replace(
+        quality,
+        verdict=verdict,
+        headline="; ".join([quality.headline, *(part.headline for part in parts if part.headline)]),
+        reasons=[*quality.reasons, *(reason for part in parts for reason in part.reasons)],
+        facts={**quality.facts, **{name: dict(part.facts) for name, part in found}},
+        metrics={
+            **quality.metrics,
+            **{name: value for part in parts for name, value in part.metrics.items()},
+        },
+        tables=[
+            *quality.tables,
+            *(table for part in parts for table in part.tables),
+            *([table] if lacking else []),
+        ],
+        pictures=[*quality.pictures, *(picture for part in parts for picture in part.pictures)],
+        curves=[curve for part in parts for curve in part.curves],
+        limits=[*quality.limits, *(limit for part in parts for limit in part.limits)],
     )
 
 

@@ -1,5 +1,5 @@
 """Opens a generator: an object with a method `sample(n, seed)`, which a function in a Python file returns or that is
-given as a Python object.
+given as a Python object. What else it can do is read from its further methods and attributes (`Abilities`).
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,15 @@ from holdfast.io.models.object_digest import digest_of_object
 
 _PIECE = 500  # samples of one call
 _TESTED = 8  # samples of the tests of the seed
+_SHOWN = {
+    "decode": "decode(z)",
+    "encode": "encode(x)",
+    "discriminate": "discriminate(x)",
+    "denoising_loss": "denoising_loss(x, t, noise)",
+    "denoised": "denoised(noise)",
+    "log_prob": "log_prob(x)",
+}
+"""How each method of `Abilities` is called, for messages."""
 
 
 @runtime_checkable
@@ -28,6 +37,37 @@ class Generator(Protocol):
         """Return `n` samples (n, *features), a tensor or an array, that are determined by `seed`."""
 
 
+class Abilities(Protocol):
+    """Methods and attributes that a generator may have beside `sample`. A method is used if the object has it; all but
+    `sample` may be differentiated, and take and return tensors on the device of the generator's parameters.
+    """
+
+    latent_shape: tuple[int, ...]
+    """shape of the latent vector of one sample, whose elements are drawn from N(0, 1)"""
+    classes: int
+    """number of classes; a conditional generator takes `condition` (n) in `sample` and `decode`"""
+
+    def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return samples (n, *features) for latent vectors (n, *latent_shape)."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return latent vectors (n, *latent_shape) for examples (n, *features)."""
+
+    def discriminate(self, x: Tensor) -> Tensor:
+        """Return the scores (n) of the discriminator: the higher, the more like a real example."""
+
+    def denoising_loss(self, x: Tensor, t: float, noise: Tensor) -> Tensor:
+        """Return the loss (n) of the prediction of standard normal `noise` (n, *features) in examples `x` at time `t`
+        of the diffusion, from 0 (no noise) to 1 (only noise).
+        """
+
+    def denoised(self, noise: Tensor) -> Tensor:
+        """Return the samples (n, *features) into which the diffusion turns `noise` (n, *features) of time 1."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the logarithm of the density (n), or a lower bound on it."""
+
+
 @dataclass(frozen=True)
 class OpenedGenerator:
     """A generator with what identifies it."""
@@ -36,6 +76,43 @@ class OpenedGenerator:
     digest: str
     """SHA-256 in hex of the file of its function, and of the object"""
     generator: Generator
+
+    def lacks(self, *names: str) -> str:
+        """Return the first of `Abilities` that the generator lacks, as in `decode(z)`; empty for none."""
+        for name in names:
+            found = getattr(self.generator, name, None)
+            if found is None:
+                return _SHOWN.get(name, name)
+        return ""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of the latent vector of one sample. Raises `AttributeError` if the generator does not state it."""
+        return tuple(int(size) for size in self.generator.latent_shape)  # type: ignore[attr-defined]
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes of a conditional generator, else None."""
+        found = getattr(self.generator, "classes", None)
+        return None if found is None else int(found)
+
+    def call(self, name: str, *arguments: Any) -> Tensor:
+        """Return what a method of `Abilities` returns for tensors, with gradients where these are enabled. Raises
+        `TargetError` if it raises an exception, or returns something else than finite numbers for each example.
+        """
+        try:
+            found = getattr(self.generator, name)(*arguments)
+        except (Exception, SystemExit) as error:  # the user's code may raise anything; its message is shown
+            raise TargetError(f"{_SHOWN[name]} of {self.name} raised {error_text(error, [])}") from error
+        n = len(arguments[0])
+        if not isinstance(found, Tensor) or found.shape[:1] != (n,):
+            shown = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else kind_of(found)
+            raise TargetError(
+                f"{_SHOWN[name]} of {self.name} returned {shown} for {n} rows; expected a tensor with {n} rows"
+            )
+        if not bool(found.detach().isfinite().all()):
+            raise TargetError(f"{_SHOWN[name]} of {self.name} returned NaN or infinity")
+        return found
 
     def samples(self, n: int, seed: int) -> Tensor:
         """Return `n` samples as a float tensor (n, *features). They are requested in pieces, each with a seed of its

@@ -1,0 +1,71 @@
+"""What a part of the audit of a generator is, such as its sensitivity or a search for a backdoor: a stage of the run
+that measures, and a function that concludes from what is stored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.audits.finding import Curve, Picture, Table
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Columns
+from holdfast.io.models.generators import OpenedGenerator
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a part may look at."""
+
+    samples: Tensor
+    """samples of the generator (n, *features), in the space of the training examples"""
+    training: Batch
+    held_out: Batch
+    generator: OpenedGenerator | None
+    """None for a file of samples"""
+    device: torch.device
+    rng: Draws
+    """random numbers of the part"""
+
+
+@dataclass(frozen=True)
+class PartFinding:
+    """What a part contributes to the finding of the audit."""
+
+    flagged: bool = False
+    """whether the part alone suffices to flag the generator"""
+    headline: str = ""
+    """clause that follows the headline of the audit after a semicolon; empty for none"""
+    reasons: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """measured numbers for programs; they are stored under the name of the part"""
+    metrics: Mapping[str, Estimate] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+    curves: Sequence[Curve] = ()
+    limits: Sequence[str] = ()
+
+
+class Part(Protocol):
+    """Protocol of a part of the audit."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage of the run."""
+
+    @property
+    def title(self) -> str:
+        """What the part measures, for the table of the parts that do not apply."""
+
+    def missing(self, context: Context) -> str:
+        """Return what the generator or the data lack, as in `decode(z)`; empty if the part applies."""
+
+    def measure(self, context: Context) -> Columns:
+        """Measure, and return the columns that are stored. The column `id` numbers the rows."""
+
+    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+        """Return the finding of stored columns. It computes nothing that takes long."""
