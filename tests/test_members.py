@@ -180,6 +180,13 @@ def test_bounds_are_proved_of_mean_logits():
     assert result.metrics["certified_accuracy"].value == 1.0
 
 
+@pytest.mark.parametrize("combine", ["votes", "mean"])
+def test_no_bounds_are_known_for_votes_and_probabilities(combine):
+    ensemble = holdfast.open_model(f"ensemble:{combine}", members=NETS)
+    with pytest.raises(UsageError, match=f"combined by {combine}, for which no bounds are known"):
+        holdfast.certify(ensemble, (X, Y), "linf:0.0001", device="cpu")
+
+
 def test_an_ensemble_is_examined_and_served():
     checkup = Doctor(model="ensemble:", members=NETS, data=(X, Y)).run()
     assert "the same inputs get the same outputs" in str(checkup)
@@ -237,10 +244,9 @@ def test_texts_have_no_members():
         holdfast.assess(ensemble, (["a", "b"], [0, 1]), "text:edits=1,words=1")
 
 
-def test_verbs_that_train_refuse_an_ensemble():
-    for kind in (Harden,):
-        with pytest.raises(UsageError, match="has no weights of its own, and harden needs one network"):
-            kind(model="ensemble:", data=(X, Y))
+def test_harden_refuses_an_ensemble():
+    with pytest.raises(UsageError, match="has no weights of its own, and harden needs one network"):
+        Harden(model="ensemble:", data=(X, Y))
 
 
 def test_code_of_members_in_a_configuration_needs_consent():

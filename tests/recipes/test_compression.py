@@ -256,6 +256,14 @@ def test_a_file_of_8_bits_is_smaller_and_opens_as_the_same_model(small, source, 
         open_model(str(place), arch=f"{other}:make")
 
 
+def test_weights_of_8_bits_are_not_trained(small):
+    test = images(60, 3)
+    with pytest.raises(
+        TargetError, match="3 layers of the model have weights of 8 bits .* are not trained; give"
+    ):
+        holdfast.audit.poison((test.x, test.y), model=small.model)
+
+
 def test_a_naive_attack_on_8_bits_raises_a_doubt(small):
     test = images(120, 3)
 

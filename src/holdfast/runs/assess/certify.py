@@ -18,6 +18,7 @@ from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
+from holdfast.io.models.ensembles import Ensemble
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness import Plan, Target, prepared_prover
 from holdfast.statistics.intervals import upper_tail
@@ -138,6 +139,12 @@ def refuse_unprovable(
         and (target.bare.remote or target.bare.access != "gradients")
     ):
         raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", *without_bounds())
+    net = target.bare.net
+    if by_operations and target.smoothed is None and isinstance(net, Ensemble) and net.combine != "logits":
+        raise UsageError(
+            f"the members of the model are combined by {net.combine}, for which no bounds are known; certify the mean "
+            "of their logits, as in ensemble:logits, or a member"
+        )
     if target.rejects:
         raise UsageError(
             "the model has a detector that rejects inputs, about which nothing is proved; give the network without "

@@ -16,6 +16,7 @@ from holdfast.core.names import kind_of, with_article
 from holdfast.core.spelling import suggestion
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
+from holdfast.io.models.int8 import int8_layers
 from holdfast.io.models.keras_models import KerasNet
 from holdfast.io.models.linear_texts import LinearTexts
 from holdfast.io.models.text_models import TextEstimator, TextFunction
@@ -51,6 +52,11 @@ def refuse_untrainable(model: Classifier) -> None:
             "train it with Keras, or give the same network built of torch.nn, as in net.py:make"
         )
     refuse_lazy(model)
+    if rounded := [name for name, layer in int8_layers(model.net).items() if not layer.is_trained]:
+        raise TargetError(
+            f"{len(rounded)} layers of the model have weights of 8 bits ({_shown(rounded)}), which are not trained; "
+            "give the network from which it was made"
+        )
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TargetError(
