@@ -28,11 +28,12 @@ from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
+from holdfast.generators.opening import names_generator, opened_generator
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import layout_of_images
 from holdfast.io.models.factories import names_code
-from holdfast.io.models.generators import OpenedGenerator, open_generator
+from holdfast.io.models.generators import OpenedGenerator
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.rotation.collecting import last_of, rows_of
@@ -137,13 +138,13 @@ def _of_split(settings: AuditGenerator, split: str, network: Classifier | None) 
 def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
     """The generator, or the file of its samples."""
     given = settings.model
-    if isinstance(given, str) and not names_code(given):
+    if isinstance(given, str) and not (names_code(given) or names_generator(given)):
         samples = _opened(settings, beside(settings, given), network)
         # a random sample, because a file may be sorted by class
         everything = samples.read(0, len(samples))
         stored = rows_of(everything, settings.samples, Draws(settings.seed).at("samples"))
         return _Source(samples.name, samples.digest, lambda: stored.x, ())
-    generator = open_generator(given)
+    generator = opened_generator(given)
     draw = partial(generator.samples, settings.samples, settings.seed)
     return _Source(generator.name, generator.digest, draw, generator.notes(settings.seed), generator)
 

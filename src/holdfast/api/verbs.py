@@ -150,17 +150,18 @@ def exhibition(
     images of digits.
 
     `shown` is called with each result as soon as it is known. `only` lists the names of the models to build; if it is
-    empty, those of `holdfast.doubts.gallery.ITEMS` are built. The names of `DISCRETE` are accepted as well. Raises
-    `UsageError` for an unknown name.
+    empty, those of `holdfast.doubts.gallery.ITEMS` are built. The names of `DISCRETE` and `SLOW` are accepted as well.
+    Raises `UsageError` for an unknown name.
     """
-    from holdfast.doubts.gallery import DISCRETE, ITEMS
+    from holdfast.doubts.gallery import DISCRETE, ITEMS, SLOW
     from holdfast.runs.assess.exhibition import exhibits
 
-    names = [item.name for item in (*ITEMS, *DISCRETE)]
+    known = (*ITEMS, *DISCRETE, *SLOW)
+    names = [item.name for item in known]
     for name in only:
         if name not in names:
             raise UsageError(f"there is no {name!r} in the gallery{did_you_mean(name, names)}")
-    items = [item for item in (*ITEMS, *DISCRETE) if item.name in only] if only else ITEMS
+    items = [item for item in known if item.name in only] if only else ITEMS
     training = data_sources.open_data(DIGITS, split="train")
     digits = training.read(0, len(training))
     built = []

@@ -12,6 +12,7 @@ size of the image.
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -56,24 +57,23 @@ class _Block(nn.Module):
 class UNet(nn.Module):
     """Network that estimates the velocity (n, *shape) of the diffusion from noisy images, times and classes."""
 
-    def __init__(self, shape: tuple[int, int, int], classes: int, width: int = 32) -> None:
-        """Create the network for images of `shape`, whose height and width are multiples of 4."""
+    def __init__(self, channels: int, classes: int, width: int) -> None:
         super().__init__()
-        channels, embedding = 4 * shape[0], 2 * width
+        embedding = 2 * width
         self.frequencies: Tensor
         self.register_buffer("frequencies", 2.0 ** torch.arange(width // 4) * math.pi / 4, persistent=False)
         self.time = nn.Sequential(
             nn.Linear(width // 2, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         self.condition = nn.Embedding(classes + 1, embedding)  # the last is that of no class
-        self.first = nn.Conv2d(channels, width, 3, 1, 1)
+        self.first = nn.Conv2d(4 * channels, width, 3, 1, 1)
         self.above = nn.ModuleList([_Block(width, embedding), _Block(width, embedding)])
         self.down = nn.Conv2d(width, 2 * width, 2, 2)
         self.below = nn.ModuleList([_Block(2 * width, embedding), _Block(2 * width, embedding)])
         self.up = nn.ConvTranspose2d(2 * width, width, 2, 2)
         self.joined = nn.Conv2d(2 * width, width, 1)
         self.norm = nn.GroupNorm(8, width)
-        self.last = nn.Conv2d(width, channels, 3, 1, 1)
+        self.last = nn.Conv2d(width, 4 * channels, 3, 1, 1)
         nn.init.zeros_(self.last.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Labels) -> Tensor:
@@ -92,14 +92,16 @@ class Diffusion(nn.Module):
     """A diffusion model of images (n, channels, height, width) with values in [0, 1], conditional on the class."""
 
     def __init__(
-        self, shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, width: int = 32, steps: int = 20
+        self, channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, steps: int = 20
     ) -> None:
-        """Create a model with random weights; `width` is a multiple of 8, and `steps` that of the sampler."""
+        """Create a model with random weights for square images of `side` pixels; `width` is the number of channels of
+        the first layer, a multiple of 8, and `steps` is the number of steps of the sampler.
+        """
         super().__init__()
-        if any(size % 4 for size in shape[1:]):
-            raise UsageError(f"shape is {shape}; a height and a width that are multiples of 4 were expected")
-        self.shape, self.classes, self.width, self.steps = tuple(shape), classes, width, steps
-        self.net = UNet(shape, classes, width)
+        if side % 4 or width % 8:
+            raise UsageError(f"side is {side} and width {width}; multiples of 4 and of 8 were expected")
+        self.shape, self.classes, self.steps = (channels, side, side), classes, steps
+        self.net = UNet(channels, classes, width)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -130,16 +132,14 @@ class Diffusion(nn.Module):
         from `steps` deterministic steps.
         """
         times = [t * (steps - i) / steps for i in range(steps + 1)]
-        for now, later in zip(times[:-1], times[1:], strict=True):
+        for now, later in pairwise(times):
             estimate, noise = self.estimates(x_t, x_t.new_full((len(x_t),), now), condition)
             signal, sigma = signal_and_noise(x_t.new_full((len(x_t),), later))
             x_t = signal * estimate + sigma * noise
         return x_t
 
-    def estimates(
-        self, x_t: Tensor, t: Tensor, condition: Labels | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the estimates of the image, in [-1, 1], and of the noise in the noisy images `x_t` of times `t` (n)."""
+    def estimates(self, x_t: Tensor, t: Tensor, condition: Labels | None = None) -> tuple[Tensor, Tensor]:
+        """Return the estimates of image, in [-1, 1], and noise for the noisy images `x_t` of times `t` (n)."""
         signal, sigma = signal_and_noise(t)
         if condition is None:
             condition = torch.full((len(x_t),), self.classes, device=x_t.device)
@@ -149,7 +149,7 @@ class Diffusion(nn.Module):
     def denoising_loss(
         self, x: Inputs, t: float, noise: Tensor, condition: Labels | None = None
     ) -> PerExample:
-        """Return the mean squared error (n) of the estimate of the `noise` (n, *shape) in the images `x` at time `t`."""
+        """Return the mean squared error (n) of the estimate of the `noise` (n, *shape) in images `x` at time `t`."""
         times = x.new_full((len(x),), t)
         _, estimated = self.estimates(noised(x, times, noise), times, condition)
         return (estimated - noise).square().flatten(1).mean(1)
