@@ -88,9 +88,9 @@ def test_the_training_lowers_the_loss():
         torch.manual_seed(0)
         x = (torch.arange(64).reshape(1, 1, 8, 8) % 8 / 7).expand(32, 1, 8, 8)
         y, model = torch.zeros(32, dtype=torch.long), Diffusion(side=8, classes=1, width=8)
-        better = fit(model, x, y, updates=200, batch=16)
+        better = fit(model, x, y, updates=60, batch=16, lr=1e-2)
     losses = [velocity_loss(net, x, y, torch.Generator().manual_seed(3)).item() for net in (model, better)]
-    assert losses[1] < 0.5 * losses[0]
+    assert losses[1] < 0.8 * losses[0]
 
 
 def test_the_gradient_reaches_the_noise_through_all_steps():

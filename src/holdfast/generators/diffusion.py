@@ -41,7 +41,9 @@ class _Block(nn.Module):
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)])
+        self.norms = nn.ModuleList(
+            [nn.GroupNorm(min(8, channels // 4), channels), nn.GroupNorm(min(8, channels // 4), channels)]
+        )
         self.convolutions = nn.ModuleList([nn.Conv2d(channels, channels, 3, 1, 1) for _ in range(2)])
         self.modulation = nn.Linear(embedding, 2 * channels)
         nn.init.zeros_(self.convolutions[1].weight)  # type: ignore[arg-type]  # the block starts as the identity
@@ -72,7 +74,7 @@ class UNet(nn.Module):
         self.below = nn.ModuleList([_Block(2 * width, embedding), _Block(2 * width, embedding)])
         self.up = nn.ConvTranspose2d(2 * width, width, 2, 2)
         self.joined = nn.Conv2d(2 * width, width, 1)
-        self.norm = nn.GroupNorm(8, width)
+        self.norm = nn.GroupNorm(min(8, width // 4), width)
         self.last = nn.Conv2d(width, 4 * channels, 3, 1, 1)
         nn.init.zeros_(self.last.weight)
 
