@@ -5,7 +5,7 @@ examples, and a network whose features are compared.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,6 +57,14 @@ def prepared_generator(
     settings: AuditGenerator, notify: Notify, command: str
 ) -> tuple[AuditRequest, Callable[[Run], Finding]]:
     """Open the generator and the data, and return the request and the function of the audit."""
+    request, how = opened_audit(settings, notify, command)
+    return request, lambda run: generator_finding(run, how)
+
+
+def opened_audit(
+    settings: AuditGenerator, notify: Notify, command: str
+) -> tuple[AuditRequest, GeneratorAudit]:
+    """Open the generator and the data, and return the request and what the audit compares."""
     if settings.held_out is None:
         raise UsageError(
             "held_out is missing: copies are found by comparison with examples that the generator was not trained on",
@@ -71,6 +79,7 @@ def prepared_generator(
     batch, source = training.read(0, len(training)), _source(settings, network)
     device, rng = torch.device(device_of(settings.device)), Draws(settings.seed)
 
+    @cache
     def extractor() -> Classifier:
         return (_trained(batch.to(device), settings, notify) if network is None else network).to(device)
 
@@ -100,7 +109,7 @@ def prepared_generator(
         command,
         source.notes,
     )
-    return request, lambda run: generator_finding(run, how)
+    return request, how
 
 
 def parts_of(settings: AuditGenerator) -> tuple[Part, ...]:

@@ -120,8 +120,13 @@ def harden(
     measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
     continues the run in it. `on_epoch` is called with the measurements of each epoch
     (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be resumed.
+    With a recipe for generators, such as `robust-gan`, `model` is a GAN, and the result is a
+    `holdfast.api.harden_generator.HardenedGenerator`: the trained one, and the audits before and after.
     """
     checked = Harden(**given(model=model, data=data, threat=threat, recipe=recipe, **settings))
+    if checked.trains_generator:
+        trained: Any = checked.run_generator(run, resume=resume, progress=progress)
+        return trained  # type: ignore[no-any-return]
     return checked.run(run, resume=resume, progress=progress, on_epoch=on_epoch)
 
 

@@ -22,6 +22,7 @@ class ImageGAN(GAN):
             latent_shape=(LATENT,),
             classes=classes,
         )
+        self.arguments = {"channels": channels, "side": side, "classes": classes}
 
     def _scores(self, x: Inputs) -> PerExample:
         """Scores (n) of images as ones of the class that fits best, as a smooth maximum."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.attacks.suites import SUITES
-from holdfast.core.catalogue import DRIFT_TESTS, RECIPES
+from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.gates.grammar import VERDICTS, refused_verdict
@@ -530,7 +530,8 @@ class HardenOptions(SettingGroup):
 
     recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
         default_factory=lambda: {"use": "auto"},
-        description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}. Settings: --set "
+        description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}; for generators "
+        f"{' and '.join(GENERATOR_RECIPES)}. Settings: --set "
         "recipe.NAME=VALUE, or `use: NAME` with its settings.",
     )
     budget: Annotated[values.Budget | None, Flag("T")] = Field(

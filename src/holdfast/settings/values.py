@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from holdfast.core.catalogue import DRIFT_TESTS, names
+from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, names
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
@@ -543,11 +543,15 @@ def _recipes() -> list[str]:
     return [*names("recipes"), AUTO, CARD]
 
 
+def _recipes_of_harden() -> list[str]:
+    return [*_recipes(), *GENERATOR_RECIPES]
+
+
 Method = Annotated[str, BeforeValidator(_method)]
 RecipeSpec = Annotated[
     dict[str, Any],
     WrapValidator(lambda value, validated: validated(value) if _is_plain(value) else value),
-    BeforeValidator(_named_spec("recipe", AUTO, _recipes)),
+    BeforeValidator(_named_spec("recipe", AUTO, _recipes_of_harden)),
 ]
 """Name or settings of a recipe, or a Python object."""
 SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _recipes))]

@@ -40,6 +40,10 @@ class _ClassNorm(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
         self.gains, self.shifts = nn.Embedding(classes, channels), nn.Embedding(classes, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gains to 1 and the shifts to 0."""
         nn.init.ones_(self.gains.weight)
         nn.init.zeros_(self.shifts.weight)
 
@@ -120,11 +124,13 @@ class GAN:
         bounds: Bounds,
         rng: Draws,
         networks: tuple[nn.Module, nn.Module] | None = None,
+        latent_shape: tuple[int, ...] = (LATENT,),
     ) -> None:
         """Create the networks for images like `example` (n, channels, height, width) with random weights. If `networks`
-        are given, a generator and a discriminator with the calls of `ConditionalGenerator` and
-        `ConditionalDiscriminator`, copies of them are trained.
+        are given, a generator from latent vectors (n, *latent_shape) and a discriminator with the calls of
+        `ConditionalGenerator` and `ConditionalDiscriminator`, copies of them are trained.
         """
+        self._latent_shape = latent_shape
         shape = tuple(example.shape[1:])
         with drawing(rng.at("generator"), example.device):
             generator, discriminator = deepcopy(networks) or (
@@ -139,7 +145,7 @@ class GAN:
                     "classifier": nn.Sequential(_Trunk(shape, normed=False), nn.Linear(2 * _WIDTH, classes)),
                 }
             ).to(example)
-        self._nets = nets
+        self._nets = nets.train()  # in eval mode, spectral norm would not follow the weights
         self.generator, self.average = nets["generator"], nets["average"].eval().requires_grad_(False)
         self.discriminator, self._classifier = nets["discriminator"], nets["classifier"]
         self.updates = torch.zeros((), dtype=torch.int64, device=example.device)
@@ -206,7 +212,7 @@ class GAN:
         self._optimizers[number].step()
 
     def _noise(self, ids: Ids, rng: Draws, like: Tensor) -> Tensor:
-        return rng.normal(ids, LATENT, dtype=like.dtype)
+        return rng.normal(ids, *self._latent_shape, dtype=like.dtype)
 
     @torch.no_grad()
     def samples(self, ids: Ids, y: Labels, rng: Draws) -> Inputs:
