@@ -37,7 +37,7 @@ def trained_vae(x: Tensor, y: Tensor) -> nn.Module:
     return vae.fit(ImageVAE(), x, updates=VAE_UPDATES, seed=SEED)
 
 
-DIFFUSION_UPDATES, VAE_UPDATES = 4_500, 2_500
+DIFFUSION_UPDATES, VAE_UPDATES = 4_500, 3_500
 GENERATORS = {
     "mnist-diffusion": Recipe(
         "diffusion",
@@ -46,7 +46,7 @@ GENERATORS = {
         trained_diffusion,
     ),
     "mnist-vae": Recipe(
-        "vae", "VAE with 16 latent values", {"updates": VAE_UPDATES, "seed": SEED}, trained_vae
+        "vae", "VAE with 8 latent values", {"updates": VAE_UPDATES, "seed": SEED}, trained_vae
     ),
 }
 """The bundled generators, by name."""
