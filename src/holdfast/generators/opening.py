@@ -9,6 +9,7 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.generators.diffusion import Diffusion
+from holdfast.generators.gan import ImageGAN
 from holdfast.generators.vae import ImageVAE
 from holdfast.io.files import sha256_of_file
 from holdfast.io.models.generators import OpenedGenerator, open_generator
@@ -24,7 +25,7 @@ from holdfast.io.models.weights import (
 FILE = "generator.safetensors"
 """Name of the weights of a generator in a folder."""
 GENERATORS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {"diffusion": Diffusion, "vae": ImageVAE}
+    {"diffusion": Diffusion, "gan": ImageGAN, "vae": ImageVAE}
 )
 """Classes of generators, by the names that a file with weights may contain."""
 
