@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jvp, vjp
 
-from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
