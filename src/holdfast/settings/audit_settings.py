@@ -159,8 +159,8 @@ class GeneratorOptions(AuditOptions):
     )
     latent: Annotated[values.Amount, Flag("EPS")] = Field(
         default=0.1,
-        description="Root mean square of the changes for which the largest change of the output is searched, in standard "
-        "deviations of the elements of a latent vector or of the features; 0 skips the search (default: 0.1).",
+        description="Root mean square of the changes for which the largest change of the output is searched, in "
+        "standard deviations of the elements of a latent vector or of the features; 0 skips the search (default: 0.1).",
     )
     condition: Annotated[values.Whole | None, Flag("CLASS")] = Field(
         default=None,

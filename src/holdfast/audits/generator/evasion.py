@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
 from holdfast.audits.finding import Picture, Table
@@ -39,7 +38,7 @@ _RADIUS = (
     "Inputs change by a Euclidean distance of {eps:g} standard deviations of the training examples for each feature, "
     "{radius:.3g} in total."
 )
-_ATTACKED = "Adversarial inputs were searched for from gradients, and a better search may find stronger ones."
+_ATTACKED = "Adversarial inputs were searched for with gradients. A better search may find stronger ones."
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _OFFSETS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """positions of the pictures of a direction, in standard deviations of an element of the latent vector"""
 _OTHERS = 9  # other conditions of each latent vector, so that many classes do not take long
 _FEATURES = 5
-_LOWER = "The worst change of the output was found by a search from gradients, and a better search may find a larger one."
+_LOWER = "The worst change of the output was found by a search with gradients. A better search may find a larger one."
 
 
 @dataclass(frozen=True)
