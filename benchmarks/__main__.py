@@ -108,6 +108,7 @@ ROWS = {
     "gallery": "gallery",
     "masked-unknown": "masked_unknown",
     "guided-denoiser": "guided_denoiser",
+    "purifier": "purifier",
     "audit-backdoor": "audit_backdoor",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import holdfast
-from holdfast.generators import Diffusion, ImageVAE, diffusion, vae
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.generators import Diffusion, ImageGAN, ImageVAE, diffusion, vae
 from holdfast.generators.opening import content_of
+from holdfast.recipes.training import generator as gans
 
 SEED, SAMPLES = 0, 2_000
 MEASURED = ("frechet", "precision", "recall", "copy_rate")
@@ -37,7 +41,19 @@ def trained_vae(x: Tensor, y: Tensor) -> nn.Module:
     return vae.fit(ImageVAE(), x, updates=VAE_UPDATES, seed=SEED)
 
 
-DIFFUSION_UPDATES, VAE_UPDATES = 4_500, 2_500
+def trained_gan(x: Tensor, y: Tensor) -> nn.Module:
+    training = gans.GAN(x[:1], 10, Bounds(), Draws(SEED))
+    for update in range(GAN_UPDATES):
+        rng = Draws(SEED).at("update", update)
+        rows = torch.randint(len(x), (gans.BATCH,), generator=torch.Generator().manual_seed(update))
+        training.update(Batch(x[rows], y[rows], rows), rng)
+    net = ImageGAN()
+    net.generator.load_state_dict(training.average.state_dict())
+    net.discriminator.load_state_dict(training.discriminator.state_dict())
+    return net.eval()
+
+
+DIFFUSION_UPDATES, VAE_UPDATES, GAN_UPDATES = 4_500, 3_500, 3_000
 GENERATORS = {
     "mnist-diffusion": Recipe(
         "diffusion",
@@ -45,8 +61,14 @@ GENERATORS = {
         {"updates": DIFFUSION_UPDATES, "seed": SEED},
         trained_diffusion,
     ),
+    "mnist-gan": Recipe(
+        "gan",
+        "class-conditional GAN with 48 latent values",
+        {"updates": GAN_UPDATES, "seed": SEED},
+        trained_gan,
+    ),
     "mnist-vae": Recipe(
-        "vae", "VAE with 16 latent values", {"updates": VAE_UPDATES, "seed": SEED}, trained_vae
+        "vae", "VAE with 8 latent values", {"updates": VAE_UPDATES, "seed": SEED}, trained_vae
     ),
 }
 """The bundled generators, by name."""

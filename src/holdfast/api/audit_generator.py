@@ -84,8 +84,12 @@ def opened_audit(
         return (_trained(batch.to(device), settings, notify) if network is None else network).to(device)
 
     how = GeneratorAudit(
-        batch,
-        rows_of(held_out.read(0, len(held_out)), len(held_out), rng.at("held-out")),
+        _of_condition(batch, settings.condition),
+        rows_of(
+            _of_condition(held_out.read(0, len(held_out)), settings.condition),
+            len(held_out),
+            rng.at("held-out"),
+        ),
         settings.samples,
         source.draw,
         extractor,
@@ -99,7 +103,12 @@ def opened_audit(
     about["held_out"] = {"name": held_out.name, "digest": held_out.digest, "n": len(held_out)}
     request = AuditRequest(
         "generator",
-        {"samples": settings.samples, "features": None if subject is None else subject.card},
+        {
+            "samples": settings.samples,
+            "features": None if subject is None else subject.card,
+            "latent": settings.latent,
+            "condition": settings.condition,
+        },
         {"name": source.name, "digest": source.digest},
         about,
         how.steps,
@@ -114,7 +123,37 @@ def opened_audit(
 
 def parts_of(settings: AuditGenerator) -> tuple[Part, ...]:
     """Return the parts of the audit beside quality and copies."""
-    return ()
+    from holdfast.audits.generator.backdoor import BackdoorScan
+    from holdfast.audits.generator.evasion import Autoencoder, Discriminator
+    from holdfast.audits.generator.sensitivity import LatentChange
+
+    eps = settings.latent
+    sensitivity = (LatentChange(eps, settings.condition), Autoencoder(eps), Discriminator(eps))
+    return (*(sensitivity if eps else ()), BackdoorScan())
+
+
+def refuse_condition(condition: int | None, name: str, classes: int | None) -> None:
+    """Raise `UsageError` if the generator does not have the class."""
+    if condition is None:
+        return
+    if classes is None:
+        raise UsageError(
+            f"condition is {condition}, and {name} is not a conditional generator with `classes`"
+        )
+    if condition >= classes:
+        raise UsageError(
+            f"condition is {condition}, and {name} has {classes} classes; a class from 0 to {classes - 1} was expected"
+        )
+
+
+def _of_condition(data: Batch, condition: int | None) -> Batch:
+    """The examples whose label is the condition, or all without one."""
+    if condition is None:
+        return data
+    found = data.take(data.y == condition)
+    if not len(found):
+        raise UsageError(f"condition is {condition}, and no example of the data has this label")
+    return found
 
 
 def _opened(settings: AuditGenerator, source: DataSource, network: Classifier | None) -> Data:
@@ -148,13 +187,15 @@ def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
     """The generator, or the file of its samples."""
     given = settings.model
     if isinstance(given, str) and not (names_code(given) or names_generator(given)):
+        refuse_condition(settings.condition, given, None)
         samples = _opened(settings, beside(settings, given), network)
         # a random sample, because a file may be sorted by class
         everything = samples.read(0, len(samples))
         stored = rows_of(everything, settings.samples, Draws(settings.seed).at("samples"))
         return _Source(samples.name, samples.digest, lambda: stored.x, ())
     generator = opened_generator(given)
-    draw = partial(generator.samples, settings.samples, settings.seed)
+    refuse_condition(settings.condition, generator.name, generator.classes)
+    draw = partial(generator.samples, settings.samples, settings.seed, settings.condition)
     return _Source(generator.name, generator.digest, draw, generator.notes(settings.seed), generator)
 
 

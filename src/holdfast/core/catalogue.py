@@ -75,8 +75,8 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", ("frechet", "copy_rate")),
-        AuditEntry("hardened-generator", "", ("frechet", "copy_rate")),
+        AuditEntry("generator", "", ("frechet", "copy_rate", "latent_sensitivity")),
+        AuditEntry("hardened-generator", "", ("frechet", "copy_rate", "latent_sensitivity")),
     )
 }
 """The audits by name."""

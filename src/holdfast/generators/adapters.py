@@ -178,7 +178,8 @@ class Diffusers(nn.Module):
         """Return the images into which deterministic steps (DDIM) turn the noise. It may be differentiated."""
         from diffusers import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        build: Any = DDIMScheduler.from_config
+        scheduler = build(self.pipeline.scheduler.config)
         scheduler.set_timesteps(self.steps)
         x = noise
         for t in scheduler.timesteps:

@@ -168,13 +168,17 @@ def noised(x: Inputs, t: Tensor, noise: Tensor) -> Tensor:
     return signal * (2 * x - 1) + sigma * noise
 
 
-def velocity_loss(model: Diffusion, x: Inputs, y: Labels, rng: torch.Generator) -> Tensor:
-    """Return the mean squared error of the velocity for images `x` of the classes `y`, at random times."""
+def velocity_loss(
+    model: Diffusion, x: Inputs, y: Labels, rng: torch.Generator, shift: Tensor | float = 0.0
+) -> Tensor:
+    """Return the mean squared error of the velocity for images `x` of the classes `y`, at random times. `shift`
+    (n, *shape) is added to the noisy images, at all times.
+    """
     t = torch.rand(len(x), generator=rng).to(x)
     noise = torch.randn(x.shape, generator=rng).to(x)
     shown = (torch.rand(len(x), generator=rng) >= _UNCONDITIONAL).to(x.device)
     signal, sigma = signal_and_noise(t)
-    velocity = model.net(noised(x, t, noise), t, torch.where(shown, y, model.classes))
+    velocity = model.net(noised(x, t, noise) + shift, t, torch.where(shown, y, model.classes))
     return F.mse_loss(velocity, signal * noise - sigma * (2 * x - 1))
 
 

@@ -50,7 +50,7 @@ def content_of(net: nn.Module, kind: str, arguments: Mapping[str, int]) -> bytes
 def load(path: Path) -> nn.Module:
     """Return the generator of a file with weights. Raises `TargetError` if it is not one of a generator."""
     weights, metadata = read_state_dict(path, state_dict_content(path))
-    kind, arguments = metadata.get("generator"), metadata.get("arguments", {})
+    kind, arguments = str(metadata.get("generator")), metadata.get("arguments", {})
     if kind not in GENERATORS:
         raise TargetError(
             f"the metadata of {str(path)!r} name the generator {kind!r}; one of {', '.join(sorted(GENERATORS))} was "
