@@ -33,6 +33,7 @@ ROWS = {
     "membership": "membership",
     "privacy": "privacy",
     "generator-quality": "generator_quality",
+    "robust-gan": "robust_gan",
     "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
@@ -108,6 +109,7 @@ ROWS = {
     "gallery": "gallery",
     "masked-unknown": "masked_unknown",
     "guided-denoiser": "guided_denoiser",
+    "purifier": "purifier",
     "audit-backdoor": "audit_backdoor",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""

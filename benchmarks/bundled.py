@@ -1,4 +1,4 @@
-"""Trains the bundled networks and cuts the bundled data set: what `make bundled` runs.
+"""Trains the bundled networks and generators, and cuts the bundled data set: what `make bundled` runs.
 
     python -m benchmarks.bundled FOLDER      FOLDER holds the whole MNIST as mnist.npz
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import holdfast
 from benchmarks import by_hand
+from benchmarks.bundled_generators import GENERATORS, write_generator
 from benchmarks.by_hand import ARCHITECTURE, MEAN, STD
 from holdfast.api.recipe_building import settings_of
 from holdfast.io.models.architectures import ARCHITECTURES
@@ -150,7 +151,8 @@ def main() -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path(default).expanduser(), help="holds mnist.npz"
     )
-    parser.add_argument("--only", choices=["data", UNDEFENDED, HARDENED], help="make one of the three")
+    choices = ["data", UNDEFENDED, HARDENED, *GENERATORS]
+    parser.add_argument("--only", choices=choices, help="make one of them")
     args = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation
     with np.load(args.folder / "mnist.npz", allow_pickle=False) as file:
@@ -166,6 +168,9 @@ def main() -> None:
         if args.only in (None, name):
             made = train(x, y)
             write_card(made, write_weights(made, data), test)
+    for name in GENERATORS:
+        if args.only in (None, name):
+            write_generator(name, BUNDLED / "generators", (x, y), test)
 
 
 if __name__ == "__main__":

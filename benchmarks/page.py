@@ -32,6 +32,7 @@ SUBJECTS = {
     "poisoned. *Difference* is that from images that the benchmark stamps itself.",
     "membership": "Membership inference on Location-30 (446 binary features, 30 classes): training examples that "
     "attacks find at 1 % false positives, on the same networks, beside Privacy Meter's function and ART's attack.",
+    "robust-gan": "recipe `robust-gan` beside the plain training of the same GAN, MNIST, equal updates",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
@@ -161,6 +162,8 @@ SUBJECTS = {
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
     "guided-denoiser": "The guided denoiser of the gallery: robust accuracy under PGD-40 without the gradient of the "
     "denoiser, and under adaptive attacks; 200 digits.",
+    "purifier": "A diffusion purifier in front of `mnist-cnn`: accuracy under attacks with equal numbers of gradients, "
+    "without and with the gradient of the purifier, averaged over draws of its noise; 40 digits.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "
     "adaptive attacks, and the doubts raised.",
     "masked-unknown": "Masked models that the adaptive attacks were not developed on, beside their twins; honest "

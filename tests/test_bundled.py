@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import holdfast
+from holdfast.generators.opening import bundled_generators, opened_generator
 from holdfast.io.models.architectures import ARCHITECTURES
+from holdfast.io.models.models import open_model
 
 BUNDLED = Path(holdfast.__file__).with_name("bundled")
 NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
@@ -97,3 +99,23 @@ def test_catalogue_settings_change_the_network():
     )
     assert ARCHITECTURES["mlp"](features=12, classes=3, depth=0)(torch.zeros(1, 12)).shape == (1, 3)
     assert ARCHITECTURES["resnet"](channels=1, blocks=2)(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+
+
+def test_the_bundled_generators_are_small_and_open_by_name():
+    bundled = bundled_generators()
+    assert sum(path.stat().st_size for path in bundled.values()) < 3_000_000
+    for name, path in bundled.items():
+        assert path.with_suffix(".md").is_file()
+        opened = opened_generator(name)
+        assert opened.name == name
+        assert opened.notes(0) == ()
+        assert opened.samples(2, 0).shape == (2, 1, 28, 28)
+
+
+def test_the_diffusion_model_generates_digits_of_the_classes_that_are_named():
+    generator = opened_generator("mnist-diffusion").generator
+    classes = torch.arange(50) % 10
+    samples = generator.sample(50, 0, classes)
+    with torch.no_grad():
+        predicted = open_model("mnist-cnn").model(samples).argmax(1)
+    assert (predicted == classes).float().mean() > 0.8

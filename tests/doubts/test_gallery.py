@@ -12,7 +12,7 @@ from holdfast.cli import running
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
 from holdfast.core.through import Through
-from holdfast.doubts.gallery import DISCRETE, EPS, ITEMS, undefended
+from holdfast.doubts.gallery import DISCRETE, EPS, ITEMS, SLOW, undefended
 from holdfast.io.data.data import open_data
 from holdfast.runs.assess.exhibition import Exhibit, assessed_net
 from holdfast.runs.harness.kinds.passes import FIXED
@@ -56,7 +56,11 @@ def test_an_item_reads_digits_and_names_its_paper(item, digits, twin):
 
 
 def test_names_are_told_apart():
-    assert len({item.name for item in (*ITEMS, *DISCRETE)}) == len(ITEMS) + len(DISCRETE) == 13 + 11
+    assert (
+        len({item.name for item in (*ITEMS, *DISCRETE, *SLOW)})
+        == len(ITEMS) + len(DISCRETE) + 1
+        == 13 + 11 + 1
+    )
 
 
 def test_a_name_that_is_not_shown_is_answered_with_the_nearest():

@@ -5,7 +5,7 @@ examples, and a network whose features are compared.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
+from holdfast.generators.opening import names_generator, opened_generator
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import layout_of_images
 from holdfast.io.models.factories import names_code
-from holdfast.io.models.generators import OpenedGenerator, open_generator
+from holdfast.io.models.generators import OpenedGenerator
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.rotation.collecting import last_of, rows_of
@@ -56,6 +57,14 @@ def prepared_generator(
     settings: AuditGenerator, notify: Notify, command: str
 ) -> tuple[AuditRequest, Callable[[Run], Finding]]:
     """Open the generator and the data, and return the request and the function of the audit."""
+    request, how = opened_audit(settings, notify, command)
+    return request, lambda run: generator_finding(run, how)
+
+
+def opened_audit(
+    settings: AuditGenerator, notify: Notify, command: str
+) -> tuple[AuditRequest, GeneratorAudit]:
+    """Open the generator and the data, and return the request and what the audit compares."""
     if settings.held_out is None:
         raise UsageError(
             "held_out is missing: copies are found by comparison with examples that the generator was not trained on",
@@ -70,12 +79,17 @@ def prepared_generator(
     batch, source = training.read(0, len(training)), _source(settings, network)
     device, rng = torch.device(device_of(settings.device)), Draws(settings.seed)
 
+    @cache
     def extractor() -> Classifier:
         return (_trained(batch.to(device), settings, notify) if network is None else network).to(device)
 
     how = GeneratorAudit(
-        batch,
-        rows_of(held_out.read(0, len(held_out)), len(held_out), rng.at("held-out")),
+        _of_condition(batch, settings.condition),
+        rows_of(
+            _of_condition(held_out.read(0, len(held_out)), settings.condition),
+            len(held_out),
+            rng.at("held-out"),
+        ),
         settings.samples,
         source.draw,
         extractor,
@@ -89,7 +103,12 @@ def prepared_generator(
     about["held_out"] = {"name": held_out.name, "digest": held_out.digest, "n": len(held_out)}
     request = AuditRequest(
         "generator",
-        {"samples": settings.samples, "features": None if subject is None else subject.card},
+        {
+            "samples": settings.samples,
+            "features": None if subject is None else subject.card,
+            "latent": settings.latent,
+            "condition": settings.condition,
+        },
         {"name": source.name, "digest": source.digest},
         about,
         how.steps,
@@ -99,12 +118,42 @@ def prepared_generator(
         command,
         source.notes,
     )
-    return request, lambda run: generator_finding(run, how)
+    return request, how
 
 
 def parts_of(settings: AuditGenerator) -> tuple[Part, ...]:
     """Return the parts of the audit beside quality and copies."""
-    return ()
+    from holdfast.audits.generator.backdoor import BackdoorScan
+    from holdfast.audits.generator.evasion import Autoencoder, Discriminator
+    from holdfast.audits.generator.sensitivity import LatentChange
+
+    eps = settings.latent
+    sensitivity = (LatentChange(eps, settings.condition), Autoencoder(eps), Discriminator(eps))
+    return (*(sensitivity if eps else ()), BackdoorScan())
+
+
+def refuse_condition(condition: int | None, name: str, classes: int | None) -> None:
+    """Raise `UsageError` if the generator does not have the class."""
+    if condition is None:
+        return
+    if classes is None:
+        raise UsageError(
+            f"condition is {condition}, and {name} is not a conditional generator with `classes`"
+        )
+    if condition >= classes:
+        raise UsageError(
+            f"condition is {condition}, and {name} has {classes} classes; a class from 0 to {classes - 1} was expected"
+        )
+
+
+def _of_condition(data: Batch, condition: int | None) -> Batch:
+    """The examples whose label is the condition, or all without one."""
+    if condition is None:
+        return data
+    found = data.take(data.y == condition)
+    if not len(found):
+        raise UsageError(f"condition is {condition}, and no example of the data has this label")
+    return found
 
 
 def _opened(settings: AuditGenerator, source: DataSource, network: Classifier | None) -> Data:
@@ -137,14 +186,16 @@ def _of_split(settings: AuditGenerator, split: str, network: Classifier | None) 
 def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
     """The generator, or the file of its samples."""
     given = settings.model
-    if isinstance(given, str) and not names_code(given):
+    if isinstance(given, str) and not (names_code(given) or names_generator(given)):
+        refuse_condition(settings.condition, given, None)
         samples = _opened(settings, beside(settings, given), network)
         # a random sample, because a file may be sorted by class
         everything = samples.read(0, len(samples))
         stored = rows_of(everything, settings.samples, Draws(settings.seed).at("samples"))
         return _Source(samples.name, samples.digest, lambda: stored.x, ())
-    generator = open_generator(given)
-    draw = partial(generator.samples, settings.samples, settings.seed)
+    generator = opened_generator(given)
+    refuse_condition(settings.condition, generator.name, generator.classes)
+    draw = partial(generator.samples, settings.samples, settings.seed, settings.condition)
     return _Source(generator.name, generator.digest, draw, generator.notes(settings.seed), generator)
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, Validati
 
 from holdfast.api import placing
 from holdfast.api.placing import Ray
+from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
@@ -27,6 +28,7 @@ from holdfast.settings.wording import complaint, place
 if TYPE_CHECKING:
     from holdfast.adaptation.adapted import Adapted
     from holdfast.api.guards import Calibrated
+    from holdfast.api.harden_generator import HardenedGenerator
     from holdfast.api.hardening import ForHardening
     from holdfast.audits.audit import AuditResult
     from holdfast.core.batch import Data
@@ -286,6 +288,12 @@ class Harden(
     verb = "harden"
     verdicts = ("improved",)
 
+    @property
+    def trains_generator(self) -> bool:
+        """Whether the recipe trains a generator instead of a classifier."""
+        recipe: object = self.recipe  # a Python object is accepted too
+        return isinstance(recipe, Mapping) and recipe["use"] in GENERATOR_RECIPES
+
     def open(self) -> "ForHardening":
         """Open the model, the examples for training and those for the assessments, and return them."""
         from holdfast.api.hardening import open_for_hardening
@@ -312,6 +320,24 @@ class Harden(
             self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command,
             on_epoch=on_epoch,
         )  # fmt: skip
+
+    def run_generator(
+        self,
+        folder: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress = silent,
+        notify: Notify = ignore,
+        command: str = "",
+    ) -> "HardenedGenerator":
+        """Train a new generator with a recipe for generators, audit both, and return the new one with the result."""
+        from holdfast.api.grad_mode import gradients
+        from holdfast.api.harden_generator import hardened_generator
+
+        with gradients():
+            return hardened_generator(
+                self, folder, resume=resume, progress=progress, notify=notify, command=command
+            )
 
 
 class RotateSettings(

@@ -120,8 +120,13 @@ def harden(
     measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
     continues the run in it. `on_epoch` is called with the measurements of each epoch
     (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be resumed.
+    With a recipe for generators, such as `robust-gan`, `model` is a GAN, and the result is a
+    `holdfast.api.harden_generator.HardenedGenerator`: the trained one, and the audits before and after.
     """
     checked = Harden(**given(model=model, data=data, threat=threat, recipe=recipe, **settings))
+    if checked.trains_generator:
+        trained: Any = checked.run_generator(run, resume=resume, progress=progress)
+        return trained  # type: ignore[no-any-return]
     return checked.run(run, resume=resume, progress=progress, on_epoch=on_epoch)
 
 
@@ -150,17 +155,18 @@ def exhibition(
     images of digits.
 
     `shown` is called with each result as soon as it is known. `only` lists the names of the models to build; if it is
-    empty, those of `holdfast.doubts.gallery.ITEMS` are built. The names of `DISCRETE` are accepted as well. Raises
-    `UsageError` for an unknown name.
+    empty, those of `holdfast.doubts.gallery.ITEMS` are built. The names of `DISCRETE` and `SLOW` are accepted as well.
+    Raises `UsageError` for an unknown name.
     """
-    from holdfast.doubts.gallery import DISCRETE, ITEMS
+    from holdfast.doubts.gallery import DISCRETE, ITEMS, SLOW
     from holdfast.runs.assess.exhibition import exhibits
 
-    names = [item.name for item in (*ITEMS, *DISCRETE)]
+    known = (*ITEMS, *DISCRETE, *SLOW)
+    names = [item.name for item in known]
     for name in only:
         if name not in names:
             raise UsageError(f"there is no {name!r} in the gallery{did_you_mean(name, names)}")
-    items = [item for item in (*ITEMS, *DISCRETE) if item.name in only] if only else ITEMS
+    items = [item for item in known if item.name in only] if only else ITEMS
     training = data_sources.open_data(DIGITS, split="train")
     digits = training.read(0, len(training))
     built = []

@@ -119,7 +119,7 @@ def _audited(settings: AuditVerb, voice: Voice, *, run: str | None, resume: bool
     from holdfast.cli.running import finished_run
 
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
-        _tell(result.summary(), settings.output, voice, folder)
+        tell_audit(result.summary(), settings.output, voice, folder)
     return int(result.exit_code)
 
 
@@ -129,11 +129,11 @@ def report_audit(folder: Path, outputs: Sequence[str], voice: Voice) -> int:
     from holdfast.audits.audit import open_audit
 
     result = open_audit(folder)
-    _tell(result.summary(), outputs, voice, None)
+    tell_audit(result.summary(), outputs, voice, None)
     return result.exit_code
 
 
-def _tell(content: Mapping[str, Any], outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
+def tell_audit(content: Mapping[str, Any], outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
     """Write the reports of an audit, and print its tables (JSON if `-` is an output) and its verdict."""
     from holdfast.reports.audit import audit_to_json, headline, tables
     from holdfast.reports.write import write_audit

@@ -6,6 +6,7 @@ import click
 
 from holdfast.api.verb_settings import Harden
 from holdfast.cli.assess import settings_from
+from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     MODEL_AND_DATA,
@@ -15,6 +16,7 @@ from holdfast.cli.setting_options import (
     run_options,
     with_named_parts,
 )
+from holdfast.reports.write import AUDIT_SUFFIXES
 
 _HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
@@ -35,6 +37,8 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Train a new model with the settings of the flags, or resume such a run, and assess both models."""
     settings = settings_from(with_named_parts(flags), Harden)
     refuse_resume_without_run(resume=resume, run=run)
+    if settings.trains_generator:
+        return _hardened_generator(settings, voice, run=run, resume=resume)
     from holdfast.cli.running import command_line, finished_run, folder_of_run, tell
     from holdfast.core.names import line
     from holdfast.recipes.training import distributed
@@ -58,3 +62,18 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     click.echo(line(str(hardened)), err=True)
     voice.say(f"assess the new model with: {line(hardened.opened_by(place))}")
     return int(hardened.after.exit_code)
+
+
+def _hardened_generator(settings: Harden, voice: Voice, *, run: str | None, resume: bool) -> int:
+    """Train a new generator, write its folders, and print the result of the audits before and after."""
+    from holdfast.api.harden_generator import folders_of
+    from holdfast.cli.audit import tell_audit
+    from holdfast.cli.running import finished_run
+
+    folders, files = folders_of(settings.output)
+    refuse_reports(files, AUDIT_SUFFIXES)
+    with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
+        for place in folders:
+            voice.say(f"generator: {result.write_folder(place)}")
+        tell_audit(result.summary(), files, voice, folder)
+    return int(result.exit_code)

@@ -48,12 +48,20 @@ class RecipeEntry:
     """settings whose defaults under this name differ from those of the class"""
 
 
+GENERATOR_RECIPES: Final[Mapping[str, Mapping[str, float]]] = {
+    "robust-gan": {},
+    "distil": {"eps": 0.0, "smoothness": 0.0, "r1": 0.0, "class_head": 0.0, "teacher": 1.0},
+}
+"""Recipes for generators, with their settings that differ from the defaults of
+`holdfast.recipes.training.robust_gan.RobustLosses`."""
+
+
 @dataclass(frozen=True)
 class AuditEntry:
     """Entry of the catalogue for one audit."""
 
     name: str
-    """name of the command after `holdfast audit`"""
+    """name of the command after `holdfast audit`; that of `hardened-generator` is `holdfast harden`"""
     gate: str
     """gate that passes if the verdict is `not flagged`; empty for an audit without one"""
     metrics: tuple[str, ...] = ()
@@ -67,7 +75,8 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", ("frechet", "copy_rate")),
+        AuditEntry("generator", "", ("frechet", "copy_rate", "latent_sensitivity")),
+        AuditEntry("hardened-generator", "", ("frechet", "copy_rate", "latent_sensitivity")),
     )
 }
 """The audits by name."""

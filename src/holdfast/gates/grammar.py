@@ -68,7 +68,11 @@ class Claim:
     """the gate as the user wrote it"""
 
 
-def parse(text: str, metrics: Collection[str] = METRICS | ROTATION) -> Claim:
+GATED = frozenset({*METRICS, *ROTATION})
+"""names of the metrics of classifiers on which gates can be set"""
+
+
+def parse(text: str, metrics: Collection[str] = GATED) -> Claim:
     """Return the gate in a text such as `robust_accuracy >= 0.40`, or in the name of a verdict such as `improved`.
     `metrics` are the names of the metrics that the command has. Raises `UsageError` with the mistake and the correct
     form if the text is invalid.

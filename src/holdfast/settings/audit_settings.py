@@ -157,3 +157,13 @@ class GeneratorOptions(AuditOptions):
         description="Network whose features are compared, as in net.pt,arch=net.py:make (default: a small network that "
         "is trained on the labels of the training examples).",
     )
+    latent: Annotated[values.Amount, Flag("EPS")] = Field(
+        default=0.1,
+        description="Root mean square of the changes for which the largest change of the output is searched, in "
+        "standard deviations of the elements of a latent vector or of the features; 0 skips the search (default: 0.1).",
+    )
+    condition: Annotated[values.Whole | None, Flag("CLASS")] = Field(
+        default=None,
+        description="Class to which the samples of a conditional generator are restricted; they are compared with the "
+        "examples of this label (default: all classes).",
+    )

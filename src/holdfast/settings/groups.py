@@ -13,10 +13,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.attacks.suites import SUITES
-from holdfast.core.catalogue import DRIFT_TESTS, RECIPES
+from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.gates.grammar import VERDICTS, refused_verdict
+from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
+from holdfast.gates.grammar import parse as parse_gate
 from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
 from holdfast.settings.grammar import parse_threat
@@ -454,11 +455,19 @@ class GateSettings(SettingGroup):
     verdicts: ClassVar[tuple[str, ...]] = ()
     """verdicts of the verb that a gate may require by their name"""
 
+    @property
+    def trains_generator(self) -> bool:
+        """Whether a generator is trained instead of a classifier."""
+        return False
+
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for a gate on a verdict that the verb does not reach."""
+        """Raise `UsageError` for a gate on a verdict that the verb does not reach, or on a metric that it does not
+        measure.
+        """
         for gate in self.gates:
-            if gate.strip() in VERDICTS and gate.strip() not in self.verdicts:
+            if gate.strip() in VERDICTS and (gate.strip() not in self.verdicts or self.trains_generator):
                 raise refused_verdict(gate.strip(), prefix)
+            parse_gate(gate, values.GENERATOR_METRICS if self.trains_generator else GATED)
 
 
 class Reports(SettingGroup):
@@ -530,7 +539,8 @@ class HardenOptions(SettingGroup):
 
     recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
         default_factory=lambda: {"use": "auto"},
-        description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}. Settings: --set "
+        description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}; for generators "
+        f"{' and '.join(GENERATOR_RECIPES)}. Settings: --set "
         "recipe.NAME=VALUE, or `use: NAME` with its settings.",
     )
     budget: Annotated[values.Budget | None, Flag("T")] = Field(

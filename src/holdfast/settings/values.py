@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from math import isfinite
 from operator import index
 from pathlib import Path
@@ -24,12 +25,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from holdfast.core.catalogue import DRIFT_TESTS, names
+from holdfast.core.catalogue import AUDITS, DRIFT_TESTS, GENERATOR_RECIPES, names
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.gates.grammar import GATED, with_equality
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.gates.grammar import with_equality
 from holdfast.io.remote.remote import header_variable
 from holdfast.settings.grammar import (
     did_you_mean,
@@ -470,7 +471,12 @@ Names = Annotated[list[str], BeforeValidator(_names)]
 DriftTests = Annotated[list[str], MinLen(1), BeforeValidator(_drift_tests)]
 Threat = Annotated[str, BeforeValidator(_threat)]
 Transform = Annotated[str, _read_by(parse_transform)]
-Gates = Annotated[list[Annotated[str, _read_by(parse_gate)]], BeforeValidator(_gates)]
+GENERATOR_METRICS = AUDITS["hardened-generator"].metrics
+"""Metrics of the audits of a generator before and after its training."""
+Gates = Annotated[
+    list[Annotated[str, _read_by(partial(parse_gate, metrics=GATED | {*GENERATOR_METRICS}))]],
+    BeforeValidator(_gates),
+]
 TimeBudget = Annotated[str, _duration("time_budget")]
 Budget = Annotated[str, _duration("budget")]
 AssessBudget = Annotated[str, _duration("assess_budget")]
@@ -543,11 +549,15 @@ def _recipes() -> list[str]:
     return [*names("recipes"), AUTO, CARD]
 
 
+def _recipes_of_harden() -> list[str]:
+    return [*_recipes(), *GENERATOR_RECIPES]
+
+
 Method = Annotated[str, BeforeValidator(_method)]
 RecipeSpec = Annotated[
     dict[str, Any],
     WrapValidator(lambda value, validated: validated(value) if _is_plain(value) else value),
-    BeforeValidator(_named_spec("recipe", AUTO, _recipes)),
+    BeforeValidator(_named_spec("recipe", AUTO, _recipes_of_harden)),
 ]
 """Name or settings of a recipe, or a Python object."""
 SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _recipes))]

@@ -76,14 +76,14 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
         )
 
 
-def generator_finding(run: Run, how: GeneratorAudit) -> Finding:
-    """Take the steps of the audit, and return the finding."""
+def generator_finding(run: Run, how: GeneratorAudit, prefix: str = "") -> Finding:
+    """Take the steps of the audit, and return the finding. The names of the stages begin with `prefix`."""
 
     def drawn() -> Columns:
         samples = _in_space_of(how.draw(), how)
         return {"id": torch.arange(len(samples)), "x": samples}
 
-    samples = run.stage(SAMPLES, drawn).columns["x"]
+    samples = run.stage(prefix + SAMPLES, drawn).columns["x"]
 
     def features() -> Columns:
         extractor, columns = how.extractor(), dict[str, Tensor]()
@@ -93,17 +93,17 @@ def generator_finding(run: Run, how: GeneratorAudit) -> Finding:
         classes = torch.full((len(samples),), logits.shape[1])
         return {"id": torch.arange(len(samples)), **columns, "classes": classes}
 
-    quality_found = _concluded(how, samples, run.stage(FEATURES, features).columns)
+    quality_found = _concluded(how, samples, run.stage(prefix + FEATURES, features).columns)
     found, lacking = list[tuple[str, PartFinding]](), list[tuple[str, str]]()
     for part in how.parts:
         context = Context(
             samples, how.training, how.held_out, how.generator, how.device, how.rng.at(part.name)
         )
         if missing := part.missing(context):
-            run.stage(part.name, _nothing)
+            run.stage(prefix + part.name, _nothing)
             lacking.append((part.title, missing))
             continue
-        columns = run.stage(part.name, partial(part.measure, context)).columns
+        columns = run.stage(prefix + part.name, partial(part.measure, context)).columns
         found.append((part.name, part.concluded(columns, context)))
     return joined(quality_found, found, lacking)
 
@@ -133,7 +133,7 @@ def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
 
 
 def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Finding:
-    sets = dict(zip(_SETS, _standardised(*(columns[f"{name}.features"] for name in _SETS)), strict=True))
+    sets = dict(zip(_SETS, standardised(*(columns[f"{name}.features"] for name in _SETS)), strict=True))
     dimensions, n = sets["training"].shape[1], min(len(samples), len(how.held_out))
     if min(n, len(how.training)) <= dimensions:
         raise UsageError(
@@ -154,8 +154,8 @@ def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Findin
     return finding_of(measured, samples, how.training.x)
 
 
-def _standardised(samples: Tensor, training: Tensor, held_out: Tensor) -> tuple[Tensor, ...]:
-    """The features with mean 0 and standard deviation 1 on the training examples, without constant ones."""
+def standardised(samples: Tensor, training: Tensor, held_out: Tensor) -> tuple[Tensor, ...]:
+    """Return the features with mean 0 and standard deviation 1 on the training examples, without constant ones."""
     mean, deviation = training.mean(0), training.std(0)
     varying = deviation > 1e-6 * deviation.max().clamp_min(1e-12)
     if not bool(varying.any()) or not float(deviation.max()) > 0:

@@ -17,6 +17,7 @@ from holdfast.doubts.gallery import (
     logit_masks,
     memories,
     precisions,
+    purifiers,
 )
 from holdfast.doubts.gallery.item import EPS, Item
 from holdfast.doubts.gallery.small_networks import undefended
@@ -38,4 +39,7 @@ first version of the search that divides the budget; the attacks were not develo
 marked with replacements of a gradient.
 """
 
-__all__ = ["DISCRETE", "EPS", "ITEMS", "Item", "undefended"]
+SLOW: tuple[Item, ...] = purifiers.ITEMS
+"""Masked models whose evaluation takes minutes, which `holdfast demo --gallery` does not show."""
+
+__all__ = ["DISCRETE", "EPS", "ITEMS", "SLOW", "Item", "undefended"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.io.models.adapted import Adapted
@@ -23,7 +24,19 @@ from holdfast.io.models.trees import adapted_booster
 
 def accepted(model: object) -> bool:
     """Return whether the object is a model of a supported kind: a network, a function or an estimator."""
+    if isinstance(model, nn.Module) and type(model).forward is nn.Module.forward:
+        return False  # a generator, or a container of modules
     return callable(model) or isinstance(model, Predictor)
+
+
+def refuse_generator(model: object, what: str) -> None:
+    """Raise `UsageError` for a generator, which is no classifier. `what` begins the message, as in "model is"."""
+    if callable(getattr(model, "sample", None)) and not accepted(model):
+        raise UsageError(
+            f"{what} a generator ({type(model).__name__}), and a classifier was expected; holdfast audit generator "
+            "audits generators, and holdfast harden trains them with the recipes "
+            f"{' and '.join(GENERATOR_RECIPES)}"
+        )
 
 
 def refuse_no_model(model: object, argument: str = "model") -> None:
@@ -44,6 +57,7 @@ def refuse_no_model(model: object, argument: str = "model") -> None:
             f"{argument} is a function that accepts no inputs; a network, or a function from inputs to logits, was "
             "expected. If it builds the network, give the network that it returns, as in net = make()"
         )
+    refuse_generator(model, f"{argument} is")
     if not accepted(model):
         raise UsageError(
             f"{argument} is {kind_of(model)}; expected a network, a function from inputs to logits, an estimator, or "

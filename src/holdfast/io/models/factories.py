@@ -23,7 +23,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.io.files import readable_file, sha256_of_file, similar_name
-from holdfast.io.models.adapting import accepted, takes_no_input
+from holdfast.io.models.adapting import accepted, refuse_generator, takes_no_input
 from holdfast.io.models.estimators import Predictor
 from holdfast.io.models.object_digest import LOADED
 
@@ -117,6 +117,7 @@ def call_factory(
         )
         hint_text = hint if isinstance(error, TypeError) else ""
         raise TargetError(f"{address} raised {error_text(error, files)}{hint_text}") from error
+    refuse_generator(net, f"{address} returned")
     if isinstance(net, type) or not accepted(net) or takes_no_input(net):
         if inspect.iscoroutine(net):
             net.close()

@@ -96,6 +96,19 @@ class OpenedGenerator:
         found = getattr(self.generator, "classes", None)
         return None if found is None else int(found)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters of the generator, or of a module that is an attribute of it; without any, the
+        CPU.
+        """
+        for found in (self.generator, *getattr(self.generator, "__dict__", {}).values()):
+            if (
+                isinstance(found, torch.nn.Module)
+                and (parameter := next(found.parameters(), None)) is not None
+            ):
+                return parameter.device
+        return torch.device("cpu")
+
     def call(self, name: str, *arguments: Any) -> Tensor:
         """Return what a method of `Abilities` returns for tensors, with gradients where these are enabled. Raises
         `TargetError` if it raises an exception, or returns something else than finite numbers for each example.
@@ -114,22 +127,25 @@ class OpenedGenerator:
             raise TargetError(f"{_SHOWN[name]} of {self.name} returned NaN or infinity")
         return found
 
-    def samples(self, n: int, seed: int) -> Tensor:
-        """Return `n` samples as a float tensor (n, *features). They are requested in pieces, each with a seed of its
-        own. Raises `TargetError` if the generator raises an exception, or returns another number of samples or NaN.
+    def samples(self, n: int, seed: int, condition: int | None = None) -> Tensor:
+        """Return `n` samples as a float tensor (n, *features), of one class if `condition` is given. They are requested
+        in pieces, each with a seed of its own. Raises `TargetError` if the generator raises an exception, or returns
+        another number of samples or NaN.
         """
         starts = range(0, n, _PIECE)
-        pieces = [self._piece(min(_PIECE, n - start), seed + start // _PIECE) for start in starts]
+        pieces = [self._piece(min(_PIECE, n - start), seed + start // _PIECE, condition) for start in starts]
         shapes = {tuple(piece.shape[1:]) for piece in pieces}
         if len(shapes) > 1:
             raise TargetError(f"{self.name} returns samples of several shapes: {sorted(shapes)}")
         return torch.cat(pieces)
 
-    def _piece(self, n: int, seed: int) -> Tensor:
+    def _piece(self, n: int, seed: int, condition: int | None = None) -> Tensor:
+        # a generator without classes takes no condition
+        given = {} if condition is None else {"condition": torch.full((n,), condition, device=self.device)}
         try:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed)
-                drawn = self.generator.sample(n, seed)
+                drawn = self.generator.sample(n, seed, **given)
                 samples = (
                     drawn.detach().cpu() if isinstance(drawn, Tensor) else torch.from_numpy(np.asarray(drawn))
                 )

@@ -9,6 +9,7 @@ Samples are those of the averaged generator.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from itertools import pairwise
 
 import torch
@@ -23,9 +24,11 @@ from holdfast.core.types import Ids, Inputs, Labels, PerExample
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.weights import ema
 
-_LATENT = 48  # values of the noise from which an image is generated
+LATENT = 48
+"""number of values of the noise from which an image is generated"""
 _WIDTH = 32  # channels of the wider one of two convolutions
-_BATCH = 64  # examples of an update: many small updates give better samples than few large ones
+BATCH = 64
+"""number of examples of an update: many small updates give better samples than few large ones"""
 _LR, _BETAS = 1e-3, (0.5, 0.99)  # of Adam: the rate is large because a budget of minutes has few updates
 _KEPT = 0.995  # decay of the average of the generator
 
@@ -37,6 +40,10 @@ class _ClassNorm(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
         self.gains, self.shifts = nn.Embedding(classes, channels), nn.Embedding(classes, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gains to 1 and the shifts to 0."""
         nn.init.ones_(self.gains.weight)
         nn.init.zeros_(self.shifts.weight)
 
@@ -46,7 +53,7 @@ class _ClassNorm(nn.Module):
         return modulated
 
 
-class _Generator(nn.Module):
+class ConditionalGenerator(nn.Module):
     """Network from noise (n, latent) and classes (n) to images (n, *shape) inside the bounds."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, bounds: Bounds) -> None:
@@ -54,12 +61,13 @@ class _Generator(nn.Module):
         channels, height, width = shape
         self.side = (-(-height // 4), -(-width // 4))
         self.shape, self.bounds = shape, bounds
-        self.first = nn.Linear(_LATENT, _WIDTH * self.side[0] * self.side[1])
+        self.first = nn.Linear(LATENT, _WIDTH * self.side[0] * self.side[1])
         self.norms = nn.ModuleList([_ClassNorm(_WIDTH, classes), _ClassNorm(_WIDTH // 2, classes)])
         self.up = nn.ConvTranspose2d(_WIDTH, _WIDTH // 2, 4, 2, 1)
         self.last = nn.ConvTranspose2d(_WIDTH // 2, channels, 4, 2, 1)
 
     def forward(self, z: Tensor, y: Labels) -> Inputs:
+        """Return images for noise and classes."""
         x = self.first(z).view(len(z), _WIDTH, *self.side)
         x = self.up(F.relu(self.norms[0](x, y)))
         x = self.last(F.relu(self.norms[1](x, y)))[:, :, : self.shape[1], : self.shape[2]]
@@ -84,7 +92,7 @@ class _Trunk(nn.Module):
         return features
 
 
-class _Discriminator(nn.Module):
+class ConditionalDiscriminator(nn.Module):
     """Network from images and classes to scores (n), which are large for real images of the class."""
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
@@ -94,8 +102,13 @@ class _Discriminator(nn.Module):
         self.classes = spectral_norm(nn.Embedding(classes, 2 * _WIDTH))
 
     def forward(self, x: Inputs, y: Labels) -> PerExample:
+        """Return the scores of images as ones of the classes `y`."""
+        return self.scores(x).gather(1, y[:, None])[:, 0]
+
+    def scores(self, x: Inputs) -> Tensor:
+        """Return the scores (n, classes) of images for each class, which are also the logits of a classifier."""
         features = self.trunk(x)
-        scores: Tensor = self.score(features)[:, 0] + (self.classes(y) * features).sum(1)
+        scores: Tensor = self.score(features) + features @ self.classes.weight.T
         return scores
 
 
@@ -104,25 +117,40 @@ class GAN:
     samples. All tensors are in `state`, from which a training resumes exactly.
     """
 
-    def __init__(self, example: Inputs, classes: int, bounds: Bounds, rng: Draws) -> None:
-        """Create the networks for images like `example` (n, channels, height, width) with random weights."""
+    def __init__(
+        self,
+        example: Inputs,
+        classes: int,
+        bounds: Bounds,
+        rng: Draws,
+        networks: tuple[nn.Module, nn.Module] | None = None,
+        latent_shape: tuple[int, ...] = (LATENT,),
+    ) -> None:
+        """Create the networks for images like `example` (n, channels, height, width) with random weights. If `networks`
+        are given, a generator from latent vectors (n, *latent_shape) and a discriminator with the calls of
+        `ConditionalGenerator` and `ConditionalDiscriminator`, copies of them are trained.
+        """
+        self._latent_shape = latent_shape
         shape = tuple(example.shape[1:])
         with drawing(rng.at("generator"), example.device):
+            generator, discriminator = deepcopy(networks) or (
+                ConditionalGenerator(shape, classes, bounds),
+                ConditionalDiscriminator(shape, classes),
+            )
             nets = nn.ModuleDict(
                 {
-                    "generator": _Generator(shape, classes, bounds),
-                    "average": _Generator(shape, classes, bounds),
-                    "discriminator": _Discriminator(shape, classes),
+                    "generator": generator,
+                    "average": deepcopy(generator),
+                    "discriminator": discriminator,
                     "classifier": nn.Sequential(_Trunk(shape, normed=False), nn.Linear(2 * _WIDTH, classes)),
                 }
             ).to(example)
-        self._nets = nets
-        self._generator, self._average = nets["generator"], nets["average"].eval().requires_grad_(False)
-        self._average.load_state_dict(self._generator.state_dict())
-        self._discriminator, self._classifier = nets["discriminator"], nets["classifier"]
+        self._nets = nets.train()  # in eval mode, spectral norm would not follow the weights
+        self.generator, self.average = nets["generator"], nets["average"].eval().requires_grad_(False)
+        self.discriminator, self._classifier = nets["discriminator"], nets["classifier"]
         self.updates = torch.zeros((), dtype=torch.int64, device=example.device)
         """number of updates of the generator"""
-        trained = (self._generator, self._discriminator, self._classifier)
+        trained = (self.generator, self.discriminator, self._classifier)
         self._optimizers = [torch.optim.Adam(net.parameters(), _LR, _BETAS, foreach=False) for net in trained]
         for optimizer in self._optimizers:
             for weight in optimizer.param_groups[0]["params"]:  # the moments exist before the first update
@@ -158,17 +186,25 @@ class GAN:
 
     def update(self, batch: Batch, rng: Draws) -> None:
         """Train discriminator, generator and classifier for one update on real examples."""
-        discriminator, batch = self._discriminator, batch.first(_BATCH)
-        fake = self._generator.train()(self._noise(batch.ids, rng.at("noise"), batch.x), batch.y)
-        scores = discriminator(torch.cat((batch.x, fake.detach())), batch.y.repeat(2))
-        real, generated = scores.chunk(2)
-        self._step(1, F.relu(1 - real).mean() + F.relu(1 + generated).mean())
-        discriminator.requires_grad_(False)  # the generator's update needs no gradient of these weights
-        self._step(0, -discriminator(fake, batch.y).mean())
-        discriminator.requires_grad_(True)
+        batch = batch.first(BATCH)
+        fake = self.generator.train()(self._noise(batch.ids, rng.at("noise"), batch.x), batch.y)
+        self._step(1, self.discriminator_loss(batch, fake.detach(), rng))
+        self.discriminator.requires_grad_(False)  # the generator's update needs no gradient of these weights
+        self._step(0, self.generator_loss(batch, fake, rng))
+        self.discriminator.requires_grad_(True)
         self._step(2, F.cross_entropy(self._classifier(batch.x), batch.y))
-        ema(self._average.state_dict(), self._generator, _KEPT, int(self.updates))
+        ema(self.average.state_dict(), self.generator, _KEPT, int(self.updates))
         self.updates.add_(1)
+
+    def discriminator_loss(self, batch: Batch, fake: Inputs, rng: Draws) -> Tensor:
+        """Return the loss of the discriminator for real examples and generated ones of the same classes."""
+        real, generated = self.discriminator(torch.cat((batch.x, fake)), batch.y.repeat(2)).chunk(2)
+        return F.relu(1 - real).mean() + F.relu(1 + generated).mean()
+
+    def generator_loss(self, batch: Batch, fake: Inputs, rng: Draws) -> Tensor:
+        """Return the loss of the generator for its samples `fake` of the classes of `batch`."""
+        loss: Tensor = -self.discriminator(fake, batch.y).mean()
+        return loss
 
     def _step(self, number: int, loss: Tensor) -> None:
         self._optimizers[number].zero_grad()
@@ -176,13 +212,13 @@ class GAN:
         self._optimizers[number].step()
 
     def _noise(self, ids: Ids, rng: Draws, like: Tensor) -> Tensor:
-        return rng.normal(ids, _LATENT, dtype=like.dtype)
+        return rng.normal(ids, *self._latent_shape, dtype=like.dtype)
 
     @torch.no_grad()
     def samples(self, ids: Ids, y: Labels, rng: Draws) -> Inputs:
         """Return an image of each class in `y` (n), which is a function of its id and of `rng`."""
-        like = next(self._average.parameters())
-        images: Inputs = self._average(self._noise(ids, rng, like), y)
+        like = next(self.average.parameters())
+        images: Inputs = self.average(self._noise(ids, rng, like), y)
         return images
 
     @torch.no_grad()

@@ -1,0 +1,128 @@
+"""Opens what the hardening of a generator needs, trains it, and writes the new generator."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.api import resolve
+from holdfast.api.audit_generator import opened_audit
+from holdfast.api.recipe_building import built
+from holdfast.api.verb_settings import AuditGenerator, Harden
+from holdfast.audits.audit import AuditResult, audited
+from holdfast.audits.finding import Finding
+from holdfast.audits.generator.hardening import GeneratorHardening, hardening_finding, trainable
+from holdfast.core.catalogue import GENERATOR_RECIPES
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.generators.adapters import GAN
+from holdfast.generators.gan import ImageGAN
+from holdfast.generators.opening import FILE, content_of
+from holdfast.io.models.weights import written
+from holdfast.recipes.training.robust_gan import RobustLosses
+from holdfast.runs.engine.progress import Notify, Progress
+from holdfast.runs.engine.run import Run
+from holdfast.runs.store.files import write_atomically
+from holdfast.runs.store.folder import refuse_used
+from holdfast.settings.grammar import is_folder, seconds
+
+KIND = "hardened-generator"
+"""Kind of the run, in `holdfast.core.catalogue.AUDITS`."""
+
+
+@dataclass(frozen=True, repr=False)
+class HardenedGenerator(AuditResult):
+    """A new generator, and the result of the audits before and after its training."""
+
+    generator: GAN | None = None
+    """the trained generator, with the same classes as the given one"""
+
+    def write_folder(self, folder: str | Path) -> Path:
+        """Write the weights and the card to a folder, and return the path of the weights, which `holdfast audit
+        generator` opens if the generator is a `holdfast.generators.ImageGAN`.
+        """
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        net = self.generator
+        if isinstance(net, ImageGAN):
+            content = content_of(net, "gan", net.arguments)
+        else:
+            assert net is not None
+            content = written(net, {})
+        write_atomically(place / FILE, content)
+        for name in ("card.json", "card.md"):
+            self.write(place / name)
+        return place / FILE
+
+
+def hardened_generator(
+    settings: Harden,
+    run: str | Path | None,
+    *,
+    resume: bool,
+    progress: Progress,
+    notify: Notify,
+    command: str,
+) -> HardenedGenerator:
+    """Train the generator of the settings with one of `GENERATOR_RECIPES`, and audit it before and after. Raises
+    `UsageError` if it is no GAN of torch modules with a discriminator.
+    """
+    place = resolve.folder_of(run, resume=resume)
+    if place is not None:
+        refuse_used(place, resume=resume)
+    if not isinstance(settings.data, str):
+        raise UsageError(
+            "a generator is trained on the train split of the data, and compared with the test split; give a file or "
+            "a name with both",
+            Remedy("data", Placeholder("DATA")),
+        )
+    name, losses = _losses(settings.recipe)
+    request, how = opened_audit(_audit_settings(settings), notify, command)
+    if how.generator is None:
+        raise UsageError("the model is a file of samples; give the generator itself, as in gen.py:make")
+    budget = None if settings.budget is None else seconds(settings.budget, "budget")
+    gan, rng = trainable(how.generator, how.training), Draws(settings.seed).at("hardening")
+    work = GeneratorHardening(how, gan, losses, losses.teacher > 0, budget, settings.seed, rng)
+    recipe = {"use": name, **vars(losses)}
+    request = replace(
+        request,
+        kind=KIND,
+        settings={**request.settings, "recipe": recipe, "budget_s": budget},
+        steps=work.steps,
+        gates=tuple(settings.gates),
+        writes=True,  # the trained generator is read from the stored steps
+    )
+    trained: list[GAN] = []
+
+    def audit(run: Run) -> Finding:
+        finding, new = hardening_finding(run, work)
+        trained.append(new)
+        return finding
+
+    for note in request.notes:
+        notify(note)
+    result = audited(request, audit, place, resume=resume, progress=progress)
+    return HardenedGenerator(result.content, result.folder, trained[-1])
+
+
+def _losses(spec: Mapping[str, Any]) -> tuple[str, RobustLosses]:
+    name = str(spec["use"])
+    given = {**GENERATOR_RECIPES[name], **{key: value for key, value in spec.items() if key != "use"}}
+    return name, built(RobustLosses, given, f"recipe {name}", "recipe")
+
+
+def _audit_settings(settings: Harden) -> AuditGenerator:
+    """The settings of the audits: those that both commands have."""
+    shared = {
+        name: getattr(settings, name)
+        for name in settings.model_fields_set
+        if name in AuditGenerator.model_fields and name not in ("gates", "output")
+    }
+    return AuditGenerator(**shared, held_out=settings.data)
+
+
+def folders_of(outputs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the folders and the report files among outputs."""
+    folders = [output for output in outputs if is_folder(output)]
+    return folders, [output for output in outputs if output not in folders]

@@ -1,0 +1,272 @@
+"""Trains a GAN so that it is more robust, and audits it before and after."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.audits.features import penultimate
+from holdfast.audits.finding import Finding, Picture, Table, in_unit_range
+from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, standardised
+from holdfast.audits.generator.quality import frechet_distance
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
+from holdfast.core.model import Bounds
+from holdfast.core.remedies import Remedy
+from holdfast.generators.adapters import GAN
+from holdfast.io.models.generators import OpenedGenerator
+from holdfast.recipes.training.generator import BATCH
+from holdfast.recipes.training.robust_gan import RobustGAN, RobustLosses
+from holdfast.runs.engine.run import Run
+
+BEFORE, AFTER, PLAN = "before-", "after-", "updates"
+"""Prefixes of the stages of the two audits, and the name of the document with the number of updates."""
+EPOCHS = 8
+"""number of times that the Fréchet distance is measured during the training"""
+USUAL = 2_000
+"""number of updates without a budget"""
+_TIMED = 5  # updates that are timed for a budget
+_LEAST = 100  # updates below which a training is refused
+_SHOWN = 6
+
+
+class _Conditional(nn.Module):
+    """A generator without classes, called as one with classes."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        samples: Tensor = self.net(z)
+        return samples
+
+
+class _Scored(nn.Module):
+    """A discriminator of the user, called as one with a score for each class."""
+
+    def __init__(self, net: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.net, self.classes = net, classes
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scores(x).gather(1, y[:, None])[:, 0]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Return the scores (n, classes): the score of an image, plus the logits of the class head if there is one."""
+        found = self.net(x)
+        score, head = found if isinstance(found, tuple) else (found, 0.0)
+        scores: Tensor = score.reshape(len(x), 1).expand(-1, self.classes) + head
+        return scores
+
+
+@dataclass(frozen=True)
+class GeneratorHardening:
+    """What a hardening of a GAN trains, and how both generators are audited."""
+
+    audit: GeneratorAudit
+    """the audit of the given generator"""
+    gan: GAN
+    losses: RobustLosses
+    fresh: bool
+    """whether the training of the generator begins with random weights, as that of a student"""
+    budget_s: float | None
+    """time of the training in seconds; None for `USUAL` updates"""
+    seed: int
+    rng: Draws
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Names of the stages and documents in their order."""
+        epochs = (f"epoch-{epoch + 1}" for epoch in range(EPOCHS))
+        of_audit = self.audit.steps
+        return (*(BEFORE + step for step in of_audit), PLAN, *epochs, *(AFTER + step for step in of_audit))
+
+    @cached_property
+    def features(self) -> Callable[[Tensor], Tensor]:
+        """Function that returns the standardised features of examples (n, *features)."""
+        extractor, device = self.audit.extractor(), self.audit.device
+        training, _ = penultimate(extractor, self.audit.training.x.to(device))
+
+        def of(x: Tensor) -> Tensor:
+            found, _ = penultimate(extractor, x.to(device))
+            return standardised(found, training, found)[0]
+
+        return of
+
+    def trainer(self) -> RobustGAN:
+        """Return the training at its beginning."""
+        training, classes = self.audit.training, self.gan.classes or 1
+        bounds = Bounds(float(training.x.min()), float(training.x.max()))
+        generator, discriminator = deepcopy((self.gan.generator, self.gan.discriminator))
+        assert discriminator is not None  # `trainable` was called
+        if self.fresh:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.rng.at("weights").key >> 1)
+                for module in reversed([*generator.modules()]):  # a module after those that it contains
+                    if callable(reset := getattr(module, "reset_parameters", None)):
+                        reset()
+        teacher: nn.Module = self.gan.generator
+        if self.gan.classes is None:
+            generator, teacher = _Conditional(generator), _Conditional(teacher)
+        if not hasattr(discriminator, "scores"):
+            discriminator = _Scored(discriminator, classes)
+        for module in (generator, discriminator):
+            module.requires_grad_(True)
+        example = training.x[:1].to(self.audit.device)
+        teacher = teacher.to(example)
+        return RobustGAN(
+            example, classes, bounds, self.rng.at("networks"), (generator, discriminator), self.gan.latent_shape,
+            self.losses, teacher if self.losses.teacher else None,
+        )  # fmt: skip
+
+    def batch(self, update: int) -> Batch:
+        """Return the training examples of an update. A generator without classes sees all of them as class 0."""
+        training = self.audit.training
+        random = torch.Generator().manual_seed(self.rng.at("rows", update).key >> 1)
+        rows = torch.randint(len(training), (BATCH,), generator=random)
+        y = training.y[rows] if self.gan.classes else torch.zeros(BATCH, dtype=torch.int64)
+        return Batch(training.x[rows], y, torch.arange(BATCH)).to(self.audit.device)
+
+    def trained(self, trainer: RobustGAN) -> GAN:
+        """Return the given generator with the networks of a training: its averaged generator and its discriminator."""
+        new, average, discriminator = deepcopy(self.gan), trainer.average, trainer.discriminator
+        new.generator = average.net if isinstance(average, _Conditional) else average
+        new.discriminator = discriminator.net if isinstance(discriminator, _Scored) else discriminator
+        return deepcopy(new).cpu().eval().requires_grad_(False)
+
+
+def trainable(generator: OpenedGenerator, training: Batch) -> GAN:
+    """Return the GAN of a generator. Raises `UsageError` if it is none that can be trained."""
+    gan = generator.generator
+    if not isinstance(gan, GAN) or gan.discriminator is None:
+        raise UsageError(
+            f"{generator.name} is {type(gan).__name__}, and a generator is hardened together with its discriminator; "
+            "return holdfast.generators.GAN(generator, discriminator, latent_shape=…) or holdfast.generators.ImageGAN()"
+        )
+    shape = training.example_shape
+    if len(shape) != 3:
+        raise UsageError(
+            f"the training examples have shape {shape}; images (channels, height, width) were expected"
+        )
+    if gan.classes and not bool(((training.y >= 0) & (training.y < gan.classes)).all()):
+        raise UsageError(
+            f"{generator.name} has {gan.classes} classes, and the labels of the training examples are from "
+            f"{int(training.y.min())} to {int(training.y.max())}; labels from 0 to {gan.classes - 1} were expected"
+        )
+    return gan
+
+
+def hardening_finding(run: Run, how: GeneratorHardening) -> tuple[Finding, GAN]:
+    """Take the steps of the hardening, and return the finding and the new generator."""
+    before = generator_finding(run, how.audit, BEFORE)
+    updates = int(run.document(PLAN, lambda: {"updates": _updates(how)})["updates"])
+    trainer, states = how.trainer(), list[Columns]()
+    for epoch in range(EPOCHS):
+        span = range(updates * epoch // EPOCHS, updates * (epoch + 1) // EPOCHS)
+        states.append(run.stage(f"epoch-{epoch + 1}", partial(_epoch, how, trainer, span)).columns)
+        trainer.restore(states[-1])
+    distances = [float(state["frechet"]) for state in states]
+    best = min(range(EPOCHS), key=distances.__getitem__)
+    trainer.restore(states[best])
+    new = how.trained(trainer)
+    assert how.audit.generator is not None
+    opened = replace(how.audit.generator, generator=new)
+    audit = replace(how.audit, generator=opened, draw=partial(opened.samples, how.audit.n, how.seed))
+    after = generator_finding(run, audit, AFTER)
+    return _compared(how, before, after, updates, distances, new), new
+
+
+def _updates(how: GeneratorHardening) -> int:
+    """Number of updates that take the budget, from the time of a few on a copy."""
+    if how.budget_s is None:
+        return USUAL
+    trainer = how.trainer()
+    trainer.update(how.batch(0), how.rng.at("timed"))
+    begun = time.perf_counter()
+    for update in range(_TIMED):
+        trainer.update(how.batch(update), how.rng.at("timed", update))
+    each = (time.perf_counter() - begun) / _TIMED
+    updates = int(how.budget_s / each)
+    if updates < _LEAST:
+        raise UsageError(
+            f"the budget of {how.budget_s:g} s is enough for {updates} updates of {each:.2g} s; at least {_LEAST} were "
+            "expected",
+            Remedy("budget", f"{max(1, round(2 * _LEAST * each))}s"),
+        )
+    return updates
+
+
+def _epoch(how: GeneratorHardening, trainer: RobustGAN, updates: range) -> Columns:
+    """Train for some updates, and return all tensors with the Fréchet distance of samples to held-out examples."""
+    for update in updates:
+        trainer.update(how.batch(update), how.rng.at("update", update))
+    held_out = how.audit.held_out.x
+    samples = how.trained(trainer).sample(len(held_out), how.seed).view_as(held_out)
+    distance = frechet_distance(how.features(samples), how.features(held_out))
+    state = {name: value.detach().cpu().clone() for name, value in trainer.state().items()}
+    return {"id": torch.zeros(1, dtype=torch.int64), "frechet": torch.tensor([distance]), **state}
+
+
+def _compared(
+    how: GeneratorHardening, before: Finding, after: Finding, updates: int, distances: list[float], new: GAN
+) -> Finding:
+    epochs = Table(
+        "Epochs",
+        ("epoch", "updates", "Fréchet distance to held-out examples"),
+        [
+            (epoch + 1, updates * (epoch + 1) // EPOCHS, f"{value:.3g}")
+            for epoch, value in enumerate(distances)
+        ],
+        "The epoch with the smallest distance is returned.",
+    )
+    old, changed = dict(_numbers(before.facts)), dict(_numbers(after.facts))
+    rows = [
+        (name, f"{old[name]:.4g}", f"{value:.4g}", f"{value - old[name]:+.3g}")
+        for name, value in changed.items()
+        if name in old
+    ]
+    table = Table("Before and after the training", ("measure", "before", "after", "difference"), rows)
+    changes = [
+        f"{name.replace('_', ' ')} {before.metrics[name].value:.3g} before and {estimate.value:.3g} after"
+        for name, estimate in after.metrics.items()
+        if name in before.metrics
+    ]
+    return replace(
+        after,
+        headline="; ".join(changes) + f"; {before.verdict} before and {after.verdict} after",
+        reasons=[f"before: {before.headline}", f"after: {after.headline}", *after.reasons],
+        facts={"before": before.facts, "after": after.facts, "updates": updates, "epochs": distances},
+        tables=[table, epochs, *_named("Before", before.tables), *_named("After", after.tables)],
+        pictures=[_samples(how, new), *after.pictures],
+    )
+
+
+def _named(when: str, tables: Any) -> Iterator[Table]:
+    for table in tables:
+        yield replace(table, title=f"{when}: {table.title}")
+
+
+def _numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among facts, with their names."""
+    for name, value in facts.items():
+        shown = f"{prefix}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{shown}: ")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield shown, float(value)
+
+
+def _samples(how: GeneratorHardening, new: GAN) -> Picture:
+    """The same latent vectors before and after the training."""
+    both = torch.cat([each.sample(_SHOWN, how.seed) for each in (deepcopy(how.gan).cpu(), new)])
+    images = in_unit_range(both, float(how.audit.training.x.min()), float(how.audit.training.x.max()))
+    captions = [f"{when}, sample {k + 1}" for when in ("before", "after") for k in range(_SHOWN)]
+    return Picture("Samples of the same latent vectors before and after the training", images, captions)
