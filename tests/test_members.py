@@ -106,6 +106,18 @@ def test_a_fitted_weight_keeps_the_requested_share_of_attacked_inputs():
         fitted(same, same, torch.tensor([0, 0, 1, 1]))
 
 
+def test_a_transformation_that_changes_the_order_of_classes_is_not_fitted():
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 10, (1000,), generator=rng)
+    signal = 0.5 * nn.functional.one_hot(y, 10)
+    clean = torch.randn(1000, 10, generator=rng) + signal
+    attacked = clean - 0.3 * signal + 0.1 * torch.randn(1000, 10, generator=rng)
+    found = fitted(clean, attacked, y)
+    moved = transformed(attacked, found["scale"], found["power"], found["shift"])
+    right = attacked.argmax(1) == y
+    assert (moved.argmax(1) == y)[right].double().mean() >= 0.98
+
+
 def test_a_mix_needs_three_classes():
     mix = Mixture(nn.Flatten(), nn.Flatten())
     with pytest.raises(TargetError, match="expected at least 3"):
