@@ -53,7 +53,7 @@ def trained_gan(x: Tensor, y: Tensor) -> nn.Module:
     return net.eval()
 
 
-DIFFUSION_UPDATES, VAE_UPDATES, GAN_UPDATES = 4_500, 3_500, 3_000
+DIFFUSION_UPDATES, VAE_UPDATES, GAN_UPDATES = 4_500, 2_500, 3_000
 GENERATORS = {
     "mnist-diffusion": Recipe(
         "diffusion",
@@ -68,7 +68,7 @@ GENERATORS = {
         trained_gan,
     ),
     "mnist-vae": Recipe(
-        "vae", "VAE with 8 latent values", {"updates": VAE_UPDATES, "seed": SEED}, trained_vae
+        "vae", "VAE with 16 latent values", {"updates": VAE_UPDATES, "seed": SEED}, trained_vae
     ),
 }
 """The bundled generators, by name."""
