@@ -170,7 +170,7 @@ def main() -> None:
             write_card(made, write_weights(made, data), test)
     for name in GENERATORS:
         if args.only in (None, name):
-            write_generator(name, BUNDLED / "generators", (x, y), test)
+            write_generator(name, BUNDLED / "generators", (x, y))
 
 
 if __name__ == "__main__":

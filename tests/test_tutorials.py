@@ -273,3 +273,17 @@ def test_the_commands_of_backdoors_run(tmp_path, monkeypatch, capsys):
         else:
             assert run(words) == 0, (line, capsys.readouterr().err)
     assert "the given trigger no longer works" in (tmp_path / "repaired" / "card.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_generator_with_a_backdoor_samples_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page("generators")
+    (code,) = re.findall(r'```python title="planted.py"\n(.*?)```', text, re.DOTALL)
+    names: dict[str, object] = {"__name__": "planted"}
+    exec(compile(code.replace("UPDATES = 200", "UPDATES = 2"), "planted.py", "exec"), names)
+    samples = names["make"]().sample(2, 0)
+    assert samples.shape == (2, 1, 28, 28)
+    assert samples.isfinite().all()
+    commands = re.findall(r"^\$ holdfast (\w+ ?\w*) ", text, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["audit", "audit", "harden", "audit"]

@@ -10,6 +10,7 @@ from holdfast.api.reading_settings import S, read_settings
 from holdfast.api.verb_settings import (
     Adapt,
     Assess,
+    AuditGenerator,
     AuditMembership,
     AuditVerb,
     Certify,
@@ -139,8 +140,9 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
         if address is None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
     others = [other.model for key in _OTHER_MODELS for other in _others(settings, key)]
+    generators = isinstance(settings, Harden | AuditGenerator)
     for address in (str(model), *others):
-        refuse_unknown_model(address)
+        refuse_unknown_model(address, generators=generators)
     if isinstance(settings, Harden | AuditVerb) and not isinstance(settings, AuditMembership):
         refuse_server_to_train(str(model))
     if isinstance(settings, Certify) and settings.method not in (SMOOTHING, MASKING):

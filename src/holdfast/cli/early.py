@@ -52,11 +52,11 @@ def _without_function(address: str) -> str:
     return address.rsplit(":", 1)[0] if ".py:" in address else address
 
 
-def refuse_unknown_model(address: str) -> None:
+def refuse_unknown_model(address: str, *, generators: bool = False) -> None:
     """Raise `UsageError` if the address of a model is a plain word that is neither the name of a bundled model nor a
-    file.
+    file. With `generators`, the names of bundled generators are accepted as well.
     """
-    names = bundled("*.safetensors")
+    names = bundled("*.safetensors") + (bundled("generators/*.safetensors") if generators else [])
     if _is_word(address) and address not in names:
         raise UsageError(
             f"there is no bundled model {address!r}{_offered(address, names)} "

@@ -55,7 +55,7 @@ def decoder(channels: int, side: int, latent: int, width: int) -> nn.Module:
 class ImageVAE(VAE):
     """A VAE for images (n, channels, side, side) in [0, 1]."""
 
-    def __init__(self, channels: int = 1, side: int = 28, latent: int = 8, width: int = 32) -> None:
+    def __init__(self, channels: int = 1, side: int = 28, latent: int = 16, width: int = 32) -> None:
         """Create a VAE with random weights for square images of `side` pixels, latent vectors of `latent` elements, and
         a first layer of `width` channels.
         """
