@@ -181,6 +181,14 @@ def test_what_a_generator_lacks_is_named():
     where = context(fixed)
     fixed.decode = lambda z: Linear().decode(z).detach()
     assert parts[0].missing(where) == "gradients of decode(z)"
+    fixed.decode = lambda z: 0 * z.detach() @ fixed.matrix.T
+    assert parts[0].missing(where) == "gradients of decode(z)"
+
+
+def test_a_decoder_of_many_operations_is_attacked_with_fewer_latent_vectors():
+    found = finding(LatentChange(0.1, work=1500), context(Linear()))
+    assert found.metrics["latent_sensitivity"].n == 1500 // (2 * LATENT * 16)
+    assert finding(LatentChange(0.1, work=1), context(Linear())).metrics["latent_sensitivity"].n == 8
 
 
 @pytest.mark.parametrize(

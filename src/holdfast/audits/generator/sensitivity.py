@@ -30,8 +30,9 @@ from holdfast.statistics.intervals import Support, mean
 from holdfast.statistics.nearest import nearest_example
 
 ROWS = 100
-"""number of latent vectors or examples that are attacked, so that an audit takes seconds"""
-_DIRECTIONS, _FEW = 3, 10  # directions of the report, and latent vectors from which they are computed
+"""largest number of latent vectors or examples that are attacked, so that an audit takes seconds"""
+_LEAST = 8  # latent vectors, so that there is an interval
+_DIRECTIONS = 3
 _OFFSETS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """positions of the pictures of a direction, in standard deviations of an element of the latent vector"""
 _OTHERS = 9  # other conditions of each latent vector, so that many classes do not take long
@@ -46,7 +47,10 @@ class LatentChange:
     eps: float
     """root mean square of the change of the elements of a latent vector, whose standard deviation is 1"""
     condition: int | None = None
-    """class of all samples; None for random classes"""
+    """class of all samples; None for all classes in turn"""
+    work: float = 4e9
+    """floating-point operations of decoding the latent vectors once, from which their number follows: a diffusion model
+    has hundreds of times as many as a GAN"""
     name: str = "sensitivity"
     title: str = "change of the latent vector"
 
@@ -60,11 +64,14 @@ class LatentChange:
 
     def measure(self, context: Context) -> Columns:
         """Search for the worst changes of random latent vectors, and for the directions."""
-        generator, ids, rng = opened(context), torch.arange(ROWS), context.rng
-        z = rng.at("latent").normal(ids, *generator.latent_shape).to(generator.device)
+        generator, rng = opened(context), context.rng
+        z = rng.at("latent").normal(torch.arange(ROWS), *generator.latent_shape).to(generator.device)
         conditions = _conditions(generator, ROWS, self.condition)
         decode = decoder(context, conditions)
-        directions, gains = sensitive_directions(decode, z[:_FEW], _DIRECTIONS, rng.at("directions"))
+        z = z[: _affordable(decode, z, self.work)]
+        directions, gains = sensitive_directions(
+            decode, z[: max(2, len(z) // 10)], _DIRECTIONS, rng.at("directions")
+        )
         worst = worst_latents(decode, z, self.eps, rng.at("worst"), directions[0])
         noise = perturbed(z, latent_radius(z, self.eps), UNBOUNDED, rng.at("noise"))
         offsets = z.new_tensor(_OFFSETS).view(1, -1, *[1] * (z.dim() - 1))
@@ -88,7 +95,7 @@ class LatentChange:
             "moved": torch.stack([(x - before).abs().mean(0) for x in (after, noisy)]),
             **_condition_changes(context, z, conditions, before),
         }
-        return {"id": ids, **{key: value.cpu() for key, value in columns.items()}}
+        return {"id": torch.arange(len(z)), **{key: value.cpu() for key, value in columns.items()}}
 
     def concluded(self, columns: Columns, context: Context) -> PartFinding:
         """Return the mean worst change, and what explains it."""
@@ -105,9 +112,9 @@ class LatentChange:
             "Sensitivity",
             ("outputs differ by", "worst", "interval", "random", "interval"),
             rows,
-            f"Mean Euclidean distance between the outputs of {ROWS} latent vectors before and after a change. The "
-            f"elements of a latent vector change by a root mean square of {self.eps:g}. A worst condition is the other "
-            "class that changes the output most, and a random one is the next class.",
+            f"Mean Euclidean distance between the outputs of {found['sample'].n} latent vectors before and after a "
+            f"change. The elements of a latent vector change by a root mean square of {self.eps:g}. A worst condition "
+            "is the other class that changes the output most, and a random one is the next class.",
         )
         return PartFinding(
             headline=f"a latent change of {self.eps:g} changes the output by {facts['latent']:.3g} "
@@ -152,9 +159,12 @@ def decoder(context: Context, conditions: Labels | None) -> Function:
 
 def without_gradients(name: str, function: Function, given: Tensor) -> str:
     """Return what is missing if the output of a function does not depend on its input in a differentiable way."""
+    given = given.detach().requires_grad_()
     with torch.enable_grad():
-        found = function(given.detach().requires_grad_())
-    return "" if found.requires_grad else f"gradients of {name}"
+        found = function(given)
+        if found.requires_grad and torch.autograd.grad(found.sum(), given, allow_unused=True)[0] is not None:
+            return ""
+    return f"gradients of {name}"
 
 
 def positive_mean(values: PerExample) -> Estimate:
@@ -175,6 +185,15 @@ def pictures(title: str, images: Tensor, captions: Sequence[str], context: Conte
     return (Picture(title, in_unit_range(images, float(x.min()), float(x.max())), captions),)
 
 
+def _affordable(decode: Function, z: Tensor, work: float) -> int:
+    """The number of latent vectors that are attacked, which is smaller for a decoder of many operations."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        decode(z[:1])
+    return int(min(ROWS, max(_LEAST, work / max(counter.get_total_flops(), 1))))
+
+
 def _conditions(generator: OpenedGenerator, n: int, condition: int | None) -> Labels | None:
     """The classes (n) with which latent vectors are decoded: one class, or all in turn."""
     if generator.classes is None:
@@ -191,7 +210,7 @@ def _condition_changes(
     if conditions is None or classes < 2:
         return {}
     with torch.no_grad():
-        others = [(conditions + k) % classes for k in range(1, min(classes, _OTHERS + 1))]
+        others = [(conditions[: len(z)] + k) % classes for k in range(1, min(classes, _OTHERS + 1))]
         changes = torch.stack([distances(decoder(context, other)(z), before) for other in others])
     return {"condition": changes.amax(0), "condition_random": changes[0]}
 
