@@ -32,7 +32,7 @@ from holdfast.core.model import Bounds
 from holdfast.statistics.intervals import proportion
 
 _SIZES = (0.1, 0.2, 0.4, 0.7)  # of the curve, as shares of the distance of an example to its target
-_TARGETED = 50
+_TARGETED = 20
 _LEAST = 0.05
 """share of the held-out examples whose scores count as generated"""
 _KINDS = ("unchanged", "random", "worst")

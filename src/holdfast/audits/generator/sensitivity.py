@@ -29,7 +29,7 @@ from holdfast.io.models.generators import OpenedGenerator
 from holdfast.statistics.intervals import Support, mean
 from holdfast.statistics.nearest import nearest_example
 
-ROWS = 100
+ROWS = 50
 """largest number of latent vectors or examples that are attacked, so that an audit takes seconds"""
 _LEAST = 8  # latent vectors, so that there is an interval
 _DIRECTIONS = 3
@@ -48,7 +48,7 @@ class LatentChange:
     """root mean square of the change of the elements of a latent vector, whose standard deviation is 1"""
     condition: int | None = None
     """class of all samples; None for all classes in turn"""
-    work: float = 4e9
+    work: float = 2e9
     """floating-point operations of decoding the latent vectors once, from which their number follows: a diffusion model
     has hundreds of times as many as a GAN"""
     name: str = "sensitivity"
