@@ -77,7 +77,8 @@ def perturbed(x: Inputs, radius: Tensor, bounds: Bounds, rng: Draws) -> Inputs:
 
 def distances(a: Tensor, b: Tensor) -> PerExample:
     """Return the Euclidean distance of the rows of two tensors (n, *features)."""
-    return (a - b).flatten(1).norm(dim=1)
+    found: PerExample = torch.linalg.vector_norm((a - b).flatten(1), dim=1)
+    return found
 
 
 def squared(a: Tensor, b: Tensor) -> PerExample:
@@ -143,8 +144,9 @@ def _product(decode: Function, z: Tensor, basis: Tensor) -> Tensor:
     columns = []
     for column in basis.T:
         direction = column.view(1, *z.shape[1:]).expand_as(z).contiguous()
-        change = jvp(decode, z, direction)[1]
-        columns.append(vjp(decode, z, change)[1].flatten(1).mean(0))
+        change = jvp(decode, z, direction)[1]  # type: ignore[no-untyped-call]
+        product = vjp(decode, z, change)[1]  # type: ignore[no-untyped-call]
+        columns.append(product.flatten(1).mean(0))
     return torch.stack(columns, 1)
 
 

@@ -12,17 +12,19 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
-from holdfast.audits.finding import Picture, Table
+from holdfast.audits.finding import Table
 from holdfast.audits.generator.parts import Context, PartFinding
 from holdfast.audits.generator.sensitivity import (
     ROWS,
     decoder,
-    is_image,
+    lacking,
+    opened,
+    pictures,
     positive_mean,
     shown,
-    visible,
     without_gradients,
 )
 from holdfast.core.evidence import Columns
@@ -33,11 +35,7 @@ _SIZES = (0.1, 0.2, 0.4, 0.7)  # of the curve, as shares of the distance of an e
 _TARGETED = 50
 _LEAST = 0.05
 """share of the held-out examples whose scores count as generated"""
-_PAIRS = 3
-_RADIUS = (
-    "Inputs change by a Euclidean distance of {eps:g} standard deviations of the training examples for each feature, "
-    "{radius:.3g} in total."
-)
+_KINDS = ("unchanged", "random", "worst")
 _ATTACKED = "Adversarial inputs were searched for with gradients. A better search may find stronger ones."
 
 
@@ -52,87 +50,79 @@ class Autoencoder:
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""
-        if context.generator is None:
-            return "encode(x)"
-        if lacking := context.generator.lacks("encode", "decode"):
-            return lacking
-        x = context.held_out.x[:2].to(context.generator.device)
-        return without_gradients("decode(encode(x))", _rebuilt(context), x)
+        return lacking(context, ("encode", "decode"), "encode(x)") or without_gradients(
+            "decode(encode(x))", _rebuilt(context), _first(context, 2)
+        )
 
     def measure(self, context: Context) -> Columns:
         """Search for adversarial inputs of held-out examples."""
-        generator, rng, bounds = context.generator, context.rng, _bounds(context)
-        assert generator is not None  # as `missing` states
-        rebuilt = _rebuilt(context)
-        x = context.held_out.x[:ROWS].to(generator.device)
+        generator, rng, bounds, rebuilt = opened(context), context.rng, _bounds(context), _rebuilt(context)
+        x, radius = _first(context, ROWS), input_radius(context, self.eps)
         target = context.held_out.x[ROWS : ROWS + _TARGETED].to(x)
-        radius = torch.full((len(x),), input_radius(context, self.eps), device=x.device)
         with torch.no_grad():
             before, goal, latent = rebuilt(x), rebuilt(target), generator.call("encode", target)
-        away = Search()(lambda point: squared(rebuilt(point), before), x, radius, bounds, rng.at("away"))
-        noise = perturbed(x, radius, bounds, rng.at("noise"))
+        radii = x.new_full((len(x),), radius)
+        away = Search()(lambda point: squared(rebuilt(point), before), x, radii, bounds, rng.at("away"))
+        noise = perturbed(x, radii, bounds, rng.at("noise"))
+        with torch.no_grad():
+            columns = {
+                "away": distances(rebuilt(away), before),
+                "away_random": distances(rebuilt(noise), before),
+                "error": distances(before, x),
+                "target": distances(before[: len(target)], goal),
+            }
         few = x[: len(target)]
-        full = distances(few, target)
-        columns = {"error": distances(before, x), "apart": distances(before, before.roll(1, 0))}
-        for row, size in enumerate((radius[: len(few)], *(share * full for share in _SIZES))):
-            start = few + (target - few) * (size / full.clamp_min(1e-12)).view(-1, *[1] * (x.dim() - 1))
+        full = distances(few, target).clamp_min(1e-12)
+        for suffix, size in (("", radii[: len(few)]), *((f".{share}", share * full) for share in _SIZES)):
+            start = few + (target - few) * (size / full).view(-1, *[1] * (x.dim() - 1))
             point = Search(restarts=1)(
                 lambda point: -squared(generator.call("encode", point), latent), few, size, bounds, rng, start
             )
-            random = perturbed(few, size, bounds, rng.at("random", row))
+            random = perturbed(few, size, bounds, rng.at("random", suffix))
             with torch.no_grad():
-                columns[f"towards.{row}"] = distances(rebuilt(point), goal)
-                columns[f"random.{row}"] = distances(rebuilt(random), goal)
-            if row == 0:
-                columns["shown"] = torch.stack((few[0], target[0], point[0], before[0], rebuilt(point)[0]))
-        with torch.no_grad():
-            columns["away"] = distances(rebuilt(away), before)
-            columns["noise"] = distances(rebuilt(noise), before)
-        columns["goal"] = distances(before[: len(few)], goal)
-        return {
-            "id": torch.arange(len(x)),
-            **{key: value.detach().cpu() for key, value in columns.items()},
-        }
+                moved = rebuilt(point)
+                columns[f"towards{suffix}"] = distances(moved, goal)
+                columns[f"towards_random{suffix}"] = distances(rebuilt(random), goal)
+            if not suffix:
+                columns["shown"] = torch.stack((few[0], target[0], point[0], before[0], moved[0]))
+        return {"id": torch.arange(len(x)), **{key: value.cpu() for key, value in columns.items()}}
 
     def concluded(self, columns: Columns, context: Context) -> PartFinding:
         """Return the distances of the reconstructions, and the area under the curve."""
-        goal = columns["goal"].clamp_min(1e-12)
-        shares = {
-            kind: [float((columns[f"{kind}.{row}"] / goal).mean()) for row in range(len(_SIZES) + 1)]
-            for kind in ("towards", "random")
-        }
-        area = {kind: _area(values[1:]) for kind, values in shares.items()}
-        away, noise, towards, random = (
-            positive_mean(columns[key]) for key in ("away", "noise", "towards.0", "random.0")
-        )
-        start, error = positive_mean(columns["goal"]), positive_mean(columns["error"])
+        names = ("away", "away_random", "target", "towards", "towards_random", "error")
+        found = {name: positive_mean(columns[name]) for name in names}
+        facts = {name: estimate.value for name, estimate in found.items()}
+        facts |= {"auddc": _area(columns, "towards"), "auddc_random": _area(columns, "towards_random")}
+        rows = [
+            (title, start, *shown(found[name]), *shown(found[f"{name}_random"]))
+            for title, name, start in (
+                ("from the reconstruction of the example", "away", "0"),
+                ("to the reconstruction of a target", "towards", f"{facts['target']:.3g}"),
+            )
+        ]
         table = Table(
             "Adversarial inputs of the autoencoder",
             ("distance", "unchanged", "adversarial", "interval", "random", "interval"),
-            (
-                ("from the reconstruction, attack away", "0", *shown(away), *shown(noise)),
-                ("to the reconstruction of a target", f"{start.value:.3g}", *shown(towards), *shown(random)),
-            ),
-            _RADIUS.format(eps=self.eps, radius=input_radius(context, self.eps))
-            + f" The distance of an example to its reconstruction is {error.value:.3g}. The area under the "
-            f"distortion-distortion curve (AUDDC) is {area['towards']:.3f}, and with random changes "
-            f"{area['random']:.3f}; a robust autoencoder has a higher one.",
+            rows,
+            _sizes(context, self.eps)
+            + f" The distance of an example to its reconstruction is {facts['error']:.3g}. The area under the "
+            f"distortion-distortion curve (AUDDC) is {facts['auddc']:.3f}, and with random changes "
+            f"{facts['auddc_random']:.3f}; a robust autoencoder has a higher one.",
         )
-        facts = {
-            "away": away.value,
-            "away_random": noise.value,
-            "target": start.value,
-            "towards": towards.value,
-            "towards_random": random.value,
-            "auddc": area["towards"],
-            "auddc_random": area["random"],
-            "error": error.value,
-        }
+        captions = (
+            "example",
+            "target",
+            "adversarial input",
+            "its reconstruction before",
+            "and after the attack",
+        )
+        title = "An input whose reconstruction moves towards that of a target"
         return PartFinding(
-            headline=f"adversarial inputs change the reconstruction by {away.value:.3g} (random: {noise.value:.3g})",
+            headline=f"adversarial inputs change the reconstruction by {facts['away']:.3g} (random: "
+            f"{facts['away_random']:.3g})",
             facts=facts,
             tables=(table,),
-            pictures=_reconstructions(columns, context),
+            pictures=pictures(title, columns["shown"], captions, context),
             limits=(_ATTACKED,),
         )
 
@@ -150,71 +140,61 @@ class Discriminator:
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""
-        if context.generator is None:
-            return "discriminate(x)"
-        if lacking := context.generator.lacks("discriminate"):
-            return lacking
-        x = context.held_out.x[:2].to(context.generator.device)
-        return without_gradients("discriminate(x)", _scores(context), x)
+        return lacking(context, ("discriminate",), "discriminate(x)") or without_gradients(
+            "discriminate(x)", _scores(context), _first(context, 2)
+        )
 
     def measure(self, context: Context) -> Columns:
         """Search for changes of samples and of one half of the held-out examples; the threshold is from the other."""
-        assert context.generator is not None  # as `missing` states
-        scores, bounds, device = _scores(context), _bounds(context), context.generator.device
+        scores, bounds, device = _scores(context), _bounds(context), opened(context).device
         with torch.no_grad():
-            real = torch.cat([scores(x.to(device)) for x in context.held_out.x[::2].split(500)])
+            real = torch.cat([scores(x.to(device)) for x in torch.split(context.held_out.x[::2], 500)])
         columns = {"threshold": torch.quantile(real.double(), _LEAST)[None]}
-        sets = {"generated": (context.samples[:ROWS], 1), "real": (context.held_out.x[1::2][:ROWS], -1)}
-        for name, (given, sign) in sets.items():
-            x, rng = given.to(device), context.rng.at(name)
-            radius = torch.full((len(x),), input_radius(context, self.eps), device=device)
-            worst = Search()(
-                lambda point, sign=sign: sign * scores(point), x, radius, bounds, rng.at("worst")
-            )
-            noise = perturbed(x, radius, bounds, rng.at("noise"))
+        sets = (("generated", context.samples, 1), ("real", context.held_out.x[1::2], -1))
+        for name, given, sign in sets:
+            x, rng = given[:ROWS].to(device), context.rng.at(name)
+            radii = x.new_full((len(x),), input_radius(context, self.eps))
+
+            def goal(point: Tensor, sign: int = sign) -> Tensor:
+                return sign * scores(point)
+
+            worst = Search()(goal, x, radii, bounds, rng.at("worst"))
+            noise = perturbed(x, radii, bounds, rng.at("noise"))
             with torch.no_grad():
-                for kind, points in (("unchanged", x), ("noise", noise), ("worst", worst)):
-                    columns[f"{name}.{kind}"] = scores(points)
-            columns[f"{name}.shown"] = torch.cat((x[:_PAIRS], worst[:_PAIRS]))
+                found = [scores(points) for points in (x, noise, worst)]
+            columns |= {f"{name}_{kind}": each for kind, each in zip(_KINDS, found, strict=True)}
         return {"id": torch.arange(ROWS), **{key: value.cpu() for key, value in columns.items()}}
 
     def concluded(self, columns: Columns, context: Context) -> PartFinding:
         """Return how many inputs are on the wrong side of the threshold."""
         threshold = columns["threshold"].item()
-        rates = {}
-        for name in ("generated", "real"):
-            for kind in ("unchanged", "noise", "worst"):
-                as_real = columns[f"{name}.{kind}"] > threshold
-                rates[name, kind] = proportion(as_real if name == "generated" else ~as_real)
-        rows = [
-            (
-                title,
-                *(f"{rates[name, kind].value:.1%}" for kind in ("unchanged", "noise", "worst")),
-                f"{rates[name, 'worst'].low:.1%} to {rates[name, 'worst'].high:.1%}",
-            )
-            for name, title in (
-                ("generated", "generated, scored as real"),
-                ("real", "real, scored as generated"),
-            )
-        ]
+        rates = {
+            f"{name}_{kind}": proportion((columns[f"{name}_{kind}"] > threshold) == (name == "generated"))
+            for name in ("generated", "real")
+            for kind in _KINDS
+        }
+        rows = []
+        for name, title in (
+            ("generated", "generated, scored as real"),
+            ("real", "real, scored as generated"),
+        ):
+            worst = rates[f"{name}_worst"]
+            values = (f"{rates[f'{name}_{kind}'].value:.1%}" for kind in _KINDS)
+            rows.append((title, *values, f"{worst.low:.1%} to {worst.high:.1%}"))
         table = Table(
             "Evasion of the discriminator",
             ("samples", "unchanged", "random", "adversarial", "interval"),
             rows,
-            _RADIUS.format(eps=self.eps, radius=input_radius(context, self.eps))
+            _sizes(context, self.eps)
             + f" A sample is scored as real above {threshold:.4g}, as {1 - _LEAST:.0%} of one half of the held-out "
             "examples are; the other half is attacked.",
         )
-        worst, clean = rates["generated", "worst"], rates["generated", "unchanged"]
+        facts = {name: rate.value for name, rate in rates.items()}
         return PartFinding(
-            headline=f"the discriminator scores {worst.value:.1%} of adversarially changed samples as real "
-            f"({clean.value:.1%} unchanged)",
-            facts={
-                "threshold": threshold,
-                **{f"{name}_{kind}": rate.value for (name, kind), rate in rates.items()},
-            },
+            headline=f"the discriminator scores {facts['generated_worst']:.1%} of adversarially changed samples as "
+            f"real ({facts['generated_unchanged']:.1%} unchanged)",
+            facts={"threshold": threshold, **facts},
             tables=(table,),
-            pictures=_changed(columns, context),
             limits=(_ATTACKED,),
         )
 
@@ -227,6 +207,18 @@ def input_radius(context: Context, eps: float) -> float:
     return eps * float(x.std()) * math.sqrt(x[0].numel())
 
 
+def _sizes(context: Context, eps: float) -> str:
+    return (
+        f"Inputs change by a root mean square of {eps:g} standard deviations of the training examples, which is a "
+        f"Euclidean distance of {input_radius(context, eps):.3g}."
+    )
+
+
+def _first(context: Context, n: int) -> Tensor:
+    """The first held-out examples, on the device of the generator."""
+    return context.held_out.x[:n].to(opened(context).device)
+
+
 def _bounds(context: Context) -> Bounds:
     """The range of training examples and samples, inside which inputs are changed."""
     sets = (context.training.x, context.held_out.x, context.samples)
@@ -234,42 +226,17 @@ def _bounds(context: Context) -> Bounds:
 
 
 def _rebuilt(context: Context) -> Function:
-    generator, decode = context.generator, decoder(context, None)
-    assert generator is not None
+    generator, decode = opened(context), decoder(context, None)
     return lambda x: decode(generator.call("encode", x))
 
 
 def _scores(context: Context) -> Function:
-    generator = context.generator
-    assert generator is not None
+    generator = opened(context)
     return lambda x: generator.call("discriminate", x).reshape(len(x))
 
 
-def _area(values: list[float]) -> float:
+def _area(columns: Columns, kind: str) -> float:
     """The area under the curve, which is 1 without a change, and 0 where the target itself is the input."""
-    points = torch.tensor([1.0, *values, 0.0], dtype=torch.float64)
-    return float(torch.trapezoid(points, torch.tensor([0.0, *_SIZES, 1.0], dtype=torch.float64)))
-
-
-def _reconstructions(columns: Columns, context: Context) -> tuple[Picture, ...]:
-    if not is_image(context):
-        return ()
-    captions = (
-        "example",
-        "target",
-        "adversarial input",
-        "reconstruction of the example",
-        "reconstruction of the adversarial input",
-    )
-    title = "An input whose reconstruction moves towards that of a target"
-    return (Picture(title, visible(columns["shown"], context), captions),)
-
-
-def _changed(columns: Columns, context: Context) -> tuple[Picture, ...]:
-    if not is_image(context):
-        return ()
-    scores = torch.cat([columns[f"generated.{kind}"][:_PAIRS] for kind in ("unchanged", "worst")])
-    state = ("unchanged", "adversarial")
-    captions = [f"{state[row >= _PAIRS]}, score {float(score):.3g}" for row, score in enumerate(scores)]
-    title = "Generated samples, and the same samples changed so that the discriminator scores them higher"
-    return (Picture(title, visible(columns["generated.shown"], context), captions),)
+    goal = columns["target"].clamp_min(1e-12)
+    shares = [float((columns[f"{kind}.{size}"] / goal).mean()) for size in _SIZES]
+    return float(torch.trapezoid(torch.tensor([1.0, *shares, 0.0]), torch.tensor([0.0, *_SIZES, 1.0])))

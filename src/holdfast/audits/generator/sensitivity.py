@@ -4,6 +4,7 @@ directions to which the output is most sensitive, and the part of the output tha
 The worst change is searched for by PGD (`holdfast.attacks.parts.generators`), and is a lower bound on the largest one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,19 +52,15 @@ class LatentChange:
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""
-        if context.generator is None:
-            return "decode(z)"
-        if lacking := context.generator.lacks("decode", "latent_shape"):
-            return lacking
-        z = torch.zeros(2, *context.generator.latent_shape, device=context.generator.device)
-        conditions = _conditions(context.generator, 2, self.condition)
-        return without_gradients("decode(z)", decoder(context, conditions), z)
+        if missing := lacking(context, ("decode", "latent_shape"), "decode(z)"):
+            return missing
+        generator = opened(context)
+        z = torch.zeros(2, *generator.latent_shape, device=generator.device)
+        return without_gradients("decode(z)", decoder(context, _conditions(generator, 2, self.condition)), z)
 
     def measure(self, context: Context) -> Columns:
         """Search for the worst changes of random latent vectors, and for the directions."""
-        generator = context.generator
-        assert generator is not None  # as `missing` states
-        ids, rng = torch.arange(ROWS), context.rng
+        generator, ids, rng = opened(context), torch.arange(ROWS), context.rng
         z = rng.at("latent").normal(ids, *generator.latent_shape).to(generator.device)
         conditions = _conditions(generator, ROWS, self.condition)
         decode = decoder(context, conditions)
@@ -71,18 +68,21 @@ class LatentChange:
         worst = worst_latents(decode, z, self.eps, rng.at("worst"), directions[0])
         noise = perturbed(z, latent_radius(z, self.eps), UNBOUNDED, rng.at("noise"))
         offsets = z.new_tensor(_OFFSETS).view(1, -1, *[1] * (z.dim() - 1))
-        path = z[:1] + offsets * directions[:, None]
+        same = None if conditions is None else conditions[:1].expand(len(_OFFSETS))
         with torch.no_grad():
             before, after, noisy = decode(z), decode(worst), decode(noise)
-            along = torch.stack([decoder(context, _same(conditions, row))(row) for row in path])
+            along = torch.stack(
+                [decoder(context, same)(row) for row in z[:1] + offsets * directions[:, None]]
+            )
         change = distances(after, before)
         largest = int(change.argmax())
         columns = {
-            "change": change,
-            "noise": distances(noisy, before),
-            "apart": distances(before, before.roll(1, 0)),
-            "radius": latent_radius(z, self.eps),
+            "latent": change,
+            "latent_random": distances(noisy, before),
+            "sample": distances(before, before.roll(1, 0)),
             "gains": gains,
+            "random_gain": (noisy - before).square().sum().div(len(z)).sqrt()[None]
+            / latent_radius(z, self.eps)[:1],
             "along": along,
             "shown": torch.stack((before[largest], after[largest])),
             "moved": torch.stack([(x - before).abs().mean(0) for x in (after, noisy)]),
@@ -92,43 +92,50 @@ class LatentChange:
 
     def concluded(self, columns: Columns, context: Context) -> PartFinding:
         """Return the mean worst change, and what explains it."""
-        worst, noise = positive_mean(columns["change"]), positive_mean(columns["noise"])
-        apart = positive_mean(columns["apart"])
+        names = ("latent", "latent_random", "condition", "condition_random", "sample")
+        found = {name: positive_mean(columns[name]) for name in names if name in columns}
+        facts = {name: estimate.value for name, estimate in found.items()}
         rows = [
-            ("latent vector", *shown(worst), *shown(noise)),
-            ("new latent vector", "–", "–", *shown(apart)),
+            (f"{name} change", *shown(found[name]), *shown(found[f"{name}_random"]))
+            for name in ("latent", "condition")
+            if name in found
         ]
-        facts = {"eps": self.eps, "worst": worst.value, "random": noise.value, "new_latent": apart.value}
-        if "other" in columns:
-            other, single = positive_mean(columns["other"]), positive_mean(columns["single"])
-            rows.append(("condition", *shown(other), *shown(single)))
-            facts |= {"condition": other.value, "single_condition": single.value}
+        rows.append(("new sample", "–", "–", *shown(found["sample"])))
         table = Table(
             "Sensitivity",
-            ("change of", "worst", "interval", "random", "interval"),
+            ("outputs differ by", "worst", "interval", "random", "interval"),
             rows,
             f"Mean Euclidean distance between the outputs of {ROWS} latent vectors before and after a change. The "
             f"elements of a latent vector change by a root mean square of {self.eps:g}. A worst condition is the other "
             "class that changes the output most, and a random one is the next class.",
         )
-        pictures, tables = _explained(columns, context)
         return PartFinding(
-            headline=f"a latent change of {self.eps:g} changes the output by {worst.value:.3g} "
-            f"(random: {noise.value:.3g}, new latent vector: {apart.value:.3g})",
-            facts={**facts, "gains": columns["gains"].tolist()},
-            metrics={"latent_sensitivity": worst},
-            tables=(table, *tables),
-            pictures=pictures,
+            headline=f"a latent change of {self.eps:g} changes the output by {facts['latent']:.3g} "
+            f"(random: {facts['latent_random']:.3g}, new sample: {facts['sample']:.3g})",
+            facts={**facts, "eps": self.eps, "gains": columns["gains"].tolist()},
+            metrics={"latent_sensitivity": found["latent"]},
+            tables=(table, *_explaining(columns)),
+            pictures=(*_directions(columns, context), *_moved(columns, context)),
             limits=(_LOWER,),
         )
+
+
+def opened(context: Context) -> OpenedGenerator:
+    """Return the generator of a part that applies."""
+    assert context.generator is not None  # `missing` of the part states it otherwise
+    return context.generator
+
+
+def lacking(context: Context, names: tuple[str, ...], shown_as: str) -> str:
+    """Return the first of the abilities that the generator lacks; for a file of samples, `shown_as`."""
+    return shown_as if context.generator is None else context.generator.lacks(*names)
 
 
 def decoder(context: Context, conditions: Labels | None) -> Function:
     """Return the decoder as a function of latent vectors (n, *latent), the first n of which have the `conditions`, to
     samples in the space of the training examples. Raises `TargetError` if it returns another shape.
     """
-    generator, shape = context.generator, context.training.example_shape
-    assert generator is not None
+    generator, shape = opened(context), context.training.example_shape
 
     def decode(z: Tensor) -> Tensor:
         given = () if conditions is None else (conditions[: len(z)],)
@@ -160,15 +167,12 @@ def shown(estimate: Estimate) -> tuple[str, str]:
     return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
 
 
-def is_image(context: Context) -> bool:
-    """Return whether the examples are images, which a report can show."""
-    shape = context.training.example_shape
-    return len(shape) == 3 and shape[0] in (1, 3)
-
-
-def visible(images: Tensor, context: Context) -> Tensor:
-    """Return images with the range of the training examples scaled to 0 to 1."""
-    return in_unit_range(images, float(context.training.x.min()), float(context.training.x.max()))
+def pictures(title: str, images: Tensor, captions: Sequence[str], context: Context) -> tuple[Picture, ...]:
+    """Return a picture of samples, scaled by the range of the training examples, if they are images."""
+    x = context.training.x
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        return ()
+    return (Picture(title, in_unit_range(images, float(x.min()), float(x.max())), captions),)
 
 
 def _conditions(generator: OpenedGenerator, n: int, condition: int | None) -> Labels | None:
@@ -179,78 +183,67 @@ def _conditions(generator: OpenedGenerator, n: int, condition: int | None) -> La
     return turns if condition is None else torch.full_like(turns, condition)
 
 
-def _same(conditions: Labels | None, like: Tensor) -> Labels | None:
-    return None if conditions is None else conditions[:1].expand(len(like))
-
-
 def _condition_changes(
     context: Context, z: Tensor, conditions: Labels | None, before: Tensor
 ) -> dict[str, Tensor]:
     """The change of the output for the worst of the other classes, and for the next class."""
-    assert context.generator is not None
-    classes = context.generator.classes or 1
+    classes = opened(context).classes or 1
     if conditions is None or classes < 2:
         return {}
     with torch.no_grad():
-        changes = torch.stack(
-            [
-                distances(decoder(context, (conditions + k) % classes)(z), before)
-                for k in range(1, min(classes, _OTHERS + 1))
-            ]
-        )
-    return {"other": changes.amax(0), "single": changes[0]}
+        others = [(conditions + k) % classes for k in range(1, min(classes, _OTHERS + 1))]
+        changes = torch.stack([distances(decoder(context, other)(z), before) for other in others])
+    return {"condition": changes.amax(0), "condition_random": changes[0]}
 
 
-def _explained(columns: Columns, context: Context) -> tuple[tuple[Picture, ...], tuple[Table, ...]]:
-    """The directions and the moving part of the output: pictures of images, and tables of other examples."""
-    gains = columns["gains"]
-    random = float(columns["noise"].square().mean().sqrt() / columns["radius"][0])
-    if is_image(context):
-        along = [_direction(k, columns["along"][k], float(gains[k]), context) for k in range(len(gains))]
-        return (*along, _heat(columns, context)), ()
-    rows = [(k + 1, f"{float(gain):.3g}", f"{random:.3g}") for k, gain in enumerate(gains)]
+def _directions(columns: Columns, context: Context) -> tuple[Picture, ...]:
+    """The samples along each direction, and the training examples nearest to its ends, if they are images."""
+    found = list[Picture]()
+    for k, (along, gain) in enumerate(zip(columns["along"], columns["gains"].tolist(), strict=True)):
+        _, nearest = nearest_example(along[[0, -1]], context.training.x)
+        captions = [f"latent vector moved by {offset:+g}" for offset in _OFFSETS]
+        captions += [
+            f"training example nearest to the {end}, row {row}"
+            for end, row in zip(("first", "last"), nearest.tolist(), strict=True)
+        ]
+        images = torch.cat((along, context.training.x[nearest].to(along)))
+        title = f"Sensitive latent direction {k + 1}: the output changes by {gain:.3g} for each unit"
+        found += pictures(title, images, captions, context)
+    return tuple(found)
+
+
+def _moved(columns: Columns, context: Context) -> tuple[Picture, ...]:
+    """The sample that changes most, before and after, and the mean change of each pixel, if they are images."""
+    low, high = float(context.training.x.min()), float(context.training.x.max())
+    moved = columns["moved"]
+    if moved.dim() == 4:
+        moved = moved.mean(1, keepdim=True).expand_as(moved)
+    scaled = low + (high - low) * moved / moved.max().clamp_min(1e-12)
+    captions = (
+        "sample that changes most",
+        "after the worst change of its latent vector",
+        "mean change of each pixel, worst changes",
+        "mean change of each pixel, random changes, on the same scale",
+    )
+    title = "The part of the output that changes with the latent vector"
+    return pictures(title, torch.cat((columns["shown"], scaled)), captions, context)
+
+
+def _explaining(columns: Columns) -> tuple[Table, ...]:
+    """The gains of the directions, and for other examples than images the features that change most."""
+    random = f"{columns['random_gain'].item():.3g}"
+    gains = [(k + 1, f"{gain:.3g}", random) for k, gain in enumerate(columns["gains"].tolist())]
     note = (
         "Root mean square of the change of the output for each unit of a small change in a latent direction."
     )
-    worst, noise = columns["moved"].flatten(1)
+    table = Table(
+        "Most sensitive latent directions", ("direction", "change", "random direction"), gains, note
+    )
+    if columns["moved"].dim() != 2:
+        return (table,)
+    worst, noise = columns["moved"]
     most = worst.argsort(descending=True, stable=True)[:_FEATURES].tolist()
     moving = [(row, f"{float(worst[row]):.3g}", f"{float(noise[row]):.3g}") for row in most]
-    return (), (
-        Table("Most sensitive latent directions", ("direction", "gain", "random direction"), rows, note),
-        Table(
-            "Features that change most",
-            ("feature", "worst change", "random change"),
-            moving,
-            "Mean absolute change of a feature for the worst and for random changes of the latent vectors.",
-        ),
-    )
-
-
-def _direction(k: int, along: Tensor, gain: float, context: Context) -> Picture:
-    """The samples along a direction, and the training examples nearest to its ends."""
-    _, nearest = nearest_example(along[[0, -1]], context.training.x)
-    images = torch.cat((along, context.training.x[nearest].to(along)))
-    captions = [f"latent vector moved by {offset:+g}" for offset in _OFFSETS]
-    captions[_OFFSETS.index(0)] = "sample"
-    captions += [
-        f"training example nearest to {offset:+g}, row {int(row)}"
-        for offset, row in zip((_OFFSETS[0], _OFFSETS[-1]), nearest, strict=True)
-    ]
-    title = f"Sensitive latent direction {k + 1}: the output changes by {gain:.3g} for each unit"
-    return Picture(title, visible(images, context), captions)
-
-
-def _heat(columns: Columns, context: Context) -> Picture:
-    """The sample that changes most, before and after, and the mean change of each pixel."""
-    moved = columns["moved"].mean(1, keepdim=True).expand_as(columns["moved"])
-    moved = moved / moved.max().clamp_min(1e-12)
-    return Picture(
-        "The part of the output that changes with the latent vector",
-        torch.cat((visible(columns["shown"], context), moved)),
-        (
-            "sample that changes most",
-            "after the worst change of its latent vector",
-            "mean change of each pixel, worst changes",
-            "mean change of each pixel, random changes, on the same scale",
-        ),
-    )
+    note = "Mean absolute change of a feature, counted from 0, for worst and random changes of the latent vector."
+    headings = ("feature", "worst change", "random change")
+    return (table, Table("Features that change most", headings, moving, note))
