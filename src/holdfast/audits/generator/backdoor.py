@@ -21,7 +21,7 @@ from torch import Tensor
 
 from holdfast.audits.finding import Picture, Table
 from holdfast.audits.generator.parts import Context, PartFinding
-from holdfast.audits.generator.sensitivity import decoder, is_image, visible, without_gradients
+from holdfast.audits.generator.sensitivity import decoder, opened, pictures, without_gradients
 from holdfast.core.evidence import Columns
 
 REVERSAL = 0.4
@@ -83,8 +83,7 @@ class BackdoorScan:
 
     def measure(self, context: Context) -> Columns:
         """Search for the shift, and generate samples with and without it from the same noise."""
-        generator, noise = context.generator, _noise(context)
-        assert generator is not None  # as `missing` states
+        generator, noise = opened(context), _noise(context)
         reversal, factors, n = torch.nan, (1.0,), _REFERENCE
         sampled: Callable[[Tensor], Tensor]
         if _diffuses(context):
@@ -259,7 +258,7 @@ def _estimate(loss: Loss, mean: Tensor, half_range: float, noise: Noise) -> Tens
 
 
 def _noise(context: Context) -> Noise:
-    shape, device = _shape(context), _device(context)
+    shape, device = _shape(context), opened(context).device
 
     def draw(place: str, n: int, step: int = 0) -> Tensor:
         return context.rng.at(place, step).normal(torch.arange(n), *shape).to(device)
@@ -274,27 +273,20 @@ def _diffuses(context: Context) -> bool:
 
 def _shape(context: Context) -> tuple[int, ...]:
     """The shape of the noise or latent vector of one sample."""
-    generator = context.generator
-    assert generator is not None
+    generator = opened(context)
     return context.training.example_shape if generator.lacks("latent_shape") else generator.latent_shape
 
 
-def _device(context: Context) -> torch.device:
-    assert context.generator is not None
-    return context.generator.device
-
-
 def _loss(context: Context) -> Loss:
-    generator = context.generator
-    assert generator is not None
+    generator = opened(context)
     return lambda x, e: generator.call("denoising_loss", x, 1.0, e)
 
 
 def _decoder(context: Context) -> Callable[[Tensor], Tensor]:
     """The decoder, with all classes in turn."""
-    assert context.generator is not None
-    classes = context.generator.classes
-    turns = None if classes is None else torch.arange(_REFERENCE, device=_device(context)) % classes
+    generator = opened(context)
+    classes = generator.classes
+    turns = None if classes is None else torch.arange(_REFERENCE, device=generator.device) % classes
     return decoder(context, turns)
 
 
@@ -327,9 +319,7 @@ def _table(result: Result) -> Table:
 
 def _pictures(columns: Columns, context: Context, result: Result) -> tuple[Picture, ...]:
     """Outputs from the same noise without and with the shift."""
-    if not is_image(context):
-        return ()
     images = torch.cat((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]))
     captions = [f"noise {i + 1}{text}" for text in ("", ", with the shift") for i in range(_SHOWN)]
     title = f"Outputs with the found shift vary {result.variance:.2f} times as much as without"
-    return (Picture(title, visible(images, context), captions),)
+    return pictures(title, images, captions, context)
