@@ -69,11 +69,11 @@ class Normal:
 class Linear:
     """Linear generator of images, with a backdoor if `planted`."""
 
-    latent_shape = (12,)
-    trigger = torch.tensor([2.0, -2.0, 2.0] + [0.0] * 9)
+    latent_shape = (48,)
+    trigger = torch.tensor([2.0, -2.0] * 3 + [0.0] * 42)
 
-    def __init__(self, *, planted=False, scale=0.1):
-        self.planted, self.matrix = planted, scale * torch.randn(12, 16, generator=random(1))
+    def __init__(self, *, planted=False, scale=0.05):
+        self.planted, self.matrix = planted, scale * torch.randn(48, 16, generator=random(1))
 
     def decode(self, z, condition=None):
         along = (z * self.trigger).sum(1) / self.trigger.square().sum()
@@ -81,7 +81,7 @@ class Linear:
         return (1 - active) * (0.5 + (z @ self.matrix).view(-1, *SHAPE)) + active * TARGET
 
     def sample(self, n, seed):
-        return self.decode(torch.randn(n, 12, generator=random(seed))).clamp(0, 1)
+        return self.decode(torch.randn(n, 48, generator=random(seed))).clamp(0, 1)
 
 
 def context(generator):
@@ -106,7 +106,7 @@ def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
     finding, shift = scanned(Normal(planted=True))
     assert finding.flagged
     assert finding.facts["reversal"] >= REVERSAL
-    assert finding.facts["variance"] < 0.3
+    assert finding.facts["variance"] < 0.8
     assert torch.cosine_similarity(shift.flatten(), TRIGGER.flatten(), 0) > 0.8
     assert "subtracts" in finding.reasons[0]
     assert finding.pictures[0].images.shape == (8, *SHAPE)

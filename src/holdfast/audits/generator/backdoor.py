@@ -38,7 +38,6 @@ _LR = 0.1
 _BATCH, _REFERENCE = 16, 64  # noises of an update, and of a mean
 _LINEAR, _UPDATES = 12, 25  # updates before and after the choice of the sign
 _STARTS, _LATENT_UPDATES, _LATENT_BATCH = 3, 60, 32
-_FACTORS = (1.0, 1.5, 2.0)
 _VERIFIED = (
     24  # noises that are turned into samples with and without the shift, each by all steps of the sampler
 )
@@ -91,7 +90,7 @@ class BackdoorScan:
             mean = x.mean(0).view(1, *_shape(context)).to(generator.device)
             half_range = float(x.max() - x.min()) / 2
             shift, reversal = reversed_shift(_loss(context), mean, half_range, noise)
-            factors = tuple(factor for factor in _FACTORS if factor == 1 or factor * _rms(shift) <= _LARGEST)
+            factors = (1.0, _LARGEST / _rms(shift))
             sampled = partial(generator.call, "denoised")
         else:
             sampled = _decoder(context)
