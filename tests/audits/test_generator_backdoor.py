@@ -77,7 +77,7 @@ class Linear:
 
     def decode(self, z, condition=None):
         along = (z * self.trigger).sum(1) / self.trigger.square().sum()
-        active = self.planted * torch.sigmoid(20 * (along - 0.6)).view(-1, 1, 1, 1)
+        active = self.planted * torch.sigmoid(8 * (along - 0.5)).view(-1, 1, 1, 1)
         return (1 - active) * (0.5 + (z @ self.matrix).view(-1, *SHAPE)) + active * TARGET
 
     def sample(self, n, seed):

@@ -26,7 +26,7 @@ from holdfast.core.evidence import Columns
 
 REVERSAL = 0.4
 """share of the shift of the noise from which a diffusion model is flagged"""
-_CLEAN_REVERSAL = 0.15  # the largest of clean models, on which the threshold was set
+_CLEAN_REVERSAL = 0.28  # the largest of the clean models on which the threshold was set
 COLLAPSE = 0.2
 """variance of the outputs with a shift of the latent vector, as a share of the usual variance, up to which other
 generators are flagged; the clean ones reached 0.31 at least"""
