@@ -43,7 +43,7 @@ _VERIFIED = (
 )
 _SHOWN = 4
 _TINY = 1e-12
-_HEADLINE = "a shift was found that is probably the trigger of a backdoor"
+_HEADLINE = "a shift of its noise or latent vector was found that is a sign of a backdoor"
 _LIMIT = (
     "The search for a backdoor finds triggers that are added to the noise or to the latent vector, and whose elements "
     f"have a root mean square of at most {_LARGEST:g}. Other triggers, such as words of a prompt or single latent "
