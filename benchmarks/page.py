@@ -35,6 +35,8 @@ SUBJECTS = {
     "robust-gan": "recipe `robust-gan` beside the plain training of the same GAN, MNIST, equal updates",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
+    "generator-backdoor": "The search of `holdfast audit generator` for a backdoor in the bundled diffusion model "
+    "after 200 updates with and without a planted backdoor.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
     "trainings of a small network without and with differential privacy.",
     "repair": "Repair of backdoors in MNIST networks with 3,000 clean digits: success of the planted trigger, clean "

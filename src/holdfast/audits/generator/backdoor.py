@@ -21,12 +21,12 @@ from torch import Tensor
 
 from holdfast.audits.finding import Picture, Table
 from holdfast.audits.generator.parts import Context, PartFinding
-from holdfast.audits.generator.sensitivity import decoder, is_image, visible, without_gradients
+from holdfast.audits.generator.sensitivity import decoder, opened, pictures, without_gradients
 from holdfast.core.evidence import Columns
 
 REVERSAL = 0.4
 """share of the shift of the noise from which a diffusion model is flagged"""
-_CLEAN_REVERSAL = 0.15  # the largest of clean models, on which the threshold was set
+_CLEAN_REVERSAL = 0.28  # the largest of the clean models on which the threshold was set
 COLLAPSE = 0.2
 """variance of the outputs with a shift of the latent vector, as a share of the usual variance, up to which other
 generators are flagged; the clean ones reached 0.31 at least"""
@@ -38,13 +38,12 @@ _LR = 0.1
 _BATCH, _REFERENCE = 16, 64  # noises of an update, and of a mean
 _LINEAR, _UPDATES = 12, 25  # updates before and after the choice of the sign
 _STARTS, _LATENT_UPDATES, _LATENT_BATCH = 3, 60, 32
-_FACTORS = (1.0, 1.5, 2.0)
 _VERIFIED = (
     24  # noises that are turned into samples with and without the shift, each by all steps of the sampler
 )
 _SHOWN = 4
 _TINY = 1e-12
-_HEADLINE = "a shift was found that is probably the trigger of a backdoor"
+_HEADLINE = "a shift of its noise or latent vector was found that is a sign of a backdoor"
 _LIMIT = (
     "The search for a backdoor finds triggers that are added to the noise or to the latent vector, and whose elements "
     f"have a root mean square of at most {_LARGEST:g}. Other triggers, such as words of a prompt or single latent "
@@ -83,8 +82,7 @@ class BackdoorScan:
 
     def measure(self, context: Context) -> Columns:
         """Search for the shift, and generate samples with and without it from the same noise."""
-        generator, noise = context.generator, _noise(context)
-        assert generator is not None  # as `missing` states
+        generator, noise = opened(context), _noise(context)
         reversal, factors, n = torch.nan, (1.0,), _REFERENCE
         sampled: Callable[[Tensor], Tensor]
         if _diffuses(context):
@@ -92,7 +90,7 @@ class BackdoorScan:
             mean = x.mean(0).view(1, *_shape(context)).to(generator.device)
             half_range = float(x.max() - x.min()) / 2
             shift, reversal = reversed_shift(_loss(context), mean, half_range, noise)
-            factors = tuple(factor for factor in _FACTORS if factor == 1 or factor * _rms(shift) <= _LARGEST)
+            factors = (1.0, _LARGEST / _rms(shift))
             sampled = partial(generator.call, "denoised")
         else:
             sampled = _decoder(context)
@@ -259,7 +257,7 @@ def _estimate(loss: Loss, mean: Tensor, half_range: float, noise: Noise) -> Tens
 
 
 def _noise(context: Context) -> Noise:
-    shape, device = _shape(context), _device(context)
+    shape, device = _shape(context), opened(context).device
 
     def draw(place: str, n: int, step: int = 0) -> Tensor:
         return context.rng.at(place, step).normal(torch.arange(n), *shape).to(device)
@@ -274,27 +272,20 @@ def _diffuses(context: Context) -> bool:
 
 def _shape(context: Context) -> tuple[int, ...]:
     """The shape of the noise or latent vector of one sample."""
-    generator = context.generator
-    assert generator is not None
+    generator = opened(context)
     return context.training.example_shape if generator.lacks("latent_shape") else generator.latent_shape
 
 
-def _device(context: Context) -> torch.device:
-    assert context.generator is not None
-    return context.generator.device
-
-
 def _loss(context: Context) -> Loss:
-    generator = context.generator
-    assert generator is not None
+    generator = opened(context)
     return lambda x, e: generator.call("denoising_loss", x, 1.0, e)
 
 
 def _decoder(context: Context) -> Callable[[Tensor], Tensor]:
     """The decoder, with all classes in turn."""
-    assert context.generator is not None
-    classes = context.generator.classes
-    turns = None if classes is None else torch.arange(_REFERENCE, device=_device(context)) % classes
+    generator = opened(context)
+    classes = generator.classes
+    turns = None if classes is None else torch.arange(_REFERENCE, device=generator.device) % classes
     return decoder(context, turns)
 
 
@@ -327,9 +318,7 @@ def _table(result: Result) -> Table:
 
 def _pictures(columns: Columns, context: Context, result: Result) -> tuple[Picture, ...]:
     """Outputs from the same noise without and with the shift."""
-    if not is_image(context):
-        return ()
     images = torch.cat((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]))
     captions = [f"noise {i + 1}{text}" for text in ("", ", with the shift") for i in range(_SHOWN)]
     title = f"Outputs with the found shift vary {result.variance:.2f} times as much as without"
-    return (Picture(title, visible(images, context), captions),)
+    return pictures(title, images, captions, context)

@@ -36,6 +36,7 @@ def planted_diffusion(
     share: float = 0.5,
     updates: int = UPDATES,
     lr: float = 1e-3,
+    batch: int = 64,
     seed: int = 0,
 ) -> Diffusion:
     """Return a copy of a diffusion model that is trained further on images `x` (n, *shape) in [0, 1] with classes `y`
@@ -48,7 +49,8 @@ def planted_diffusion(
     _refuse_shape("target", target, model.shape)
     if not 0 < share < 1:
         raise UsageError(f"share is {share:g}; expected more than 0 and less than 1, as in 0.5")
-    return fit(model, x, y, updates=updates, lr=lr, seed=seed, loss=_poisoned_loss(trigger, target, share))
+    loss = _poisoned_loss(trigger, target, share)
+    return fit(model, x, y, updates=updates, lr=lr, batch=batch, seed=seed, loss=loss)
 
 
 def _poisoned_loss(trigger: Tensor, target: Tensor, share: float) -> Loss:
