@@ -56,7 +56,11 @@ def test_an_item_reads_digits_and_names_its_paper(item, digits, twin):
 
 
 def test_names_are_told_apart():
-    assert len({item.name for item in (*ITEMS, *DISCRETE, *SLOW)}) == len(ITEMS) + len(DISCRETE) + 1 == 13 + 11 + 1
+    assert (
+        len({item.name for item in (*ITEMS, *DISCRETE, *SLOW)})
+        == len(ITEMS) + len(DISCRETE) + 1
+        == 13 + 11 + 1
+    )
 
 
 def test_a_name_that_is_not_shown_is_answered_with_the_nearest():

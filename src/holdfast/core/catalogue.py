@@ -67,7 +67,9 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", ("frechet", "copy_rate", "latent_sensitivity")),
+        AuditEntry(
+            "generator", "", ("frechet", "copy_rate", "latent_sensitivity", "membership_tpr_at_1_percent")
+        ),
     )
 }
 """The audits by name."""
