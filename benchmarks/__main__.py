@@ -33,6 +33,7 @@ ROWS = {
     "membership": "membership",
     "privacy": "privacy",
     "generator-quality": "generator_quality",
+    "generator-inference": "generator_inference",
     "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
