@@ -35,8 +35,8 @@ SUBJECTS = {
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
     "generator-inference": "`holdfast audit generator`: membership inference of a GAN and a diffusion model that "
-    "memorise 200 digits of MNIST, and of the bundled ones of 60,000 digits. *Own samples* is the share of the generator's own "
-    "samples above the same threshold.",
+    "memorise 200 digits of MNIST, and of the bundled ones of 60,000 digits. *Own samples* is the share of the "
+    "generator's own samples above the same threshold.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
     "trainings of a small network without and with differential privacy.",
     "repair": "Repair of backdoors in MNIST networks with 3,000 clean digits: success of the planted trigger, clean "
