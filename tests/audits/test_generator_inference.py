@@ -48,7 +48,7 @@ class Normal:
 def found(generator, *, training=None, held_out=None, samples=None):
     """The columns and the finding of the part."""
     training = normal(200, 0) if training is None else training
-    held_out = normal(1000, 1) if held_out is None else held_out
+    held_out = normal(2400, 1) if held_out is None else held_out
     samples = generator.sample(800, 2) if samples is None else samples
     batches = [
         Batch(x, torch.zeros(len(x), dtype=torch.int64), torch.arange(len(x))) for x in (training, held_out)
@@ -90,6 +90,14 @@ def test_a_file_of_samples_is_tested_by_the_distance_alone():
     assert finding.facts["best"] == "distance"
     assert finding.facts["distance"]["tpr"] >= 0.9
     assert [table.title for table in finding.tables] == ["Membership"]
+
+
+def test_few_held_out_examples_give_no_lower_bound_and_no_flag():
+    _, finding = found(Memoriser(normal(200, 0)), held_out=normal(400, 1))
+    assert finding.facts["denoising"]["tpr"] >= 0.9
+    assert finding.facts["denoising"]["low"] == 0
+    assert not finding.flagged
+    assert "the threshold is imprecise" in finding.tables[0].note
 
 
 def test_examples_of_other_data_are_not_called_a_leak():
