@@ -35,6 +35,9 @@ SUBJECTS = {
     "robust-gan": "recipe `robust-gan` beside the plain training of the same GAN, MNIST, equal updates",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
+    "generator-inference": "`holdfast audit generator`: membership inference of a GAN and a diffusion model that "
+    "memorise 200 digits of MNIST, and of the bundled ones of 60,000 digits. *Own samples* is the share of the "
+    "generator's own samples above the same threshold.",
     "generator-backdoor": "The search of `holdfast audit generator` for a backdoor in the bundled diffusion model "
     "after 200 updates with and without a planted backdoor.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "

@@ -125,11 +125,12 @@ def parts_of(settings: AuditGenerator) -> tuple[Part, ...]:
     """Return the parts of the audit beside quality and copies."""
     from holdfast.audits.generator.backdoor import BackdoorScan
     from holdfast.audits.generator.evasion import Autoencoder, Discriminator
+    from holdfast.audits.generator.inference import Membership
     from holdfast.audits.generator.sensitivity import LatentChange
 
     eps = settings.latent
     sensitivity = (LatentChange(eps, settings.condition), Autoencoder(eps), Discriminator(eps))
-    return (*(sensitivity if eps else ()), BackdoorScan())
+    return (*(sensitivity if eps else ()), Membership(), BackdoorScan())
 
 
 def refuse_condition(condition: int | None, name: str, classes: int | None) -> None:

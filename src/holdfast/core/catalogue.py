@@ -68,6 +68,8 @@ class AuditEntry:
     """names of the metrics on which gates can be set"""
 
 
+_OF_GENERATOR = ("frechet", "copy_rate", "latent_sensitivity", "membership_tpr_at_1_percent")
+
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
     for entry in (
@@ -75,8 +77,8 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", ("frechet", "copy_rate", "latent_sensitivity")),
-        AuditEntry("hardened-generator", "", ("frechet", "copy_rate", "latent_sensitivity")),
+        AuditEntry("generator", "", _OF_GENERATOR),
+        AuditEntry("hardened-generator", "", _OF_GENERATOR),
     )
 }
 """The audits by name."""

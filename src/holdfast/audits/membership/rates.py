@@ -64,20 +64,20 @@ def auc(score: PerExample, member: Mask) -> float:
     return float(ranks[member].sum() - m * (m + 1) / 2) / (m * n)
 
 
-def tpr_of_one(score: PerExample, member: Mask, fpr: float) -> Estimate:
+def tpr_of_one(score: PerExample, member: Mask, fpr: float, confidence: float = CONFIDENCE) -> Estimate:
     """Return the true-positive rate of one network with an interval that covers the choice of the members and of the
     non-members.
 
     Its ends are one-sided Clopper-Pearson bounds at two thresholds, of which one has a false-positive rate of at most
     `fpr` with high confidence, the other one of at least `fpr`. Each of the four bounds has a quarter of the error.
     """
-    tail = (1 - CONFIDENCE) / 4
+    tail = (1 - confidence) / 4
     non_members, members = score[~member], score[member]
     n, m = len(non_members), len(members)
     rank = math.floor(fpr * n)
     lower = next((k for k in range(rank, -1, -1) if 1 - upper_tail(k + 1, n, fpr) <= tail), None)
     upper = next((k for k in range(rank, n) if upper_tail(k + 1, n, fpr) <= tail), n)
-    confidence = bonferroni(CONFIDENCE, 2)
+    confidence = bonferroni(confidence, 2)
     low = 0.0
     if lower is not None:
         low = clopper_pearson(int((members > _ranked(non_members, lower)).sum()), m, confidence)[0]
