@@ -67,7 +67,19 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", ("frechet", "copy_rate")),
+        AuditEntry(
+            "generator",
+            "",
+            (
+                "frechet",
+                "copy_rate",
+                "singling_out_risk",
+                "linkability_risk",
+                "inference_risk",
+                "column_shapes",
+                "pair_trends",
+            ),
+        ),
     )
 }
 """The audits by name."""
