@@ -33,6 +33,7 @@ ROWS = {
     "membership": "membership",
     "privacy": "privacy",
     "generator-quality": "generator_quality",
+    "generator-tables": "generator_tables",
     "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",

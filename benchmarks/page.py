@@ -34,6 +34,8 @@ SUBJECTS = {
     "attacks find at 1 % false positives, on the same networks, beside Privacy Meter's function and ART's attack.",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
+    "generator-tables": "`holdfast audit generator`: risks and similarity of synthetic tables of Adult: training rows, "
+    "new rows, and independent columns.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
     "trainings of a small network without and with differential privacy.",
     "repair": "Repair of backdoors in MNIST networks with 3,000 clean digits: success of the planted trigger, clean "

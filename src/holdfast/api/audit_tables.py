@@ -23,12 +23,12 @@ from holdfast.rotation.collecting import rows_of
 from holdfast.runs.engine.run import Run
 from holdfast.settings.groups import DataSource
 
-_SAMPLES, _TRAINING, _HELD_OUT = range(3)
+_TRAINING, _SAMPLES, _HELD_OUT = range(3)
 
 
 @dataclass(frozen=True)
 class OpenedTables:
-    """The synthetic table, the training rows and the held-out rows."""
+    """The training rows, the synthetic table and the held-out rows."""
 
     names: tuple[str, ...]
     tables: MixedTables
@@ -45,8 +45,8 @@ def tables_of(settings: AuditGenerator) -> OpenedTables | None:
     are compared.
     """
     sources = (
-        beside(settings, settings.model),
         settings,
+        beside(settings, settings.model),
         beside(settings, settings.held_out),
     )
     given = [source.data for source in sources]
@@ -54,7 +54,7 @@ def tables_of(settings: AuditGenerator) -> OpenedTables | None:
         return None
     if not all(isinstance(data, str) and data.endswith(SUFFIXES) for data in given):
         return None
-    usual = (None, "train", "test")
+    usual = ("train", None, "test")
     files = [_file(source, split) for source, split in zip(sources, usual, strict=True)]
     return OpenedTables(tuple(map(str, given)), open_mixed(files, settings.drop))
 
@@ -68,7 +68,7 @@ def prepared_tables(
 ) -> tuple[AuditRequest, Callable[[Run], Finding]]:
     """Return the request and the function of the audit of a synthetic table."""
     tables, rng = opened.tables, Draws(settings.seed)
-    samples, training, held_out = (_batch(x) for x in tables.encoded(_TRAINING))
+    training, samples, held_out = (_batch(x) for x in tables.encoded(_TRAINING))
     # a random sample, because a file may be sorted
     chosen = rows_of(samples, settings.samples, rng.at("samples"))
     how = GeneratorAudit(

@@ -229,6 +229,9 @@ DRIFT_TESTS: Final[Mapping[str, str]] = {
 }
 """module and class in `holdfast.monitoring` of each test of a stream, in the order of reports"""
 
+SAMPLE_TESTS: Final = ("copies", "repeats")
+"""further tests of a stream of generated samples, in `holdfast.monitoring.generated`"""
+
 BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},
     "certifiers": {name: f"holdfast.certifiers.{path}" for name, path in PROVERS.items()},

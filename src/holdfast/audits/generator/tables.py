@@ -40,7 +40,7 @@ class TablePart:
     """Measures the risks and the fidelity of a synthetic table."""
 
     tables: MixedTables
-    """the synthetic rows, the training rows and the held-out rows"""
+    """the training rows, the synthetic rows and the held-out rows"""
 
     name = "tables"
     title = "risks of the rows of a table"
@@ -121,7 +121,7 @@ class TablePart:
 
 
 def _rows(tables: MixedTables) -> Rows:
-    samples, training, control = tables.rows
+    training, samples, control = tables.rows
     return Rows(samples, training, control, tables.numeric)
 
 

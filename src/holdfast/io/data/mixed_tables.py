@@ -84,7 +84,8 @@ def open_mixed(files: Sequence[TableFile], drop: Sequence[str]) -> MixedTables:
     """Return tables whose columns are numbers if all their cells are, in every table, and else categories. An empty
     cell of a category is a value like others. The columns `drop` and the one that assigns rows to splits are left out.
 
-    Raises `UsageError` if a table lacks a column or a split, and `TargetError` for numbers that are missing.
+    Raises `UsageError` if a table has other columns than the first, `NoSplit` if it lacks a split, and
+    `TargetError` for numbers that are missing.
     """
     tables = [_read(file, drop) for file in files]
     names = [name for name in tables[0].columns if name not in (SPLIT_COLUMN, *drop)]
