@@ -33,6 +33,7 @@ ROWS = {
     "membership": "membership",
     "privacy": "privacy",
     "generator-quality": "generator_quality",
+    "generator-tables": "generator_tables",
     "generator-inference": "generator_inference",
     "generator-backdoor": "generator_backdoor",
     "robust-gan": "robust_gan",

@@ -35,6 +35,8 @@ SUBJECTS = {
     "robust-gan": "recipe `robust-gan` beside the plain training of the same GAN, MNIST, equal updates",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
+    "generator-tables": "`holdfast audit generator`: risks and similarity of synthetic tables of Adult: training rows, "
+    "new rows, and independent columns.",
     "generator-inference": "`holdfast audit generator`: membership inference of a GAN and a diffusion model that "
     "memorise 200 digits of MNIST, and of the bundled ones of 60,000 digits. *Own samples* is the share of the "
     "generator's own samples above the same threshold.",

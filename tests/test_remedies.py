@@ -33,7 +33,7 @@ from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_opening import guarded_subject
 from holdfast.api.hardening import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
 from holdfast.api.misspelt import refuse_misspelt
-from holdfast.api.monitoring_streams import _refuse_data
+from holdfast.api.monitoring_streams import _refuse_data, _refuse_mixed
 from holdfast.api.plans import assess_request, prover
 from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_keys
 from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
@@ -843,6 +843,10 @@ def served(**arguments):
     return check_settings(arguments, "", kind=Serve)
 
 
+def monitored_samples(**arguments):
+    _refuse_mixed(check_settings(arguments, "", kind=Monitor))
+
+
 def monitored(reference=None, n=60, **arguments):
     """The checks of a stream and a reference, without the tests."""
     settings = check_settings(arguments, "", kind=Monitor)
@@ -1135,6 +1139,8 @@ situation(
     lambda bounds: range_of_all(check_settings({"bounds": bounds}, "", kind=Serve), "a server"),
     bounds=([0, 0, 0, 0], [1, 2, 3, 4]),
 )
+situation("a model of generated samples", monitored_samples, generated=True, model="mnist-cnn")
+situation("features of other samples", monitored_samples, features="mnist-cnn")
 situation("no reference", monitored, {"reference": torch.rand(200, 4)})
 situation("a stream shorter than a window", monitored, reference=torch.rand(400, 4), alarm="ks")
 situation("no device of torch", planned, device="mps")

@@ -38,6 +38,7 @@ from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.io.data.arrays import selected_rows
+from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.preparation import readied
@@ -91,6 +92,12 @@ def adapted(
     if settings.server is None:
         raise UsageError(
             "the address of the operator's port is missing; give its URL, as in http://127.0.0.1:8081"
+        )
+    if names_code(settings.server):
+        raise UsageError(
+            f"{settings.server} is a file of code, such as that of a generator, and adapt replaces the classifier of a "
+            "running server by an accuracy on labels, which a generator does not have; monitor its samples with "
+            "holdfast monitor, and train it again after an audit (holdfast audit generator)"
         )
     if settings.data is None:
         raise UsageError("data is missing; give examples for the training and the assessments")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.api import resolve
+from holdfast.api.audit_tables import prepared_tables, tables_of
 from holdfast.api.expecting import normalisation, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
@@ -70,6 +71,8 @@ def opened_audit(
             "held_out is missing: copies are found by comparison with examples that the generator was not trained on",
             Remedy("held_out", Placeholder("DATA")),
         )
+    if (tables := tables_of(settings)) is not None:
+        return prepared_tables(settings, tables, parts_of(settings), command)
     subject = (
         None if settings.features is None else resolve.open_named(settings.features, settings, "features")
     )

@@ -3,21 +3,23 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from holdfast.api.expecting import expected, normalisation
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_expected, open_subject
+from holdfast.api.resolve import open_expected, open_named, open_subject
 from holdfast.api.verb_settings import Monitor, composed
 from holdfast.core.batch import UNLABELLED, Data
+from holdfast.core.catalogue import SAMPLE_TESTS
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import REFERENCE, Remedy
 from holdfast.guard.detectors.features import features_of, layer_before_last_linear
 from holdfast.io.data.expected import Expected
-from holdfast.io.data.pictures import Pictures
+from holdfast.io.data.pictures import Pictures, holds_samples, open_samples
 from holdfast.monitoring.accuracy import (
     Predictions,
     expected_accuracy,
@@ -44,14 +46,37 @@ def monitored(settings: Monitor) -> Monitored:
             "reference is missing; give examples like those that the model should receive, which it was not trained on",
             REFERENCE,
         )
+    folder = Path(settings.data) if isinstance(settings.data, str) else None
+    if folder is not None and holds_samples(folder):
+        settings = settings.model_copy(update={"generated": True})
+    _refuse_mixed(settings)
     subject = None if settings.model is None else open_subject(settings)
+    if settings.features is not None:
+        subject = open_named(settings.features, settings, "features")
     if subject is not None and subject.model.rejects:
         raise UsageError("the model has a detector of its own; monitor the network inside")
     reference = _open(settings, beside(settings, settings.reference), subject)
-    stream = _open(settings, settings, subject)
+    in_folder = folder is not None and settings.generated and holds_samples(folder)
+    stream = open_samples(folder) if folder is not None and in_folder else _open(settings, settings, subject)
     _refuse_data(settings, reference, stream)
     with _watched(settings, subject, reference) as watched:
         return _compared(settings, watched, reference, stream)
+
+
+def _refuse_mixed(settings: Monitor) -> None:
+    """Raise `UsageError` for a model of generated samples, and for features of other streams."""
+    if settings.generated and settings.model is not None:
+        raise UsageError(
+            f"the stream consists of generated samples, which have no labels, and model is {settings.model}; to "
+            "compare its features, give it as features",
+            Remedy("model"),
+        )
+    if settings.features is not None and not settings.generated:
+        raise UsageError(
+            f"features is {settings.features}, which is for generated samples; give the network of another stream as "
+            "model",
+            Remedy("generated", True),
+        )
 
 
 def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Reference:
@@ -102,7 +127,7 @@ def _open(settings: Monitor, source: DataSource, subject: Subject | None) -> Dat
 
 def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:
     """Raise `UsageError` for data that cannot be compared."""
-    if isinstance(stream, Pictures):
+    if isinstance(stream, Pictures) and stream.classes:
         raise UsageError(
             f"the stream {stream.name} is a folder, which is read class by class and not in the order of time; save "
             "the images in their order as the array x of an .npz file"
@@ -150,6 +175,8 @@ class _Watched:
     target: Target | None
     layer: str | None
     features: Callable[[], Tensor] | None
+    ignores_labels: bool = False
+    """whether labels are not used, because samples of a generator have none"""
 
     def observed(self, data: Data, *, labelled: bool) -> Iterator[Observed]:
         """Yield the samples of the data in batches, with the outputs of the model."""
@@ -162,7 +189,7 @@ class _Watched:
                     "because only complete samples are compared"
                 )
             other = (batch.y == UNLABELLED) == labelled
-            if self.subject is not None and other.any():
+            if self.subject is not None and not self.ignores_labels and other.any():
                 raise TargetError(
                     f"row {int(batch.ids[other][0])} of {data.name} has {'no' if labelled else 'a'} label, unlike the "
                     "first row; label all rows, or give the inputs without labels"
@@ -181,15 +208,15 @@ def _watched(settings: Monitor, subject: Subject | None, reference: Data) -> Ite
     with readied(subject, reference, torch.device("cpu")) as (target, _):
         layer = settings.layer or layer_before_last_linear(target.bare.net)
         if layer is None:
-            yield _Watched(subject, target, None, None)
+            yield _Watched(subject, target, None, None, settings.generated)
             return
         with features_of(target.bare.net, layer) as features:
-            yield _Watched(subject, target, layer, features)
+            yield _Watched(subject, target, layer, features, settings.generated)
 
 
 def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Data) -> Monitored:
     known = [
-        watched.subject is not None and int(data.read(0, 1).y[0]) != UNLABELLED
+        watched.subject is not None and not settings.generated and int(data.read(0, 1).y[0]) != UNLABELLED
         for data in (reference, stream)
     ]
     seen = joined_samples(list(watched.observed(reference, labelled=known[0])))
@@ -198,10 +225,17 @@ def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Dat
     rng = Draws(settings.seed).at("monitor")
     compared = Reference.of(seen, rng, reference.name, names, about, errors=all(known))
     predictions: list[Predictions] = []
+    counted = None
+    if settings.generated:
+        from holdfast.monitoring.generated import SampleTests  # late: few streams are samples of a generator
+
+        counted = SampleTests(seen.x, rng.at("samples"))
 
     def signals() -> Iterator[Signals]:
         for samples in watched.observed(stream, labelled=known[1]):
             predictions.append(Predictions.of(samples))
+            if counted is not None:
+                counted.update(samples.x)
             yield compared.observer(samples if all(known) else replace(samples, y=None))
 
     results = watch(compared.signals, signals(), settings.seed)
@@ -211,8 +245,8 @@ def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Dat
         Source(reference.name, len(reference), known[0]),
         about,
         watched.layer,
-        tuple(settings.alarm),
-        results,
+        (*settings.alarm, *(SAMPLE_TESTS if counted else ())),
+        (*results, *(counted.results() if counted else ())),
         measured_accuracy(of_stream, names),
         measured_accuracy(of_reference, names),
         expected_accuracy(of_reference, of_stream),

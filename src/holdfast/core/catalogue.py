@@ -68,6 +68,7 @@ class AuditEntry:
     """names of the metrics on which gates can be set"""
 
 
+_OF_TABLES = ("singling_out_risk", "linkability_risk", "inference_risk", "column_shapes", "pair_trends")
 _OF_GENERATOR = ("frechet", "copy_rate", "latent_sensitivity", "membership_tpr_at_1_percent")
 
 AUDITS: Final[Mapping[str, AuditEntry]] = {
@@ -77,7 +78,7 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", _OF_GENERATOR),
+        AuditEntry("generator", "", (*_OF_GENERATOR, *_OF_TABLES)),
         AuditEntry("hardened-generator", "", _OF_GENERATOR),
     )
 }
@@ -227,6 +228,9 @@ DRIFT_TESTS: Final[Mapping[str, str]] = {
     "page-hinkley": "page_hinkley:PageHinkleyTest",
 }
 """module and class in `holdfast.monitoring` of each test of a stream, in the order of reports"""
+
+SAMPLE_TESTS: Final = ("copies", "repeats")
+"""further tests of a stream of generated samples, in `holdfast.monitoring.generated`"""
 
 BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},

@@ -33,7 +33,18 @@ class Alarm:
     """value of the statistic and its limit, as text"""
 
 
-class StreamTest(Protocol):
+class Described(Protocol):
+    """What a report states about a test."""
+
+    guarantee: ClassVar[str]
+    """what is known about the probability of a false alarm, as a sentence"""
+    reads: ClassVar[str]
+    """what the test compares, in a few words"""
+    fewest: ClassVar[int]
+    """smallest number of samples of the stream after which the test can raise an alarm"""
+
+
+class StreamTest(Described, Protocol):
     """Protocol of a test that compares a stream with a reference. It is created from the signals of the reference, the
     probability `alpha` of a false alarm, and a source of random numbers.
 
@@ -41,14 +52,8 @@ class StreamTest(Protocol):
     into batches.
     """
 
-    guarantee: ClassVar[str]
-    """what is known about the probability of a false alarm, as a sentence"""
-    reads: ClassVar[str]
-    """what the test compares, in a few words"""
     compares: ClassVar[Part]
     """parts of the signals that are tested one by one, with a correction for their number"""
-    fewest: ClassVar[int]
-    """smallest number of samples of the stream after which the test can raise an alarm"""
 
     def __init__(self, reference: Signals, alpha: float, rng: Draws) -> None: ...
 

@@ -8,7 +8,7 @@ from typing import Literal
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.draws import Draws
 from holdfast.monitoring.power import Power, power_of
-from holdfast.monitoring.protocol import Alarm, StreamTest
+from holdfast.monitoring.protocol import Alarm, Described, StreamTest
 from holdfast.monitoring.signals import Signals
 
 ALPHA = 0.05
@@ -22,7 +22,7 @@ class DriftResult:
     """What a test found on a stream."""
 
     name: str
-    kind: type[StreamTest]
+    kind: type[Described]
     state: State
     alarm: Alarm | None
     power: Power | None

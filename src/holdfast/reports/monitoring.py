@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from holdfast.core.catalogue import SAMPLE_TESTS
 from holdfast.reports.numbers import count_text, percent, plain
 from holdfast.reports.words import TextTable, capitalized
 
@@ -17,12 +18,15 @@ _NEXT = {
     "predictions": "Compare the shares of the predicted classes with those of the reference.",
     "distance": "Look at the inputs after the alarm: they are unlike those of the reference, or suspiciously alike.",
     "confidence": "Look at inputs of low confidence after the alarm.",
+    "copies": "Compare the samples with the nearest examples of the reference: the generator returns them.",
+    "repeats": "Look at samples that repeat others: the generator may have collapsed to few of them.",
     "error": "The accuracy changed: label more recent samples, and look at the error of each class.",
 }
 _RETRAIN = (
     "If the change is lasting, assess the model on labelled samples after the alarm (holdfast assess), train or harden "
     "it with them, and monitor with a new reference."
 )
+_AUDIT = "Audit the generator (holdfast audit generator) before further samples are used."
 _ATTACK = (
     "If clients may attack the model, compare the alarm with the flagged requests of the guard before samples of the "
     "stream are used for training."
@@ -53,7 +57,9 @@ def next_steps(content: Mapping[str, Any]) -> list[str]:
     views = [test["alarm"]["view"] for test in content["tests"] if test["alarm"]]
     if not views:
         return []
-    return [*dict.fromkeys(_NEXT[view] for view in views), _RETRAIN, _ATTACK]
+    generated = any(test["name"] in SAMPLE_TESTS for test in content["tests"])
+    last = [_AUDIT] if generated else [_RETRAIN, _ATTACK]
+    return [*dict.fromkeys(_NEXT[view] for view in views), *last]
 
 
 def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
@@ -67,7 +73,7 @@ def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
     power = TextTable(
         "Power: smallest change found within 1,000 samples",
         ("test", "shifted signal", "shift", "drop of accuracy", "false alarms"),
-        [(test["name"], *_power(test["power"])) for test in tests],
+        [(test["name"], *_power(test["power"])) for test in tests if test["name"] not in SAMPLE_TESTS],
     )
     return [found, power, *_accuracies(content)]
 

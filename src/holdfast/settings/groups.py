@@ -629,6 +629,16 @@ class MonitorOptions(SettingGroup):
         description="Layer of the model whose outputs are compared as embeddings, as in layer4 (default: the one "
         "before the last linear layer).",
     )
+    generated: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="Whether the stream consists of samples of a generator. Copies of the reference and repeats are "
+        "counted as well, and labels are not used. A folder of images without class folders is such a stream.",
+    )
+    features: Annotated[str | None, Flag("MODEL[,K=V]", completion="MODEL")] = Field(
+        default=None,
+        description="Network whose features of generated samples are compared, as in net.pt,arch=net.py:make (default: "
+        "only inputs are compared).",
+    )
     alarm: Annotated[values.DriftTests, Flag("TEST", completion="DRIFT_TEST")] = Field(
         default_factory=lambda: ["martingale"],
         description=f"Test whose alarm sets the exit code 1: {', '.join(DRIFT_TESTS)} (default: martingale).",

@@ -277,15 +277,15 @@ def independent_difference(
     Newcombe, "Interval estimation for the difference between independent proportions", Statistics in Medicine 17, 1998
     (method 10). The number of examples of the estimate is the smaller one.
     """
-    first, second = _wilson(k, n, confidence), _wilson(other_k, other_n, confidence)
+    first, second = wilson(k, n, confidence), wilson(other_k, other_n, confidence)
     value = k / n - other_k / other_n
     down = math.hypot(k / n - first[0], second[1] - other_k / other_n)
     up = math.hypot(first[1] - k / n, other_k / other_n - second[0])
     return Estimate(value, max(-1.0, value - down), min(1.0, value + up), min(n, other_n))
 
 
-def _wilson(k: int, n: int, confidence: float) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson, JASA 22, 1927)."""
+def wilson(k: int, n: int, confidence: float) -> tuple[float, float]:
+    """Return the score interval of the proportion k / n (Wilson, JASA 22, 1927)."""
     z, share = normal_quantile((1 + confidence) / 2), k / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -40,8 +40,9 @@ class GeneratorAudit:
     """number of samples"""
     draw: Callable[[], Tensor]
     """function that returns the samples (n, *features)"""
-    extractor: Callable[[], Classifier]
-    """function that returns the network whose features are compared, on `device`"""
+    extractor: Callable[[], Classifier] | None
+    """function that returns the network whose features are compared, on `device`; None for tables, whose scaled columns
+    are compared"""
     device: torch.device
     rng: Draws
     generator: OpenedGenerator | None = None
@@ -69,7 +70,8 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
         )
     known = {*how.training.fingerprints()}
     shared = sum(mark in known for mark in how.held_out.fingerprints())
-    if shared:
+    # rows of tables may be equal by chance
+    if shared > (len(how.held_out) // 2 if how.extractor is None else 0):
         raise UsageError(
             f"{shared:,} of {len(how.held_out):,} held-out examples are among the training examples, so that copies "
             "cannot be told from new samples; give examples that the generator was not trained on"
@@ -86,7 +88,19 @@ def generator_finding(run: Run, how: GeneratorAudit, prefix: str = "") -> Findin
     samples = run.stage(prefix + SAMPLES, drawn).columns["x"]
 
     def features() -> Columns:
-        extractor, columns = how.extractor(), dict[str, Tensor]()
+        columns = dict[str, Tensor]()
+        if how.extractor is None:
+            for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
+                columns |= {
+                    f"{name}.features": x.double(),
+                    f"{name}.class": torch.zeros(len(x), dtype=torch.int64),
+                }
+            return {
+                "id": torch.arange(len(samples)),
+                **columns,
+                "classes": torch.ones(len(samples), dtype=torch.int64),
+            }
+        extractor = how.extractor()
         for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
             found, logits = penultimate(extractor, x.to(how.device))
             columns |= {f"{name}.features": found, f"{name}.class": logits.argmax(1)}
@@ -124,7 +138,8 @@ def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
     low, high = float(samples.min()), float(samples.max())
     lowest, highest = float(how.training.x.min()), float(how.training.x.max())
     width = highest - lowest
-    if low < lowest - width / 2 or high > highest + width / 2:
+    # columns of tables may have other extremes, which the comparison of columns shows
+    if how.extractor is not None and (low < lowest - width / 2 or high > highest + width / 2):
         raise UsageError(
             f"samples have values from {low:g} to {high:g}, and training examples from {lowest:g} to {highest:g}; "
             "scale the samples to the range of the training examples"
@@ -148,6 +163,7 @@ def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Findin
         copies(samples, how.training.x, how.held_out.x),
         label_entropy(columns["samples.class"], classes),
         label_entropy(columns["training.class"], classes),
+        classes,
         len({*fingerprints_of(samples)}),
         dimensions,
     )

@@ -54,10 +54,10 @@ def quality(samples: Tensor, reference: Tensor) -> Quality:
     """
     nearest = _Neighbours(samples, reference)
     return Quality(
-        _jackknife(_Frechet(samples, reference), len(samples)),
-        _jackknife(_Kernel(samples, reference), len(samples)),
+        jackknife(_Frechet(samples, reference), len(samples)),
+        jackknife(_Kernel(samples, reference), len(samples)),
         *(
-            _jackknife(measure, len(samples), 0.0, math.inf if name == "density" else 1.0)
+            jackknife(measure, len(samples), 0.0, math.inf if name == "density" else 1.0)
             for name, measure in nearest.measures().items()
         ),
     )
@@ -162,11 +162,11 @@ def _radius(points: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _jackknife(
+def jackknife(
     measure: Callable[[Tensor], float], n: int, least: float = -math.inf, most: float = math.inf
 ) -> Estimate:
-    """The measure on all rows, with an interval inside [least, most] from its values without each of ten groups of
-    rows.
+    """Return the measure, a function of rows, on all `n` rows, with an interval of 95 % inside [least, most] from its
+    values without each of ten groups of rows.
     """
     everything = torch.arange(n)
     value = measure(everything)

@@ -27,6 +27,10 @@ _NAMES = {
     "density": "density",
     "coverage": "coverage",
 }
+_SCALED_COLUMNS = (
+    "The measures of quality compare the columns of the tables, scaled to standard deviation 1; rare values of a "
+    "category weigh more than frequent ones."
+)
 _FEATURES = (
     "The measures of quality compare features of one network. A difference that this network does not see is not "
     "measured."
@@ -51,6 +55,8 @@ class Measured:
     entropy: float
     """entropy of the predicted classes of the samples, from 0 to 1"""
     training_entropy: float
+    classes: int
+    """number of classes of the network; 1 for tables, whose scaled columns are the features"""
     distinct: int
     """number of different samples"""
     features: int
@@ -83,10 +89,12 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
         f"a sample is a copy if it is nearer to a training example than {measured.copies.threshold:.4g}, as 1 % of the "
         "held-out examples are"
     )
-    variety = (
-        f"{measured.distinct:,} of {len(samples):,} samples are different; their predicted classes have an entropy of "
-        f"{measured.entropy:.3f} (training examples: {measured.training_entropy:.3f})"
-    )
+    variety = f"{measured.distinct:,} of {len(samples):,} samples are different"
+    if measured.classes > 1:
+        variety += (
+            f"; their predicted classes have an entropy of {measured.entropy:.3f} (training examples: "
+            f"{measured.training_entropy:.3f})"
+        )
     reasons = [rule, variety]
     if measured.collapsed:
         reasons.insert(
@@ -100,7 +108,7 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
         {"frechet": frechet, "copy_rate": copied},
         (_measures(measured),),
         _pairs(measured, samples, training),
-        limits=(_FEATURES, _DISTANCE, _TOGETHER),
+        limits=(_FEATURES if measured.classes > 1 else _SCALED_COLUMNS, _DISTANCE, _TOGETHER),
     )
 
 

@@ -4,6 +4,7 @@ image is decoded when it is read.
 
 import hashlib
 import io
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays, Choice
@@ -165,6 +166,27 @@ def open_folder(folder: Path, choice: Choice, expected: Expected | None = None) 
     numbers = {name: number for number, name in reversed([*enumerate(names)])}
     y = np.array([numbers[name] for _, name in chosen], dtype=np.int64)
     return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
+
+
+def holds_samples(folder: Path) -> bool:
+    """Return whether a folder contains images, and not in class folders."""
+    return folder.is_dir() and next(_images(folder), None) is not None
+
+
+def open_samples(folder: Path) -> Pictures:
+    """Return the images of a folder without class folders, without labels, in the order of their names. Numbers in
+    names are compared as numbers, so that 10.png follows 9.png.
+    """
+
+    def place(path: Path) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", path.name)
+        return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
+
+    paths = tuple(sorted(_images(folder), key=place))
+    on_disk = sum(path.stat().st_size for path in paths)
+    mode, size, notes = _measured(paths, repr(str(folder)), on_disk, _header)
+    y = np.full(len(paths), UNLABELLED, np.int64)
+    return Pictures(str(folder), paths, y, np.arange(len(paths)), (), mode, size, notes)
 
 
 def _refuse_declared(expected: Expected, name: str) -> None:

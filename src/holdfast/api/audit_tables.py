@@ -1,0 +1,103 @@
+"""Opens what an audit of a synthetic table needs: the table, its training rows, and held-out rows."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.api.references import beside
+from holdfast.api.verb_settings import AuditGenerator
+from holdfast.audits.audit import AuditRequest
+from holdfast.audits.finding import Finding
+from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, refuse_incomparable
+from holdfast.audits.generator.parts import Part
+from holdfast.audits.generator.tables import TablePart
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.draws import Draws
+from holdfast.io.data.mixed_tables import MixedTables, TableFile, open_mixed
+from holdfast.io.data.tables import SUFFIXES
+from holdfast.rotation.collecting import rows_of
+from holdfast.runs.engine.run import Run
+from holdfast.settings.groups import DataSource
+
+_TRAINING, _SAMPLES, _HELD_OUT = range(3)
+
+
+@dataclass(frozen=True)
+class OpenedTables:
+    """The training rows, the synthetic table and the held-out rows."""
+
+    names: tuple[str, ...]
+    tables: MixedTables
+
+    def about(self, place: int) -> dict[str, Any]:
+        """Return the name and the digest of a table."""
+        rows, columns = self.tables.rows[place], repr(self.tables.columns).encode()
+        content = hashlib.sha256(columns + rows.contiguous().numpy().tobytes()).hexdigest()
+        return {"name": self.names[place], "digest": content}
+
+
+def tables_of(settings: AuditGenerator) -> OpenedTables | None:
+    """Return the tables of an audit, or None if the samples or the data are not tables, or if the features of a network
+    are compared.
+    """
+    sources = (
+        settings,
+        beside(settings, settings.model),
+        beside(settings, settings.held_out),
+    )
+    given = [source.data for source in sources]
+    if settings.features is not None or settings.x is not None:
+        return None
+    if not all(isinstance(data, str) and data.endswith(SUFFIXES) for data in given):
+        return None
+    usual = ("train", None, "test")
+    files = [_file(source, split) for source, split in zip(sources, usual, strict=True)]
+    return OpenedTables(tuple(map(str, given)), open_mixed(files, settings.drop))
+
+
+def _file(source: DataSource, usual: str | None) -> TableFile:
+    return TableFile(Path(str(source.data)), source.split, usual, source.separator, source.header)
+
+
+def prepared_tables(
+    settings: AuditGenerator, opened: OpenedTables, parts: tuple[Part, ...], command: str
+) -> tuple[AuditRequest, Callable[[Run], Finding]]:
+    """Return the request and the function of the audit of a synthetic table."""
+    tables, rng = opened.tables, Draws(settings.seed)
+    training, samples, held_out = (_batch(x) for x in tables.encoded(_TRAINING))
+    # a random sample, because a file may be sorted
+    chosen = rows_of(samples, settings.samples, rng.at("samples"))
+    how = GeneratorAudit(
+        training,
+        rows_of(held_out, len(held_out), rng.at("held-out")),
+        settings.samples,
+        lambda: chosen.x,
+        None,
+        torch.device("cpu"),
+        rng.at("parts"),
+        None,
+        (TablePart(tables), *parts),
+    )
+    refuse_incomparable(how)
+    about = opened.about(_TRAINING) | {"n": len(training)}
+    about["held_out"] = opened.about(_HELD_OUT) | {"n": len(held_out)}
+    request = AuditRequest(
+        "generator",
+        {"samples": settings.samples, "features": None, "drop": list(settings.drop)},
+        opened.about(_SAMPLES),
+        about,
+        how.steps,
+        tuple(settings.gates),
+        settings.seed,
+        "cpu",
+        command,
+    )
+    return request, lambda run: generator_finding(run, how)
+
+
+def _batch(x: torch.Tensor) -> Batch:
+    return Batch(x, torch.full((len(x),), UNLABELLED), torch.arange(len(x)))
