@@ -1,6 +1,7 @@
 """The hardening of GANs: audits before and after, resuming, the files that it writes, and what is refused."""
 
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -30,6 +31,12 @@ def make():
 def own():
     torch.manual_seed(0)
     layers = nn.Linear(3, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8))
+    return GAN(nn.Sequential(*layers), nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), latent_shape=(3,))
+
+def normed():
+    torch.manual_seed(0)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 64))
+    layers = first, nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8))
     return GAN(nn.Sequential(*layers), nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), latent_shape=(3,))
 
 def alone():
@@ -113,6 +120,37 @@ def test_modules_of_the_user_are_trained(place, recipe, tmp_path):
     assert result.write_folder(tmp_path).is_file()
 
 
+def test_the_worst_change_has_its_size_for_latent_vectors_of_several_dimensions():
+    calls = list[torch.Tensor]()
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(16, 64)
+
+        def forward(self, z, y):
+            calls.append(z.detach())
+            return self.net(z.flatten(1)).view(-1, 1, 8, 8)
+
+    torch.manual_seed(0)
+    x, y = squares(16, 0)
+    batch = Batch(torch.from_numpy(x), torch.from_numpy(y), torch.arange(16))
+    networks = Linear(), ImageGAN(side=8, classes=2).discriminator
+    training = RobustGAN(batch.x, 2, Bounds(), Draws(0), networks, (4, 2, 2), RobustLosses(latent=0.5))
+    training.update(batch, Draws(1))
+    z, _, worst = calls
+    assert (worst - z).flatten(1).norm(dim=1) == pytest.approx(0.5 * 4)  # 16 elements
+
+
+def test_the_weights_of_a_student_are_all_new():
+    teacher = ImageGAN(side=8, classes=2).generator
+    student = deepcopy(teacher)
+    hardening.reset_weights(student, Draws(0))
+    for name, weight in student.named_parameters():
+        assert bool(weight.isfinite().all()), name
+    assert not torch.equal(student.first.weight, teacher.first.weight)
+
+
 def test_a_student_follows_its_teacher_for_usual_latent_vectors_only():
     torch.manual_seed(0)
     gan, (x, y) = ImageGAN(side=8, classes=2), squares(64, 0)
@@ -135,6 +173,12 @@ def test_a_student_follows_its_teacher_for_usual_latent_vectors_only():
     ("factory", "recipe", "settings", "message"),
     [
         ("alone", "robust-gan", {}, "hardened together with its discriminator"),
+        (
+            "normed",
+            "distil",
+            {},
+            "parameter 0.parametrizations.weight.original of the generator is not reset",
+        ),
         ("make", {"use": "robust-gan", "epss": 1}, {}, "no setting 'epss'"),
         ("make", "robust-gan", {"budget": "0.001s"}, "is enough for 0 updates"),
         ("make", "pgd", {"threat": "linf:0.1"}, r"returned a generator \(ImageGAN\)"),

@@ -1,5 +1,6 @@
 """Trains a GAN so that it is more robust, and audits it before and after."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -108,11 +109,7 @@ class GeneratorHardening:
         generator, discriminator = deepcopy((self.gan.generator, self.gan.discriminator))
         assert discriminator is not None  # `trainable` was called
         if self.fresh:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.rng.at("weights").key >> 1)
-                for module in reversed([*generator.modules()]):  # a module after those that it contains
-                    if callable(reset := getattr(module, "reset_parameters", None)):
-                        reset()
+            reset_weights(generator, self.rng.at("weights"))
         teacher: nn.Module = self.gan.generator
         if self.gan.classes is None:
             generator, teacher = _Conditional(generator), _Conditional(teacher)
@@ -143,6 +140,27 @@ class GeneratorHardening:
         return deepcopy(new).cpu().eval().requires_grad_(False)
 
 
+def reset_weights(generator: nn.Module, rng: Draws) -> None:
+    """Give a generator random weights by `reset_parameters` of its modules. Raises `UsageError` if this leaves a weight
+    as it was: a student with weights of its teacher could keep a backdoor.
+    """
+    with torch.no_grad():
+        for weight in generator.parameters():
+            weight.fill_(math.nan)  # what is NaN afterwards was not reset
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key >> 1)
+        for module in reversed([*generator.modules()]):  # a module after those that it contains
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    kept = [name for name, weight in generator.named_parameters() if bool(weight.isnan().any())]
+    if kept:
+        raise UsageError(
+            f"the parameter {kept[0]} of the generator is not reset by reset_parameters of its module, so that a "
+            "student would keep weights of its teacher; add the method reset_parameters to that module, and use no "
+            "parametrisation such as spectral_norm in the generator"
+        )
+
+
 def trainable(generator: OpenedGenerator, training: Batch) -> GAN:
     """Return the GAN of a generator. Raises `UsageError` if it is none that can be trained."""
     gan = generator.generator
@@ -166,9 +184,9 @@ def trainable(generator: OpenedGenerator, training: Batch) -> GAN:
 
 def hardening_finding(run: Run, how: GeneratorHardening) -> tuple[Finding, GAN]:
     """Take the steps of the hardening, and return the finding and the new generator."""
+    trainer, states = how.trainer(), list[Columns]()  # refuses before anything is measured
     before = generator_finding(run, how.audit, BEFORE)
     updates = int(run.document(PLAN, lambda: {"updates": _updates(how)})["updates"])
-    trainer, states = how.trainer(), list[Columns]()
     for epoch in range(EPOCHS):
         span = range(updates * epoch // EPOCHS, updates * (epoch + 1) // EPOCHS)
         states.append(run.stage(f"epoch-{epoch + 1}", partial(_epoch, how, trainer, span)).columns)

@@ -6,8 +6,9 @@ with its class head, spectral norm (Miyato et al., ICLR 2018, arXiv:1802.05957) 
 et al., "Which Training Methods for GANs do actually Converge?", ICML 2018, arXiv:1801.04406. Generator: the change of
 its output for the worst latent change, found by power iteration as in Miyato et al., "Virtual Adversarial Training",
 arXiv:1704.03976, is part of its loss. Student: Aguinaldo et al., "Compressing GANs using Knowledge Distillation",
-2019, arXiv:1902.00159; it never sees latent vectors with an element beyond three standard deviations, so that it does
-not learn what a teacher returns for unusual ones, such as the trigger of a backdoor. Differs from Rob-GAN: generated
+2019, arXiv:1902.00159; elements of the latent vectors of this comparison are clipped to three standard deviations, so
+that it does not learn what a teacher returns beyond them, such as for the trigger of a backdoor. A trigger within them
+is learned. Differs from Rob-GAN: generated
 images are perturbed too, changes are bounded in the Euclidean norm, and the scores for each class are the logits of the
 class head.
 """
@@ -104,10 +105,10 @@ class RobustGAN(GAN):
         if not self.how.smoothness:
             return loss
         radius = self.how.latent * math.sqrt(z[0].numel())
-        d = F.normalize(rng.at("latent").normal(batch.ids, *z.shape[1:], dtype=z.dtype), dim=1)
+        d = _unit(rng.at("latent").normal(batch.ids, *z.shape[1:], dtype=z.dtype))
         moved = self._change(z, batch.y, 0.1 * radius * d.requires_grad_(), fake.detach())
         (slope,) = torch.autograd.grad(moved.sum(), d)
-        worst = self._change(z, batch.y, radius * F.normalize(slope, dim=1), fake)
+        worst = self._change(z, batch.y, radius * _unit(slope), fake)
         worst_change: Tensor = (worst + 1e-12).sqrt().mean()
         return loss + self.how.smoothness * worst_change / apart
 
@@ -134,3 +135,8 @@ class RobustGAN(GAN):
             point = point.detach() + step * L2().steepest(slope, point.detach(), self._bounds)
             point = L2().within(point, x, self._bounds, radius)
         return point.detach()
+
+
+def _unit(d: Tensor) -> Tensor:
+    """Return each row (n, *latent) divided by its Euclidean norm over all elements."""
+    return F.normalize(d.flatten(1), dim=1).view_as(d)
