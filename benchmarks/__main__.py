@@ -33,6 +33,7 @@ ROWS = {
     "membership": "membership",
     "privacy": "privacy",
     "generator-quality": "generator_quality",
+    "explain": "explain",
     "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",

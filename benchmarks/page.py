@@ -32,6 +32,7 @@ SUBJECTS = {
     "poisoned. *Difference* is that from images that the benchmark stamps itself.",
     "membership": "Membership inference on Location-30 (446 binary features, 30 classes): training examples that "
     "attacks find at 1 % false positives, on the same networks, beside Privacy Meter's function and ART's attack.",
+    "explain": "`holdfast explain`: attributions beside Captum, closed forms, counterfactuals, and its cost",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "

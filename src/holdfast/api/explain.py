@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 
 from holdfast.api.attack import inputs_and_data
 from holdfast.api.expecting import expected
+from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
-from holdfast.api.verb_settings import Explain, composed
+from holdfast.api.verb_settings import Assess, Certify, Explain, composed
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -40,6 +42,8 @@ from holdfast.settings.threats_and_attacks import ThreatLike, threat_model, thre
 
 _EXAMPLES = 100
 """examples by which a model is explained, unless the settings state another number"""
+_MOST = 500
+"""largest number of examples by which a model is explained"""
 _TRAINING = 2000
 """training examples that are compared"""
 
@@ -68,9 +72,16 @@ def _is_run(model: object) -> bool:
     return isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file()
 
 
-def explained(settings: Explain) -> Explained:
-    """Explain the example or the model of the settings."""
-    settings, run = _with_run(settings)
+def explained_run(settings: Assess | Certify, result: Result, index: int | None) -> Explained:
+    """Explain the example or the model of a run whose settings are known."""
+    own = {key: getattr(settings, key) for key in settings.model_fields_set if key in Explain.model_fields}
+    with gradients():
+        return explained(Explain(**{**own, "index": index, "output": []}), result)
+
+
+def explained(settings: Explain, result: Result | None = None) -> Explained:
+    """Explain the example or the model of the settings. `result` is the run that they belong to."""
+    settings, run = _with_run(settings) if result is None else (settings, result)
     with _opened(settings, run) as (subject, data, target):
         constraint = threat_model(parse_threat(settings.threat))
         about = About(
@@ -85,7 +96,11 @@ def explained(settings: Explain) -> Explained:
         device = next(subject.model.parameters(), torch.empty(0)).device
         rng = Draws(settings.seed).at("explain")
         if settings.index is None:
-            batch = data.read(0, len(data)).to(device)
+            batch = data.read(0, min(len(data), _MOST)).to(device)
+            if len(batch) < len(data):
+                about = replace(
+                    about, notes=(f"Only the first {_MOST} of {len(data):,} examples were used.",)
+                )
             return explain_model(target, batch, constraint, about, rng=rng, measured=_measured(run, data))
         batch = _row(data, settings.index).to(device)
         return explain_example(
@@ -153,7 +168,7 @@ def _refuse_changed(settings: Explain, run: Result, model: str, data: Data) -> N
     for name, now in (("model", model), ("data", data.digest)):
         if stored[name] != now:
             raise TargetError(
-                f"the {name} opened now ({now[:12]}) differs from the {name} of the run {settings.from_run!r} "
+                f"the {name} opened now ({now[:12]}) differs from the {name} of the run "
                 f"({stored[name][:12]}), so the results of the run do not belong to it; give the {name} of the run, "
                 "with the options that it was opened with, or leave the run out"
             )
