@@ -237,7 +237,7 @@ def _counterfactuals(target: Target, batch: Batch, constraint: Constraint, allow
 
 
 def _cost() -> list[Claim]:
-    """CPU seconds of the explanation of one example after the import, the largest over two networks and three images."""
+    """CPU seconds of an explanation of one example after the import, the largest of two networks and three images."""
     batch, seconds = _digits(200), []
     for name in ("mnist-cnn", "mnist-cnn-hardened"):
         model = open_model(name).model
