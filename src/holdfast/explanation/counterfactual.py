@@ -97,6 +97,11 @@ def broken(target: Target, batch: Batch, x: Inputs) -> Mask:
     return firmly_broken(judged, batch)
 
 
+def changes(x_adv: Inputs, x: Inputs) -> Mask:
+    """Return the mask of the values that differ. A value that is missing in both does not."""
+    return (x_adv != x) & ~(x_adv.isnan() & x.isnan())
+
+
 def _searched(
     target: Target, batch: Batch, threat: ThreatModel, rng: Draws
 ) -> tuple[list[str], list[Inputs]]:
@@ -156,7 +161,7 @@ def _sparse(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) ->
         undoing = _words_undone(batch.x, x_adv)
     else:
         order = _order(target, batch, x_adv).tolist()
-        changed = (x_adv != batch.x).flatten().tolist()
+        changed = changes(x_adv, batch.x).flatten().tolist()
         undoing = [partial(_value_undone, batch.x, place) for place in order if changed[place]]
     point = x_adv
     for undo in undoing:
@@ -194,7 +199,7 @@ def _largest(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -
     grown = isinstance(constraint, Linf | L2 | L1) and math.isfinite(constraint.eps)
     factor = float(constraint.eps / size) if grown and size > 0 else 1.0
     order = _order(target, batch, x_adv).flip(0)
-    delta = x_adv - batch.x
+    delta = (x_adv - batch.x).nan_to_num(0)
     low, high, best = 0, int((delta != 0).sum()), None
     while low < high:
         k = (low + high) // 2

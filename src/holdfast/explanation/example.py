@@ -27,7 +27,7 @@ from holdfast.explanation.attributions import (
     smooth_gradient,
     top_overlap,
 )
-from holdfast.explanation.counterfactual import BALLS, Counterfactual, broken, counterfactual
+from holdfast.explanation.counterfactual import BALLS, Counterfactual, changes, counterfactual
 from holdfast.explanation.explained import Bar, Cell, Explained, Figure, Picture, bars
 from holdfast.explanation.neighbours import Checkpoint, neighbour_figure, tracin_figure
 from holdfast.explanation.wording import (
@@ -157,7 +157,7 @@ def _sentence(case: Case) -> str:
     if is_text(case):
         return f"{text}: {_changed_words(case)} changed"
     values = case.x[0].numel()
-    changed = int((case.x_adv != case.x).sum())
+    changed = int(changes(case.x_adv, case.x).sum())
     if not is_picture(case.x.shape[1:]):
         return f"{text}, with {changed} of {values} columns changed"
     share, top = _concentration(case)
@@ -245,7 +245,8 @@ def _change(case: Case) -> Figure:
 def _changed_columns(case: Case, title: str, note: str) -> Figure:
     before, after = _values(case, case.x), _values(case, case.x_adv)
     order = (case.x_adv - case.x).abs().nan_to_num(0).flatten().argsort(descending=True, stable=True)
-    rows = [(case.about.feature(k), before[k], after[k]) for k in order.tolist() if before[k] != after[k]]
+    changed = changes(case.x_adv, case.x).flatten().tolist()
+    rows = [(case.about.feature(k), before[k], after[k]) for k in order.tolist() if changed[k]]
     alternative = f"{len(rows)} of {len(before)} columns change, listed with both values."
     return Figure(
         "change", title, alternative, ("column", "value", "becomes"), tuple(rows), tabular=True, note=note
@@ -471,12 +472,12 @@ def _slice(case: Case) -> Figure:
     grid = boundary_slices(
         case.target.bare, x, across, up, bounds=case.target.bare.bounds, side=_SIDE, reach=reach
     )[0].long()
-    steps = torch.linspace(-reach, reach, _SIDE, dtype=x.dtype)
+    steps = torch.linspace(-reach, reach, _SIDE, dtype=x.dtype, device=x.device)
     t, s = (
         each.reshape(-1, *[1] * (x.dim() - 1)) for each in torch.meshgrid(steps.flip(0), steps, indexing="ij")
     )
     points = x + s * across + t * up
-    inside = (constraint.distance(points, x.expand_as(points)) <= eps).view(_SIDE, _SIDE)
+    inside = (constraint.distance(points, x.expand_as(points)) <= eps).view(_SIDE, _SIDE).cpu()
     predicted = torch.where(grid < 0, -1 - grid, grid)
     own = int(case.batch.y[0])
     same = float((predicted == own)[inside].float().mean())
@@ -525,8 +526,3 @@ def _slice_picture(predicted: Tensor, inside: Tensor, classes: Sequence[int], re
     big[:, middle - 2 : middle + 3, middle - 2 : middle + 3] = 1.0
     big[:, middle - 2 : middle + 3, along - 2 : along + 3] = 0.0
     return Picture(png(big), "slice through the decision regions")
-
-
-def verified(case: Case) -> bool:
-    """Return whether the shown counterfactual changes the prediction of the original model; false if none was found."""
-    return case.found.shown is not None and bool(broken(case.target, case.batch, case.found.shown)[0])

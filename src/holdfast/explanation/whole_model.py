@@ -25,7 +25,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Mask, PerExample
-from holdfast.explanation.counterfactual import BALLS, broken, counterfactual
+from holdfast.explanation.counterfactual import BALLS, broken, changes, counterfactual
 from holdfast.explanation.explained import Bar, Cell, Explained, Figure, bars
 from holdfast.explanation.wording import (
     About,
@@ -293,7 +293,7 @@ def _classes(case: Attacked) -> Figure:
 def _groups(case: Attacked, groups: Groups | None) -> list[Figure]:
     if groups is None or len(groups.places) != len(case.batch):
         return []
-    places = torch.from_numpy(groups.places.copy())
+    places = torch.from_numpy(groups.places.copy()).to(case.predicted.device)
     return [_shares(case, places, dict(enumerate(groups.names)), "groups", "group")]
 
 
@@ -414,7 +414,7 @@ def _regions(case: Attacked) -> Figure:
 
 def _columns(case: Attacked) -> Figure:
     """The columns of a table that attacks change."""
-    change = (case.x_adv != case.batch.x)[case.hit].flatten(1).double().mean(0)
+    change = changes(case.x_adv, case.batch.x)[case.hit].flatten(1).double().mean(0)
     order = change.argsort(descending=True, stable=True).tolist()
     rows = tuple((case.about.feature(k), float(change[k])) for k in order if change[k] > 0)
     title = f"Attacks change {rows[0][0]} most often: in {percent(rows[0][1])} of the broken examples"

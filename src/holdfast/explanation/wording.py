@@ -74,7 +74,7 @@ def _of_pixels(model: Classifier) -> bool:
 def picture(x: Tensor, caption: str, model: Classifier) -> Picture:
     """Return the picture of an image (channels, height, width)."""
     low, high = (torch.as_tensor(side) for side in (model.bounds.low, model.bounds.high))
-    return Picture(png(shrunk(((x - low) / (high - low)).float())), caption)
+    return Picture(png(shrunk(((x.cpu() - low.cpu()) / (high - low).cpu()).float())), caption)
 
 
 def signed_picture(values: Tensor, caption: str, scale: float | None = None) -> Picture:
@@ -82,6 +82,7 @@ def signed_picture(values: Tensor, caption: str, scale: float | None = None) -> 
 
     `scale` is the absolute value with full colour; without it, it is the largest one.
     """
+    values = values.cpu()
     size = float(values.abs().max()) if scale is None else scale
     share = (values / size if size > 0 else values * 0).clamp(-1, 1).float()
     colour = torch.where(
