@@ -51,11 +51,12 @@ def test_a_counterfactual_is_inside_the_constraint_and_changes_the_class(constra
     model = open_model("mnist-cnn").model
     found, batch = one(model, x, ThreatModel(constraint))
     assert found.inside
-    for point in (found.nearest, found.sparse):
-        assert point is not None
+    assert found.nearest is not None
+    assert found.sparse is not None or constraint.name == "l0"  # its change has the fewest values already
+    for point in (found.nearest, found.shown):
         assert bool(allowed(constraint, point, batch.x, model.bounds)[0])
         assert int(model(point).argmax(1)) != int(batch.y[0])
-    assert (found.sparse != x).sum() <= (found.nearest != x).sum()
+    assert (found.shown != x).sum() <= (found.nearest != x).sum()
 
 
 def test_none_is_found_for_a_constant_model():

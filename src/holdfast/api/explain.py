@@ -21,7 +21,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Remedy
 from holdfast.explanation.example import explain_example
 from holdfast.explanation.explained import Explained
 from holdfast.explanation.whole_model import Measured, explain_model
@@ -144,8 +144,7 @@ def _address(card: dict[str, Any], folder: str) -> str:
     if card.get("how") == "python" or names_code(name) or card.get("members"):
         raise UsageError(
             f"the model of the run {folder!r} is {name!r}, which is not opened from a run folder, because code would "
-            "be executed or its weights are not in a file; give the model and the data beside the run",
-            Remedy("from_run", folder, also=(Remedy("model", Placeholder("MODEL")),)),
+            "be executed or its weights are not in a file; give the model and the data, and the run as from_run"
         )
     return name
 
