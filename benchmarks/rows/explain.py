@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from holdfast.explanation.attributions import (
     occlusion,
     smooth_gradient,
 )
-from holdfast.explanation.counterfactual import counterfactual
+from holdfast.explanation.counterfactual import changes, counterfactual
 from holdfast.explanation.example import explain_example
 from holdfast.explanation.wording import About
 from holdfast.io.data.data import open_data
@@ -48,7 +48,7 @@ def measured() -> Outcome:
             counts = _counterfactuals(prepared_target, batch, constraint, allows)
         table.append({"data": name, "examples": len(batch), **counts})
         forbidden += counts["forbidden"]
-        unverified += counts["shown"] - counts["verified"]
+        unverified += counts["shown"] - counts["confirmed"]
     claims += [
         Claim("counterfactuals that the model does not confirm <= 0", unverified, 0),
         Claim("forbidden changes <= 0", forbidden, 0),
@@ -142,26 +142,23 @@ def _completeness() -> list[Claim]:
 
 
 Allows = Callable[[Tensor, Tensor], bool]
+"""function of a changed and a clean input"""
+Case = tuple[str, AbstractContextManager[Target], Batch, Constraint, Allows]
+"""name, prepared model, examples, constraint, and a check of a change that does not use the code of the package"""
 
 
-@contextmanager
-def _ready(model: Classifier, batch: Batch) -> Iterator[Target]:
-    with prepared(model, batch) as target:
-        yield target
-
-
-def _cases(notes: list[str]) -> Iterator[tuple[str, object, Batch, Constraint, Allows]]:
-    """Name, prepared model, examples, constraint, and a check of a change that does not use it."""
+def _cases(notes: list[str]) -> Iterator[Case]:
+    """The data sets on which counterfactuals are searched for."""
 
     def in_ball(after: Tensor, before: Tensor) -> bool:
         small = bool((after - before).abs().max() <= 0.1 + 1e-6)
         return small and bool((after >= 0).all() and (after <= 1).all())
 
     digits = _digits(N)
-    yield "mnist-mini", _ready(open_model("mnist-cnn").model, digits), digits, Linf(0.1), in_ball
+    yield "mnist-mini", prepared(open_model("mnist-cnn").model, digits), digits, Linf(0.1), in_ball
     try:
         model, clothes = _small_network("fashion-mnist")
-        yield "fashion-mnist", _ready(model, clothes), clothes, Linf(0.1), in_ball
+        yield "fashion-mnist", prepared(model, clothes), clothes, Linf(0.1), in_ball
     except Exception as why:  # noqa: BLE001  the data are absent
         notes.append(f"fashion-mnist: {why}")
     try:
@@ -191,7 +188,7 @@ def _fit(net: nn.Module, x: Tensor, y: Tensor) -> None:
             optimiser.step()
 
 
-def _table() -> tuple[str, object, Batch, Constraint, Allows]:
+def _table() -> Case:
     import pandas as pd
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -210,13 +207,13 @@ def _table() -> tuple[str, object, Batch, Constraint, Allows]:
     def allows(after: Tensor, before: Tensor) -> bool:
         return follows(content, after.flatten().tolist(), before.flatten().tolist())
 
-    return TABLE, _ready(model, batch), batch, Table(TABLE, rules.content, EPS), allows
+    return TABLE, prepared(model, batch), batch, Table(TABLE, rules.content, EPS), allows
 
 
-def _counterfactuals(target: Target, batch: Batch, constraint: Constraint, allows: Allows) -> Cells:
+def _counterfactuals(target: Target, batch: Batch, constraint: Constraint, allows: Allows) -> dict[str, int]:
     """Counts of the counterfactuals inside the constraint, confirmed by the model, and of forbidden changes."""
     predicted = target.bare(batch.x).argmax(1)
-    counts = {"inside": 0, "shown": 0, "verified": 0, "forbidden": 0, "values changed": 0.0}
+    counts = {"inside": 0, "shown": 0, "confirmed": 0, "forbidden": 0, "values": 0, "values changed": 0}
     access = target.bare.access
     for row in range(len(batch)):
         one = batch.take(torch.tensor([row])).labelled(predicted[row : row + 1])
@@ -228,12 +225,12 @@ def _counterfactuals(target: Target, batch: Batch, constraint: Constraint, allow
             if point is None:
                 continue
             counts["shown"] += 1
-            counts["verified"] += int(margin(target.bare(point), one)[0] <= 0)
+            counts["confirmed"] += int(margin(target.bare(point), one)[0] <= 0)
             inside = bool(allowed(constraint, point, one.x, target.bare.bounds)[0])
             counts["forbidden"] += int(not inside or not allows(point[0], one.x[0]))
-        counts["values changed"] += float((found.shown != one.x).sum()) / one.x[0].numel()
-    counts["values changed"] = round(counts["values changed"] / max(1, counts["inside"]), 3)
-    return dict(counts)
+        counts["values"] += one.x[0].numel()
+        counts["values changed"] += int(changes(found.shown, one.x).sum())
+    return counts
 
 
 def _cost() -> list[Claim]:
