@@ -64,7 +64,8 @@ def explain(
     """
     data = None if x is None else inputs_and_data(x, y)[1]
     text = threat_written(threat, "explain(): threat")
-    own = {} if _is_run(model) and threat == "linf:8/255" else {"threat": text}
+    of_run = _is_run(model) or settings.get("from_run") is not None
+    own = {} if of_run and threat == "linf:8/255" else {"threat": text}
     return explained(Explain(**given(model=model, data=data, **own, **settings)))
 
 
