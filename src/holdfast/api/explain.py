@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from holdfast.api.attack import inputs_and_data
-from holdfast.api.expecting import expected
+from holdfast.api.expecting import expected, with_found_properties
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
 from holdfast.api.python_functions import verb_with
@@ -155,6 +155,7 @@ def _opened(settings: Explain, run: Result | None) -> Iterator[tuple[Subject, Da
     """The model, the data and the prepared model. Raises `TargetError` if they are not those of the run."""
     subject = open_subject(settings)
     data = open_examples(settings, subject.model)
+    subject = with_found_properties(subject, (), data)
     device = torch.device(device_of(settings.device))
     with readied(subject, data, device) as (target, _):
         if run is not None:
