@@ -23,7 +23,7 @@ def stored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explained") / "run"
     result = holdfast.assess(
         "mnist-cnn", holdfast.open_data("mnist-mini"), "linf:0.1", "quick", n=20, doubts=False,
-        keep_adversarial=True, run=folder,
+        save_adversarial=True, run=folder,
     )  # fmt: skip
     return folder, result
 
@@ -94,7 +94,8 @@ def test_without_gradients_occlusion_is_shown():
     model = holdfast.open_model(lambda x: torch.stack((x.detach().sum(1), 2 - x.detach().sum(1)), 1))
     x = torch.rand(10, 4, generator=torch.Generator().manual_seed(0))
     explained = holdfast.explain(model, x, (x.sum(1) < 1).long(), "linf:0.5,access=scores", index=2)
-    assert any("no gradients" in note for note in explained.notes) or "attributions" in explained.names
+    assert any("no gradients" in note for note in explained.notes)
+    assert explained["attributions"].headings[1].startswith("occlusion")
 
 
 def test_training_examples_with_the_features_of_an_error_support_it():

@@ -50,7 +50,7 @@ _COMMANDS = {
         "explain",
         "explain why an input breaks a model, or where a model is fragile",
         "explain runs/a -o why.html",
-        "explain mnist-cnn mnist-mini --threat linf:0.1 --index 17 --train mnist-mini -o one.html",
+        "explain mnist-cnn mnist-mini --threat linf:0.1 --index 17 -o one.html",
     ),
     "rotate": (
         "rotate",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.core.model import Model
+from holdfast.core.model import Classifier, Model
 from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Labels, PerExample
 
@@ -35,6 +35,15 @@ def logits_of_class(model: Model, x: Inputs, classes: Labels) -> PerExample:
     with torch.no_grad():
         rows = zip(torch.split(x, _ROWS), torch.split(classes, _ROWS), strict=True)
         return torch.cat([model(some).gather(1, of[:, None])[:, 0] for some, of in rows])
+
+
+def has_gradients(model: Classifier, x: Inputs) -> bool:
+    """Return whether the logits of a model depend on its inputs in a way that torch can differentiate."""
+    if model.access != "gradients":
+        return False
+    with torch.enable_grad():
+        logits: Tensor = model(x[:1].detach().clone().requires_grad_())
+    return logits.requires_grad
 
 
 def gradient(model: Model, x: Inputs, classes: Labels) -> Inputs:

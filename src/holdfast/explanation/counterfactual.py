@@ -27,6 +27,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask
+from holdfast.explanation.attributions import has_gradients
 from holdfast.runs.harness import Target
 
 BALLS = Linf | L2 | L1 | L0
@@ -223,7 +224,7 @@ def _largest(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -
 def _order(target: Target, batch: Batch, x_adv: Inputs) -> Tensor:
     """Positions of the input values, those that matter least for the broken point first."""
     change = (x_adv - batch.x).abs().nan_to_num(0)
-    if target.bare.access != "gradients":
+    if not has_gradients(target.bare, x_adv):
         return change.flatten().argsort(stable=True)
     point = x_adv.detach().clone().requires_grad_()
     with torch.enable_grad():

@@ -20,6 +20,7 @@ from holdfast.explanation.attributions import (
     Integrated,
     default_window,
     gradient,
+    has_gradients,
     integrated_gradients,
     logits_of_class,
     occlusion,
@@ -339,7 +340,7 @@ def _attributions(case: Case) -> tuple[list[Figure], list[str]]:
     baseline = case.baseline.expand_as(inputs)
     model, methods = case.target.bare, dict[str, Tensor]()
     integrated: Integrated | None = None
-    if model.access == "gradients" and not inputs.isnan().any():
+    if has_gradients(model, inputs) and not inputs.isnan().any():
         methods["gradient"] = gradient(model, inputs, classes)
         methods["SmoothGrad"] = smooth_gradient(model, inputs, classes, smoothing_noise(case, inputs))
         integrated = integrated_gradients(model, inputs, baseline, classes)

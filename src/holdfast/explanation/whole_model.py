@@ -25,6 +25,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Mask, PerExample
+from holdfast.explanation.attributions import has_gradients
 from holdfast.explanation.counterfactual import BALLS, broken, changes, counterfactual
 from holdfast.explanation.explained import Bar, Cell, Explained, Figure, bars
 from holdfast.explanation.wording import (
@@ -129,7 +130,7 @@ def explain_model(
     else:
         notes.append("No correctly classified example was broken, so what attacks use is not shown.")
     smooth = True
-    if isinstance(threat.constraint, BALLS) and target.bare.access == "gradients":
+    if isinstance(threat.constraint, BALLS) and has_gradients(target.bare, batch.x):
         surface, smooth = _surface(case, known.doubts)
         figures.append(surface)
         figures += _layers(case, notes)
