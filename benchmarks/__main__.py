@@ -37,6 +37,7 @@ ROWS = {
     "generator-inference": "generator_inference",
     "generator-backdoor": "generator_backdoor",
     "robust-gan": "robust_gan",
+    "explain": "explain",
     "repair": "repair",
     "onnx-files": "onnx_files",
     "served-models": "served_models",

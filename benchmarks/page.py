@@ -33,6 +33,7 @@ SUBJECTS = {
     "membership": "Membership inference on Location-30 (446 binary features, 30 classes): training examples that "
     "attacks find at 1 % false positives, on the same networks, beside Privacy Meter's function and ART's attack.",
     "robust-gan": "recipe `robust-gan` beside the plain training of the same GAN, MNIST, equal updates",
+    "explain": "`holdfast explain`: attributions beside Captum, closed forms, counterfactuals, and its cost",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
     "torchmetrics.",
     "generator-tables": "`holdfast audit generator`: risks and similarity of synthetic tables of Adult: training rows, "

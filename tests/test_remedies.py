@@ -917,6 +917,10 @@ def backdoor_audited(controls=None, train_controls=None):
     return prepared_backdoor(settings, ignore, "")
 
 
+def explained(index=None):
+    holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index)
+
+
 def short_control_training(train_controls="1s"):
     epochs_within(ControlTraining(lambda place, epochs: time.sleep(0.2), seconds(train_controls, ""), Path()))
 
@@ -937,6 +941,8 @@ VALUES: dict[str, Any] = {
     "classes": 3,
     "recipe.others": "l2:0.1",
 }
+
+situation("a row number beyond the data", explained, index=50)
 
 # arguments of the Python functions
 for misspelt, function, more in (

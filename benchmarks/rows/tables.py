@@ -108,17 +108,17 @@ def measured() -> Outcome:
     return Outcome(table, claims, {"rows": ROWS, "training": TRAINING, "eps": EPS, "seed": 0})
 
 
-def _path(name: str) -> Path:
+def path_of(name: str) -> Path:
     path = folder("HOLDFAST_DATA", "data") / f"{name}.csv.gz"
     if not path.is_file():
         raise Absent(f"{path.name} is not at hand; HOLDFAST_DATA names its folder")
     return path
 
 
-def _drafted(name: str) -> dict[str, Any]:
+def drafted_rules(name: str) -> dict[str, Any]:
     """The rules that `holdfast init` drafts for a table, in which categories may change within the budget."""
     label, drop = TABLES[name]
-    content: dict[str, Any] = yaml.safe_load(drafted(_path(name), label, drop, None)[0])
+    content: dict[str, Any] = yaml.safe_load(drafted(path_of(name), label, drop, None)[0])
     for column in content["columns"].values():
         if column.get("type") == "category":
             column["cost"] = EPS
@@ -135,9 +135,9 @@ def _attacked(table: list[Cells], name: str) -> int:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OrdinalEncoder
 
-    content, (label, drop) = _drafted(name), TABLES[name]
+    content, (label, drop) = drafted_rules(name), TABLES[name]
     rules = rules_from(content, name)
-    path = _path(name)
+    path = path_of(name)
     frame = pd.read_csv(path)
     if "split" in frame:
         frame = frame[frame.split == "train"].drop(columns="split")
@@ -147,7 +147,7 @@ def _attacked(table: list[Cells], name: str) -> int:
     estimator = make_pipeline(encoded, HistGradientBoostingClassifier(max_iter=60, random_state=0))
     estimator.fit(frame.drop(columns=[label, *drop]), frame[label])
     model = Declared(rules=rules).wrap(estimator)
-    batch = _examples(path, label, drop, rules, model)
+    batch = correct_examples(path, label, drop, rules, model)
     constraint = Table(name, rules.content, EPS)
     best = batch.x
     for attack in (ColumnSearch(), GeneticSearch()):
@@ -156,7 +156,7 @@ def _attacked(table: list[Cells], name: str) -> int:
         best = torch.where(lower[:, None], x_adv, best)
     broken = margin(model(best), batch) <= 0
     valid = [
-        _follows(content, after, before)
+        follows(content, after, before)
         for after, before in zip(best[broken].tolist(), batch.x[broken].tolist(), strict=True)
     ]
     table.append(
@@ -166,7 +166,7 @@ def _attacked(table: list[Cells], name: str) -> int:
     return len(valid) - sum(valid)
 
 
-def _examples(
+def correct_examples(
     path: Path, label: str, drop: tuple[str, ...], rules: Rules, model: Classifier, n: int = ROWS
 ) -> Batch:
     """Some rows of the test split that the model classifies correctly."""
@@ -184,7 +184,7 @@ def _examples(
     return batch.take(model(batch.x).argmax(1) == batch.y)
 
 
-def _follows(content: Mapping[str, Any], after: Sequence[float], before: Sequence[float]) -> bool:
+def follows(content: Mapping[str, Any], after: Sequence[float], before: Sequence[float]) -> bool:
     """Whether a row is a change that the drafted rules allow. Written without the code of the package."""
     named = dict(zip(content["columns"], after, strict=True))
     for (name, column), old in zip(content["columns"].items(), before, strict=True):
@@ -244,9 +244,9 @@ def _phishing(table: list[Cells]) -> dict[str, float]:
     """Add the recall of a network on phishing pages under CAPGD, and the share of valid rows of plain PGD."""
     import pandas as pd
 
-    content = _drafted("phishing_url")
+    content = drafted_rules("phishing_url")
     content["budget"] = {"norm": "l2", "eps": PHISHING_EPS}
-    path = _path("phishing_url")
+    path = path_of("phishing_url")
     frame = pd.read_csv(path)
     y = torch.tensor((frame.status == "phishing").to_numpy().astype(np.int64))
     x = torch.tensor(frame.drop(columns=["url", "status", "split"]).to_numpy(np.float32))

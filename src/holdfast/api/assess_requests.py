@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.api.expecting import with_found_properties, with_numbered_goal
 from holdfast.api.grad_mode import gradients
@@ -40,6 +40,9 @@ from holdfast.settings.grammar import parse_threat, seconds
 from holdfast.settings.naming import AUTO
 from holdfast.settings.values import address_of
 
+if TYPE_CHECKING:
+    from holdfast.explanation.explained import Explained
+
 _TRIED = 8
 """Number of examples that an estimate measures; the cost of the others is extrapolated."""
 
@@ -59,7 +62,15 @@ def measured(
             attackers=_attackers(settings),
             command=command,
         )
-        return assess(subject, data, request, run=folder, resume=resume, opening=settings.open, **reporting)
+        result = assess(subject, data, request, run=folder, resume=resume, opening=settings.open, **reporting)
+    return replace(result, explaining=partial(_explained, settings))
+
+
+def _explained(settings: Assess | Certify, result: Result, index: int | None) -> "Explained":
+    """Explain an example of a run, or its model."""
+    from holdfast.api.explain import explained_run  # late, as few runs are explained
+
+    return explained_run(settings, result, index)
 
 
 def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:

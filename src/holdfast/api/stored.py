@@ -1,12 +1,17 @@
 """Functions of the Python interface that read stored runs: `compare`, `report` and `verify`."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from holdfast.audits.audit import AuditResult, is_audit, open_audit
 from holdfast.runs.assess.result import Result
 from holdfast.runs.store.verify import Verified
 from holdfast.runs.store.verify import verify as verify_folder
 from holdfast.runs.stored.stored_runs import Comparison, open_run, refuse_false
+
+if TYPE_CHECKING:
+    from holdfast.explanation.explained import Explained
 
 __all__ = ["compare", "report", "verify"]
 
@@ -18,7 +23,16 @@ def compare(first: Result | str | Path, second: Result | str | Path) -> Comparis
 
 def report(run: str | Path) -> Result | AuditResult:
     """Read the folder of a finished run or audit and return its result."""
-    return open_audit(Path(run)) if is_audit(Path(run)) else open_run(Path(run))
+    if is_audit(Path(run)):
+        return open_audit(Path(run))
+    return replace(open_run(Path(run)), explaining=_explained)
+
+
+def _explained(result: Result, index: int | None) -> "Explained":
+    """Explain an example of a stored run, or its model, which is opened by its address."""
+    from holdfast.api.verb_settings import Explain  # late, as few runs are explained
+
+    return Explain(model=str(result.folder), index=index).run()
 
 
 def verify(run: str | Path) -> Verified:

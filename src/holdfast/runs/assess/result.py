@@ -1,11 +1,11 @@
 """The result of an assessment: evidence, metrics, gates and reports."""
 
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Callable, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,6 +24,9 @@ from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import VERDICTS, measured
 from holdfast.reports.write import write
 from holdfast.runs.harness.verdict import DISTANCES
+
+if TYPE_CHECKING:
+    from holdfast.explanation.explained import Explained
 
 
 class UnknownMetric(KeyError):
@@ -82,6 +85,11 @@ class Result:
     """the table of attackers of a model with rotation; None for other models"""
     training: Mapping[str, Any] | None = None
     """the verdict on the training of the model, for the assessment of a hardened model; None for other models"""
+    explaining: "Callable[[Result, int | None], Explained] | None" = field(
+        default=None, repr=False, compare=False
+    )
+    """function that opens the model and the data of the run again, and explains an example or the model; None if they
+    are not known"""
     _asked: dict[str, Judgement] = field(default_factory=dict, init=False, repr=False, compare=False)
     """gates judged after the run, by their text, for the notebook view"""
 
@@ -134,6 +142,20 @@ class Result:
         measured.
         """
         return eps_curve(self.evidence)
+
+    def explain(self, index: int | None = None) -> "Explained":
+        """Explain the example with the row number `index`, or without it the model: why it breaks, and what attacks
+        use.
+
+        The model and the data are opened again. Raises `UsageError` if the run does not state how, as for the run of a
+        hardening; `holdfast.explain(model, x, y)` then does the same.
+        """
+        if self.explaining is None:
+            raise UsageError(
+                "this result does not state how its model and data are opened; give them, as in "
+                "holdfast.explain(model, x, y, threat='linf:8/255')"
+            )
+        return self.explaining(self, index)
 
     def __getitem__(self, metric: str) -> Estimate:
         """Return a metric by name, as in `result["robust_accuracy"]`; `float()` of it is its value."""

@@ -1,0 +1,127 @@
+"""`holdfast explain`: the interface of Python, the command, and bad input."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast.cli.app import run
+from holdfast.core.batch import Batch
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.explanation.explained import Explained, Figure, bars
+from holdfast.explanation.neighbours import tracin
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A run of the bundled network that stores its adversarial inputs."""
+    folder = tmp_path_factory.mktemp("explained") / "run"
+    result = holdfast.assess(
+        "mnist-cnn", holdfast.open_data("mnist-mini"), "linf:0.1", "quick", n=20, doubts=False,
+        save_adversarial=True, run=folder,
+    )  # fmt: skip
+    return folder, result
+
+
+def test_an_example_is_explained_with_its_figures():
+    explained = holdfast.Explain(
+        model="mnist-cnn", data="mnist-mini", threat="linf:0.2", index=3, n=20, train="mnist-mini"
+    ).run()
+    assert {"change", "concentration", "attributions", "stability", "slice", "neighbours"} <= {
+        *explained.names
+    }
+    assert " becomes " in explained.sentence
+    assert "of the change lies in" in explained.sentence
+    page = explained.page()
+    assert "<script" not in page
+    for figure in explained.figures:
+        assert figure.title in page.replace("&#39;", "'")
+        assert figure.alternative
+        rows = list(csv.reader(io.StringIO(figure.csv)))
+        assert tuple(rows[0]) == figure.headings
+        assert len(rows) == len(figure.rows) + 1
+    assert json.loads(explained.to_json())["title"] == explained.title
+    assert "nodes" in explained["attributions"].note
+    with pytest.raises(KeyError, match="has change"):
+        explained["other"]
+
+
+def test_a_model_is_explained(stored):
+    folder, result = stored
+    explained = result.explain()
+    assert {"margins", "classes", "confusion", "frequencies", "regions", "surface", "layers"} <= {
+        *explained.names
+    }
+    survivors = int((result.evidence["broken_by"] < 0).sum())
+    assert int(explained.sentence.split()[0]) <= survivors
+    assert holdfast.report(folder).explain().sentence == explained.sentence
+    assert holdfast.report(folder).explain(3).title == result.explain(3).title
+
+
+def test_the_command_writes_the_files(stored, tmp_path, capsys):
+    folder, _ = stored
+    page = tmp_path / "why.html"
+    assert run(["explain", str(folder), "--index", "3", "-o", str(page)]) == 0
+    assert "example 3 of" in capsys.readouterr().out
+    assert page.read_text().startswith("<!doctype html>")
+    assert run(["explain", str(folder), "-o", "why.pdf"]) == 2
+    assert run(["explain", str(folder), "--index", "500"]) == 2
+    assert "index is 500" in capsys.readouterr().err
+
+
+def test_another_model_than_that_of_the_run_is_refused(stored):
+    folder, _ = stored
+    with pytest.raises(TargetError, match="the model opened now"):
+        holdfast.Explain(model="mnist-cnn-hardened", data="mnist-mini", n=20, from_run=str(folder)).run()
+    with pytest.raises(TargetError, match="the data opened now"):
+        holdfast.Explain(model="mnist-cnn", data="mnist-mini", n=19, from_run=str(folder)).run()
+
+
+def test_a_model_that_runs_code_is_not_opened_from_a_run(tmp_path):
+    x, y = torch.rand(30, 4), torch.arange(30) % 3
+    result = holdfast.assess(nn.Linear(4, 3), (x, y), "linf:0.1", "quick", doubts=False, run=tmp_path / "run")
+    assert result.explain(0).title.startswith("example 0")
+    with pytest.raises(UsageError, match="code would be executed"):
+        holdfast.report(tmp_path / "run").explain(0)
+
+
+def test_without_gradients_occlusion_is_shown():
+    model = holdfast.open_model(lambda x: torch.stack((x.detach().sum(1), 2 - x.detach().sum(1)), 1))
+    x = torch.rand(10, 4, generator=torch.Generator().manual_seed(0))
+    explained = holdfast.explain(model, x, (x.sum(1) < 1).long(), "linf:0.5,access=scores", index=2)
+    assert any("no gradients" in note for note in explained.notes)
+    assert explained["attributions"].headings[1].startswith("occlusion")
+
+
+def test_training_examples_with_the_features_of_an_error_support_it():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 2)
+    train = Batch(
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.tensor([1, 1, 0]), torch.arange(3)
+    )
+    influence = tracin([Classifier(net)], torch.tensor([[1.0, 0.0]]), torch.tensor([1]), train)
+    assert int(influence.argmax()) == 0
+    grads = []
+    for x, y in (
+        (torch.tensor([[1.0, 0.0]]), torch.tensor([1])),
+        *((train.x[k : k + 1], train.y[k : k + 1]) for k in range(3)),
+    ):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        grads.append(torch.cat((net.weight.grad.flatten(), net.bias.grad)).clone())
+    expected = torch.stack([grads[0] @ grad for grad in grads[1:]])
+    assert torch.allclose(influence, expected.double(), atol=1e-6)
+
+
+def test_values_are_written_as_text_and_not_as_markup():
+    figure = Figure(
+        "a", "<b>&", "a", ("x",), (("<script>",),), tabular=True, bars=bars(["<i>"], [1.0], ["1"])
+    )
+    page = Explained("<u>", "<s>", (figure,)).page()
+    assert "<script>" not in page
+    assert "<u>" not in page
