@@ -180,6 +180,8 @@ def _environment() -> "Environment":
         "geometry",
         "monitoring",
         "audit",
+        "explanation",
+        "explanation-fragment",
         "ui",
         "ui-login",
     )

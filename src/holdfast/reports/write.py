@@ -24,6 +24,8 @@ COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for a comparison."""
 MONITORING_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for the report of a monitored stream."""
+EXPLANATION_SUFFIXES = (".html", ".json")
+"""Suffixes of the formats in which explanations are written."""
 AUDIT_SUFFIXES = (".html", ".json", ".md", ".xml")
 """File suffixes that are allowed for the report of an audit."""
 

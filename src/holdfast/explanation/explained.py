@@ -1,0 +1,157 @@
+"""The result of an explanation: a sentence, and figures with their numbers."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.reports.html import filled, render
+from holdfast.reports.numbers import strict
+from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination
+
+Json = dict[str, Any]
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a figure as the data URL of a PNG, with its caption, which is also its alternative text."""
+
+    url: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a chart: its label, its length as a fraction of the longest bar, and its value as text."""
+
+    label: str
+    share: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of an explanation, with the numbers that it shows."""
+
+    name: str
+    """name of the figure, which is unique in the explanation and does not depend on its numbers"""
+    title: str
+    """the finding, as a sentence"""
+    alternative: str
+    """description of the figure for readers who do not see it"""
+    headings: tuple[str, ...]
+    """names of the columns of `rows`"""
+    rows: tuple[tuple[Cell, ...], ...]
+    """the numbers of the figure"""
+    pictures: tuple[Picture, ...] = ()
+    bars: tuple[Bar, ...] = ()
+    tabular: bool = False
+    """whether the rows are shown as a table, and not only as CSV"""
+    note: str = ""
+    """how the figure is read, and what limits it"""
+
+    @property
+    def csv(self) -> str:
+        """The numbers of the figure as CSV."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(self.headings)
+        writer.writerows([f"{c:.6g}" if isinstance(c, float) else c for c in row] for row in self.rows)
+        return file.getvalue()
+
+    def to_json(self) -> Json:
+        """Return the figure as strict JSON, without its pictures."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "alternative": self.alternative,
+            "headings": list(self.headings),
+            "rows": [[strict(cell) for cell in row] for row in self.rows],
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Explained:
+    """An explanation of one example, or of a model."""
+
+    title: str
+    """what is explained, as in `example 17 of mnist`"""
+    sentence: str
+    """the main finding"""
+    figures: tuple[Figure, ...]
+    advice: tuple[str, ...] = ()
+    """what the user can do about the finding, one sentence each"""
+    notes: tuple[str, ...] = ()
+    """what was not applicable or not measured, with the reason"""
+    facts: tuple[tuple[str, str], ...] = ()
+    """model, data, threat and seed, as names and values"""
+
+    def __getitem__(self, name: str) -> Figure:
+        """Return a figure by its name. Raises `KeyError` if there is none with this name."""
+        for figure in self.figures:
+            if figure.name == name:
+                return figure
+        raise KeyError(f"there is no figure {name!r}; this explanation has {', '.join(self.names)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the figures in their order."""
+        return tuple(figure.name for figure in self.figures)
+
+    def fragment(self, *, level: int = 2) -> str:
+        """Return the explanation as HTML without a page around it, which needs the style sheet of reports.
+
+        `level` is the level of the headings of the figures.
+        """
+        return filled("explanation-fragment.html.j2", e=self, level=level)
+
+    def page(self) -> str:
+        """Return the explanation as a self-contained HTML page without scripts."""
+        return render("explanation.html.j2", e=self)
+
+    def to_json(self) -> str:
+        """Return the explanation as strict JSON, without its pictures."""
+        content = {
+            "title": self.title,
+            "sentence": self.sentence,
+            "advice": list(self.advice),
+            "notes": list(self.notes),
+            "facts": dict(self.facts),
+            "figures": [figure.to_json() for figure in self.figures],
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def text(self) -> str:
+        """Return the findings as text for a terminal, one line for each figure."""
+        lines = [f"{self.title}: {self.sentence}", *(f"- {figure.title}" for figure in self.figures)]
+        for heading, texts in (("What you can do:", self.advice), ("Not shown:", self.notes)):
+            lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
+        return "\n".join(lines)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the explanation in the format of the file suffix, `.html` or `.json`. Return the path."""
+        place = Path(path)
+        check_destination(place, EXPLANATION_SUFFIXES)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        content = self.page() if place.suffix.lower() == ".html" else self.to_json()
+        place.write_text(content, encoding="utf-8")
+        return place
+
+    def _repr_html_(self) -> str:
+        return self.fragment()
+
+    def __repr__(self) -> str:
+        return f"<Explained: {self.title}: {self.sentence}>"
+
+
+def bars(labels: Sequence[str], values: Sequence[float], texts: Sequence[str]) -> tuple[Bar, ...]:
+    """Return bars whose longest one has the length 1. Values are at least 0."""
+    most = max([*values, 0.0]) or 1.0
+    return tuple(
+        Bar(label, value / most, text) for label, value, text in zip(labels, values, texts, strict=True)
+    )
