@@ -101,6 +101,12 @@ _COMMANDS = {
         "verify pool/",
     ),
     "runs": ("report", "list the runs in a folder", "runs", "runs runs/"),
+    "ui": (
+        "ui",
+        "show the runs of a folder in a browser",
+        "ui runs/ --port 8090",
+        "ui runs/ --export site/",
+    ),
     "doctor": (
         "doctor",
         "find common mistakes in a model and its data before a long run",

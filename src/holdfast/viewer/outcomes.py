@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import Evidence
-from holdfast.metrics.attacked import within
+from holdfast.metrics.columns import within
 from holdfast.metrics.paired import paired_examples
 from holdfast.reports.curves import class_name, robust_examples
 from holdfast.runs.assess.result import Result
@@ -43,7 +43,10 @@ def attempts(result: Result) -> list[Attempt]:
         if "success" not in columns:
             continue
         broke, ran = torch.zeros(len(ids), dtype=torch.bool), torch.zeros(len(ids), dtype=torch.bool)
-        success, was_run = columns["success"].bool(), columns.get("ran", torch.ones_like(columns["success"])).bool()
+        success, was_run = (
+            columns["success"].bool(),
+            columns.get("ran", torch.ones_like(columns["success"])).bool(),
+        )
         if "distance" in columns and result.evidence.threat.constraint.in_input_units:
             success = success & within(columns["distance"], result.evidence.threat.constraint.eps)
         places = torch.tensor([rows[int(example)] for example in columns["id"]], dtype=torch.long)

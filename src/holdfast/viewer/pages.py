@@ -22,7 +22,17 @@ from holdfast.runs.assess.result import Result
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import Comparison, open_run
 from holdfast.server.audit_folder import verify_audit
-from holdfast.viewer.outcomes import ANY, KINDS, Attempt, attempts, breaker, broken_not, class_text, kinds, pairs
+from holdfast.viewer.outcomes import (
+    ANY,
+    KINDS,
+    Attempt,
+    attempts,
+    breaker,
+    broken_not,
+    class_text,
+    kinds,
+    pairs,
+)
 from holdfast.viewer.shelf import Item, Shelf
 from holdfast.viewer.trends import HEIGHT, WIDTH, trend_csv, trends
 
@@ -66,7 +76,9 @@ class _Opened:
 class Site:
     """The pages of a folder of runs. `explain` computes explanations on demand; None if none are computed."""
 
-    def __init__(self, shelf: Shelf, explain: Explain | None = None, *, mode: Literal["server", "files"] = "server"):
+    def __init__(
+        self, shelf: Shelf, explain: Explain | None = None, *, mode: Literal["server", "files"] = "server"
+    ) -> None:
         self.shelf, self.explain, self.mode = shelf, explain, mode
         self._opened: OrderedDict[str, tuple[str, _Opened]] = OrderedDict()
         self._explained: OrderedDict[tuple[str, int], str] = OrderedDict()
@@ -107,14 +119,18 @@ class Site:
         return Page(filled(template, **frame, **content))
 
     def _failed(self, item: Item, error: str) -> Page:
-        return self._filled(f"{item.kind}/{item.id}", "site-failed.html.j2", item.name, item=item, error=error)
+        return self._filled(
+            f"{item.kind}/{item.id}", "site-failed.html.j2", item.name, item=item, error=error
+        )
 
     # --- index and trends
 
     def _index(self, query: Mapping[str, str]) -> Page:
         items, wanted = self.shelf.items(), query.get("q", "").strip().lower()[:200]
         shown = [item for item in items if all(word in _words(item) for word in wanted.split())]
-        waiting = sum(1 for item in items if item.entry and item.entry.finished and not item.checked and not item.fault)
+        waiting = sum(
+            1 for item in items if item.entry and item.entry.finished and not item.checked and not item.fault
+        )
         return self._filled(
             "",
             "site-index.html.j2",
@@ -163,7 +179,9 @@ class Site:
                     return self._audit(item, rest)
                 if rest:
                     raise NoPage
-                return {"pool": self._pool, "chains": self._chains, "adaptation": self._adaptation}[item.kind](item)
+                return {"pool": self._pool, "chains": self._chains, "adaptation": self._adaptation}[
+                    item.kind
+                ](item)
         except (HoldfastError, OSError) as error:
             if isinstance(error.__cause__, NoPage):
                 raise NoPage from error
@@ -212,7 +230,11 @@ class Site:
         steps = [[step.step, clock(step.time), facts_text(step.facts) or "-"] for step in journal.steps]
         outcome = journal.outcome or "not finished"
         facts = {"server": journal.server, "run": journal.run, "reason": journal.reason}
-        title = f"The adaptation is {outcome}" if journal.outcome is None else f"Outcome of the adaptation: {outcome}"
+        title = (
+            f"The adaptation is {outcome}"
+            if journal.outcome is None
+            else f"Outcome of the adaptation: {outcome}"
+        )
         return self._facts(item, title, facts, [("Steps", ["step", "time", "facts"], steps)])
 
     def _facts(self, item: Item, heading: str, facts: Json, tables: Sequence[tuple[str, Any, Any]]) -> Page:
@@ -288,13 +310,17 @@ class Site:
         found = [
             each
             for each in items
-            if each.kind == "run" and each.id != item.id and each.entry and each.entry.finished and not each.fault
+            if each.kind == "run"
+            and each.id != item.id
+            and each.entry
+            and each.entry.finished
+            and not each.fault
             if each.entry.data == entry.data
         ]
         found.sort(key=lambda each: each.entry is not None and each.entry.model != entry.model)
         if self.mode == "files":
-            older = [each for each in found if each.entry and each.entry.created <= entry.created]
-            return older[:1]
+            place = entry.created, item.name
+            return [each for each in found if each.entry and (each.entry.created, each.name) < place][:1]
         return found[:_MOST_PARTNERS]
 
     def _examples(self, item: Item, opened: _Opened, by: str, but: str) -> Page:
@@ -316,7 +342,7 @@ class Site:
             for row in rows[:MOST_ROWS]
         ]
         return self._filled(
-            "/".join(("run", item.id, "examples", by, but)),
+            f"run/{item.id}/examples/{by}/{but}",
             "site-examples.html.j2",
             item.name,
             item=item,
@@ -346,7 +372,9 @@ class Site:
             "broken by": breaker(evidence, row),
         }
         if facts["broken by"]:
-            facts["prediction when attacked"] = class_text(evidence, int(evidence["adversarial_prediction"][row]))
+            facts["prediction when attacked"] = class_text(
+                evidence, int(evidence["adversarial_prediction"][row])
+            )
             for norm in ("linf", "l2", "l1", "l0"):
                 facts[f"distance {norm}"] = float(evidence[f"distance_{norm}"][row])
         return self._filled(
@@ -366,7 +394,11 @@ class Site:
         with self._one_at_a_time:
             fragment = self._explained.get(key)
             if fragment is None and self.explain is not None:
-                fragment = self._explained[key] = self.explain(opened.result, number)
+                try:
+                    fragment = self._explained[key] = self.explain(opened.result, number)
+                except (HoldfastError, OSError) as error:
+                    text = error.on_command_line() if isinstance(error, HoldfastError) else str(error)
+                    return self._failed(item, text)
             if len(self._explained) > _KEPT:
                 self._explained.popitem(last=False)
         title = f"Explanation of example {number} of {item.name}"
@@ -388,7 +420,15 @@ class Site:
         except (HoldfastError, OSError) as error:
             return self._failed(second, str(error))
         if wanted == "examples.csv":
-            heading = ["id in the first", "id in the second", "label", "first", "second", "broken by", "broken by"]
+            heading = [
+                "id in the first",
+                "id in the second",
+                "label",
+                "first",
+                "second",
+                "broken by",
+                "broken by",
+            ]
             return Page(_csv([heading, *(list(asdict(pair).values()) for pair in shared)]), CSV)
         counts = Counter((pair.first, pair.second) for pair in shared)
         chosen = tuple(wanted.split("-"))
@@ -396,7 +436,7 @@ class Site:
             raise NoPage
         listed = [pair for pair in shared if (pair.first, pair.second) == chosen] if wanted else []
         return self._filled(
-            "/".join(("compare", first_id, second_id, wanted)),
+            f"compare/{first_id}/{second_id}/{wanted}",
             "site-compare.html.j2",
             f"{first.name} and {second.name}",
             first=first,
@@ -416,14 +456,16 @@ class Site:
         """Yield the path of every page of an export."""
         yield from ("", "style.css")
         items = self.shelf.items()
-        models: dict[str, set[str]] = {}
+        models: dict[str, dict[str, None]] = {}
         for item in items:
             if item.kind == "unreadable":
                 yield f"run/{item.id}"
                 continue
             yield f"{item.kind}/{item.id}"
             if item.entry is not None:
-                models.setdefault(model_key(item.entry.model), set()).update(name for name, _ in item.metrics)
+                models.setdefault(model_key(item.entry.model), {}).update(
+                    (name, None) for name, _ in item.metrics
+                )
             if item.kind == "audit" and item.verdict and not item.fault:
                 yield f"audit/{item.id}/report"
             if item.kind == "run" and item.verdict and not item.fault:
@@ -478,5 +520,10 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     for row in rows:
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell for cell in row])
+        writer.writerow(
+            [
+                f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell
+                for cell in row
+            ]
+        )
     return file.getvalue()

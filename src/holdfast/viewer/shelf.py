@@ -100,7 +100,9 @@ class Shelf:
                 found[path.name] = known if known and known[0] == state else (state, _item(path, kind))
             self._items = found
             items = [item for _, item in found.values()]
-        return sorted(items, key=lambda item: (item.entry.created if item.entry else "", item.name), reverse=True)
+        return sorted(
+            items, key=lambda item: (item.entry.created if item.entry else "", item.name), reverse=True
+        )
 
     def item(self, item_id: str) -> Item | None:
         """Return the entry with a name in addresses; None if there is none."""

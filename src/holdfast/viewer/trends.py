@@ -51,7 +51,9 @@ def trends(items: Sequence[Item], metric: str) -> list[Trend]:
         value, entry = item.value(metric), item.entry
         if value is not None and entry is not None and not item.fault:
             groups.setdefault((entry.data, entry.threat, entry.suite, entry.verb), []).append((item, value))
-    return sorted((_trend(group, runs, metric) for group, runs in groups.items()), key=lambda t: -len(t.points))
+    return sorted(
+        (_trend(group, runs, metric) for group, runs in groups.items()), key=lambda t: -len(t.points)
+    )
 
 
 def _trend(group: tuple[str, ...], runs: Sequence[tuple[Item, Estimate]], metric: str) -> Trend:
