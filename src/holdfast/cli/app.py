@@ -90,9 +90,10 @@ _COMMANDS = {
     ),
     "report": (
         "report",
-        "write the reports of a finished run again",
+        "write the reports of a finished run, or the evidence of several for a standard",
         "report runs/a",
         "report runs/a -o report.html -o junit.xml",
+        "report runs/a runs/audit audit/ --annex aisvs -o annex.html",
     ),
     "verify": (
         "report",

@@ -30,8 +30,8 @@ _MOST_PORT = 65_535
 @click.option(
     "--trust-code",
     is_flag=True,
-    help="Let explanations of examples run the code of models, such as file.py of file.py:factory, and send requests to "
-    "models behind HTTP.",
+    help="Let explanations of examples run the code of models, such as file.py of file.py:factory, and send requests "
+    "to models behind HTTP.",
 )
 @with_voice
 def ui(voice: Voice, folder: Path, port: int, exported: Path | None, *, trust_code: bool) -> int:

@@ -182,6 +182,7 @@ def _environment() -> "Environment":
         "audit",
         "explanation",
         "explanation-fragment",
+        "annex",
         "ui",
         "ui-login",
         "site",

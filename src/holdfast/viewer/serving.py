@@ -27,7 +27,10 @@ HOST = "127.0.0.1"
 """the only address of the server, because the pages have no login"""
 _PAUSE_S = 5.0
 """pause between two searches for new runs"""
-_POLICY = "default-src 'none'; style-src {style}; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+_POLICY = (
+    "default-src 'none'; style-src {style}; img-src data:; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
 _HEADERS = {
     "content-security-policy": _POLICY.format(style="'self'"),
     "x-content-type-options": "nosniff",
