@@ -58,9 +58,11 @@ def ui(voice: Voice, folder: Path, port: int, exported: Path | None, *, trust_co
         n = export(Site(shelf, mode="files"), exported)
         voice.say(f"{n} files: {exported / 'index.html'}")
         return 0
+    from holdfast.viewer.explaining import explainer
     from holdfast.viewer.serving import HOST, listening, serve_site
 
     listener = listening(port)
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
-    serve_site(Site(shelf), listener, lambda: voice.say(f"{folder} is shown at {address} until Ctrl-C"))
+    site = Site(shelf, explainer(trust_code=trust_code))
+    serve_site(site, listener, lambda: voice.say(f"{folder} is shown at {address} until Ctrl-C"))
     return 0

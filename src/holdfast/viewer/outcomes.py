@@ -74,7 +74,7 @@ def kinds(evidence: Evidence) -> list[str]:
 
 def breaker(evidence: Evidence, row: int) -> str:
     """Return the name of the attack or pass that broke an example; empty if none did."""
-    names = [record.stage for record in (*evidence.attacks, *evidence.passes)]
+    names = [*(record.stage for record in evidence.attacks), *(record.stage for record in evidence.passes)]
     place = int(evidence["broken_by"][row]) if "broken_by" in evidence else -1
     return names[place] if 0 <= place < len(names) else ""
 
