@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.api.attack import attack as attack
+    from holdfast.api.explain import explain as explain
     from holdfast.api.guards import Guard as Guard
     from holdfast.api.placing import Ray as Ray
     from holdfast.api.poisoning import poison as poison
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from holdfast.api.verb_settings import Calibrate as Calibrate
     from holdfast.api.verb_settings import Certify as Certify
     from holdfast.api.verb_settings import Doctor as Doctor
+    from holdfast.api.verb_settings import Explain as Explain
     from holdfast.api.verb_settings import Harden as Harden
     from holdfast.api.verb_settings import Monitor as Monitor
     from holdfast.api.verb_settings import Serve as Serve
@@ -70,6 +72,7 @@ _HOMES = {
             "Calibrate",
             "Certify",
             "Doctor",
+            "Explain",
             "Harden",
             "Monitor",
             "Serve",
@@ -101,6 +104,7 @@ _HOMES = {
     "compare": "holdfast.api.stored",
     "demo": "holdfast.api.verbs",
     "doctor": "holdfast.api.verbs",
+    "explain": "holdfast.api.explain",
     "harden": "holdfast.api.verbs",
     "init": "holdfast.api.starting",
     "adapt": "holdfast.api.verbs",

@@ -126,7 +126,7 @@ def attack(
         attack = "pgd" if of_norm else "fast"
     attack = _with_settings(attack, others)
     class_name = goal if isinstance(goal, str) and not _WRITTEN_GOAL.fullmatch(goal) else None
-    inputs, data = _inputs_and_data(x, y)
+    inputs, data = inputs_and_data(x, y)
     settings = Assess(
         **given(
             model=model,
@@ -181,7 +181,7 @@ def _with_settings(attack: SuiteLike, settings: Mapping[str, Any]) -> SuiteLike:
     )
 
 
-def _inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
+def inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
     """Return the inputs as they were given, and the data in a type that `assess` accepts."""
     if isinstance(x, tuple) and len(x) == 2 and y is None:
         x, y = x

@@ -16,6 +16,7 @@ from holdfast.api.verb_settings import (
     Assess,
     Calibrate,
     Doctor,
+    Explain,
     Harden,
     VerbSettings,
     check_settings,
@@ -86,11 +87,11 @@ def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings
     """Return those settings in a configuration file that apply to one command.
 
     The keys are those at the top, and those of the section with the name of the verb, which takes precedence. Sections
-    of other verbs are validated but not returned. For `doctor` and `calibrate`, all keys of `assess` are accepted, but
-    only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at the top that
-    the verb does not use.
+    of other verbs are validated but not returned. For `doctor`, `calibrate` and `explain`, all keys of `assess` are
+    accepted, but only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at
+    the top that the verb does not use.
     """
-    reading: type[VerbSettings] = Assess if kind in (Doctor, Calibrate) else kind
+    reading: type[VerbSettings] = Assess if kind in (Doctor, Calibrate, Explain) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
     shared = {key: value for key, value in loaded.items() if key not in VERBS}
     refuse_consent(shared, where)

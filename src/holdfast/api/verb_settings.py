@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from holdfast.api.hardening import ForHardening
     from holdfast.audits.audit import AuditResult
     from holdfast.core.batch import Data
+    from holdfast.explanation.explained import Explained
     from holdfast.io.doctor import Checkup
     from holdfast.monitoring.monitored import Monitored
     from holdfast.runs.assess.expected_rows import Rehearsed
@@ -208,6 +209,33 @@ class Doctor(
         with gradients():
             subject, data = self.open()
             return Checkup(examine(subject.model, data, texts=edits_of(self) is not None))
+
+
+class Explain(
+    groups.Device,
+    groups.Seed,
+    groups.ExampleSelection,
+    groups.ExampleGroups,
+    groups.DataSource,
+    groups.InputSpace,
+    groups.InferenceSource,
+    groups.Members,
+    groups.ModelSource,
+    groups.ThreatSource,
+    groups.ExplainOptions,
+    VerbSettings,
+):
+    """All settings of the command `holdfast explain`."""
+
+    verb = "explain"
+
+    def run(self) -> "Explained":
+        """Explain the example `index`, or the model if it is None."""
+        from holdfast.api.explain import explained
+        from holdfast.api.grad_mode import gradients
+
+        with gradients():
+            return explained(self)
 
 
 class Calibrate(
@@ -549,7 +577,7 @@ class AuditGenerator(audit_settings.GeneratorOptions, AuditVerb):
     )
 
 
-Opening = Doctor | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb
+Opening = Doctor | Explain | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb
 """Settings of any command that opens a model and data."""
 
 VERBS: Mapping[str, type[VerbSettings]] = {

@@ -46,6 +46,12 @@ _COMMANDS = {
         "audit poison train.npz --model net.py:make --clean trusted.npz",
         "audit membership net.py:make data.npz --train net.py:fit --references 16",
     ),
+    "explain": (
+        "explain",
+        "explain why an input breaks a model, or where a model is fragile",
+        "explain runs/a -o why.html",
+        "explain mnist-cnn mnist-mini --threat linf:0.1 --index 17 --train mnist-mini -o one.html",
+    ),
     "rotate": (
         "rotate",
         "serve several parameter sets in turn, so that a stolen set is soon out of use",

@@ -607,6 +607,33 @@ class RotateOptions(SettingGroup):
     )
 
 
+class ExplainOptions(SettingGroup):
+    """Settings of the command `holdfast explain` that no other command has."""
+
+    index: Annotated[values.Whole | None, Flag("ID")] = Field(
+        default=None,
+        description="Row number of the example to explain (default: the model is explained).",
+    )
+    from_run: Annotated[values.PathText | None, Flag("FOLDER", completion="PATH")] = Field(
+        default=None,
+        description="Folder of a finished run of this model and these data, whose adversarial inputs are used if it "
+        "has stored them.",
+    )
+    train: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Training examples, of which the nearest ones are shown.",
+    )
+    checkpoints: Annotated[list[values.Given], Flag("FILE", name="--checkpoint", completion="PATH")] = Field(
+        default_factory=list,
+        description="Weights of the model after an epoch of its training, for the examples that support a wrong "
+        "prediction (TracIn); several may be given.",
+    )
+    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+        default_factory=list,
+        description="File for the explanation, in the format of its suffix: .html .json; - for JSON on stdout.",
+    )
+
+
 class MonitorOptions(SettingGroup):
     """Settings of the command `holdfast monitor` that no other command has."""
 

@@ -1,0 +1,222 @@
+"""The function `holdfast.explain`, which explains why an input breaks a model, and where a model is fragile."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.api.attack import inputs_and_data
+from holdfast.api.expecting import expected
+from holdfast.api.plans import device_of
+from holdfast.api.python_functions import verb_with
+from holdfast.api.reading_settings import given
+from holdfast.api.references import DataLike, ModelLike, beside
+from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
+from holdfast.api.verb_settings import Explain, composed
+from holdfast.core.batch import Batch, Data
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.explanation.example import explain_example
+from holdfast.explanation.explained import Explained
+from holdfast.explanation.whole_model import Measured, explain_model
+from holdfast.explanation.wording import About
+from holdfast.io.models.factories import names_code
+from holdfast.reports.gallery import is_image
+from holdfast.reports.summary import threat_to_json
+from holdfast.reports.words import threat_syntax
+from holdfast.runs.assess.preparation import model_digest, readied
+from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.result import Result
+from holdfast.runs.harness import Target
+from holdfast.runs.store.files import MANIFEST
+from holdfast.runs.store.folder import read_manifest
+from holdfast.runs.stored.stored_runs import open_run
+from holdfast.settings.grammar import parse_threat
+from holdfast.settings.threats_and_attacks import ThreatLike, threat_model, threat_written
+
+_EXAMPLES = 100
+"""examples by which a model is explained, unless the settings state another number"""
+_TRAINING = 2000
+"""training examples that are compared"""
+
+
+@verb_with(Explain)
+def explain(
+    model: ModelLike, x: DataLike = None, y: object = None, threat: ThreatLike = "linf:8/255", **settings: Any
+) -> Explained:
+    """Explain why the prediction of a model for one example changes, or where the model is fragile.
+
+    `x` (n, …) and `y` (n) are the examples and their labels, as in `attack`; `y` is omitted for a loader, an address or
+    a result of `holdfast.open_data`. With `index`, the example with this row number is explained, and otherwise the
+    model. `model` may also be the folder of a finished run, whose model and data are then opened by their addresses.
+    `threat` states which changes are allowed.
+
+    The result has a sentence and figures with their numbers, and `write("why.html")` writes it. Raises `TargetError` if
+    the model has changed since the run in `from_run`.
+    """
+    data = None if x is None else inputs_and_data(x, y)[1]
+    text = threat_written(threat, "explain(): threat")
+    own = {} if _is_run(model) and threat == "linf:8/255" else {"threat": text}
+    return explained(Explain(**given(model=model, data=data, **own, **settings)))
+
+
+def _is_run(model: object) -> bool:
+    return isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file()
+
+
+def explained(settings: Explain) -> Explained:
+    """Explain the example or the model of the settings."""
+    settings, run = _with_run(settings)
+    with _opened(settings, run) as (subject, data, target):
+        constraint = threat_model(parse_threat(settings.threat))
+        about = About(
+            str(subject.card["name"]),
+            data.name,
+            threat_syntax(threat_to_json(constraint)),
+            tuple(data.classes or subject.model.class_names or ()),
+            tuple(subject.model.feature_names or getattr(data, "features", None) or ()),
+            settings.seed,
+            subject.digest,
+        )
+        device = next(subject.model.parameters(), torch.empty(0)).device
+        rng = Draws(settings.seed).at("explain")
+        if settings.index is None:
+            batch = data.read(0, len(data)).to(device)
+            return explain_model(target, batch, constraint, about, rng=rng, measured=_measured(run, data))
+        batch = _row(data, settings.index).to(device)
+        return explain_example(
+            target,
+            batch,
+            constraint,
+            about,
+            rng=rng,
+            baseline=_baseline(data, batch),
+            stored=_stored(run, settings.index),
+            train=_train(settings, subject.model, device),
+            checkpoints=_checkpoints(settings, device),
+        )
+
+
+def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
+    """The settings with the model, the data and the threat of a run, and the run."""
+    given_as_model = _is_run(settings.model)
+    folder = settings.model if given_as_model else settings.from_run
+    if folder is None:
+        if settings.model_fields_set.isdisjoint(("n", "sample")) and settings.index is None:
+            settings = settings.model_copy(update={"n": _EXAMPLES})
+        return settings, None
+    run, manifest = open_run(Path(folder)), read_manifest(Path(folder))
+    update: dict[str, Any] = {"from_run": str(folder)}
+    if "threat" not in settings.model_fields_set:
+        update["threat"] = threat_syntax(threat_to_json(run.evidence.threat))
+    if settings.model_fields_set.isdisjoint(("n", "sample")):
+        key = "sample" if manifest["data"].get("sampled") else "n"
+        update |= {key: manifest["data"]["n"], "seed": settings.seed or manifest["seed"]}
+    if given_as_model:
+        update["model"] = _address(manifest["model"], str(folder))
+    if settings.data is None:
+        update["data"] = str(manifest["data"]["name"])
+    return settings.model_copy(update=update), run
+
+
+def _address(card: dict[str, Any], folder: str) -> str:
+    """The address of the model of a run. A run folder may come from someone else, so that no code is run by it."""
+    name = str(card["name"])
+    if card.get("how") == "python" or names_code(name) or card.get("members"):
+        raise UsageError(
+            f"the model of the run {folder!r} is {name!r}, which is not opened from a run folder, because code would "
+            "be executed or its weights are not in a file; give the model and the data beside the run",
+            Remedy("from_run", folder, also=(Remedy("model", Placeholder("MODEL")),)),
+        )
+    return name
+
+
+@contextmanager
+def _opened(settings: Explain, run: Result | None) -> Iterator[tuple[Subject, Data, Target]]:
+    """The model, the data and the prepared model. Raises `TargetError` if they are not those of the run."""
+    subject = open_subject(settings)
+    data = open_examples(settings, subject.model)
+    device = torch.device(device_of(settings.device))
+    with readied(subject, data, device) as (target, _):
+        if run is not None:
+            _refuse_changed(settings, run, model_digest(subject, target), data)
+        yield subject, data, target
+
+
+def _refuse_changed(settings: Explain, run: Result, model: str, data: Data) -> None:
+    """Raise `TargetError` if the model or the examples are not those of the run."""
+    stored = run.about["hashes"]
+    for name, now in (("model", model), ("data", data.digest)):
+        if stored[name] != now:
+            raise TargetError(
+                f"the {name} opened now ({now[:12]}) differs from the {name} of the run {settings.from_run!r} "
+                f"({stored[name][:12]}), so the results of the run do not belong to it; give the {name} of the run, "
+                "with the options that it was opened with, or leave the run out"
+            )
+
+
+def _row(data: Data, index: int) -> Batch:
+    """The example with a row number."""
+    for start in range(0, len(data), 1000):
+        batch = data.read(start, min(start + 1000, len(data)))
+        rows = (batch.ids == index).nonzero()[:, 0]
+        if len(rows):
+            return batch.take(rows[:1])
+    last = int(data.read(len(data) - 1, len(data)).ids[0])
+    raise UsageError(
+        f"index is {index}, and the {len(data):,} examples of {data.name} that were opened have row numbers up to "
+        f"{last}",
+        Remedy("index", last),
+    )
+
+
+def _baseline(data: Data, batch: Batch) -> torch.Tensor | None:
+    """The median of each column of a table, which integrated gradients start from; None for other inputs."""
+    if is_image(batch.x.shape[1:]) or batch.x.dim() != 2:
+        return None
+    rows = data.read(0, min(len(data), 1000)).x
+    return rows.nanmedian(0, keepdim=True).values.to(batch.x)
+
+
+def _stored(run: Result | None, index: int) -> torch.Tensor | None:
+    """The adversarial input of an example that a run stored."""
+    if run is None or not run.adversarial:
+        return None
+    rows = (run.adversarial["id"] == index).nonzero()[:, 0]
+    return run.adversarial["x"][rows[:1]] if len(rows) else None
+
+
+def _measured(run: Result | None, data: Data) -> Measured:
+    groups = getattr(data, "groups", None)
+    if run is None:
+        return Measured(groups=groups)
+    broken = run.evidence["broken_by"] >= 0 if "broken_by" in run.evidence else None
+    return Measured(
+        run.evidence["id"],
+        broken,
+        run.adversarial.get("id"),
+        run.adversarial.get("x"),
+        {doubt.name: doubt.state for doubt in run.doubts},
+        groups,
+    )
+
+
+def _train(settings: Explain, model: Classifier, device: torch.device) -> Batch | None:
+    if settings.train is None:
+        return None
+    source = beside(settings, settings.train)
+    opened = composed(Explain, settings, source).model_copy(update={"n": None, "sample": None})
+    data = open_train_split(opened, model) or open_expected(opened, expected(opened, model, source))
+    return data.read(0, min(len(data), _TRAINING)).to(device)
+
+
+def _checkpoints(settings: Explain, device: torch.device) -> list[Classifier]:
+    models = [
+        open_subject(settings.model_copy(update={"model": checkpoint})).model
+        for checkpoint in settings.checkpoints
+    ]
+    return [model.to(device).eval().requires_grad_(requires_grad=False) for model in models]

@@ -1,0 +1,46 @@
+"""The command `holdfast explain`, which explains an example, or where a model is fragile."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.api.verb_settings import Explain
+from holdfast.cli.assess import settings_from, settings_of_flags
+from holdfast.cli.early import refuse_missing_file, refuse_reports
+from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
+from holdfast.reports.write import EXPLANATION_SUFFIXES
+
+_RUN = "run.json"
+
+_HELP = """\
+Explain where MODEL is fragile on DATA, or with --index why the prediction for one example changes. MODEL may be the
+folder of a finished run, whose model and data are opened by their addresses; give MODEL and DATA and --from-run if
+opening the model executes code.
+
+Adversarial inputs are computed again unless the run has stored them (--save-adversarial). A model that has changed
+since the run is refused.
+"""
+
+
+@click.command(short_help="explain why an input breaks a model", help=_HELP)
+@offered(*MODEL_AND_DATA, *options_of(Explain), *SETTING)
+@with_voice
+def explain(voice: Voice, **flags: Any) -> int:
+    """Explain an example or a model, and write the explanation."""
+    refuse_reports(flags.get("output") or (), EXPLANATION_SUFFIXES)
+    for key in ("train", "from_run"):
+        refuse_missing_file(flags.get(key))
+    model = flags.get("model")
+    of_run = model is not None and (Path(model) / _RUN).is_file()
+    settings = settings_of_flags(flags, Explain) if of_run else settings_from(flags, Explain)
+    result = settings.run()
+    for output in settings.output:
+        if output == "-":
+            click.echo(result.to_json(), nl=False)
+        else:
+            voice.say(f"explanation: {result.write(output)}")
+    if "-" not in settings.output and not voice.quiet:
+        click.echo(result.text())
+    return 0
