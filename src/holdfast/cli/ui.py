@@ -6,7 +6,6 @@ import click
 
 from holdfast.cli.options import Voice, with_voice
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
 
 _MOST_PORT = 65_535
 
@@ -42,9 +41,7 @@ def ui(voice: Voice, folder: Path, port: int, exported: Path | None, *, trust_co
     of its run.
     """
     if exported is not None and trust_code:
-        raise UsageError(
-            "trust_code is for explanations, which an export does not have", Remedy("trust_code")
-        )
+        raise UsageError("--trust-code is for explanations, which an export does not have; leave it out")
     from holdfast.api.serve import refuse_missing_extra
 
     refuse_missing_extra()

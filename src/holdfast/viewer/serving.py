@@ -16,8 +16,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.server.host_names import HostNames
 from holdfast.server.http_refusals import Refused
 from holdfast.server.worker_processes import bound_socket
@@ -96,13 +94,7 @@ class _UntilStopped(uvicorn.Server):
 
 def listening(port: int) -> socket.socket:
     """Return a socket that listens on the loopback interface. Raises `UsageError` if the port is in use."""
-    try:
-        return bound_socket(HOST, port)
-    except UsageError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else "unknown reason"
-        raise UsageError(
-            f"port is {port}, which cannot be used: {reason}", Remedy("port", Placeholder("PORT"))
-        ) from error
+    return bound_socket(HOST, port)
 
 
 def serve_site(site: Site, listener: socket.socket, started: Callable[[], None] = lambda: None) -> None:
