@@ -34,6 +34,7 @@ ROWS = {
     "privacy": "privacy",
     "generator-quality": "generator_quality",
     "repair": "repair",
+    "ui": "ui",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",
