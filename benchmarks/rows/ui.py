@@ -61,7 +61,8 @@ def _outcome(root: Path) -> Outcome:
     ]
     config = {"runs": RUNS, "examples": EXAMPLES, "model": "mnist-cnn", "data": "mnist", "seed": SEED}
     notes = [
-        "The runs are copies of one run, as hard links. The times are CPU seconds of one thread; *s* is the time that passed."
+        "The runs are copies of one run, as hard links. The times are CPU seconds of one thread; *s* is "
+        "the time that passed."
     ]
     return Outcome(pages, claims, config, {"index": later, "check": check}, notes)
 

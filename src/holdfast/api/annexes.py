@@ -9,7 +9,7 @@ from holdfast.adaptation.journal import JOURNAL, Journal
 from holdfast.audits.audit import is_audit, open_audit
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.annex import (
-    Finding,
+    FolderEvidence,
     annex,
     annex_lines,
     annex_to_json,
@@ -59,7 +59,7 @@ def annex_of(folders: Sequence[str | Path], standard: str) -> Annex:
     return Annex(annex([_finding(Path(folder)) for folder in folders], standard))
 
 
-def _finding(folder: Path) -> Finding:
+def _finding(folder: Path) -> FolderEvidence:
     if (folder / POOL_MANIFEST).is_file():
         return _pool(folder)
     if (folder / AUDIT_MARK).is_file():
@@ -74,14 +74,14 @@ def _finding(folder: Path) -> Finding:
         return _audit(folder) if is_audit(folder) else _run(folder)
 
 
-def _run(folder: Path) -> Finding:
+def _run(folder: Path) -> FolderEvidence:
     result, manifest = open_run(folder), read_manifest(folder)
     inner = read_manifest(folder / "after") if manifest["verb"] == "harden" else manifest
     summary, evidence = result.summary(), result.evidence
     doubts = open_doubts(summary)
     statement = summary["headline"] + (f" Open doubts: {', '.join(doubts)}." if doubts else "")
     training = summary["training"]
-    return Finding(
+    return FolderEvidence(
         str(folder),
         str(summary["model"].get("name", "")),
         f"{summary['verb']}, {summary['data'].get('name', '')}, {threat_syntax(summary['threat'])}, "
@@ -98,9 +98,9 @@ def _run(folder: Path) -> Finding:
     )
 
 
-def _audit(folder: Path) -> Finding:
+def _audit(folder: Path) -> FolderEvidence:
     content, manifest = open_audit(folder).summary(), read_manifest(folder)
-    return Finding(
+    return FolderEvidence(
         str(folder),
         str(manifest["model"]["name"]),
         f"audit, {manifest['data']['name']}",
@@ -110,32 +110,34 @@ def _audit(folder: Path) -> Finding:
     )
 
 
-def _pool(folder: Path) -> Finding:
+def _pool(folder: Path) -> FolderEvidence:
     verified = verify_pool(folder)
     authentic = "authenticated" if verified.authenticated else "not authenticated, without the key"
     statement = (
         f"The ledger has {verified.entries} entries and {len(verified.members)} sets; its chain is consistent and "
         f"{authentic}."
     )
-    return Finding(str(folder), folder.name, "pool", verified.head, {"folders": ["pool"]}, statement)
+    return FolderEvidence(str(folder), folder.name, "pool", verified.head, {"folders": ["pool"]}, statement)
 
 
-def _chains(folder: Path) -> Finding:
+def _chains(folder: Path) -> FolderEvidence:
     verified = verify_audit(folder)
     statement = (
         f"{verified.chains} chains with {verified.records} records are unchanged: {verified.answered} requests "
         f"answered, {verified.failed} failed, {verified.interrupted} interrupted, {verified.lost} records lost."
     )
-    return Finding(
+    return FolderEvidence(
         str(folder), folder.name, "audit chains", verified.head, {"folders": ["chains"]}, statement
     )
 
 
-def _adaptation(folder: Path) -> Finding:
+def _adaptation(folder: Path) -> FolderEvidence:
     journal = Journal.read(folder)
     if journal.outcome is None:
         raise TargetError(
             f"the adaptation in {str(folder)!r} is not finished; resume it with its command and --resume"
         )
     statement = f"Outcome: {journal.outcome}{': ' + journal.reason if journal.reason else ''}."
-    return Finding(str(folder), journal.server, "adaptation", "", {"folders": ["adaptation"]}, statement)
+    return FolderEvidence(
+        str(folder), journal.server, "adaptation", "", {"folders": ["adaptation"]}, statement
+    )

@@ -27,7 +27,7 @@ DISCLAIMER = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class FolderEvidence:
     """What a folder contains that may be evidence."""
 
     folder: str
@@ -56,7 +56,7 @@ def standard_names() -> tuple[str, ...]:
     return tuple(standards_data()["standards"])
 
 
-def annex(findings: Sequence[Finding], standard: str) -> Json:
+def annex(findings: Sequence[FolderEvidence], standard: str) -> Json:
     """Return the content of the annex of a standard as strict JSON. Raises `UsageError` for an unknown standard."""
     data = standards_data()
     if standard not in data["standards"]:
@@ -87,7 +87,9 @@ def annex(findings: Sequence[Finding], standard: str) -> Json:
     }
 
 
-def _requirement(name: str, about: Mapping[str, Any], standard: str, findings: Sequence[Finding]) -> Json:
+def _requirement(
+    name: str, about: Mapping[str, Any], standard: str, findings: Sequence[FolderEvidence]
+) -> Json:
     kinds = [kind for kind in standards_data()["evidence"].values() if name in kind[standard]]
     evidence, missing = [], []
     for kind in kinds:
@@ -105,7 +107,7 @@ def _requirement(name: str, about: Mapping[str, Any], standard: str, findings: S
     }
 
 
-def _evidence(kind: Mapping[str, Any], finding: Finding) -> list[Json]:
+def _evidence(kind: Mapping[str, Any], finding: FolderEvidence) -> list[Json]:
     """The entry for a kind of evidence if a folder contains it."""
     named = [
         name
