@@ -60,11 +60,8 @@ def _outcome(root: Path) -> Outcome:
         Claim("example and its explanation: CPU s <= 6", example[1] + why[1], 6.0),
     ]
     config = {"runs": RUNS, "examples": EXAMPLES, "model": "mnist-cnn", "data": "mnist", "seed": SEED}
-    notes = [
-        "The runs are copies of one run, as hard links. The times are CPU seconds of one thread; *s* is "
-        "the time that passed."
-    ]
-    return Outcome(pages, claims, config, {"index": later, "check": check}, notes)
+    note = "The runs are copies of one run, as hard links. The times are CPU seconds; *s* is the time that passed."
+    return Outcome(pages, claims, config, {"index": later, "check": check}, [note])
 
 
 def _seconds(act: Callable[[], object]) -> tuple[float, float]:

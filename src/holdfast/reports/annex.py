@@ -31,6 +31,7 @@ class FolderEvidence:
     """What a folder contains that may be evidence."""
 
     folder: str
+    """path of the folder"""
     model: str
     """name of the model; for a pool or audit chains the name of the folder"""
     about: str

@@ -22,7 +22,7 @@ KINDS = ("robust", "broken", "misclassified")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one attack did to the examples of a run, as masks over them."""
+    """What the attack of a `stage` did to the examples of a run, as masks: it `broke` them, and `ran` on them."""
 
     stage: str
     broke: Tensor
@@ -88,7 +88,9 @@ def class_text(evidence: Evidence, value: int) -> str:
 
 @dataclass(frozen=True)
 class Pair:
-    """An example that two runs share."""
+    """An example that two runs share: its ids `first_id` and `second_id`, its `label`, its outcomes `first` and
+    `second`, and the attacks `first_breaker` and `second_breaker` that broke it.
+    """
 
     first_id: int
     second_id: int

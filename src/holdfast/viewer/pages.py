@@ -51,7 +51,7 @@ _TONES = {"pass": "pass", "fail": "fail", "unclear": "unclear", "flagged": "fail
 
 @dataclass(frozen=True)
 class Page:
-    """The content of a page or a file."""
+    """The content of a page or a file: its `text` and its type `media`."""
 
     text: str
     media: str = HTML

@@ -45,7 +45,9 @@ class Item:
     id: str
     """name in addresses: letters, digits and hyphens of the name of the folder, and digits of its digest"""
     path: Path
+    """the folder"""
     kind: Kind
+    """what the folder is"""
     entry: RunEntry | None = None
     """what the manifest and the stored verdict state; None for what is no run and no audit"""
     verdict: str = ""

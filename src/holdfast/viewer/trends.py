@@ -14,7 +14,7 @@ _LEAST_SPAN = 1e-9  # of values that are all equal
 
 @dataclass(frozen=True)
 class Point:
-    """A run in a chart, in its coordinates."""
+    """A run in a chart: `item` and `estimate`, and its coordinates `x`, `y`, and `low` and `high` of the interval."""
 
     item: Item
     estimate: Estimate
@@ -40,6 +40,7 @@ class Trend:
     top: str
     """largest value of the vertical axis, as text"""
     bottom: str
+    """smallest value of the vertical axis, as text"""
 
 
 def trends(items: Sequence[Item], metric: str) -> list[Trend]:
