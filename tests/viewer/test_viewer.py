@@ -263,7 +263,7 @@ def test_a_port_in_use_and_a_folder_that_is_none_are_refused(tmp_path):
         busy.listen()
         with pytest.raises(UsageError, match="choose another port"):
             listening(busy.getsockname()[1])
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is missing, or is a file"):
         Shelf(tmp_path / "none")
 
 

@@ -85,7 +85,9 @@ class Shelf:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise UsageError(f"{str(root)!r} is no folder; give the folder that contains the folders of runs")
+            raise UsageError(
+                f"the folder {str(root)!r} is missing, or is a file; give the folder that contains the folders of runs"
+            )
         self.root = root
         self._items: dict[str, tuple[tuple[object, ...], Item]] = {}
         self._lock = threading.Lock()
