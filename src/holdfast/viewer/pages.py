@@ -33,7 +33,7 @@ from holdfast.viewer.outcomes import (
     kinds,
     pairs,
 )
-from holdfast.viewer.shelf import Item, Shelf
+from holdfast.viewer.shelf import Item, Shelf, fingerprint
 from holdfast.viewer.trends import HEIGHT, WIDTH, trend_csv, trends
 
 Explain = Callable[[Result, int], str]
@@ -80,7 +80,7 @@ class Site:
         self, shelf: Shelf, explain: Explain | None = None, *, mode: Literal["server", "files"] = "server"
     ) -> None:
         self.shelf, self.explain, self.mode = shelf, explain, mode
-        self._opened: OrderedDict[str, tuple[str, _Opened]] = OrderedDict()
+        self._opened: OrderedDict[str, tuple[tuple[object, ...], _Opened]] = OrderedDict()
         self._explained: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._one_at_a_time = threading.RLock()  # an explanation takes a core, and a run memory
 
@@ -246,12 +246,12 @@ class Site:
     def open(self, item: Item) -> _Opened:
         """Return the finished run of an entry, read and checked. Raises `TargetError` if it cannot be read."""
         with self._one_at_a_time:
-            head = (item.path / "chain.jsonl").read_bytes()[-4096:].hex()
+            state = fingerprint(item.path)
             known = self._opened.get(item.id)
-            if known is None or known[0] != head:
+            if known is None or known[0] != state:
                 result = open_run(item.path)
                 rows = {int(example): row for row, example in enumerate(result.evidence["id"])}
-                known = self._opened[item.id] = head, _Opened(result, attempts(result), rows)
+                known = self._opened[item.id] = state, _Opened(result, attempts(result), rows)
             self._opened.move_to_end(item.id)
             if len(self._opened) > _KEPT:
                 self._opened.popitem(last=False)

@@ -97,7 +97,7 @@ class Shelf:
         with self._lock:
             found: dict[str, tuple[tuple[object, ...], Item]] = {}
             for path in self._folders():
-                kind, state = _kind(path), _fingerprint(path)
+                kind, state = _kind(path), fingerprint(path)
                 if kind is None:
                     continue
                 known = self._items.get(path.name)
@@ -121,7 +121,7 @@ class Shelf:
         for item in self.unchecked():
             if stop is not None and stop.is_set():
                 return
-            state, result = _fingerprint(item.path), checked(item)
+            state, result = fingerprint(item.path), checked(item)
             with self._lock:
                 self._items[item.path.name] = (state, result)
 
@@ -141,8 +141,8 @@ def _kind(path: Path) -> Kind | None:
     return next((kind for mark, kind in marks.items() if (path / mark).is_file()), None)
 
 
-def _fingerprint(path: Path) -> tuple[object, ...]:
-    """Names, sizes and times of the files of a folder."""
+def fingerprint(path: Path) -> tuple[object, ...]:
+    """Return the names, sizes and times of the files of a folder, which change when it is written."""
     try:
         with os.scandir(path) as files:
             states = [(file.name, file.stat(follow_symlinks=False)) for file in files]
