@@ -361,6 +361,9 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
     )
     if decided is not None:
         refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
+    outcome: tuple[int | None, float | None] = (None, None)
+    if decided is not None:
+        outcome = _outcome(path) if checked else (decided["exit_code"], None)
     eps = number(threat["eps"])
     stages = manifest["plan"]["stages"]
     return RunEntry(
@@ -374,8 +377,9 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
         decided is not None,
         _done(stages, chain),
         len(stages),
-        *((None, None) if decided is None else _outcome(path) if checked else (decided["exit_code"], None)),
-        len((decided or {}).get("gates", ())),
+        exit_code=outcome[0],
+        robust=outcome[1],
+        gates=len((decided or {}).get("gates", ())),
     )
 
 
