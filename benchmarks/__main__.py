@@ -39,6 +39,7 @@ ROWS = {
     "robust-gan": "robust_gan",
     "explain": "explain",
     "repair": "repair",
+    "ui": "ui",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

@@ -59,11 +59,22 @@ class Journal:
             return journal
         if not resume:
             raise UsageError(f"{str(folder)!r} contains an adaptation; resume it, or give another folder")
+        journal = cls.read(folder)
+        if (journal.server, journal.settings) != (server, settings):
+            raise UsageError(
+                f"the adaptation in {str(folder)!r} has other settings; give these, or a new folder"
+            )
+        return journal
+
+    @classmethod
+    def read(cls, folder: Path) -> "Journal":
+        """Read the journal in a folder. Raises `TargetError` if its format is another one."""
+        path = folder / JOURNAL
         try:
             content = read_document(path)
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
-            journal = cls(
+            return cls(
                 folder,
                 content["server"],
                 content["settings"],
@@ -74,11 +85,6 @@ class Journal:
             )
         except (ValueError, LookupError, TypeError) as error:
             raise TargetError(f"{str(path)!r} was changed ({error}); begin a new run") from error
-        if (journal.server, journal.settings) != (server, settings):
-            raise UsageError(
-                f"the adaptation in {str(folder)!r} has other settings; give these, or a new folder"
-            )
-        return journal
 
     def facts(self, step: str) -> Mapping[str, Any] | None:
         """Return the facts of a finished step; None if it is not finished."""

@@ -96,9 +96,10 @@ _COMMANDS = {
     ),
     "report": (
         "report",
-        "write the reports of a finished run again",
+        "write the reports of a finished run, or the evidence of several for a standard",
         "report runs/a",
         "report runs/a -o report.html -o junit.xml",
+        "report runs/a runs/audit audit/ --annex aisvs -o annex.html",
     ),
     "verify": (
         "report",
@@ -107,6 +108,12 @@ _COMMANDS = {
         "verify pool/",
     ),
     "runs": ("report", "list the runs in a folder", "runs", "runs runs/"),
+    "ui": (
+        "ui",
+        "show the runs of a folder in a browser",
+        "ui runs/ --port 8090",
+        "ui runs/ --export site/",
+    ),
     "doctor": (
         "doctor",
         "find common mistakes in a model and its data before a long run",

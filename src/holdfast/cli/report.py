@@ -15,7 +15,7 @@ from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
 
 
 @click.command(short_help="write the reports of a finished run again")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
@@ -23,9 +23,27 @@ from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
     metavar="FILE",
     help="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
 )
+@click.option(
+    "--annex",
+    metavar="STANDARD",
+    help="Write the annex of a standard instead: atlas, aisvs, aitg, ml-top-10, nist or eu-ai-act. It lists the "
+    "evidence in all given folders of runs, audits, pools, audit chains and adaptations for each requirement, and what "
+    "is missing. Formats: .html .json .md.",
+)
 @with_voice
-def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
-    """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run."""
+def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], annex: str | None) -> int:
+    """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run.
+
+    With --annex, the evidence of several folders is listed for each requirement of a standard.
+    """
+    if annex is not None:
+        return _annex(voice, folders, output, annex)
+    if len(folders) > 1:
+        raise UsageError(
+            f"report was given {len(folders)} folders, and writes the reports of one run; give one, or an annex over "
+            "all of them with --annex aisvs"
+        )
+    run = folders[0]
     refuse_no_run(run)
     from holdfast.audits.audit import is_audit
 
@@ -42,6 +60,24 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     with consistent(run):
         tell(result, output, voice)
     return result.exit_code
+
+
+def _annex(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], standard: str) -> int:
+    """Print or write the annex of a standard. The exit code is 0, because an annex has no verdict."""
+    from holdfast.reports.write import ANNEX_SUFFIXES
+
+    refuse_reports(output, ANNEX_SUFFIXES)
+    from holdfast.api.annexes import annex_of
+
+    found = annex_of(folders, standard)
+    if "-" in output:
+        click.echo(found.to_json(), nl=False)
+    elif not voice.quiet:
+        click.echo("\n".join(map(line, str(found).split("\n"))))
+    for name in output:
+        if name != "-":
+            voice.say(f"report: {found.write(name)}")
+    return 0
 
 
 @click.command(short_help="check that the files of a run, a pool or an audit are unchanged")

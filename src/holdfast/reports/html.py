@@ -182,8 +182,26 @@ def _environment() -> "Environment":
         "audit",
         "explanation",
         "explanation-fragment",
+        "annex",
         "ui",
         "ui-login",
+        "site",
+        "site-parts",
+        *(
+            f"site-{name}"
+            for name in (
+                "index",
+                "run",
+                "examples",
+                "example",
+                "why",
+                "trend",
+                "compare",
+                "audit",
+                "facts",
+                "failed",
+            )
+        ),
     )
     names = [f"{page}.html.j2" for page in pages]
     environment = Environment(

@@ -26,6 +26,8 @@ MONITORING_SUFFIXES = (".html", ".json", ".md")
 """File suffixes that are allowed for the report of a monitored stream."""
 EXPLANATION_SUFFIXES = (".html", ".json")
 """Suffixes of the formats in which explanations are written."""
+ANNEX_SUFFIXES = (".html", ".json", ".md")
+"""File suffixes that are allowed for the annex of a standard."""
 AUDIT_SUFFIXES = (".html", ".json", ".md", ".xml")
 """File suffixes that are allowed for the report of an audit."""
 
@@ -104,6 +106,14 @@ def write_audit(content: Summary, path: Path) -> None:
         ".md": audit.audit_markdown,
         ".xml": audit.audit_junit,
     }
+    _write_rendered(content, path, render)
+
+
+def write_annex(content: Summary, path: Path) -> None:
+    """Write the annex of a standard to a file, atomically, in the format that the suffix of the path states."""
+    from holdfast.reports import annex
+
+    render = {".html": annex.annex_page, ".json": annex.annex_to_json, ".md": annex.annex_markdown}
     _write_rendered(content, path, render)
 
 

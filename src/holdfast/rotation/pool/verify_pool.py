@@ -33,6 +33,8 @@ class VerifiedPool:
     authenticated: bool
     """whether the key was available; without it, the chain may have been recomputed by anyone with
     access to the folder"""
+    members: tuple[tuple[str, str], ...] = ()
+    """name and status of each set, as the ledger lists them"""
 
 
 def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
@@ -67,7 +69,8 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
         lambda entry_digest: digests.index(entry_digest) + 1 if entry_digest in digests else None,
     )
     opened = _refuse_files(path, state, seal, manifest)
-    return VerifiedPool(digests[-1], len(digests), opened, key is not None)
+    members = tuple((member.name, member.status) for member in state.members.values())
+    return VerifiedPool(digests[-1], len(digests), opened, key is not None, members)
 
 
 def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:

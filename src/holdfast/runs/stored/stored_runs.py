@@ -146,6 +146,8 @@ class RunEntry:
     """exit code of the run; None until it is finished, and if `open_run` refuses it"""
     robust: float | None = None
     """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
+    gates: int = 0
+    """number of gates of the verdict; 0 for a hardening, whose verdict is that of its inner run"""
 
 
 def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
@@ -200,6 +202,23 @@ def _consistent_card(path: Path, manifest: dict[str, Any], chain: Chain, after: 
     inner = {side: read_manifest(path / side) for side in sides}
     refuse_other_card(StoredHardening(path, manifest, card, training, weights["digest"], inner, sides))
     return card
+
+
+def attacked_stages(path: Path) -> dict[str, Columns]:
+    """Return the columns of each attack of a finished run by the name of its stage. For a hardening, the run is that of
+    the new model. The columns `id`, `ran` and `success` state on which examples an attack was run, and which it broke.
+
+    Raises `TargetError` if the files do not match their chain. `open_run` also checks what follows from the columns.
+    """
+    if (path / "after" / MANIFEST).is_file() and not (path / "after").is_symlink():
+        path = path / "after"
+    manifest, chain = read_manifest(path), read_chain(path, repair=False)
+    refuse_altered(path, chain)
+    refuse_form(path / MANIFEST, manifest, Assessed)
+    with consistent(path):
+        by_stage = _stages(path, manifest, chain)
+        steps = [step for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
+        return {step["name"]: by_stage[step["name"]] for step in steps if step["name"] in by_stage}
 
 
 def refuse_false(path: Path) -> None:
@@ -316,11 +335,21 @@ def _entries(parent: Path) -> Iterator[RunEntry]:
     for folder in parent.iterdir():
         with suppress(HoldfastError, OSError):
             if (folder / MANIFEST).is_file():
-                with consistent(folder):
-                    yield _entry(folder)
+                yield run_entry(folder)
 
 
-def _entry(path: Path) -> RunEntry:
+def run_entry(path: Path, *, checked: bool = True) -> RunEntry:
+    """Return the entry of the run or audit in a folder.
+
+    If `checked` is False, the exit code is that of the stored verdict, which matches the chain but is not computed
+    again, and the robust accuracy is None. This takes a millisecond instead of a twentieth of a second. Raises
+    `TargetError` if the files have another format or do not match the chain.
+    """
+    with consistent(path):
+        return _entry(path, checked=checked)
+
+
+def _entry(path: Path, *, checked: bool) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     if manifest.get("verb") == "audit":
         return _audit_entry(path, manifest, chain)
@@ -332,6 +361,9 @@ def _entry(path: Path) -> RunEntry:
     )
     if decided is not None:
         refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
+    outcome: tuple[int | None, float | None] = (None, None)
+    if decided is not None:
+        outcome = _outcome(path) if checked else (decided["exit_code"], None)
     eps = number(threat["eps"])
     stages = manifest["plan"]["stages"]
     return RunEntry(
@@ -345,7 +377,9 @@ def _entry(path: Path) -> RunEntry:
         decided is not None,
         _done(stages, chain),
         len(stages),
-        *((None, None) if decided is None else _outcome(path)),
+        exit_code=outcome[0],
+        robust=outcome[1],
+        gates=len((decided or {}).get("gates", ())),
     )
 
 
@@ -374,6 +408,7 @@ def _audit_entry(path: Path, manifest: dict[str, Any], chain: Chain) -> RunEntry
         _done(stages, chain),
         len(stages),
         None if decided is None else exit_code(gate["verdict"] for gate in decided["gates"]),
+        gates=len(decided["gates"]) if decided is not None else 0,
     )
 
 

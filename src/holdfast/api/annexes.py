@@ -1,0 +1,143 @@
+"""Reads the folders of runs, audits, pools, audit chains and adaptations for the annex of a standard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.adaptation.journal import JOURNAL, Journal
+from holdfast.audits.audit import is_audit, open_audit
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.reports.annex import (
+    FolderEvidence,
+    annex,
+    annex_lines,
+    annex_to_json,
+)
+from holdfast.reports.audit import headline
+from holdfast.reports.words import open_doubts, threat_syntax
+from holdfast.reports.write import write_annex
+from holdfast.rotation.pool.verify_pool import verify_pool
+from holdfast.runs.store.files import AUDIT_MARK, MANIFEST, POOL_MANIFEST
+from holdfast.runs.store.folder import read_manifest
+from holdfast.runs.stored.run_forms import consistent
+from holdfast.runs.stored.stored_runs import open_run
+from holdfast.server.audit_folder import verify_audit
+
+
+@dataclass(frozen=True)
+class Annex:
+    """The evidence in some folders for each requirement of a standard."""
+
+    content: dict[str, Any]
+    """content of all formats, as strict JSON"""
+
+    def to_json(self) -> str:
+        """Return the annex as JSON text."""
+        return annex_to_json(self.content)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the annex in the format of the file suffix, `.html`, `.json` or `.md`. Return the path."""
+        write_annex(self.content, Path(path))
+        return Path(path)
+
+    def __str__(self) -> str:
+        parts = [self.content["headline"], self.content["caution"], self.content["disclaimer"]]
+        rows = [f"{name}\n  evidence: {found or 'none'}" for name, found, _ in annex_lines(self.content)]
+        return "\n".join([*(part for part in parts if part), "", *rows])
+
+
+def annex_of(folders: Sequence[str | Path], standard: str) -> Annex:
+    """Return the annex of a standard, such as `aisvs`, over the evidence in folders of runs, audits, pools, audit
+    chains and adaptations.
+
+    Raises `UsageError` without a folder or for an unknown standard, and `TargetError` for a folder that contains none
+    of these, or one that is unfinished or was altered.
+    """
+    if not folders:
+        raise UsageError("no folder was given; an annex needs the folders that contain the evidence")
+    return Annex(annex([_finding(Path(folder)) for folder in folders], standard))
+
+
+def _finding(folder: Path) -> FolderEvidence:
+    if (folder / POOL_MANIFEST).is_file():
+        return _pool(folder)
+    if (folder / AUDIT_MARK).is_file():
+        return _chains(folder)
+    if (folder / JOURNAL).is_file():
+        return _adaptation(folder)
+    if not (folder / MANIFEST).is_file():
+        raise TargetError(
+            f"{str(folder)!r} contains no run, audit, pool, audit chain or adaptation; give a folder that does"
+        )
+    with consistent(folder):
+        return _audit(folder) if is_audit(folder) else _run(folder)
+
+
+def _run(folder: Path) -> FolderEvidence:
+    result, manifest = open_run(folder), read_manifest(folder)
+    inner = read_manifest(folder / "after") if manifest["verb"] == "harden" else manifest
+    summary, evidence = result.summary(), result.evidence
+    doubts = open_doubts(summary)
+    statement = summary["headline"] + (f" Open doubts: {', '.join(doubts)}." if doubts else "")
+    training = summary["training"]
+    return FolderEvidence(
+        str(folder),
+        str(summary["model"].get("name", "")),
+        f"{summary['verb']}, {summary['data'].get('name', '')}, {threat_syntax(summary['threat'])}, "
+        f"{summary['run'].get('created', '')}",
+        str(summary["hashes"].get("model", "")),
+        {
+            "attacks": [step["attack"] for step in inner["config"]["stages"] if step["attack"]],
+            "certificates": [record.name for record in evidence.proofs],
+            "guard rules": [str(rule) for rule in evidence.model.get("guard", {}).get("rules", ())],
+            "verbs": [summary["verb"], manifest["verb"]],
+            "recipes": [] if training is None else [training["recipe"]],
+        },
+        statement if training is None else f"{training['message']} {statement}",
+    )
+
+
+def _audit(folder: Path) -> FolderEvidence:
+    content, manifest = open_audit(folder).summary(), read_manifest(folder)
+    return FolderEvidence(
+        str(folder),
+        str(manifest["model"]["name"]),
+        f"audit, {manifest['data']['name']}",
+        str(manifest["model"].get("digest", "")),
+        {"audits": [content["kind"]]},
+        headline(content),
+    )
+
+
+def _pool(folder: Path) -> FolderEvidence:
+    verified = verify_pool(folder)
+    authentic = "authenticated" if verified.authenticated else "not authenticated, without the key"
+    statement = (
+        f"The ledger has {verified.entries} entries and {len(verified.members)} sets; its chain is consistent and "
+        f"{authentic}."
+    )
+    return FolderEvidence(str(folder), folder.name, "pool", verified.head, {"folders": ["pool"]}, statement)
+
+
+def _chains(folder: Path) -> FolderEvidence:
+    verified = verify_audit(folder)
+    statement = (
+        f"{verified.chains} chains with {verified.records} records are unchanged: {verified.answered} requests "
+        f"answered, {verified.failed} failed, {verified.interrupted} interrupted, {verified.lost} records lost."
+    )
+    return FolderEvidence(
+        str(folder), folder.name, "audit chains", verified.head, {"folders": ["chains"]}, statement
+    )
+
+
+def _adaptation(folder: Path) -> FolderEvidence:
+    journal = Journal.read(folder)
+    if journal.outcome is None:
+        raise TargetError(
+            f"the adaptation in {str(folder)!r} is not finished; resume it with its command and --resume"
+        )
+    statement = f"Outcome: {journal.outcome}{': ' + journal.reason if journal.reason else ''}."
+    return FolderEvidence(
+        str(folder), journal.server, "adaptation", "", {"folders": ["adaptation"]}, statement
+    )

@@ -1,0 +1,118 @@
+"""What each attack did to each example of a run, and the examples of two runs side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.evidence import Evidence
+from holdfast.metrics.columns import within
+from holdfast.metrics.paired import paired_examples
+from holdfast.reports.curves import class_name, robust_examples
+from holdfast.runs.assess.result import Result
+from holdfast.runs.stored.stored_runs import attacked_stages
+
+BROKEN, WITHSTOOD, NOT_RUN = "broken", "withstood", "not run"
+ANY = "any"
+"""name, in place of that of an attack, of all examples that something broke"""
+KINDS = ("robust", "broken", "misclassified")
+"""outcomes of an example in a run: correct under all attacks, broken by one, wrong when clean"""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the attack of a `stage` did to the examples of a run, as masks: it `broke` them, and `ran` on them."""
+
+    stage: str
+    broke: Tensor
+    ran: Tensor
+
+    def outcome(self, row: int) -> str:
+        """Return what the attack did to the example in a row."""
+        return BROKEN if self.broke[row] else WITHSTOOD if self.ran[row] else NOT_RUN
+
+
+def attempts(result: Result) -> list[Attempt]:
+    """Return what each attack of the suite did to each example, in the order of the evidence."""
+    if result.folder is None:
+        return []
+    ids, found = result.evidence["id"], []
+    rows = {int(example): row for row, example in enumerate(ids)}
+    for stage, columns in attacked_stages(result.folder).items():
+        if "success" not in columns:
+            continue
+        broke, ran = torch.zeros(len(ids), dtype=torch.bool), torch.zeros(len(ids), dtype=torch.bool)
+        success, was_run = (
+            columns["success"].bool(),
+            columns.get("ran", torch.ones_like(columns["success"])).bool(),
+        )
+        if "distance" in columns and result.evidence.threat.constraint.in_input_units:
+            success = success & within(columns["distance"], result.evidence.threat.constraint.eps)
+        places = torch.tensor([rows[int(example)] for example in columns["id"]], dtype=torch.long)
+        broke[places], ran[places] = success & was_run, was_run
+        found.append(Attempt(stage, broke, ran))
+    return found
+
+
+def broken_not(tried: Sequence[Attempt], by: str, but: str = "") -> Tensor:
+    """Return the mask of the examples that one attack broke and that withstood another.
+
+    `by` and `but` are names of stages; `by` may be `any`, and without `but` only the first counts. Raises `KeyError`
+    for an unknown name.
+    """
+    named = {attempt.stage: attempt for attempt in tried}
+    broke = torch.stack([each.broke for each in tried]).any(0) if by == ANY else named[by].broke
+    return broke & named[but].ran & ~named[but].broke if but else broke
+
+
+def kinds(evidence: Evidence) -> list[str]:
+    """Return the outcome of each example: `robust`, `broken` or `misclassified`."""
+    robust, correct = robust_examples(evidence).tolist(), evidence["correct"].bool().tolist()
+    return [KINDS[0] if r else KINDS[1] if c else KINDS[2] for r, c in zip(robust, correct, strict=True)]
+
+
+def breaker(evidence: Evidence, row: int) -> str:
+    """Return the name of the attack or pass that broke an example; empty if none did."""
+    names = [*(record.stage for record in evidence.attacks), *(record.stage for record in evidence.passes)]
+    place = int(evidence["broken_by"][row]) if "broken_by" in evidence else -1
+    return names[place] if 0 <= place < len(names) else ""
+
+
+def class_text(evidence: Evidence, value: int) -> str:
+    """Return the name of a class, or what a negative prediction means."""
+    if value < 0:
+        return "rejected"
+    return class_name(value, tuple(str(name) for name in evidence.data.get("classes") or ()))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An example that two runs share: its ids `first_id` and `second_id`, its `label`, its outcomes `first` and
+    `second`, and the attacks `first_breaker` and `second_breaker` that broke it.
+    """
+
+    first_id: int
+    second_id: int
+    label: str
+    first: str
+    second: str
+    first_breaker: str
+    second_breaker: str
+
+
+def pairs(first: Evidence, second: Evidence) -> list[Pair]:
+    """Return the examples that two runs share, with their outcome in each. Raises `UsageError` if there are none."""
+    shared, outcomes = paired_examples(first, second), (kinds(first), kinds(second))
+    return [
+        Pair(
+            int(first["id"][a]),
+            int(second["id"][b]),
+            class_text(first, int(first["y"][a])),
+            outcomes[0][a],
+            outcomes[1][b],
+            breaker(first, a),
+            breaker(second, b),
+        )
+        for a, b in zip(shared.first.tolist(), shared.second.tolist(), strict=True)
+    ]

@@ -1,0 +1,130 @@
+"""The server of the pages of runs: read-only, on the loopback interface, without scripts."""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from holdfast.server.host_names import HostNames
+from holdfast.server.http_refusals import Refused
+from holdfast.server.worker_processes import bound_socket
+from holdfast.viewer.pages import NoPage, Site
+
+HOST = "127.0.0.1"
+"""the only address of the server, because the pages have no login"""
+_PAUSE_S = 5.0
+"""pause between two searches for new runs"""
+_POLICY = (
+    "default-src 'none'; style-src {style}; img-src data:; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "content-security-policy": _POLICY.format(style="'self'"),
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+# a report contains its style sheet, and a policy with its hash that is stricter than this one
+_REPORT_HEADERS = _HEADERS | {"content-security-policy": _POLICY.format(style="'unsafe-inline'")}
+
+
+def site_application(site: Site) -> Starlette:
+    """Return the ASGI application that answers GET requests with the pages of a site."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            HostNames().refuse_other(request.scope["headers"])
+        except Refused as error:
+            raise HTTPException(
+                error.status, "the name in the header Host is not that of this computer"
+            ) from error
+        path = request.path_params["path"]
+        # a page of another site could otherwise keep the processor busy
+        if path.endswith("/why") and request.headers.get("sec-fetch-site") == "cross-site":
+            raise HTTPException(403, "explanations are not computed for links of other sites")
+        try:
+            page = await run_in_threadpool(site.page, path, request.query_params)
+        except NoPage as error:
+            raise HTTPException(404, "there is nothing at this path") from error
+        return Response(
+            page.text, media_type=page.media, headers=_REPORT_HEADERS if page.complete else _HEADERS
+        )
+
+    async def refused(request: Request, error: Exception) -> Response:
+        known = isinstance(error, HTTPException)
+        status, detail = (error.status_code, error.detail) if known else (500, "internal error")  # type: ignore[attr-defined]
+        return PlainTextResponse(f"{detail}\n", status, _HEADERS)
+
+    handlers: dict[Any, Any] = {HTTPException: refused, Exception: refused}
+    return Starlette(routes=[Route("/{path:path}", answer, methods=["GET"])], exception_handlers=handlers)
+
+
+class _UntilStopped(uvicorn.Server):
+    """A server of uvicorn that Ctrl-C or SIGTERM ends without an error."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Set the handlers of both signals while the server runs."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.should_exit = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def listening(port: int) -> socket.socket:
+    """Return a socket that listens on the loopback interface. Raises `UsageError` if the port is in use."""
+    return bound_socket(HOST, port)
+
+
+def serve_site(site: Site, listener: socket.socket, started: Callable[[], None] = lambda: None) -> None:
+    """Answer requests until Ctrl-C or SIGTERM. `started` is called when the port is open.
+
+    Another thread computes the verdicts of the runs from their columns meanwhile.
+    """
+    config = uvicorn.Config(
+        site_application(site),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    stop = threading.Event()
+    checking = threading.Thread(target=_check, args=(site, stop), name="check", daemon=True)
+    checking.start()
+    started()
+    try:
+        _UntilStopped(config).run(sockets=[listener])
+    finally:
+        stop.set()
+        listener.close()
+        checking.join()
+
+
+def _check(site: Site, stop: threading.Event) -> None:
+    """Compute the verdicts of new runs every few seconds."""
+    while not stop.is_set():
+        site.shelf.check(stop)
+        stop.wait(_PAUSE_S)

@@ -1,0 +1,312 @@
+"""The pages of stored runs: what they show, what they refuse, and how they are read in a browser."""
+
+import asyncio
+import re
+import shutil
+import socket
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+import holdfast
+import test_report_browser
+from holdfast.adaptation.journal import Journal
+from holdfast.attacks import FGSM, PGD
+from holdfast.audits.audit import AuditRequest, audited
+from holdfast.audits.finding import Finding, Table
+from holdfast.cli.app import verbs
+from holdfast.core.errors import UsageError
+from holdfast.rotation.pool.pool import Pool
+from holdfast.runs.stored.stored_runs import attacked_stages, run_entry
+from holdfast.server.audit_folder import AuditFolder
+from holdfast.viewer.exporting import export
+from holdfast.viewer.pages import NoPage, Site
+from holdfast.viewer.serving import listening, site_application
+from holdfast.viewer.shelf import Shelf
+
+pytest.importorskip("starlette")
+browser = test_report_browser.browser
+
+HOSTILE = "<script>alert(1)<"
+ATTACKS = [FGSM(), PGD(steps=3)]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder with two runs of one model."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, eps in (("a", "linf:0.1"), ("b", "linf:0.15")):
+        holdfast.assess(
+            "mnist-cnn",
+            "mnist-mini",
+            threat=eps,
+            suite=ATTACKS,
+            n=40,
+            gates=["robust_accuracy >= 0.2"],
+            run=root / name,
+        )
+    return root
+
+
+@pytest.fixture
+def runs(stored, tmp_path):
+    """A folder with the two runs, one with a hostile name, one that is damaged, one that is being written, and a
+    link.
+    """
+    root = tmp_path / "runs"
+    shutil.copytree(stored, root)
+    shutil.copytree(stored / "a", root / HOSTILE)
+    (root / "damaged").mkdir()
+    (root / "damaged" / "run.json").write_text("{")
+    shutil.copytree(stored / "a", root / "writing")
+    for name in ("verdict.json", "2-pgd.safetensors"):
+        (root / "writing" / name).unlink()
+    chain = (root / "writing" / "chain.jsonl").read_text().splitlines(keepends=True)
+    (root / "writing" / "chain.jsonl").write_text("".join(chain[:3]))
+    (root / "link").symlink_to(stored / "a")
+    return root
+
+
+def _site(root, **options):
+    site = Site(Shelf(root), **options)
+    site.shelf.check()
+    return site
+
+
+def _id(site, name):
+    return next(item.id for item in site.shelf.items() if item.name == name)
+
+
+def test_the_index_lists_all_runs_with_their_verdicts(runs):
+    site = _site(runs)
+    items = {item.name: item for item in site.shelf.items()}
+    assert set(items) == {"a", "b", "damaged", "writing", HOSTILE}
+    assert items["a"].verdict in ("pass", "unclear", "fail") and items["a"].checked
+    assert float(items["a"].value("robust_accuracy")) == run_entry(runs / "a").robust
+    assert items["writing"].state.startswith("not finished: ")
+    assert "not valid JSON" in items["damaged"].fault
+    text = site.page("").text
+    assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;" in text
+    assert all(re.fullmatch(r"[a-z0-9-]+", item.id) for item in items.values())
+
+
+def test_an_index_before_the_check_shows_stored_verdicts(stored):
+    shelf = Shelf(stored)
+    unchecked = {item.name: item.verdict for item in shelf.items()}
+    assert len(shelf.unchecked()) == 2
+    assert "being computed again" in Site(shelf).page("").text
+    shelf.check()
+    assert {item.name: item.verdict for item in shelf.items()} == unchecked
+    assert not shelf.unchecked()
+
+
+def test_a_search_keeps_the_runs_that_contain_all_words(runs):
+    site = _site(runs)
+    text = site.page("", {"q": "linf:0.15 mnist-cnn"}).text
+    assert "1 runs and audits that match" in text
+    assert "No run matches" in site.page("", {"q": "resnet"}).text
+
+
+def test_examples_are_found_by_the_attacks_that_broke_them(runs):
+    site = _site(runs)
+    number = _id(site, "b")
+    opened = site.open(site.shelf.item(number))
+    stages = attacked_stages(runs / "b")
+    assert [each.stage for each in opened.tried] == list(stages) == ["1-fgsm", "2-pgd"]
+    broken = sum(int((c["success"].bool() & c["ran"].bool()).sum()) for c in stages.values())
+    text = site.page(f"run/{number}/examples/any").text
+    assert f"{broken} examples are broken by an attack" in text
+    only = site.page(f"run/{number}/examples/2-pgd/1-fgsm").text
+    assert "and withstood 1-fgsm" in only
+    for row in re.findall(r'example/(\d+)"', only):
+        outcomes = [each.outcome(opened.rows[int(row)]) for each in opened.tried]
+        assert outcomes == ["withstood", "broken"]
+    csv = site.page(f"run/{number}/examples.csv").text.splitlines()
+    assert len(csv) == 41 and csv[0] == "id,label,outcome,broken by,1-fgsm,2-pgd"
+
+
+def test_two_runs_are_compared_example_by_example(runs):
+    site = _site(runs)
+    first, second = _id(site, "a"), _id(site, "b")
+    text = site.page(f"compare/{first}/{second}").text
+    assert "40 examples that both runs contain" in text and "The threat models differ" in text
+    rows = site.page(f"compare/{first}/{second}/examples.csv").text.splitlines()[1:]
+    changed = [row for row in rows if ",robust,broken," in row]
+    assert f"{len(changed)} examples are robust in the first run and broken" in (
+        site.page(f"compare/{first}/{second}/robust-broken").text
+    )
+
+
+def test_the_trend_joins_only_comparable_runs(runs):
+    site = _site(runs)
+    key = re.search(r'href="/trend/([^/"]+)/', site.page("").text)[1]
+    text = site.page(f"trend/{key}/robust_accuracy").text
+    assert text.count("<svg") == 2  # of two threat models
+    assert "No difference of" in text and "One run" in text
+    rows = site.page(f"trend/{key}/robust_accuracy.csv").text.splitlines()
+    assert len(rows) == 4 and "'" not in rows[1]
+
+
+def test_an_example_page_shows_what_is_stored_and_links_to_its_explanation(runs):
+    asked = []
+    site = _site(runs, explain=lambda result, number: asked.append(number) or f"<p>{HOSTILE}</p>")
+    number = _id(site, "b")
+    listed = site.page(f"run/{number}/examples/any").text
+    row = int(re.search(r'example/(\d+)"', listed)[1])
+    text = site.page(f"run/{number}/example/{row}").text
+    assert "Explain this example" in text and "data:image/png" in text
+    for _ in range(2):
+        assert "Explanation of example" in site.page(f"run/{number}/example/{row}/why").text
+    assert asked == [row]  # it is computed once
+
+
+def test_an_explanation_needs_consent_for_code(runs):
+    def refuse(result, number):
+        raise UsageError("opening it would run code")
+
+    site = _site(runs, explain=refuse)
+    number = _id(site, "a")
+    row = next(iter(site.open(site.shelf.item(number)).rows))
+    assert "Opening it would run code" in site.page(f"run/{number}/example/{row}/why").text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "run",
+        "run/../a",
+        "run/nothing",
+        "trend/x/robust_accuracy",
+        "compare/a/b",
+        "run/{a}/examples/9-none",
+        "run/{a}/example/99999",
+        "run/{a}/example/-1",
+        "run/{a}/example/1/why",
+        "audit/{a}",
+        "run/{a}/examples/any/any/any",
+    ],
+)
+def test_other_paths_have_no_page(stored, path):
+    site = _site(stored)
+    with pytest.raises(NoPage):
+        site.page(path.format(a=_id(site, "a")))
+
+
+def test_an_altered_run_is_refused_with_the_reason(runs):
+    site = _site(runs)
+    number = _id(site, "a")
+    assert "Not shown" not in site.page(f"run/{number}").text
+    file = runs / "a" / "1-fgsm.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    site.shelf.check()
+    assert site.shelf.item(number).state == "refused"
+    assert "Not shown" in site.page(f"run/{number}").text
+    assert "Not shown" in site.page(f"run/{_id(site, 'damaged')}").text
+    assert "not finished" in site.page(f"run/{_id(site, 'writing')}").text
+
+
+def _others(root):
+    """An audit, a pool, audit chains of a server, and an adaptation."""
+    found = Finding("flagged", f"{HOSTILE} found", tables=[Table("scores", ["class", "score"], [["0", 1.5]])])
+    about = {"name": "m", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
+    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: found, root / "audit-b")
+    Pool.create(root / "pool", {})
+    AuditFolder.open(root / "chains", {"model": HOSTILE}).close()
+    journal = Journal.opened(root / "adapted", f"http://{HOSTILE}", "2" * 64, resume=False)
+    journal.add("screen", {"removed": 3})
+    journal.end("not promoted", "a gate failed")
+
+
+def test_audits_pools_chains_and_adaptations_have_pages(tmp_path):
+    pytest.importorskip("cryptography")
+    _others(tmp_path)
+    site = _site(tmp_path)
+    texts = {item.kind: site.page(f"{item.kind}/{item.id}").text for item in site.shelf.items()}
+    assert set(texts) == {"audit", "pool", "chains", "adaptation"}
+    assert "Flagged: &lt;script&gt;alert(1)&lt; found" in texts["audit"] and "1.5" in texts["audit"]
+    assert "The ledger of the pool is consistent" in texts["pool"]
+    assert "All chains of the folder are consistent" in texts["chains"]
+    assert "not promoted" in texts["adaptation"] and "a gate failed" in texts["adaptation"]
+    assert not any("<script>" in text for text in texts.values())
+    assert site.page(f"audit/{_id(site, 'audit-b')}/report").complete
+    export(_site(tmp_path, mode="files"), tmp_path / "site")
+    (tmp_path / "chains" / "audit.json").write_text("{}")
+    assert "Not shown" in site.page(f"chains/{_id(site, 'chains')}").text
+
+
+def get(application, path, **headers):
+    async def send():
+        transport = httpx.ASGITransport(application)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8090") as client:
+            return await client.get(path, headers=headers)
+
+    return asyncio.run(send())
+
+
+def test_the_server_only_reads_and_answers_only_this_computer(stored):
+    application = site_application(_site(stored))
+    answer = get(application, "/")
+    assert answer.status_code == 200 and "script-src" not in answer.headers["content-security-policy"]
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert get(application, "/", host="evil.example").status_code == 421
+    assert get(application, "/run/x/example/1/why", **{"sec-fetch-site": "cross-site"}).status_code == 403
+    assert get(application, "/nothing").status_code == 404
+    assert get(application, "/style.css").headers["content-type"].startswith("text/css")
+    assert all(route.methods == {"GET", "HEAD"} for route in application.routes)
+
+
+def test_a_port_in_use_and_a_folder_that_is_none_are_refused(tmp_path):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(UsageError, match="choose another port"):
+            listening(busy.getsockname()[1])
+    with pytest.raises(UsageError, match="is missing, or is a file"):
+        Shelf(tmp_path / "none")
+
+
+def test_an_export_contains_every_page_it_links_to(runs, tmp_path):
+    site = _site(runs, mode="files")
+    n = export(site, tmp_path / "site")
+    files = [file for file in (tmp_path / "site").rglob("*") if file.is_file()]
+    assert len(files) == n
+    for file in files:
+        for target in re.findall(r'href="([^"#]+)"', file.read_text()) if file.suffix == ".html" else ():
+            assert (file.parent / target).is_file(), (file, target)
+    with pytest.raises(UsageError, match="a new or empty folder"):
+        export(site, tmp_path / "site")
+
+
+def test_the_command_exports_and_refuses_consent_for_it(stored, tmp_path):
+    done = CliRunner().invoke(
+        verbs, ["ui", str(stored), "--export", str(tmp_path / "out")], catch_exceptions=False
+    )
+    assert done.exit_code == 0 and (tmp_path / "out" / "index.html").is_file()
+    refused = CliRunner().invoke(
+        verbs, ["ui", str(stored), "--export", str(tmp_path / "other"), "--trust-code"]
+    )
+    assert isinstance(refused.exception, UsageError)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_pages_in_a_browser(browser, runs, tmp_path):
+    site = _site(runs, mode="files")
+    export(site, tmp_path / "site")
+    style = (tmp_path / "site" / "style.css").read_text()
+    start = site.shelf.item(_id(site, "b"))
+    partner = re.search(r'href="[^"]*(compare/[^"]+)/index', site.page(f"run/{start.id}").text)[1]
+    row = next(iter(sorted(site._exported(site.open(start)))))
+    key = re.search(r'href="trend/([^/"]+)/', site.page("").text)[1]
+    paths = ["", f"run/{start.id}", f"run/{start.id}/examples/any", f"run/{start.id}/example/{row}"]
+    paths += [f"trend/{key}/robust_accuracy", partner, f"run/{_id(site, 'damaged')}"]
+    for path in paths:
+        text = (tmp_path / "site" / path / "index.html").read_text()
+        text = re.sub('<link rel="stylesheet"[^>]*>', lambda _: f"<style>{style}</style>", text)
+        page = tmp_path / "page.html"
+        page.write_text(text)
+        for visit in browser(page):
+            assert visit["styled"], path
+            assert (visit["requests"], visit["messages"], visit["violations"]) == ([], [], []), path
+            assert visit["broken"] == 0 and visit["sideways"] <= 0, path
