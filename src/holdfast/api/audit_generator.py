@@ -58,6 +58,8 @@ def prepared_generator(
     settings: AuditGenerator, notify: Notify, command: str
 ) -> tuple[AuditRequest, Callable[[Run], Finding]]:
     """Open the generator and the data, and return the request and the function of the audit."""
+    if settings.held_out is not None and (tables := tables_of(settings)) is not None:
+        return prepared_tables(settings, tables, parts_of(settings), command)
     request, how = opened_audit(settings, notify, command)
     return request, lambda run: generator_finding(run, how)
 
@@ -71,8 +73,6 @@ def opened_audit(
             "held_out is missing: copies are found by comparison with examples that the generator was not trained on",
             Remedy("held_out", Placeholder("DATA")),
         )
-    if (tables := tables_of(settings)) is not None:
-        return prepared_tables(settings, tables, parts_of(settings), command)
     subject = (
         None if settings.features is None else resolve.open_named(settings.features, settings, "features")
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.monitoring.protocol import WINDOW, Alarm
-from holdfast.monitoring.watching import ALPHA, DriftResult
+from holdfast.monitoring.watching import ALPHA, DriftResult, State
 from holdfast.statistics.anytime import confidence_sequence
 from holdfast.statistics.intervals import proportion
 from holdfast.statistics.nearest import copy_threshold, nearest_example
@@ -86,7 +86,7 @@ class Counted:
 
     def result(self) -> DriftResult:
         """Return what the test has found so far."""
-        state = "too few samples" if not self.n else "alarm" if self.alarm else "no alarm"
+        state: State = "too few samples" if not self.n else "alarm" if self.alarm else "no alarm"
         return DriftResult(self.name, type(self), state, self.alarm, None)
 
 

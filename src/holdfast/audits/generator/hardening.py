@@ -93,6 +93,7 @@ class GeneratorHardening:
     @cached_property
     def features(self) -> Callable[[Tensor], Tensor]:
         """Function that returns the standardised features of examples (n, *features)."""
+        assert self.audit.extractor is not None  # the examples are images
         extractor, device = self.audit.extractor(), self.audit.device
         training, _ = penultimate(extractor, self.audit.training.x.to(device))
 

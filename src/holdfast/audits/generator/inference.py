@@ -18,7 +18,7 @@ from torch import Tensor
 
 from holdfast.audits.finding import Picture, Table
 from holdfast.audits.generator.parts import Context, PartFinding
-from holdfast.audits.generator.sensitivity import is_image, visible
+from holdfast.audits.generator.sensitivity import pictures
 from holdfast.audits.membership.rates import auc, needed, threshold, tpr_of_one
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
@@ -188,7 +188,7 @@ def _loss(generator: OpenedGenerator, t: float, noise: Tensor) -> Callable[[Tens
 @torch.no_grad()
 def _called(generator: OpenedGenerator, x: Tensor, function: Callable[[Tensor], PerExample]) -> PerExample:
     """What a function returns for examples on the device of the generator, in pieces."""
-    return torch.cat([function(rows.to(generator.device)).cpu().double() for rows in x.split(_ROWS)])
+    return torch.cat([function(rows.to(generator.device)).cpu().double() for rows in x.split(_ROWS)])  # type: ignore[no-untyped-call]
 
 
 def _memorised(columns: Columns, context: Context) -> PartFinding:
@@ -213,17 +213,18 @@ def _memorised(columns: Columns, context: Context) -> PartFinding:
         "smaller than at 99 % of one half of the held-out examples. The row of held-out examples is the other half.",
     )
     share, control = shares["training examples"], shares["held-out examples"]
-    pictures = tuple[Picture, ...]()
-    if share.low > control.high and is_image(context):
+    memorised = tuple[Picture, ...]()
+    if share.low > control.high:
         first = members.argsort(stable=True)[:_SHOWN]
         rows = columns["row"][group == _MEMBER][first]
         captions = [f"training example, row {int(row)}" for row in rows]
-        images = visible(context.training.x[rows.to(context.training.x.device)], context)
-        pictures = (Picture("The training examples with the smallest norm of the score", images, captions),)
+        images = context.training.x[rows.to(context.training.x.device)]
+        title = "The training examples with the smallest norm of the score"
+        memorised = pictures(title, images, captions, context)
     return PartFinding(
         facts={"memorised": share.value, "memorised_held_out": control.value},
         tables=(table,),
-        pictures=pictures,
+        pictures=memorised,
     )
 
 

@@ -110,7 +110,8 @@ class RobustGAN(GAN):
         (slope,) = torch.autograd.grad(moved.sum(), d)
         worst = self._change(z, batch.y, radius * _unit(slope), fake)
         worst_change: Tensor = (worst + 1e-12).sqrt().mean()
-        return loss + self.how.smoothness * worst_change / apart
+        smooth: Tensor = loss + self.how.smoothness * worst_change / apart
+        return smooth
 
     def _change(self, z: Tensor, y: Labels, d: Tensor, before: Inputs) -> Tensor:
         change: Tensor = (self.generator(z + d, y) - before).flatten(1).square().sum(1)
