@@ -202,7 +202,7 @@ def fit(
     The learning rate of Adam rises in the first tenth of the updates and falls to zero. The weights are the
     exponential averages of those of the updates.
     """
-    trained = copy.deepcopy(model).train()
+    trained = copy.deepcopy(model).train().requires_grad_()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     adam = torch.optim.Adam(trained.parameters(), lr, (0.9, 0.99))
