@@ -69,7 +69,7 @@ def fit(model: ImageVAE, x: Inputs, *, updates: int, seed: int = 0) -> ImageVAE:
     """Return a copy of the model that is trained on images `x` (n, *shape) in [0, 1]. The learning rate of Adam falls
     to zero.
     """
-    trained = copy.deepcopy(model).train()
+    trained = copy.deepcopy(model).train().requires_grad_()
     rng = torch.Generator().manual_seed(seed)
     adam = torch.optim.Adam(trained.parameters(), _LR)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(adam, updates)
