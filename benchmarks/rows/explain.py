@@ -182,9 +182,9 @@ def _small_network(name: str) -> tuple[Classifier, Batch]:
 def _fit(net: nn.Module, x: Tensor, y: Tensor) -> None:
     optimiser = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(3):
-        for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(64):
+        for rows in torch.split(torch.randperm(len(x), generator=torch.Generator().manual_seed(0)), 64):
             optimiser.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
 
 
