@@ -15,7 +15,6 @@ from holdfast.audits.generator.hardening import GeneratorHardening, hardening_fi
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.generators.adapters import GAN
 from holdfast.generators.gan import ImageGAN
 from holdfast.generators.opening import FILE, content_of
@@ -74,8 +73,7 @@ def hardened_generator(
     if not isinstance(settings.data, str):
         raise UsageError(
             "a generator is trained on the train split of the data, and compared with the test split; give a file or "
-            "a name with both",
-            Remedy("data", Placeholder("DATA")),
+            "a name with both"
         )
     name, losses = _losses(settings.recipe)
     request, how = opened_audit(_audit_settings(settings), notify, command)

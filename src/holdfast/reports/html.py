@@ -171,39 +171,8 @@ def template_text(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    pages = (
-        "report",
-        "comparison",
-        "notebook",
-        "notebook-comparison",
-        "parts",
-        "geometry",
-        "monitoring",
-        "audit",
-        "explanation",
-        "explanation-fragment",
-        "annex",
-        "ui",
-        "ui-login",
-        "site",
-        "site-parts",
-        *(
-            f"site-{name}"
-            for name in (
-                "index",
-                "run",
-                "examples",
-                "example",
-                "why",
-                "trend",
-                "compare",
-                "audit",
-                "facts",
-                "failed",
-            )
-        ),
-    )
-    names = [f"{page}.html.j2" for page in pages]
+    folder = resources.files("holdfast.reports").joinpath("templates")
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".html.j2"))
     environment = Environment(
         # from package resources, which need not be files
         loader=DictLoader({name: template_text(name) for name in names}),
