@@ -83,7 +83,8 @@ class BackdoorScan:
     def measure(self, context: Context) -> Columns:
         """Search for the shift, and generate samples with and without it from the same noise."""
         generator, noise = opened(context), _noise(context)
-        reversal, factors, n = torch.nan, (1.0,), _REFERENCE
+        reversal, n = torch.nan, _REFERENCE
+        factors: tuple[float, ...] = (1.0,)
         sampled: Callable[[Tensor], Tensor]
         if _diffuses(context):
             x, n = context.training.x, _VERIFIED
