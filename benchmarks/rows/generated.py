@@ -27,7 +27,10 @@ def measured() -> Outcome:
     for requested in BUDGETS:
         found = detail[requested]["measured"]
         row = {"requested": requested, "recipe": found["recipe"], "suite": SUITES[requested], **shares(found)}
-        row |= {**spent(found, by_cpu=True), "doubts raised": ", ".join(found["after"]["doubts"])}
+        row |= {
+            **spent(found, by_cpu=True),
+            "doubts raised": ", ".join(doubt["name"] for doubt in found["after"]["doubts"]),
+        }
         if requested == "generated":
             row["generated − auto, points"] = (
                 f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
