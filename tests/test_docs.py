@@ -14,7 +14,6 @@ import torch
 
 from benchmarks import page as benchmarks_page
 from benchmarks.__main__ import ROWS
-from benchmarks.absent import Absent
 from benchmarks.record import newest
 from benchmarks.rows.recipes import FOR_SMOOTHING
 from holdfast import attacks
@@ -281,18 +280,14 @@ RECORDS = (
     "hybrid",
     "policy",
     "league",
-)
-NOT_RECORDED = {
     "generated",
-    "augment-policy",
-    "tune",
-}  # of the row `generated`, as the page of recipes states
+)
 
 
 def test_every_recipe_has_a_record():
     recorded = {row["recipe"] for name in RECORDS for row in newest(name)["table"] if row["recipe"]}
     private = {"dp-sgd"}  # its accuracy depends on the budget: it has a row of its own
-    assert recorded | FOR_SMOOTHING | private | NOT_RECORDED == set(CLASSES)
+    assert recorded | FOR_SMOOTHING | private == set(CLASSES)
     assert "DP-SGD, 400 canaries" in str(newest("privacy")["table"])
     assert not recorded & FOR_SMOOTHING
     smoothed = newest("smoothing")["config"]
@@ -404,10 +399,6 @@ def test_the_page_has_the_tables_for_the_published_ones():
 
 
 def test_the_page_has_the_recorded_numbers_of_generated_images():
-    try:
-        recorded = newest("generated")["table"]
-    except Absent:
-        pytest.skip("the row `generated` is not recorded yet")
     assert rows("concepts/hardening.md", "requested") == [
         {
             **{name: f"`{row[name]}`" for name in ("requested", "recipe", "suite")},
@@ -416,14 +407,12 @@ def test_the_page_has_the_recorded_numbers_of_generated_images():
             "CPU s": f"{row['planning s'] + row['CPU s']:.0f}",
             "generated − auto, points": row.get("generated − auto, points", ""),
         }
-        for row in recorded
+        for row in newest("generated")["table"]
     ]
 
 
 def test_the_page_has_the_recorded_numbers_of_the_tables_4_and_5():
     recorded = [row for row in newest("seed-tables")["table"] if row.get("table") in ("4", "5")]
-    if not recorded:
-        pytest.skip("Tables 4 and 5 of the row `seed-tables` are not recorded yet")
     titles = {
         "clean, %": "clean accuracy, %",
         "adversarial, %": "adversarial accuracy, %",
