@@ -112,6 +112,30 @@ def test_it_resumes_to_the_same_generator(place, tmp_path, monkeypatch):
         assert torch.equal(value, again.generator.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("finite", [0, 1])
+def test_an_epoch_that_diverged_is_not_chosen(place, monkeypatch, finite):
+    usual, calls = RobustGAN.update, list[int]()
+
+    def diverging(training, batch, rng):
+        usual(training, batch, rng)
+        calls.append(1)
+        if len(calls) > 3 * finite:
+            with torch.no_grad():
+                for weight in training.average.parameters():
+                    weight.fill_(torch.nan)
+
+    monkeypatch.setattr(RobustGAN, "update", diverging)
+    if not finite:
+        with pytest.raises(HoldfastError, match="the training diverged"):
+            hardened(place, "own")
+        return
+    result = hardened(place, "own")
+    first, second = result.facts["epochs"]  # as in strict JSON
+    assert first < np.inf
+    assert second == "inf"
+    assert all(bool(value.isfinite().all()) for value in result.generator.state_dict().values())
+
+
 @pytest.mark.parametrize("recipe", ["robust-gan", "distil", {"use": "robust-gan", "teacher": 1.0}])
 def test_modules_of_the_user_are_trained(place, recipe, tmp_path):
     result = hardened(place, "own", recipe)
