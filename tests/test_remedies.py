@@ -1824,6 +1824,7 @@ situation(
 situation("a pool on a cluster", rotated, on="ray")
 for name in ("tune", "league", "prune", "augment-policy", "policy", "rslad"):
     situation(f"{name} in a pool", lambda **more: rotation_recipe(rotated(**more)), recipe=name)
+situation("a recipe for generators in a pool", rotated, recipe="robust-gan")
 situation("a pool assessed on a cluster", clustered, model="rotating:pool", on="ray", workers=2)
 situation("no GPU for workers", clustered, Ray={"gpus_per_worker": 0.0}, on="ray", workers=2, device="cuda")
 

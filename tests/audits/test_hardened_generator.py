@@ -112,6 +112,30 @@ def test_it_resumes_to_the_same_generator(place, tmp_path, monkeypatch):
         assert torch.equal(value, again.generator.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("finite", [0, 1])
+def test_an_epoch_that_diverged_is_not_chosen(place, monkeypatch, finite):
+    usual, calls = RobustGAN.update, list[int]()
+
+    def diverging(training, batch, rng):
+        usual(training, batch, rng)
+        calls.append(1)
+        if len(calls) > 3 * finite:
+            with torch.no_grad():
+                for weight in training.average.parameters():
+                    weight.fill_(torch.nan)
+
+    monkeypatch.setattr(RobustGAN, "update", diverging)
+    if not finite:
+        with pytest.raises(HoldfastError, match="the training diverged"):
+            hardened(place, "own")
+        return
+    result = hardened(place, "own")
+    first, second = result.facts["epochs"]  # as in strict JSON
+    assert first < np.inf
+    assert second == "inf"
+    assert all(bool(value.isfinite().all()) for value in result.generator.state_dict().values())
+
+
 @pytest.mark.parametrize("recipe", ["robust-gan", "distil", {"use": "robust-gan", "teacher": 1.0}])
 def test_modules_of_the_user_are_trained(place, recipe, tmp_path):
     result = hardened(place, "own", recipe)
@@ -182,6 +206,8 @@ def test_a_student_follows_its_teacher_for_usual_latent_vectors_only():
         ("make", {"use": "robust-gan", "epss": 1}, {}, "no setting 'epss'"),
         ("make", "robust-gan", {"budget": "0.001s"}, "is enough for 0 updates"),
         ("make", "pgd", {"threat": "linf:0.1"}, r"returned a generator \(ImageGAN\)"),
+        ("make", "robust-gan", {"threat": "linf:0.3"}, "threat is 'linf:0.3', and .* leave threat out"),
+        ("make", "distil", {"n": 100}, "n is 100, and the recipe distil trains a generator"),
         ("make", "distil", {"gates": ["robust_accuracy >= 0.4"]}, "no metric 'robust_accuracy'"),
         ("make", "distil", {"gates": ["improved"]}, "verdict on a training"),
         ("classifier", "pgd", {"gates": ["frechet <= 1"]}, "no metric 'frechet'"),

@@ -254,6 +254,7 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--source", "basin"], 2, "there is no source 'basin'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto selects a recipe"),
+        (["rotate", "run", "mnist-cnn", "mnist-mini", "--recipe", "robust-gan"], 2, "only classifiers are rotated"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "l0:10"], 2, "recipes train for the threats"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "its folder is not given; give --run DIR"),
         ([*COLLECT, "--budget", "1min", "--run", "new"], 2, "recipe.training.epochs is 3, and the budget is 1min"),

@@ -106,6 +106,7 @@ def test_features_of_a_network_are_compared_without_labels(tmp_path):
         holdfast.monitor(points(300, 1), labelled, settings["features"], generated=True, trust_code=True)
 
 
-def test_a_generator_is_not_adapted():
+@pytest.mark.parametrize("generator", ["gen.py:make", "mnist-gan"])
+def test_a_generator_is_not_adapted(generator):
     with pytest.raises(UsageError, match="which a generator does not have"):
-        holdfast.adapt("gen.py:make", "mnist-mini")
+        holdfast.adapt(generator, "mnist-mini")

@@ -36,6 +36,7 @@ from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
+from holdfast.generators.opening import names_generator
 from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.models.factories import names_code
@@ -93,11 +94,12 @@ def adapted(
         raise UsageError(
             "the address of the operator's port is missing; give its URL, as in http://127.0.0.1:8081"
         )
-    if names_code(settings.server):
+    if names_code(settings.server) or names_generator(settings.server):
+        what = "a file of code, such as that of a generator" if names_code(settings.server) else "a generator"
         raise UsageError(
-            f"{settings.server} is a file of code, such as that of a generator, and adapt replaces the classifier of a "
-            "running server by an accuracy on labels, which a generator does not have; monitor its samples with "
-            "holdfast monitor, and train it again after an audit (holdfast audit generator)"
+            f"{settings.server} is {what}, and adapt replaces the classifier of a running server by an accuracy on "
+            "labels, which a generator does not have; monitor its samples with holdfast monitor, and train it again "
+            "after an audit (holdfast audit generator)"
         )
     if settings.data is None:
         raise UsageError("data is missing; give examples for the training and the assessments")

@@ -111,7 +111,14 @@ def _losses(spec: Mapping[str, Any]) -> tuple[str, RobustLosses]:
 
 
 def _audit_settings(settings: Harden) -> AuditGenerator:
-    """The settings of the audits: those that both commands have."""
+    """The settings of the audits: those that both commands have. Raises `UsageError` if another one was given."""
+    of_classifiers = settings.model_fields_set - AuditGenerator.model_fields.keys() - {"recipe", "budget"}
+    if of_classifiers:
+        name = min(of_classifiers)
+        raise UsageError(
+            f"{name} is {getattr(settings, name)!r}, and the recipe {settings.recipe['use']} trains a generator, for "
+            f"which there is no such setting; leave {name} out"
+        )
     shared = {
         name: getattr(settings, name)
         for name in settings.model_fields_set

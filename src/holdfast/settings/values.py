@@ -553,6 +553,18 @@ def _recipes_of_harden() -> list[str]:
     return [*_recipes(), *GENERATOR_RECIPES]
 
 
+def _refused_for_sets(value: object) -> object:
+    """Return a recipe unchanged. Raises `UsageError` for one that trains generators."""
+    name = value.get("use") if isinstance(value, Mapping) else value
+    if str(name).lower() in GENERATOR_RECIPES:
+        raise UsageError(
+            f"the recipe {name} trains generators, and only classifiers are rotated; name a recipe for classifiers, or "
+            "train the generator with holdfast harden",
+            Remedy("recipe", "standard"),
+        )
+    return value
+
+
 Method = Annotated[str, BeforeValidator(_method)]
 RecipeSpec = Annotated[
     dict[str, Any],
@@ -560,7 +572,11 @@ RecipeSpec = Annotated[
     BeforeValidator(_named_spec("recipe", AUTO, _recipes_of_harden)),
 ]
 """Name or settings of a recipe, or a Python object."""
-SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _recipes))]
+SetsRecipeSpec = Annotated[
+    dict[str, Any],
+    BeforeValidator(_named_spec("recipe", CARD, _recipes)),
+    BeforeValidator(_refused_for_sets),
+]
 SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", lambda: [*SOURCES]))]
 Surrogates = Annotated[list[Annotated[SurrogateSettings, WrapValidator(_surrogate)]], _models("surrogates")]
 Members = Annotated[

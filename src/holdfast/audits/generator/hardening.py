@@ -17,7 +17,7 @@ from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, s
 from holdfast.audits.generator.quality import frechet_distance
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds
 from holdfast.core.remedies import Remedy
@@ -194,6 +194,10 @@ def hardening_finding(run: Run, how: GeneratorHardening) -> tuple[Finding, GAN]:
         trainer.restore(states[-1])
     distances = [float(state["frechet"]) for state in states]
     best = min(range(EPOCHS), key=distances.__getitem__)
+    if math.isinf(distances[best]):
+        raise TargetError(
+            "the training diverged: in every epoch, the samples of the generator have NaN or infinity"
+        )
     trainer.restore(states[best])
     new = how.trained(trainer)
     assert how.audit.generator is not None
@@ -229,7 +233,11 @@ def _epoch(how: GeneratorHardening, trainer: RobustGAN, updates: range) -> Colum
         trainer.update(how.batch(update), how.rng.at("update", update))
     held_out = how.audit.held_out.x
     samples = how.trained(trainer).sample(len(held_out), how.seed).view_as(held_out)
-    distance = frechet_distance(how.features(samples), how.features(held_out))
+    distance = math.nan
+    if bool(samples.isfinite().all()):
+        distance = frechet_distance(how.features(samples), how.features(held_out))
+    if math.isnan(distance):
+        distance = math.inf  # so that the epoch is not chosen
     state = {name: value.detach().cpu().clone() for name, value in trainer.state().items()}
     return {"id": torch.zeros(1, dtype=torch.int64), "frechet": torch.tensor([distance]), **state}
 
@@ -244,7 +252,8 @@ def _compared(
             (epoch + 1, updates * (epoch + 1) // EPOCHS, f"{value:.3g}")
             for epoch, value in enumerate(distances)
         ],
-        "The epoch with the smallest distance is returned.",
+        "The epoch with the smallest distance is returned. The Fréchet distance after the training is measured on the "
+        "same held-out examples by which the epoch was chosen, and is therefore slightly too small.",
     )
     old, changed = dict(_numbers(before.facts)), dict(_numbers(after.facts))
     rows = [
