@@ -209,7 +209,7 @@ def _sentence(case: Attacked, *, smooth: bool) -> str:
     )
     if bool(case.hit.any()):
         (old, new), count = _pairs(case).most_common(1)[0]
-        text += f"; the most frequent change is {case.named(old)} to {case.named(new)} ({count})"
+        text += f"; the most frequent change is {case.named(old)} to {case.named(new)}, of {count} examples"
     return text if smooth else f"{text}; the loss has plateaus with cliffs, a sign of masked gradients"
 
 
@@ -222,7 +222,10 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
     share = float(case.surviving.float().mean())
     clean = float((case.predicted == case.batch.y).float().mean())
     if share < 0.9 * clean:
-        advice.append(f"Train a more robust model: holdfast harden --threat {case.about.threat}.")
+        threat = case.about.threat
+        advice.append(
+            f"Train a more robust model: holdfast harden MODEL DATA --threat {threat} --budget 10min."
+        )
     if bool(case.hit.any()):
         (old, new), count = _pairs(case).most_common(1)[0]
         if count > 0.3 * int(case.hit.sum()) and count > 2:
