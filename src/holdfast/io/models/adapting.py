@@ -24,9 +24,14 @@ from holdfast.io.models.trees import adapted_booster
 
 def accepted(model: object) -> bool:
     """Return whether the object is a model of a supported kind: a network, a function or an estimator."""
-    if isinstance(model, nn.Module) and type(model).forward is nn.Module.forward:
+    if isinstance(model, nn.Module) and _forward(type(model)) is _forward(nn.Module):
         return False  # a generator, or a container of modules
     return callable(model) or isinstance(model, Predictor)
+
+
+def _forward(kind: type) -> object:
+    """The method `forward` of a class, without the descriptor that TorchScript puts in its place."""
+    return inspect.getattr_static(kind, "forward")
 
 
 def refuse_generator(model: object, what: str) -> None:
