@@ -219,6 +219,15 @@ def test_what_cannot_be_trained_is_refused(place, factory, recipe, settings, mes
         hardened(place, factory, recipe, **settings)
 
 
+def test_a_classifier_and_a_generator_are_told_apart(place):
+    with pytest.raises(
+        UsageError, match="'mnist-cnn', and distil trains a generator; .* mnist-diffusion, mnist-gan"
+    ):
+        holdfast.harden("mnist-cnn", str(place / "squares.npz"), recipe="distil", device="cpu")
+    with pytest.raises(UsageError, match="mnist-gan is a bundled generator, and a classifier was expected"):
+        holdfast.assess("mnist-gan", "mnist-mini", "linf:0.1")
+
+
 def test_data_without_splits_are_refused(place):
     x, y = squares(300, 0)
     with pytest.raises(UsageError, match="train split"):

@@ -17,7 +17,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.generators.adapters import GAN
 from holdfast.generators.gan import ImageGAN
-from holdfast.generators.opening import FILE, content_of
+from holdfast.generators.opening import FILE, bundled_generators, content_of, names_generator
+from holdfast.io.models.factories import names_code
 from holdfast.io.models.weights import written
 from holdfast.recipes.training.robust_gan import RobustLosses
 from holdfast.runs.engine.progress import Notify, Progress
@@ -76,9 +77,14 @@ def hardened_generator(
             "a name with both"
         )
     name, losses = _losses(settings.recipe)
+    model = settings.model
+    if isinstance(model, str) and not (names_code(model) or names_generator(model)):
+        raise UsageError(
+            f"the model is {model!r}, and {name} trains a generator; give a function that returns one, as in "
+            f"gen.py:make, its file .safetensors, or one of {', '.join(bundled_generators())}"
+        )
     request, how = opened_audit(_audit_settings(settings), notify, command)
-    if how.generator is None:
-        raise UsageError("the model is a file of samples; give the generator itself, as in gen.py:make")
+    assert how.generator is not None  # the model is no file of samples
     budget = None if settings.budget is None else seconds(settings.budget, "budget")
     gan, rng = trainable(how.generator, how.training), Draws(settings.seed).at("hardening")
     work = GeneratorHardening(how, gan, losses, losses.teacher > 0, budget, settings.seed, rng)

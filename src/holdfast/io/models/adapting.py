@@ -37,11 +37,15 @@ def _forward(kind: type) -> object:
 def refuse_generator(model: object, what: str) -> None:
     """Raise `UsageError` for a generator, which is no classifier. `what` begins the message, as in "model is"."""
     if callable(getattr(model, "sample", None)) and not accepted(model):
-        raise UsageError(
-            f"{what} a generator ({type(model).__name__}), and a classifier was expected; holdfast audit generator "
-            "audits generators, and holdfast harden trains them with the recipes "
-            f"{' and '.join(GENERATOR_RECIPES)}"
-        )
+        raise no_classifier(f"{what} a generator ({type(model).__name__})")
+
+
+def no_classifier(what: str) -> UsageError:
+    """Return the error for a generator in the place of a classifier. `what` begins the message."""
+    return UsageError(
+        f"{what}, and a classifier was expected; holdfast audit generator audits generators, and holdfast harden "
+        f"trains them with the recipes {' and '.join(GENERATOR_RECIPES)}"
+    )
 
 
 def refuse_no_model(model: object, argument: str = "model") -> None:

@@ -19,7 +19,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models.adapted import Adapted
-from holdfast.io.models.adapting import adapted
+from holdfast.io.models.adapting import adapted, no_classifier
 from holdfast.io.models.archive import Weights
 from holdfast.io.models.declarations import ARCHITECTURE
 from holdfast.io.models.denoiser import with_denoiser
@@ -511,6 +511,8 @@ def _open_bundled(opening: _Opening) -> OpenedModel:
         looks_like_path = "/" in name or "\\" in name or bool(Path(name).suffix)
         if looks_like_path:
             raise TargetError(f"model {name!r} does not exist{similar_file(Path(name))}; give {_FORMS}")
+        if (BUNDLED_FOLDER / "generators" / f"{name}.safetensors").is_file():
+            raise no_classifier(f"{name} is a bundled generator")
         raise UsageError(f"there is no bundled model {name!r}{similar_name(name, bundled)}; give {_FORMS}")
     opened = _open_state_dict(opening, bundled[name])
     files = {f"bundled:{name}": sha256_of_file(bundled[name])}
