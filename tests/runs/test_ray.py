@@ -33,7 +33,7 @@ from runs.fakes import data, network, settled, subject  # noqa: E402
 from runs.test_workers import Broken, Deadly, Greedy, asked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCAL = RayOptions(timeout_s=60.0)
+LOCAL = RayOptions(timeout_s=180.0)
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"
 )
