@@ -72,6 +72,7 @@ def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         "certify",
         "compare",
         "report",
+        "explain",
         "verify",
     ]
     for line in lines:
