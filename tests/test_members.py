@@ -106,6 +106,18 @@ def test_a_fitted_weight_keeps_the_requested_share_of_attacked_inputs():
         fitted(same, same, torch.tensor([0, 0, 1, 1]))
 
 
+def test_a_transformation_that_changes_the_order_of_classes_is_not_fitted():
+    rng = torch.Generator().manual_seed(3)
+    y = torch.randint(0, 10, (600,), generator=rng)
+    clean = torch.randn(600, 10, generator=rng) + 2 * nn.functional.one_hot(y, 10)
+    attacked = clean - 0.3 * nn.functional.one_hot(y, 10)
+    found = fitted(clean, attacked, y)
+    assert found["weight"] < 0.9999
+    moved = transformed(attacked, found["scale"], found["power"], found["shift"])
+    kept = attacked.argmax(1) == y
+    assert (moved.argmax(1) == y)[kept].double().mean() >= 0.985
+
+
 def test_a_mix_needs_three_classes():
     mix = Mixture(nn.Flatten(), nn.Flatten())
     with pytest.raises(TargetError, match="expected at least 3"):

@@ -89,13 +89,14 @@ def fitted(clean: Logits, attacked: Logits, y: Labels, *, kept: float = 0.985) -
     inputs with the labels `y`, which are no test examples.
 
     Where the accurate network is sure of a wrong class, the mix still returns the class of the robust network if the
-    margin of the transformed probabilities is at least (1 - weight) / weight. For each transformation of a grid, the
-    weight is such that this is true of the share `kept` of the attacked inputs that the robust network classifies
-    correctly. Of these transformations, the one is returned for which it is true of the fewest clean inputs that the
+    margin of this class among the transformed probabilities is at least (1 - weight) / weight. For each transformation
+    of a grid, the weight is such that this is true of the share `kept` of the attacked inputs that the robust network
+    classifies correctly. Of these transformations, the one is returned for which it is true of the fewest clean inputs that the
     robust network classifies wrongly, where the accurate one shall decide. Raises `UsageError` if the robust network
     classifies all clean inputs correctly, or no attacked one.
     """
-    wrong, robust = clean.argmax(1) != y, attacked.argmax(1) == y
+    chosen = clean.argmax(1)
+    wrong, robust = chosen != y, attacked.argmax(1) == y
     if not wrong.any() or not robust.any():
         raise UsageError(
             f"the robust network classifies {int(robust.sum())} of {len(y)} attacked inputs correctly and "
@@ -104,7 +105,8 @@ def fitted(clean: Logits, attacked: Logits, y: Labels, *, kept: float = 0.985) -
     best, parameters = math.inf, dict[str, float]()
     for scale, power, shift in product(_SCALES, _POWERS, _SHIFTS):
         won, lost = (
-            _margins(transformed(logits, scale, power, shift)) for logits in (attacked[robust], clean[wrong])
+            _margins(transformed(logits, scale, power, shift), classes)
+            for logits, classes in ((attacked[robust], y[robust]), (clean[wrong], chosen[wrong]))
         )
         threshold = float(won.quantile(1 - kept))
         overruled = float((lost >= threshold).double().mean())
@@ -119,8 +121,12 @@ def fitted(clean: Logits, attacked: Logits, y: Labels, *, kept: float = 0.985) -
     return parameters
 
 
-def _margins(logits: Logits) -> Tensor:
-    """Return the difference of the two largest probabilities of each example."""
-    first, second = logits.softmax(1).topk(2, dim=1).values.T
-    difference: Tensor = first - second
+def _margins(logits: Logits, classes: Labels) -> Tensor:
+    """Return the probability of the class of each example minus the largest one of another class. It is negative where
+    a transformation has changed the order of the classes.
+    """
+    probabilities = logits.softmax(1)
+    own = probabilities.gather(1, classes[:, None])
+    others = probabilities.scatter(1, classes[:, None], -1.0).amax(1)
+    difference: Tensor = own[:, 0] - others
     return difference
