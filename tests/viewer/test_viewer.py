@@ -20,6 +20,7 @@ from holdfast.core.errors import UsageError
 from holdfast.rotation.pool.pool import Pool
 from holdfast.runs.stored.stored_runs import attacked_stages, run_entry
 from holdfast.server.audit_folder import AuditFolder
+from holdfast.viewer.explaining import explainer
 from holdfast.viewer.exporting import export
 from holdfast.viewer.pages import NoPage, Site
 from holdfast.viewer.serving import listening, site_application
@@ -287,6 +288,37 @@ def test_the_command_exports_and_refuses_consent_for_it(stored, tmp_path):
         verbs, ["ui", str(stored), "--export", str(tmp_path / "other"), "--trust-code"]
     )
     assert isinstance(refused.exception, UsageError)
+
+
+_NET = """\
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear({n}, 10))
+"""
+
+
+def test_a_model_of_code_is_explained_only_with_consent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(_NET.format(n=784))
+    run = tmp_path / "runs" / "a"
+    holdfast.assess("net.py:make", "mnist-mini", "linf:0.1", [FGSM()], n=10, doubts=False, run=run)
+    with pytest.raises(UsageError, match="--trust-code"):
+        explainer()(holdfast.report(run), 1)
+    assert "<figure" in explainer(trust_code=True)(holdfast.report(run), 1)
+
+
+def test_options_that_a_run_does_not_state_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(_NET.format(n=2))
+    (tmp_path / "t.csv").write_text("a,b,kind\n" + "".join(f"0.{k},0.5,{k}\n" for k in range(10)))
+    run = tmp_path / "runs" / "a"
+    data = holdfast.open_data("t.csv", label="kind")
+    holdfast.assess("net.py:make", data, "linf:0.1", [FGSM()], doubts=False, run=run)
+    with pytest.raises(UsageError, match="holdfast explain net.py:make t.csv with these options"):
+        explainer(trust_code=True)(holdfast.report(run), 1)
 
 
 @pytest.mark.slow

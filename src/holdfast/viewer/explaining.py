@@ -18,6 +18,7 @@ def explainer(*, trust_code: bool = False) -> Explain:
 
     def explain_example(result: Result, number: int) -> str:
         from holdfast.api.explain import explain  # opens models, which the other pages do not need
+        from holdfast.api.verb_settings import Explain as ExplainSettings
 
         card = result.evidence.model
         name, folder = str(card.get("name", "")), str(result.folder)
@@ -36,6 +37,14 @@ def explainer(*, trust_code: bool = False) -> Explain:
             raise TargetError(
                 f"the run {folder!r} does not name its data; use holdfast explain with the data"
             )
-        return explain(name, data, from_run=folder, index=number, trust_code=True).fragment()
+        settings = ExplainSettings(model=name, data=data, from_run=folder, index=number, trust_code=True)
+        try:
+            return settings.run().fragment()
+        except UsageError as error:
+            raise UsageError(
+                f"{name} and {data} cannot be opened without the options of the run, which its folder does not state "
+                f"({error}); use holdfast explain {name} {data} with these options and --from-run {folder} "
+                f"--index {number}"
+            ) from error
 
     return explain_example
