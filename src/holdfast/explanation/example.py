@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from holdfast.certifiers.slices import beside, boundary_slices
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
+from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
@@ -130,7 +131,8 @@ def explain_example(
         figures.append(_slice(case))
     if train is None:
         notes.append(
-            "The nearest training examples are not shown, because no training examples were given (train)."
+            "The nearest training examples are not shown, because no training examples were given (train, "
+            "or --train on the command line)."
         )
     elif not is_text(case):
         figures.append(neighbour_figure(target, case.x, case.x_adv, train, about))
@@ -289,6 +291,10 @@ def random_noise(case: Case) -> Inputs:
         size = constraint.distance(case.x_adv, case.x)
         length = constraint.distance(signs, torch.zeros_like(signs))
         return bounds.clamp(case.x + signs * float(size[0] / length[0]))
+    if isinstance(constraint, Table):
+        # valid rows alone, as a model may fail for a category that the rules do not list
+        budget = constraint.resized(case.found.distance)
+        return budget.project(case.x + signs * constraint.tensors.unit.to(case.x), case.x, bounds)
     order = case.rng.at("places").uniform(case.batch.ids, case.x[0].numel()).argsort(1)
     mixed = delta.flatten(1).gather(1, order).view_as(delta)
     return bounds.clamp(case.x + signs * mixed)
@@ -360,13 +366,18 @@ def _attributions(case: Case) -> tuple[list[Figure], list[str]]:
 
 def smoothing_noise(case: Case, inputs: Inputs) -> Tensor:
     """Return the noise of SmoothGrad (draws, n, *features), the same for each input, with a tenth of the range of the
-    input as its standard deviation.
+    input as its standard deviation. Under rules of a table, the range is that of each column, and categories and
+    columns without limits do not change.
     """
-    x = case.x
+    x, constraint = case.x, case.threat.constraint
     draws = [
         case.rng.at("smooth", k).normal(case.batch.ids, *x.shape[1:], dtype=x.dtype) for k in range(_DRAWS)
     ]
     spread = (x.amax() - x.amin()).clamp_min(1e-6) / 10
+    if isinstance(constraint, Table):
+        rules = constraint.tensors
+        width = (rules.high - rules.low).nan_to_num(0, posinf=0)
+        spread = torch.where(rules.category | rules.grouped, 0, width).to(x) / 10
     return torch.stack([(spread * drawn).expand_as(inputs) for drawn in draws])
 
 
