@@ -3,6 +3,7 @@ to messages.
 """
 
 import importlib
+import inspect
 import os
 import shlex
 import signal
@@ -168,7 +169,7 @@ class _Verbs(Group):
         command: click.Command = getattr(module, cmd_name)
         examples = "".join(f"\n  holdfast {example}" for example in _COMMANDS[cmd_name][2:])
         if examples and _EXAMPLES not in (command.help or ""):
-            command.help = f"\b\n{_EXAMPLES}{examples}\n\n{command.help}"
+            command.help = f"\b\n{_EXAMPLES}{examples}\n\n{inspect.cleandoc(command.help or '')}"
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
