@@ -71,7 +71,10 @@ def test_the_command_writes_the_files(stored, tmp_path, capsys):
     assert page.read_text().startswith("<!doctype html>")
     assert run(["explain", str(folder), "-o", "why.pdf"]) == 2
     assert run(["explain", str(folder), "--index", "500"]) == 2
-    assert "index is 500" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "index is 500" in error and "from 0 to 19; give --index 19" in error
+    assert run(["explain", str(tmp_path), "-o", str(page)]) == 2
+    assert "is not that of a run" in capsys.readouterr().err
 
 
 def test_another_model_than_that_of_the_run_is_refused(stored):
@@ -86,7 +89,7 @@ def test_a_model_that_runs_code_is_not_opened_from_a_run(tmp_path):
     x, y = torch.rand(30, 4), torch.arange(30) % 3
     result = holdfast.assess(nn.Linear(4, 3), (x, y), "linf:0.1", "quick", doubts=False, run=tmp_path / "run")
     assert result.explain(0).title.startswith("example 0")
-    with pytest.raises(UsageError, match="code would be executed"):
+    with pytest.raises(UsageError, match="code would be executed.*give from_run="):
         holdfast.report(tmp_path / "run").explain(0)
 
 
@@ -125,3 +128,28 @@ def test_values_are_written_as_text_and_not_as_markup():
     page = Explained("<u>", "<s>", (figure,)).page()
     assert "<script>" not in page
     assert "<u>" not in page
+
+
+def test_noise_keeps_the_categories_of_a_table(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kind = nn.Embedding(3, 2)
+            self.amount = nn.Linear(1, 2)
+
+        def forward(self, x):
+            return self.kind(x[:, 1].long()) + self.amount(x[:, :1] / 50)
+
+    columns = {
+        "amount": {"type": "number", "min": 0, "max": 1000},
+        "kind": {"type": "category", "values": ["a", "b", "c"]},
+    }
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps({"columns": columns, "budget": {"norm": "l1", "eps": 2.0}}))
+    torch.manual_seed(0)
+    x = torch.stack((torch.linspace(0, 1000, 30), torch.arange(30) % 3), 1)
+    net = Net()
+    y = net(x).argmax(1)
+    shown = [holdfast.explain(net, x, y, f"table:{rules}", index=row) for row in (1, 14)]
+    assert all("attributions" in each.names for each in shown)
+    assert any("stability" in each.names for each in shown)

@@ -145,7 +145,8 @@ def _address(card: dict[str, Any], folder: str) -> str:
     if card.get("how") == "python" or names_code(name) or card.get("members"):
         raise UsageError(
             f"the model of the run {folder!r} is {name!r}, which is not opened from a run folder, because code would "
-            "be executed or its weights are not in a file; give the model and the data, and the run as from_run"
+            "be executed or its weights are not in a file; state the model and the data yourself",
+            Remedy("from_run", folder),
         )
     return name
 
@@ -177,16 +178,18 @@ def _refuse_changed(settings: Explain, run: Result, model: str, data: Data) -> N
 
 def _row(data: Data, index: int) -> Batch:
     """The example with a row number."""
+    opened: list[int] = []
     for start in range(0, len(data), 1000):
         batch = data.read(start, min(start + 1000, len(data)))
+        opened += batch.ids.tolist()
         rows = (batch.ids == index).nonzero()[:, 0]
         if len(rows):
             return batch.take(rows[:1])
-    last = int(data.read(len(data) - 1, len(data)).ids[0])
+    nearest = min(opened, key=lambda row: abs(row - index))
     raise UsageError(
-        f"index is {index}, and the {len(data):,} examples of {data.name} that were opened have row numbers up to "
-        f"{last}",
-        Remedy("index", last),
+        f"index is {index}, and the {len(data):,} examples of {data.name} that were opened have other row numbers, "
+        f"from {min(opened)} to {max(opened)}",
+        Remedy("index", nearest),
     )
 
 

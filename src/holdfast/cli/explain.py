@@ -10,6 +10,7 @@ from holdfast.cli.assess import settings_from, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_reports
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
+from holdfast.core.errors import UsageError
 from holdfast.reports.write import EXPLANATION_SUFFIXES
 
 _RUN = "run.json"
@@ -34,6 +35,12 @@ def explain(voice: Voice, **flags: Any) -> int:
         refuse_missing_file(flags.get(key))
     model = flags.get("model")
     of_run = model is not None and (Path(model) / _RUN).is_file()
+    own = flags.get("data") or flags.get("config")
+    if model is not None and not of_run and not own and Path(model).is_dir():
+        raise UsageError(
+            f"the folder {model!r} is not that of a run, because it has no {_RUN}; give the folder of one finished "
+            "run, or a model and data"
+        )
     settings = settings_of_flags(flags, Explain) if of_run else settings_from(flags, Explain)
     result = settings.run()
     for output in settings.output:
