@@ -106,9 +106,9 @@ class Explained:
     def fragment(self, *, level: int = 2) -> str:
         """Return the explanation as HTML without a page around it, which needs the style sheet of reports.
 
-        `level` is the level of the headings of the figures.
+        `level` is the level of its headings.
         """
-        return filled("explanation-fragment.html.j2", e=self, level=level)
+        return filled("explanation-fragment.html.j2", e=self, level=level, whole=True)
 
     def page(self) -> str:
         """Return the explanation as a self-contained HTML page without scripts."""

@@ -42,9 +42,9 @@ def explainer(*, trust_code: bool = False) -> Explain:
             return settings.run().fragment()
         except UsageError as error:
             raise UsageError(
-                f"{name} and {data} cannot be opened without the options of the run, which its folder does not state "
-                f"({error}); use holdfast explain {name} {data} with these options and --from-run {folder} "
-                f"--index {number}"
+                f"the model {name} and the data {data} cannot be opened without the options of the run, which its "
+                f"folder does not state ({error}); use holdfast explain {name} {data} with these options and "
+                f"--from-run {folder} --index {number}"
             ) from error
 
     return explain_example

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, Literal
 
+from markupsafe import Markup
+
 from holdfast.adaptation.adapted import clock, facts_text
 from holdfast.adaptation.journal import Journal
 from holdfast.audits.audit import open_audit
@@ -403,7 +405,8 @@ class Site:
                 self._explained.popitem(last=False)
         title = f"Explanation of example {number} of {item.name}"
         place = f"run/{item.id}/example/{number}/why"
-        return self._filled(place, "site-why.html.j2", title, item=item, number=number, fragment=fragment)
+        content = Markup(fragment)  # noqa: S704 (a template filled it, which escapes names)
+        return self._filled(place, "site-why.html.j2", title, item=item, number=number, fragment=content)
 
     # --- comparisons
 
