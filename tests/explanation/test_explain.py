@@ -89,7 +89,7 @@ def test_a_model_that_runs_code_is_not_opened_from_a_run(tmp_path):
     x, y = torch.rand(30, 4), torch.arange(30) % 3
     result = holdfast.assess(nn.Linear(4, 3), (x, y), "linf:0.1", "quick", doubts=False, run=tmp_path / "run")
     assert result.explain(0).title.startswith("example 0")
-    with pytest.raises(UsageError, match="code would be executed.*give from_run="):
+    with pytest.raises(UsageError, match="code would be executed.*--from-run on the"):
         holdfast.report(tmp_path / "run").explain(0)
 
 

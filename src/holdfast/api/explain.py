@@ -145,8 +145,8 @@ def _address(card: dict[str, Any], folder: str) -> str:
     if card.get("how") == "python" or names_code(name) or card.get("members"):
         raise UsageError(
             f"the model of the run {folder!r} is {name!r}, which is not opened from a run folder, because code would "
-            "be executed or its weights are not in a file; state the model and the data yourself",
-            Remedy("from_run", folder),
+            "be executed or its weights are not in a file; give the model and the data, and the run as from_run "
+            "(--from-run on the command line)"
         )
     return name
 

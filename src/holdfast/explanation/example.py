@@ -195,7 +195,7 @@ def _advice(case: Case) -> tuple[str, ...]:
             f"This example is robust as far as the search shows; {case.about.threat} allows smaller changes only.",
         )
     share, top = (0.0, 0.0) if is_text(case) else _concentration(case)
-    advice = [f"Train against such changes with holdfast harden --threat {case.about.threat}."]
+    advice = [f"Train against such changes with holdfast harden MODEL DATA --threat {case.about.threat}."]
     if share > 0.6 and top <= 0.06:
         advice.append("The change is concentrated on few values: try a threat with l0 or a patch as well.")
     if int(case.batch.y[0]) != case.label:
@@ -383,7 +383,12 @@ def smoothing_noise(case: Case, inputs: Inputs) -> Tensor:
 
 def _attribution_figure(case: Case, methods: dict[str, Tensor], integrated: Integrated | None) -> Figure:
     kinds = ("clean", "with noise", "after the change")[: len(next(iter(methods.values())))]
-    note = f"Attributions of the logit of {case.predicted}: red raises it, blue lowers it."
+    signs = (
+        "red raises it, blue"
+        if is_picture(case.x.shape[1:])
+        else "a positive value raises it, a negative one"
+    )
+    note = f"Attributions of the logit of {case.predicted}: {signs} lowers it."
     if integrated is not None:
         gap = float(integrated.gap.max())
         note += (
