@@ -125,7 +125,7 @@ class BackdoorScan:
         if result.constant:
             limits.append(
                 f"The usual outputs vary by {result.usual:.1%} of the variance of the training examples, so that their "
-                "collapse is not the effect of a shift, and no backdoor can be told from it."
+                "collapse is not the effect of a shift, and the search cannot find a backdoor."
             )
         return PartFinding(
             flagged=result.flagged,

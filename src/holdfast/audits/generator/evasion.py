@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
 from holdfast.audits.finding import Table
-from holdfast.audits.generator.parts import Context, PartFinding
+from holdfast.audits.generator.parts import Context, PartFinding, shown
 from holdfast.audits.generator.sensitivity import (
     ROWS,
     decoder,
@@ -24,7 +24,6 @@ from holdfast.audits.generator.sensitivity import (
     opened,
     pictures,
     positive_mean,
-    shown,
     without_gradients,
 )
 from holdfast.core.evidence import Columns

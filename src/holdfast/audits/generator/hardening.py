@@ -103,6 +103,11 @@ class GeneratorHardening:
 
         return of
 
+    @cached_property
+    def held_out_features(self) -> Tensor:
+        """The standardised features of the held-out examples, with which the samples of each epoch are compared."""
+        return self.features(self.audit.held_out.x)
+
     def trainer(self) -> RobustGAN:
         """Return the training at its beginning."""
         training, classes = self.audit.training, self.gan.classes or 1
@@ -235,7 +240,7 @@ def _epoch(how: GeneratorHardening, trainer: RobustGAN, updates: range) -> Colum
     samples = how.trained(trainer).sample(len(held_out), how.seed).view_as(held_out)
     distance = math.nan
     if bool(samples.isfinite().all()):
-        distance = frechet_distance(how.features(samples), how.features(held_out))
+        distance = frechet_distance(how.features(samples), how.held_out_features)
     if math.isnan(distance):
         distance = math.inf  # so that the epoch is not chosen
     state = {name: value.detach().cpu().clone() for name, value in trainer.state().items()}

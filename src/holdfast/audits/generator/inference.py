@@ -1,5 +1,5 @@
-"""Whether the training examples of a generator can be told from other examples (membership inference), and whether a
-diffusion model has memorised them.
+"""Membership inference: tests whether an attacker can recognise the training examples of a generator among other
+examples, and whether a diffusion model has memorised them.
 
 Chen et al., "GAN-Leaks: A Taxonomy of Membership Inference Attacks against Generative Models", CCS 2020,
 arXiv:1909.03935, for the calibrated nearest distance; Carlini et al., "Extracting Training Data from Diffusion Models",

@@ -50,6 +50,11 @@ class PartFinding:
     limits: Sequence[str] = ()
 
 
+def shown(estimate: Estimate) -> tuple[str, str]:
+    """Return the texts of an estimate and of its interval for a table."""
+    return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
+
+
 class Part(Protocol):
     """Protocol of a part of the audit."""
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
 from holdfast.audits.generator.copies import Copies
-from holdfast.audits.generator.parts import PartFinding
+from holdfast.audits.generator.parts import PartFinding, shown
 from holdfast.audits.generator.quality import Quality
-from holdfast.core.estimate import Estimate
 
 _COLLAPSED = 0.01
 """recall up to which a generator with realistic samples counts as collapsed"""
@@ -164,7 +163,7 @@ def _facts(measured: Measured) -> dict[str, object]:
 
 def _measures(measured: Measured) -> Table:
     rows = [
-        (title, *_shown(getattr(measured.samples, name)), *_shown(getattr(measured.floor, name)))
+        (title, *shown(getattr(measured.samples, name)), *shown(getattr(measured.floor, name)))
         for name, title in _NAMES.items()
     ]
     n = measured.samples.frechet.n
@@ -176,10 +175,6 @@ def _measures(measured: Measured) -> Table:
         "features. The column held-out is what a perfect generator would reach. Lower is better for the Fréchet "
         "distance and KID, and higher for the others.",
     )
-
-
-def _shown(estimate: Estimate) -> tuple[str, str]:
-    return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
 
 
 def _pairs(measured: Measured, samples: Tensor, training: Tensor) -> tuple[Picture, ...]:

@@ -20,7 +20,7 @@ from holdfast.attacks.parts.generators import (
     worst_latents,
 )
 from holdfast.audits.finding import Picture, Table, in_unit_range
-from holdfast.audits.generator.parts import Context, PartFinding
+from holdfast.audits.generator.parts import Context, PartFinding, shown
 from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
@@ -170,11 +170,6 @@ def without_gradients(name: str, function: Function, given: Tensor) -> str:
 def positive_mean(values: PerExample) -> Estimate:
     """Return the mean of values of at least 0 with its interval."""
     return mean(values, support=Support(0.0))
-
-
-def shown(estimate: Estimate) -> tuple[str, str]:
-    """Return the texts of an estimate and of its interval for a table."""
-    return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
 
 
 def pictures(title: str, images: Tensor, captions: Sequence[str], context: Context) -> tuple[Picture, ...]:

@@ -187,22 +187,25 @@ class GAN:
     def update(self, batch: Batch, rng: Draws) -> None:
         """Train discriminator, generator and classifier for one update on real examples."""
         batch = batch.first(BATCH)
-        fake = self.generator.train()(self._noise(batch.ids, rng.at("noise"), batch.x), batch.y)
-        self._step(1, self.discriminator_loss(batch, fake.detach(), rng))
+        z = self._noise(batch.ids, rng.at("noise"), batch.x)
+        fake = self.generator.train()(z, batch.y)
+        self._step(1, self.discriminator_loss(batch, fake.detach()))
         self.discriminator.requires_grad_(False)  # the generator's update needs no gradient of these weights
-        self._step(0, self.generator_loss(batch, fake, rng))
+        self._step(0, self.generator_loss(batch, z, fake, rng))
         self.discriminator.requires_grad_(True)
         self._step(2, F.cross_entropy(self._classifier(batch.x), batch.y))
         ema(self.average.state_dict(), self.generator, _KEPT, int(self.updates))
         self.updates.add_(1)
 
-    def discriminator_loss(self, batch: Batch, fake: Inputs, rng: Draws) -> Tensor:
+    def discriminator_loss(self, batch: Batch, fake: Inputs) -> Tensor:
         """Return the loss of the discriminator for real examples and generated ones of the same classes."""
         real, generated = self.discriminator(torch.cat((batch.x, fake)), batch.y.repeat(2)).chunk(2)
         return F.relu(1 - real).mean() + F.relu(1 + generated).mean()
 
-    def generator_loss(self, batch: Batch, fake: Inputs, rng: Draws) -> Tensor:
-        """Return the loss of the generator for its samples `fake` of the classes of `batch`."""
+    def generator_loss(self, batch: Batch, z: Tensor, fake: Inputs, rng: Draws) -> Tensor:
+        """Return the loss of the generator for its samples `fake`, of the latent vectors `z` and the classes of
+        `batch`.
+        """
         loss: Tensor = -self.discriminator(fake, batch.y).mean()
         return loss
 

@@ -72,14 +72,14 @@ class RobustGAN(GAN):
         self.how, self._bounds = how or RobustLosses(), bounds
         self._teacher = None if teacher is None else deepcopy(teacher).eval().requires_grad_(False)
 
-    def discriminator_loss(self, batch: Batch, fake: Inputs, rng: Draws) -> Tensor:
+    def discriminator_loss(self, batch: Batch, fake: Inputs) -> Tensor:
         """Return the hinge loss on perturbed images, with the class head and R1."""
         if not (self.how.eps or self.how.r1 or self.how.class_head):
-            usual_loss: Tensor = super().discriminator_loss(batch, fake, rng)
+            usual_loss: Tensor = super().discriminator_loss(batch, fake)
             return usual_loss
         how, x, y = self.how, torch.cat((batch.x, fake)), batch.y.repeat(2)
         is_real = torch.arange(len(x), device=x.device) < len(batch.x)
-        attacked = self._perturbed(x, y, is_real, rng)
+        attacked = self._perturbed(x, y, is_real)
         scores = self._scores(attacked)
         of_class = scores.gather(1, y[:, None])[:, 0]
         hinge = F.relu(1 - of_class[is_real]).mean() + F.relu(1 + of_class[~is_real]).mean()
@@ -89,12 +89,11 @@ class RobustGAN(GAN):
         penalty = slope.flatten(1).square().sum(1).mean() / 2
         return hinge + how.class_head * head + how.r1 * penalty
 
-    def generator_loss(self, batch: Batch, fake: Inputs, rng: Draws) -> Tensor:
+    def generator_loss(self, batch: Batch, z: Tensor, fake: Inputs, rng: Draws) -> Tensor:
         """Return the loss of the generator with the worst change of its output, as a share of the distance between the
         outputs of two latent vectors.
         """
-        loss: Tensor = super().generator_loss(batch, fake, rng)
-        z = self._noise(batch.ids, rng.at("noise"), batch.x)
+        loss: Tensor = super().generator_loss(batch, z, fake, rng)
         apart = (fake - fake.roll(1, 0)).detach().flatten(1).norm(dim=1).mean().clamp_min(1e-6)
         if self._teacher is not None:
             usual = z.clamp(-_USUAL, _USUAL)
@@ -121,7 +120,7 @@ class RobustGAN(GAN):
         scores: Tensor = self.discriminator.scores(x)  # type: ignore[operator]
         return scores
 
-    def _perturbed(self, x: Inputs, y: Labels, is_real: Tensor, rng: Draws) -> Inputs:
+    def _perturbed(self, x: Inputs, y: Labels, is_real: Tensor) -> Inputs:
         """Images that the discriminator takes for the other kind."""
         if not self.how.eps:
             return x
