@@ -7,25 +7,23 @@ the paper's direction, the sign of the gradient) instead of one of a fixed lengt
 averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.gradients import gradient_of, sloped
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, PerExample, Positive
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
+from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class CURE:
+class CURE(LossRecipe):
     """Adds a penalty on the curvature of the loss: the squared change of its input gradient over a small step."""
 
     weight: NonNegative = 4.0
@@ -34,27 +32,8 @@ class CURE:
     """length of the step, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            clean_inputs,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            slope=True,
-            weighted=True,
-        )
+    differentiated_twice: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus the

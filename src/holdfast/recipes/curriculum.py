@@ -8,26 +8,23 @@ raise the number of steps. Differs from the papers: the number of steps after a 
 instead of at chosen epochs; eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Count, Fraction, Inputs, Logits, Positive, Rows, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class CurriculumTraining:
+class CurriculumTraining(LossRecipe):
     """Trains on attacks that stop for each example at its first misclassification or a few steps later."""
 
     beyond: Count = 3
@@ -40,27 +37,8 @@ class CurriculumTraining:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            weighted=True,
-        )
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy that stops for each

@@ -6,26 +6,24 @@ instead of one, half the weight on clean inputs instead of equal weight, eps gro
 and the learning rate follows one cycle. It is a defence against transfer.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Classifier
 from holdfast.core.remedies import SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class EnsembleTraining:
+class EnsembleTraining(LossRecipe):
     """Trains on attacks on the network itself and on fixed surrogate models, one of them at random per batch."""
 
     steps: Steps = 7
@@ -38,31 +36,15 @@ class EnsembleTraining:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def check(self, threat: ThreatModel) -> None:
+        """Raise `UsageError` if the threat model has no surrogates."""
         if not threat.surrogates:
             raise UsageError(
                 "ensemble also attacks surrogates, and none is given", SURROGATE, Remedy("recipe", "pgd")
             )
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            weighted=True,
-        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy of the trained network

@@ -6,30 +6,27 @@ arXiv:2304.11823. The perturbation is that of Kwon et al., "ASAM: Adaptive Sharp
 Scale-Invariant Learning of Deep Neural Networks", ICML 2021, arXiv:2102.11600: `rho · T² g / |T g|` with `T = |w|`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.goal import Goal
-from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, Positive
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.follow_up import after_repair, trigger_of
-from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
+from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 
 _TINY = 1e-12  # keeps the perturbation finite where the gradient is zero
 
 
 @dataclass(frozen=True)
-class FTSAM:
+class FTSAM(LossRecipe):
     """Trains on clean inputs at perturbed weights. The trigger of the threat model is not used in the training."""
 
     rho: Positive = 2.0
@@ -46,29 +43,12 @@ class FTSAM:
     )
 
     goal: ClassVar[Goal] = Goal("trigger_success_rate", better="lower")
+    differentiated_twice: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    def check(self, threat: ThreatModel) -> None:
+        """Raise `UsageError` if the threat model is not a trigger."""
         trigger_of(threat)
-        return trained(
-            clean_inputs,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            slope=True,
-            weighted=True,
-        )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy of a batch at perturbed weights, and the number of examples that are correct at

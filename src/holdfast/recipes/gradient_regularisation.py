@@ -10,27 +10,24 @@ first-order increase of the loss in an attack, instead of its square, and eps gr
 eps; at large eps the gradient at the input predicts little.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.gradients import gradient_of, rise, sloped
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Positive
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
+from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class GradientRegularisation:
+class GradientRegularisation(LossRecipe):
     """Adds a penalty on the input gradient: `weight` times the first-order increase of the loss in a step of eps."""
 
     weight: NonNegative = 3.0
@@ -41,27 +38,8 @@ class GradientRegularisation:
     """length of the step of the finite difference, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            clean_inputs,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            slope=True,
-            weighted=True,
-        )
+    differentiated_twice: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus the

@@ -6,8 +6,8 @@ paper: the search uses the threat's steepest steps instead of Adam's, eps grows 
 and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,17 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.gradients import gradient_of, sloped
-from holdfast.core.model import Classifier
 from holdfast.core.per_example import spread
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class LLR:
+class LLR(LossRecipe):
     """Trains for a loss that is nearly linear in the ball, by a penalty on its largest distance from its tangent."""
 
     bend: NonNegative = 4.0
@@ -41,27 +38,8 @@ class LLR:
     """path length of the search, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            slope=True,
-            weighted=True,
-        )
+    differentiated_twice: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the inputs at which the penalty is measured: points of the ball, found by gradient ascent on the

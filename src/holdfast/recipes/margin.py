@@ -9,26 +9,23 @@ rate follows one cycle. Any network can be trained in this way; only one of the 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.io.models.lipschitz_layers import input_constant
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
+from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class MarginTraining:
+class MarginTraining(LossRecipe):
     """Trains for a large margin: an offset is subtracted from the true class's logit before the cross-entropy."""
 
     offset: NonNegative = 2.0
@@ -39,18 +36,7 @@ class MarginTraining:
     afterwards"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, weighted=True
-        )
+    weights_classes: ClassVar[bool] = True
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy after an

@@ -7,28 +7,25 @@ the weights are averaged, and the learning rate follows one cycle. PGD overestim
 AutoAttack it is below plain adversarial training in published tables.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 _ABOVE_ONE = 1.0001  # as in the authors' code, so that the argument of the logarithm is positive
 
 
 @dataclass(frozen=True)
-class MART:
+class MART(LossRecipe):
     """Adversarial training that gives larger weights to examples that are misclassified when clean."""
 
     beta: NonNegative = 6.0
@@ -39,18 +36,7 @@ class MART:
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, weighted=True
-        )
+    weights_classes: ClassVar[bool] = True
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""

@@ -6,24 +6,22 @@ the paper: a weight of the clean cross-entropy may be added, the weights are ave
 cycle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
 
 from holdfast.certifiers.texts.masking import Masking, masked
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
+from holdfast.core.batch import Batch
 from holdfast.core.texts import decoded, encoded
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class MaskedWords:
+class MaskedWords(LossRecipe):
     """Trains on texts with random masks, as the certificate `masking` with the same `keep` and `mask` needs."""
 
     keep: Fraction = 0.1
@@ -36,25 +34,21 @@ class MaskedWords:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
+    weights_classes: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         Masking(self.keep, self.mask)  # refuses other values
-
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        loss = partial(adversarial_cross_entropy, clean=self.clean, smoothing=self.label_smoothing)
-        return trained(
-            self.inner, loss, model, data, threat, self.training, rng=rng, after=after, weighted=True
-        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return a masked copy of each text of a batch."""
         texts, rng = decoded(batch.x), turn.rng.at("masks")
         copies = masked(texts, keep=self.keep, mask=self.mask, rng=rng, ids=batch.ids)
         return encoded(copies, max(batch.x.shape[1], *map(len, copies))).to(batch.x)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a batch and the number of correct masked texts. The loss is the cross-entropy of the
+        masked texts plus the weighted one of the texts without masks.
+        """
+        return adversarial_cross_entropy(
+            learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing
+        )

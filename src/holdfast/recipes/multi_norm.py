@@ -8,33 +8,30 @@ is taken. Differs from the papers: every attack of `max` and `average` has the s
 the weights are averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
-from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Classifier
 from holdfast.core.per_example import spread
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, trained
+from holdfast.recipes.training.learner import Learner
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 _OTHERS = Remedy("recipe.others", Placeholder("l2:1.5,l1:10", "(L2(1.5), L1(10.0))"))
 
 
 @dataclass(frozen=True)
-class MultiNormTraining:
+class MultiNormTraining(LossRecipe):
     """Adversarial training under several norms: that of the threat model and further ones."""
 
     others: tuple[Constraint, ...] = ()
@@ -56,33 +53,17 @@ class MultiNormTraining:
                 _OTHERS,
             )
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def check(self, threat: ThreatModel) -> None:
+        """Raise `UsageError` if there are no other norms."""
         if not self.others:
             raise UsageError(
                 f"multi-norm trains under {threat.constraint} and other norms, and others is empty",
                 _OTHERS,
                 Remedy("recipe", "pgd"),
             )
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            weighted=True,
-        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch: for each example those of the worst constraint, or with the method

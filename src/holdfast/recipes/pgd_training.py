@@ -5,23 +5,20 @@ optimisation, the minimum over weights of the mean over examples of the maximum 
 eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class PGDTraining:
+class PGDTraining(LossRecipe):
     """Adversarial training on the results of a short projected gradient attack on each batch."""
 
     steps: Steps = 7
@@ -34,27 +31,8 @@ class PGDTraining:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            weighted=True,
-        )
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""

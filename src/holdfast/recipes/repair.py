@@ -5,27 +5,24 @@ Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neu
 VI.C. Differs from the paper: half of the inputs get the trigger instead of a fifth, over ten epochs instead of one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.goal import Goal
-from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.follow_up import after_repair, trigger_of
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(LossRecipe):
     """Trains on clean inputs, of which a part get the trigger of the threat model and keep their true labels."""
 
     stamped: Fraction = 0.5
@@ -40,29 +37,12 @@ class Repair:
     )
 
     goal: ClassVar[Goal] = Goal("trigger_success_rate", better="lower")
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    def check(self, threat: ThreatModel) -> None:
+        """Raise `UsageError` if the threat model is not a trigger."""
         trigger_of(threat)
-        return trained(
-            self.inner,
-            adversarial_cross_entropy,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            weighted=True,
-        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the inputs of a batch, of which a part that is drawn at random has the trigger."""

@@ -4,26 +4,23 @@ Pang et al., "Robustness and Accuracy Could Be Reconcilable by (Proper) Definiti
 Differs from the paper: eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.divergences import squared_error
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class SCORE:
+class SCORE(LossRecipe):
     """Replaces the cross-entropy and the divergence of TRADES by squared distances between predictions."""
 
     beta: NonNegative = 4.0
@@ -38,27 +35,8 @@ class SCORE:
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            weighted=True,
-        )
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the squared distance between attacked and
