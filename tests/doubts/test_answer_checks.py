@@ -95,7 +95,7 @@ def test_a_failed_check_leaves_the_doubt_raised_and_is_named():
     for checked, state in ((columns(), "answered"), (columns(box=(1, 9)), "raised")):
         (doubt,) = with_answers(doubts, {SEARCH: ran}, because, **settings, checks=answer_checks(checked))
         assert doubt.state == state
-    assert doubt.message == "odd; the adaptive attack failed its checks whole-box"
+    assert doubt.message == "odd; the adaptive attack did not pass every check of it (whole-box)"
 
 
 def test_larger_eps_are_below_half_of_the_box_and_there_is_one():

@@ -196,9 +196,8 @@ def with_answers(
             return doubt
         failed = [check.name for check in checks if check.state in ("failed", "not measured")]
         if failed:
-            return replace(
-                doubt, message=f"{doubt.message}; the adaptive attack failed its checks {', '.join(failed)}"
-            )
+            without = f"the adaptive attack did not pass every check of it ({', '.join(failed)})"
+            return replace(doubt, message=f"{doubt.message}; {without}")
         unless = doubt_test(doubt.name).unanswered_if
         dead = unless == "dead" and (blind or _dead(ran, required))
         if dead or (unless == "not bypassed" and not bypassed and "EOT" not in required):
