@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast.attacks import FeatureTransfer
+from holdfast.attacks.parts.features import features_of
 from holdfast.attacks.parts.ration import Ration
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
@@ -206,6 +207,27 @@ def test_a_single_example_and_an_empty_batch_are_attacked():
         part = batch.first(n)
         x_adv = FeatureTransfer(passes=100)(model, part, threat, rng=Draws(0))
         assert x_adv.shape == part.x.shape
+
+
+def test_features_of_a_model_that_treats_the_examples_one_by_one_are_those_of_any_batch():
+    """The number of operations depends on the size of the batch, which falls as examples are broken."""
+
+    class OneByOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(0).net
+
+        def forward(self, x):
+            shifts = [0.01 * int((255 * each).round().sum() % 3) for each in x]
+            return one_hot(torch.cat([self.net(x[k : k + 1] + shift) for k, shift in enumerate(shifts)]))
+
+    model = Classifier(OneByOne()).eval().requires_grad_(False)
+    batch = labelled(model, examples(n=12))
+    features = features_of(model, batch)
+    for n in (1, 3, 12):
+        part = batch.first(n)
+        logits, values = features.forward(model, part, part.x.clone().requires_grad_())
+        assert values[0].argmax(1).equal(logits.argmax(1))
 
 
 def test_a_model_that_takes_gradients_of_its_own_is_attacked():

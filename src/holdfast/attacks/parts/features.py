@@ -27,7 +27,10 @@ class Features:
     relaxed: bool
     """whether a gradient reaches the logits through relaxed operations"""
     places: tuple[tuple[int, ...], ...]
-    """positions of the tensors of each place in the record of a forward pass"""
+    """positions of the tensors of each place in the record of a forward pass, counted from its end: a model that treats
+    the examples one by one before it decides records more of them for a larger batch"""
+    widths: tuple[int, ...]
+    """number of features of each place"""
 
     def forward(self, model: Model, batch: Batch, x: Inputs) -> tuple[Logits, list[Tensor]]:
         """Return the logits of `x` and the features (n, k) of each place, with gradients with respect to `x`.
@@ -36,7 +39,8 @@ class Features:
         """
         with torch.enable_grad(), relaxed(cross=self.cross) as record:
             logits = model(x, batch.ids)
-        return logits, [_joined(record, place, x) for place in self.places]
+        pairs = zip(self.places, self.widths, strict=True)
+        return logits, [_joined(record, place, width, x) for place, width in pairs]
 
 
 def features_of(model: Model, batch: Batch) -> Features | None:
@@ -79,7 +83,11 @@ def _inspected(model: Model, batch: Batch, *, cross: bool) -> Features | None:
         return None
     places = tuple(place for place in _places(record, len(batch)) if place)
     relaxes = record.passed > 0 and reaches
-    return Features(cross, relaxes, places) if places or relaxes else None
+    if not places and not relaxes:
+        return None
+    widths = tuple(sum(record.recorded[k][0].numel() for k in place) for place in places)
+    end = len(record.recorded)
+    return Features(cross, relaxes, tuple(tuple(k - end for k in place) for place in places), widths)
 
 
 def _places(record: Relaxation, n: int) -> tuple[tuple[int, ...], ...]:
@@ -99,10 +107,10 @@ def _places(record: Relaxation, n: int) -> tuple[tuple[int, ...], ...]:
     return group, tuple(before[-1:])
 
 
-def _joined(record: Relaxation, place: tuple[int, ...], x: Inputs) -> Tensor:
-    if place[-1] >= len(record.recorded):
-        return x.new_zeros(len(x), 1)
-    parts = [record.recorded[k] for k in place]
-    if any(len(part) != len(x) or not part.is_floating_point() for part in parts):
-        return x.new_zeros(len(x), 1)
-    return torch.cat([part.flatten(1).to(x.dtype) for part in parts], dim=1)
+def _joined(record: Relaxation, place: tuple[int, ...], width: int, x: Inputs) -> Tensor:
+    parts = [record.recorded[k] for k in place if k >= -len(record.recorded)]
+    if all(part.dim() and len(part) == len(x) and part.is_floating_point() for part in parts):
+        joined = [part.flatten(1).to(x.dtype) for part in parts if part.dim() > 1]
+        if sum(part.shape[1] for part in joined) == width:
+            return torch.cat(joined, dim=1)
+    return x.new_zeros(len(x), width)
