@@ -206,7 +206,7 @@ def test_a_student_follows_its_teacher_for_usual_latent_vectors_only():
         ("make", {"use": "robust-gan", "epss": 1}, {}, "no setting 'epss'"),
         ("make", "robust-gan", {"budget": "0.001s"}, "is enough for 0 updates"),
         ("make", "pgd", {"threat": "linf:0.1"}, r"returned a generator \(ImageGAN\)"),
-        ("make", "robust-gan", {"threat": "linf:0.3"}, "threat is 'linf:0.3', and .* leave threat out"),
+        ("make", "robust-gan", {"threat": "linf:8/255"}, "threat is 'linf:8/255', and .* leave threat out"),
         ("make", "distil", {"n": 100}, "n is 100, and the recipe distil trains a generator"),
         ("make", "distil", {"gates": ["robust_accuracy >= 0.4"]}, "no metric 'robust_accuracy'"),
         ("make", "distil", {"gates": ["improved"]}, "verdict on a training"),

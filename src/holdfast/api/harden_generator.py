@@ -120,8 +120,6 @@ def _audit_settings(settings: Harden) -> AuditGenerator:
     """The settings of the audits: those that both commands have. Raises `UsageError` if another one was given."""
     of_classifiers = settings.model_fields_set - AuditGenerator.model_fields.keys() - {"recipe", "budget"}
     for name in sorted(of_classifiers):
-        if getattr(settings, name) == Harden.model_fields[name].get_default(call_default_factory=True):
-            continue  # `holdfast.harden` always gives the threat
         raise UsageError(
             f"{name} is {getattr(settings, name)!r}, and the recipe {settings.recipe['use']} trains a generator, for "
             f"which there is no such setting; leave {name} out"

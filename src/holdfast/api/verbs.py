@@ -100,7 +100,7 @@ def certify(
 def harden(
     model: ModelLike,
     data: DataLike,
-    threat: ThreatLike = "linf:8/255",
+    threat: ThreatLike | None = None,
     recipe: Recipe | str | Mapping[str, Any] = "auto",
     *,
     run: str | Path | None = None,
@@ -113,7 +113,8 @@ def harden(
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. If `data` is an address, its
     train split is used for training and its test split for measurement. If it is an object, it is used for measurement
-    and `fit` for training; without `fit`, a tenth of it is held out for measurement. `unlabelled` contains further
+    and `fit` for training; without `fit`, a tenth of it is held out for measurement. `threat` is linf:8/255 unless it is
+    given. `unlabelled` contains further
     inputs for training, as an address or an object, for recipes that use inputs without labels. `budget` is the
     wall-clock time for the training, as in "10min", and `assess_budget` that for both measurements; a budget below one
     epoch is refused unless `anyway` is True. The other arguments are those of `assess`, and apply to the
