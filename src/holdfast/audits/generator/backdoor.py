@@ -300,21 +300,26 @@ def _variance(outputs: Tensor) -> float:
 
 
 def _table(result: Result) -> Table:
-    rows = [("variance of the outputs with the shift", f"{result.variance:.3g}", "–")]
+    varied = ("variance of the outputs with the shift", f"{result.variance:.3g}")
     if result.reversal is None:
-        rows = [(rows[0][0], rows[0][1], f"at most {COLLAPSE:g}")]
+        rows = [(*varied, f"at most {COLLAPSE:g}")]
+        searched = "The search for a shift of the latent vector that is the trigger of a backdoor."
     else:
-        rows.insert(0, ("reversal of the shift", f"{result.reversal:.3g}", f"at least {REVERSAL:g}"))
+        rows = [
+            ("reversal of the shift", f"{result.reversal:.3g}", f"at least {REVERSAL:g}"),
+            (*varied, "–"),
+        ]
+        searched = (
+            "The search for a shift of the noise that is the trigger of a backdoor. The reversal is the share of the "
+            "shift that the estimate of the network subtracts."
+        )
     rows.append(("root mean square of the shift", f"{result.size:.3g}", "–"))
     rows.append(("variance of the usual outputs", f"{result.usual:.3g}", "–"))
-    return Table(
-        "Backdoor",
-        ("measure", "value", "flagged if"),
-        rows,
-        "The search for a shift of the noise that is the trigger of a backdoor. The reversal is the share of the shift "
-        "that the estimate of the network subtracts. The variance with the shift is a share of that of the usual "
-        "outputs, and theirs a share of that of the training examples. The thresholds were set on clean generators.",
+    note = (
+        f"{searched} The variance with the shift is a share of that of the usual outputs, and theirs a share of that "
+        "of the training examples. The thresholds were set on clean generators."
     )
+    return Table("Backdoor", ("measure", "value", "flagged if"), rows, note)
 
 
 def _pictures(columns: Columns, context: Context, result: Result) -> tuple[Picture, ...]:
