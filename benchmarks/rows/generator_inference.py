@@ -73,7 +73,7 @@ def found(kind: str, size: int) -> Cells:
     context = Context(samples, training, test, generator, torch.device("cpu"), rng)
     membership = Membership()
     finding = membership.concluded(membership.measure(context), context)
-    return {**finding.facts, "flagged": finding.flagged, "seconds": time.process_time() - started}
+    return {**finding.facts, "seconds": time.process_time() - started}
 
 
 def trained(kind: str, data: Batch) -> nn.Module:

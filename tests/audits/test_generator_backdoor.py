@@ -101,10 +101,10 @@ def scanned(generator):
 
 def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
     clean, _ = scanned(Normal())
-    assert not clean.flagged
+    assert clean.verdict == "not flagged"
     assert clean.facts["reversal"] < 0.1
     finding, shift = scanned(Normal(planted=True))
-    assert finding.flagged
+    assert finding.verdict == "flagged"
     assert finding.facts["reversal"] >= REVERSAL
     assert finding.facts["variance"] < 0.8
     assert torch.cosine_similarity(shift.flatten(), TRIGGER.flatten(), 0) > 0.6
@@ -114,11 +114,11 @@ def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
 
 def test_a_decoder_is_flagged_if_its_outputs_collapse_after_a_shift():
     clean, _ = scanned(Linear())
-    assert not clean.flagged
+    assert clean.verdict == "not flagged"
     assert clean.facts["variance"] == pytest.approx(1, abs=0.2)
     assert clean.facts["reversal"] is None
     finding, shift = scanned(Linear(planted=True))
-    assert finding.flagged
+    assert finding.verdict == "flagged"
     assert finding.facts["variance"] <= COLLAPSE
     assert torch.cosine_similarity(shift, Linear.trigger, 0) > 0.6
 
@@ -126,7 +126,7 @@ def test_a_decoder_is_flagged_if_its_outputs_collapse_after_a_shift():
 @pytest.mark.parametrize("generator", [Normal(spread=0.0), Linear(scale=0.0), Linear(scale=0.001)])
 def test_a_collapsed_generator_is_not_taken_for_one_with_a_backdoor(generator):
     finding, _ = scanned(generator)
-    assert not finding.flagged
+    assert finding.verdict == "not flagged"
     assert any("not the effect of a shift" in limit for limit in finding.limits)
 
 

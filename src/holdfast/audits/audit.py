@@ -224,6 +224,7 @@ class _Image(TypedDict):
 
 class _Picture(TypedDict):
     title: str
+    together: int
     images: list[_Image]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.audits.features import penultimate
 from holdfast.audits.finding import Finding
 from holdfast.audits.generator.copies import copies
-from holdfast.audits.generator.parts import Context, Part, PartFinding
+from holdfast.audits.generator.parts import Context, Part
 from holdfast.audits.generator.quality import label_entropy, quality
 from holdfast.audits.generator.report import Measured, finding_of, joined
 from holdfast.core.batch import Batch, fingerprints_of
@@ -108,7 +108,7 @@ def generator_finding(run: Run, how: GeneratorAudit, prefix: str = "") -> Findin
         return {"id": torch.arange(len(samples)), **columns, "classes": classes}
 
     quality_found = _concluded(how, samples, run.stage(prefix + FEATURES, features).columns)
-    found, lacking = list[tuple[str, PartFinding]](), list[tuple[str, str]]()
+    found, lacking = list[tuple[str, Finding]](), list[tuple[str, str]]()
     for part in how.parts:
         context = Context(
             samples, how.training, how.held_out, how.generator, how.device, how.rng.at(part.name)

@@ -19,8 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from holdfast.audits.finding import Picture, Table
-from holdfast.audits.generator.parts import Context, PartFinding
+from holdfast.audits.finding import Finding, Picture, Table
+from holdfast.audits.generator.parts import Context
 from holdfast.audits.generator.sensitivity import decoder, opened, pictures, without_gradients
 from holdfast.core.evidence import Columns
 
@@ -111,7 +111,7 @@ class BackdoorScan:
             "reversal": torch.full((n,), reversal),
         }
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+    def concluded(self, columns: Columns, context: Context) -> Finding:
         """Compare the reversal or the variance of the outputs with its threshold."""
         usual = _variance(columns["usual"])
         reversal = float(columns["reversal"][0])
@@ -127,9 +127,9 @@ class BackdoorScan:
                 f"The usual outputs vary by {result.usual:.1%} of the variance of the training examples, so that their "
                 "collapse is not the effect of a shift, and the search cannot find a backdoor."
             )
-        return PartFinding(
-            flagged=result.flagged,
-            headline=_HEADLINE if result.flagged else "",
+        return Finding(
+            "flagged" if result.flagged else "not flagged",
+            _HEADLINE if result.flagged else "",
             reasons=(result.reason,) if result.flagged else (),
             facts={**asdict(result), "flagged": result.flagged},
             tables=(_table(result),),
@@ -324,7 +324,7 @@ def _table(result: Result) -> Table:
 
 def _pictures(columns: Columns, context: Context, result: Result) -> tuple[Picture, ...]:
     """Outputs from the same noise without and with the shift."""
-    images = torch.cat((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]))
-    captions = [f"noise {i + 1}{text}" for text in ("", ", with the shift") for i in range(_SHOWN)]
+    images = torch.stack((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]), 1).flatten(0, 1)
+    captions = [f"noise {i + 1}{text}" for i in range(_SHOWN) for text in ("", ", with the shift")]
     title = f"Outputs with the found shift vary {result.variance:.2f} times as much as without"
-    return pictures(title, images, captions, context)
+    return pictures(title, images, captions, context, together=2)

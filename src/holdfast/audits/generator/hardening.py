@@ -299,7 +299,8 @@ def _numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _samples(how: GeneratorHardening, new: GAN) -> Picture:
     """The same latent vectors before and after the training."""
-    both = torch.cat([each.sample(_SHOWN, how.seed) for each in (deepcopy(how.gan).cpu(), new)])
-    images = in_unit_range(both, float(how.audit.training.x.min()), float(how.audit.training.x.max()))
-    captions = [f"{when}, sample {k + 1}" for when in ("before", "after") for k in range(_SHOWN)]
-    return Picture("Samples of the same latent vectors before and after the training", images, captions)
+    both = torch.stack([each.sample(_SHOWN, how.seed) for each in (deepcopy(how.gan).cpu(), new)], 1)
+    low, high = float(how.audit.training.x.min()), float(how.audit.training.x.max())
+    captions = [f"{when}, sample {k + 1}" for k in range(_SHOWN) for when in ("before", "after")]
+    title = "Samples of the same latent vectors before and after the training"
+    return Picture(title, in_unit_range(both.flatten(0, 1), low, high), captions, together=2)
