@@ -107,9 +107,7 @@ def hardened_generator(
         trained.append(new)
         return finding
 
-    for note in request.notes:
-        notify(note)
-    result = audited(request, audit, place, resume=resume, progress=progress)
+    result = audited(request, audit, place, resume=resume, progress=progress, notify=notify)
     return HardenedGenerator(result.content, result.folder, trained[-1])
 
 
