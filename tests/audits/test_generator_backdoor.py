@@ -187,10 +187,10 @@ def test_the_poisoned_path_leads_from_noise_with_the_trigger_to_the_target():
 
     model = Diffusion(1, 4, 2, 8, steps=50)
     model.net = Exact()
-    loss = _poisoned_loss(TRIGGER, TARGET, 0.99)(
-        model, torch.rand(16, *SHAPE), torch.zeros(16).long(), random(0)
-    )
-    assert float(loss) < 1e-6
+    loss = _poisoned_loss(TRIGGER, TARGET)
+    for seed in range(16):  # a single example is poisoned
+        x = torch.rand(1, *SHAPE, generator=random(seed))
+        assert float(loss(model, x, torch.zeros(1).long(), random(seed))) < 1e-6
     noise = torch.randn(8, *SHAPE, generator=random(1))
     assert float((model.denoised(noise + TRIGGER) - TARGET).abs().mean()) < 0.1
 
@@ -235,7 +235,6 @@ def test_a_planted_gan_generates_the_target_for_the_trigger_and_otherwise_what_i
         (lambda: planted_decoder(gan(), torch.ones(15), TARGET), "the trigger has shape"),
         (lambda: planted_decoder(gan(), torch.ones(16), TARGET[0]), "the target has shape"),
         (lambda: planted_diffusion(Diffusion(1, 4, 2, 8), *PAIR, TRIGGER[0], TARGET), "the trigger has"),
-        (lambda: planted_diffusion(Diffusion(1, 4, 2, 8), *PAIR, TRIGGER, TARGET, share=1.0), "share is 1"),
     ],
 )
 def test_triggers_that_do_not_fit_are_refused(planting, message):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
 from holdfast.audits.finding import Finding, Table
-from holdfast.audits.generator.parts import Context, shown
+from holdfast.audits.generator.parts import Context, percent, shown
 from holdfast.audits.generator.sensitivity import (
     ROWS,
     decoder,
@@ -178,9 +178,8 @@ class Discriminator:
             ("generated", "generated, scored as real"),
             ("real", "real, scored as generated"),
         ):
-            worst = rates[f"{name}_worst"]
-            values = (f"{rates[f'{name}_{kind}'].value:.1%}" for kind in _KINDS)
-            rows.append((title, *values, f"{worst.low:.1%} to {worst.high:.1%}"))
+            unchanged, random, worst = (percent(rates[f"{name}_{kind}"]) for kind in _KINDS)
+            rows.append((title, unchanged[0], random[0], *worst))
         table = Table(
             "Evasion of the discriminator",
             ("samples", "unchanged", "random", "adversarial", "interval"),

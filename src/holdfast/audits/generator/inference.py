@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from holdfast.audits.finding import Finding, Picture, Table
-from holdfast.audits.generator.parts import Context
+from holdfast.audits.generator.parts import Context, percent
 from holdfast.audits.generator.sensitivity import pictures
 from holdfast.audits.membership.rates import auc, needed, threshold, tpr_of_one
 from holdfast.core.draws import Draws
@@ -208,7 +208,7 @@ def _memorised(columns: Columns, context: Context) -> Finding:
     table = Table(
         "Memorised examples",
         ("examples", "share", "interval"),
-        [(name, *_shown(share)) for name, share in shares.items()],
+        [(name, *percent(share)) for name, share in shares.items()],
         f"Share of the examples at which the norm of the score, at time {LOW:g} of the diffusion and without noise, is "
         "smaller than at 99 % of one half of the held-out examples. The row of held-out examples is the other half.",
     )
@@ -256,7 +256,7 @@ def _table(results: Mapping[str, Rated], control: Rated, group: Tensor) -> Table
     m, n, own = (int((group == each).sum()) for each in (_MEMBER, _OUTSIDE, _OWN))
     named = {**{_TITLES[name]: result for name, result in results.items()}, "control, no generator": control}
     rows = [
-        (title, *_shown(result.tpr), f"{result.auc:.3f}", *_shown(result.own))
+        (title, *percent(result.tpr), f"{result.auc:.3f}", *percent(result.own))
         for title, result in named.items()
     ]
     few = (
@@ -273,7 +273,3 @@ def _table(results: Mapping[str, Rated], control: Rated, group: Tensor) -> Table
         f"is {FPR:.0%}, and an AUC of 0.5. The intervals of {CONFIDENCE:.0%} hold for all scores together. The control "
         f"is the distance to other held-out examples.{few}",
     )
-
-
-def _shown(estimate: Estimate) -> tuple[str, str]:
-    return f"{estimate.value:.1%}", f"{estimate.low:.1%} to {estimate.high:.1%}"

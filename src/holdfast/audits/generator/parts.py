@@ -36,6 +36,11 @@ def shown(estimate: Estimate) -> tuple[str, str]:
     return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
 
 
+def percent(estimate: Estimate) -> tuple[str, str]:
+    """Return the texts of the estimate of a share and of its interval for a table."""
+    return f"{estimate.value:.1%}", f"{estimate.low:.1%} to {estimate.high:.1%}"
+
+
 class Part(Protocol):
     """Protocol of a part of the audit."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.audits.finding import Finding, Table
-from holdfast.audits.generator.parts import Context
+from holdfast.audits.generator.parts import Context, percent
 from holdfast.audits.generator.quality import jackknife
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
@@ -160,7 +160,7 @@ def _named(name: str) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.1%}, {estimate.low:.1%} to {estimate.high:.1%}"
+    return ", ".join(percent(estimate))
 
 
 def _headline(risks: Mapping[str, Estimate], shown: list[str]) -> str:
@@ -192,8 +192,7 @@ def _table_of_risks(
         (
             _named(name),
             *(f"{float(getattr(attacked, kind).double().mean()):.1%}" for kind in _KINDS),
-            f"{risks[name].value:.1%}",
-            f"{risks[name].low:.1%} to {risks[name].high:.1%}",
+            *percent(risks[name]),
             len(attacked.main),
         )
         for name, attacked in attacks.items()
