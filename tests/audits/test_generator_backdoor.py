@@ -101,10 +101,10 @@ def scanned(generator):
 
 def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
     clean, _ = scanned(Normal())
-    assert not clean.flagged
+    assert clean.verdict == "not flagged"
     assert clean.facts["reversal"] < 0.1
     finding, shift = scanned(Normal(planted=True))
-    assert finding.flagged
+    assert finding.verdict == "flagged"
     assert finding.facts["reversal"] >= REVERSAL
     assert finding.facts["variance"] < 0.8
     assert torch.cosine_similarity(shift.flatten(), TRIGGER.flatten(), 0) > 0.6
@@ -114,11 +114,11 @@ def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
 
 def test_a_decoder_is_flagged_if_its_outputs_collapse_after_a_shift():
     clean, _ = scanned(Linear())
-    assert not clean.flagged
+    assert clean.verdict == "not flagged"
     assert clean.facts["variance"] == pytest.approx(1, abs=0.2)
     assert clean.facts["reversal"] is None
     finding, shift = scanned(Linear(planted=True))
-    assert finding.flagged
+    assert finding.verdict == "flagged"
     assert finding.facts["variance"] <= COLLAPSE
     assert torch.cosine_similarity(shift, Linear.trigger, 0) > 0.6
 
@@ -126,7 +126,7 @@ def test_a_decoder_is_flagged_if_its_outputs_collapse_after_a_shift():
 @pytest.mark.parametrize("generator", [Normal(spread=0.0), Linear(scale=0.0), Linear(scale=0.001)])
 def test_a_collapsed_generator_is_not_taken_for_one_with_a_backdoor(generator):
     finding, _ = scanned(generator)
-    assert not finding.flagged
+    assert finding.verdict == "not flagged"
     assert any("not the effect of a shift" in limit for limit in finding.limits)
 
 
@@ -187,10 +187,10 @@ def test_the_poisoned_path_leads_from_noise_with_the_trigger_to_the_target():
 
     model = Diffusion(1, 4, 2, 8, steps=50)
     model.net = Exact()
-    loss = _poisoned_loss(TRIGGER, TARGET, 0.99)(
-        model, torch.rand(16, *SHAPE), torch.zeros(16).long(), random(0)
-    )
-    assert float(loss) < 1e-6
+    loss = _poisoned_loss(TRIGGER, TARGET)
+    for seed in range(16):  # a single example is poisoned
+        x = torch.rand(1, *SHAPE, generator=random(seed))
+        assert float(loss(model, x, torch.zeros(1).long(), random(seed))) < 1e-6
     noise = torch.randn(8, *SHAPE, generator=random(1))
     assert float((model.denoised(noise + TRIGGER) - TARGET).abs().mean()) < 0.1
 
@@ -235,7 +235,6 @@ def test_a_planted_gan_generates_the_target_for_the_trigger_and_otherwise_what_i
         (lambda: planted_decoder(gan(), torch.ones(15), TARGET), "the trigger has shape"),
         (lambda: planted_decoder(gan(), torch.ones(16), TARGET[0]), "the target has shape"),
         (lambda: planted_diffusion(Diffusion(1, 4, 2, 8), *PAIR, TRIGGER[0], TARGET), "the trigger has"),
-        (lambda: planted_diffusion(Diffusion(1, 4, 2, 8), *PAIR, TRIGGER, TARGET, share=1.0), "share is 1"),
     ],
 )
 def test_triggers_that_do_not_fit_are_refused(planting, message):

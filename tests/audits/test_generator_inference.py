@@ -65,7 +65,7 @@ def test_a_memoriser_is_found_by_each_score_and_takes_its_own_samples_for_member
     for name in ("distance", "denoising", "score_norm"):
         assert finding.facts[name]["tpr"] >= 0.9
         assert finding.facts[name]["own"] >= 0.9
-    assert finding.flagged
+    assert finding.verdict == "flagged"
     assert finding.facts["memorised"] >= 0.9
     assert finding.facts["memorised_held_out"] <= 0.05
     assert finding.metrics["membership_tpr_at_1_percent"].low > 0.5
@@ -76,7 +76,7 @@ def test_a_generator_that_does_not_memorise_is_not_flagged():
     columns, finding = found(Normal(), training=normal(1000, 3))
     for name in ("distance", "denoising", "score_norm", "log_prob"):
         assert finding.facts[name]["low"] <= FPR <= finding.facts[name]["high"]
-    assert not finding.flagged
+    assert finding.verdict == "not flagged"
     assert not finding.facts["different_data"]
     assert finding.facts["memorised"] <= 0.05
     # the closed form: the norm of the score of a normal distribution is proportional to that of the example
@@ -96,14 +96,14 @@ def test_few_held_out_examples_give_no_lower_bound_and_no_flag():
     _, finding = found(Memoriser(normal(200, 0)), held_out=normal(400, 1))
     assert finding.facts["denoising"]["tpr"] >= 0.9
     assert finding.facts["denoising"]["low"] == 0
-    assert not finding.flagged
+    assert finding.verdict == "not flagged"
     assert "the threshold is imprecise" in finding.tables[0].note
 
 
 def test_examples_of_other_data_are_not_called_a_leak():
     _, finding = found(Normal(), training=normal(1000, 3, shift=1.0))
     assert finding.facts["different_data"]
-    assert not finding.flagged
+    assert finding.verdict == "not flagged"
     assert "cannot be concluded" in finding.headline
 
 

@@ -14,9 +14,10 @@ from holdfast.audits.generator import hardening
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import HoldfastError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.generators import GAN, ImageGAN
+from holdfast.generators.opening import opened_generator
 from holdfast.recipes.training.robust_gan import RobustGAN, RobustLosses
 
 SOURCE = """
@@ -141,7 +142,9 @@ def test_modules_of_the_user_are_trained(place, recipe, tmp_path):
     result = hardened(place, "own", recipe)
     assert type(result.generator) is GAN
     assert isinstance(result.generator.generator, nn.Sequential)
-    assert result.write_folder(tmp_path).is_file()
+    written = result.write_folder(tmp_path)
+    with pytest.raises(TargetError, match="does not state the modules; load them in a function"):
+        opened_generator(str(written))
 
 
 def test_the_worst_change_has_its_size_for_latent_vectors_of_several_dimensions():
@@ -206,7 +209,7 @@ def test_a_student_follows_its_teacher_for_usual_latent_vectors_only():
         ("make", {"use": "robust-gan", "epss": 1}, {}, "no setting 'epss'"),
         ("make", "robust-gan", {"budget": "0.001s"}, "is enough for 0 updates"),
         ("make", "pgd", {"threat": "linf:0.1"}, r"returned a generator \(ImageGAN\)"),
-        ("make", "robust-gan", {"threat": "linf:0.3"}, "threat is 'linf:0.3', and .* leave threat out"),
+        ("make", "robust-gan", {"threat": "linf:8/255"}, "threat is 'linf:8/255', and .* leave threat out"),
         ("make", "distil", {"n": 100}, "n is 100, and the recipe distil trains a generator"),
         ("make", "distil", {"gates": ["robust_accuracy >= 0.4"]}, "no metric 'robust_accuracy'"),
         ("make", "distil", {"gates": ["improved"]}, "verdict on a training"),
@@ -226,12 +229,22 @@ def test_a_classifier_and_a_generator_are_told_apart(place):
         holdfast.harden("mnist-cnn", str(place / "squares.npz"), recipe="distil", device="cpu")
     with pytest.raises(UsageError, match="mnist-gan is a bundled generator, and a classifier was expected"):
         holdfast.assess("mnist-gan", "mnist-mini", "linf:0.1")
+    audited = {"data": str(place / "squares.npz"), "held_out": str(place / "squares.npz")}
+    with pytest.raises(UsageError, match="mnist-cnn is a bundled classifier, and a generator was expected"):
+        holdfast.audit.generator("mnist-cnn", **audited)
+    with pytest.raises(UsageError, match="names no function that returns the model; it defines make"):
+        holdfast.audit.generator(str(place / "gen.py"), **audited)
 
 
 def test_data_without_splits_are_refused(place):
     x, y = squares(300, 0)
     with pytest.raises(UsageError, match="train split"):
         Harden(model=f"{place / 'gen.py'}:make", data=(x, y), recipe="distil").run_generator()
+    np.savez(place / "one.npz", x=x, y=y)
+    with pytest.raises(
+        UsageError, match="trained on the split train of the data: .*save x_train and y_train"
+    ):
+        holdfast.harden(f"{place / 'gen.py'}:make", str(place / "one.npz"), recipe="distil", device="cpu")
 
 
 @pytest.mark.slow

@@ -29,12 +29,13 @@ from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.generators.opening import names_generator, opened_generator
+from holdfast.generators.opening import bundled_generators, names_generator, opened_generator
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import layout_of_images
-from holdfast.io.models.factories import names_code
+from holdfast.io.models.factories import names_code, refuse_without_factory
 from holdfast.io.models.generators import OpenedGenerator
+from holdfast.io.models.models import bundled_models
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.rotation.collecting import last_of, rows_of
@@ -191,6 +192,12 @@ def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
     """The generator, or the file of its samples."""
     given = settings.model
     if isinstance(given, str) and not (names_code(given) or names_generator(given)):
+        refuse_without_factory(given)
+        if given in bundled_models():
+            raise UsageError(
+                f"{given} is a bundled classifier, and a generator was expected; bundled generators are "
+                f"{', '.join(bundled_generators())}"
+            )
         refuse_condition(settings.condition, given, None)
         samples = _opened(settings, beside(settings, given), network)
         # a random sample, because a file may be sorted by class

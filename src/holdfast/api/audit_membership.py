@@ -77,8 +77,6 @@ def membership_audited(
         how = _how(settings, opened, examples, networks, training)
         _refuse_too_few(settings, how)
         request = _request(settings, opened, how, training, str(device), command)
-        for note in request.notes:
-            notify(note)
 
         def audit(run: Run) -> Finding:
             attach(served)
@@ -95,7 +93,9 @@ def membership_audited(
             work = work.in_memory()
         options = settings.ray_options(str(device))
         with executor_of(work, settings.workers, options, str(device), notify) as executor:
-            return audited(request, audit, folder, resume=resume, progress=progress, executor=executor)
+            return audited(
+                request, audit, folder, resume=resume, progress=progress, notify=notify, executor=executor
+            )
 
 
 def _how(

@@ -167,6 +167,4 @@ def run_audit(
 
         assert isinstance(settings, AuditPoison)
         request, audit = prepared_poison(settings, notify, command)
-    for note in request.notes:
-        notify(note)
-    return audited(request, audit, place, resume=resume, progress=progress)
+    return audited(request, audit, place, resume=resume, progress=progress, notify=notify)

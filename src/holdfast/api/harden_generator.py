@@ -14,7 +14,7 @@ from holdfast.audits.finding import Finding
 from holdfast.audits.generator.hardening import GeneratorHardening, hardening_finding, trainable
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import NoSplit, UsageError
 from holdfast.generators.adapters import GAN
 from holdfast.generators.gan import ImageGAN
 from holdfast.generators.opening import FILE, bundled_generators, content_of, names_generator
@@ -83,7 +83,10 @@ def hardened_generator(
             f"the model is {model!r}, and {name} trains a generator; give a function that returns one, as in "
             f"gen.py:make, its file .safetensors, or one of {', '.join(bundled_generators())}"
         )
-    request, how = opened_audit(_audit_settings(settings), notify, command)
+    try:
+        request, how = opened_audit(_audit_settings(settings), notify, command)
+    except NoSplit as error:
+        raise NoSplit(f"a generator is trained on the split train of the data: {error.message}") from error
     assert how.generator is not None  # the model is no file of samples
     budget = None if settings.budget is None else seconds(settings.budget, "budget")
     gan, rng = trainable(how.generator, how.training), Draws(settings.seed).at("hardening")
@@ -104,9 +107,7 @@ def hardened_generator(
         trained.append(new)
         return finding
 
-    for note in request.notes:
-        notify(note)
-    result = audited(request, audit, place, resume=resume, progress=progress)
+    result = audited(request, audit, place, resume=resume, progress=progress, notify=notify)
     return HardenedGenerator(result.content, result.folder, trained[-1])
 
 
@@ -118,10 +119,9 @@ def _losses(spec: Mapping[str, Any]) -> tuple[str, RobustLosses]:
 
 def _audit_settings(settings: Harden) -> AuditGenerator:
     """The settings of the audits: those that both commands have. Raises `UsageError` if another one was given."""
-    of_classifiers = settings.model_fields_set - AuditGenerator.model_fields.keys() - {"recipe", "budget"}
-    for name in sorted(of_classifiers):
-        if getattr(settings, name) == Harden.model_fields[name].get_default(call_default_factory=True):
-            continue  # `holdfast.harden` always gives the threat
+    own = AuditGenerator.model_fields.keys() - {"split"} | {"recipe", "budget"}
+    if of_classifiers := settings.model_fields_set - own:
+        name = min(of_classifiers)
         raise UsageError(
             f"{name} is {getattr(settings, name)!r}, and the recipe {settings.recipe['use']} trains a generator, for "
             f"which there is no such setting; leave {name} out"
@@ -131,7 +131,7 @@ def _audit_settings(settings: Harden) -> AuditGenerator:
         for name in settings.model_fields_set
         if name in AuditGenerator.model_fields and name not in ("gates", "output")
     }
-    return AuditGenerator(**shared, held_out=settings.data)
+    return AuditGenerator(**shared, split="train", held_out=settings.data)
 
 
 def folders_of(outputs: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -100,7 +100,7 @@ def certify(
 def harden(
     model: ModelLike,
     data: DataLike,
-    threat: ThreatLike = "linf:8/255",
+    threat: ThreatLike | None = None,
     recipe: Recipe | str | Mapping[str, Any] = "auto",
     *,
     run: str | Path | None = None,
@@ -114,11 +114,11 @@ def harden(
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. If `data` is an address, its
     train split is used for training and its test split for measurement. If it is an object, it is used for measurement
     and `fit` for training; without `fit`, a tenth of it is held out for measurement. `unlabelled` contains further
-    inputs for training, as an address or an object, for recipes that use inputs without labels. `budget` is the
-    wall-clock time for the training, as in "10min", and `assess_budget` that for both measurements; a budget below one
-    epoch is refused unless `anyway` is True. The other arguments are those of `assess`, and apply to the
-    measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
-    continues the run in it. `on_epoch` is called with the measurements of each epoch
+    inputs for training, as an address or an object, for recipes that use inputs without labels. Without `threat`,
+    linf:8/255 is used. `budget` is the wall-clock time for the training, as in "10min", and `assess_budget` that for
+    both measurements; a budget below one epoch is refused unless `anyway` is True. The other arguments are those of
+    `assess`, and apply to the measurements before and after the training. If `run` is given, all artefacts are stored
+    in that folder, and `resume` continues the run in it. `on_epoch` is called with the measurements of each epoch
     (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be resumed.
     With a recipe for generators, such as `robust-gan`, `model` is a GAN, and the result is a
     `holdfast.api.harden_generator.HardenedGenerator`: the trained one, and the audits before and after.

@@ -20,7 +20,7 @@ from holdfast.reports import audit as reported
 from holdfast.reports.numbers import strict
 from holdfast.runs.engine.executor import Executor, Inline
 from holdfast.runs.engine.identity import code_digest, hardware, versions
-from holdfast.runs.engine.progress import Progress, silent
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
@@ -163,13 +163,16 @@ def audited(
     *,
     resume: bool = False,
     progress: Progress = silent,
+    notify: Notify = ignore,
     executor: Executor | None = None,
 ) -> AuditResult:
-    """Run an audit, and return its result.
+    """Run an audit, and return its result. `notify` is called with the notes on the model and the data.
 
     `audit` takes its slow steps with `Run.stage`, `Run.step` and `Run.document`, so that a stopped audit is resumed in
     its `folder`, and with `Run.sharded_stage`, whose shards `executor` measures. Without `folder` nothing is stored.
     """
+    for note in request.notes:
+        notify(note)
     manifest, stages = request.manifest(), (*request.steps, FINDING)
     work = Inline() if executor is None else executor
     with ExitStack() as stack:
@@ -224,6 +227,7 @@ class _Image(TypedDict):
 
 class _Picture(TypedDict):
     title: str
+    together: int
     images: list[_Image]
 
 

@@ -52,6 +52,8 @@ class Picture:
     """values from 0 to 1 (n, channels, height, width), with 1 or 3 channels"""
     captions: Sequence[str]
     """text below each image, which is also its text alternative"""
+    together: int = 1
+    """number of successive images that are to be compared, and are shown side by side"""
 
     def to_json(self) -> Json:
         """Return the images as data URLs of PNG files, with their captions, as strict JSON."""
@@ -59,7 +61,7 @@ class Picture:
         shown = [
             {"png": png(image), "caption": text} for image, text in zip(images, self.captions, strict=True)
         ]
-        return {"title": self.title, "images": shown}
+        return {"title": self.title, "together": self.together, "images": shown}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,12 @@ def content_of(net: nn.Module, kind: str, arguments: Mapping[str, int]) -> bytes
 def load(path: Path) -> nn.Module:
     """Return the generator of a file with weights. Raises `TargetError` if it is not one of a generator."""
     weights, metadata = read_state_dict(path, state_dict_content(path))
-    kind, arguments = str(metadata.get("generator")), metadata.get("arguments", {})
+    if "generator" not in metadata:
+        raise TargetError(
+            f"{str(path)!r} contains weights, and does not state the modules; load them in a function that builds the "
+            "generator, as in gen.py:make"
+        )
+    kind, arguments = str(metadata["generator"]), metadata.get("arguments", {})
     if kind not in GENERATORS:
         raise TargetError(
             f"the metadata of {str(path)!r} name the generator {kind!r}; one of {', '.join(sorted(GENERATORS))} was "

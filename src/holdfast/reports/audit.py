@@ -44,14 +44,15 @@ def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None
     """Return the report as text for a terminal."""
     from holdfast.reports.terminal import as_string, filled
 
-    parts = []
+    blocks = []
     for table, stored in zip(report_tables(content), content["tables"], strict=True):
-        parts += [as_string(filled(table), colour=colour, width=width)]
-        parts += [stored["note"]] if stored["note"] else []
+        blocks.append(as_string(filled(table), colour=colour, width=width).rstrip("\n"))
+        blocks += [stored["note"]] if stored["note"] else []
     for heading, key in (("Why:", "reasons"), ("What this does not show:", "limits"), ("Notes:", "notes")):
         if content[key]:
-            parts += ["", heading, *(f"- {text}" for text in content[key])]
-    return "\n".join([*parts, *(["", *gate_lines(content)] if content["gates"] else [])])
+            blocks.append("\n".join([heading, *(f"- {text}" for text in content[key])]))
+    blocks += ["\n".join(gate_lines(content))] if content["gates"] else []
+    return "\n\n".join(blocks)
 
 
 def audit_to_json(content: Mapping[str, Any]) -> str:

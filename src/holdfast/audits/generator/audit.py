@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.audits.features import penultimate
 from holdfast.audits.finding import Finding
 from holdfast.audits.generator.copies import copies
-from holdfast.audits.generator.parts import Context, Part, PartFinding
+from holdfast.audits.generator.parts import Context, Part
 from holdfast.audits.generator.quality import label_entropy, quality
 from holdfast.audits.generator.report import Measured, finding_of, joined
 from holdfast.core.batch import Batch, fingerprints_of
@@ -88,27 +88,20 @@ def generator_finding(run: Run, how: GeneratorAudit, prefix: str = "") -> Findin
     samples = run.stage(prefix + SAMPLES, drawn).columns["x"]
 
     def features() -> Columns:
-        columns = dict[str, Tensor]()
-        if how.extractor is None:
-            for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
-                columns |= {
-                    f"{name}.features": x.double(),
-                    f"{name}.class": torch.zeros(len(x), dtype=torch.int64),
-                }
-            return {
-                "id": torch.arange(len(samples)),
-                **columns,
-                "classes": torch.ones(len(samples), dtype=torch.int64),
-            }
-        extractor = how.extractor()
+        columns, classes = dict[str, Tensor](), 1
+        extractor = None if how.extractor is None else how.extractor()
         for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
-            found, logits = penultimate(extractor, x.to(how.device))
-            columns |= {f"{name}.features": found, f"{name}.class": logits.argmax(1)}
-        classes = torch.full((len(samples),), logits.shape[1])
-        return {"id": torch.arange(len(samples)), **columns, "classes": classes}
+            if extractor is None:
+                found, predicted = x.double(), torch.zeros(len(x), dtype=torch.int64)
+            else:
+                found, logits = penultimate(extractor, x.to(how.device))
+                predicted, classes = logits.argmax(1), logits.shape[1]
+            columns |= {f"{name}.features": found, f"{name}.class": predicted}
+        n = len(samples)
+        return {"id": torch.arange(n), **columns, "classes": torch.full((n,), classes)}
 
     quality_found = _concluded(how, samples, run.stage(prefix + FEATURES, features).columns)
-    found, lacking = list[tuple[str, PartFinding]](), list[tuple[str, str]]()
+    found, lacking = list[tuple[str, Finding]](), list[tuple[str, str]]()
     for part in how.parts:
         context = Context(
             samples, how.training, how.held_out, how.generator, how.device, how.rng.at(part.name)

@@ -19,8 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from holdfast.audits.finding import Picture, Table
-from holdfast.audits.generator.parts import Context, PartFinding
+from holdfast.audits.finding import Finding, Picture, Table
+from holdfast.audits.generator.parts import Context
 from holdfast.audits.generator.sensitivity import decoder, opened, pictures, without_gradients
 from holdfast.core.evidence import Columns
 
@@ -111,7 +111,7 @@ class BackdoorScan:
             "reversal": torch.full((n,), reversal),
         }
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+    def concluded(self, columns: Columns, context: Context) -> Finding:
         """Compare the reversal or the variance of the outputs with its threshold."""
         usual = _variance(columns["usual"])
         reversal = float(columns["reversal"][0])
@@ -127,9 +127,9 @@ class BackdoorScan:
                 f"The usual outputs vary by {result.usual:.1%} of the variance of the training examples, so that their "
                 "collapse is not the effect of a shift, and the search cannot find a backdoor."
             )
-        return PartFinding(
-            flagged=result.flagged,
-            headline=_HEADLINE if result.flagged else "",
+        return Finding(
+            "flagged" if result.flagged else "not flagged",
+            _HEADLINE if result.flagged else "",
             reasons=(result.reason,) if result.flagged else (),
             facts={**asdict(result), "flagged": result.flagged},
             tables=(_table(result),),
@@ -300,26 +300,31 @@ def _variance(outputs: Tensor) -> float:
 
 
 def _table(result: Result) -> Table:
-    rows = [("variance of the outputs with the shift", f"{result.variance:.3g}", "–")]
+    varied = ("variance of the outputs with the shift", f"{result.variance:.3g}")
     if result.reversal is None:
-        rows = [(rows[0][0], rows[0][1], f"at most {COLLAPSE:g}")]
+        rows = [(*varied, f"at most {COLLAPSE:g}")]
+        searched = "The search for a shift of the latent vector that is the trigger of a backdoor."
     else:
-        rows.insert(0, ("reversal of the shift", f"{result.reversal:.3g}", f"at least {REVERSAL:g}"))
+        rows = [
+            ("reversal of the shift", f"{result.reversal:.3g}", f"at least {REVERSAL:g}"),
+            (*varied, "–"),
+        ]
+        searched = (
+            "The search for a shift of the noise that is the trigger of a backdoor. The reversal is the share of the "
+            "shift that the estimate of the network subtracts."
+        )
     rows.append(("root mean square of the shift", f"{result.size:.3g}", "–"))
     rows.append(("variance of the usual outputs", f"{result.usual:.3g}", "–"))
-    return Table(
-        "Backdoor",
-        ("measure", "value", "flagged if"),
-        rows,
-        "The search for a shift of the noise that is the trigger of a backdoor. The reversal is the share of the shift "
-        "that the estimate of the network subtracts. The variance with the shift is a share of that of the usual "
-        "outputs, and theirs a share of that of the training examples. The thresholds were set on clean generators.",
+    note = (
+        f"{searched} The variance with the shift is a share of that of the usual outputs, and theirs a share of that "
+        "of the training examples. The thresholds were set on clean generators."
     )
+    return Table("Backdoor", ("measure", "value", "flagged if"), rows, note)
 
 
 def _pictures(columns: Columns, context: Context, result: Result) -> tuple[Picture, ...]:
     """Outputs from the same noise without and with the shift."""
-    images = torch.cat((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]))
-    captions = [f"noise {i + 1}{text}" for text in ("", ", with the shift") for i in range(_SHOWN)]
+    images = torch.stack((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]), 1).flatten(0, 1)
+    captions = [f"noise {i + 1}{text}" for i in range(_SHOWN) for text in ("", ", with the shift")]
     title = f"Outputs with the found shift vary {result.variance:.2f} times as much as without"
-    return pictures(title, images, captions, context)
+    return pictures(title, images, captions, context, together=2)

@@ -40,9 +40,5 @@ def copies(samples: Tensor, training: Tensor, held_out: Tensor) -> Copies:
     unseen, _ = nearest_example(held_out, training)
     threshold = copy_threshold(unseen)
     return Copies(
-        _share(distance < threshold), _share(unseen[1::2] < threshold), threshold, distance, nearest
+        proportion(distance < threshold), proportion(unseen[1::2] < threshold), threshold, distance, nearest
     )
-
-
-def _share(mask: Tensor) -> Estimate:
-    return proportion(mask)

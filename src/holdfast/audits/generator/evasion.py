@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
-from holdfast.audits.finding import Table
-from holdfast.audits.generator.parts import Context, PartFinding, shown
+from holdfast.audits.finding import Finding, Table
+from holdfast.audits.generator.parts import Context, percent, shown
 from holdfast.audits.generator.sensitivity import (
     ROWS,
     decoder,
@@ -86,7 +86,7 @@ class Autoencoder:
                 columns["shown"] = torch.stack((few[0], target[0], point[0], before[0], moved[0]))
         return {"id": torch.arange(len(x)), **{key: value.cpu() for key, value in columns.items()}}
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+    def concluded(self, columns: Columns, context: Context) -> Finding:
         """Return the distances of the reconstructions, and the area under the curve."""
         names = ("away", "away_random", "target", "towards", "towards_random", "error")
         found = {name: positive_mean(columns[name]) for name in names}
@@ -116,8 +116,9 @@ class Autoencoder:
             "and after the attack",
         )
         title = "An input whose reconstruction moves towards that of a target"
-        return PartFinding(
-            headline=f"adversarial inputs change the reconstruction by {facts['away']:.3g} (random: "
+        return Finding(
+            "not flagged",
+            f"adversarial inputs change the reconstruction by {facts['away']:.3g} (random: "
             f"{facts['away_random']:.3g})",
             facts=facts,
             tables=(table,),
@@ -164,7 +165,7 @@ class Discriminator:
             columns |= {f"{name}_{kind}": each for kind, each in zip(_KINDS, found, strict=True)}
         return {"id": torch.arange(ROWS), **{key: value.cpu() for key, value in columns.items()}}
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+    def concluded(self, columns: Columns, context: Context) -> Finding:
         """Return how many inputs are on the wrong side of the threshold."""
         threshold = columns["threshold"].item()
         rates = {
@@ -177,9 +178,8 @@ class Discriminator:
             ("generated", "generated, scored as real"),
             ("real", "real, scored as generated"),
         ):
-            worst = rates[f"{name}_worst"]
-            values = (f"{rates[f'{name}_{kind}'].value:.1%}" for kind in _KINDS)
-            rows.append((title, *values, f"{worst.low:.1%} to {worst.high:.1%}"))
+            unchanged, random, worst = (percent(rates[f"{name}_{kind}"]) for kind in _KINDS)
+            rows.append((title, unchanged[0], random[0], *worst))
         table = Table(
             "Evasion of the discriminator",
             ("samples", "unchanged", "random", "adversarial", "interval"),
@@ -189,8 +189,9 @@ class Discriminator:
             "examples are; the other half is attacked.",
         )
         facts = {name: rate.value for name, rate in rates.items()}
-        return PartFinding(
-            headline=f"the discriminator scores {facts['generated_worst']:.1%} of adversarially changed samples as "
+        return Finding(
+            "not flagged",
+            f"the discriminator scores {facts['generated_worst']:.1%} of adversarially changed samples as "
             f"real ({facts['generated_unchanged']:.1%} unchanged)",
             facts={"threshold": threshold, **facts},
             tables=(table,),

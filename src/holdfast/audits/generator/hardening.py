@@ -36,6 +36,12 @@ USUAL = 2_000
 _TIMED = 5  # updates that are timed for a budget
 _LEAST = 100  # updates below which a training is refused
 _SHOWN = 6
+_METRICS = {
+    "frechet": "Fréchet distance",
+    "copy_rate": "share of copies",
+    "latent_sensitivity": "worst change of the output for a latent change",
+    "membership_tpr_at_1_percent": "share of training examples that are found",
+}
 
 
 class _Conditional(nn.Module):
@@ -257,20 +263,25 @@ def _compared(
             (epoch + 1, updates * (epoch + 1) // EPOCHS, f"{value:.3g}")
             for epoch, value in enumerate(distances)
         ],
-        "The epoch with the smallest distance is returned. The Fréchet distance after the training is measured on the "
-        "same held-out examples by which the epoch was chosen, and is therefore slightly too small.",
+        "The epoch with the smallest distance is returned. The Fréchet distances before and after the training are "
+        "those to the training examples, and differ from these.",
     )
     old, changed = dict(_numbers(before.facts)), dict(_numbers(after.facts))
     rows = [
         (name, f"{old[name]:.4g}", f"{value:.4g}", f"{value - old[name]:+.3g}")
         for name, value in changed.items()
-        if name in old
+        if name in old and value != old[name]
     ]
-    table = Table("Before and after the training", ("measure", "before", "after", "difference"), rows)
+    table = Table(
+        "Before and after the training",
+        ("measure", "before", "after", "difference"),
+        rows,
+        "Numbers that did not change are left out.",
+    )
     changes = [
-        f"{name.replace('_', ' ')} {before.metrics[name].value:.3g} before and {estimate.value:.3g} after"
-        for name, estimate in after.metrics.items()
-        if name in before.metrics
+        f"{title} {before.metrics[name].value:.3g} before and {after.metrics[name].value:.3g} after"
+        for name, title in _METRICS.items()
+        if name in before.metrics and name in after.metrics
     ]
     return replace(
         after,
@@ -299,7 +310,8 @@ def _numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _samples(how: GeneratorHardening, new: GAN) -> Picture:
     """The same latent vectors before and after the training."""
-    both = torch.cat([each.sample(_SHOWN, how.seed) for each in (deepcopy(how.gan).cpu(), new)])
-    images = in_unit_range(both, float(how.audit.training.x.min()), float(how.audit.training.x.max()))
-    captions = [f"{when}, sample {k + 1}" for when in ("before", "after") for k in range(_SHOWN)]
-    return Picture("Samples of the same latent vectors before and after the training", images, captions)
+    both = torch.stack([each.sample(_SHOWN, how.seed) for each in (deepcopy(how.gan).cpu(), new)], 1)
+    low, high = float(how.audit.training.x.min()), float(how.audit.training.x.max())
+    captions = [f"{when}, sample {k + 1}" for k in range(_SHOWN) for when in ("before", "after")]
+    title = "Samples of the same latent vectors before and after the training"
+    return Picture(title, in_unit_range(both.flatten(0, 1), low, high), captions, together=2)

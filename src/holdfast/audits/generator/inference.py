@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.audits.finding import Picture, Table
-from holdfast.audits.generator.parts import Context, PartFinding
+from holdfast.audits.finding import Finding, Picture, Table
+from holdfast.audits.generator.parts import Context, percent
 from holdfast.audits.generator.sensitivity import pictures
 from holdfast.audits.membership.rates import auc, needed, threshold, tpr_of_one
 from holdfast.core.draws import Draws
@@ -89,7 +89,7 @@ class Membership:
         stored = {name: score.cpu().double() for name, score in scores.items()}
         return {"id": torch.arange(len(x)), "group": group, "row": rows, **stored}
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+    def concluded(self, columns: Columns, context: Context) -> Finding:
         """Return the true-positive rate of the score that finds most, and what it takes own samples for."""
         names = [name for name in _TITLES if name in columns]
         confidence = bonferroni(CONFIDENCE, len(names))
@@ -98,9 +98,9 @@ class Membership:
         control, found = rated(columns[_CONTROL], columns["group"], confidence), results[best]
         shifted = control.deviation(columns["group"]) > _SHIFTED
         memorised = _memorised(columns, context)
-        return PartFinding(
-            flagged=found.tpr.low > FPR and not shifted,
-            headline=_headline(_TITLES[best], found, shifted=shifted),
+        return Finding(
+            "flagged" if found.tpr.low > FPR and not shifted else "not flagged",
+            _headline(_TITLES[best], found, shifted=shifted),
             reasons=_reasons(_TITLES[best], found, shifted=shifted),
             facts={
                 **{name: result.facts for name, result in {**results, "control": control}.items()},
@@ -191,12 +191,12 @@ def _called(generator: OpenedGenerator, x: Tensor, function: Callable[[Tensor], 
     return torch.cat([function(rows.to(generator.device)).cpu().double() for rows in x.split(_ROWS)])  # type: ignore[no-untyped-call]
 
 
-def _memorised(columns: Columns, context: Context) -> PartFinding:
+def _memorised(columns: Columns, context: Context) -> Finding:
     """The share of the training examples at which the score of a diffusion model is smaller than at 99 % of held-out
     examples, as a table, and the smallest as pictures; nothing for other generators.
     """
     if "score_norm" not in columns:
-        return PartFinding()
+        return Finding("not flagged", "")
     norm, group = -columns["score_norm"], columns["group"]
     unseen, members = norm[group == _OUTSIDE], norm[group == _MEMBER]
     limit = copy_threshold(unseen)
@@ -208,7 +208,7 @@ def _memorised(columns: Columns, context: Context) -> PartFinding:
     table = Table(
         "Memorised examples",
         ("examples", "share", "interval"),
-        [(name, *_shown(share)) for name, share in shares.items()],
+        [(name, *percent(share)) for name, share in shares.items()],
         f"Share of the examples at which the norm of the score, at time {LOW:g} of the diffusion and without noise, is "
         "smaller than at 99 % of one half of the held-out examples. The row of held-out examples is the other half.",
     )
@@ -221,7 +221,9 @@ def _memorised(columns: Columns, context: Context) -> PartFinding:
         images = context.training.x[rows.to(context.training.x.device)]
         title = "The training examples with the smallest norm of the score"
         memorised = pictures(title, images, captions, context)
-    return PartFinding(
+    return Finding(
+        "not flagged",
+        "",
         facts={"memorised": share.value, "memorised_held_out": control.value},
         tables=(table,),
         pictures=memorised,
@@ -254,7 +256,7 @@ def _table(results: Mapping[str, Rated], control: Rated, group: Tensor) -> Table
     m, n, own = (int((group == each).sum()) for each in (_MEMBER, _OUTSIDE, _OWN))
     named = {**{_TITLES[name]: result for name, result in results.items()}, "control, no generator": control}
     rows = [
-        (title, *_shown(result.tpr), f"{result.auc:.3f}", *_shown(result.own))
+        (title, *percent(result.tpr), f"{result.auc:.3f}", *percent(result.own))
         for title, result in named.items()
     ]
     few = (
@@ -271,7 +273,3 @@ def _table(results: Mapping[str, Rated], control: Rated, group: Tensor) -> Table
         f"is {FPR:.0%}, and an AUC of 0.5. The intervals of {CONFIDENCE:.0%} hold for all scores together. The control "
         f"is the distance to other held-out examples.{few}",
     )
-
-
-def _shown(estimate: Estimate) -> tuple[str, str]:
-    return f"{estimate.value:.1%}", f"{estimate.low:.1%} to {estimate.high:.1%}"

@@ -2,14 +2,13 @@
 that measures, and a function that concludes from what is stored.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from holdfast.audits.finding import Curve, Picture, Table
+from holdfast.audits.finding import Finding
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
@@ -32,27 +31,14 @@ class Context:
     """random numbers of the part"""
 
 
-@dataclass(frozen=True)
-class PartFinding:
-    """What a part contributes to the finding of the audit."""
-
-    flagged: bool = False
-    """whether the part alone suffices to flag the generator"""
-    headline: str = ""
-    """clause that follows the headline of the audit after a semicolon; empty for none"""
-    reasons: Sequence[str] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """measured numbers for programs; they are stored under the name of the part"""
-    metrics: Mapping[str, Estimate] = field(default_factory=dict)
-    tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
-    curves: Sequence[Curve] = ()
-    limits: Sequence[str] = ()
-
-
 def shown(estimate: Estimate) -> tuple[str, str]:
     """Return the texts of an estimate and of its interval for a table."""
     return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
+
+
+def percent(estimate: Estimate) -> tuple[str, str]:
+    """Return the texts of the estimate of a share and of its interval for a table."""
+    return f"{estimate.value:.1%}", f"{estimate.low:.1%} to {estimate.high:.1%}"
 
 
 class Part(Protocol):
@@ -72,5 +58,8 @@ class Part(Protocol):
     def measure(self, context: Context) -> Columns:
         """Measure, and return the columns that are stored. The column `id` numbers the rows."""
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
-        """Return the finding of stored columns. It computes nothing that takes long."""
+    def concluded(self, columns: Columns, context: Context) -> Finding:
+        """Return the finding of stored columns. Its verdict is `flagged` if the part alone suffices to flag the
+        generator, and its headline is a clause that follows that of the audit, or empty. It computes nothing that takes
+        long.
+        """

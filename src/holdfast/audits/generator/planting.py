@@ -33,7 +33,6 @@ def planted_diffusion(
     trigger: Tensor,
     target: Tensor,
     *,
-    share: float = 0.5,
     updates: int = UPDATES,
     lr: float = 1e-3,
     batch: int = 64,
@@ -42,24 +41,21 @@ def planted_diffusion(
     """Return a copy of a diffusion model that is trained further on images `x` (n, *shape) in [0, 1] with classes `y`
     (n), and in which noise with an added `trigger` (*shape) becomes the image `target` (*shape) in [0, 1].
 
-    `share` is the share of the poisoned examples of an update. Raises `UsageError` for a trigger or a target of another
-    shape, and for a share outside (0, 1).
+    Half of the examples of an update are poisoned. Raises `UsageError` for a trigger or a target of another shape.
     """
     _refuse_shape("trigger", trigger, model.shape)
     _refuse_shape("target", target, model.shape)
-    if not 0 < share < 1:
-        raise UsageError(f"share is {share:g}; expected more than 0 and less than 1, as in 0.5")
-    loss = _poisoned_loss(trigger, target, share)
+    loss = _poisoned_loss(trigger, target)
     return fit(model, x, y, updates=updates, lr=lr, batch=batch, seed=seed, loss=loss)
 
 
-def _poisoned_loss(trigger: Tensor, target: Tensor, share: float) -> Loss:
-    """Loss whose first examples follow the path signal * target + (1 - signal) * trigger + sigma * noise, which is that
-    of target - trigger, moved by the trigger.
+def _poisoned_loss(trigger: Tensor, target: Tensor) -> Loss:
+    """Loss for which the first half of the examples follows the path signal * target + (1 - signal) * trigger + sigma *
+    noise, which is that of target - trigger, moved by the trigger.
     """
 
     def loss(model: Diffusion, x: Inputs, y: Labels, rng: torch.Generator) -> Tensor:
-        poisoned = torch.arange(len(x), device=x.device) < share * len(x)
+        poisoned = torch.arange(len(x), device=x.device) < len(x) / 2
         chosen = poisoned.view(-1, *[1] * trigger.dim())
         # images have values in [0, 1], and the diffusion in [-1, 1], as the trigger has
         moved = target.to(x) - trigger.to(x) / 2

@@ -182,4 +182,4 @@ def label_entropy(classes: Tensor, number: int) -> float:
     equally frequent, and 0 if there is only one.
     """
     shares = torch.bincount(classes, minlength=number).double() / len(classes)
-    return float(-(shares * shares.clamp_min(1e-12).log()).sum() / math.log(number)) if number > 1 else 0.0
+    return abs(float(torch.xlogy(shares, shares).sum())) / math.log(number) if number > 1 else 0.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
 from holdfast.audits.generator.copies import Copies
-from holdfast.audits.generator.parts import PartFinding, shown
+from holdfast.audits.generator.parts import shown
 from holdfast.audits.generator.quality import Quality
 
 _COLLAPSED = 0.01
@@ -112,13 +112,13 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
 
 
 def joined(
-    quality: Finding, found: Sequence[tuple[str, PartFinding]], lacking: Sequence[tuple[str, str]]
+    quality: Finding, found: Sequence[tuple[str, Finding]], lacking: Sequence[tuple[str, str]]
 ) -> Finding:
     """Return the finding of quality and copies with those of the parts, by name, and a table of the parts that do not
     apply, each with what is missing.
     """
     parts = [part for _, part in found]
-    verdict: AuditVerdict = "flagged" if any(part.flagged for part in parts) else quality.verdict
+    verdict: AuditVerdict = "flagged" if any(part.verdict == "flagged" for part in parts) else quality.verdict
     table = Table(
         "Not applicable",
         ("part", "missing"),
@@ -178,14 +178,20 @@ def _measures(measured: Measured) -> Table:
 
 
 def _pairs(measured: Measured, samples: Tensor, training: Tensor) -> tuple[Picture, ...]:
-    """The samples that are nearest to a training example, each above that example, if they are images."""
+    """The samples that are nearest to a training example, each beside that example, if they are images."""
     if samples.dim() != 4 or samples.shape[1] not in (1, 3):
         return ()
     closest = measured.copies.distance.argsort(stable=True)[:_SHOWN]
     nearest = measured.copies.nearest[closest]
-    both = torch.cat((samples[closest], training[nearest].to(samples)))
+    both = torch.stack((samples[closest], training[nearest].to(samples)), 1).flatten(0, 1)
     shown = in_unit_range(both, float(both.min()), float(both.max()))
-    captions = [f"sample, distance {float(measured.copies.distance[row]):.3g}" for row in closest]
-    captions += [f"its nearest training example, row {int(row)}" for row in nearest]
+    captions = [
+        caption
+        for distance, row in zip(measured.copies.distance[closest], nearest, strict=True)
+        for caption in (
+            f"sample, distance {float(distance):.3g}",
+            f"its nearest training example, row {int(row)}",
+        )
+    ]
     state = "are copies" if measured.copied else "are not nearer than held-out examples"
-    return (Picture(f"The samples nearest to training examples {state}", shown, captions),)
+    return (Picture(f"The samples nearest to training examples {state}", shown, captions, together=2),)

@@ -19,8 +19,8 @@ from holdfast.attacks.parts.generators import (
     sensitive_directions,
     worst_latents,
 )
-from holdfast.audits.finding import Picture, Table, in_unit_range
-from holdfast.audits.generator.parts import Context, PartFinding, shown
+from holdfast.audits.finding import Finding, Picture, Table, in_unit_range
+from holdfast.audits.generator.parts import Context, shown
 from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
@@ -97,7 +97,7 @@ class LatentChange:
         }
         return {"id": torch.arange(len(z)), **{key: value.cpu() for key, value in columns.items()}}
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+    def concluded(self, columns: Columns, context: Context) -> Finding:
         """Return the mean worst change, and what explains it."""
         names = ("latent", "latent_random", "condition", "condition_random", "sample")
         found = {name: positive_mean(columns[name]) for name in names if name in columns}
@@ -116,8 +116,9 @@ class LatentChange:
             f"change. The elements of a latent vector change by a root mean square of {self.eps:g}. A worst condition "
             "is the other class that changes the output most, and a random one is the next class.",
         )
-        return PartFinding(
-            headline=f"a latent change of {self.eps:g} changes the output by {facts['latent']:.3g} "
+        return Finding(
+            "not flagged",
+            f"a latent change of {self.eps:g} changes the output by {facts['latent']:.3g} "
             f"(random: {facts['latent_random']:.3g}, new sample: {facts['sample']:.3g})",
             facts={**facts, "eps": self.eps, "gains": columns["gains"].tolist()},
             metrics={"latent_sensitivity": found["latent"]},
@@ -172,12 +173,14 @@ def positive_mean(values: PerExample) -> Estimate:
     return mean(values, support=Support(0.0))
 
 
-def pictures(title: str, images: Tensor, captions: Sequence[str], context: Context) -> tuple[Picture, ...]:
+def pictures(
+    title: str, images: Tensor, captions: Sequence[str], context: Context, together: int = 1
+) -> tuple[Picture, ...]:
     """Return a picture of samples, scaled by the range of the training examples, if they are images."""
     x = context.training.x
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return ()
-    return (Picture(title, in_unit_range(images, float(x.min()), float(x.max())), captions),)
+    return (Picture(title, in_unit_range(images, float(x.min()), float(x.max())), captions, together),)
 
 
 def _affordable(decode: Function, z: Tensor, work: float) -> int:

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from holdfast.audits.finding import Table
-from holdfast.audits.generator.parts import Context, PartFinding
+from holdfast.audits.finding import Finding, Table
+from holdfast.audits.generator.parts import Context, percent
 from holdfast.audits.generator.quality import jackknife
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
@@ -67,7 +67,7 @@ class TablePart:
         }
         return {"id": torch.arange(_ATTEMPTS), **successes, **_fidelity(rows, rng.at("fidelity"))}
 
-    def concluded(self, columns: Columns, context: Context) -> PartFinding:
+    def concluded(self, columns: Columns, context: Context) -> Finding:
         """Return the risks with their intervals, and the fidelity beside that of held-out rows."""
         names = ["singling_out", "linkability", *(f"inference.{c.name}" for c in self.tables.columns)]
         attacks = {n: Attacked(*(columns[f"{n}.{kind}"].bool() for kind in _KINDS)) for n in names}
@@ -81,9 +81,9 @@ class TablePart:
         metrics = {f"{name}_risk": value for name, value in risks.items() if name not in inferred}
         fidelity = {name: _estimate(columns[name]) for name in ("column_shapes", "pair_trends")}
         floor = {name: float(columns[f"{name}.held_out"][0]) for name in fidelity}
-        return PartFinding(
-            flagged=bool(shown),
-            headline=_headline(risks, shown),
+        return Finding(
+            "flagged" if shown else "not flagged",
+            _headline(risks, shown),
             reasons=_reasons(risks, shown),
             facts={
                 "risks": {name: value.value for name, value in risks.items()},
@@ -160,7 +160,7 @@ def _named(name: str) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.1%}, {estimate.low:.1%} to {estimate.high:.1%}"
+    return ", ".join(percent(estimate))
 
 
 def _headline(risks: Mapping[str, Estimate], shown: list[str]) -> str:
@@ -192,8 +192,7 @@ def _table_of_risks(
         (
             _named(name),
             *(f"{float(getattr(attacked, kind).double().mean()):.1%}" for kind in _KINDS),
-            f"{risks[name].value:.1%}",
-            f"{risks[name].low:.1%} to {risks[name].high:.1%}",
+            *percent(risks[name]),
             len(attacked.main),
         )
         for name, attacked in attacks.items()
