@@ -339,7 +339,7 @@ def test_a_training_function_that_ignores_its_seed_or_returns_another_network():
 
 
 class Rounded(nn.Module):
-    """Probabilities with two decimals, or the predicted label alone."""
+    """Probabilities with four decimals, or the predicted label alone."""
 
     def __init__(self, net, *, labels=False):
         super().__init__()
@@ -347,7 +347,7 @@ class Rounded(nn.Module):
 
     def forward(self, x):
         p = self.net(x).softmax(1)
-        return nn.functional.one_hot(p.argmax(1), CLASSES).float() if self.labels else (100 * p).round() / 100
+        return nn.functional.one_hot(p.argmax(1), CLASSES).float() if self.labels else p.round(decimals=4)
 
 
 def test_rounded_probabilities_and_labels_are_noticed():

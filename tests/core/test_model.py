@@ -142,6 +142,21 @@ def test_access_includes_what_comes_before():
     assert [threat.gives(a) for a in ("none", "labels", "scores", "gradients")] == [True, True, True, False]
 
 
+@pytest.mark.parametrize(("limit", "remedies"), [(4, ("batch_size",)), (9, ())])
+def test_an_error_for_some_inputs_is_not_attributed_to_the_size_of_the_batch(limit, remedies):
+    def net(x):
+        if len(x) > limit or x.max() > 0.9:
+            raise ValueError("refused")
+        return x
+
+    model, x = Classifier(net), torch.full((8, 2), 0.5)
+    model(x[:2])
+    x[5] = 0.5 if remedies else 1.0
+    with pytest.raises(TargetError, match="raised ValueError") as caught:
+        model(x)
+    assert tuple(remedy.argument for remedy in caught.value.remedies) == remedies
+
+
 def test_a_batch_keeps_ids_and_targets():
     batch = Batch(X, torch.tensor([0, 1, 2]), torch.tensor([9, 7, 8]), torch.tensor([1, 2, 0]))
     some = batch.take(torch.tensor([True, False, True]))

@@ -315,6 +315,29 @@ GRAPHS: dict[str, tuple[list[Any], dict[str, np.ndarray], dict[str, Any]]] = {
         {"wq": floats(5, 5), "wk": floats(5, 5)},
         {"shape": (N, 4, 5)},
     ),
+    "the place of the smallest, marked on another axis": (
+        [
+            node("ArgMin", "x", "place", axis=1, keepdims=0),
+            node("OneHot", "place five values", "marks", axis=0),
+            node("Transpose", "marks", "rows", perm=[1, 0]),
+            node("Add", "x rows", "y"),
+        ],
+        {"five": ints(5), "values": np.array([0.5, 2.0], np.float32)},
+        {"shape": (N, 5)},
+    ),
+    "a one written to the place of the largest": (
+        [
+            node("ArgMax", "x", "place", axis=1, keepdims=1),
+            node("Shape", "place", "s"),
+            node("Expand", "one s", "ones"),
+            node("Shape", "x", "all"),
+            node("ConstantOfShape", "all", "zeros"),
+            node("ScatterElements", "zeros place ones", "marks", axis=1),
+            node("Add", "x marks", "y"),
+        ],
+        {"one": np.array(1, np.float32)},
+        {"shape": (N, 5)},
+    ),
     "the place of the largest": (
         [
             node("ArgMax", "x", "place", axis=1, keepdims=1),

@@ -257,10 +257,25 @@ class Classifier(nn.Module):
         if self._accepted is None:
             return f"Check the shape, the data type, and the normalisation (mean and std){self._tokens()}", ()
         accepted = "1 example" if self._accepted == 1 else f"{self._accepted} examples"
-        if n > self._accepted:
-            smaller = Remedy("batch_size", self._accepted, reason="if it accepts no larger batch")
+        if n > self._accepted and self._answers_in_pieces(x, self._accepted):
+            smaller = Remedy("batch_size", self._accepted, reason="because it accepts no larger batch")
             return f"It accepted {accepted} before", (smaller,)
-        return f"It accepted {accepted} before, so its code fails for some of these inputs", ()
+        way_out = (
+            f"It accepted {accepted} before, so its code fails for some of these inputs: return logits for every "
+            "input inside the bounds. If it rejects inputs on purpose, remove this check and give it as a detector to "
+            "holdfast.with_detector(net, detector, threshold), which counts rejected inputs"
+        )
+        return way_out, ()
+
+    def _answers_in_pieces(self, x: Inputs, size: int) -> bool:
+        """Return whether the network accepts all inputs in batches of at most `size`."""
+        try:
+            with torch.no_grad():
+                for start in range(0, len(x), size):
+                    self._outputs(self.preprocess(x[start : start + size]))
+        except Exception:  # noqa: BLE001 - the code of a user may raise anything
+            return False
+        return True
 
     def _tokens(self) -> str:
         """Return a sentence about ids of tokens for a network with an embedding, which may expect them as inputs."""

@@ -73,7 +73,8 @@ def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, .
         ("labels-only", not labels, float(labels), 0.0, left,
          f"a search with labels only breaks {labels} of the {left} examples that survive it"),
         ("gradient", share >= AGREES, share, AGREES, int(tested.sum()),
-         f"its gradient predicts the effect of a step for {percent(share)} of the examples"),
+         f"its gradient predicts the effect of a step for {percent(share)} of the examples"
+         if tested.any() else "the attack has no gradient"),
         ("same-output", not changed, float(changed), 0.0, n,
          f"after further queries, {changed} examples had an input with another output"),
     ]  # fmt: skip

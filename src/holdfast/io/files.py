@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.spelling import most_similar, suggestion
 
 _SHOWN = 200
@@ -22,6 +22,14 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise TargetError(f"{what} {str(path)!r} does not exist{_way_out(path)}")
     return path
+
+
+def refuse_address(file: str, what: str, example: str) -> None:
+    """Raise `UsageError` if the name of a file is an address in a network."""
+    if "://" in file:
+        raise UsageError(
+            f"{what} {file!r}, an address; download the file, and give its path, as in {example}"
+        )
 
 
 def readable_file(path: Path, what: str) -> Path:

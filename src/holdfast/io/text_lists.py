@@ -8,7 +8,7 @@ from typing import Any
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.text_edits import TextEdits
-from holdfast.io.files import readable_file
+from holdfast.io.files import readable_file, refuse_address
 
 MOST_BYTES = 4_000_000
 """Largest size of the file; its content is stored with each run."""
@@ -41,6 +41,7 @@ def text_edits(
         )
     if not file:
         return empty
+    refuse_address(file, "the file of words is", "text:synonyms=2,file=words.json")
     if embedded:
         similarity = SIMILARITY if similarity is None else similarity
         lists = _embedded(Path(file), similarity)

@@ -15,7 +15,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.tables.relations import parse_relation
 from holdfast.core.tables.rules import MOST_VALUES, Budget, Column, Rules, refuse_budget, refuse_rules
 from holdfast.io.data.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable
-from holdfast.io.files import readable_file
+from holdfast.io.files import readable_file, refuse_address
 from holdfast.settings.wording import complaint, place
 from holdfast.settings.yaml_text import MAX_CHARACTERS, parse_yaml
 
@@ -81,10 +81,7 @@ def table_threat(*, file: str, eps: float | None = None) -> "Table":
     """
     from holdfast.core.tables.table import Table  # late, because it imports torch
 
-    if "://" in file:
-        raise UsageError(
-            f"the rules are {file!r}, an address; download the file, and give its path, as in table:rules.yaml"
-        )
+    refuse_address(file, "the rules are", "table:rules.yaml")
     path = Path(file)
     readable_file(path, "file of rules")
     if path.stat().st_size > 4 * MAX_CHARACTERS:

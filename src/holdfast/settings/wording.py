@@ -53,6 +53,8 @@ def _expected(error: ValidationError) -> str:
         return (
             f"; expected {allowed[0]}" if len(allowed) == 1 else did_you_mean(str(details["input"]), allowed)
         )
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return "; there is no such key"
     name = kind.partition("_")[0]
     if name in _KINDS:
         return f"; expected {_KINDS[name]}{_as_list(details['input']) if _KINDS[name] == 'a list' else ''}"

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import TargetError
 from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.npz import Npz
-from holdfast.io.files import readable_file
+from holdfast.io.files import readable_file, refuse_address
 
 MOST_VALUES = 1 << 20
 """Largest number of values of a pattern, because the trigger is stored with each run: more than an image of 3x512x512
@@ -72,11 +72,7 @@ def trigger_threat(*, file: str) -> Stamped:
     """Return the constraint that inputs get the trigger of a file. Raises `UsageError` or `TargetError` for a file that
     contains none.
     """
-    if "://" in file:
-        raise UsageError(
-            f"the trigger is {file!r}, an address; download the file, and give its path, as in "
-            "trigger:drill.trigger.npz"
-        )
+    refuse_address(file, "the trigger is", "trigger:drill.trigger.npz")
     return Stamped(file, trigger_text(read_trigger(file)))
 
 

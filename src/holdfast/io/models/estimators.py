@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -125,6 +125,9 @@ class Estimator(nn.Module):
     two if `decides` is True.
     """
 
+    fitted_on: ClassVar[str] = "these features"
+    """what an estimator must be fitted on, in errors"""
+
     def __init__(self, interface: EstimatorInterface, digest: str) -> None:
         super().__init__()
         self.interface = interface
@@ -172,8 +175,8 @@ class Estimator(nn.Module):
         except Exception as error:  # an estimator, above all one of a damaged file, may raise anything
             first_line = (str(error).splitlines() or [""])[0].rstrip(".")
             raise TargetError(
-                f"the {self.name} raised {type(error).__name__}: {first_line}. Check that it is fitted on these "
-                f"features, save it again, or {_WAY_OUT}"
+                f"the {self.name} raised {type(error).__name__}: {first_line}. Check that it is fitted on "
+                f"{self.fitted_on}, save it again, or {_WAY_OUT}"
             ) from error
         if self.gives == "labels":
             assert self.interface.classes is not None

@@ -3,9 +3,10 @@
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
@@ -19,6 +20,8 @@ class TableEstimator(Estimator):
 
     If the table has categories, it is called with a pandas frame in which they have their values, as in training.
     """
+
+    fitted_on: ClassVar[str] = "these features, and on all values of categories in the rules"
 
     def __init__(
         self, interface: EstimatorInterface, digest: str, rules: Rules, fitted: Sequence[str] | None
@@ -48,8 +51,16 @@ class TableEstimator(Estimator):
         return pd.DataFrame(columns, copy=False)
 
     def _compared(self, x: Tensor) -> Tensor:
-        # there is no midpoint of two categories
-        return x if self.rules.categories else super()._compared(x)
+        if not self.rules.categories:
+            return super()._compared(x)
+        # there is no midpoint of two categories; an attacker may state each value, and the estimator must know it
+        stated = [x]
+        for name, values in self.rules.categories.items():
+            if self.rules.mutable(name):
+                rows = x[:1].repeat(len(values), 1)
+                rows[:, self.rules.places[name]] = torch.arange(len(values)).to(x)
+                stated.append(rows)
+        return torch.cat(stated)
 
 
 def _category(codes: Array, values: Sequence[str]) -> Any:

@@ -19,15 +19,17 @@ _FREE_SIZES = (2, 3)
 """Batch sizes of the two examples. Sizes that differ between them depend on the batch size."""
 
 
-def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
-    """Return the operators of an ONNX file that the importer does not support. Operators that are not part of ONNX
-    itself include their domain.
+def refuse_unknown_operators(file: OnnxFile) -> None:
+    """Raise `Unsupported` if an ONNX file has operators that the importer does not support. Operators that are not part
+    of ONNX itself are named with their domain.
     """
     names = {
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         for node in file.proto.graph.node
     }
-    return tuple(sorted(names - OPERATORS.keys()))
+    unknown = sorted(names - OPERATORS.keys())
+    if unknown:
+        raise Unsupported(f"the operator{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}")
 
 
 def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphModule:

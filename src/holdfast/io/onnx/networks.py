@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from holdfast.core.errors import TargetError
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.onnx.building import Unsupported
-from holdfast.io.onnx.converting import convert, random_batch, unknown_operators
+from holdfast.io.onnx.converting import convert, random_batch, refuse_unknown_operators
 from holdfast.io.onnx.opening import LIMITS, TOLERANCES, Runtime
 from holdfast.io.onnx.reading import OnnxFile, bytes_beside, onnx_content, read_onnx
 
@@ -73,10 +73,8 @@ def open_network(path: Path) -> OnnxNetwork:
         raise TargetError(
             f"{str(path)!r} has the outputs {', '.join(runtime.kinds)}; one output of numbers was expected"
         )
-    unknown = unknown_operators(file)
     try:
-        if unknown:
-            raise Unsupported(f"the operators {', '.join(unknown)}")
+        refuse_unknown_operators(file)
         net, example = _converted(file)
     except Unsupported as reason:
         raise TargetError(

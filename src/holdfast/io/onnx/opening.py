@@ -19,7 +19,7 @@ from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limits import Limits
 from holdfast.io.models.exported import FixedBatch
 from holdfast.io.onnx.building import Unsupported
-from holdfast.io.onnx.converting import convert, random_batch, unknown_operators
+from holdfast.io.onnx.converting import convert, random_batch, refuse_unknown_operators
 from holdfast.io.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, read_onnx
 from holdfast.io.onnx.runtime import run_session, session
 
@@ -145,11 +145,9 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
         return OnnxModel(
             label_module, "labels", hides, classes, file.files, notes, *_class_names(file.labels, classes)
         )
-    unknown = unknown_operators(file)
     access: Access
     try:
-        if unknown:
-            raise Unsupported(f"the operators {', '.join(unknown)}")
+        refuse_unknown_operators(file)
         net, import_notes = _imported(file, output)
         _compare(net, file, output, path)
         access, hides = "gradients", ""

@@ -124,13 +124,16 @@ def where(step: GraphStep) -> Value:
     return step.builder.call(torch.where, step.x, step.input(1), step.input(2))
 
 
-def arg_max(step: GraphStep) -> Value:
-    """Convert the operator ArgMax, which returns the index of the largest element."""
-    if step.setting("select_last_index", 0):
-        raise Unsupported("ArgMax that takes the last of equals")
-    return step.builder.call(
-        torch.argmax, step.x, step.setting("axis", 0), keepdim=bool(step.setting("keepdims", 1))
-    )
+def _arg(function: Callable[..., Any]) -> Operator:
+    """Return the function that converts the operators ArgMax and ArgMin, which return the index of an extreme."""
+
+    def convert(step: GraphStep) -> Value:
+        if step.setting("select_last_index", 0):
+            raise Unsupported(f"{step.op} that takes the last of equals")
+        axis, keeps = step.setting("axis", 0), bool(step.setting("keepdims", 1))
+        return step.builder.call(function, step.x, axis, keepdim=keeps)
+
+    return convert
 
 
 def onnx_mean(step: GraphStep) -> Value:
@@ -144,7 +147,8 @@ POINTWISE: dict[str, Operator] = {
     "Abs": _unary(torch.abs),
     "Add": _binary(torch.add),
     "And": _binary(torch.logical_and),
-    "ArgMax": arg_max,
+    "ArgMax": _arg(torch.argmax),
+    "ArgMin": _arg(torch.argmin),
     "Ceil": _unary(torch.ceil),
     "Celu": _activation("celu", lambda step: nn.CELU(step.setting("alpha", 1.0))),
     "Clip": clip,

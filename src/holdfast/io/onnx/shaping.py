@@ -133,6 +133,27 @@ def gather(step: GraphStep) -> Value:
     raise Unsupported(f"Gather by places of {indices.dim()} dimensions")
 
 
+def one_hot(step: GraphStep) -> Value:
+    """Convert the operator OneHot, which marks the place of each index on a new axis."""
+    depth, (off, on) = int(step.tensor(1).reshape(())), step.tensor(2)
+    if any(bool((example < 0).any() | (example >= depth).any()) for example in step.x.at):
+        raise Unsupported("OneHot of indices out of range")
+    places = step.builder.call(torch.Tensor.to, step.x, torch.int64)
+    y = step.builder.call(torch.Tensor.to, step.builder.call(F.one_hot, places, depth), on.dtype)
+    if (off, on) != (0, 1):
+        y = step.builder.call(torch.add, step.builder.call(torch.mul, y, (on - off).item()), off.item())
+    axis = step.setting("axis", -1) % y.rank
+    return y if axis == y.rank - 1 else step.builder.call(torch.movedim, y, -1, axis)
+
+
+def scatter_elements(step: GraphStep) -> Value:
+    """Convert the operator ScatterElements, which writes elements to indices along an axis."""
+    how = step.setting("reduction", b"none").decode()
+    if how != "none":
+        raise Unsupported(f"ScatterElements with reduction {how}")
+    return step.builder.call(torch.scatter, step.x, step.setting("axis", 0), step.input(1), step.input(2))
+
+
 def pad(step: GraphStep) -> Value:
     """Convert the operator Pad, which extends a tensor at the beginnings and ends of its dimensions."""
     mode = step.setting("mode", b"constant").decode()
@@ -327,10 +348,12 @@ SHAPING: dict[str, Operator] = {
     "Flatten": flatten,
     "Gather": gather,
     "Identity": identity,
+    "OneHot": one_hot,
     "Pad": pad,
     "Range": range_,
     "Reshape": reshape,
     "Resize": resize,
+    "ScatterElements": scatter_elements,
     "Shape": shape,
     "Size": size,
     "Slice": slice_,

@@ -329,9 +329,12 @@ class _Job:
         return tuple(judged), accepted
 
     def announce(self, notify: Notify, *, is_step: bool) -> None:
-        """Notify the user of the expected cost of the run: the number of rows that are sent to a model server, or the
-        time, unless the run is a step of another one.
+        """Notify the user of the notes about model and data, and of the expected cost of the run: the number of rows
+        that are sent to a model server, or the time. A step of another run states neither notes nor time.
         """
+        if not is_step:
+            for note in self.manifest["notes"]:
+                notify(f"note: {note}")
         if self.served is not None:
             notify(self.expected_rows(self.served))
         elif notify is not ignore and not is_step:

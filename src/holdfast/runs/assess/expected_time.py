@@ -140,6 +140,7 @@ def stage_times(plan: Plan, target: Target, sample: Batch, size: int, workers: i
     It takes a few passes of the model on the examples in `sample`, a short attack on them, and one run of each quick
     method of certification on one of them. Passes on surrogates are counted like those of the model.
     """
+    sample = sample.first(size)
     shares = expected_shares(plan, target, sample)
     sample = sample.take(torch.arange(min(len(sample), LOOKED_AT), device=sample.ids.device))
     gradients = target.bare.access == "gradients"
