@@ -163,6 +163,8 @@ def test_samples_that_cannot_be_compared_are_refused(answer, kind, message):
 
 
 def test_bad_input_is_refused():
+    with pytest.raises(UsageError, match="latent is 0, which skips its search; leave latent out"):
+        audited(Points(), latent=0, gates=["latent_sensitivity <= 1"])
     with pytest.raises(UsageError, match="held_out is missing"):
         holdfast.audit.generator(Points(), TRAIN)
     with pytest.raises(UsageError, match="are among the training examples"):
