@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.audits.generator import audit
 from holdfast.audits.generator.copies import copies
 from holdfast.audits.generator.quality import frechet_distance, kernel_distance, label_entropy, quality
 from holdfast.cli.app import run as command
@@ -162,7 +163,17 @@ def test_samples_that_cannot_be_compared_are_refused(answer, kind, message):
         audited(Broken(answer))
 
 
+def test_the_quality_compares_a_part_of_many_training_examples(monkeypatch):
+    monkeypatch.setattr(audit, "COMPARED", 300)
+    result = audited(Points())
+    assert "each compared with 300 training examples" in result.content["tables"][0]["note"]
+    assert result.metrics["copy_rate"].value < 0.05
+    assert audited(Points("copies")).metrics["copy_rate"].value > 0.9  # all of them are searched for copies
+
+
 def test_bad_input_is_refused():
+    with pytest.raises(UsageError, match="latent is 0, which skips its search; leave latent out"):
+        audited(Points(), latent=0, gates=["latent_sensitivity <= 1"])
     with pytest.raises(UsageError, match="held_out is missing"):
         holdfast.audit.generator(Points(), TRAIN)
     with pytest.raises(UsageError, match="are among the training examples"):

@@ -129,7 +129,10 @@ def _others(settings: Opening | Serve, key: str) -> list[SurrogateSettings]:
 
 def _refuse_targets(settings: Opening, config: str | None) -> None:
     command = click.get_current_context().command_path
-    example = f"{command} mnist-cnn mnist-mini"
+    generator = isinstance(settings, AuditGenerator)
+    example = (
+        f"{command} {'mnist-gan mnist-mini --held-out mnist-mini' if generator else 'mnist-cnn mnist-mini'}"
+    )
     if config is None and Path(_CONFIG).is_file():
         example = f"{command} -c {_CONFIG} (a file in this folder)"
     model, data = settings.model, settings.data

@@ -167,3 +167,12 @@ class GeneratorOptions(AuditOptions):
         description="Class to which the samples of a conditional generator are restricted; they are compared with the "
         "examples of this label (default: all classes).",
     )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a gate on the sensitivity without the search that measures it."""
+        for gate in self.gates:
+            if not self.latent and parse(gate, AUDITS[self.kind].metrics).metric == "latent_sensitivity":
+                raise UsageError(
+                    f"{prefix}gate {gate!r} needs the largest change of the output, and latent is 0, which skips its "
+                    "search; leave latent out"
+                )

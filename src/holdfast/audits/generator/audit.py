@@ -27,6 +27,8 @@ SAMPLES, FEATURES = "samples", "features"
 """Names of the stages of an audit."""
 LEAST = 200
 """smallest number of held-out examples: the threshold of copies is the lowest percent of one half of them"""
+COMPARED = 10_000
+"""largest number of training examples with which the quality is measured; its time grows with their square"""
 _SETS = ("samples", "training", "held_out")
 
 
@@ -149,16 +151,20 @@ def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Findin
             f"more examples than features; give at least {dimensions + 1} samples, training and held-out examples, or "
             "a network with fewer features"
         )
-    classes = int(columns["classes"][0])
+    classes, reference = int(columns["classes"][0]), sets["training"]
+    if len(reference) > COMPARED:  # a random part, because a file may be sorted by class
+        order = how.rng.at("reference").bits(torch.arange(len(reference))).argsort(stable=True)
+        reference = reference[order[:COMPARED]]
     measured = Measured(
-        quality(sets["samples"][:n], sets["training"]),
-        quality(sets["held_out"][:n], sets["training"]),
+        quality(sets["samples"][:n], reference),
+        quality(sets["held_out"][:n], reference),
         copies(samples, how.training.x, how.held_out.x),
         label_entropy(columns["samples.class"], classes),
         label_entropy(columns["training.class"], classes),
         classes,
         len({*fingerprints_of(samples)}),
         dimensions,
+        len(reference),
     )
     return finding_of(measured, samples, how.training.x)
 

@@ -94,7 +94,7 @@ class GeneratorHardening:
         """Names of the stages and documents in their order."""
         epochs = (f"epoch-{epoch + 1}" for epoch in range(EPOCHS))
         of_audit = self.audit.steps
-        return (*(BEFORE + step for step in of_audit), PLAN, *epochs, *(AFTER + step for step in of_audit))
+        return (PLAN, *(BEFORE + step for step in of_audit), *epochs, *(AFTER + step for step in of_audit))
 
     @cached_property
     def features(self) -> Callable[[Tensor], Tensor]:
@@ -196,9 +196,10 @@ def trainable(generator: OpenedGenerator, training: Batch) -> GAN:
 
 def hardening_finding(run: Run, how: GeneratorHardening) -> tuple[Finding, GAN]:
     """Take the steps of the hardening, and return the finding and the new generator."""
-    trainer, states = how.trainer(), list[Columns]()  # refuses before anything is measured
-    before = generator_finding(run, how.audit, BEFORE)
+    trainer, states = how.trainer(), list[Columns]()
+    # first, so that a generator or a budget is refused before anything is measured
     updates = int(run.document(PLAN, lambda: {"updates": _updates(how)})["updates"])
+    before = generator_finding(run, how.audit, BEFORE)
     for epoch in range(EPOCHS):
         span = range(updates * epoch // EPOCHS, updates * (epoch + 1) // EPOCHS)
         states.append(run.stage(f"epoch-{epoch + 1}", partial(_epoch, how, trainer, span)).columns)

@@ -60,6 +60,8 @@ class Measured:
     """number of different samples"""
     features: int
     """number of features that are compared"""
+    reference: int
+    """number of training examples with which the quality is measured"""
 
     @property
     def collapsed(self) -> bool:
@@ -171,9 +173,9 @@ def _measures(measured: Measured) -> Table:
         "Quality of the samples",
         ("measure", "samples", "interval", "held-out", "interval"),
         rows,
-        f"{n:,} samples and {n:,} held-out examples, each compared with the training examples by {measured.features} "
-        "features. The column held-out is what a perfect generator would reach. Lower is better for the Fréchet "
-        "distance and KID, and higher for the others.",
+        f"{n:,} samples and {n:,} held-out examples, each compared with {measured.reference:,} training examples by "
+        f"{measured.features} features. The column held-out is what a perfect generator would reach. Lower is better "
+        "for the Fréchet distance and KID, and higher for the others.",
     )
 
 
