@@ -200,7 +200,7 @@ def test_python_attacks_a_frame_by_rules():
     ("rules", "more", "message"),
     [
         ({"columns": {"country": {"values": ["DE", "FR"]}}}, [], "has 'US' in the column 'country', whose values"),
-        ({"columns": {"country": {"values": ["DE", "FR", "US", "XX"]}}}, [], "on all values of categories in the rules"),
+        ({"columns": {"country": {"values": ["DE", "FR", "US", "XX"]}}}, [], "on all values of categories"),
         ({"columns": {"country": {"type": "number", "min": 0, "max": 1, "values": []}}}, [], "has text in the column"),
         ({"columns": {"age": {"missing": False}}}, [], "is missing, which the rules forbid"),
         ({"columns": {"amount": {"max": 100}}}, [], "outside"),

@@ -185,7 +185,7 @@ def test_a_gate_that_contradicts_the_measurements_is_refused(tmp_path):
 CARD = {
     "verdict": "no difference shown",
     "change": {"metric": "robust_accuracy", "before": 0.0, "after": 0.008, "value": 0.008, "low": -0.001}
-    | {"high": 0.017, "n": 500},
+    | {"high": 0.017, "n": 500, "better": "higher"},
     "recipe": "pgd",
     "epochs": 0.559,
     "ended_by": "budget",
@@ -206,6 +206,8 @@ CARD = {
         ),
         ({"epochs": 40, "change": CARD["change"] | {"after": 0.4}}, "What may help: the recipe trades."),
         ({"verdict": "improved"}, ""),
+        ({"change": CARD["change"] | {"before": 1.0, "after": 1.0}}, ""),
+        ({"recipe": "prune", "epochs": 40, "change": CARD["change"] | {"after": 0.4}}, ""),
         (
             {"recipe": "sabr", "ended_by": "patience", "change": CARD["change"] | {"after": 0.4}},
             "What may help: the recipe pgd.",
@@ -218,7 +220,10 @@ CARD = {
             ),
         ),
         (
-            {"plan": {"budget_s": None, "attempts": CARD["plan"]["attempts"]}, "change": {"metric": "f1"}},
+            {
+                "plan": {"budget_s": None, "attempts": CARD["plan"]["attempts"]},
+                "change": CARD["change"] | {"metric": "f1"},
+            },
             "What may help: 10 epochs instead of 0.559.",
         ),
     ],

@@ -37,6 +37,8 @@ class Remedy:
     "give class_names=('cat', 'dog') to holdfast.open_model"
     >>> Remedy("geometry").on_command_line(), Remedy("geometry").in_python()
     ('leave out --geometry', 'leave out geometry')
+    >>> Remedy("recipe.samples").on_command_line()
+    'leave out --set recipe.samples'
     >>> Remedy("fit", Placeholder("DATA")).on_command_line()
     'give --fit DATA'
     >>> Remedy("x", Placeholder("NAME"), also=(Remedy("y", Placeholder("NAME")),)).on_command_line()
@@ -104,7 +106,9 @@ class Remedy:
 
     @property
     def flag(self) -> str:
-        """The option of the command line, as in `--class-names`."""
+        """The option of the command line, as in `--class-names`, or `--set` with a setting inside of one."""
+        if "." in self.argument:
+            return f"--set {self.argument}"
         return self.option or f"--{self.argument.replace('_', '-')}"
 
     @property

@@ -71,7 +71,8 @@ def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, .
         ("larger-eps", larger > 0 or not left, float(larger), 1.0, left,
          f"larger eps break {larger} of the {left} examples that survive"),
         ("labels-only", not labels, float(labels), 0.0, left,
-         f"a search with labels only breaks {labels} of the {left} examples that survive it"),
+         f"a search with labels only breaks {labels} of the {left} examples that survive it"
+         if searched or labels else "the search with labels only was not run on all examples that survive"),
         ("gradient", share >= AGREES, share, AGREES, int(tested.sum()),
          f"its gradient predicts the effect of a step for {percent(share)} of the examples"
          if tested.any() else "the attack has no gradient"),

@@ -18,6 +18,8 @@ _FEW = 0.2
 """Robust accuracy below which a smaller eps is advised."""
 _QUICK = ("fgsm", "fgsm-rs", "n-fgsm", "free", "atta")
 """Recipes with cheap updates."""
+_COMPRESSING = ("int8", "prune")
+"""Recipes whose purpose is a smaller network, which no other one gives."""
 _WITHOUT_SIZE = ("text", "trigger", "training-set")
 """Constraints whose eps is no size that could be smaller."""
 _SLOWER, _LONGER = 4, 2
@@ -47,7 +49,9 @@ def advice(card: Mapping[str, Any], constraint: Constraint) -> Json:
     """
     eps = None if constraint.name in _WITHOUT_SIZE else float(constraint.eps)
     ways: Json = dict.fromkeys(("epochs", "budget_s", "recipe", "eps", "lr", "warmup"))
-    if card["verdict"] == "improved":
+    if card["verdict"] == "improved" or (
+        card["change"]["better"] == "higher" and card["change"]["before"] == 1
+    ):
         return ways
     training = card["settings"]["training"]
     if card["ended_by"] == "collapse":
@@ -81,6 +85,8 @@ def _other_recipe(recipe: str, ended_by: str, *, short: bool) -> str | None:
     """A recipe that may give more robust accuracy: one with cheaper updates if a budget left few epochs, otherwise one
     that trains on stronger attacks.
     """
+    if recipe in _COMPRESSING:
+        return None
     if short and ended_by == "budget":
         return None if recipe in _QUICK else "fgsm-rs"
     if recipe == "pgd":
