@@ -18,6 +18,8 @@ from holdfast.doubts.protocol import percent
 
 WHOLE_BOX = 0.05
 """largest share of examples that the attack may leave if every valid input is allowed"""
+LARGER = 0.5
+"""smallest share of the examples that survive which the attack must break with a larger eps"""
 AGREES = 0.75
 """smallest share of examples for which a step along the gradient must lower the margin more than a step against it; for
 a meaningless gradient, 24 of 32 have a probability of 0.4 %"""
@@ -68,7 +70,7 @@ def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, .
     checks = [
         ("whole-box", rest <= WHOLE_BOX, rest, WHOLE_BOX, n_in_box,
          f"with every valid input allowed, it leaves {boxed} of {n_in_box} examples"),
-        ("larger-eps", larger > 0 or not left, float(larger), 1.0, left,
+        ("larger-eps", larger >= LARGER * left, larger / max(left, 1), LARGER, left,
          f"larger eps break {larger} of the {left} examples that survive"),
         ("labels-only", not labels, float(labels), 0.0, left,
          f"a search with labels only breaks {labels} of the {left} examples that survive it"

@@ -133,9 +133,9 @@ class AnswerChecks(AttackKind):
 
     def larger(self, stage: Stage, work: Work, batch: Batch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Return for each example that survives the number of the first larger eps that breaks it, 0 if none does. The
-        search ends with the first eps that breaks an example.
+        search ends with the first eps after which enough of them are broken.
         """
-        from holdfast.doubts.answer_checks import larger_sizes  # only for runs with adaptive attacks
+        from holdfast.doubts.answer_checks import LARGER, larger_sizes  # only for runs with adaptive attacks
 
         threat, number = work.plan.threat, torch.zeros_like(batch.ids)
         cost = {"queries": torch.zeros_like(batch.ids), "backwards": torch.zeros_like(batch.ids)}
@@ -144,8 +144,8 @@ class AnswerChecks(AttackKind):
         for k, eps in enumerate(larger_sizes(threat.constraint, batch, work.target.bare.bounds, _SIZES), 1):
             x_adv, spent = self.attacked(stage, work, batch, resized(threat, eps), rng.at(k), "larger")
             cost = {name: count + getattr(spent, name) for name, count in cost.items()}
-            number[~right(work.target, batch, x_adv)] = k
-            if number.any():
+            number[(number == 0) & ~right(work.target, batch, x_adv)] = k
+            if (number > 0).double().mean() >= LARGER:
                 break
         return number, cost
 
