@@ -17,6 +17,7 @@ from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.api.verb_settings import Assess, Certify, Explain, composed
+from holdfast.attacks.parts.expectation import averaged_views
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -27,6 +28,7 @@ from holdfast.explanation.explained import Explained
 from holdfast.explanation.whole_model import Measured, explain_model
 from holdfast.explanation.wording import About
 from holdfast.io.models.factories import names_code
+from holdfast.io.models.weights import digest_of_weights
 from holdfast.reports.gallery import is_image
 from holdfast.reports.summary import threat_to_json
 from holdfast.reports.words import threat_syntax
@@ -44,6 +46,8 @@ _EXAMPLES = 100
 """examples by which a model is explained, unless the settings state another number"""
 _MOST = 500
 """largest number of examples by which a model is explained"""
+_VIEWS = 8
+"""transformations over which a model with random transformations of its inputs is averaged"""
 _TRAINING = 2000
 """training examples that are compared"""
 
@@ -133,14 +137,17 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
         key = "sample" if manifest["data"].get("sampled") else "n"
         update |= {key: manifest["data"]["n"], "seed": settings.seed or manifest["seed"]}
     if given_as_model:
-        update["model"] = _address(manifest["model"], str(folder))
+        update["model"] = _address(manifest, str(folder))
     if settings.data is None:
         update["data"] = str(manifest["data"]["name"])
     return settings.model_copy(update=update), run
 
 
-def _address(card: dict[str, Any], folder: str) -> str:
-    """The address of the model of a run. A run folder may come from someone else, so that no code is run by it."""
+def _address(manifest: dict[str, Any], folder: str) -> str:
+    """The address of the model of a run: of a hardening, the folder with the new model. A run folder may come from
+    someone else, so that no code is run by it.
+    """
+    card = manifest["model"]
     name = str(card["name"])
     if card.get("how") == "python" or names_code(name) or card.get("members"):
         raise UsageError(
@@ -148,23 +155,32 @@ def _address(card: dict[str, Any], folder: str) -> str:
             "be executed or its weights are not in a file; give the model and the data, and the run as from_run "
             "(--from-run on the command line)"
         )
-    return name
+    return folder if manifest["verb"] == "harden" else name
 
 
 @contextmanager
 def _opened(settings: Explain, run: Result | None) -> Iterator[tuple[Subject, Data, Target]]:
     """The model, the data and the prepared model. Raises `TargetError` if they are not those of the run."""
-    subject = open_subject(settings)
+    seen_through = {} if run is None else run.evidence.model.get("seen_through", {})
+    transform = ",".join(f"{name}={limit!r}" for name, limit in seen_through.items()) or None
+    subject = open_subject(settings, transform=transform)
     data = open_examples(settings, subject.model)
     subject = with_found_properties(subject, (), data)
     device = torch.device(device_of(settings.device))
     with readied(subject, data, device) as (target, _):
         if run is not None:
-            _refuse_changed(settings, run, model_digest(subject, target), data)
-        yield subject, data, target
+            weights = None if run.training is None else digest_of_weights(subject.model.net.state_dict())
+            known = subject if weights is None else replace(subject, digest=weights)  # as harden does
+            _refuse_changed(run, model_digest(known, target), data)
+        if transform is None:
+            yield subject, data, target
+            return
+        mean = replace(subject, model=averaged_views(subject.model, _VIEWS, settings.seed))
+        with readied(mean, data, device) as (steady, _):
+            yield mean, data, steady
 
 
-def _refuse_changed(settings: Explain, run: Result, model: str, data: Data) -> None:
+def _refuse_changed(run: Result, model: str, data: Data) -> None:
     """Raise `TargetError` if the model or the examples are not those of the run."""
     stored = run.about["hashes"]
     for name, now in (("model", model), ("data", data.digest)):

@@ -41,9 +41,10 @@ def explainer(*, trust_code: bool = False) -> Explain:
         try:
             return settings.run().fragment()
         except UsageError as error:
+            reason = error.on_command_line()
             raise UsageError(
                 f"the model {name} and the data {data} cannot be opened without the options of the run, which its "
-                f"folder does not state ({error}); use holdfast explain {name} {data} with these options and "
+                f"folder does not state ({reason}); use holdfast explain {name} {data} with these options and "
                 f"--from-run {folder} --index {number}"
             ) from error
 

@@ -16,9 +16,9 @@ from holdfast.adaptation.journal import Journal
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
-from holdfast.reports.audit import audit_page, gate_lines, headline, report_tables
+from holdfast.reports.audit import audit_view
 from holdfast.reports.html import filled, page, template_text
-from holdfast.reports.words import VERDICTS, shown_metrics
+from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.rotation.pool.verify_pool import verify_pool
 from holdfast.runs.assess.result import Result
 from holdfast.runs.stored.run_forms import consistent
@@ -48,6 +48,8 @@ MOST_ROWS = 500
 _MOST_PARTNERS = 50
 _KEPT = 8
 """number of opened runs, and of explanations, that are kept in memory"""
+_OUTCOMES = {"pass": "passed", "fail": "failed", "no gate": "without a gate"}
+"""verdicts in a sentence that counts them, if they differ from the verdicts themselves"""
 _TONES = {"pass": "pass", "fail": "fail", "unclear": "unclear", "flagged": "fail", "not flagged": "pass"}
 
 
@@ -84,6 +86,12 @@ class Site:
         self.shelf, self.explain, self.mode = shelf, explain, mode
         self._opened: OrderedDict[str, tuple[tuple[object, ...], _Opened]] = OrderedDict()
         self._explained: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._pages = {
+            "audit": self._audit,
+            "pool": self._pool,
+            "chains": self._chains,
+            "adaptation": self._adaptation,
+        }
         self._one_at_a_time = threading.RLock()  # an explanation takes a core, and a run memory
 
     def page(self, path: str, query: Mapping[str, str] | None = None) -> Page:
@@ -139,11 +147,12 @@ class Site:
             "Runs",
             items=[item for item in shown if item.kind in ("run", "audit", "unreadable")],
             others=[item for item in shown if item.kind in ("pool", "chains", "adaptation")],
-            n_all=len(items),
             waiting=waiting,
             q=wanted,
             model_key=model_key,
             tones=_TONES,
+            outcomes=_OUTCOMES,
+            heading=_amounts(shown),
             counts=Counter(item.state for item in shown if item.verdict and item.kind in ("run", "audit")),
         )
 
@@ -177,38 +186,20 @@ class Site:
             with consistent(item.path):
                 if item.kind == "run":
                     return self._run_page(item, rest)
-                if item.kind == "audit":
-                    return self._audit(item, rest)
                 if rest:
                     raise NoPage
-                return {"pool": self._pool, "chains": self._chains, "adaptation": self._adaptation}[
-                    item.kind
-                ](item)
+                return self._pages[item.kind](item)
         except (HoldfastError, OSError) as error:
             if isinstance(error.__cause__, NoPage):
                 raise NoPage from error
             text = error.on_command_line() if isinstance(error, HoldfastError) else str(error)
             return self._failed(item, text)
 
-    def _audit(self, item: Item, rest: Sequence[str]) -> Page:
+    def _audit(self, item: Item) -> Page:
         if item.entry is not None and not item.entry.finished:
             return self._failed(item, f"the audit is {item.state}")
-        content = open_audit(item.path).summary()
-        if list(rest) == ["report"]:
-            return Page(audit_page(content), complete=True)
-        if rest:
-            raise NoPage
-        return self._filled(
-            f"audit/{item.id}",
-            "site-audit.html.j2",
-            item.name,
-            item=item,
-            headline=headline(content),
-            gates=gate_lines(content),
-            tables=report_tables(content),
-            s=content,
-            tone=_TONES.get(content["verdict"], "no-gate"),
-        )
+        view = audit_view(open_audit(item.path).summary())
+        return self._filled(f"audit/{item.id}", "site-audit.html.j2", item.name, item=item, **view)
 
     def _pool(self, item: Item) -> Page:
         verified = verify_pool(item.path)
@@ -388,6 +379,7 @@ class Site:
             facts_shown=facts,
             outcomes=[(each.stage, each.outcome(row)) for each in opened.tried],
             stored=stored,
+            threat=summary["threat"],
             explains=self.explain is not None,
         )
 
@@ -469,8 +461,6 @@ class Site:
                 models.setdefault(model_key(item.entry.model), {}).update(
                     (name, None) for name, _ in item.metrics
                 )
-            if item.kind == "audit" and item.verdict and not item.fault:
-                yield f"audit/{item.id}/report"
             if item.kind == "run" and item.verdict and not item.fault:
                 yield from self._paths_of(item)
         for key, metrics in models.items():
@@ -495,6 +485,14 @@ class Site:
 def model_key(name: str) -> str:
     """Return the name of a model in addresses."""
     return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def _amounts(items: Sequence[Item]) -> str:
+    """The numbers of runs and of audits in words."""
+    audits = sum(item.kind == "audit" for item in items)
+    runs = sum(item.kind in ("run", "unreadable") for item in items)
+    counted = [amount(n, noun) for n, noun in ((runs, "runs"), (audits, "audits")) if n]
+    return " and ".join(counted) or "No run"
 
 
 def _words(item: Item) -> str:
