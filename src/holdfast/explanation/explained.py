@@ -53,6 +53,10 @@ class Figure:
     """whether the rows are shown as a table, and not only as CSV"""
     note: str = ""
     """how the figure is read, and what limits it"""
+    reason: str = ""
+    """why the prediction changes or the model fails, as a sentence, if the figure shows it"""
+    columns: int = 0
+    """number of pictures in a row; 0 for as many as fit"""
 
     @property
     def csv(self) -> str:
@@ -103,12 +107,17 @@ class Explained:
         """Names of the figures in their order."""
         return tuple(figure.name for figure in self.figures)
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the prediction changes or the model fails: the reasons that figures show."""
+        return tuple(figure.reason for figure in self.figures if figure.reason)
+
     def fragment(self, *, level: int = 2) -> str:
         """Return the explanation as HTML without a page around it, which needs the style sheet of reports.
 
-        `level` is the level of its headings.
+        `level` is the level of its first heading.
         """
-        return filled("explanation-fragment.html.j2", e=self, level=level, whole=True)
+        return filled("explanation-fragment.html.j2", e=self, level=level)
 
     def page(self) -> str:
         """Return the explanation as a self-contained HTML page without scripts."""
@@ -119,6 +128,7 @@ class Explained:
         content = {
             "title": self.title,
             "sentence": self.sentence,
+            "reasons": list(self.reasons),
             "advice": list(self.advice),
             "notes": list(self.notes),
             "facts": dict(self.facts),
@@ -129,7 +139,11 @@ class Explained:
     def text(self) -> str:
         """Return the findings as text for a terminal, one line for each figure."""
         lines = [f"{self.title}: {self.sentence}", *(f"- {figure.title}" for figure in self.figures)]
-        for heading, texts in (("What you can do:", self.advice), ("Not shown:", self.notes)):
+        for heading, texts in (
+            ("Why:", self.reasons),
+            ("What you can do:", self.advice),
+            ("Not shown:", self.notes),
+        ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
         return "\n".join(lines)
 

@@ -213,10 +213,19 @@ class Site:
         return self._facts(item, "The ledger of the pool is consistent", facts, tables)
 
     def _chains(self, item: Item) -> Page:
-        verified = asdict(verify_audit(item.path))
-        notes = [[note] for note in verified.pop("notes")]
-        tables = [("Servers", ["note"], notes)] if notes else []
-        return self._facts(item, "All chains of the folder are consistent", verified, tables)
+        verified = verify_audit(item.path)
+        facts = {
+            "chains": verified.chains,
+            "records": verified.records,
+            "requests answered": verified.answered,
+            "requests failed": verified.failed,
+            "requests interrupted": verified.interrupted,
+            "requests in progress": verified.open,
+            "records lost": verified.lost,
+            "head": verified.head,
+        }
+        tables = [("Servers", ["note"], [[note] for note in verified.notes])] if verified.notes else []
+        return self._facts(item, "All chains of the folder are consistent", facts, tables)
 
     def _adaptation(self, item: Item) -> Page:
         journal = Journal.read(item.path)
@@ -368,8 +377,8 @@ class Site:
             facts["prediction when attacked"] = class_text(
                 evidence, int(evidence["adversarial_prediction"][row])
             )
-            for norm in ("linf", "l2", "l1", "l0"):
-                facts[f"distance {norm}"] = float(evidence[f"distance_{norm}"][row])
+            norms = ("linf", "l2", "l1", "l0") if evidence.threat.constraint.in_input_units else ()
+            facts |= {f"distance {norm}": float(evidence[f"distance_{norm}"][row]) for norm in norms}
         return self._filled(
             f"run/{item.id}/example/{number}",
             "site-example.html.j2",
