@@ -33,12 +33,11 @@ def test_an_example_is_explained_with_its_figures():
     explained = holdfast.Explain(
         model="mnist-cnn", data="mnist-mini", threat="linf:0.2", index=3, n=20, train="mnist-mini"
     ).run()
-    assert {"change", "concentration", "attributions", "stability", "slice", "neighbours"} <= {
-        *explained.names
-    }
+    assert {"change", "attributions", "stability", "slice", "neighbours"} <= {*explained.names}
     assert " becomes " in explained.sentence
     assert "linf:0.2 allows 0.2" in explained.sentence
     assert any("same size" in reason for reason in explained.reasons)
+    assert "of the smallest change lies in" in explained["change"].note
     page = explained.page()
     assert "<script" not in page
     for figure in explained.figures:

@@ -134,8 +134,8 @@ def test_reports_of_monitor_and_keys_with_limits_are_evidence(tmp_path):
         return {each["id"]: each["evidence"][0]["statement"] for each in requirements if each["evidence"]}
 
     report = tmp_path / "monitor.json"
-    x = torch.rand(120, 4, generator=torch.Generator().manual_seed(0)).numpy()
-    holdfast.monitor(x[:60], reference=x[60:]).write(report)
+    x = torch.rand(400, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    holdfast.monitor(x[:200], reference=x[200:]).write(report)
     assert list(evidence(report)) == ["v1.0-C12.3.1"]
     keys = tmp_path / "keys.json"
     add_key(keys, "a", ("infer",), rate=2.0)

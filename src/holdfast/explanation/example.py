@@ -20,7 +20,7 @@ from holdfast.core.types import Inputs
 from holdfast.explanation.attribution_figures import attribution_figures
 from holdfast.explanation.case import Case, grid_rows
 from holdfast.explanation.counterfactual import changes, counterfactual
-from holdfast.explanation.explained import Bar, Explained, Figure, Picture
+from holdfast.explanation.explained import Explained, Figure, Picture
 from holdfast.explanation.neighbours import Checkpoint, neighbour_figure, tracin_figure
 from holdfast.explanation.wording import (
     About,
@@ -42,9 +42,8 @@ from holdfast.runs.harness import Target
 
 _SIDE = 41
 """points along each side of the slice"""
-_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-_CONCENTRATED = 0.6
-"""share of the change in 5 % of the pixels from which it is concentrated"""
+_TOP = 0.05
+"""share of the pixels that counts as few"""
 
 
 def explain_example(
@@ -76,8 +75,6 @@ def explain_example(
     of = low.expand_as(batch.x).clone() if baseline is None else baseline.to(batch.x)
     case = Case(target, own, label, threat, about, of, rng, found)
     figures, notes = [_change(case)], list(about.notes)
-    if found.shown is not None and not case.is_text and not isinstance(threat.constraint, Table | L0):
-        figures.append(_places(case))  # columns of a table have different units
     more, remarks = attribution_figures(case)
     figures += more
     notes += remarks
@@ -133,17 +130,18 @@ def _unusual(old: str, new: str) -> str:
     return f" (with {listed(names)})" if names else ""
 
 
-def _concentration(case: Case, share: float = 0.05) -> tuple[float, float]:
-    """The fraction of the change in the most changed pixels, and the fraction of the pixels that these are."""
-    change = _pixel_change(case).flatten()
-    k = max(1, round(share * change.numel()))
-    total = float(change.sum())
-    return (float(change.topk(k).values.sum()) / total if total else 0.0), k / change.numel()
+def _concentration(case: Case) -> str:
+    """How much of the smallest change of an image lies in the most changed pixels."""
+    assert case.found.nearest is not None
+    change = plane((case.found.nearest - case.x)[0].abs()).flatten()
+    k = max(1, round(_TOP * change.numel()))
+    share = float(change.topk(k).values.sum()) / (float(change.sum()) or 1.0)
+    return f"{percent(share)} of the smallest change lies in {percent(k / change.numel())} of the pixels."
 
 
-def _pixel_change(case: Case) -> Tensor:
-    change = (case.x_adv - case.x)[0].abs().nan_to_num(0)
-    return plane(change)
+def _changed_share(case: Case) -> float:
+    """The share of the pixels that change in the counterfactual that is shown."""
+    return float((plane((case.x_adv - case.x)[0].abs()) > 0).float().mean())
 
 
 def _advice(case: Case) -> tuple[str, ...]:
@@ -167,10 +165,8 @@ def _advice(case: Case) -> tuple[str, ...]:
             f"Ask whether an attacker can really change {names} like this. If not, state it in the rules "
             "(change: none, up or down, or a higher cost), and assess the model again."
         )
-    elif case.is_picture and not isinstance(constraint, L0) and _concentration(case)[0] > _CONCENTRATED:
-        advice.append(
-            "Assess the model with a threat with l0 or a patch as well, as the change is concentrated."
-        )
+    elif case.is_picture and not isinstance(constraint, L0) and _changed_share(case) <= _TOP:
+        advice.append("Assess the model with a threat with l0 or a patch as well, as few pixels suffice.")
     return tuple(advice)
 
 
@@ -259,34 +255,10 @@ def _changed_pixels(case: Case, title: str, note: str) -> Figure:
     rows = grid_rows((case.x[0], delta, (case.x_adv - case.x)[0]))
     alternative = f"{len(pictures)} pictures: " + "; ".join(p.caption for p in pictures) + "."
     headings = ("row", "column", "input", "smallest change", "shown change")
-    reason = _noise_reason(case)
+    reason, note = _noise_reason(case), f"{_concentration(case)} {note}"
+    if sparse is not None and _changed_share(case) <= _TOP:
+        reason += f" A change of {percent(_changed_share(case))} of the pixels suffices."
     return Figure("change", title, alternative, headings, rows, tuple(pictures), note=note, reason=reason)
-
-
-def _places(case: Case) -> Figure:
-    """How concentrated the change is."""
-    change = _pixel_change(case).flatten()
-    total = float(change.sum()) or 1.0
-    ordered = change.sort(descending=True).values
-    noun = "pixels" if case.is_picture else "columns"
-    rows = []
-    for share in _SHARES:
-        k = max(1, round(share * len(change)))
-        rows.append((k, k / len(change), float(ordered[:k].sum()) / total))
-    rows = sorted(set(rows))
-    share, top = _concentration(case)
-    concentrated = share > _CONCENTRATED
-    how = "concentrated" if concentrated else "spread"
-    title = f"The change is {how}: {percent(share)} of it lies in {percent(top)} of the {noun}"
-    return Figure(
-        "concentration",
-        title,
-        f"Bars: share of the change in the most changed {noun}, from {rows[0][0]} to {rows[-1][0]} of them.",
-        (noun, "share of all", "share of the change"),
-        tuple(rows),
-        bars=tuple(Bar(f"{amount(k, noun)} ({percent(part)})", s, percent(s)) for k, part, s in rows),
-        reason=f"{title}." if concentrated and case.found.inside else "",
-    )
 
 
 def _slice(case: Case) -> Figure:

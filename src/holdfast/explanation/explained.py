@@ -1,7 +1,5 @@
 """The result of an explanation: a sentence, and figures with their numbers."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from typing import Any
 
 from holdfast.reports.html import filled, render
 from holdfast.reports.numbers import strict
+from holdfast.reports.table import csv_text
 from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination
 
 Json = dict[str, Any]
@@ -61,11 +60,8 @@ class Figure:
     @property
     def csv(self) -> str:
         """The numbers of the figure as CSV."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(self.headings)
-        writer.writerows([f"{c:.6g}" if isinstance(c, float) else c for c in row] for row in self.rows)
-        return file.getvalue()
+        rows = ([float(f"{c:.6g}") if isinstance(c, float) else c for c in row] for row in self.rows)
+        return csv_text([self.headings, *rows])
 
     def to_json(self) -> Json:
         """Return the figure as strict JSON, without its pictures."""

@@ -47,6 +47,8 @@ _CLUSTERS = 4
 _ROUNDS = 20  # of k-means
 _BINS = 8
 _BANDS = 4
+_ACCURATE = 0.8
+"""accuracy on clean examples below which it is named as the first thing to improve"""
 _LEAST = 5
 """examples of a class from which its robust accuracy is stated as a reason"""
 
@@ -122,6 +124,10 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
         )
     share = float(case.surviving.float().mean())
     clean = float((case.predicted == case.batch.y).float().mean())
+    if clean < _ACCURATE:
+        advice.append(
+            f"Improve the accuracy without an attack first ({percent(clean)}), which limits the robust accuracy."
+        )
     if share < 0.9 * clean:
         advice.append(training_advice(case.about, constraint, case.target.bare.access))
     if isinstance(constraint, Table) and bool(case.hit.any()):

@@ -1,7 +1,5 @@
 """The pages of a folder of runs. Each has a path, under which the server answers and the export writes a file."""
 
-import csv
-import io
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
 from holdfast.reports.audit import audit_view
 from holdfast.reports.html import filled, page, template_text
+from holdfast.reports.table import csv_text
 from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.rotation.pool.verify_pool import verify_pool
 from holdfast.runs.assess.result import Result
@@ -163,7 +162,7 @@ class Site:
             raise NoPage
         found, model = trends(runs, metric), runs[0].entry.model if runs[0].entry else ""
         if csv_only:
-            return Page(_csv(trend_csv(found, metric)), CSV)
+            return Page(csv_text(trend_csv(found, metric)), CSV)
         return self._filled(
             f"trend/{key}/{metric}",
             "site-trend.html.j2",
@@ -269,7 +268,7 @@ class Site:
             case ["report"]:
                 return Page(page(opened.result.summary()), complete=True)
             case ["examples.csv"]:
-                return Page(_csv(_all_examples(opened)), CSV)
+                return Page(csv_text(_all_examples(opened)), CSV)
             case ["examples", by]:
                 return self._examples(item, opened, by, "")
             case ["examples", by, but]:
@@ -433,7 +432,7 @@ class Site:
                 "broken by",
                 "broken by",
             ]
-            return Page(_csv([heading, *(list(asdict(pair).values()) for pair in shared)]), CSV)
+            return Page(csv_text([heading, *(list(asdict(pair).values()) for pair in shared)]), CSV)
         counts = Counter((pair.first, pair.second) for pair in shared)
         chosen = tuple(wanted.split("-"))
         if wanted and (len(chosen) != 2 or not set(chosen) <= set(KINDS)):
@@ -523,17 +522,3 @@ def _all_examples(opened: _Opened) -> list[list[Any]]:
         attacked = [each.outcome(row) for each in opened.tried]
         rows.append([number, label, outcomes[row], breaker(evidence, row), *attacked])
     return rows
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as CSV. A cell that a spreadsheet would interpret as a formula begins with an apostrophe."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    for row in rows:
-        writer.writerow(
-            [
-                f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell
-                for cell in row
-            ]
-        )
-    return file.getvalue()
