@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -32,11 +33,11 @@ def test_an_example_is_explained_with_its_figures():
     explained = holdfast.Explain(
         model="mnist-cnn", data="mnist-mini", threat="linf:0.2", index=3, n=20, train="mnist-mini"
     ).run()
-    assert {"change", "concentration", "attributions", "stability", "slice", "neighbours"} <= {
-        *explained.names
-    }
+    assert {"change", "attributions", "stability", "slice", "neighbours"} <= {*explained.names}
     assert " becomes " in explained.sentence
-    assert "of the change lies in" in explained.sentence
+    assert "linf:0.2 allows 0.2" in explained.sentence
+    assert any("same size" in reason for reason in explained.reasons)
+    assert "of the smallest change lies in" in explained["change"].note
     page = explained.page()
     assert "<script" not in page
     for figure in explained.figures:
@@ -61,6 +62,46 @@ def test_a_model_is_explained(stored):
     assert int(explained.sentence.split()[0]) <= survivors
     assert holdfast.report(folder).explain().sentence == explained.sentence
     assert holdfast.report(folder).explain(3).title == result.explain(3).title
+
+
+def test_a_run_with_random_transformations_is_explained_by_their_mean(tmp_path):
+    result = holdfast.assess(
+        "mnist-cnn", "mnist-mini", "linf:0.1", "quick", n=10, doubts=False, transform="rotate=15", run=tmp_path / "a"
+    )  # fmt: skip
+    first, second = (holdfast.report(tmp_path / "a").explain(3) for _ in range(2))
+    assert first.to_json() == second.to_json() == result.explain(3).to_json()
+    assert "8 random transformations" in " ".join(first.notes)
+
+
+@pytest.mark.slow
+def test_a_hardened_model_is_explained_from_its_run(tmp_path):
+    holdfast.harden(
+        "mnist-cnn", "mnist-mini", "linf:0.1", recipe={"use": "fgsm-rs", "training": {"epochs": 1}}, n=20,
+        run=tmp_path / "a",
+    )  # fmt: skip
+    explained = holdfast.report(tmp_path / "a").explain(3)
+    assert explained.sentence == holdfast.explain(str(tmp_path / "a"), index=3).sentence
+    with pytest.raises(TargetError, match="the model opened now"):
+        holdfast.Explain(model="mnist-cnn", data="mnist-mini", n=20, from_run=str(tmp_path / "a")).run()
+
+
+def test_integrated_gradients_of_tables_keep_categories(tmp_path):
+    rules = tmp_path / "rules.json"
+    columns = {
+        "amount": {"type": "number", "min": 0, "max": 10},
+        "kind": {"type": "category", "values": ["a", "b", "c"]},
+    }
+    rules.write_text(json.dumps({"columns": columns, "budget": {"norm": "l1", "eps": 2.0}}))
+
+    class Net(nn.Module):
+        def forward(self, x):
+            score = x[:, 0] * 0.3 + torch.tensor([5.0, -4.0, 1.0])[x[:, 1].long()]
+            return torch.stack((score, -score), 1)
+
+    x = torch.stack((torch.linspace(0, 10, 30), torch.arange(30) % 3), 1)
+    explained = holdfast.explain(Net(), x, Net()(x).argmax(1), f"table:{rules}", index=1)
+    gap = float(re.search(r"([\d.e-]+) % of the difference is not", explained["attributions"].note)[1])
+    assert gap < 0.1
 
 
 def test_the_command_writes_the_files(stored, tmp_path, capsys):

@@ -5,12 +5,14 @@ import re
 import shutil
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import holdfast
 from holdfast.adaptation.journal import Journal
 from holdfast.api.annexes import annex_of
 from holdfast.attacks import FGSM, Square
+from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import AuditRequest, audited
 from holdfast.audits.finding import Finding
 from holdfast.cli.app import verbs
@@ -18,6 +20,7 @@ from holdfast.core.catalogue import ATTACKS, AUDITS, BUNDLED, PROVERS, RECIPES
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.rules import QUERIES, RANGE, SCHEMA
 from holdfast.reports.annex import standard_names, standards_data
+from holdfast.server.keys import add_key
 
 FORMS = {
     "atlas": r"AML\.[TM]\d{4}(\.\d{3})?",
@@ -123,3 +126,30 @@ def test_the_command_writes_an_annex_of_several_folders(run, tmp_path):
     assert "<script" not in page.read_text() and "other-net" in page.read_text()
     with pytest.raises(UsageError, match="--annex aisvs"):
         CliRunner().invoke(verbs, words[:3], catch_exceptions=False)
+
+
+def test_reports_of_monitor_and_keys_with_limits_are_evidence(tmp_path):
+    def evidence(path):
+        requirements = annex_of([path], "aisvs").content["requirements"]
+        return {each["id"]: each["evidence"][0]["statement"] for each in requirements if each["evidence"]}
+
+    report = tmp_path / "monitor.json"
+    x = torch.rand(400, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    holdfast.monitor(x[:200], reference=x[200:]).write(report)
+    assert list(evidence(report)) == ["v1.0-C12.3.1"]
+    keys = tmp_path / "keys.json"
+    add_key(keys, "a", ("infer",), rate=2.0)
+    add_key(keys, "b", ("infer",))
+    assert "1 of 2 valid keys" in evidence(keys)["v1.0-C11.2.2"]
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"verb": "assess"}))
+    with pytest.raises(TargetError, match="verb"):
+        annex_of([report], "aisvs")
+
+
+def test_an_attack_counts_by_its_class_under_the_name_of_a_suite(run, tmp_path):
+    quick = tmp_path / "quick"
+    holdfast.assess("mnist-cnn", "mnist-mini", "linf:0.1", "quick", n=5, doubts=False, run=quick)
+    content = annex_of([quick], "aisvs").content
+    requirements = {each["id"]: each for each in content["requirements"]}
+    assert "Relay" in requirements["v1.0-C11.1.3"]["evidence"][0]["names"]
+    assert set(VARIANTS.values()) <= set(_listed("attacks"))

@@ -92,6 +92,8 @@ def facts_text(facts: Mapping[str, Any]) -> str:
         name = key.replace("_", " ")
         if isinstance(value, Sequence) and not isinstance(value, str):
             parts.append(f"{name}: {', '.join(map(str, value))}")
+        elif isinstance(value, bool):
+            parts.append(f"{name}: {'yes' if value else 'no'}")
         else:
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     return "; ".join(parts)

@@ -1,13 +1,19 @@
-"""Reads the folders of runs, audits, pools, audit chains and adaptations for the annex of a standard."""
+"""Reads folders of runs, audits, pools, audit chains and adaptations, reports of `monitor` and files of API keys for an
+annex.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from holdfast.adaptation.journal import JOURNAL, Journal
+from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import is_audit, open_audit
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.reports import monitoring
 from holdfast.reports.annex import (
     FolderEvidence,
     annex,
@@ -15,14 +21,17 @@ from holdfast.reports.annex import (
     annex_to_json,
 )
 from holdfast.reports.audit import headline
-from holdfast.reports.words import open_doubts, threat_syntax
+from holdfast.reports.words import amount, open_doubts, threat_syntax
 from holdfast.reports.write import write_annex
 from holdfast.rotation.pool.verify_pool import verify_pool
-from holdfast.runs.store.files import AUDIT_MARK, MANIFEST, POOL_MANIFEST
+from holdfast.runs.store.files import AUDIT_MARK, MANIFEST, POOL_MANIFEST, content_of
 from holdfast.runs.store.folder import read_manifest
+from holdfast.runs.store.forms import refuse_form
+from holdfast.runs.store.records import parsed
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import open_run
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.keys import read_keys
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,9 @@ class Annex:
 
 def annex_of(folders: Sequence[str | Path], standard: str) -> Annex:
     """Return the annex of a standard, such as `aisvs`, over the evidence in folders of runs, audits, pools, audit
-    chains and adaptations.
+    chains and adaptations, in reports of `holdfast monitor` as JSON, and in files of API keys.
 
-    Raises `UsageError` without a folder or for an unknown standard, and `TargetError` for a folder that contains none
+    Raises `UsageError` without a folder or for an unknown standard, and `TargetError` for a folder or file that is none
     of these, or one that is unfinished or was altered.
     """
     if not folders:
@@ -66,9 +75,12 @@ def _finding(folder: Path) -> FolderEvidence:
         return _chains(folder)
     if (folder / JOURNAL).is_file():
         return _adaptation(folder)
+    if folder.is_file():
+        return _file(folder)
     if not (folder / MANIFEST).is_file():
         raise TargetError(
-            f"{str(folder)!r} contains no run, audit, pool, audit chain or adaptation; give a folder that does"
+            f"{str(folder)!r} contains no run, audit, pool, audit chain or adaptation; give a folder that does, a "
+            "report of holdfast monitor as JSON, or a file of API keys"
         )
     with consistent(folder):
         return _audit(folder) if is_audit(folder) else _run(folder)
@@ -88,7 +100,10 @@ def _run(folder: Path) -> FolderEvidence:
         f"{summary['run'].get('created', '')}",
         str(summary["hashes"].get("model", "")),
         {
-            "attacks": [step["attack"] for step in inner["config"]["stages"] if step["attack"]],
+            "attacks": [
+                VARIANTS.get(step["attack"], step["attack"])  # the names of attacks in suites
+                for step in inner["config"]["stages"]
+            ],
             "certificates": [record.name for record in evidence.proofs],
             "guard rules": [str(rule) for rule in evidence.model.get("guard", {}).get("rules", ())],
             "verbs": [summary["verb"], manifest["verb"]],
@@ -140,4 +155,57 @@ def _adaptation(folder: Path) -> FolderEvidence:
     statement = f"Outcome: {journal.outcome}{': ' + journal.reason if journal.reason else ''}."
     return FolderEvidence(
         str(folder), journal.server, "adaptation", "", {"folders": ["adaptation"]}, statement
+    )
+
+
+class _Named(TypedDict):
+    name: str
+
+
+class _Stream(_Named):
+    n: int
+
+
+class _Alarm(TypedDict):
+    after: int
+    signal: str
+    evidence: str
+
+
+class _Test(_Named):
+    alarm: _Alarm | None
+
+
+class _Monitored(TypedDict):
+    """The parts of a report of `monitor` that an annex states."""
+
+    schema_version: Literal[1]
+    verb: Literal["monitor"]
+    model: str | None
+    stream: _Stream
+    reference: _Named
+    decisive: list[str]
+    tests: list[_Test]
+
+
+def _file(path: Path) -> FolderEvidence:
+    """The evidence in a file of API keys, or in the report of a monitored stream. Neither is protected by a chain."""
+    content = parsed(path, content_of(path))
+    unprotected = "The file has no chain that would show later changes."
+    if "keys" in content:
+        keys = [key for key in read_keys(path) if key.state == "valid" and "infer" in key.scopes]
+        limited = sum(key.rate is not None for key in keys)
+        statement = (
+            f"{limited} of {amount(len(keys), 'valid keys')} for requests have a rate limit. {unprotected}"
+        )
+        names = ["limits"] if limited else []
+        return FolderEvidence(str(path), "", "API keys", "", {"folders": names}, statement)
+    refuse_form(path, content, _Monitored)
+    return FolderEvidence(
+        str(path),
+        content["model"] or content["stream"]["name"],
+        f"monitor, {content['stream']['name']}, {content['reference']['name']}",
+        "",
+        {"folders": ["monitoring"]},
+        f"{monitoring.headline(content)} {unprotected}",
     )

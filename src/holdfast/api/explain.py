@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from holdfast.api.attack import inputs_and_data
 from holdfast.api.expecting import expected, with_found_properties
@@ -17,16 +18,20 @@ from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.api.verb_settings import Assess, Certify, Explain, composed
+from holdfast.attacks.parts.expectation import MeanView, averaged_views
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
+from holdfast.explanation.attacked import Measured
 from holdfast.explanation.example import explain_example
 from holdfast.explanation.explained import Explained
-from holdfast.explanation.whole_model import Measured, explain_model
+from holdfast.explanation.whole_model import explain_model
 from holdfast.explanation.wording import About
 from holdfast.io.models.factories import names_code
+from holdfast.io.models.models import WEIGHTS
+from holdfast.io.models.weights import digest_of_weights
 from holdfast.reports.gallery import is_image
 from holdfast.reports.summary import threat_to_json
 from holdfast.reports.words import threat_syntax
@@ -44,6 +49,8 @@ _EXAMPLES = 100
 """examples by which a model is explained, unless the settings state another number"""
 _MOST = 500
 """largest number of examples by which a model is explained"""
+_VIEWS = 8
+"""transformations over which a model with random transformations of its inputs is averaged"""
 _TRAINING = 2000
 """training examples that are compared"""
 
@@ -85,6 +92,11 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
     settings, run = _with_run(settings) if result is None else (settings, result)
     with _opened(settings, run) as (subject, data, target):
         constraint = threat_model(parse_threat(settings.threat))
+        device = next(subject.model.parameters(), torch.empty(0)).device
+        rng = Draws(settings.seed).at("explain")
+        batch = (
+            data.read(0, min(len(data), _MOST)) if settings.index is None else _row(data, settings.index)
+        ).to(device)
         about = About(
             str(subject.card["name"]),
             data.name,
@@ -93,28 +105,37 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
             tuple(subject.model.feature_names or getattr(data, "features", None) or ()),
             settings.seed,
             subject.digest,
+            _notes(settings, target, len(batch), len(data)),
         )
-        device = next(subject.model.parameters(), torch.empty(0)).device
-        rng = Draws(settings.seed).at("explain")
-        if settings.index is None:
-            batch = data.read(0, min(len(data), _MOST)).to(device)
-            if len(batch) < len(data):
-                about = replace(
-                    about, notes=(f"Only the first {_MOST} of {len(data):,} examples were used.",)
-                )
-            return explain_model(target, batch, constraint, about, rng=rng, measured=_measured(run, data))
-        batch = _row(data, settings.index).to(device)
-        return explain_example(
-            target,
-            batch,
-            constraint,
-            about,
-            rng=rng,
-            baseline=_baseline(data, batch),
-            stored=_stored(run, settings.index),
-            train=_train(settings, subject.model, device),
-            checkpoints=_checkpoints(settings, device),
+        with target.repeatable(rng):
+            if settings.index is None:
+                return explain_model(target, batch, constraint, about, rng=rng, measured=_measured(run, data))
+            return explain_example(
+                target,
+                batch,
+                constraint,
+                about,
+                rng=rng,
+                baseline=_baseline(data, batch),
+                stored=_stored(run, settings.index),
+                train=_train(settings, subject.model, device),
+                checkpoints=_checkpoints(settings, device),
+            )
+
+
+def _notes(settings: Explain, target: Target, used: int, n: int) -> tuple[str, ...]:
+    """What limits the explanation of a model or an example, apart from its figures."""
+    notes = []
+    if settings.index is None and used < n:
+        notes.append(f"Only the first {used} of {n:,} examples were used.")
+    if isinstance(target.bare.net, MeanView):
+        notes.append(
+            "The model transforms its inputs at random. The mean of its class probabilities over "
+            f"{_VIEWS} random transformations, which are the same for all inputs, is explained instead."
         )
+    if target.randomised:
+        notes.append("The outputs of the model are random, and each pass of the model is another draw.")
+    return tuple(notes)
 
 
 def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
@@ -133,38 +154,54 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
         key = "sample" if manifest["data"].get("sampled") else "n"
         update |= {key: manifest["data"]["n"], "seed": settings.seed or manifest["seed"]}
     if given_as_model:
-        update["model"] = _address(manifest["model"], str(folder))
+        update["model"] = _address(manifest, str(folder))
     if settings.data is None:
         update["data"] = str(manifest["data"]["name"])
     return settings.model_copy(update=update), run
 
 
-def _address(card: dict[str, Any], folder: str) -> str:
-    """The address of the model of a run. A run folder may come from someone else, so that no code is run by it."""
+def _address(manifest: dict[str, Any], folder: str) -> str:
+    """The address of the model of a run: of a hardening, the folder with the new model. A run folder may come from
+    someone else, so that no code is run by it.
+    """
+    card = manifest["model"]
     name = str(card["name"])
     if card.get("how") == "python" or names_code(name) or card.get("members"):
+        hardened = (
+            f" (of {folder}/{WEIGHTS}, the architecture as arch)" if manifest["verb"] == "harden" else ""
+        )
         raise UsageError(
             f"the model of the run {folder!r} is {name!r}, which is not opened from a run folder, because code would "
-            "be executed or its weights are not in a file; give the model and the data, and the run as from_run "
-            "(--from-run on the command line)"
+            f"be executed or its weights are not in a file; give the model{hardened} and the data, and the run as "
+            "from_run (--from-run on the command line)"
         )
-    return name
+    return folder if manifest["verb"] == "harden" else name
 
 
 @contextmanager
 def _opened(settings: Explain, run: Result | None) -> Iterator[tuple[Subject, Data, Target]]:
     """The model, the data and the prepared model. Raises `TargetError` if they are not those of the run."""
-    subject = open_subject(settings)
+    seen_through = {} if run is None else run.evidence.model.get("seen_through", {})
+    transform = ",".join(f"{name}={limit!r}" for name, limit in seen_through.items()) or None
+    subject = open_subject(settings, transform=transform)
     data = open_examples(settings, subject.model)
     subject = with_found_properties(subject, (), data)
     device = torch.device(device_of(settings.device))
     with readied(subject, data, device) as (target, _):
         if run is not None:
-            _refuse_changed(settings, run, model_digest(subject, target), data)
-        yield subject, data, target
+            net, known = subject.model.net, subject
+            if run.training is not None and isinstance(net, nn.Module):
+                known = replace(subject, digest=digest_of_weights(net.state_dict()))  # as harden does
+            _refuse_changed(run, model_digest(known, target), data)
+        if transform is None:
+            yield subject, data, target
+            return
+        mean = replace(subject, model=averaged_views(subject.model, _VIEWS, settings.seed))
+        with readied(mean, data, device) as (steady, _):
+            yield mean, data, steady  # whose outputs are the same in every call
 
 
-def _refuse_changed(settings: Explain, run: Result, model: str, data: Data) -> None:
+def _refuse_changed(run: Result, model: str, data: Data) -> None:
     """Raise `TargetError` if the model or the examples are not those of the run."""
     stored = run.about["hashes"]
     for name, now in (("model", model), ("data", data.digest)):

@@ -32,7 +32,7 @@ def _explained(result: Result, index: int | None) -> "Explained":
     """Explain an example of a stored run, or its model, which is opened by its address."""
     from holdfast.api.verb_settings import Explain  # late, as few runs are explained
 
-    return Explain(model=str(result.folder), index=index).run()
+    return Explain(model=str(result.run_folder), index=index).run()
 
 
 def verify(run: str | Path) -> Verified:

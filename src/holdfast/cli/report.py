@@ -27,8 +27,8 @@ from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
     "--annex",
     metavar="STANDARD",
     help="Write the annex of a standard instead: atlas, aisvs, aitg, ml-top-10, nist or eu-ai-act. It lists the "
-    "evidence in all given folders of runs, audits, pools, audit chains and adaptations for each requirement, and what "
-    "is missing. Formats: .html .json .md.",
+    "evidence in all given folders of runs, audits, pools, audit chains and adaptations, reports of monitor (.json) "
+    "and files of API keys for each requirement, and what is missing. Formats: .html .json .md.",
 )
 @with_voice
 def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], annex: str | None) -> int:

@@ -88,6 +88,8 @@ def counterfactual(
         return Counterfactual(None, None, math.inf, inside=False, attack=by)
     inside = bool(allowed(constraint, best, batch.x, target.bare.bounds)[0])
     sparse = _sparse(target, batch, threat, best) if inside else None
+    if sparse is not None and not isinstance(constraint, BALLS):  # with changes undone, it is also nearer
+        best, distance = sparse, float(constraint.distance(sparse, batch.x)[0])
     predicted = int(target.predicted(target.logits(best))[0])
     return Counterfactual(best, sparse, distance, inside, by, predicted)
 

@@ -1,7 +1,5 @@
 """The result of an explanation: a sentence, and figures with their numbers."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from typing import Any
 
 from holdfast.reports.html import filled, render
 from holdfast.reports.numbers import strict
+from holdfast.reports.table import csv_text
 from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination
 
 Json = dict[str, Any]
@@ -53,15 +52,16 @@ class Figure:
     """whether the rows are shown as a table, and not only as CSV"""
     note: str = ""
     """how the figure is read, and what limits it"""
+    reason: str = ""
+    """why the prediction changes or the model fails, as a sentence, if the figure shows it"""
+    columns: int = 0
+    """number of pictures in a row; 0 for as many as fit"""
 
     @property
     def csv(self) -> str:
         """The numbers of the figure as CSV."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(self.headings)
-        writer.writerows([f"{c:.6g}" if isinstance(c, float) else c for c in row] for row in self.rows)
-        return file.getvalue()
+        rows = ([float(f"{c:.6g}") if isinstance(c, float) else c for c in row] for row in self.rows)
+        return csv_text([self.headings, *rows])
 
     def to_json(self) -> Json:
         """Return the figure as strict JSON, without its pictures."""
@@ -103,12 +103,17 @@ class Explained:
         """Names of the figures in their order."""
         return tuple(figure.name for figure in self.figures)
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the prediction changes or the model fails: the reasons that figures show."""
+        return tuple(figure.reason for figure in self.figures if figure.reason)
+
     def fragment(self, *, level: int = 2) -> str:
         """Return the explanation as HTML without a page around it, which needs the style sheet of reports.
 
-        `level` is the level of its headings.
+        `level` is the level of its first heading.
         """
-        return filled("explanation-fragment.html.j2", e=self, level=level, whole=True)
+        return filled("explanation-fragment.html.j2", e=self, level=level)
 
     def page(self) -> str:
         """Return the explanation as a self-contained HTML page without scripts."""
@@ -119,6 +124,7 @@ class Explained:
         content = {
             "title": self.title,
             "sentence": self.sentence,
+            "reasons": list(self.reasons),
             "advice": list(self.advice),
             "notes": list(self.notes),
             "facts": dict(self.facts),
@@ -129,7 +135,11 @@ class Explained:
     def text(self) -> str:
         """Return the findings as text for a terminal, one line for each figure."""
         lines = [f"{self.title}: {self.sentence}", *(f"- {figure.title}" for figure in self.figures)]
-        for heading, texts in (("What you can do:", self.advice), ("Not shown:", self.notes)):
+        for heading, texts in (
+            ("Why:", self.reasons),
+            ("What you can do:", self.advice),
+            ("Not shown:", self.notes),
+        ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
         return "\n".join(lines)
 

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.attacks.parts.expectation import inner
 from holdfast.audits.features import penultimate
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Labels
 from holdfast.explanation.explained import Cell, Figure, Picture
 from holdfast.explanation.wording import About, is_picture, picture
+from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 
 Checkpoint = Classifier
@@ -30,7 +32,7 @@ def features(model: Classifier, x: Inputs) -> tuple[Tensor, str]:
     network, or the inputs themselves.
     """
     if any(True for _ in model.parameters()) and model.access == "gradients":
-        return penultimate(model, x)[0], "the features before the last layer"
+        return penultimate(inner(model), x)[0], "the features before the last layer"
     return x.flatten(1).double().nan_to_num(0), "the inputs"
 
 
@@ -43,17 +45,32 @@ def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs, train: Batch, abo
     for kind, point in (("the input", x), ("the changed input", x_adv)):
         distances = torch.cdist(features(target.bare, point)[0], of_train)[0]
         for row in distances.argsort(stable=True)[:_NEAREST].tolist():
-            label = about.name_of(int(train.y[row]))
+            label = about.called(int(train.y[row]))
             labels.setdefault(kind, []).append(label)
             rows.append((kind, int(train.ids[row]), label, float(distances[row])))
             if is_picture(x.shape[1:]):
                 caption = f"near {kind}: training example {int(train.ids[row])}, label {label}"
                 pictures.append(picture(train.x[row], caption, target.bare))
     before, after = (", ".join(dict.fromkeys(each)) for each in labels.values())
-    title = f"The nearest training examples are {before} before the change, and {after} after it"
-    text = f"Distances are Euclidean in {name}; {len(train)} training examples were compared."
+    title = f"The nearest training examples have the label {before} before the change, and {after} after it"
+    moved = set(labels["the input"]).isdisjoint(labels["the changed input"])
+    reason = (
+        f"In {name}, the changed input is near training examples with the label {after}." if moved else ""
+    )
+    text = f"Distances are Euclidean in {name}; {amount(len(train), 'training examples')} were compared."
     headings = ("near", "training example", "label", "distance")
-    return Figure("neighbours", title, text, headings, tuple(rows), tuple(pictures), tabular=True, note=text)
+    return Figure(
+        "neighbours",
+        title,
+        text,
+        headings,
+        tuple(rows),
+        tuple(pictures),
+        tabular=True,
+        note=text,
+        reason=reason,
+        columns=_NEAREST,
+    )
 
 
 def tracin(models: Sequence[Classifier], x: Inputs, y: Labels, train: Batch) -> Tensor:
@@ -93,19 +110,21 @@ def tracin_figure(
     influence = tracin(checkpoints, batch.x, predicted, train)
     chosen = influence.argsort(descending=True, stable=True)[:_SUPPORTING].tolist()
     rows = tuple(
-        (int(train.ids[row]), about.name_of(int(train.y[row])), float(influence[row])) for row in chosen
+        (int(train.ids[row]), about.called(int(train.y[row])), float(influence[row])) for row in chosen
     )
     pictures = tuple(
         picture(train.x[row], f"training example {int(train.ids[row])}, label {rows[k][1]}", target.bare)
         for k, row in enumerate(chosen)
         if is_picture(batch.x.shape[1:])
     )
-    name = about.name_of(int(predicted[0]))
+    name = about.called(int(predicted[0]))
     labels = ", ".join(dict.fromkeys(str(row[1]) for row in rows))
     title = f"The wrong prediction {name} is supported by training examples with the label {labels}"
     text = (
-        f"The {len(rows)} training examples with the largest influence (TracIn on the last layer, "
-        f"{len(checkpoints)} checkpoints)."
+        f"The {amount(len(rows), 'training examples')} with the largest influence (TracIn on the last layer, "
+        f"{amount(len(checkpoints), 'checkpoints')})."
     )
     headings = ("training example", "label", "influence")
-    return [Figure("tracin", title, text, headings, rows, pictures, tabular=True, note=text)]
+    return [
+        Figure("tracin", title, text, headings, rows, pictures, tabular=True, note=text, reason=f"{title}.")
+    ]

@@ -2,105 +2,55 @@
 features of clean and of adversarial inputs part.
 
 Tsuzuku & Sato, "On the structural sensitivity of deep convolutional networks to the directions of Fourier basis
-functions", CVPR 2019, arXiv:1809.04098, for frequencies; Athalye, Carlini & Wagner, "Obfuscated gradients give a false
-sense of security", ICML 2018, arXiv:1802.00420, for plateaus of the loss as a sign of masked gradients.
+functions", CVPR 2019, arXiv:1809.04098, for frequencies.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from holdfast.attacks.fmn import FMN
-from holdfast.attacks.parts.losses import margin, margin_loss
+from holdfast.attacks.parts.expectation import inner
 from holdfast.audits.features import penultimate
-from holdfast.certifiers.slices import beside
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0
 from holdfast.core.draws import Draws
 from holdfast.core.per_example import spread
+from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Labels, Mask, PerExample
+from holdfast.core.types import Labels
+from holdfast.explanation.attacked import Attacked, Measured, attacked
 from holdfast.explanation.attributions import has_gradients
-from holdfast.explanation.counterfactual import BALLS, broken, changes, counterfactual
+from holdfast.explanation.counterfactual import BALLS, changes
 from holdfast.explanation.explained import Bar, Cell, Explained, Figure, bars
+from holdfast.explanation.network_figures import layer_figures, surface_figure
 from holdfast.explanation.wording import (
     About,
+    allowed_text,
+    changed_words,
     distance_text,
     is_picture,
+    listed,
     percent,
     picture,
     plane,
     signed_picture,
+    training_advice,
 )
 from holdfast.io.data.example_groups import Groups
-from holdfast.reports.numbers import plain
+from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 
 _CLUSTERS = 4
 _ROUNDS = 20  # of k-means
 _BINS = 8
 _BANDS = 4
-_LINES = 16  # examples of the loss surface
-_STEPS = 33  # points on each line
-_FLAT = 1e-3
-"""share of the range of the loss below which a step counts as flat"""
-_PLATEAU, _CLIFF = 0.5, 0.3
-"""shares of flat steps, and of the range in one step, from which a loss surface is a plateau with cliffs"""
-_MASKING = ("zero-gradient", "shattered", "loss-spread", "black-box", "noise")
-"""doubts that are about masked gradients"""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a run has stored about the examples."""
-
-    ids: Tensor | None = None
-    broken: Mask | None = None
-    """mask of the examples that the run broke, in the order of `ids`"""
-    adversarial_ids: Tensor | None = None
-    adversarial: Inputs | None = None
-    doubts: Mapping[str, str] = field(default_factory=dict)
-    """state of each doubt by its name"""
-    groups: Groups | None = None
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """The examples with adversarial inputs, which the figures share."""
-
-    target: Target
-    batch: Batch
-    threat: ThreatModel
-    about: About
-    x_adv: Inputs
-    """smallest changes that were found; clean inputs where none was found or the example is misclassified"""
-    distance: PerExample
-    """distances of `x_adv`; 0 for misclassified examples, and infinite if none was found"""
-    predicted: Labels
-    becomes: Labels
-    """predicted classes of `x_adv`"""
-    surviving: Mask
-    """correct, and not broken inside the constraint"""
-    rng: Draws
-
-    @property
-    def hit(self) -> Mask:
-        """Correctly classified examples for which an adversarial input was found inside the constraint."""
-        return (self.predicted == self.batch.y) & ~self.surviving & (self.distance > 0) & self.found
-
-    @property
-    def found(self) -> Mask:
-        """Examples for which an adversarial input was found, inside the constraint or not."""
-        return self.distance.isfinite()
-
-    def named(self, label: int) -> str:
-        """Return the name of a class."""
-        return self.about.name_of(label)
+_ACCURATE = 0.8
+"""accuracy on clean examples below which it is named as the first thing to improve"""
+_LEAST = 5
+"""examples of a class from which its robust accuracy is stated as a reason"""
 
 
 def explain_model(
@@ -118,25 +68,30 @@ def explain_model(
     search breaks it.
     """
     known = Measured() if measured is None else measured
-    case = _attacked(target, batch, threat, about, known, rng)
+    case = attacked(target, batch, threat, about, known, rng)
     notes = list(about.notes)
-    figures = [_margins(case), _classes(case), *_groups(case, known.groups)]
+    figures = [_classes(case), *_groups(case, known.groups)]
+    if threat.constraint.name != "text":  # whose changes have one size
+        figures.insert(0, _margins(case))
     if bool(case.hit.any()):
         figures += [_confusion(case), *_clusters(case, notes)]
         if is_picture(batch.x.shape[1:]):
             figures += [_frequencies(case), _regions(case)]
-        elif threat.constraint.name != "text":
-            figures.append(_columns(case))
+        else:
+            figures += _words(case) if threat.constraint.name == "text" else [_columns(case)]
     else:
         notes.append("No correctly classified example was broken, so what attacks use is not shown.")
     smooth = True
     if isinstance(threat.constraint, BALLS) and has_gradients(target.bare, batch.x):
-        surface, smooth = _surface(case, known.doubts)
+        surface, smooth = surface_figure(case, known.doubts)
         figures.append(surface)
-        figures += _layers(case, notes)
+        figures += layer_figures(case, notes)
     else:
-        notes.append("The loss surface and the layers need a ball of a norm and a model with gradients.")
-    title = f"{about.model} on {len(batch)} examples of {about.data}"
+        notes.append(
+            "The loss surface and the layers are not shown, because they need a threat with a norm and a model with "
+            "gradients."
+        )
+    title = f"{about.model} on {amount(len(batch), 'examples')} of {about.data}"
     return Explained(
         title,
         _sentence(case, smooth=smooth),
@@ -147,91 +102,45 @@ def explain_model(
     )
 
 
-def _attacked(
-    target: Target, batch: Batch, threat: ThreatModel, about: About, known: Measured, rng: Draws
-) -> Attacked:
-    predicted = target.predicted(target.logits(batch.x))
-    correct = predicted == batch.y
-    x_adv, distance = _smallest(target, batch, threat, rng)
-    for row, place in _positions(known.adversarial_ids, batch).items():
-        assert known.adversarial is not None
-        stored = known.adversarial[place : place + 1].to(batch.x)
-        size = threat.constraint.distance(stored, batch.x[row : row + 1])[0]
-        if size < distance[row] and bool(broken(target, batch.take(torch.tensor([row])), stored)[0]):
-            x_adv[row : row + 1], distance[row] = stored, size
-    distance = torch.where(correct, distance, 0.0)
-    x_adv = torch.where(spread(correct & distance.isfinite(), x_adv), x_adv, batch.x)
-    surviving = correct & (distance > threat.constraint.eps * (1 + 1e-6) + 1e-7)
-    if known.broken is not None:
-        for row, place in _positions(known.ids, batch).items():
-            surviving[row] &= not bool(known.broken[place])
-    becomes = target.predicted(target.logits(x_adv))
-    return Attacked(target, batch, threat, about, x_adv, distance, predicted, becomes, surviving, rng)
-
-
-def _positions(ids: Tensor | None, batch: Batch) -> dict[int, int]:
-    """Rows of the batch with the position of their ids in a stored column."""
-    if ids is None:
-        return {}
-    stored = {value: place for place, value in enumerate(ids.tolist())}
-    return {row: stored[value] for row, value in enumerate(batch.ids.tolist()) if value in stored}
-
-
-def _smallest(target: Target, batch: Batch, threat: ThreatModel, rng: Draws) -> tuple[Inputs, PerExample]:
-    """The smallest change of each example that is found, and its size."""
-    goal = None if threat.goal is None else torch.full_like(batch.y, threat.goal)
-    own = batch.towards(goal)
-    constraint = threat.constraint
-    if isinstance(constraint, BALLS) and target.bare.access == "gradients" and threat.access == "gradients":
-        free = replace(threat, constraint=constraint.resized(math.inf))
-        parts = [
-            FMN()(target.queried(target.quick, some), some, free, rng=rng.at("model"))
-            for some in own.split(256)
-        ]
-        x_adv = torch.cat(parts)
-        done = torch.cat([broken(target, a, x) for a, x in zip(own.split(256), parts, strict=True)])
-        distance = constraint.distance(x_adv, batch.x)
-        return x_adv, torch.where(done, distance, torch.inf)
-    points, sizes = [], []
-    for row in range(len(own)):
-        one = own.take(torch.tensor([row]))
-        result = counterfactual(target, one, threat, rng=rng)
-        points.append(one.x if result.nearest is None else result.nearest)
-        sizes.append(result.distance)
-    return torch.cat(points), torch.tensor(sizes, dtype=batch.x.dtype, device=batch.x.device)
-
-
 def _sentence(case: Attacked, *, smooth: bool) -> str:
     n, surviving = len(case.batch), int(case.surviving.sum())
     wrong = int((case.predicted != case.batch.y).sum())
-    text = (
-        f"{surviving} of {n} examples survive {case.about.threat}, and {wrong} are misclassified when clean"
-    )
+    text = f"{surviving} of {amount(n, 'examples')} {'survives' if surviving == 1 else 'survive'} {case.about.threat}"
+    if wrong:
+        text += f"; {wrong} {'is' if wrong == 1 else 'are'} misclassified without an attack"
     if bool(case.hit.any()):
         (old, new), count = _pairs(case).most_common(1)[0]
-        text += f"; the most frequent change is {case.named(old)} to {case.named(new)}, of {count} examples"
+        if count > 1:
+            pair = f"{case.called(old)} to {case.called(new)}"
+            text += f"; the most frequent change is {pair} ({amount(count, 'examples')})"
     return text if smooth else f"{text}; the loss has plateaus with cliffs, a sign of masked gradients"
 
 
 def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
-    advice = []
+    advice, constraint = [], case.threat.constraint
     if not smooth:
         advice.append(
-            "Read the doubts of an assessment (holdfast assess) before its robust accuracy, and the adaptive attacks."
+            "Read the doubts of an assessment (holdfast assess --adaptive) before you rely on its robust accuracy."
         )
     share = float(case.surviving.float().mean())
     clean = float((case.predicted == case.batch.y).float().mean())
-    if share < 0.9 * clean:
-        threat = case.about.threat
+    if clean < _ACCURATE:
         advice.append(
-            f"Train a more robust model: holdfast harden MODEL DATA --threat {threat} --budget 10min."
+            f"Improve the accuracy without an attack first ({percent(clean)}), which limits the robust accuracy."
         )
-    if bool(case.hit.any()):
+    if share < 0.9 * clean:
+        advice.append(training_advice(case.about, constraint, case.target.bare.access))
+    if isinstance(constraint, Table) and bool(case.hit.any()):
+        name = case.about.feature(int(_changed_share(case).argmax()))
+        advice.append(
+            f"Ask whether an attacker can really change {name} within the rules. If not, state it there (change: none, "
+            "up or down, or a higher cost), and assess the model again."
+        )
+    if bool(case.hit.any()) and case.target.classes > 2:
         (old, new), count = _pairs(case).most_common(1)[0]
         if count > 0.3 * int(case.hit.sum()) and count > 2:
-            advice.append(
-                f"Look at the labels and add training examples between {case.named(old)} and {case.named(new)}."
-            )
+            pair = f"{case.called(old)} and {case.called(new)}"
+            advice.append(f"Check the labels of {pair}, and add training examples between them.")
     return tuple(advice) or (
         "Certify the surviving examples (holdfast certify), since an attack that fails proves nothing.",
     )
@@ -244,8 +153,8 @@ def _pairs(case: Attacked) -> Counter[tuple[int, int]]:
 
 def _margins(case: Attacked) -> Figure:
     """Histogram of the smallest distances."""
-    eps, found = case.threat.constraint.eps, case.found & (case.predicted == case.batch.y)
-    sizes = case.distance[found].double()
+    constraint, correct = case.threat.constraint, case.predicted == case.batch.y
+    eps, sizes = constraint.eps, case.distance[correct & case.found].double()
     if not len(sizes):
         return Figure("margins", "No change was found that breaks an example", "No bars.", ("distance",), ())
     top = max(float(sizes.quantile(0.95)), min(eps, float(sizes.max())) if math.isfinite(eps) else 0.0) or 1.0
@@ -253,20 +162,26 @@ def _margins(case: Attacked) -> Figure:
     counts = [int(((sizes > low) & (sizes <= high)).sum()) for low, high in pairwise(edges)]
     counts[0] += int((sizes <= 0).sum())
     counts.append(int((sizes > top).sum()))
-    text = [distance_text(case.threat.constraint, float(edge), case.target.bare) for edge in edges]
+    text = [distance_text(constraint, float(edge), case.target.bare) for edge in edges]
     labels = [f"up to {edge}" for edge in text[1:]] + ["above"]
-    median = distance_text(case.threat.constraint, float(sizes.median()), case.target.bare)
-    none = int((~case.found).sum())
-    note = f"For {none} examples no change was found." if none else ""
+    none = int((correct & ~case.found).sum())
     rows = tuple((float(a), float(b), c) for a, b, c in zip(edges[:-1], edges[1:], counts[:-1], strict=True))
+    median = float(case.distance[correct].double().sort().values[(int(correct.sum()) - 1) // 2])
+    allowed = "" if isinstance(constraint, Table) else allowed_text(case.about, constraint, case.target.bare)
+    size = distance_text(constraint, median, case.target.bare)
+    title = f"Half of the correctly classified examples break within {size}"
+    few = "Fewer than half of the correctly classified examples break"
+    near = median < eps * (1 - 1e-6)
+    reason = f"{title}{', and ' * bool(allowed)}{allowed}: they are close to the decision boundary."
     return Figure(
         "margins",
-        f"Half of the examples break within {median}; the threat is {case.about.threat}",
+        "; ".join(part for part in (title if math.isfinite(median) else few, allowed) if part),
         f"Histogram of the smallest change that breaks an example: {', '.join(map(str, counts))} examples.",
         ("from", "to", "examples"),
         (*rows, (top, math.inf, counts[-1])),
         bars=bars(labels, counts, [str(count) for count in counts]),
-        note=note,
+        note=f"For {amount(none, 'examples')} no change was found." if none else "",
+        reason=reason if near else "",
     )
 
 
@@ -276,21 +191,26 @@ def _shares(case: Attacked, of: Labels, names: Mapping[int, str], name: str, nou
         chosen = of == value
         clean = float((case.predicted == case.batch.y)[chosen].float().mean())
         rows.append((names[value], int(chosen.sum()), clean, float(case.surviving[chosen].float().mean())))
-    worst = min(rows, key=lambda row: row[3])
+    worst, mean = min(rows, key=lambda row: row[3]), float(case.surviving.float().mean())
+    left = round(worst[3] * worst[1])
+    survive = "survives" if 1 in (left, worst[1]) else "survive"
+    title = f"The {noun} {worst[0]} is the weakest: {left} of its {amount(worst[1], 'examples')} {survive}"
+    weak = worst[1] >= _LEAST and worst[3] < mean - 0.1 and len(rows) > 2
     shown = tuple(Bar(f"{label} ({n})", robust, percent(robust)) for label, n, _, robust in rows)
     return Figure(
         name,
-        f"The {noun} {worst[0]} is the weakest: {percent(worst[3])} of its examples survive",
+        title if worst[3] < 1 else f"All examples of each {noun} survive",
         f"Robust accuracy of each {noun}, with its number of examples in brackets.",
         (noun, "examples", "clean accuracy", "robust accuracy"),
         tuple(rows),
         bars=shown,
         note="With few examples in a row, differences may be due to chance.",
+        reason=f"{title}; of all examples, {percent(mean)} survive." if weak else "",
     )
 
 
 def _classes(case: Attacked) -> Figure:
-    labels = {value: case.named(value) for value in set(case.batch.y.tolist())}
+    labels = {value: case.called(value) for value in set(case.batch.y.tolist())}
     return _shares(case, case.batch.y, labels, "classes", "class")
 
 
@@ -309,8 +229,10 @@ def _confusion(case: Attacked) -> Figure:
     of = sum(n for (label, _), n in pairs.items() if label == old)
     return Figure(
         "confusion",
-        f"Under attack, {case.named(old)} becomes {case.named(new)} in {count} of {of} broken examples",
-        f"{len(rows)} pairs of a label and the class that is predicted under attack, the most frequent first.",
+        f"Under attack, {case.called(old)} becomes {case.called(new)} in {count} of {amount(of, 'broken examples')}"
+        if count > 1
+        else "No change from one class to another occurs twice",
+        f"{amount(len(rows), 'pairs')} of a label and the class predicted under attack, the most frequent first.",
         ("label", "becomes", "examples"),
         rows,
         tabular=True,
@@ -321,9 +243,12 @@ def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
     """Clusters of broken examples by the features of their adversarial inputs, each with its medoid."""
     hit = case.hit.nonzero()[:, 0]
     if case.target.bare.access != "gradients" or len(hit) < 2 * _CLUSTERS:
-        notes.append(f"Clusters need {2 * _CLUSTERS} broken examples and a network with gradients.")
+        notes.append(
+            f"Clusters of broken examples are not shown, because they need {2 * _CLUSTERS} of them and a network with "
+            "gradients."
+        )
         return []
-    points = penultimate(case.target.bare, case.x_adv[hit])[0]
+    points = penultimate(inner(case.target.bare), case.x_adv[hit])[0]
     points = (points - points.mean(0)) / points.std(0).clamp_min(1e-9)
     assigned, centres = _k_means(points, case.rng)
     rows: list[tuple[Cell, ...]] = []
@@ -340,7 +265,7 @@ def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
         labels = Counter(case.named(label) for label in case.batch.y[hit[members]].tolist())
         shown = ", ".join(f"{label} ({n})" for label, n in labels.most_common(3))
         example = int(case.batch.ids[medoid])
-        rows.append((f"cluster {number}", len(members), case.named(new), count, shown, example))
+        rows.append((f"cluster {number}", len(members), case.called(new), count, shown, example))
         if is_picture(case.batch.x.shape[1:]):
             caption = f"cluster {number}, example {example}: {case.named(int(case.batch.y[medoid]))}"
             becomes = case.named(int(case.becomes[medoid]))
@@ -350,9 +275,14 @@ def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
             ]
     first = rows[0]
     title = f"{first[1]} of {len(hit)} broken examples form one cluster, most of which become {first[2]}"
-    text = f"{len(rows)} clusters (k-means on the features before the last layer), each with its central example."
+    text = f"{amount(len(rows), 'clusters')} (k-means on the features before the last layer), with central examples."
     headings = ("cluster", "examples", "become", "of them", "labels", "central example")
-    return [Figure("clusters", title, text, headings, tuple(rows), tuple(pictures), tabular=True, note=text)]
+    shown_pictures = tuple(pictures)
+    return [
+        Figure(
+            "clusters", title, text, headings, tuple(rows), shown_pictures, tabular=True, note=text, columns=2
+        )
+    ]
 
 
 def _k_means(points: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
@@ -391,13 +321,19 @@ def _frequencies(case: Attacked) -> Figure:
     rows = tuple((label, a, b) for label, a, b in zip(labels, *shares, strict=True))
     return Figure(
         "frequencies",
-        f"{percent(high)} of the changes have frequencies in the upper half (images: {percent(clean)})",
+        f"{percent(high)} of the energy of the changes is in the upper half of the frequencies; of the images, "
+        f"{percent(clean)}",
         "Bars: energy of the changes by frequency, lowest first.",
         ("frequencies", "share of the changes", "share of the images"),
         rows,
         bars=bars(
             labels, shares[0], [f"{percent(a)}; images {percent(b)}" for a, b in zip(*shares, strict=True)]
         ),
+        reason="The changes are finer than the images: "
+        f"{percent(high)} of their energy is in the upper half of the frequencies, and {percent(clean)} of that of the "
+        "images. The model depends on fine patterns."
+        if high > 1.5 * clean
+        else "",
     )
 
 
@@ -410,148 +346,42 @@ def _regions(case: Attacked) -> Figure:
     middle = mean[height // 4 : height - height // 4, width // 4 : width - width // 4]
     share, area = float(middle.sum() / mean.sum()), middle.numel() / mean.numel()
     rows = tuple((row, column, float(mean[row, column])) for row in range(height) for column in range(width))
-    title = f"{percent(share)} of the changes lie in the middle {percent(area)} of the image"
+    title = f"{percent(share)} of the change lies in the middle {percent(area)} of the image"
     text = "Mean share of the change of each pixel over the broken examples; darker red is more."
     shown = (signed_picture(mean, "where attacks change images"),)
     return Figure("regions", title, text, ("row", "column", "mean share"), rows, shown, note=text)
 
 
+def _changed_share(case: Attacked) -> Tensor:
+    """The share of the broken examples in which each column changes."""
+    return changes(case.x_adv, case.batch.x)[case.hit].flatten(1).double().mean(0)
+
+
 def _columns(case: Attacked) -> Figure:
     """The columns of a table that attacks change."""
-    change = changes(case.x_adv, case.batch.x)[case.hit].flatten(1).double().mean(0)
+    change = _changed_share(case)
     order = change.argsort(descending=True, stable=True).tolist()
     rows = tuple((case.about.feature(k), float(change[k])) for k in order if change[k] > 0)
-    title = f"Attacks change {rows[0][0]} most often: in {percent(rows[0][1])} of the broken examples"
+    most = [name for name, share in rows if share == rows[0][1]]
+    what = listed(most, noun="more columns")
+    title = f"Attacks change {what} most often: in {percent(rows[0][1])} of the broken examples"
     text = "Share of the broken examples in which each column changes."
     shown = tuple(Bar(name, share, percent(share)) for name, share in rows[:12])
-    return Figure("columns", title, text, ("column", "share of the broken examples"), rows, bars=shown)
+    headings = ("column", "share of the broken examples")
+    return Figure("columns", title, text, headings, rows, bars=shown, reason=f"{title}.")
 
 
-def _surface(case: Attacked, doubts: Mapping[str, str]) -> tuple[Figure, bool]:
-    """The loss along the change and a random direction, and whether it is smooth."""
-    rows_of = ((case.distance > 0) & (case.predicted == case.batch.y)).nonzero()[:, 0][:_LINES]
-    chosen = case.batch.take(rows_of)
-    eps = case.threat.constraint.eps
-    gradient_step = _signed_step(case, chosen, eps)
-    flats, cliffs, table = [], [], list[tuple[Cell, ...]]()
-    random = beside(
-        gradient_step, case.rng.at("surface").normal(chosen.ids, *chosen.x.shape[1:], dtype=chosen.x.dtype)
-    )
-    places = torch.linspace(0, 1.5, _STEPS)
-    for row in range(len(chosen)):
-        for name, direction in (("attack", gradient_step[row]), ("random", random[row])):
-            points = case.target.bare.bounds.clamp(
-                chosen.x[row] + spread(places.to(chosen.x), chosen.x) * direction
-            )
-            one = Batch(points, chosen.y[row].expand(_STEPS), chosen.ids[row].expand(_STEPS))
-            loss = -margin(case.target.judged_logits(case.target.logits(points), one.y), one).double()
-            steps = loss.diff().abs()
-            extent = float((loss.max() - loss.min()).clamp_min(1e-12))
-            still = float(steps.max()) <= 1e-9
-            flats.append(1.0 if still else float((steps <= _FLAT * extent).double().mean()))
-            cliffs.append(0.0 if still else float(steps.max()) / extent)
-            table += [
-                (int(chosen.ids[row]), name, float(p), float(v)) for p, v in zip(places, loss, strict=True)
-            ]
-    flat = sorted(flats)[len(flats) // 2] if flats else 0.0
-    cliff = sorted(cliffs)[len(cliffs) // 2] if cliffs else 0.0
-    smooth = not (flat >= _PLATEAU and (cliff >= _CLIFF or flat >= 1 - 1e-9))
-    raised = [name for name in _MASKING if doubts.get(name) == "raised"]
-    title = (
-        "The loss changes smoothly along the attack"
-        if smooth
-        else "The loss has plateaus with cliffs, a sign of masking"
-    )
-    text = (
-        f"Median over {len(chosen)} examples and two directions: {percent(flat)} of the steps are flat, and the "
-        f"largest step is {percent(cliff)} of the range."
-    )
-    note = text
-    if doubts:
-        note += f" Doubts of the run about masking that are raised: {', '.join(raised) or 'none'}."
-    shown = tuple(
-        Bar(name, value, percent(value)) for name, value in (("flat steps", flat), ("largest step", cliff))
-    )
-    headings = ("example", "direction", "distance in eps", "loss (minus the margin)")
-    return Figure("surface", title, text, headings, tuple(table), bars=shown, note=note), smooth
-
-
-def _signed_step(case: Attacked, chosen: Batch, eps: float) -> Inputs:
-    """The change of the size eps in the direction of the gradient; of the found change if the gradient is zero."""
-    x = chosen.x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        loss = margin_loss(case.target.bare(x), chosen).sum()
-    (grad,) = torch.autograd.grad(loss, x, materialize_grads=True, allow_unused=True)
-    constraint = case.threat.constraint
-    assert isinstance(constraint, BALLS)
-    if isinstance(constraint, L0):
-        return grad.sign() * case.target.bare.bounds.width * 0.1
-    step = constraint.steepest(grad, chosen.x, case.target.bare.bounds)
-    zero = grad.flatten(1).abs().amax(1) == 0
-    sizes = constraint.distance(step, torch.zeros_like(step)).clamp_min(1e-12)
-    scaled = step * spread((eps if math.isfinite(eps) else 1.0) / sizes, step)
-    random = case.rng.at("flat").signs(chosen.ids, *chosen.x.shape[1:], dtype=chosen.x.dtype) * eps
-    return torch.where(spread(zero, scaled), random, scaled)
-
-
-def _layers(case: Attacked, notes: list[str]) -> list[Figure]:
-    """The relative change of the outputs of each layer by the attack and by noise of the same size."""
-    net = case.target.bare.net
-    rows_of = (case.found & (case.distance > 0)).nonzero()[:, 0][:64]
-    leaves = (
-        [(name, m) for name, m in net.named_modules() if name and not [*m.children()]]
-        if isinstance(net, nn.Module)
-        else []
-    )
-    if len(leaves) < 2 or not len(rows_of):
-        notes.append(
-            "The layers are not compared, because the network has no named layers or nothing was broken."
-        )
-        return []
-    x, x_adv = case.batch.x[rows_of], case.x_adv[rows_of]
-    delta = (x_adv - x).flatten(1)
-    order = case.rng.at("layers").uniform(case.batch.ids[rows_of], delta.shape[1]).argsort(1)
-    signs = case.rng.at("signs").signs(case.batch.ids[rows_of], delta.shape[1], dtype=x.dtype)
-    noise = case.target.bare.bounds.clamp(x + (delta.gather(1, order) * signs).view_as(x))
-    outputs = [_outputs(case.target, leaves, points) for points in (x, x_adv, noise)]
-    rows: list[tuple[str, float, float, float]] = []
-    for name in outputs[0]:
-        clean, changed, noisy = (each[name].flatten(1).double() for each in outputs)
-        size = clean.norm(dim=1).clamp_min(1e-12)
-        a, b = (float(((v - clean).norm(dim=1) / size).mean()) for v in (changed, noisy))
-        rows.append((name, a, b, a / max(b, 1e-12)))
+def _words(case: Attacked) -> list[Figure]:
+    """The words of texts that attacks change."""
+    places = case.hit.nonzero()[:, 0].tolist()
+    pairs = [changed_words(case.batch.x[k : k + 1], case.x_adv[k : k + 1]) for k in places]
+    counts = Counter(word for found in pairs for word in {(old or new).lower() for old, new in found})
+    rows = tuple((word, count) for word, count in counts.most_common())
     if not rows:
         return []
-    first = next((row for row in rows if row[3] >= 2), None)
-    most = max(rows, key=lambda row: row[3])
-    if first is None:
-        title = f"The attack moves no features twice as far as noise (at most {most[3]:.2g} times, {most[0]})"
-    else:
-        title = f"Clean and adversarial features part at layer {first[0]}: {first[3]:.2g} times the effect of noise"
-    text = (
-        f"Relative change of the outputs of each layer, {len(rows_of)} examples: by the attack, by noise of the same "
-        "size, and their ratio."
-    )
-    shown = bars([row[0] for row in rows], [row[3] for row in rows], [plain(row[3], 2) for row in rows])
-    headings = ("layer", "change by the attack", "change by noise", "ratio")
-    return [Figure("layers", title, text, headings, tuple(rows), bars=shown, note=text)]
-
-
-def _outputs(target: Target, leaves: list[tuple[str, nn.Module]], x: Inputs) -> dict[str, Tensor]:
-    """The outputs of the layers for some inputs, by the names of the layers."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> object:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and len(output) == len(x):
-                kept[name] = output.detach()
-
-        return hook
-
-    hooks = [module.register_forward_hook(keep(name)) for name, module in leaves]  # type: ignore[arg-type]
-    try:
-        target.logits(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return kept
+    named = listed([f"“{word}”" for word, _ in rows], noun="other words")
+    title = f"Attacks change or append most often: {named}"
+    text = f"Words that change in {amount(len(places), 'broken texts')}, the most frequent first."
+    shown = bars([w for w, _ in rows[:12]], [n for _, n in rows[:12]], [str(n) for _, n in rows[:12]])
+    headings = ("word", "broken texts")
+    return [Figure("words", title, text, headings, rows, bars=shown, note=text, reason=f"{title}.")]

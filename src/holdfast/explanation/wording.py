@@ -1,17 +1,23 @@
 """What an explanation is about, and its values as text: classes, features, distances and pictures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from holdfast.core.constraints import L0, Constraint, Linf
 from holdfast.core.model import Classifier
+from holdfast.core.tables.table import Table
+from holdfast.core.texts import decoded
+from holdfast.core.types import Access
 from holdfast.explanation.explained import Picture
 from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import is_image, png, shrunk
-from holdfast.reports.numbers import plain
+from holdfast.reports.numbers import in_255ths, plain
+from holdfast.reports.words import amount
 
 _BLUE, _RED = (0.13, 0.40, 0.67), (0.70, 0.09, 0.17)
 
@@ -38,6 +44,10 @@ class About:
         """Return the name of a class; "rejected" for -1."""
         return "rejected" if label < 0 else class_name(label, self.classes)
 
+    def called(self, label: int) -> str:
+        """Return a class for a sentence: its name in quotation marks, or its number."""
+        return f"“{self.name_of(label)}”" if 0 <= label < len(self.classes) else self.name_of(label)
+
     def feature(self, place: int) -> str:
         """Return the name of a column, or its position if it has no name."""
         return self.features[place] if place < len(self.features) else f"feature {place}"
@@ -55,20 +65,54 @@ class About:
 
 
 def distance_text(constraint: Constraint, distance: float, model: Classifier) -> str:
-    """Return a distance as text, as in `0.8/255`."""
-    if isinstance(constraint, Linf) and model.units is None and _of_pixels(model):
+    """Return a distance as text in the unit of eps, such as `0.8/255` under `linf:8/255`."""
+    if isinstance(constraint, Linf) and model.units is None and in_255ths(constraint.eps):
         return f"{plain(distance * 255, 2 if distance * 255 < 10 else 3)}/255"
     if isinstance(constraint, L0):
-        return f"{distance:.0f} changed {constraint.per}{'' if distance == 1 else 's'}"
-    if constraint.name in ("table", "text"):
-        eps = constraint.eps
-        return f"{100 * distance / eps:.3g} % of the budget" if eps else plain(distance)
-    return plain(distance, 3)
+        return amount(round(distance), f"{constraint.per}s")
+    if isinstance(constraint, Table):
+        return f"{percent(distance / constraint.eps)} of the budget" if constraint.eps else plain(distance)
+    return plain(distance)
 
 
-def _of_pixels(model: Classifier) -> bool:
-    low, high = model.bounds.low, model.bounds.high
-    return not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) == (0.0, 1.0)
+def allowed_text(about: About, constraint: Constraint, model: Classifier) -> str:
+    """Return what the threat model allows, such as `linf:8/255 allows 8/255`."""
+    if not math.isfinite(constraint.eps):
+        return f"{about.threat} allows changes of any size"
+    return f"{about.threat} allows {distance_text(constraint, constraint.eps, model)}"
+
+
+def training_advice(about: About, constraint: Constraint, access: Access) -> str:
+    """Return how a more robust model is trained."""
+    if constraint.name == "text":
+        return (
+            "Train a more robust model, if it is a network or a pipeline that ends with a linear classifier: holdfast "
+            f"harden MODEL DATA --fit TRAIN --threat {about.threat} --recipe masked-words."
+        )
+    if access != "gradients":
+        return (
+            "Train a network (holdfast harden), or train the model with changed examples as well: holdfast assess "
+            "--save-adversarial stores them. A model without gradients is not hardened by Holdfast."
+        )
+    return f"Train a more robust model: holdfast harden MODEL DATA --threat {about.threat} --budget 10min."
+
+
+def changed_words(x: Tensor, x_adv: Tensor) -> list[tuple[str, str]]:
+    """Return the words of a text (1, length) that differ from those of another, each with its replacement. An appended
+    word replaces an empty one.
+    """
+    before, after = (decoded(text)[0].split() for text in (x, x_adv))
+    return [(a, b) for a, b in zip_longest(before, after, fillvalue="") if a != b]
+
+
+def listed(texts: Sequence[str], most: int = 3, noun: str = "others") -> str:
+    """Return texts as a list in a sentence, of which at most `most` are named.
+
+    >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c", "d"], 2, "more words")
+    ('a', 'a, b and c', 'a, b and 2 more words')
+    """
+    shown = [*texts[:most]] + ([amount(len(texts) - most, noun)] if len(texts) > most else [])
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
 
 
 def picture(x: Tensor, caption: str, model: Classifier) -> Picture:

@@ -19,7 +19,7 @@ ANNEX_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
 Source = Literal["attacks", "certificates", "audits", "guard rules", "verbs", "recipes", "folders"]
 """where evidence comes from: an attack or a method of certification that was run, an audit, a rule of the guard of an
-assessed model, the verb of a run, the recipe of a hardening, or a folder of another kind"""
+assessed model, the verb of a run, the recipe of a hardening, or a folder or a file of another kind"""
 DISCLAIMER = (
     "The annex lists evidence for requirements, and what is missing. Whether a requirement is met is for a person to "
     "judge, who reads it in the version of the standard that applies."
@@ -31,9 +31,9 @@ class FolderEvidence:
     """What a folder contains that may be evidence."""
 
     folder: str
-    """path of the folder"""
+    """path of the folder or file"""
     model: str
-    """name of the model; for a pool or audit chains the name of the folder"""
+    """name of the model; for a pool or audit chains the name of the folder; empty for a file of API keys"""
     about: str
     """data, threat and date, in one line"""
     digest: str
@@ -66,15 +66,16 @@ def annex(findings: Sequence[FolderEvidence], standard: str) -> Json:
     requirements = [
         _requirement(name, about["requirements"][name], standard, findings) for name in about["requirements"]
     ]
-    models = {(finding.model, finding.digest) for finding in findings}
-    names = sorted({finding.model for finding in findings})
+    models = {(finding.model, finding.digest) for finding in findings if finding.model}
+    names = sorted({model for model, _ in models})
     n = sum(bool(requirement["evidence"]) for requirement in requirements)
+    sources = f"{amount(len(findings), 'sources')} {'contains' if len(findings) == 1 else 'contain'}"
     return {
         "schema_version": ANNEX_VERSION,
         "standard": {key: value for key, value in about.items() if key != "requirements"}
         | {"name": standard},
-        "headline": f"{amount(len(findings), 'folders')} contain evidence for {n} of {len(requirements)} "
-        f"requirements of {about['title']} that are considered",
+        "headline": f"{sources} evidence for {n} of {len(requirements)} requirements of {about['title']} that are "
+        "considered",
         "models": names,
         "caution": f"The evidence is of different models: {', '.join(names)}. Evidence of one is none of another."
         if len(models) > 1

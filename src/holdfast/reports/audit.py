@@ -76,25 +76,29 @@ def audit_markdown(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def audit_page(content: Mapping[str, Any]) -> str:
-    """Return the report as a self-contained HTML page."""
+def audit_view(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the template `audit-fragment.html.j2`."""
     from holdfast.reports.charts import rates
-    from holdfast.reports.html import render
 
-    return render(
-        "audit.html.j2",
-        s=content,
-        headline=headline(content),
-        tone=_TONES[content["verdict"]],
-        gates=[
+    return {
+        "s": content,
+        "tone": _TONES[content["verdict"]],
+        "gates": [
             (gate["verdict"], line) for gate, line in zip(content["gates"], gate_lines(content), strict=True)
         ],
-        curves=[(curve, rates(curve["lines"], curve["least"])) for curve in content["curves"]],
-        tables=[
+        "curves": [(curve, rates(curve["lines"], curve["least"])) for curve in content["curves"]],
+        "tables": [
             (capitalized(table.title), table.headings, table.rows, stored["note"])
             for table, stored in zip(report_tables(content), content["tables"], strict=True)
         ],
-    )
+    }
+
+
+def audit_page(content: Mapping[str, Any]) -> str:
+    """Return the report as a self-contained HTML page."""
+    from holdfast.reports.html import render
+
+    return render("audit.html.j2", **audit_view(content))
 
 
 def audit_junit(content: Mapping[str, Any]) -> str:

@@ -100,9 +100,11 @@ def size(eps: float | str) -> str:
     number.
     """
     amount = number(eps)
-    steps = amount * 255
-    if math.isclose(amount, round(amount, 3), rel_tol=1e-9):
-        return plain(amount)
-    if math.isfinite(amount) and 0 < amount < 1 and math.isclose(steps, round(steps), rel_tol=1e-6):
-        return f"{round(steps)}/255"
-    return plain(amount)
+    return f"{round(amount * 255)}/255" if in_255ths(amount) else plain(amount)
+
+
+def in_255ths(eps: float) -> bool:
+    """Return whether a radius between 0 and 1 is a multiple of 1/255 without a short decimal form."""
+    if not 0 < eps < 1 or math.isclose(eps, round(eps, 3), rel_tol=1e-9):
+        return False
+    return math.isclose(eps * 255, round(eps * 255), rel_tol=1e-6)

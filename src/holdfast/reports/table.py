@@ -1,7 +1,8 @@
-"""The report of a run as a CSV file with one row for each example."""
+"""The report of a run as a CSV file with one row for each example, and other tables as CSV."""
 
 import csv
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from holdfast.core.errors import UsageError
@@ -42,6 +43,10 @@ _NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": 
 """Columns with the names of classes, if known, and the columns with their numbers."""
 
 
+_FORMULA = "=+-@\t\r"
+"""characters with which a spreadsheet begins a formula"""
+
+
 def headings(columns: Columns, *, with_names: bool = False) -> list[str]:
     """Return the headings of the CSV report of a run. With `with_names`, they include columns with names of classes."""
     measured = [heading for heading, source in _SOURCES.items() if source in columns]
@@ -59,6 +64,15 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
     writer.writerow(headings(columns, with_names=bool(summary["data"].get("classes"))))
     for start in range(0, len(columns["id"]), CHUNK):
         writer.writerows(_rows(summary, columns, slice(start, start + CHUNK)))
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as CSV. A text that a spreadsheet would interpret as a formula begins with an apostrophe."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    for row in rows:
+        writer.writerow([f"'{c}" if isinstance(c, str) and c[:1] in _FORMULA and c else c for c in row])
+    return file.getvalue()
 
 
 def frame(evidence: Evidence) -> Any:

@@ -21,7 +21,7 @@ def explainer(*, trust_code: bool = False) -> Explain:
         from holdfast.api.verb_settings import Explain as ExplainSettings
 
         card = result.evidence.model
-        name, folder = str(card.get("name", "")), str(result.folder)
+        name, folder = str(card.get("name", "")), str(result.run_folder)
         is_code = card.get("how") == "python" or names_code(name)
         is_remote = name.partition("://")[0] in SCHEMES
         if (is_code or is_remote) and not trust_code:
@@ -31,7 +31,7 @@ def explainer(*, trust_code: bool = False) -> Explain:
                 "--trust-code"
             )
         if not is_code:
-            return explain(folder, index=number).fragment()
+            return explain(folder, index=number).fragment(level=1)
         data: Any = result.evidence.data.get("name")
         if data is None:
             raise TargetError(
@@ -39,11 +39,12 @@ def explainer(*, trust_code: bool = False) -> Explain:
             )
         settings = ExplainSettings(model=name, data=data, from_run=folder, index=number, trust_code=True)
         try:
-            return settings.run().fragment()
+            return settings.run().fragment(level=1)
         except UsageError as error:
+            reason = error.on_command_line()
             raise UsageError(
                 f"the model {name} and the data {data} cannot be opened without the options of the run, which its "
-                f"folder does not state ({error}); use holdfast explain {name} {data} with these options and "
+                f"folder does not state ({reason}); use holdfast explain {name} {data} with these options and "
                 f"--from-run {folder} --index {number}"
             ) from error
 

@@ -1,7 +1,5 @@
 """The pages of a folder of runs. Each has a path, under which the server answers and the export writes a file."""
 
-import csv
-import io
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +14,10 @@ from holdfast.adaptation.journal import Journal
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
-from holdfast.reports.audit import audit_page, gate_lines, headline, report_tables
+from holdfast.reports.audit import audit_view
 from holdfast.reports.html import filled, page, template_text
-from holdfast.reports.words import VERDICTS, shown_metrics
+from holdfast.reports.table import csv_text
+from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.rotation.pool.verify_pool import verify_pool
 from holdfast.runs.assess.result import Result
 from holdfast.runs.stored.run_forms import consistent
@@ -48,6 +47,8 @@ MOST_ROWS = 500
 _MOST_PARTNERS = 50
 _KEPT = 8
 """number of opened runs, and of explanations, that are kept in memory"""
+_OUTCOMES = {"pass": "passed", "fail": "failed", "no gate": "without a gate"}
+"""verdicts in a sentence that counts them, if they differ from the verdicts themselves"""
 _TONES = {"pass": "pass", "fail": "fail", "unclear": "unclear", "flagged": "fail", "not flagged": "pass"}
 
 
@@ -84,6 +85,12 @@ class Site:
         self.shelf, self.explain, self.mode = shelf, explain, mode
         self._opened: OrderedDict[str, tuple[tuple[object, ...], _Opened]] = OrderedDict()
         self._explained: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._pages = {
+            "audit": self._audit,
+            "pool": self._pool,
+            "chains": self._chains,
+            "adaptation": self._adaptation,
+        }
         self._one_at_a_time = threading.RLock()  # an explanation takes a core, and a run memory
 
     def page(self, path: str, query: Mapping[str, str] | None = None) -> Page:
@@ -139,11 +146,12 @@ class Site:
             "Runs",
             items=[item for item in shown if item.kind in ("run", "audit", "unreadable")],
             others=[item for item in shown if item.kind in ("pool", "chains", "adaptation")],
-            n_all=len(items),
             waiting=waiting,
             q=wanted,
             model_key=model_key,
             tones=_TONES,
+            outcomes=_OUTCOMES,
+            heading=_amounts(shown),
             counts=Counter(item.state for item in shown if item.verdict and item.kind in ("run", "audit")),
         )
 
@@ -154,7 +162,7 @@ class Site:
             raise NoPage
         found, model = trends(runs, metric), runs[0].entry.model if runs[0].entry else ""
         if csv_only:
-            return Page(_csv(trend_csv(found, metric)), CSV)
+            return Page(csv_text(trend_csv(found, metric)), CSV)
         return self._filled(
             f"trend/{key}/{metric}",
             "site-trend.html.j2",
@@ -177,38 +185,20 @@ class Site:
             with consistent(item.path):
                 if item.kind == "run":
                     return self._run_page(item, rest)
-                if item.kind == "audit":
-                    return self._audit(item, rest)
                 if rest:
                     raise NoPage
-                return {"pool": self._pool, "chains": self._chains, "adaptation": self._adaptation}[
-                    item.kind
-                ](item)
+                return self._pages[item.kind](item)
         except (HoldfastError, OSError) as error:
             if isinstance(error.__cause__, NoPage):
                 raise NoPage from error
             text = error.on_command_line() if isinstance(error, HoldfastError) else str(error)
             return self._failed(item, text)
 
-    def _audit(self, item: Item, rest: Sequence[str]) -> Page:
+    def _audit(self, item: Item) -> Page:
         if item.entry is not None and not item.entry.finished:
             return self._failed(item, f"the audit is {item.state}")
-        content = open_audit(item.path).summary()
-        if list(rest) == ["report"]:
-            return Page(audit_page(content), complete=True)
-        if rest:
-            raise NoPage
-        return self._filled(
-            f"audit/{item.id}",
-            "site-audit.html.j2",
-            item.name,
-            item=item,
-            headline=headline(content),
-            gates=gate_lines(content),
-            tables=report_tables(content),
-            s=content,
-            tone=_TONES.get(content["verdict"], "no-gate"),
-        )
+        view = audit_view(open_audit(item.path).summary())
+        return self._filled(f"audit/{item.id}", "site-audit.html.j2", item.name, item=item, **view)
 
     def _pool(self, item: Item) -> Page:
         verified = verify_pool(item.path)
@@ -222,10 +212,19 @@ class Site:
         return self._facts(item, "The ledger of the pool is consistent", facts, tables)
 
     def _chains(self, item: Item) -> Page:
-        verified = asdict(verify_audit(item.path))
-        notes = [[note] for note in verified.pop("notes")]
-        tables = [("Servers", ["note"], notes)] if notes else []
-        return self._facts(item, "All chains of the folder are consistent", verified, tables)
+        verified = verify_audit(item.path)
+        facts = {
+            "chains": verified.chains,
+            "records": verified.records,
+            "requests answered": verified.answered,
+            "requests failed": verified.failed,
+            "requests interrupted": verified.interrupted,
+            "requests in progress": verified.open,
+            "records lost": verified.lost,
+            "head": verified.head,
+        }
+        tables = [("Servers", ["note"], [[note] for note in verified.notes])] if verified.notes else []
+        return self._facts(item, "All chains of the folder are consistent", facts, tables)
 
     def _adaptation(self, item: Item) -> Page:
         journal = Journal.read(item.path)
@@ -269,7 +268,7 @@ class Site:
             case ["report"]:
                 return Page(page(opened.result.summary()), complete=True)
             case ["examples.csv"]:
-                return Page(_csv(_all_examples(opened)), CSV)
+                return Page(csv_text(_all_examples(opened)), CSV)
             case ["examples", by]:
                 return self._examples(item, opened, by, "")
             case ["examples", by, but]:
@@ -377,8 +376,8 @@ class Site:
             facts["prediction when attacked"] = class_text(
                 evidence, int(evidence["adversarial_prediction"][row])
             )
-            for norm in ("linf", "l2", "l1", "l0"):
-                facts[f"distance {norm}"] = float(evidence[f"distance_{norm}"][row])
+            norms = ("linf", "l2", "l1", "l0") if evidence.threat.constraint.in_input_units else ()
+            facts |= {f"distance {norm}": float(evidence[f"distance_{norm}"][row]) for norm in norms}
         return self._filled(
             f"run/{item.id}/example/{number}",
             "site-example.html.j2",
@@ -388,6 +387,7 @@ class Site:
             facts_shown=facts,
             outcomes=[(each.stage, each.outcome(row)) for each in opened.tried],
             stored=stored,
+            threat=summary["threat"],
             explains=self.explain is not None,
         )
 
@@ -432,7 +432,7 @@ class Site:
                 "broken by",
                 "broken by",
             ]
-            return Page(_csv([heading, *(list(asdict(pair).values()) for pair in shared)]), CSV)
+            return Page(csv_text([heading, *(list(asdict(pair).values()) for pair in shared)]), CSV)
         counts = Counter((pair.first, pair.second) for pair in shared)
         chosen = tuple(wanted.split("-"))
         if wanted and (len(chosen) != 2 or not set(chosen) <= set(KINDS)):
@@ -469,8 +469,6 @@ class Site:
                 models.setdefault(model_key(item.entry.model), {}).update(
                     (name, None) for name, _ in item.metrics
                 )
-            if item.kind == "audit" and item.verdict and not item.fault:
-                yield f"audit/{item.id}/report"
             if item.kind == "run" and item.verdict and not item.fault:
                 yield from self._paths_of(item)
         for key, metrics in models.items():
@@ -497,6 +495,14 @@ def model_key(name: str) -> str:
     return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
+def _amounts(items: Sequence[Item]) -> str:
+    """The numbers of runs and of audits in words."""
+    audits = sum(item.kind == "audit" for item in items)
+    runs = sum(item.kind in ("run", "unreadable") for item in items)
+    counted = [amount(n, noun) for n, noun in ((runs, "runs"), (audits, "audits")) if n]
+    return " and ".join(counted) or "No run"
+
+
 def _words(item: Item) -> str:
     entry = item.entry
     about = (entry.verb, entry.model, entry.data, entry.threat, entry.suite) if entry else (item.kind,)
@@ -516,17 +522,3 @@ def _all_examples(opened: _Opened) -> list[list[Any]]:
         attacked = [each.outcome(row) for each in opened.tried]
         rows.append([number, label, outcomes[row], breaker(evidence, row), *attacked])
     return rows
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as CSV. A cell that a spreadsheet would interpret as a formula begins with an apostrophe."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    for row in rows:
-        writer.writerow(
-            [
-                f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell
-                for cell in row
-            ]
-        )
-    return file.getvalue()

@@ -45,13 +45,14 @@ class Trend:
 
 def trends(items: Sequence[Item], metric: str) -> list[Trend]:
     """Return the trends of a metric over runs of one model, the longest first. Runs on other data, under other threats
-    and of other verbs are not comparable, and have a trend of their own.
+    of other verbs and with other defences in front of the model are not comparable, and have a trend of their own.
     """
     groups: dict[tuple[str, ...], list[tuple[Item, Estimate]]] = {}
     for item in sorted(items, key=lambda each: (each.entry.created if each.entry else "", each.name)):
         value, entry = item.value(metric), item.entry
         if value is not None and entry is not None and not item.fault:
-            groups.setdefault((entry.data, entry.threat, entry.suite, entry.verb), []).append((item, value))
+            group = (entry.data, entry.threat, entry.suite, entry.verb, entry.defence)
+            groups.setdefault(group, []).append((item, value))
     return sorted(
         (_trend(group, runs, metric) for group, runs in groups.items()), key=lambda t: -len(t.points)
     )

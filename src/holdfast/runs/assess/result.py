@@ -147,8 +147,8 @@ class Result:
         """Explain the example with the row number `index`, or without it the model: why it breaks, and what attacks
         use.
 
-        The model and the data are opened again. Raises `UsageError` if the run does not state how, as for the run of a
-        hardening; `holdfast.explain(model, x, y)` then does the same.
+        The model and the data are opened again. Raises `UsageError` if the run does not state how;
+        `holdfast.explain(model, x, y)` then does the same.
         """
         if self.explaining is None:
             raise UsageError(
@@ -156,6 +156,11 @@ class Result:
                 "holdfast.explain(model, x, y, threat='linf:8/255')"
             )
         return self.explaining(self, index)
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Folder of the run: for a hardened model, the folder of the hardening, which contains its assessment."""
+        return self.folder.parent if self.folder is not None and self.training is not None else self.folder
 
     def __getitem__(self, metric: str) -> Estimate:
         """Return a metric by name, as in `result["robust_accuracy"]`; `float()` of it is its value."""

@@ -46,7 +46,7 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     words = ["holdfast", verb, _address(manifest["model"], "MODEL"), _address(manifest["data"], "DATA")]
     members = manifest["model"].get("members", ())
     words += [word for card in members for word in ("--member", _address(card, "MODEL"))]
-    words += ["--threat", _threat(config)]
+    words += ["--threat", written_threat(config) or "THREAT"]
     if config.get("recipe") in names("recipes"):
         words += ["--recipe", config["recipe"], *_recipe_settings(config)]
     for key, option in (("budget_s", "--budget"), ("assess_budget_s", "--assess-budget")):
@@ -114,13 +114,15 @@ def _attacks(manifest: Mapping[str, Any]) -> list[str]:
     return [*words, "--no-doubts"] if config.get("doubts") == "none" else words
 
 
-def _threat(config: Mapping[str, Any]) -> str:
-    """Return the threat model of a run as an argument. A hardening lists only its norm and eps."""
+def written_threat(config: Mapping[str, Any]) -> str | None:
+    """Return the threat model of a run as an argument. A hardening lists only its norm and eps; None if the threat has
+    other parameters as well.
+    """
     threat = config["threat"]
     if "access" in threat:
         return threat_syntax(threat_to_json(outline_from_json(config).threat))
     if threat["norm"] not in _NORMS:
-        return "THREAT"
+        return None
     change = f"{threat_kind(threat['norm'])}:{size(threat['eps'])}"
     return threat_text(change, None, "gradients", None, threat.get("unit", ""))
 

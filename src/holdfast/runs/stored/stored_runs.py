@@ -36,6 +36,7 @@ from holdfast.runs.assess.result import ATTACKED, Result, about_of, worst_case
 from holdfast.runs.assess.served_runs import totals_in
 from holdfast.runs.engine.ray_cluster import NODES
 from holdfast.runs.harness import FOUND, KINDS
+from holdfast.runs.harness.waves import joined_waves
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
@@ -48,8 +49,8 @@ from holdfast.runs.store.folder import (
 from holdfast.runs.store.forms import refuse_form
 from holdfast.runs.store.leases import spent_in
 from holdfast.runs.store.records import Chain, read_chain
-from holdfast.runs.stored.commands import command_of
-from holdfast.runs.stored.documents import VERDICT, judgement_from_json
+from holdfast.runs.stored.commands import command_of, written_threat
+from holdfast.runs.stored.documents import VERDICT, judgement_from_json, outline_from_json
 from holdfast.runs.stored.recomputing import (
     refuse_broken_certificates,
     refuse_other_code,
@@ -144,6 +145,8 @@ class RunEntry:
     stages: int
     exit_code: int | None = None
     """exit code of the run; None until it is finished, and if `open_run` refuses it"""
+    defence: str = ""
+    """what is in front of the model: random transformations and a guard"""
     robust: float | None = None
     """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
     gates: int = 0
@@ -205,8 +208,9 @@ def _consistent_card(path: Path, manifest: dict[str, Any], chain: Chain, after: 
 
 
 def attacked_stages(path: Path) -> dict[str, Columns]:
-    """Return the columns of each attack of a finished run by the name of its stage. For a hardening, the run is that of
-    the new model. The columns `id`, `ran` and `success` state on which examples an attack was run, and which it broke.
+    """Return the columns of each attack of a finished run by the name of its stage. An attack that tried its examples
+    in several waves has one entry. For a hardening, the run is that of the new model. The columns `id`, `ran` and
+    `success` state on which examples an attack was run, and which it broke.
 
     Raises `TargetError` if the files do not match their chain. `open_run` also checks what follows from the columns.
     """
@@ -216,9 +220,11 @@ def attacked_stages(path: Path) -> dict[str, Columns]:
     refuse_altered(path, chain)
     refuse_form(path / MANIFEST, manifest, Assessed)
     with consistent(path):
-        by_stage = _stages(path, manifest, chain)
-        steps = [step for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
-        return {step["name"]: by_stage[step["name"]] for step in steps if step["name"] in by_stage}
+        steps = outline_from_json(manifest["config"]).steps
+        by_stage = joined_waves(steps, _stages(path, manifest, chain))
+        return {
+            step.name: by_stage[step.name] for step in steps if step.kind.in_suite and step.name in by_stage
+        }
 
 
 def refuse_false(path: Path) -> None:
@@ -365,6 +371,7 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
     if decided is not None:
         outcome = _outcome(path) if checked else (decided["exit_code"], None)
     eps = number(threat["eps"])
+    kind = threat_kind(threat["norm"]) + ("" if math.isinf(eps) else f":{eps:.4g}")
     stages = manifest["plan"]["stages"]
     return RunEntry(
         path,
@@ -372,14 +379,23 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
         str(read_about(path).get("created", "")),
         str(manifest["model"].get("name", "")),
         str(manifest["data"].get("name", "")),
-        threat_kind(threat["norm"]) + ("" if math.isinf(eps) else f":{eps:.4g}"),
+        written_threat(manifest["config"]) or kind,
         manifest["config"]["suite"],
         decided is not None,
         _done(stages, chain),
         len(stages),
         exit_code=outcome[0],
+        defence=_defence(manifest["model"]),
         robust=outcome[1],
         gates=len((decided or {}).get("gates", ())),
+    )
+
+
+def _defence(card: Mapping[str, Any]) -> str:
+    """What is in front of a model, by its card."""
+    transformed = ",".join(f"{name}={limit:g}" for name, limit in card.get("seen_through", {}).items())
+    return ", ".join(
+        (["guard"] if card.get("guard") else []) + ([f"transform {transformed}"] if transformed else [])
     )
 
 

@@ -1,0 +1,206 @@
+"""Figures of the attributions of one example: what its prediction depends on, and how a change moves that."""
+
+import torch
+from torch import Tensor
+
+from holdfast.core.tables.table import Table
+from holdfast.core.texts import decoded, encoded
+from holdfast.core.types import Inputs
+from holdfast.explanation.attributions import (
+    Integrated,
+    default_window,
+    gradient,
+    has_gradients,
+    integrated_gradients,
+    logits_of_class,
+    occlusion,
+    rank_correlation,
+    smooth_gradient,
+    top_overlap,
+)
+from holdfast.explanation.case import Case, grid_rows
+from holdfast.explanation.explained import Cell, Figure, bars
+from holdfast.explanation.wording import listed, plane, signed_picture
+from holdfast.reports.numbers import plain
+from holdfast.reports.words import amount
+
+_DRAWS = 16
+"""noises of SmoothGrad"""
+_MOST_COLUMNS = 12
+"""columns of a table that are shown"""
+
+
+def attribution_figures(case: Case) -> tuple[list[Figure], list[str]]:
+    """Return figures of the attributions of the clean input, with noise and after the change, and notes."""
+    if case.is_text:
+        return [_word_effects(case)], []
+    notes: list[str] = []
+    inputs = torch.cat((case.x, case.noise, case.x_adv)) if case.found.shown is not None else case.x
+    classes = case.batch.y.expand(len(inputs))
+    baseline = case.baseline.expand_as(inputs)
+    model, methods = case.target.bare, dict[str, Tensor]()
+    integrated: Integrated | None = None
+    if has_gradients(model, inputs) and not inputs.isnan().any():
+        methods["gradient"] = gradient(model, inputs, classes)
+        methods["SmoothGrad"] = smooth_gradient(model, inputs, classes, smoothing_noise(case, inputs))
+        integrated = integrated_gradients(model, inputs, _start(case, inputs), classes)
+        methods["integrated gradients"] = integrated.values
+    else:
+        reason = "The input has missing values" if inputs.isnan().any() else "The model gives no gradients"
+        notes.append(f"{reason}, so gradient, SmoothGrad and integrated gradients are not shown.")
+    methods["occlusion"] = occlusion(model, inputs, baseline, classes, *default_window(inputs.shape[1:]))
+    figures = [_attribution_figure(case, methods, integrated)]
+    if len(inputs) == 3:
+        figures.append(_stability(methods))
+    return figures, notes
+
+
+def _start(case: Case, inputs: Inputs) -> Inputs:
+    """Where integrated gradients start. Categories and one-hot columns of a table remain those of the inputs, because
+    no value between two categories exists.
+    """
+    start, constraint = case.baseline.expand_as(inputs), case.threat.constraint
+    if not isinstance(constraint, Table):
+        return start
+    rules = constraint.tensors
+    return torch.where((rules.category | rules.grouped).to(inputs.device), inputs, start)
+
+
+def smoothing_noise(case: Case, inputs: Inputs) -> Tensor:
+    """Return the noise of SmoothGrad (draws, n, *features), the same for each input, with a tenth of the range of the
+    input as its standard deviation. Under rules of a table, the range is that of each column, and categories and
+    columns without limits do not change.
+    """
+    x, constraint = case.x, case.threat.constraint
+    draws = [
+        case.rng.at("smooth", k).normal(case.batch.ids, *x.shape[1:], dtype=x.dtype) for k in range(_DRAWS)
+    ]
+    spread = (x.amax() - x.amin()).clamp_min(1e-6) / 10
+    if isinstance(constraint, Table):
+        rules = constraint.tensors
+        width = (rules.high - rules.low).nan_to_num(0, posinf=0)
+        spread = torch.where(rules.category | rules.grouped, 0, width).to(x) / 10
+    return torch.stack([(spread * drawn).expand_as(inputs) for drawn in draws])
+
+
+def _attribution_figure(case: Case, methods: dict[str, Tensor], integrated: Integrated | None) -> Figure:
+    kinds = ("clean", "with noise", "after the change")[: len(next(iter(methods.values())))]
+    pairs = [(name, k, kind) for name in methods for k, kind in enumerate(kinds)]
+    alternative = f"For each of {', '.join(methods)}: attributions of the input {', '.join(kinds)}."
+    headings = [f"{name}, {kind}" for name, _, kind in pairs]
+    note = "" if integrated is None else f" {_completeness(case, integrated)}"
+    if case.is_picture:
+        scales = {name: float(plane(values[0]).abs().max()) for name, values in methods.items()}
+        shown = tuple(signed_picture(plane(methods[n][k]), f"{n}, {kind}", scales[n]) for n, k, kind in pairs)
+        return Figure(
+            "attributions",
+            f"What the logit of {case.predicted} depends on, before and after the change",
+            alternative,
+            ("row", "column", *headings),
+            grid_rows([methods[name][k] for name, k, _ in pairs]),
+            shown,
+            note=f"Red pixels raise the logit of {case.predicted}, and blue ones lower it.{note}",
+            columns=len(kinds),
+        )
+    order = methods["occlusion"].abs().nan_to_num(0)[0].flatten().argsort(descending=True, stable=True)
+    table: tuple[tuple[Cell, ...], ...] = tuple(
+        (case.about.feature(p), *(float(methods[n][k].flatten()[p]) for n, k, _ in pairs))
+        for p in order[:_MOST_COLUMNS].tolist()
+    )
+    names = [case.about.feature(p) for p in order[:3].tolist() if methods["occlusion"][0].flatten()[p] != 0]
+    title = (
+        f"The prediction {case.predicted} depends most on {listed(names)}"
+        if names
+        else "No column has an effect"
+    )
+    reading = f"A positive value raises the logit of {case.predicted}, and a negative one lowers it.{note}"
+    left = len(order) - len(table)
+    if left > 0:
+        reading += (
+            f" {amount(left, 'columns')} with smaller effects {'is' if left == 1 else 'are'} not listed."
+        )
+    reason = f"{title}." if names and case.found.inside else ""
+    return Figure(
+        "attributions",
+        title,
+        alternative,
+        ("column", *headings),
+        table,
+        tabular=True,
+        note=reading,
+        reason=reason,
+    )
+
+
+def _completeness(case: Case, integrated: Integrated) -> str:
+    """What integrated gradients explain, and which share of it they miss."""
+    start = "the median of each column" if case.x.dim() == 2 else "an input of the lowest values"
+    fixed = isinstance(case.threat.constraint, Table) and bool(case.threat.constraint.tensors.category.any())
+    kept = ", while categories keep their values" if fixed else ""
+    return (
+        f"Integrated gradients divide the difference of the logit from that of {start} among the inputs{kept}; "
+        f"{100 * float(integrated.gap.max()):.2g} % of the difference is not attributed (completeness gap, with "
+        f"{amount(integrated.nodes, 'nodes')})."
+    )
+
+
+def _stability(methods: dict[str, Tensor]) -> Figure:
+    """How much each attribution changes by the attack and by noise of the same size."""
+    rows: tuple[tuple[str, float, float, float, float], ...] = tuple(
+        (
+            name,
+            rank_correlation(values[0], values[2]),
+            rank_correlation(values[0], values[1]),
+            top_overlap(values[0], values[2]),
+            top_overlap(values[0], values[1]),
+        )
+        for name, values in methods.items()
+    )
+    mean = [sum(column) / len(rows) for column in ([r[1] for r in rows], [r[2] for r in rows])]
+    moved = mean[0] < mean[1] - 0.02
+    title = f"The change moves the attributions {'more' if moved else 'no more'} than noise of the same size"
+    text = f"Rank correlation with the clean attribution: {mean[0]:.2f} after the change, {mean[1]:.2f} with noise."
+    headings = (
+        "method",
+        "correlation, change",
+        "correlation, noise",
+        "overlap of top 5 %, change",
+        "overlap, noise",
+    )
+    return Figure("stability", title, text, headings, rows, tabular=True, note=text)
+
+
+def _word_effects(case: Case) -> Figure:
+    """The fall of the logit when one word is left out, before and after the change."""
+    rows: list[tuple[Cell, ...]] = []
+    inputs = {"clean": case.x} | ({} if case.found.shown is None else {"changed": case.x_adv})
+    for kind, x in inputs.items():
+        words = decoded(x)[0].split()
+        if len(words) < 2:
+            continue
+        without = [" ".join(words[:k] + words[k + 1 :]) for k in range(len(words))]
+        points = encoded([*without, " ".join(words)], x.shape[1]).to(x)
+        logits = logits_of_class(case.target.bare, points, case.batch.y.expand(len(points)))
+        effects = (logits[-1] - logits[:-1]).tolist()
+        rows += [(kind, word, effect) for word, effect in zip(words, effects, strict=True)]
+    top = sorted(rows, key=lambda row: -abs(float(row[2] or 0)))[:_MOST_COLUMNS]
+    clean = [str(word) for kind, word, fall in top if kind == "clean" and float(fall or 0) > 0]
+    named = listed([f"“{word}”" for word in [*dict.fromkeys(clean)][:3]]) if clean else "no single word"
+    title = f"The prediction {case.predicted} depends most on {named}"
+    reason = f"{title}." if clean and case.found.inside else ""
+    shown = bars(
+        [f"{r[1]} ({r[0]})" for r in top],
+        [abs(float(r[2] or 0)) for r in top],
+        [plain(float(r[2] or 0)) for r in top],
+    )
+    text = f"Fall of the logit of {case.predicted} when one word is left out; the largest effects first."
+    return Figure(
+        "attributions",
+        title,
+        text,
+        ("text", "word", "fall of the logit"),
+        tuple(rows),
+        bars=shown,
+        note=text,
+        reason=reason,
+    )
