@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.absent import Absent
+from benchmarks.networks import present
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.tables import TABLES, correct_examples, drafted_rules, follows, path_of
@@ -53,7 +54,7 @@ def measured() -> Outcome:
         Claim("counterfactuals that the model does not confirm <= 0", unverified, 0),
         Claim("forbidden changes <= 0", forbidden, 0),
         Claim("data sets with counterfactuals, one of them a table >= 3", len(table), 3, least=True),
-        *_cost(),
+        *_cost(notes),
     ]
     config: Cells = {"counterfactuals": N, "compared": COMPARED, "complete": COMPLETE, "seed": 0}
     return Outcome(table, claims, config, notes=notes)
@@ -233,16 +234,23 @@ def _counterfactuals(target: Target, batch: Batch, constraint: Constraint, allow
     return counts
 
 
-def _cost() -> list[Claim]:
-    """CPU seconds of an explanation of one example after the import, the largest of two networks and three images."""
-    batch, seconds = _digits(200), []
-    for name in ("mnist-cnn", "mnist-cnn-hardened"):
-        model = open_model(name).model
+def _cost(notes: list[str]) -> list[Claim]:
+    """CPU seconds of an explanation of one example after the import, the largest of each network and three images."""
+    digits = _digits(200)
+    settings: list[tuple[str, Classifier, Batch, float]] = [
+        (name, open_model(name).model, digits, 0.1) for name in ("mnist-cnn", "mnist-cnn-hardened")
+    ]
+    for net, x, y in present([("cifar_resnet20",)], 200, notes):
+        settings.append((net.name, Classifier(net.module), Batch(x, y, torch.arange(len(y))), 1 / 255))
+    claims = []
+    for name, model, batch, eps in settings:
+        seconds = []
         for row in (17, 40, 3):
             started = time.process_time()
             one = batch.take(torch.tensor([row]))
             with prepared(model, one) as target:
-                threat, about = ThreatModel(Linf(0.1)), About(name, "mnist-mini", "linf:0.1")
+                threat, about = ThreatModel(Linf(eps)), About(name, name, f"linf:{eps:g}")
                 explain_example(target, one, threat, about, rng=Draws(0), train=batch).page()
             seconds.append(time.process_time() - started)
-    return [Claim("CPU seconds of the explanation of one example <= 5", max(seconds), 5)]
+        claims.append(Claim(f"{name}: CPU seconds of the explanation of one example <= 5", max(seconds), 5))
+    return claims

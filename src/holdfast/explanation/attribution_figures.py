@@ -38,9 +38,9 @@ def attribution_figures(case: Case) -> tuple[list[Figure], list[str]]:
     inputs = torch.cat((case.x, case.noise, case.x_adv)) if case.found.shown is not None else case.x
     classes = case.batch.y.expand(len(inputs))
     baseline = case.baseline.expand_as(inputs)
-    model, methods = case.target.bare, dict[str, Tensor]()
+    model, methods = case.target.quick, dict[str, Tensor]()
     integrated: Integrated | None = None
-    if has_gradients(model, inputs) and not inputs.isnan().any():
+    if has_gradients(case.target.bare, inputs) and not inputs.isnan().any():
         methods["gradient"] = gradient(model, inputs, classes)
         methods["SmoothGrad"] = smooth_gradient(model, inputs, classes, smoothing_noise(case, inputs))
         integrated = integrated_gradients(model, inputs, _start(case, inputs), classes)

@@ -40,7 +40,7 @@ from holdfast.reports.numbers import feature_value
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 
-_SIDE = 41
+_SIDE = 33
 """points along each side of the slice"""
 _TOP = 0.05
 """share of the pixels that counts as few"""
@@ -272,7 +272,7 @@ def _slice(case: Case) -> Figure:
     eps = constraint.eps if math.isfinite(constraint.eps) else size
     reach = min(max(1.6, 1.4 * eps / size if size else 1.6), 12.0)
     grid = boundary_slices(
-        case.target.bare, x, across, up, bounds=case.target.bare.bounds, side=_SIDE, reach=reach
+        case.target.quick, x, across, up, bounds=case.target.bare.bounds, side=_SIDE, reach=reach
     )[0].long()
     steps = torch.linspace(-reach, reach, _SIDE, dtype=x.dtype, device=x.device)
     t, s = (
