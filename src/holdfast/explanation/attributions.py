@@ -23,9 +23,9 @@ from holdfast.core.types import Inputs, Labels, PerExample
 _ROWS = 128
 """largest number of inputs in one pass"""
 GAP = 0.01
-"""sum of the completeness gaps of the segments, as a fraction of the difference of the logits, at which they suffice; that
-of the whole path is smaller, because those of the segments have both signs"""
-MOST_NODES = 512
+"""sum of the completeness gaps of the segments, as a fraction of the difference of the logits, at which they suffice.
+Those of the segments have both signs, so that the gap of the whole path is smaller."""
+MOST_NODES = 1024
 """largest number of nodes for one example, since the gap of a ReLU network falls slowly"""
 _SEGMENTS, _RULE = 8, 4
 """first number of segments, and nodes in each of them; a network with ReLUs is linear between its breakpoints"""
