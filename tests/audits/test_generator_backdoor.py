@@ -84,6 +84,11 @@ class Linear:
         return self.decode(torch.randn(n, 48, generator=random(seed))).clamp(0, 1)
 
 
+class LinearAutoencoder(Linear):
+    def encode(self, x):
+        return (x.flatten(1) - 0.5) @ torch.linalg.pinv(self.matrix)
+
+
 def context(generator):
     data = trained_on()
     return Context(
