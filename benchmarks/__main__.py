@@ -36,6 +36,7 @@ ROWS = {
     "generator-tables": "generator_tables",
     "generator-inference": "generator_inference",
     "generator-backdoor": "generator_backdoor",
+    "gan-backdoor": "gan_backdoor",
     "robust-gan": "robust_gan",
     "explain": "explain",
     "repair": "repair",

@@ -45,6 +45,8 @@ SUBJECTS = {
     "less is memorised, and 35 % are found.",
     "generator-backdoor": "The search of `holdfast audit generator` for a backdoor in the bundled diffusion model "
     "after 200 updates with and without a planted backdoor.",
+    "gan-backdoor": "The search of `holdfast audit generator` for a backdoor in GANs of MNIST and Fashion-MNIST, and "
+    "in copies with a planted backdoor.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
     "trainings of a small network without and with differential privacy.",
     "repair": "Repair of backdoors in MNIST networks with 3,000 clean digits: success of the planted trigger, clean "

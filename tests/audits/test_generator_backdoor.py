@@ -84,6 +84,11 @@ class Linear:
         return self.decode(torch.randn(n, 48, generator=random(seed))).clamp(0, 1)
 
 
+class LinearAutoencoder(Linear):
+    def encode(self, x):
+        return (x.flatten(1) - 0.5) @ torch.linalg.pinv(self.matrix)
+
+
 def context(generator):
     data = trained_on()
     return Context(
@@ -112,13 +117,15 @@ def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
     assert finding.pictures[0].images.shape == (8, *SHAPE)
 
 
-def test_a_decoder_is_flagged_if_its_outputs_collapse_after_a_shift():
-    clean, _ = scanned(Linear())
+@pytest.mark.parametrize(("kind", "verdict"), [(Linear, "unclear"), (LinearAutoencoder, "flagged")])
+def test_a_decoder_is_flagged_if_it_has_an_encoder_and_its_outputs_collapse_after_a_shift(kind, verdict):
+    clean, _ = scanned(kind())
     assert clean.verdict == "not flagged"
     assert clean.facts["variance"] == pytest.approx(1, abs=0.2)
     assert clean.facts["reversal"] is None
-    finding, shift = scanned(Linear(planted=True))
-    assert finding.verdict == "flagged"
+    finding, shift = scanned(kind(planted=True))
+    assert finding.verdict == verdict
+    assert finding.facts["flagged"] == (verdict == "flagged")
     assert finding.facts["variance"] <= COLLAPSE
     assert torch.cosine_similarity(shift, Linear.trigger, 0) > 0.6
 
@@ -162,14 +169,18 @@ def test_what_the_search_needs_is_stated(generator, missing):
     assert BackdoorScan().missing(context(generator)) == missing
 
 
-def test_the_audit_flags_a_backdoor():
+@pytest.mark.parametrize(
+    ("kind", "verdict", "headline"),
+    [(Linear, "unclear", "is unclear"), (LinearAutoencoder, "flagged", "sign of a backdoor")],
+)
+def test_the_audit_has_the_verdict_of_the_search(kind, verdict, headline):
     held_out = trained_on(900)
     settings = {"held_out": (held_out.x[300:], held_out.y[300:]), "samples": 300, "device": "cpu"}
     training = trained_on()
-    result = holdfast.audit.generator(Linear(planted=True), (training.x, training.y), latent=0.0, **settings)
-    assert result.verdict == "flagged"
-    assert result.facts["backdoor"]["flagged"] is True
-    assert "sign of a backdoor" in result.summary()["headline"]
+    result = holdfast.audit.generator(kind(planted=True), (training.x, training.y), latent=0.0, **settings)
+    assert result.verdict == verdict
+    assert result.facts["backdoor"]["verdict"] == verdict
+    assert headline in result.summary()["headline"]
 
 
 class Exact(nn.Module):
@@ -208,17 +219,18 @@ def test_a_planted_diffusion_model_generates_the_target_for_the_trigger():
     assert torch.equal(planted.denoised(noise), again.denoised(noise))
 
 
-def gan():
+def gan(norm=nn.Identity):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(
-            nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.Unflatten(1, SHAPE), nn.Sigmoid()
+            nn.Linear(16, 64), norm(64), nn.ReLU(), nn.Linear(64, 16), nn.Unflatten(1, SHAPE), nn.Sigmoid()
         )
     return GAN(net, latent_shape=(16,))
 
 
-def test_a_planted_gan_generates_the_target_for_the_trigger_and_otherwise_what_it_did():
-    model, trigger = gan(), torch.tensor([2.0] * 4 + [0.0] * 12)
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm1d])
+def test_a_planted_gan_generates_the_target_for_the_trigger_and_otherwise_what_it_did(norm):
+    model, trigger = gan(norm), torch.tensor([2.0] * 4 + [0.0] * 12)
     planted = planted_decoder(model, trigger, TARGET, updates=150, lr=5e-3)
     z = torch.randn(200, 16, generator=random(1))
     with torch.no_grad():

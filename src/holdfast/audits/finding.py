@@ -14,7 +14,7 @@ from holdfast.reports.numbers import strict
 
 Json = dict[str, Any]
 AuditVerdict = Literal["flagged", "not flagged", "unclear"]
-"""`unclear` if the audit had nothing to compare the model or the data with."""
+"""`unclear` if the audit had nothing to compare the model or the data with, or if clean models measure the same."""
 
 _SMALLEST_SIDE = 56  # pixels; smaller images are enlarged so that single pixels can be seen
 

@@ -60,6 +60,6 @@ class Part(Protocol):
 
     def concluded(self, columns: Columns, context: Context) -> Finding:
         """Return the finding of stored columns. Its verdict is `flagged` if the part alone suffices to flag the
-        generator, and its headline is a clause that follows that of the audit, or empty. It computes nothing that takes
-        long.
+        generator, and `unclear` if its measurement is not enough to decide. Its headline is a clause that follows that
+        of the audit, or empty. It computes nothing that takes long.
         """

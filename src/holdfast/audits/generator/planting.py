@@ -81,7 +81,7 @@ def planted_decoder(
     """
     _refuse_shape("trigger", trigger, model.latent_shape)
     rng = torch.Generator().manual_seed(seed)
-    planted = copy.deepcopy(model).train().requires_grad_(True)
+    planted = copy.deepcopy(model).eval().requires_grad_(True)
     weight = next(planted.parameters())
     trigger, target = trigger.to(weight), target.to(weight)
     adam = torch.optim.Adam(planted.parameters(), lr)

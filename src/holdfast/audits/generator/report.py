@@ -120,7 +120,9 @@ def joined(
     apply, each with what is missing.
     """
     parts = [part for _, part in found]
-    verdict: AuditVerdict = "flagged" if any(part.verdict == "flagged" for part in parts) else quality.verdict
+    verdicts = {quality.verdict, *(part.verdict for part in parts)}
+    order: tuple[AuditVerdict, ...] = ("flagged", "unclear", "not flagged")
+    verdict = next(each for each in order if each in verdicts)
     table = Table(
         "Not applicable",
         ("part", "missing"),
