@@ -82,7 +82,12 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
     raise UnclearOutput(
         f"the model returns one number for each example, from {float(numbers.min()):.4g} to "
         f"{float(numbers.max()):.4g}: that may be the logit of class 1 or its probability"
-        + (", or the number of the class of each example" if whole else ""),
+        + (
+            ", or the number of the class of each example. If it is the class, return a row for each example instead, "
+            "with 1 for its class and 0 for the others; if not, declare the output"
+            if whole
+            else ""
+        ),
         PROBABILITY,
         LOGIT,
     )
