@@ -363,6 +363,23 @@ def test_rounded_probabilities_and_labels_are_noticed():
     assert any("gives labels only" in text for text in labels.summary()["limits"])
 
 
+def test_a_procedure_whose_networks_give_labels_or_undeclared_probabilities_is_noticed():
+    def given(kind):
+        return lambda x, y, seed: kind(fit(x, y, seed))
+
+    labels = membership(
+        make(), examples(400), train=given(lambda net: Rounded(net, labels=True)), references=4
+    )
+    assert labels.facts["labels_only"] and labels.facts["attack"] == "label only"
+    assert not labels.facts["rounded"] and not labels.facts["undeclared_probabilities"]
+    softmax = given(lambda net: nn.Sequential(net, nn.Softmax(1)))
+    scaled = membership(make(), examples(400), train=softmax, references=4)
+    assert scaled.facts["undeclared_probabilities"] and not scaled.facts["labels_only"]
+    model = holdfast.open_model(nn.Sequential(make(), nn.Softmax(1)), model_output="probability")
+    declared = membership(model, examples(400), train=softmax, references=4)
+    assert not declared.facts["undeclared_probabilities"]
+
+
 def test_a_stopped_audit_does_not_train_its_networks_again(tmp_path):
     data, trained, most = examples(400), [], [18]
 

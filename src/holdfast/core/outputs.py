@@ -61,6 +61,13 @@ def is_single(outputs: Tensor) -> bool:
     return outputs.dim() == 1 or outputs.shape[1] == 1
 
 
+def are_probabilities(outputs: Tensor) -> bool:
+    """Return whether outputs (n, classes) that are used as logits are probabilities: each row is positive or zero, and
+    its sum is 1.
+    """
+    return bool(((outputs.sum(1) - 1).abs() < _ROUNDING).all() & (outputs >= 0).all())
+
+
 def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind | None:
     """Return whether a model with one output for each input returns logits or probabilities: what is declared, or else
     what the values show.

@@ -40,6 +40,9 @@ class Results:
     tail: float | None
     labels: bool
     rounded: bool
+    """whether the targets give labels only"""
+    probabilities: bool
+    """whether the targets give probabilities that are used as logits"""
 
     @property
     def headline(self) -> str:
@@ -151,6 +154,7 @@ def _facts(
         "tail_estimate": results.tail,
         "labels_only": results.labels,
         "rounded": results.rounded,
+        "undeclared_probabilities": results.probabilities,
     }
 
 
@@ -270,11 +274,17 @@ def _limits(how: MembershipAudit, results: Results, notes: Sequence[str]) -> lis
         limits.append(
             "No reference networks were used. Attacks with them usually find many more training examples: give "
             "references and train."
+    subject = "The networks give" if how.members is None else "The model gives"
         )
     if results.labels:
         limits.append(
-            "The model gives labels only, so that only the attack on labels was measured; attacks that query many "
-            "changed copies of an example find more."
+            f"{subject} labels only, so that only the attack on labels was measured; attacks that query many changed "
+            "copies of an example find more."
+        )
+    if results.probabilities:
+        limits.append(
+            f"{subject} probabilities, which were used as logits, and this distorts the scores of the attacks; repeat "
+            "the audit with the setting model_output: probability."
         )
     if results.rounded:
         limits.append(
