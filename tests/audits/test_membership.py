@@ -250,10 +250,10 @@ def test_non_members_of_another_kind_make_the_result_unclear():
 
 def test_the_table_has_a_column_for_the_chosen_rate_and_only_examples_that_are_found():
     result = membership(make_once(), examples(400), non_members=examples(400, 1), fpr=0.07).summary()
-    assert "TPR at 7% FPR" in result["tables"][0]["headings"]
+    assert "TPR at 7 % FPR" in result["tables"][0]["headings"]
     assert "each target has 400 members and 400 non-members" in result["reasons"]
     exposed = [table for table in result["tables"] if table["title"].startswith("Most exposed")]
-    assert all(row[2] == "100%" for table in exposed for row in table["rows"])
+    assert all(row[2] == "100 %" for table in exposed for row in table["rows"])
 
     def constant(x):
         return torch.zeros(len(x), CLASSES) + torch.tensor([1.0, 0.0, 0.0, 0.0])

@@ -24,7 +24,12 @@ def headline(content: Mapping[str, Any]) -> str:
 def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
     """Return the tables of a report as text."""
     return [
-        TextTable(table["title"], table["headings"], [[_cell(cell) for cell in row] for row in table["rows"]])
+        TextTable(
+            table["title"],
+            table["headings"],
+            [[_cell(cell) for cell in row] for row in table["rows"]],
+            table.get("texts", False),  # older runs lack it
+        )
         for table in content["tables"]
     ]
 
@@ -79,7 +84,7 @@ def audit_markdown(content: Mapping[str, Any]) -> str:
 def audit_page(content: Mapping[str, Any]) -> str:
     """Return the report as a self-contained HTML page."""
     from holdfast.reports.charts import rates
-    from holdfast.reports.html import render
+    from holdfast.reports.html import SIZES, render
 
     return render(
         "audit.html.j2",
@@ -89,9 +94,18 @@ def audit_page(content: Mapping[str, Any]) -> str:
         gates=[
             (gate["verdict"], line) for gate, line in zip(content["gates"], gate_lines(content), strict=True)
         ],
-        curves=[(curve, rates(curve["lines"], curve["least"])) for curve in content["curves"]],
+        curves=[
+            (
+                curve,
+                [
+                    (name, rates(curve["lines"], curve["least"], width=width, height=height))
+                    for name, width, height in SIZES
+                ],
+            )
+            for curve in content["curves"]
+        ],
         tables=[
-            (capitalized(table.title), table.headings, table.rows, stored["note"])
+            (table, stored["note"])
             for table, stored in zip(report_tables(content), content["tables"], strict=True)
         ],
     )
