@@ -129,7 +129,7 @@ def test_the_command_takes_a_file_of_samples_and_a_function_and_is_resumed(tmp_p
     audit = ["audit", "generator"]
     on_file = [*audit, "samples.npz", "train.npz", "--held-out", "test.npz", "--run", "a"]
     assert command([*on_file, "-o", "a.json", "-o", "a.html"]) == 0
-    assert "Flagged: 100.0% of the samples are copies" in capsys.readouterr().err
+    assert "Flagged: 100.0 % of the samples are copies" in capsys.readouterr().err
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["facts"]["copy_rate"] == 1
     assert command([*on_file, "--resume", "-o", "b.json"]) == 0

@@ -250,10 +250,10 @@ def test_non_members_of_another_kind_make_the_result_unclear():
 
 def test_the_table_has_a_column_for_the_chosen_rate_and_only_examples_that_are_found():
     result = membership(make_once(), examples(400), non_members=examples(400, 1), fpr=0.07).summary()
-    assert "TPR at 7% FPR" in result["tables"][0]["headings"]
+    assert "TPR at 7 % FPR" in result["tables"][0]["headings"]
     assert "each target has 400 members and 400 non-members" in result["reasons"]
     exposed = [table for table in result["tables"] if table["title"].startswith("Most exposed")]
-    assert all(row[2] == "100%" for table in exposed for row in table["rows"])
+    assert all(row[2] == "100 %" for table in exposed for row in table["rows"])
 
     def constant(x):
         return torch.zeros(len(x), CLASSES) + torch.tensor([1.0, 0.0, 0.0, 0.0])
@@ -361,6 +361,23 @@ def test_rounded_probabilities_and_labels_are_noticed():
     labels = membership(Rounded(net, labels=True), members, non_members=outside)
     assert labels.facts["labels_only"] and labels.facts["attack"] == "label only"
     assert any("gives labels only" in text for text in labels.summary()["limits"])
+
+
+def test_a_procedure_whose_networks_give_labels_or_undeclared_probabilities_is_noticed():
+    def given(kind):
+        return lambda x, y, seed: kind(fit(x, y, seed))
+
+    labels = membership(
+        make(), examples(400), train=given(lambda net: Rounded(net, labels=True)), references=4
+    )
+    assert labels.facts["labels_only"] and labels.facts["attack"] == "label only"
+    assert not labels.facts["rounded"] and not labels.facts["undeclared_probabilities"]
+    softmax = given(lambda net: nn.Sequential(net, nn.Softmax(1)))
+    scaled = membership(make(), examples(400), train=softmax, references=4)
+    assert scaled.facts["undeclared_probabilities"] and not scaled.facts["labels_only"]
+    model = holdfast.open_model(nn.Sequential(make(), nn.Softmax(1)), model_output="probability")
+    declared = membership(model, examples(400), train=softmax, references=4)
+    assert not declared.facts["undeclared_probabilities"]
 
 
 def test_a_stopped_audit_does_not_train_its_networks_again(tmp_path):

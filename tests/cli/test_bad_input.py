@@ -411,6 +411,8 @@ def test_a_configuration_that_lies_here_is_offered(capsys):
     Path("holdfast.yaml").unlink()
     assert run(["assess"]) == 2
     assert "try holdfast assess mnist-cnn mnist-mini" in capsys.readouterr().err
+    assert run(["audit", "membership", "mnist-cnn"]) == 2
+    assert "audit membership mnist-cnn mnist-mini --references 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])

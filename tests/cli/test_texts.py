@@ -13,12 +13,13 @@ from torch import nn
 
 import holdfast
 from holdfast.cli.app import run
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.text_edits import TextEdits
+from holdfast.core.texts import encoded
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.models.estimators import contents
-from holdfast.io.models.text_models import adapted_text_model
+from holdfast.io.models.text_models import TextFunction, adapted_text_model
 from holdfast.io.models.transformers_folders import TokenisedTexts
 from holdfast.io.models.unknown_words import unknown_notes
 
@@ -300,6 +301,13 @@ def test_bad_files_of_words_are_refused(content, message, capsys):
 def test_bad_texts_are_refused(texts, message):
     with pytest.raises(HoldfastError, match=message):
         holdfast.assess(model(), (texts, [0, 1]), threat=EDITS)
+
+
+@pytest.mark.parametrize("label", ["spam", 2])
+def test_a_function_that_returns_labels_is_told_what_to_return(label):
+    function = TextFunction(lambda texts: [label] * len(texts))
+    with pytest.raises(TargetError, match=f"such as {label} .* return a row for each text"):
+        function(encoded(["a", "b"], 1))
 
 
 def test_two_columns_of_texts_need_a_choice(capsys):

@@ -27,6 +27,7 @@ from holdfast.core.model import IN_PLACE, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.memory import as_data
 from holdfast.recipes import (
+    RSLAD,
     TRADES,
     EnsembleTraining,
     GradientRegularisation,
@@ -273,6 +274,13 @@ class Hollow(torch.nn.Linear):
 def test_parameters_without_elements_share_nothing():
     net = torch.nn.Sequential(Hollow(fakes.FEATURES, fakes.CLASSES).double())
     assert copy_of(Classifier(net)).net[0].none.shape == (0, 3)
+
+
+def test_a_recipe_that_lacks_a_setting_is_refused_before_anything_is_measured():
+    told = []
+    with pytest.raises(UsageError, match="none is given"):
+        harden(trainable(), training(), fakes.data(), wish(RSLAD(training=HOW)), notify=told.append)
+    assert told == []
 
 
 def test_what_cannot_be_trained_is_refused():

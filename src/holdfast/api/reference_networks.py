@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from holdfast.api.audited_trainings import Training, trained_like
 from holdfast.audits.membership.audit import columns_of
-from holdfast.audits.membership.controls import are_labels
 from holdfast.audits.membership.how import MembershipAudit
 from holdfast.audits.membership.references import (
     ReferenceTraining,
@@ -76,15 +75,13 @@ class NetworkTraining:
         for network, mask in zip(networks, inside, strict=True):
             part = how.examples.take(mask)
             trained = trained_like(training, self.model, part.x, part.y, how.seed * 100_000 + network)
-            results.append(queried(trained, how.examples)[0])
+            results.append(queried(trained, how.examples))
             room.progress(1)
         return joined(results)
 
 
-def queried(model: Classifier, batch: Batch) -> tuple[Signals, bool]:
-    """Return what the model says about examples, in pieces, and whether it gives labels only. A server limits the rows
-    of its requests itself.
-    """
+def queried(model: Classifier, batch: Batch) -> Signals:
+    """Return what the model says about examples, in pieces. A server limits the rows of its requests itself."""
     with torch.no_grad():
         logits = torch.cat([model(piece.x) for piece in batch.split(256)])
     if (largest := int(batch.y.max())) >= logits.shape[1]:
@@ -92,4 +89,4 @@ def queried(model: Classifier, batch: Batch) -> tuple[Signals, bool]:
             f"the data have the label {largest}, and the model has {logits.shape[1]} classes; expected labels from 0 "
             f"to {logits.shape[1] - 1}"
         )
-    return signals_of(logits, batch.y), model.access == "labels" or are_labels(logits)
+    return signals_of(logits, batch.y, labels=model.access == "labels")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from typing_extensions import TypedDict
@@ -218,6 +218,7 @@ class _Table(TypedDict):
     headings: list[str]
     rows: list[list[Any]]
     note: str
+    texts: NotRequired[bool]
 
 
 class _Image(TypedDict):

@@ -28,6 +28,8 @@ class Table:
     rows: Sequence[Sequence[str | float | int]]
     note: str = ""
     """what a reader needs in order to read the table; empty for none"""
+    texts: bool = False
+    """whether the columns after the first contain sentences instead of numbers, and are aligned left"""
 
     def to_json(self) -> Json:
         """Return the table as strict JSON."""
@@ -37,6 +39,7 @@ class Table:
                 "headings": list(self.headings),
                 "rows": [list(row) for row in self.rows],
                 "note": self.note,
+                "texts": self.texts,
             }
         )
         return content

@@ -12,6 +12,8 @@ from holdfast.api.verb_settings import (
     Assess,
     AuditGenerator,
     AuditMembership,
+    AuditPoison,
+    AuditPrivacy,
     AuditVerb,
     Certify,
     Harden,
@@ -49,6 +51,14 @@ from holdfast.settings.values import SurrogateSettings
 
 _CONFIG = "holdfast.yaml"
 """Default name of the file that `holdfast init` writes."""
+
+_EXAMPLES: Mapping[type, str] = {
+    AuditGenerator: "mnist-gan mnist-mini --held-out mnist-mini",
+    AuditMembership: "mnist-cnn mnist-mini --references 16",
+    AuditPoison: "mnist-mini --model mnist-cnn",
+    AuditPrivacy: "net.py:make data.npz --train net.py:fit --epsilon 8",
+}
+"""Arguments of an example of a command that needs more than a model and data."""
 
 V = TypeVar("V", bound=Opening)
 
@@ -129,10 +139,7 @@ def _others(settings: Opening | Serve, key: str) -> list[SurrogateSettings]:
 
 def _refuse_targets(settings: Opening, config: str | None) -> None:
     command = click.get_current_context().command_path
-    generator = isinstance(settings, AuditGenerator)
-    example = (
-        f"{command} {'mnist-gan mnist-mini --held-out mnist-mini' if generator else 'mnist-cnn mnist-mini'}"
-    )
+    example = f"{command} {_EXAMPLES.get(type(settings), 'mnist-cnn mnist-mini')}"
     if config is None and Path(_CONFIG).is_file():
         example = f"{command} -c {_CONFIG} (a file in this folder)"
     model, data = settings.model, settings.data

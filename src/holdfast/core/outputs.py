@@ -61,6 +61,13 @@ def is_single(outputs: Tensor) -> bool:
     return outputs.dim() == 1 or outputs.shape[1] == 1
 
 
+def are_probabilities(outputs: Tensor) -> bool:
+    """Return whether outputs (n, classes) that are used as logits are probabilities: each row is positive or zero, and
+    its sum is 1.
+    """
+    return bool(((outputs.sum(1) - 1).abs() < _ROUNDING).all() & (outputs >= 0).all())
+
+
 def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind | None:
     """Return whether a model with one output for each input returns logits or probabilities: what is declared, or else
     what the values show.
@@ -82,7 +89,12 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
     raise UnclearOutput(
         f"the model returns one number for each example, from {float(numbers.min()):.4g} to "
         f"{float(numbers.max()):.4g}: that may be the logit of class 1 or its probability"
-        + (", or the number of the class of each example" if whole else ""),
+        + (
+            ", or the number of the class of each example. If it is the class, return a row for each example instead, "
+            "with 1 for its class and 0 for the others; if not, declare the output"
+            if whole
+            else ""
+        ),
         PROBABILITY,
         LOGIT,
     )

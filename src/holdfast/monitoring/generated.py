@@ -15,6 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.monitoring.protocol import WINDOW, Alarm
 from holdfast.monitoring.watching import ALPHA, DriftResult, State
+from holdfast.reports.numbers import percent
 from holdfast.statistics.anytime import confidence_sequence
 from holdfast.statistics.intervals import proportion
 from holdfast.statistics.nearest import copy_threshold, nearest_example
@@ -81,7 +82,7 @@ class Counted:
                 continue
             low, _ = confidence_sequence(self.k, self.n, 1 - ALPHA, expected=self.rate)
             if low > self.rate:
-                evidence = f"{self.k} of {self.n}, at most {self.rate:.1%} expected"
+                evidence = f"{self.k} of {self.n}, at most {percent(self.rate)} expected"
                 self.alarm = Alarm(self.n, self.name, self.name, evidence)
 
     def result(self) -> DriftResult:

@@ -24,7 +24,12 @@ def headline(content: Mapping[str, Any]) -> str:
 def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
     """Return the tables of a report as text."""
     return [
-        TextTable(table["title"], table["headings"], [[_cell(cell) for cell in row] for row in table["rows"]])
+        TextTable(
+            table["title"],
+            table["headings"],
+            [[_cell(cell) for cell in row] for row in table["rows"]],
+            table.get("texts", False),  # older runs lack it
+        )
         for table in content["tables"]
     ]
 
@@ -79,6 +84,7 @@ def audit_markdown(content: Mapping[str, Any]) -> str:
 def audit_view(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the template `audit-fragment.html.j2`."""
     from holdfast.reports.charts import rates
+    from holdfast.reports.html import SIZES
 
     return {
         "s": content,
@@ -86,9 +92,18 @@ def audit_view(content: Mapping[str, Any]) -> dict[str, Any]:
         "gates": [
             (gate["verdict"], line) for gate, line in zip(content["gates"], gate_lines(content), strict=True)
         ],
-        "curves": [(curve, rates(curve["lines"], curve["least"])) for curve in content["curves"]],
+        "curves": [
+            (
+                curve,
+                [
+                    (name, rates(curve["lines"], curve["least"], width=width, height=height))
+                    for name, width, height in SIZES
+                ],
+            )
+            for curve in content["curves"]
+        ],
         "tables": [
-            (capitalized(table.title), table.headings, table.rows, stored["note"])
+            (table, stored["note"])
             for table, stored in zip(report_tables(content), content["tables"], strict=True)
         ],
     }

@@ -183,9 +183,7 @@ class Rates:
     y_ticks: tuple[Tick, ...]
 
 
-def rates(
-    lines: Sequence[Mapping[str, Any]], least: float, *, width: float = 640.0, height: float = 300.0
-) -> Rates:
+def rates(lines: Sequence[Mapping[str, Any]], least: float, *, width: float, height: float) -> Rates:
     """Return the coordinates of lines on two logarithmic axes. Values below `least` are drawn at `least`."""
     right, bottom, decades = width - _RIGHT, height - _BOTTOM, max(-math.log10(least), 1.0)
 

@@ -67,6 +67,8 @@ class TextTable:
     """name of the table, a colon, and what it shows"""
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+    texts: bool = False
+    """whether the columns after the first contain sentences instead of numbers"""
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
 from holdfast.audits.finding import Finding, Table
-from holdfast.audits.generator.parts import Context, percent, shown
+from holdfast.audits.generator.parts import Context, share_and_range, shown
 from holdfast.audits.generator.sensitivity import (
     ROWS,
     decoder,
@@ -28,6 +28,7 @@ from holdfast.audits.generator.sensitivity import (
 )
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds
+from holdfast.reports.numbers import percent
 from holdfast.statistics.intervals import proportion
 
 _SIZES = (0.1, 0.2, 0.4, 0.7)  # of the curve, as shares of the distance of an example to its target
@@ -178,21 +179,21 @@ class Discriminator:
             ("generated", "generated, scored as real"),
             ("real", "real, scored as generated"),
         ):
-            unchanged, random, worst = (percent(rates[f"{name}_{kind}"]) for kind in _KINDS)
+            unchanged, random, worst = (share_and_range(rates[f"{name}_{kind}"]) for kind in _KINDS)
             rows.append((title, unchanged[0], random[0], *worst))
         table = Table(
             "Evasion of the discriminator",
             ("samples", "unchanged", "random", "adversarial", "interval"),
             rows,
             _sizes(context, self.eps)
-            + f" A sample is scored as real above {threshold:.4g}, as {1 - _LEAST:.0%} of one half of the held-out "
-            "examples are; the other half is attacked.",
+            + f" A sample is scored as real above {threshold:.4g}, as {percent(1 - _LEAST, 0)} of one half of the "
+            "held-out examples are; the other half is attacked.",
         )
         facts = {name: rate.value for name, rate in rates.items()}
         return Finding(
             "not flagged",
-            f"the discriminator scores {facts['generated_worst']:.1%} of adversarially changed samples as "
-            f"real ({facts['generated_unchanged']:.1%} unchanged)",
+            f"the discriminator scores {percent(facts['generated_worst'])} of adversarially changed samples as "
+            f"real ({percent(facts['generated_unchanged'])} unchanged)",
             facts={"threshold": threshold, **facts},
             tables=(table,),
             limits=(_ATTACKED,),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from holdfast.audits.finding import Finding, Picture, Table
-from holdfast.audits.generator.parts import Context, percent
+from holdfast.audits.generator.parts import Context, share_and_range
 from holdfast.audits.generator.sensitivity import pictures
 from holdfast.audits.membership.rates import auc, needed, threshold, tpr_of_one
 from holdfast.core.draws import Draws
@@ -25,6 +25,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import PerExample
 from holdfast.io.models.generators import OpenedGenerator
+from holdfast.reports.numbers import percent
 from holdfast.statistics.intervals import CONFIDENCE, bonferroni, proportion
 from holdfast.statistics.nearest import copy_threshold, nearest_example
 
@@ -208,7 +209,7 @@ def _memorised(columns: Columns, context: Context) -> Finding:
     table = Table(
         "Memorised examples",
         ("examples", "share", "interval"),
-        [(name, *percent(share)) for name, share in shares.items()],
+        [(name, *share_and_range(share)) for name, share in shares.items()],
         f"Share of the examples at which the norm of the score, at time {LOW:g} of the diffusion and without noise, is "
         "smaller than at 99 % of one half of the held-out examples. The row of held-out examples is the other half.",
     )
@@ -233,10 +234,11 @@ def _memorised(columns: Columns, context: Context) -> Finding:
 def _headline(title: str, found: Rated, *, shifted: bool) -> str:
     if shifted:
         return "membership cannot be concluded, because training and held-out examples differ"
-    own = f", and takes {found.own.value:.1%} of the generator's own samples for training examples"
+    own = f", and takes {percent(found.own.value)} of the generator's own samples for training examples"
     return (
-        f"the {title} finds {found.tpr.value:.1%} of the training examples at a false-positive rate of {FPR:.0%} "
-        f"({found.tpr.low:.1%} to {found.tpr.high:.1%}){own if found.own.low > _HIGH else ''}"
+        f"the {title} finds {percent(found.tpr.value)} of the training examples at a false-positive rate of "
+        f"{percent(FPR, 0)} ({percent(found.tpr.low)} to {percent(found.tpr.high)})"
+        f"{own if found.own.low > _HIGH else ''}"
     )
 
 
@@ -256,7 +258,7 @@ def _table(results: Mapping[str, Rated], control: Rated, group: Tensor) -> Table
     m, n, own = (int((group == each).sum()) for each in (_MEMBER, _OUTSIDE, _OWN))
     named = {**{_TITLES[name]: result for name, result in results.items()}, "control, no generator": control}
     rows = [
-        (title, *percent(result.tpr), f"{result.auc:.3f}", *percent(result.own))
+        (title, *share_and_range(result.tpr), f"{result.auc:.3f}", *share_and_range(result.own))
         for title, result in named.items()
     ]
     few = (
@@ -268,8 +270,8 @@ def _table(results: Mapping[str, Rated], control: Rated, group: Tensor) -> Table
         "Membership",
         ("score", "found", "interval", "AUC", "own samples", "interval"),
         rows,
-        f"Share of {m:,} training examples whose score exceeds the threshold that {FPR:.0%} of {n:,} held-out examples "
-        f"exceed, and of {own:,} own samples of the generator, none of which is a training example by origin. Chance "
-        f"is {FPR:.0%}, and an AUC of 0.5. The intervals of {CONFIDENCE:.0%} hold for all scores together. The control "
-        f"is the distance to other held-out examples.{few}",
+        f"Share of {m:,} training examples whose score exceeds the threshold that {percent(FPR, 0)} of {n:,} held-out "
+        f"examples exceed, and of {own:,} own samples of the generator, none of which is a training example by origin. "
+        f"Chance is {percent(FPR, 0)}, and an AUC of 0.5. The intervals of {percent(CONFIDENCE, 0)} hold for all "
+        f"scores together. The control is the distance to other held-out examples.{few}",
     )

@@ -14,6 +14,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.io.models.generators import OpenedGenerator
+from holdfast.reports.numbers import percent
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ def shown(estimate: Estimate) -> tuple[str, str]:
     return f"{estimate.value:.3g}", f"{estimate.low:.3g} to {estimate.high:.3g}"
 
 
-def percent(estimate: Estimate) -> tuple[str, str]:
+def share_and_range(estimate: Estimate) -> tuple[str, str]:
     """Return the texts of the estimate of a share and of its interval for a table."""
-    return f"{estimate.value:.1%}", f"{estimate.low:.1%} to {estimate.high:.1%}"
+    return percent(estimate.value), f"{percent(estimate.low)} to {percent(estimate.high)}"
 
 
 class Part(Protocol):

@@ -12,6 +12,7 @@ from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_un
 from holdfast.audits.generator.copies import Copies
 from holdfast.audits.generator.parts import shown
 from holdfast.audits.generator.quality import Quality
+from holdfast.reports.numbers import percent
 
 _COLLAPSED = 0.01
 """recall up to which a generator with realistic samples counts as collapsed"""
@@ -82,9 +83,9 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
     verdict: AuditVerdict = "flagged" if measured.copied or measured.collapsed else "not flagged"
     collapse = "; the generator has collapsed to few different samples" if measured.collapsed else ""
     headline = (
-        f"{copied.value:.1%} of the samples are copies of training examples ({copied.low:.1%} to {copied.high:.1%}; "
-        f"held-out examples: {held_out.value:.1%}), and the Fréchet distance is {frechet.value:.3g} "
-        f"({floor.value:.3g} for held-out examples){collapse}"
+        f"{percent(copied.value)} of the samples are copies of training examples ({percent(copied.low)} to "
+        f"{percent(copied.high)}; held-out examples: {percent(held_out.value)}), and the Fréchet distance is "
+        f"{frechet.value:.3g} ({floor.value:.3g} for held-out examples){collapse}"
     )
     rule = (
         f"a sample is a copy if it is nearer to a training example than {measured.copies.threshold:.4g}, as 1 % of the "
@@ -99,7 +100,7 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
     reasons = [rule, variety]
     if measured.collapsed:
         reasons.insert(
-            0, f"the samples cover {measured.samples.recall.value:.1%} of the training examples (recall)"
+            0, f"the samples cover {percent(measured.samples.recall.value)} of the training examples (recall)"
         )
     return Finding(
         verdict,
@@ -128,6 +129,7 @@ def joined(
         ("part", "missing"),
         lacking,
         "What the generator or the data lack for a part of the audit.",
+        texts=True,
     )
     return replace(
         quality,

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from holdfast.audits.finding import Finding, Table
-from holdfast.audits.generator.parts import Context, percent
+from holdfast.audits.generator.parts import Context, share_and_range
 from holdfast.audits.generator.quality import jackknife
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask
 from holdfast.io.data.mixed_tables import MixedTables
+from holdfast.reports.numbers import percent
 from holdfast.statistics.intervals import bonferroni
 from holdfast.statistics.table_fidelity import column_shapes, pair_trends, pairs_of
 from holdfast.statistics.table_risks import Attacked, Rows, inference, linkability, risk, singling_out
@@ -160,7 +161,7 @@ def _named(name: str) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return ", ".join(percent(estimate))
+    return ", ".join(share_and_range(estimate))
 
 
 def _headline(risks: Mapping[str, Estimate], shown: list[str]) -> str:
@@ -191,8 +192,8 @@ def _table_of_risks(
     rows: list[tuple[str | float | int, ...]] = [
         (
             _named(name),
-            *(f"{float(getattr(attacked, kind).double().mean()):.1%}" for kind in _KINDS),
-            *percent(risks[name]),
+            *(percent(float(getattr(attacked, kind).double().mean())) for kind in _KINDS),
+            *share_and_range(risks[name]),
             len(attacked.main),
         )
         for name, attacked in attacks.items()
@@ -203,7 +204,7 @@ def _table_of_risks(
         rows,
         "The share of successful attempts on training rows, of guesses without the synthetic table, and on held-out "
         "rows. The risk is (training - held-out) / (1 - held-out). An attack that is not better than guesses measures "
-        f"nothing. All intervals hold together with 95 % (each with {confidence:.2%}).",
+        f"nothing. All intervals hold together with 95 % (each with {percent(confidence, 2)}).",
     )
 
 

@@ -26,8 +26,8 @@ PIECE = 1000
 NETWORKS, SCORES = "networks", "scores"
 """names of the stages with what each reference network says about the examples, and with the score of each example"""
 
-Query = Callable[[Batch], tuple[Signals, bool]]
-"""function that returns what the model says about examples, and whether it gives labels only"""
+Query = Callable[[Batch], Signals]
+"""function that returns what the model says about examples"""
 
 
 def steps(how: MembershipAudit) -> tuple[str, ...]:
@@ -75,8 +75,10 @@ class Measured:
 
     cases: Sequence[Case]
     nulls: Sequence[Case]
-    labels: bool = False
-    """whether the target gives labels only"""
+    labels: bool
+    """whether the targets give labels only"""
+    probabilities: bool
+    """whether the targets give probabilities that are used as logits"""
 
 
 def membership_finding(
@@ -111,6 +113,7 @@ def membership_finding(
             other_accuracy=_mean([float(case.right[~case.member].double().mean()) for case in found.cases]),
             tail=tail,
             labels=found.labels,
+            probabilities=found.probabilities,
             rounded=not found.labels and any(controls.is_rounded(case.target) for case in found.cases),
         ),
         notes,
@@ -133,7 +136,8 @@ def _of_procedure(run: Run, how: MembershipAudit) -> Measured:
             for k in range(how.networks)
         ]
 
-    return Measured(cases(how.inside()), cases(how.null()))
+    labels, probabilities = bool(signals.labels.all()), bool(signals.probabilities.all())
+    return Measured(cases(how.inside()), cases(how.null()), labels, probabilities)
 
 
 def _of_model(run: Run, how: MembershipAudit, query: Query) -> Measured:
@@ -141,28 +145,42 @@ def _of_model(run: Run, how: MembershipAudit, query: Query) -> Measured:
     for first in range(0, len(how.examples), PIECE):
         rows = torch.arange(first, min(first + PIECE, len(how.examples)))
         parts.append(run.stage(_queries(first), partial(_answers, query, how.examples, rows)).columns)
-    phi, right = (torch.cat([part[name] for part in parts]) for name in ("phi", "right"))
-    labels = all(bool(part["labels"].all()) for part in parts)
+    signals = Signals.over_examples([_answered(part) for part in parts])
     references = _trained(run, how) if how.networks else None
-    case = Case(phi, right == 1, how.member, references, None if references is None else how.inside())
+    case = Case(
+        signals.phi[0], signals.right[0], how.member, references, None if references is None else how.inside()
+    )
     nobody = halves(how.places, 2, how.rng.at("null target"))[0]
     null = replace(case, member=nobody, inside=None if references is None else how.null())
-    return Measured([case], [null], labels)
+    return Measured([case], [null], bool(signals.labels), bool(signals.probabilities))
 
 
 def _answers(query: Query, examples: Batch, rows: Tensor) -> dict[str, Tensor]:
-    signals, labels = query(examples.take(rows))
+    signals = query(examples.take(rows))
     return {
         "id": rows,
         "phi": signals.phi[0],
         "right": signals.right[0].long(),
-        "labels": torch.full((len(rows),), int(labels)),
+        "labels": torch.full((len(rows),), int(signals.labels)),
+        "probabilities": torch.full((len(rows),), int(signals.probabilities)),
     }
+
+
+def _answered(columns: Columns) -> Signals:
+    """Signals of the one model whose answers the columns contain."""
+    labels, probabilities = (columns[name][:1] == 1 for name in ("labels", "probabilities"))
+    return Signals(columns["phi"][None], columns["right"][None] == 1, labels, probabilities)
 
 
 def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
     """Return the columns of a shard: what its networks say about all examples."""
-    return {"id": torch.tensor(networks), "phi": signals.phi, "right": signals.right.long()}
+    return {
+        "id": torch.tensor(networks),
+        "phi": signals.phi,
+        "right": signals.right.long(),
+        "labels": signals.labels.long(),
+        "probabilities": signals.probabilities.long(),
+    }
 
 
 def _trained(run: Run, how: MembershipAudit) -> Signals:
@@ -179,7 +197,8 @@ def _trained(run: Run, how: MembershipAudit) -> Signals:
         return Shards(lambda shard: None, run.shards.__getitem__, joined, report, timed=False)
 
     columns = run.sharded_stage(NETWORKS, shards).columns
-    return Signals(columns["phi"], columns["right"] == 1)
+    right, labels, probabilities = (columns[name] == 1 for name in ("right", "labels", "probabilities"))
+    return Signals(columns["phi"], right, labels, probabilities)
 
 
 def _per_example(

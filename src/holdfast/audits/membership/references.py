@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
+from holdfast.audits.membership.controls import are_labels
 from holdfast.audits.membership.signals import phi
 from holdfast.core.draws import Draws
-from holdfast.core.outputs import OutputKind, logits_of, of_classes
+from holdfast.core.outputs import OutputKind, are_probabilities, logits_of, of_classes
 from holdfast.core.types import Ids, Inputs, Labels
 
 _PIECE = 512  # examples in one forward pass of all networks
@@ -61,20 +62,46 @@ class Signals:
     """logit of the probability of the label (networks, n), float64"""
     right: Tensor
     """whether the label has the largest score (networks, n)"""
+    labels: Tensor
+    """whether each network gives labels only (networks)"""
+    probabilities: Tensor
+    """whether each network gives probabilities that are used as logits (networks)"""
 
     def of(self, networks: Sequence[int]) -> "Signals":
         """Return the signals of some of the networks."""
-        return Signals(self.phi[list(networks)], self.right[list(networks)])
+        rows = list(networks)
+        return Signals(self.phi[rows], self.right[rows], self.labels[rows], self.probabilities[rows])
+
+    @classmethod
+    def over_examples(cls, parts: Sequence["Signals"]) -> "Signals":
+        """Return the signals of the same networks about several groups of examples as those about one group."""
+        return cls(
+            torch.cat([part.phi for part in parts], 1),
+            torch.cat([part.right for part in parts], 1),
+            torch.stack([part.labels for part in parts]).all(0),
+            torch.stack([part.probabilities for part in parts]).all(0),
+        )
 
 
-def signals_of(logits: Tensor, y: Labels) -> Signals:
-    """Return the signals of one network from its logits (n, classes)."""
-    return Signals(phi(logits, y).cpu()[None], (logits.argmax(1) == y).cpu()[None])
+def signals_of(logits: Tensor, y: Labels, *, labels: bool = False) -> Signals:
+    """Return the signals of one network from its logits (n, classes), with `labels` of one that gives labels only."""
+    labels = labels or are_labels(logits)
+    return Signals(
+        phi(logits, y).cpu()[None],
+        (logits.argmax(1) == y).cpu()[None],
+        torch.tensor([labels]),
+        torch.tensor([not labels and are_probabilities(logits)]),
+    )
 
 
 def joined(parts: Sequence[Signals]) -> Signals:
     """Return the signals of several groups of networks as those of one group."""
-    return Signals(torch.cat([part.phi for part in parts]), torch.cat([part.right for part in parts]))
+    return Signals(
+        torch.cat([part.phi for part in parts]),
+        torch.cat([part.right for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.probabilities for part in parts]),
+    )
 
 
 def trained_signals(
@@ -147,15 +174,14 @@ def _fitted(
     progress(len(nets))
     for net in nets:
         net.eval()
-    scores, right = [], []
+    parts = []
     with torch.no_grad():
         for start in range(0, len(x), _PIECE):
             piece, labels = x[start : start + _PIECE], y[start : start + _PIECE]
             outputs = forward(piece.expand(len(nets), *piece.shape))
             logits = of_classes(outputs.flatten(0, 1), output).view(len(nets), len(piece), -1)
-            scores.append(phi(logits, labels).cpu())
-            right.append((logits.argmax(-1) == labels).cpu())
-    return Signals(torch.cat(scores, 1), torch.cat(right, 1))
+            parts.append(joined([signals_of(each, labels) for each in logits]))
+    return Signals.over_examples(parts)
 
 
 def _batches(

@@ -12,6 +12,7 @@ from holdfast.audits.membership.how import MembershipAudit
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask, PerExample
+from holdfast.reports.numbers import percent
 
 METRIC = "membership_tpr_at_1_percent"
 METRIC_FPR = 0.01
@@ -39,6 +40,9 @@ class Results:
     other_accuracy: float
     tail: float | None
     labels: bool
+    """whether the targets give labels only"""
+    probabilities: bool
+    """whether the targets give probabilities that are used as logits"""
     rounded: bool
 
     @property
@@ -79,8 +83,8 @@ def finding_of(how: MembershipAudit, results: Results, notes: Sequence[str]) -> 
         metrics[METRIC] = results.rate(results.headline, METRIC_FPR)
     subject = "the training procedure" if how.members is None else "the model"
     headline = (
-        f"an attacker ({results.headline}) finds {rate.value:.1%} of the training examples of {subject} "
-        f"({rate.low:.1%} to {rate.high:.1%}) at a false-positive rate of {_percent(how.fpr)}"
+        f"an attacker ({results.headline}) finds {percent(rate.value)} of the training examples of {subject} "
+        f"({percent(rate.low)} to {percent(rate.high)}) at a false-positive rate of {_percent(how.fpr)}"
     )
     if failed := _failed_control(results, controls.width(n_members, n_others)):
         headline = f"{failed}, so that no rate is stated"
@@ -104,7 +108,7 @@ def _judged(
     reasons = [
         f"without the model, members and non-members are told apart with an AUC of {results.blind_auc:.3f}, {allowed}",
         f"on halves that nobody trained on, the attack has an AUC of {results.null_auc:.3f}, {allowed}",
-        f"the accuracy is {results.accuracy:.1%} on members and {results.other_accuracy:.1%} on non-members",
+        f"the accuracy is {percent(results.accuracy)} on members and {percent(results.other_accuracy)} on non-members",
     ]
     verdict: AuditVerdict = "flagged" if rate.low > how.fpr else "not flagged"
     if verdict == "not flagged" and results.headline in _WEAK:
@@ -150,6 +154,7 @@ def _facts(
         "accuracy_non_members": results.other_accuracy,
         "tail_estimate": results.tail,
         "labels_only": results.labels,
+        "undeclared_probabilities": results.probabilities,
         "rounded": results.rounded,
     }
 
@@ -160,13 +165,11 @@ def _attacks(how: MembershipAudit, results: Results, n_others: int) -> Table:
     def cell(attack: str, fpr: float) -> str:
         if n_others < rates.needed(fpr):
             return f"needs {rates.needed(fpr):,} non-members"
-        return f"{results.mean_rate(attack, fpr):.1%}"
+        return percent(results.mean_rate(attack, fpr))
 
     note = "TPR is the share of the training examples that are found. The first attack is the result, chosen before."
     if results.tail is not None:
-        note += (
-            f" The tail of the losses predicts that attacks with reference networks find {results.tail:.1%}."
-        )
+        note += f" The tail of the losses predicts that attacks with reference networks find {percent(results.tail)}."
     return Table(
         "Attacks",
         ("attack", "AUC", *(f"TPR at {_percent(fpr)} FPR" for fpr in shown)),
@@ -198,7 +201,7 @@ def _exposed(how: MembershipAudit, results: Results) -> list[Table]:
             (
                 int(columns["row"][k]),
                 int(columns["label"][k]),
-                f"{float(columns['found'][k]):.0%}",
+                percent(float(columns["found"][k]), 0),
                 round(float(columns["score"][k]), 2),
                 *([round(float(columns["score_outside"][k]), 2)] if several else []),
             )
@@ -221,7 +224,7 @@ def _by_group(how: MembershipAudit, results: Results) -> list[Table]:
         if inside.any():
             weights = columns["trainings"][inside].double()
             share = float((columns["found"][inside] * weights).sum() / weights.sum())
-            rows.append((name, int(inside.sum()), f"{share:.1%}"))
+            rows.append((name, int(inside.sum()), percent(share)))
     title, heading = ("Groups", "group") if how.groups else ("Classes", "class")
     return [Table(title, (heading, "training examples", "found"), rows)]
 
@@ -236,7 +239,7 @@ def _pictures(how: MembershipAudit, results: Results) -> list[Picture]:
     images = in_unit_range(x[places], float(x.min()), float(x.max()))
     captions = [
         f"row {int(results.columns['row'][k])}, label {int(results.columns['label'][k])}, found "
-        f"{float(results.columns['found'][k]):.0%}"
+        f"{percent(float(results.columns['found'][k]), 0)}"
         for k in places
     ]
     return [Picture("The most exposed training examples", images, captions)]
@@ -271,10 +274,16 @@ def _limits(how: MembershipAudit, results: Results, notes: Sequence[str]) -> lis
             "No reference networks were used. Attacks with them usually find many more training examples: give "
             "references and train."
         )
+    subject = "The networks give" if how.members is None else "The model gives"
     if results.labels:
         limits.append(
-            "The model gives labels only, so that only the attack on labels was measured; attacks that query many "
-            "changed copies of an example find more."
+            f"{subject} labels only, so that only the attack on labels was measured; attacks that query many changed "
+            "copies of an example find more."
+        )
+    if results.probabilities:
+        limits.append(
+            f"{subject} probabilities, which were used as logits, and this distorts the scores of the attacks; repeat "
+            "the audit with the setting model_output: probability."
         )
     if results.rounded:
         limits.append(
@@ -285,4 +294,4 @@ def _limits(how: MembershipAudit, results: Results, notes: Sequence[str]) -> lis
 
 
 def _percent(rate: float) -> str:
-    return f"{100 * rate:.3g}%"
+    return f"{100 * rate:.3g} %"

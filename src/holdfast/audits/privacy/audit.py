@@ -19,6 +19,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Labels
+from holdfast.reports.numbers import percent
 from holdfast.runs.engine.run import Run
 from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson
 
@@ -126,8 +127,8 @@ def privacy_finding(run: Run, train: Train, data: Batch, model: Classifier, how:
     if found.verdict == "flagged" or accuracy > majority:
         return found
     untrained = (
-        f"The network classifies {accuracy:.1%} of its other training examples correctly, and the most frequent class "
-        f"is {majority:.1%} of them: a training that learns nothing reveals nothing."
+        f"The network classifies {percent(accuracy)} of its other training examples correctly, and the most frequent "
+        f"class is {percent(majority)} of them: a training that learns nothing reveals nothing."
     )
     return replace(found, verdict="unclear", reasons=[untrained, *found.reasons])
 
@@ -215,7 +216,7 @@ def _finding(
                     ("included", int(included.sum()), medians[0]),
                     ("not included", int((~included).sum()), medians[1]),
                 ],
-                f"The network classifies {accuracy:.1%} of its other training examples correctly.",
+                f"The network classifies {percent(accuracy)} of its other training examples correctly.",
             ),
         ),
         limits=(weak, f"{guesses} guesses show an epsilon of at most {how.largest:.2f}."),

@@ -9,7 +9,7 @@ import torch
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.core.errors import UnclearOutput
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.outputs import PROBABILITY
+from holdfast.core.outputs import PROBABILITY, are_probabilities
 from holdfast.core.refusals import CUTS
 from holdfast.core.remedies import Remedy
 from holdfast.io.doctor.examined import STEADY, Examined, Finding, outputs_of
@@ -46,8 +46,7 @@ def outputs(examined: Examined) -> Iterator[Finding]:
             "look for a division or a logarithm of zero",
         )
         return
-    are_probabilities = bool(((logits.sum(1) - 1).abs() < 1e-4).all() & (logits >= 0).all())
-    if are_probabilities and examined.model.access != "labels":  # labels are one-hot
+    if are_probabilities(logits) and examined.model.access != "labels":  # labels are one-hot
         text = "the outputs are probabilities, not logits: attacks see vanishing gradients"
         way_out = "return the layer before the softmax, or declare the outputs"
         if examined.model.access == "scores":

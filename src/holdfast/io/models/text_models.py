@@ -60,6 +60,7 @@ class TextFunction(nn.Module):
         outputs = self.model(decoded(x))
         if not isinstance(outputs, np.ndarray | list | tuple):
             return outputs.to(x.device) if isinstance(outputs, Tensor) else outputs
+        _refuse_labels(outputs)
         try:
             return torch.as_tensor(np.asarray(outputs, dtype=np.float64)).to(x.device, x.dtype)
         except (TypeError, ValueError) as error:
@@ -67,6 +68,22 @@ class TextFunction(nn.Module):
                 f"the model returned {outputs[0]!r:.80} for the first text; scores (n, classes) were expected, as a "
                 "tensor, an array or a list of rows of numbers"
             ) from error
+
+
+def _refuse_labels(outputs: Sequence[Any] | Array) -> None:
+    """Raise `TargetError` if the outputs of a function are labels: strings, or whole numbers of which one is no
+    probability.
+    """
+    first = outputs[0] if len(outputs) else None
+    is_label = isinstance(first, str)
+    if isinstance(first, int | np.integer):
+        is_label = any(not 0 <= number <= 1 for number in outputs)
+    if is_label:
+        raise TargetError(
+            f"the model returned labels, such as {first!s:.80} for the first text, and scores (n, classes) were "
+            "expected; return a row for each text, with 1 for its class and 0 for the others, and set model_output: "
+            "probability"
+        )
 
 
 class _Pipeline:

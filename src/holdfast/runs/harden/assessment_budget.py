@@ -1,12 +1,19 @@
 """Limits the time of the assessments of a hardening by the number of test examples."""
 
 import bisect
+import math
 from dataclasses import dataclass
+
+import torch
 
 from holdfast.core.batch import Data
 from holdfast.io.data.selection import selected
-from holdfast.runs.assess.expected_time import StageTimes, duration
-from holdfast.runs.assess.request import HardenRequest
+from holdfast.recipes.training import distributed
+from holdfast.runs.assess.checks import batch_size_for
+from holdfast.runs.assess.expected_time import TRIED, StageTimes, duration, stage_times
+from holdfast.runs.assess.preparation import readied
+from holdfast.runs.assess.request import HardenRequest, Subject
+from holdfast.runs.engine.progress import Notify, ignore
 
 _LEAST = 50  # smallest number of test examples to which a limit reduces them
 
@@ -43,6 +50,34 @@ class AssessmentTimes:
             return n
         sizes = range(_LEAST + 1, n + 1)
         return _LEAST + bisect.bisect_left(sizes, True, key=lambda size: self.of(size) > limit_s)
+
+
+def affordable(subject: Subject, test: Data, request: HardenRequest, held_out: int, notify: Notify) -> int:
+    """Return the number of test examples on which both models are assessed, and announce the expected time. It is
+    measured with a few passes of the given model. `held_out` is the number of held-out examples.
+    """
+    limit, assessment = limit_s(request), request.assessment
+    if notify is ignore and limit is None:
+        return len(test)
+    with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
+        tried = test.read(0, min(TRIED, len(test))).to(sample.x.device)
+        size = assessment.batch_size or batch_size_for(math.prod(tried.x.shape[1:]), request.device)
+        stages = stage_times(assessment.plan, target, tried, size, assessment.workers or 1)
+    times = AssessmentTimes(stages, held_out if len(request.candidates) > 1 else 0)
+    n = times.fitting(len(test), limit)
+    notify(_expected_time(request, times, n, len(test)))
+    return n
+
+
+def _expected_time(request: HardenRequest, times: AssessmentTimes, n: int, n_all: int) -> str:
+    """Message with the expected time of the training and of the assessments on `n` of `n_all` test examples."""
+    budget_s = request.budget_s
+    training = "the training" if budget_s is None else f"{duration(budget_s)} of training"
+    examples = f"{n:,} test examples" if n == n_all else f"{n:,} of {n_all:,} test examples"
+    more = ""
+    if budget_s is not None and len(request.candidates) > 1:
+        more = f"; {duration(budget_s)} more of training if doubts are raised"
+    return f"expected total time: {training}, about {duration(max(times.of(n), 1))} of assessment on {examples}{more}"
 
 
 def limit_s(request: HardenRequest) -> float | None:

@@ -2,7 +2,6 @@
 measures the new model.
 """
 
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -37,9 +36,8 @@ from holdfast.recipes.training.recipe import (
 from holdfast.recipes.training.recipe import untrained as untrained_model
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.checks import batch_size_for, refuse_batch, refuse_data, refuse_threat, threads
+from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for
-from holdfast.runs.assess.expected_time import TRIED, duration, stage_times
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.assess.result import Result
@@ -48,7 +46,7 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import repeatable, temporary_run_folder, way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
-from holdfast.runs.harden.assessment_budget import AssessmentTimes, assessed, limit_s, sample_note
+from holdfast.runs.harden.assessment_budget import affordable, assessed, limit_s, sample_note
 from holdfast.runs.harden.attempt_training import AttemptTraining
 from holdfast.runs.harden.candidates import (
     Candidate,
@@ -88,7 +86,6 @@ from holdfast.runs.harden.trainable import (
     threats_of,
     training_notes,
 )
-from holdfast.runs.harness import Target
 from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.runs.stored.commands import command_of
@@ -142,47 +139,17 @@ def harden(
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
         for note in request.notes:
             notify(note)
-        n_assessed = len(test)
-        is_needed = notify is not ignore or limit_s(request) is not None
-        if is_needed and not (run is not None and stored_manifest(run)):
-            tried = test.read(0, min(TRIED, len(test))).to(sample.x.device)
-            times = _assessment_times(request, target, tried, len(examples.held_out))
-            n_assessed = times.fitting(len(test), limit_s(request))
-            notify(_expected_time(request, times, n_assessed, len(test)))
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
         stack.enter_context(threads(n_threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(
-            subject, examples, further, test, n_assessed, request, place, progress, notify, detail, clock
-        )
+        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock)
         job.report(log or EpochLog())
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
         return result
     before, after = (replace(side, folder=None) for side in (result.before, result.after))
     return replace(result, before=before, after=after, folder=None)
-
-
-def _assessment_times(
-    request: HardenRequest, target: Target, sample: Batch, n_held_out: int
-) -> AssessmentTimes:
-    """Measure how long the assessments of a hardening take, with a few passes of the given model."""
-    assessment = request.assessment
-    size = assessment.batch_size or batch_size_for(math.prod(sample.x.shape[1:]), request.device)
-    stages = stage_times(assessment.plan, target, sample, size, assessment.workers or 1)
-    return AssessmentTimes(stages, n_held_out if len(request.candidates) > 1 else 0)
-
-
-def _expected_time(request: HardenRequest, times: AssessmentTimes, n: int, n_all: int) -> str:
-    """Message with the expected time of the training and of the assessments on `n` of `n_all` test examples."""
-    budget_s = request.budget_s
-    training = "the training" if budget_s is None else f"{duration(budget_s)} of training"
-    examples = f"{n:,} test examples" if n == n_all else f"{n:,} of {n_all:,} test examples"
-    more = ""
-    if budget_s is not None and len(request.candidates) > 1:
-        more = f"; {duration(budget_s)} more of training if doubts are raised"
-    return f"expected total time: {training}, about {duration(max(times.of(n), 1))} of assessment on {examples}{more}"
 
 
 class _Job:
@@ -194,7 +161,6 @@ class _Job:
         examples: TrainingExamples,
         further: list[str],
         test: Data,
-        n_assessed: int,
         request: HardenRequest,
         run: Path,
         progress: Progress,
@@ -232,7 +198,7 @@ class _Job:
             settings = settings if request.budget_s is None else settings.timed
             self.trainer.checkpoints(trained_as(candidate.recipe, settings), None)
         stored = distributed.broadcast(stored_manifest(run))
-        self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(n_assessed))
+        self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(test))
         self.evaluated = self._held_out_sample(self.plan["attempts"][0].get("held_out", len(self.held_out)))
         n_assessed = self.plan["assessed"]
         self.test = assessed(test, n_assessed, request.seed)
@@ -264,8 +230,9 @@ class _Job:
         examples = examples.to(torch.device("cpu"))
         return as_data(examples.x, examples.y, expected=Expected(model.bounds, model.classes))
 
-    def _planned(self, n_assessed: int) -> dict[str, Any]:
+    def _planned(self, test: Data) -> dict[str, Any]:
         request = self.request
+        n_assessed = affordable(self.subject, test, request, len(self.held_out), self.notify)
         if request.budget_s is not None:
             names = ", ".join(candidate.name for candidate in request.candidates)
             self.notify(f"timing updates of {names} on this machine, for a budget of {request.budget_s:g} s")
