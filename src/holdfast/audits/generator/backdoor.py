@@ -56,6 +56,10 @@ _LIMIT = (
     f"have a root mean square of at most {_LARGEST:g}. Other triggers, such as words of a prompt or single latent "
     "vectors, are not found. The result is a flag and has no p-value."
 )
+_GAN_LIMIT = (
+    "The search for a backdoor cannot tell a GAN with a backdoor from a clean one: it misses some triggers, and finds "
+    "shifts with the same effect in clean GANs. A GAN is therefore never flagged for a backdoor."
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Type of the denoising loss (n) at the latest time, of examples (n, *shape) and of noise (n, *shape)"""
@@ -130,6 +134,8 @@ class BackdoorScan:
             encodes=not opened(context).lacks("encode"),
         )
         limits = [_LIMIT]
+        if result.reversal is None and not result.encodes:
+            limits.append(_GAN_LIMIT)
         if result.constant:
             limits.append(
                 f"The usual outputs vary by {result.usual:.1%} of the variance of the training examples, so that their "
