@@ -44,6 +44,8 @@ _SIDE = 33
 """points along each side of the slice"""
 _TOP = 0.05
 """share of the pixels that counts as few"""
+_COLOURS = ("light blue", "orange", "green", "pink", "yellow", "red", "blue", "brown", "black")
+"""names of the colours of `PALETTE` in its order, and of that of all further classes"""
 
 
 def explain_example(
@@ -303,9 +305,6 @@ def _slice(case: Case) -> Figure:
     headings = ("along the change", "along a random direction", "predicted class", "inside eps")
     drawn = _slice_picture(predicted, inside, classes, reach)
     return Figure("slice", title, text, headings, rows, (drawn,), note=text)
-
-
-_COLOURS = ("light blue", "orange", "green", "pink", "yellow", "red", "blue", "brown", "black")
 
 
 def _slice_picture(predicted: Tensor, inside: Tensor, classes: Sequence[int], reach: float) -> Picture:

@@ -17,7 +17,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Labels
 from holdfast.explanation.explained import Cell, Figure, Picture
-from holdfast.explanation.wording import About, is_picture, picture
+from holdfast.explanation.wording import About, picture
+from holdfast.reports.gallery import is_image
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 
@@ -48,11 +49,13 @@ def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs, train: Batch, abo
             label = about.called(int(train.y[row]))
             labels.setdefault(kind, []).append(label)
             rows.append((kind, int(train.ids[row]), label, float(distances[row])))
-            if is_picture(x.shape[1:]):
+            if is_image(x.shape[1:]):
                 caption = f"near {kind}: training example {int(train.ids[row])}, label {label}"
                 pictures.append(picture(train.x[row], caption, target.bare))
     before, after = (", ".join(dict.fromkeys(each)) for each in labels.values())
-    title = f"The nearest training examples have the label {before} before the change, and {after} after it"
+    when = f"{before} before and after the change"
+    if before != after:
+        when = f"{before} before the change, and {after} after it"
     moved = set(labels["the input"]).isdisjoint(labels["the changed input"])
     reason = (
         f"In {name}, the changed input is near training examples with the label {after}." if moved else ""
@@ -61,7 +64,7 @@ def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs, train: Batch, abo
     headings = ("near", "training example", "label", "distance")
     return Figure(
         "neighbours",
-        title,
+        f"The nearest training examples have the label {when}",
         text,
         headings,
         tuple(rows),
@@ -102,9 +105,11 @@ def tracin_figure(
     training examples. Otherwise the reason is appended to `notes`.
     """
     if train is None or not checkpoints:
+        missing = ["training examples (train)"] if train is None else []
+        missing += [] if checkpoints else ["checkpoints of the training (checkpoints)"]
         notes.append(
             "TracIn, which shows the training examples that support this wrong prediction, is not applicable without "
-            "training examples (train) and checkpoints of the training (checkpoints)."
+            f"{' and '.join(missing)}."
         )
         return []
     influence = tracin(checkpoints, batch.x, predicted, train)
@@ -115,7 +120,7 @@ def tracin_figure(
     pictures = tuple(
         picture(train.x[row], f"training example {int(train.ids[row])}, label {rows[k][1]}", target.bare)
         for k, row in enumerate(chosen)
-        if is_picture(batch.x.shape[1:])
+        if is_image(batch.x.shape[1:])
     )
     name = about.called(int(predicted[0]))
     labels = ", ".join(dict.fromkeys(str(row[1]) for row in rows))

@@ -15,7 +15,7 @@ from holdfast.core.texts import decoded
 from holdfast.core.types import Access
 from holdfast.explanation.explained import Picture
 from holdfast.reports.curves import class_name
-from holdfast.reports.gallery import is_image, png, shrunk
+from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.numbers import in_255ths, plain
 from holdfast.reports.words import amount
 
@@ -138,11 +138,6 @@ def signed_picture(values: Tensor, caption: str, scale: float | None = None) -> 
 def plane(values: Tensor) -> Tensor:
     """Return values of an image (channels, height, width) summed over the channels."""
     return values.sum(0) if values.dim() == 3 else values
-
-
-def is_picture(shape: Sequence[int]) -> bool:
-    """Return whether inputs of a shape are shown as pictures."""
-    return is_image(shape)
 
 
 def percent(share: float) -> str:

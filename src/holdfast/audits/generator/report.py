@@ -80,7 +80,11 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
     copied, held_out = measured.copies.rate, measured.copies.held_out
     frechet, floor = measured.samples.frechet, measured.floor.frechet
     verdict: AuditVerdict = "flagged" if measured.copied or measured.collapsed else "not flagged"
-    collapse = "; the generator has collapsed to few different samples" if measured.collapsed else ""
+    collapse = (
+        "; the generator has collapsed: its samples are like few training examples"
+        if measured.collapsed
+        else ""
+    )
     headline = (
         f"{copied.value:.1%} of the samples are copies of training examples ({copied.low:.1%} to {copied.high:.1%}; "
         f"held-out examples: {held_out.value:.1%}), and the Fréchet distance is {frechet.value:.3g} "
