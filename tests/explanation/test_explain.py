@@ -59,7 +59,8 @@ def test_a_model_is_explained(stored):
         *explained.names
     }
     survivors = int((result.evidence["broken_by"] < 0).sum())
-    assert int(explained.sentence.split()[0]) <= survivors
+    missed = survivors - int(explained.sentence.split()[0])
+    assert missed == 0 or f"{missed} that survived the run" in explained.sentence
     assert holdfast.report(folder).explain().sentence == explained.sentence
     assert holdfast.report(folder).explain(3).title == result.explain(3).title
 
