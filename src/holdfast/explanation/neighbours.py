@@ -37,13 +37,14 @@ def features(model: Classifier, x: Inputs) -> tuple[Tensor, str]:
     return x.flatten(1).double().nan_to_num(0), "the inputs"
 
 
-def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs, train: Batch, about: About) -> Figure:
-    """Return the nearest training examples of the clean and of the changed input."""
+def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs | None, train: Batch, about: About) -> Figure:
+    """Return the nearest training examples of the clean input, and of the changed one if there is one."""
     of_train, name = features(target.bare, train.x)
     pictures: list[Picture] = []
     rows: list[tuple[Cell, ...]] = []
     labels: dict[str, list[str]] = {}
-    for kind, point in (("the input", x), ("the changed input", x_adv)):
+    points = {"the input": x} | ({} if x_adv is None else {"the changed input": x_adv})
+    for kind, point in points.items():
         distances = torch.cdist(features(target.bare, point)[0], of_train)[0]
         for row in distances.argsort(stable=True)[:_NEAREST].tolist():
             label = about.called(int(train.y[row]))
@@ -52,11 +53,15 @@ def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs, train: Batch, abo
             if is_image(x.shape[1:]):
                 caption = f"near {kind}: training example {int(train.ids[row])}, label {label}"
                 pictures.append(picture(train.x[row], caption, target.bare))
-    before, after = (", ".join(dict.fromkeys(each)) for each in labels.values())
-    when = f"{before} before and after the change"
-    if before != after:
+    named = [", ".join(dict.fromkeys(each)) for each in labels.values()]
+    before, after = named[0], named[-1]
+    if x_adv is None:
+        when = before
+    elif before == after:
+        when = f"{before} before and after the change"
+    else:
         when = f"{before} before the change, and {after} after it"
-    moved = set(labels["the input"]).isdisjoint(labels["the changed input"])
+    moved = x_adv is not None and set(labels["the input"]).isdisjoint(labels["the changed input"])
     reason = (
         f"In {name}, the changed input is near training examples with the label {after}." if moved else ""
     )

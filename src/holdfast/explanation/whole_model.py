@@ -29,6 +29,7 @@ from holdfast.explanation.network_figures import layer_figures, surface_figure
 from holdfast.explanation.wording import (
     About,
     allowed_text,
+    certifiable,
     changed_words,
     distance_text,
     listed,
@@ -148,9 +149,14 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
         if count > 0.3 * int(case.hit.sum()) and count > 2:
             pair = f"{case.called(old)} and {case.called(new)}"
             advice.append(f"Check the labels of {pair}, and add training examples between them.")
-    return tuple(advice) or (
-        "Certify the surviving examples (holdfast certify), since an attack that fails proves nothing.",
-    )
+    if not advice:
+        way = (
+            "Certify the surviving examples (holdfast certify)"
+            if certifiable(constraint, case.target.bare.access)
+            else "Assess the model with further attacks (holdfast assess)"
+        )
+        advice.append(f"{way}, since an attack that fails proves nothing.")
+    return tuple(advice)
 
 
 def _pairs(case: Attacked) -> Counter[tuple[int, int]]:

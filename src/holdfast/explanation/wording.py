@@ -8,7 +8,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from holdfast.core.constraints import L0, Constraint, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.model import Classifier
 from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded
@@ -80,6 +80,11 @@ def allowed_text(about: About, constraint: Constraint, model: Classifier) -> str
     if not math.isfinite(constraint.eps):
         return f"{about.threat} allows changes of any size"
     return f"{about.threat} allows {distance_text(constraint, constraint.eps, model)}"
+
+
+def certifiable(constraint: Constraint, access: Access) -> bool:
+    """Return whether `holdfast certify` applies to a network under a constraint."""
+    return isinstance(constraint, Linf | L2 | L1) and access == "gradients"
 
 
 def training_advice(about: About, constraint: Constraint, access: Access) -> str:
