@@ -143,7 +143,8 @@ def refuse_condition(condition: int | None, name: str, classes: int | None) -> N
         return
     if classes is None:
         raise UsageError(
-            f"condition is {condition}, and {name} is not a conditional generator with `classes`"
+            f"condition is {condition}, and {name} is not a conditional generator with `classes`",
+            Remedy("condition"),
         )
     if condition >= classes:
         raise UsageError(

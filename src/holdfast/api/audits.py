@@ -126,7 +126,7 @@ def generator(
 
     `model` is an object with a method `sample(n, seed)`, the address of a function that returns one, as in
     `"gen.py:make"`, or a file of samples. The generator is `flagged` if more samples than held-out examples are copies,
-    or if it has collapsed to few different samples.
+    or if it has collapsed: its samples are like few training examples.
     """
     return AuditGenerator(**given(model=model, data=data, **settings)).run(
         run, resume=resume, progress=progress

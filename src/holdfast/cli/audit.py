@@ -107,8 +107,9 @@ def generator(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> i
     them are copies of its training examples DATA.
 
     GENERATOR is a function in a Python file that returns an object with sample(n, seed), or a file of samples. It is
-    flagged if more samples than held-out examples are copies, or if it has collapsed to few different samples. Changes
-    of the latent vector, of the inputs of an autoencoder and of those of a discriminator are searched for (--latent).
+    flagged if more samples than held-out examples are copies, or if it has collapsed: its samples are like few training
+    examples. Changes of the latent vector, of the inputs of an autoencoder and of those of a discriminator are searched
+    for (--latent).
     """
     refuse_missing_file(flags["held_out"])
     return _audited(settings_from(flags, AuditGenerator), voice, run=run, resume=resume)

@@ -36,10 +36,10 @@ def explain(voice: Voice, **flags: Any) -> int:
     model = flags.get("model")
     of_run = model is not None and (Path(model) / _RUN).is_file()
     own = flags.get("data") or flags.get("config")
-    if model is not None and not of_run and not own and Path(model).is_dir():
+    if model is not None and not of_run and not own:
         raise UsageError(
-            f"the folder {model!r} is not that of a run, because it has no {_RUN}; give the folder of one finished "
-            "run, or a model and data"
+            f"{model!r} is not the folder of a run, because it has no {_RUN}, and DATA is missing; give the folder of "
+            "one finished run, or a model and data"
         )
     settings = settings_of_flags(flags, Explain) if of_run else settings_from(flags, Explain)
     result = settings.run()

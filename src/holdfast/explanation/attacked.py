@@ -14,9 +14,7 @@ from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Mask, PerExample
 from holdfast.explanation.counterfactual import BALLS, broken, counterfactual
-from holdfast.explanation.wording import (
-    About,
-)
+from holdfast.explanation.wording import About
 from holdfast.io.data.example_groups import Groups
 from holdfast.runs.harness import Target
 
@@ -52,6 +50,8 @@ class Attacked:
     """predicted classes of `x_adv`"""
     surviving: Mask
     """correct, and not broken inside the constraint"""
+    missed: int
+    """number of examples that survived the run, and that this search breaks"""
     rng: Draws
 
     @property
@@ -88,12 +88,13 @@ def attacked(
             x_adv[row : row + 1], distance[row] = stored, size
     distance = torch.where(correct, distance, 0.0)
     x_adv = torch.where(spread(correct & distance.isfinite(), x_adv), x_adv, batch.x)
-    surviving = correct & (distance > threat.constraint.eps * (1 + 1e-6) + 1e-7)
+    surviving, missed = correct & (distance > threat.constraint.eps * (1 + 1e-6) + 1e-7), 0
     if known.broken is not None:
         for row, place in _positions(known.ids, batch).items():
+            missed += bool(correct[row] & ~surviving[row]) and not bool(known.broken[place])
             surviving[row] &= not bool(known.broken[place])
     becomes = target.predicted(target.logits(x_adv))
-    return Attacked(target, batch, threat, about, x_adv, distance, predicted, becomes, surviving, rng)
+    return Attacked(target, batch, threat, about, x_adv, distance, predicted, becomes, surviving, missed, rng)
 
 
 def _positions(ids: Tensor | None, batch: Batch) -> dict[int, int]:

@@ -15,7 +15,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.explanation.counterfactual import BALLS, Counterfactual
 from holdfast.explanation.explained import Cell
-from holdfast.explanation.wording import About, is_picture, plane
+from holdfast.explanation.wording import About, plane
+from holdfast.reports.gallery import is_image
 from holdfast.runs.harness import Target
 
 _GRID = 28
@@ -70,7 +71,7 @@ class Case:
     @property
     def is_picture(self) -> bool:
         """Whether the inputs are shown as pictures."""
-        return is_picture(self.x.shape[1:])
+        return is_image(self.x.shape[1:])
 
     @cached_property
     def noise(self) -> Inputs:

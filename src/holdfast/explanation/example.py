@@ -25,6 +25,7 @@ from holdfast.explanation.neighbours import Checkpoint, neighbour_figure, tracin
 from holdfast.explanation.wording import (
     About,
     allowed_text,
+    certifiable,
     changed_words,
     distance_text,
     listed,
@@ -44,6 +45,8 @@ _SIDE = 33
 """points along each side of the slice"""
 _TOP = 0.05
 """share of the pixels that counts as few"""
+_COLOURS = ("light blue", "orange", "green", "pink", "yellow", "red", "blue", "brown", "black")
+"""names of the colours of `PALETTE` in its order, and of that of all further classes"""
 
 
 def explain_example(
@@ -86,7 +89,7 @@ def explain_example(
             "or --train on the command line)."
         )
     elif not case.is_text:
-        figures.append(neighbour_figure(target, case.x, case.x_adv, train, about))
+        figures.append(neighbour_figure(target, case.x, found.shown, train, about))
     if int(predicted[0]) != label:
         figures += tracin_figure(target, batch, predicted, train, checkpoints, about, notes)
     title = f"example {int(batch.ids[0])} of {about.data}"
@@ -147,17 +150,19 @@ def _changed_share(case: Case) -> float:
 def _advice(case: Case) -> tuple[str, ...]:
     constraint = case.threat.constraint
     advice = ["Check the label, and look at training examples like this one."] if case.misclassified else []
+    proves = certifiable(constraint, case.target.bare.access)
     if case.found.shown is None:
-        return (
-            *advice,
-            "Certify the example (holdfast certify), because another search may still find a change.",
-            "Assess more examples (holdfast assess), because one example is no evidence about the model.",
+        if proves:
+            advice.append(
+                "Certify the example (holdfast certify), because another search may still find a change."
+            )
+        advice.append(
+            "Assess more examples (holdfast assess), because one example is no evidence about the model."
         )
+        return tuple(advice)
     if not case.found.inside:
-        return (
-            *advice,
-            f"The search finds no change inside {case.about.threat}. Prove that there is none (holdfast certify).",
-        )
+        proof = " Prove that there is none (holdfast certify)." if proves else ""
+        return (*advice, f"The search finds no change inside {case.about.threat}.{proof}")
     advice.append(training_advice(case.about, constraint, case.target.bare.access))
     if isinstance(constraint, Table):
         names = listed([str(name) for name, *_ in _changed_values(case)], noun="more columns")
@@ -303,9 +308,6 @@ def _slice(case: Case) -> Figure:
     headings = ("along the change", "along a random direction", "predicted class", "inside eps")
     drawn = _slice_picture(predicted, inside, classes, reach)
     return Figure("slice", title, text, headings, rows, (drawn,), note=text)
-
-
-_COLOURS = ("light blue", "orange", "green", "pink", "yellow", "red", "blue", "brown", "black")
 
 
 def _slice_picture(predicted: Tensor, inside: Tensor, classes: Sequence[int], reach: float) -> Picture:

@@ -87,7 +87,7 @@ class Explained:
     advice: tuple[str, ...] = ()
     """what the user can do about the finding, one sentence each"""
     notes: tuple[str, ...] = ()
-    """what was not applicable or not measured, with the reason"""
+    """what was not applicable or not measured, with the reason, and what limits the explanation"""
     facts: tuple[tuple[str, str], ...] = ()
     """model, data, threat and seed, as names and values"""
 
@@ -138,7 +138,7 @@ class Explained:
         for heading, texts in (
             ("Why:", self.reasons),
             ("What you can do:", self.advice),
-            ("Not shown:", self.notes),
+            ("Notes:", self.notes),
         ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
         return "\n".join(lines)

@@ -17,7 +17,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Labels
 from holdfast.explanation.explained import Cell, Figure, Picture
-from holdfast.explanation.wording import About, is_picture, picture
+from holdfast.explanation.wording import About, picture
+from holdfast.reports.gallery import is_image
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 
@@ -36,24 +37,31 @@ def features(model: Classifier, x: Inputs) -> tuple[Tensor, str]:
     return x.flatten(1).double().nan_to_num(0), "the inputs"
 
 
-def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs, train: Batch, about: About) -> Figure:
-    """Return the nearest training examples of the clean and of the changed input."""
+def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs | None, train: Batch, about: About) -> Figure:
+    """Return the nearest training examples of the clean input, and of the changed one if there is one."""
     of_train, name = features(target.bare, train.x)
     pictures: list[Picture] = []
     rows: list[tuple[Cell, ...]] = []
     labels: dict[str, list[str]] = {}
-    for kind, point in (("the input", x), ("the changed input", x_adv)):
+    points = {"the input": x} | ({} if x_adv is None else {"the changed input": x_adv})
+    for kind, point in points.items():
         distances = torch.cdist(features(target.bare, point)[0], of_train)[0]
         for row in distances.argsort(stable=True)[:_NEAREST].tolist():
             label = about.called(int(train.y[row]))
             labels.setdefault(kind, []).append(label)
             rows.append((kind, int(train.ids[row]), label, float(distances[row])))
-            if is_picture(x.shape[1:]):
+            if is_image(x.shape[1:]):
                 caption = f"near {kind}: training example {int(train.ids[row])}, label {label}"
                 pictures.append(picture(train.x[row], caption, target.bare))
-    before, after = (", ".join(dict.fromkeys(each)) for each in labels.values())
-    title = f"The nearest training examples have the label {before} before the change, and {after} after it"
-    moved = set(labels["the input"]).isdisjoint(labels["the changed input"])
+    named = [", ".join(dict.fromkeys(each)) for each in labels.values()]
+    before, after = named[0], named[-1]
+    if x_adv is None:
+        when = before
+    elif before == after:
+        when = f"{before} before and after the change"
+    else:
+        when = f"{before} before the change, and {after} after it"
+    moved = x_adv is not None and set(labels["the input"]).isdisjoint(labels["the changed input"])
     reason = (
         f"In {name}, the changed input is near training examples with the label {after}." if moved else ""
     )
@@ -61,7 +69,7 @@ def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs, train: Batch, abo
     headings = ("near", "training example", "label", "distance")
     return Figure(
         "neighbours",
-        title,
+        f"The nearest training examples have the label {when}",
         text,
         headings,
         tuple(rows),
@@ -102,9 +110,11 @@ def tracin_figure(
     training examples. Otherwise the reason is appended to `notes`.
     """
     if train is None or not checkpoints:
+        missing = ["training examples (train)"] if train is None else []
+        missing += [] if checkpoints else ["checkpoints of the training (checkpoints)"]
         notes.append(
             "TracIn, which shows the training examples that support this wrong prediction, is not applicable without "
-            "training examples (train) and checkpoints of the training (checkpoints)."
+            f"{' and '.join(missing)}."
         )
         return []
     influence = tracin(checkpoints, batch.x, predicted, train)
@@ -115,7 +125,7 @@ def tracin_figure(
     pictures = tuple(
         picture(train.x[row], f"training example {int(train.ids[row])}, label {rows[k][1]}", target.bare)
         for k, row in enumerate(chosen)
-        if is_picture(batch.x.shape[1:])
+        if is_image(batch.x.shape[1:])
     )
     name = about.called(int(predicted[0]))
     labels = ", ".join(dict.fromkeys(str(row[1]) for row in rows))

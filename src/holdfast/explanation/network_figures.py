@@ -21,9 +21,7 @@ from holdfast.core.types import Inputs
 from holdfast.explanation.attacked import Attacked
 from holdfast.explanation.counterfactual import BALLS
 from holdfast.explanation.explained import Bar, Cell, Figure, bars
-from holdfast.explanation.wording import (
-    percent,
-)
+from holdfast.explanation.wording import percent
 from holdfast.reports.numbers import plain
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target

@@ -29,9 +29,9 @@ from holdfast.explanation.network_figures import layer_figures, surface_figure
 from holdfast.explanation.wording import (
     About,
     allowed_text,
+    certifiable,
     changed_words,
     distance_text,
-    is_picture,
     listed,
     percent,
     picture,
@@ -40,6 +40,7 @@ from holdfast.explanation.wording import (
     training_advice,
 )
 from holdfast.io.data.example_groups import Groups
+from holdfast.reports.gallery import is_image
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 
@@ -75,7 +76,7 @@ def explain_model(
         figures.insert(0, _margins(case))
     if bool(case.hit.any()):
         figures += [_confusion(case), *_clusters(case, notes)]
-        if is_picture(batch.x.shape[1:]):
+        if is_image(batch.x.shape[1:]):
             figures += [_frequencies(case), _regions(case)]
         else:
             figures += _words(case) if threat.constraint.name == "text" else [_columns(case)]
@@ -108,6 +109,8 @@ def _sentence(case: Attacked, *, smooth: bool) -> str:
     text = f"{surviving} of {amount(n, 'examples')} {'survives' if surviving == 1 else 'survive'} {case.about.threat}"
     if wrong:
         text += f"; {wrong} {'is' if wrong == 1 else 'are'} misclassified without an attack"
+    if case.missed:
+        text += f"; {case.missed} that survived the run {'is' if case.missed == 1 else 'are'} broken by this search"
     if bool(case.hit.any()):
         (old, new), count = _pairs(case).most_common(1)[0]
         if count > 1:
@@ -121,6 +124,11 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
     if not smooth:
         advice.append(
             "Read the doubts of an assessment (holdfast assess --adaptive) before you rely on its robust accuracy."
+        )
+    if case.missed:
+        advice.append(
+            f"Assess the model with more attacks (holdfast assess --suite standard), as those of the run missed "
+            f"{amount(case.missed, 'examples')}."
         )
     share = float(case.surviving.float().mean())
     clean = float((case.predicted == case.batch.y).float().mean())
@@ -141,9 +149,14 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
         if count > 0.3 * int(case.hit.sum()) and count > 2:
             pair = f"{case.called(old)} and {case.called(new)}"
             advice.append(f"Check the labels of {pair}, and add training examples between them.")
-    return tuple(advice) or (
-        "Certify the surviving examples (holdfast certify), since an attack that fails proves nothing.",
-    )
+    if not advice:
+        way = (
+            "Certify the surviving examples (holdfast certify)"
+            if certifiable(constraint, case.target.bare.access)
+            else "Assess the model with further attacks (holdfast assess)"
+        )
+        advice.append(f"{way}, since an attack that fails proves nothing.")
+    return tuple(advice)
 
 
 def _pairs(case: Attacked) -> Counter[tuple[int, int]]:
@@ -196,16 +209,19 @@ def _shares(case: Attacked, of: Labels, names: Mapping[int, str], name: str, nou
     survive = "survives" if 1 in (left, worst[1]) else "survive"
     title = f"The {noun} {worst[0]} is the weakest: {left} of its {amount(worst[1], 'examples')} {survive}"
     weak = worst[1] >= _LEAST and worst[3] < mean - 0.1 and len(rows) > 2
+    reason = f"{title}; of all examples, {percent(mean)} survive." if weak else ""
+    if mean in (0, 1):
+        title = f"{'All examples' if mean else 'No examples'} of any {noun} survive"
     shown = tuple(Bar(f"{label} ({n})", robust, percent(robust)) for label, n, _, robust in rows)
     return Figure(
         name,
-        title if worst[3] < 1 else f"All examples of each {noun} survive",
+        title,
         f"Robust accuracy of each {noun}, with its number of examples in brackets.",
         (noun, "examples", "clean accuracy", "robust accuracy"),
         tuple(rows),
         bars=shown,
         note="With few examples in a row, differences may be due to chance.",
-        reason=f"{title}; of all examples, {percent(mean)} survive." if weak else "",
+        reason=reason,
     )
 
 
@@ -266,7 +282,7 @@ def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
         shown = ", ".join(f"{label} ({n})" for label, n in labels.most_common(3))
         example = int(case.batch.ids[medoid])
         rows.append((f"cluster {number}", len(members), case.called(new), count, shown, example))
-        if is_picture(case.batch.x.shape[1:]):
+        if is_image(case.batch.x.shape[1:]):
             caption = f"cluster {number}, example {example}: {case.named(int(case.batch.y[medoid]))}"
             becomes = case.named(int(case.becomes[medoid]))
             pictures += [
@@ -301,7 +317,7 @@ def _k_means(points: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
 
 
 def _frequencies(case: Attacked) -> Figure:
-    """The energy of the changes in rings of the spectrum, beside that of the images."""
+    """The energy of the changes in rings of the spectrum, beside that of the images and that of white noise."""
     images = case.batch.x[case.hit].double()
     delta = case.x_adv[case.hit].double() - images
     flat = images - images.mean((2, 3), keepdim=True)
@@ -315,23 +331,27 @@ def _frequencies(case: Attacked) -> Figure:
         power = power / power.sum((1, 2), keepdim=True).clamp_min(1e-30)
         mean = power.mean(0)
         shares.append([float(mean[band == k].sum()) for k in range(_BANDS)])
+    # white noise has the same energy at all frequencies
+    shares.append([float((band == k).double().mean()) for k in range(_BANDS)])
     labels = [f"{100 * k // _BANDS} to {100 * (k + 1) // _BANDS} % of the highest" for k in range(_BANDS)]
-    high = sum(shares[0][_BANDS // 2 :])
-    clean = sum(shares[1][_BANDS // 2 :])
-    rows = tuple((label, a, b) for label, a, b in zip(labels, *shares, strict=True))
+    high, clean, noise = (sum(each[_BANDS // 2 :]) for each in shares)
+    beside = f"of the images, {percent(clean)}; of white noise, {percent(noise)}"
     return Figure(
         "frequencies",
-        f"{percent(high)} of the energy of the changes is in the upper half of the frequencies; of the images, "
-        f"{percent(clean)}",
+        f"{percent(high)} of the energy of the changes is in the upper half of the frequencies; {beside}",
         "Bars: energy of the changes by frequency, lowest first.",
-        ("frequencies", "share of the changes", "share of the images"),
-        rows,
+        ("frequencies", "share of the changes", "share of the images", "share of white noise"),
+        tuple(zip(labels, *shares, strict=True)),
         bars=bars(
-            labels, shares[0], [f"{percent(a)}; images {percent(b)}" for a, b in zip(*shares, strict=True)]
+            labels,
+            shares[0],
+            [
+                f"{percent(a)}; images {percent(b)}; noise {percent(c)}"
+                for a, b, c in zip(*shares, strict=True)
+            ],
         ),
-        reason="The changes are finer than the images: "
-        f"{percent(high)} of their energy is in the upper half of the frequencies, and {percent(clean)} of that of the "
-        "images. The model depends on fine patterns."
+        reason=f"The changes are finer than the images: {percent(high)} of their energy is in the upper half of the "
+        f"frequencies ({beside})."
         if high > 1.5 * clean
         else "",
     )

@@ -8,14 +8,14 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from holdfast.core.constraints import L0, Constraint, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.model import Classifier
 from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded
 from holdfast.core.types import Access
 from holdfast.explanation.explained import Picture
 from holdfast.reports.curves import class_name
-from holdfast.reports.gallery import is_image, png, shrunk
+from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.numbers import in_255ths, plain
 from holdfast.reports.words import amount
 
@@ -82,6 +82,11 @@ def allowed_text(about: About, constraint: Constraint, model: Classifier) -> str
     return f"{about.threat} allows {distance_text(constraint, constraint.eps, model)}"
 
 
+def certifiable(constraint: Constraint, access: Access) -> bool:
+    """Return whether `holdfast certify` applies to a network under a constraint."""
+    return isinstance(constraint, Linf | L2 | L1) and access == "gradients"
+
+
 def training_advice(about: About, constraint: Constraint, access: Access) -> str:
     """Return how a more robust model is trained."""
     if constraint.name == "text":
@@ -138,11 +143,6 @@ def signed_picture(values: Tensor, caption: str, scale: float | None = None) -> 
 def plane(values: Tensor) -> Tensor:
     """Return values of an image (channels, height, width) summed over the channels."""
     return values.sum(0) if values.dim() == 3 else values
-
-
-def is_picture(shape: Sequence[int]) -> bool:
-    """Return whether inputs of a shape are shown as pictures."""
-    return is_image(shape)
 
 
 def percent(share: float) -> str:

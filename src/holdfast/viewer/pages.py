@@ -152,7 +152,9 @@ class Site:
             tones=_TONES,
             outcomes=_OUTCOMES,
             heading=_amounts(shown),
-            counts=Counter(item.state for item in shown if item.verdict and item.kind in ("run", "audit")),
+            counts=Counter(
+                _outcome(item) for item in shown if item.state and item.kind in ("run", "audit", "unreadable")
+            ),
         )
 
     def _trend(self, key: str, metric: str, *, csv_only: bool) -> Page:
@@ -501,6 +503,12 @@ def _amounts(items: Sequence[Item]) -> str:
     runs = sum(item.kind in ("run", "unreadable") for item in items)
     counted = [amount(n, noun) for n, noun in ((runs, "runs"), (audits, "audits")) if n]
     return " and ".join(counted) or "No run"
+
+
+def _outcome(item: Item) -> str:
+    """The state of a run or an audit, without its number of stages if it is not finished."""
+    unfinished = item.entry is not None and not item.entry.finished and not item.fault
+    return "not finished" if unfinished else item.state
 
 
 def _words(item: Item) -> str:

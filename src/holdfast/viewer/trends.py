@@ -44,7 +44,7 @@ class Trend:
 
 
 def trends(items: Sequence[Item], metric: str) -> list[Trend]:
-    """Return the trends of a metric over runs of one model, the longest first. Runs on other data, under other threats
+    """Return the trends of a metric over runs of one model, the longest first. Runs on other data, under other threats,
     of other verbs and with other defences in front of the model are not comparable, and have a trend of their own.
     """
     groups: dict[tuple[str, ...], list[tuple[Item, Estimate]]] = {}

@@ -81,7 +81,11 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
     copied, held_out = measured.copies.rate, measured.copies.held_out
     frechet, floor = measured.samples.frechet, measured.floor.frechet
     verdict: AuditVerdict = "flagged" if measured.copied or measured.collapsed else "not flagged"
-    collapse = "; the generator has collapsed to few different samples" if measured.collapsed else ""
+    collapse = (
+        "; the generator has collapsed: its samples are like few training examples"
+        if measured.collapsed
+        else ""
+    )
     headline = (
         f"{percent(copied.value)} of the samples are copies of training examples ({percent(copied.low)} to "
         f"{percent(copied.high)}; held-out examples: {percent(held_out.value)}), and the Fréchet distance is "
