@@ -90,7 +90,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(ray_tasks, "connected", connected)
     monkeypatch.setattr(ray_tasks, "on_node", lambda node: None)
     monkeypatch.setattr(ray_tasks.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(ray_worker, "fetched", lambda reference: reference.content)
+    for module in (ray_node, ray_worker):
+        monkeypatch.setattr(module, "fetched", lambda reference: reference.content)
     monkeypatch.setattr(ray_node, "report", reported)
     yield made
     ray_worker.CURRENT.close()
@@ -195,6 +196,24 @@ def test_a_node_that_is_alive_must_report_its_versions(fake, monkeypatch):
     ):
         assess(subject(), data(), on_fake())
     assert fake.silent  # it was refused before the first shard
+
+
+def test_a_node_that_cannot_fetch_objects_yet_is_asked_again(fake, monkeypatch):
+    monkeypatch.setattr(ray_tasks, "_NOTICED_S", 0.0)
+    fake.silent[:] = ["unfetched"] * 9
+    fake.faults[:] = ["unfetched"] * 9  # a node that joins later
+    assess(subject(), data(), on_fake())
+    assert not fake.silent and not fake.faults
+    monkeypatch.setattr(ray_tasks, "_FETCHED_S", 0.0)
+    fake.silent[:] = ["unfetched"] * 9
+    with pytest.raises(
+        TargetError, match=r"node quiet \(0+\) could not fetch an object of this process in 0 s; look"
+    ):
+        assess(subject(), data(), on_fake())
+    fake.silent.clear()
+    fake.faults[:] = ["unfetched"] * 9
+    with pytest.raises(TargetError, match=r"could not fetch the model for shard \d of clean .* in 0 s; look"):
+        assess(subject(), data(), on_fake())
 
 
 @pytest.mark.slow

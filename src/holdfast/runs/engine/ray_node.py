@@ -53,6 +53,13 @@ def report(paths: Sequence[str], device: str, threads: int | None = None) -> dic
         return {"holdfast": f"{type(error).__name__}: {error}", **found}
 
 
+def fetched(reference: Any) -> Any:
+    """Return an object of the object store, which the process of the run has put there."""
+    import ray
+
+    return ray.get(reference)
+
+
 def report_as_bytes(paths: Sequence[str], device: str, stored: Sequence[Any]) -> bytes:
     """Return the report of this process, as JSON after the letter R.
 
@@ -60,9 +67,8 @@ def report_as_bytes(paths: Sequence[str], device: str, stored: Sequence[Any]) ->
     of Ray is passed on, which says so.
     """
     import json
-    import sys
 
-    sys.modules["ray"].get(stored[0])
+    fetched(stored[0])
     return b"R" + json.dumps(report(paths, device, 1)).encode()
 
 

@@ -20,6 +20,7 @@ from holdfast.core.errors import HoldfastError, UsageError, failure_to_json
 from holdfast.core.pieces import Room
 from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.executor import Measure, OutOfTime
+from holdfast.runs.engine.ray_node import fetched
 
 LENGTH = struct.Struct("<I")
 """Format of the number of bytes of the header."""
@@ -47,13 +48,6 @@ class Opened:
         self.key, self.measure = "", None
         self.stack.close()
         self.stack = ExitStack()
-
-
-def fetched(reference: Any) -> Any:
-    """Return an object of the object store, which the process of the run has put there."""
-    import ray
-
-    return ray.get(reference)
 
 
 def _object_lost(error: Exception) -> bool:
