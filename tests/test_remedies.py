@@ -1906,11 +1906,9 @@ situation(
     "workers without networks", membership_audited, {"non_members": member_examples(120, 1)}, workers=1,
     non_members=member_examples(120, 1),
 )  # fmt: skip
-situation(
-    "a generator without held-out examples",
-    generator_audited,
-    {"held_out": (torch.rand(400, 6, generator=torch.Generator().manual_seed(1)), torch.zeros(400).long())},
-)
+HELD_OUT = (torch.rand(400, 6, generator=torch.Generator().manual_seed(1)), torch.zeros(400).long())
+situation("a generator without held-out examples", generator_audited, {"held_out": HELD_OUT})
+situation("a condition of a generator without classes", generator_audited, condition=1, held_out=HELD_OUT)
 situation("few non-members", membership_audited, references=4, fpr=0.01)
 situation(
     "references of a server",
