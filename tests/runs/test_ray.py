@@ -41,7 +41,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """One cluster for all tests, on this machine."""
+    """One cluster for all tests, on this machine, without a token.
+
+    Ray decides once in a process whether it has one, so that no test of another file may start a cluster in this
+    process.
+    """
     from ray.cluster_utils import Cluster as Nodes
 
     imported_ray()

@@ -198,7 +198,7 @@ def test_a_node_that_is_alive_must_report_its_versions(fake, monkeypatch):
     assert fake.silent  # it was refused before the first shard
 
 
-def test_a_node_that_cannot_fetch_objects_yet_is_asked_again(fake, monkeypatch):
+def test_a_node_that_cannot_fetch_objects_is_asked_again_for_a_while(fake, monkeypatch):
     monkeypatch.setattr(ray_tasks, "_NOTICED_S", 0.0)
     fake.silent[:] = ["unfetched"] * 9
     fake.faults[:] = ["unfetched"] * 9  # a node that joins later

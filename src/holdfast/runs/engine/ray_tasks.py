@@ -39,10 +39,9 @@ _TRIMMED = 64_000_000
 _WAIT_S = 0.5
 _NOTICED_S = 20.0
 """Seconds after which Ray has noticed that a node is dead: 5 s and then five checks every 3 s."""
-_FETCHED_S = 120.0
-"""Seconds in which a node must be able to fetch an object of this process. A node that has just joined may take this
-process for ended until the cluster has told it of the other nodes."""
-_REACH = "look whether all nodes of the cluster reach this machine, or remove those that do not"
+_FETCHED_S = 30.0
+"""Seconds in which a node must be able to fetch an object of this process."""
+_REACH = "look whether all nodes of the cluster reach this machine and have the same token, or remove those that do not"
 _LOOKED_S = 10.0
 """Interval in seconds at which the CPUs of the cluster are counted while no shard is finished."""
 
@@ -286,7 +285,7 @@ class RayTasks:
         """Compare the versions of all nodes with those of this process, before the first task.
 
         A node that does not report them is skipped if it is dead, and otherwise refused. A node that cannot fetch an
-        object of this process yet is asked again.
+        object of this process is asked again for a while.
         """
         tasks = {self._report_of(node): node for node in self.cluster.nodes()}
         begun, failed_at = time.monotonic(), dict[str, float]()
