@@ -228,7 +228,7 @@ class _Image(TypedDict):
 
 class _Picture(TypedDict):
     title: str
-    together: int
+    together: NotRequired[int]
     images: list[_Image]
 
 

@@ -12,7 +12,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, clean_inputs, trained
 
 
 class LossRecipe:
@@ -60,7 +60,7 @@ class LossRecipe:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the inputs on which a batch is trained, which are the clean ones here."""
-        return batch.x
+        return clean_inputs(learner, batch, turn)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch with the training inputs `x_adv`, and the number of correct examples."""
