@@ -166,7 +166,8 @@ def _opened(settings: AuditGenerator, source: DataSource, network: Classifier | 
     """Open examples whose labels may be missing, in the layout that the network of the features takes."""
     opened = composed(AuditGenerator, settings, source)
     if network is not None:
-        return resolve.open_expected(opened, unlabelled(settings, network, source))
+        properties = replace(unlabelled(settings, network, source), needs_labels=False)
+        return resolve.open_expected(opened, properties)
     properties = Expected(
         class_names=settings.class_names,
         class_order=settings.class_order,
