@@ -21,7 +21,7 @@ class Server:
         return {"model": {**model, "settings": self.stated}, "workers": [{"set": "old"}]}
 
     def post(self, path, body):
-        if path == "/swap":
+        if path == "/reload":
             self.reload = "failed"
         return {}
 

@@ -662,7 +662,7 @@ class _Adaptation:
             if state["digest"] == model and workers == {state["set"]} and state["reload"] != "running":
                 return
             if not requested:
-                self.port.post("/swap", {})
+                self.port.post("/reload", {"run": self.journal.run})
                 requested = True
             elif state["reload"] == "failed":
                 raise _NotReloaded(f"the server could not reload the model: {state['reason']}")

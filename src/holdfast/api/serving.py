@@ -107,7 +107,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         settings.workers,
         served.pool,
         audit,
-        {**served.about, "name": worker.name, "version": worker.version},
+        {**served.about, "name": worker.name, "version": worker.version, **_operators(settings)},
         reloadable=served.reloadable,
         settings=_settings_of(settings, served),
         monitor=reference,
@@ -116,8 +116,13 @@ def server_setup(settings: Serve) -> ServerSetup:
         notes=notes,
         admin_hosts=_host_names(settings),
         flagged=None if settings.guard is None else _flagged(Path(settings.guard)),
+        single_operator=settings.single_operator,
         drain_delay_s=_drain_delay_s(settings.drain_delay),
     )
+
+
+def _operators(settings: Serve) -> dict[str, bool]:
+    return {"single_operator": True} if settings.single_operator else {}
 
 
 def _refuse_url(address: str | None) -> None:

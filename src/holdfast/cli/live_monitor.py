@@ -28,7 +28,8 @@ def live_options() -> tuple[Option, ...]:
             "--key-file",
             type=click.Path(),
             metavar="FILE",
-            help="File that contains an API key with the scope admin, if STREAM is the URL of a server that has keys.",
+            help="File that contains an API key with the scope metrics, and labels for --labels, if STREAM is the URL "
+            "of a server that has keys.",
         ),
         click.option(
             "--once", is_flag=True, help="Report the state of a server once, and do not wait for alarms."
