@@ -233,7 +233,7 @@ def test_the_difference_of_the_counts_of_all_sets_is_measured(tmp_path, monkeypa
 
     class Port:
         def get(self, path):
-            return {"sets": counts.pop(0)}
+            return {"sets": counts.pop(0), "workers": [], "pool": {"set": "a", "reason": ""}}
 
     adapt = settings("http://127.0.0.1:9", tmp_path, canary_time="0.01s")
     measured = adapting_pools.AdaptedPool(tmp_path, "a", "run", adapt).measure(Port())

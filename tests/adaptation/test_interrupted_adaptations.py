@@ -1,16 +1,21 @@
 """Steps of `holdfast adapt` that a kill, a failed reload or a server of somebody else interrupts."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from holdfast.adaptation.journal import Journal
-from holdfast.api import adapting
+from holdfast.api import adapted_guard, adapting
 from holdfast.api.verb_settings import Adapt
+from holdfast.core.errors import TargetError
+from holdfast.guard.calibration import Calibration, read_calibration, write_calibration
 
 
 class Server:
     """An operator's port whose reloads fail, unless the file has the content that is served."""
+
+    url = "http://a"
 
     def __init__(self, file, **stated):
         self.file, self.reload = file, "none"
@@ -18,7 +23,14 @@ class Server:
 
     def get(self, path):
         model = {"digest": "old", "set": "old", "reload": self.reload, "reason": "it is damaged"}
-        return {"model": {**model, "settings": self.stated}, "workers": [{"set": "old"}]}
+        canary = {"state": "none", "reason": ""}
+        workers = [{"set": "old"}]
+        return {
+            "model": {**model, "settings": self.stated},
+            "workers": workers,
+            "canary": canary,
+            "sets": {},
+        }
 
     def post(self, path, body):
         if path == "/reload":
@@ -66,15 +78,29 @@ def test_a_rollback_that_was_interrupted_is_finished(run):
 
 def test_the_guard_accepts_the_served_model_at_every_moment(run, monkeypatch):
     adaptation, begun, file = run
-    adaptation.journal.add("begin", {**begun, "settings": {"guard": str(file.with_name("guard.yaml"))}})
-    live = []
-    monkeypatch.setattr(adapting, "candidate_calibrations", lambda settings: ("both", "alone"))
-    monkeypatch.setattr(
-        adapting, "write_calibration", lambda content, path: path.write_text(content), raising=False
-    )
-    monkeypatch.setattr(adapting, "read_guard_settings", lambda guard: None)
-    monkeypatch.setattr(adapting, "calibration_path", lambda settings, guard: file)
-    monkeypatch.setattr(adapting, "write_candidate", lambda guard, content: live.append(content))
+    guard, place = file.with_name("guard.yaml"), file.with_name("guard.calibration.json")
+    guard.write_text("inputs: {shape: [4]}\nrules: {energy: {}}\n")
+    begun = {**begun, "settings": {"guard": str(guard)}, "calibration": str(place)}
+    adaptation.journal.add("begin", begun)
+    before = Calibration(0.01, 1000, 5, {"energy": 1.0}, "settings", ("old",))
+    write_calibration(before, place)
+    adaptation._guard.store()
+    both, alone = replace(before, models=("old", "new")), replace(before, models=("new",))
+    monkeypatch.setattr(adapted_guard, "candidate_calibrations", lambda settings: (both, alone))
     adaptation._extend_guard()
-    assert live == ["both"]
-    assert (adaptation.journal.folder / "candidate.calibration.json").read_text() == "alone"
+    assert read_calibration(place) == both
+    adaptation._guard.accept_candidate()
+    assert read_calibration(place) == alone
+    adaptation._guard.accept_both()
+    assert read_calibration(place) == both
+    # neither the file of the guard nor a changed copy decides what is written where
+    guard.write_text("inputs: {shape: [4]}\nrules: {energy: {}}\ncalibration: other.json\n")
+    with pytest.raises(TargetError, match="is another file now"):
+        adaptation._extend_guard()
+    adaptation._restore_guard()
+    assert read_calibration(place) == before and not file.with_name("other.json").exists()
+    adaptation._guard.accept_candidate()
+    (adaptation.journal.folder / "guard.calibration.json").write_text("chosen content")
+    with pytest.raises(TargetError, match="is not a calibration"):
+        adaptation._restore_guard()
+    assert read_calibration(place) == alone

@@ -92,6 +92,8 @@ class OperatorPort:
     _sent: int = field(default=0, init=False, repr=False)
     """number of requests of the session"""
     _answered: bool = field(default=False, init=False, repr=False)
+    _end_s: float = field(default=0.0, init=False, repr=False)
+    """time at which the answer to the present request must have arrived, also if a session is begun before"""
 
     def __post_init__(self) -> None:
         try:
@@ -108,9 +110,9 @@ class OperatorPort:
         """Return the answer to a GET request."""
         return self._parsed(self._answer("GET", path, None))
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Json:
-        """Send a body, and return the answer."""
-        return self._parsed(self._answer("POST", path, json.dumps(body).encode()))
+    def post(self, path: str, body: Mapping[str, Any], *, answer_s: float | None = None) -> Json:
+        """Send a body, and return the answer, which must arrive within `answer_s` seconds if they are given."""
+        return self._parsed(self._answer("POST", path, json.dumps(body).encode(), answer_s=answer_s))
 
     def delete(self, path: str) -> Json:
         """Return the answer to a DELETE request."""
@@ -120,13 +122,29 @@ class OperatorPort:
         """Return the content at a path that is not JSON."""
         return self._answer("GET", path, None, _MOST_BYTES)
 
-    def _answer(self, method: str, path: str, body: bytes | None, most: int = _MOST_JSON) -> bytes:
-        with self._lock:  # the numbers of the requests of a session increase in the order of their arrival
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        most: int = _MOST_JSON,
+        *,
+        answer_s: float | None = None,
+    ) -> bytes:
+        limit_s = answer_s or self.answer_s
+        end_s = time.monotonic() + limit_s
+        # the numbers of the requests of a session increase in the order of their arrival
+        if not self._lock.acquire(timeout=limit_s):
+            raise self._late()
+        try:
+            self._end_s = end_s
             if self.key is None:
                 status, _, content = self._exchanged(method, path, body, {}, most)
             else:
                 status, content = self._proven(self.key.encode(), method, path, body, most)
             self._answered = True
+        finally:
+            self._lock.release()
         if not 200 <= status < 300:
             raise self._refusal(method, path, status, content)
         return content
@@ -135,12 +153,14 @@ class OperatorPort:
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], most: int
     ) -> tuple[int, str, bytes]:
         """Send a request, and return the status, the proof (empty without one) and the content of the answer."""
-        parts, until = urlsplit(self.url), time.monotonic() + self.answer_s
+        parts = urlsplit(self.url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         sent = {**headers, "Host": self._authority, **({} if body is None else {"Content-Type": _JSON})}
         while True:
             connection = kind(parts.hostname or "", parts.port or SCHEMES[parts.scheme])
-            remaining_s = until - time.monotonic()
+            remaining_s = self._end_s - time.monotonic()
+            if remaining_s <= 0:
+                raise self._late()
             try:
                 response, content = whole_answer(
                     connection, method, path, body, sent, timeout_s=remaining_s, most=most
@@ -151,9 +171,12 @@ class OperatorPort:
                     raise self._unreachable(str(error)) from error
                 time.sleep(_RETRY_S)
             except TimeoutError as error:
-                raise self._unreachable(f"no whole answer within {self.answer_s:g} s") from error
+                raise self._unreachable("there was no whole answer in time") from error
             except (HTTPException, OSError, UnicodeError) as error:
                 raise self._unreachable(str(error) or type(error).__name__) from error
+
+    def _late(self) -> Unanswered:
+        return self._unreachable(f"no whole answer within {self.answer_s:g} s")
 
     @property
     def _authority(self) -> str:
