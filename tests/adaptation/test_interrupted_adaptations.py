@@ -8,7 +8,7 @@ import pytest
 from holdfast.adaptation.journal import Journal
 from holdfast.api import adapted_guard, adapting
 from holdfast.api.verb_settings import Adapt
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.calibration import Calibration, read_calibration, write_calibration
 
 
@@ -104,3 +104,57 @@ def test_the_guard_accepts_the_served_model_at_every_moment(run, monkeypatch):
     with pytest.raises(TargetError, match="is not a calibration"):
         adaptation._restore_guard()
     assert read_calibration(place) == alone
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("model", "shared', .* has the mode 0777"),
+        ("guard", "shared', .* has the mode 0777"),
+        ("arch", "shared', .* has the mode 0777"),
+        ("calibration", "is not in the folder of the guard"),
+        ("link", "is not in the folder of the guard"),
+        ("unparsed", "is not a calibration"),
+    ],
+)
+def test_files_of_others_and_calibrations_elsewhere_are_refused(place, reason, run, monkeypatch, tmp_path):
+    adaptation, _, file = run
+    monkeypatch.setattr(
+        adapting._Adaptation, "_opened", lambda self, path, settings: SimpleNamespace(digest="old")
+    )
+    adaptation.settings = Adapt(canary_time="1s", trust_code=True)
+    shared, guard, calibration = (
+        tmp_path / "shared",
+        tmp_path / "guard.yaml",
+        tmp_path / "guard.calibration.json",
+    )
+    shared.mkdir()
+    shared.chmod(0o777)
+    for name in ("model.safetensors", "guard.yaml", "net.py"):
+        (shared / name).write_text("inputs: {shape: [4]}\nrules: {energy: {}}\n")
+    guard.write_bytes((shared / "guard.yaml").read_bytes())
+    if place == "calibration":
+        guard.write_text(guard.read_text() + "calibration: shared/other.json\n")
+    elif place == "link":
+        calibration.symlink_to(tmp_path / "run" / "other.json")
+    elif place == "unparsed":
+        calibration.write_text("chosen content")
+    stated = {
+        "model": {"model": str(shared / "model.safetensors")},
+        "guard": {"guard": str(shared / "guard.yaml")},
+        "arch": {"arch": f"{shared / 'net.py'}:make"},
+    }
+    adaptation.port = Server(file, **stated.get(place, {"guard": str(guard)}))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(TargetError, match=reason):
+        adaptation._begin()
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} <= {
+        tmp_path / "run" / "incumbent.safetensors"
+    }
+
+
+def test_a_server_elsewhere_needs_keys(tmp_path):
+    with pytest.raises(UsageError, match="is not an address of this machine"):
+        Adapt(server="http://192.0.2.1:8081", data="mnist-mini").run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 
@@ -80,7 +81,7 @@ def relaying(upstream, change=lambda request: request, changed=lambda answer: an
                 connection, _ = listener.accept()
             except OSError:
                 return
-            with connection, suppressed():
+            with connection, suppress(OSError):
                 request = whole(connection)
                 with socket.create_connection(("127.0.0.1", upstream), timeout=10) as other:
                     other.sendall(change(request))
@@ -97,12 +98,6 @@ def relaying(upstream, change=lambda request: request, changed=lambda answer: an
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join()
-
-
-@contextmanager
-def suppressed():
-    with suppress(OSError):
-        yield
 
 
 def refused():
@@ -390,3 +385,35 @@ def test_a_run_is_not_approved_with_a_key_that_posted_it(served, tmp_path):
         assert port.post("/approval", posted(port, "own"))["approved"] is True
         adaptations.poll()
     assert records[-1] == ("approval", {"run": "own", "approved": True, "principal": "op", "own": True})
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "status"),
+    [
+        (b"GET /status HTTP/1.1\r\nX: ", b"a", 408),
+        (b"POST /adaptation HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n", b"{", 408),
+        (b"POST /ui/login HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n", 408),
+        (b"GET /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n", b"a", 408),
+        (b"GET /status HTTP/1.1\r\nX: " + b"a" * 200_000, b"", 431),
+        (
+            b"POST /adaptation HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n" + b"a" * 1_500_000,
+            b"",
+            413,
+        ),
+    ],
+)
+def test_slow_and_large_requests_do_not_hold_a_connection(first, then, status, tmp_path, monkeypatch):
+    monkeypatch.setattr("holdfast.server.operator_authentication._BODY_S", 0.2)
+    monkeypatch.setattr("holdfast.server.admin._HEADER_S", 0.2)
+    with Server(tmp_path, keys=False) as server:
+        begun = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+            answer = b""
+            connection.sendall(first)
+            connection.settimeout(0.02)
+            with suppress(ConnectionError):
+                while b"\r\n\r\n" not in answer:
+                    with suppress(TimeoutError):
+                        answer += connection.recv(1 << 16) or b"\r\n\r\n"
+                    connection.sendall(then)
+        assert answer.split(b" ")[1] == str(status).encode() and time.monotonic() - begun < 3

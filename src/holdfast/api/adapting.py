@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, compose
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
@@ -60,7 +62,7 @@ from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.guard_settings import read_guard_settings
-from holdfast.settings.serve_settings import ALARM, NOW
+from holdfast.settings.serve_settings import ALARM, NOW, is_public
 from holdfast.statistics.intervals import paired_difference
 
 GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
@@ -113,6 +115,12 @@ def adapted(
         raise UsageError("data is missing; give examples for the training and the assessments")
     for gate in settings.gates:
         parse(gate)
+    if settings.key_file is None and is_public(urlsplit(settings.server).hostname or "localhost"):
+        raise UsageError(
+            f"{settings.server} is not an address of this machine, and a server there must prove that it is yours; "
+            "start it with --keys, and give a file with a key of the scope adapt",
+            Remedy("key_file", Placeholder("FILE")),
+        )
     port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
     identity = digest(canonical(canonical_settings(settings)))
     place = new_folder("adapt", identity) if folder is None else Path(folder)

@@ -55,8 +55,12 @@ def begin(status: ServerState, settings: Adapt) -> Json:
     """
     state = status["pool"]
     stated = state.get("settings", {})
-    path = Path(stated.get("pool", ""))
-    if "pool" not in stated or not path.is_dir():
+    path = Path(stated.get("pool", "."))
+    if "pool" not in stated:
+        raise TargetError(
+            "the server does not state the folder of its pool; run adapt at a server of this version"
+        )
+    if not path.is_dir():
         raise TargetError(
             f"the folder of the pool, {str(path)!r}, is not on this machine; run adapt where the server runs"
         )

@@ -95,3 +95,5 @@ def whole_answer(
         return response, b"".join(pieces)
     finally:
         connection.close()
+        for reader in readers:  # a response without a length is not closed with its connection
+            reader.close()

@@ -172,19 +172,21 @@ class OperatorPort:
                 time.sleep(_RETRY_S)
             except TimeoutError as error:
                 raise self._unreachable("there was no whole answer in time") from error
-            except (HTTPException, OSError, UnicodeError) as error:
+            except HTTPException as error:
+                raise self._unreachable(str(error) or type(error).__name__, "has no valid answer") from error
+            except (OSError, UnicodeError) as error:
                 raise self._unreachable(str(error) or type(error).__name__) from error
 
     def _late(self) -> Unanswered:
-        return self._unreachable(f"no whole answer within {self.answer_s:g} s")
+        return self._unreachable(f"none arrived as a whole within {self.answer_s:g} s", "has no valid answer")
 
     @property
     def _authority(self) -> str:
         return urlsplit(self.url).netloc
 
-    def _unreachable(self, reason: str) -> Unanswered:
+    def _unreachable(self, reason: str, fault: str = "cannot be reached") -> Unanswered:
         return Unanswered(
-            f"the operator's port {self.url} cannot be reached ({line(reason)[:_SHOWN]}); check the address, and "
+            f"the operator's port {self.url} {fault} ({line(reason)[:_SHOWN]}); check the address, and "
             "whether the server runs"
         )
 
