@@ -48,6 +48,7 @@ Send = Callable[[socket.socket], None]
 class Odd:
     """A server with one odd answer."""
 
+    kind: str
     name: str
     send: Send
     """sends the answer"""
@@ -139,30 +140,30 @@ def silent(connection: socket.socket) -> None:
 def odd_transfers() -> list[Odd]:
     """Answers that are not HTTP, not JSON, too long or without an end."""
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-    long = HEAD + b"Content-Length: 100000000000\r\n\r\n"
+    long, informational = HEAD + b"Content-Length: 100000000000\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"
     return [
-        Odd("silent", silent, ends=False),
-        Odd("one byte of the headers at a time", endless(b"H"), ends=False),
-        Odd("one header at a time", endless(b"X-A: b\r\n", HEAD), ends=False),
-        Odd("one byte of the content at a time", endless(b" ", long), ends=False),
-        Odd("one small chunk at a time", endless(b"1\r\n \r\n", chunked), ends=False),
-        Odd("one informational response at a time", endless(b"HTTP/1.1 100 Continue\r\n\r\n"), ends=False),
-        Odd("silent for a key", silent, path="/session", key=True, ends=False),
-        Odd("silent to the first step", silent, path="/adaptation", ends=False),
-        Odd("headers without an end", endless(b"X-A: " + b"b" * 1000 + b"\r\n", HEAD, 0.0)),
-        Odd("informational responses without an end", endless(b"HTTP/1.1 100 Continue\r\n\r\n" * 100, pause_s=0.0)),
-        Odd("content without an end", endless(b" " * 65536, HEAD + b"\r\n", 0.0)),
-        Odd("closed connection", raw(b"")),
-        Odd("no HTTP", raw(b"\x00\xff" * 100)),
-        Odd("cut off", raw(long + b"{}")),
-        Odd("invalid chunk", raw(chunked + b"zz\r\n{}\r\n")),
-        Odd("redirect", raw(b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n")),
-        Odd("error page", raw(answer(b"<html>", b"HTTP/1.1 500 Oops\r\n"))),
-        Odd("odd reason", raw(answer(b'{"error": {"a": "\x1b]0;::error::"}}', b"HTTP/1.1 409 No\r\n"))),
-        Odd("no content", raw(b"HTTP/1.1 204 No Content\r\n\r\n")),
-        Odd("compressed", raw(answer(gzip.compress(b"{}"), HEAD + b"Content-Encoding: gzip\r\n"))),
+        Odd("without an end", "silent", silent, ends=False),
+        Odd("without an end", "one byte of the headers at a time", endless(b"H"), ends=False),
+        Odd("without an end", "one header at a time", endless(b"X-A: b\r\n", HEAD), ends=False),
+        Odd("without an end", "one byte of the content at a time", endless(b" ", long), ends=False),
+        Odd("without an end", "one small chunk at a time", endless(b"1\r\n \r\n", chunked), ends=False),
+        Odd("without an end", "one informational response at a time", endless(informational), ends=False),
+        Odd("without an end", "silent for a key", silent, path="/session", key=True, ends=False),
+        Odd("without an end", "silent to the first step", silent, path="/adaptation", ends=False),
+        Odd("transfer", "headers without an end", endless(b"X-A: " + b"b" * 1000 + b"\r\n", HEAD, 0.0)),
+        Odd("transfer", "informational responses without an end", endless(informational * 100, pause_s=0.0)),
+        Odd("transfer", "content without an end", endless(b" " * 65536, HEAD + b"\r\n", 0.0)),
+        Odd("transfer", "closed connection", raw(b"")),
+        Odd("transfer", "no HTTP", raw(b"\x00\xff" * 100)),
+        Odd("transfer", "cut off", raw(long + b"{}")),
+        Odd("transfer", "invalid chunk", raw(chunked + b"zz\r\n{}\r\n")),
+        Odd("transfer", "redirect", raw(answer(b"", b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n"))),
+        Odd("transfer", "error page", raw(answer(b"<html>", b"HTTP/1.1 500 Oops\r\n"))),
+        Odd("transfer", "odd reason", raw(answer(b'{"error": {"a": "\x1b]0;::error::"}}', b"HTTP/1.1 409 No\r\n"))),
+        Odd("transfer", "no content", raw(b"HTTP/1.1 204 No Content\r\n\r\n")),
+        Odd("transfer", "compressed", raw(answer(gzip.compress(b"{}"), HEAD + b"Content-Encoding: gzip\r\n"))),
         *(
-            Odd(f"content {text[:20].decode('latin-1')!r}", raw(answer(text)))
+            Odd("transfer", f"content {text[:20].decode('latin-1')!r}", raw(answer(text)))
             for text in (
                 b"", b"[]", b'"status"', b"null", b"[" * 100_000, b'{"a": NaN}', b'{"model": "\\ud800"}', b"{}",
                 b'{"sets": {"a": {"n": ' + b"9" * 5000 + b"}}}", b"\xff\xfe{}", b'{"a": 1e999}',
@@ -202,7 +203,11 @@ def odd_states(good: Json, folder: Path) -> list[Odd]:
         )),
     ]  # fmt: skip
     odd = [
-        Odd(f"{place} is {str(value).replace(str(folder), '…')[:30]}", _json(_changed(good, place, value)))
+        Odd(
+            "state of a file",
+            f"{place} is {str(value).replace(str(folder), '…')[:30]}",
+            _json(_changed(good, place, value)),
+        )
         for place, value in changes
     ]
     without = {key: value for key, value in good.items() if key not in ("model", "canary")}
@@ -216,15 +221,26 @@ def odd_states(good: Json, folder: Path) -> list[Odd]:
         "the path is @FILE": {**pool, "settings": {"pool": "@/dev/zero"}},
         "the set is a list": {**pool, "set": []},
     }.items():
-        odd.append(Odd(f"pool: {text}", _json({**without, "pool": state})))
+        odd.append(Odd("state of a pool", text, _json({**without, "pool": state})))
     alarms: dict[str, Any] = {"x": 1, "alarmed": 7, "tests": [{}]}
-    odd += [Odd(f"monitor with {key}", _json({key: value}), path="/monitor") for key, value in alarms.items()]
-    odd.append(Odd("monitor without an end", endless(b" ", HEAD + b"\r\n"), path="/monitor", ends=False))
+    odd += [
+        Odd("state of the monitor", f"only {key}", _json({key: value}), path="/monitor")
+        for key, value in alarms.items()
+    ]
+    odd.append(
+        Odd(
+            "without an end",
+            "state of the monitor",
+            endless(b" ", HEAD + b"\r\n"),
+            path="/monitor",
+            ends=False,
+        )
+    )
     for text, begun in {
         "no proof": {}, "nonce of the client": {"nonce": "0" * 32, "proof": "0" * 128},
         "odd nonce": {"nonce": "\x1b[2J", "proof": ""}, "proof is a list": {"nonce": "0" * 32, "proof": [1]},
     }.items():  # fmt: skip
-        odd.append(Odd(f"session: {text}", _json(begun), path="/session", key=True))
+        odd.append(Odd("session for a key", text, _json(begun), path="/session", key=True))
     return odd
 
 
@@ -286,7 +302,22 @@ def measured() -> Outcome:
     ]
     notes = ["commands run at the same time, in threads of one process; the exit code is that of the error"]
     config: Cells = {"network": MODEL, "limit of an answer, s": ANSWER_S, "servers": len(rows)}
-    return Outcome(rows, claims, config, {}, notes)
+    return Outcome([_summary(kind, rows) for kind in _kinds(rows)], claims, config, {"servers": rows}, notes)
+
+
+def _kinds(rows: list[Cells]) -> list[str]:
+    return list(dict.fromkeys(row["kind"] for row in rows))
+
+
+def _summary(kind: str, rows: list[Cells]) -> Cells:
+    own = [row for row in rows if row["kind"] == kind]
+    return {
+        "odd answer": kind,
+        "servers": len(own),
+        "exit codes": ", ".join(sorted({str(row["exit"]) for row in own})),
+        "longest, s": max(row["s"] for row in own),
+        "longest after the answer, s": max(row["after s"] for row in own) if own[0]["ends"] else "",
+    }
 
 
 def _row(odd: Odd, good: Json, run: Path) -> Cells:
@@ -297,13 +328,15 @@ def _row(odd: Odd, good: Json, run: Path) -> Cells:
         ended = time.monotonic()
     answered = server.answered_s if odd.ends and server.answered_s is not None else begun
     return {
-        "server": f"{odd.path}: {odd.name}",
+        "kind": odd.kind,
+        "path": odd.path,
+        "server": odd.name,
         "exit": error.exit_code if isinstance(error, HoldfastError) else 5,
         "ends": odd.ends,
         "s": ended - begun,
         "after s": max(0.0, ended - answered),
         "key received": any(KEY.encode() in request for request in server.received),
-        "message": str(error)[-150:],
+        "message": str(error).replace(str(run.parent.parent), "…").replace(url, "URL"),
     }
 
 
