@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.adaptation.journal import Journal, Outcome, Step
 from holdfast.core.errors import UsageError
-from holdfast.runs.store.files import usable, write_atomically
+from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 from holdfast.runs.store.records import document
 
 
@@ -59,7 +59,7 @@ class Adapted:
         if place.suffix != ".json":
             raise UsageError(f"{str(place)!r} is no .json file; the report of adapt has no other format")
         with usable(place):
-            write_atomically(place, self.to_json().encode())
+            write_atomically(place, self.to_json().encode(), BY_UMASK)
         return place
 
     def text(self, *, width: int | None = None) -> str:

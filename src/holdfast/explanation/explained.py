@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.reports.html import filled, render
 from holdfast.reports.numbers import strict
 from holdfast.reports.table import csv_text
-from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination
+from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination, explained, replacing
 
 Json = dict[str, Any]
 Cell = str | int | float | None
@@ -147,9 +147,9 @@ class Explained:
         """Write the explanation in the format of the file suffix, `.html` or `.json`. Return the path."""
         place = Path(path)
         check_destination(place, EXPLANATION_SUFFIXES)
-        place.parent.mkdir(parents=True, exist_ok=True)
         content = self.page() if place.suffix.lower() == ".html" else self.to_json()
-        place.write_text(content, encoding="utf-8")
+        with explained(place), replacing(place) as file:
+            file.write(content)
         return place
 
     def _repr_html_(self) -> str:

@@ -30,7 +30,6 @@ from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.engine.progress import Progress, silent
 from holdfast.runs.harness import Member, Plan
-from holdfast.runs.store.files import private
 from holdfast.runs.store.folder import read_stage
 from holdfast.runs.store.records import read_chain
 
@@ -122,17 +121,15 @@ class SetMeasurements:
         tag = digest(canonical([self._base, strict(stages)]))[:_TAG]
         run = self.pool.path / FOLDER / str(subject.card["name"]) / f"{kind}-{start}-{stop}-{tag}"
         order = AssessRequest(plan, device=request.device)
-        # The adversarial inputs of a candidate are secret.
-        with private():
-            result = assess(
-                subject,
-                self._rows(start, stop),
-                order,
-                run=run,
-                resume=True,
-                progress=self.progress,
-                again=self.again,
-            )
+        result = assess(
+            subject,
+            self._rows(start, stop),
+            order,
+            run=run,
+            resume=True,
+            progress=self.progress,
+            again=self.again,
+        )
         return result.evidence, run
 
     def _rows(self, start: int, stop: int) -> Arrays:
