@@ -1,14 +1,14 @@
 """The result of an explanation: a sentence, and figures with their numbers."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.reports.html import filled, render
-from holdfast.reports.numbers import strict
+from holdfast.reports.numbers import json_text, strict
 from holdfast.reports.table import csv_text
+from holdfast.reports.terminal import as_lines
 from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination, explained, replacing
 
 Json = dict[str, Any]
@@ -130,7 +130,7 @@ class Explained:
             "facts": dict(self.facts),
             "figures": [figure.to_json() for figure in self.figures],
         }
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(content)
 
     def text(self) -> str:
         """Return the findings as text for a terminal, one line for each figure."""
@@ -141,7 +141,7 @@ class Explained:
             ("Notes:", self.notes),
         ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
-        return "\n".join(lines)
+        return as_lines(lines)
 
     def write(self, path: str | Path) -> Path:
         """Write the explanation in the format of the file suffix, `.html` or `.json`. Return the path."""
