@@ -494,7 +494,7 @@ class Site:
 
 def model_key(name: str) -> str:
     """Return the name of a model in addresses."""
-    return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _amounts(items: Sequence[Item]) -> str:
