@@ -10,8 +10,8 @@ from typing import Any
 from holdfast.adaptation.journal import Journal, Outcome, Step
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
+from holdfast.reports.numbers import json_text
 from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
-from holdfast.runs.store.records import document
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Adapted:
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return document(self.summary()).decode()
+        return json_text(self.summary())
 
     def write(self, path: str | Path) -> Path:
         """Write the report as a `.json` file, and return its path."""

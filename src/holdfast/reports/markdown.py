@@ -200,7 +200,7 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
 
 def _footing(summary: Mapping[str, Any]) -> str:
     command = f" Reproduce: {code(summary['reproduce'])}" if summary["reproduce"] else ""
-    unit = f" (eps in {summary['threat']['unit']})" if summary["threat"].get("unit") else ""
+    unit = f" (eps in {escaped(summary['threat']['unit'])})" if summary["threat"].get("unit") else ""
     budget = query_budget(summary["threat"])
     allowed = f", {budget}" if budget else ""
     return (

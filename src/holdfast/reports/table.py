@@ -110,7 +110,7 @@ def frame(evidence: Evidence) -> Any:
 
 
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
-    stages = [record["stage"] for record in (*summary["attacks"], *summary["passes"])]
+    stages = [line(record["stage"]) for record in (*summary["attacks"], *summary["passes"])]
     names = [line(str(name)) for name in summary["data"].get("classes") or ()]
     results = summary["certification"]
     methods = [line(row["name"]) for row in results["rows"] if row["stage"]] if results else []
