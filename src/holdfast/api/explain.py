@@ -83,7 +83,8 @@ def _is_run(model: object) -> bool:
 
 def explained_run(settings: Assess | Certify, result: Result, index: int | None) -> Explained:
     """Explain the example or the model of a run whose settings are known."""
-    own = {key: getattr(settings, key) for key in settings.model_fields_set if key in Explain.model_fields}
+    keys = settings.model_fields_set & Explain.model_fields.keys() - {"examples"}  # nothing is stored here
+    own = {key: getattr(settings, key) for key in keys}
     with gradients():
         return explained(Explain(**{**own, "index": index, "output": []}), result)
 
@@ -107,6 +108,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
             settings.seed,
             subject.digest,
             _notes(settings, target, len(batch), len(data)),
+            settings.examples,
         )
         with target.repeatable(rng):
             if settings.index is None:
@@ -129,6 +131,8 @@ def _notes(settings: Explain, target: Target, used: int, n: int) -> tuple[str, .
     notes = []
     if settings.index is None and used < n:
         notes.append(f"Only the first {used} of {n:,} examples were used.")
+    if not settings.examples:
+        notes.append("Pictures and words of examples are left out, as requested.")
     if isinstance(target.bare.net, MeanView):
         notes.append(
             "The model transforms its inputs at random. The mean of its class probabilities over "
