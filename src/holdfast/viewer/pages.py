@@ -252,7 +252,9 @@ class Site:
             state = fingerprint(item.path)
             known = self._opened.get(item.id)
             if known is None or known[0] != state:
-                result = open_run(item.path)
+                with consistent(item.path):
+                    result = open_run(item.path)
+                    result.summary()  # pages show it
                 rows = {int(example): row for row, example in enumerate(result.evidence["id"])}
                 known = self._opened[item.id] = state, _Opened(result, attempts(result), rows)
             self._opened.move_to_end(item.id)
