@@ -98,6 +98,7 @@ def hardened_generator(
         settings={**request.settings, "recipe": recipe, "budget_s": budget},
         steps=work.steps,
         gates=tuple(settings.gates),
+        examples=settings.examples,
         writes=True,  # the trained generator is read from the stored steps
     )
     trained: list[GAN] = []
