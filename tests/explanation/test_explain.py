@@ -77,22 +77,26 @@ def test_a_run_with_random_transformations_is_explained_by_their_mean(tmp_path):
     assert "8 random transformations" in " ".join(first.notes)
 
 
+def run_of_several(name, run):
+    model = holdfast.open_model(name, members=["mnist-cnn", "mnist-cnn-hardened"])
+    holdfast.assess(model, "mnist-mini", "linf:0.1", FGSM(), n=5, doubts=False, run=run)
+    return run
+
+
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory):
-    """A run of an ensemble and one of a mix."""
-    root = tmp_path_factory.mktemp("composed")
-    members = ["mnist-cnn", "mnist-cnn-hardened"]
-    for name in ("ensemble:mean", "mixed:"):
-        model = holdfast.open_model(name, members=members)
-        holdfast.assess(
-            model, "mnist-mini", "linf:0.1", FGSM(), n=5, doubts=False, run=root / name.partition(":")[0]
-        )
-    return root
+    """A run of an ensemble."""
+    return run_of_several("ensemble:mean", tmp_path_factory.mktemp("composed") / "run")
 
 
-@pytest.mark.parametrize("name", ["ensemble", pytest.param("mixed", marks=pytest.mark.slow)])
-def test_a_model_of_several_is_opened_from_its_run(composed, name):
-    explained = holdfast.explain(composed / name, index=3)
+def test_an_ensemble_is_opened_from_its_run(composed):
+    explained = holdfast.explain(composed, index=3)
+    assert explained.title.startswith("example 3") and "attributions" in explained.names
+
+
+@pytest.mark.slow
+def test_a_mix_is_opened_from_its_run(tmp_path):
+    explained = holdfast.explain(run_of_several("mixed:", tmp_path / "run"), index=3)
     assert explained.title.startswith("example 3") and "attributions" in explained.names
 
 
@@ -110,7 +114,7 @@ def test_a_model_of_several_is_opened_from_its_run(composed, name):
     ],
 )
 def test_a_strangers_run_of_several_models_runs_no_code(composed, tmp_path, capsys, change, code, reason):
-    folder = shutil.copytree(composed / "ensemble", tmp_path / "run")
+    folder = shutil.copytree(composed, tmp_path / "run")
     rewritten(folder, "run.json", lambda content: change(content["model"]))
     assert run(["explain", str(folder), "--index", "3"]) == code
     assert reason in capsys.readouterr().err

@@ -253,3 +253,50 @@ def test_no_page_obeys_a_strangers_run(strangers, tmp_path):
     assert len(pages) > 10
     for path in pages:
         refuse_obedience(path.suffix, path.read_text(encoding="utf-8"))
+
+
+def _with(folder, name, place, text):
+    """Write the text of a number in the place of a value of a document, and compute the chain again."""
+    content = json.loads((folder / name).read_text())
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = "HERE"
+    (folder / name).write_text(json.dumps(content).replace('"HERE"', text))
+    if (folder / "chain.jsonl").exists():
+        rewritten(folder, name)
+
+
+NUMBERS = [
+    ("run", "run.json", ("model", "bounds")),
+    ("run", "run.json", ("config", "threat", "eps")),
+    ("run", "run.json", ("data", "n")),
+    ("run", "doubts.json", ("doubts", 5, "statistic")),
+    ("run", "verdict.json", ("exit_code",)),
+    ("run", "about.json", ("time",)),
+    ("audit", "finding.json", ("facts", "fact")),
+    ("adapted", JOURNAL, ("steps", 0, "time")),
+]
+
+
+@pytest.mark.parametrize("number", ["Infinity", "NaN", "1e999", "1e308", '"\\ud800"'])
+@pytest.mark.parametrize(
+    ("folder", "name", "place"), NUMBERS, ids=[".".join(map(str, n[2])) for n in NUMBERS]
+)
+def test_odd_numbers_and_texts_end_no_command_with_an_internal_error(
+    strangers, folder, name, place, number, tmp_path, capsys
+):
+    run = shutil.copytree(strangers / folder, tmp_path / "runs" / folder)
+    _with(run, name, place, number)
+    reported = ["report", run] + (["--annex", "aisvs"] if folder == "adapted" else [])
+    codes = {"report": command([*map(str, reported), "-o", str(tmp_path / "report.html")])}
+    said = capsys.readouterr().err
+    codes["runs"] = command(["runs", str(run.parent)])
+    codes["verify"] = 0 if folder == "adapted" else command(["verify", str(run)])
+    codes["ui"] = command(["ui", str(run.parent), "--export", str(tmp_path / "site")])
+    if folder == "run":
+        codes["explain"] = command(["explain", str(run)])
+        codes["compare"] = command(["compare", str(run), str(strangers / "run")])
+    assert set(codes.values()) <= {0, 1, 3, 4}, codes
+    if number in ("Infinity", "NaN", "1e999"):
+        assert codes["report"] == 3 and f"the number {number} is not finite" in said and name in said

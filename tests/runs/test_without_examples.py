@@ -41,7 +41,7 @@ def certified(run, **settings):
     return holdfast.certify(NET, (X, Y), run=run, **SETTINGS, **settings)
 
 
-@pytest.mark.parametrize("verb", [assessed, certified])
+@pytest.mark.parametrize("verb", [assessed, pytest.param(certified, marks=pytest.mark.slow)])
 def test_a_run_stores_no_example_and_its_reports_state_so(verb, tmp_path):
     usual = verb(tmp_path / "usual")
     assert inputs_in(tmp_path / "usual") and usual.summary()["examples"]
