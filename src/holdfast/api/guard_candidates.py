@@ -25,7 +25,6 @@ from holdfast.guard.query_rule import derived_key, guard_key
 from holdfast.guard.rules import QUERIES
 from holdfast.guard.states.memory import MemoryState
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.store.files import mode_of
 from holdfast.settings.guard_settings import GuardSettings, read_guard_settings
 
 
@@ -55,8 +54,7 @@ def candidate_calibrations(settings: Calibrate) -> tuple[Calibration, Calibratio
 
 def write_candidate(guard: Path, calibration: Calibration) -> None:
     """Write a calibration beside the file of its guard."""
-    path = calibration_path(read_guard_settings(guard), guard)
-    write_calibration(calibration, path, mode_of(path))
+    write_calibration(calibration, calibration_path(read_guard_settings(guard), guard))
 
 
 def _for_candidate(

@@ -14,7 +14,7 @@ from holdfast.core.names import line
 from holdfast.io.remote.operator_port import Json, OperatorPort, read_key
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.reports import monitoring as reported
-from holdfast.reports.numbers import json_text
+from holdfast.reports.numbers import json_text, strict
 from holdfast.reports.write import MONITORING_SUFFIXES, write_monitoring
 from holdfast.settings.label_files import read_labels
 
@@ -61,7 +61,7 @@ def watch_server(
     port = OperatorPort(url, None if key_file is None else read_key(key_file))
     if labels is not None:
         _send(voice, port, labels)
-    state = port.get("/monitor")
+    state = strict(port.get("/monitor"))
     seen = _tests_with_alarm(state)
     if "-" in output:
         click.echo(json_text(state), nl=False)
@@ -78,7 +78,7 @@ def watch_server(
     try:
         while not once:
             time.sleep(_POLL_S)
-            state = port.get("/monitor")
+            state = strict(port.get("/monitor"))
             now = _tests_with_alarm(state)
             for name in now.keys() - seen.keys():
                 click.echo(
