@@ -161,7 +161,9 @@ def with_thresholds(pipeline: GuardPipeline, thresholds: Mapping[str, float]) ->
 
 
 def write_calibration(calibration: Calibration, path: Path, mode: int | None = None) -> None:
-    """Write a calibration to a JSON file with a digest of its content. Without a mode, an existing file keeps its own."""
+    """Write a calibration to a JSON file with a digest of its content. Without `mode`, an existing file keeps its
+    mode.
+    """
     content = {"format": FORMAT, **asdict(calibration), "models": list(calibration.models)}
     content["thresholds"] = {name: _text(value) for name, value in calibration.thresholds.items()}
     text = json.dumps({**content, "digest": digest(canonical(content))}, indent=2)
