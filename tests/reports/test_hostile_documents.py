@@ -304,6 +304,9 @@ def test_odd_numbers_and_texts_end_no_command_with_an_internal_error(
 
 def test_a_run_of_a_file_whose_name_is_not_utf8_is_read(strangers, tmp_path):
     run = shutil.copytree(strangers / "run", tmp_path / "run")
-    about = {"created": "", "command": "holdfast assess 'odd\udcff.pt' mnist"}  # as Python decodes such a name
+    about = {
+        "created": "",
+        "command": "holdfast assess 'odd\udcff.pt' mnist",
+    }  # as Python decodes such a name
     (run / "about.json").write_text(json.dumps(about))
     assert command(["report", str(run)]) in (0, 1, 4)
