@@ -12,6 +12,7 @@ from holdfast.api.guard_opening import calibration_path
 from holdfast.api.verb_settings import Calibrate
 from holdfast.core.errors import TargetError
 from holdfast.guard.calibration import read_calibration, write_calibration
+from holdfast.runs.store.files import PRIVATE
 from holdfast.runs.store.ownership import refuse_shared
 from holdfast.settings.guard_settings import read_guard_settings
 
@@ -48,7 +49,7 @@ class AdaptedGuard:
     def store(self) -> None:
         """Store the present calibration in the folder of the run, if there is one."""
         if self.place.exists():
-            write_calibration(read_calibration(self.place), self.folder / EARLIER)
+            write_calibration(read_calibration(self.place), self.folder / EARLIER, PRIVATE)
 
     def extend(self, settings: Calibrate) -> None:
         """Calibrate the guard for the served model and the candidate together, given the settings for the candidate."""
@@ -60,7 +61,7 @@ class AdaptedGuard:
         found = candidate_calibrations(settings)
         if found is not None:
             both, alone = found
-            write_calibration(alone, self.folder / CANDIDATE)
+            write_calibration(alone, self.folder / CANDIDATE, PRIVATE)
             write_calibration(both, self.place)
 
     def accept_both(self) -> None:

@@ -1,6 +1,5 @@
 """`holdfast monitor URL`: what the monitor of a running server has found, over the operator's port."""
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,9 +11,11 @@ import click
 from holdfast.adaptation.server_state import Alarm, MonitorState, monitor_state, send_labels
 from holdfast.cli.options import Voice
 from holdfast.core.errors import UsageError
+from holdfast.core.names import line
 from holdfast.io.remote.operator_port import OperatorPort, read_key
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.reports import monitoring as reported
+from holdfast.reports.numbers import json_text
 from holdfast.reports.write import MONITORING_SUFFIXES, write_monitoring
 from holdfast.settings.label_files import read_labels
 
@@ -65,7 +66,7 @@ def watch_server(
     state = monitor_state(port)
     seen = _tests_with_alarm(state)
     if "-" in output:
-        click.echo(json.dumps(state))
+        click.echo(json_text(state), nl=False)
     elif not voice.quiet:
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(reported.tables(state, colour=colour, width=voice.console().width))
@@ -82,7 +83,9 @@ def watch_server(
             state = monitor_state(port)
             now = _tests_with_alarm(state)
             for name in now.keys() - seen.keys():
-                click.echo(f"alarm of {name} after {now[name]['after']:,} samples, on {now[name]['signal']}")
+                click.echo(
+                    line(f"alarm of {name} after {now[name]['after']:,} samples, on {now[name]['signal']}")
+                )
             seen, alarmed = now, alarmed or bool(state["alarmed"])
     except KeyboardInterrupt:
         pass
