@@ -66,9 +66,7 @@ def server_setup(settings: Serve) -> ServerSetup:
     served = _served(settings, address)
     guard, notes = _guard(settings.guard, served)
     signature = None if served.upstream is None else served.upstream.signature
-    keys = None if settings.keys is None else Path(settings.keys)
-    if keys is not None:
-        read_keys(keys)
+    keys = _keys(settings)
     audit = None if settings.audit is None else Path(settings.audit)
     reference, renewed = _monitored(settings, served)
     worker = ServingSetup(
@@ -107,7 +105,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         settings.workers,
         served.pool,
         audit,
-        {**served.about, "name": worker.name, "version": worker.version, **_operators(settings)},
+        {**served.about, "name": worker.name, "version": worker.version, **_single_operator(settings)},
         reloadable=served.reloadable,
         settings=_settings_of(settings, served),
         monitor=reference,
@@ -121,7 +119,16 @@ def server_setup(settings: Serve) -> ServerSetup:
     )
 
 
-def _operators(settings: Serve) -> dict[str, bool]:
+def _keys(settings: Serve) -> Path | None:
+    """The file of keys, whose content is tested."""
+    if settings.keys is None:
+        return None
+    keys = Path(settings.keys)
+    read_keys(keys)
+    return keys
+
+
+def _single_operator(settings: Serve) -> dict[str, bool]:
     return {"single_operator": True} if settings.single_operator else {}
 
 

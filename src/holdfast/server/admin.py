@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -19,6 +20,7 @@ from holdfast.server.adaptation_routes import MOST_BODY, adaptation_routes, body
 from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.flagged_inputs import flagged_routes
+from holdfast.server.host_names import HostNames
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ADMIN, ApiKey, KeyFile
 from holdfast.server.monitor_routes import monitor_routes
@@ -37,32 +39,41 @@ _CONNECTIONS, _HEADER_S = 64, 10.0
 _STARTED_S = 10.0
 
 
-def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIApplication:
-    """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope of the
-    request.
-    """
-    sessions = OperatorSessions(keys)
+@dataclass(frozen=True)
+class _Access:
+    """Decides which requests are permitted."""
 
-    def refuse_other_host(request: Request) -> None:
-        supervisor.setup.admin_hosts.refuse_other(request.scope["headers"])
+    hosts: HostNames
+    keys: KeyFile | None
 
-    def permitted(request: Request, *scopes: str) -> ApiKey | None:
-        refuse_other_host(request)
-        if keys is None:
+    def refuse_other_host(self, request: Request) -> None:
+        self.hosts.refuse_other(request.scope["headers"])
+
+    def permitted(self, request: Request, *scopes: str) -> ApiKey | None:
+        self.refuse_other_host(request)
+        if self.keys is None:
             return None
         key = proven_key(request.scope)
         if key is not None:
             key.refuse_unpermitted(*scopes)
             return key
         header = request.headers.get("authorization")
-        return keys.authenticated(None if header is None else header.encode("latin-1"), *scopes)
+        return self.keys.authenticated(None if header is None else header.encode("latin-1"), *scopes)
 
-    def changing(request: Request, *scopes: str) -> ApiKey | None:
-        key = permitted(request, *scopes)
+    def changing(self, request: Request, *scopes: str) -> ApiKey | None:
+        key = self.permitted(request, *scopes)
         # a page in the operator's browser could send this request without a key
         if "origin" in request.headers:
             raise Refused(403, "requests of web pages are not accepted")
         return key
+
+
+def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIApplication:
+    """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope of the
+    request.
+    """
+    sessions, access = OperatorSessions(keys), _Access(supervisor.setup.admin_hosts, keys)
+    permitted, changing = access.permitted, access.changing
 
     async def metrics(request: Request) -> Response:
         permitted(request, "metrics")
@@ -82,7 +93,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIAppli
         return Response(compact({"requested": True}), 202, media_type=JSON)
 
     async def session(request: Request) -> Response:
-        refuse_other_host(request)
+        access.refuse_other_host(request)
         body = await body_of(request)
         begun = sessions.begin(body.get("key"), body.get("nonce"), request.headers.get("host", ""))
         return Response(compact(begun), media_type=JSON)
@@ -105,7 +116,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIAppli
         *adaptation_routes(supervisor, permitted, changing),
         *monitor_routes(supervisor, permitted, changing),
         *flagged_routes(supervisor.setup.flagged, lambda request: permitted(request, "adapt")),
-        *ui_routes(supervisor, refuse_other_host, keys),
+        *ui_routes(supervisor, access.refuse_other_host, keys),
     ]
     app = Starlette(routes=routes, exception_handlers=handlers)
     return OperatorAuthentication(app, sessions, MOST_BODY)

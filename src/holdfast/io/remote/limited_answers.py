@@ -30,9 +30,11 @@ class LimitedReader(RawIOBase):
         self._sock, self._raw, self._remaining_s, self.left = sock, raw, remaining_s, most
 
     def readable(self) -> bool:
+        """Return that bytes can be read."""
         return True
 
     def readinto(self, buffer: "WriteableBuffer") -> int | None:
+        """Read bytes into a buffer, and return their number."""
         remaining_s = self._remaining_s()
         if remaining_s <= 0:
             raise TimeoutError
@@ -44,6 +46,7 @@ class LimitedReader(RawIOBase):
         return n
 
     def close(self) -> None:
+        """Close the reader of the socket."""
         self._raw.close()
         super().close()
 
