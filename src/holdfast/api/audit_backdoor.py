@@ -1,6 +1,5 @@
 """Opens the model, the data and the controls of `holdfast audit backdoor`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from holdfast.api.references import beside
 from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
 from holdfast.api.verb_settings import AuditBackdoor, composed
 from holdfast.audits.audit import AuditRequest
-from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measured
-from holdfast.audits.backdoor.conclusion import concluded, suspect
+from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measure, measured
+from holdfast.audits.backdoor.conclusion import images_of, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache
 from holdfast.audits.backdoor.inversion import refuse_one_class
-from holdfast.audits.finding import Finding
+from holdfast.audits.finding import Images, Measure
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Linf
@@ -42,9 +42,7 @@ _CONTROL = Standard(training=Training(lr=1e-3, weight_decay=0.0, averaging="none
 """Training of a control: Adam on the cross-entropy, as most networks are trained."""
 
 
-def prepared_backdoor(
-    settings: AuditBackdoor, notify: Notify, command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
+def prepared_backdoor(settings: AuditBackdoor, notify: Notify, command: str) -> tuple[AuditRequest, Measure]:
     """Return the request of the audit, and the function that takes its steps."""
     if settings.controls is not None and settings.train_controls is not None:
         raise UsageError("give controls, or train_controls, and not both", Remedy("train_controls"))
@@ -63,13 +61,6 @@ def prepared_backdoor(
     request = _with_controls(request, settings, model, batch)
     request = replace(request, sizes=_cache(model, data, request))
 
-    def audit(run: Run) -> Finding:
-        with readied(subject, data, device):
-            found = measured(run, model, request, notify)
-        if settings.trigger_out is not None:
-            write_trigger(Path(settings.trigger_out), suspect(found))
-        return concluded(found, model.bounds, model.class_names)
-
     compared = (
         {} if request.controls is None else {"controls": digest(canonical(list(request.controls.digests)))}
     )
@@ -77,22 +68,36 @@ def prepared_backdoor(
     streamed = (
         {} if stream is None else {"stream": {"name": stream.name, "digest": stream.digest, "n": len(stream)}}
     )
-    return (
-        AuditRequest(
-            "backdoor",
-            {"inversion": vars(request.inversion), "train_controls": settings.train_controls},
-            {**subject.card, "digest": subject.digest},
-            {"name": data.name, "digest": data.digest, "n": len(data), **compared, **trained, **streamed},
-            request.steps(),
-            tuple(settings.gates),
-            settings.seed,
-            str(device),
-            command,
-            subject.notes,
-            writes=settings.trigger_out is not None,
-        ),
-        audit,
+    about = AuditRequest(
+        "backdoor",
+        {
+            "inversion": vars(request.inversion),
+            "train_controls": settings.train_controls,
+            "classes": request.classes,
+            "controls": request.n_controls,
+            "stream": stream is not None,
+            "class_names": None if model.class_names is None else list(model.class_names),
+        },
+        {**subject.card, "digest": subject.digest},
+        {"name": data.name, "digest": data.digest, "n": len(data), **compared, **trained, **streamed},
+        request.steps(),
+        tuple(settings.gates),
+        settings.seed,
+        str(device),
+        command,
+        subject.notes,
+        writes=settings.trigger_out is not None,
     )
+
+    def audit(run: Run) -> Images:
+        with readied(subject, data, device):
+            measure(run, model, request, notify)
+        trigger = suspect(measured(StoredSteps(about.manifest(), run.store)))
+        if settings.trigger_out is not None:
+            write_trigger(Path(settings.trigger_out), trigger)
+        return lambda: images_of(batch, trigger, model.bounds)
+
+    return about, audit
 
 
 def _stream(settings: AuditBackdoor, model: Classifier) -> Data:

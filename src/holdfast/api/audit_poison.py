@@ -1,6 +1,5 @@
 """Opens the network and the data of `holdfast audit poison`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +11,18 @@ from holdfast.api.references import beside
 from holdfast.api.resolve import open_expected, open_seeded, open_training_examples
 from holdfast.api.verb_settings import AuditPoison, composed
 from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Finding
-from holdfast.audits.poison.audit import EPOCHS, PoisonRequest, Train, refuse_unscorable, scored, with_trusted
-from holdfast.audits.poison.conclusion import concluded, write_suspects
+from holdfast.audits.finding import Images, Measure
+from holdfast.audits.poison.audit import (
+    EPOCHS,
+    PoisonRequest,
+    Train,
+    measure,
+    refuse_unscorable,
+    scored,
+    with_trusted,
+)
+from holdfast.audits.poison.conclusion import images_of, write_suspects
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -32,9 +40,7 @@ _BATCH, _SMALLEST_BATCH, _UPDATES = 128, 8, 50
 """Largest and smallest batch size, and the number of updates of an epoch that a small set has if possible."""
 
 
-def prepared_poison(
-    settings: AuditPoison, notify: Notify, command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
+def prepared_poison(settings: AuditPoison, notify: Notify, command: str) -> tuple[AuditRequest, Measure]:
     """Return the request of the audit, and the function that takes its steps."""
     subject = open_seeded(settings)
     model = subject.model
@@ -53,29 +59,28 @@ def prepared_poison(
     device = torch.device(device_of(settings.device))
     request = replace(request, batch=request.batch.to(device))
 
-    def audit(run: Run) -> Finding:
+    def audit(run: Run) -> Images:
         with readied(subject, data, device):
-            result = scored(run, request, training(model), notify)
+            measure(run, request, training(model), notify)
+        result = scored(StoredSteps(about.manifest(), run.store))
         if settings.suspects is not None:
             write_suspects(Path(settings.suspects), result)
-        return concluded(result, model.bounds, model.class_names)
+        return lambda: images_of(request.batch, result, model.bounds)
 
-    return (
-        AuditRequest(
-            "poison",
-            {"epochs": EPOCHS},
-            {**subject.card, "digest": subject.digest},
-            {"name": data.name, "digest": data.digest, "n": len(data), **compared},
-            request.steps(),
-            tuple(settings.gates),
-            settings.seed,
-            str(device),
-            command,
-            notes,
-            writes=settings.suspects is not None,
-        ),
-        audit,
+    about = AuditRequest(
+        "poison",
+        {"epochs": EPOCHS, "class_names": None if model.class_names is None else list(model.class_names)},
+        {**subject.card, "digest": subject.digest},
+        {"name": data.name, "digest": data.digest, "n": len(data), **compared},
+        request.steps(),
+        tuple(settings.gates),
+        settings.seed,
+        str(device),
+        command,
+        notes,
+        writes=settings.suspects is not None,
     )
+    return about, audit
 
 
 def training(model: Classifier) -> Train:

@@ -1,6 +1,5 @@
 """Opens what an audit of privacy needs: the model, the examples and the training function."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,18 +9,15 @@ from holdfast.api.audited_trainings import CardTraining, Training, open_any_trai
 from holdfast.api.plans import device_of
 from holdfast.api.verb_settings import AuditPrivacy
 from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Finding
-from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, privacy_finding
+from holdfast.audits.finding import Measure
+from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, measure
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.recipes.dp_sgd import DPSGD
 from holdfast.runs.engine.progress import Notify
-from holdfast.runs.engine.run import Run
 
 
-def prepared_privacy(
-    settings: AuditPrivacy, notify: Notify, command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
+def prepared_privacy(settings: AuditPrivacy, notify: Notify, command: str) -> tuple[AuditRequest, Measure]:
     """Open the model, the data and the training function, and return the request and the function of the audit."""
     if settings.train is None:
         raise UsageError(
@@ -56,7 +52,7 @@ def prepared_privacy(
         (*subject.notes, *split_notes),
     )
     train = partial(trained_like, training, model)
-    return request, lambda run: privacy_finding(run, train, data, model, how)
+    return request, lambda run: measure(run, train, data, model, how)
 
 
 def _claimed(settings: AuditPrivacy, training: Training) -> tuple[float, float]:
