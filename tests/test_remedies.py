@@ -1845,7 +1845,6 @@ situation(
     words=Later(lambda: ("certify", "http://h/v2/models/m", file("one.npz"))),
 )
 situation("an empty head", commanded, words=("rotate", "status", "pool", "--expect-head", ""))
-situation("the head of a run", commanded, words=("verify", "no-run", "--expect-head", "0" * 64))
 situation("nothing to serve", commanded, {"proxy": "http://127.0.0.1:9/x/y"}, words=("serve",))
 situation(
     "no network of a query",
