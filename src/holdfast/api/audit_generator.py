@@ -2,8 +2,8 @@
 examples, and a network whose features are compared.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -18,8 +18,7 @@ from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator, composed
 from holdfast.attacks.parts.small_networks import network_for
-from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Measure
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.generator.audit import GeneratorAudit, measure, parts_of, refuse_incomparable
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import Linf
@@ -53,14 +52,14 @@ class _Source:
     generator: OpenedGenerator | None = None
 
 
-def prepared_generator(
-    settings: AuditGenerator, notify: Notify, command: str
-) -> tuple[AuditRequest, Measure]:
-    """Open the generator and the data, and return the request and the function of the audit."""
+@contextmanager
+def prepared_generator(settings: AuditGenerator, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the generator and the data of an audit, and yield it."""
     if settings.held_out is not None and (tables := tables_of(settings)) is not None:
-        return prepared_tables(settings, tables, command)
-    request, how = opened_audit(settings, notify, command)
-    return request, lambda run: measure(run, how)
+        request, how = prepared_tables(settings, tables, start.command)
+    else:
+        request, how = opened_audit(settings, start.notify, start.command)
+    yield PreparedAudit(request, lambda run: measure(run, how))
 
 
 def opened_audit(

@@ -1,8 +1,9 @@
 """Opens what an audit of membership needs, and runs it: the model, both data sets, and the training of networks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from holdfast.api.plans import device_of
 from holdfast.api.reference_networks import FUNCTION_TOGETHER, TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditMembership, composed
-from holdfast.audits.audit import AuditRequest, AuditResult, audited
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.finding import Images
 from holdfast.audits.membership import rates
 from holdfast.audits.membership.audit import SCORES, SEEDS, SENT, measure, scores_of, steps
@@ -29,7 +30,6 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.assess.executors import executor_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
-from holdfast.runs.engine.progress import Notify, Progress
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.trainable import refuse_untrainable
 
@@ -47,20 +47,13 @@ class _Opened:
     notes: tuple[str, ...]
 
 
-def membership_audited(
-    settings: AuditMembership,
-    folder: Path | None,
-    notify: Notify,
-    command: str,
-    *,
-    resume: bool,
-    progress: Progress,
-) -> AuditResult:
-    """Open the model and the data of an audit of membership, and take its steps."""
+@contextmanager
+def prepared_membership(settings: AuditMembership, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the model and the data of an audit, and yield it with the executor that trains networks."""
     networks = _networks(settings)
     settings.refuse_unusable_cluster(settings.workers, settings.model)
     training = None if settings.train is None else open_any_training(settings.train)
-    with journaled(folder, resume=resume, keep=settings.keep_answers):
+    with journaled(start.folder, resume=start.resume, keep=settings.keep_answers):
         opened = _opened(settings)
         model, device = opened.subject.model, torch.device(device_of(settings.device))
         served = served_by(model)
@@ -77,7 +70,7 @@ def membership_audited(
                 model.classes = model(examples.first(1).x).shape[1]
         how = _how(settings, opened, examples, networks, training)
         _refuse_too_few(settings, how)
-        request = _request(settings, opened, how, training, str(device), command)
+        request = _request(settings, opened, how, training, str(device), start.command)
 
         def audit(run: Run) -> Images:
             attach(served)
@@ -94,10 +87,8 @@ def membership_audited(
         if settings.workers is not None:
             work = work.in_memory()
         options = settings.ray_options(str(device))
-        with executor_of(work, settings.workers, options, str(device), notify) as executor:
-            return audited(
-                request, audit, folder, resume=resume, progress=progress, notify=notify, executor=executor
-            )
+        with executor_of(work, settings.workers, options, str(device), start.notify) as executor:
+            yield PreparedAudit(request, audit, executor)
 
 
 def _how(

@@ -1,5 +1,7 @@
 """Opens the network and the data of `holdfast audit poison`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,8 @@ from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_expected, open_seeded, open_training_examples
 from holdfast.api.verb_settings import AuditPoison, composed
-from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Images, Measure
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
+from holdfast.audits.finding import Images
 from holdfast.audits.poison.audit import (
     EPOCHS,
     PoisonRequest,
@@ -32,7 +34,6 @@ from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.rotation.collecting import last_of, with_fresh_weights
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.trainable import refuse_untrainable
 
@@ -40,8 +41,9 @@ _BATCH, _SMALLEST_BATCH, _UPDATES = 128, 8, 50
 """Largest and smallest batch size, and the number of updates of an epoch that a small set has if possible."""
 
 
-def prepared_poison(settings: AuditPoison, notify: Notify, command: str) -> tuple[AuditRequest, Measure]:
-    """Return the request of the audit, and the function that takes its steps."""
+@contextmanager
+def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the model and the data of an audit, and yield it."""
     subject = open_seeded(settings)
     model = subject.model
     refuse_untrainable(model)
@@ -61,7 +63,7 @@ def prepared_poison(settings: AuditPoison, notify: Notify, command: str) -> tupl
 
     def audit(run: Run) -> Images:
         with readied(subject, data, device):
-            measure(run, request, training(model), notify)
+            measure(run, request, training(model), start.notify)
         result = scored(StoredSteps(about.manifest(), run.store))
         if settings.suspects is not None:
             write_suspects(Path(settings.suspects), result)
@@ -76,11 +78,11 @@ def prepared_poison(settings: AuditPoison, notify: Notify, command: str) -> tupl
         tuple(settings.gates),
         settings.seed,
         str(device),
-        command,
+        start.command,
         notes,
         writes=settings.suspects is not None,
     )
-    return about, audit
+    yield PreparedAudit(about, audit)
 
 
 def training(model: Classifier) -> Train:

@@ -10,8 +10,7 @@ import torch
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator
 from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Measure
-from holdfast.audits.generator.audit import GeneratorAudit, measure, parts_of, refuse_incomparable
+from holdfast.audits.generator.audit import GeneratorAudit, parts_of, refuse_incomparable
 from holdfast.audits.generator.tables import TablePart
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.draws import Draws
@@ -62,8 +61,8 @@ def _file(source: DataSource, usual: str | None) -> TableFile:
 
 def prepared_tables(
     settings: AuditGenerator, opened: OpenedTables, command: str
-) -> tuple[AuditRequest, Measure]:
-    """Return the request and the function of the audit of a synthetic table."""
+) -> tuple[AuditRequest, GeneratorAudit]:
+    """Return the request of the audit of a synthetic table, and what it compares."""
     tables, rng = opened.tables, Draws(settings.seed)
     training, samples, held_out = (_batch(x) for x in tables.encoded(_TRAINING))
     # a random sample, because a file may be sorted
@@ -101,7 +100,7 @@ def prepared_tables(
         "cpu",
         command,
     )
-    return request, lambda run: measure(run, how)
+    return request, how
 
 
 def _batch(x: torch.Tensor) -> Batch:

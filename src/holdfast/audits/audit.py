@@ -120,6 +120,26 @@ class AuditRequest:
         }
 
 
+@dataclass(frozen=True)
+class PreparedAudit:
+    """An audit whose model and data are open."""
+
+    request: AuditRequest
+    measure: Measure
+    executor: Executor | None = None
+    """executor of the stages that are divided into shards; None for this process"""
+
+
+@dataclass(frozen=True)
+class AuditStart:
+    """How the run of an audit begins."""
+
+    folder: Path | None
+    resume: bool
+    notify: Notify
+    command: str
+
+
 @dataclass(frozen=True, repr=False)
 class AuditResult:
     """The result of an audit: its finding, its gates and its reports."""

@@ -88,11 +88,7 @@ def _fault(values: "Tensor", form: Form, sizes: dict[str, int]) -> str:
     import torch
 
     kind = values.dtype
-    if (
-        kind.is_complex
-        or (form.whole and kind.is_floating_point)
-        or (not form.whole and not kind.is_floating_point)
-    ):
+    if kind not in ((torch.bool, torch.int64) if form.whole else (torch.float32, torch.float64)):
         return f"the data type {str(kind).removeprefix('torch.')}"
     if values.dim() < len(form.sizes) or (values.dim() > len(form.sizes) and not form.further):
         return f"the shape {tuple(values.shape)}"
