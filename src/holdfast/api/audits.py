@@ -2,6 +2,7 @@
 an audit from its settings.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def run_audit(
         refuse_used(place, resume=resume)
     with settings.prepared(AuditStart(place, resume, notify, command)) as audit:
         return audited(
-            audit.request,
+            replace(audit.request, examples=settings.examples),
             audit.measure,
             place,
             resume=resume,

@@ -60,6 +60,7 @@ _TOLERANCE = 1e-6
 digits: sums over a million float64 numbers differ by less than 1e-9, and reports show at most six digits."""
 _SMALLEST = 1e-9
 """Difference of equal numbers that are almost 0."""
+_NO_PICTURES = "the run stores no pictures of examples, so that reports show none"
 _OF_VERDICT: Mapping[str, Verdict] = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
 
 
@@ -87,11 +88,20 @@ class AuditRequest:
     """for each shard of the stages that are divided into shards, its first item and the item after its last one"""
     writes: bool = False
     """whether the audit writes a file of its own, from its stored steps if it is finished"""
+    examples: bool = True
+    """whether pictures are stored for the report"""
 
     def manifest(self) -> Json:
         """Return the content of `run.json`, as it is read from there."""
+        hidden = {} if self.examples else {"examples": False}
         config = strict(
-            {"kind": self.kind, "format": FORMAT, "settings": dict(self.settings), "seed": self.seed}
+            {
+                "kind": self.kind,
+                "format": FORMAT,
+                "settings": dict(self.settings),
+                "seed": self.seed,
+                **hidden,
+            }
         )
         content: Json = json.loads(canonical(self._content(config)))
         return content
@@ -108,7 +118,7 @@ class AuditRequest:
             "config": config,
             "model": strict(dict(self.model)),
             "data": strict(dict(self.data)),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *([] if self.examples else [_NO_PICTURES])],
             "versions": versions(),
             "hardware": hardware(torch.device(self.device)),
             "seed": self.seed,
@@ -215,9 +225,9 @@ def audited(
     `folder`, and with `Run.sharded_stage`, whose shards `executor` measures; it returns the images of the pictures.
     Without `folder` nothing is stored.
     """
-    for note in request.notes:
-        notify(note)
     manifest, stages = request.manifest(), (*request.steps, PICTURES, FINDING)
+    for note in manifest["notes"]:
+        notify(note)
     work = Inline() if executor is None else executor
     with ExitStack() as stack:
         if folder is None:
@@ -233,7 +243,7 @@ def audited(
         stored = run.store.document(FINDING)
         if stored is None or request.writes:
             images = measure(run)
-            run.stage(PICTURES, lambda: image_columns(images()))
+            run.stage(PICTURES, lambda: image_columns(images() if request.examples else {}))
         place = Path() if folder is None else folder
         finding = CONCLUSIONS[request.kind](StoredSteps(manifest, run.store, place)).to_json()
         if stored is not None:

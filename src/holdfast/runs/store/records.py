@@ -150,15 +150,12 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def parsed(path: Path, data: bytes) -> dict[str, Any]:
     """Return the JSON object that the bytes of a file contain. Raises `TargetError` for any other content, for an
-    object with a repeated key, for an infinite number, and for half of a surrogate pair, which no output can contain.
+    object with a repeated key, and for infinities and NaN, which strict JSON cannot contain.
     """
     try:
-        text = data.decode("utf-8-sig")
         content = json.loads(
-            text, object_pairs_hook=_without_repeats, parse_constant=_finite, parse_float=_finite
+            data, object_pairs_hook=_without_repeats, parse_float=_finite, parse_constant=_finite
         )
-        if "\\ud" in text.lower():
-            _refuse_surrogates(content)
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is not valid JSON: {error}; restore it from a copy") from error
     if not isinstance(content, dict):
@@ -168,15 +165,8 @@ def parsed(path: Path, data: bytes) -> dict[str, Any]:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:60]} is not a finite number")
+        raise ValueError(f"the number {text[:60]} is not finite")
     return value
-
-
-def _refuse_surrogates(content: object) -> None:
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{error.object[error.start]!r} is half of a surrogate pair") from error
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
