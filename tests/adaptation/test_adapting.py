@@ -12,7 +12,9 @@ import torch
 import holdfast
 from holdfast.adaptation.live_comparison import Counts
 from holdfast.api import adapting
+from holdfast.api.annexes import annex_of
 from holdfast.api.serving import server_setup
+from holdfast.api.stored import verify
 from holdfast.api.verb_settings import Adapt, Calibrate, Serve
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
@@ -158,7 +160,10 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     assert promoted.promoted and not any(line.startswith("harden") for line in lines)
     status = server.status()
     assert status["model"]["digest"] == dict(promoted.steps[-2].facts)["digest"]
-    assert file.read_bytes() == (tmp_path / "run" / "candidate" / "model.safetensors").read_bytes()
+    assert file.read_bytes() == (tmp_path / "run" / "candidate.safetensors").read_bytes()
+    assert verify(tmp_path / "run").complete
+    text = annex_of([tmp_path / "run", folder / "audit"], "aisvs").content["folders"][0]["statement"]
+    assert "has the same 11 steps" in text
     assert [step.step for step in promoted.steps][-3:] == ["canary", "promote", "watch"]
     assert "promoted" in str(promoted) and "promote" in promoted.text()
     assert promoted.write(tmp_path / "report.json").exists()

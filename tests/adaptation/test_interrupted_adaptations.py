@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.api import adapting
 from holdfast.api.verb_settings import Adapt
 
@@ -33,13 +33,15 @@ def run(tmp_path, monkeypatch):
     file.write_bytes(b"old")
     opened = SimpleNamespace(digest="new")
     monkeypatch.setattr(adapting._Adaptation, "_opened", lambda self, path, settings: opened)
-    journal = Journal.opened(folder, "http://a", "s", resume=False)
-    (folder / "candidate").mkdir()
-    (folder / "candidate" / adapting.MODEL).write_bytes(b"new")
-    (folder / "incumbent.safetensors").write_bytes(b"old")
     begun = {"set": "old", "model": str(file), "digest": "old", "settings": {}}
-    adaptation = adapting._Adaptation(Adapt(canary_time="1s"), journal, Server(file), None, lambda text: None)
-    return adaptation, begun, file
+    with open_journal(folder, {"server": "http://a"}, resume=False) as journal:
+        journal.keep("candidate.safetensors", b"new")
+        journal.keep("incumbent.safetensors", b"old")
+        yield (
+            adapting._Adaptation(Adapt(canary_time="1s"), journal, Server(file), None, lambda text: None),
+            begun,
+            file,
+        )
 
 
 def test_settings_of_the_server_that_could_name_code_are_not_used(run, monkeypatch):
@@ -53,20 +55,21 @@ def test_settings_of_the_server_that_could_name_code_are_not_used(run, monkeypat
 
 def test_a_reload_that_fails_puts_the_earlier_file_back(run):
     adaptation, begun, file = run
-    adaptation.journal.add("begin", begun)
+    adaptation.journal.take("begin", lambda: begun)
     assert "could not reload the model: it is damaged" in adaptation._promote()["ends"]
     assert file.read_bytes() == b"old"
 
 
 def test_a_rollback_that_was_interrupted_is_finished(run):
     adaptation, begun, _ = run
-    adaptation.journal.add("begin", begun)
+    adaptation.journal.take("begin", lambda: begun)
     assert "put back" in adaptation._watch()["ends"]  # the file is the earlier one
 
 
 def test_the_guard_accepts_the_served_model_at_every_moment(run, monkeypatch):
     adaptation, begun, file = run
-    adaptation.journal.add("begin", {**begun, "settings": {"guard": str(file.with_name("guard.yaml"))}})
+    begun = {**begun, "settings": {"guard": str(file.with_name("guard.yaml"))}}
+    adaptation.journal.take("begin", lambda: begun)
     live = []
     monkeypatch.setattr(adapting, "candidate_calibrations", lambda settings: ("both", "alone"))
     monkeypatch.setattr(

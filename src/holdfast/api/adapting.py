@@ -6,7 +6,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from holdfast.adaptation.adapted import Adapted, facts_text
 from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
-from holdfast.adaptation.journal import Journal, Outcome
+from holdfast.adaptation.journal import HARDENING, Journal, concluded, open_journal
 from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import Screened, disagreeing, screened
 from holdfast.api import adapting_pools
@@ -46,10 +46,10 @@ from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore
 from holdfast.runs.engine.resuming import way_out
-from holdfast.runs.harden.hardened import MODEL, Hardened
+from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harness import Target
 from holdfast.runs.store.files import private, write_atomically
-from holdfast.runs.store.locking import locked
+from holdfast.runs.store.records import read_chain
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InputSpace, ModelSource
@@ -69,7 +69,7 @@ _TRUSTED, _SCREENED = 2000, 2000
 _TESTED = 10_000
 """largest number of test examples on which clean accuracies are compared"""
 _BATCH = 256
-_INCUMBENT = "incumbent.safetensors"
+_INCUMBENT, _CANDIDATE = "incumbent.safetensors", "candidate.safetensors"
 _OPENING = ({*ModelSource.model_fields, *InputSpace.model_fields} | {"guard"}) - {"trust_code"}
 """settings that are taken from the server; others, such as data, could name code"""
 
@@ -80,10 +80,6 @@ class _NotReloaded(TargetError):
 
 class _Ended(Exception):
     """The run ends here."""
-
-    def __init__(self, outcome: Outcome, reason: str) -> None:
-        super().__init__(reason)
-        self.outcome, self.reason = outcome, reason
 
 
 def adapted(
@@ -106,16 +102,14 @@ def adapted(
     for gate in settings.gates:
         parse(gate)
     port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
-    identity = digest(canonical(canonical_settings(settings)))
-    place = new_folder("adapt", identity) if folder is None else Path(folder)
-    journal = Journal.opened(place, settings.server, identity, resume=resume)
-    in_use = f"another process takes the steps of the adaptation in {str(place)!r}; wait until it has ended"
-    with locked(place / ".lock", 0.0, in_use=in_use):
-        if journal.outcome is None:
+    config = {**canonical_settings(settings), "server": settings.server}
+    place = new_folder("adapt", digest(canonical(config))) if folder is None else Path(folder)
+    with open_journal(place, config, resume=resume) as journal:
+        if journal.stored().outcome is None:
             run = _Adaptation(settings, journal, port, progress, notify)
             with _signs_of_life(port, journal.run):
                 run.finish()
-    return Adapted.of(journal)
+        return Adapted.of(journal.stored())
 
 
 @contextmanager
@@ -156,23 +150,20 @@ class _Adaptation:
 
     def finish(self) -> None:
         """Take all steps that are left, and note how the run ended."""
-        try:
+        if taken := self.journal.stored().steps:  # the run may have been killed before it sent the last one
+            self._send(taken[-1].step, taken[-1].facts)
+        with suppress(_Ended):
             self._once("begin", self._begin)
             for step, function in self._steps():
                 self._once(step, function)
-            outcome: Outcome = "promoted"
-            reason = ""
-        except _Ended as end:
-            outcome, reason = end.outcome, end.reason
+        outcome, reason = concluded(self.journal.stored().steps) or ("", "")
         if outcome != "promoted":
             self._restore_guard()
         if self._pool is not None:
             self._pool.drop()
-            shutil.rmtree(
-                self.journal.folder / "harden", ignore_errors=True
-            )  # contains weights as plain text
-        self.journal.end(outcome, reason)
-        self.port.post("/adaptation", self._body("end", {"outcome": outcome, "reason": reason}))
+            shutil.rmtree(self._hardening_folder, ignore_errors=True)  # contains weights as plain text
+        self._send("end", {"outcome": outcome, "reason": reason})
+        self.journal.end()
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], Json]]]:
         """The steps after the first one."""
@@ -199,17 +190,17 @@ class _Adaptation:
 
     def _once(self, step: str, function: Callable[[], Json]) -> None:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
-        facts = self.journal.facts(step)
-        if facts is None:
-            facts = strict(function())  # the server refuses NaN
-            self.journal.add(step, facts)
-            self.port.post("/adaptation", self._body(step, facts))
+        taken = self.journal.facts(step) is not None
+        facts = self.journal.take(step, lambda: strict(function()))  # the server refuses NaN
+        if not taken:
+            self._send(step, facts)
             self.notify(f"{step}: {facts_text(facts)}")
-        if reason := facts.get("ends"):
-            raise _Ended("rolled back" if step == "watch" else "not promoted", str(reason))
+        if facts.get("ends"):
+            raise _Ended
 
-    def _body(self, step: str, facts: Mapping[str, Any]) -> Json:
-        return {"run": self.journal.run, "step": step, "facts": facts}
+    def _send(self, step: str, facts: Mapping[str, Any]) -> None:
+        """Let the server record a step in its audit chain."""
+        self.port.post("/adaptation", {"run": self.journal.run, "step": step, "facts": facts})
 
     # --- the server and its model
 
@@ -248,8 +239,7 @@ class _Adaptation:
                 f"the server names the code {code} as the architecture, and code is run only if you allow it: set "
                 "trust_code if you trust that file"
             )
-        copy = self.journal.folder / _INCUMBENT
-        write_atomically(copy, file.read_bytes())
+        copy = self.journal.keep(_INCUMBENT, file.read_bytes())
         served = status["model"]["digest"]
         if self._opened(copy, settings).digest != served:
             raise TargetError(
@@ -284,7 +274,7 @@ class _Adaptation:
 
     @property
     def _candidate_file(self) -> Path:
-        return self.journal.folder / "candidate" / MODEL
+        return self.journal.folder / _CANDIDATE
 
     @cached_property
     def _candidate(self) -> Subject:
@@ -404,10 +394,15 @@ class _Adaptation:
 
     # --- training, assessment and gates
 
+    @property
+    def _hardening_folder(self) -> Path:
+        """The folder of the hardening. That of a pool is deleted at the end, and is therefore not in the chain."""
+        return self.journal.folder / (HARDENING if self._pool is None else "training")
+
     def _hardened(self) -> Hardened:
         if self._result is None:
-            folder = self.journal.folder / "harden"
-            with nullcontext() if self._pool is None else private():  # the weights of a set are secret
+            folder = self._hardening_folder
+            with private():  # it contains weights
                 self._result = hardened(
                     self._harden_settings,
                     folder,
@@ -422,10 +417,12 @@ class _Adaptation:
 
     def _harden(self) -> Json:
         result = self._hardened()
+        facts = {"recipe": result.card["recipe"], "verdict": result.verdict}
         if self._pool is not None:
-            return {"recipe": result.card["recipe"], "verdict": result.verdict}
-        result.write(self._candidate_file.parent)
-        return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
+            return facts
+        self.journal.keep(_CANDIDATE, result.weights)
+        chain = read_chain(self._hardening_folder, repair=False)
+        return {**facts, "digest": self._candidate.digest, "chain": chain.head}
 
     def _assess(self) -> Json:
         result = self._hardened()
@@ -537,7 +534,7 @@ class _Adaptation:
                         "ends": "the operator rejected the candidate",
                     }
                 case None:  # also after a restart of the server, which then knows no runs
-                    self.port.post("/adaptation", self._body("approval", {"gates": gates.get("gates", [])}))
+                    self._send("approval", {"gates": gates.get("gates", [])})
             time.sleep(_POLL_S)
 
     # --- canary and promotion
