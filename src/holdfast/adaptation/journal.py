@@ -241,7 +241,8 @@ def _refuse_other_hardening(folder: Path, steps: Sequence[Step]) -> None:
 
 def _former(folder: Path, *remedies: Remedy) -> TargetError:
     return TargetError(
-        f"{str(folder / FORMER)!r} is the journal of an adaptation in format 1, which has no chain. This version neither "
-        "resumes nor shows it: end an unfinished run with the version that wrote it. A finished one is no evidence",
+        f"{str(folder / FORMER)!r} is the journal of an adaptation in format 1, which has no chain. This version "
+        "neither resumes nor shows it: end an unfinished run with the version that wrote it. A finished one is no "
+        "evidence",
         *remedies,
     )

@@ -1,32 +1,35 @@
 """Adapts the model of a running server: the steps behind `holdfast adapt`."""
 
-import io
 import shutil
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.adaptation.adapted import Adapted, facts_text
 from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
 from holdfast.adaptation.journal import HARDENING, Journal, concluded, open_journal
-from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import Screened, disagreeing, screened
 from holdfast.api import adapting_pools
 from holdfast.api.adapting_pools import AdaptedPool
 from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
-from holdfast.api.guard_opening import calibration_path, input_storage
+from holdfast.api.guard_opening import (
+    calibration_path,
+    guard_pipeline,
+    input_storage,
+    settings_without_queries,
+    stored_calibration,
+)
 from holdfast.api.hardening import hardened
+from holdfast.api.live_pairs import LivePairs, Side
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
@@ -38,6 +41,7 @@ from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
 from holdfast.guard.calibration import read_calibration, write_calibration
+from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
@@ -182,11 +186,11 @@ class _Adaptation:
             yield "promote", self._promote
             yield "watch", self._watch
             return
-        yield "measure", lambda: pool.measure(port)
+        yield "measure", lambda: pool.measure(self._live_pairs())
         again = way_out("", self.journal.folder)
         yield "admit", lambda: pool.admit(self.progress, self.notify, again)
         yield "promote", lambda: self._monitor_restarted(pool.promote(port))
-        yield "watch", lambda: pool.watch(port, self.journal.facts("measure") or {})
+        yield "watch", lambda: pool.watch(self._live_pairs(), port)
 
     def _once(self, step: str, function: Callable[[], Json]) -> None:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
@@ -469,51 +473,34 @@ class _Adaptation:
 
     def _shadow(self) -> Json:
         """Compare the candidate with the served model on a sample of the live inputs, which no client sees."""
-        try:
-            content = self.port.read("/samples")
-        except Refusal as refusal:
-            return {"samples": 0, "reason": refusal.reason}
-        x, served, y = self._samples(content)
-        if not len(x):
-            return {"samples": 0}
-        with self._target(self._candidate) as target:
-            logits = _outputs(target, x)
-        facts: Json = {
-            "samples": len(x),
-            "equal_predictions": float((logits.argmax(1) == served.argmax(1)).double().mean()),
-        }
-        if not bool(logits.isfinite().all()):
-            facts["ends"] = "the candidate returns NaN or infinite scores for live inputs"
-        labelled = y >= 0
-        if bool(labelled.any()):
-            right = [(each.argmax(1) == y)[labelled] for each in (logits, served)]
-            difference = paired_difference(right[0], right[1])
-            facts |= {
-                "labelled": int(labelled.sum()),
-                "accuracy_served": float(right[1].double().mean()),
-                "accuracy_candidate": float(right[0].double().mean()),
-            }
-            if difference.high < 0:
-                facts.setdefault(
-                    "ends", "the candidate classifies fewer live inputs correctly than the served model"
-                )
-        return facts
+        pairs = self._live_pairs(guarded=False)
+        return pairs.compared(pairs.sample())
 
-    def _samples(self, content: bytes) -> tuple[Tensor, Tensor, Labels]:
-        """Return the inputs, the scores and the classes (-1 if unknown) in an answer of the server. They are not
-        compressed, so that they are not larger than the answer.
-        """
-        try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise ValueError("it is compressed")
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                x, logits, y = (torch.from_numpy(arrays[name]) for name in ("x", "logits", "y"))
-                return x, logits, y
-        except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
-            raise TargetError(
-                f"{self.port.url}/samples did not answer with samples ({error}); give the URL of your server"
-            ) from error
+    def _live_pairs(self, *, guarded: bool = True) -> LivePairs:
+        """The comparison of the candidate with the served model on live inputs, with the guard if it is `guarded`."""
+        name = self._candidate.digest[: len(self._begun["set"])]
+        candidate, served = (
+            Side(partial(self._target, subject), partial(self._guard_for, stored) if guarded else None)
+            for subject, stored in (
+                (self._candidate, "candidate.calibration.json"),
+                (self._incumbent, "guard.calibration.json"),
+            )
+        )
+        shape = tuple(self._tested.x.shape[1:])
+        return LivePairs(self.port, self._status, shape, candidate, served, name)
+
+    def _guard_for(self, stored: str) -> GuardPipeline | None:
+        """The guard without its query detector, with a calibration in the run folder, or its own if that is missing."""
+        path = self._guard_of(self._begun["settings"])
+        if path is None:
+            return None
+        settings = settings_without_queries(read_guard_settings(path))
+        own = [self.journal.folder / name for name in (stored, "guard.calibration.json")]
+        place = next((each for each in own if each.exists()), None)
+        calibration = (
+            stored_calibration(read_guard_settings(path), path) if place is None else read_calibration(place)
+        )
+        return replace(guard_pipeline(settings, None, calibration), outputs="logit")
 
     def _approval(self) -> Json:
         """Wait until the operator approves the candidate, if this is required."""
@@ -551,25 +538,26 @@ class _Adaptation:
         }
         self.port.post("/canary", body)
         until = time.monotonic() + _PATIENCE_S
-        while (state := self._status()["canary"])["state"] == "starting":
+        while self._status()["canary"]["state"] == "starting":
             if time.monotonic() > until:
                 return {"ends": f"the canary was not ready within {_PATIENCE_S:g} s"}
             time.sleep(_POLL_S)
-        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
-        fault = ""
-        while not fault and time.monotonic() < until:
-            status = self._status()
+
+        def ended(status: Json) -> str:
             state = status["canary"]
-            if state["state"] != "serving":
-                fault = f"the canary ended: {state['reason'] or state['state']}"
-            else:
-                fault = failures(*self._sets(status))
-            time.sleep(_POLL_S)
-        status = self._status()
-        fault = fault or regression(*self._sets(status))
-        facts = self._counts(status)
+            return (
+                ""
+                if state["state"] == "serving"
+                else f"the canary ended: {state['reason'] or state['state']}"
+            )
+
+        facts = self._live_pairs().watched(self._canary_s, ended)
         self._end_canary()
-        return {**facts, "ends": f"as a canary, {fault}"} if fault else facts
+        return {**facts, "ends": f"as a canary, {facts['ends']}"} if "ends" in facts else facts
+
+    @property
+    def _canary_s(self) -> float:
+        return seconds(self.settings.canary_time, "canary_time")
 
     def _end_canary(self) -> None:
         until = time.monotonic() + _PATIENCE_S
@@ -580,19 +568,6 @@ class _Adaptation:
                 )
             self.port.delete("/canary")
             time.sleep(_POLL_S)
-
-    def _sets(self, status: Json) -> tuple[Counts, Counts]:
-        sets, digits = status["sets"], len(self._begun["set"])
-        return Counts.of(sets, self._candidate.digest[:digits]), Counts.of(sets, self._begun["set"])
-
-    def _counts(self, status: Json) -> Json:
-        candidate, served = self._sets(status)
-        return {
-            "requests_candidate": candidate.requests,
-            "requests_served": served.requests,
-            "flagged_candidate": candidate.flagged,
-            "flagged_served": served.flagged,
-        }
 
     def _promote(self) -> Json:
         """Replace the file of the served model, and wait until all workers serve it."""
@@ -627,20 +602,15 @@ class _Adaptation:
         if self._served_file.read_bytes() == (self.journal.folder / _INCUMBENT).read_bytes():
             self._put_back()  # the run was killed while it did so
             return {"ends": "the earlier model was put back after the promotion"}
-        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
-        fault = ""
-        while not fault and time.monotonic() < until:
-            status = self._status()
+
+        def replaced(status: Json) -> str:
             self._refuse_changed(status)
-            if self._serves_incumbent(status):
-                fault = "the earlier model was put back"
-            fault = fault or failures(*self._sets(status))
-            time.sleep(_POLL_S)
-        status = self._status()
-        facts = self._counts(status)
-        if fault := fault or regression(*self._sets(status)):
+            return "the earlier model was put back" if self._serves_incumbent(status) else ""
+
+        facts = self._live_pairs().watched(self._canary_s, replaced)
+        if "ends" in facts:
             self._put_back()
-            return {**facts, "ends": f"after the promotion, {fault}"}
+            return {**facts, "ends": f"after the promotion, {facts['ends']}"}
         return facts
 
     def _put_back(self) -> None:
