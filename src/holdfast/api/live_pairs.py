@@ -33,7 +33,7 @@ _NAMED = 5
 _FORMS: Mapping[str, tuple[str, int]] = {
     "x": ("f", 2), "y": ("i", 1), "principal": ("U", 1), "age": ("f", 1), "set": ("U", 1), "failed": ("b", 1),
 }  # fmt: skip
-"""for each array of an answer, its kind of values and its least number of dimensions"""
+"""for each array of an answer, its kind of values and its number of dimensions, which for inputs is the least one"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,8 @@ def read_samples(content: bytes, shape: Sequence[int], url: str) -> Samples:
         n = len(found["x"])
         for name, (kind, dims) in _FORMS.items():
             values = found[name]
-            if values.dtype.kind != kind or values.ndim < dims or len(values) != n:
+            odd = values.ndim != dims and name != "x"
+            if values.dtype.kind != kind or odd or values.ndim < dims or len(values) != n:
                 raise ValueError(f"{name} has {values.dtype} values of the shape {values.shape}")
             if kind == "f" and not np.isfinite(values).all():
                 raise ValueError(f"{name} is not finite")
