@@ -61,6 +61,7 @@ ROWS = {
     "query-patterns": "query_patterns",
     "monitor": "monitor",
     "adapt": "adapt",
+    "canary-clients": "canary_clients",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",
