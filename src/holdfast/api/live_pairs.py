@@ -110,7 +110,8 @@ class _Answers:
 
     predicted: "np.ndarray[Any, np.dtype[np.int64]]"
     failed: Mask
-    flagged: Mask
+    flagged: Mask | None
+    """None without a guard"""
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,15 @@ class Side:
             inputs = x if guard is None or guard.defence is None else guard.defence(x)
             logits = _logits(target, inputs)
             right = logits.isfinite().all(1)
-            flagged = torch.zeros(len(x), dtype=torch.bool)
-            if guard is not None:
+            flagged = None if guard is None else torch.zeros(len(x), dtype=torch.bool)
+            if guard is not None and flagged is not None:
                 for rows in torch.split(right.nonzero().flatten(), _BATCH):
                     seen = guard.observation(inputs[rows], logits[rows], network=target.logits)
                     for name, scores in guard.detected(seen).items():
                         flagged[rows] |= scores > guard.rules[name].threshold
-        return _Answers(logits.argmax(1).numpy(), ~right.numpy(), flagged.numpy())
+        return _Answers(
+            logits.argmax(1).numpy(), ~right.numpy(), None if flagged is None else flagged.numpy()
+        )
 
 
 def _logits(target: Target, x: Tensor) -> Tensor:
@@ -208,11 +211,17 @@ class LivePairs:
         facts["equal_predictions"] = float((candidate.predicted == served.predicted).mean())
         faults, notes = self._failing(samples, candidate, served, few=samples.few)
         sound = ~(candidate.failed | served.failed)
+        labelled = sound & (samples.y >= 0)
         wrong = [each.predicted != samples.y for each in (candidate, served)]
-        for kind, text, rows, ours, theirs in (
-            ("flagged", "the guard flagged {} of {} inputs", sound, candidate.flagged, served.flagged),
-            ("wrong", "it misclassified {} of {} labelled inputs", sound & (samples.y >= 0), *wrong),
-        ):
+        compare = (
+            {"wrong": ("it misclassified {} of {} labelled inputs", labelled, *wrong)}
+            if labelled.any()
+            else {}
+        )
+        if candidate.flagged is not None and served.flagged is not None:
+            flags = candidate.flagged, served.flagged
+            compare = {"flagged": ("the guard flagged {} of {} inputs", sound, *flags), **compare}
+        for kind, (text, rows, ours, theirs) in compare.items():
             found = compared(_at(samples.principals, rows), ours[rows], theirs[rows])
             facts |= {f"{kind}_candidate": found.candidate, f"{kind}_served": found.served}
             shown = f"{text.format(found.candidate, found.n)}, and for the served model {found.served}"
@@ -220,7 +229,7 @@ class LivePairs:
                 faults.append(shown)
             elif found.alone:
                 notes.append(f"{shown}; clearly more only those of {_clients(found.alone)}")
-        facts["labelled"] = int((sound & (samples.y >= 0)).sum())
+        facts["labelled"] = int(labelled.sum())
         return facts | ({"notes": notes} if notes else {}) | ({"ends": "; ".join(faults)} if faults else {})
 
     def _failing(
