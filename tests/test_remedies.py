@@ -917,8 +917,8 @@ def backdoor_audited(controls=None, train_controls=None):
     return prepared_backdoor(settings, ignore, "")
 
 
-def explained(index=None):
-    holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index)
+def explained(index=None, **settings):
+    holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index, **settings)
 
 
 def short_control_training(train_controls="1s"):
@@ -943,6 +943,7 @@ VALUES: dict[str, Any] = {
 }
 
 situation("a row number beyond the data", explained, index=50)
+situation("an example that is not shown", explained, index=3, examples=False)
 
 # arguments of the Python functions
 for misspelt, function, more in (
@@ -989,6 +990,7 @@ situation("certify of the smallest change", planned, threat="linf:0.1", suite="m
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
 situation("a budget without adaptive attacks", planned, adaptive_budget=100)
+situation("all adversarial examples and none", planned, save_adversarial=True, examples=False)
 situation("no eps", planned, threat="l2")
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")

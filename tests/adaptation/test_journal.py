@@ -130,8 +130,7 @@ def rewritten(folder, name, content, *, record=True):
         ("verdict", {"verdict_of": "adapt", "outcome": "good", "reason": ""}, True, "has another format"),
         ("gates", ENDED, True, "up to the one that ends the run"),
         ("gates", {"ends": 3}, True, "is no text"),
-        ("gates", b'{"x": 1e999}', True, "does not write"),
-        ("gates", b'{"x": "\\ud800"}', True, "does not write"),
+        ("gates", b'{"x": 1e999}', True, "is not finite"),
         ("gates", b"[]", True, "an object was expected"),
         ("harden", {"chain": "0" * 64}, True, "is not the run whose chain"),
     ],
@@ -147,7 +146,7 @@ def test_changed_steps_are_refused(copy, name, content, record, reason):
 def test_odd_times_are_refused(copy):
     for times in ('{"canary": NaN}', '{"canary": 1e300}', '{"canary": "x"}', "[]"):
         (copy / "about.json").write_text(f'{{"times": {times}}}')
-        with pytest.raises(TargetError, match="has another format"):
+        with pytest.raises(TargetError, match="has another format|is not finite"):
             read_adaptation(copy)
     (copy / "about.json").unlink()
     assert read_adaptation(copy).steps[0].time == 0

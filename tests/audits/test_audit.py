@@ -1,6 +1,7 @@
 """The run of an audit: its folder, its reports and its gates."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import holdfast
 from holdfast.audits.audit import AuditRequest, audited, is_audit, open_audit
 from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.cli.app import run as command
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.gates.judging import EXIT_CODES
 
 REQUEST = AuditRequest(
@@ -42,6 +43,19 @@ def finding(run, verdict="flagged"):
 def test_the_gate_passes_only_if_nothing_is_flagged(verdict, judged):
     result = audited(REQUEST, lambda run: finding(run, verdict))
     assert result.verdict == verdict and result.exit_code == EXIT_CODES[judged]
+
+
+def test_an_audit_without_examples_stores_no_picture(tmp_path):
+    run = tmp_path / "one"
+    result = audited(replace(REQUEST, examples=False), finding, run)
+    usual = audited(REQUEST, finding)
+    for content in (result.content, open_audit(run).content):
+        assert content["pictures"] == [] and "stores no pictures" in content["notes"][-1]
+        assert content["verdict"] == usual.content["verdict"] and content["facts"] == usual.content["facts"]
+    assert usual.content["pictures"] and "data:image" not in result.write(tmp_path / "a.html").read_text()
+    assert not any(b"data:image" in path.read_bytes() for path in run.iterdir())
+    with pytest.raises(UsageError, match="examples: false"):
+        audited(REQUEST, finding, run, resume=True)
 
 
 def test_a_killed_audit_continues_after_its_stored_steps(tmp_path):

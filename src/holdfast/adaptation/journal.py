@@ -20,7 +20,7 @@ from holdfast.core.errors import TargetError
 from holdfast.core.remedies import OTHER_FOLDER, Remedy
 from holdfast.runs.engine.identity import code_digest, versions
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.files import MANIFEST, private
+from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
     RunFolder,
     open_run_folder,
@@ -107,9 +107,8 @@ class Journal:
         return content
 
     def keep(self, name: str, content: bytes) -> Path:
-        """Store a file, such as a copy of weights, which only its owner may read, and return its path."""
-        with private():
-            self._store.keep(Path(name).stem, name, content)
+        """Store a file, such as a copy of weights, and return its path."""
+        self._store.keep(Path(name).stem, name, content)
         return self.folder / name
 
     def end(self) -> None:
@@ -141,7 +140,7 @@ def open_journal(folder: Path, config: Mapping[str, Any], *, resume: bool) -> It
         "config": dict(config),
         "versions": versions(),
     }
-    with open_run_folder(folder, manifest, about_run(""), resume=resume, secret=True) as store:
+    with open_run_folder(folder, manifest, about_run(""), resume=resume) as store:
         yield Journal(store)
 
 
@@ -210,13 +209,6 @@ def _adaptation(folder: Path, manifest: Mapping[str, Any], chain: Chain) -> Adap
 def _facts(folder: Path, chain: Chain, step: str) -> Mapping[str, Any]:
     facts = recorded_document(folder, chain, step)
     assert facts is not None, "it is in the chain"
-    try:
-        json.dumps(facts, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # infinity, or half of a surrogate pair
-        raise TargetError(
-            f"{str(folder / f'{step}.json')!r} has values that this version does not write ({error}); restore it from "
-            "a copy"
-        ) from error
     if "ends" in facts and not isinstance(facts["ends"], str):
         raise TargetError(
             f"{str(folder / f'{step}.json')!r} has a reason of the end that is no text; restore it"

@@ -52,7 +52,7 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import private, write_atomically
+from holdfast.runs.store.files import PRIVATE, mode_of, write_atomically
 from holdfast.runs.store.records import read_chain
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
@@ -251,7 +251,7 @@ class _Adaptation:
             )
         guard = self._guard_of(settings)
         if guard is not None and (place := calibration_path(read_guard_settings(guard), guard)).exists():
-            shutil.copyfile(place, self.journal.folder / "guard.calibration.json")
+            write_atomically(self.journal.folder / "guard.calibration.json", place.read_bytes())
         return {"set": status["model"]["set"], "model": str(file), "digest": served, "settings": settings}
 
     @staticmethod
@@ -406,17 +406,16 @@ class _Adaptation:
     def _hardened(self) -> Hardened:
         if self._result is None:
             folder = self._hardening_folder
-            with private():  # it contains weights
-                self._result = hardened(
-                    self._harden_settings,
-                    folder,
-                    resume=folder.exists(),
-                    command="",
-                    notify=self.notify,
-                    held_out=None if self._pool is None else self._pool.common.held_out,
-                    progress=self.progress,
-                    detail=ignore,
-                )
+            self._result = hardened(
+                self._harden_settings,
+                folder,
+                resume=folder.exists(),
+                command="",
+                notify=self.notify,
+                held_out=None if self._pool is None else self._pool.common.held_out,
+                progress=self.progress,
+                detail=ignore,
+            )
         return self._result
 
     def _harden(self) -> Json:
@@ -620,7 +619,7 @@ class _Adaptation:
 
     def _serve(self, file: Path, model: str) -> None:
         """Replace the file of the served model by another one, and wait until all workers serve it."""
-        write_atomically(self._served_file, file.read_bytes())
+        write_atomically(self._served_file, file.read_bytes(), mode_of(self._served_file))
         until, requested = time.monotonic() + _PATIENCE_S, False
         while True:
             status = self._status()
@@ -652,7 +651,7 @@ class _Adaptation:
         found = candidate_calibrations(composed(Calibrate, self.settings).model_copy(update=own))
         if found is not None:
             both, alone = found
-            write_calibration(alone, self.journal.folder / "candidate.calibration.json")
+            write_calibration(alone, self.journal.folder / "candidate.calibration.json", PRIVATE)
             write_candidate(guard, both)
 
     def _restore_guard(self) -> None:
@@ -661,7 +660,7 @@ class _Adaptation:
         before = self.journal.folder / "guard.calibration.json"
         if guard is not None and before.exists():
             place = calibration_path(read_guard_settings(guard), guard)
-            write_atomically(place, before.read_bytes())
+            write_atomically(place, before.read_bytes(), mode_of(place))
 
 
 def _opening(settings: Mapping[str, Any]) -> Json:

@@ -241,6 +241,7 @@ def _request(
         command,
         opened.notes,
         how.shards,
+        examples=settings.examples,
     )
 
 

@@ -2,6 +2,7 @@
 an audit from its settings.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,4 +168,5 @@ def run_audit(
 
         assert isinstance(settings, AuditPoison)
         request, audit = prepared_poison(settings, notify, command)
+    request = replace(request, examples=settings.examples)
     return audited(request, audit, place, resume=resume, progress=progress, notify=notify)

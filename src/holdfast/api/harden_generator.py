@@ -23,7 +23,7 @@ from holdfast.io.models.weights import written
 from holdfast.recipes.training.robust_gan import RobustLosses
 from holdfast.runs.engine.progress import Notify, Progress
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.files import write_atomically
+from holdfast.runs.store.files import BY_UMASK, write_atomically
 from holdfast.runs.store.folder import refuse_used
 from holdfast.settings.grammar import is_folder, seconds
 
@@ -50,7 +50,7 @@ class HardenedGenerator(AuditResult):
         else:
             assert net is not None
             content = written(net, {})
-        write_atomically(place / FILE, content)
+        write_atomically(place / FILE, content, BY_UMASK)
         for name in ("card.json", "card.md"):
             self.write(place / name)
         return place / FILE
@@ -98,6 +98,7 @@ def hardened_generator(
         settings={**request.settings, "recipe": recipe, "budget_s": budget},
         steps=work.steps,
         gates=tuple(settings.gates),
+        examples=settings.examples,
         writes=True,  # the trained generator is read from the stored steps
     )
     trained: list[GAN] = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -43,6 +43,7 @@ Json = dict[str, Any]
 
 FINDING = "finding"
 """Name of the document with the finding of an audit."""
+_NO_PICTURES = "the run stores no pictures of examples, so that reports show none"
 _OF_VERDICT: Mapping[str, Verdict] = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
 
 
@@ -70,10 +71,13 @@ class AuditRequest:
     """for each shard of the stages that are divided into shards, its first item and the item after its last one"""
     writes: bool = False
     """whether the audit writes a file of its own, from its stored steps if it is finished"""
+    examples: bool = True
+    """whether pictures are stored for the report"""
 
     def manifest(self) -> Json:
         """Return the content of `run.json`."""
-        config = strict({"kind": self.kind, "settings": dict(self.settings), "seed": self.seed})
+        hidden = {} if self.examples else {"examples": False}
+        config = strict({"kind": self.kind, "settings": dict(self.settings), "seed": self.seed, **hidden})
         return {
             "verb": "audit",
             "digests": {
@@ -85,7 +89,7 @@ class AuditRequest:
             "config": config,
             "model": strict(dict(self.model)),
             "data": strict(dict(self.data)),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *([] if self.examples else [_NO_PICTURES])],
             "versions": versions(),
             "hardware": hardware(torch.device(self.device)),
             "seed": self.seed,
@@ -171,9 +175,9 @@ def audited(
     `audit` takes its slow steps with `Run.stage`, `Run.step` and `Run.document`, so that a stopped audit is resumed in
     its `folder`, and with `Run.sharded_stage`, whose shards `executor` measures. Without `folder` nothing is stored.
     """
-    for note in request.notes:
-        notify(note)
     manifest, stages = request.manifest(), (*request.steps, FINDING)
+    for note in manifest["notes"]:
+        notify(note)
     work = Inline() if executor is None else executor
     with ExitStack() as stack:
         if folder is None:
@@ -188,10 +192,15 @@ def audited(
             about = read_about(folder)
         if request.writes and run.store.document(FINDING) is not None:
             audit(run)
-        finding = run.document(FINDING, lambda: audit(run).to_json())
+        finding = run.document(FINDING, lambda: _stored(audit(run), request).to_json())
         gates = judged(request.kind, finding, request.gates)
         run.record(VERDICT, {"verdict_of": "audit", "gates": gates})
     return AuditResult(_content(manifest, about, finding, gates), folder)
+
+
+def _stored(finding: Finding, request: AuditRequest) -> Finding:
+    """The finding without pictures if no examples are to be stored."""
+    return finding if request.examples else replace(finding, pictures=())
 
 
 def judged(kind: str, finding: Mapping[str, Any], gates: Sequence[str]) -> list[Json]:

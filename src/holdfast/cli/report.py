@@ -73,7 +73,7 @@ def _annex(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], sta
     if "-" in output:
         click.echo(found.to_json(), nl=False)
     elif not voice.quiet:
-        click.echo("\n".join(map(line, str(found).split("\n"))))
+        click.echo(str(found))
     for name in output:
         if name != "-":
             voice.say(f"report: {found.write(name)}")

@@ -31,6 +31,7 @@ from holdfast.core.types import Inputs, PerExample
 from holdfast.io.models.weights import written
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
+from holdfast.runs.store.files import make_private, write_atomically
 
 CLEAN = 2000
 """Number of clean examples of the audit, at most: 5 % of the training examples of most data sets."""
@@ -154,17 +155,15 @@ class _Steps:
         """Train the controls that are not in the folder of the training yet."""
         epochs = self.run.document("training", lambda: {"epochs": epochs_within(training)})["epochs"]
         folder = training.folder / f"{epochs}-epochs"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         for place in range(MIN_CONTROLS):
             path = folder / f"control-{place:02}.safetensors"
             if path.exists():
                 continue
             self.notify(f"training control {place + 1} of {MIN_CONTROLS}, {epochs} epochs each")
-            part = path.with_suffix(".part")
             net = training.train(place, epochs).net
             assert isinstance(net, torch.nn.Module)
-            part.write_bytes(written(net, {}))
-            part.replace(path)
+            write_atomically(path, written(net, {}))
         return Controls.of_folder(folder)
 
     def accuracies(self, controls: Controls | None) -> Mapping[str, Any]:

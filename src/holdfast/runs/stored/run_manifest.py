@@ -137,6 +137,7 @@ def harden_manifest(
             "seed": request.seed,
             **_functions(request),
             **({"train_only": list(request.train_only)} if request.train_only else {}),
+            **_without_examples(request.assessment.plan),
             **_groups_identity(test),
         }
     )
@@ -180,6 +181,7 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         **outline_to_json(plan.outline(target.classes)),
         "full": plan.full,
         "keep_adversarial": plan.keep_adversarial,
+        **_without_examples(plan),
         "doubts": plan.doubts,
         "batch_size": request.batch_size,
         "shard_size": request.shard_size,
@@ -191,6 +193,10 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
         **({} if plan.trials is None else {"trials": plan.trials.identity}),
     }
+
+
+def _without_examples(plan: Plan) -> dict[str, bool]:
+    return {} if plan.shown else {"examples": False}
 
 
 def _sampled(request: AssessRequest) -> dict[str, bool]:
@@ -241,7 +247,8 @@ def _notes(
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
-    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
+    hidden = () if plan.shown else ("the run stores no examples, so that reports show none",)
+    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide, *hidden]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:
