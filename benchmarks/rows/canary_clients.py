@@ -59,22 +59,22 @@ rules: {energy: {action: flag}}
 
 def measured() -> Outcome:
     table: list[Cells] = []
-    wrong = {"promoted": 0, "refused": 0}
+    wrong = {"promotions": 0, "refusals": 0}
     for case, (worse, other) in SIMULATED.items():
         found = [_simulated(worse, other, n, seed) for n in CLIENTS for seed in range(RUNS)]
-        wrong["promoted" if worse else "refused"] += sum(each is not worse for each in found)
+        wrong["promotions" if worse else "refusals"] += sum(each is not worse for each in found)
         table.append({"case": f"simulated: {case}", "runs": len(found), "worse": sum(found),
                       "expected": "worse" if worse else "not worse"})  # fmt: skip
     detail: Cells = {}
     for case, (worse, attack) in SERVERS.items():
-        ended = _served(worse, attack)
-        wrong["promoted" if worse else "refused"] += (ended.outcome == "promoted") is worse
+        ended, sent = _served(worse, attack)
+        wrong["promotions" if worse else "refusals"] += (ended.outcome == "promoted") is worse
         detail[case] = {
             step.step: dict(step.facts) for step in ended.steps if step.step in ("canary", "watch")
         }
         table.append({"case": f"server: {case}", "runs": 1, "worse": int(ended.outcome != "promoted"),
-                      "expected": "worse" if worse else "not worse"})  # fmt: skip
-    claims = [Claim(f"wrong: {name} <= 0", n, 0) for name, n in wrong.items()]
+                      "expected": "worse" if worse else "not worse", "requests of the other client": sent})  # fmt: skip
+    claims = [Claim(f"wrong {name} <= 0", n, 0) for name, n in wrong.items()]
     config: Cells = {
         "runs": RUNS, "honest clients": list(CLIENTS), "inputs of each": INPUTS, "inputs of the other one": FLOOD,
         "flagged shares": [USUAL, WORSE], "network": "mnist-cnn", "tilted class": TILTED, "factor": FACTOR,
@@ -257,9 +257,9 @@ SERVERS = {
 }
 
 
-def _served(worse: bool, attack: str) -> Adaptation:
-    """The end of an adaptation of a server, whose honest clients send images of the tilted class if the candidate is to
-    be worse for them.
+def _served(worse: bool, attack: str) -> tuple[Adaptation, int]:
+    """The end of an adaptation of a server, and the number of requests of its attacker. The honest clients
+    send images of the tilted class if the candidate is to be worse for them.
     """
     with tempfile.TemporaryDirectory(prefix="holdfast-canary-") as place:
         folder = Path(place)
@@ -277,7 +277,8 @@ def _served(worse: bool, attack: str) -> Adaptation:
                 for k, part in enumerate(torch.tensor_split(honest[: 200 * HONEST], HONEST))
             ]
             clients.append(_attacker(server, attack, x, y))
-            return _while_sending(clients, lambda: _ended(settings, folder / "run"))
+            ended = _while_sending(clients, lambda: _ended(settings, folder / "run"))
+            return ended, clients[-1].sent
 
 
 def _while_sending(clients: Sequence[_Requests], ended: Callable[[], Adaptation]) -> Adaptation:
