@@ -62,6 +62,7 @@ ROWS = {
     "monitor": "monitor",
     "adapt": "adapt",
     "canary-clients": "canary_clients",
+    "odd-servers": "odd_servers",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",

@@ -51,6 +51,7 @@ from holdfast.api.verb_settings import (
     check_settings,
 )
 from holdfast.attacks import PGD
+from holdfast.audits.audit import AuditStart
 from holdfast.audits.backdoor.audit import ControlTraining, epochs_within
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
@@ -914,7 +915,8 @@ def backdoor_audited(controls=None, train_controls=None):
     settings = AuditBackdoor(
         model=LINEAR, data=member_examples(40, 0), controls=controls, train_controls=train_controls
     )
-    return prepared_backdoor(settings, ignore, "")
+    with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
+        return audit
 
 
 def explained(index=None, **settings):
@@ -1847,7 +1849,6 @@ situation(
     words=Later(lambda: ("certify", "http://h/v2/models/m", file("one.npz"))),
 )
 situation("an empty head", commanded, words=("rotate", "status", "pool", "--expect-head", ""))
-situation("the head of a run", commanded, words=("verify", "no-run", "--expect-head", "0" * 64))
 situation("nothing to serve", commanded, {"proxy": "http://127.0.0.1:9/x/y"}, words=("serve",))
 situation(
     "no network of a query",

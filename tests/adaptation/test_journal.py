@@ -40,7 +40,7 @@ def recorded(folder, adaptation, *, skip="", other=None, approved=True):
     for step in adaptation.steps:
         if step.step == "approved":
             server.took(adaptation.run, "approval", {"gates": []})
-            server.approve(adaptation.run, approved, "operator")
+            server.approve(adaptation.run, approved, by="operator")
         if step.step != skip:
             server.took(adaptation.run, step.step, (other or {}).get(step.step, step.facts))
     server.took(adaptation.run, "end", {"outcome": adaptation.outcome, "reason": adaptation.reason})

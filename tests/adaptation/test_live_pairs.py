@@ -3,6 +3,7 @@
 import io
 import zipfile
 from contextlib import nullcontext
+from itertools import count, repeat
 
 import numpy as np
 import pytest
@@ -53,7 +54,17 @@ def side(function, threshold=None):
     return Side(lambda: nullcontext(Model(function)), lambda: guard)
 
 
-def pairs(candidate, served, *answers):
+STATUS = {
+    "workers": [],
+    "model": {"set": "old", "digest": "old", "reload": "none", "reason": ""},
+    "canary": {"state": "serving", "reason": ""},
+}
+
+
+ALWAYS = repeat(0)
+
+
+def pairs(candidate, served, *answers, failures=ALWAYS):
     """The comparison of two models on a server that gives these answers, the last one again and again."""
     waiting = list(answers)
 
@@ -63,8 +74,10 @@ def pairs(candidate, served, *answers):
         def read(self, path):
             return npz(**(waiting.pop(0) if len(waiting) > 1 else waiting[0]))
 
-    status = {"sets": {"new": {"model_failures": 0, "refused": 4}}}
-    return LivePairs(Port(), lambda: status, SHAPE, candidate, served, "new")
+        def get(self, path):
+            return {**STATUS, "sets": {"new": {"model_failures": next(failures), "refused": 4}}}
+
+    return LivePairs(Port(), "model", SHAPE, candidate, served, "new")
 
 
 def sure(x):
@@ -160,9 +173,7 @@ def test_a_time_of_watching_ends_with_a_fault(monkeypatch):
     old = pairs(side(sure), side(sure), arrays(CLIENTS, age=np.full(120, 1e4)))
     assert old.watched(0.05, lambda status: "")["pairs"] == 0, "they were sent before"
     x = crafted(1, 0, 0)
-    failing = pairs(side(nan), side(sure), arrays(CLIENTS, x, failed=x[:, 0] > 0))
-    counts = iter(range(100))
-    failing.status = lambda: {"sets": {"new": {"model_failures": next(counts)}}}
+    failing = pairs(side(nan), side(sure), arrays(CLIENTS, x, failed=x[:, 0] > 0), failures=count())
     assert "fails on 40 of 40" in failing.watched(60, lambda status: "")["ends"]
 
 

@@ -81,7 +81,7 @@ def of_run(folder):
 
 
 def of_audit():
-    result = AuditResult(filled(audited(REQUEST, finding).content))
+    result = AuditResult(filled(audited(REQUEST, measure).content))
     return {"terminal": f"{result.text()}\n{result}"}, (".html", ".json", ".md", ".xml"), result.write
 
 
@@ -123,21 +123,34 @@ ABOUT = {"name": "a", "digest": "0" * 64}
 REQUEST = AuditRequest("backdoor", {"a": "b"}, ABOUT, ABOUT, ("scores",), ("no-backdoor",), notes=("a note",))
 
 
-def finding(run):
+def measure(run):
     run.stage("scores", lambda: {"id": torch.arange(3)})
+    return lambda: {"picture": torch.rand(1, 1, 8, 8)}
+
+
+def concluded(steps):
+    """A finding with another text in all of its places."""
     return Finding(
         "flagged",
-        "a headline",
-        ("a reason",),
-        {"fact": "a fact"},
+        TEXT,
+        (TEXT,),
+        {TEXT: TEXT, "fact": TEXT},
         tables=(
-            Table("a table", ("x", "y"), [("x", 1.5)], "a note"),
-            Table("another one", ("x", "y"), [("x", "y")], texts=True),
+            Table(TEXT, (TEXT, TEXT), [(TEXT, 1.5)], TEXT),
+            Table(TEXT, (TEXT, TEXT), [(TEXT, TEXT)], texts=True),
         ),
-        pictures=(Picture("a picture", torch.rand(1, 1, 8, 8), ("a caption",)),),
-        curves=(Curve("a curve", "x", "y", [("a line", [(0.1, 0.2), (1.0, 1.0)])], 0.01, "a note"),),
-        limits=("a limit",),
+        pictures=steps.pictures([Picture("picture", TEXT, (TEXT,))]),
+        curves=(Curve(TEXT, TEXT, TEXT, [(TEXT, [(0.1, 0.2), (1.0, 1.0)])], 0.01, TEXT),),
+        limits=(TEXT,),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def conclusion():
+    """An audit of one stage, whose finding consists of other texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": concluded})
+        yield
 
 
 _SHARE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
@@ -188,9 +201,6 @@ def _free(content):
     ):
         if key in content:
             content[key] = filled(content[key])
-    for key in ("reasons", "facts", "tables", "pictures", "curves"):
-        if key in content:
-            content[key] = filled(content[key])
     for key in ("model", "data"):
         if key in content:
             content[key]["name"] = TEXT
@@ -201,9 +211,9 @@ def strangers(tmp_path_factory):
     """A folder with a run, a hardening, an audit and an adaptation of a stranger."""
     root = tmp_path_factory.mktemp("strangers") / "runs"
     shutil.copytree(stored.assessment(), root / "run")
-    audited(REQUEST, finding, root / "audit")
+    audited(REQUEST, measure, root / "audit")
     for place in (root / "run", root / "audit"):
-        for name in ("run.json", "finding.json", "doubts.json"):
+        for name in ("run.json", "doubts.json"):
             if (place / name).is_file():
                 rewritten(place, name, _free)
         (place / "about.json").write_text(json.dumps({"created": TEXT}))

@@ -98,14 +98,16 @@ def test_files_of_an_earlier_version_become_private_when_they_are_written_again(
     assert mode(run / "chain.jsonl") == 0o600
 
 
-def test_audits_are_their_owners_alone(tmp_path):
+def test_audits_are_their_owners_alone(tmp_path, monkeypatch):
     about = {"name": "a", "digest": "0" * 64}
 
-    def finding(run):
+    def measure(run):
         run.stage("scores", lambda: SHARD)
-        return Finding("unclear", "nothing was measured")
+        return lambda: {"a": torch.rand(1, 1, 8, 8)}
 
-    audited(AuditRequest("poison", {}, about, about, ("scores",)), finding, tmp_path / "a")
+    unclear = {"poison": lambda steps: Finding("unclear", "nothing was measured")}
+    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", unclear)
+    audited(AuditRequest("poison", {}, about, about, ("scores",)), measure, tmp_path / "a")
     assert not open_to_others(tmp_path / "a")
 
 

@@ -20,7 +20,7 @@ from holdfast.core.errors import TargetError
 from holdfast.core.remedies import OTHER_FOLDER, Remedy
 from holdfast.runs.engine.identity import code_digest, versions
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.files import MANIFEST
+from holdfast.runs.store.files import MANIFEST, content_of
 from holdfast.runs.store.folder import (
     RunFolder,
     open_run_folder,
@@ -110,6 +110,11 @@ class Journal:
         """Store a file, such as a copy of weights, and return its path."""
         self._store.keep(Path(name).stem, name, content)
         return self.folder / name
+
+    def keep_written(self, name: str) -> None:
+        """Record a file that was written to the folder, if there is one."""
+        if (self.folder / name).is_file():
+            self.keep(name, content_of(self.folder / name))
 
     def end(self) -> None:
         """Store the outcome that follows from the steps."""

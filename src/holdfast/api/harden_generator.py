@@ -10,8 +10,8 @@ from holdfast.api.audit_generator import opened_audit
 from holdfast.api.recipe_building import built
 from holdfast.api.verb_settings import AuditGenerator, Harden
 from holdfast.audits.audit import AuditResult, audited
-from holdfast.audits.finding import Finding
-from holdfast.audits.generator.hardening import GeneratorHardening, hardening_finding, trainable
+from holdfast.audits.finding import Images
+from holdfast.audits.generator.hardening import GeneratorHardening, measure, trainable
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
@@ -103,10 +103,10 @@ def hardened_generator(
     )
     trained: list[GAN] = []
 
-    def audit(run: Run) -> Finding:
-        finding, new = hardening_finding(run, work)
+    def audit(run: Run) -> Images:
+        images, new = measure(run, work)
         trained.append(new)
-        return finding
+        return images
 
     result = audited(request, audit, place, resume=resume, progress=progress, notify=notify)
     return HardenedGenerator(result.content, result.folder, trained[-1])

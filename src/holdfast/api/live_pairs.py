@@ -11,13 +11,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.adaptation.paired_comparison import FEW, Mask, compared
+from holdfast.adaptation.server_state import ServerState, server_state
 from holdfast.core.errors import TargetError
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.remote.operator_port import Json, OperatorPort
@@ -162,27 +163,31 @@ class LivePairs:
     """Comparison of the candidate with the served model on sampled inputs."""
 
     port: OperatorPort
-    status: Callable[[], Json]
+    of: Literal["model", "pool"]
+    """what the server serves"""
     shape: Sequence[int]
     candidate: Side
     served: Side
     name: str
     """name of the set of the candidate"""
 
+    def _status(self) -> ServerState:
+        return server_state(self.port, self.of)
+
     def sample(self) -> Samples:
         """Return the inputs that the server has sampled."""
         return read_samples(self.port.read("/samples"), self.shape, self.port.url)
 
-    def watched(self, duration_s: float, fault_of: Callable[[Json], str]) -> Json:
+    def watched(self, duration_s: float, fault_of: Callable[[ServerState], str]) -> Json:
         """Compare both models on the inputs of the next seconds, and return the facts, with why the candidate is worse
         as `ends`. `fault_of` returns from the state of the server why the time is over earlier.
 
         Failures of the model are looked at at once, because clients see them.
         """
-        status = self.status()
+        status = self._status()
         begun, refused, seen, fault = time.monotonic(), self._refused(status), self._failures(status), ""
         while not fault and time.monotonic() < begun + duration_s:
-            status = self.status()
+            status = self._status()
             fault = fault_of(status)
             if not fault and (failures := self._failures(status)) > seen:
                 seen = failures
@@ -190,14 +195,14 @@ class LivePairs:
                 fault = "; ".join(self._failing(sample.at(sample.failed), few=sample.few)[0])
             time.sleep(_POLL_S)
         facts = self.compared(self.sample().newer(time.monotonic() - begun))
-        facts["refused"] = max(0, self._refused(self.status()) - refused)
+        facts["refused"] = max(0, self._refused(self._status()) - refused)
         return {**facts, "ends": fault} if fault else facts
 
-    def _failures(self, status: Json) -> int:
+    def _failures(self, status: ServerState) -> int:
         return int(status["sets"].get(self.name, {}).get("model_failures", 0))
 
     @staticmethod
-    def _refused(status: Json) -> int:
+    def _refused(status: ServerState) -> int:
         return int(sum(counts.get("refused", 0) for counts in status["sets"].values()))
 
     def compared(self, samples: Samples) -> Json:

@@ -11,6 +11,11 @@ from holdfast.reports.words import VERDICTS, TextTable, capitalized
 AUDIT_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
 
+NOT_COMPUTED_AGAIN = (
+    "The pictures are stored with the audit. When it is opened, everything else in this report is computed again from "
+    "the stored measurements; of the pictures only the digest is compared."
+)
+"""sentence of reports with pictures"""
 _TONES = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
 """Tone of the page for each verdict."""
 

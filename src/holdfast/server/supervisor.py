@@ -94,6 +94,8 @@ class ServerSetup:
     """host names under which the requests of the operator are answered"""
     flagged: FlaggedInputs | None = None
     """the inputs that the guard stores; None if it stores none"""
+    single_operator: bool = False
+    """whether a run of `holdfast adapt` may be approved with the key that posted it"""
     drain_delay_s: float | None = None
     """seconds between the announcement that the server drains and the close of its socket; None for 5 s if its
     readiness is probed, and otherwise none"""
@@ -128,7 +130,12 @@ class Supervisor:
             begin_worker=self._start_worker,
         )
         key = setup.worker.audit_key
-        self.adaptations = Adaptations(self._record, key.pseudonym if key else str)
+        self.adaptations = Adaptations(
+            self._record,
+            key.pseudonym if key else str,
+            keys=setup.worker.keys,
+            single_operator=setup.single_operator,
+        )
         self.sampled = CollectedSamples((key or AuditKey(secrets.token_bytes(32))).pseudonym)
         self.live = (
             None
@@ -147,13 +154,11 @@ class Supervisor:
             Path(setup.settings.get("model", "")).suffix,
             lambda: self._reloading.version,
         )
-        self._begin_s, self._last_loss = 0.0, ""
+        self._begin_s, self._refusing_s, self._last_loss = 0.0, 0.0, ""
         self._reasons: Mapping[str, str] = {}
-        self._refusing_s = 0.0
-        self._stepped_s = self._recorded_s = time.monotonic()
+        self._stepped_s = self._recorded_s = self._answered_s = time.monotonic()
         self._owed_workers = 0
         self._stand_in: StandIn | None = None
-        self._answered_s = time.monotonic()
         self._started = self._stopping = self._hung_up = False
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
@@ -593,8 +598,11 @@ class Supervisor:
 
     # --- state for the operator
 
-    def status(self) -> dict[str, Any]:
-        """Return the state of the server for its operator."""
+    def status(self, *, detailed: bool = True) -> dict[str, Any]:
+        """Return the state of the server for its operator; without the settings of the model unless it is
+        `detailed`.
+        """
+        settings = {"settings": dict(self.setup.settings)} if detailed else {}
         not_ready = self.not_ready()
         state: dict[str, Any] = {
             "ready": not not_ready,
@@ -613,8 +621,8 @@ class Supervisor:
             "draining": self._stopping,
         }
         if self._swaps is not None:
-            state["pool"] = {**self._swaps.status(), "settings": dict(self.setup.settings)}
+            state["pool"] = {**self._swaps.status(), **settings}
         else:
-            state["model"] = {**self._reloading.status(), "settings": dict(self.setup.settings)}
+            state["model"] = {**self._reloading.status(), **settings}
             state["canary"] = self.canary.status()
         return {**state, "sets": self.canary.sets()}
