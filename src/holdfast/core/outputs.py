@@ -2,7 +2,9 @@
 probabilities, for all classes or as one number for each example.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -23,6 +25,22 @@ LOGIT = Remedy("model_output", "logit", function="open_model")
 
 _ROUNDING = 1e-4
 """tolerance of probabilities outside [0, 1]; the error of a softmax in half precision is smaller"""
+
+
+_with_values = ContextVar("_with_values", default=True)
+"""whether outputs have values, which are then checked"""
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Context manager in which the range of probabilities is not checked, because operations are recorded on outputs
+    without values. Call the model before it, so that its outputs are checked once.
+    """
+    token = _with_values.set(False)
+    try:
+        yield
+    finally:
+        _with_values.reset(token)
 
 
 @runtime_checkable
@@ -108,7 +126,7 @@ def of_classes(outputs: Tensor, kind: OutputKind | None = None) -> Logits:
     several probabilities are their logarithms, where smaller probabilities are replaced by the smallest normal number.
     Raises `TargetError` for a probability outside [0, 1].
     """
-    if kind == "probability":
+    if kind == "probability" and _with_values.get():
         _refuse_no_probabilities(outputs)
     if not is_single(outputs):
         return _log(outputs) if kind == "probability" else outputs
