@@ -290,9 +290,18 @@ def _adaptive(
         raise UsageError(
             f"adaptive attacks need an eps, and {why}",
             Remedy("adaptive"),
-            Remedy("threat", "linf:8/255", also=(Remedy("suite", DEFAULT_SUITE),)),
+            _within_eps(threat),
         )
     return adaptive_members(threat.constraint)
+
+
+def _within_eps(threat: ThreatModel) -> Remedy:
+    """Return the choice of a suite under a finite eps: that of the threat if it has one."""
+    searching = Remedy("suite", DEFAULT_SUITE if threat.gives("gradients") else "black-box")
+    if threat.constraint.is_ball and threat.constraint.eps < float("inf"):
+        return searching
+    norm = threat.constraint.name if threat.constraint.name in _USUAL else "linf"
+    return Remedy("threat", threat.with_change(f"{norm}:{_USUAL[norm]}"), also=(searching,))
 
 
 def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool) -> None:
@@ -303,7 +312,7 @@ def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool)
         raise UsageError(
             f"{settings.threat} has no eps, which means the smallest change",
             *searched,
-            Remedy("threat", f"{norm}:{_USUAL[norm]}"),
+            Remedy("threat", threat.with_change(f"{norm}:{_USUAL[norm]}")),
         )
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,12 +53,15 @@ class _HasLogits(Protocol):
 
 def logits_of(outputs: object, *, in_training: bool = False) -> object:
     """Return the logits among the outputs of a network: the attribute or the entry `logits`, or the outputs themselves.
+    An array of numpy becomes a tensor.
 
     In training mode, the logits are the first element of a tuple, whose others are those of auxiliary classifiers, as
     in GoogLeNet and Inception v3.
     """
     if isinstance(outputs, Tensor):
         return outputs
+    if isinstance(outputs, np.ndarray):
+        return torch.tensor(outputs)
     if isinstance(outputs, _HasLogits):
         return outputs.logits
     if isinstance(outputs, Mapping) and "logits" in outputs:

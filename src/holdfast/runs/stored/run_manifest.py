@@ -14,6 +14,7 @@ from holdfast.core.goal import Goal
 from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
+from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
@@ -241,7 +242,9 @@ def _notes(
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
-    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
+    climbing = any(member.attack.needs == "gradients" for member in plan.members)
+    cut = (NO_GRADIENT,) if subject.model.cut and climbing else ()
+    return [*subject.notes, *cut, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:
