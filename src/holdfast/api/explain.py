@@ -17,7 +17,7 @@ from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
-from holdfast.api.verb_settings import Assess, Certify, Explain, composed
+from holdfast.api.verb_settings import Assess, Certify, Explain, check_settings, composed
 from holdfast.attacks.parts.expectation import MeanView, averaged_views
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
@@ -153,8 +153,15 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
     if settings.model_fields_set.isdisjoint(("n", "sample")):
         key = "sample" if manifest["data"].get("sampled") else "n"
         update |= {key: manifest["data"]["n"], "seed": settings.seed or manifest["seed"]}
+    opening = {
+        key: v for key, v in manifest.get("opening", {}).items() if key not in settings.model_fields_set
+    }
     if given_as_model:
+        if isinstance(opening.get("arch"), str) and names_code(opening["arch"]):
+            del opening["arch"]  # a run folder may come from someone else, so that no code is run by it
         update["model"] = _address(manifest, str(folder))
+    of_run = check_settings(opening, str(folder), kind=Explain)
+    update |= {key: getattr(of_run, key) for key in opening}
     if settings.data is None:
         update["data"] = str(manifest["data"]["name"])
     return settings.model_copy(update=update), run

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from holdfast.api.reading_settings import opening_settings
 from holdfast.api.verb_settings import Assess, Certify, Harden
 from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
@@ -104,6 +105,7 @@ def assess_request(
         device=on_device,
         sampled=settings.sample is not None,
         command=command,
+        opening=opening_settings(settings),
     )
 
 

@@ -70,6 +70,7 @@ def assess_manifest(
         "hardware": hardware(torch.device(request.device)),
         "seed": plan.seed,
         "plan": work_of(len(data), request, plan, shape, served=served, stored=stored),
+        **({"opening": dict(request.opening)} if request.opening else {}),
     }
 
 
@@ -156,6 +157,7 @@ def harden_manifest(
         "hardware": machine,
         "seed": request.seed,
         "plan": dict(plan),
+        **({"opening": dict(request.assessment.opening)} if request.assessment.opening else {}),
     }
 
 
