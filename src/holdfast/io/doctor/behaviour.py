@@ -97,8 +97,9 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
         yield Finding(
             "accuracy",
             "warning",
-            f"{text}, no better than always predicting the majority class ({compared.majority:.1%})",
-            "check that the data belong to the model",
+            f"{text}, no better than always predicting the majority class ({compared.majority:.1%}): the "
+            f"{examined.logits.shape[1]} outputs do not look like logits or probabilities of the labels",
+            "check that the data belong to the model, and that it is a classifier whose outputs are scores of classes",
             remedies=(checked_order(names),) if names else (),
         )
     else:
