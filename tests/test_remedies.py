@@ -51,6 +51,7 @@ from holdfast.api.verb_settings import (
     check_settings,
 )
 from holdfast.attacks import PGD
+from holdfast.audits.audit import AuditStart
 from holdfast.audits.backdoor.audit import ControlTraining, epochs_within
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
@@ -925,11 +926,12 @@ def backdoor_audited(controls=None, train_controls=None):
     settings = AuditBackdoor(
         model=LINEAR, data=member_examples(40, 0), controls=controls, train_controls=train_controls
     )
-    return prepared_backdoor(settings, ignore, "")
+    with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
+        return audit
 
 
-def explained(index=None):
-    holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index)
+def explained(index=None, **settings):
+    holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index, **settings)
 
 
 def short_control_training(train_controls="1s"):
@@ -954,6 +956,7 @@ VALUES: dict[str, Any] = {
 }
 
 situation("a row number beyond the data", explained, index=50)
+situation("an example that is not shown", explained, index=3, examples=False)
 
 # arguments of the Python functions
 for misspelt, function, more in (
@@ -1000,6 +1003,7 @@ situation("certify of the smallest change", planned, threat="linf:0.1", suite="m
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
 situation("a budget without adaptive attacks", planned, adaptive_budget=100)
+situation("all adversarial examples and none", planned, save_adversarial=True, examples=False)
 situation("no eps", planned, threat="l2")
 situation("no eps with scores", planned, threat="l2,access=scores,queries=9")
 situation("certify scores without eps", planned, threat="linf,access=scores,queries=9", certify=True)
@@ -1862,7 +1866,6 @@ situation(
     words=Later(lambda: ("certify", "http://h/v2/models/m", file("one.npz"))),
 )
 situation("an empty head", commanded, words=("rotate", "status", "pool", "--expect-head", ""))
-situation("the head of a run", commanded, words=("verify", "no-run", "--expect-head", "0" * 64))
 situation("nothing to serve", commanded, {"proxy": "http://127.0.0.1:9/x/y"}, words=("serve",))
 situation(
     "no network of a query",

@@ -70,7 +70,7 @@ def test_the_guard_accepts_the_served_model_at_every_moment(run, monkeypatch):
     live = []
     monkeypatch.setattr(adapting, "candidate_calibrations", lambda settings: ("both", "alone"))
     monkeypatch.setattr(
-        adapting, "write_calibration", lambda content, path: path.write_text(content), raising=False
+        adapting, "write_calibration", lambda content, path, mode: path.write_text(content), raising=False
     )
     monkeypatch.setattr(adapting, "read_guard_settings", lambda guard: None)
     monkeypatch.setattr(adapting, "calibration_path", lambda settings, guard: file)

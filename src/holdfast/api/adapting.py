@@ -6,7 +6,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,7 +48,7 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import MODEL, Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import private, write_atomically
+from holdfast.runs.store.files import PRIVATE, mode_of, write_atomically
 from holdfast.runs.store.locking import locked
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
@@ -257,7 +257,7 @@ class _Adaptation:
             )
         guard = self._guard_of(settings)
         if guard is not None and (place := calibration_path(read_guard_settings(guard), guard)).exists():
-            shutil.copyfile(place, self.journal.folder / "guard.calibration.json")
+            write_atomically(self.journal.folder / "guard.calibration.json", place.read_bytes())
         return {"set": status["model"]["set"], "model": str(file), "digest": served, "settings": settings}
 
     @staticmethod
@@ -407,24 +407,23 @@ class _Adaptation:
     def _hardened(self) -> Hardened:
         if self._result is None:
             folder = self.journal.folder / "harden"
-            with nullcontext() if self._pool is None else private():  # the weights of a set are secret
-                self._result = hardened(
-                    self._harden_settings,
-                    folder,
-                    resume=folder.exists(),
-                    command="",
-                    notify=self.notify,
-                    held_out=None if self._pool is None else self._pool.common.held_out,
-                    progress=self.progress,
-                    detail=ignore,
-                )
+            self._result = hardened(
+                self._harden_settings,
+                folder,
+                resume=folder.exists(),
+                command="",
+                notify=self.notify,
+                held_out=None if self._pool is None else self._pool.common.held_out,
+                progress=self.progress,
+                detail=ignore,
+            )
         return self._result
 
     def _harden(self) -> Json:
         result = self._hardened()
         if self._pool is not None:
             return {"recipe": result.card["recipe"], "verdict": result.verdict}
-        result.write(self._candidate_file.parent)
+        result.write(self._candidate_file.parent, private=True)
         return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
 
     def _assess(self) -> Json:
@@ -653,7 +652,7 @@ class _Adaptation:
 
     def _serve(self, file: Path, model: str) -> None:
         """Replace the file of the served model by another one, and wait until all workers serve it."""
-        write_atomically(self._served_file, file.read_bytes())
+        write_atomically(self._served_file, file.read_bytes(), mode_of(self._served_file))
         until, requested = time.monotonic() + _PATIENCE_S, False
         while True:
             status = self._status()
@@ -685,7 +684,7 @@ class _Adaptation:
         found = candidate_calibrations(composed(Calibrate, self.settings).model_copy(update=own))
         if found is not None:
             both, alone = found
-            write_calibration(alone, self.journal.folder / "candidate.calibration.json")
+            write_calibration(alone, self.journal.folder / "candidate.calibration.json", PRIVATE)
             write_candidate(guard, both)
 
     def _restore_guard(self) -> None:
@@ -694,7 +693,7 @@ class _Adaptation:
         before = self.journal.folder / "guard.calibration.json"
         if guard is not None and before.exists():
             place = calibration_path(read_guard_settings(guard), guard)
-            write_atomically(place, before.read_bytes())
+            write_atomically(place, before.read_bytes(), mode_of(place))
 
 
 def _opening(settings: Mapping[str, Any]) -> Json:

@@ -218,6 +218,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         curve=(Member(*curve(threat.constraint)),) if settings.curve and not smallest else (),
         full=settings.full or corrupting,
         keep_adversarial=settings.save_adversarial,
+        shown=settings.examples,
         doubts=probing if settings.doubts else "none",
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
         adaptive_budget=BUDGET if settings.adaptive_budget is None else settings.adaptive_budget,

@@ -1,6 +1,5 @@
 """`holdfast monitor URL`: what the monitor of a running server has found, over the operator's port."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +10,11 @@ import click
 
 from holdfast.cli.options import Voice
 from holdfast.core.errors import UsageError
+from holdfast.core.names import line
 from holdfast.io.remote.operator_port import Json, OperatorPort, read_key
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.reports import monitoring as reported
+from holdfast.reports.numbers import json_text, strict
 from holdfast.reports.write import MONITORING_SUFFIXES, write_monitoring
 from holdfast.settings.label_files import read_labels
 
@@ -60,10 +61,10 @@ def watch_server(
     port = OperatorPort(url, None if key_file is None else read_key(key_file))
     if labels is not None:
         _send(voice, port, labels)
-    state = port.get("/monitor")
+    state = strict(port.get("/monitor"))
     seen = _tests_with_alarm(state)
     if "-" in output:
-        click.echo(json.dumps(state))
+        click.echo(json_text(state), nl=False)
     elif not voice.quiet:
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(reported.tables(state, colour=colour, width=voice.console().width))
@@ -77,10 +78,12 @@ def watch_server(
     try:
         while not once:
             time.sleep(_POLL_S)
-            state = port.get("/monitor")
+            state = strict(port.get("/monitor"))
             now = _tests_with_alarm(state)
             for name in now.keys() - seen.keys():
-                click.echo(f"alarm of {name} after {now[name]['after']:,} samples, on {now[name]['signal']}")
+                click.echo(
+                    line(f"alarm of {name} after {now[name]['after']:,} samples, on {now[name]['signal']}")
+                )
             seen, alarmed = now, alarmed or bool(state["alarmed"])
     except KeyboardInterrupt:
         pass

@@ -139,6 +139,7 @@ def harden_manifest(
             "seed": request.seed,
             **_functions(request),
             **({"train_only": list(request.train_only)} if request.train_only else {}),
+            **_without_examples(request.assessment.plan),
             **_groups_identity(test),
         }
     )
@@ -183,6 +184,7 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         **outline_to_json(plan.outline(target.classes)),
         "full": plan.full,
         "keep_adversarial": plan.keep_adversarial,
+        **_without_examples(plan),
         "doubts": plan.doubts,
         "batch_size": request.batch_size,
         "shard_size": request.shard_size,
@@ -194,6 +196,10 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
         **({} if plan.trials is None else {"trials": plan.trials.identity}),
     }
+
+
+def _without_examples(plan: Plan) -> dict[str, bool]:
+    return {} if plan.shown else {"examples": False}
 
 
 def _sampled(request: AssessRequest) -> dict[str, bool]:
@@ -246,7 +252,9 @@ def _notes(
     ]
     climbing = any(member.attack.needs == "gradients" for member in plan.members)
     cut = (NO_GRADIENT,) if subject.model.cut and climbing else ()
-    return [*subject.notes, *cut, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
+    hidden = () if plan.shown else ("the run stores no examples, so that reports show none",)
+    notes = (*getattr(data, "notes", ()), *target.notes, *small, *wide, *hidden)
+    return [*subject.notes, *cut, *surrogates, *notes]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:
