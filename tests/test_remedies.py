@@ -1002,6 +1002,7 @@ situation(
 situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
+situation("adaptive without eps", planned, threat="l2", suite="minimum-norm", adaptive=True)
 situation("a budget without adaptive attacks", planned, adaptive_budget=100)
 situation("all adversarial examples and none", planned, save_adversarial=True, examples=False)
 situation("no eps", planned, threat="l2")
