@@ -37,7 +37,6 @@ from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, compose
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
@@ -112,8 +111,7 @@ def adapted(
     if settings.key_file is None and is_public(urlsplit(settings.server).hostname or "localhost"):
         raise UsageError(
             f"{settings.server} is not an address of this machine, and a server there must prove that it is yours; "
-            "start it with --keys, and give a file with a key of the scope adapt",
-            Remedy("key_file", Placeholder("FILE")),
+            "start it with --keys, and give a file with a key of the scope adapt as the key file"
         )
     port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
     config = {**canonical_settings(settings), "server": settings.server}
