@@ -71,15 +71,16 @@ def run(tmp_path_factory):
     return folder
 
 
-def _audit(folder):
+def _audit(folder, monkeypatch):
     about = {"name": "other-net", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
     found = Finding("not flagged", "no trigger is small")
-    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: found, folder)
+    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, folder)
     return folder
 
 
-def test_an_annex_lists_evidence_and_what_is_missing(run, tmp_path):
-    content = annex_of([run, _audit(tmp_path / "b")], "aisvs").content
+def test_an_annex_lists_evidence_and_what_is_missing(run, tmp_path, monkeypatch):
+    content = annex_of([run, _audit(tmp_path / "b", monkeypatch)], "aisvs").content
     requirements = {each["id"]: each for each in content["requirements"]}
     evaluated = requirements["v1.0-C11.1.3"]
     assert {name for each in evaluated["evidence"] for name in each["names"]} == {"FGSM", "Square"}
@@ -118,9 +119,17 @@ def test_wrong_folders_and_standards_are_refused(run, tmp_path):
         annex_of([tmp_path / "adapted"], "aisvs")
 
 
-def test_the_command_writes_an_annex_of_several_folders(run, tmp_path):
+def test_the_command_writes_an_annex_of_several_folders(run, tmp_path, monkeypatch):
     page = tmp_path / "annex.html"
-    words = ["report", str(run), str(_audit(tmp_path / "b")), "--annex", "atlas", "-o", str(page)]
+    words = [
+        "report",
+        str(run),
+        str(_audit(tmp_path / "b", monkeypatch)),
+        "--annex",
+        "atlas",
+        "-o",
+        str(page),
+    ]
     done = CliRunner().invoke(verbs, words, catch_exceptions=False)
     assert done.exit_code == 0 and "AML.T0043.000: White-Box Optimization" in done.output
     assert "<script" not in page.read_text() and "other-net" in page.read_text()

@@ -227,11 +227,12 @@ def test_an_altered_run_is_refused_with_the_reason(runs):
     assert "not finished" in site.page(f"run/{_id(site, 'writing')}").text
 
 
-def _others(root):
+def _others(root, monkeypatch):
     """An audit, a pool, audit chains of a server, and an adaptation."""
     found = Finding("flagged", f"{HOSTILE} found", tables=[Table("scores", ["class", "score"], [["0", 1.5]])])
     about = {"name": "m", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
-    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: found, root / "audit-b")
+    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, root / "audit-b")
     Pool.create(root / "pool", {})
     AuditFolder.open(root / "chains", {"model": HOSTILE}).close()
     journal = Journal.opened(root / "adapted", f"http://{HOSTILE}", "2" * 64, resume=False)
@@ -239,9 +240,9 @@ def _others(root):
     journal.end("not promoted", "a gate failed")
 
 
-def test_audits_pools_chains_and_adaptations_have_pages(tmp_path):
+def test_audits_pools_chains_and_adaptations_have_pages(tmp_path, monkeypatch):
     pytest.importorskip("cryptography")
-    _others(tmp_path)
+    _others(tmp_path, monkeypatch)
     site = _site(tmp_path)
     texts = {item.kind: site.page(f"{item.kind}/{item.id}").text for item in site.shelf.items()}
     assert set(texts) == {"audit", "pool", "chains", "adaptation"}
@@ -343,9 +344,9 @@ def test_options_that_a_run_does_not_state_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_pages_in_a_browser(browser, runs, tmp_path):
+def test_the_pages_in_a_browser(browser, runs, tmp_path, monkeypatch):
     pytest.importorskip("cryptography")
-    _others(runs)
+    _others(runs, monkeypatch)
     site = _site(runs, mode="files")
     export(site, tmp_path / "site")
     style = (tmp_path / "site" / "style.css").read_text()
