@@ -41,6 +41,7 @@ ROWS = {
     "explain": "explain",
     "repair": "repair",
     "ui": "ui",
+    "forged-findings": "forged_findings",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",

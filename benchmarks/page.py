@@ -53,6 +53,8 @@ SUBJECTS = {
     "accuracy, and the success after 50 further updates with two poisoned digits in 128, in the repaired network and "
     "in one that was never poisoned (*control*).",
     "ui": "`holdfast ui`: the index of 500 runs of 1,000 examples, and the page of an example with its explanation.",
+    "forged-findings": "Findings of small audits of each kind, with one of 20 fields changed and all digests "
+    "computed again: how many are accepted.",
     "audit-poison": "`holdfast audit poison` on MNIST: planted triggers, label noise beside cleanlab, and clean sets. "
     "AUROC is that of the manipulated examples, for triggers within the target class.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
