@@ -28,6 +28,7 @@ from benchmarks.networks import BUNDLED, images
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.journal import OF_FILE, Adaptation, open_journal, read_adaptation
 from holdfast.adaptation.paired_comparison import compared
+from holdfast.api.adapted_guard import EARLIER
 from holdfast.api.guard_opening import open_guard
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
@@ -331,15 +332,14 @@ def _prepared(server: _Server, settings: Adapt) -> None:
     digest = open_subject(Doctor(model=str(candidate), **opening)).digest
     facts: dict[str, Cells] = {
         "begin": {"set": status["set"], "model": str(server.folder / SERVED), "digest": status["digest"],
-                  "settings": status["settings"]},
+                  "settings": status["settings"], "calibration": str(server.folder / EARLIER)},
         "harden": {"digest": digest},
     }  # fmt: skip
     config = {**canonical_settings(settings), "server": server.url}
     with open_journal(server.folder / "run", config, resume=False) as journal:
         journal.keep("incumbent.safetensors", (server.folder / SERVED).read_bytes())
         journal.keep("candidate.safetensors", candidate.read_bytes())
-        calibration = (server.folder / "guard.calibration.json").read_bytes()
-        (journal.folder / "guard.calibration.json").write_bytes(calibration)
+        journal.keep(EARLIER, (server.folder / EARLIER).read_bytes())
         for step in OF_FILE[: OF_FILE.index("canary")]:
             journal.take(step, lambda step=step: facts.get(step, {}))
 
