@@ -1,14 +1,21 @@
-"""Checks and computes digests of files that the user specifies."""
+"""Opens, checks and computes digests of files that the user, a configuration or another file names."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.spelling import most_similar, suggestion
 
+MOST_TEXT = 16 * 2**20
+"""Largest number of bytes of a text file that is read as a whole, such as class names, bounds or a card."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+"""Flags with which opening a pipe or a terminal neither waits nor changes the terminal of the process."""
 _SHOWN = 200
 """Largest number of characters of a reason in an error message."""
 _NAMES, _NAME = 50, 100
@@ -20,6 +27,10 @@ def existing(path: Path, what: str) -> Path:
     message.
     """
     if not path.exists():
+        if path.is_symlink():
+            raise TargetError(
+                f"{what} {str(path)!r} is a link to {os.readlink(path)!r}, which does not exist; correct the link"
+            )
         raise TargetError(f"{what} {str(path)!r} does not exist{_way_out(path)}")
     return path
 
@@ -32,22 +43,108 @@ def refuse_address(file: str, what: str, example: str) -> None:
         )
 
 
-def readable_file(path: Path, what: str) -> Path:
-    """Return the path if it is a readable file that is not empty.
+def open_regular(
+    path: Path,
+    flags: int = os.O_RDONLY,
+    *,
+    follow: bool = False,
+    refuse: "Callable[[Path, os.stat_result], None] | None" = None,
+) -> int:
+    """Open a regular file, and return its descriptor. It does not wait for a pipe, and follows a link only with
+    `follow`.
 
-    Otherwise raise `TargetError`, whose message describes the file as `what`.
+    Raises `TargetError` for anything else than a regular file, by `refuse_irregular` or by `refuse`, and `OSError`.
     """
-    if existing(path, what).is_dir():
-        raise TargetError(f"{what} {str(path)!r} is a folder; a file was expected")
-    if not path.is_file():
+    refuse = refuse or refuse_irregular
+    # Before it is opened, because opening a device may change its state, and after that, as it may have been replaced.
+    refuse(path, path.stat() if follow else path.lstat())
+    handle = os.open(path, flags | NO_WAITING | (0 if follow else _NO_LINK))
+    try:
+        refuse(path, os.fstat(handle))
+    except TargetError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def refuse_irregular(path: Path, status: os.stat_result) -> None:
+    """Raise `TargetError` if a status is not that of a regular file."""
+    if not stat.S_ISREG(status.st_mode):
         raise TargetError(
-            f"{what} {str(path)!r} is not a regular file, but a device, a pipe or a socket; copy its content to a file"
+            f"{str(path)!r} is a link, a folder or a device; a regular file was expected: put the file itself there"
         )
-    if not os.access(path, os.R_OK):
-        raise TargetError(f"{what} {str(path)!r} cannot be read by this user; check its permissions")
-    if path.stat().st_size == 0:
+
+
+def opened(
+    path: Path,
+    what: str,
+    *,
+    most: int | None = None,
+    may_be_empty: bool = False,
+    advice: str = "remove what is not needed",
+) -> BufferedReader:
+    """Open a file for reading. Every file that the user, a configuration or another file names is opened by this
+    function.
+
+    The file is opened once, without waiting, and its type and size are those of the opened file, so that an exchange of
+    the file in the meantime has no effect. Raises `TargetError`, whose message describes the file as `what`, for a
+    missing or empty file, a folder, a pipe, a device, and a file of more than `most` bytes, with `advice`.
+    """
+    existing(path, what)
+
+    def refuse(path: Path, status: os.stat_result) -> None:
+        if stat.S_ISDIR(status.st_mode):
+            raise TargetError(f"{what} {str(path)!r} is a folder; a file was expected")
+        if not stat.S_ISREG(status.st_mode):
+            raise TargetError(
+                f"{what} {str(path)!r} is not a regular file, but a device, a pipe or a socket; copy its content to a "
+                "file"
+            )
+
+    try:
+        handle = open_regular(path, follow=True, refuse=refuse)
+    except OSError as error:
+        raise TargetError(
+            f"{what} {str(path)!r} cannot be read by this user ({error.strerror or error}); check its permissions"
+        ) from error
+    n_bytes = os.fstat(handle).st_size
+    if not n_bytes and not may_be_empty:
+        os.close(handle)
         raise TargetError(f"{what} {str(path)!r} is empty (0 bytes); write or download it again")
-    return path
+    if most is not None and n_bytes > most:
+        os.close(handle)
+        raise TargetError(
+            f"{what} {str(path)!r} has {megabytes(n_bytes)}; at most {megabytes(most)} is read: {advice}"
+        )
+    return os.fdopen(handle, "rb")
+
+
+def readable_file(path: Path, what: str) -> Path:
+    """Return the path if `opened` can open the file, for files that another process reads. Raises its errors."""
+    with opened(path, what):
+        return path
+
+
+def content_of_file(
+    path: Path, what: str, *, most: int | None = None, advice: str = "remove what is not needed"
+) -> bytes:
+    """Return the bytes of a file; see `opened`."""
+    with opened(path, what, most=most, advice=advice) as file:
+        return file.read()
+
+
+def text_of_file(path: Path, what: str, *, most: int = MOST_TEXT, may_be_empty: bool = False) -> str:
+    """Return the text of a file in UTF-8, without a byte order mark; see `opened`. Raises `TargetError` for a file that
+    contains other bytes.
+    """
+    with opened(path, what, most=most, may_be_empty=may_be_empty) as file:
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TargetError(
+            f"{what} {str(path)!r} is no text in UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8"
+        ) from error
 
 
 @contextmanager
@@ -74,7 +171,7 @@ def reason_of(error: Exception) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of the content of a file, in hex."""
-    with path.open("rb") as file:
+    with opened(path, "file", may_be_empty=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.text_edits import TextEdits
-from holdfast.io.files import readable_file, refuse_address
+from holdfast.io.files import content_of_file, refuse_address
 
 MOST_BYTES = 4_000_000
 """Largest size of the file; its content is stored with each run."""
@@ -72,15 +72,11 @@ def _embedded(folder: Path, similarity: float) -> dict[str, Any]:
 
 def _lists(path: Path) -> dict[str, Any]:
     """Return the content of the file after checks of its size, keys and types."""
-    readable_file(path, "file of words")
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {size:,} bytes; at most {MOST_BYTES:,} were expected: leave words out that do not "
-            "occur in the texts"
-        )
+    content = content_of_file(
+        path, "file of words", most=MOST_BYTES, advice="leave words out that do not occur in the texts"
+    )
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
+        lists = json.loads(content)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are among them
         raise TargetError(f"{str(path)!r} is not JSON: {error}; {_EXAMPLE} was expected") from error
     if not isinstance(lists, dict):

@@ -26,10 +26,10 @@ from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.class_numbers import lenient_numbers
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import GREY_NOTE
-from holdfast.io.files import megabytes, sha256_of_file, similar_name
+from holdfast.io.files import megabytes, opened, sha256_of_file, similar_name
 from holdfast.io.limited.calling import too_slow
 from holdfast.io.limited.limits import MEMORY, cpu_seconds, requested_memory
-from holdfast.io.models.archive import refuse_large
+from holdfast.io.models.archive import RAISE_LIMIT, read_once
 from holdfast.io.models.declarations import NORMALISED_DATA
 
 if TYPE_CHECKING:
@@ -113,11 +113,7 @@ class Pictures:
     def _decoded(self, row: int) -> NDArray[np.uint8]:
         """Return an image (channels, height, width). Its file is read once: the bytes of the digest are decoded."""
         path = self.paths[row]
-        try:
-            refuse_large(path, MAX_BYTES)
-            content = path.read_bytes()
-        except OSError as error:
-            raise TargetError(f"image {str(path)!r} cannot be read: {error}; restore it") from error
+        content = read_once(path, "image", max_bytes=MAX_BYTES)
         if hashlib.sha256(content).hexdigest() != self.digests[row]:
             raise _changed(path)
         with _opened(path, io.BytesIO(content)) as image:
@@ -302,8 +298,8 @@ def _refuse_bomb(name: str, n: int, on_disk: int, n_bytes: int) -> None:
 
 
 def _header(path: Path) -> tuple[tuple[int, int], str]:
-    refuse_large(path, MAX_BYTES)
-    with io.FileIO(path) as file, _opened(path, file) as image:
+    limit = max(MAX_BYTES, requested_memory())
+    with opened(path, "image", most=limit, advice=RAISE_LIMIT) as file, _opened(path, file) as image:
         return image.size, image.mode
 
 
@@ -352,7 +348,7 @@ def _grey(path: Path, image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path, file: io.FileIO | io.BytesIO) -> Iterator[Image.Image]:
+def _opened(path: Path, file: io.BufferedReader | io.BytesIO) -> Iterator[Image.Image]:
     """Context manager that yields the image in a file whose header was read. Its pixels are decoded on demand."""
     with _Timed(path, file) as timed, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about each wrong entry of the metadata
@@ -383,7 +379,7 @@ class _Timed(io.BufferedReader):
     Decoders read little at a time, so that a separate process, which costs more than an ordinary image, is not needed.
     """
 
-    def __init__(self, path: Path, file: io.FileIO | io.BytesIO) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader | io.BytesIO) -> None:
         super().__init__(file)
         self._path, self._n_exif, self._seconds = path, 0, cpu_seconds()
         self._cpu = time.thread_time()

@@ -11,7 +11,7 @@ from torch import Tensor
 from holdfast.core.errors import TargetError
 from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.npz import Npz
-from holdfast.io.files import readable_file, refuse_address
+from holdfast.io.files import refuse_address
 
 MOST_VALUES = 1 << 20
 """Largest number of values of a pattern, because the trigger is stored with each run: more than an image of 3x512x512
@@ -21,7 +21,7 @@ _MOST_CLASSES = 10**6
 
 def read_trigger(path: str | Path) -> Trigger:
     """Return the trigger in a file. Raises `TargetError` if it contains none."""
-    name, archive = repr(str(path)), Npz(readable_file(Path(path), "trigger file"))
+    name, archive = repr(str(path)), Npz(Path(path), "trigger file")
     pattern, mask = (_values(archive, array, name) for array in ("pattern", "mask"))
     shape = tuple(pattern.shape)
     if not shape or not 0 < pattern.numel() <= MOST_VALUES:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from holdfast.core.errors import TargetError
-from holdfast.io.files import readable_file
+from holdfast.io.files import content_of_file
 from holdfast.io.models.archive import Weights, read_once, read_weights
 
 METADATA_KEY = "holdfast"
@@ -35,7 +35,7 @@ def state_dict_content(path: Path) -> bytes:
     """
     if path.suffix != ".safetensors":
         return read_once(path, "weights file")
-    return readable_file(path, "weights file").read_bytes()
+    return content_of_file(path, "weights file")
 
 
 def read_state_dict(path: Path, content: bytes) -> tuple[Weights, dict[str, Any]]:
