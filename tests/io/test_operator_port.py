@@ -80,5 +80,5 @@ def test_key_files(tmp_path):
     assert read_key(tmp_path / "key") == "hf_abc"
     (tmp_path / "two").write_text("hf_a hf_b")
     for name in ("two", "absent"):
-        with pytest.raises(UsageError, match="key file"):
+        with pytest.raises((UsageError, TargetError), match="key file"):
             read_key(tmp_path / name)

@@ -29,7 +29,7 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         if path.is_symlink():
             raise TargetError(
-                f"{what} {str(path)!r} is a link to {os.readlink(path)!r}, which does not exist; correct the link"
+                f"{what} {str(path)!r} is a link to {str(path.readlink())!r}, which does not exist; correct the link"
             )
         raise TargetError(f"{what} {str(path)!r} does not exist{_way_out(path)}")
     return path

@@ -12,8 +12,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.core.tables.relations import parse_relation
-from holdfast.core.tables.rules import MOST_VALUES, Budget, Column, Rules, refuse_budget, refuse_rules
+from holdfast.core.tables.rules import (
+    MOST_VALUES,
+    Budget,
+    Column,
+    Rules,
+    parsed_relations,
+    refuse_budget,
+    refuse_rules,
+)
 from holdfast.io.data.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable
 from holdfast.io.files import refuse_address, text_of_file
 from holdfast.settings.wording import complaint, place
@@ -68,7 +75,7 @@ def rules_from(content: object, source: str) -> Rules:
             f"{source}{': ' if at else ''}{at} {complaint(error)}; a mapping with columns, budget, groups and "
             "relations was expected, as holdfast init --table writes it"
         ) from None
-    relations = tuple(map(parse_relation, declared.relations))
+    relations = parsed_relations(declared.relations, source)
     rules = Rules(declared.columns, declared.budget, declared.groups, relations)
     refuse_rules(rules, source)
     return rules

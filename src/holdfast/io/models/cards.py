@@ -26,7 +26,7 @@ def trained_by(address: str) -> dict[str, Any] | None:
     if "/" not in address and bundled.is_file():
         lines = bundled.read_text(encoding="utf-8").splitlines()
         return _recipe(json.loads("\n".join(line for line in lines if line.startswith(_INDENT)) or "{}"))
-    if not (Path(address).is_file() and beside.is_file()):
+    if not (Path(address).is_file() and beside.exists()):
         return None
     text = text_of_file(beside, "card")
     try:

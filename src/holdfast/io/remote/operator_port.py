@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.io.files import text_of_file
 from holdfast.io.remote.remote import SCHEMES
 
 Json = dict[str, Any]
@@ -30,14 +31,11 @@ class Refusal(TargetError):
 
 
 def read_key(path: str | Path) -> str:
-    """Return the API key in a file, which contains nothing else. Raises `UsageError` if there is none."""
-    try:
-        key = Path(path).read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"the key file {str(path)!r} cannot be read ({error}); give a file that contains an API key"
-        ) from error
-    if not key or not key.isprintable() or " " in key:
+    """Return the API key in a file, which contains nothing else. Raises `UsageError` for another content,
+    and `TargetError` if it cannot be read.
+    """
+    key = text_of_file(Path(path), "key file").strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"the key file {str(path)!r} does not contain one API key; write into it what holdfast keys add prints"
         )
