@@ -1,5 +1,6 @@
 """Files that a user names: refused with the reason and the way out."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,9 @@ def test_what_is_not_there_is_refused_with_the_nearest_name_or_the_place(wanted,
         wanted(tmp_path / "other.csv", "data")
     with pytest.raises(TargetError, match="does not exist, and neither does its folder '.*gone'"):
         wanted(tmp_path / "gone" / "weights.pt", "model")
+    for impossible in ("w" * 300, "w\0"):
+        with pytest.raises(TargetError, match="does not exist"):
+            wanted(tmp_path / impossible, "model")
 
 
 def test_a_folder_is_there_and_no_file(tmp_path: Path) -> None:
@@ -198,3 +202,15 @@ def test_links_inside_of_a_folder_of_images_and_to_the_folder_are_followed(folde
     os.mkfifo(folder / "a" / "1.png")
     with pytest.raises(TargetError, match="is not a regular file"):
         open_data(str(folder))
+
+
+def test_lists_of_words_have_limits(tmp_path: Path) -> None:
+    path = tmp_path / "words.json"
+    for content, message in (
+        ({"synonyms": {"a": [f"w{k}" for k in range(1001)]}}, "1,001 synonyms of one word; at most 1,000"),
+        ({"synonyms": {"a": ["w" * 1001]}}, "of 1,001 characters; a word of at most 1,000"),
+        ({"synonyms": {"a": ["b"]}, "protect": ["c"] * 1001}, "1,001 patterns in protect; at most 1,000"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(TargetError, match=message):
+            text_edits(synonyms=1, file=str(path))

@@ -3,10 +3,12 @@
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.spelling import most_similar, suggestion
@@ -26,8 +28,8 @@ def existing(path: Path, what: str) -> Path:
     """Return the path of a file or folder if it exists. Otherwise raise `TargetError`; `what` describes the path in the
     message.
     """
-    if not path.exists():
-        if path.is_symlink():
+    if not os.path.exists(path):  # noqa: PTH110 - the method raises an error for a name that is too long
+        if os.path.islink(path):  # noqa: PTH114
             raise TargetError(
                 f"{what} {str(path)!r} is a link to {str(path.readlink())!r}, which does not exist; correct the link"
             )
@@ -169,6 +171,44 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split())[:_SHOWN]
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Context manager that opens a file for writing, which replaces the file at `path` when it is complete. After an
+    error, `path` is unchanged. Missing folders are created.
+
+    Raises `OSError`, and `TargetError` if a pipe or a device is at `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # replacing a folder is an error of the system
+            raise TargetError(
+                f"{str(path)!r} is not a regular file, but a device, a pipe or a socket, which is not replaced; choose "
+                "another name"
+            )
+    # in the same folder, since only a move inside one file system is atomic; a long name would exceed its limit
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            # before the move, so that a crash leaves the old file or the complete new one
+            os.fsync(file.fileno())
+        with suppress(OSError):  # some file systems have no modes
+            Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The umask of this process, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of the content of a file, in hex."""
     with opened(path, "file", may_be_empty=True) as file:
@@ -206,7 +246,7 @@ def megabytes(n_bytes: int) -> str:
 
 
 def _way_out(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # noqa: PTH112
         return f", and neither does its folder {str(path.parent)!r}; check the path"
     folder_text = f" in the folder {str(path.parent.absolute())!r}; check the path"
     return similar_file(path) or folder_text

@@ -12,6 +12,10 @@ from holdfast.io.files import content_of_file, refuse_address
 
 MOST_BYTES = 4_000_000
 """Largest size of the file; its content is stored with each run."""
+_MOST_SYNONYMS, _MOST_PATTERNS, _LONGEST = 1000, 1000, 1000
+"""Largest number of synonyms of a word and of protected patterns, and of characters of a word. Each text gets the
+memory of the longest new word, and each word is compared with every pattern.
+"""
 SIMILARITY = 0.7
 """Smallest cosine similarity of synonyms from embeddings, if none is given."""
 _EXAMPLE = '{"synonyms": {"good": ["great", "fine"]}, "insert": ["hello"], "protect": ["^[0-9]+$"]}'
@@ -92,9 +96,16 @@ def _lists(path: Path) -> dict[str, Any]:
         _refuse_no_words([old], f"the keys of synonyms in {str(path)!r}")
     if "insert" in lists:
         _refuse_no_words(lists["insert"], f"insert in {str(path)!r}")
+    _refuse_many(max(map(len, synonyms.values()), default=0), _MOST_SYNONYMS, "synonyms of one word", path)
+    _refuse_many(len(lists.get("protect", ())), _MOST_PATTERNS, "patterns in protect", path)
     if "protect" in lists:
         _refuse_patterns(lists["protect"], f"protect in {str(path)!r}")
     return lists
+
+
+def _refuse_many(n: int, most: int, what: str, path: Path) -> None:
+    if n > most:
+        raise TargetError(f"{str(path)!r} has {n:,} {what}; at most {most:,} were expected: leave some out")
 
 
 def _refuse_no_words(words: object, name: str) -> None:
@@ -103,6 +114,10 @@ def _refuse_no_words(words: object, name: str) -> None:
     for word in words:
         if len(word.split()) != 1 or word.split()[0] != word or "\0" in word or not _is_unicode(word):
             raise TargetError(f"{name} contains {word!r:.80}; a word without whitespace was expected")
+        if len(word) > _LONGEST:
+            raise TargetError(
+                f"{name} contains {word!r:.80} of {len(word):,} characters; a word of at most {_LONGEST:,} was expected"
+            )
 
 
 def _is_unicode(word: str) -> bool:
