@@ -1,6 +1,6 @@
 # Everything is installed into .venv, which is created on first use and updated only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve demo-loop test check static docs quick slow fuzz bench gpu benchmarks-page check-servers figures bundled data clean
+.PHONY: help demo demo-serve demo-loop test check static docs quick slow fuzz bench gpu benchmarks-page check-servers figures bundled lock data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -8,6 +8,7 @@ SERVE := .venv/.serve
 DEV := .venv/.dev
 BENCH := .venv-bench/.ready
 SERVERS := .venv-servers/.ready
+EXTRAS := onnx,parquet,scale,sklearn,vnnlib,dev
 BIN := .venv/bin
 
 # pip builds the package in a separate environment; these two variables pin the versions there, too.
@@ -23,7 +24,7 @@ help:
 	@echo 'make demo                assess the bundled network, offline, in about a minute, and print the path of the report'
 	@echo 'make demo-serve          serve the bundled network with a guard, and print the command that attacks it'
 	@echo 'make demo-loop           attack a served network, let it be hardened and replaced, and attack it again, in five minutes'
-	@echo 'make test                all checks and tests (about 35 minutes on two cores)'
+	@echo 'make test [HASHES=1]     all checks and tests (about 35 minutes on two cores)'
 	@echo 'make check               format, lint, types, layers, documentation, quick tests (about 7 minutes)'
 	@echo 'make quick               quick tests only (about 8 minutes)'
 	@echo 'make docs                build the documentation into site/'
@@ -34,6 +35,7 @@ help:
 	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
 	@echo 'make figures             draw the figures of the documentation from the newest records'
 	@echo 'make bundled [FROM=dir]  train the bundled networks again'
+	@echo 'make lock ARGS=wheels    write constraints.txt and requirements-hashed.txt again, with uv'
 	@echo 'make data FROM=dir       fill the folder that HOLDFAST_DATA names'
 	@echo 'make clean               remove environments, caches and builds'
 
@@ -49,10 +51,16 @@ $(SERVE): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq -e '.[serve]'
 	@touch $@ $(RUN)
 
-$(DEV): pyproject.toml constraints.txt
+# With HASHES=1, as in CI, nothing is installed but files whose hashes are in requirements-hashed.txt.
+$(DEV): pyproject.toml constraints.txt requirements-hashed.txt
 	@echo 'installing into .venv, with what the tests need'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq -e '.[onnx,parquet,scale,sklearn,vnnlib,dev]'
+ifdef HASHES
+	@$(BIN)/python -m pip install -qq --require-hashes -r requirements-hashed.txt
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+else
+	@$(BIN)/python -m pip install -qq -e '.[$(EXTRAS)]'
+endif
 	@touch $@ $(RUN) $(SERVE)
 
 $(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-bare.txt
@@ -119,6 +127,10 @@ figures: $(BENCH)
 
 bundled: $(RUN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bundled $(FROM)
+
+# ARGS: the wheels of torch for CPUs on Linux.
+lock:
+	@EXTRAS='$(EXTRAS)' .ci/lock $(ARGS)
 
 data: $(RUN)
 	@test -n '$(FROM)' || { echo 'name the folder of the data sets: make data FROM=folder' >&2; exit 2; }

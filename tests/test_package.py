@@ -9,7 +9,8 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
-from importlib.metadata import metadata, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -120,18 +121,66 @@ def test_one_version():
     assert f"\nversion: {holdfast.__version__}\n" in citation
 
 
-def test_constraints_pin_every_dependency_exactly():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
-    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+def _pins() -> dict[str, tuple[str, list[str]]]:
+    """Version and requiring distributions of each distribution in constraints.txt."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            pin = re.fullmatch(r"([a-z0-9-]+)==([A-Za-z0-9.]+)( ; .*[^ ])? +# via (.+)", line)
+            assert pin, line
+            pins[pin[1]] = pin[2], pin[4].split(", ")
+    return pins
+
+
+def _normal(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()
+
+
+def _required_by_the_project(extras=None) -> set[str]:
+    """Distributions that the project requires, with some extras, or with all."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [
-        *project["dependencies"],
-        *(r for extra in project["optional-dependencies"].values() for r in extra),
-    ]
-    names = {re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", r)[0]).lower() for r in wanted}
-    assert not names - pinned
-    assert "torch==2.13.0" in lines
+    optional = project["optional-dependencies"]
+    chosen = [optional[extra] for extra in (optional if extras is None else extras)]
+    return {_normal(each) for each in chain(project["dependencies"], *chosen)}
+
+
+def test_constraints_pin_every_dependency_exactly():
+    pins = _pins()
+    assert not _required_by_the_project() - set(pins)
+    assert pins["torch"][0] == "2.13.0"
+
+
+def test_constraints_contain_no_distribution_that_nothing_requires():
+    pins, project = _pins(), _required_by_the_project()
+    known = {"holdfast-ml", "the build"}
+    for name, (_, parents) in pins.items():
+        assert set(parents) <= {*pins, *known}, name
+        assert ("holdfast-ml" in parents) == (name in project), name
+        for parent in {*parents} - known:
+            try:
+                required = {_normal(each) for each in requires(parent) or ()}
+            except PackageNotFoundError:
+                continue  # an extra that the tests do not install
+            assert name in required, f"{parent} does not require {name}"
+    reached = set(known)
+    while more := {name for name, (_, parents) in pins.items() if reached & {*parents}} - reached:
+        reached |= more
+    assert not set(pins) - reached
+
+
+def test_every_file_that_ci_installs_has_a_known_hash():
+    entries = re.split(r"\n(?=[a-z])", (ROOT / "requirements-hashed.txt").read_text())[1:]
+    assert len(entries) > 100
+    pins, hashed = _pins(), {}
+    for entry in entries:
+        head, *hashes = entry.rstrip("\n").split(" \\\n    ")
+        assert hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", each) for each in hashes), head
+        name, version = head.split(" ;")[0].split("==")
+        hashed.setdefault(name, set()).add(version.partition("+")[0])
+    assert all(versions == {pins[name][0]} for name, versions in hashed.items())
+    extras = re.search(r"^EXTRAS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split(",")
+    assert _required_by_the_project(extras) <= set(hashed)
+    assert "make test HASHES=1" in (ROOT / ".ci/run").read_text()
 
 
 def test_licences_stand_beside_what_they_cover():

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 import holdfast
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.api.annexes import annex_of
 from holdfast.attacks import FGSM, Square
 from holdfast.attacks.suites import VARIANTS
@@ -71,10 +71,16 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def concluded(monkeypatch):
+    """An audit whose finding does not depend on steps."""
+    found = Finding("not flagged", "no trigger is small")
+    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+
+
 def _audit(folder):
     about = {"name": "other-net", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
-    found = Finding("not flagged", "no trigger is small")
-    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: found, folder)
+    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, folder)
     return folder
 
 
@@ -113,7 +119,8 @@ def test_wrong_folders_and_standards_are_refused(run, tmp_path):
     (tmp_path / "altered" / "verdict.json").write_text("{}")
     with pytest.raises(TargetError, match="restore it from a copy"):
         annex_of([tmp_path / "altered"], "aisvs")
-    Journal.opened(tmp_path / "adapted", "http://s", "2" * 64, resume=False)
+    with open_journal(tmp_path / "adapted", {"server": "http://s"}, resume=False):
+        pass
     with pytest.raises(TargetError, match="not finished"):
         annex_of([tmp_path / "adapted"], "aisvs")
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from holdfast.adaptation.journal import Journal, Outcome, Step
+from holdfast.adaptation.journal import Adaptation, Outcome, Step
 from holdfast.core.errors import UsageError
-from holdfast.runs.store.files import usable, write_atomically
-from holdfast.runs.store.records import document
+from holdfast.core.names import line
+from holdfast.reports.numbers import json_text
+from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,10 @@ class Adapted:
     folder: Path
 
     @classmethod
-    def of(cls, journal: Journal) -> "Adapted":
+    def of(cls, stored: Adaptation) -> "Adapted":
         """Return the result of a run that has ended."""
-        assert journal.outcome is not None
-        return cls(
-            journal.run, journal.server, journal.outcome, journal.reason, tuple(journal.steps), journal.folder
-        )
+        assert stored.outcome is not None
+        return cls(stored.run, stored.server, stored.outcome, stored.reason, stored.steps, stored.folder)
 
     @property
     def promoted(self) -> bool:
@@ -51,7 +50,7 @@ class Adapted:
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return document(self.summary()).decode()
+        return json_text(self.summary())
 
     def write(self, path: str | Path) -> Path:
         """Write the report as a `.json` file, and return its path."""
@@ -59,7 +58,7 @@ class Adapted:
         if place.suffix != ".json":
             raise UsageError(f"{str(place)!r} is no .json file; the report of adapt has no other format")
         with usable(place):
-            write_atomically(place, self.to_json().encode())
+            write_atomically(place, self.to_json().encode(), BY_UMASK)
         return place
 
     def text(self, *, width: int | None = None) -> str:
@@ -76,7 +75,7 @@ class Adapted:
             "not promoted": "The candidate was not promoted",
             "rolled back": "The candidate was promoted and rolled back",
         }
-        return f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}."
+        return line(f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}.")
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
@@ -96,9 +95,9 @@ def facts_text(facts: Mapping[str, Any]) -> str:
             parts.append(f"{name}: {'yes' if value else 'no'}")
         else:
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    return "; ".join(parts)
+    return line("; ".join(parts))
 
 
 def clock(time: float) -> str:
-    """Return the time of day in UTC as text."""
-    return f"{datetime.fromtimestamp(time, UTC):%H:%M:%S}"
+    """Return the time of day in UTC as text, of the same length if it is unknown."""
+    return f"{datetime.fromtimestamp(time, UTC):%H:%M:%S}" if time else "--:--:--"

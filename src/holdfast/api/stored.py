@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from holdfast.adaptation.journal import is_adaptation, open_adaptation
 from holdfast.audits.audit import AuditResult, is_audit, open_audit
 from holdfast.runs.assess.result import Result
 from holdfast.runs.store.verify import Verified
@@ -35,14 +36,16 @@ def _explained(result: Result, index: int | None) -> "Explained":
     return Explain(model=str(result.run_folder), index=index).run()
 
 
-def verify(run: str | Path) -> Verified:
-    """Check that the files in the folder of a run match its hash chain, and that its verdict follows from its columns.
-    Return the number of files and the state of the run.
+def verify(run: str | Path, *, expect_head: str = "") -> Verified:
+    """Check that the files in the folder of a run or audit match its hash chain, and that its results follow from its
+    columns. Return the number of files and the state of the run.
 
-    Raises `TargetError` for the first difference.
+    Raises `TargetError` for the first difference, and if the chain does not contain `expect_head`, an earlier head.
     """
-    verified = verify_folder(Path(run))
-    if not is_audit(Path(run)):
+    verified = verify_folder(Path(run), expect_head=expect_head)
+    if is_adaptation(Path(run)):
+        open_adaptation(Path(run))
+    elif not is_audit(Path(run)):
         refuse_false(Path(run))
     elif verified.complete:
         open_audit(Path(run))

@@ -172,9 +172,9 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
     """Context manager that opens a file for writing, which replaces the file at `path` when it is complete. After an
-    error, `path` is unchanged. Missing folders are created.
+    error, `path` is unchanged. Missing folders are created. A `private` file can be read by its owner only.
 
     Raises `OSError`, and `TargetError` if a pipe or a device is at `path`.
     """
@@ -194,8 +194,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             # before the move, so that a crash leaves the old file or the complete new one
             os.fsync(file.fileno())
-        with suppress(OSError):  # some file systems have no modes
-            Path(name).chmod(0o666 & ~_umask())
+        if not private:
+            with suppress(OSError):  # some file systems have no modes
+                Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Summary = Mapping[str, Any]
 
+_RUN = "run.json"
+"""file that identifies the folder of a run"""
 TABLE = ".csv"
 """File suffix of the table with one row for each example."""
 EXHIBIT_SUFFIXES = (".json",)
@@ -148,7 +150,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
     """Context manager that opens a text file, which replaces the file at `path` when it is complete. After an error,
     `path` is unchanged.
     """
-    with files.replacing(path) as file:
+    # beside the examples of a run it stays private
+    with files.replacing(path, private=(path.parent / _RUN).exists()) as file:
         text = TextIOWrapper(file, encoding="utf-8", newline="")
         yield text
         text.detach()

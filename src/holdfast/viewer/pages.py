@@ -10,7 +10,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from holdfast.adaptation.adapted import clock, facts_text
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
@@ -229,14 +229,13 @@ class Site:
         return self._facts(item, "All chains of the folder are consistent", facts, tables)
 
     def _adaptation(self, item: Item) -> Page:
-        journal = Journal.read(item.path)
-        steps = [[step.step, clock(step.time), facts_text(step.facts) or "-"] for step in journal.steps]
-        outcome = journal.outcome or "not finished"
-        facts = {"server": journal.server, "run": journal.run, "reason": journal.reason}
+        stored = open_adaptation(item.path)
+        steps = [[step.step, clock(step.time), facts_text(step.facts) or "-"] for step in stored.steps]
+        facts = {"server": stored.server, "run": stored.run, "reason": stored.reason, "head": stored.head}
         title = (
-            f"The adaptation is {outcome}"
-            if journal.outcome is None
-            else f"Outcome of the adaptation: {outcome}"
+            "The adaptation is not finished"
+            if stored.outcome is None
+            else f"Outcome of the adaptation: {stored.outcome}"
         )
         return self._facts(item, title, facts, [("Steps", ["step", "time", "facts"], steps)])
 
@@ -252,7 +251,9 @@ class Site:
             state = fingerprint(item.path)
             known = self._opened.get(item.id)
             if known is None or known[0] != state:
-                result = open_run(item.path)
+                with consistent(item.path):
+                    result = open_run(item.path)
+                    result.summary()  # pages show it
                 rows = {int(example): row for row, example in enumerate(result.evidence["id"])}
                 known = self._opened[item.id] = state, _Opened(result, attempts(result), rows)
             self._opened.move_to_end(item.id)
@@ -494,7 +495,7 @@ class Site:
 
 def model_key(name: str) -> str:
     """Return the name of a model in addresses."""
-    return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _amounts(items: Sequence[Item]) -> str:

@@ -41,7 +41,7 @@ from holdfast.rotation.pool.ledger_state import (
     Term,
     well_formed,
 )
-from holdfast.runs.store.files import PRIVATE, append, content_of, refusal_in_pool, usable
+from holdfast.runs.store.files import append, content_of, refusal_in_pool, usable
 from holdfast.runs.store.locking import locked
 from holdfast.runs.store.records import record_lines
 
@@ -274,9 +274,9 @@ class Ledger:
         """
         if head.entries == 1:
             write_head(self._head_path, head, self._key)
-            append(self.path, line, PRIVATE)
+            append(self.path, line)
             return
-        append(self.path, line, PRIVATE)
+        append(self.path, line)
         try:
             write_head(self._head_path, head, self._key)
         except BaseException:

@@ -37,7 +37,7 @@ from holdfast.runs.harden.advice import advice, verdict_entries
 from holdfast.runs.harden.candidates import Candidate, announced_s, standard_error
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.harden.epochs import EndedBy
-from holdfast.runs.store.files import usable, write_atomically
+from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 from holdfast.runs.store.records import document
 from holdfast.statistics.intervals import against_majority, proportion
 
@@ -77,12 +77,14 @@ class Hardened:
         card = {**self.card, "opened_by": self.opened_by(place)}
         with usable(place):
             place.mkdir(parents=True, exist_ok=True)
-            write_atomically(place / MODEL, self.weights)
-            if self.program is not None:
-                write_atomically(place / PROGRAM, self.program)
-            write_atomically(place / CARD, document(card))
-            write_atomically(place / "card.md", as_markdown(card).encode())
-            write_atomically(place / "curve.svg", curve_svg(self.card["curve"], self.card["chosen"]).encode())
+            for name, content in {
+                MODEL: self.weights,
+                **({} if self.program is None else {PROGRAM: self.program}),
+                CARD: document(card),
+                "card.md": as_markdown(card).encode(),
+                "curve.svg": curve_svg(self.card["curve"], self.card["chosen"]).encode(),
+            }.items():
+                write_atomically(place / name, content, BY_UMASK)
         return place
 
     @property

@@ -1,13 +1,14 @@
 """Verifies that a run folder matches its hash chain."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.catalogue import names
-from holdfast.core.chain import digest
+from holdfast.core.chain import digest, refuse_no_digest
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import RESUME
 from holdfast.runs.store import columns as column_files
@@ -33,6 +34,8 @@ _EVIDENCE = re.compile(
 )
 """Names of files that readers interpret as evidence."""
 _MOST_NOTES = 20
+_DEEPEST = 2
+"""number of runs around an inner one: the measurements of a hardening within an adaptation have two"""
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,23 @@ class Verified:
     """notes on files of the folder that are neither in the chain nor known otherwise"""
 
 
-def verify(path: Path) -> Verified:
+def verify(path: Path, *, expect_head: str = "") -> Verified:
     """Verify the hash chain of a run folder and the digests of all its files. Raises `TargetError` with the first fault
-    that is found.
+    that is found. `expect_head` is an earlier head, which the chain must contain; empty for none. Raises
+    `UsageError` if it is no digest.
 
     Files outside the chain (times, hosts, attempts, reports) are not verified. A file that is in no record is refused
     if its name is that of evidence; otherwise the notes mention it.
     """
+    refuse_no_digest(expect_head, f"holdfast verify {shlex.quote(str(path))}")
     outer = _verified(path)
-    inner = [_verified_within(path, folder, outer) for folder in _runs_within(path)]
+    if expect_head and expect_head not in {link.digest for link in read_chain(path, repair=False).links}:
+        raise TargetError(
+            f"no record of the chain of {str(path)!r} has the digest {expect_head[:16]}… that was expected: the folder "
+            "is another run, or it was written again. Restore the copy whose head was noted, and find out how it was "
+            "replaced"
+        )
+    inner = list(_all_within(path, outer, _DEEPEST))
     notes = [*outer.notes, *(note for verified in inner for note in verified.notes)]
     n_unlisted = len(notes) - _MOST_NOTES
     more = [f"{n_unlisted} more files are in no record of the chain"] if n_unlisted > 0 else []
@@ -159,6 +170,18 @@ def _runs_within(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and (entry / MANIFEST).is_file())
 
 
+def _all_within(path: Path, outer: Verified, depth: int) -> Iterator[Verified]:
+    """Verify the inner runs of a run, and those within them."""
+    for folder in _runs_within(path):
+        if depth == 0:
+            raise TargetError(
+                f"{str(folder)!r} is a run inside {_DEEPEST} others, and no run is so deep; move it to another place"
+            )
+        verified = _verified_within(path, folder, outer)
+        yield verified
+        yield from _all_within(folder, verified, depth - 1)
+
+
 def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
     """Verify an inner run, and that it is the one in the outer chain."""
     if folder.is_symlink():
@@ -175,6 +198,4 @@ def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
         raise TargetError(
             f"{str(folder)!r} is a run that is in no record of the chain of {str(path)!r}; move it to another place"
         )
-    for nested in _runs_within(folder):
-        raise TargetError(f"{str(nested)!r} is a run inside a run inside a run; move it to another place")
     return verified
