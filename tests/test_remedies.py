@@ -546,6 +546,10 @@ def file(name: str) -> str:
             (path / label).mkdir(parents=True)
             for k in range(3):
                 Image.fromarray(np.full((6, 6), 40 * k, np.uint8)).save(path / label / f"{k}.png")
+    elif name == "linked":
+        path.mkdir()
+        for label in ("cat", "dog"):
+            (path / label).symlink_to(Path(file("images")) / label)
     elif name == "weights.pt":
         torch.save(LINEAR.state_dict(), path)
     elif name == "net.py":
@@ -1249,6 +1253,7 @@ situation(
     data=Later(lambda: file("images")),
     open_data={"split": "val"},
 )
+situation("links out of a folder", opened, model=flat_images, data=Later(lambda: file("linked")))
 situation(
     "layout of a folder",
     opened,

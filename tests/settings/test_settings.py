@@ -597,15 +597,16 @@ def test_an_argument_that_moved_is_refused_with_its_place():
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
-def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
-    path = tmp_path / "holdfast.yaml"
-    path.write_text(f"trust_code: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
+@pytest.mark.parametrize(("key", "function"), [("trust_code", "open_model"), ("follow_links", "open_data")])
+def test_consent_to_code_and_to_links_is_no_key_of_a_file_and_of_set(value, key, function, tmp_path):
+    path, option = tmp_path / "holdfast.yaml", f"--{key.replace('_', '-')}"
+    path.write_text(f"{key}: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
     for ask in (lambda: validate(path), lambda: settings.read_settings(path, {}, kind=RotateSettings)):
-        with pytest.raises(UsageError, match=r"holdfast\.yaml contains trust_code.*--trust-code.*open_model"):
+        with pytest.raises(UsageError, match=rf"holdfast\.yaml contains {key}.*{option}.*{function}"):
             ask()
-    with pytest.raises(UsageError, match=r"--set contains trust_code.*--trust-code"):
-        settings.read_settings(None, {}, [f"trust_code={value}"], kind=Assess)
-    assert settings.read_settings(None, {"trust_code": True}, kind=Assess).trust_code
+    with pytest.raises(UsageError, match=rf"--set contains {key}.*{option}"):
+        settings.read_settings(None, {}, [f"{key}={value}"], kind=Assess)
+    assert getattr(settings.read_settings(None, {key: True}, kind=Assess), key)
 
 
 @pytest.mark.parametrize(("key", "value"), [("trust_network", True), ("ship", ["code"])])

@@ -111,7 +111,11 @@ class AdaptedPool:
     @cached_property
     def common(self) -> RotateRequest:
         """The properties that all sets of the pool share. Raises `UsageError` for another architecture or data."""
-        own = RotateSettings(device=self.settings.device, trust_code=self.settings.trust_code)
+        own = RotateSettings(
+            device=self.settings.device,
+            trust_code=self.settings.trust_code,
+            follow_links=self.settings.follow_links,
+        )
         return reopened(self.pool, own)
 
     def refuse_other_architecture(self) -> None:

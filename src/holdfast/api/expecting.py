@@ -181,8 +181,8 @@ def _of_feature(content: Mapping[str, Any], features: Sequence[str], place: int,
 
 
 def names(source: DataSource) -> Names:
-    """Return the names of arrays and columns to read from data files, such as that of the label column, and the
-    separator and the header of a CSV file, as given in the settings.
+    """Return the names of arrays and columns to read from data files, such as that of the label column, and how
+    files are read, as given in the settings.
     """
     return {
         "label": source.label,
@@ -191,6 +191,7 @@ def names(source: DataSource) -> Names:
         "y": source.y,
         "separator": source.separator,
         "header": source.header,
+        "follow_links": source.follow_links,
     }
 
 

@@ -57,7 +57,11 @@ def monitored(settings: Monitor) -> Monitored:
         raise UsageError("the model has a detector of its own; monitor the network inside")
     reference = _open(settings, beside(settings, settings.reference), subject)
     in_folder = folder is not None and settings.generated and holds_samples(folder)
-    stream = open_samples(folder) if folder is not None and in_folder else _open(settings, settings, subject)
+    stream: Data
+    if folder is not None and in_folder:
+        stream = open_samples(folder, follow_links=settings.follow_links)
+    else:
+        stream = _open(settings, settings, subject)
     _refuse_data(settings, reference, stream)
     with _watched(settings, subject, reference) as watched:
         return _compared(settings, watched, reference, stream)

@@ -72,11 +72,11 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
 def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     """Return the properties that all parameter sets of an existing rotation pool share, as stored in its manifest.
 
-    Only the device and `trust_code` are taken from `settings`. Code runs only if `trust_code` is true, because the
-    manifest is not a command line. Raises `UsageError` if other settings differ from the manifest.
+    Only the device, `trust_code` and `follow_links` are taken from `settings`, because the manifest is not a command
+    line: code runs only if `trust_code` is true. Raises `UsageError` if other settings differ from the manifest.
     """
     refuse_code_in_pool(pool, trust_code=settings.trust_code)
-    own_settings = {"device": settings.device, "trust_code": settings.trust_code}
+    own_settings = {key: getattr(settings, key) for key in ("device", "trust_code", "follow_links")}
     present = {
         key: value for key, value in {**settings_of_pool(pool), **own_settings}.items() if value is not None
     }

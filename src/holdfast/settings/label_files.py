@@ -1,10 +1,15 @@
 """CSV files with the classes of requests to a server."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from holdfast.core.errors import UsageError
+from holdfast.io.files import text_of_file
+
+_MOST_BYTES = 2**27
+"""Largest size of the file: two million labels, each with the id of a request."""
 
 
 def read_labels(path: Path, class_names: Sequence[str]) -> dict[tuple[str, int], int]:
@@ -14,11 +19,12 @@ def read_labels(path: Path, class_names: Sequence[str]) -> dict[tuple[str, int],
     `UsageError` for an invalid file.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = set(reader.fieldnames or ())
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(
+            io.StringIO(text_of_file(path, "file of labels", most=_MOST_BYTES), newline="")
+        )
+        columns = set(reader.fieldnames or ())
+        rows = list(reader)
+    except csv.Error as error:
         raise UsageError(f"the labels {str(path)!r} cannot be read: {error}; give a CSV file") from error
     if not {"request", "label"} <= columns:
         raise UsageError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from holdfast.core.errors import TargetError
 from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.npz import Npz
-from holdfast.io.files import readable_file, refuse_address
+from holdfast.io.files import refuse_address, replacing
 
 MOST_VALUES = 1 << 20
 """Largest number of values of a pattern, because the trigger is stored with each run: more than an image of 3x512x512
@@ -21,7 +21,7 @@ _MOST_CLASSES = 10**6
 
 def read_trigger(path: str | Path) -> Trigger:
     """Return the trigger in a file. Raises `TargetError` if it contains none."""
-    name, archive = repr(str(path)), Npz(readable_file(Path(path), "trigger file"))
+    name, archive = repr(str(path)), Npz(Path(path), "trigger file")
     pattern, mask = (_values(archive, array, name) for array in ("pattern", "mask"))
     shape = tuple(pattern.shape)
     if not shape or not 0 < pattern.numel() <= MOST_VALUES:
@@ -62,7 +62,7 @@ def write_trigger(path: str | Path, trigger: Trigger) -> None:
     }
     target = {} if trigger.target is None else {"target": np.int64(trigger.target)}
     try:
-        with Path(path).open("wb") as file:  # savez would append another suffix to a name
+        with replacing(Path(path)) as file:  # savez would append another suffix to a name
             np.savez(file, allow_pickle=False, **present, **target)
     except OSError as error:
         raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -8,6 +8,7 @@ import csv
 import gc
 import gzip
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ from holdfast.io.data.columns import (
     rounded,
     side_by_side,
 )
-from holdfast.io.files import megabytes, reason_of
+from holdfast.io.files import megabytes, opened, reason_of
 from holdfast.io.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
@@ -146,10 +147,11 @@ def read(
     are read as strings as well as numbers.
     """
     assert content is None, "a table is read from its file"
-    if path.suffix == ".parquet":
-        return _read_parquet(path, folder, label, drop, inputs, words, groups)
-    names, blocks = _csv(path, label, separator, has_header=header)
-    return _read_columns(path, folder, label, drop, words, names, blocks, groups)
+    with opened(path, "data file") as source:
+        if path.suffix == ".parquet":
+            return _read_parquet(path, source, folder, label, drop, inputs, words, groups)
+        names, blocks = _csv(path, source, label, separator, has_header=header)
+        return _read_columns(path, folder, label, drop, words, names, blocks, groups)
 
 
 def _read_columns(
@@ -199,6 +201,7 @@ def _read_columns(
 
 def _read_parquet(
     path: Path,
+    source: io.BufferedReader,
     folder: Path,
     label: str | None,
     drop: list[str],
@@ -206,7 +209,7 @@ def _read_parquet(
     words: list[str] | None,
     groups: str | None,
 ) -> dict[str, Any]:
-    file = _open_parquet(path)
+    file = _open_parquet(path, source)
     header = list(file.schema_arrow.names)
     whole = [
         field.name
@@ -438,11 +441,13 @@ def _as_words(
     return indices if places is None else indices[places]
 
 
-def _csv(path: Path, label: str | None, separator: str, *, has_header: bool) -> tuple[list[str], Blocks]:
+def _csv(
+    path: Path, source: io.BufferedReader, label: str | None, separator: str, *, has_header: bool
+) -> tuple[list[str], Blocks]:
     try:
-        lines = _lines(_decoded(path), separator)
+        lines = _lines(_decoded(path, source), separator)
         first = next(lines, [])
-        probable = _probable_separator(path) if len(first) < 2 else separator
+        probable = _probable_separator(path, source) if len(first) < 2 else separator
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(path, error) from error
     if probable != separator:
@@ -473,12 +478,15 @@ def _lines(text: Iterable[str], separator: str) -> Iterator[list[str]]:
     return csv.reader(text, strict=True, delimiter=separator, skipinitialspace=separator == " ")
 
 
-def _probable_separator(path: Path) -> str:
+def _probable_separator(path: Path, source: io.BufferedReader) -> str:
     """Return the separator that divides the first lines into equally many cells, the most of all separators.
 
     It is the comma if no separator does.
     """
-    start = _decoded(path).read(_START)
+    place = source.tell()
+    source.seek(0)
+    start = _decoded(path, source).read(_START)
+    source.seek(place)
     lines = [line for line in start.splitlines() if line.strip()]
     complete = lines[: min(_LINES, len(lines) - (len(start) == _START))] or lines[:1]
     n_cells = {each: {*map(len, _lines(complete, each))} for each in _SEPARATORS}
@@ -522,18 +530,15 @@ class _LimitedReader(io.RawIOBase):
     implausible.
     """
 
-    def __init__(self, path: Path, stream: Any, most: int) -> None:
-        self.path, self.stream, self.most, self.n_read = path, stream, most, 0
-        self.small = max(_SMALL, _RATIO * path.stat().st_size)
+    def __init__(self, path: Path, source: io.BufferedReader, most: int) -> None:
+        self.path, self.most, self.n_read = path, most, 0
+        self.stream: Any = gzip.GzipFile(fileobj=source) if path.suffix == ".gz" else source
+        self.n_bytes = os.fstat(source.fileno()).st_size
+        self.small = max(_SMALL, _RATIO * self.n_bytes)
 
     def readable(self) -> bool:
         """Return True, because the file is open for reading."""
         return True
-
-    def close(self) -> None:
-        """Close the table file."""
-        self.stream.close()
-        super().close()
 
     def readinto(self, buffer: Any) -> int:
         """Read the next bytes of a table file into the buffer and return their number. Raises `TargetError` if the file
@@ -544,7 +549,7 @@ class _LimitedReader(io.RawIOBase):
         self.n_read += len(content)
         if self.n_read > max(self.small, requested_memory()):
             raise TargetError(
-                f"{str(self.path)!r} has {megabytes(self.path.stat().st_size)} and inflates to more than "
+                f"{str(self.path)!r} has {megabytes(self.n_bytes)} and inflates to more than "
                 f"{megabytes(self.small)}: a bomb rather than data. If it is data, inflate it before it is given, or "
                 f"set {MEMORY}=16GB"
             )
@@ -556,9 +561,8 @@ class _LimitedReader(io.RawIOBase):
         return len(content)
 
 
-def _decoded(path: Path) -> io.TextIOWrapper:
-    stream: Any = gzip.GzipFile(path) if path.suffix == ".gz" else io.FileIO(path)
-    counted = _LimitedReader(path, stream, max(MAX_BYTES, requested_memory()))
+def _decoded(path: Path, source: io.BufferedReader) -> io.TextIOWrapper:
+    counted = _LimitedReader(path, source, max(MAX_BYTES, requested_memory()))
     # The encoding skips a byte order mark, which spreadsheets write; `csv` requires that line ends are not converted.
     return io.TextIOWrapper(io.BufferedReader(counted, 1 << 20), encoding="utf-8-sig", newline="")
 
@@ -567,14 +571,14 @@ def _unreadable(path: Path, error: Exception) -> TargetError:
     return TargetError(f"{str(path)!r} is no readable UTF-8 table: {reason_of(error)}; write it again")
 
 
-def _open_parquet(path: Path) -> Any:
+def _open_parquet(path: Path, source: io.BufferedReader) -> Any:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UsageError(f"{str(path)!r} is parquet, and pyarrow is missing", Install("parquet")) from error
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(source)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable_parquet(path, error) from error
     _refuse_many(path, file.metadata.num_rows, len(file.schema_arrow.names))
