@@ -62,6 +62,8 @@ ROWS = {
     "query-patterns": "query_patterns",
     "monitor": "monitor",
     "adapt": "adapt",
+    "canary-clients": "canary_clients",
+    "odd-servers": "odd_servers",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",

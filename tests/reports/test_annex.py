@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 import holdfast
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.api.annexes import annex_of
 from holdfast.attacks import FGSM, Square
 from holdfast.attacks.suites import VARIANTS
@@ -71,16 +71,21 @@ def run(tmp_path_factory):
     return folder
 
 
-def _audit(folder, monkeypatch):
-    about = {"name": "other-net", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
+@pytest.fixture(autouse=True)
+def concluded(monkeypatch):
+    """An audit whose finding does not depend on steps."""
     found = Finding("not flagged", "no trigger is small")
     monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+
+
+def _audit(folder):
+    about = {"name": "other-net", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
     audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, folder)
     return folder
 
 
-def test_an_annex_lists_evidence_and_what_is_missing(run, tmp_path, monkeypatch):
-    content = annex_of([run, _audit(tmp_path / "b", monkeypatch)], "aisvs").content
+def test_an_annex_lists_evidence_and_what_is_missing(run, tmp_path):
+    content = annex_of([run, _audit(tmp_path / "b")], "aisvs").content
     requirements = {each["id"]: each for each in content["requirements"]}
     evaluated = requirements["v1.0-C11.1.3"]
     assert {name for each in evaluated["evidence"] for name in each["names"]} == {"FGSM", "Square"}
@@ -114,22 +119,15 @@ def test_wrong_folders_and_standards_are_refused(run, tmp_path):
     (tmp_path / "altered" / "verdict.json").write_text("{}")
     with pytest.raises(TargetError, match="restore it from a copy"):
         annex_of([tmp_path / "altered"], "aisvs")
-    Journal.opened(tmp_path / "adapted", "http://s", "2" * 64, resume=False)
+    with open_journal(tmp_path / "adapted", {"server": "http://s"}, resume=False):
+        pass
     with pytest.raises(TargetError, match="not finished"):
         annex_of([tmp_path / "adapted"], "aisvs")
 
 
-def test_the_command_writes_an_annex_of_several_folders(run, tmp_path, monkeypatch):
+def test_the_command_writes_an_annex_of_several_folders(run, tmp_path):
     page = tmp_path / "annex.html"
-    words = [
-        "report",
-        str(run),
-        str(_audit(tmp_path / "b", monkeypatch)),
-        "--annex",
-        "atlas",
-        "-o",
-        str(page),
-    ]
+    words = ["report", str(run), str(_audit(tmp_path / "b")), "--annex", "atlas", "-o", str(page)]
     done = CliRunner().invoke(verbs, words, catch_exceptions=False)
     assert done.exit_code == 0 and "AML.T0043.000: White-Box Optimization" in done.output
     assert "<script" not in page.read_text() and "other-net" in page.read_text()

@@ -12,7 +12,7 @@ import torch
 
 import holdfast
 from holdfast.adaptation.adapted import Adapted
-from holdfast.adaptation.journal import JOURNAL, Journal, Step
+from holdfast.adaptation.journal import Adaptation, Step, open_journal
 from holdfast.api.annexes import Annex, annex_of
 from holdfast.audits.audit import AuditRequest, AuditResult, audited
 from holdfast.audits.finding import Curve, Finding, Picture, Table
@@ -81,7 +81,7 @@ def of_run(folder):
 
 
 def of_audit():
-    result = AuditResult(filled(audited(REQUEST, finding).content))
+    result = AuditResult(filled(audited(REQUEST, measure).content))
     return {"terminal": f"{result.text()}\n{result}"}, (".html", ".json", ".md", ".xml"), result.write
 
 
@@ -114,9 +114,8 @@ def of_explanation():
 
 
 def of_adaptation():
-    journal = Journal(Path("a"), TEXT, TEXT, TEXT, outcome="not promoted", reason=TEXT)
-    journal.steps.append(Step(TEXT, 0.0, {TEXT: TEXT, "list": [TEXT]}))
-    adapted = Adapted.of(journal)
+    step = Step("begin", 0.0, {TEXT: TEXT, "list": [TEXT]})
+    adapted = Adapted.of(Adaptation(Path("a"), TEXT, TEXT, (step,), TEXT, "not promoted", TEXT))
     return {"terminal": f"{adapted.text()}\n{adapted}"}, (".json",), adapted.write
 
 
@@ -124,21 +123,34 @@ ABOUT = {"name": "a", "digest": "0" * 64}
 REQUEST = AuditRequest("backdoor", {"a": "b"}, ABOUT, ABOUT, ("scores",), ("no-backdoor",), notes=("a note",))
 
 
-def finding(run):
+def measure(run):
     run.stage("scores", lambda: {"id": torch.arange(3)})
+    return lambda: {"picture": torch.rand(1, 1, 8, 8)}
+
+
+def concluded(steps):
+    """A finding with another text in all of its places."""
     return Finding(
         "flagged",
-        "a headline",
-        ("a reason",),
-        {"fact": "a fact"},
+        TEXT,
+        (TEXT,),
+        {TEXT: TEXT, "fact": TEXT},
         tables=(
-            Table("a table", ("x", "y"), [("x", 1.5)], "a note"),
-            Table("another one", ("x", "y"), [("x", "y")], texts=True),
+            Table(TEXT, (TEXT, TEXT), [(TEXT, 1.5)], TEXT),
+            Table(TEXT, (TEXT, TEXT), [(TEXT, TEXT)], texts=True),
         ),
-        pictures=(Picture("a picture", torch.rand(1, 1, 8, 8), ("a caption",)),),
-        curves=(Curve("a curve", "x", "y", [("a line", [(0.1, 0.2), (1.0, 1.0)])], 0.01, "a note"),),
-        limits=("a limit",),
+        pictures=steps.pictures([Picture("picture", TEXT, (TEXT,))]),
+        curves=(Curve(TEXT, TEXT, TEXT, [(TEXT, [(0.1, 0.2), (1.0, 1.0)])], 0.01, TEXT),),
+        limits=(TEXT,),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def conclusion():
+    """An audit of one stage, whose finding consists of other texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": concluded})
+        yield
 
 
 _SHARE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
@@ -189,14 +201,9 @@ def _free(content):
     ):
         if key in content:
             content[key] = filled(content[key])
-    for key in ("reasons", "facts", "tables", "pictures", "curves"):
-        if key in content:
-            content[key] = filled(content[key])
     for key in ("model", "data"):
         if key in content:
             content[key]["name"] = TEXT
-    for step in content.get("steps", ()):
-        step.update(step=TEXT, facts=filled(step["facts"]))
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +211,15 @@ def strangers(tmp_path_factory):
     """A folder with a run, a hardening, an audit and an adaptation of a stranger."""
     root = tmp_path_factory.mktemp("strangers") / "runs"
     shutil.copytree(stored.assessment(), root / "run")
-    audited(REQUEST, finding, root / "audit")
+    audited(REQUEST, measure, root / "audit")
     for place in (root / "run", root / "audit"):
-        for name in ("run.json", "finding.json", "doubts.json"):
+        for name in ("run.json", "doubts.json"):
             if (place / name).is_file():
                 rewritten(place, name, _free)
         (place / "about.json").write_text(json.dumps({"created": TEXT}))
-    journal = Journal.opened(root / "adapted", "a", "b", resume=False)
-    journal.add("begin", {"a": "b"})
-    journal.end("not promoted", "c")
-    content = json.loads((root / "adapted" / JOURNAL).read_text())
-    _free(content)
-    (root / "adapted" / JOURNAL).write_text(json.dumps(content))
+    with open_journal(root / "adapted", {"server": TEXT}, resume=False) as journal:
+        journal.take("begin", lambda: {TEXT: TEXT, "list": [TEXT], "share": 0.5, "ends": TEXT})
+        journal.end()
     return root
 
 
@@ -228,6 +232,7 @@ def strangers(tmp_path_factory):
         (("compare", "run", "run"), (".html", ".json", ".md")),
         (("verify", "run"), ()),
         (("verify", "audit"), ()),
+        (("verify", "adapted"), ()),
         (("runs", "."), ()),
         (("explain", "run"), ()),
     ],
@@ -275,7 +280,8 @@ NUMBERS = [
     ("run", "verdict.json", ("exit_code",)),
     ("run", "about.json", ("time",)),
     ("audit", "finding.json", ("facts", "fact")),
-    ("adapted", JOURNAL, ("steps", 0, "time")),
+    ("adapted", "begin.json", ("share",)),
+    ("adapted", "about.json", ("times", "begin")),
 ]
 
 
@@ -292,7 +298,7 @@ def test_odd_numbers_and_texts_end_no_command_with_an_internal_error(
     codes = {"report": command([*map(str, reported), "-o", str(tmp_path / "report.html")])}
     said = capsys.readouterr().err
     codes["runs"] = command(["runs", str(run.parent)])
-    codes["verify"] = 0 if folder == "adapted" else command(["verify", str(run)])
+    codes["verify"] = command(["verify", str(run)])
     codes["ui"] = command(["ui", str(run.parent), "--export", str(tmp_path / "site")])
     if folder == "run":
         codes["explain"] = command(["explain", str(run)])

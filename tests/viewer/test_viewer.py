@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import holdfast
 import test_report_browser
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.attacks import FGSM, PGD
 from holdfast.audits.audit import AuditRequest, audited
 from holdfast.audits.finding import Finding, Table
@@ -227,24 +227,34 @@ def test_an_altered_run_is_refused_with_the_reason(runs):
     assert "not finished" in site.page(f"run/{_id(site, 'writing')}").text
 
 
-def _others(root, monkeypatch):
-    """An audit, a pool, audit chains of a server, and an adaptation."""
+@pytest.fixture
+def concluded(monkeypatch):
+    """An audit whose finding does not depend on steps."""
     found = Finding("flagged", f"{HOSTILE} found", tables=[Table("scores", ["class", "score"], [["0", 1.5]])])
-    about = {"name": "m", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
     monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+
+
+def _others(root):
+    """An audit, a pool, audit chains of a server, and an adaptation."""
+    about = {"name": "m", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
     audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, root / "audit-b")
     Pool.create(root / "pool", {})
     AuditFolder.open(root / "chains", {"model": HOSTILE}).close()
-    journal = Journal.opened(root / "adapted", f"http://{HOSTILE}", "2" * 64, resume=False)
-    journal.add("screen", {"removed": 3})
-    journal.end("not promoted", "a gate failed")
+    with open_journal(root / "adapted", {"server": f"http://{HOSTILE}"}, resume=False) as journal:
+        journal.take("begin", lambda: {"removed": 3, "ends": f"a gate failed {HOSTILE}"})
+        journal.end()
+    (root / "former").mkdir()
+    (root / "former" / "adaptation.json").write_text("{}")
 
 
-def test_audits_pools_chains_and_adaptations_have_pages(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("concluded")
+def test_audits_pools_chains_and_adaptations_have_pages(tmp_path):
     pytest.importorskip("cryptography")
-    _others(tmp_path, monkeypatch)
+    _others(tmp_path)
     site = _site(tmp_path)
-    texts = {item.kind: site.page(f"{item.kind}/{item.id}").text for item in site.shelf.items()}
+    pages = {item.name: site.page(f"{item.kind}/{item.id}").text for item in site.shelf.items()}
+    assert "has no chain" in pages.pop("former")
+    texts = {item.kind: pages[item.name] for item in site.shelf.items() if item.name in pages}
     assert set(texts) == {"audit", "pool", "chains", "adaptation"}
     assert "&lt;script&gt;alert(1)&lt; found" in texts["audit"] and "1.5" in texts["audit"]
     assert "The ledger of the pool is consistent" in texts["pool"]
@@ -344,9 +354,9 @@ def test_options_that_a_run_does_not_state_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_pages_in_a_browser(browser, runs, tmp_path, monkeypatch):
+def test_the_pages_in_a_browser(browser, runs, tmp_path, concluded):
     pytest.importorskip("cryptography")
-    _others(runs, monkeypatch)
+    _others(runs)
     site = _site(runs, mode="files")
     export(site, tmp_path / "site")
     style = (tmp_path / "site" / "style.css").read_text()

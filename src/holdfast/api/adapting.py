@@ -1,32 +1,36 @@
 """Adapts the model of a running server: the steps behind `holdfast adapt`."""
 
-import io
 import shutil
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.adaptation.adapted import Adapted, facts_text
 from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
-from holdfast.adaptation.journal import Journal, Outcome
-from holdfast.adaptation.live_comparison import Counts, failures, regression
+from holdfast.adaptation.journal import HARDENING, Journal, concluded, open_journal
 from holdfast.adaptation.screening import Screened, disagreeing, screened
+from holdfast.adaptation.server_state import (
+    ServerState,
+    approval_of,
+    monitor_state,
+    server_state,
+)
 from holdfast.api import adapting_pools
+from holdfast.api.adapted_guard import CANDIDATE, EARLIER, AdaptedGuard, calibration_of
 from holdfast.api.adapting_pools import AdaptedPool
-from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
-from holdfast.api.guard_opening import calibration_path, input_storage
+from holdfast.api.guard_opening import input_storage
 from holdfast.api.hardening import hardened
+from holdfast.api.live_pairs import LivePairs, Side
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
@@ -37,7 +41,7 @@ from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
-from holdfast.guard.calibration import read_calibration, write_calibration
+from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
@@ -46,15 +50,16 @@ from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore
 from holdfast.runs.engine.resuming import way_out
-from holdfast.runs.harden.hardened import MODEL, Hardened
+from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import PRIVATE, mode_of, write_atomically
-from holdfast.runs.store.locking import locked
+from holdfast.runs.store.files import mode_of, write_atomically
+from holdfast.runs.store.ownership import refuse_shared
+from holdfast.runs.store.records import read_chain
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.guard_settings import read_guard_settings
-from holdfast.settings.serve_settings import ALARM, NOW
+from holdfast.settings.serve_settings import ALARM, NOW, is_public
 from holdfast.statistics.intervals import paired_difference
 
 GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
@@ -62,6 +67,8 @@ GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline
 _SUFFIX = ".safetensors"
 _POLL_S, _LIFE_S = 0.5, 15.0
 """seconds between two looks at the server, and between two signs of life"""
+_END_S = 3.0
+"""seconds in which the server must note the end of a run, which it notices otherwise after 60 s"""
 _PATIENCE_S = 180.0
 """seconds for which a canary may start, and a worker may take the promoted model"""
 _TRUSTED, _SCREENED = 2000, 2000
@@ -69,7 +76,7 @@ _TRUSTED, _SCREENED = 2000, 2000
 _TESTED = 10_000
 """largest number of test examples on which clean accuracies are compared"""
 _BATCH = 256
-_INCUMBENT = "incumbent.safetensors"
+_INCUMBENT, _CANDIDATE = "incumbent.safetensors", "candidate.safetensors"
 _OPENING = ({*ModelSource.model_fields, *InputSpace.model_fields} | {"guard"}) - {"trust_code"}
 """settings that are taken from the server; others, such as data, could name code"""
 
@@ -80,10 +87,6 @@ class _NotReloaded(TargetError):
 
 class _Ended(Exception):
     """The run ends here."""
-
-    def __init__(self, outcome: Outcome, reason: str) -> None:
-        super().__init__(reason)
-        self.outcome, self.reason = outcome, reason
 
 
 def adapted(
@@ -105,17 +108,20 @@ def adapted(
         raise UsageError("data is missing; give examples for the training and the assessments")
     for gate in settings.gates:
         parse(gate)
+    if settings.key_file is None and is_public(urlsplit(settings.server).hostname or "localhost"):
+        raise UsageError(
+            f"{settings.server} is not an address of this machine, and a server there must prove that it is yours; "
+            "start it with --keys, and give a file with a key of the scope adapt as the key file"
+        )
     port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
-    identity = digest(canonical(canonical_settings(settings)))
-    place = new_folder("adapt", identity) if folder is None else Path(folder)
-    journal = Journal.opened(place, settings.server, identity, resume=resume)
-    in_use = f"another process takes the steps of the adaptation in {str(place)!r}; wait until it has ended"
-    with locked(place / ".lock", 0.0, in_use=in_use):
-        if journal.outcome is None:
+    config = {**canonical_settings(settings), "server": settings.server}
+    place = new_folder("adapt", digest(canonical(config))) if folder is None else Path(folder)
+    with open_journal(place, config, resume=resume) as journal:
+        if journal.stored().outcome is None:
             run = _Adaptation(settings, journal, port, progress, notify)
             with _signs_of_life(port, journal.run):
                 run.finish()
-    return Adapted.of(journal)
+        return Adapted.of(journal.stored())
 
 
 @contextmanager
@@ -138,9 +144,9 @@ def _signs_of_life(port: OperatorPort, run: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(_END_S)
         with suppress(HoldfastError):
-            port.post("/adaptation", {**body, "ended": True})
+            port.post("/adaptation", {**body, "ended": True}, answer_s=_END_S)
 
 
 @dataclass(eq=False)
@@ -156,23 +162,20 @@ class _Adaptation:
 
     def finish(self) -> None:
         """Take all steps that are left, and note how the run ended."""
-        try:
+        if taken := self.journal.stored().steps:  # the run may have been killed before it sent the last one
+            self._send(taken[-1].step, taken[-1].facts)
+        with suppress(_Ended):
             self._once("begin", self._begin)
             for step, function in self._steps():
                 self._once(step, function)
-            outcome: Outcome = "promoted"
-            reason = ""
-        except _Ended as end:
-            outcome, reason = end.outcome, end.reason
+        outcome, reason = concluded(self.journal.stored().steps) or ("", "")
         if outcome != "promoted":
             self._restore_guard()
         if self._pool is not None:
             self._pool.drop()
-            shutil.rmtree(
-                self.journal.folder / "harden", ignore_errors=True
-            )  # contains weights as plain text
-        self.journal.end(outcome, reason)
-        self.port.post("/adaptation", self._body("end", {"outcome": outcome, "reason": reason}))
+            shutil.rmtree(self._hardening_folder, ignore_errors=True)  # contains weights as plain text
+        self._send("end", {"outcome": outcome, "reason": reason})
+        self.journal.end()
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], Json]]]:
         """The steps after the first one."""
@@ -191,30 +194,31 @@ class _Adaptation:
             yield "promote", self._promote
             yield "watch", self._watch
             return
-        yield "measure", lambda: pool.measure(port)
+        yield "measure", lambda: pool.measure(self._live_pairs())
         again = way_out("", self.journal.folder)
         yield "admit", lambda: pool.admit(self.progress, self.notify, again)
         yield "promote", lambda: self._monitor_restarted(pool.promote(port))
-        yield "watch", lambda: pool.watch(port, self.journal.facts("measure") or {})
+        yield "watch", lambda: pool.watch(self._live_pairs(), port)
 
     def _once(self, step: str, function: Callable[[], Json]) -> None:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
-        facts = self.journal.facts(step)
-        if facts is None:
-            facts = strict(function())  # the server refuses NaN
-            self.journal.add(step, facts)
-            self.port.post("/adaptation", self._body(step, facts))
+        taken = self.journal.facts(step) is not None
+        facts = self.journal.take(step, lambda: strict(function()))  # the server refuses NaN
+        if not taken:
+            self._send(step, facts)
             self.notify(f"{step}: {facts_text(facts)}")
-        if reason := facts.get("ends"):
-            raise _Ended("rolled back" if step == "watch" else "not promoted", str(reason))
+        if facts.get("ends"):
+            raise _Ended
 
-    def _body(self, step: str, facts: Mapping[str, Any]) -> Json:
-        return {"run": self.journal.run, "step": step, "facts": facts}
+    def _send(self, step: str, facts: Mapping[str, Any]) -> None:
+        """Let the server record a step in its audit chain."""
+        self.port.post("/adaptation", {"run": self.journal.run, "step": step, "facts": facts})
 
     # --- the server and its model
 
-    def _status(self) -> Json:
-        return self.port.get("/status")
+    def _status(self) -> ServerState:
+        """The state of the server of a file."""
+        return server_state(self.port, of="model")
 
     @cached_property
     def _begun(self) -> Mapping[str, Any]:
@@ -227,14 +231,14 @@ class _Adaptation:
         return Path(self._begun["model"])
 
     def _begin(self) -> Json:
-        status = self._status()
+        status = server_state(self.port)
         if "pool" in status:
             return adapting_pools.begin(status, self.settings)
-        stated = status["model"].get("settings") or {}
-        settings = {key: value for key, value in stated.items() if key in _OPENING}
+        served = status["model"]
+        settings: Json = {key: value for key, value in served.get("settings", {}).items() if key in _OPENING}
         file = Path(settings.get("model", ""))
         if file.suffix != _SUFFIX:
-            raise UsageError(
+            raise TargetError(
                 f"the server does not serve a {_SUFFIX} file, and adapt replaces no other model; serve the weights as "
                 f"such a file, as in holdfast serve model{_SUFFIX}"
             )
@@ -242,23 +246,51 @@ class _Adaptation:
             raise TargetError(
                 f"the served file {str(file)!r} is not on this machine; run adapt where the server runs"
             )
-        code = settings.get("arch") or ""
-        if ".py:" in code and not self.settings.trust_code:
-            raise UsageError(
-                f"the server names the code {code} as the architecture, and code is run only if you allow it: set "
-                "trust_code if you trust that file"
-            )
-        copy = self.journal.folder / _INCUMBENT
-        write_atomically(copy, file.read_bytes())
-        served = status["model"]["digest"]
-        if self._opened(copy, settings).digest != served:
+        refuse_shared(file)
+        self._refuse_code(settings.get("arch") or "")
+        copy = self.journal.keep(_INCUMBENT, file.read_bytes())
+        with self._stated_settings():
+            opened = self._opened(copy, settings)
+            guard = settings.get("guard")
+            place = None if guard is None else calibration_of(Path(guard))
+        if opened.digest != served["digest"]:
             raise TargetError(
                 f"the file {str(file)!r} is not the model that is served; reload it (SIGHUP), or restore the file"
             )
-        guard = self._guard_of(settings)
-        if guard is not None and (place := calibration_path(read_guard_settings(guard), guard)).exists():
-            write_atomically(self.journal.folder / "guard.calibration.json", place.read_bytes())
-        return {"set": status["model"]["set"], "model": str(file), "digest": served, "settings": settings}
+        begun = {"set": served["set"], "model": str(file), "digest": served["digest"], "settings": settings}
+        if guard is None or place is None:
+            return begun
+        AdaptedGuard(Path(guard), place, self.journal.folder).store()
+        self.journal.keep_written(EARLIER)
+        return {**begun, "calibration": str(place)}
+
+    def _refuse_code(self, code: str) -> None:
+        """Refuse code that the server names as the architecture unless it is allowed, and is that of this user."""
+        if names_code(code):
+            if not self.settings.trust_code:
+                raise UsageError(
+                    f"the server names the code {code} as the architecture, and code is run only if you allow it: set "
+                    "trust_code if you trust that file"
+                )
+            refuse_shared(Path(code.rpartition(":")[0]))
+
+    @contextmanager
+    def _stated_settings(self) -> Iterator[None]:
+        """Context manager in which settings that cannot be used are a fault of the server, which states them."""
+        try:
+            yield
+        except UsageError as error:
+            raise TargetError(
+                f"the model cannot be opened with the settings that {self.port.url} states: {error}"
+            ) from error
+
+    @property
+    def _guard(self) -> AdaptedGuard | None:
+        """The guard whose calibration is replaced together with a served file."""
+        begun = self.journal.facts("begin") or {}
+        if "calibration" not in begun:
+            return None
+        return AdaptedGuard(Path(begun["settings"]["guard"]), Path(begun["calibration"]), self.journal.folder)
 
     @staticmethod
     def _guard_of(settings: Mapping[str, Any]) -> Path | None:
@@ -284,7 +316,7 @@ class _Adaptation:
 
     @property
     def _candidate_file(self) -> Path:
-        return self.journal.folder / "candidate" / MODEL
+        return self.journal.folder / _CANDIDATE
 
     @cached_property
     def _candidate(self) -> Subject:
@@ -298,10 +330,10 @@ class _Adaptation:
             )
         return opened
 
-    def _serves_incumbent(self, status: Json) -> bool:
+    def _serves_incumbent(self, status: ServerState) -> bool:
         return bool(status["model"]["digest"] == self._begun["digest"])
 
-    def _refuse_changed(self, status: Json) -> None:
+    def _refuse_changed(self, status: ServerState) -> None:
         """Raise `TargetError` if the server serves another model than the one that this run began with."""
         if status["model"]["digest"] not in (self._begun["digest"], self._candidate.digest):
             raise TargetError(
@@ -320,7 +352,7 @@ class _Adaptation:
         self.notify("waiting for an alarm of the monitor")
         while time.monotonic() < until:
             try:
-                alarmed = self.port.get("/monitor")["alarmed"]
+                alarmed = monitor_state(self.port)["alarmed"]
             except Refusal as refusal:
                 if trigger == ALARM:
                     raise UsageError(
@@ -404,9 +436,14 @@ class _Adaptation:
 
     # --- training, assessment and gates
 
+    @property
+    def _hardening_folder(self) -> Path:
+        """The folder of the hardening. That of a pool is deleted at the end, and is therefore not in the chain."""
+        return self.journal.folder / (HARDENING if self._pool is None else "training")
+
     def _hardened(self) -> Hardened:
         if self._result is None:
-            folder = self.journal.folder / "harden"
+            folder = self._hardening_folder
             self._result = hardened(
                 self._harden_settings,
                 folder,
@@ -421,10 +458,12 @@ class _Adaptation:
 
     def _harden(self) -> Json:
         result = self._hardened()
+        facts = {"recipe": result.card["recipe"], "verdict": result.verdict}
         if self._pool is not None:
-            return {"recipe": result.card["recipe"], "verdict": result.verdict}
-        result.write(self._candidate_file.parent, private=True)
-        return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
+            return facts
+        self.journal.keep(_CANDIDATE, result.weights)
+        chain = read_chain(self._hardening_folder, repair=False)
+        return {**facts, "digest": self._candidate.digest, "chain": chain.head}
 
     def _assess(self) -> Json:
         result = self._hardened()
@@ -471,51 +510,31 @@ class _Adaptation:
 
     def _shadow(self) -> Json:
         """Compare the candidate with the served model on a sample of the live inputs, which no client sees."""
-        try:
-            content = self.port.read("/samples")
-        except Refusal as refusal:
-            return {"samples": 0, "reason": refusal.reason}
-        x, served, y = self._samples(content)
-        if not len(x):
-            return {"samples": 0}
-        with self._target(self._candidate) as target:
-            logits = _outputs(target, x)
-        facts: Json = {
-            "samples": len(x),
-            "equal_predictions": float((logits.argmax(1) == served.argmax(1)).double().mean()),
-        }
-        if not bool(logits.isfinite().all()):
-            facts["ends"] = "the candidate returns NaN or infinite scores for live inputs"
-        labelled = y >= 0
-        if bool(labelled.any()):
-            right = [(each.argmax(1) == y)[labelled] for each in (logits, served)]
-            difference = paired_difference(right[0], right[1])
-            facts |= {
-                "labelled": int(labelled.sum()),
-                "accuracy_served": float(right[1].double().mean()),
-                "accuracy_candidate": float(right[0].double().mean()),
-            }
-            if difference.high < 0:
-                facts.setdefault(
-                    "ends", "the candidate classifies fewer live inputs correctly than the served model"
-                )
-        return facts
+        pairs = self._live_pairs(guarded=False)
+        return pairs.compared(pairs.sample())
 
-    def _samples(self, content: bytes) -> tuple[Tensor, Tensor, Labels]:
-        """Return the inputs, the scores and the classes (-1 if unknown) in an answer of the server. They are not
-        compressed, so that they are not larger than the answer.
-        """
-        try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise ValueError("it is compressed")
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                x, logits, y = (torch.from_numpy(arrays[name]) for name in ("x", "logits", "y"))
-                return x, logits, y
-        except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
-            raise TargetError(
-                f"{self.port.url}/samples did not answer with samples ({error}); give the URL of your server"
-            ) from error
+    def _live_pairs(self, *, guarded: bool = True) -> LivePairs:
+        """The comparison of the candidate with the served model on live inputs, with the guard if it is `guarded`."""
+        name = self._candidate.digest[: len(self._begun["set"])]
+        candidate, served = (
+            Side(
+                partial(self._target, subject),
+                partial(self._rules, candidate=subject is self._candidate) if guarded else None,
+            )
+            for subject in (self._candidate, self._incumbent)
+        )
+        shape = tuple(self._tested.x.shape[1:])
+        of: Literal["model", "pool"] = "model" if self._pool is None else "pool"
+        return LivePairs(self.port, of, shape, candidate, served, name)
+
+    def _rules(self, *, candidate: bool) -> GuardPipeline | None:
+        """The rules of the guard, as for the candidate or for the earlier model."""
+        guard = self._guard_of(self._begun["settings"])
+        if guard is None:
+            return None
+        return (self._guard or AdaptedGuard(guard, calibration_of(guard), self.journal.folder)).rules(
+            candidate=candidate
+        )
 
     def _approval(self) -> Json:
         """Wait until the operator approves the candidate, if this is required."""
@@ -524,19 +543,14 @@ class _Adaptation:
         gates = self.journal.facts("gates") or {}
         self.notify("waiting for the approval of the operator")
         while True:
-            runs = {each["run"]: each for each in self.port.get("/adaptation")["runs"]}
-            found = runs.get(self.journal.run, {"approval": None})
-            match found["approval"]:
+            approval, by = approval_of(self.port, self.journal.run)
+            match approval:
                 case "approved":
-                    return {"required": True, "by": found["by"]}
+                    return {"required": True, "by": by}
                 case "rejected":
-                    return {
-                        "required": True,
-                        "by": found["by"],
-                        "ends": "the operator rejected the candidate",
-                    }
+                    return {"required": True, "by": by, "ends": "the operator rejected the candidate"}
                 case None:  # also after a restart of the server, which then knows no runs
-                    self.port.post("/adaptation", self._body("approval", {"gates": gates.get("gates", [])}))
+                    self._send("approval", {"gates": gates.get("gates", [])})
             time.sleep(_POLL_S)
 
     # --- canary and promotion
@@ -553,25 +567,26 @@ class _Adaptation:
         }
         self.port.post("/canary", body)
         until = time.monotonic() + _PATIENCE_S
-        while (state := self._status()["canary"])["state"] == "starting":
+        while self._status()["canary"]["state"] == "starting":
             if time.monotonic() > until:
                 return {"ends": f"the canary was not ready within {_PATIENCE_S:g} s"}
             time.sleep(_POLL_S)
-        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
-        fault = ""
-        while not fault and time.monotonic() < until:
-            status = self._status()
+
+        def ended(status: ServerState) -> str:
             state = status["canary"]
-            if state["state"] != "serving":
-                fault = f"the canary ended: {state['reason'] or state['state']}"
-            else:
-                fault = failures(*self._sets(status))
-            time.sleep(_POLL_S)
-        status = self._status()
-        fault = fault or regression(*self._sets(status))
-        facts = self._counts(status)
+            return (
+                ""
+                if state["state"] == "serving"
+                else f"the canary ended: {state['reason'] or state['state']}"
+            )
+
+        facts = self._live_pairs().watched(self._canary_s, ended)
         self._end_canary()
-        return {**facts, "ends": f"as a canary, {fault}"} if fault else facts
+        return {**facts, "ends": f"as a canary, {facts['ends']}"} if "ends" in facts else facts
+
+    @property
+    def _canary_s(self) -> float:
+        return seconds(self.settings.canary_time, "canary_time")
 
     def _end_canary(self) -> None:
         until = time.monotonic() + _PATIENCE_S
@@ -583,36 +598,19 @@ class _Adaptation:
             self.port.delete("/canary")
             time.sleep(_POLL_S)
 
-    def _sets(self, status: Json) -> tuple[Counts, Counts]:
-        sets, digits = status["sets"], len(self._begun["set"])
-        return Counts.of(sets, self._candidate.digest[:digits]), Counts.of(sets, self._begun["set"])
-
-    def _counts(self, status: Json) -> Json:
-        candidate, served = self._sets(status)
-        return {
-            "requests_candidate": candidate.requests,
-            "requests_served": served.requests,
-            "flagged_candidate": candidate.flagged,
-            "flagged_served": served.flagged,
-        }
-
     def _promote(self) -> Json:
         """Replace the file of the served model, and wait until all workers serve it."""
         self._refuse_changed(self._status())
-        guard = self._guard_of(self._begun["settings"])
-        stored = self.journal.folder / "candidate.calibration.json"
-        alone = read_calibration(stored) if guard is not None and stored.exists() else None
-        if guard is not None and alone is not None:
-            # a worker that is replaced before the reload opens the earlier model
-            before = read_calibration(self.journal.folder / "guard.calibration.json")
-            write_candidate(guard, replace(alone, models=(*before.models, *alone.models)))
+        guard = self._guard
+        if guard is not None:
+            guard.accept_both()
         try:
             self._serve(self._candidate_file, self._candidate.digest)
         except _NotReloaded as error:
             self._put_back()
             return {"ends": str(error)}
-        if guard is not None and alone is not None:
-            write_candidate(guard, alone)
+        if guard is not None:
+            guard.accept_candidate()
         return self._monitor_restarted(
             {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
         )
@@ -629,20 +627,15 @@ class _Adaptation:
         if self._served_file.read_bytes() == (self.journal.folder / _INCUMBENT).read_bytes():
             self._put_back()  # the run was killed while it did so
             return {"ends": "the earlier model was put back after the promotion"}
-        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
-        fault = ""
-        while not fault and time.monotonic() < until:
-            status = self._status()
+
+        def replaced(status: ServerState) -> str:
             self._refuse_changed(status)
-            if self._serves_incumbent(status):
-                fault = "the earlier model was put back"
-            fault = fault or failures(*self._sets(status))
-            time.sleep(_POLL_S)
-        status = self._status()
-        facts = self._counts(status)
-        if fault := fault or regression(*self._sets(status)):
+            return "the earlier model was put back" if self._serves_incumbent(status) else ""
+
+        facts = self._live_pairs().watched(self._canary_s, replaced)
+        if "ends" in facts:
             self._put_back()
-            return {**facts, "ends": f"after the promotion, {fault}"}
+            return {**facts, "ends": f"after the promotion, {facts['ends']}"}
         return facts
 
     def _put_back(self) -> None:
@@ -661,7 +654,7 @@ class _Adaptation:
             if state["digest"] == model and workers == {state["set"]} and state["reload"] != "running":
                 return
             if not requested:
-                self.port.post("/swap", {})
+                self.port.post("/reload", {"run": self.journal.run})
                 requested = True
             elif state["reload"] == "failed":
                 raise _NotReloaded(f"the server could not reload the model: {state['reason']}")
@@ -675,25 +668,17 @@ class _Adaptation:
 
     def _extend_guard(self) -> None:
         """Calibrate the guard for the served model and the candidate together."""
-        guard = self._guard_of(self._begun["settings"])
-        if guard is None:
+        if (guard := self._guard) is None:
             return
         opening = _opening(self._begun["settings"])
-        base = Calibrate(model=str(self._candidate_file), guard=str(guard), **opening)
+        base = Calibrate(model=str(self._candidate_file), guard=str(guard.guard), **opening)
         own = {key: getattr(base, key) for key in base.model_fields_set}
-        found = candidate_calibrations(composed(Calibrate, self.settings).model_copy(update=own))
-        if found is not None:
-            both, alone = found
-            write_calibration(alone, self.journal.folder / "candidate.calibration.json", PRIVATE)
-            write_candidate(guard, both)
+        guard.extend(composed(Calibrate, self.settings).model_copy(update=own))
+        self.journal.keep_written(CANDIDATE)
 
     def _restore_guard(self) -> None:
-        facts = self.journal.facts("begin")
-        guard = None if facts is None else self._guard_of(facts["settings"])
-        before = self.journal.folder / "guard.calibration.json"
-        if guard is not None and before.exists():
-            place = calibration_path(read_guard_settings(guard), guard)
-            write_atomically(place, before.read_bytes(), mode_of(place))
+        if (guard := self._guard) is not None:
+            guard.restore()
 
 
 def _opening(settings: Mapping[str, Any]) -> Json:

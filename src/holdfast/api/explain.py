@@ -14,7 +14,7 @@ from holdfast.api.expecting import expected, with_found_properties
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
 from holdfast.api.python_functions import verb_with
-from holdfast.api.reading_settings import given
+from holdfast.api.reading_settings import OPENED_WITH, given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.api.verb_settings import Assess, Certify, Explain, composed
@@ -163,6 +163,14 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
             update["data"] = str(manifest["data"]["name"])
         models = (manifest["model"], *manifest["model"].get("members", ()))
         named = [(str(each["name"]), each.get("how")) for each in models]
+        opening = {
+            key: value
+            for key, value in manifest.get("opening", {}).items()
+            if key in {*OPENED_WITH, "groups"} and key not in settings.model_fields_set
+        }
+        if given_as_model and names_code(str(opening.get("arch", ""))):
+            del opening["arch"]
+    update |= opening
     if given_as_model:
         update |= _address(named, manifest["verb"], str(folder))
     own = {key: getattr(settings, key) for key in settings.model_fields_set}

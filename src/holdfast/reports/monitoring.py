@@ -11,7 +11,7 @@ from holdfast.reports.words import TextTable, capitalized
 MONITORING_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
 
-_NEXT = {
+NEXT = {
     "inputs": "Compare inputs after the alarm with those of the reference: did the source, the preprocessing or the "
     "users change?",
     "embeddings": "Compare inputs after the alarm with those of the reference: they differ in what the model uses.",
@@ -22,6 +22,7 @@ _NEXT = {
     "repeats": "Look at samples that repeat others: the generator may have collapsed to few of them.",
     "error": "The accuracy changed: label more recent samples, and look at the error of each class.",
 }
+"""what to do after an alarm, by the view of its signal"""
 _RETRAIN = (
     "If the change is lasting, assess the model on labelled samples after the alarm (holdfast assess), train or harden "
     "it with them, and monitor with a new reference."
@@ -59,7 +60,7 @@ def next_steps(content: Mapping[str, Any]) -> list[str]:
         return []
     generated = any(test["name"] in SAMPLE_TESTS for test in content["tests"])
     last = [_AUDIT] if generated else [_RETRAIN, _ATTACK]
-    return [*dict.fromkeys(_NEXT[view] for view in views), *last]
+    return [*dict.fromkeys(NEXT[view] for view in views), *last]
 
 
 def report_tables(content: Mapping[str, Any]) -> list[TextTable]:

@@ -14,6 +14,7 @@ from holdfast.core.goal import Goal
 from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
+from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
@@ -69,6 +70,7 @@ def assess_manifest(
         "hardware": hardware(torch.device(request.device)),
         "seed": plan.seed,
         "plan": work_of(len(data), request, plan, shape, served=served, stored=stored),
+        **({"opening": dict(request.opening)} if request.opening else {}),
     }
 
 
@@ -156,6 +158,7 @@ def harden_manifest(
         "hardware": machine,
         "seed": request.seed,
         "plan": dict(plan),
+        **({"opening": dict(request.assessment.opening)} if request.assessment.opening else {}),
     }
 
 
@@ -247,8 +250,11 @@ def _notes(
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
+    climbing = any(member.attack.needs == "gradients" for member in plan.members)
+    cut = (NO_GRADIENT,) if subject.model.cut and climbing else ()
     hidden = () if plan.shown else ("the run stores no examples, so that reports show none",)
-    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide, *hidden]
+    notes = (*getattr(data, "notes", ()), *target.notes, *small, *wide, *hidden)
+    return [*subject.notes, *cut, *surrogates, *notes]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:
