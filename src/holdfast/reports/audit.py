@@ -32,7 +32,7 @@ def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
             table["title"],
             table["headings"],
             [[_cell(cell) for cell in row] for row in table["rows"]],
-            table.get("texts", False),  # older runs lack it
+            table["texts"],
         )
         for table in content["tables"]
     ]
