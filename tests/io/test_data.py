@@ -482,7 +482,7 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
         ([["a", "y"], ["1", ""]], "y", TargetError, "label of row 0 of .* is missing"),
         ([["a", "y"], ["7", "0"]], "y", TargetError, "range from 7 to 7;"),
         ([["a", "y"], ["1"]], "y", TargetError, "row 1 of .* has 1 cells; the header has 2"),
-        ([["a", "a"], ["1", "2"]], "a", TargetError, "distinct names"),
+        ([["a", "a"], ["1", "2"]], "a", TargetError, "several columns named .a."),
         ([["a", "y"]], "y", TargetError, "is empty"),
         ([["y"], ["1"]], "y", TargetError, "no column beside its label"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.api.expecting import expected
+from holdfast.api.expecting import expected, notes_of
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
@@ -54,7 +54,7 @@ def prepared_backdoor(
         raise UsageError("the model has a detector of its own; audit the network inside")
     refuse_untrainable(model)
     data = open_examples(settings, model, selection=ExampleSelection(sample=CLEAN))
-    stream = None if settings.stream is None else _stream(settings, model)
+    stream = None if settings.stream is None else _stream(settings, model, data)
     device = torch.device(device_of(settings.device))
     batch = data.read(0, len(data))
     refuse_one_class(batch.y)
@@ -88,16 +88,16 @@ def prepared_backdoor(
             settings.seed,
             str(device),
             command,
-            subject.notes,
+            (*subject.notes, *notes_of(stream)),
             writes=settings.trigger_out is not None,
         ),
         audit,
     )
 
 
-def _stream(settings: AuditBackdoor, model: Classifier) -> Data:
+def _stream(settings: AuditBackdoor, model: Classifier, first: Data) -> Data:
     source = beside(settings, settings.stream)
-    properties = expected(settings, model, source, lenient=True)
+    properties = expected(settings, model, source, lenient=True, first=first)
     return open_expected(composed(AuditBackdoor, settings, source), replace(properties, needs_labels=False))
 
 

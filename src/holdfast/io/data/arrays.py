@@ -22,6 +22,7 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
 from holdfast.io.data.class_numbers import Numbered
+from holdfast.io.data.column_matching import in_order_of_first
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import class_labels, refuse_swapped
 from holdfast.io.data.layouts import LayoutReading, reading_of
@@ -132,6 +133,8 @@ class Arrays:
     """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
     """names of the columns of a table, in the order of the inputs"""
+    named: bool = False
+    """whether `features` are names of a table, and not positions"""
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
     text_labels: bool = False
@@ -278,6 +281,8 @@ def from_numpy(
     if expected.edits is not None:
         x, preserve = _codes(x, expected.edits, ids, name), True
     notes = (*notes, *_rule_notes(x, expected, ids, name))
+    if features is None and expected.edits is None and expected.rules is None:
+        notes += in_order_of_first(name, expected, x.shape[1:])
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")

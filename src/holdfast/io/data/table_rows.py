@@ -13,7 +13,7 @@ from holdfast.io.files import names_of
 
 
 def rows_by_rules(
-    table: ColumnTable, rules: Rules, label: str, drop: Sequence[str], rows: NDArray[np.int64]
+    table: ColumnTable, rules: Rules, label: str | None, drop: Sequence[str], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Return the inputs (n, columns) in the given rows of a table, in the order of the rules. Missing values are NaN.
 

@@ -241,7 +241,10 @@ def _notes(
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
-    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide]
+    notes_of_data = [
+        note for each in (data, request.fit, *request.across) for note in getattr(each, "notes", ())
+    ]
+    return [*subject.notes, *surrogates, *dict.fromkeys(notes_of_data), *target.notes, *small, *wide]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:
