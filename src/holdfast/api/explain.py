@@ -108,7 +108,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
             subject.digest,
             (
                 *_notes(settings, target, len(batch), len(data)),
-                *(sentences(note) for note in notes_of(train)),
+                *(sentences(note) for note in notes_of(data, train)),
             ),
         )
         with target.repeatable(rng):

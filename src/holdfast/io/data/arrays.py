@@ -226,6 +226,20 @@ class Choice:
         return selected_rows(n_rows, n=self.n, sample=self.sample, seed=self.seed, name=name)
 
 
+def first_rows_note(all_labels: Array, labels: Array, n: int | None) -> tuple[str, ...]:
+    """Return the note on the first `n` examples of data if they have fewer classes than all of them, as in a file that
+    is sorted by class.
+    """
+    if n is None or len(all_labels) == len(labels):
+        return ()
+    present, total = (len(np.unique(each)) for each in (labels, all_labels))
+    note = (
+        f"the first {n:,} examples have {present:,} of the {total:,} classes of the data; sample={n} (--sample {n}) "
+        "takes random ones"
+    )
+    return () if present == total else (note,)
+
+
 def selected_rows(
     n_rows: int, *, n: int | None, sample: int | None, seed: int, name: str
 ) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
-from holdfast.io.data.arrays import Arrays, Choice, from_numpy, handles_missing
+from holdfast.io.data.arrays import Arrays, Choice, first_rows_note, from_numpy, handles_missing
 from holdfast.io.data.class_numbers import numbered, numbered_words
 from holdfast.io.data.column_matching import left_out, matched_columns, refuse_repeated, without
 from holdfast.io.data.columns import (
@@ -156,6 +156,8 @@ def table_examples(
         present = [name for name in table.features if name not in drop]
         table, features, named, notes = matched_columns(table, present, expected)
         x = _numbers(table, features, chosen, expected)
+    if column is not None:
+        notes += first_rows_note(column.places[rows_of_split], column.places[chosen], choice.n)
     of_source: dict[str, Any] = {"layout": layout, "notes": (*label_notes, *notes), "features": features}
     groups = None if groups is None else groups.taken(chosen)
     if y is not None:

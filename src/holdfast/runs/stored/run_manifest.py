@@ -57,7 +57,7 @@ def assess_manifest(
             "code": code_digest(),
         },
         "config": config,
-        "model": strict({**subject.card, "randomised": target.randomised}),
+        "model": strict({**subject.card, "outputs": target.classes, "randomised": target.randomised}),
         "surrogates": [_identity(surrogate) for surrogate in request.surrogates],
         "other_data": [
             {"name": dataset.name, "digest": dataset.digest, "n": len(dataset)} for dataset in request.across
