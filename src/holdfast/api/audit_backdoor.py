@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.api.expecting import expected, notes_of
+from holdfast.api.expecting import ends, expected, notes_of, refuse_other_range
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
@@ -55,6 +55,8 @@ def prepared_backdoor(
     refuse_untrainable(model)
     data = open_examples(settings, model, selection=ExampleSelection(sample=CLEAN))
     stream = None if settings.stream is None else _stream(settings, model, data)
+    if stream is not None:
+        refuse_other_range(data, stream)
     device = torch.device(device_of(settings.device))
     batch = data.read(0, len(data))
     refuse_one_class(batch.y)
@@ -67,7 +69,7 @@ def prepared_backdoor(
         with readied(subject, data, device):
             found = measured(run, model, request, notify)
         if settings.trigger_out is not None:
-            write_trigger(Path(settings.trigger_out), suspect(found))
+            write_trigger(Path(settings.trigger_out), replace(suspect(found), ends=ends(model.bounds)))
         return concluded(found, model.bounds, model.class_names)
 
     compared = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.api import resolve
 from holdfast.api.audit_tables import prepared_tables, tables_of
-from holdfast.api.expecting import first_table, normalisation, notes_of, unlabelled
+from holdfast.api.expecting import first_table, normalisation, notes_of, refuse_other_range, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator, composed
@@ -80,6 +80,7 @@ def opened_audit(
     network = None if subject is None else subject.model.eval()
     training = _of_split(settings, "train", network)
     held_out = _opened(settings, beside(settings, settings.held_out), network, training)
+    refuse_other_range(training, held_out)
     batch, source = training.read(0, len(training)), _source(settings, network, training)
     device, rng = torch.device(device_of(settings.device)), Draws(settings.seed)
 
@@ -207,6 +208,7 @@ def _source(settings: AuditGenerator, network: Classifier | None, training: Data
             )
         refuse_condition(settings.condition, given, None)
         samples = _opened(settings, beside(settings, given), network, training)
+        refuse_other_range(training, samples)
         # a random sample, because a file may be sorted by class
         everything = samples.read(0, len(samples))
         stored = rows_of(everything, settings.samples, Draws(settings.seed).at("samples"))

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Assess | Certify)
 _LISTED = 20  # classes in an error message
+_RANGE_EXAMPLES = 1000
+"""number of examples whose range of values is compared"""
+_LEAST_WIDTH, _MOST_SHIFT = 0.55, 1 / 3
+"""width of a range, and shift of its middle, relative to the wider one, beyond which the units are probably others"""
 
 
 def declared(settings: Opening) -> Declared:
@@ -249,6 +253,30 @@ def first_table(data: Data) -> FirstTable:
     if not isinstance(arrays, Arrays):
         return FirstTable(data.name, None, named=False)
     return FirstTable(data.name, arrays.features, named=arrays.features is not None and arrays.named)
+
+
+def refuse_other_range(first: Data, second: Data) -> None:
+    """Raise `UsageError` if the values of images or signals are in another range than those of the data `first`: twice
+    as wide, half as wide, or shifted by a third of it.
+
+    Values of a table have units of their own.
+    """
+    ranges = []
+    for data in (first, second):
+        x = data.read(0, min(len(data), _RANGE_EXAMPLES)).x
+        if x.dim() < 3:
+            return
+        ranges.append((float(x.nan_to_num().min()), float(x.nan_to_num().max())))
+    (low, high), (other_low, other_high) = ranges
+    width, other_width = high - low, other_high - other_low
+    largest = max(width, other_width)
+    shift = abs(low + high - other_low - other_high) / 2
+    if min(width, other_width) > _LEAST_WIDTH * largest and shift < _MOST_SHIFT * largest:
+        return
+    raise UsageError(
+        f"{second.name} has values from {other_low:.4g} to {other_high:.4g}, and {first.name} has values from "
+        f"{low:.4g} to {high:.4g}; write both in the same range"
+    )
 
 
 def notes_of(*data: Data | None) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ import torch
 
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import Limited
+from holdfast.core.constraints import Constraint, Limited
 from holdfast.core.goal import Goal
+from holdfast.core.model import Bounds
+from holdfast.core.triggers import Stamped
 from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
@@ -228,6 +230,21 @@ def _groups_identity(data: Data) -> dict[str, Any]:
     }
 
 
+def _units_of_trigger(constraint: Constraint, bounds: Bounds) -> tuple[str, ...]:
+    """Return the note on a trigger whose file does not state the valid range of its values."""
+    if not isinstance(constraint, Stamped) or constraint.trigger.ends is not None:
+        return ()
+    values = constraint.trigger.pattern[constraint.trigger.mask.expand_as(constraint.trigger.pattern) > 0]
+    by_feature = isinstance(bounds.low, torch.Tensor) or isinstance(bounds.high, torch.Tensor)
+    if not len(values) or by_feature or bounds == Bounds():
+        return ()
+    note = (
+        "the file of the trigger does not state the valid range of its values, which are from "
+        f"{float(values.min()):.4g} to {float(values.max()):.4g}; they are taken in the units of the model"
+    )
+    return (note,)
+
+
 def _notes(
     subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
 ) -> list[str]:
@@ -241,10 +258,19 @@ def _notes(
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
+    unknown = _units_of_trigger(plan.threat.constraint, bounds)
     notes_of_data = [
         note for each in (data, request.fit, *request.across) for note in getattr(each, "notes", ())
     ]
-    return [*subject.notes, *surrogates, *dict.fromkeys(notes_of_data), *target.notes, *small, *wide]
+    return [
+        *subject.notes,
+        *surrogates,
+        *dict.fromkeys(notes_of_data),
+        *target.notes,
+        *small,
+        *wide,
+        *unknown,
+    ]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:
