@@ -142,7 +142,7 @@ def _open(settings: Monitor, source: DataSource, subject: Subject | None, first:
             lenient=True,
             first=None if first is None else first_table(first),
         )
-    return open_expected(opened, replace(properties, needs_labels=False))
+    return open_expected(opened, replace(properties, needs_labels=False, has_threat=False))
 
 
 def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:

@@ -57,7 +57,7 @@ _COMPARED = 64
 
 Array = NDArray[Any]
 
-_EXACT = 1 << 24
+EXACT = 1 << 24
 """Largest number up to which float32 represents all whole numbers."""
 
 _NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
@@ -584,10 +584,10 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
     if _is_unit(bounds) and (x.ndim > 2 or _may_be_audio(x)):
         raise _of_integers(x, name)
     lowest, highest = int(x.min()), int(x.max())
-    if max(abs(lowest), abs(highest)) > _EXACT:
+    if max(abs(lowest), abs(highest)) > EXACT:
         raise TargetError(
             f"the inputs of {name} are {x.dtype} from {lowest} to {highest}, and float32, in which the model computes, "
-            f"represents all whole numbers only up to {_EXACT}: scale the features as in training"
+            f"represents all whole numbers only up to {EXACT}: scale the features as in training"
         )
     return x.astype(np.float32), 1.0, ()
 

@@ -80,6 +80,8 @@ class Expected:
     """rules of the table whose rows are the inputs; None for other inputs"""
     first: FirstTable | None = None
     """data set whose columns those of a table are matched with; None for the first of a run"""
+    has_threat: bool = True
+    """whether the verb has a threat model, which may have rules of a table or be on texts"""
     edits: "TextEdits | None" = None
     """constraint on texts, if the inputs are texts; None for numbers"""
 

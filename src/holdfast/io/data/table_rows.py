@@ -9,6 +9,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.tables.checking import checked
 from holdfast.core.tables.rules import Rules, refuse_other_columns
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words
+from holdfast.io.data.tables import refuse_inexact
 from holdfast.io.files import names_of
 
 
@@ -34,6 +35,7 @@ def rows_by_rules(
             continue
         at = table.features.index(name)
         if table.kinds is not None:
+            refuse_inexact(table, [name], table.kinds[rows, at : at + 1], rows)
             text = np.flatnonzero(table.kinds[rows, at] == TEXT)
             if len(text):
                 raise TargetError(

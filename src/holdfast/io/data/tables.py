@@ -15,10 +15,11 @@ from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
-from holdfast.io.data.arrays import Arrays, Choice, first_rows_note, from_numpy, handles_missing
+from holdfast.io.data.arrays import EXACT, Arrays, Choice, first_rows_note, from_numpy, handles_missing
 from holdfast.io.data.class_numbers import numbered, numbered_words
 from holdfast.io.data.column_matching import left_out, matched_columns, refuse_repeated, without
 from holdfast.io.data.columns import (
+    INEXACT,
     MISSING,
     NUMBER,
     SPLIT_COLUMN,
@@ -323,6 +324,7 @@ def _numbers(
     if kinds.any():  # the groups may have text or missing values, and be no feature
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
         x = table.numbers[rows][:, places]
+        refuse_inexact(table, features, kinds, rows)
         if text or not handles_missing(x, expected):
             _refuse_missing(table, features, kinds, rows)
         if text:
@@ -330,8 +332,23 @@ def _numbers(
             sparse = [
                 name for name, numeric in zip(features, mostly, strict=True) if numeric and name in text
             ]
-            raise _not_numbers(table, features, text, sparse)
+            raise _not_numbers(table, features, text, sparse, has_threat=expected.has_threat)
     return table.numbers[rows][:, places]
+
+
+def refuse_inexact(
+    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+) -> None:
+    """Raise `TargetError` for a whole number that float32, in which rows are stored, does not represent."""
+    for name, column in zip(features, kinds.T, strict=True):
+        inexact = np.flatnonzero(column == INEXACT)
+        if len(inexact):
+            raise TargetError(
+                f"the column {name!r} of {table.name} has whole numbers above {EXACT:,}, first in row "
+                f"{rows[inexact[0]]}, and float32, in which rows are stored, represents all whole numbers only up to "
+                "it: scale the column as in training, or leave it out if it is an id",
+                *(without([name]) if len(features) > 1 else ()),
+            )
 
 
 def _refuse_missing(
@@ -348,7 +365,12 @@ def _refuse_missing(
 
 
 def _not_numbers(
-    table: ColumnTable, features: Sequence[str], text: Sequence[str], sparse: Sequence[str]
+    table: ColumnTable,
+    features: Sequence[str],
+    text: Sequence[str],
+    sparse: Sequence[str],
+    *,
+    has_threat: bool,
 ) -> TargetError:
     """Return the error for the columns `text`, which contain strings. `sparse` are those of them whose cells are mostly
     numbers, so that the strings probably stand for missing values.
@@ -359,9 +381,12 @@ def _not_numbers(
         f". Most cells of {sparse[0]} are numbers: leave a cell empty for a missing value" if sparse else ""
     )
     words = [name for name in text if name not in sparse]
+    rules = (
+        ", as the model was trained, or give a threat such as table:rules.yaml, with the rules of the table, or "
+        "text:edits=1,words=3, for a model of texts"
+    )
     return TargetError(
         f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
-        f"numbers in place of the text, as the model was trained, or give a threat such as table:rules.yaml, with the "
-        f"rules of the table, or text:edits=1,words=3, for a model of texts{empty}",
+        f"numbers in place of the text{rules if has_threat else ''}{empty}",
         *(without(words) if 0 < len(words) < len(features) else ()),
     )

@@ -65,8 +65,8 @@ _ROWS = 256
 class TextCells(list[str]):
     """Cells of one column of a CSV file in a block of rows."""
 
-    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the values of the cells as float32, with NaN for cells that are not numbers, and whether each cell is
+    def numbers(self) -> tuple[NDArray[np.float64], NDArray[np.uint8] | None]:
+        """Return the values of the cells as float64, with NaN for cells that are not numbers, and whether each cell is
         a number, missing or text.
         """
         return as_numbers(self)
@@ -85,15 +85,15 @@ class ArrowCells:
     def __len__(self) -> int:
         return len(self.column)
 
-    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the values of the cells as float32, and whether each cell is a number, missing or text. Cells are not
+    def numbers(self) -> tuple[NDArray[np.float64], NDArray[np.uint8] | None]:
+        """Return the values of the cells as float64, and whether each cell is a number, missing or text. Cells are not
         converted to strings if all are numbers.
         """
         import pyarrow as pa
 
         kind = self.column.type
         if self.column.null_count == 0 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            return rounded(self.column.to_numpy(zero_copy_only=False)), None
+            return self.column.to_numpy(zero_copy_only=False).astype(np.float64), None
         return as_numbers(_texts(self.column))
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
