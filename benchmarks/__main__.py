@@ -61,6 +61,7 @@ ROWS = {
     "query-patterns": "query_patterns",
     "monitor": "monitor",
     "adapt": "adapt",
+    "odd-servers": "odd_servers",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",

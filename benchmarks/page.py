@@ -91,6 +91,8 @@ SUBJECTS = {
     "adapt": "`holdfast adapt` of a server with the undefended bundled network (MNIST), which is attacked by transfer "
     "and by Square: accuracies and failed requests; candidates that must not be promoted; and runs that are killed at "
     "20 random moments.",
+    "odd-servers": "`holdfast adapt` and `holdfast monitor` at addresses where something else than their server "
+    "answers: exit codes, times, and files that were changed outside of the run folder.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",

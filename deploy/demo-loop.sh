@@ -36,6 +36,7 @@ holdfast calibrate model.safetensors reference.npz --guard guard.yaml --quiet
 for name in benign attacker; do
   holdfast keys add $name --scope infer --expires 1d --file keys.json --quiet > $name.key
 done
+holdfast keys add adapt --scope adapt --expires 1d --file keys.json --quiet > adapt.key
 holdfast keys add operator --scope admin --expires 1d --file keys.json --quiet > operator.key
 url=http://127.0.0.1:$port/v2/models/model
 holdfast serve model.safetensors --guard guard.yaml --keys keys.json --audit audit --monitor reference.npz --workers 2 \
@@ -58,7 +59,7 @@ grep -q '^metrics' serve.log || { cat serve.log; exit 1; }
 echo '2. Send benign requests, and wait for an alarm (holdfast adapt).'
 python3 "$here/demo_requests.py" "$url/infer" "$(cat benign.key)" benign.npz > requests.log 2>&1 &
 requests=$!
-holdfast adapt "http://127.0.0.1:$admin" --key-file operator.key --data mnist-mini --threat linf:0.2 --budget "$budget" \
+holdfast adapt "http://127.0.0.1:$admin" --key-file adapt.key --data mnist-mini --threat linf:0.2 --budget "$budget" \
   --assess-budget 20s --gate 'regression <= -0.3 vs baseline' --gate 'clean_accuracy_drop <= 0.05 vs baseline' \
   --canary-time 15s --run adapt > adapt.log 2>&1 &
 adapting=$!

@@ -14,7 +14,7 @@ cp "$here/demo-guard.yaml" guard.yaml
 echo 'Calibrating the guard on 1,000 bundled images.'
 holdfast calibrate mnist-cnn mnist-mini --guard guard.yaml --quiet
 attacker=$(holdfast keys add attacker --scope infer --expires 1d --file keys.json --quiet)
-operator=$(holdfast keys add operator --scope admin --expires 1d --file keys.json --quiet)
+metrics=$(holdfast keys add prometheus --scope metrics --expires 1d --file keys.json --quiet)
 
 cat <<EOF
 
@@ -26,7 +26,7 @@ Attack the server from another terminal, in about a minute:
 
 Then look at what the guard did:
 
-  curl -s -H 'Authorization: Bearer $operator' http://127.0.0.1:$admin/metrics | grep -E '^holdfast_(decisions|rule_fired)_total.* [1-9]'
+  curl -s -H 'Authorization: Bearer $metrics' http://127.0.0.1:$admin/metrics | grep -E '^holdfast_(decisions|rule_fired)_total.* [1-9]'
   holdfast verify $folder/audit
   grep -c '"action":"flag"' $folder/audit/*worker*.jsonl
 

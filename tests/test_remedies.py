@@ -51,6 +51,7 @@ from holdfast.api.verb_settings import (
     check_settings,
 )
 from holdfast.attacks import PGD
+from holdfast.audits.audit import AuditStart
 from holdfast.audits.backdoor.audit import ControlTraining, epochs_within
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
@@ -226,6 +227,7 @@ def carried_out(name: str) -> tuple[frozenset[tuple[str, int]], tuple[Remedy | I
     fitting = tuple(each for each in error.remedies if _fits(each, situation))
     assert fitting, f"no remedy is carried out: {error}"
     for remedy in fitting:
+        _refuse_other_attackers(remedy, situation.arguments)
         _carry_out(remedy, situation, situation.arguments, (error,))
     parts = [part for each in fitting for part in _parts(each)]
     return frozenset(
@@ -268,6 +270,16 @@ def _carry_out(remedy, situation, arguments, errors) -> None:
     following = error.remedy
     if following is not None and len(errors) < _MOST and _fits(following, situation):
         _carry_out(following, situation, changed, (*errors, error))
+
+
+def _refuse_other_attackers(remedy: Remedy | Install, arguments: Mapping[str, Any]) -> None:
+    """A remedy changes what the attacker may change, but not the access and the queries that were given."""
+    given_threat = arguments.get("threat")
+    for part in _parts(remedy):
+        if isinstance(given_threat, str) and isinstance(part, Remedy) and part.argument == "threat":
+            with suppress(HoldfastError):  # a misspelt threat
+                before, after = parse_threat(given_threat), parse_threat(str(part.value))
+                assert (after.access, after.queries) == (before.access, before.queries), remedy
 
 
 def _undoes(second: Remedy, first: Remedy) -> bool:
@@ -914,11 +926,12 @@ def backdoor_audited(controls=None, train_controls=None):
     settings = AuditBackdoor(
         model=LINEAR, data=member_examples(40, 0), controls=controls, train_controls=train_controls
     )
-    return prepared_backdoor(settings, ignore, "")
+    with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
+        return audit
 
 
-def explained(index=None):
-    holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index)
+def explained(index=None, **settings):
+    holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index, **settings)
 
 
 def short_control_training(train_controls="1s"):
@@ -943,6 +956,7 @@ VALUES: dict[str, Any] = {
 }
 
 situation("a row number beyond the data", explained, index=50)
+situation("an example that is not shown", explained, index=3, examples=False)
 
 # arguments of the Python functions
 for misspelt, function, more in (
@@ -988,8 +1002,12 @@ situation(
 situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
+situation("adaptive without eps", planned, threat="l2", suite="minimum-norm", adaptive=True)
 situation("a budget without adaptive attacks", planned, adaptive_budget=100)
+situation("all adversarial examples and none", planned, save_adversarial=True, examples=False)
 situation("no eps", planned, threat="l2")
+situation("no eps with scores", planned, threat="l2,access=scores,queries=9")
+situation("certify scores without eps", planned, threat="linf,access=scores,queries=9", certify=True)
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
 situation("an attack under a trigger", planned, threat=Later(lambda: f"trigger:{file('t.npz')}"), suite="pgd")
@@ -1049,7 +1067,11 @@ situation(
     data=(X, Y.clamp_max(1)),
 )
 situation("other classes", assessed, open_model={"classes": 4})
-situation("numpy inside", assessed, n=2, model=of(lambda f, x: torch.from_numpy(f(x).numpy())))
+NUMPY = of(lambda f, x: f(torch.from_numpy(x.numpy())).numpy())
+situation("numpy inside", assessed, n=2, model=NUMPY, suite="pgd")
+situation(
+    "numpy inside one attack", assessed, n=2, model=NUMPY, threat="l2:0.1,queries=9", suite="pgd,square"
+)
 situation("small batches", assessed, model=Later(lambda: Classifier(of(only_four))))
 situation("the channels last", opened, model=Later(convolutional), data=(IMAGES.movedim(1, -1), Y[:8]))
 
@@ -1845,7 +1867,6 @@ situation(
     words=Later(lambda: ("certify", "http://h/v2/models/m", file("one.npz"))),
 )
 situation("an empty head", commanded, words=("rotate", "status", "pool", "--expect-head", ""))
-situation("the head of a run", commanded, words=("verify", "no-run", "--expect-head", "0" * 64))
 situation("nothing to serve", commanded, {"proxy": "http://127.0.0.1:9/x/y"}, words=("serve",))
 situation(
     "no network of a query",

@@ -179,7 +179,7 @@ def test_a_pool_with_a_guard_keys_and_a_monitor_is_adapted_by_schedule(folder, c
     words = ["rotating:pool", "reference.npz", "--guard", "guard.yaml", "--trust-code"]
     assert command(["calibrate", *words]) == 0
     keys = {}
-    for name, scope in (("client", "infer"), ("operator", "admin")):
+    for name, scope in (("client", "infer"), ("operator", "adapt"), ("prometheus", "metrics")):
         capsys.readouterr()
         assert command(["keys", "add", name, "--scope", scope, "--file", "keys.json", "--quiet"]) == 0
         keys[name] = capsys.readouterr().out.strip()
@@ -188,12 +188,12 @@ def test_a_pool_with_a_guard_keys_and_a_monitor_is_adapted_by_schedule(folder, c
     with serving(folder, **more) as (server, url), requests(server, keys["client"]) as statuses:
         until(lambda: len(statuses) > 50)
         once = ["monitor", url, "--once", "--key-file"]
-        assert command([*once, "operator.key", "-o", "report.json"]) in (0, 1)
+        assert command([*once, "prometheus.key", "-o", "report.json"]) in (0, 1)
         report = json.loads(Path("report.json").read_text())
         assert report["requests"] > 0 and {"martingale", "mmd"} <= {t["name"] for t in report["tests"]}
         assert command([*once, "client.key"]) == 2
-        assert "does not permit admin" in capsys.readouterr().err
-        with pytest.raises(UsageError, match="does not permit admin"):
+        assert "does not permit metrics" in capsys.readouterr().err
+        with pytest.raises(UsageError, match="does not permit adapt"):
             settings(url, folder, key_file="client.key").run(folder / "refused")
         server.live.restart()  # the requests are all the same, and an alarm would begin the run
         run = settings(url, folder, key_file="operator.key", trigger="0.1s").run(folder / "run")
@@ -233,7 +233,7 @@ def test_the_difference_of_the_counts_of_all_sets_is_measured(tmp_path, monkeypa
 
     class Port:
         def get(self, path):
-            return {"sets": counts.pop(0)}
+            return {"sets": counts.pop(0), "workers": [], "pool": {"set": "a", "reason": ""}}
 
     adapt = settings("http://127.0.0.1:9", tmp_path, canary_time="0.01s")
     measured = adapting_pools.AdaptedPool(tmp_path, "a", "run", adapt).measure(Port())

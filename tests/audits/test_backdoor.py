@@ -11,11 +11,19 @@ from torch.nn.functional import cross_entropy
 
 import holdfast
 from holdfast.audits.backdoor import audit
-from holdfast.audits.backdoor.audit import BackdoorRequest, ControlTraining, epochs_within, measured
-from holdfast.audits.backdoor.conclusion import concluded
+from holdfast.audits.backdoor.audit import (
+    BackdoorRequest,
+    ControlTraining,
+    epochs_within,
+    groups_of,
+    measure,
+    measured,
+)
+from holdfast.audits.backdoor.conclusion import finding_of
 from holdfast.audits.backdoor.controls import Controls, SizeCache, ranked, refuse_other_accuracy
 from holdfast.audits.backdoor.inversion import Inversion, abnormality, joined
 from holdfast.audits.backdoor.strip import Strip
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -87,8 +95,11 @@ def request(batch, folder=None, **more):
 
 
 def finding(net, asked):
-    model = Classifier(net)
-    return concluded(measured(Run(asked.steps()), model, asked, ignore), model.bounds)
+    run = Run(asked.steps())
+    measure(run, Classifier(net), asked, ignore)
+    settings = {"classes": CLASSES, "controls": asked.n_controls, "stream": False, "class_names": None}
+    manifest = {"config": {"settings": settings}, "data": {"n": len(asked.batch)}, "seed": 0}
+    return finding_of(measured(StoredSteps(manifest, run.store)))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +112,7 @@ def test_a_backdoor_is_flagged_with_its_class_and_place(poisoned_finding):
     assert poisoned_finding.verdict == "flagged" and facts["class"] == TARGET
     assert facts["p"] == pytest.approx(1 / 21) and facts["ratio"] < min(facts["ratios_of_controls"])
     assert facts["success"] > 0.9 and facts["success_on_controls"] < 0.5
-    assert len(poisoned_finding.pictures[0].images) == 4
+    assert len(poisoned_finding.pictures[0].captions) == 4
 
 
 def test_a_clean_network_is_not_flagged(batch, folder):
@@ -225,8 +236,8 @@ def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, mo
     search = audit._Steps.search
     monkeypatch.setattr(audit._Steps, "search", stopping)
     with pytest.raises(KeyboardInterrupt):
-        measured(run, model, asked, ignore)
-    measured(run, model, asked, ignore)
+        measure(run, model, asked, ignore)
+    measure(run, model, asked, ignore)
     assert searched[:3] == [(0, 1), (2, 3), (2, 3)] and (0, 1) not in searched[1:]
 
 
@@ -245,7 +256,7 @@ def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, 
 
     monkeypatch.setattr(Inversion, "__call__", counted)
     assert finding(trained(101), asked).facts == first.facts
-    assert len(searched) == len(asked.groups)
+    assert len(searched) == len(list(groups_of(CLASSES)))
     cache.path.write_text("{")
     with pytest.raises(TargetError, match="delete it"):
         cache.read()
@@ -295,6 +306,8 @@ def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monk
     assert content["facts"]["stream"] == 80 and content["facts"]["stream_suspect"] >= 5
     (tmp_path / "found.npz").unlink()
     assert command([*words, "--run", str(tmp_path / "run"), "--resume"]) == 1
+    assert command(["verify", str(tmp_path / "run")]) == 0
+    assert len(content["pictures"][0]["images"]) == 4
     trigger = read_trigger(tmp_path / "found.npz")
     assert isinstance(trigger, Trigger) and trigger.target == TARGET
     assert len(list((tmp_path / "cache" / "holdfast" / "controls").iterdir())) == 1

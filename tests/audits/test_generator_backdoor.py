@@ -101,7 +101,7 @@ def scanned(generator):
     where, part = context(generator), BackdoorScan()
     assert part.missing(where) == ""
     columns = part.measure(where)
-    return part.concluded(columns, where), columns["shift"][0]
+    return part.concluded(columns), columns["shift"][0]
 
 
 def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
@@ -114,7 +114,7 @@ def test_a_diffusion_model_is_flagged_if_it_subtracts_a_shift_of_its_noise():
     assert finding.facts["variance"] < 0.8
     assert torch.cosine_similarity(shift.flatten(), TRIGGER.flatten(), 0) > 0.6
     assert "subtracts" in finding.reasons[0]
-    assert finding.pictures[0].images.shape == (8, *SHAPE)
+    assert len(finding.pictures[0].captions) == 8
 
 
 @pytest.mark.parametrize(("kind", "verdict"), [(Linear, "unclear"), (LinearAutoencoder, "flagged")])

@@ -57,7 +57,7 @@ def found(generator, *, training=None, held_out=None, samples=None):
     context, part = Context(samples, *batches, opened, CPU, Draws(0)), Membership()
     assert part.missing(context) == ""
     columns = part.measure(context)
-    return columns, part.concluded(columns, context)
+    return columns, part.concluded(columns)
 
 
 def test_a_memoriser_is_found_by_each_score_and_takes_its_own_samples_for_members():

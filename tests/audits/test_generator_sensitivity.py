@@ -26,6 +26,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.models.generators import open_generator
+from holdfast.runs.store.column_forms import validated_columns
 
 LATENT, SHAPE = 4, (1, 4, 4)
 
@@ -92,7 +93,9 @@ def context(generator, shape=(16,)):
 
 def finding(part, where):
     assert part.missing(where) == ""
-    return part.concluded(part.measure(where), where)
+    columns = part.measure(where)
+    validated_columns("part", columns, part.forms(), {})
+    return part.concluded(columns)
 
 
 def test_the_worst_latent_change_of_a_linear_decoder_is_along_its_first_singular_vector():
@@ -168,9 +171,12 @@ def test_images_are_shown_with_the_directions_and_the_part_that_changes():
     titles = [picture.title for picture in finding(LatentChange(0.1), where).pictures]
     assert len(titles) == 4
     assert titles[0].startswith("Sensitive latent direction 1: the output changes by")
-    (picture,) = finding(Autoencoder(0.1), where).pictures
-    assert len(picture.images) == len(picture.captions)
-    assert 0 <= float(picture.images.min()) <= float(picture.images.max()) <= 1
+    pictures = {"autoencoder": Autoencoder(0.1), "moved": LatentChange(0.1)}
+    for name, part in pictures.items():
+        images = part.images(part.measure(where), where)[name]
+        (picture,) = (each for each in finding(part, where).pictures if each.name == name)
+        assert len(images) == len(picture.captions)
+        assert 0 <= float(images.min()) <= float(images.max()) <= 1
 
 
 def test_what_a_generator_lacks_is_named():

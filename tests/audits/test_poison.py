@@ -11,11 +11,19 @@ from torch import nn
 import holdfast
 from holdfast.api.audit_poison import training
 from holdfast.audits.features import penultimate
-from holdfast.audits.poison.audit import METHODS, PoisonRequest, refuse_unscorable, scored, with_trusted
+from holdfast.audits.poison.audit import (
+    METHODS,
+    PoisonRequest,
+    measure,
+    refuse_unscorable,
+    scored,
+    with_trusted,
+)
 from holdfast.audits.poison.comparison import LEVEL, compared
-from holdfast.audits.poison.conclusion import concluded
+from holdfast.audits.poison.conclusion import finding_of, images_of
 from holdfast.audits.poison.confident_learning import label_scores
 from holdfast.audits.poison.feature_scores import feature_scores
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -69,12 +77,14 @@ def batch_of(x, y):
 
 
 def audited(x, y, clean=None):
-    """Return the scores of a set, and its finding."""
+    """Return the scores of a set, its finding, and its images."""
     batch = batch_of(x, y)
     request = PoisonRequest(batch, 0) if clean is None else with_trusted(batch, batch_of(*clean))
     model = Classifier(make(), classes=CLASSES)
-    result = scored(Run(request.steps(), MemoryStore()), request, training(model), ignore)
-    return result, concluded(result, model.bounds)
+    run = Run(request.steps(), MemoryStore())
+    measure(run, request, training(model), ignore)
+    result = scored(StoredSteps({"seed": 0}, run.store))
+    return result, finding_of(result), images_of(request.batch, result, model.bounds)
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +100,18 @@ def trusted():
 @pytest.mark.slow
 def test_a_set_with_a_trigger_is_flagged_in_its_class(data, trusted):
     x, y, rows = stamped(*data, 60)
-    result, finding = audited(x, y, trusted)
+    result, finding, images = audited(x, y, trusted)
     assert finding.verdict == "flagged" and not finding.facts["label_errors_only"]
     assert TARGET in {test.label for test in result.comparison.flagged}
     suspects = result.suspects()
     assert len({*suspects[:60]} & {*rows.tolist()}) >= 50
-    assert finding.pictures[0].images.shape[1:] == (1, SIDE, SIDE)
+    assert images["suspects"].shape == (len(finding.pictures[0].captions), 1, SIDE, SIDE)
 
 
 @pytest.mark.slow
 def test_a_set_with_wrong_labels_is_flagged_as_label_errors(data, trusted):
     x, y, rows = flipped(*data, 90)
-    result, finding = audited(x, y, trusted)
+    result, finding, _ = audited(x, y, trusted)
     assert finding.verdict == "flagged" and finding.facts["label_errors_only"]
     assert "labels" in finding.headline
     found = {*result.flags["labels"][:600].nonzero()[:, 0].tolist()}
@@ -114,7 +124,7 @@ def test_a_clean_set_is_not_flagged(data, trusted):
 
 
 def test_too_few_trusted_examples_leave_the_set_unclear():
-    result, finding = audited(*digits(100), digits(8, seed=1))
+    result, finding, _ = audited(*digits(100), digits(8, seed=1))
     assert finding.verdict == "unclear" and {*result.comparison.detectable.values()} == {1.0}
 
 

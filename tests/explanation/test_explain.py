@@ -4,18 +4,21 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 import holdfast
+from holdfast.attacks import FGSM
 from holdfast.cli.app import run
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.explanation.explained import Explained, Figure, bars
 from holdfast.explanation.neighbours import tracin
+from store.test_foreign import rewritten
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,49 @@ def test_a_run_with_random_transformations_is_explained_by_their_mean(tmp_path):
     first, second = (holdfast.report(tmp_path / "a").explain(3) for _ in range(2))
     assert first.to_json() == second.to_json() == result.explain(3).to_json()
     assert "8 random transformations" in " ".join(first.notes)
+
+
+def run_of_several(name, run):
+    model = holdfast.open_model(name, members=["mnist-cnn", "mnist-cnn-hardened"])
+    holdfast.assess(model, "mnist-mini", "linf:0.1", FGSM(), n=5, doubts=False, run=run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory):
+    """A run of an ensemble."""
+    return run_of_several("ensemble:mean", tmp_path_factory.mktemp("composed") / "run")
+
+
+def test_an_ensemble_is_opened_from_its_run(composed):
+    explained = holdfast.explain(composed, index=3)
+    assert explained.title.startswith("example 3") and "attributions" in explained.names
+
+
+@pytest.mark.slow
+def test_a_mix_is_opened_from_its_run(tmp_path):
+    explained = holdfast.explain(run_of_several("mixed:", tmp_path / "run"), index=3)
+    assert explained.title.startswith("example 3") and "attributions" in explained.names
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "reason"),
+    [
+        (lambda model: model.pop("members"), 3, "ensemble:mean has 0 members"),
+        (lambda model: model["members"].pop(), 3, "ensemble:mean has 1 member"),
+        (lambda model: model["members"].reverse(), 3, "the model opened now"),
+        (lambda model: model.update(name="mixed:"), 3, "the model opened now"),
+        (lambda model: model["members"][1].update(name="evil.py:make"), 2, "code would be executed"),
+        (lambda model: model["members"][1].update(name="mnist-cnn,arch=evil.py:make"), 2, "code would be"),
+        (lambda model: model["members"][1].update(name="http://127.0.0.1:1/m"), 2, "behind a server"),
+        (lambda model: model["members"][1].update(name="\ud800"), 2, "no bundled model"),
+    ],
+)
+def test_a_strangers_run_of_several_models_runs_no_code(composed, tmp_path, capsys, change, code, reason):
+    folder = shutil.copytree(composed, tmp_path / "run")
+    rewritten(folder, "run.json", lambda content: change(content["model"]))
+    assert run(["explain", str(folder), "--index", "3"]) == code
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -195,3 +241,26 @@ def test_noise_keeps_the_categories_of_a_table(tmp_path):
     shown = [holdfast.explain(net, x, y, f"table:{rules}", index=row) for row in (1, 14)]
     assert all("attributions" in each.names for each in shown)
     assert any("stability" in each.names for each in shown)
+
+
+def test_the_folder_of_a_run_states_how_its_model_and_data_are_opened(tmp_path):
+    x = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+    lines = [",".join(f"{value:.4f}" for value in row) for row in x.tolist()]
+    labelled = [f"{line},{int(row[0] > row[1])}" for line, row in zip(lines, x, strict=True)]
+    table = tmp_path / "d.csv"
+    table.write_text("\n".join(("a,b,c,sold", *labelled)))
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[-4.0, 4.0, 0.0], [4.0, -4.0, 0.0]]))
+        net.bias.zero_()
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    (tmp_path / "net.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
+    how = {"arch": f"{tmp_path}/net.py:build", "label": "sold"}
+    folder = tmp_path / "run"
+    opened = {"model": str(tmp_path / "w.pt"), "data": str(table), **how}
+    holdfast.Assess(threat="linf:0.05", suite="fgsm", doubts=False, n=9, **opened).run(folder)
+    with pytest.raises(UsageError, match="weights but no architecture"):  # code of a folder is not run
+        holdfast.Explain(model=str(folder), index=2).run()
+    from_folder = holdfast.Explain(model=str(folder), index=2, arch=how["arch"]).run()
+    given = holdfast.Explain(**opened, threat="linf:0.05", index=2, n=9, from_run=str(folder)).run()
+    assert from_folder.figures == given.figures

@@ -1,84 +1,118 @@
-"""The client of the operator's port: answers, refusals, and addresses that are none."""
+"""The client of the operator's port ends in time, and with one error, whatever answers."""
 
-import json
+import socket
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from contextlib import contextmanager, suppress
 
 import pytest
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.remote.operator_port import OperatorPort, Refusal, read_key
+from holdfast.io.remote import operator_port
+from holdfast.io.remote.operator_port import OperatorPort, Refusal, Unanswered
 
-ANSWERS = {
-    "/status": (200, b'{"ready": true}'),
-    "/other": (200, b"[1]"),
-    "/key": (401, b'{"error": "no valid key"}'),
-    "/busy": (409, b'{"error": "the run 7 holds the server"}'),
-    "/moved": (302, b""),
-    "/samples": (200, b"\x00\xff"),
-}
+HEAD = b"HTTP/1.1 200 OK\r\n"
+LIMIT_S = 0.4
 
 
-class _Port(BaseHTTPRequestHandler):
-    def _answer(self) -> None:
-        status, content = ANSWERS[self.path]
-        if self.command == "POST":
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            content = json.dumps({"body": json.loads(body), "key": self.headers["Authorization"]}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+@contextmanager
+def answering(send):
+    """The address of a server whose answer a function sends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-    do_GET = do_POST = do_DELETE = _answer  # noqa: N815
+        def answer():
+            with suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    send(connection)
 
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), _Port) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(5)
 
 
-def test_answers_and_refusals(url):
-    port = OperatorPort(url, "hf_a")
-    assert port.get("/status") == {"ready": True}
-    assert port.read("/samples") == b"\x00\xff"
-    assert port.post("/status", {"x": 1}) == {"body": {"x": 1}, "key": "Bearer hf_a"}
-    with pytest.raises(UsageError, match="no valid key"):
-        port.get("/key")
-    with pytest.raises(Refusal, match="the run 7 holds the server") as refused:
-        port.delete("/busy")
-    assert (refused.value.status, refused.value.reason) == (409, "the run 7 holds the server")
-    with pytest.raises(Refusal, match="302"):
-        port.get("/moved")
-    with pytest.raises(TargetError, match="JSON object"):
-        port.get("/other")
-    assert "hf_a" not in repr(port)
+def dripping(piece, head=b"", pause_s=0.02):
+    def send(connection):
+        connection.sendall(head)
+        for _ in range(10_000):
+            connection.sendall(piece)
+            time.sleep(pause_s)
+
+    return send
 
 
-def test_a_port_without_a_server_is_reported():
-    with pytest.raises(TargetError, match="cannot be reached"):
-        OperatorPort("http://127.0.0.1:9").get("/status")
+def raw(content):
+    return lambda connection: connection.sendall(content)
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8081", "http://127.0.0.1:8081/v2", "ftp://a", "http://", "http://a@b"]
+    "send",
+    [
+        lambda connection: connection.recv(1),
+        dripping(b"H"),
+        dripping(b"\r\nX: y", HEAD[:-2]),
+        dripping(b" ", HEAD + b"Content-Length: 99999\r\n\r\n"),
+        dripping(b"1\r\n \r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n"),
+        dripping(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
 )
-def test_other_addresses_are_refused(url):
-    with pytest.raises(UsageError, match="is not the address of an operator's port"):
-        OperatorPort(url)
+def test_a_whole_answer_has_one_limit_of_time(send):
+    begun = time.monotonic()
+    with answering(send) as url, pytest.raises(Unanswered):
+        OperatorPort(url, answer_s=LIMIT_S).get("/status")
+    assert time.monotonic() - begun < 10 * LIMIT_S
 
 
-def test_key_files(tmp_path):
-    (tmp_path / "key").write_text("hf_abc\n")
-    assert read_key(tmp_path / "key") == "hf_abc"
-    (tmp_path / "two").write_text("hf_a hf_b")
-    for name in ("two", "absent"):
-        with pytest.raises(UsageError, match="key file"):
-            read_key(tmp_path / name)
+@pytest.mark.parametrize(
+    "send",
+    [
+        dripping(b"X: " + b"y" * 1000 + b"\r\n", HEAD, 0.0),
+        dripping(b"HTTP/1.1 100 Continue\r\n\r\n" * 100, pause_s=0.0),
+        dripping(b" " * 9000, HEAD + b"\r\n", 0.0),
+        dripping(b"1;" + b"x" * 9000 + b"\r\n \r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n", 0.0),
+        raw(b""),
+        raw(b"\x00\xff\n\n"),
+        raw(HEAD + b"Content-Length: 5\r\n\r\n{}"),
+        raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+        *(
+            raw(HEAD + b"\r\n" + content)
+            for content in (
+                b"", b"[]", b"[" * 100_000, b'{"a": NaN}', b'{"a": "\\ud800"}', b'{"a": ' + b"9" * 5000 + b"}",
+                b'{"a": "\xff"}',
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_odd_answers_are_limited_in_size_and_have_one_error(send, monkeypatch):
+    monkeypatch.setattr(operator_port, "_MOST_JSON", 1 << 17)
+    with answering(send) as url, pytest.raises(Unanswered) as error:
+        OperatorPort(url, answer_s=5.0).get("/status")
+    assert len(str(error.value)) < 600 and str(error.value).isprintable()
+
+
+def test_a_reason_of_a_server_is_shown_in_one_line():
+    content = b'{"error": "\\u001b]0;title\\n::error::' + b"x" * 900 + b'"}'
+    with answering(raw(b"HTTP/1.1 409 Conflict\r\n\r\n" + content)) as url, pytest.raises(Refusal) as refused:
+        OperatorPort(url).get("/status")
+    assert (
+        refused.value.status == 409 and str(refused.value).isprintable() and len(refused.value.reason) <= 300
+    )
+
+
+def test_a_request_waits_no_longer_for_another_thread_than_for_its_answer():
+    with answering(dripping(b"H")) as url:
+        port = OperatorPort(url, answer_s=1.0)
+        first = threading.Thread(target=lambda: suppressed(port))
+        first.start()
+        time.sleep(0.2)
+        begun = time.monotonic()
+        with pytest.raises(Unanswered, match="none arrived as a whole"):
+            port.post("/adaptation", {}, answer_s=0.2)
+        assert time.monotonic() - begun < 0.7
+        first.join()
+
+
+def suppressed(port):
+    with suppress(Unanswered):
+        port.get("/status")

@@ -71,10 +71,16 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def concluded(monkeypatch):
+    """An audit whose finding does not depend on steps."""
+    found = Finding("not flagged", "no trigger is small")
+    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+
+
 def _audit(folder):
     about = {"name": "other-net", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
-    found = Finding("not flagged", "no trigger is small")
-    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: found, folder)
+    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, folder)
     return folder
 
 

@@ -78,7 +78,7 @@ def _summary(text):
     ]
 
 
-class _Shape(HTMLParser):
+class Shape(HTMLParser):
     """The tags of a page and their attributes, values of ours to be compared."""
 
     def __init__(self):
@@ -90,8 +90,8 @@ class _Shape(HTMLParser):
         self.attributes += [(tag, name, value) for name, value in attributes]
 
 
-def _shape(text):
-    parser = _Shape()
+def shape(text):
+    parser = Shape()
     parser.feed(text)
     return parser
 
@@ -104,18 +104,18 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
             path = tmp_path / f"{place}{suffix}"
             write(content, evidence.columns, path)
             written[suffix] = path.read_text(encoding="utf-8")
-        shape = _shape(written[".html"])
-        assert not {"script", "iframe", "object", "form", "link", "base"} & set(shape.tags)
+        parsed = shape(written[".html"])
+        assert not {"script", "iframe", "object", "form", "link", "base"} & set(parsed.tags)
         assert not [
             name
-            for _, name, _ in shape.attributes
+            for _, name, _ in parsed.attributes
             if name.startswith("on") or name in {"style", "xlink:href"}
         ]
-        for tag, name, value in shape.attributes:
+        for tag, name, value in parsed.attributes:
             assert name != "src" or (tag == "img" and value.startswith("data:image/png;base64,"))
             assert name != "href" or re.fullmatch(r"#[a-z]+", value)
         assert "\u202e" not in written[".html"] + fragment(content)
-        inside = _shape(fragment(content))
+        inside = shape(fragment(content))
         assert {name for _, name, _ in inside.attributes} <= {"scope", "src", "alt", "width"}
         assert {"scope", *(["src"] if place == 0 else [])} <= {name for _, name, _ in inside.attributes}
         for tag, name, value in inside.attributes:
@@ -134,11 +134,11 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
 @pytest.mark.slow
 def test_tags_of_the_page_do_not_depend_on_the_strings():
     for made_of in (page, fragment):
-        plain = [_shape(made_of(content)).tags for content, _ in _summary("plain")]
+        plain = [shape(made_of(content)).tags for content, _ in _summary("plain")]
         assert {"table", "th", "td"} <= set(plain[0])
         for text in HOSTILE:
             if text:
-                assert [_shape(made_of(content)).tags for content, _ in _summary(text)] == plain
+                assert [shape(made_of(content)).tags for content, _ in _summary(text)] == plain
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

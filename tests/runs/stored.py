@@ -3,6 +3,7 @@
 import atexit
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -42,15 +43,20 @@ def assessment() -> Path:
 @cache
 def hardening() -> Path:
     """Return the folder of a finished hardening of three epochs."""
+    return hardened(_folder() / "hardening")
+
+
+def hardened(run: Path, *, shown: bool = True) -> Path:
+    """Harden a network in three epochs, store examples for the reports if `shown`, and return the folder of the run."""
     x = torch.rand(600, fakes.FEATURES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     recipe = PGDTraining(steps=2, training=Training(epochs=3, batch=64, lr=0.01))
     candidates = (Candidate("PGDTraining", recipe, {}),)
     judge = fakes.order(fakes.FAST, gates=(), shard_size=fakes.N)
+    judge = replace(judge, plan=replace(judge.plan, shown=shown))
     y = fakes.network()(x).argmax(1)
     y[:12] = torch.arange(12) % fakes.CLASSES  # a few of each class
     batch = Batch(x, y, torch.arange(len(x)))
     model = fakes.subject(fakes.network(1).requires_grad_(), digest="1" * 64)
-    run = _folder() / "hardening"
     harden(
         model, batch, fakes.data(), HardenRequest("pgd", candidates, ThreatModel(Linf(0.06)), judge), run=run
     )

@@ -147,7 +147,8 @@ def test_runs_hold_the_server_one_at_a_time():
         adaptations.approve("b", approved=True, by="operator")
     assert [run["approval"] for run in adaptations.runs()] == ["rejected", None]
     adaptations.poll()
-    assert records[-1] == ("approval", {"run": "b", "approved": False, "principal": "~operator"})
+    facts = {"run": "b", "approved": False, "principal": "~operator", "own": False}
+    assert records[-1] == ("approval", facts)
     for run, step, facts in (
         (1, "x", {}),
         ("a", "", {}),
@@ -192,9 +193,12 @@ def test_requests_of_the_operator(tmp_path, operated):
     server = Supervisor(ready)
     operator = operated(server, keys, key)
     assert operator.post("/adaptation", run="a", step="approval").json() == {"run": "a"}
-    assert operator.post("/approval", run="a", approved=True).json()["approved"] is True
+    assert operator.post("/approval", run="a", approved=True).status_code == 409, "it posted the step"
+    second = operated(server, keys, add_key(tmp_path / "keys.json", "second", ("approve",)))
+    keys._looked_s = -10.0
+    assert second.post("/approval", run="a", approved=True).json()["approved"] is True
     run = operator.client.get("/adaptation").json()["runs"][0]
-    assert (run["approval"], run["by"], run["steps"][0]["step"]) == ("approved", "admin", "approval")
+    assert (run["approval"], run["by"], run["steps"][0]["step"]) == ("approved", "second", "approval")
     assert abs(run["steps"][0]["time"] - time.time()) < 60
     assert operator.client.post("/adaptation", content=b"[1]").status_code == 400
     assert operator.client.post("/adaptation", content=b"{" * 1_100_000).status_code == 413

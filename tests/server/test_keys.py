@@ -100,7 +100,9 @@ def test_a_name_is_printable(place, name):
 
 
 def test_an_unknown_scope_and_a_foreign_file_are_refused(place):
-    with pytest.raises(UsageError, match="expected one or more of infer, admin"):
+    with pytest.raises(
+        UsageError, match="expected one or more of infer, metrics, labels, adapt, approve, admin"
+    ):
         add_key(place, "alice", ["all"])
     for content in ({}, {"schema": 1, "keys": [{"name": "x"}]}):
         place.write_text(json.dumps(content))

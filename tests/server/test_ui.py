@@ -14,10 +14,11 @@ import test_report_browser
 from holdfast.guard.decisions import Action, Mode, RequestDecision, RowDecision, Score
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.runs.store.encryption import Seal
+from holdfast.server.adaptations import Adaptations
 from holdfast.server.admin import admin_application
 from holdfast.server.flagged_inputs import FlaggedInputs
 from holdfast.server.http_refusals import Refused
-from holdfast.server.keys import KeyFile, add_key, revoke_key
+from holdfast.server.keys import KeyFile, add_key, read_keys, revoke_key
 from holdfast.server.server_worker import ServingSetup
 from holdfast.server.supervisor import ServerSetup, Supervisor
 from holdfast.server.telemetry import MetricTotals, Telemetry
@@ -67,7 +68,7 @@ class Runs:
         step = {"step": "gates", "time": 1.8e9, "facts": {"clean_accuracy": HOSTILE[0]}}
         return [{"run": HOSTILE[1], "steps": [step], "approval": "pending", "by": ""}]
 
-    def approve(self, run, approved, by):
+    def approve(self, run, approved, key, by):
         self.approved = run, approved, by
 
 
@@ -120,8 +121,8 @@ def token(text):
     return re.search(r'name="token" value="([0-9a-f]{64})"', text)[1]
 
 
-def logged_in(server, tmp_path):
-    key = add_key(tmp_path / "keys.json", "alice", ["admin"])
+def logged_in(server, tmp_path, scope="admin", name="alice"):
+    key = add_key(tmp_path / "keys.json", name, [scope])
     visitor = client(server, KeyFile(tmp_path / "keys.json"))
     answer = visitor.post("/ui/login", data={"key": key, "token": token(visitor.get("/ui").text)})
     assert (answer.status_code, answer.headers["location"]) == (303, "/ui")
@@ -174,7 +175,8 @@ def test_sessions_expire_are_bounded_and_failed_logins_are_limited(tmp_path):
     key = add_key(tmp_path / "keys.json", "alice", ["admin"])
     sessions = Sessions(KeyFile(tmp_path / "keys.json"), clock=lambda: now[0])
     visitors = [sessions.login(key) for _ in range(40)]
-    assert [sessions.operator(visitor) for visitor in visitors] == [None] * 8 + ["alice"] * 32
+    operators = [sessions.operator(visitor) for visitor in visitors]
+    assert operators[:8] == [None] * 8 and [each.name for each in operators[8:]] == ["alice"] * 32
     now[0] = SESSION_S
     assert sessions.operator(visitors[-1]) is None
     failures = []
@@ -183,9 +185,9 @@ def test_sessions_expire_are_bounded_and_failed_logins_are_limited(tmp_path):
             sessions.login("hf_wrong")
         failures.append(refused.value.status)
     assert failures == [401] * 10 + [429] * 2
-    assert sessions.operator(sessions.login(key, "192.0.2.7")) == "alice", "of another address"
+    assert sessions.operator(sessions.login(key, "192.0.2.7")).name == "alice", "of another address"
     now[0] += 61
-    assert sessions.operator(sessions.login(key)) == "alice"
+    assert sessions.operator(sessions.login(key)).name == "alice"
     for k in range(1100):
         with pytest.raises(Refused):
             sessions.login("hf_wrong", f"address {k}")
@@ -216,6 +218,51 @@ def test_forms_need_the_token_of_their_session_and_come_from_the_page(tmp_path):
     refused = client(supervisor(tmp_path))
     answer = refused.post("/ui/swap", data={"token": token(refused.get("/ui").text)})
     assert answer.status_code == 409 and "no pool and no file" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("scope", "sections", "forms"),
+    [
+        ("metrics", {"traffic", "alarms", "rotation"}, set()),
+        ("adapt", {"traffic", "alarms", "rotation", "flagged", "clients", "adaptation"}, {"monitor"}),
+        ("approve", {"adaptation"}, {"approval"}),
+        (
+            "admin",
+            {"traffic", "alarms", "rotation", "flagged", "clients", "adaptation"},
+            {"approval", "monitor", "swap"},
+        ),
+    ],
+)
+def test_the_page_shows_what_the_scopes_of_a_key_permit(scope, sections, forms, tmp_path):
+    server = supervisor(tmp_path, flagged=flagged(tmp_path / "inputs", 2), reloadable=True)
+    visitor = logged_in(server, tmp_path, scope)
+    text = visitor.get("/ui").text
+    assert {
+        attributes["aria-labelledby"] for tag, attributes in Tags(text).seen if tag == "section"
+    } == sections
+    actions = {attributes["action"][4:] for tag, attributes in Tags(text).seen if tag == "form"}
+    assert actions == {*forms, "logout"} and text.count("<img") == (2 if "flagged" in sections else 0)
+    good, form = token(text), {"run": HOSTILE[1], "decision": "approved"}
+    statuses = {
+        action: visitor.post(f"/ui/{action}", data={**form, "token": good}).status_code
+        for action in ("approval", "monitor", "swap")
+    }
+    assert statuses == {action: 303 if action in forms else 403 for action in statuses}
+
+
+def test_a_run_is_not_approved_on_the_page_with_the_key_that_posted_it(tmp_path):
+    server = supervisor(tmp_path)
+    server.adaptations = Adaptations(lambda kind, **facts: None)
+    visitor = logged_in(server, tmp_path)
+    (key,) = read_keys(tmp_path / "keys.json")
+    server.adaptations.took("r", "approval", {}, key)
+    form = {"run": "r", "decision": "approved", "token": token(visitor.get("/ui").text)}
+    refused = visitor.post("/ui/approval", data=form)
+    assert refused.status_code == 409 and "holdfast keys add NAME --scope approve" in refused.text
+    assert server.adaptations.runs()[0]["approval"] == "pending"
+    other = logged_in(server, tmp_path, "approve", "bob")
+    form["token"] = token(other.get("/ui").text)
+    assert other.post("/ui/approval", data=form).headers["location"] == "/ui?done=approved"
 
 
 def test_a_link_of_another_site_does_not_end_the_session(tmp_path):

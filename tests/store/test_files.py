@@ -9,7 +9,15 @@ import pytest
 
 from disk import failing
 from holdfast.core.errors import TargetError
-from holdfast.runs.store.files import PRIVATE, append, clear_parts, refusal_in_pool, usable, write_atomically
+from holdfast.runs.store.files import (
+    BY_UMASK,
+    append,
+    clear_parts,
+    mode_of,
+    refusal_in_pool,
+    usable,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("at", range(1, 7))
@@ -59,14 +67,17 @@ def test_a_secret_is_its_owners_alone_from_its_first_byte_on(tmp_path, monkeypat
         return real(handle, data)
 
     monkeypatch.setattr(os, "write", watched)
-    write(secret, b"new", PRIVATE)
+    write(secret, b"new")
     assert seen == [0o600] and secret.stat().st_mode & 0o777 == 0o600
     umask = os.umask(0o022)
     try:
-        write(plain, b"new")
+        write_atomically(plain, b"new", BY_UMASK)
     finally:
         os.umask(umask)
     assert plain.stat().st_mode & 0o777 == 0o644
+    plain.chmod(0o640)
+    write_atomically(plain, b"newer", mode_of(plain))
+    assert plain.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize(

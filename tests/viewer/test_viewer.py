@@ -227,11 +227,17 @@ def test_an_altered_run_is_refused_with_the_reason(runs):
     assert "not finished" in site.page(f"run/{_id(site, 'writing')}").text
 
 
+@pytest.fixture
+def concluded(monkeypatch):
+    """An audit whose finding does not depend on steps."""
+    found = Finding("flagged", f"{HOSTILE} found", tables=[Table("scores", ["class", "score"], [["0", 1.5]])])
+    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+
+
 def _others(root):
     """An audit, a pool, audit chains of a server, and an adaptation."""
-    found = Finding("flagged", f"{HOSTILE} found", tables=[Table("scores", ["class", "score"], [["0", 1.5]])])
     about = {"name": "m", "digest": "0" * 64}, {"name": "d", "digest": "1" * 64}
-    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: found, root / "audit-b")
+    audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, root / "audit-b")
     Pool.create(root / "pool", {})
     AuditFolder.open(root / "chains", {"model": HOSTILE}).close()
     journal = Journal.opened(root / "adapted", f"http://{HOSTILE}", "2" * 64, resume=False)
@@ -239,6 +245,7 @@ def _others(root):
     journal.end("not promoted", "a gate failed")
 
 
+@pytest.mark.usefixtures("concluded")
 def test_audits_pools_chains_and_adaptations_have_pages(tmp_path):
     pytest.importorskip("cryptography")
     _others(tmp_path)
@@ -343,7 +350,7 @@ def test_options_that_a_run_does_not_state_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_pages_in_a_browser(browser, runs, tmp_path):
+def test_the_pages_in_a_browser(browser, runs, tmp_path, concluded):
     pytest.importorskip("cryptography")
     _others(runs)
     site = _site(runs, mode="files")

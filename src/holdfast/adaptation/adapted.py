@@ -9,8 +9,9 @@ from typing import Any
 
 from holdfast.adaptation.journal import Journal, Outcome, Step
 from holdfast.core.errors import UsageError
-from holdfast.runs.store.files import usable, write_atomically
-from holdfast.runs.store.records import document
+from holdfast.core.names import line
+from holdfast.reports.numbers import json_text
+from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Adapted:
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return document(self.summary()).decode()
+        return json_text(self.summary())
 
     def write(self, path: str | Path) -> Path:
         """Write the report as a `.json` file, and return its path."""
@@ -59,14 +60,14 @@ class Adapted:
         if place.suffix != ".json":
             raise UsageError(f"{str(place)!r} is no .json file; the report of adapt has no other format")
         with usable(place):
-            write_atomically(place, self.to_json().encode())
+            write_atomically(place, self.to_json().encode(), BY_UMASK)
         return place
 
     def text(self, *, width: int | None = None) -> str:
         """Return the steps as text, each with its time (UTC) and its facts."""
         blocks = []
         for step in self.steps:
-            begin = f"{clock(step.time)}  {step.step:<11}"
+            begin = f"{clock(step.time)}  {line(step.step):<11}"
             blocks += wrap(begin + facts_text(step.facts), width or 100, subsequent_indent=" " * len(begin))
         return "\n".join(blocks)
 
@@ -76,7 +77,7 @@ class Adapted:
             "not promoted": "The candidate was not promoted",
             "rolled back": "The candidate was promoted and rolled back",
         }
-        return f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}."
+        return line(f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}.")
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
@@ -96,7 +97,7 @@ def facts_text(facts: Mapping[str, Any]) -> str:
             parts.append(f"{name}: {'yes' if value else 'no'}")
         else:
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    return "; ".join(parts)
+    return line("; ".join(parts))
 
 
 def clock(time: float) -> str:

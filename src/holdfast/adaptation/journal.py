@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.runs.store.files import PRIVATE, usable, write_atomically
+from holdfast.runs.store.files import make_private, usable, write_atomically
 from holdfast.runs.store.records import document, read_document
 
 Outcome = Literal["promoted", "not promoted", "rolled back"]
@@ -53,7 +53,7 @@ class Journal:
                     f"{str(folder)!r} is not empty, and contains no adaptation; give another folder"
                 )
             with usable(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_private(folder)
             journal = cls(folder, server, settings, secrets.token_hex(8))
             journal.write()
             return journal
@@ -114,4 +114,4 @@ class Journal:
             "reason": self.reason,
         }
         with usable(self.folder):
-            write_atomically(self.folder / JOURNAL, document(content), PRIVATE)
+            write_atomically(self.folder / JOURNAL, document(content))

@@ -6,12 +6,13 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -22,10 +23,16 @@ from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
 from holdfast.adaptation.journal import Journal, Outcome
 from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import Screened, disagreeing, screened
+from holdfast.adaptation.server_state import (
+    ServerState,
+    approval_of,
+    monitor_state,
+    server_state,
+)
 from holdfast.api import adapting_pools
+from holdfast.api.adapted_guard import AdaptedGuard, calibration_of
 from holdfast.api.adapting_pools import AdaptedPool
-from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
-from holdfast.api.guard_opening import calibration_path, input_storage
+from holdfast.api.guard_opening import input_storage
 from holdfast.api.hardening import hardened
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
@@ -37,7 +44,6 @@ from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
-from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
@@ -48,13 +54,14 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import MODEL, Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import private, write_atomically
+from holdfast.runs.store.files import mode_of, write_atomically
 from holdfast.runs.store.locking import locked
+from holdfast.runs.store.ownership import refuse_shared
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.guard_settings import read_guard_settings
-from holdfast.settings.serve_settings import ALARM, NOW
+from holdfast.settings.serve_settings import ALARM, NOW, is_public
 from holdfast.statistics.intervals import paired_difference
 
 GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline")
@@ -62,6 +69,8 @@ GATES = ("regression <= 0 vs baseline", "clean_accuracy_drop <= 0.02 vs baseline
 _SUFFIX = ".safetensors"
 _POLL_S, _LIFE_S = 0.5, 15.0
 """seconds between two looks at the server, and between two signs of life"""
+_END_S = 3.0
+"""seconds in which the server must note the end of a run, which it notices otherwise after 60 s"""
 _PATIENCE_S = 180.0
 """seconds for which a canary may start, and a worker may take the promoted model"""
 _TRUSTED, _SCREENED = 2000, 2000
@@ -105,6 +114,11 @@ def adapted(
         raise UsageError("data is missing; give examples for the training and the assessments")
     for gate in settings.gates:
         parse(gate)
+    if settings.key_file is None and is_public(urlsplit(settings.server).hostname or "localhost"):
+        raise UsageError(
+            f"{settings.server} is not an address of this machine, and a server there must prove that it is yours; "
+            "start it with --keys, and give a file with a key of the scope adapt as the key file"
+        )
     port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
     identity = digest(canonical(canonical_settings(settings)))
     place = new_folder("adapt", identity) if folder is None else Path(folder)
@@ -138,9 +152,9 @@ def _signs_of_life(port: OperatorPort, run: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(_END_S)
         with suppress(HoldfastError):
-            port.post("/adaptation", {**body, "ended": True})
+            port.post("/adaptation", {**body, "ended": True}, answer_s=_END_S)
 
 
 @dataclass(eq=False)
@@ -213,8 +227,9 @@ class _Adaptation:
 
     # --- the server and its model
 
-    def _status(self) -> Json:
-        return self.port.get("/status")
+    def _status(self) -> ServerState:
+        """The state of the server of a file."""
+        return server_state(self.port, of="model")
 
     @cached_property
     def _begun(self) -> Mapping[str, Any]:
@@ -227,14 +242,14 @@ class _Adaptation:
         return Path(self._begun["model"])
 
     def _begin(self) -> Json:
-        status = self._status()
+        status = server_state(self.port)
         if "pool" in status:
             return adapting_pools.begin(status, self.settings)
-        stated = status["model"].get("settings") or {}
-        settings = {key: value for key, value in stated.items() if key in _OPENING}
+        served = status["model"]
+        settings: Json = {key: value for key, value in served.get("settings", {}).items() if key in _OPENING}
         file = Path(settings.get("model", ""))
         if file.suffix != _SUFFIX:
-            raise UsageError(
+            raise TargetError(
                 f"the server does not serve a {_SUFFIX} file, and adapt replaces no other model; serve the weights as "
                 f"such a file, as in holdfast serve model{_SUFFIX}"
             )
@@ -242,23 +257,51 @@ class _Adaptation:
             raise TargetError(
                 f"the served file {str(file)!r} is not on this machine; run adapt where the server runs"
             )
-        code = settings.get("arch") or ""
-        if ".py:" in code and not self.settings.trust_code:
-            raise UsageError(
-                f"the server names the code {code} as the architecture, and code is run only if you allow it: set "
-                "trust_code if you trust that file"
-            )
+        refuse_shared(file)
+        self._refuse_code(settings.get("arch") or "")
         copy = self.journal.folder / _INCUMBENT
         write_atomically(copy, file.read_bytes())
-        served = status["model"]["digest"]
-        if self._opened(copy, settings).digest != served:
+        with self._stated_settings():
+            opened = self._opened(copy, settings)
+            guard = settings.get("guard")
+            place = None if guard is None else calibration_of(Path(guard))
+        if opened.digest != served["digest"]:
             raise TargetError(
                 f"the file {str(file)!r} is not the model that is served; reload it (SIGHUP), or restore the file"
             )
-        guard = self._guard_of(settings)
-        if guard is not None and (place := calibration_path(read_guard_settings(guard), guard)).exists():
-            shutil.copyfile(place, self.journal.folder / "guard.calibration.json")
-        return {"set": status["model"]["set"], "model": str(file), "digest": served, "settings": settings}
+        begun = {"set": served["set"], "model": str(file), "digest": served["digest"], "settings": settings}
+        if guard is None or place is None:
+            return begun
+        AdaptedGuard(Path(guard), place, self.journal.folder).store()
+        return {**begun, "calibration": str(place)}
+
+    def _refuse_code(self, code: str) -> None:
+        """Refuse code that the server names as the architecture unless it is allowed, and is that of this user."""
+        if names_code(code):
+            if not self.settings.trust_code:
+                raise UsageError(
+                    f"the server names the code {code} as the architecture, and code is run only if you allow it: set "
+                    "trust_code if you trust that file"
+                )
+            refuse_shared(Path(code.rpartition(":")[0]))
+
+    @contextmanager
+    def _stated_settings(self) -> Iterator[None]:
+        """Context manager in which settings that cannot be used are a fault of the server, which states them."""
+        try:
+            yield
+        except UsageError as error:
+            raise TargetError(
+                f"the model cannot be opened with the settings that {self.port.url} states: {error}"
+            ) from error
+
+    @property
+    def _guard(self) -> AdaptedGuard | None:
+        """The guard whose calibration is replaced together with a served file."""
+        begun = self.journal.facts("begin") or {}
+        if "calibration" not in begun:
+            return None
+        return AdaptedGuard(Path(begun["settings"]["guard"]), Path(begun["calibration"]), self.journal.folder)
 
     @staticmethod
     def _guard_of(settings: Mapping[str, Any]) -> Path | None:
@@ -298,10 +341,10 @@ class _Adaptation:
             )
         return opened
 
-    def _serves_incumbent(self, status: Json) -> bool:
+    def _serves_incumbent(self, status: ServerState) -> bool:
         return bool(status["model"]["digest"] == self._begun["digest"])
 
-    def _refuse_changed(self, status: Json) -> None:
+    def _refuse_changed(self, status: ServerState) -> None:
         """Raise `TargetError` if the server serves another model than the one that this run began with."""
         if status["model"]["digest"] not in (self._begun["digest"], self._candidate.digest):
             raise TargetError(
@@ -320,7 +363,7 @@ class _Adaptation:
         self.notify("waiting for an alarm of the monitor")
         while time.monotonic() < until:
             try:
-                alarmed = self.port.get("/monitor")["alarmed"]
+                alarmed = monitor_state(self.port)["alarmed"]
             except Refusal as refusal:
                 if trigger == ALARM:
                     raise UsageError(
@@ -407,24 +450,23 @@ class _Adaptation:
     def _hardened(self) -> Hardened:
         if self._result is None:
             folder = self.journal.folder / "harden"
-            with nullcontext() if self._pool is None else private():  # the weights of a set are secret
-                self._result = hardened(
-                    self._harden_settings,
-                    folder,
-                    resume=folder.exists(),
-                    command="",
-                    notify=self.notify,
-                    held_out=None if self._pool is None else self._pool.common.held_out,
-                    progress=self.progress,
-                    detail=ignore,
-                )
+            self._result = hardened(
+                self._harden_settings,
+                folder,
+                resume=folder.exists(),
+                command="",
+                notify=self.notify,
+                held_out=None if self._pool is None else self._pool.common.held_out,
+                progress=self.progress,
+                detail=ignore,
+            )
         return self._result
 
     def _harden(self) -> Json:
         result = self._hardened()
         if self._pool is not None:
             return {"recipe": result.card["recipe"], "verdict": result.verdict}
-        result.write(self._candidate_file.parent)
+        result.write(self._candidate_file.parent, private=True)
         return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
 
     def _assess(self) -> Json:
@@ -525,17 +567,12 @@ class _Adaptation:
         gates = self.journal.facts("gates") or {}
         self.notify("waiting for the approval of the operator")
         while True:
-            runs = {each["run"]: each for each in self.port.get("/adaptation")["runs"]}
-            found = runs.get(self.journal.run, {"approval": None})
-            match found["approval"]:
+            approval, by = approval_of(self.port, self.journal.run)
+            match approval:
                 case "approved":
-                    return {"required": True, "by": found["by"]}
+                    return {"required": True, "by": by}
                 case "rejected":
-                    return {
-                        "required": True,
-                        "by": found["by"],
-                        "ends": "the operator rejected the candidate",
-                    }
+                    return {"required": True, "by": by, "ends": "the operator rejected the candidate"}
                 case None:  # also after a restart of the server, which then knows no runs
                     self.port.post("/adaptation", self._body("approval", {"gates": gates.get("gates", [])}))
             time.sleep(_POLL_S)
@@ -584,11 +621,11 @@ class _Adaptation:
             self.port.delete("/canary")
             time.sleep(_POLL_S)
 
-    def _sets(self, status: Json) -> tuple[Counts, Counts]:
+    def _sets(self, status: ServerState) -> tuple[Counts, Counts]:
         sets, digits = status["sets"], len(self._begun["set"])
         return Counts.of(sets, self._candidate.digest[:digits]), Counts.of(sets, self._begun["set"])
 
-    def _counts(self, status: Json) -> Json:
+    def _counts(self, status: ServerState) -> Json:
         candidate, served = self._sets(status)
         return {
             "requests_candidate": candidate.requests,
@@ -600,20 +637,16 @@ class _Adaptation:
     def _promote(self) -> Json:
         """Replace the file of the served model, and wait until all workers serve it."""
         self._refuse_changed(self._status())
-        guard = self._guard_of(self._begun["settings"])
-        stored = self.journal.folder / "candidate.calibration.json"
-        alone = read_calibration(stored) if guard is not None and stored.exists() else None
-        if guard is not None and alone is not None:
-            # a worker that is replaced before the reload opens the earlier model
-            before = read_calibration(self.journal.folder / "guard.calibration.json")
-            write_candidate(guard, replace(alone, models=(*before.models, *alone.models)))
+        guard = self._guard
+        if guard is not None:
+            guard.accept_both()
         try:
             self._serve(self._candidate_file, self._candidate.digest)
         except _NotReloaded as error:
             self._put_back()
             return {"ends": str(error)}
-        if guard is not None and alone is not None:
-            write_candidate(guard, alone)
+        if guard is not None:
+            guard.accept_candidate()
         return self._monitor_restarted(
             {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
         )
@@ -653,7 +686,7 @@ class _Adaptation:
 
     def _serve(self, file: Path, model: str) -> None:
         """Replace the file of the served model by another one, and wait until all workers serve it."""
-        write_atomically(self._served_file, file.read_bytes())
+        write_atomically(self._served_file, file.read_bytes(), mode_of(self._served_file))
         until, requested = time.monotonic() + _PATIENCE_S, False
         while True:
             status = self._status()
@@ -662,7 +695,7 @@ class _Adaptation:
             if state["digest"] == model and workers == {state["set"]} and state["reload"] != "running":
                 return
             if not requested:
-                self.port.post("/swap", {})
+                self.port.post("/reload", {"run": self.journal.run})
                 requested = True
             elif state["reload"] == "failed":
                 raise _NotReloaded(f"the server could not reload the model: {state['reason']}")
@@ -676,25 +709,16 @@ class _Adaptation:
 
     def _extend_guard(self) -> None:
         """Calibrate the guard for the served model and the candidate together."""
-        guard = self._guard_of(self._begun["settings"])
-        if guard is None:
+        if (guard := self._guard) is None:
             return
         opening = _opening(self._begun["settings"])
-        base = Calibrate(model=str(self._candidate_file), guard=str(guard), **opening)
+        base = Calibrate(model=str(self._candidate_file), guard=str(guard.guard), **opening)
         own = {key: getattr(base, key) for key in base.model_fields_set}
-        found = candidate_calibrations(composed(Calibrate, self.settings).model_copy(update=own))
-        if found is not None:
-            both, alone = found
-            write_calibration(alone, self.journal.folder / "candidate.calibration.json")
-            write_candidate(guard, both)
+        guard.extend(composed(Calibrate, self.settings).model_copy(update=own))
 
     def _restore_guard(self) -> None:
-        facts = self.journal.facts("begin")
-        guard = None if facts is None else self._guard_of(facts["settings"])
-        before = self.journal.folder / "guard.calibration.json"
-        if guard is not None and before.exists():
-            place = calibration_path(read_guard_settings(guard), guard)
-            write_atomically(place, before.read_bytes())
+        if (guard := self._guard) is not None:
+            guard.restore()
 
 
 def _opening(settings: Mapping[str, Any]) -> Json:

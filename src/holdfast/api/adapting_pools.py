@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.adaptation.live_comparison import Counts, failures, regression
+from holdfast.adaptation.server_state import ServerState, server_state
 from holdfast.api.pooled import pool_of
 from holdfast.api.recipe_building import candidates
 from holdfast.api.rotation_opening import reopened
@@ -23,6 +24,8 @@ from holdfast.io.models.models import ROTATING
 from holdfast.io.remote.operator_port import Json, OperatorPort
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation import Immunise, loaded
+from holdfast.rotation.pool.authentic import HEAD
+from holdfast.rotation.pool.ledger import NAME as LEDGER
 from holdfast.rotation.pool.ledger_state import State
 from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
 from holdfast.rotation.pool.pool_manifest import SETS
@@ -35,6 +38,8 @@ from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.store.columns import content_digest
+from holdfast.runs.store.files import POOL_MANIFEST
+from holdfast.runs.store.ownership import refuse_shared
 from holdfast.settings.grammar import seconds
 
 _POLL_S = 0.5
@@ -43,17 +48,27 @@ _PATIENCE_S = 180.0
 """seconds in which the server must serve a set that the ledger states"""
 
 
-def begin(status: Json, settings: Adapt) -> Json:
+def begin(status: ServerState, settings: Adapt) -> Json:
     """Return the facts about the pool of a server with which an adaptation begins.
 
     Raises `UsageError` or `TargetError` for a pool that cannot be adapted.
     """
     state = status["pool"]
-    path = Path(state["settings"].get("pool", ""))
+    stated = state.get("settings", {})
+    path = Path(stated.get("pool", "."))
+    if "pool" not in stated:
+        raise TargetError(
+            "the server does not state the folder of its pool; run adapt at a server of this version"
+        )
     if not path.is_dir():
         raise TargetError(
             f"the folder of the pool, {str(path)!r}, is not on this machine; run adapt where the server runs"
         )
+    for each in (path, path / POOL_MANIFEST, path / LEDGER, path / HEAD, path / SETS):
+        if each.exists():  # a folder without them is refused below; the sets themselves are authenticated
+            refuse_shared(each)
+    if guard := stated.get("guard"):
+        refuse_shared(Path(guard))
     adapted = AdaptedPool(path, state["set"], "", settings)
     pool = adapted.pool
     if all(member.name != state["set"] for member in pool.ledger.members):
@@ -73,7 +88,7 @@ def begin(status: Json, settings: Adapt) -> Json:
             f"candidate were worse on live requests; admit sets first: {draw}holdfast rotate admit {pool.shown}"
         )
     adapted.refuse_other_architecture()
-    return {"set": state["set"], "pool": str(path), "settings": dict(state["settings"])}
+    return {"set": state["set"], "pool": str(path), "settings": dict(stated)}
 
 
 @dataclass(eq=False)
@@ -196,9 +211,9 @@ class AdaptedPool:
 
     def measure(self, port: OperatorPort) -> Json:
         """Count what the server answers with the serving sets, in the time for which the candidate is watched later."""
-        before = port.get("/status")["sets"]
+        before = server_state(port)["sets"]
         time.sleep(self._watched_s)
-        after = port.get("/status")["sets"]
+        after = server_state(port)["sets"]
         counts: dict[str, float] = {}
         for name, counted in after.items():
             for key, n in counted.items():
@@ -226,7 +241,7 @@ class AdaptedPool:
         """Wait until the server serves the set, or no longer serves it. Return why it does not."""
         until = time.monotonic() + _PATIENCE_S
         while True:
-            state = port.get("/status")["pool"]
+            state = server_state(port, of="pool")["pool"]
             if (state["set"] == self.name) is serves:
                 return ""
             if serves and self._state(self.name) == "retired":
@@ -243,7 +258,7 @@ class AdaptedPool:
         """
         before, until, fault = Counts.of({"": earlier}, ""), time.monotonic() + self._watched_s, ""
         while True:
-            status = port.get("/status")
+            status = server_state(port, of="pool")
             counts = Counts.of(status["sets"], self.name)
             serves = status["pool"]["set"] == self.name  # a trigger of the rotation may replace it
             fault = failures(counts, before)

@@ -21,6 +21,7 @@ from holdfast.reports.annex import (
     annex_to_json,
 )
 from holdfast.reports.audit import headline
+from holdfast.reports.terminal import as_lines
 from holdfast.reports.words import amount, open_doubts, threat_syntax
 from holdfast.reports.write import write_annex
 from holdfast.rotation.pool.verify_pool import verify_pool
@@ -52,8 +53,12 @@ class Annex:
 
     def __str__(self) -> str:
         parts = [self.content["headline"], self.content["caution"], self.content["disclaimer"]]
-        rows = [f"{name}\n  evidence: {found or 'none'}" for name, found, _ in annex_lines(self.content)]
-        return "\n".join([*(part for part in parts if part), "", *rows])
+        rows = [
+            text
+            for name, found, _ in annex_lines(self.content)
+            for text in (name, f"- evidence: {found or 'none'}")
+        ]
+        return as_lines([*(part for part in parts if part), "", *rows])
 
 
 def annex_of(folders: Sequence[str | Path], standard: str) -> Annex:

@@ -1,6 +1,7 @@
 """Opens the model, the data and the controls of `holdfast audit backdoor`."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
 from holdfast.api.verb_settings import AuditBackdoor, composed
-from holdfast.audits.audit import AuditRequest
-from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measured
-from holdfast.audits.backdoor.conclusion import concluded, suspect
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
+from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measure, measured
+from holdfast.audits.backdoor.conclusion import images_of, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache
 from holdfast.audits.backdoor.inversion import refuse_one_class
-from holdfast.audits.finding import Finding
+from holdfast.audits.finding import Images
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Linf
@@ -32,7 +34,6 @@ from holdfast.recipes.training.fit import Training
 from holdfast.rotation.collecting import last_of, with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.identity import code_digest
-from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.trainable import refuse_untrainable
 from holdfast.settings.grammar import seconds
@@ -42,10 +43,9 @@ _CONTROL = Standard(training=Training(lr=1e-3, weight_decay=0.0, averaging="none
 """Training of a control: Adam on the cross-entropy, as most networks are trained."""
 
 
-def prepared_backdoor(
-    settings: AuditBackdoor, notify: Notify, command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
-    """Return the request of the audit, and the function that takes its steps."""
+@contextmanager
+def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the model and the data of an audit, and yield it."""
     if settings.controls is not None and settings.train_controls is not None:
         raise UsageError("give controls, or train_controls, and not both", Remedy("train_controls"))
     subject = open_seeded(settings)
@@ -65,13 +65,6 @@ def prepared_backdoor(
     request = _with_controls(request, settings, model, batch)
     request = replace(request, sizes=_cache(model, data, request))
 
-    def audit(run: Run) -> Finding:
-        with readied(subject, data, device):
-            found = measured(run, model, request, notify)
-        if settings.trigger_out is not None:
-            write_trigger(Path(settings.trigger_out), replace(suspect(found), ends=ends(model.bounds)))
-        return concluded(found, model.bounds, model.class_names)
-
     compared = (
         {} if request.controls is None else {"controls": digest(canonical(list(request.controls.digests)))}
     )
@@ -79,22 +72,36 @@ def prepared_backdoor(
     streamed = (
         {} if stream is None else {"stream": {"name": stream.name, "digest": stream.digest, "n": len(stream)}}
     )
-    return (
-        AuditRequest(
-            "backdoor",
-            {"inversion": vars(request.inversion), "train_controls": settings.train_controls},
-            {**subject.card, "digest": subject.digest},
-            {"name": data.name, "digest": data.digest, "n": len(data), **compared, **trained, **streamed},
-            request.steps(),
-            tuple(settings.gates),
-            settings.seed,
-            str(device),
-            command,
-            (*subject.notes, *notes_of(stream)),
-            writes=settings.trigger_out is not None,
-        ),
-        audit,
+    about = AuditRequest(
+        "backdoor",
+        {
+            "inversion": vars(request.inversion),
+            "train_controls": settings.train_controls,
+            "classes": request.classes,
+            "controls": request.n_controls,
+            "stream": stream is not None,
+            "class_names": None if model.class_names is None else list(model.class_names),
+        },
+        {**subject.card, "digest": subject.digest},
+        {"name": data.name, "digest": data.digest, "n": len(data), **compared, **trained, **streamed},
+        request.steps(),
+        tuple(settings.gates),
+        settings.seed,
+        str(device),
+        start.command,
+        (*subject.notes, *notes_of(stream)),
+        writes=settings.trigger_out is not None,
     )
+
+    def audit(run: Run) -> Images:
+        with readied(subject, data, device):
+            measure(run, model, request, start.notify)
+        trigger = suspect(measured(StoredSteps(about.manifest(), run.store)))
+        if settings.trigger_out is not None:
+            write_trigger(Path(settings.trigger_out), replace(trigger, ends=ends(model.bounds)))
+        return lambda: images_of(batch, trigger, model.bounds)
+
+    yield PreparedAudit(about, audit)
 
 
 def _stream(settings: AuditBackdoor, model: Classifier, first: Data) -> Data:

@@ -2,8 +2,8 @@
 examples, and a network whose features are compared.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -18,10 +18,8 @@ from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator, composed
 from holdfast.attacks.parts.small_networks import network_for
-from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Finding
-from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, refuse_incomparable
-from holdfast.audits.generator.parts import Part
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
+from holdfast.audits.generator.audit import GeneratorAudit, measure, parts_of, refuse_incomparable
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -40,7 +38,6 @@ from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.runs.engine.progress import Notify
-from holdfast.runs.engine.run import Run
 from holdfast.settings.groups import DataSource
 
 _EPOCHS, _BATCH = 8, 128  # of the network that is trained for the features
@@ -55,14 +52,14 @@ class _Source:
     generator: OpenedGenerator | None = None
 
 
-def prepared_generator(
-    settings: AuditGenerator, notify: Notify, command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
-    """Open the generator and the data, and return the request and the function of the audit."""
+@contextmanager
+def prepared_generator(settings: AuditGenerator, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the generator and the data of an audit, and yield it."""
     if settings.held_out is not None and (tables := tables_of(settings)) is not None:
-        return prepared_tables(settings, tables, parts_of(settings), command)
-    request, how = opened_audit(settings, notify, command)
-    return request, lambda run: generator_finding(run, how)
+        request, how = prepared_tables(settings, tables, start.command)
+    else:
+        request, how = opened_audit(settings, start.notify, start.command)
+    yield PreparedAudit(request, lambda run: measure(run, how))
 
 
 def opened_audit(
@@ -101,7 +98,7 @@ def opened_audit(
         device,
         rng.at("parts"),
         source.generator,
-        parts_of(settings),
+        parts_of(settings.latent, settings.condition),
     )
     refuse_incomparable(how)
     about: dict[str, Any] = {"name": training.name, "digest": training.digest, "n": len(training)}
@@ -124,18 +121,6 @@ def opened_audit(
         (*notes_of(held_out), *source.notes),
     )
     return request, how
-
-
-def parts_of(settings: AuditGenerator) -> tuple[Part, ...]:
-    """Return the parts of the audit beside quality and copies."""
-    from holdfast.audits.generator.backdoor import BackdoorScan
-    from holdfast.audits.generator.evasion import Autoencoder, Discriminator
-    from holdfast.audits.generator.inference import Membership
-    from holdfast.audits.generator.sensitivity import LatentChange
-
-    eps = settings.latent
-    sensitivity = (LatentChange(eps, settings.condition), Autoencoder(eps), Discriminator(eps))
-    return (*(sensitivity if eps else ()), Membership(), BackdoorScan())
 
 
 def refuse_condition(condition: int | None, name: str, classes: int | None) -> None:

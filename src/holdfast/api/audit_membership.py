@@ -1,8 +1,9 @@
 """Opens what an audit of membership needs, and runs it: the model, both data sets, and the training of networks."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from holdfast.api.plans import device_of
 from holdfast.api.reference_networks import FUNCTION_TOGETHER, TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditMembership, composed
-from holdfast.audits.audit import AuditRequest, AuditResult, audited
-from holdfast.audits.finding import Finding
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
+from holdfast.audits.finding import Images
 from holdfast.audits.membership import rates
-from holdfast.audits.membership.audit import membership_finding, steps
+from holdfast.audits.membership.audit import SCORES, SEEDS, SENT, measure, scores_of, steps
 from holdfast.audits.membership.controls import first_copies, refuse_shared
-from holdfast.audits.membership.how import MembershipAudit
+from holdfast.audits.membership.how import Design, MembershipAudit
 from holdfast.audits.membership.references import ReferenceTraining
-from holdfast.audits.membership.report import METRIC, METRIC_FPR
+from holdfast.audits.membership.report import METRIC, METRIC_FPR, images_of
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -28,7 +30,6 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.assess.executors import executor_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
-from holdfast.runs.engine.progress import Notify, Progress
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.trainable import refuse_untrainable
 
@@ -46,20 +47,13 @@ class _Opened:
     notes: tuple[str, ...]
 
 
-def membership_audited(
-    settings: AuditMembership,
-    folder: Path | None,
-    notify: Notify,
-    command: str,
-    *,
-    resume: bool,
-    progress: Progress,
-) -> AuditResult:
-    """Open the model and the data of an audit of membership, and take its steps."""
+@contextmanager
+def prepared_membership(settings: AuditMembership, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the model and the data of an audit, and yield it with the executor that trains networks."""
     networks = _networks(settings)
     settings.refuse_unusable_cluster(settings.workers, settings.model)
     training = None if settings.train is None else open_any_training(settings.train)
-    with journaled(folder, resume=resume, keep=settings.keep_answers):
+    with journaled(start.folder, resume=start.resume, keep=settings.keep_answers):
         opened = _opened(settings)
         model, device = opened.subject.model, torch.device(device_of(settings.device))
         served = served_by(model)
@@ -76,26 +70,25 @@ def membership_audited(
                 model.classes = model(examples.first(1).x).shape[1]
         how = _how(settings, opened, examples, networks, training)
         _refuse_too_few(settings, how)
-        request = _request(settings, opened, how, training, str(device), command)
+        request = _request(settings, opened, how, training, str(device), start.command)
 
-        def audit(run: Run) -> Finding:
+        def audit(run: Run) -> Images:
             attach(served)
-            notes = () if training is None else _seed_notes(run, training, model, how)
-            query = None if how.members is None else partial(queried, model)
-            finding = membership_finding(run, how, query, notes)
-            if served is None:
-                return finding
-            finish(served)
-            return replace(finding, facts={**finding.facts, "rows_sent": served.sent.totals.rows.total()})
+            if training is not None:
+                _compare_seeds(run, training, model, how)
+            measure(run, how, None if how.design.members is None else partial(queried, model))
+            if served is not None:
+                finish(served)
+                run.document(SENT, lambda: {"rows": served.sent.totals.rows.total()})
+            columns = run.stage(SCORES, lambda: scores_of(StoredSteps(request.manifest(), run.store))).columns
+            return lambda: images_of(examples.x, columns)
 
         work = NetworkTraining(model, how, training, ReferenceTraining(settings.epochs), str(device))
         if settings.workers is not None:
             work = work.in_memory()
         options = settings.ray_options(str(device))
-        with executor_of(work, settings.workers, options, str(device), notify) as executor:
-            return audited(
-                request, audit, folder, resume=resume, progress=progress, notify=notify, executor=executor
-            )
+        with executor_of(work, settings.workers, options, str(device), start.notify) as executor:
+            yield PreparedAudit(request, audit, executor)
 
 
 def _how(
@@ -105,14 +98,11 @@ def _how(
     model = opened.subject.model
     if networks and training is None:
         refuse_untrainable(model)
+    groups = opened.names.pop("groups", {})
     return MembershipAudit(
+        Design(len(examples), networks, settings.fpr, settings.seed, opened.members, groups),
         examples,
         model.classes or int(examples.y.max()) + 1,
-        networks,
-        settings.fpr,
-        settings.seed,
-        opened.members,
-        opened.names.pop("groups", {}),
         TOGETHER if training is None else FUNCTION_TOGETHER,
         settings.epochs if training is None else 1,
     )
@@ -202,8 +192,8 @@ def _non_members(settings: AuditMembership, model: Classifier, first: Data) -> D
 
 
 def _refuse_too_few(settings: AuditMembership, how: MembershipAudit) -> None:
-    n = len(how.examples)
-    non_members = n // 2 if how.members is None else n - how.members
+    n, members = how.design.n, how.design.members
+    non_members = n // 2 if members is None else n - members
     rates.refuse_few(settings.fpr, non_members)
     if any(METRIC in gate for gate in settings.gates) and non_members < rates.needed(METRIC_FPR):
         raise UsageError(
@@ -223,15 +213,16 @@ def _request(
     trained: Any = None
     if training is not None:
         trained = {"name": training.name, "digest": training.digest}
-    elif how.networks:
+    elif how.design.networks:
         trained = vars(ReferenceTraining(settings.epochs))
     return AuditRequest(
         "membership",
         {
-            "networks": how.networks,
-            "fpr": how.fpr,
+            "networks": how.design.networks,
+            "fpr": how.design.fpr,
+            "members": how.design.members,
             "train": trained,
-            "groups": {name: int(mask.sum()) for name, mask in how.groups.items()},
+            "groups": list(how.design.groups),
         },
         {**opened.subject.card, "digest": opened.subject.digest},
         opened.names,
@@ -245,18 +236,12 @@ def _request(
     )
 
 
-def _seed_notes(run: Run, training: Training, model: Classifier, how: MembershipAudit) -> tuple[str, ...]:
-    """A sentence if a training function returns the same network for two seeds on a few examples."""
+def _compare_seeds(run: Run, training: Training, model: Classifier, how: MembershipAudit) -> None:
+    """Store whether a training function returns the same network for two seeds on a few examples."""
 
     def compared() -> dict[str, bool]:
         part = how.examples.first(_PROBE)
         first, second = (trained_like(training, model, part.x, part.y, seed).state_dict() for seed in (1, 2))
         return {"ignored": all(torch.equal(first[name], second[name]) for name in first)}
 
-    if not run.document("seeds", compared)["ignored"]:
-        return ()
-    note = (
-        f"{training.name} returns the same network for two seeds. Its random choices are then known to the attacker, "
-        "and the rates may be too high for a training that does not fix them."
-    )
-    return (note,)
+    run.document(SEEDS, compared)

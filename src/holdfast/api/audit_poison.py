@@ -1,6 +1,7 @@
 """Opens the network and the data of `holdfast audit poison`."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,19 @@ from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_expected, open_seeded, open_training_examples
 from holdfast.api.verb_settings import AuditPoison, composed
-from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Finding
-from holdfast.audits.poison.audit import EPOCHS, PoisonRequest, Train, refuse_unscorable, scored, with_trusted
-from holdfast.audits.poison.conclusion import concluded, write_suspects
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
+from holdfast.audits.finding import Images
+from holdfast.audits.poison.audit import (
+    EPOCHS,
+    PoisonRequest,
+    Train,
+    measure,
+    refuse_unscorable,
+    scored,
+    with_trusted,
+)
+from holdfast.audits.poison.conclusion import images_of, write_suspects
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -24,7 +34,6 @@ from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.rotation.collecting import last_of, with_fresh_weights
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.trainable import refuse_untrainable
 
@@ -32,10 +41,9 @@ _BATCH, _SMALLEST_BATCH, _UPDATES = 128, 8, 50
 """Largest and smallest batch size, and the number of updates of an epoch that a small set has if possible."""
 
 
-def prepared_poison(
-    settings: AuditPoison, notify: Notify, command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
-    """Return the request of the audit, and the function that takes its steps."""
+@contextmanager
+def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the model and the data of an audit, and yield it."""
     subject = open_seeded(settings)
     model = subject.model
     refuse_untrainable(model)
@@ -56,29 +64,28 @@ def prepared_poison(
     device = torch.device(device_of(settings.device))
     request = replace(request, batch=request.batch.to(device))
 
-    def audit(run: Run) -> Finding:
+    def audit(run: Run) -> Images:
         with readied(subject, data, device):
-            result = scored(run, request, training(model), notify)
+            measure(run, request, training(model), start.notify)
+        result = scored(StoredSteps(about.manifest(), run.store))
         if settings.suspects is not None:
             write_suspects(Path(settings.suspects), result)
-        return concluded(result, model.bounds, model.class_names)
+        return lambda: images_of(request.batch, result, model.bounds)
 
-    return (
-        AuditRequest(
-            "poison",
-            {"epochs": EPOCHS},
-            {**subject.card, "digest": subject.digest},
-            {"name": data.name, "digest": data.digest, "n": len(data), **compared},
-            request.steps(),
-            tuple(settings.gates),
-            settings.seed,
-            str(device),
-            command,
-            notes,
-            writes=settings.suspects is not None,
-        ),
-        audit,
+    about = AuditRequest(
+        "poison",
+        {"epochs": EPOCHS, "class_names": None if model.class_names is None else list(model.class_names)},
+        {**subject.card, "digest": subject.digest},
+        {"name": data.name, "digest": data.digest, "n": len(data), **compared},
+        request.steps(),
+        tuple(settings.gates),
+        settings.seed,
+        str(device),
+        start.command,
+        notes,
+        writes=settings.suspects is not None,
     )
+    yield PreparedAudit(about, audit)
 
 
 def training(model: Classifier) -> Train:

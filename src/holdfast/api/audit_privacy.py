@@ -1,6 +1,7 @@
 """Opens what an audit of privacy needs: the model, the examples and the training function."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -9,20 +10,16 @@ from holdfast.api import expecting, resolve
 from holdfast.api.audited_trainings import CardTraining, Training, open_any_training, trained_like
 from holdfast.api.plans import device_of
 from holdfast.api.verb_settings import AuditPrivacy
-from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Finding
-from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, privacy_finding
+from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
+from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, measure
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.recipes.dp_sgd import DPSGD
-from holdfast.runs.engine.progress import Notify
-from holdfast.runs.engine.run import Run
 
 
-def prepared_privacy(
-    settings: AuditPrivacy, notify: Notify, command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
-    """Open the model, the data and the training function, and return the request and the function of the audit."""
+@contextmanager
+def prepared_privacy(settings: AuditPrivacy, start: AuditStart) -> Iterator[PreparedAudit]:
+    """Open the model, the data and the training function of an audit, and yield it."""
     if settings.train is None:
         raise UsageError(
             "train is missing: the audit trains a network with canaries, and needs the function that trains it",
@@ -52,11 +49,11 @@ def prepared_privacy(
         tuple(settings.gates),
         settings.seed,
         str(device),
-        command,
+        start.command,
         (*subject.notes, *split_notes),
     )
     train = partial(trained_like, training, model)
-    return request, lambda run: privacy_finding(run, train, data, model, how)
+    yield PreparedAudit(request, lambda run: measure(run, train, data, model, how))
 
 
 def _claimed(settings: AuditPrivacy, training: Training) -> tuple[float, float]:

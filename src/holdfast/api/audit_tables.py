@@ -1,7 +1,6 @@
 """Opens what an audit of a synthetic table needs: the table, its training rows, and held-out rows."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,13 @@ import torch
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator
 from holdfast.audits.audit import AuditRequest
-from holdfast.audits.finding import Finding
-from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, refuse_incomparable
-from holdfast.audits.generator.parts import Part
+from holdfast.audits.generator.audit import GeneratorAudit, parts_of, refuse_incomparable
 from holdfast.audits.generator.tables import TablePart
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.draws import Draws
 from holdfast.io.data.mixed_tables import MixedTables, TableFile, open_mixed
 from holdfast.io.data.tables import SUFFIXES
 from holdfast.rotation.collecting import rows_of
-from holdfast.runs.engine.run import Run
 from holdfast.settings.groups import DataSource
 
 _TRAINING, _SAMPLES, _HELD_OUT = range(3)
@@ -64,12 +60,13 @@ def _file(source: DataSource, usual: str | None) -> TableFile:
 
 
 def prepared_tables(
-    settings: AuditGenerator, opened: OpenedTables, parts: tuple[Part, ...], command: str
-) -> tuple[AuditRequest, Callable[[Run], Finding]]:
-    """Return the request and the function of the audit of a synthetic table."""
+    settings: AuditGenerator, opened: OpenedTables, command: str
+) -> tuple[AuditRequest, GeneratorAudit]:
+    """Return the request of the audit of a synthetic table, and what it compares."""
     tables, rng = opened.tables, Draws(settings.seed)
     training, samples, held_out = (_batch(x) for x in tables.encoded(_TRAINING))
     # a random sample, because a file may be sorted
+    names = tuple(column.name for column in tables.columns)
     chosen = rows_of(samples, settings.samples, rng.at("samples"))
     how = GeneratorAudit(
         training,
@@ -80,14 +77,21 @@ def prepared_tables(
         torch.device("cpu"),
         rng.at("parts"),
         None,
-        (TablePart(tables), *parts),
+        (TablePart(names, tables), *parts_of(settings.latent, settings.condition)),
     )
     refuse_incomparable(how)
     about = opened.about(_TRAINING) | {"n": len(training)}
     about["held_out"] = opened.about(_HELD_OUT) | {"n": len(held_out)}
     request = AuditRequest(
         "generator",
-        {"samples": settings.samples, "features": None, "drop": list(settings.drop)},
+        {
+            "samples": settings.samples,
+            "features": None,
+            "drop": list(settings.drop),
+            "latent": settings.latent,
+            "condition": settings.condition,
+            "columns": list(names),
+        },
         opened.about(_SAMPLES),
         about,
         how.steps,
@@ -96,7 +100,7 @@ def prepared_tables(
         "cpu",
         command,
     )
-    return request, lambda run: generator_finding(run, how)
+    return request, how
 
 
 def _batch(x: torch.Tensor) -> Batch:

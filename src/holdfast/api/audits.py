@@ -2,6 +2,7 @@
 an audit from its settings.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from holdfast.api.verb_settings import (
     AuditPrivacy,
     AuditVerb,
 )
-from holdfast.audits.audit import AuditResult, audited
+from holdfast.audits.audit import AuditResult, AuditStart, audited
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.store.folder import refuse_used
 
@@ -146,25 +147,13 @@ def run_audit(
     place = folder_of(folder, resume=resume)
     if place is not None:
         refuse_used(place, resume=resume)
-    if isinstance(settings, AuditBackdoor):
-        from holdfast.api.audit_backdoor import prepared_backdoor
-
-        request, audit = prepared_backdoor(settings, notify, command)
-    elif isinstance(settings, AuditMembership):
-        from holdfast.api.audit_membership import membership_audited
-
-        return membership_audited(settings, place, notify, command, resume=resume, progress=progress)
-    elif isinstance(settings, AuditPrivacy):
-        from holdfast.api.audit_privacy import prepared_privacy
-
-        request, audit = prepared_privacy(settings, notify, command)
-    elif isinstance(settings, AuditGenerator):
-        from holdfast.api.audit_generator import prepared_generator
-
-        request, audit = prepared_generator(settings, notify, command)
-    else:
-        from holdfast.api.audit_poison import prepared_poison
-
-        assert isinstance(settings, AuditPoison)
-        request, audit = prepared_poison(settings, notify, command)
-    return audited(request, audit, place, resume=resume, progress=progress, notify=notify)
+    with settings.prepared(AuditStart(place, resume, notify, command)) as audit:
+        return audited(
+            replace(audit.request, examples=settings.examples),
+            audit.measure,
+            place,
+            resume=resume,
+            progress=progress,
+            notify=notify,
+            executor=audit.executor,
+        )

@@ -1,6 +1,6 @@
 """The function `holdfast.explain`, which explains why an input breaks a model, and where a model is fragile."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from holdfast.api.expecting import expected, notes_of, with_found_properties
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
 from holdfast.api.python_functions import verb_with
-from holdfast.api.reading_settings import given
+from holdfast.api.reading_settings import OPENED_WITH, given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.api.verb_settings import Assess, Certify, Explain, composed
@@ -41,6 +41,7 @@ from holdfast.runs.assess.result import Result
 from holdfast.runs.harness import Target
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import read_manifest
+from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import open_run
 from holdfast.settings.grammar import parse_threat
 from holdfast.settings.threats_and_attacks import ThreatLike, threat_model, threat_written
@@ -82,7 +83,8 @@ def _is_run(model: object) -> bool:
 
 def explained_run(settings: Assess | Certify, result: Result, index: int | None) -> Explained:
     """Explain the example or the model of a run whose settings are known."""
-    own = {key: getattr(settings, key) for key in settings.model_fields_set if key in Explain.model_fields}
+    keys = settings.model_fields_set & Explain.model_fields.keys() - {"examples"}  # nothing is stored here
+    own = {key: getattr(settings, key) for key in keys}
     with gradients():
         return explained(Explain(**{**own, "index": index, "output": []}), result)
 
@@ -110,6 +112,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
                 *_notes(settings, target, len(batch), len(data)),
                 *(sentences(note) for note in notes_of(data, train)),
             ),
+            settings.examples,
         )
         with target.repeatable(rng):
             if settings.index is None:
@@ -132,6 +135,8 @@ def _notes(settings: Explain, target: Target, used: int, n: int) -> tuple[str, .
     notes = []
     if settings.index is None and used < n:
         notes.append(f"Only the first {used} of {n:,} examples were used.")
+    if not settings.examples:
+        notes.append("Pictures and words of examples are left out, as requested.")
     if isinstance(target.bare.net, MeanView):
         notes.append(
             "The model transforms its inputs at random. The mean of its class probabilities over "
@@ -152,34 +157,52 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
         return settings, None
     run, manifest = open_run(Path(folder)), read_manifest(Path(folder))
     update: dict[str, Any] = {"from_run": str(folder)}
-    if "threat" not in settings.model_fields_set:
-        update["threat"] = threat_syntax(threat_to_json(run.evidence.threat))
-    if settings.model_fields_set.isdisjoint(("n", "sample")):
-        key = "sample" if manifest["data"].get("sampled") else "n"
-        update |= {key: manifest["data"]["n"], "seed": settings.seed or manifest["seed"]}
+    with consistent(Path(folder)):
+        if "threat" not in settings.model_fields_set:
+            update["threat"] = threat_syntax(threat_to_json(run.evidence.threat))
+        if settings.model_fields_set.isdisjoint(("n", "sample")):
+            key = "sample" if manifest["data"].get("sampled") else "n"
+            update |= {key: manifest["data"]["n"], "seed": settings.seed or manifest["seed"]}
+        if settings.data is None:
+            update["data"] = str(manifest["data"]["name"])
+        models = (manifest["model"], *manifest["model"].get("members", ()))
+        named = [(str(each["name"]), each.get("how")) for each in models]
+        opening = {
+            key: value
+            for key, value in manifest.get("opening", {}).items()
+            if key in {*OPENED_WITH, "groups"} and key not in settings.model_fields_set
+        }
+        if given_as_model and names_code(str(opening.get("arch", ""))):
+            del opening["arch"]
+    update |= opening
     if given_as_model:
-        update["model"] = _address(manifest, str(folder))
-    if settings.data is None:
-        update["data"] = str(manifest["data"]["name"])
-    return settings.model_copy(update=update), run
+        update |= _address(named, manifest["verb"], str(folder))
+    own = {key: getattr(settings, key) for key in settings.model_fields_set}
+    try:
+        return Explain(**{**own, **update}), run
+    except UsageError as error:
+        raise TargetError(
+            f"the run {str(folder)!r} states a model or data that cannot be opened: {error.message}"
+        ) from error
 
 
-def _address(manifest: dict[str, Any], folder: str) -> str:
-    """The address of the model of a run: of a hardening, the folder with the new model. A run folder may come from
-    someone else, so that no code is run by it.
+def _address(named: Sequence[tuple[str, object]], verb: str, folder: str) -> dict[str, Any]:
+    """The settings with the address of the model of a run, of a hardening the folder with the new model, and with those
+    of its members. `named` are their names, and how each was opened. A run folder may come from someone else, so that
+    no code is run by it.
     """
-    card = manifest["model"]
-    name = str(card["name"])
-    if card.get("how") == "python" or names_code(name) or card.get("members"):
-        hardened = (
-            f" (of {folder}/{WEIGHTS}, the architecture as arch)" if manifest["verb"] == "harden" else ""
-        )
+    (name, _), *members = named
+    if any(how == "python" or names_code(address) for address, how in named):
+        hardened = f" (of {folder}/{WEIGHTS}, the architecture as arch)" if verb == "harden" else ""
         raise UsageError(
             f"the model of the run {folder!r} is {name!r}, which is not opened from a run folder, because code would "
             f"be executed or its weights are not in a file; give the model{hardened} and the data, and the run as "
             "from_run (--from-run on the command line)"
         )
-    return folder if manifest["verb"] == "harden" else name
+    if verb == "harden":
+        return {"model": folder}
+    # a member as a mapping, because its address would otherwise be read for options such as arch
+    return {"model": name, "members": [{"model": address} for address, _ in members]}
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import torch
 
 from holdfast.api.guard_opening import (
     bounds_of,
-    calibration_path,
     guard_pipeline,
     query_radius,
     query_rule,
@@ -18,7 +17,7 @@ from holdfast.api.guards import calibration_stream
 from holdfast.api.resolve import open_examples, open_subject
 from holdfast.api.verb_settings import Calibrate
 from holdfast.core.errors import UsageError
-from holdfast.guard.calibration import Calibration, calibrated, write_calibration
+from holdfast.guard.calibration import Calibration, calibrated
 from holdfast.guard.detectors.detector_protocol import Fitted
 from holdfast.guard.detectors.mahalanobis import Mahalanobis
 from holdfast.guard.query_rule import derived_key, guard_key
@@ -50,11 +49,6 @@ def candidate_calibrations(settings: Calibrate) -> tuple[Calibration, Calibratio
     thresholds = {name: max(alone.thresholds[name], value) for name, value in before.thresholds.items()}
     both = replace(alone, models=(*before.models, *alone.models), thresholds=thresholds)
     return both, alone
-
-
-def write_candidate(guard: Path, calibration: Calibration) -> None:
-    """Write a calibration beside the file of its guard."""
-    write_calibration(calibration, calibration_path(read_guard_settings(guard), guard))
 
 
 def _for_candidate(

@@ -10,8 +10,8 @@ from holdfast.api.audit_generator import opened_audit
 from holdfast.api.recipe_building import built
 from holdfast.api.verb_settings import AuditGenerator, Harden
 from holdfast.audits.audit import AuditResult, audited
-from holdfast.audits.finding import Finding
-from holdfast.audits.generator.hardening import GeneratorHardening, hardening_finding, trainable
+from holdfast.audits.finding import Images
+from holdfast.audits.generator.hardening import GeneratorHardening, measure, trainable
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
@@ -23,7 +23,7 @@ from holdfast.io.models.weights import written
 from holdfast.recipes.training.robust_gan import RobustLosses
 from holdfast.runs.engine.progress import Notify, Progress
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.files import write_atomically
+from holdfast.runs.store.files import BY_UMASK, write_atomically
 from holdfast.runs.store.folder import refuse_used
 from holdfast.settings.grammar import is_folder, seconds
 
@@ -50,7 +50,7 @@ class HardenedGenerator(AuditResult):
         else:
             assert net is not None
             content = written(net, {})
-        write_atomically(place / FILE, content)
+        write_atomically(place / FILE, content, BY_UMASK)
         for name in ("card.json", "card.md"):
             self.write(place / name)
         return place / FILE
@@ -98,14 +98,15 @@ def hardened_generator(
         settings={**request.settings, "recipe": recipe, "budget_s": budget},
         steps=work.steps,
         gates=tuple(settings.gates),
+        examples=settings.examples,
         writes=True,  # the trained generator is read from the stored steps
     )
     trained: list[GAN] = []
 
-    def audit(run: Run) -> Finding:
-        finding, new = hardening_finding(run, work)
+    def audit(run: Run) -> Images:
+        images, new = measure(run, work)
         trained.append(new)
-        return finding
+        return images
 
     result = audited(request, audit, place, resume=resume, progress=progress, notify=notify)
     return HardenedGenerator(result.content, result.folder, trained[-1])

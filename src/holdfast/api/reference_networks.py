@@ -60,10 +60,10 @@ class NetworkTraining:
     def measured(self, shard: tuple[int, int], room: Room, until: float) -> Columns:
         """Train the networks of a shard, and return what they say about all examples."""
         networks, how = range(*shard), self.how
-        inside = how.inside()[list(networks)]
+        inside = how.design.inside()[list(networks)]
         if self.training is not None:
             return columns_of(networks, self._called(self.training, networks, inside, room))
-        draws = [how.rng.at("network").at(network) for network in networks]
+        draws = [how.design.rng.at("network").at(network) for network in networks]
         fresh = [with_fresh_weights(self.model, each.at("begin"), "own").net for each in draws]
         nets = [net for net in fresh if isinstance(net, nn.Module)]
         x, y, output = self.model.preprocess(how.examples.x), how.examples.y, self.model.output
@@ -74,7 +74,7 @@ class NetworkTraining:
         results, how = [], self.how
         for network, mask in zip(networks, inside, strict=True):
             part = how.examples.take(mask)
-            trained = trained_like(training, self.model, part.x, part.y, how.seed * 100_000 + network)
+            trained = trained_like(training, self.model, part.x, part.y, how.design.seed * 100_000 + network)
             results.append(queried(trained, how.examples))
             room.progress(1)
         return joined(results)

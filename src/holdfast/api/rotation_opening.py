@@ -7,7 +7,7 @@ from holdfast.api import hardening, resolve
 from holdfast.api.expecting import range_of_all
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import refuse_code_in_pool, settings_of_pool
-from holdfast.api.reading_settings import items, plain_settings
+from holdfast.api.reading_settings import OPENED_WITH, items, plain_settings
 from holdfast.api.recipe_building import build_recipe, built, functions_in, refuse_unheld, settings_of
 from holdfast.api.verb_settings import RotateSettings, check_settings
 from holdfast.core.errors import UsageError
@@ -25,10 +25,7 @@ from holdfast.settings.naming import AUTO, CARD, SOURCES
 from holdfast.settings.threats_and_attacks import threat_model
 
 _OPENING = (
-    "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
-    "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "separator", "header",
-    "fit", "threat",
-    "recipe", "source", "initialisation", "seed",
+    "model", "data", *OPENED_WITH, "fit", "threat", "recipe", "source", "initialisation", "seed",
 )  # fmt: skip
 """Settings with which the model and the data of a pool are opened again."""
 

@@ -66,9 +66,7 @@ def server_setup(settings: Serve) -> ServerSetup:
     served = _served(settings, address)
     guard, notes = _guard(settings.guard, served)
     signature = None if served.upstream is None else served.upstream.signature
-    keys = None if settings.keys is None else Path(settings.keys)
-    if keys is not None:
-        read_keys(keys)
+    keys = _keys(settings)
     audit = None if settings.audit is None else Path(settings.audit)
     reference, renewed = _monitored(settings, served)
     worker = ServingSetup(
@@ -107,7 +105,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         settings.workers,
         served.pool,
         audit,
-        {**served.about, "name": worker.name, "version": worker.version},
+        {**served.about, "name": worker.name, "version": worker.version, **_single_operator(settings)},
         reloadable=served.reloadable,
         settings=_settings_of(settings, served),
         monitor=reference,
@@ -116,8 +114,22 @@ def server_setup(settings: Serve) -> ServerSetup:
         notes=(*notes, *(() if reference is None else reference.notes)),
         admin_hosts=_host_names(settings),
         flagged=None if settings.guard is None else _flagged(Path(settings.guard)),
+        single_operator=settings.single_operator,
         drain_delay_s=_drain_delay_s(settings.drain_delay),
     )
+
+
+def _keys(settings: Serve) -> Path | None:
+    """The file of keys, whose content is tested."""
+    if settings.keys is None:
+        return None
+    keys = Path(settings.keys)
+    read_keys(keys)
+    return keys
+
+
+def _single_operator(settings: Serve) -> dict[str, bool]:
+    return {"single_operator": True} if settings.single_operator else {}
 
 
 def _refuse_url(address: str | None) -> None:

@@ -35,13 +35,13 @@ def _explained(result: Result, index: int | None) -> "Explained":
     return Explain(model=str(result.run_folder), index=index).run()
 
 
-def verify(run: str | Path) -> Verified:
-    """Check that the files in the folder of a run match its hash chain, and that its verdict follows from its columns.
-    Return the number of files and the state of the run.
+def verify(run: str | Path, *, expect_head: str = "") -> Verified:
+    """Check that the files in the folder of a run or audit match its hash chain, and that its results follow from its
+    columns. Return the number of files and the state of the run.
 
-    Raises `TargetError` for the first difference.
+    Raises `TargetError` for the first difference, and if the chain does not contain `expect_head`, an earlier head.
     """
-    verified = verify_folder(Path(run))
+    verified = verify_folder(Path(run), expect_head=expect_head)
     if not is_audit(Path(run)):
         refuse_false(Path(run))
     elif verified.complete:

@@ -5,7 +5,9 @@ A class lists its groups in reverse order: pydantic begins with the fields of th
 in the order of the fields. The classes do not import torch; their methods do.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from holdfast.api.guards import Calibrated
     from holdfast.api.harden_generator import HardenedGenerator
     from holdfast.api.hardening import ForHardening
-    from holdfast.audits.audit import AuditResult
+    from holdfast.audits.audit import AuditResult, AuditStart, PreparedAudit
     from holdfast.core.batch import Data
     from holdfast.explanation.explained import Explained
     from holdfast.io.doctor import Checkup
@@ -224,6 +226,7 @@ class Explain(
     groups.Members,
     groups.ModelSource,
     groups.ThreatSource,
+    groups.StoredExamples,
     groups.ExplainOptions,
     VerbSettings,
 ):
@@ -280,6 +283,7 @@ class Assess(
     groups.ExampleSelection,
     groups.ExampleGroups,
     groups.AssessOptions,
+    groups.StoredExamples,
     groups.Reports,
     groups.GateSettings,
     groups.SuiteSettings,
@@ -302,6 +306,7 @@ class Harden(
     groups.Seed,
     groups.ExampleSelection,
     groups.ExampleGroups,
+    groups.StoredExamples,
     groups.Reports,
     groups.GateSettings,
     groups.SuiteSettings,
@@ -401,6 +406,7 @@ class Certify(
     groups.Seed,
     groups.ExampleSelection,
     groups.ExampleGroups,
+    groups.StoredExamples,
     groups.Reports,
     groups.GateSettings,
     placing.CertifyOptions,
@@ -487,6 +493,7 @@ class Adapt(
     groups.DataSource,
     groups.Device,
     groups.Seed,
+    groups.StoredExamples,
     groups.ExampleSelection,
     groups.GateSettings,
     groups.SuiteSettings,
@@ -525,6 +532,7 @@ class AuditVerb(
     groups.Seed,
     groups.DataSource,
     groups.InputSpace,
+    groups.StoredExamples,
     groups.ModelSource,
     audit_settings.AuditOptions,
     VerbSettings,
@@ -549,11 +557,21 @@ class AuditVerb(
         with gradients():
             return run_audit(self, folder, resume=resume, progress=progress, notify=notify, command=command)
 
+    @abstractmethod
+    def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
+        """Context manager that opens the model and the data, and yields the audit."""
+
 
 class AuditBackdoor(audit_settings.BackdoorOptions, AuditVerb):
     """All settings of the command `holdfast audit backdoor`. `data` are clean examples."""
 
     verb = "audit-backdoor"
+
+    def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
+        """Context manager that opens the model and the data, and yields the audit."""
+        from holdfast.api.audit_backdoor import prepared_backdoor
+
+        return prepared_backdoor(self, start)
 
 
 class AuditPoison(audit_settings.PoisonOptions, AuditVerb):
@@ -566,6 +584,12 @@ class AuditPoison(audit_settings.PoisonOptions, AuditVerb):
         default=None, description=groups.ModelSource.model_fields["model"].description
     )
 
+    def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
+        """Context manager that opens the model and the data, and yields the audit."""
+        from holdfast.api.audit_poison import prepared_poison
+
+        return prepared_poison(self, start)
+
 
 class AuditPrivacy(audit_settings.PrivacyOptions, AuditVerb):
     """All settings of the command `holdfast audit privacy`. `data` are the training examples, and `model` is a network
@@ -573,6 +597,12 @@ class AuditPrivacy(audit_settings.PrivacyOptions, AuditVerb):
     """
 
     verb = "audit-privacy"
+
+    def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
+        """Context manager that opens the model and the data, and yields the audit."""
+        from holdfast.api.audit_privacy import prepared_privacy
+
+        return prepared_privacy(self, start)
 
 
 class AuditMembership(
@@ -589,6 +619,12 @@ class AuditMembership(
 
     verb = "audit-membership"
 
+    def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
+        """Context manager that opens the model and the data, and yields the audit."""
+        from holdfast.api.audit_membership import prepared_membership
+
+        return prepared_membership(self, start)
+
 
 class AuditGenerator(audit_settings.GeneratorOptions, AuditVerb):
     """All settings of the command `holdfast audit generator`. `model` is a generator or a file of its samples, and
@@ -601,6 +637,12 @@ class AuditGenerator(audit_settings.GeneratorOptions, AuditVerb):
         description="Function of a Python file that returns an object with sample(n, seed), as in gen.py:make, or a "
         "file of samples.",
     )
+
+    def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
+        """Context manager that opens the model and the data, and yields the audit."""
+        from holdfast.api.audit_generator import prepared_generator
+
+        return prepared_generator(self, start)
 
 
 Opening = Doctor | Explain | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb

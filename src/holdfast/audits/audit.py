@@ -1,15 +1,22 @@
-"""Runs an audit in a folder, judges its gates, and opens the stored result of a finished audit."""
+"""Runs an audit in a folder, judges its gates, and opens the stored result of a finished audit.
 
-from collections.abc import Callable, Mapping, Sequence
+The finding is computed by the function in `holdfast.audits.conclusions` of its kind from the settings in `run.json` and
+the stored steps. When a finished audit is opened, it is computed again and compared with the stored one.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import torch
-from typing_extensions import TypedDict
 
-from holdfast.audits.finding import AuditVerdict, Finding
+from holdfast.audits.conclusions import CONCLUSIONS
+from holdfast.audits.finding import PICTURES, AuditVerdict, Measure, image_columns, shown
+from holdfast.audits.stored_steps import Source, StoredSteps
 from holdfast.core.catalogue import AUDITS
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
@@ -27,22 +34,33 @@ from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.engine.store import MemoryStore
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
+    StoredStage,
     open_run_folder,
     read_about,
     read_manifest,
+    read_stage,
     recorded_document,
     refuse_altered,
 )
 from holdfast.runs.store.forms import refuse_form
-from holdfast.runs.store.records import read_chain
+from holdfast.runs.store.records import Chain, read_chain
 from holdfast.runs.stored.documents import VERDICT
-from holdfast.runs.stored.run_forms import JudgedAudit, ListedAudit
+from holdfast.runs.stored.run_forms import JudgedAudit, ListedAudit, consistent
 from holdfast.runs.stored.run_manifest import about_run
 
 Json = dict[str, Any]
 
 FINDING = "finding"
 """Name of the document with the finding of an audit."""
+FORMAT = 2
+"""Version of the settings and steps of audits. It is increased if a finding is computed from others. Version 1, which
+`run.json` did not state, lacked steps from which the finding can be computed."""
+_TOLERANCE = 1e-6
+"""Largest relative difference of equal numbers of two findings. Another version of a library may round other last
+digits: sums over a million float64 numbers differ by less than 1e-9, and reports show at most six digits."""
+_SMALLEST = 1e-9
+"""Difference of equal numbers that are almost 0."""
+_NO_PICTURES = "the run stores no pictures of examples, so that reports show none"
 _OF_VERDICT: Mapping[str, Verdict] = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
 
 
@@ -70,10 +88,25 @@ class AuditRequest:
     """for each shard of the stages that are divided into shards, its first item and the item after its last one"""
     writes: bool = False
     """whether the audit writes a file of its own, from its stored steps if it is finished"""
+    examples: bool = True
+    """whether pictures are stored for the report"""
 
     def manifest(self) -> Json:
-        """Return the content of `run.json`."""
-        config = strict({"kind": self.kind, "settings": dict(self.settings), "seed": self.seed})
+        """Return the content of `run.json`, as it is read from there."""
+        hidden = {} if self.examples else {"examples": False}
+        config = strict(
+            {
+                "kind": self.kind,
+                "format": FORMAT,
+                "settings": dict(self.settings),
+                "seed": self.seed,
+                **hidden,
+            }
+        )
+        content: Json = json.loads(canonical(self._content(config)))
+        return content
+
+    def _content(self, config: Json) -> Json:
         return {
             "verb": "audit",
             "digests": {
@@ -85,16 +118,36 @@ class AuditRequest:
             "config": config,
             "model": strict(dict(self.model)),
             "data": strict(dict(self.data)),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *([] if self.examples else [_NO_PICTURES])],
             "versions": versions(),
             "hardware": hardware(torch.device(self.device)),
             "seed": self.seed,
             "plan": {
-                "stages": [*self.steps, FINDING],
+                "stages": [*self.steps, PICTURES, FINDING],
                 "batch_size": 1,
                 "shards": [list(shard) for shard in self.shards],
             },
         }
+
+
+@dataclass(frozen=True)
+class PreparedAudit:
+    """An audit whose model and data are open."""
+
+    request: AuditRequest
+    measure: Measure
+    executor: Executor | None = None
+    """executor of the stages that are divided into shards; None for this process"""
+
+
+@dataclass(frozen=True)
+class AuditStart:
+    """How the run of an audit begins."""
+
+    folder: Path | None
+    resume: bool
+    notify: Notify
+    command: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +211,7 @@ class AuditResult:
 
 def audited(
     request: AuditRequest,
-    audit: Callable[[Run], Finding],
+    measure: Measure,
     folder: Path | None = None,
     *,
     resume: bool = False,
@@ -168,12 +221,13 @@ def audited(
 ) -> AuditResult:
     """Run an audit, and return its result. `notify` is called with the notes on the model and the data.
 
-    `audit` takes its slow steps with `Run.stage`, `Run.step` and `Run.document`, so that a stopped audit is resumed in
-    its `folder`, and with `Run.sharded_stage`, whose shards `executor` measures. Without `folder` nothing is stored.
+    `measure` takes all steps with `Run.stage`, `Run.step` and `Run.document`, so that a stopped audit is resumed in its
+    `folder`, and with `Run.sharded_stage`, whose shards `executor` measures; it returns the images of the pictures.
+    Without `folder` nothing is stored.
     """
-    for note in request.notes:
+    manifest, stages = request.manifest(), (*request.steps, PICTURES, FINDING)
+    for note in manifest["notes"]:
         notify(note)
-    manifest, stages = request.manifest(), (*request.steps, FINDING)
     work = Inline() if executor is None else executor
     with ExitStack() as stack:
         if folder is None:
@@ -186,12 +240,19 @@ def audited(
             )
             run = Run(stages, store, work, tuple(request.shards), stopper=stopper, progress=progress)
             about = read_about(folder)
-        if request.writes and run.store.document(FINDING) is not None:
-            audit(run)
-        finding = run.document(FINDING, lambda: audit(run).to_json())
+        stored = run.store.document(FINDING)
+        if stored is None or request.writes:
+            images = measure(run)
+            run.stage(PICTURES, lambda: image_columns(images() if request.examples else {}))
+        place = Path() if folder is None else folder
+        finding = CONCLUSIONS[request.kind](StoredSteps(manifest, run.store, place)).to_json()
+        if stored is not None:
+            _refuse_other_finding(place, stored, finding)
+        run.document(FINDING, lambda: finding)
         gates = judged(request.kind, finding, request.gates)
         run.record(VERDICT, {"verdict_of": "audit", "gates": gates})
-    return AuditResult(_content(manifest, about, finding, gates), folder)
+        pictures = _shown_pictures(finding, run.store)
+    return AuditResult(_content(manifest, about, finding, pictures, gates), folder)
 
 
 def judged(kind: str, finding: Mapping[str, Any], gates: Sequence[str]) -> list[Json]:
@@ -213,99 +274,121 @@ def judged(kind: str, finding: Mapping[str, Any], gates: Sequence[str]) -> list[
     return results
 
 
-class _Table(TypedDict):
-    title: str
-    headings: list[str]
-    rows: list[list[Any]]
-    note: str
-    texts: NotRequired[bool]
-
-
-class _Image(TypedDict):
-    png: str
-    caption: str
-
-
-class _Picture(TypedDict):
-    title: str
-    together: NotRequired[int]
-    images: list[_Image]
-
-
-class _Line(TypedDict):
-    name: str
-    points: list[list[float]]
-
-
-class _Curve(TypedDict):
-    title: str
-    across: str
-    upward: str
-    lines: list[_Line]
-    least: float
-    note: str
-
-
-class _Estimate(TypedDict):
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-class _Finding(TypedDict):
-    verdict: AuditVerdict
-    headline: str
-    reasons: list[str]
-    facts: dict[str, Any]
-    metrics: dict[str, _Estimate]
-    tables: list[_Table]
-    pictures: list[_Picture]
-    curves: list[_Curve]
-    limits: list[str]
-
-
 def is_audit(path: Path) -> bool:
     """Return whether the folder of a run contains an audit."""
     return read_manifest(path).get("verb") == "audit"
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """The stored steps in a run folder that is only read."""
+
+    path: Path
+    chain: Chain
+
+    def stage(self, name: str) -> StoredStage | None:
+        return read_stage(self.path, self.chain, name)
+
+    def document(self, kind: str) -> Mapping[str, Any] | None:
+        return recorded_document(self.path, self.chain, kind)
+
+
 def open_audit(path: Path) -> AuditResult:
     """Return the result of the finished audit in a folder.
 
-    Raises `TargetError` if it is unfinished or altered, or if the verdicts of its gates do not follow from its finding.
+    Raises `TargetError` if it is unfinished or altered, if its finding does not follow from its settings and its stored
+    steps, or if the verdicts of its gates do not follow from its finding.
     """
+    with consistent(path):
+        return _opened(path)
+
+
+def _opened(path: Path) -> AuditResult:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     refuse_form(path / MANIFEST, manifest, ListedAudit)
     refuse_altered(path, chain)
-    kind = manifest["config"]["kind"]
-    finding, decided = (recorded_document(path, chain, name) for name in (FINDING, VERDICT))
+    kind, source = manifest["config"]["kind"], _Folder(path, chain)
+    stored, decided = source.document(FINDING), source.document(VERDICT)
     if kind not in AUDITS:
         raise TargetError(f"{str(path / MANIFEST)!r} is an audit of the unknown kind {kind!r}")
-    if finding is None or decided is None:
+    if stored is None or decided is None:
         raise TargetError(
             f"the audit in {str(path)!r} is not finished; resume it with its command and --resume"
         )
+    _refuse_other_format(path, manifest)
     recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
     if missing := [step for step in manifest["plan"]["stages"] if step not in recorded]:
         raise TargetError(f"{str(path)!r} has a finding and no {missing[0]}; restore it from a copy")
-    refuse_form(path / f"{FINDING}.json", finding, _Finding)
+    finding = CONCLUSIONS[kind](StoredSteps(manifest, source, path)).to_json()
+    _refuse_other_finding(path, stored, finding)
     refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit)
-    if decided["gates"] != judged(kind, finding, [gate["gate"] for gate in decided["gates"]]):
+    gates = judged(kind, finding, [gate["gate"] for gate in decided["gates"]])
+    if decided["gates"] != gates:
         raise TargetError(
             f"{str(path / f'{VERDICT}.json')!r} does not follow from the finding; restore it from a copy"
         )
-    return AuditResult(_content(manifest, read_about(path), finding, decided["gates"]), path)
+    return AuditResult(
+        _content(manifest, read_about(path), finding, _shown_pictures(finding, source), gates), path
+    )
+
+
+def _refuse_other_format(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `TargetError` if an audit was written with other settings and steps."""
+    if manifest["config"].get("format") != FORMAT:
+        version = manifest["versions"].get("holdfast", "an unknown version")
+        raise TargetError(
+            f"the audit in {str(path)!r} was written by holdfast {version}, and lacks steps from which this version "
+            "computes the finding; audit again, or read it with the version that wrote it"
+        )
+
+
+def _refuse_other_finding(path: Path, stored: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
+    """Raise `TargetError` if a stored finding is not the one that is computed from the stored steps."""
+    differing = next(_differing(stored, computed, ""), None)
+    if differing is not None:
+        raise TargetError(
+            f"{differing} in {str(path / f'{FINDING}.json')!r} does not follow from its columns; restore it from a copy"
+        )
+
+
+def _differing(stored: object, computed: object, place: str) -> Iterator[str]:
+    """The places of values that differ, such as `facts.p`. Numbers may differ by their rounding."""
+    if isinstance(stored, Mapping) and isinstance(computed, Mapping) and stored.keys() == computed.keys():
+        for name in stored:
+            yield from _differing(stored[name], computed[name], f"{place}.{name}" if place else name)
+    elif isinstance(stored, list) and isinstance(computed, list) and len(stored) == len(computed):
+        for k, pair in enumerate(zip(stored, computed, strict=True)):
+            yield from _differing(*pair, f"{place}[{k}]")
+    elif isinstance(stored, float) and isinstance(computed, float):
+        if not math.isclose(stored, computed, rel_tol=_TOLERANCE, abs_tol=_SMALLEST):
+            yield place
+    elif type(stored) is not type(computed) or stored != computed:
+        yield place or "the content"
+
+
+def _shown_pictures(finding: Mapping[str, Any], source: Source) -> list[Json]:
+    """The pictures of a finding with their images."""
+    if not finding["pictures"]:
+        return []
+    stage = source.stage(PICTURES)
+    assert stage is not None  # the finding lists only pictures whose images are stored
+    return [shown(picture, stage.columns[picture["name"]]) for picture in finding["pictures"]]
 
 
 def _content(
-    manifest: Mapping[str, Any], about: Mapping[str, Any], finding: Mapping[str, Any], gates: Sequence[Json]
+    manifest: Mapping[str, Any],
+    about: Mapping[str, Any],
+    finding: Mapping[str, Any],
+    pictures: Sequence[Json],
+    gates: Sequence[Json],
 ) -> Json:
     return {
         "schema_version": reported.AUDIT_VERSION,
         "verb": "audit",
         "kind": manifest["config"]["kind"],
         **finding,
+        "pictures": list(pictures),
+        "limits": [*finding["limits"], *([reported.NOT_COMPUTED_AGAIN] if pictures else [])],
         "gates": list(gates),
         "exit_code": exit_code(gate["verdict"] for gate in gates),
         "gate_verdict": overall([gate["verdict"] for gate in gates]) if gates else None,

@@ -1,6 +1,6 @@
 """The result of an audit: its verdict, the numbers behind it, and the tables and pictures of its report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,13 +9,22 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Columns
 from holdfast.reports.gallery import LONGEST_SIDE, png, shrunk
 from holdfast.reports.numbers import strict
+from holdfast.runs.engine.run import Run
 
 Json = dict[str, Any]
 AuditVerdict = Literal["flagged", "not flagged", "unclear"]
 """`unclear` if the audit had nothing to compare the model or the data with, or if clean models measure the same."""
 
+PICTURES = "pictures"
+"""Name of the stage with the images of an audit, the only part of its report that is not computed again."""
+Images = Callable[[], Mapping[str, Tensor]]
+"""Type of a function that returns the images (n, channels, height, width) of pictures by name, with values from 0 to 1;
+it is called once the steps are stored"""
+Measure = Callable[[Run], Images]
+"""Type of a function that takes the steps of an audit"""
 _SMALLEST_SIDE = 56  # pixels; smaller images are enlarged so that single pixels can be seen
 
 
@@ -47,24 +56,44 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """Images of a report under one title."""
+    """The texts of images of a report under one title. The images are columns of the stage `PICTURES`."""
 
+    name: str
+    """name of the column with the images"""
     title: str
     """what the images show, as a sentence that states the finding"""
-    images: Tensor
-    """values from 0 to 1 (n, channels, height, width), with 1 or 3 channels"""
     captions: Sequence[str]
     """text below each image, which is also its text alternative"""
     together: int = 1
     """number of successive images that are to be compared, and are shown side by side"""
 
     def to_json(self) -> Json:
-        """Return the images as data URLs of PNG files, with their captions, as strict JSON."""
-        images = [_enlarged(shrunk(image.detach().cpu().float())) for image in self.images]
-        shown = [
-            {"png": png(image), "caption": text} for image, text in zip(images, self.captions, strict=True)
-        ]
-        return {"title": self.title, "together": self.together, "images": shown}
+        """Return the texts as strict JSON."""
+        content: Json = strict({**vars(self), "captions": list(self.captions)})
+        return content
+
+
+def image_columns(images: Mapping[str, Tensor]) -> Columns:
+    """Return the columns of the stage `PICTURES`: images by the names of their pictures, as bytes and at most as large
+    as a report shows them. Tensors that are no images with 1 or 3 channels are left out.
+    """
+    stored = {
+        name: torch.stack([_bytes(shrunk(image.detach().cpu().float())) for image in each])
+        for name, each in images.items()
+        if len(each) and each.dim() == 4 and each.shape[1] in (1, 3)
+    }
+    return {"id": torch.arange(len(stored)), **stored}
+
+
+def shown(picture: Mapping[str, Any], images: Tensor) -> Json:
+    """Return a picture of a finding with its images as data URLs of PNG files, for a report."""
+    pngs = [png(_enlarged(image.float() / 255)) for image in images]
+    pairs = zip(pngs, picture["captions"], strict=True)
+    return {
+        "title": picture["title"],
+        "together": picture["together"],
+        "images": [{"png": content, "caption": caption} for content, caption in pairs],
+    }
 
 
 @dataclass(frozen=True)
@@ -95,6 +124,10 @@ class Curve:
             }
         )
         return content
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return (255 * image.nan_to_num(0.5).clamp(0, 1)).round().byte()
 
 
 def _enlarged(image: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ def keys() -> None:
     "scopes",
     multiple=True,
     metavar="SCOPE",
-    help="What the key permits: infer (the default: requests to the model) or admin (metrics and swaps).",
+    help="What the key permits: infer (the default: requests to the model), and at the operator's port metrics "
+    "(numbers), labels, adapt (holdfast adapt, and stored inputs), approve (adaptations), or admin (all of these, and "
+    "swaps). May be repeated.",
 )
 @click.option(
     "--expires", metavar="T", help="Time until the key is refused, as in 90d or 12h (default: never)."

@@ -1,6 +1,5 @@
 """The steps of `holdfast rotate` that use only the ledger of a pool, so that no command here imports torch."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.text import Text
 from holdfast.cli.options import Voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
+from holdfast.reports.numbers import json_text
 from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
 from holdfast.rotation.steps import expose as exposure
 from holdfast.rotation.steps import status as pool_status
@@ -74,9 +74,9 @@ def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str)
     for output in outputs:
         if output != _STDOUT:
             with usable(Path(output)):
-                write_atomically(Path(output), document(overview), 0o600)
+                write_atomically(Path(output), document(overview))
     if _STDOUT in outputs:
-        click.echo(json.dumps(overview, indent=2))
+        click.echo(json_text(overview), nl=False)
     elif not voice.quiet:
         _show(overview, voice)
     for note in overview["notes"]:

@@ -1,19 +1,21 @@
 """`holdfast monitor URL`: what the monitor of a running server has found, over the operator's port."""
 
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from holdfast.adaptation.server_state import Alarm, MonitorState, monitor_state, send_labels
 from holdfast.cli.options import Voice
 from holdfast.core.errors import UsageError
-from holdfast.io.remote.operator_port import Json, OperatorPort, read_key
+from holdfast.core.names import line
+from holdfast.io.remote.operator_port import OperatorPort, read_key
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.reports import monitoring as reported
+from holdfast.reports.numbers import json_text
 from holdfast.reports.write import MONITORING_SUFFIXES, write_monitoring
 from holdfast.settings.label_files import read_labels
 
@@ -28,7 +30,8 @@ def live_options() -> tuple[Option, ...]:
             "--key-file",
             type=click.Path(),
             metavar="FILE",
-            help="File that contains an API key with the scope admin, if STREAM is the URL of a server that has keys.",
+            help="File that contains an API key with the scope metrics, and labels for --labels, if STREAM is the URL "
+            "of a server that has keys.",
         ),
         click.option(
             "--once", is_flag=True, help="Report the state of a server once, and do not wait for alarms."
@@ -60,10 +63,10 @@ def watch_server(
     port = OperatorPort(url, None if key_file is None else read_key(key_file))
     if labels is not None:
         _send(voice, port, labels)
-    state = port.get("/monitor")
+    state = monitor_state(port)
     seen = _tests_with_alarm(state)
     if "-" in output:
-        click.echo(json.dumps(state))
+        click.echo(json_text(state), nl=False)
     elif not voice.quiet:
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(reported.tables(state, colour=colour, width=voice.console().width))
@@ -77,17 +80,19 @@ def watch_server(
     try:
         while not once:
             time.sleep(_POLL_S)
-            state = port.get("/monitor")
+            state = monitor_state(port)
             now = _tests_with_alarm(state)
             for name in now.keys() - seen.keys():
-                click.echo(f"alarm of {name} after {now[name]['after']:,} samples, on {now[name]['signal']}")
+                click.echo(
+                    line(f"alarm of {name} after {now[name]['after']:,} samples, on {now[name]['signal']}")
+                )
             seen, alarmed = now, alarmed or bool(state["alarmed"])
     except KeyboardInterrupt:
         pass
     return 1 if alarmed else 0
 
 
-def _tests_with_alarm(state: Mapping[str, Any]) -> dict[str, Json]:
+def _tests_with_alarm(state: MonitorState) -> dict[str, Alarm]:
     return {test["name"]: test["alarm"] for test in state["tests"] if test["alarm"]}
 
 
@@ -101,7 +106,7 @@ def _send(voice: Voice, port: OperatorPort, file: str) -> None:
         if sorted(of_rows) != list(range(len(of_rows))):
             raise UsageError(f"{file}: the request {request!r} has no label for one of its inputs; add it")
         labels[request] = [of_rows[row] for row in range(len(of_rows))]
-    answer = port.post("/labels", {"labels": labels})
+    answer = send_labels(port, labels)
     voice.say(f"labels of {answer['accepted']:,} requests were accepted")
     if answer["unknown"]:
         voice.say(

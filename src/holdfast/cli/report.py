@@ -10,7 +10,6 @@ from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, expecting_head, with_voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
-from holdfast.core.remedies import Remedy
 from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
 
 
@@ -73,7 +72,7 @@ def _annex(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], sta
     if "-" in output:
         click.echo(found.to_json(), nl=False)
     elif not voice.quiet:
-        click.echo("\n".join(map(line, str(found).split("\n"))))
+        click.echo(str(found))
     for name in output:
         if name != "-":
             voice.say(f"report: {found.write(name)}")
@@ -83,12 +82,13 @@ def _annex(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], sta
 @click.command(short_help="check that the files of a run, a pool or an audit are unchanged")
 @click.argument("run", metavar="FOLDER", type=click.Path(path_type=Path))
 @expecting_head(
-    "Refuse a pool whose ledger, or an audit folder whose server chains do not contain this digest, which rotate head "
-    "or verify printed earlier."
+    "Refuse a run or audit whose chain, a pool whose ledger, or an audit folder whose server chains do not contain "
+    "this digest, which verify or rotate head printed earlier."
 )
 @with_voice
 def verify(voice: Voice, run: Path, expect_head: str) -> None:
-    """Compute the digests of all files of a run, and compare them with its chain. Exit code 3 for the first mismatch.
+    """Compute the digests of all files of a run or audit, and compare them with its chain. Compute its results again
+    from its columns. Exit code 3 for the first mismatch.
 
     For the audit folder of holdfast serve, all chains are checked together.
 
@@ -101,15 +101,10 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
     if os.path.lexists(run / AUDIT_MARK):
         _verify_audit(voice, run, expect_head)
         return
-    if expect_head:
-        raise UsageError(
-            f"--expect-head is for pools and audit folders, and {str(run)!r} is neither",
-            Remedy("expect_head"),
-        )
     refuse_no_run(run)
     from holdfast.api.stored import verify as checked
 
-    verified = checked(run)
+    verified = checked(run, expect_head=expect_head)
     state = "complete" if verified.complete else "not finished yet"
     click.echo(
         f"{line(str(run))}: {verified.files} files and {verified.records} records are unchanged, {state}; "

@@ -166,18 +166,12 @@ _TEXT_FILES = {
 """Examples of the file of a threat on texts."""
 
 
-def printable(text: str) -> str:
-    """Return a text without control characters, which could affect a terminal and are invalid in XML. Line breaks
-    become spaces.
-    """
-    spaced = re.sub(r"\s+", " ", text)
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
-
-
 def line(text: str) -> str:
-    """Return a text on one line, without control characters and without text that a CI system would execute as a
-    command.
+    """Return a text on one line, without control characters, which could affect a terminal and are invalid in XML, and
+    without text that a CI system would execute as a command. Each text of a document is shown in this form.
 
     GitHub interprets `::error::...` at the start of a line as a command, and `##[...]` anywhere, as Azure does.
     """
-    return _CI_MARK.sub(r"#\\#", _CI_COMMAND.sub(r":\\:", printable(text)))
+    spaced = re.sub(r"\s+", " ", text)
+    printable = "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
+    return _CI_MARK.sub(r"#\\#", _CI_COMMAND.sub(r":\\:", printable))

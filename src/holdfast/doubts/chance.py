@@ -35,7 +35,7 @@ TEST = DoubtTest(
     meaning="The clean accuracy may be that of always predicting the majority class. The robust accuracy of such a "
     "model is not meaningful.",
     advice="Run holdfast doctor, which tests for a missing normalisation, another value range, another layout and "
-    "shifted labels.",
+    "shifted labels. A network whose outputs are no scores of classes, such as a regression, is no classifier.",
     conclude=conclude,
     free=True,
     meaningless=3,

@@ -1,15 +1,15 @@
 """The result of an explanation: a sentence, and figures with their numbers."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.reports.html import filled, render
-from holdfast.reports.numbers import strict
+from holdfast.reports.numbers import json_text, strict
 from holdfast.reports.table import csv_text
-from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination
+from holdfast.reports.terminal import as_lines
+from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination, explained, replacing
 
 Json = dict[str, Any]
 Cell = str | int | float | None
@@ -130,7 +130,7 @@ class Explained:
             "facts": dict(self.facts),
             "figures": [figure.to_json() for figure in self.figures],
         }
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(content)
 
     def text(self) -> str:
         """Return the findings as text for a terminal, one line for each figure."""
@@ -141,15 +141,15 @@ class Explained:
             ("Notes:", self.notes),
         ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
-        return "\n".join(lines)
+        return as_lines(lines)
 
     def write(self, path: str | Path) -> Path:
         """Write the explanation in the format of the file suffix, `.html` or `.json`. Return the path."""
         place = Path(path)
         check_destination(place, EXPLANATION_SUFFIXES)
-        place.parent.mkdir(parents=True, exist_ok=True)
         content = self.page() if place.suffix.lower() == ".html" else self.to_json()
-        place.write_text(content, encoding="utf-8")
+        with explained(place), replacing(place) as file:
+            file.write(content)
         return place
 
     def _repr_html_(self) -> str:

@@ -79,7 +79,10 @@ def explain_model(
         if is_image(batch.x.shape[1:]):
             figures += [_frequencies(case), _regions(case)]
         else:
-            figures += _words(case) if threat.constraint.name == "text" else [_columns(case)]
+            if threat.constraint.name != "text":
+                figures.append(_columns(case))
+            elif about.examples:
+                figures += _words(case)
     else:
         notes.append("No correctly classified example was broken, so what attacks use is not shown.")
     smooth = True
@@ -282,7 +285,7 @@ def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
         shown = ", ".join(f"{label} ({n})" for label, n in labels.most_common(3))
         example = int(case.batch.ids[medoid])
         rows.append((f"cluster {number}", len(members), case.called(new), count, shown, example))
-        if is_image(case.batch.x.shape[1:]):
+        if case.about.examples and is_image(case.batch.x.shape[1:]):
             caption = f"cluster {number}, example {example}: {case.named(int(case.batch.y[medoid]))}"
             becomes = case.named(int(case.becomes[medoid]))
             pictures += [

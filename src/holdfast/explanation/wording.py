@@ -39,6 +39,8 @@ class About:
     digest: str = ""
     """digest of the model"""
     notes: tuple[str, ...] = ()
+    examples: bool = True
+    """whether pictures and words of examples are shown"""
 
     def name_of(self, label: int) -> str:
         """Return the name of a class; "rejected" for -1."""

@@ -19,7 +19,7 @@ from holdfast.guard.detectors.detector_protocol import Fitted, Observation
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import QUERIES, RANGE, Basis, InputSchema, Rule
 from holdfast.reports.geometry import rounded_up
-from holdfast.runs.store.files import open_regular, write_atomically
+from holdfast.runs.store.files import mode_of, open_regular, write_atomically
 from holdfast.statistics.conformal import combined_thresholds, fewest_examples
 from holdfast.statistics.intervals import clopper_pearson
 
@@ -160,12 +160,14 @@ def with_thresholds(pipeline: GuardPipeline, thresholds: Mapping[str, float]) ->
     return replace(pipeline, rules=rules)
 
 
-def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write a calibration to a JSON file with a digest of its content."""
+def write_calibration(calibration: Calibration, path: Path, mode: int | None = None) -> None:
+    """Write a calibration to a JSON file with a digest of its content. Without `mode`, an existing file keeps its
+    mode.
+    """
     content = {"format": FORMAT, **asdict(calibration), "models": list(calibration.models)}
     content["thresholds"] = {name: _text(value) for name, value in calibration.thresholds.items()}
     text = json.dumps({**content, "digest": digest(canonical(content))}, indent=2)
-    write_atomically(path, text.encode() + b"\n")
+    write_atomically(path, text.encode() + b"\n", mode_of(path) if mode is None else mode)
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -3,7 +3,7 @@
 If `eps` is given and differs from the eps of the run, they are computed from the distances of minimum-norm attacks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -150,8 +150,10 @@ def targeted_success_rate(evidence: Evidence) -> Estimate:
 
     Eligible examples are neither of that class nor predicted as that class when clean.
     """
-    if evidence.threat.goal is None:
-        raise Absent("targeted_success_rate needs a target", Remedy("threat", "linf:8/255,goal=targeted:0"))
+    threat = evidence.threat
+    if threat.goal is None:
+        targeted = replace(threat, goal=0).with_change(f"{threat.constraint.name}:{threat.constraint.eps:g}")
+        raise Absent("targeted_success_rate needs a target", Remedy("threat", targeted))
     eligible = column(evidence, "eligible", "run at least one attack")
     if not eligible.any():
         raise Absent(

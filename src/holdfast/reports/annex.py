@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from holdfast.core.errors import UsageError
+from holdfast.reports.numbers import json_text
 from holdfast.reports.words import amount
 
 Json = dict[str, Any]
@@ -125,7 +126,7 @@ def _evidence(kind: Mapping[str, Any], finding: FolderEvidence) -> list[Json]:
 
 def annex_to_json(content: Mapping[str, Any]) -> str:
     """Return the annex as strict JSON, with a newline at the end."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(content)
 
 
 def annex_page(content: Mapping[str, Any]) -> str:

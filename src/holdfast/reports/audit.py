@@ -1,24 +1,28 @@
 """The report of an audit as text, Markdown, HTML, JUnit XML and JSON, written from its content."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from holdfast.core.names import printable
-from holdfast.reports.numbers import plain
+from holdfast.core.names import line
+from holdfast.reports.numbers import json_text, plain
 from holdfast.reports.words import VERDICTS, TextTable, capitalized
 
 AUDIT_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
 
+NOT_COMPUTED_AGAIN = (
+    "The pictures are stored with the audit. When it is opened, everything else in this report is computed again from "
+    "the stored measurements; of the pictures only the digest is compared."
+)
+"""sentence of reports with pictures"""
 _TONES = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
 """Tone of the page for each verdict."""
 
 
 def headline(content: Mapping[str, Any]) -> str:
     """Return the result in one sentence, after the verdict."""
-    return f"{capitalized(content['verdict'])}: {content['headline']}"
+    return line(f"{capitalized(content['verdict'])}: {content['headline']}")
 
 
 def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
@@ -47,36 +51,36 @@ def gate_lines(content: Mapping[str, Any]) -> list[str]:
 
 def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
     """Return the report as text for a terminal."""
-    from holdfast.reports.terminal import as_string, filled
+    from holdfast.reports.terminal import as_lines, as_string, filled
 
     blocks = []
     for table, stored in zip(report_tables(content), content["tables"], strict=True):
         blocks.append(as_string(filled(table), colour=colour, width=width).rstrip("\n"))
-        blocks += [stored["note"]] if stored["note"] else []
+        blocks += [line(stored["note"])] if stored["note"] else []
     for heading, key in (("Why:", "reasons"), ("What this does not show:", "limits"), ("Notes:", "notes")):
         if content[key]:
-            blocks.append("\n".join([heading, *(f"- {text}" for text in content[key])]))
-    blocks += ["\n".join(gate_lines(content))] if content["gates"] else []
+            blocks.append(as_lines([heading, *(f"- {text}" for text in content[key])]))
+    blocks += [as_lines(gate_lines(content))] if content["gates"] else []
     return "\n\n".join(blocks)
 
 
 def audit_to_json(content: Mapping[str, Any]) -> str:
     """Return the report as strict JSON, with a newline at the end."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(content)
 
 
 def audit_markdown(content: Mapping[str, Any]) -> str:
     """Return the report as a Markdown document, without the pictures."""
-    from holdfast.reports.markdown import escaped, markdown_table
+    from holdfast.reports.markdown import escaped, escaped_table
 
     lines = [f"## Audit: {content['kind']}", "", escaped(headline(content)), ""]
-    lines += [f"- {escaped(line)}" for line in gate_lines(content)]
+    lines += [f"- {escaped(gate)}" for gate in gate_lines(content)]
     for title, key in (("Why", "reasons"), ("What this does not show", "limits"), ("Notes", "notes")):
         if content[key]:
             lines += ["", f"### {title}", "", *(f"- {escaped(text)}" for text in content[key])]
     for table, stored in zip(report_tables(content), content["tables"], strict=True):
         lines += ["", f"### {escaped(table.title)}", ""]
-        lines += markdown_table(table.headings, [[escaped(cell) for cell in row] for row in table.rows])
+        lines += escaped_table(table)
         lines += [escaped(stored["note"])] if stored["note"] else []
     return "\n".join([*lines, ""])
 
@@ -90,7 +94,7 @@ def audit_view(content: Mapping[str, Any]) -> dict[str, Any]:
         "s": content,
         "tone": _TONES[content["verdict"]],
         "gates": [
-            (gate["verdict"], line) for gate, line in zip(content["gates"], gate_lines(content), strict=True)
+            (gate["verdict"], text) for gate, text in zip(content["gates"], gate_lines(content), strict=True)
         ],
         "curves": [
             (
@@ -118,15 +122,16 @@ def audit_page(content: Mapping[str, Any]) -> str:
 
 def audit_junit(content: Mapping[str, Any]) -> str:
     """Return the gates of the audit as JUnit XML, in which a gate that fails or is unclear is a failure."""
+    from holdfast.reports.junit import xml_text
+
     failures = sum(gate["verdict"] != "pass" for gate in content["gates"])
     counted = {"tests": str(len(content["gates"]) + 1), "failures": str(failures), "errors": "0"}
     root = ET.Element("testsuites", {"name": "holdfast"} | counted)
     suite = ET.SubElement(root, "testsuite", {"name": f"holdfast audit {content['kind']}"} | counted)
     result = ET.SubElement(suite, "testcase", {"classname": "audit", "name": content["kind"]})
-    ET.SubElement(result, "system-out").text = printable(headline(content))
+    ET.SubElement(result, "system-out").text = headline(content)
     for gate in content["gates"]:
-        case = ET.SubElement(suite, "testcase", {"classname": "gate", "name": printable(gate["gate"])})
+        case = ET.SubElement(suite, "testcase", {"classname": "gate", "name": gate["gate"]})
         if gate["verdict"] != "pass":
-            ET.SubElement(case, "failure", {"type": gate["verdict"], "message": printable(gate["because"])})
-    ET.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+            ET.SubElement(case, "failure", {"type": gate["verdict"], "message": gate["because"]})
+    return xml_text(root)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.reports.charts import Axis, Plane
 from holdfast.reports.comparison import signed
 from holdfast.reports.markdown import code, escaped, markdown_table
@@ -155,12 +155,12 @@ def card_document(card: Mapping[str, Any]) -> str:
         "",
         "Load it, from the folder in which it was created:",
         "",
-        f"    {printable(card['opened_by'])}",
+        f"    {line(card['opened_by'])}",
         "",
     ]
-    lines += ["Created by:", "", f"    {printable(card['command'] or 'holdfast.harden(...)')}", ""]
+    lines += ["Created by:", "", f"    {line(card['command'] or 'holdfast.harden(...)')}", ""]
     lines += [_training_cost(card), ""]
-    lines += ["Settings:", "", *(f"    {printable(line)}" for line in _settings(card["settings"]))]
+    lines += ["Settings:", "", *(f"    {line(setting)}" for setting in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,6 @@
 changed.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from holdfast.metrics.paired import (
     robust_in_scope,
 )
 from holdfast.reports.curves import estimate_to_json
-from holdfast.reports.numbers import count_text, number, percent, plain, strict
+from holdfast.reports.numbers import count_text, json_text, number, percent, plain, strict
 from holdfast.reports.words import (
     SCOPES,
     all_attacks_text,
@@ -109,7 +108,7 @@ def shown_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str
 
 def comparison_to_json(content: Mapping[str, Any]) -> str:
     """Return the comparison of two runs as strict JSON, without NaN and infinities, with a newline at the end."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(content)
 
 
 def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

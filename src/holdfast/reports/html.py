@@ -7,7 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.reports import attacks, certification, detector, geometry, notes, numbers, rotation, words
 from holdfast.reports.charts import Staircase, staircase
 from holdfast.reports.terminal import FIRST, STATE_SIGNS
@@ -214,8 +214,10 @@ def _environment() -> "Environment":
 
 
 def _printable_value(value: Any) -> Any:
-    """Remove control characters and bidirectional marks from plain strings; other values are unchanged."""
-    return printable(value) if type(value) is str else value
+    """Remove control characters, bidirectional marks and commands of CI systems from plain strings; other values are
+    unchanged.
+    """
+    return line(value) if type(value) is str else value
 
 
 def _picture(address: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.reports.numbers import number
 from holdfast.reports.words import interval_of_gate, shown_of_gate
 
@@ -32,13 +32,24 @@ def junit_document(summary: Mapping[str, Any]) -> str:
         "time": time,
     }
     root = ET.Element("testsuites", {"name": "holdfast"} | counted)
-    suite = ET.SubElement(root, "testsuite", {"name": printable(f"holdfast {summary['verb']}")} | counted)
+    suite = ET.SubElement(root, "testsuite", {"name": f"holdfast {summary['verb']}"} | counted)
     if summary["run"].get("created"):
-        suite.set("timestamp", printable(summary["run"]["created"]).removesuffix("Z"))
+        suite.set("timestamp", summary["run"]["created"].removesuffix("Z"))
     properties = ET.SubElement(suite, "properties")
     for name, value in _properties(summary).items():
-        ET.SubElement(properties, "property", {"name": name, "value": printable(value)})
+        ET.SubElement(properties, "property", {"name": name, "value": value})
     suite.extend(cases)
+    return xml_text(root)
+
+
+def xml_text(root: ET.Element) -> str:
+    """Return a document as XML, in which each text is on one line and without control characters, which XML cannot
+    contain, and commands of CI systems.
+    """
+    for element in root.iter():
+        element.text = line(element.text) if element.text else None
+        for name, value in element.items():
+            element.set(name, line(value))
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
@@ -54,24 +65,19 @@ def _properties(summary: Mapping[str, Any]) -> dict[str, str]:
         "seed": str(summary["seed"]),
         "command": summary["reproduce"],
     }
+    properties |= {f"accepted doubt {name}": why for name, why in summary["accepted_doubts"].items()}
+    properties |= {f"metric {name}": f"{item['value']}" for name, item in summary["metrics"].items()}
     properties |= {
-        f"accepted doubt {printable(name)}": why for name, why in summary["accepted_doubts"].items()
-    }
-    properties |= {
-        f"metric {printable(name)}": f"{item['value']}" for name, item in summary["metrics"].items()
-    }
-    properties |= {
-        f"robust_accuracy of class {printable(row['name'])}": f"{row['robust_accuracy']['value']}"
+        f"robust_accuracy of class {row['name']}": f"{row['robust_accuracy']['value']}"
         for row in summary["per_class"]
     }
     return {name: value for name, value in properties.items() if value}
 
 
 def _case(group: str, name: str, text: str) -> ET.Element:
-    # `printable`, because XML cannot contain control characters
-    case = ET.Element("testcase", {"classname": f"holdfast.{group}", "name": printable(name), "time": "0"})
+    case = ET.Element("testcase", {"classname": f"holdfast.{group}", "name": name, "time": "0"})
     if text:
-        ET.SubElement(case, "system-out").text = printable(text)
+        ET.SubElement(case, "system-out").text = text
     return case
 
 
@@ -86,9 +92,9 @@ def _gate(gate: Mapping[str, Any]) -> ET.Element:
         return _case("gates", gate["condition"], text)
     case = _case("gates", gate["condition"], "")
     failure = ET.SubElement(
-        case, "failure", {"type": gate["verdict"], "message": printable(f"{gate['verdict']}: {text}")}
+        case, "failure", {"type": gate["verdict"], "message": f"{gate['verdict']}: {text}"}
     )
-    failure.text = printable(f"{gate['condition']}: {text}")
+    failure.text = f"{gate['condition']}: {text}"
     return case
 
 
@@ -99,5 +105,5 @@ def _doubt(doubt: Mapping[str, Any], accepted: Mapping[str, str]) -> ET.Element:
     if state == "raised" and name in accepted:
         return _case("doubts", name, f"accepted because {accepted[name]}. Measured: {text}")
     case = _case("doubts", name, "")
-    ET.SubElement(case, "skipped", {"message": printable(f"{state}: {text}")})
+    ET.SubElement(case, "skipped", {"message": f"{state}: {text}"})
     return case

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.reports import certification, rotation
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes_line, risks, row
 from holdfast.reports.numbers import count_text, percent
@@ -67,7 +67,7 @@ def markdown_document(summary: Mapping[str, Any]) -> str:
 
 def escaped(text: str) -> str:
     """Return a text on one line, in which the special characters of Markdown are escaped."""
-    return _SPECIAL.sub(r"\\\1", printable(text))
+    return _SPECIAL.sub(r"\\\1", line(text))
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -107,15 +107,16 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
         "",
         *markdown_table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
         *(
-            line
+            part
             for text in (risks(summary), fits_text(summary), passes_line(summary))
             if text
-            for line in (f"{escaped(capitalized(text))}.", "")
+            for part in (f"{escaped(capitalized(text))}.", "")
         ),
     ]
 
 
-def _escaped_table(table: TextTable) -> list[str]:
+def escaped_table(table: TextTable) -> list[str]:
+    """Return the lines of a Markdown table, in which text from users is escaped."""
     return markdown_table([*map(escaped, table.headings)], ([*map(escaped, row)] for row in table.rows))
 
 
@@ -128,8 +129,8 @@ def _certification(summary: Mapping[str, Any]) -> list[str]:
     return [
         "### Certification",
         "",
-        *_escaped_table(table),
-        *(line for text in sentences_of for line in (f"{escaped(capitalized(text))}.", "")),
+        *escaped_table(table),
+        *(part for text in sentences_of for part in (f"{escaped(capitalized(text))}.", "")),
     ]
 
 
@@ -138,7 +139,7 @@ def _matrices(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for table in measured_tables(summary):
         description = f"{escaped(capitalized(table.description))}."
-        lines += [f"### {table.name.capitalize()}", "", description, "", *_escaped_table(table)]
+        lines += [f"### {table.name.capitalize()}", "", description, "", *escaped_table(table)]
     return lines
 
 
@@ -150,7 +151,7 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
     lines = ["### Attackers of the rotation", "", f"{escaped(capitalized(attackers['conclusion']))}.", ""]
     for table in (rotation.attacker_table, rotation.alternative_table):
         shown_table = table(attackers, summary["noun"])
-        lines += [f"{escaped(capitalized(shown_table.description))}:", "", *_escaped_table(shown_table)]
+        lines += [f"{escaped(capitalized(shown_table.description))}:", "", *escaped_table(shown_table)]
     return lines
 
 
@@ -199,7 +200,7 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
 
 def _footing(summary: Mapping[str, Any]) -> str:
     command = f" Reproduce: {code(summary['reproduce'])}" if summary["reproduce"] else ""
-    unit = f" (eps in {summary['threat']['unit']})" if summary["threat"].get("unit") else ""
+    unit = f" (eps in {escaped(summary['threat']['unit'])})" if summary["threat"].get("unit") else ""
     budget = query_budget(summary["threat"])
     allowed = f", {budget}" if budget else ""
     return (
@@ -211,7 +212,7 @@ def _footing(summary: Mapping[str, Any]) -> str:
 
 def code(text: str) -> str:
     """Return a text as Markdown code, enclosed in enough backticks even if the text contains some."""
-    line = printable(text)
-    longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
+    shown_text = line(text)
+    longest = max((len(run) for run in re.findall(r"`+", shown_text)), default=0)
     fence = "`" * (longest + 1)
-    return f"{fence} {line} {fence}" if longest else f"{fence}{line}{fence}"
+    return f"{fence} {shown_text} {fence}" if longest else f"{fence}{shown_text}{fence}"

@@ -1,17 +1,17 @@
 """The report of a monitored stream as text, Markdown, HTML and JSON, written from its summary."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.core.catalogue import SAMPLE_TESTS
-from holdfast.reports.numbers import count_text, percent, plain
+from holdfast.core.names import line
+from holdfast.reports.numbers import count_text, json_text, percent, plain
 from holdfast.reports.words import TextTable, capitalized, sentences
 
 MONITORING_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
 
-_NEXT = {
+NEXT = {
     "inputs": "Compare inputs after the alarm with those of the reference: did the source, the preprocessing or the "
     "users change?",
     "embeddings": "Compare inputs after the alarm with those of the reference: they differ in what the model uses.",
@@ -22,6 +22,7 @@ _NEXT = {
     "repeats": "Look at samples that repeat others: the generator may have collapsed to few of them.",
     "error": "The accuracy changed: label more recent samples, and look at the error of each class.",
 }
+"""what to do after an alarm, by the view of its signal"""
 _RETRAIN = (
     "If the change is lasting, assess the model on labelled samples after the alarm (holdfast assess), train or harden "
     "it with them, and monitor with a new reference."
@@ -43,10 +44,10 @@ def headline(content: Mapping[str, Any]) -> str:
     compared = f"{count_text(stream['n'])} samples of {stream['name']}, compared with {reference['name']}"
     alarms = [test for test in content["tests"] if test["name"] in content["decisive"] and test["alarm"]]
     if not alarms:
-        return f"No alarm of {' or '.join(content['decisive'])} in {compared}."
+        return line(f"No alarm of {' or '.join(content['decisive'])} in {compared}.")
     first = min(alarms, key=lambda test: int(test["alarm"]["after"]))
     alarm = first["alarm"]
-    return (
+    return line(
         f"Alarm of {first['name']} after sample {count_text(alarm['after'])}, on {alarm['signal']} "
         f"({alarm['evidence']}), in {compared}."
     )
@@ -59,7 +60,7 @@ def next_steps(content: Mapping[str, Any]) -> list[str]:
         return []
     generated = any(test["name"] in SAMPLE_TESTS for test in content["tests"])
     last = [_AUDIT] if generated else [_RETRAIN, _ATTACK]
-    return [*dict.fromkeys(_NEXT[view] for view in views), *last]
+    return [*dict.fromkeys(NEXT[view] for view in views), *last]
 
 
 def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
@@ -161,7 +162,7 @@ def _restarted(names: Sequence[str]) -> str:
 
 def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
     """Return the report as text for a terminal."""
-    from holdfast.reports.terminal import as_string, filled
+    from holdfast.reports.terminal import as_lines, as_string, filled
 
     texts = [as_string(filled(table), colour=colour, width=width) for table in report_tables(content)]
     lines = ["Guarantees:", *(f"- {name}: {text}" for name, text in guarantees(content))]
@@ -170,23 +171,22 @@ def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None
     steps = next_steps(content)
     following = ["", "What to do:", *(f"- {step}" for step in steps)] if steps else []
     notes = ["", "Notes:", *(f"- {sentences(note)}" for note in content["notes"])] if content["notes"] else []
-    return "\n".join([*texts, *lines, *following, *notes])
+    return "\n".join([*texts, as_lines([*lines, *following, *notes])])
 
 
 def monitoring_to_json(content: Mapping[str, Any]) -> str:
     """Return the report as strict JSON, with a newline at the end."""
-    written = {**content, "next": next_steps(content)}
-    return json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text({**content, "next": next_steps(content)})
 
 
 def monitoring_markdown(content: Mapping[str, Any]) -> str:
     """Return the report as a Markdown document."""
-    from holdfast.reports.markdown import escaped, markdown_table
+    from holdfast.reports.markdown import escaped, escaped_table
 
     lines = ["## Monitoring", "", escaped(headline(content)), ""]
     for table in report_tables(content):
         lines += [f"### {escaped(table.title)}", ""]
-        lines += markdown_table(table.headings, [[escaped(cell) for cell in row] for row in table.rows])
+        lines += escaped_table(table)
     lines += [f"- **{escaped(name)}**: {escaped(text)}" for name, text in guarantees(content)]
     if content["expected"]:
         lines += ["", CBPE_LIMIT]

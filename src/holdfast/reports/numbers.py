@@ -1,12 +1,18 @@
 """Formatting of numbers for reports, as JSON and as text."""
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
+_UNSAFE = re.compile(
+    r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]|#(?=#[A-Za-z]*\[)"
+)
+"""Characters that are legal in JSON, but that a terminal interprets, a file cannot contain, or a CI system executes."""
 NOT_A_NUMBER_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 """Strings for the numbers that strict JSON cannot represent: infinities and NaN."""
 
@@ -29,6 +35,14 @@ def strict(value: Any) -> Any:
         settings = {field.name: strict(getattr(value, field.name)) for field in fields(value)}
         return {type(value).__name__: settings}
     return strict(str(getattr(value, "__name__", value)))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return the content of a report as strict JSON text, with a newline at the end. Characters that a terminal or a CI
+    system would interpret are escaped, so that the text can be printed.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def number(value: float | str) -> float:

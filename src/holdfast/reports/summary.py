@@ -4,9 +4,7 @@ Its schema is versioned (`json_schemas.py`). Strict JSON has no infinity: a numb
 strings "inf", "-inf" and "nan".
 """
 
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -34,7 +32,7 @@ from holdfast.reports.curves import (
 )
 from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.geometry import geometry_results
-from holdfast.reports.numbers import size, strict
+from holdfast.reports.numbers import json_text, size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
 from holdfast.reports.stateful import table as stateful_table
@@ -44,9 +42,6 @@ from holdfast.reports.words import TextTable, headline, open_doubts, threat_in_w
 from holdfast.statistics.intervals import CONFIDENCE, median, proportion
 
 Json = dict[str, Any]
-
-_UNSAFE = re.compile(r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-"""Characters that are legal in JSON, but that a terminal interprets or a file cannot contain."""
 
 SUMMARY_VERSION = 2
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one.
@@ -195,8 +190,7 @@ def measured_tables(summary: Mapping[str, Any]) -> Iterator[TextTable]:
 
 def to_json(content: Mapping[str, Any]) -> str:
     """Return the summary of a run as strict JSON text, without NaN and infinities, with a newline at the end."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # `-o -` prints it
+    return json_text(content)
 
 
 def _noun(evidence: Evidence) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.reports.curves import robust_examples
 
 CHUNK = 10_000
@@ -71,7 +71,8 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     for row in rows:
-        writer.writerow([f"'{c}" if isinstance(c, str) and c[:1] in _FORMULA and c else c for c in row])
+        cells = (line(cell) if isinstance(cell, str) else cell for cell in row)
+        writer.writerow([f"'{c}" if isinstance(c, str) and c[:1] in _FORMULA and c else c for c in cells])
     return file.getvalue()
 
 
@@ -109,10 +110,10 @@ def frame(evidence: Evidence) -> Any:
 
 
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
-    stages = [record["stage"] for record in (*summary["attacks"], *summary["passes"])]
-    names = [printable(str(name)) for name in summary["data"].get("classes") or ()]
+    stages = [line(record["stage"]) for record in (*summary["attacks"], *summary["passes"])]
+    names = [line(str(name)) for name in summary["data"].get("classes") or ()]
     results = summary["certification"]
-    methods = [row["name"] for row in results["rows"] if row["stage"]] if results else []
+    methods = [line(row["name"]) for row in results["rows"] if row["stage"]] if results else []
     columns_of_rows: list[list[Any]] = []
     for heading in headings(columns, with_names=bool(names)):
         if heading == "robust":

@@ -1,7 +1,7 @@
 """The report of a run as text for a terminal. The functions return strings and print nothing."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
@@ -236,6 +236,11 @@ def cell(text: str) -> "Text":
     from rich.text import Text
 
     return Text(line(text))
+
+
+def as_lines(texts: Iterable[str]) -> str:
+    """Return texts for a terminal, each on one line and without control characters and commands of CI systems."""
+    return "\n".join(map(line, texts))
 
 
 def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:

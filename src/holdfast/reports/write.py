@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Summary = Mapping[str, Any]
 
+_RUN = "run.json"
+"""file that identifies the folder of a run"""
 TABLE = ".csv"
 """File suffix of the table with one row for each example."""
 EXHIBIT_SUFFIXES = (".json",)
@@ -156,8 +158,9 @@ def replacing(path: Path) -> Iterator[TextIO]:
             file.flush()
             # before the move, so that a crash leaves the old file or the complete new one
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # some file systems have no modes
-            Path(name).chmod(0o666 & ~_umask())
+        if not (path.parent / _RUN).exists():  # beside the examples of a run it stays private
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

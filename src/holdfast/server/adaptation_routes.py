@@ -1,8 +1,8 @@
 """Routes of the operator's port for `holdfast adapt`: the steps of a run, the canary, and the approval."""
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,13 +10,21 @@ from starlette.routing import Route
 
 from holdfast.server.canary import Candidate
 from holdfast.server.http_refusals import Refused
+from holdfast.server.keys import ApiKey
 from holdfast.server.protocol_v2 import JSON, compact
 from holdfast.server.supervisor import Supervisor
 
-Permitted = Callable[[Request], str]
-"""function that returns the principal of a request, or raises `Refused` if it is not permitted"""
 MOST_BODY = 1 << 20
 """largest number of bytes of a request to the operator's port"""
+
+
+class Permitted(Protocol):
+    """Decides whether a request is permitted."""
+
+    def __call__(self, request: Request, *scopes: str) -> ApiKey | None:
+        """Return the key of a request, None on a server without keys. Raises `Refused` for a key without any of the
+        scopes.
+        """
 
 
 async def body_of(request: Request) -> Mapping[str, Any]:
@@ -45,19 +53,19 @@ def adaptation_routes(supervisor: Supervisor, reading: Permitted, changing: Perm
     adaptations, canary = supervisor.adaptations, supervisor.canary
 
     async def runs(request: Request) -> Response:
-        reading(request)
+        reading(request, "adapt", "approve")
         return answer({"runs": adaptations.runs()})
 
     async def step(request: Request) -> Response:
-        changing(request)
+        key = changing(request, "adapt")
         body = await body_of(request)
-        adaptations.took(body.get("run"), body.get("step"), body.get("facts", {}))
+        adaptations.took(body.get("run"), body.get("step"), body.get("facts", {}), key)
         if body.get("ended") is True:
             adaptations.release(body.get("run"))
         return answer({"run": body.get("run")})
 
     async def begin(request: Request) -> Response:
-        changing(request)
+        changing(request, "adapt")
         body = await body_of(request)
         run = adaptations.refuse_other(body.get("run"))
         model, digest = body.get("model"), body.get("digest")
@@ -67,14 +75,22 @@ def adaptation_routes(supervisor: Supervisor, reading: Permitted, changing: Perm
         return answer({"requested": True}, 202)
 
     async def end(request: Request) -> Response:
-        changing(request)
+        changing(request, "adapt")
         canary.end("requested by the operator")
         return answer({"requested": True}, 202)
 
+    async def reload(request: Request) -> Response:
+        changing(request, "adapt")
+        run = adaptations.refuse_other((await body_of(request)).get("run"))
+        if not supervisor.setup.reloadable:
+            raise Refused(409, "the server does not serve a file that could be reloaded")
+        supervisor.request_swap(f"requested by the run {run}")
+        return answer({"requested": True}, 202)
+
     async def approve(request: Request) -> Response:
-        principal = changing(request)
+        key = changing(request, "approve")
         body = await body_of(request)
-        adaptations.approve(body.get("run"), body.get("approved"), principal)
+        adaptations.approve(body.get("run"), body.get("approved"), key)
         return answer({"run": body.get("run"), "approved": body.get("approved")})
 
     return [
@@ -82,5 +98,6 @@ def adaptation_routes(supervisor: Supervisor, reading: Permitted, changing: Perm
         Route("/adaptation", step, methods=["POST"]),
         Route("/canary", begin, methods=["POST"]),
         Route("/canary", end, methods=["DELETE"]),
+        Route("/reload", reload, methods=["POST"]),
         Route("/approval", approve, methods=["POST"]),
     ]

@@ -1,13 +1,16 @@
 """Runs of `holdfast adapt` as the server knows them: their steps, which run holds the server, and the approval."""
 
 import json
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.server.http_refusals import Refused
+from holdfast.server.keys import ApiKey
 from holdfast.server.swapping import Record
 
 HELD_S = 60.0
@@ -30,7 +33,9 @@ class Adaptation:
     steps: list[Mapping[str, Any]] = field(default_factory=list)
     approval: Approval | None = None
     by: str = ""
-    """principal who approved or rejected the candidate"""
+    """name of the key with which the candidate was approved or rejected"""
+    posted_by: set[str] = field(default_factory=set)
+    """hashes of the keys with which the run was posted"""
     seen_s: float = 0.0
 
     def document(self) -> dict[str, Any]:
@@ -41,8 +46,20 @@ class Adaptation:
 class Adaptations:
     """The newest runs. All methods may be called by any thread; `poll` writes what happened to the audit chain."""
 
-    def __init__(self, record: Record, pseudonym: Callable[[str], str] = str, held_s: float = HELD_S) -> None:
+    def __init__(
+        self,
+        record: Record,
+        pseudonym: Callable[[str], str] = str,
+        held_s: float = HELD_S,
+        *,
+        keys: Path | None = None,
+        single_operator: bool = False,
+    ) -> None:
+        """Prepare an empty list. `keys` is the file of keys, for advice; with `single_operator`, a run may be approved
+        with the key that posted it.
+        """
         self._record, self._pseudonym, self._held_s = record, pseudonym, held_s
+        self._keys, self._single_operator = keys, single_operator
         self._lock = threading.Lock()
         self._runs: list[Adaptation] = []
         self._owed: list[tuple[str, dict[str, Any]]] = []
@@ -57,8 +74,9 @@ class Adaptations:
         now = time.monotonic()
         return next((each.run for each in self._runs if now - each.seen_s < self._held_s), None)
 
-    def took(self, run: object, step: object, facts: object) -> None:
-        """Record a step of a run, or only its sign of life if `step` is None.
+    def took(self, run: object, step: object, facts: object, key: ApiKey | None = None) -> None:
+        """Record a step of a run, or only its sign of life if `step` is None. `key` is that of the request; None on a
+        server without keys.
 
         Raises `Refused` for invalid values, and while another run holds the server.
         """
@@ -74,6 +92,8 @@ class Adaptations:
             if adaptation not in self._runs:
                 self._runs = [adaptation, *self._runs][:_MOST_RUNS]
             adaptation.seen_s = time.monotonic()
+            if key is not None:
+                adaptation.posted_by.add(key.hash)
             if step is None:
                 return
             if len(adaptation.steps) >= _MOST_STEPS:
@@ -101,8 +121,11 @@ class Adaptations:
                 )
         return name
 
-    def approve(self, run: object, approved: object, by: str) -> None:
-        """Approve or reject the candidate of a run that waits for it."""
+    def approve(self, run: object, approved: object, key: ApiKey | None = None, by: str = "") -> None:
+        """Approve or reject the candidate of a run that waits for it. `by` is the name of the operator without a key.
+
+        Raises `Refused` for an approval with a key with which the run was posted, unless there is a single operator.
+        """
         name = _name(run, "run")
         if not isinstance(approved, bool):
             raise Refused(400, "approved is neither true nor false")
@@ -110,10 +133,20 @@ class Adaptations:
             found = self._found(name)
             if found is None or found.approval != "pending":
                 raise Refused(409, f"the run {name} does not wait for an approval")
+            own = key is not None and key.hash in found.posted_by
+            if own and approved and not self._single_operator:
+                raise Refused(409, self._second_key(name))
+            by = by if key is None else key.name
             found.approval, found.by = "approved" if approved else "rejected", by
-            self._owed.append(
-                ("approval", {"run": name, "approved": approved, "principal": self._pseudonym(by)})
-            )
+            facts = {"run": name, "approved": approved, "principal": self._pseudonym(by), "own": own}
+            self._owed.append(("approval", facts))
+
+    def _second_key(self, run: str) -> str:
+        file = f" --file {shlex.quote(str(self._keys))}" if self._keys is not None else ""
+        return (
+            f"this key posted steps of the run {run}, and another key must approve it: create one with holdfast keys "
+            f"add NAME --scope approve{file}, or start the server with --single-operator"
+        )
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the runs for the operator, the newest first."""

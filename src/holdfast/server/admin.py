@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -15,57 +16,87 @@ from starlette.routing import Route
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.server.adaptation_routes import MOST_BODY, adaptation_routes
+from holdfast.server.adaptation_routes import MOST_BODY, adaptation_routes, body_of
 from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.flagged_inputs import flagged_routes
+from holdfast.server.host_names import HostNames
 from holdfast.server.http_refusals import Refused
-from holdfast.server.keys import KeyFile
+from holdfast.server.keys import ADMIN, ApiKey, KeyFile
 from holdfast.server.monitor_routes import monitor_routes
+from holdfast.server.operator_authentication import (
+    OperatorAuthentication,
+    OperatorSessions,
+    proven_key,
+)
 from holdfast.server.protocol_v2 import JSON, compact
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.ui import ui_routes
+from holdfast.server.whole_messages import ASGIApplication
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _CONNECTIONS, _HEADER_S = 64, 10.0
 _STARTED_S = 10.0
 
 
-def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette:
-    """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope `admin`."""
+@dataclass(frozen=True)
+class _Access:
+    """Decides which requests are permitted."""
 
-    def refuse_other_host(request: Request) -> None:
-        supervisor.setup.admin_hosts.refuse_other(request.scope["headers"])
+    hosts: HostNames
+    keys: KeyFile | None
 
-    def permitted(request: Request) -> str:
-        refuse_other_host(request)
-        if keys is None:
-            return ""
+    def refuse_other_host(self, request: Request) -> None:
+        self.hosts.refuse_other(request.scope["headers"])
+
+    def permitted(self, request: Request, *scopes: str) -> ApiKey | None:
+        self.refuse_other_host(request)
+        if self.keys is None:
+            return None
+        key = proven_key(request.scope)
+        if key is not None:
+            key.refuse_unpermitted(*scopes)
+            return key
         header = request.headers.get("authorization")
-        return keys.authenticated(None if header is None else header.encode("latin-1"), "admin").name
+        return self.keys.authenticated(None if header is None else header.encode("latin-1"), *scopes)
 
-    def changing(request: Request) -> str:
-        principal = permitted(request)
+    def changing(self, request: Request, *scopes: str) -> ApiKey | None:
+        key = self.permitted(request, *scopes)
         # a page in the operator's browser could send this request without a key
         if "origin" in request.headers:
             raise Refused(403, "requests of web pages are not accepted")
-        return principal
+        return key
+
+
+def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIApplication:
+    """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope of the
+    request.
+    """
+    sessions, access = OperatorSessions(keys), _Access(supervisor.setup.admin_hosts, keys)
+    permitted, changing = access.permitted, access.changing
 
     async def metrics(request: Request) -> Response:
-        permitted(request)
+        permitted(request, "metrics")
         return Response(supervisor.totals.text(), media_type=METRICS_TYPE)
 
     async def status(request: Request) -> Response:
-        permitted(request)
-        return Response(compact(supervisor.status()), media_type=JSON)
+        key = permitted(request, "metrics", "adapt")
+        detailed = key is None or key.permits("adapt")
+        return Response(compact(supervisor.status(detailed=detailed)), media_type=JSON)
 
     async def swap(request: Request) -> Response:
-        changing(request)
+        changing(request, ADMIN)
         try:
             supervisor.request_swap("requested by the operator")
         except UsageError as error:
             raise Refused(409, str(error)) from error
         return Response(compact({"requested": True}), 202, media_type=JSON)
+
+    async def session(request: Request) -> Response:
+        access.refuse_other_host(request)
+        body = await body_of(request)
+        begun = sessions.begin(body.get("key"), body.get("nonce"), request.headers.get("host", ""))
+        return Response(compact(begun), media_type=JSON)
 
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, Refused):
@@ -81,12 +112,14 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
         Route("/metrics", metrics, methods=["GET"]),
         Route("/status", status, methods=["GET"]),
         Route("/swap", swap, methods=["POST"]),
+        Route("/session", session, methods=["POST"]),
         *adaptation_routes(supervisor, permitted, changing),
         *monitor_routes(supervisor, permitted, changing),
-        *flagged_routes(supervisor.setup.flagged, permitted),
-        *ui_routes(supervisor, refuse_other_host, keys),
+        *flagged_routes(supervisor.setup.flagged, lambda request: permitted(request, "adapt")),
+        *ui_routes(supervisor, access.refuse_other_host, keys),
     ]
-    return Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    return OperatorAuthentication(app, sessions, MOST_BODY)
 
 
 class AdminServer:

@@ -4,11 +4,11 @@ A key is 32 random bytes, so that a single SHA-256 is sufficient for its hash. T
 is created, and never stored.
 """
 
-import hashlib
 import json
 import logging
 import math
 import os
+import re
 import secrets
 import stat
 import threading
@@ -23,14 +23,17 @@ from pydantic import ConfigDict, Field, Strict
 from typing_extensions import TypedDict
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.io.remote.operator_proofs import hash_of, key_id
 from holdfast.runs.store.files import PRIVATE, content_of, usable, write_atomically
 from holdfast.runs.store.forms import Count, Whole, required, validated
 from holdfast.runs.store.locking import locked
 from holdfast.runs.store.records import document, parsed
 from holdfast.server.http_refusals import Refused
 
-SCOPES = ("infer", "admin")
-"""what a key may permit: `infer` requests to the model, `admin` requests to the port of the operator"""
+ADMIN = "admin"
+SCOPES = ("infer", "metrics", "labels", "adapt", "approve", ADMIN)
+"""what a key may permit: `infer` requests to the model, and the others requests to the port of the operator, all of
+which `admin` permits"""
 _PREFIX, _KEY_BYTES = "hf_", 32
 _SCHEME = b"bearer "
 _CHECK_S = 1.0
@@ -65,7 +68,7 @@ class ApiKey:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Annotated[str, required(_is_name, "1 to 100 printable characters")]
-    hash: str
+    hash: Annotated[str, required(re.compile(r"[0-9a-f]{64}").fullmatch, "64 hexadecimal digits")]
     """SHA-256 of the key, in hex"""
     scopes: tuple[str, ...]
     created: str
@@ -84,6 +87,21 @@ class ApiKey:
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and _past(self.expires) else "valid"
+
+    def permits(self, *scopes: str) -> bool:
+        """Return whether the key has one of the scopes, or `admin` for those of the operator's port."""
+        return any(scope in self.scopes or (scope != "infer" and ADMIN in self.scopes) for scope in scopes)
+
+    def refuse_unpermitted(self, *scopes: str) -> None:
+        """Raise `Refused` with status 401 for a key that is revoked or has expired, and 403 for one without any of the
+        scopes.
+        """
+        if self.revoked is not None:
+            raise Refused(401, "the key is not valid", _CHALLENGE, "key")
+        if self.state == "expired":
+            raise Refused(401, "the key has expired", _CHALLENGE, "key")
+        if not self.permits(*scopes):
+            raise Refused(403, f"the key does not permit {' or '.join(scopes)}", (), "key")
 
 
 class _Keys(TypedDict):
@@ -186,7 +204,7 @@ def _lock(path: Path) -> Path:
 
 
 def _hash(key: bytes) -> str:
-    return hashlib.sha256(key).hexdigest()
+    return hash_of(key).hex()
 
 
 class KeyFile:
@@ -199,8 +217,12 @@ class KeyFile:
         self._path, self._clock = path, clock
         self._lock = threading.Lock()
         self.failure = ""
-        self._keys = _by_hash(read_keys(path))
+        self._take(read_keys(path))
         self._seen, self._looked_s = self._stamp(), self._clock()
+
+    def _take(self, keys: Sequence[ApiKey]) -> None:
+        self._keys = {key.hash: key for key in keys}
+        self._by_id = {key_id(bytes.fromhex(key.hash)): key for key in keys}
 
     def _stamp(self) -> tuple[int, int, int]:
         status = self._path.stat()
@@ -218,16 +240,21 @@ class KeyFile:
         self._look()
         return tuple(self._keys.values())
 
-    def permits(self, key: ApiKey, scope: str) -> bool:
-        """Return whether a key that was authenticated before is still valid and has the scope."""
+    def current(self, key: ApiKey) -> ApiKey | None:
+        """Return a key that was authenticated before as it is in the file now; None if it is no longer valid."""
         self._look()
-        current = self._keys.get(key.hash)
-        return current is not None and current.state == "valid" and scope in current.scopes
+        found = self._keys.get(key.hash)
+        return found if found is not None and found.state == "valid" else None
 
-    def authenticated(self, authorization: bytes | None, scope: str) -> ApiKey:
+    def named(self, name: str) -> ApiKey | None:
+        """Return the key with a name of `operator_proofs.key_id`, whatever its state is; None if there is none."""
+        self._look()
+        return self._by_id.get(name)
+
+    def authenticated(self, authorization: bytes | None, *scopes: str) -> ApiKey:
         """Return the key in the header `Authorization: Bearer KEY`.
 
-        Raises `Refused` with status 401 for a missing or invalid key, and 403 for one without the scope.
+        Raises `Refused` with status 401 for a missing or invalid key, and 403 for one without any of the scopes.
         """
         self._look()
         if authorization is None:
@@ -239,12 +266,9 @@ class KeyFile:
             raise Refused(401, "the header Authorization must be Bearer KEY", _CHALLENGE, "key")
         # The lookup compares hashes of the keys, so its duration does not depend on how much of a key is right.
         key = self._keys.get(_hash(given[len(_SCHEME) :].strip()))
-        if key is None or key.revoked is not None:
+        if key is None:
             raise Refused(401, "the key is not valid", _CHALLENGE, "key")
-        if key.state == "expired":
-            raise Refused(401, "the key has expired", _CHALLENGE, "key")
-        if scope not in key.scopes:
-            raise Refused(403, f"the key does not permit {scope}", (), "key")
+        key.refuse_unpermitted(*scopes)
         return key
 
     def _look(self) -> None:
@@ -255,7 +279,8 @@ class KeyFile:
             try:
                 stamp = self._stamp()
                 if stamp != self._seen:
-                    self._keys, self._seen = _by_hash(read_keys(self._path)), stamp
+                    self._take(read_keys(self._path))
+                    self._seen = stamp
                 self._report("")
             except (OSError, TargetError) as error:
                 self._report(str(error))
@@ -268,7 +293,3 @@ class KeyFile:
         elif self.failure and not failure:
             _log.info("The file of keys can be read again")
         self.failure = failure
-
-
-def _by_hash(keys: Sequence[ApiKey]) -> dict[str, ApiKey]:
-    return {key.hash: key for key in keys}

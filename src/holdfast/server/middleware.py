@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,11 +13,15 @@ from holdfast.core.errors import UsageError
 from holdfast.guard.decisions import Action, RequestDecision
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.guarded_routes import Endpoints, GuardedRoutes, Scope
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
+from holdfast.server.whole_messages import (
+    ASGIApplication,
+    Message,
+    Receive,
+    Send,
+    WholeResponse,
+    replayed,
+    whole_body,
+)
 
 _FAILED = "the guard failed"
 _ACCEPTED = range(200, 300)
@@ -150,11 +154,11 @@ class GuardMiddleware:
         codings = [value for name, value in scope["headers"] if name.lower() == b"content-encoding"]
         if any(coding.strip().lower() not in (b"", b"identity") for coding in codings):
             return 415, "the body of the request is compressed; send it without compression"
-        body = await _body(receive, self.max_body_bytes)
+        body = await whole_body(receive, self.max_body_bytes)
         if body is None:
             return 413, f"the body of the request has more than {self.max_body_bytes:,} bytes"
         if not body and scope["method"] in _WITHOUT_BODY:
-            await self.app(scope, _replayed(body, receive), send)
+            await self.app(scope, replayed(body, receive), send)
             return None
         try:
             principal = await asyncio.to_thread(self.principal, scope)
@@ -170,15 +174,15 @@ class GuardMiddleware:
         if decision is not None and not decision.answered:
             return 503 if decision.unavailable else 422, decision.refusal
         scope.setdefault("state", {})["guard"] = decision
-        response = _Response()
-        await self.app(scope, _replayed(body, receive), response)
+        response = WholeResponse()
+        await self.app(scope, replayed(body, receive), response)
         if decision is None or response.status not in _ACCEPTED:
             await response.send_to(send)
             return None
         return await self._released(decision, response, send)
 
     async def _released(
-        self, decision: RequestDecision, response: "_Response", send: Send
+        self, decision: RequestDecision, response: WholeResponse, send: Send
     ) -> tuple[int, str] | None:
         """Send the response of the application as far as the final decision allows."""
         final = await self._decided(
@@ -208,67 +212,6 @@ class GuardMiddleware:
         except Exception as error:  # noqa: BLE001 - any error of the guard fails open or closed as configured
             self.errors("the guard failed", error)
             return None
-
-
-class _Response:
-    """The response of the application, kept until the guard has decided."""
-
-    def __init__(self) -> None:
-        self.start: Message = {}
-        self.body = b""
-
-    @property
-    def status(self) -> int:
-        return int(self.start.get("status", 500))
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.start = message
-        elif message["type"] == "http.response.body":
-            self.body += message.get("body", b"")
-
-    def replace_body(self, body: bytes) -> None:
-        kept = [
-            (name, value)
-            for name, value in self.start.get("headers", ())
-            if name.lower() != b"content-length"
-        ]
-        self.start = {**self.start, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
-        self.body = body
-
-    async def send_to(self, send: Send) -> None:
-        if self.start:
-            await send(self.start)
-            await send({"type": "http.response.body", "body": self.body})
-
-
-async def _body(receive: Receive, most: int) -> bytes | None:
-    """The body of a request; None if it has more than `most` bytes, or if the client disconnects."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            return None
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A function that returns the body that was read already, and then what the server sends."""
-    sent = False
-
-    async def again() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
 
 
 async def _respond(send: Send, status: int, reason: str) -> None:

@@ -20,23 +20,23 @@ def monitor_routes(supervisor: Supervisor, reading: Permitted, changing: Permitt
         return supervisor.live
 
     async def state(request: Request) -> Response:
-        reading(request)
+        reading(request, "metrics", "adapt")
         return answer(await run_in_threadpool(live().summary))
 
     async def labels(request: Request) -> Response:
-        changing(request)
+        changing(request, "labels")
         given = (await body_of(request)).get("labels")
         if not isinstance(given, dict):
             raise Refused(400, 'labels is no object, as in {"labels": {"REQUEST": [3]}}')
         return answer(live().label(given))
 
     async def samples(request: Request) -> Response:
-        reading(request)
+        reading(request, "adapt")
         content = await run_in_threadpool(live().samples, supervisor.ask_for_samples)
         return Response(content, media_type="application/octet-stream")
 
     async def restart(request: Request) -> Response:
-        changing(request)
+        changing(request, "adapt")
         live().restart()
         return answer({"restarted": True})
 

@@ -90,6 +90,8 @@ class ServerSetup:
     """host names under which the requests of the operator are answered"""
     flagged: FlaggedInputs | None = None
     """the inputs that the guard stores; None if it stores none"""
+    single_operator: bool = False
+    """whether a run of `holdfast adapt` may be approved with the key that posted it"""
     drain_delay_s: float | None = None
     """seconds between the announcement that the server drains and the close of its socket; None for 5 s if its
     readiness is probed, and otherwise none"""
@@ -124,7 +126,10 @@ class Supervisor:
             begin_worker=self._start_worker,
         )
         self.adaptations = Adaptations(
-            self._record, setup.worker.audit_key.pseudonym if setup.worker.audit_key else str
+            self._record,
+            setup.worker.audit_key.pseudonym if setup.worker.audit_key else str,
+            keys=setup.worker.keys,
+            single_operator=setup.single_operator,
         )
         self.live = (
             None
@@ -578,8 +583,11 @@ class Supervisor:
             counts["labelled"], counts["wrong"] = self.live.labelled(name)
         return sets
 
-    def status(self) -> dict[str, Any]:
-        """Return the state of the server for its operator."""
+    def status(self, *, detailed: bool = True) -> dict[str, Any]:
+        """Return the state of the server for its operator; without the settings of the model unless it is
+        `detailed`.
+        """
+        settings = {"settings": dict(self.setup.settings)} if detailed else {}
         not_ready = self.not_ready()
         state: dict[str, Any] = {
             "ready": not not_ready,
@@ -598,8 +606,8 @@ class Supervisor:
             "draining": self._stopping,
         }
         if self._swaps is not None:
-            state["pool"] = {**self._swaps.status(), "settings": dict(self.setup.settings)}
+            state["pool"] = {**self._swaps.status(), **settings}
         else:
-            state["model"] = {**self._reloading.status(), "settings": dict(self.setup.settings)}
+            state["model"] = {**self._reloading.status(), **settings}
             state["canary"] = self.canary.status()
         return {**state, "sets": self._sets()}

@@ -11,10 +11,10 @@ from starlette.routing import Route
 
 from holdfast.core.errors import UsageError
 from holdfast.server.http_refusals import Refused
-from holdfast.server.keys import KeyFile
+from holdfast.server.keys import ADMIN, KeyFile
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.ui_page import login_page, operator_page, style_sheet
-from holdfast.server.ui_sessions import SESSION_S, Sessions
+from holdfast.server.ui_sessions import SESSION_S, Operator, Sessions
 
 COOKIE, _PATH = "holdfast_ui", "/ui"
 _MOST_BYTES, _MOST_FIELDS = 4096, 8
@@ -43,7 +43,7 @@ _DONE = {
 def ui_routes(
     supervisor: Supervisor, refuse_other_host: Callable[[Request], None], keys: KeyFile | None
 ) -> list[Route]:
-    """Return the routes of the page. With `keys`, it needs a login with a key that has the scope `admin`."""
+    """Return the routes of the page. With `keys`, it needs a login, and shows what the key may request."""
     page = _Page(supervisor, refuse_other_host, keys)
     forms = {"/swap": page.swap, "/monitor": page.restart_monitor, "/approval": page.approve}
     return [
@@ -59,7 +59,7 @@ Fields = dict[str, str]
 
 
 class _Act(Protocol):
-    def __call__(self, fields: Fields, operator: str) -> str:
+    def __call__(self, fields: Fields, operator: Operator) -> str:
         """Carry out a form of an operator, and return the name of its result."""
 
 
@@ -95,7 +95,7 @@ class _Page:
         self._refuse_other_host(request)
         return Response(style_sheet(), media_type="text/css", headers=_HEADERS)
 
-    async def _text(self, operator: str, visitor: str, *, done: str = "", error: str = "") -> str:
+    async def _text(self, operator: Operator, visitor: str, *, done: str = "", error: str = "") -> str:
         token = self.sessions.token(visitor)
         return await run_in_threadpool(  # it reads files
             operator_page, self.supervisor, self.keys, operator, token, done=done, error=error
@@ -142,24 +142,27 @@ class _Page:
 
         return endpoint
 
-    def swap(self, fields: Fields, operator: str) -> str:
+    def swap(self, fields: Fields, operator: Operator) -> str:
         """Swap the parameter set, or reload the model."""
+        operator.refuse_other(ADMIN)
         self.supervisor.request_swap("requested by the operator on the page")
         return "swap"
 
-    def restart_monitor(self, fields: Fields, operator: str) -> str:
+    def restart_monitor(self, fields: Fields, operator: Operator) -> str:
         """Restart the tests of the monitor."""
+        operator.refuse_other("adapt")
         if self.supervisor.live is None:
             raise Refused(409, "the server has no monitor; start it with --monitor")
         self.supervisor.live.restart()
         return "monitor"
 
-    def approve(self, fields: Fields, operator: str) -> str:
+    def approve(self, fields: Fields, operator: Operator) -> str:
         """Approve or reject an adaptation run."""
+        operator.refuse_other("approve")
         decision, adaptations = fields.get("decision", ""), self.supervisor.adaptations
         if decision not in {"approved", "rejected"}:
             raise Refused(409, "no adaptation run waits for an approval")
-        adaptations.approve(fields.get("run", ""), decision == "approved", operator)
+        adaptations.approve(fields.get("run", ""), decision == "approved", operator.key, operator.name)
         return decision
 
     async def _fields(self, request: Request) -> tuple[Fields, str]:

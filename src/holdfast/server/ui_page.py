@@ -13,9 +13,10 @@ from holdfast.reports.gallery import is_image, png, shrunk
 from holdfast.reports.html import filled, template_text
 from holdfast.reports.numbers import plain
 from holdfast.server.flagged_inputs import FlaggedInput, FlaggedInputs
-from holdfast.server.keys import KeyFile
+from holdfast.server.keys import ADMIN, KeyFile
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.traffic import KEPT_S, REFUSED, SAMPLE_S, Interval
+from holdfast.server.ui_sessions import Operator
 
 Json = dict[str, Any]
 
@@ -42,20 +43,30 @@ def style_sheet() -> str:
 def operator_page(
     supervisor: Supervisor,
     keys: KeyFile | None,
-    operator: str,
+    operator: Operator,
     token: str,
     *,
     done: str = "",
     error: str = "",
 ) -> str:
-    """Return the page for an operator. `done` and `error` are the result of the last form."""
+    """Return the page for an operator, with the parts that the operator may read. `done` and `error` are the result of
+    the last form.
+    """
     live, adaptations, setup = supervisor.live, supervisor.adaptations, supervisor.setup
-    flagged, flagged_error = _pictures(setup.flagged)
+    stored, approving = operator.may("adapt"), operator.may("adapt", "approve")
+    flagged, flagged_error = _pictures(setup.flagged if stored else None)
     intervals, status = supervisor.traffic.intervals(), supervisor.status()
     return filled(
         "ui.html.j2",
         token=token,
-        operator=operator,
+        operator=operator.name,
+        may={
+            "read_numbers": operator.may("metrics", "adapt"),
+            "read_inputs": stored,
+            "read_runs": approving,
+            "approve": operator.may("approve"),
+            "swap": operator.may(ADMIN),
+        },
         logged_in=keys is not None,
         done=done,
         error=error,
@@ -73,9 +84,9 @@ def operator_page(
         stores=setup.flagged is not None,
         flagged=flagged,
         flagged_error=flagged_error,
-        clients=_clients(setup.flagged, keys),
+        clients=_clients(setup.flagged, keys) if stored else [],
         ledger=_ledger(supervisor),
-        runs=[_run(each) for each in adaptations.runs()[:_RUNS]],
+        runs=[_run(each) for each in adaptations.runs()[:_RUNS]] if approving else [],
     )
 
 

@@ -25,8 +25,32 @@ cannot be guessed"""
 _MOST_ADDRESSES = 1000
 """number of addresses with failed logins that are remembered"""
 _ID_BYTES = 32
-WITHOUT_KEYS = "operator"
+_WITHOUT_KEYS = "operator"
 """name of the operator of a server without keys"""
+PAGE_SCOPES = ("metrics", "adapt", "approve")
+"""scopes with each of which a part of the page is shown"""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A visitor who may use the page."""
+
+    key: ApiKey | None
+    """key of the login; None on a server without keys"""
+
+    @property
+    def name(self) -> str:
+        """Name of the key."""
+        return _WITHOUT_KEYS if self.key is None else self.key.name
+
+    def may(self, *scopes: str) -> bool:
+        """Return whether the operator may use what needs one of the scopes."""
+        return self.key is None or self.key.permits(*scopes)
+
+    def refuse_other(self, *scopes: str) -> None:
+        """Raise `Refused` with status 403 unless the operator has one of the scopes."""
+        if self.key is not None:
+            self.key.refuse_unpermitted(*scopes)
 
 
 @dataclass(frozen=True)
@@ -64,27 +88,28 @@ class Sessions:
         if not visitor or not hmac.compare_digest(given, self.token(visitor).encode()):
             raise Refused(403, "the form is not from this page, or its session has ended; load /ui again")
 
-    def operator(self, visitor: str) -> str | None:
-        """Return the name of the operator with this session; None for a visitor who must log in.
+    def operator(self, visitor: str) -> Operator | None:
+        """Return the operator with this session; None for a visitor who must log in.
 
-        A session ends with its key.
+        A session ends with its key, and has the scopes that the key has now.
         """
         if self.keys is None:
-            return WITHOUT_KEYS
+            return Operator(None)
         with self._lock:
             session = self._sessions.get(visitor)
             if session is None:
                 return None
-            if self.clock() >= session.ends_s or not self.keys.permits(session.key, "admin"):
+            key = self.keys.current(session.key)
+            if self.clock() >= session.ends_s or key is None or not key.permits(*PAGE_SCOPES):
                 del self._sessions[visitor]
                 return None
-            return session.key.name
+            return Operator(key)
 
     def login(self, key: str, address: str = "") -> str:
         """Begin a session, and return its identifier, which no visitor had before.
 
-        Raises `Refused` with status 401 or 403 for another key than one with the scope `admin`, and with status 429
-        after too many failures of the same address.
+        Raises `Refused` with status 401 or 403 for another key than one with a scope of the page, and with status
+        429 after too many failures of the same address.
         """
         assert self.keys is not None, "a server without keys has no login"
         now = self.clock()
@@ -96,7 +121,8 @@ class Sessions:
                     "too many logins have failed; wait a minute", wait_s, status=429, cause="key"
                 )
             try:
-                found = self.keys.authenticated(b"Bearer " + key.strip().encode("utf-8", "replace"), "admin")
+                bearer = b"Bearer " + key.strip().encode("utf-8", "replace")
+                found = self.keys.authenticated(bearer, *PAGE_SCOPES)
             except Refused:
                 failures.append(now)
                 self._failures[address] = failures

@@ -442,6 +442,31 @@ class SuiteSettings(SettingGroup):
             )
 
 
+class StoredExamples(SettingGroup):
+    """Setting that leaves examples out of what a command writes."""
+
+    examples: Annotated[
+        bool,
+        Flag(
+            name="--no-examples",
+            help="Store and show no examples, only numbers of each, such as its label, margin and distance.",
+        ),
+    ] = Field(
+        default=True,
+        description="Whether some examples are stored and shown as pictures, texts or values, in addition to numbers "
+        "of each example, such as its label, margin and distance (default: true).",
+    )
+
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if adversarial examples are to be stored, and no examples."""
+        if not self.examples and "save_adversarial" in type(self).model_fields and self.save_adversarial:
+            raise UsageError(
+                f"{prefix}save_adversarial stores all adversarial examples, and no examples are to be stored",
+                Remedy("save_adversarial"),
+                Remedy("examples", option="--no-examples"),
+            )
+
+
 class GateSettings(SettingGroup):
     """Settings for the gates of a run, and for the doubts that the user accepts."""
 
@@ -642,6 +667,15 @@ class ExplainOptions(SettingGroup):
         default_factory=list,
         description="File for the explanation, in the format of its suffix: .html .json; - for JSON on stdout.",
     )
+
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for the explanation of an example that is not to be shown."""
+        if self.index is not None and not self.examples:
+            raise UsageError(
+                f"{prefix}index is {self.index}, and the explanation of an example shows it",
+                Remedy("examples", option="--no-examples"),
+                Remedy("index", reason="for an explanation of the model"),
+            )
 
 
 class MonitorOptions(SettingGroup):

@@ -89,6 +89,11 @@ class ServeOptions(SettingGroup):
         default=None,
         description="File of API keys (see holdfast keys). Without it, every client is answered.",
     )
+    single_operator: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="Allow the key with which holdfast adapt posts the steps of a run to approve this run. The audit "
+        "chain records it.",
+    )
     every: Annotated[list[values.Every], Flag("T")] = Field(
         default_factory=list,
         description="When to swap, as in 50q/principal (answers to one principal) or 24h. A stolen serving set is "
@@ -261,7 +266,7 @@ class AdaptOptions(SettingGroup):
     )
     key_file: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
         default=None,
-        description="File that contains an API key with the scope admin, if the server has keys.",
+        description="File that contains an API key with the scope adapt, if the server has keys.",
     )
     trigger: Annotated[str, BeforeValidator(_trigger), Flag("WHEN")] = Field(
         default=ALARM,

@@ -68,17 +68,25 @@ def _is_plain(value: object) -> bool:
 
 
 _NOT_GIVEN = PydanticCustomError("given", "expected an address, or in Python an object")
+_NO_PATH = PydanticCustomError("path", "expected no character U+0000, which no path or address contains")
+
+
+def _path_text(value: object) -> object:
+    """Return the text of a path, and other values unchanged."""
+    text = str(value) if isinstance(value, Path) else value
+    if isinstance(text, str) and "\0" in text:
+        raise _NO_PATH
+    return text
 
 
 def _given(value: object) -> object:
     """Return the text of an address, and a Python object unchanged. Other values that a file can contain are
     refused.
     """
-    if isinstance(value, str | Path):
-        return str(value)
-    if _is_plain(value):
+    text = _path_text(value)
+    if _is_plain(text) and not isinstance(text, str):
         raise _NOT_GIVEN
-    return value
+    return text
 
 
 def _data_sets(value: object) -> object:
@@ -453,7 +461,7 @@ ExampleGroups = Annotated[
     WithJsonSchema({"type": "string"}),
 ]
 """Name of a column or of an array, or in Python an array."""
-PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+PathText = Annotated[str, BeforeValidator(_path_text)]
 Others = Annotated[list[Given], BeforeValidator(_data_sets)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
 Normalised = Annotated[tuple[tuple[float, ...], tuple[float, ...]], BeforeValidator(_normalised)]

@@ -252,7 +252,9 @@ class Site:
             state = fingerprint(item.path)
             known = self._opened.get(item.id)
             if known is None or known[0] != state:
-                result = open_run(item.path)
+                with consistent(item.path):
+                    result = open_run(item.path)
+                    result.summary()  # pages show it
                 rows = {int(example): row for row, example in enumerate(result.evidence["id"])}
                 known = self._opened[item.id] = state, _Opened(result, attempts(result), rows)
             self._opened.move_to_end(item.id)
@@ -494,7 +496,7 @@ class Site:
 
 def model_key(name: str) -> str:
     """Return the name of a model in addresses."""
-    return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{slug(name)[:60] or 'model'}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _amounts(items: Sequence[Item]) -> str:

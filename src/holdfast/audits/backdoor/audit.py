@@ -2,14 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.audits.backdoor.controls import (
     MIN_CONTROLS,
@@ -21,6 +23,7 @@ from holdfast.audits.backdoor.controls import (
 )
 from holdfast.audits.backdoor.inversion import Inversion, Inverted, joined
 from holdfast.audits.backdoor.strip import Strip
+from holdfast.audits.stored_steps import Number, Share, Size, StoredSteps
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -31,6 +34,9 @@ from holdfast.core.types import Inputs, PerExample
 from holdfast.io.models.weights import written
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
+from holdfast.runs.store.column_forms import IDS, Form, whole
+from holdfast.runs.store.files import make_private, write_atomically
+from holdfast.runs.store.forms import Flag
 
 CLEAN = 2000
 """Number of clean examples of the audit, at most: 5 % of the training examples of most data sets."""
@@ -38,6 +44,9 @@ GROUP = 5
 """Number of classes of which triggers are searched in one batch; a stopped search continues after the last group."""
 MAX_EPOCHS = 10
 """Largest number of epochs of a control that the audit trains."""
+ACCURACY, TRANSFER, STRIP_CLEAN, STRIP = "accuracy", "transfer", "strip-clean", "strip"
+"""Names of steps: the accuracies, the success of the trigger on the controls, and the entropies of clean examples and
+of the stream."""
 _ROWS = 500
 """Number of examples in one forward pass."""
 
@@ -72,22 +81,28 @@ class BackdoorRequest:
     inversion: Inversion = field(default_factory=Inversion)
     strip: Strip = field(default_factory=Strip)
 
+    @property
+    def n_controls(self) -> int:
+        """Number of controls; 0 for none."""
+        trained = 0 if self.training is None else MIN_CONTROLS
+        return trained if self.controls is None else len(self.controls.files)
+
     def steps(self) -> tuple[str, ...]:
         """Return the names of the steps, in their order."""
-        n = MIN_CONTROLS if self.controls is None else len(self.controls.files)
-        compared = self.controls is not None or self.training is not None
+        n = self.n_controls
         return (
             *(("training",) if self.training else ()),
-            "accuracy",
-            *(f"inversion-{group}" for group in range(len(self.groups))),
-            *((*(f"control-{place}" for place in range(n)), "transfer") if compared else ()),
-            *(("strip-clean", "strip") if self.stream is not None else ()),
+            ACCURACY,
+            *(name for name, _ in groups_of(self.classes)),
+            *((*(f"control-{place}" for place in range(n)), TRANSFER) if n else ()),
+            *((STRIP_CLEAN, STRIP) if self.stream is not None else ()),
         )
 
-    @property
-    def groups(self) -> list[list[int]]:
-        """The classes, divided into the groups of which triggers are searched in one batch."""
-        return [list(range(self.classes))[first : first + GROUP] for first in range(0, self.classes, GROUP)]
+
+def groups_of(classes: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield the groups of classes of which triggers are searched in one batch, each with the name of its stage."""
+    for place, first in enumerate(range(0, classes, GROUP)):
+        yield f"inversion-{place}", list(range(first, min(first + GROUP, classes)))
 
 
 @dataclass(frozen=True)
@@ -119,24 +134,88 @@ class Streamed:
 class Measured:
     """All measurements of the audit of a model."""
 
-    batch: Batch
+    examples: int
+    """number of clean examples"""
     accuracy: float
     inverted: Inverted
     compared: Compared | None
     streamed: Streamed | None
 
 
-def measured(run: Run, model: Classifier, request: BackdoorRequest, notify: Notify) -> Measured:
-    """Take the steps of the audit that are not stored in the run, and return all measurements.
+def measure(run: Run, model: Classifier, request: BackdoorRequest, notify: Notify) -> None:
+    """Take the steps of the audit that are not stored in the run.
 
     `model` is in eval mode. Raises `UsageError` or `TargetError` if the controls cannot be compared with it.
     """
     steps = _Steps(run, model, request, notify)
     controls = request.controls if request.training is None else steps.trained(request.training)
-    accuracies = steps.accuracies(controls)
+    steps.accuracies(controls)
     inverted = steps.inverted()
-    compared = None if controls is None else steps.compared(controls, accuracies["controls"], inverted)
-    return Measured(request.batch, accuracies["model"], inverted, compared, steps.streamed())
+    if controls is not None:
+        steps.compared(controls, inverted)
+    steps.streamed()
+
+
+class Settings(TypedDict):
+    """Settings in `run.json` from which the finding is computed."""
+
+    classes: Annotated[Size, Field(ge=2)]
+    controls: Size
+    """number of controls; 0 for none"""
+    stream: Flag
+    class_names: list[str] | None
+
+
+class _Data(TypedDict):
+    n: Size
+
+
+class _Accuracy(TypedDict):
+    model: Share
+    controls: dict[str, Share]
+
+
+class _Sizes(TypedDict):
+    sizes: list[Annotated[Number, Field(gt=1e-30)]]
+
+
+def measured(steps: StoredSteps) -> Measured:
+    """Return the measurements of the stored steps of an audit. Raises `TargetError` if they contradict each other."""
+    settings = steps.settings(Settings)
+    parts = list[Columns]()
+    for name, classes in groups_of(settings["classes"]):
+        parts.append(steps.columns(name, _FORMS, k=len(classes)))
+        if parts[-1]["id"].tolist() != classes:
+            raise steps.refuse(name, f"the classes {parts[-1]['id'].tolist()}", str(classes))
+    inverted, accuracy = joined(parts), steps.document(ACCURACY, _Accuracy)
+    compared = streamed = None
+    if settings["controls"]:
+        sizes = [steps.document(f"control-{place}", _Sizes)["sizes"] for place in range(settings["controls"])]
+        transfer = steps.document(TRANSFER, dict[str, Share])
+        names = accuracy["controls"].keys()
+        if {*map(len, sizes)} != {settings["classes"]} or not len(sizes) == len(transfer) == len(names):
+            raise steps.refuse(
+                TRANSFER, f"{len(transfer)} controls", f"{len(sizes)} with a size for each class"
+            )
+        rank = ranked(inverted.size, torch.tensor(sizes))
+        compared = Compared(accuracy["controls"], rank, tuple(transfer.values()))
+    if settings["stream"]:
+        clean = steps.columns(STRIP_CLEAN, {"entropy": Form()})["entropy"]
+        columns = steps.columns(STRIP, {"id": IDS, "entropy": Form()})
+        if not len(clean):
+            raise steps.refuse(STRIP_CLEAN, "no entropy", "at least one")
+        streamed = Streamed(columns["id"], columns["entropy"], Strip().threshold(clean))
+    return Measured(steps.data(_Data)["n"], accuracy["model"], inverted, compared, streamed)
+
+
+_FORMS = {
+    "id": whole("k"),
+    "mask": Form(("k",), further=True, low=0, high=1),
+    "pattern": Form(("k",), further=True),
+    "size": Form(("k",), low=1e-30),
+    "success": Form(("k",), low=0, high=1),
+    "steps": whole("k"),
+}
 
 
 @dataclass(frozen=True)
@@ -154,20 +233,18 @@ class _Steps:
         """Train the controls that are not in the folder of the training yet."""
         epochs = self.run.document("training", lambda: {"epochs": epochs_within(training)})["epochs"]
         folder = training.folder / f"{epochs}-epochs"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         for place in range(MIN_CONTROLS):
             path = folder / f"control-{place:02}.safetensors"
             if path.exists():
                 continue
             self.notify(f"training control {place + 1} of {MIN_CONTROLS}, {epochs} epochs each")
-            part = path.with_suffix(".part")
             net = training.train(place, epochs).net
             assert isinstance(net, torch.nn.Module)
-            part.write_bytes(written(net, {}))
-            part.replace(path)
+            write_atomically(path, written(net, {}))
         return Controls.of_folder(folder)
 
-    def accuracies(self, controls: Controls | None) -> Mapping[str, Any]:
+    def accuracies(self, controls: Controls | None) -> None:
         """Measure the clean accuracies of the model and of the controls, and refuse controls that differ too much."""
         batch = self.request.batch
 
@@ -177,17 +254,14 @@ class _Steps:
             )
             return {"model": accuracy(self.model, batch), "controls": of_controls}
 
-        measured = self.run.document("accuracy", compute)
+        measured = self.run.document(ACCURACY, compute)
         trained = self.request.training is not None
         refuse_other_accuracy(measured["model"], measured["controls"], len(batch), trained=trained)
-        return measured
 
     def inverted(self) -> Inverted:
         """Search the triggers of the model, one group of classes after the other."""
-        groups = enumerate(self.request.groups)
-        return joined(
-            [self.run.stage(f"inversion-{place}", partial(self.group, of)).columns for place, of in groups]
-        )
+        groups = groups_of(self.request.classes)
+        return joined([self.run.stage(name, partial(self.group, of)).columns for name, of in groups])
 
     def group(self, classes: list[int]) -> Columns:
         """Search the triggers of some classes of the model."""
@@ -198,8 +272,8 @@ class _Steps:
         batch = self.request.batch
         return self.request.inversion(model, batch.x, batch.y, classes, rng=self.rng.at("inversion"))
 
-    def compared(self, controls: Controls, accuracies: Mapping[str, float], inverted: Inverted) -> Compared:
-        """Search the triggers of the controls, and rank the model among them."""
+    def compared(self, controls: Controls, inverted: Inverted) -> None:
+        """Search the triggers of the controls, and measure the success of the most unusual trigger on them."""
         sizes = [
             self.run.document(f"control-{place}", partial(self.control, controls, place))["sizes"]
             for place in range(len(controls.files))
@@ -211,8 +285,7 @@ class _Steps:
         def success(control: Classifier) -> float:
             return float((predicted(control, stamped) == rank.label).double().mean())
 
-        transfer = self.run.document("transfer", lambda: controls.each(self.model, success))
-        return Compared(accuracies, rank, tuple(transfer.values()))
+        self.run.document(TRANSFER, lambda: controls.each(self.model, success))
 
     def control(self, controls: Controls, place: int) -> Mapping[str, Any]:
         """Search the triggers of a control, unless an earlier audit did with the same settings."""
@@ -227,12 +300,12 @@ class _Steps:
             cache.add(digest, sizes)
         return {"sizes": sizes}
 
-    def streamed(self) -> Streamed | None:
+    def streamed(self) -> None:
         """Measure the entropies of the stream, and those of one half of the clean examples; the other half is laid over
         them.
         """
         if self.request.stream is None:
-            return None
+            return
         batch, stream = self.request.batch, self.request.stream
         half = len(batch) // 2
 
@@ -246,10 +319,8 @@ class _Steps:
             pieces = [entropies(stream.read(start, start + _ROWS).to(batch.x.device)) for start in starts]
             return {name: torch.cat([piece[name] for piece in pieces]) for name in ("id", "entropy")}
 
-        clean = self.run.stage("strip-clean", lambda: entropies(batch.take(torch.arange(half)))).columns
-        columns = self.run.stage("strip", of_stream).columns
-        threshold = self.request.strip.threshold(clean["entropy"])
-        return Streamed(columns["id"], columns["entropy"], threshold)
+        self.run.stage(STRIP_CLEAN, lambda: entropies(batch.take(torch.arange(half))))
+        self.run.stage(STRIP, of_stream)
 
 
 @torch.no_grad()

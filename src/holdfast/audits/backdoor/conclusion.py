@@ -1,20 +1,26 @@
 """The finding of the audit of a model, from its measurements."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from holdfast.audits.backdoor.audit import Measured, Streamed
+from holdfast.audits.backdoor.audit import Measured, Settings, Streamed, measured
 from holdfast.audits.backdoor.controls import LEVEL
 from holdfast.audits.backdoor.inversion import abnormality
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
+from holdfast.audits.stored_steps import StoredSteps
+from holdfast.core.batch import Batch
 from holdfast.core.model import Bounds
 from holdfast.core.triggers import Trigger
 
 NATURAL = 0.5
 """Median success on the controls from which on a trigger is a natural feature of its class: it does not need a
 backdoor. On MNIST, planted triggers reached at most 0.1 and the smallest triggers of clean networks 0.54 to 0.98."""
+_TRIGGER = "trigger"
 _LISTED = 20
 """Number of inputs of a stream that the report lists."""
 
@@ -45,8 +51,14 @@ def _label(measured: Measured) -> int:
     return int(inverted.classes[inverted.size.argmin()]) if compared is None else compared.rank.label
 
 
-def concluded(measured: Measured, bounds: Bounds, names: tuple[str, ...] | None = None) -> Finding:
-    """Return the finding of an audit. `names` are those of the classes."""
+def concluded(steps: StoredSteps) -> Finding:
+    """Return the finding of an audit from its stored steps."""
+    finding = finding_of(measured(steps), steps.settings(Settings)["class_names"])
+    return replace(finding, pictures=steps.pictures(finding.pictures))
+
+
+def finding_of(measured: Measured, names: Sequence[str] | None = None) -> Finding:
+    """Return the finding of an audit from its measurements. `names` are those of the classes."""
     verdict, headline, reasons = _verdict(measured, names)
     compared, streamed = measured.compared, measured.streamed
     place = measured.inverted.classes.tolist().index(_label(measured))
@@ -56,7 +68,7 @@ def concluded(measured: Measured, bounds: Bounds, names: tuple[str, ...] | None 
         "success": float(measured.inverted.success[place]),
         "index": float(abnormality(measured.inverted.size)[place]),
         "accuracy": measured.accuracy,
-        "examples": len(measured.batch),
+        "examples": measured.examples,
         "sizes": measured.inverted.size.tolist(),
     }
     if compared is not None:
@@ -81,12 +93,12 @@ def concluded(measured: Measured, bounds: Bounds, names: tuple[str, ...] | None 
         reasons,
         facts,
         tables=tables,
-        pictures=_pictures(measured, bounds, names),
+        pictures=_pictures(measured, names),
         limits=limits,
     )
 
 
-def _verdict(measured: Measured, names: tuple[str, ...] | None) -> tuple[AuditVerdict, str, tuple[str, ...]]:
+def _verdict(measured: Measured, names: Sequence[str] | None) -> tuple[AuditVerdict, str, tuple[str, ...]]:
     label, compared = _label(measured), measured.compared
     named = _named(label, names)
     place = measured.inverted.classes.tolist().index(label)
@@ -130,11 +142,13 @@ def _largest_difference(measured: Measured) -> float:
     return max(abs(each - measured.accuracy) for each in measured.compared.accuracies.values())
 
 
-def _named(label: int, names: tuple[str, ...] | None) -> str:
-    return str(label) if names is None or names[label] == str(label) else f"{label} ({names[label]})"
+def _named(label: int, names: Sequence[str] | None) -> str:
+    if names is None or label >= len(names) or names[label] == str(label):
+        return str(label)
+    return f"{label} ({names[label]})"
 
 
-def _classes(measured: Measured, names: tuple[str, ...] | None) -> Table:
+def _classes(measured: Measured, names: Sequence[str] | None) -> Table:
     inverted, compared = measured.inverted, measured.compared
     index = abnormality(inverted.size).tolist()
     rows = []
@@ -178,14 +192,19 @@ def _inputs(streamed: Streamed) -> Table:
     )
 
 
-def _pictures(measured: Measured, bounds: Bounds, names: tuple[str, ...] | None) -> tuple[Picture, ...]:
-    batch, trigger, label = measured.batch, suspect(measured), _label(measured)
-    if batch.x.dim() != 4 or batch.x.shape[1] not in (1, 3):
-        return ()
-    x = batch.x[batch.y != label][:1].cpu()
+def _pictures(measured: Measured, names: Sequence[str] | None) -> tuple[Picture, ...]:
+    named = _named(_label(measured), names)
+    captions = ("trigger", "mask", "clean example", f"with trigger, predicted as {named}")
+    return (Picture(_TRIGGER, f"The smallest trigger of class {named}", captions),)
+
+
+def images_of(batch: Batch, trigger: Trigger, bounds: Bounds) -> dict[str, Tensor]:
+    """Return the images of a trigger: its pattern, its mask, and an example without and with it."""
+    x = batch.x[batch.y != trigger.target][:1].cpu()
+    if x.dim() != 4:
+        return {}
     low, high = bounds.like(x)
     shown = (torch.stack([trigger.pattern, x[0], trigger.stamped(x, bounds)[0]]) - low) / (high - low)
     mask = trigger.mask.expand(x.shape[1:])
-    images = in_unit_range(torch.stack([mask * shown[0], mask, shown[1], shown[2]]), 0.0, 1.0)
-    captions = ("trigger", "mask", "clean example", f"with trigger, predicted as {_named(label, names)}")
-    return (Picture(f"The smallest trigger of class {_named(label, names)}", images, captions),)
+    images = torch.stack([mask * shown[0], mask, shown[1], shown[2]])
+    return {_TRIGGER: in_unit_range(images, 0.0, 1.0)}

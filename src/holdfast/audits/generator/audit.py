@@ -2,19 +2,28 @@
 part of the audit (`parts.py`) measures.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated, NotRequired
 
 import torch
+from pydantic import Field, Strict
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.audits.features import penultimate
-from holdfast.audits.finding import Finding
-from holdfast.audits.generator.copies import copies
+from holdfast.audits.finding import Finding, Images
+from holdfast.audits.generator import quality
+from holdfast.audits.generator.backdoor import BackdoorScan
+from holdfast.audits.generator.copies import copies_of
+from holdfast.audits.generator.evasion import Autoencoder, Discriminator
+from holdfast.audits.generator.inference import Membership
 from holdfast.audits.generator.parts import Context, Part
-from holdfast.audits.generator.quality import label_entropy, quality
-from holdfast.audits.generator.report import Measured, finding_of, joined
+from holdfast.audits.generator.report import Measured, finding_of, images_of, joined
+from holdfast.audits.generator.sensitivity import LatentChange
+from holdfast.audits.generator.tables import TablePart
+from holdfast.audits.stored_steps import Size, StoredSteps
 from holdfast.core.batch import Batch, fingerprints_of
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -22,9 +31,12 @@ from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.runs.engine.run import Run
+from holdfast.runs.store.column_forms import Form, whole
+from holdfast.statistics.nearest import nearest_example
 
-SAMPLES, FEATURES = "samples", "features"
-"""Names of the stages of an audit."""
+SAMPLES, FEATURES, MEASURED, MISSING = "samples", "features", "measured", "missing"
+"""Names of the steps of an audit: the samples, the features of all examples, the distances and measures from which
+quality and copies are computed, and what the generator lacks for each part."""
 LEAST = 200
 """smallest number of held-out examples: the threshold of copies is the lowest percent of one half of them"""
 COMPARED = 10_000
@@ -55,7 +67,7 @@ class GeneratorAudit:
     @property
     def steps(self) -> tuple[str, ...]:
         """Names of the stages in their order."""
-        return (SAMPLES, FEATURES, *(part.name for part in self.parts))
+        return (SAMPLES, FEATURES, MEASURED, MISSING, *(part.name for part in self.parts))
 
 
 def refuse_incomparable(how: GeneratorAudit) -> None:
@@ -80,41 +92,71 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
         )
 
 
-def generator_finding(run: Run, how: GeneratorAudit, prefix: str = "") -> Finding:
-    """Take the steps of the audit, and return the finding. The names of the stages begin with `prefix`."""
+def measure(run: Run, how: GeneratorAudit, prefix: str = "") -> Images:
+    """Take the steps of the audit, and return its images. The names of the steps begin with `prefix`."""
 
     def drawn() -> Columns:
         samples = _in_space_of(how.draw(), how)
         return {"id": torch.arange(len(samples)), "x": samples}
 
     samples = run.stage(prefix + SAMPLES, drawn).columns["x"]
+    features = run.stage(prefix + FEATURES, partial(_features, how, samples)).columns
+    measures = run.stage(prefix + MEASURED, partial(_measures, how, samples, features)).columns
+    contexts = {
+        part: Context(samples, how.training, how.held_out, how.generator, how.device, how.rng.at(part.name))
+        for part in how.parts
+    }
+    missing = run.document(
+        prefix + MISSING, lambda: {part.name: part.missing(context) for part, context in contexts.items()}
+    )
+    columns = {
+        part: run.stage(
+            prefix + part.name, _nothing if missing[part.name] else partial(part.measure, context)
+        ).columns
+        for part, context in contexts.items()
+    }
 
-    def features() -> Columns:
-        columns, classes = dict[str, Tensor](), 1
-        extractor = None if how.extractor is None else how.extractor()
-        for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
-            if extractor is None:
-                found, predicted = x.double(), torch.zeros(len(x), dtype=torch.int64)
-            else:
-                found, logits = penultimate(extractor, x.to(how.device))
-                predicted, classes = logits.argmax(1), logits.shape[1]
-            columns |= {f"{name}.features": found, f"{name}.class": predicted}
-        n = len(samples)
-        return {"id": torch.arange(n), **columns, "classes": torch.full((n,), classes)}
+    def images() -> dict[str, Tensor]:
+        found = images_of(samples, how.training.x, measures)
+        if how.training.x.dim() == 4:
+            for part in how.parts:
+                found |= {} if missing[part.name] else part.images(columns[part], contexts[part])
+        return found
 
-    quality_found = _concluded(how, samples, run.stage(prefix + FEATURES, features).columns)
+    return images
+
+
+class _Settings(TypedDict):
+    latent: Annotated[float, Strict(), Field(ge=0, le=1e9)]
+    condition: Size | None
+    columns: NotRequired[list[str]]
+
+
+def concluded(steps: StoredSteps) -> Finding:
+    """Return the finding of an audit from its stored steps."""
+    finding = finding_of_steps(steps)
+    return replace(finding, pictures=steps.pictures(finding.pictures))
+
+
+def finding_of_steps(steps: StoredSteps) -> Finding:
+    """Return the finding of an audit from its stored steps, with all pictures."""
+    settings = steps.settings(_Settings)
+    parts = parts_of(settings["latent"], settings["condition"], settings.get("columns"))
+    missing = steps.document(MISSING, dict[str, str])
     found, lacking = list[tuple[str, Finding]](), list[tuple[str, str]]()
-    for part in how.parts:
-        context = Context(
-            samples, how.training, how.held_out, how.generator, how.device, how.rng.at(part.name)
-        )
-        if missing := part.missing(context):
-            run.stage(prefix + part.name, _nothing)
-            lacking.append((part.title, missing))
-            continue
-        columns = run.stage(prefix + part.name, partial(part.measure, context)).columns
-        found.append((part.name, part.concluded(columns, context)))
-    return joined(quality_found, found, lacking)
+    for part in parts:
+        if missing.get(part.name):
+            lacking.append((part.title, missing[part.name]))
+        else:
+            found.append((part.name, part.concluded(steps.columns(part.name, part.forms()))))
+    return joined(finding_of(_measured(steps)), found, lacking)
+
+
+def parts_of(latent: float, condition: int | None, columns: Sequence[str] | None = None) -> tuple[Part, ...]:
+    """Return the parts of the audit beside quality and copies. `columns` are the names of those of a table."""
+    search = (LatentChange(latent, condition), Autoencoder(latent), Discriminator(latent))
+    tables = () if columns is None else (TablePart(tuple(columns)),)
+    return (*tables, *(search if latent else ()), Membership(), BackdoorScan())
 
 
 def _nothing() -> Columns:
@@ -142,7 +184,23 @@ def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
     return samples.view(-1, *expected)
 
 
-def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Finding:
+def _features(how: GeneratorAudit, samples: Tensor) -> Columns:
+    """The features of all examples, and their predicted classes."""
+    columns, classes = dict[str, Tensor](), 1
+    extractor = None if how.extractor is None else how.extractor()
+    for name, x in zip(_SETS, (samples, how.training.x, how.held_out.x), strict=True):
+        if extractor is None:
+            found, predicted = x.double(), torch.zeros(len(x), dtype=torch.int64)
+        else:
+            found, logits = penultimate(extractor, x.to(how.device))
+            predicted, classes = logits.argmax(1), logits.shape[1]
+        columns |= {f"{name}.features": found, f"{name}.class": predicted}
+    n = len(samples)
+    return {"id": torch.arange(n), **columns, "classes": torch.full((n,), classes)}
+
+
+def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns:
+    """All from which quality and copies are computed without features and examples."""
     sets = dict(zip(_SETS, standardised(*(columns[f"{name}.features"] for name in _SETS)), strict=True))
     dimensions, n = sets["training"].shape[1], min(len(samples), len(how.held_out))
     if min(n, len(how.training)) <= dimensions:
@@ -155,18 +213,53 @@ def _concluded(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Findin
     if len(reference) > COMPARED:  # a random part, because a file may be sorted by class
         order = how.rng.at("reference").bits(torch.arange(len(reference))).argsort(stable=True)
         reference = reference[order[:COMPARED]]
-    measured = Measured(
-        quality(sets["samples"][:n], reference),
-        quality(sets["held_out"][:n], reference),
-        copies(samples, how.training.x, how.held_out.x),
-        label_entropy(columns["samples.class"], classes),
-        label_entropy(columns["training.class"], classes),
-        classes,
-        len({*fingerprints_of(samples)}),
-        dimensions,
-        len(reference),
+    distance, nearest = nearest_example(samples, how.training.x)
+    return {
+        "id": torch.arange(len(samples)),
+        "distance": distance.cpu(),
+        "nearest": nearest.cpu(),
+        "unseen": nearest_example(how.held_out.x, how.training.x)[0].cpu(),
+        **{
+            f"{name}.values": quality.measured_values(sets[name][:n], reference)
+            for name in ("samples", "held_out")
+        },
+        **{
+            f"{name}.classes": torch.bincount(columns[f"{name}.class"], minlength=classes)
+            for name in ("samples", "training")
+        },
+        "numbers": torch.tensor([n, len({*fingerprints_of(samples)}), dimensions, len(reference)]),
+    }
+
+
+_FORMS = {
+    "distance": Form(rows=(1, 2**40), low=0),
+    "nearest": whole("n"),
+    "unseen": Form(("held_out",), rows=(2, 2**24), low=0),
+    "samples.values": Form((quality.MEASURES, quality.VALUES)),
+    "held_out.values": Form((quality.MEASURES, quality.VALUES)),
+    "samples.classes": whole("classes", high=2**31),
+    "training.classes": whole("classes", high=2**31),
+    "numbers": whole(4, low=1),
+}
+
+
+def _measured(steps: StoredSteps) -> Measured:
+    columns = steps.columns(MEASURED, _FORMS)
+    n, distinct, features, reference = columns["numbers"].tolist()
+    counts = [columns[f"{name}.classes"] for name in ("samples", "training")]
+    if not all(int(each.sum()) for each in counts):
+        raise steps.refuse(MEASURED, "no predicted classes", "the class of each sample")
+    return Measured(
+        quality.quality_of(columns["samples.values"], n),
+        quality.quality_of(columns["held_out.values"], n),
+        copies_of(columns["distance"], columns["nearest"], columns["unseen"]),
+        quality.label_entropy(counts[0]),
+        quality.label_entropy(counts[1]),
+        len(counts[0]),
+        distinct,
+        features,
+        reference,
     )
-    return finding_of(measured, samples, how.training.x)
 
 
 def standardised(samples: Tensor, training: Tensor, held_out: Tensor) -> tuple[Tensor, ...]:

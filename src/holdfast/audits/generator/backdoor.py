@@ -22,8 +22,9 @@ from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table
 from holdfast.audits.generator.parts import Context
-from holdfast.audits.generator.sensitivity import decoder, opened, pictures, without_gradients
+from holdfast.audits.generator.sensitivity import as_images, decoder, opened, without_gradients
 from holdfast.core.evidence import Columns
+from holdfast.runs.store.column_forms import Form, flag
 
 REVERSAL = 0.4
 """share of the shift of the noise from which a diffusion model is flagged"""
@@ -120,18 +121,35 @@ class BackdoorScan:
             "shifted": shifted.reshape(n, *shape).cpu(),
             "shift": shift.cpu().repeat(n, *[1] * (shift.dim() - 1)),
             "reversal": torch.full((n,), reversal),
+            "training_variance": context.training.x.var(0).mean().cpu()[None],
+            "encodes": torch.tensor([not generator.lacks("encode")]),
         }
 
-    def concluded(self, columns: Columns, context: Context) -> Finding:
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the outputs and of the shift."""
+        outputs = Form(rows=(2, _REFERENCE), further=True)
+        return {
+            **dict.fromkeys(("usual", "shifted", "shift"), outputs),
+            "reversal": Form(nan=True),
+            "training_variance": Form((1,), low=0),
+            "encodes": flag(1),
+        }
+
+    def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
+        """Return outputs from the same noise without and with the shift."""
+        pairs = torch.stack((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]), 1)
+        return as_images({"shift": pairs.flatten(0, 1)}, context)
+
+    def concluded(self, columns: Columns) -> Finding:
         """Compare the reversal or the variance of the outputs with its threshold."""
         usual = _variance(columns["usual"])
         reversal = float(columns["reversal"][0])
         result = Result(
             None if math.isnan(reversal) else reversal,
             _variance(columns["shifted"]) / max(usual, _TINY),
-            usual / max(float(context.training.x.var(0).mean()), _TINY),
+            usual / max(float(columns["training_variance"][0]), _TINY),
             _rms(columns["shift"][:1]),
-            encodes=not opened(context).lacks("encode"),
+            encodes=bool(columns["encodes"][0]),
         )
         limits = [_LIMIT]
         if result.reversal is None and not result.encodes:
@@ -147,7 +165,7 @@ class BackdoorScan:
             reasons=() if result.verdict == "not flagged" else (result.reason,),
             facts={**asdict(result), "flagged": result.verdict == "flagged", "verdict": result.verdict},
             tables=(_table(result),),
-            pictures=_pictures(columns, context, result),
+            pictures=(_picture(result, min(_SHOWN, len(columns["usual"]))),),
             limits=limits,
         )
 
@@ -349,9 +367,8 @@ def _table(result: Result) -> Table:
     return Table("Backdoor", ("measure", "value", "flagged if"), rows, note)
 
 
-def _pictures(columns: Columns, context: Context, result: Result) -> tuple[Picture, ...]:
-    """Outputs from the same noise without and with the shift."""
-    images = torch.stack((columns["usual"][:_SHOWN], columns["shifted"][:_SHOWN]), 1).flatten(0, 1)
-    captions = [f"noise {i + 1}{text}" for i in range(_SHOWN) for text in ("", ", with the shift")]
+def _picture(result: Result, n: int) -> Picture:
+    """Outputs from the same `n` noises without and with the shift."""
+    captions = [f"noise {i + 1}{text}" for i in range(n) for text in ("", ", with the shift")]
     title = f"Outputs with the found shift vary {result.variance:.2f} times as much as without"
-    return pictures(title, images, captions, context, together=2)
+    return Picture("shift", title, captions, together=2)

@@ -36,8 +36,11 @@ def copies(samples: Tensor, training: Tensor, held_out: Tensor) -> Copies:
     """Compare samples (n, *features) with training examples (m, *features), by Euclidean distance. The threshold is set
     on every second held-out example, and checked on the others.
     """
-    distance, nearest = nearest_example(samples, training)
-    unseen, _ = nearest_example(held_out, training)
+    return copies_of(*nearest_example(samples, training), nearest_example(held_out, training)[0])
+
+
+def copies_of(distance: PerExample, nearest: Tensor, unseen: PerExample) -> Copies:
+    """Return the copies by the distances of samples and of held-out examples to their nearest training examples."""
     threshold = copy_threshold(unseen)
     return Copies(
         proportion(distance < threshold), proportion(unseen[1::2] < threshold), threshold, distance, nearest

@@ -9,26 +9,28 @@ four sizes of the change.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
-from holdfast.audits.finding import Finding, Table
+from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.audits.generator.parts import Context, share_and_range, shown
 from holdfast.audits.generator.sensitivity import (
     ROWS,
+    as_images,
     decoder,
     lacking,
     opened,
-    pictures,
     positive_mean,
     without_gradients,
 )
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds
 from holdfast.reports.numbers import percent
+from holdfast.runs.store.column_forms import Form
 from holdfast.statistics.intervals import proportion
 
 _SIZES = (0.1, 0.2, 0.4, 0.7)  # of the curve, as shares of the distance of an example to its target
@@ -70,6 +72,7 @@ class Autoencoder:
                 "away_random": distances(rebuilt(noise), before),
                 "error": distances(before, x),
                 "target": distances(before[: len(target)], goal),
+                "radius": torch.tensor([radius], dtype=torch.float64),
             }
         few = x[: len(target)]
         full = distances(few, target).clamp_min(1e-12)
@@ -87,7 +90,22 @@ class Autoencoder:
                 columns["shown"] = torch.stack((few[0], target[0], point[0], before[0], moved[0]))
         return {"id": torch.arange(len(x)), **{key: value.cpu() for key, value in columns.items()}}
 
-    def concluded(self, columns: Columns, context: Context) -> Finding:
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the distances."""
+        towards = [
+            f"{kind}{at}" for kind in ("towards", "towards_random") for at in ("", *(f".{s}" for s in _SIZES))
+        ]
+        return {
+            **{name: Form(rows=(1, ROWS), low=0) for name in ("away", "away_random", "error")},
+            **{name: Form(("targets",), rows=(1, _TARGETED), low=0) for name in ("target", *towards)},
+            "radius": Form((1,), low=0),
+        }
+
+    def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
+        """Return an input, its target and their reconstructions."""
+        return as_images({"autoencoder": columns["shown"]}, context)
+
+    def concluded(self, columns: Columns) -> Finding:
         """Return the distances of the reconstructions, and the area under the curve."""
         names = ("away", "away_random", "target", "towards", "towards_random", "error")
         found = {name: positive_mean(columns[name]) for name in names}
@@ -104,7 +122,7 @@ class Autoencoder:
             "Adversarial inputs of the autoencoder",
             ("distance", "unchanged", "adversarial", "interval", "random", "interval"),
             rows,
-            _sizes(context, self.eps)
+            _sizes(columns, self.eps)
             + f" The distance of an example to its reconstruction is {facts['error']:.3g}. The area under the "
             f"distortion-distortion curve (AUDDC) is {facts['auddc']:.3f}, and with random changes "
             f"{facts['auddc_random']:.3f}; a robust autoencoder has a higher one.",
@@ -123,7 +141,7 @@ class Autoencoder:
             f"{facts['away_random']:.3g})",
             facts=facts,
             tables=(table,),
-            pictures=pictures(title, columns["shown"], captions, context),
+            pictures=(Picture("autoencoder", title, captions),),
             limits=(_ATTACKED,),
         )
 
@@ -150,11 +168,15 @@ class Discriminator:
         scores, bounds, device = _scores(context), _bounds(context), opened(context).device
         with torch.no_grad():
             real = torch.cat([scores(x.to(device)) for x in torch.split(context.held_out.x[::2], 500)])
-        columns = {"threshold": torch.quantile(real.double(), _LEAST)[None]}
+        radius = input_radius(context, self.eps)
+        columns = {
+            "threshold": torch.quantile(real.double(), _LEAST)[None],
+            "radius": torch.tensor([radius], dtype=torch.float64),
+        }
         sets = (("generated", context.samples, 1), ("real", context.held_out.x[1::2], -1))
         for name, given, sign in sets:
             x, rng = given[:ROWS].to(device), context.rng.at(name)
-            radii = x.new_full((len(x),), input_radius(context, self.eps))
+            radii = x.new_full((len(x),), radius)
 
             def goal(point: Tensor, sign: int = sign) -> Tensor:
                 return sign * scores(point)
@@ -166,7 +188,20 @@ class Discriminator:
             columns |= {f"{name}_{kind}": each for kind, each in zip(_KINDS, found, strict=True)}
         return {"id": torch.arange(ROWS), **{key: value.cpu() for key, value in columns.items()}}
 
-    def concluded(self, columns: Columns, context: Context) -> Finding:
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the scores."""
+        scores = {
+            f"{name}_{kind}": Form((name,), rows=(1, ROWS))
+            for name in ("generated", "real")
+            for kind in _KINDS
+        }
+        return {**scores, "threshold": Form((1,)), "radius": Form((1,), low=0)}
+
+    def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
+        """Return nothing, because the changed inputs are not stored."""
+        return {}
+
+    def concluded(self, columns: Columns) -> Finding:
         """Return how many inputs are on the wrong side of the threshold."""
         threshold = columns["threshold"].item()
         rates = {
@@ -185,7 +220,7 @@ class Discriminator:
             "Evasion of the discriminator",
             ("samples", "unchanged", "random", "adversarial", "interval"),
             rows,
-            _sizes(context, self.eps)
+            _sizes(columns, self.eps)
             + f" A sample is scored as real above {threshold:.4g}, as {percent(1 - _LEAST, 0)} of one half of the "
             "held-out examples are; the other half is attacked.",
         )
@@ -208,10 +243,10 @@ def input_radius(context: Context, eps: float) -> float:
     return eps * float(x.std()) * math.sqrt(x[0].numel())
 
 
-def _sizes(context: Context, eps: float) -> str:
+def _sizes(columns: Columns, eps: float) -> str:
     return (
         f"Inputs change by a root mean square of {eps:g} standard deviations of the training examples, which is a "
-        f"Euclidean distance of {input_radius(context, eps):.3g}."
+        f"Euclidean distance of {float(columns['radius'][0]):.3g}."
     )
 
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from holdfast.audits.features import penultimate
-from holdfast.audits.finding import Finding, Picture, Table, in_unit_range
-from holdfast.audits.generator.audit import GeneratorAudit, generator_finding, standardised
+from holdfast.audits.finding import Finding, Images, Picture, Table, in_unit_range
+from holdfast.audits.generator.audit import GeneratorAudit, finding_of_steps, standardised
+from holdfast.audits.generator.audit import measure as measure_generator
 from holdfast.audits.generator.quality import frechet_distance
+from holdfast.audits.stored_steps import Size, StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -26,6 +29,7 @@ from holdfast.io.models.generators import OpenedGenerator
 from holdfast.recipes.training.generator import BATCH
 from holdfast.recipes.training.robust_gan import RobustGAN, RobustLosses
 from holdfast.runs.engine.run import Run
+from holdfast.runs.store.column_forms import Form
 
 BEFORE, AFTER, PLAN = "before-", "after-", "updates"
 """Prefixes of the stages of the two audits, and the name of the document with the number of updates."""
@@ -35,7 +39,7 @@ USUAL = 2_000
 """number of updates without a budget"""
 _TIMED = 5  # updates that are timed for a budget
 _LEAST = 100  # updates below which a training is refused
-_SHOWN = 6
+_SHOWN, _SAMPLES = 6, "generated"
 _METRICS = {
     "frechet": "Fréchet distance",
     "copy_rate": "share of copies",
@@ -194,12 +198,12 @@ def trainable(generator: OpenedGenerator, training: Batch) -> GAN:
     return gan
 
 
-def hardening_finding(run: Run, how: GeneratorHardening) -> tuple[Finding, GAN]:
-    """Take the steps of the hardening, and return the finding and the new generator."""
+def measure(run: Run, how: GeneratorHardening) -> tuple[Images, GAN]:
+    """Take the steps of the hardening, and return its images and the new generator."""
     trainer, states = how.trainer(), list[Columns]()
     # first, so that a generator or a budget is refused before anything is measured
     updates = int(run.document(PLAN, lambda: {"updates": _updates(how)})["updates"])
-    before = generator_finding(run, how.audit, BEFORE)
+    measure_generator(run, how.audit, BEFORE)
     for epoch in range(EPOCHS):
         span = range(updates * epoch // EPOCHS, updates * (epoch + 1) // EPOCHS)
         states.append(run.stage(f"epoch-{epoch + 1}", partial(_epoch, how, trainer, span)).columns)
@@ -215,8 +219,22 @@ def hardening_finding(run: Run, how: GeneratorHardening) -> tuple[Finding, GAN]:
     assert how.audit.generator is not None
     opened = replace(how.audit.generator, generator=new)
     audit = replace(how.audit, generator=opened, draw=partial(opened.samples, how.audit.n, how.seed))
-    after = generator_finding(run, audit, AFTER)
-    return _compared(how, before, after, updates, distances, new), new
+    images = measure_generator(run, audit, AFTER)
+    return lambda: {**images(), _SAMPLES: _samples(how, new)}, new
+
+
+class _Plan(TypedDict):
+    updates: Size
+
+
+def concluded(steps: StoredSteps) -> Finding:
+    """Return the finding of a hardening from its stored steps."""
+    updates = steps.document(PLAN, _Plan)["updates"]
+    form = {"frechet": Form((1,), infinite=True)}
+    distances = [float(steps.columns(f"epoch-{epoch + 1}", form)["frechet"]) for epoch in range(EPOCHS)]
+    before, after = (finding_of_steps(steps.within(prefix)) for prefix in (BEFORE, AFTER))
+    finding = _compared(before, after, updates, distances)
+    return replace(finding, pictures=steps.pictures(finding.pictures))
 
 
 def _updates(how: GeneratorHardening) -> int:
@@ -254,9 +272,7 @@ def _epoch(how: GeneratorHardening, trainer: RobustGAN, updates: range) -> Colum
     return {"id": torch.zeros(1, dtype=torch.int64), "frechet": torch.tensor([distance]), **state}
 
 
-def _compared(
-    how: GeneratorHardening, before: Finding, after: Finding, updates: int, distances: list[float], new: GAN
-) -> Finding:
+def _compared(before: Finding, after: Finding, updates: int, distances: list[float]) -> Finding:
     epochs = Table(
         "Epochs",
         ("epoch", "updates", "Fréchet distance to held-out examples"),
@@ -290,7 +306,7 @@ def _compared(
         reasons=[f"before: {before.headline}", f"after: {after.headline}", *after.reasons],
         facts={"before": before.facts, "after": after.facts, "updates": updates, "epochs": distances},
         tables=[table, epochs, *_named("Before", before.tables), *_named("After", after.tables)],
-        pictures=[_samples(how, new), *after.pictures],
+        pictures=[_GENERATED, *after.pictures],
     )
 
 
@@ -309,10 +325,16 @@ def _numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield shown, float(value)
 
 
-def _samples(how: GeneratorHardening, new: GAN) -> Picture:
-    """The same latent vectors before and after the training."""
+_GENERATED = Picture(
+    _SAMPLES,
+    "Samples of the same latent vectors before and after the training",
+    [f"{when}, sample {k + 1}" for k in range(_SHOWN) for when in ("before", "after")],
+    together=2,
+)
+
+
+def _samples(how: GeneratorHardening, new: GAN) -> Tensor:
+    """Images of the same latent vectors before and after the training."""
     both = torch.stack([each.sample(_SHOWN, how.seed) for each in (deepcopy(how.gan).cpu(), new)], 1)
     low, high = float(how.audit.training.x.min()), float(how.audit.training.x.max())
-    captions = [f"{when}, sample {k + 1}" for k in range(_SHOWN) for when in ("before", "after")]
-    title = "Samples of the same latent vectors before and after the training"
-    return Picture(title, in_unit_range(both.flatten(0, 1), low, high), captions, together=2)
+    return in_unit_range(both.flatten(0, 1), low, high)

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.audits.generator.parts import Context, share_and_range
-from holdfast.audits.generator.sensitivity import pictures
+from holdfast.audits.generator.sensitivity import as_images
 from holdfast.audits.membership.rates import auc, needed, threshold, tpr_of_one
 from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import PerExample
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.reports.numbers import percent
+from holdfast.runs.store.column_forms import Form, whole
 from holdfast.statistics.intervals import CONFIDENCE, bonferroni, proportion
 from holdfast.statistics.nearest import copy_threshold, nearest_example
 
@@ -49,7 +51,7 @@ _TITLES = {
     "score_norm": "norm of the score",
     "log_prob": "log-density",
 }
-_CONTROL = "reference"
+_CONTROL, _MEMORISED = "reference", "memorised"
 _WEAK = (
     "A membership score that finds nothing does not show that nothing leaks. Attacks with reference models, or with "
     "more samples, find more."
@@ -90,15 +92,40 @@ class Membership:
         stored = {name: score.cpu().double() for name, score in scores.items()}
         return {"id": torch.arange(len(x)), "group": group, "row": rows, **stored}
 
-    def concluded(self, columns: Columns, context: Context) -> Finding:
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the groups and of the scores."""
+        optional = {
+            name: Form(infinite=True, optional=True) for name in ("denoising", "score_norm", "log_prob")
+        }
+        return {
+            "group": whole("n", high=_OWN),
+            "row": whole("n"),
+            "distance": Form(),
+            _CONTROL: Form(),
+            **optional,
+        }
+
+    def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
+        """Return the training examples with the smallest norm of the score."""
+        if "score_norm" not in columns:
+            return {}
+        x, rows = context.training.x, _most_memorised(columns)
+        return as_images({_MEMORISED: x[rows.to(x.device)]}, context)
+
+    def concluded(self, columns: Columns) -> Finding:
         """Return the true-positive rate of the score that finds most, and what it takes own samples for."""
+        if min(int((columns["group"] == each).sum()) for each in (_MEMBER, _OUTSIDE, _OWN)) < 2:
+            raise TargetError(
+                f"the columns of {self.name} lack training examples, held-out examples or own samples; restore them "
+                "from a copy"
+            )
         names = [name for name in _TITLES if name in columns]
         confidence = bonferroni(CONFIDENCE, len(names))
         results = {name: rated(columns[name], columns["group"], confidence) for name in names}
         best = max(names, key=lambda name: (results[name].tpr.value, results[name].auc))
         control, found = rated(columns[_CONTROL], columns["group"], confidence), results[best]
         shifted = control.deviation(columns["group"]) > _SHIFTED
-        memorised = _memorised(columns, context)
+        memorised = _memorised(columns)
         return Finding(
             "flagged" if found.tpr.low > FPR and not shifted else "not flagged",
             _headline(_TITLES[best], found, shifted=shifted),
@@ -192,7 +219,7 @@ def _called(generator: OpenedGenerator, x: Tensor, function: Callable[[Tensor], 
     return torch.cat([function(rows.to(generator.device)).cpu().double() for rows in x.split(_ROWS)])  # type: ignore[no-untyped-call]
 
 
-def _memorised(columns: Columns, context: Context) -> Finding:
+def _memorised(columns: Columns) -> Finding:
     """The share of the training examples at which the score of a diffusion model is smaller than at 99 % of held-out
     examples, as a table, and the smallest as pictures; nothing for other generators.
     """
@@ -214,14 +241,9 @@ def _memorised(columns: Columns, context: Context) -> Finding:
         "smaller than at 99 % of one half of the held-out examples. The row of held-out examples is the other half.",
     )
     share, control = shares["training examples"], shares["held-out examples"]
-    memorised = tuple[Picture, ...]()
-    if share.low > control.high:
-        first = members.argsort(stable=True)[:_SHOWN]
-        rows = columns["row"][group == _MEMBER][first]
-        captions = [f"training example, row {int(row)}" for row in rows]
-        images = context.training.x[rows.to(context.training.x.device)]
-        title = "The training examples with the smallest norm of the score"
-        memorised = pictures(title, images, captions, context)
+    title = "The training examples with the smallest norm of the score"
+    captions = [f"training example, row {row}" for row in _most_memorised(columns).tolist()]
+    memorised = (Picture(_MEMORISED, title, captions),) if share.low > control.high else ()
     return Finding(
         "not flagged",
         "",
@@ -229,6 +251,12 @@ def _memorised(columns: Columns, context: Context) -> Finding:
         tables=(table,),
         pictures=memorised,
     )
+
+
+def _most_memorised(columns: Columns) -> Tensor:
+    """The rows of the training examples with the smallest norm of the score."""
+    members = columns["group"] == _MEMBER
+    return columns["row"][members][(-columns["score_norm"][members]).argsort(stable=True)[:_SHOWN]]
 
 
 def _headline(title: str, found: Rated, *, shifted: bool) -> str:

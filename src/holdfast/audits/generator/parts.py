@@ -2,6 +2,7 @@
 that measures, and a function that concludes from what is stored.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.reports.numbers import percent
+from holdfast.runs.store.column_forms import Form
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,14 @@ class Part(Protocol):
     def measure(self, context: Context) -> Columns:
         """Measure, and return the columns that are stored. The column `id` numbers the rows."""
 
-    def concluded(self, columns: Columns, context: Context) -> Finding:
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the columns from which the finding is computed."""
+
+    def concluded(self, columns: Columns) -> Finding:
         """Return the finding of stored columns. Its verdict is `flagged` if the part alone suffices to flag the
         generator, and `unclear` if its measurement is not enough to decide. Its headline is a clause that follows that
         of the audit, or empty. It computes nothing that takes long.
         """
+
+    def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
+        """Return the images of the pictures of the finding by name, in the range of the training examples."""

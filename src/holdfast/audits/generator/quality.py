@@ -12,7 +12,7 @@ instead of subsets.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,19 +47,41 @@ class Quality:
     """share of the reference examples in whose neighbourhood a sample is"""
 
 
+VALUES = 1 + _GROUPS
+"""number of values of a measure: that of all samples, and those without each of ten groups of them"""
+MEASURES = 6
+"""number of fields of `Quality`"""
+
+
 def quality(samples: Tensor, reference: Tensor) -> Quality:
     """Return all measures of the features of samples (n, d) against those of reference examples (m, d).
 
     The intervals are from a jackknife over ten groups of the samples; the reference is fixed.
     """
-    nearest = _Neighbours(samples, reference)
+    return quality_of(measured_values(samples, reference), len(samples))
+
+
+def measured_values(samples: Tensor, reference: Tensor) -> Tensor:
+    """Return the values of all measures (`MEASURES`, `VALUES`), from which their intervals are computed."""
+    measures: list[Callable[[Tensor], float]] = [
+        _Frechet(samples, reference),
+        _Kernel(samples, reference),
+        *_Neighbours(samples, reference).measures().values(),
+    ]
+    return torch.tensor([_values(measure, len(samples)) for measure in measures], dtype=torch.float64)
+
+
+def quality_of(values: Tensor, n: int) -> Quality:
+    """Return all measures of `n` samples from their values."""
+    frechet, kid, precision, recall, density, coverage = values.tolist()
+    shares = (_jackknifed(each, n, 0.0, 1.0) for each in (precision, recall, coverage))
     return Quality(
-        jackknife(_Frechet(samples, reference), len(samples)),
-        jackknife(_Kernel(samples, reference), len(samples)),
-        *(
-            jackknife(measure, len(samples), 0.0, math.inf if name == "density" else 1.0)
-            for name, measure in nearest.measures().items()
-        ),
+        _jackknifed(frechet, n),
+        _jackknifed(kid, n),
+        next(shares),
+        next(shares),
+        _jackknifed(density, n, 0.0),
+        next(shares),
     )
 
 
@@ -168,18 +190,28 @@ def jackknife(
     """Return the measure, a function of rows, on all `n` rows, with an interval of 95 % inside [least, most] from its
     values without each of ten groups of rows.
     """
+    return _jackknifed(_values(measure, n), n, least, most)
+
+
+def _values(measure: Callable[[Tensor], float], n: int) -> list[float]:
     everything = torch.arange(n)
-    value = measure(everything)
     without = [measure(everything[everything % _GROUPS != group]) for group in range(_GROUPS)]
+    return [measure(everything), *without]
+
+
+def _jackknifed(
+    values: Sequence[float], n: int, least: float = -math.inf, most: float = math.inf
+) -> Estimate:
+    value, *without = values
     mean = sum(without) / _GROUPS
     variance = (_GROUPS - 1) / _GROUPS * sum((each - mean) ** 2 for each in without)
     half = _Z * math.sqrt(variance)
     return Estimate(value, max(value - half, least), min(value + half, most), n)
 
 
-def label_entropy(classes: Tensor, number: int) -> float:
-    """Return the entropy of the predicted classes (n) divided by the logarithm of the number of classes: 1 if all are
-    equally frequent, and 0 if there is only one.
+def label_entropy(counts: Tensor) -> float:
+    """Return the entropy of predicted classes, from the number of examples of each, divided by the logarithm of the
+    number of classes: 1 if all are equally frequent, and 0 if there is only one.
     """
-    shares = torch.bincount(classes, minlength=number).double() / len(classes)
-    return abs(float(torch.xlogy(shares, shares).sum())) / math.log(number) if number > 1 else 0.0
+    shares, classes = counts.double() / int(counts.sum()), len(counts)
+    return abs(float(torch.xlogy(shares, shares).sum())) / math.log(classes) if classes > 1 else 0.0

@@ -12,6 +12,8 @@ from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_un
 from holdfast.audits.generator.copies import Copies
 from holdfast.audits.generator.parts import shown
 from holdfast.audits.generator.quality import Quality
+from holdfast.core.evidence import Columns
+from holdfast.core.types import PerExample
 from holdfast.reports.numbers import percent
 
 _COLLAPSED = 0.01
@@ -19,6 +21,7 @@ _COLLAPSED = 0.01
 _REALISTIC = 0.5
 """precision from which samples count as realistic"""
 _SHOWN = 6
+_NEAREST = "nearest"
 _NAMES = {
     "frechet": "Fréchet distance",
     "kid": "KID",
@@ -76,7 +79,7 @@ class Measured:
         return self.copies.rate.low > self.copies.held_out.high
 
 
-def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding:
+def finding_of(measured: Measured) -> Finding:
     """Return the finding: `flagged` if samples are copies of training examples, or if the generator has collapsed."""
     copied, held_out = measured.copies.rate, measured.copies.held_out
     frechet, floor = measured.samples.frechet, measured.floor.frechet
@@ -95,7 +98,7 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
         f"a sample is a copy if it is nearer to a training example than {measured.copies.threshold:.4g}, as 1 % of the "
         "held-out examples are"
     )
-    variety = f"{measured.distinct:,} of {len(samples):,} samples are different"
+    variety = f"{measured.distinct:,} of {len(measured.copies.distance):,} samples are different"
     if measured.classes > 1:
         variety += (
             f"; their predicted classes have an entropy of {measured.entropy:.3f} (training examples: "
@@ -113,7 +116,7 @@ def finding_of(measured: Measured, samples: Tensor, training: Tensor) -> Finding
         _facts(measured),
         {"frechet": frechet, "copy_rate": copied},
         (_measures(measured),),
-        _pairs(measured, samples, training),
+        (_pairs(measured),),
         limits=(_FEATURES if measured.classes > 1 else _SCALED_COLUMNS, _DISTANCE, _TOGETHER),
     )
 
@@ -187,21 +190,30 @@ def _measures(measured: Measured) -> Table:
     )
 
 
-def _pairs(measured: Measured, samples: Tensor, training: Tensor) -> tuple[Picture, ...]:
-    """The samples that are nearest to a training example, each beside that example, if they are images."""
-    if samples.dim() != 4 or samples.shape[1] not in (1, 3):
-        return ()
-    closest = measured.copies.distance.argsort(stable=True)[:_SHOWN]
-    nearest = measured.copies.nearest[closest]
-    both = torch.stack((samples[closest], training[nearest].to(samples)), 1).flatten(0, 1)
-    shown = in_unit_range(both, float(both.min()), float(both.max()))
+def _pairs(measured: Measured) -> Picture:
+    """The samples that are nearest to a training example, each beside that example."""
+    closest = _closest(measured.copies.distance)
     captions = [
         caption
-        for distance, row in zip(measured.copies.distance[closest], nearest, strict=True)
+        for distance, row in zip(
+            measured.copies.distance[closest], measured.copies.nearest[closest], strict=True
+        )
         for caption in (
             f"sample, distance {float(distance):.3g}",
             f"its nearest training example, row {int(row)}",
         )
     ]
     state = "are copies" if measured.copied else "are not nearer than held-out examples"
-    return (Picture(f"The samples nearest to training examples {state}", shown, captions, together=2),)
+    return Picture(_NEAREST, f"The samples nearest to training examples {state}", captions, together=2)
+
+
+def images_of(samples: Tensor, training: Tensor, columns: Columns) -> dict[str, Tensor]:
+    """Return the images of the samples that are nearest to a training example, each beside that example."""
+    closest = _closest(columns["distance"])
+    pairs = (samples[closest], training[columns["nearest"][closest].to(training.device)].to(samples))
+    both = torch.stack(pairs, 1).flatten(0, 1)
+    return {_NEAREST: in_unit_range(both, float(both.min()), float(both.max()))}
+
+
+def _closest(distance: PerExample) -> Tensor:
+    return distance.argsort(stable=True)[:_SHOWN]

@@ -4,7 +4,7 @@ directions to which the output is most sensitive, and the part of the output tha
 The worst change is searched for by PGD (`holdfast.attacks.parts.generators`), and is a lower bound on the largest one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Labels, PerExample
 from holdfast.io.models.generators import OpenedGenerator
+from holdfast.runs.store.column_forms import Form, whole
 from holdfast.statistics.intervals import Support, mean
 from holdfast.statistics.nearest import nearest_example
 
@@ -91,13 +92,43 @@ class LatentChange:
             "random_gain": (noisy - before).square().sum().div(len(z)).sqrt()[None]
             / latent_radius(z, self.eps)[:1],
             "along": along,
+            "nearest": torch.stack(
+                [nearest_example(row[[0, -1]].cpu(), context.training.x.cpu())[1] for row in along]
+            ),
             "shown": torch.stack((before[largest], after[largest])),
             "moved": torch.stack([(x - before).abs().mean(0) for x in (after, noisy)]),
             **_condition_changes(context, z, conditions, before),
         }
         return {"id": torch.arange(len(z)), **{key: value.cpu() for key, value in columns.items()}}
 
-    def concluded(self, columns: Columns, context: Context) -> Finding:
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the changes of the outputs and of the directions."""
+        changes = {name: Form(rows=(1, ROWS), low=0) for name in ("latent", "latent_random", "sample")}
+        condition = {
+            name: Form(rows=(1, ROWS), low=0, optional=True) for name in ("condition", "condition_random")
+        }
+        gains = Form(("directions",), rows=(1, _DIRECTIONS))
+        nearest = whole("directions", 2)
+        return {
+            **changes, **condition, "gains": gains, "random_gain": Form((1,)), "nearest": nearest,
+            "moved": Form((2,), further=True),
+        }  # fmt: skip
+
+    def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
+        """Return the samples along each direction with the training examples nearest to its ends, and the sample that
+        changes most, before and after, with the mean change of each pixel.
+        """
+        x = context.training.x
+        found = {
+            f"direction-{k}": torch.cat((along, x[nearest.to(x.device)].to(along)))
+            for k, (along, nearest) in enumerate(zip(columns["along"], columns["nearest"], strict=True))
+        }
+        low, high = float(x.min()), float(x.max())
+        moved = columns["moved"].mean(2, keepdim=True).expand_as(columns["moved"])
+        scaled = low + (high - low) * moved / moved.max().clamp_min(1e-12)
+        return as_images({**found, "moved": torch.cat((columns["shown"], scaled))}, context)
+
+    def concluded(self, columns: Columns) -> Finding:
         """Return the mean worst change, and what explains it."""
         names = ("latent", "latent_random", "condition", "condition_random", "sample")
         found = {name: positive_mean(columns[name]) for name in names if name in columns}
@@ -123,7 +154,7 @@ class LatentChange:
             facts={**facts, "eps": self.eps, "gains": columns["gains"].tolist()},
             metrics={"latent_sensitivity": found["latent"]},
             tables=(table, *_explaining(columns)),
-            pictures=(*_directions(columns, context), *_moved(columns, context)),
+            pictures=(*_directions(columns), _MOVED),
             limits=(_LOWER,),
         )
 
@@ -173,14 +204,10 @@ def positive_mean(values: PerExample) -> Estimate:
     return mean(values, support=Support(0.0))
 
 
-def pictures(
-    title: str, images: Tensor, captions: Sequence[str], context: Context, together: int = 1
-) -> tuple[Picture, ...]:
-    """Return a picture of samples, scaled by the range of the training examples, if they are images."""
-    x = context.training.x
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
-        return ()
-    return (Picture(title, in_unit_range(images, float(x.min()), float(x.max())), captions, together),)
+def as_images(found: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+    """Return samples by the names of pictures, scaled by the range of the training examples."""
+    low, high = float(context.training.x.min()), float(context.training.x.max())
+    return {name: in_unit_range(samples, low, high) for name, samples in found.items()}
 
 
 def _affordable(decode: Function, z: Tensor, work: float) -> int:
@@ -213,37 +240,32 @@ def _condition_changes(
     return {"condition": changes.amax(0), "condition_random": changes[0]}
 
 
-def _directions(columns: Columns, context: Context) -> tuple[Picture, ...]:
-    """The samples along each direction, and the training examples nearest to its ends, if they are images."""
+def _directions(columns: Columns) -> list[Picture]:
+    """The samples along each direction, and the training examples nearest to its ends."""
     found = list[Picture]()
-    for k, (along, gain) in enumerate(zip(columns["along"], columns["gains"].tolist(), strict=True)):
-        _, nearest = nearest_example(along[[0, -1]], context.training.x)
+    for k, (nearest, gain) in enumerate(
+        zip(columns["nearest"].tolist(), columns["gains"].tolist(), strict=True)
+    ):
         captions = [f"latent vector moved by {offset:+g}" for offset in _OFFSETS]
         captions += [
             f"training example nearest to the {end}, row {row}"
-            for end, row in zip(("first", "last"), nearest.tolist(), strict=True)
+            for end, row in zip(("first", "last"), nearest, strict=True)
         ]
-        images = torch.cat((along, context.training.x[nearest].to(along)))
         title = f"Sensitive latent direction {k + 1}: the output changes by {gain:.3g} for each unit"
-        found += pictures(title, images, captions, context)
-    return tuple(found)
+        found.append(Picture(f"direction-{k}", title, captions))
+    return found
 
 
-def _moved(columns: Columns, context: Context) -> tuple[Picture, ...]:
-    """The sample that changes most, before and after, and the mean change of each pixel, if they are images."""
-    low, high = float(context.training.x.min()), float(context.training.x.max())
-    moved = columns["moved"]
-    if moved.dim() == 4:
-        moved = moved.mean(1, keepdim=True).expand_as(moved)
-    scaled = low + (high - low) * moved / moved.max().clamp_min(1e-12)
-    captions = (
+_MOVED = Picture(
+    "moved",
+    "The part of the output that changes with the latent vector",
+    (
         "sample that changes most",
         "after the worst change of its latent vector",
         "mean change of each pixel, worst changes",
         "mean change of each pixel, random changes, on the same scale",
-    )
-    title = "The part of the output that changes with the latent vector"
-    return pictures(title, torch.cat((columns["shown"], scaled)), captions, context)
+    ),
+)
 
 
 def _explaining(columns: Columns) -> tuple[Table, ...]:

@@ -1,7 +1,7 @@
 """The part of the audit for tables: attacks on the training rows by the synthetic table, and its similarity to them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask
 from holdfast.io.data.mixed_tables import MixedTables
 from holdfast.reports.numbers import percent
+from holdfast.runs.store.column_forms import Form, flag
 from holdfast.statistics.intervals import bonferroni
 from holdfast.statistics.table_fidelity import column_shapes, pair_trends, pairs_of
 from holdfast.statistics.table_risks import Attacked, Rows, inference, linkability, risk, singling_out
@@ -40,8 +41,10 @@ _RISKS = (
 class TablePart:
     """Measures the risks and the fidelity of a synthetic table."""
 
-    tables: MixedTables
-    """the training rows, the synthetic rows and the held-out rows"""
+    names: tuple[str, ...]
+    """names of the columns"""
+    tables: MixedTables | None = None
+    """the training rows, the synthetic rows and the held-out rows, which are measured"""
 
     name = "tables"
     title = "risks of the rows of a table"
@@ -52,14 +55,15 @@ class TablePart:
 
     def measure(self, context: Context) -> Columns:
         """Return the successes of each attack, and the similarities of columns and of pairs of columns."""
+        assert self.tables is not None
         rows, rng = _rows(self.tables), context.rng
         attacks = {
             "singling_out": singling_out(rows, _ATTEMPTS, rng.at("singling-out")),
             "linkability": linkability(rows, _ATTEMPTS, rng.at("linkability")),
             **{
-                f"inference.{column.name}": attacked
+                f"inference.{column}": attacked
                 for column, attacked in zip(
-                    self.tables.columns, inference(rows, _ATTEMPTS, rng.at("inference")), strict=True
+                    self.names, inference(rows, _ATTEMPTS, rng.at("inference")), strict=True
                 )
             },
         }
@@ -68,10 +72,32 @@ class TablePart:
         }
         return {"id": torch.arange(_ATTEMPTS), **successes, **_fidelity(rows, rng.at("fidelity"))}
 
-    def concluded(self, columns: Columns, context: Context) -> Finding:
+    @property
+    def _attacks(self) -> list[str]:
+        return ["singling_out", "linkability", *(f"inference.{name}" for name in self.names)]
+
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the successes, and of the similarities."""
+        successes = dict[str, Form]()
+        for name in self._attacks:
+            rows = (0 if name == "singling_out" else 1, _ATTEMPTS)
+            successes |= {f"{name}.{kind}": replace(flag(name), rows=rows) for kind in _KINDS}
+        n = len(self.names)
+        return {
+            **successes,
+            **{name: Form((4,), low=0) for name in ("column_shapes", "pair_trends")},
+            **{f"{name}.held_out": Form((1,), nan=True) for name in ("column_shapes", "pair_trends")},
+            "shapes": Form((n,), rows=(1, 2**40)),
+            "trends": Form((n * (n - 1) // 2,), nan=True),
+        }
+
+    def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
+        """Return nothing, because rows are no images."""
+        return {}
+
+    def concluded(self, columns: Columns) -> Finding:
         """Return the risks with their intervals, and the fidelity beside that of held-out rows."""
-        names = ["singling_out", "linkability", *(f"inference.{c.name}" for c in self.tables.columns)]
-        attacks = {n: Attacked(*(columns[f"{n}.{kind}"].bool() for kind in _KINDS)) for n in names}
+        attacks = {n: Attacked(*(columns[f"{n}.{kind}"].bool() for kind in _KINDS)) for n in self._attacks}
         if len(attacks["singling_out"].main) < _FEWEST:
             attacks.pop("singling_out")
         confidence = bonferroni(0.95, len(attacks))
@@ -104,7 +130,7 @@ class TablePart:
 
     def _worst_columns(self, columns: Columns) -> Table:
         """The columns and pairs of columns that differ most."""
-        names = [column.name for column in self.tables.columns]
+        names = self.names
         trends, pairs = columns["trends"], pairs_of(len(names))
         entries = [(name, float(value)) for name, value in zip(names, columns["shapes"], strict=True)]
         entries += [

@@ -7,24 +7,34 @@ in turn. A given model is audited on its training examples and on others.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated, NotRequired
 
 import torch
+from pydantic import Field, Strict
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.audits.finding import Finding
 from holdfast.audits.membership import controls, rates, scores
-from holdfast.audits.membership.how import MembershipAudit
+from holdfast.audits.membership.how import Design, MembershipAudit
 from holdfast.audits.membership.references import Signals, halves, others
 from holdfast.audits.membership.report import Results, finding_of
+from holdfast.audits.membership.signals import LARGEST
+from holdfast.audits.stored_steps import Size, StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask, PerExample
 from holdfast.runs.engine.run import Run, Shards
+from holdfast.runs.store.column_forms import IDS, Form, flag, whole
+from holdfast.runs.store.forms import Count, Flag
 
 PIECE = 1000
 """number of examples that the model is queried on in one step of a run"""
-NETWORKS, SCORES = "networks", "scores"
-"""names of the stages with what each reference network says about the examples, and with the score of each example"""
+EXAMPLES, NETWORKS, SCORES = "examples", "networks", "scores"
+"""names of the stages with the labels of the examples, with what each reference network says about them, and with the
+score of each example"""
+SEEDS, SENT = "seeds", "sent"
+"""names of the documents that state whether a training function ignores its seed, and how many rows were sent"""
 
 Query = Callable[[Batch], Signals]
 """function that returns what the model says about examples"""
@@ -32,8 +42,12 @@ Query = Callable[[Batch], Signals]
 
 def steps(how: MembershipAudit) -> tuple[str, ...]:
     """Return the names of the stages in their order."""
-    queried = [] if how.members is None else [_queries(at) for at in range(0, len(how.examples), PIECE)]
-    return (*queried, *([NETWORKS] if how.networks else []), SCORES)
+    return (EXAMPLES, *_queried(how.design), *([NETWORKS] if how.design.networks else []), SCORES)
+
+
+def _queried(design: Design) -> list[str]:
+    """Names of the stages with what the model says about examples."""
+    return [] if design.members is None else [_queries(at) for at in range(0, design.n, PIECE)]
 
 
 def _queries(first: int) -> str:
@@ -54,19 +68,26 @@ class Case:
     inside: Tensor | None = None
     """examples that each reference network was trained on (networks, n)"""
 
-    def scores(self, *, labels: bool) -> dict[str, PerExample]:
-        """Return the scores of all attacks by name, the headline first. With `labels`, the target gives only labels."""
-        results: dict[str, PerExample] = {}
-        known, inside = self.references, self.inside
+    def attacks(self, *, labels: bool) -> dict[str, Callable[[], PerExample]]:
+        """Return the functions that compute the scores of the attacks by name, the headline first. With `labels`, the
+        target gives only labels.
+        """
+        known, inside, results = self.references, self.inside, dict[str, Callable[[], PerExample]]()
         if known is not None and inside is not None and not labels:
-            results["BaVarIA"] = scores.bavaria(self.target, known.phi, inside)
-            results["LiRA online"] = scores.lira_online(self.target, known.phi, inside)
-            results["LiRA offline"] = scores.lira_offline(self.target, known.phi, inside)
-            results["RMIA"] = scores.rmia(self.target, known.phi, inside)
+            given = (self.target, known.phi, inside)
+            results["BaVarIA"] = partial(scores.bavaria, *given)
+            results["LiRA online"] = partial(scores.lira_online, *given)
+            results["LiRA offline"] = partial(scores.lira_offline, *given)
+            results["RMIA"] = partial(scores.rmia, *given)
         if not labels:
-            results["loss"] = scores.loss(self.target)
-        results["label only"] = scores.labels_only(self.right, None if known is None else known.right, inside)
-        return results
+            results["loss"] = partial(scores.loss, self.target)
+        of_references = None if known is None else known.right
+        results["label only"] = partial(scores.labels_only, self.right, of_references, inside)
+        return {name: partial(_rounded, score) for name, score in results.items()}
+
+    def headline(self, *, labels: bool) -> PerExample:
+        """Return the scores of the attack that is the result."""
+        return next(iter(self.attacks(labels=labels).values()))()
 
 
 @dataclass(frozen=True)
@@ -81,34 +102,80 @@ class Measured:
     """whether the targets give probabilities that are used as logits"""
 
 
-def membership_finding(
-    run: Run, how: MembershipAudit, query: Query | None, notes: Sequence[str] = ()
-) -> Finding:
-    """Take the steps of the audit, and return its finding. `notes` are sentences about the reference networks, which
-    the executor of the run trains, in shards of network numbers.
+def measure(run: Run, how: MembershipAudit, query: Query | None) -> None:
+    """Take the steps of the audit but the scores, which follow from them. The executor of the run trains the reference
+    networks, in shards of network numbers.
 
     Without `query` a training procedure is audited, otherwise the model that answers.
     """
-    found = _of_procedure(run, how) if query is None else _of_model(run, how, query)
-    scored = [case.scores(labels=found.labels) for case in found.cases]
-    members = [case.member for case in found.cases]
-    headline = [next(iter(each.values())) for each in scored]
-    columns = run.stage(SCORES, partial(_per_example, how, headline, members)).columns
-    nulls = [
-        rates.auc(next(iter(case.scores(labels=found.labels).values())), case.member) for case in found.nulls
+    design = how.design
+
+    def examples() -> Columns:
+        group = torch.full((design.n,), -1)
+        for place, mask in enumerate(design.groups.values()):
+            group[mask] = place
+        blind = controls.blind_scores(how.examples, design.member, how.classes, design.rng.at("blind"))
+        return {
+            "id": design.places,
+            "row": how.examples.ids.cpu(),
+            "label": how.examples.y.cpu(),
+            "group": group,
+            "blind": blind,
+        }
+
+    run.stage(EXAMPLES, examples)
+    if query is not None:
+        for first in range(0, design.n, PIECE):
+            rows = torch.arange(first, min(first + PIECE, design.n))
+            run.stage(_queries(first), partial(_answers, query, how.examples, rows))
+    if design.networks:
+        _train(run, how)
+
+
+class _Training(TypedDict):
+    name: NotRequired[str]
+
+
+class _Settings(TypedDict):
+    networks: Size
+    fpr: Annotated[float, Strict(), Field(gt=1e-9, lt=1)]
+    members: Size | None
+    groups: list[str]
+    train: _Training | None
+
+
+class _Seeds(TypedDict):
+    ignored: Flag
+
+
+class _Sent(TypedDict):
+    rows: Count
+
+
+def concluded(steps: StoredSteps) -> Finding:
+    """Return the finding of an audit from its stored steps."""
+    settings = steps.settings(_Settings)
+    design, examples, found = _measured(steps, settings)
+    columns = _per_example(design, examples, found)
+    _refuse_other_scores(steps, columns)
+    scored = [
+        {name: score() for name, score in case.attacks(labels=found.labels).items()} for case in found.cases
     ]
+    members = [case.member for case in found.cases]
+    nulls = [rates.auc(case.headline(labels=found.labels), case.member) for case in found.nulls]
     first = found.cases[0]
     tail = None
-    if how.members is not None and not found.labels:
-        tail = scores.tail_estimate(first.target[first.member], first.target[~first.member], how.fpr)
-    return finding_of(
-        how,
+    if design.members is not None and not found.labels:
+        tail = scores.tail_estimate(first.target[first.member], first.target[~first.member], design.fpr)
+    training = (settings["train"] or {}).get("name")
+    finding = finding_of(
+        design,
         Results(
             scored,
             members,
             columns,
             null_auc=sum(nulls) / len(nulls),
-            blind_auc=controls.blind_auc(how.examples, first.member, how.classes, how.rng.at("blind")),
+            blind_auc=rates.auc(examples["blind"], first.member),
             accuracy=_mean([float(case.right[case.member].double().mean()) for case in found.cases]),
             other_accuracy=_mean([float(case.right[~case.member].double().mean()) for case in found.cases]),
             tail=tail,
@@ -116,13 +183,73 @@ def membership_finding(
             probabilities=found.probabilities,
             rounded=not found.labels and any(controls.is_rounded(case.target) for case in found.cases),
         ),
-        notes,
+        ()
+        if training is None or not steps.document(SEEDS, _Seeds)["ignored"]
+        else (_same_network(training),),
+    )
+    sent = {} if steps.source.document(SENT) is None else {"rows_sent": steps.document(SENT, _Sent)["rows"]}
+    return replace(finding, facts={**finding.facts, **sent}, pictures=steps.pictures(finding.pictures))
+
+
+def scores_of(steps: StoredSteps) -> Columns:
+    """Return the score of each example, from the stored steps before."""
+    return _per_example(*_measured(steps, steps.settings(_Settings)))
+
+
+def _same_network(training: str) -> str:
+    return (
+        f"{training} returns the same network for two seeds. Its random choices are then known to the attacker, and "
+        "the rates may be too high for a training that does not fix them."
     )
 
 
-def _of_procedure(run: Run, how: MembershipAudit) -> Measured:
+def _measured(steps: StoredSteps, settings: _Settings) -> tuple[Design, Columns, Measured]:
+    """The design of an audit, the columns of its examples, and its targets. Raises `TargetError` if steps contradict
+    each other or the settings.
+    """
+    named = settings["groups"]
+    examples = steps.columns(EXAMPLES, {**_OF_EXAMPLES, "group": whole("n", low=-1, high=len(named) - 1)})
+    n, members = len(examples["id"]), settings["members"]
+    if n < 2 or (members is not None and not 0 < members < n):
+        raise steps.refuse(EXAMPLES, f"{n:,} examples", "members and non-members")
+    networks = settings["networks"]
+    if networks % 2 or (members is None and networks < 4):
+        raise steps.refuse(NETWORKS, f"{networks} networks by the settings", "an even number of at least 4")
+    references = _references(steps, networks, n) if networks else None
+    groups = {name: examples["group"] == place for place, name in enumerate(named)}
+    design = Design(n, networks, settings["fpr"], steps.manifest["seed"], members, groups)
+    rates.refuse_few(design.fpr, n // 2 if members is None else n - members)
+    if members is None:
+        assert references is not None
+        return design, examples, _of_procedure(design, references)
+    return design, examples, _of_model(design, _answered(steps, design), references)
+
+
+_OF_EXAMPLES = {"id": whole("n"), "row": IDS, "label": whole("n", low=-1), "blind": Form()}
+_SIGNALS = {"labels": flag("m"), "probabilities": flag("m")}
+
+
+def _references(steps: StoredSteps, networks: int, n: int) -> Signals:
+    """Signals of the reference networks."""
+    forms = {"phi": Form(("m", "n"), low=-LARGEST, high=LARGEST), "right": flag("m", "n"), **_SIGNALS}
+    columns = steps.columns(NETWORKS, forms, m=networks, n=n)
+    right, labels, probabilities = (columns[name] == 1 for name in ("right", "labels", "probabilities"))
+    return Signals(columns["phi"], right, labels, probabilities)
+
+
+def _answered(steps: StoredSteps, design: Design) -> Signals:
+    """Signals of the audited model."""
+    forms = {"phi": Form(("m",), low=-LARGEST, high=LARGEST), "right": flag("m"), **_SIGNALS}
+    parts = []
+    for place, name in enumerate(_queried(design)):
+        columns = steps.columns(name, forms, m=min(PIECE, design.n - place * PIECE))
+        labels, probabilities = (columns[name][:1] == 1 for name in ("labels", "probabilities"))
+        parts.append(Signals(columns["phi"][None], columns["right"][None] == 1, labels, probabilities))
+    return Signals.over_examples(parts)
+
+
+def _of_procedure(design: Design, signals: Signals) -> Measured:
     """Every network is a target, compared with the others but that of the complementary half."""
-    signals = _trained(run, how)
 
     def cases(inside: Tensor) -> list[Case]:
         return [
@@ -130,28 +257,21 @@ def _of_procedure(run: Run, how: MembershipAudit) -> Measured:
                 signals.phi[k],
                 signals.right[k],
                 inside[k],
-                signals.of(rest := others(k, how.networks)),
+                signals.of(rest := others(k, design.networks)),
                 inside[rest],
             )
-            for k in range(how.networks)
+            for k in range(design.networks)
         ]
 
     labels, probabilities = bool(signals.labels.all()), bool(signals.probabilities.all())
-    return Measured(cases(how.inside()), cases(how.null()), labels, probabilities)
+    return Measured(cases(design.inside()), cases(design.null()), labels, probabilities)
 
 
-def _of_model(run: Run, how: MembershipAudit, query: Query) -> Measured:
-    parts = []
-    for first in range(0, len(how.examples), PIECE):
-        rows = torch.arange(first, min(first + PIECE, len(how.examples)))
-        parts.append(run.stage(_queries(first), partial(_answers, query, how.examples, rows)).columns)
-    signals = Signals.over_examples([_answered(part) for part in parts])
-    references = _trained(run, how) if how.networks else None
-    case = Case(
-        signals.phi[0], signals.right[0], how.member, references, None if references is None else how.inside()
-    )
-    nobody = halves(how.places, 2, how.rng.at("null target"))[0]
-    null = replace(case, member=nobody, inside=None if references is None else how.null())
+def _of_model(design: Design, signals: Signals, references: Signals | None) -> Measured:
+    inside, null_inside = (None, None) if references is None else (design.inside(), design.null())
+    case = Case(signals.phi[0], signals.right[0], design.member, references, inside)
+    nobody = halves(design.places, 2, design.rng.at("null target"))[0]
+    null = replace(case, member=nobody, inside=null_inside)
     return Measured([case], [null], bool(signals.labels), bool(signals.probabilities))
 
 
@@ -166,12 +286,6 @@ def _answers(query: Query, examples: Batch, rows: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _answered(columns: Columns) -> Signals:
-    """Signals of the one model whose answers the columns contain."""
-    labels, probabilities = (columns[name][:1] == 1 for name in ("labels", "probabilities"))
-    return Signals(columns["phi"][None], columns["right"][None] == 1, labels, probabilities)
-
-
 def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
     """Return the columns of a shard: what its networks say about all examples."""
     return {
@@ -183,12 +297,12 @@ def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
     }
 
 
-def _trained(run: Run, how: MembershipAudit) -> Signals:
-    """Signals of the reference networks, which are trained in shards that are stored."""
+def _train(run: Run, how: MembershipAudit) -> None:
+    """Train the reference networks in shards that are stored."""
 
     def report(done: Mapping[int, Columns], epochs: int) -> None:
         finished = how.epochs * sum(len(columns["id"]) for columns in done.values())
-        run.report(NETWORKS, finished + epochs, how.epochs * how.networks, 0, 0)
+        run.report(NETWORKS, finished + epochs, how.epochs * how.design.networks, 0, 0)
 
     def joined(parts: Sequence[Columns]) -> Columns:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -196,31 +310,42 @@ def _trained(run: Run, how: MembershipAudit) -> Signals:
     def shards() -> Shards:
         return Shards(lambda shard: None, run.shards.__getitem__, joined, report, timed=False)
 
-    columns = run.sharded_stage(NETWORKS, shards).columns
-    right, labels, probabilities = (columns[name] == 1 for name in ("right", "labels", "probabilities"))
-    return Signals(columns["phi"], right, labels, probabilities)
+    run.sharded_stage(NETWORKS, shards)
 
 
-def _per_example(
-    how: MembershipAudit, headline: Sequence[PerExample], members: Sequence[Mask]
-) -> dict[str, Tensor]:
+def _per_example(design: Design, examples: Columns, found: Measured) -> dict[str, Tensor]:
     """For each example, the mean score of the networks that were trained on it and of the others, and the share of the
     networks that were trained on it in which it is found.
     """
-    score, member = torch.stack(list(headline)), torch.stack(list(members))
-    hit = torch.stack(
-        [rates.found(each, mask, how.fpr) for each, mask in zip(headline, members, strict=True)]
-    )
+    headline = [case.headline(labels=found.labels) for case in found.cases]
+    score, member = torch.stack(headline), torch.stack([case.member for case in found.cases])
+    hit = torch.stack([rates.found(each, mask, design.fpr) for each, mask in zip(score, member, strict=True)])
     n = member.sum(0)
     return {
-        "id": how.places,
-        "row": how.examples.ids.cpu(),
-        "label": how.examples.y.cpu(),
+        "id": design.places,
+        "row": examples["row"],
+        "label": examples["label"],
         "trainings": n,
         "score": torch.where(member, score, 0.0).sum(0) / n,
         "score_outside": torch.where(member, 0.0, score).sum(0) / (~member).sum(0),
         "found": (hit & member).sum(0).double() / n,
     }
+
+
+def _refuse_other_scores(steps: StoredSteps, expected: Columns) -> None:
+    """Raise `TargetError` if the stored scores of the examples do not follow from the other steps."""
+    forms = {name: Form(nan=True) if each.is_floating_point() else IDS for name, each in expected.items()}
+    stored = steps.columns(SCORES, forms, n=len(expected["id"]))
+    for name, each in expected.items():
+        if not torch.allclose(stored[name].double(), each.double(), rtol=1e-6, atol=1e-9, equal_nan=True):
+            raise steps.refuse(
+                SCORES, f"another column {name!r} than follows from the signals", "that column"
+            )
+
+
+def _rounded(score: Callable[[], PerExample]) -> PerExample:
+    """Scores in float32, so that equal examples have equal ones, whichever instructions computed the last digits."""
+    return score().float().double()
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from holdfast.audits.membership.rates import auc
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -23,9 +22,9 @@ def width(members: int, non_members: int) -> float:
     return max(0.05, 3 * math.sqrt((members + non_members + 1) / (12 * members * non_members)))
 
 
-def blind_auc(examples: Batch, member: Mask, classes: int, rng: Draws) -> float:
-    """Return the area under the curve of a classifier that tells members from non-members by their inputs and labels
-    alone, in five-fold cross-validation.
+def blind_scores(examples: Batch, member: Mask, classes: int, rng: Draws) -> PerExample:
+    """Return the scores of a classifier that tells members from non-members by their inputs and labels alone, in
+    five-fold cross-validation.
 
     It is a ridge regression on the inputs (a random projection of large ones), on random features of them, and on the
     labels. It does not use the audited model, so that what it finds is a difference between the data.
@@ -50,7 +49,7 @@ def blind_auc(examples: Batch, member: Mask, classes: int, rng: Draws) -> float:
         a = features[fitted]
         gram = a.T @ a + _RIDGE * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
         score[~fitted] = features[~fitted] @ torch.linalg.solve(gram, a.T @ target[fitted])
-    return auc(score, member)
+    return score
 
 
 def refuse_shared(members: Batch, non_members: Batch) -> None:

@@ -13,23 +13,19 @@ from holdfast.core.types import Mask
 
 
 @dataclass(frozen=True)
-class MembershipAudit:
-    """What is audited, and how."""
+class Design:
+    """Which examples are members of which networks, and what is compared."""
 
-    examples: Batch
-    classes: int
+    n: int
+    """number of examples"""
     networks: int
     """number of reference networks, or of networks that are targets in turn"""
     fpr: float
     seed: int
     members: int | None = None
     """number of the first examples, those that the model was trained on; None if a training procedure is audited"""
-    groups: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Mapping[str, Mask] = field(default_factory=dict)
     """members of each group, by name, as a mask of the examples"""
-    together: int = 2
-    """number of networks that one shard trains; an even number"""
-    epochs: int = 1
-    """number of times that progress is reported for each network"""
 
     @property
     def rng(self) -> Draws:
@@ -37,21 +33,14 @@ class MembershipAudit:
         return Draws(self.seed).at("membership")
 
     @property
-    def shards(self) -> tuple[tuple[int, int], ...]:
-        """For each shard, its first network and the network after its last one."""
-        firsts = range(0, self.networks, self.together)
-        return tuple((first, min(first + self.together, self.networks)) for first in firsts)
-
-    @property
     def member(self) -> Mask:
-        """Mask of the training examples of the model."""
-        assert self.members is not None
-        return torch.arange(len(self.examples)) < self.members
+        """Mask of the training examples of the model, or of the first network."""
+        return self.inside()[0] if self.members is None else self.places < self.members
 
     @property
     def places(self) -> Tensor:
         """Positions of the examples, by which random numbers are drawn; ids may occur in two data sets."""
-        return torch.arange(len(self.examples))
+        return torch.arange(self.n)
 
     def inside(self) -> Tensor:
         """Return which examples each network is trained on."""
@@ -60,3 +49,23 @@ class MembershipAudit:
     def null(self) -> Tensor:
         """Return other halves, which no network was trained on."""
         return halves(self.places, max(self.networks, 2), self.rng.at("null"))
+
+
+@dataclass(frozen=True)
+class MembershipAudit:
+    """What is audited, and how."""
+
+    design: Design
+    examples: Batch
+    classes: int
+    together: int = 2
+    """number of networks that one shard trains; an even number"""
+    epochs: int = 1
+    """number of times that progress is reported for each network"""
+
+    @property
+    def shards(self) -> tuple[tuple[int, int], ...]:
+        """For each shard, its first network and the network after its last one."""
+        networks = self.design.networks
+        firsts = range(0, networks, self.together)
+        return tuple((first, min(first + self.together, networks)) for first in firsts)

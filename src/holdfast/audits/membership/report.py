@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Curve, Finding, Picture, Table, in_unit_range
 from holdfast.audits.membership import controls, rates
-from holdfast.audits.membership.how import MembershipAudit
+from holdfast.audits.membership.how import Design
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
-from holdfast.core.types import Mask, PerExample
+from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.reports.numbers import percent
 
 METRIC = "membership_tpr_at_1_percent"
@@ -20,6 +21,7 @@ _RATES = (0.001, 0.01, 0.1)
 _WEAK = ("loss", "label only")
 """attacks that need no reference networks; that they find nothing is no result"""
 _SHOWN, _POINTS = 12, 41
+_EXPOSED = "exposed"
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ class Results:
         return [rates.tpr(s[attack], m, fpr) for s, m in zip(self.scores, self.members, strict=True)]
 
 
-def finding_of(how: MembershipAudit, results: Results, notes: Sequence[str]) -> Finding:
+def finding_of(how: Design, results: Results, notes: Sequence[str]) -> Finding:
     """Return the finding: `flagged` if members are found more often than the false-positive rate, `unclear` if a
     control fails, or if a weak attack finds nothing.
     """
     rate = results.rate(results.headline, how.fpr)
     n_members = int(results.members[0].sum())
-    n_others = len(how.examples) - n_members
+    n_others = how.n - n_members
     verdict, reasons = _judged(how, results, rate, controls.width(n_members, n_others))
     metrics = {}
     if n_others >= rates.needed(METRIC_FPR):
@@ -94,16 +96,14 @@ def finding_of(how: MembershipAudit, results: Results, notes: Sequence[str]) -> 
         [*reasons, f"each target has {n_members:,} members and {n_others:,} non-members"],
         _facts(how, results, rate, n_members, n_others),
         metrics,
-        (_attacks(how, results, n_others), *_exposed(how, results), *_by_group(how, results)),
-        _pictures(how, results),
+        (_attacks(how, results, n_others), *_exposed(results), *_by_group(how, results)),
+        _pictures(results),
         (_curve(results, n_others),),
         _limits(how, results, notes),
     )
 
 
-def _judged(
-    how: MembershipAudit, results: Results, rate: Estimate, width: float
-) -> tuple[AuditVerdict, list[str]]:
+def _judged(how: Design, results: Results, rate: Estimate, width: float) -> tuple[AuditVerdict, list[str]]:
     allowed = f"allowed: {0.5 - width:.2f} to {0.5 + width:.2f}"
     reasons = [
         f"without the model, members and non-members are told apart with an AUC of {results.blind_auc:.3f}, {allowed}",
@@ -129,9 +129,7 @@ def _failed_control(results: Results, width: float) -> str:
     return "members and non-members differ in kind" if abs(results.blind_auc - 0.5) > width else ""
 
 
-def _facts(
-    how: MembershipAudit, results: Results, rate: Estimate, n_members: int, n_others: int
-) -> dict[str, object]:
+def _facts(how: Design, results: Results, rate: Estimate, n_members: int, n_others: int) -> dict[str, object]:
     return {
         "audited": "procedure" if how.members is None else "model",
         "networks": how.networks,
@@ -159,7 +157,7 @@ def _facts(
     }
 
 
-def _attacks(how: MembershipAudit, results: Results, n_others: int) -> Table:
+def _attacks(how: Design, results: Results, n_others: int) -> Table:
     shown = sorted({*_RATES, how.fpr})
 
     def cell(attack: str, fpr: float) -> str:
@@ -181,7 +179,7 @@ def _attacks(how: MembershipAudit, results: Results, n_others: int) -> Table:
     )
 
 
-def _most_exposed(how: MembershipAudit, columns: Columns) -> list[int]:
+def _most_exposed(columns: Columns) -> list[int]:
     """Places of the members that are found most often, those with the largest scores first, without those that are not
     found.
     """
@@ -191,8 +189,8 @@ def _most_exposed(how: MembershipAudit, columns: Columns) -> list[int]:
     return [int(place) for place in by_score[often][:_SHOWN] if columns["found"][place] > 0]
 
 
-def _exposed(how: MembershipAudit, results: Results) -> list[Table]:
-    columns, places = results.columns, _most_exposed(how, results.columns)
+def _exposed(results: Results) -> list[Table]:
+    columns, places = results.columns, _most_exposed(results.columns)
     several = len(results.scores) > 1
     table = Table(
         "Most exposed training examples",
@@ -213,7 +211,7 @@ def _exposed(how: MembershipAudit, results: Results) -> list[Table]:
     return [table] if places else []
 
 
-def _by_group(how: MembershipAudit, results: Results) -> list[Table]:
+def _by_group(how: Design, results: Results) -> list[Table]:
     columns = results.columns
     masks = dict(how.groups) or {
         str(label): columns["label"] == label for label in torch.unique(columns["label"]).tolist()
@@ -229,20 +227,19 @@ def _by_group(how: MembershipAudit, results: Results) -> list[Table]:
     return [Table(title, (heading, "training examples", "found"), rows)]
 
 
-def _pictures(how: MembershipAudit, results: Results) -> list[Picture]:
-    x = how.examples.x
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
-        return []
-    places = _most_exposed(how, results.columns)
-    if not places:
-        return []
-    images = in_unit_range(x[places], float(x.min()), float(x.max()))
+def _pictures(results: Results) -> list[Picture]:
+    columns, places = results.columns, _most_exposed(results.columns)
     captions = [
-        f"row {int(results.columns['row'][k])}, label {int(results.columns['label'][k])}, found "
-        f"{percent(float(results.columns['found'][k]), 0)}"
+        f"row {int(columns['row'][k])}, label {int(columns['label'][k])}, found "
+        f"{percent(float(columns['found'][k]), 0)}"
         for k in places
     ]
-    return [Picture("The most exposed training examples", images, captions)]
+    return [Picture(_EXPOSED, "The most exposed training examples", captions)] if places else []
+
+
+def images_of(x: Inputs, columns: Columns) -> dict[str, Tensor]:
+    """Return the images of the most exposed training examples."""
+    return {_EXPOSED: in_unit_range(x[_most_exposed(columns)], float(x.min()), float(x.max()))}
 
 
 def _curve(results: Results, n_others: int) -> Curve:
@@ -261,7 +258,7 @@ def _curve(results: Results, n_others: int) -> Curve:
     )
 
 
-def _limits(how: MembershipAudit, results: Results, notes: Sequence[str]) -> list[str]:
+def _limits(how: Design, results: Results, notes: Sequence[str]) -> list[str]:
     limits = [
         "A low rate is no proof of privacy: other attacks may find more. Only differential privacy bounds them."
     ]

@@ -6,7 +6,7 @@ from the paper: the loss is that of the network after the training, without grad
 1 % lowest losses on MNIST contained fewer manipulated examples (0.00 against 0.22 for a stamp on 1 %).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,15 +18,17 @@ from holdfast.audits.features import penultimate
 from holdfast.audits.poison.comparison import Comparison, compared
 from holdfast.audits.poison.confident_learning import LabelScores, label_scores
 from holdfast.audits.poison.feature_scores import feature_scores
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.types import Labels, Mask, PerExample
+from holdfast.core.types import Ids, Labels, Logits, Mask, PerExample
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
+from holdfast.runs.store.column_forms import IDS, Form, flag, whole
 
 EPOCHS = 4
 """number of epochs of each network, after which manipulated examples differ most and labels are not memorised"""
@@ -39,6 +41,10 @@ LOWEST = 0.01
 
 Train = Callable[[Batch, Draws], Classifier]
 """function that trains a network with fresh weights on examples"""
+
+
+EXAMPLES, SCORES = "examples", "scores"
+"""names of the stages with the labels of the examples, and with their scores by the network that is trained on all"""
 
 
 @dataclass(frozen=True)
@@ -57,30 +63,39 @@ class PoisonRequest:
         return len(self.batch) - self.n_trusted
 
     @property
-    def y(self) -> Labels:
-        """Labels of all examples, on the CPU."""
-        return self.batch.y.cpu()
-
-    @property
-    def trusted(self) -> Mask:
-        """Whether each example is trusted, on the CPU."""
-        return torch.arange(len(self.batch)) >= self.n
-
-    @property
     def rng(self) -> Draws:
         """Random numbers of the audit."""
         return Draws(self.seed).at("poison")
 
     def steps(self) -> tuple[str, ...]:
         """Return the names of the steps, in their order."""
-        return (*(f"fold-{fold}" for fold in range(FOLDS)), "scores")
+        return (EXAMPLES, *(f"fold-{fold}" for fold in range(FOLDS)), SCORES)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The audited examples, followed by the trusted ones, without their inputs."""
+
+    ids: Ids
+    y: Labels
+    n_trusted: int
+
+    @property
+    def n(self) -> int:
+        """Number of examples that are audited."""
+        return len(self.ids) - self.n_trusted
+
+    @property
+    def trusted(self) -> Mask:
+        """Whether each example is trusted."""
+        return torch.arange(len(self.ids)) >= self.n
 
 
 @dataclass(frozen=True)
 class Scored:
     """The scores of the audited examples, of which larger ones are more suspect, and the comparison of the set."""
 
-    request: PoisonRequest
+    examples: Examples
     scores: dict[str, PerExample]
     """scores of all examples, by method"""
     flags: dict[str, Mask]
@@ -99,14 +114,14 @@ class Scored:
         """The number of methods that flag each audited example; 0 if it is only lowest-loss isolation, which flags a
         share of any set.
         """
-        flags = torch.stack([self.flags[name][: self.request.n] for name in METHODS])
+        flags = torch.stack([self.flags[name][: self.examples.n] for name in METHODS])
         return torch.where(flags[: METHODS.index("loss")].any(0), flags.sum(0), 0)
 
     def suspects(self) -> list[int]:
         """Return the rows of the suspect examples: those that most methods flag first, then by the mean rank of their
         scores in their class.
         """
-        n, y = self.request.n, self.request.y[: self.request.n]
+        n, y = self.examples.n, self.examples.y[: self.examples.n]
         rank = torch.zeros(n, dtype=torch.float64)
         for label in sorted({*y.tolist()}):
             rows = (y == label).nonzero()[:, 0]
@@ -163,39 +178,97 @@ def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
     return PoisonRequest(both, len(trusted))
 
 
-def scored(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> Scored:
-    """Take the steps of the audit that are not stored in the run, and return the scores.
+def measure(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> None:
+    """Take the steps of the audit that are not stored in the run.
 
     Cost: four trainings, three of them on two thirds of the examples.
     """
     batch, rng = request.batch, request.rng
-    order = rng.at("fold").bits(batch.ids).argsort()
-    fold_of = torch.empty_like(order)
-    fold_of[order] = torch.arange(len(order), device=order.device) % FOLDS
+    ids = batch.ids.cpu()
+    run.stage(
+        EXAMPLES,
+        lambda: {"id": ids, "label": batch.y.cpu(), "trusted": torch.arange(len(ids)) >= request.n},
+    )
+    fold_of = folds(ids, rng).to(batch.ids.device)
 
     def left_out(fold: int) -> Columns:
         notify(f"training network {fold + 1} of {FOLDS + 1}, without a third of the examples")
         rows = fold_of == fold
         model = train(batch.take(~rows), rng.at("fold", fold))
         _, logits = penultimate(model, batch.take(rows).x)
-        return {"id": batch.ids[rows].cpu(), "logits": logits}
+        return {"id": batch.ids[rows].cpu(), "logits": _finite(logits)}
 
-    parts = [run.stage(f"fold-{fold}", partial(left_out, fold)).columns for fold in range(FOLDS)]
-    logits = torch.empty(len(batch), parts[0]["logits"].shape[1], dtype=torch.float64)
-    for fold, columns in enumerate(parts):
-        logits[(fold_of == fold).cpu()] = columns["logits"]
-    labels = label_scores(logits, request.y)
+    parts = [run.stage(f"fold-{fold}", partial(left_out, fold)).columns["logits"] for fold in range(FOLDS)]
+    labels = label_scores(_in_order(parts, fold_of.cpu()), batch.y.cpu())
 
     def all_scores() -> Columns:
         notify(f"training network {FOLDS + 1} of {FOLDS + 1}, on all examples")
         return _columns(batch, train(batch, rng.at("all")), ~labels.suspect)
 
-    return _judged(request, labels, run.stage("scores", all_scores).columns)
+    run.stage(SCORES, all_scores)
+
+
+def folds(ids: Ids, rng: Draws) -> Tensor:
+    """Return the fold of each example, in which the network is not trained on it."""
+    order = rng.at("fold").bits(ids).argsort(stable=True)
+    fold_of = torch.empty_like(order)
+    fold_of[order] = torch.arange(len(order)) % FOLDS
+    return fold_of
+
+
+def scored(steps: StoredSteps) -> Scored:
+    """Return the scores of the stored steps of an audit. Raises `TargetError` if they contradict each other."""
+    stored = steps.columns(EXAMPLES, {"id": IDS, "label": whole("n"), "trusted": flag("n")})
+    examples = Examples(stored["id"], stored["label"], int(stored["trusted"].sum()))
+    n, rng = len(examples.ids), steps.rng("poison")
+    if not torch.equal(examples.trusted, stored["trusted"] == 1) or not examples.n:
+        raise steps.refuse(
+            EXAMPLES, "trusted examples at other places", "audited examples followed by trusted ones"
+        )
+    fold_of, parts = folds(examples.ids, rng), list[Tensor]()
+    for fold in range(FOLDS):
+        ids = examples.ids[fold_of == fold]
+        columns = steps.columns(f"fold-{fold}", {"id": IDS, "logits": Form(("n", "classes"))}, n=len(ids))
+        if not torch.equal(columns["id"], ids):
+            raise steps.refuse(f"fold-{fold}", "other ids", "those of the fold")
+        parts.append(columns["logits"])
+    classes = {part.shape[1] for part in parts}
+    if len(classes) > 1 or int(examples.y.max()) >= min(classes):
+        raise steps.refuse(
+            EXAMPLES, f"labels up to {int(examples.y.max())}", f"the classes of {sorted(classes)} logits"
+        )
+    labels = label_scores(_in_order(parts, fold_of), examples.y)
+    return _judged(examples, labels, steps.columns(SCORES, _FORMS, n=n), rng)
+
+
+_FORMS = {
+    **{name: Form() for name in ("loss", "energy", "clustering", "share", "silhouette")},
+    "unusual": flag("n"),
+    "clustered": flag("n"),
+}
+
+
+def _in_order(parts: Sequence[Tensor], fold_of: Tensor) -> Logits:
+    """The logits of all examples from those of the folds."""
+    logits = torch.empty(len(fold_of), parts[0].shape[1], dtype=torch.float64)
+    for fold, part in enumerate(parts):
+        logits[fold_of == fold] = part
+    return logits
+
+
+def _finite(logits: Logits) -> Logits:
+    if not logits.isfinite().all():
+        raise TargetError(
+            "the trained network returns values that are not finite, so that examples cannot be scored; expected a "
+            "training that converges"
+        )
+    return logits
 
 
 def _columns(batch: Batch, model: Classifier, trusted_label: Mask) -> Columns:
     """The scores by the features and the losses of the network that was trained on all examples."""
     (features, logits), y = penultimate(model, batch.x), batch.y.cpu()
+    _finite(logits)
     columns = {
         name: torch.zeros(len(batch), dtype=torch.bool if name in ("unusual", "clustered") else torch.float64)
         for name in ("energy", "clustering", "share", "silhouette", "unusual", "clustered")
@@ -209,11 +282,11 @@ def _columns(batch: Batch, model: Classifier, trusted_label: Mask) -> Columns:
     return {"id": batch.ids.cpu(), "loss": loss, **columns}
 
 
-def _judged(request: PoisonRequest, labels: LabelScores, columns: Columns) -> Scored:
+def _judged(examples: Examples, labels: LabelScores, columns: Columns, rng: Draws) -> Scored:
     """Apply the rules for examples, and compare the set with the trusted examples. Where a score differs from that of
     the trusted ones, the examples that are too many are flagged as well.
     """
-    loss, n, everything = columns["loss"], request.n, torch.ones(len(request.batch), dtype=torch.bool)
+    loss, n, everything = columns["loss"], examples.n, torch.ones(len(examples.ids), dtype=torch.bool)
     lowest = torch.zeros(len(loss), dtype=torch.bool)
     lowest[loss[:n].argsort(stable=True)[: max(1, round(LOWEST * n))]] = True
     scores = {
@@ -222,19 +295,19 @@ def _judged(request: PoisonRequest, labels: LabelScores, columns: Columns) -> Sc
         "labels": labels.loss,
         "loss": -loss,
     }
-    rules = (columns["unusual"], columns["clustered"], labels.suspect, lowest)
+    rules = (columns["unusual"] == 1, columns["clustered"] == 1, labels.suspect, lowest)
     flags = {name: flagged.clone() for name, flagged in zip(METHODS, rules, strict=True)}
     comparison = None
-    if request.n_trusted:
+    if examples.n_trusted:
         # wrong labels alone must not look like manipulated inputs
         compares = {name: everything if name == "labels" else ~labels.suspect for name in METHODS}
-        y, trusted, ids = request.y, request.trusted, request.batch.ids.cpu()
-        comparison = compared(scores, compares, y, trusted, ids=ids, rng=request.rng)
+        y, trusted = examples.y, examples.trusted
+        comparison = compared(scores, compares, y, trusted, ids=examples.ids, rng=rng)
         for test in comparison.flagged:
             in_class = everything if test.label is None else y == test.label
             rows = (in_class & compares[test.score] & ~trusted).nonzero()[:, 0]
             order = scores[test.score][rows].argsort(descending=True, stable=True)
             flags[test.score][rows[order[: test.excess]]] = True
     return Scored(
-        request, scores, flags, labels.predicted, columns["share"], columns["silhouette"], comparison
+        examples, scores, flags, labels.predicted, columns["share"], columns["silhouette"], comparison
     )

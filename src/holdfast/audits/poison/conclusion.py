@@ -2,18 +2,24 @@
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
-from holdfast.audits.poison.audit import METHODS, Scored
+from holdfast.audits.poison.audit import METHODS, Scored, scored
 from holdfast.audits.poison.comparison import DETECTABLE, LEVEL, Comparison, Tested
+from holdfast.audits.stored_steps import StoredSteps
+from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
 from holdfast.reports.words import amount
 
+_SUSPECTS = "suspects"
 _LISTED, _PICTURED = 20, 40
 """Numbers of suspect examples that the report lists, and shows as pictures."""
 
@@ -32,17 +38,34 @@ _REAL_ERRORS = (
 _RANKED = "Without trusted examples (clean), suspect examples do not show whether the set was manipulated."
 
 
-def concluded(scored: Scored, bounds: Bounds, names: Sequence[str] | None = None) -> Finding:
-    """Return the finding of an audit. `names` are those of the classes."""
+class _Settings(TypedDict):
+    class_names: list[str] | None
+
+
+def concluded(steps: StoredSteps) -> Finding:
+    """Return the finding of an audit from its stored steps."""
+    finding = finding_of(scored(steps), steps.settings(_Settings)["class_names"])
+    return replace(finding, pictures=steps.pictures(finding.pictures))
+
+
+def images_of(batch: Batch, scored: Scored, bounds: Bounds) -> dict[str, Tensor]:
+    """Return the images of the most suspect examples."""
+    images = batch.take(torch.tensor(scored.suspects()[:_PICTURED], dtype=torch.int64)).x
+    low, high = float(torch.as_tensor(bounds.low).min()), float(torch.as_tensor(bounds.high).max())
+    return {_SUSPECTS: in_unit_range(images, low, high)}
+
+
+def finding_of(scored: Scored, names: Sequence[str] | None = None) -> Finding:
+    """Return the finding of an audit from its scores. `names` are those of the classes."""
     suspects = scored.suspects()
     verdict, headline, reasons = _verdict(scored, len(suspects), names)
-    request, comparison = scored.request, scored.comparison
+    examples, comparison = scored.examples, scored.comparison
     facts: dict[str, Any] = {
-        "examples": request.n,
-        "trusted": request.n_trusted,
+        "examples": examples.n,
+        "trusted": examples.n_trusted,
         "suspects": len(suspects),
-        "flagged_by": {name: int(scored.flags[name][: request.n].sum()) for name in METHODS},
-        "out_of_sample_accuracy": float((scored.predicted == request.y)[: request.n].double().mean()),
+        "flagged_by": {name: int(scored.flags[name][: examples.n].sum()) for name in METHODS},
+        "out_of_sample_accuracy": float((scored.predicted == examples.y)[: examples.n].double().mean()),
     }
     if comparison is not None:
         facts |= {
@@ -59,7 +82,7 @@ def concluded(scored: Scored, bounds: Bounds, names: Sequence[str] | None = None
         reasons,
         facts,
         tables=(_classes(scored, names), *_listed(scored, suspects, names)),
-        pictures=_pictures(scored, suspects, bounds, names),
+        pictures=_pictures(scored, suspects, names),
         limits=(*compared, _MISSED, _REAL_ERRORS),
     )
 
@@ -75,7 +98,7 @@ def write_suspects(path: Path, scored: Scored) -> None:
             lines.writerow(["index", "class", *METHODS, "flagged"])
             for row in scored.suspects():
                 scores = [f"{float(scored.scores[name][row]):.6g}" for name in METHODS]
-                label = int(scored.request.y[row])
+                label = int(scored.examples.y[row])
                 lines.writerow([_index(scored, row), label, *scores, " ".join(_flagging(scored, row))])
     except OSError as error:
         raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -84,9 +107,9 @@ def write_suspects(path: Path, scored: Scored) -> None:
 def _verdict(
     scored: Scored, n_suspects: int, names: Sequence[str] | None
 ) -> tuple[AuditVerdict, str, tuple[str, ...]]:
-    request, comparison = scored.request, scored.comparison
-    counted = f"{amount(n_suspects, 'suspect examples')} of {request.n:,}"
-    by_method = ", ".join(f"{name} {int(scored.flags[name][: request.n].sum())}" for name in METHODS)
+    examples, comparison = scored.examples, scored.comparison
+    counted = f"{amount(n_suspects, 'suspect examples')} of {examples.n:,}"
+    by_method = ", ".join(f"{name} {int(scored.flags[name][: examples.n].sum())}" for name in METHODS)
     rules = f"Examples that each method flags: {by_method}. Lowest-loss isolation flags 1 % of any set."
     if comparison is None:
         return "unclear", f"{counted}, and no trusted examples to compare the set with", (rules, _RANKED)
@@ -141,7 +164,7 @@ def _detectable(comparison: Comparison, names: Sequence[str] | None) -> str:
 
 
 def _classes(scored: Scored, names: Sequence[str] | None) -> Table:
-    n, y = scored.request.n, scored.request.y
+    n, y = scored.examples.n, scored.examples.y
     headings = ["class", "examples", "suspect", "smaller cluster %", "silhouette"]
     tested = scored.comparison
     p = {} if tested is None else {(test.label, test.score): test.p for test in tested.tests}
@@ -162,7 +185,7 @@ def _listed(scored: Scored, suspects: list[int], names: Sequence[str] | None) ->
     rows: list[list[str | float | int]] = [
         [
             _index(scored, row),
-            _named(int(scored.request.y[row]), names),
+            _named(int(scored.examples.y[row]), names),
             _named(int(scored.predicted[row]), names),
             *(float(scored.scores[name][row]) for name in METHODS),
             ", ".join(_flagging(scored, row)),
@@ -174,22 +197,14 @@ def _listed(scored: Scored, suspects: list[int], names: Sequence[str] | None) ->
     return (Table(title, headings, rows, note),) if rows else ()
 
 
-def _pictures(
-    scored: Scored, suspects: list[int], bounds: Bounds, names: Sequence[str] | None
-) -> tuple[Picture, ...]:
-    batch = scored.request.batch
-    shape = batch.example_shape
-    if not suspects or len(shape) != 3 or shape[0] not in (1, 3):
-        return ()
+def _pictures(scored: Scored, suspects: list[int], names: Sequence[str] | None) -> tuple[Picture, ...]:
     shown = suspects[:_PICTURED]
-    images = batch.take(torch.tensor(shown)).x.cpu()
-    low, high = float(torch.as_tensor(bounds.low).min()), float(torch.as_tensor(bounds.high).max())
     captions = [
-        f"{_index(scored, row)}: {_named(int(scored.request.y[row]), names)} ({', '.join(_flagging(scored, row))})"
+        f"{_index(scored, row)}: {_named(int(scored.examples.y[row]), names)} ({', '.join(_flagging(scored, row))})"
         for row in shown
     ]
     title = f"The {len(shown)} most suspect of {amount(len(suspects), 'suspect examples')}"
-    return (Picture(title, in_unit_range(images, low, high), captions),)
+    return (Picture(_SUSPECTS, title, captions),) if shown else ()
 
 
 def _flagging(scored: Scored, row: int) -> list[str]:
@@ -197,8 +212,8 @@ def _flagging(scored: Scored, row: int) -> list[str]:
 
 
 def _index(scored: Scored, row: int) -> int:
-    return int(scored.request.batch.ids[row])
+    return int(scored.examples.ids[row])
 
 
 def _named(label: int, names: Sequence[str] | None) -> str:
-    return str(label) if names is None else names[label]
+    return str(label) if names is None or label >= len(names) else names[label]

@@ -28,20 +28,20 @@ class LabelScores:
 
 def label_scores(logits: Logits, y: Labels) -> LabelScores:
     """Return the scores of the labels `y` (n) from out-of-sample logits (n, classes)."""
-    loss, predicted = cross_entropy(logits, y, reduction="none"), logits.argmax(1)
+    # in float32, so that equal examples have equal losses, whichever instructions computed the last digits
+    loss, predicted = cross_entropy(logits, y, reduction="none").float().double(), logits.argmax(1)
     suspect = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     probabilities = logits.softmax(1)
-    errors = _label_errors(probabilities, y)
-    for label, other in errors.nonzero().tolist():
+    for label, other, n in _label_errors(probabilities, y):
         rows = (y == label).nonzero()[:, 0]
         margin = probabilities[rows, other] - probabilities[rows, label]
-        suspect[rows[margin.argsort(descending=True, stable=True)[: int(errors[label, other])]]] = True
+        suspect[rows[margin.argsort(descending=True, stable=True)[:n]]] = True
     return LabelScores(loss, predicted, suspect & (predicted != y))
 
 
-def _label_errors(probabilities: Tensor, y: Labels) -> Tensor:
-    """The estimated number of examples with each label (rows) whose true class is another one (columns), from the
-    confident joint.
+def _label_errors(probabilities: Tensor, y: Labels) -> list[tuple[int, int, int]]:
+    """For pairs of a label and another class, the estimated number of examples with the label whose true class is the
+    other one, from the confident joint.
     """
     classes = probabilities.shape[1]
     own = probabilities.gather(1, y[:, None])[:, 0]
@@ -52,7 +52,10 @@ def _label_errors(probabilities: Tensor, y: Labels) -> Tensor:
     above = probabilities >= mean_confidence - 1e-12  # equal confidences have a mean that is rounded
     confident = above.any(1)
     likely = torch.where(above, probabilities, -1.0).argmax(1)
-    pairs = (y * classes + likely)[confident]
-    joint = torch.bincount(pairs, minlength=classes**2).view(classes, classes).double()
-    scaled = joint / joint.sum(1, keepdim=True).clamp(min=1) * counts[:, None]
-    return (scaled - scaled.diag().diag()).round().long()
+    # only pairs that occur, as a table of all pairs of many classes would not fit into memory
+    pairs, joint = torch.unique((y * classes + likely)[confident], return_counts=True)
+    label, other = pairs // classes, pairs % classes
+    of_label = torch.bincount(label, weights=joint.double(), minlength=classes)
+    errors = (joint / of_label[label].clamp(min=1) * counts[label]).round().long()
+    rows = torch.stack((label, other, errors), 1)[(label != other) & (errors > 0)]
+    return [(a, b, n) for a, b, n in rows.tolist()]

@@ -3,24 +3,29 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Annotated
 
 import torch
+from pydantic import Field, Strict
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from typing_extensions import TypedDict
 
-from holdfast.audits.finding import Finding, Table
+from holdfast.audits.finding import Finding, Images, Table
 from holdfast.audits.privacy.bounds import epsilon_from_guesses, p_value
 from holdfast.audits.privacy.canaries import Canaries, CanaryKind, planted, right_guesses
+from holdfast.audits.stored_steps import Share, Size, StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Labels
 from holdfast.reports.numbers import percent
 from holdfast.runs.engine.run import Run
+from holdfast.runs.store.column_forms import Form, flag, whole
 from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson
 
 LOSSES = "losses"
@@ -109,21 +114,59 @@ class PrivacyAudit:
             )
 
 
-def privacy_finding(run: Run, train: Train, data: Batch, model: Classifier, how: PrivacyAudit) -> Finding:
-    """Train one network with canaries, guess which were included, and return the lower bound of epsilon.
+def measure(run: Run, train: Train, data: Batch, model: Classifier, how: PrivacyAudit) -> Images:
+    """Train one network with canaries, and store their losses. The training is one step of the run.
 
-    `model` states the bounds of the inputs and the number of classes. The training is one step of the run.
+    `model` states the bounds of the inputs and the number of classes.
     """
     classes = model.classes
     assert classes is not None
-    rng = Draws(how.seed).at("privacy")
-    canaries = planted(data, classes, model.bounds, n=how.canaries, kind=how.kind, rng=rng)
-    columns = run.stage(LOSSES, partial(_measured, train, canaries, how.seed)).columns
-    shown = columns["canary"] == 1
+
+    def measured() -> Columns:
+        rng = Draws(how.seed).at("privacy")
+        canaries = planted(data, classes, model.bounds, n=how.canaries, kind=how.kind, rng=rng)
+        return _measured(train, canaries, how.seed) | {"counts": data.y.cpu().bincount(minlength=classes)}
+
+    run.stage(LOSSES, measured)
+    return dict
+
+
+class _Settings(TypedDict):
+    epsilon: Annotated[float, Strict(), Field(gt=0, le=1e4)]
+    delta: Share
+    canaries: Annotated[Size, Field(ge=1)]
+    kind: CanaryKind
+    share: Share
+
+
+_FORMS = {
+    "canary": flag("n"),
+    "included": flag("n"),
+    "loss": Form(),
+    "right": flag("n"),
+    "counts": whole("classes", high=2**31),
+}
+
+
+def concluded(steps: StoredSteps) -> Finding:
+    """Return the lower bound of epsilon from guesses which canaries were included."""
+    settings = steps.settings(_Settings)
+    how = PrivacyAudit(
+        **{name: settings[name] for name in _Settings.__annotations__}, seed=steps.manifest["seed"]
+    )
+    columns = steps.columns(LOSSES, _FORMS)
+    shown, counts = columns["canary"] == 1, columns["counts"]
+    n_canaries, n = int(shown.sum()), int(counts.sum())
+    if n_canaries != how.canaries or n_canaries == len(shown) or not n:
+        raise steps.refuse(
+            LOSSES,
+            f"{n_canaries:,} canaries and {len(shown) - n_canaries:,} other examples",
+            f"{how.canaries:,} canaries beside others",
+        )
     losses, included = columns["loss"][shown], columns["included"][shown] == 1
     accuracy = float((columns["right"][~shown] == 1).double().mean())
-    found = _finding(how, right_guesses(losses, included, how.guesses), len(data), accuracy, losses, included)
-    majority = float(data.y.bincount().max()) / len(data)
+    found = _finding(how, right_guesses(losses, included, how.guesses), n, accuracy, losses, included)
+    majority = float(counts.max()) / n
     if found.verdict == "flagged" or accuracy > majority:
         return found
     untrained = (

@@ -11,14 +11,15 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from io import BufferedReader, RawIOBase
-from socket import SHUT_RDWR, SocketIO, gaierror, socket
+from io import BufferedReader
+from socket import SHUT_RDWR, gaierror, socket
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import InputRefused, TargetLost, UsageError
 from holdfast.core.remedies import Remedy
+from holdfast.io.remote.limited_answers import LimitedReader
 from holdfast.io.remote.remote import KEY, SCHEMES, Remote, header_variable
 from holdfast.io.remote.sent import Sent
 
@@ -64,9 +65,6 @@ class RequestPace:
         return until
 
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
 LONGEST_WAIT_S = 60.0
 """Longest pause in seconds that a server may request. A longer one ends the run, which can be resumed later."""
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0  # pause before a retry: doubled each time, up to the second number
@@ -101,27 +99,6 @@ class _TemporaryFailure(Exception):
     """whether the server closed an idle connection, which is normal"""
     maybe_request: bool = False
     """whether the failure may be due to a request that the server does not understand"""
-
-
-class _DeadlineReader(RawIOBase):
-    """Reader of a socket that raises `TimeoutError` when `late` returns True, even if data still arrive in small
-    pieces.
-    """
-
-    def __init__(self, raw: SocketIO, late: Callable[[], bool]) -> None:
-        self._raw, self._late = raw, late
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer") -> int | None:
-        if self._late():
-            raise TimeoutError
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
 
 class Client:
@@ -260,6 +237,8 @@ class Client:
         """Return an idle open connection or None, and the connection to use: that one or a new one."""
         with self._lock:
             idle = self._idle.pop() if self._idle else None
+            if idle is not None and idle.sock is not None:
+                idle.sock.settimeout(self._remote.timeout_s)  # less remained for the last answer
             connection = idle or self._connected()
             self._busy.add(connection)
             return idle, connection
@@ -278,8 +257,8 @@ class Client:
         answer, deadline = HTTPResponse(sock, method=method), self._remote.now() + self._remote.timeout_s
         # The file object that HTTPResponse opened has no deadline, so it is replaced before anything is read from it.
         answer.fp.close()
-        raw = _DeadlineReader(sock.makefile("rb", buffering=0), lambda: self._remote.now() > deadline)
-        answer.fp = BufferedReader(raw)
+        raw = sock.makefile("rb", buffering=0)
+        answer.fp = BufferedReader(LimitedReader(sock, raw, lambda: deadline - self._remote.now()))
         return answer
 
     def _content(self, answer: HTTPResponse) -> bytes:

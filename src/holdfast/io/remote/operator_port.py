@@ -1,24 +1,48 @@
-"""Client of the operator's port of a server: its state, and what its operator requests."""
+"""Client of the operator's port of a server: its state, and what its operator requests.
+
+A key is never sent: the server proves first that it has the hash of the key, and then requests and answers are
+authenticated, see `operator_proofs`.
+"""
 
 import json
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hmac import compare_digest
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import line
+from holdfast.io.remote.limited_answers import whole_answer
+from holdfast.io.remote.operator_proofs import (
+    ANSWER_HEADER,
+    NO_SESSION,
+    SCHEME,
+    OperatorSession,
+    hash_of,
+    key_id,
+    new_nonce,
+)
 from holdfast.io.remote.remote import SCHEMES
 
 Json = dict[str, Any]
 
-_TIMEOUT_S = 30.0
-_MOST_BYTES = 1 << 28
-"""largest number of bytes of a response"""
+ANSWER_S = 30.0
+"""seconds in which a whole answer must arrive"""
+_RETRY_S = 0.5
+"""seconds between two attempts to connect to a server that is restarted"""
+_MOST_JSON, _MOST_BYTES = 1 << 24, 1 << 28
+"""largest number of bytes of an answer in JSON, and of another one"""
 _NO_KEY = frozenset({401, 403})
 _SHOWN = 300
 """largest number of characters of a reason that is shown"""
+_NONCE = re.compile(r"[0-9a-f]{32}")
+_JSON = "application/json"
 
 
 class Refusal(TargetError):
@@ -27,6 +51,10 @@ class Refusal(TargetError):
     def __init__(self, message: str, status: int, reason: str) -> None:
         super().__init__(message)
         self.status, self.reason = status, reason
+
+
+class Unanswered(TargetError):
+    """A request without an answer that can be used: there is none in time, it is not valid, or it has no proof."""
 
 
 def read_key(path: str | Path) -> str:
@@ -44,17 +72,28 @@ def read_key(path: str | Path) -> str:
     return key
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OperatorPort:
     """Client of the operator's port at a URL without a path, such as `http://127.0.0.1:8081`. Redirects are not
     followed, and proxies are not used.
 
-    Its methods raise `TargetError` if the server cannot be reached or does not answer as an operator's port does,
-    `UsageError` if it does not accept the key, and `Refusal` for other refused requests.
+    Its methods may be called by several threads. They raise `Unanswered` if the server cannot be reached, does not
+    answer as an operator's port does or, with a key, does not prove that it has its hash, `UsageError` if it does not
+    accept the key, and `Refusal` for other refused requests. A server that answered before, and is restarted, is waited
+    for within the time of one answer.
     """
 
     url: str
     key: str | None = field(default=None, repr=False)
+    answer_s: float = ANSWER_S
+    """seconds in which a whole answer must arrive"""
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
+    _session: OperatorSession | None = field(default=None, init=False, repr=False)
+    _sent: int = field(default=0, init=False, repr=False)
+    """number of requests of the session"""
+    _answered: bool = field(default=False, init=False, repr=False)
+    _end_s: float = field(default=0.0, init=False, repr=False)
+    """time at which the answer to the present request must have arrived, also if a session is begun before"""
 
     def __post_init__(self) -> None:
         try:
@@ -71,9 +110,9 @@ class OperatorPort:
         """Return the answer to a GET request."""
         return self._parsed(self._answer("GET", path, None))
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Json:
-        """Send a body, and return the answer."""
-        return self._parsed(self._answer("POST", path, json.dumps(body).encode()))
+    def post(self, path: str, body: Mapping[str, Any], *, answer_s: float | None = None) -> Json:
+        """Send a body, and return the answer, which must arrive within `answer_s` seconds if they are given."""
+        return self._parsed(self._answer("POST", path, json.dumps(body).encode(), answer_s=answer_s))
 
     def delete(self, path: str) -> Json:
         """Return the answer to a DELETE request."""
@@ -81,53 +120,155 @@ class OperatorPort:
 
     def read(self, path: str) -> bytes:
         """Return the content at a path that is not JSON."""
-        return self._answer("GET", path, None)
+        return self._answer("GET", path, None, _MOST_BYTES)
 
-    def _answer(self, method: str, path: str, body: bytes | None) -> bytes:
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        most: int = _MOST_JSON,
+        *,
+        answer_s: float | None = None,
+    ) -> bytes:
+        limit_s = answer_s or self.answer_s
+        end_s = time.monotonic() + limit_s
+        # the numbers of the requests of a session increase in the order of their arrival
+        if not self._lock.acquire(timeout=limit_s):
+            raise self._late()
+        try:
+            self._end_s = end_s
+            if self.key is None:
+                status, _, content = self._exchanged(method, path, body, {}, most)
+            else:
+                status, content = self._proven(self.key.encode(), method, path, body, most)
+            self._answered = True
+        finally:
+            self._lock.release()
+        if not 200 <= status < 300:
+            raise self._refusal(method, path, status, content)
+        return content
+
+    def _exchanged(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], most: int
+    ) -> tuple[int, str, bytes]:
+        """Send a request, and return the status, the proof (empty without one) and the content of the answer."""
         parts = urlsplit(self.url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        connection = kind(parts.hostname or "", parts.port or SCHEMES[parts.scheme], timeout=_TIMEOUT_S)
+        sent = {**headers, "Host": self._authority, **({} if body is None else {"Content-Type": _JSON})}
+        while True:
+            connection = kind(parts.hostname or "", parts.port or SCHEMES[parts.scheme])
+            remaining_s = self._end_s - time.monotonic()
+            if remaining_s <= 0:
+                raise self._late()
+            try:
+                response, content = whole_answer(
+                    connection, method, path, body, sent, timeout_s=remaining_s, most=most
+                )
+                return response.status, response.headers.get(ANSWER_HEADER, ""), content
+            except ConnectionRefusedError as error:
+                if not self._answered or remaining_s <= _RETRY_S:
+                    raise self._unreachable(str(error)) from error
+                time.sleep(_RETRY_S)
+            except TimeoutError as error:
+                raise self._unreachable("there was no whole answer in time") from error
+            except HTTPException as error:
+                raise self._unreachable(str(error) or type(error).__name__, "has no valid answer") from error
+            except (OSError, UnicodeError) as error:
+                raise self._unreachable(str(error) or type(error).__name__) from error
+
+    def _late(self) -> Unanswered:
+        return self._unreachable(f"none arrived as a whole within {self.answer_s:g} s", "has no valid answer")
+
+    @property
+    def _authority(self) -> str:
+        return urlsplit(self.url).netloc
+
+    def _unreachable(self, reason: str, fault: str = "cannot be reached") -> Unanswered:
+        return Unanswered(
+            f"the operator's port {self.url} {fault} ({line(reason)[:_SHOWN]}); check the address, and "
+            "whether the server runs"
+        )
+
+    # --- proofs
+
+    def _proven(self, key: bytes, method: str, path: str, body: bytes | None, most: int) -> tuple[int, bytes]:
+        """Send a request with a proof, and return the status and the content of the answer, whose proof is right."""
+        stored = hash_of(key)
+        for _ in range(2):
+            session = self._session or self._begun(stored)
+            self._session, self._sent = session, self._sent + 1
+            given = body or b""
+            request = session.request(self._sent, method, path, given, "" if body is None else _JSON)
+            proof = request.veiled(key, stored).hex()
+            header = f"{SCHEME} {session.key} {session.client} {session.server} {self._sent} {proof}"
+            status, answer, content = self._exchanged(method, path, body, {"Authorization": header}, most)
+            if not _equal(answer, request.answer_proof(stored, status, content)):
+                raise self._unproven()
+            if status != NO_SESSION:
+                return status, content
+            self._session = None
+        raise self._unproven()
+
+    def _begun(self, stored: bytes) -> OperatorSession:
+        """Begin a session. Raises `Unanswered` if the server does not prove that it has the hash of the key."""
+        name, nonce = key_id(stored), new_nonce()
+        body = json.dumps({"key": name, "nonce": nonce}).encode()
+        _, _, content = self._exchanged("POST", "/session", body, {}, _MOST_JSON)
         try:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read(_MOST_BYTES + 1)
-        except (HTTPException, OSError) as error:
-            raise TargetError(
-                f"the operator's port {self.url} cannot be reached ({str(error) or type(error).__name__}); check the "
-                "address, and whether the server runs"
-            ) from error
-        finally:
-            connection.close()
-        if len(content) > _MOST_BYTES:
-            raise TargetError(
-                f"{self.url}{path} returned more than {_MOST_BYTES >> 20} MiB; check the address"
-            )
-        if not 200 <= response.status < 300:
-            raise self._refusal(method, path, response.status, content)
-        return content
+            answer = self._parsed(content)
+        except Unanswered:
+            answer = {}
+        server, proof = str(answer.get("nonce")), str(answer.get("proof"))
+        session = OperatorSession(name, nonce, server, self._authority)
+        if not _NONCE.fullmatch(server) or not _equal(proof, session.server_proof(stored)):
+            raise self._unproven()
+        self._sent = 0
+        return session
+
+    def _unproven(self) -> Unanswered:
+        return Unanswered(
+            f"{self.url} did not prove that it is the server of this key: it is another server, it runs without "
+            "--keys, or its file of keys does not contain the key. The key was not sent; check the address and what "
+            "listens there, compare the file of keys (holdfast keys list), and leave the key file out for a server "
+            "without keys"
+        )
+
+    # --- contents
 
     def _refusal(self, method: str, path: str, status: int, content: bytes) -> TargetError | UsageError:
         try:
-            reason = str(json.loads(content)["error"])[:_SHOWN]
-        except (ValueError, LookupError, TypeError):
+            reason = line(str(json.loads(content)["error"]))[:_SHOWN]
+        except (ValueError, LookupError, TypeError, RecursionError):
             reason = ""
+        if status in _NO_KEY and self.key is None:
+            return UsageError(
+                f"the operator's port {self.url} needs a key: {reason or status}; give a file that contains one as the "
+                "key file (holdfast keys add creates it)"
+            )
         if status in _NO_KEY:
             return UsageError(
                 f"the operator's port {self.url} does not accept the key: {reason or status}; create one with holdfast "
-                "keys add NAME --scope admin, and give the file that contains it as the key file"
+                "keys add NAME --scope SCOPE, and give the file that contains it as the key file"
             )
         return Refusal(f"{self.url} refuses {method} {path}: {reason or status}", status, reason)
 
     def _parsed(self, content: bytes) -> Json:
         try:
-            answer = json.loads(content)
+            answer = json.loads(content.decode(), parse_constant=_refuse_constant)
+            json.dumps(answer, ensure_ascii=False).encode()  # half of a surrogate pair cannot be shown
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise TargetError(
+            raise Unanswered(
                 f"{self.url} did not answer with a JSON object; give the address of an operator's port"
             )
         return answer
+
+
+def _equal(proof: str, expected: str) -> bool:
+    return compare_digest(proof.encode("utf-8", "replace"), expected.encode())
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number in JSON")

@@ -41,7 +41,6 @@ from holdfast.rotation.pool.ledger_state import (
     well_formed,
 )
 from holdfast.runs.store.files import (
-    PRIVATE,
     append,
     content_of,
     open_regular,
@@ -281,9 +280,9 @@ class Ledger:
         """
         if head.entries == 1:
             write_head(self._head_path, head, self._key)
-            append(self.path, line, PRIVATE)
+            append(self.path, line)
             return
-        append(self.path, line, PRIVATE)
+        append(self.path, line)
         try:
             write_head(self._head_path, head, self._key)
         except BaseException:

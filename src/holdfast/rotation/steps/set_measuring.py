@@ -30,7 +30,7 @@ from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.engine.progress import Progress, silent
 from holdfast.runs.harness import Member, Plan
-from holdfast.runs.store.files import private
+from holdfast.runs.store.files import make_private
 from holdfast.runs.store.folder import read_stage
 from holdfast.runs.store.records import read_chain
 
@@ -120,19 +120,20 @@ class SetMeasurements:
         )
         stages = plan.outline(request.model.classes or 0).steps
         tag = digest(canonical([self._base, strict(stages)]))[:_TAG]
-        run = self.pool.path / FOLDER / str(subject.card["name"]) / f"{kind}-{start}-{stop}-{tag}"
+        of_set = self.pool.path / FOLDER / str(subject.card["name"])
+        run = of_set / f"{kind}-{start}-{stop}-{tag}"
+        for folder in (of_set.parent, of_set):
+            make_private(folder)
         order = AssessRequest(plan, device=request.device)
-        # The adversarial inputs of a candidate are secret.
-        with private():
-            result = assess(
-                subject,
-                self._rows(start, stop),
-                order,
-                run=run,
-                resume=True,
-                progress=self.progress,
-                again=self.again,
-            )
+        result = assess(
+            subject,
+            self._rows(start, stop),
+            order,
+            run=run,
+            resume=True,
+            progress=self.progress,
+            again=self.again,
+        )
         return result.evidence, run
 
     def _rows(self, start: int, stop: int) -> Arrays:

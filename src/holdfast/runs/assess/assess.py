@@ -112,8 +112,7 @@ def assess(
         about = about_run(request.command)
         store: Store = MemoryStore()
         if run is not None:
-            secret = "pool" in subject.card  # adversarial inputs of a serving set are secret
-            store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume, secret=secret))
+            store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume))
             manifest, about = store.manifest, store.about()
             attach(served)
         job = _Job(subject, data, request, plan, target, device, manifest, served, run)

@@ -175,7 +175,7 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
     if not threat.constraint.is_ball or threat.constraint.eps == float("inf"):
         raise UsageError(
             "the transfer between data sets needs a threat model with a norm and a finite eps",
-            Remedy("threat", "linf:8/255"),
+            Remedy("threat", threat.with_change("linf:8/255")),
             Remedy("across"),
         )
     if threat.goal is not None:

@@ -17,7 +17,7 @@ from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness import refuse_what_is_hidden
 from holdfast.runs.harness.target import base_of
-from holdfast.runs.store.files import SERVED, usable
+from holdfast.runs.store.files import SERVED, make_private, usable
 from holdfast.runs.store.folder import refuse_used, stored_manifest
 from holdfast.runs.store.journal import NAME, Journal
 
@@ -52,7 +52,7 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
         journals.append(journal_of_model)
         if stored_manifest(run) is None:  # the folder of a begun run belongs to the process with the lease
             with usable(run):
-                run.mkdir(parents=True, exist_ok=True)
+                make_private(run)
             journal_of_model.attach()
         return journal_of_model
 

@@ -11,7 +11,7 @@ import safetensors.torch
 
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.errors import TargetError
-from holdfast.runs.store.files import usable, write_atomically
+from holdfast.runs.store.files import make_private, usable, write_atomically
 from holdfast.runs.store.records import document
 
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -131,7 +131,7 @@ def save(
     }
     metadata = {_KEY: json.dumps(metadata_of_checkpoint, sort_keys=True)}
     with usable(folder):
-        folder.mkdir(exist_ok=True)
+        make_private(folder)
         write_atomically(folder / name, safetensors.torch.save(dict(checkpoint.tensors), metadata))
 
 
@@ -164,7 +164,7 @@ def delete_within(folder: Path) -> None:
 def save_batch(folder: Path, batch: int) -> None:
     """Save the batch size that a training uses for its next updates."""
     with usable(folder):
-        folder.mkdir(exist_ok=True)
+        make_private(folder)
         write_atomically(folder / _BATCH, document({"batch": batch}))
 
 

@@ -12,7 +12,7 @@ from holdfast.core.errors import Interrupted
 from holdfast.io.trackers import Ended, Tracker, open_tracker
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.checkpoints import Point
-from holdfast.runs.store.files import CHECKPOINTS, usable, write_atomically
+from holdfast.runs.store.files import CHECKPOINTS, make_private, usable, write_atomically
 from holdfast.runs.store.records import document
 
 _IDS = "trackers.json"
@@ -147,7 +147,7 @@ def opened_trackers(
         ids[target] = number
         if path is not None:
             with usable(path.parent):
-                path.parent.mkdir(exist_ok=True)
+                make_private(path.parent)
                 write_atomically(path, document(ids))
 
     return {

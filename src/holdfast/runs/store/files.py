@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
@@ -19,9 +20,10 @@ POOL_MANIFEST = "pool.json"
 AUDIT_MARK = "audit.json"
 """File that identifies the folder of the audit chains of a server."""
 PRIVATE = 0o600
-"""Mode of a secret file, which only its owner may read."""
-_OPEN = 0o666
-"""Mode of other files, before the umask."""
+"""Mode of the files of a run, a pool or a server, which may contain examples or secrets: only their owner may read
+them."""
+BY_UMASK = 0o666
+"""Mode of a file that a user names for a result, such as a report or a model, before the umask."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
@@ -126,11 +128,21 @@ def usable(path: Path, refused: Callable[[Path, OSError], TargetError] = refusal
         raise refused(path, error) from error
 
 
-def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
+def make_private(folder: Path) -> None:
+    """Create a folder that only its owner can access, and the folders above it. An existing folder keeps its mode."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def mode_of(path: Path) -> int:
+    """Return the mode of a file, which a new version of it keeps; `BY_UMASK` if there is none."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else BY_UMASK
+
+
+def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Write a file atomically and flush it to the disk. Raises `OSError`; the file then has its old content.
 
-    A `mode` other than the default, such as `PRIVATE`, is set before the file contains data, and replaces that of the
-    old file.
+    The mode is set before the file contains data, and replaces that of the old file. `BY_UMASK` is for files that a
+    user names for a result.
     """
     part = path.with_name(f".{path.name}{PART}")
     try:
@@ -162,15 +174,15 @@ def create_private(path: Path, content: bytes) -> None:
     flush_folder(path.parent)
 
 
-def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
+def append(path: Path, content: bytes) -> None:
     """Append bytes to a file and flush it to the disk. After a kill, the appended part may be incomplete, and readers
     must ignore it.
 
-    A `mode` other than the default, such as `PRIVATE`, is set before data are added.
+    Only its owner may read the file, whatever its mode was before.
     """
     old_size = path.stat().st_size if path.exists() else 0
     try:
-        _write(path, content, os.O_APPEND, mode)
+        _write(path, content, os.O_APPEND, PRIVATE)
     except BaseException:  # also for Ctrl-C: readers would see an incomplete last part until the next append
         with suppress(OSError):
             os.truncate(path, old_size)
@@ -179,14 +191,11 @@ def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
         flush_folder(path.parent)
 
 
-@contextmanager
-def private() -> Iterator[None]:
-    """Context manager in which new files and folders are accessible only to their owner. It applies to all threads."""
-    old_mask = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(old_mask)
+def opened_private(path: Path) -> BinaryIO:
+    """Open an empty file for writing that only its owner may read."""
+    return os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK | _NO_WAITING, PRIVATE), "wb"
+    )
 
 
 def flush_folder(folder: Path) -> None:
@@ -210,7 +219,7 @@ def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
     # A link or a pipe of this name may be in the folder of someone else.
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | _NO_LINK | _NO_WAITING, mode)
     try:
-        if mode != _OPEN:  # the file may have existed with another mode
+        if mode != BY_UMASK:  # the file may have existed with another mode
             os.chmod(handle if os.chmod in os.supports_fd else path, mode)  # noqa: PTH101 - not what has the name by now
         view = memoryview(content)
         while view:

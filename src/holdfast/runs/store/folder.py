@@ -27,6 +27,7 @@ from holdfast.runs.store.files import (
     clear_parts,
     content_of,
     flush_folder,
+    make_private,
     refuse_no_run,
     usable,
     write_atomically,
@@ -144,7 +145,7 @@ class RunFolder:
         folder = self.path / stage
         with usable(folder):
             if not folder.is_dir():
-                folder.mkdir()
+                make_private(folder)
                 flush_folder(self.path)  # otherwise a power failure could remove the folder with its files
         column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
 
@@ -241,23 +242,21 @@ class RunFolder:
 
 @contextmanager
 def open_run_folder(
-    path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
+    path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool
 ) -> Iterator[RunFolder]:
     """Context manager that starts or resumes a run in a folder, and takes the exclusive lease of the folder.
 
     `manifest` contains the `digests` of config, data, model and code, and the description of the measurements. `about`
-    contains what may differ between equal runs, such as the time and the command. If `secret`, only the owner can
-    access the folder. Raises `UsageError` if the folder contains other files, is in use, or contains another run, and
-    `TargetError` if it cannot be written.
+    contains what may differ between equal runs, such as the time and the command. Raises
+    `UsageError` if the folder contains other files, is in use, or contains another run, and `TargetError` if it cannot
+    be written.
     """
     refuse_used(path, resume=resume)
     # Through JSON, so that it has the types of the stored manifest with which it is compared, such as lists for
     # tuples.
     requested: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
     with usable(path):
-        path.mkdir(parents=True, exist_ok=True)
-        if secret:
-            path.chmod(0o700)
+        make_private(path)
     leases = Leases(path)
     has_lease = False
     try:

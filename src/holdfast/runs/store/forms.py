@@ -28,21 +28,34 @@ def refuse_form(file: Path, content: Any, model: Hashable) -> None:
     validated(file, content, model)
 
 
+class FormFault(ValueError):
+    """Content that does not match its model. The message contains the first field that does not match, and what was
+    expected.
+    """
+
+
 def validated(file: Path, content: Any, model: Hashable) -> Any:
     """Return the content of a JSON document as a value of its model. Raises `TargetError` if it does not match; the
     message contains the file, the first field that does not match, and what was expected.
     """
     try:
+        return conforming(content, model)
+    except FormFault as fault:
+        raise TargetError(
+            f"{str(file)!r} has another format than this version writes: {fault}; restore it from a copy"
+        ) from None
+
+
+def conforming(content: Any, model: Hashable) -> Any:
+    """Return content of JSON as a value of its model. Raises `FormFault` if it does not match."""
+    try:
         return _adapter(model).validate_python(content)
     except ValidationError as error:
         n = error.error_count()
-        fault = (
+        raise FormFault(
             _fault(error.errors(include_url=False)[0])
             if n <= _DESCRIBED
             else f"{n:,} fields have other types"
-        )
-        raise TargetError(
-            f"{str(file)!r} has another format than this version writes: {fault}; restore it from a copy"
         ) from None
 
 

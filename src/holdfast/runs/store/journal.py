@@ -7,7 +7,6 @@ is killed, at most one incomplete record follows the counted bytes; it is ignore
 
 import json
 import os
-import shutil
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from holdfast.core.errors import TargetError
 from holdfast.core.outputs import REFUSED
 from holdfast.core.purpose import LOOK, Purpose
 from holdfast.io.remote.sent import KEY_BYTES, Sent, add_record, purpose_record
-from holdfast.runs.store.files import PART, SERVED, usable
+from holdfast.runs.store.files import PART, SERVED, opened_private, usable, write_atomically
 from holdfast.runs.store.forms import Count, refuse_form
 
 NAME = "answers.journal"
@@ -104,10 +103,10 @@ class Journal(Sent):
         pending, self._pending = self._pending, []
         with usable(self.path):
             if not self._end:
-                self.path.write_bytes(_head(0))
+                write_atomically(self.path, _head(0))
                 self._end = _HEAD
             elif not self.path.is_file():
-                shutil.copyfile(self.path.with_name(SERVED), self.path)
+                write_atomically(self.path, self.path.with_name(SERVED).read_bytes())
             self._file = self.path.open("r+b", buffering=0)
             self._file.truncate(self._end)
         for place, record in pending:
@@ -231,7 +230,7 @@ class Journal(Sent):
         positions = defaultdict[Place, list[tuple[int, int]]](list)
         totals = json.dumps({"t": "totals", **vars(self.totals)}).encode() + b"\n"
         with usable(self.path):
-            with new_file.open("wb") as file:
+            with opened_private(new_file) as file:
                 file.write(_head(0))
                 for place, record in chain_of(self._records(places), [(None, totals)]):
                     chain = _next(chain, record)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
-from holdfast.runs.store.files import usable
+from holdfast.runs.store.files import create_private, usable
 from holdfast.runs.store.locking import has_foreign_journal
 
 
@@ -128,6 +128,8 @@ class Leases:
         return [self._path.with_name(NAME + suffix) for suffix in ("", "-wal", "-shm")]
 
     def _open(self) -> None:
+        with usable(self._path), suppress(FileExistsError):
+            create_private(self._path, b"")  # SQLite gives its other files the mode of this one
         # isolation_level=None, because transactions are begun explicitly below.
         database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:

@@ -3,6 +3,7 @@
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -148,16 +149,24 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parsed(path: Path, data: bytes) -> dict[str, Any]:
-    """Return the JSON object that the bytes of a file contain. Raises `TargetError` for any other content, and for an
-    object with a repeated key.
+    """Return the JSON object that the bytes of a file contain. Raises `TargetError` for any other content, for an
+    object with a repeated key, and for infinities and NaN, which strict JSON cannot contain.
     """
     try:
-        content = json.loads(data, object_pairs_hook=_without_repeats)
+        content = json.loads(
+            data, object_pairs_hook=_without_repeats, parse_float=_finite, parse_constant=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is not valid JSON: {error}; restore it from a copy") from error
     if not isinstance(content, dict):
         raise TargetError(f"{str(path)!r} contains {kind_of(content)}; an object was expected")
     return content
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:60]} is not finite")
+    return value
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Verifies that a run folder matches its hash chain."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.catalogue import names
-from holdfast.core.chain import digest
+from holdfast.core.chain import digest, refuse_no_digest
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import RESUME
 from holdfast.runs.store import columns as column_files
@@ -49,14 +50,22 @@ class Verified:
     """notes on files of the folder that are neither in the chain nor known otherwise"""
 
 
-def verify(path: Path) -> Verified:
+def verify(path: Path, *, expect_head: str = "") -> Verified:
     """Verify the hash chain of a run folder and the digests of all its files. Raises `TargetError` with the first fault
-    that is found.
+    that is found. `expect_head` is an earlier head, which the chain must contain; empty for none. Raises
+    `UsageError` if it is no digest.
 
     Files outside the chain (times, hosts, attempts, reports) are not verified. A file that is in no record is refused
     if its name is that of evidence; otherwise the notes mention it.
     """
+    refuse_no_digest(expect_head, f"holdfast verify {shlex.quote(str(path))}")
     outer = _verified(path)
+    if expect_head and expect_head not in {link.digest for link in read_chain(path, repair=False).links}:
+        raise TargetError(
+            f"no record of the chain of {str(path)!r} has the digest {expect_head[:16]}… that was expected: the folder "
+            "is another run, or it was written again. Restore the copy whose head was noted, and find out how it was "
+            "replaced"
+        )
     inner = [_verified_within(path, folder, outer) for folder in _runs_within(path)]
     notes = [*outer.notes, *(note for verified in inner for note in verified.notes)]
     n_unlisted = len(notes) - _MOST_NOTES

@@ -61,6 +61,7 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     if groups is not None:
         words += ["--groups", _address({"name": groups["column"]}, "NAME")]
     words += [option for key, option in _SWITCHES.items() if config.get(key) is True]
+    words += ["--no-examples"] if config.get("examples") is False else []
     if isinstance(config.get("time_budget_s"), int | float):
         words += ["--time-budget", f"{config['time_budget_s']:g}s"]
     if isinstance(config.get("seed"), int) and config["seed"]:

@@ -122,6 +122,8 @@ class Listed(TypedDict):
 
 class _AuditConfig(TypedDict):
     kind: str
+    format: NotRequired[Count]
+    settings: dict[str, Any]
 
 
 class _AuditedThing(TypedDict):

@@ -16,6 +16,7 @@ from holdfast.core.triggers import Stamped
 from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
+from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
@@ -71,6 +72,7 @@ def assess_manifest(
         "hardware": hardware(torch.device(request.device)),
         "seed": plan.seed,
         "plan": work_of(len(data), request, plan, shape, served=served, stored=stored),
+        **({"opening": dict(request.opening)} if request.opening else {}),
     }
 
 
@@ -139,6 +141,7 @@ def harden_manifest(
             "seed": request.seed,
             **_functions(request),
             **({"train_only": list(request.train_only)} if request.train_only else {}),
+            **_without_examples(request.assessment.plan),
             **_groups_identity(test),
         }
     )
@@ -157,6 +160,7 @@ def harden_manifest(
         "hardware": machine,
         "seed": request.seed,
         "plan": dict(plan),
+        **({"opening": dict(request.assessment.opening)} if request.assessment.opening else {}),
     }
 
 
@@ -182,6 +186,7 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         **outline_to_json(plan.outline(target.classes)),
         "full": plan.full,
         "keep_adversarial": plan.keep_adversarial,
+        **_without_examples(plan),
         "doubts": plan.doubts,
         "batch_size": request.batch_size,
         "shard_size": request.shard_size,
@@ -193,6 +198,10 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
         **({} if plan.trials is None else {"trials": plan.trials.identity}),
     }
+
+
+def _without_examples(plan: Plan) -> dict[str, bool]:
+    return {} if plan.shown else {"examples": False}
 
 
 def _sampled(request: AssessRequest) -> dict[str, bool]:
@@ -262,15 +271,11 @@ def _notes(
     notes_of_data = [
         note for each in (data, request.fit, *request.across) for note in getattr(each, "notes", ())
     ]
-    return [
-        *subject.notes,
-        *surrogates,
-        *dict.fromkeys(notes_of_data),
-        *target.notes,
-        *small,
-        *wide,
-        *unknown,
-    ]
+    climbing = any(member.attack.needs == "gradients" for member in plan.members)
+    cut = (NO_GRADIENT,) if subject.model.cut and climbing else ()
+    hidden = () if plan.shown else ("the run stores no examples, so that reports show none",)
+    notes = (*dict.fromkeys(notes_of_data), *target.notes, *small, *wide, *unknown, *hidden)
+    return [*subject.notes, *cut, *surrogates, *notes]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:

@@ -1,0 +1,256 @@
+"""Forms of the answers of the operator's port, which are checked before anything in them is used.
+
+Fields that a form does not have are allowed and kept.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NotRequired, Protocol, cast
+
+from pydantic import AfterValidator, ConfigDict, Field
+from typing_extensions import TypedDict
+
+from holdfast.core.errors import TargetError
+from holdfast.core.names import line
+from holdfast.reports.monitoring import NEXT
+from holdfast.runs.store.forms import Count, FormFault, conforming, is_name, required
+
+_LONGEST_PATH, _LONGEST_TEXT = 4096, 10_000
+_NO_FILE = "text without @ at its beginning, which would name a file"
+
+
+Approval = Literal["pending", "approved", "rejected"]
+
+
+class AnsweringPort(Protocol):
+    """The part of `OperatorPort` that is used here."""
+
+    @property
+    def url(self) -> str:
+        """Address of the port."""
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the answer to a GET request."""
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a body, and return the answer."""
+
+
+def _is_path(text: str) -> bool:
+    return 0 < len(text) <= _LONGEST_PATH and text.isprintable() and not text.startswith("@")
+
+
+def _names_no_file(settings: Mapping[str, Any]) -> bool:
+    """Whether no value is `@FILE`, from which a setting would be read."""
+    return not any(isinstance(value, str) and value.lstrip().startswith("@") for value in settings.values())
+
+
+Shown = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(line)]
+"""text for a terminal"""
+PathText = Annotated[str, required(_is_path, "the path of a file")]
+SetName = Annotated[str, required(lambda text: text == "" or is_name(text), "the name of a parameter set")]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Settings = Annotated[dict[str, Any], required(_names_no_file, f"settings whose values are {_NO_FILE},")]
+_KEPT = ConfigDict(extra="allow", strict=True)
+
+
+class OpeningSettings(TypedDict, total=False):
+    """Settings with which the served model is opened; the others are checked when it is opened."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    model: PathText
+    guard: PathText | None
+    pool: PathText
+    arch: PathText | None
+
+
+class ServedFile(TypedDict):
+    """A model in a file."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    set: SetName
+    digest: Annotated[str, required(lambda text: text == "" or is_name(text), "a digest")]
+    reload: Literal["none", "running", "done", "failed"]
+    reason: Shown
+    settings: NotRequired[Annotated[OpeningSettings, required(_names_no_file, _NO_FILE)]]
+
+
+class ServedPool(TypedDict):
+    """A pool."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    set: SetName
+    reason: Shown
+    settings: NotRequired[Annotated[OpeningSettings, required(_names_no_file, _NO_FILE)]]
+
+
+class CanaryState(TypedDict):
+    """The canary of a server."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    state: Literal["none", "starting", "serving", "failed"]
+    reason: Shown
+
+
+class Worker(TypedDict):
+    """A process that answers requests."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    set: SetName
+
+
+class ServerState(TypedDict):
+    """The answer to `GET /status`: the state of a server that serves a file or a pool."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    workers: Annotated[list[Worker], Field(max_length=10_000)]
+    sets: dict[SetName, dict[str, Annotated[float, Field(ge=0, le=2**53)]]]
+    model: NotRequired[ServedFile]
+    pool: NotRequired[ServedPool]
+    canary: NotRequired[CanaryState]
+
+
+class _Share(TypedDict):
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    value: Number
+    low: Number
+    high: Number
+    n: Count
+
+
+class _ClassError(TypedDict):
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    name: Shown
+    error: _Share
+
+
+class _Accuracy(TypedDict):
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    accuracy: _Share
+    calibration_error: Number
+    errors: list[_ClassError]
+
+
+class _Power(TypedDict):
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    signal: Shown
+    shift: Number | None
+    drop: Number | None
+    false_alarms: Count | None
+    errors: bool
+
+
+class Alarm(TypedDict):
+    """An alarm of a test."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    after: Count
+    signal: Shown
+    evidence: Shown
+    view: Annotated[str, required(NEXT.__contains__, f"one of {', '.join(NEXT)}")]
+
+
+class _Test(TypedDict):
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    name: Shown
+    compares: Shown
+    state: Shown
+    alarm: Alarm | None
+    guarantee: Shown
+    power: _Power | None
+    fewest: Count
+    restarted: list[Shown]
+
+
+class _Source(TypedDict):
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    name: Shown
+    n: Count
+
+
+class MonitorState(TypedDict):
+    """The answer to `GET /monitor`: what the monitor has found."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    alarmed: list[Shown]
+    requests: Count
+    flagged: Count
+    stream: _Source
+    reference: _Source
+    decisive: Annotated[list[Shown], Field(min_length=1)]
+    tests: list[_Test]
+    measured: _Accuracy | None
+    of_reference: _Accuracy | None
+    expected: _Share | None
+
+
+class _Run(TypedDict):
+    """A run of an adaptation."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    run: Shown
+    approval: Approval | None
+    by: Shown
+
+
+class _Runs(TypedDict):
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+    runs: list[_Run]
+
+
+class LabelAnswer(TypedDict):
+    """The answer to `POST /labels`."""
+
+    __pydantic_config__ = _KEPT  # type: ignore[misc]
+
+    accepted: Count
+    unknown: list[Shown]
+    invalid: dict[Shown, Shown]
+
+
+def server_state(port: AnsweringPort, of: Literal["model", "pool"] | None = None) -> ServerState:
+    """Return the state of a server of a file or a pool, or of the one that is given with `of`.
+
+    Raises `TargetError` for another answer, and for a server of the other one.
+    """
+    state = cast(ServerState, _checked(port, "/status", port.get("/status"), ServerState))
+    if ("model" in state) is ("pool" in state) or ("model" in state) is not ("canary" in state):
+        raise _odd(port, "/status", "there is neither a model with a canary nor a pool")
+    if of is not None and of not in state:
+        raise TargetError(
+            f"{port.url} is no longer the server of a {'file' if of == 'model' else 'pool'} with which this run began; "
+            "begin a new run"
+        )
+    return state
+
+
+def monitor_state(port: AnsweringPort) -> MonitorState:
+    """Return what the monitor of a server has found. Raises `TargetError` for another answer."""
+    return cast(MonitorState, _checked(port, "/monitor", port.get("/monitor"), MonitorState))
+
+
+def approval_of(port: AnsweringPort, run: str) -> tuple[Approval | None, str]:
+    """Return whether a run of an adaptation was approved, and by whom; None for one that does not wait for it, or that
+    the server does not have. Raises `TargetError` for another answer.
+    """
+    content = _checked(port, "/adaptation", port.get("/adaptation"), _Runs)
+    found = (each for each in content["runs"] if each["run"] == run)
+    return next(((each["approval"], each["by"]) for each in found), (None, ""))
+
+
+def send_labels(port: AnsweringPort, labels: Mapping[str, list[int]]) -> LabelAnswer:
+    """Send the classes of requests, and return which were accepted. Raises `TargetError` for another answer."""
+    return cast(LabelAnswer, _checked(port, "/labels", port.post("/labels", {"labels": labels}), LabelAnswer))
+
+
+def _checked(port: AnsweringPort, path: str, content: dict[str, Any], form: Any) -> Any:
+    try:
+        return conforming(content, form)
+    except FormFault as fault:
+        raise _odd(port, path, str(fault)) from None
+
+
+def _odd(port: AnsweringPort, path: str, fault: str) -> TargetError:
+    return TargetError(
+        f"{port.url}{path} has another form than that of a server of this version: {line(fault)}; give the address of "
+        "the operator's port of your server, and use one version of Holdfast for both"
+    )
