@@ -160,9 +160,9 @@ def _request(
         request = _with_trials(request, guard, subject)
     return replace(
         request,
-        fit=open_fit(settings, subject.model, request.plan),
+        fit=open_fit(settings, subject.model, request.plan, data),
         surrogates=surrogates,
-        across=open_others(settings, subject.model),
+        across=open_others(settings, subject.model, data),
     )
 
 

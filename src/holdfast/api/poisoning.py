@@ -109,7 +109,10 @@ def poison(
     new_x[plan.indices.numpy()] = changed.astype(stored.dtype)
     new_y[plan.indices.numpy()] = plan.labels.numpy().astype(labels.dtype)
     indices = plan.indices.to(y.device) if isinstance(y, Tensor) else plan.indices.numpy()
-    return PoisonedArrays(_like(new_x, x), _like(new_y, y), indices, plan.trigger)
+    trigger = (
+        None if plan.trigger is None else replace(plan.trigger, ends=(float(bounds[0]), float(bounds[1])))
+    )
+    return PoisonedArrays(_like(new_x, x), _like(new_y, y), indices, trigger)
 
 
 def parse_poisoning(text: str) -> tuple[str, float, int | None, dict[str, str]]:
@@ -174,10 +177,9 @@ def write_drill(address: str, attack: str, output: Path, *, seed: int = 0) -> Dr
         arrays["classes"] = np.array(train.classes)
     with explained(output), replacing(output) as drill:
         np.savez(drill, allow_pickle=False, **arrays)
-        if (
-            plan.trigger is not None
-        ):  # before the data are complete, so that data without their trigger never appear
-            write_trigger(trigger_file, plan.trigger)
+        if plan.trigger is not None:
+            # before the data are complete, so that data without their trigger never appear
+            write_trigger(trigger_file, replace(plan.trigger, ends=(0.0, 1.0)))
     written = None if plan.trigger is None else trigger_file
     return Drill(output, written, name, target, len(rows), len(y), len(test.y))
 

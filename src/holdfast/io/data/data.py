@@ -13,7 +13,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.io.data import tables
-from holdfast.io.data.arrays import Array, Arrays, Choice, from_numpy
+from holdfast.io.data.arrays import Array, Arrays, Choice, first_rows_note, from_numpy
 from holdfast.io.data.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import refuse_swapped, whole_numbers
@@ -221,6 +221,7 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         options.expected,
         layout=_layout(place.layout, x),
         class_names=names,
+        notes=first_rows_note(all_labels, all_labels[rows], options.choice.n),
         source_labels=all_labels,
     )
     return replace(data.labelled(numbering), groups=_groups(archive, n_rows, rows, address, options.expected))
@@ -241,7 +242,7 @@ def _groups(
             f"the array {name!r} of {address!r} has {archive.rows(name)} rows, and there are {n_rows} examples; one "
             "group for each example was expected"
         )
-    return Groups.of_values(archive.array(name)[rows], name)
+    return Groups.of_values(archive.array(name), name).taken(rows)
 
 
 def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options) -> Arrays:

@@ -156,7 +156,9 @@ def arrays_of_split(
     if y not in archive.names and not needs_labels:
         return x, None
     if y not in archive.names:
-        raise TargetError(f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}")
+        raise TargetError(
+            f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}: save the labels in it as {y}"
+        )
     return x, y
 
 

@@ -1,8 +1,9 @@
 """Reads and writes the trigger of a backdoor: an `.npz` file with the arrays `mask` and `pattern`, and optionally
-`shift` and `target`.
+`shift`, `target`, and the valid range of the values, `low` and `high`.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def read_trigger(path: str | Path) -> Trigger:
             f"mask and shift in {name} are 0 everywhere, so that the trigger changes nothing; write a trigger with "
             "values above 0"
         )
-    return Trigger(mask, pattern, _target(archive, name), shift)
+    return Trigger(mask, pattern, _target(archive, name), shift, _ends(archive, name))
 
 
 def write_trigger(path: str | Path, trigger: Trigger) -> None:
@@ -60,7 +61,9 @@ def write_trigger(path: str | Path, trigger: Trigger) -> None:
         for name, values in arrays.items()
         if values is not None
     }
-    target = {} if trigger.target is None else {"target": np.int64(trigger.target)}
+    target: dict[str, Any] = {} if trigger.target is None else {"target": np.int64(trigger.target)}
+    if trigger.ends is not None:
+        target |= dict(zip(("low", "high"), map(np.float64, trigger.ends), strict=True))
     try:
         with replacing(Path(path)) as file:  # savez would append another suffix to a name
             np.savez(file, allow_pickle=False, **present, **target)
@@ -85,6 +88,21 @@ def _values(archive: Npz, array: str, name: str) -> Tensor:
             "finite numbers were expected"
         )
     return torch.from_numpy(values.astype(np.float32))
+
+
+def _ends(archive: Npz, name: str) -> tuple[float, float] | None:
+    """Return the lowest and the highest valid value of the archive; None without them."""
+    present = [key for key in ("low", "high") if key in archive.names]
+    if not present:
+        return None
+    if len(present) == 1:
+        raise TargetError(
+            f"{name} has the array {present[0]}; both low and high, or none of them, were expected"
+        )
+    values = [_values(archive, key, name) for key in ("low", "high")]
+    if any(each.numel() != 1 for each in values) or float(values[0]) >= float(values[1]):
+        raise TargetError(f"low and high in {name} are not one number each, the first below the second")
+    return float(values[0]), float(values[1])
 
 
 def _target(archive: Npz, name: str) -> int | None:

@@ -90,7 +90,7 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
     class.
     """
     y = examined.batch.y
-    compared = against_majority(examined.logits.argmax(1) == y, y)
+    compared = against_majority(examined.logits.argmax(1) == y, y, examined.logits.shape[1])
     text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
     names = None if any(class_orders(examined)) else examined.names
     if compared.at_chance:

@@ -9,7 +9,6 @@ import gc
 import gzip
 import io
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, pairwise
@@ -67,8 +66,8 @@ _ROWS = 256
 class TextCells(list[str]):
     """Cells of one column of a CSV file in a block of rows."""
 
-    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the values of the cells as float32, with NaN for cells that are not numbers, and whether each cell is
+    def numbers(self) -> tuple[NDArray[np.float64], NDArray[np.uint8] | None]:
+        """Return the values of the cells as float64, with NaN for cells that are not numbers, and whether each cell is
         a number, missing or text.
         """
         return as_numbers(self)
@@ -87,15 +86,15 @@ class ArrowCells:
     def __len__(self) -> int:
         return len(self.column)
 
-    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the values of the cells as float32, and whether each cell is a number, missing or text. Cells are not
+    def numbers(self) -> tuple[NDArray[np.float64], NDArray[np.uint8] | None]:
+        """Return the values of the cells as float64, and whether each cell is a number, missing or text. Cells are not
         converted to strings if all are numbers.
         """
         import pyarrow as pa
 
         kind = self.column.type
         if self.column.null_count == 0 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            return rounded(self.column.to_numpy(zero_copy_only=False)), None
+            return self.column.to_numpy(zero_copy_only=False).astype(np.float64), None
         return as_numbers(_texts(self.column))
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
@@ -137,11 +136,13 @@ def read(
     header: bool,
     words: list[str] | None,
     groups: str | None,
+    needs_label: bool,
 ) -> dict[str, Any]:
     """Return the column names and the distinct label strings of a table file, and write its converted cells to files in
     the folder.
 
-    If the table has no column `label`, no rows are read. `inputs` is the column whose cells are the inputs. `separator`
+    If the table has no column `label`, no rows are read if `needs_label`. None are read if names of columns are
+    repeated. `inputs` is the column whose cells are the inputs. `separator`
     and `header` are those of a CSV file; columns without a header are named 0, 1, 2, …. The cells of the columns
     `words`, or of all columns if it is None, are read as strings, like those of the label. Those of the column `groups`
     are read as strings as well as numbers.
@@ -149,9 +150,11 @@ def read(
     assert content is None, "a table is read from its file"
     with opened(path, "data file") as source:
         if path.suffix == ".parquet":
-            return _read_parquet(path, source, folder, label, drop, inputs, words, groups)
+            return _read_parquet(
+                path, source, folder, label, drop, inputs, words, groups, needs_label=needs_label
+            )
         names, blocks = _csv(path, source, label, separator, has_header=header)
-        return _read_columns(path, folder, label, drop, words, names, blocks, groups)
+        return _read_columns(path, folder, label, drop, words, names, blocks, groups, needs_label=needs_label)
 
 
 def _read_columns(
@@ -163,11 +166,11 @@ def _read_columns(
     header: list[str],
     blocks: Blocks,
     groups: str | None = None,
+    *,
+    needs_label: bool = True,
 ) -> dict[str, Any]:
-    if not header or len(set(header)) != len(header):
-        doubled = [name for name, n in Counter(header).items() if n > 1]
-        shown = [name[:_SHOWN] for name in doubled[:3]] or "nothing"
-        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {shown}")
+    if not header:
+        raise TargetError(f"{str(path)!r} needs a header of distinct names; found nothing")
     longest = max(map(len, header))
     if longest > MAX_WORD:
         raise TargetError(
@@ -176,14 +179,15 @@ def _read_columns(
         )
     read_as_words = [name for name in header if name not in drop] if words is None else words
     only_texts = (label, SPLIT_COLUMN, *read_as_words)
-    texts = [name for name in header if name in (*only_texts, groups) and label in header]
-    features = [name for name in header if name not in (*only_texts, *drop)] if label in header else []
+    is_read = (label in header or not needs_label) and len({*header}) == len(header)
+    texts = [name for name in header if name in (*only_texts, groups) and is_read]
+    features = [name for name in header if name not in (*only_texts, *drop)] if is_read else []
     indices_of_words: list[dict[str, int]] = [{} for _ in texts]
     rows, all_numbers = 0, True
     with ExitStack() as files:
         word_files = [files.enter_context((folder / f"words-{i}").open("wb")) for i in range(len(texts))]
         numbers, kinds = (files.enter_context((folder / name).open("wb")) for name in (_NUMBERS, _KINDS))
-        for block in blocks if label in header else ():
+        for block in blocks if is_read else ():
             rows += len(block[header[0]])
             _refuse_many(path, rows, len(header))
             for name, places, file in zip(texts, indices_of_words, word_files, strict=True):
@@ -208,6 +212,8 @@ def _read_parquet(
     inputs: str | None,
     words: list[str] | None,
     groups: str | None,
+    *,
+    needs_label: bool,
 ) -> dict[str, Any]:
     file = _open_parquet(path, source)
     header = list(file.schema_arrow.names)
@@ -227,8 +233,11 @@ def _read_parquet(
             f"{str(path)!r} has {len(whole)} columns of images or of arrays: {', '.join(whole[:6])}; one is the input",
             *(Remedy("x", name, function="open_data") for name in whole[:3]),
         )
-    if not whole or label not in header:
-        return _read_columns(path, folder, label, drop, words, header, _batches(path, file, header), groups)
+    if not whole or (label not in header and needs_label):
+        blocks = _batches(path, file, header)
+        return _read_columns(
+            path, folder, label, drop, words, header, blocks, groups, needs_label=needs_label
+        )
     column = inputs or whole[0]
     words = [*(words or ()), *([] if groups is None else [groups])]
     texts = [name for name in header if name in (label, SPLIT_COLUMN, *words)]
@@ -236,7 +245,14 @@ def _read_parquet(
     with (folder / _INPUTS).open("wb") as cells, (folder / _ENDS).open("wb") as ends:
         write = _InputWriter(path, column, cells, ends)
         description = _read_columns(
-            path, folder, label, [*drop, column], words, [*texts, column], write.through(blocks)
+            path,
+            folder,
+            label,
+            [*drop, column],
+            words,
+            [*texts, column],
+            write.through(blocks),
+            needs_label=False,
         )
     unread = [name for name in header if name not in (*texts, column)]
     return description | {"columns": header, "inputs": write.description() | {"unread": unread}}

@@ -39,6 +39,7 @@ from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.harden.epochs import EndedBy
 from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 from holdfast.runs.store.records import document
+from holdfast.statistics.absent_classes import classes_of
 from holdfast.statistics.intervals import against_majority, proportion
 
 MODEL = WEIGHTS
@@ -222,7 +223,7 @@ def card_of(
     """
     recipes = [attempt.candidate.name for attempt in trained]
     given = sides[0].evidence
-    at_chance = against_majority(given["correct"], given["y"]).at_chance
+    at_chance = against_majority(given["correct"], given["y"], classes_of(given.model)).at_chance
     card: dict[str, Any] = strict(
         {
             **entries,
