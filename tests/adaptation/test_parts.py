@@ -5,7 +5,7 @@ import torch
 
 from holdfast.adaptation.flagged_inputs import read_flagged
 from holdfast.adaptation.screening import disagreeing, screened
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.stored_inputs import StoredRequest
 
 
@@ -60,6 +60,8 @@ def test_labels_of_flagged_inputs(tmp_path):
         ("request,label\nz,1\n", "input 0 of the request 'z' is not among the stored"),
         ("request,label\na,fish\n", "line 2 is 'fish'; a whole number"),
         ("request,label\na,1\na,1\n", "line 3 repeats"),
+        ("request,label\na\n", "line 2 is ''; a whole number"),
+        (f"request,label\na,{'9' * 5000}\n", "line 2 is '9+'; a whole number of at most 18 digits"),
     ],
 )
 def test_labels_that_cannot_be_used(tmp_path, text, reason):
@@ -67,5 +69,5 @@ def test_labels_that_cannot_be_used(tmp_path, text, reason):
     labels.write_text(text)
     with pytest.raises(UsageError, match=reason):
         read_flagged(Stored(), labels, ("dog", "cat"), strict=True)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(TargetError, match="does not exist"):
         read_flagged(Stored(), tmp_path / "absent.csv", (), strict=True)

@@ -43,6 +43,7 @@ from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
+from holdfast.io.files import content_of_file
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.numbers import strict
@@ -248,7 +249,7 @@ class _Adaptation:
             )
         refuse_shared(file)
         self._refuse_code(settings.get("arch") or "")
-        copy = self.journal.keep(_INCUMBENT, file.read_bytes())
+        copy = self.journal.keep(_INCUMBENT, content_of_file(file, "served model"))
         with self._stated_settings():
             opened = self._opened(copy, settings)
             guard = settings.get("guard")
