@@ -96,7 +96,7 @@ def accepted_fields(folder: Path, n: int, copy: Path) -> list[Place]:
     """Return those of `n` fields of the finding of an audit, spread over all of them, that are accepted if changed."""
     open_audit(folder)  # it is accepted unchanged
     finding = json.loads((folder / f"{FINDING}.json").read_text(encoding="utf-8"))
-    fields = list(leaves(finding))
+    fields = sorted(leaves(finding), key=lambda field: field[0] != ("verdict",))
     by_key: dict[str | int, list[tuple[Place, Any]]] = {}
     for place, value in fields:
         by_key.setdefault(place[0], []).append((place, value))

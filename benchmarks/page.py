@@ -53,6 +53,8 @@ SUBJECTS = {
     "accuracy, and the success after 50 further updates with two poisoned digits in 128, in the repaired network and "
     "in one that was never poisoned (*control*).",
     "ui": "`holdfast ui`: the index of 500 runs of 1,000 examples, and the page of an example with its explanation.",
+    "forged-findings": "Findings of small audits of each kind, with one of 20 fields changed and all digests "
+    "computed again: how many are accepted.",
     "audit-poison": "`holdfast audit poison` on MNIST: planted triggers, label noise beside cleanlab, and clean sets. "
     "AUROC is that of the manipulated examples, for triggers within the target class.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
@@ -91,6 +93,9 @@ SUBJECTS = {
     "adapt": "`holdfast adapt` of a server with the undefended bundled network (MNIST), which is attacked by transfer "
     "and by Square: accuracies and failed requests; candidates that must not be promoted; and runs that are killed at "
     "20 random moments.",
+    "canary-clients": "One client among several of a server that `holdfast adapt` adapts: it sends noise to the canary "
+    "or inputs crafted against the candidate, which must be promoted, or floods the server while the candidate is "
+    "worse for the others, which must not.",
     "odd-servers": "`holdfast adapt` and `holdfast monitor` at addresses where something else than their server "
     "answers: exit codes, times, and files that were changed outside of the run folder.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",

@@ -240,3 +240,24 @@ def test_gradients_that_are_switched_off_inside_the_model_are_told(net, off):
     way_out = next(each.way_out for each in holdfast.doctor(cut, (X, Y)) if each.check == "gradients")
     assert "torch.no_grad(), torch.inference_mode()" in way_out
     assert not holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1").notes
+    searched = holdfast.attack(cut, X, Y, "square", "linf:0.1,access=scores,queries=5")
+    assert not [note for note in searched.notes if note.startswith("no gradient reaches the input")]
+
+
+@pytest.mark.parametrize("returned", [torch.from_numpy, np.asarray], ids=["a tensor", "an array"])
+@pytest.mark.parametrize("suite", [None, "black-box"], ids=["default", "black-box"])
+@pytest.mark.parametrize("access", ["", ",access=scores", ",access=labels"], ids=["any", "scores", "labels"])
+def test_a_function_that_passes_its_inputs_to_numpy_is_attacked_by_its_scores(net, returned, suite, access):
+    def other_runtime(x):
+        return returned(net(torch.from_numpy(x.numpy())).numpy())
+
+    threat = f"linf:0.1{access},queries=20"
+    result = holdfast.assess(other_runtime, (X[:8], Y[:8]), suite=suite, threat=threat)
+    assert any(note.startswith("attacks use only the scores of the model") for note in result.evidence.notes)
+    assert float(result["robust_accuracy"]) <= float(result["clean_accuracy"])
+    of_gradients = {"zero-gradient", "scale", "one-step", "black-box", "loss-spread", "shattered"}
+    states = {doubt.name: doubt.state for doubt in result.evidence.doubts}
+    assert {states[name] for name in of_gradients} == {"not applicable"}
+    if not access:
+        gradients = next(each for each in holdfast.doctor(other_runtime, (X, Y)) if each.check == "gradients")
+        assert gradients.level == "warning" and "the default suite is black-box" in gradients.message

@@ -227,6 +227,7 @@ def carried_out(name: str) -> tuple[frozenset[tuple[str, int]], tuple[Remedy | I
     fitting = tuple(each for each in error.remedies if _fits(each, situation))
     assert fitting, f"no remedy is carried out: {error}"
     for remedy in fitting:
+        _refuse_other_attackers(remedy, situation.arguments)
         _carry_out(remedy, situation, situation.arguments, (error,))
     parts = [part for each in fitting for part in _parts(each)]
     return frozenset(
@@ -269,6 +270,16 @@ def _carry_out(remedy, situation, arguments, errors) -> None:
     following = error.remedy
     if following is not None and len(errors) < _MOST and _fits(following, situation):
         _carry_out(following, situation, changed, (*errors, error))
+
+
+def _refuse_other_attackers(remedy: Remedy | Install, arguments: Mapping[str, Any]) -> None:
+    """A remedy changes what the attacker may change, but not the access and the queries that were given."""
+    given_threat = arguments.get("threat")
+    for part in _parts(remedy):
+        if isinstance(given_threat, str) and isinstance(part, Remedy) and part.argument == "threat":
+            with suppress(HoldfastError):  # a misspelt threat
+                before, after = parse_threat(given_threat), parse_threat(str(part.value))
+                assert (after.access, after.queries) == (before.access, before.queries), remedy
 
 
 def _undoes(second: Remedy, first: Remedy) -> bool:
@@ -535,6 +546,10 @@ def file(name: str) -> str:
             (path / label).mkdir(parents=True)
             for k in range(3):
                 Image.fromarray(np.full((6, 6), 40 * k, np.uint8)).save(path / label / f"{k}.png")
+    elif name == "linked":
+        path.mkdir()
+        for label in ("cat", "dog"):
+            (path / label).symlink_to(Path(file("images")) / label)
     elif name == "weights.pt":
         torch.save(LINEAR.state_dict(), path)
     elif name == "net.py":
@@ -991,9 +1006,12 @@ situation(
 situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
+situation("adaptive without eps", planned, threat="l2", suite="minimum-norm", adaptive=True)
 situation("a budget without adaptive attacks", planned, adaptive_budget=100)
 situation("all adversarial examples and none", planned, save_adversarial=True, examples=False)
 situation("no eps", planned, threat="l2")
+situation("no eps with scores", planned, threat="l2,access=scores,queries=9")
+situation("certify scores without eps", planned, threat="linf,access=scores,queries=9", certify=True)
 situation("a corruption under a norm", planned, attacks=[{"use": "Corruption", "name": "fog"}])
 situation("an attack under corruptions", planned, threat="corruptions:3", suite="pgd")
 situation("an attack under a trigger", planned, threat=Later(lambda: f"trigger:{file('t.npz')}"), suite="pgd")
@@ -1053,7 +1071,11 @@ situation(
     data=(X, Y.clamp_max(1)),
 )
 situation("other classes", assessed, open_model={"classes": 4})
-situation("numpy inside", assessed, n=2, model=of(lambda f, x: torch.from_numpy(f(x).numpy())))
+NUMPY = of(lambda f, x: f(torch.from_numpy(x.numpy())).numpy())
+situation("numpy inside", assessed, n=2, model=NUMPY, suite="pgd")
+situation(
+    "numpy inside one attack", assessed, n=2, model=NUMPY, threat="l2:0.1,queries=9", suite="pgd,square"
+)
 situation("small batches", assessed, model=Later(lambda: Classifier(of(only_four))))
 situation("the channels last", opened, model=Later(convolutional), data=(IMAGES.movedim(1, -1), Y[:8]))
 
@@ -1231,6 +1253,7 @@ situation(
     data=Later(lambda: file("images")),
     open_data={"split": "val"},
 )
+situation("links out of a folder", opened, model=flat_images, data=Later(lambda: file("linked")))
 situation(
     "layout of a folder",
     opened,

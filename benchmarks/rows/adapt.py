@@ -31,11 +31,12 @@ from benchmarks.guarded import environment, holdfast
 from benchmarks.hardened import dataset
 from benchmarks.networks import BUNDLED, images, network
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.adaptation.journal import JOURNAL
+from holdfast.adaptation.journal import read_adaptation
 from holdfast.api.guard_opening import input_storage
 from holdfast.core.catalogue import names
 from holdfast.io.models.models import open_model
 from holdfast.io.remote.operator_port import OperatorPort
+from holdfast.runs.store.files import MANIFEST
 from holdfast.server.audit_folder import verify_audit
 from holdfast.settings.guard_settings import read_guard_settings
 
@@ -275,11 +276,11 @@ def _ended(server: _Server, run: Path, data: Path, *options: str) -> Cells:
 
 
 def _journal(run: Path) -> Cells:
-    path = run / JOURNAL
-    if not path.is_file():
+    if not (run / MANIFEST).is_file():
         return {"outcome": None, "reason": "", "steps": []}
-    content: Cells = json.loads(path.read_text())
-    return content
+    stored = read_adaptation(run)
+    steps = [{"step": step.step, "time": step.time, "facts": dict(step.facts)} for step in stored.steps]
+    return {"outcome": stored.outcome, "reason": stored.reason, "steps": steps}
 
 
 def _few(folder: Path, flipped: float = 0.0) -> Path:

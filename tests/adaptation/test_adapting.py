@@ -1,18 +1,18 @@
 """`holdfast adapt` on a running server: a candidate is trained, compared and promoted, or not."""
 
-import io
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 import holdfast
-from holdfast.adaptation.live_comparison import Counts
-from holdfast.api import adapting
+from holdfast.api import adapting, live_pairs
+from holdfast.api.annexes import annex_of
 from holdfast.api.serving import server_setup
+from holdfast.api.stored import verify
 from holdfast.api.verb_settings import Adapt, Calibrate, Serve
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
@@ -132,19 +132,9 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     assert flipped.steps[-1].step == "quarantine" and "labels" in flipped.reason and unchanged()
     # a canary that is worse than the served model
     with monkeypatch.context() as patched:
-        patched.setattr(
-            adapting.Counts, "of", lambda sets, name: Counts(200, 200, flagged=20 if name in name_of else 0)
-        )
-        name_of = []
-        opened = adapting._Adaptation._canary
-
-        def canary(self):
-            name_of.append(self._candidate.digest[:16])
-            return opened(self)
-
-        patched.setattr(adapting._Adaptation, "_canary", canary)
+        patched.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
         worse = settings(url, folder).run(tmp_path / "canary")
-    assert worse.outcome == "not promoted" and "the guard flagged 20 of 200" in worse.reason and unchanged()
+    assert worse.outcome == "not promoted" and worse.reason == "as a canary, it is worse" and unchanged()
     assert server.status()["canary"]["state"] == "none"
 
     # a run that was killed between two steps is resumed, and its candidate is promoted
@@ -158,7 +148,10 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     assert promoted.promoted and not any(line.startswith("harden") for line in lines)
     status = server.status()
     assert status["model"]["digest"] == dict(promoted.steps[-2].facts)["digest"]
-    assert file.read_bytes() == (tmp_path / "run" / "candidate" / "model.safetensors").read_bytes()
+    assert file.read_bytes() == (tmp_path / "run" / "candidate.safetensors").read_bytes()
+    assert verify(tmp_path / "run").complete
+    text = annex_of([tmp_path / "run", folder / "audit"], "aisvs").content["folders"][0]["statement"]
+    assert "has the same 11 steps" in text
     assert [step.step for step in promoted.steps][-3:] == ["canary", "promote", "watch"]
     assert "promoted" in str(promoted) and "promote" in promoted.text()
     assert promoted.write(tmp_path / "report.json").exists()
@@ -168,7 +161,7 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     serving_now = file.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(adapting._Adaptation, "_canary", lambda self: (self._extend_guard(), {})[1])
-        patched.setattr(adapting, "regression", lambda candidate, served: "it is worse")
+        patched.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
         back = settings(url, folder, seed=1).run(tmp_path / "back")
     assert (back.outcome, back.reason) == ("rolled back", "after the promotion, it is worse")
     assert (
@@ -211,32 +204,6 @@ def test_bad_settings_are_refused(served, tmp_path):
     labels.write_text("request,label\nnone,1\n")
     with pytest.raises(UsageError, match="is not among the stored flagged inputs"):
         settings(url, folder, labels=str(labels)).run(tmp_path / "labels")
-
-
-def test_the_shadow_compares_accuracies_on_labelled_inputs(tmp_path, monkeypatch):
-    n, content = 60, io.BytesIO()
-    x, y = torch.rand(n, 3), torch.arange(n) % 3
-    served = torch.nn.functional.one_hot(y, 3).float().numpy()
-    known = y.clone()
-    known[:10] = -1
-    np.savez(content, x=x.numpy(), logits=served, y=known.numpy())
-
-    class Port:
-        url = "http://127.0.0.1:9"
-
-        def read(self, path):
-            return content.getvalue()
-
-    class Wrong:
-        def logits(self, part):
-            return torch.zeros(len(part), 3)  # always the first class
-
-    run = adapting._Adaptation(settings("http://127.0.0.1:9", tmp_path), None, Port(), None, None)
-    run.__dict__["_candidate"] = None
-    monkeypatch.setattr(adapting._Adaptation, "_target", lambda self, subject: nullcontext(Wrong()))
-    facts = run._shadow()
-    assert (facts["samples"], facts["labelled"], facts["accuracy_served"]) == (60, 50, 1.0)
-    assert facts["accuracy_candidate"] == pytest.approx(0.32) and "fewer live inputs" in facts["ends"]
 
 
 @pytest.mark.parametrize(

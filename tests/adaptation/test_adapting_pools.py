@@ -14,8 +14,7 @@ import torch
 
 import holdfast
 from adaptation.test_adapting import CODE, GUARD, SHAPE, examples, settings
-from holdfast.adaptation.live_comparison import Counts
-from holdfast.api import adapting, adapting_pools
+from holdfast.api import adapting_pools, live_pairs
 from holdfast.api.serving import server_setup
 from holdfast.api.verb_settings import Serve
 from holdfast.cli.app import run as command
@@ -146,14 +145,15 @@ def test_a_candidate_becomes_a_set_of_the_pool_or_not(folder, tmp_path, monkeypa
         member = pool.ledger.member(second)
         assert member.bases == (first,) and member.against == (first,)
         assert pool.ledger.member(first).exposed.automatic, "the set was made from it"
-        assert facts["measure"]["requests"] > 0 and facts["watch"]["requests_candidate"] > 0
-        assert not (tmp_path / "run" / "harden").exists(), "no weights remain as plain text"
+        assert facts["measure"]["pairs"] > 0 and facts["watch"]["pairs"] > 0
+        assert not (tmp_path / "run" / "training").exists(), "no weights remain as plain text"
         assert pool.kept(f"adapted_{promoted.run}") is None
 
         # a set that is worse on live requests is replaced by another admitted one, and never serves again
         holdfast.rotate.admit(pool, trust_code=True)
         with monkeypatch.context() as patched:
-            patched.setattr(adapting_pools, "regression", lambda candidate, served: "it is worse")
+            patched.setattr(adapting_pools.AdaptedPool, "measure", lambda self, pairs: {})
+            patched.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
             back = settings(url, tmp_path, seed=2).run(tmp_path / "back")
         assert (back.outcome, back.reason) == ("rolled back", "after the promotion, it is worse")
         withdrawn = pool.ledger.member(back.steps[-2].facts["set"])
@@ -197,9 +197,9 @@ def test_a_pool_with_a_guard_keys_and_a_monitor_is_adapted_by_schedule(folder, c
             settings(url, folder, key_file="client.key").run(folder / "refused")
         server.live.restart()  # the requests are all the same, and an alarm would begin the run
         run = settings(url, folder, key_file="operator.key", trigger="0.1s").run(folder / "run")
-        assert run.promoted
+        assert run.promoted, run.reason
         facts = {step.step: step.facts for step in run.steps}
-        assert facts["trigger"]["trigger"] in ("0.1s", "alarm") and facts["shadow"]["samples"] > 0
+        assert facts["trigger"]["trigger"] in ("0.1s", "alarm") and facts["shadow"]["pairs"] > 0
     assert set(statuses) == {200}
     assert verify_audit(folder / "audit").failed == 0
 
@@ -226,16 +226,3 @@ def test_pools_that_cannot_be_adapted_are_refused(tmp_path, monkeypatch):
     pool.swap()
     with pytest.raises(UsageError, match="no set waits"):
         adapting_pools.begin(state(pool, served), adapt)
-
-
-def test_the_difference_of_the_counts_of_all_sets_is_measured(tmp_path, monkeypatch):
-    counts = [{"a": {"requests": 5.0}}, {"a": {"requests": 7.0}, "b": {"requests": 3.0}}]
-
-    class Port:
-        def get(self, path):
-            return {"sets": counts.pop(0), "workers": [], "pool": {"set": "a", "reason": ""}}
-
-    adapt = settings("http://127.0.0.1:9", tmp_path, canary_time="0.01s")
-    measured = adapting_pools.AdaptedPool(tmp_path, "a", "run", adapt).measure(Port())
-    assert Counts.of({"": measured}, "") == Counts(requests=5)
-    assert adapting.GATES

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.api import adapted_guard, adapting
 from holdfast.api.verb_settings import Adapt
 from holdfast.core.errors import TargetError, UsageError
@@ -45,13 +45,15 @@ def run(tmp_path, monkeypatch):
     file.write_bytes(b"old")
     opened = SimpleNamespace(digest="new")
     monkeypatch.setattr(adapting._Adaptation, "_opened", lambda self, path, settings: opened)
-    journal = Journal.opened(folder, "http://a", "s", resume=False)
-    (folder / "candidate").mkdir()
-    (folder / "candidate" / adapting.MODEL).write_bytes(b"new")
-    (folder / "incumbent.safetensors").write_bytes(b"old")
     begun = {"set": "old", "model": str(file), "digest": "old", "settings": {}}
-    adaptation = adapting._Adaptation(Adapt(canary_time="1s"), journal, Server(file), None, lambda text: None)
-    return adaptation, begun, file
+    with open_journal(folder, {"server": "http://a"}, resume=False) as journal:
+        journal.keep("candidate.safetensors", b"new")
+        journal.keep("incumbent.safetensors", b"old")
+        yield (
+            adapting._Adaptation(Adapt(canary_time="1s"), journal, Server(file), None, lambda text: None),
+            begun,
+            file,
+        )
 
 
 def test_settings_of_the_server_that_could_name_code_are_not_used(run, monkeypatch):
@@ -65,14 +67,24 @@ def test_settings_of_the_server_that_could_name_code_are_not_used(run, monkeypat
 
 def test_a_reload_that_fails_puts_the_earlier_file_back(run):
     adaptation, begun, file = run
-    adaptation.journal.add("begin", begun)
+    adaptation.journal.take("begin", lambda: begun)
     assert "could not reload the model: it is damaged" in adaptation._promote()["ends"]
     assert file.read_bytes() == b"old"
 
 
+def test_a_run_that_was_killed_before_it_sent_its_last_step_sends_it(run):
+    adaptation, begun, _ = run
+    adaptation.journal.take("begin", lambda: {**begun, "ends": "the gate did not pass"})
+    sent = []
+    adaptation.port.post = lambda path, body: sent.append((body["step"], body["facts"].get("ends")))
+    adaptation.finish()
+    assert sent == [("begin", "the gate did not pass"), ("end", None)]
+    assert adaptation.journal.stored().outcome == "not promoted"
+
+
 def test_a_rollback_that_was_interrupted_is_finished(run):
     adaptation, begun, _ = run
-    adaptation.journal.add("begin", begun)
+    adaptation.journal.take("begin", lambda: begun)
     assert "put back" in adaptation._watch()["ends"]  # the file is the earlier one
 
 
@@ -81,7 +93,7 @@ def test_the_guard_accepts_the_served_model_at_every_moment(run, monkeypatch):
     guard, place = file.with_name("guard.yaml"), file.with_name("guard.calibration.json")
     guard.write_text("inputs: {shape: [4]}\nrules: {energy: {}}\n")
     begun = {**begun, "settings": {"guard": str(guard)}, "calibration": str(place)}
-    adaptation.journal.add("begin", begun)
+    adaptation.journal.take("begin", lambda: begun)
     before = Calibration(0.01, 1000, 5, {"energy": 1.0}, "settings", ("old",))
     write_calibration(before, place)
     adaptation._guard.store()

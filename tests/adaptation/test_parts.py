@@ -1,13 +1,9 @@
-"""The parts of an adaptation: the screen of labels, the comparison of live counts, the journal, and flagged inputs."""
-
-import json
+"""The parts of an adaptation: the screen of labels, and flagged inputs."""
 
 import pytest
 import torch
 
 from holdfast.adaptation.flagged_inputs import read_flagged
-from holdfast.adaptation.journal import JOURNAL, Journal
-from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.screening import disagreeing, screened
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.stored_inputs import StoredRequest
@@ -38,59 +34,6 @@ def test_a_trusted_point_is_no_neighbour_of_itself():
     assert not disagreeing(x[2:], y[2:], x, torch.tensor([1, 1, 1])).any()
 
 
-@pytest.mark.parametrize(
-    ("candidate", "served", "reason"),
-    [
-        (Counts(), Counts(), ""),
-        (Counts(1000), Counts(1000), ""),
-        (Counts(1000, model_failures=1), Counts(1000), "failed on 1 of 1000"),
-        (Counts(1000, model_failures=1), Counts(1000, model_failures=1), ""),
-        (Counts(500, 500, flagged=60), Counts(1000, 1000, flagged=50), "flagged 60 of 500"),
-        (Counts(500, 500, flagged=30), Counts(1000, 1000, flagged=50), ""),
-        (Counts(20, 20, flagged=20), Counts(1000, 1000), ""),  # too few
-        (Counts(50, labelled=50, wrong=20), Counts(100, labelled=100, wrong=5), "misclassified 20 of 50"),
-        (Counts(50, labelled=50, wrong=5), Counts(100, labelled=100, wrong=5), ""),
-    ],
-)
-def test_a_canary_is_compared_with_the_served_model(candidate, served, reason):
-    text = regression(candidate, served)
-    assert (reason in text) if reason else text == ""
-
-
-def test_shares_are_compared_at_the_end_and_failures_at_any_time():
-    worse, served = Counts(500, 500, flagged=60), Counts(1000, 1000, flagged=50)
-    assert regression(worse, served) and not failures(worse, served)
-    assert failures(Counts(1, model_failures=1), Counts(50))
-
-
-def test_counts_of_a_set_that_has_answered_nothing():
-    assert Counts.of({"a": {"requests": 3.0, "inputs": 4.0}}, "a") == Counts(3, 4)
-    assert Counts.of({}, "a") == Counts()
-
-
-def test_a_journal_is_resumed_and_refused(tmp_path):
-    folder = tmp_path / "run"
-    journal = Journal.opened(folder, "http://a", "s", resume=False)
-    journal.add("begin", {"x": 1})
-    again = Journal.opened(folder, "http://a", "s", resume=True)
-    assert (again.run, again.facts("begin"), again.facts("harden")) == (journal.run, {"x": 1}, None)
-    again.end("not promoted", "why")
-    assert Journal.opened(folder, "http://a", "s", resume=True).outcome == "not promoted"
-    with pytest.raises(UsageError, match="contains an adaptation"):
-        Journal.opened(folder, "http://a", "s", resume=False)
-    for server, settings in (("http://b", "s"), ("http://a", "t")):
-        with pytest.raises(UsageError, match="has other settings"):
-            Journal.opened(folder, server, settings, resume=True)
-    content = json.loads((folder / JOURNAL).read_text())
-    (folder / JOURNAL).write_text(json.dumps({**content, "steps": [{"step": "x"}]}))
-    with pytest.raises(TargetError, match="was changed"):
-        Journal.opened(folder, "http://a", "s", resume=True)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    with pytest.raises(UsageError, match="contains no adaptation"):
-        Journal.opened(tmp_path / "other", "http://a", "s", resume=False)
-
-
 class Stored:
     """Two stored requests with three inputs."""
 
@@ -117,6 +60,8 @@ def test_labels_of_flagged_inputs(tmp_path):
         ("request,label\nz,1\n", "input 0 of the request 'z' is not among the stored"),
         ("request,label\na,fish\n", "line 2 is 'fish'; a whole number"),
         ("request,label\na,1\na,1\n", "line 3 repeats"),
+        ("request,label\na\n", "line 2 is ''; a whole number"),
+        (f"request,label\na,{'9' * 5000}\n", "line 2 is '9+'; a whole number of at most 18 digits"),
     ],
 )
 def test_labels_that_cannot_be_used(tmp_path, text, reason):
@@ -124,5 +69,5 @@ def test_labels_that_cannot_be_used(tmp_path, text, reason):
     labels.write_text(text)
     with pytest.raises(UsageError, match=reason):
         read_flagged(Stored(), labels, ("dog", "cat"), strict=True)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(TargetError, match="does not exist"):
         read_flagged(Stored(), tmp_path / "absent.csv", (), strict=True)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import holdfast
+from benchmarks.forging import accepted_fields
 from holdfast.audits.backdoor import audit
 from holdfast.audits.backdoor.audit import (
     BackdoorRequest,
@@ -306,7 +307,7 @@ def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monk
     assert content["facts"]["stream"] == 80 and content["facts"]["stream_suspect"] >= 5
     (tmp_path / "found.npz").unlink()
     assert command([*words, "--run", str(tmp_path / "run"), "--resume"]) == 1
-    assert command(["verify", str(tmp_path / "run")]) == 0
+    assert not accepted_fields(tmp_path / "run", 6, tmp_path / "copy")
     assert len(content["pictures"][0]["images"]) == 4
     trigger = read_trigger(tmp_path / "found.npz")
     assert isinstance(trigger, Trigger) and trigger.target == TARGET

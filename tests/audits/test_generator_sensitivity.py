@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import holdfast
+from benchmarks.forging import accepted_fields
 from holdfast.api.audit_generator import refuse_condition
 from holdfast.attacks.parts.generators import (
     UNBOUNDED,
@@ -255,6 +256,7 @@ def test_the_command_resumes_to_the_same_facts_and_skips_the_search(tmp_path, mo
     assert command([*audit, "--run", "a", "--resume", "-o", "b.json"]) == 0
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert first["facts"] == second["facts"]
+    assert not accepted_fields(tmp_path / "a", 6, tmp_path / "copy")
     assert 0 < first["facts"]["sensitivity"]["latent_random"] < first["facts"]["sensitivity"]["latent"]
     assert command([*audit, "--latent", "0", "-o", "c.json"]) == 0
     assert "sensitivity" not in json.loads((tmp_path / "c.json").read_text())["facts"]

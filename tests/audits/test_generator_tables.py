@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import holdfast
+from benchmarks.forging import accepted_fields
 from benchmarks.table_similarities import NUMERIC, PLACE, tables
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
@@ -126,6 +127,7 @@ def test_an_audit_of_tables_continues_to_the_same_bytes(paths, tmp_path):
     first = audited(paths, "mixed", run=tmp_path / "run")
     again = audited(paths, "mixed", run=tmp_path / "run", resume=True)
     assert first.content == again.content
+    assert not accepted_fields(tmp_path / "run", 6, tmp_path / "copy")
 
 
 def test_columns_are_numbers_only_if_they_are_in_all_tables(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import holdfast
+from benchmarks.forging import accepted_fields
 from holdfast.api.verb_settings import Harden
 from holdfast.audits.generator import hardening
 from holdfast.cli.app import run as command
@@ -109,6 +110,7 @@ def test_it_resumes_to_the_same_generator(place, tmp_path, monkeypatch):
             hardened(place, run=tmp_path / "run")
     again = hardened(place, run=tmp_path / "run", resume=True)
     assert again.facts == whole.facts
+    assert not accepted_fields(tmp_path / "run", 4, tmp_path / "copy")
     for name, value in whole.generator.state_dict().items():
         assert torch.equal(value, again.generator.state_dict()[name]), name
 

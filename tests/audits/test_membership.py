@@ -13,6 +13,7 @@ from scipy import stats
 from torch import nn
 
 import holdfast
+from benchmarks.forging import accepted_fields, forged, is_accepted
 from holdfast.audits.membership import controls, rates, scores
 from holdfast.audits.membership.references import (
     ReferenceTraining,
@@ -428,6 +429,7 @@ def test_the_command_writes_reports_with_the_most_exposed_images(tmp_path, capsy
     assert "Groups" in page
     capsys.readouterr()
     assert command(["verify", "r"]) == 0
+    assert not accepted_fields(Path("r"), 6, Path("copy"))
     assert command(["report", "r", "-o", "again.md"]) == 0
     assert (tmp_path / "again.md").read_text() == (tmp_path / "report.md").read_text()
     assert command([*arguments[:4]]) == 2
@@ -463,6 +465,9 @@ def test_a_server_answers_each_row_once_and_needs_a_function_for_references(tmp_
         result = membership(model, data, resume=True, **settings)
         assert len(server.rows) == result.facts["rows_sent"]
         assert len(server.rows) < 598 + 300
+        finding = json.loads((tmp_path / "run" / "finding.json").read_text())
+        changed = forged(finding, ("facts", "rows_sent"), 0)
+        assert not is_accepted(tmp_path / "run", changed, tmp_path / "copy")
     assert result.verdict == "unclear"
 
 

@@ -1,5 +1,6 @@
 """Planting of manipulated examples in training data, and drills from the command line."""
 
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.api.poisoning import write_drill
 from holdfast.audits.planting import SIG, BadNets, Blended, Flip, TargetedFlip, planted, poisoned
 from holdfast.cli.app import run as command
 from holdfast.core.errors import TargetError, UsageError
@@ -281,3 +283,48 @@ def test_a_drill_of_labels_has_no_trigger_and_is_the_same_again(tmp_path, capsys
     with np.load(files[0]) as first, np.load(files[1]) as second:
         assert all(np.array_equal(first[name], second[name]) for name in first)
         assert len(first["poisoned"]) == 500
+
+
+BADNETS = "badnets,target=1,rate=0.1"
+
+
+def small_data(path):
+    x, y = examples(40)
+    np.savez(path, x_train=x.numpy(), y_train=y.numpy(), x_test=x.numpy(), y_test=y.numpy())
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes with names in folders")
+@pytest.mark.parametrize("name", ["drill.npz", "drill.trigger.npz"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_drill_replaces_no_pipe_and_no_device(name, kind, tmp_path):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises(TargetError, match=f"{name}' is not a regular file, .* which is not replaced"):
+        write_drill(str(small_data(tmp_path / "data.npz")), BADNETS, tmp_path / "drill.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["data.npz", name])
+
+
+def test_a_drill_overwrites_the_data_by_neither_of_its_files(tmp_path):
+    data = small_data(tmp_path / "drill.trigger.npz")
+    before = data.read_bytes()
+    with pytest.raises(UsageError, match=r"drill\.trigger\.npz' of the data would be overwritten"):
+        write_drill(str(data), BADNETS, tmp_path / "drill.npz")
+    assert data.read_bytes() == before
+
+
+def test_a_drill_whose_trigger_cannot_be_written_is_not_written(tmp_path):
+    output = tmp_path / f"{'d' * 249}.npz"  # the name of the trigger is too long
+    with pytest.raises(TargetError, match="cannot be written"):
+        write_drill(str(small_data(tmp_path / "data.npz")), BADNETS, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+@pytest.mark.parametrize("label", [-1, 10**6, 2**62])
+def test_labels_that_are_no_class_numbers_are_not_poisoned(label):
+    x, y = examples()
+    y[0] = label
+    with pytest.raises(TargetError, match="class numbers from 0 to 999,999 were expected"):
+        poisoned(x, y, Flip(), rate=0.1)

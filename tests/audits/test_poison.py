@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import holdfast
+from benchmarks.forging import accepted_fields
 from holdfast.api.audit_poison import training
 from holdfast.audits.features import penultimate
 from holdfast.audits.poison.audit import (
@@ -270,6 +271,7 @@ def test_the_command_writes_suspects_and_judges_the_gate(data, trusted, tmp_path
     assert command([*base, *clean[:2], "--suspects", str(other), "--run", run, "--resume"]) == 0
     assert len(other.read_text().splitlines()) == len(lines) + 1 and not suspects.exists()
     assert command(["verify", run]) == 0
+    assert not accepted_fields(tmp_path / "run", 6, tmp_path / "copy")
     capsys.readouterr()
     assert command([*base, "-o", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "unclear"

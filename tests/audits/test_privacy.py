@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import holdfast
+from benchmarks.forging import accepted_fields
 from holdfast.audits.privacy.bounds import epsilon_from_guesses, epsilon_from_rates, p_value
 from holdfast.audits.privacy.canaries import planted, right_guesses
 from holdfast.cli.app import run as command
@@ -122,6 +123,7 @@ def test_a_training_without_noise_is_flagged_and_one_that_learns_nothing_is_uncl
     assert result.exit_code == 1 and result.metrics["epsilon_lower"].low > 2
     again = privacy(data, remembering, gates=["epsilon_lower <= 2"], run=tmp_path / "run", resume=True)
     assert again.content == result.content
+    assert not accepted_fields(tmp_path / "run", 6, tmp_path / "copy")
     nothing = privacy(data, untrained)
     assert nothing.verdict == "unclear" and "learns nothing" in nothing.summary()["reasons"][0]
 

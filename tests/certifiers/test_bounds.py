@@ -1,7 +1,10 @@
 """Bounds of networks: sound for every operation, tight for the simple ones, and refused where none are known."""
 
+import importlib
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
+from holdfast.certifiers.bounds import tracing
 from holdfast.certifiers.bounds.alpha import optimised, sharpen
 from holdfast.certifiers.bounds.crown import NO_CHOICES, cuts, refine, relaxed, substitute
 from holdfast.certifiers.bounds.graph import gamma
@@ -23,6 +27,7 @@ from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
+from holdfast.core.outputs import OutputKind
 
 
 class Block(nn.Module):
@@ -552,7 +557,7 @@ class Centred(nn.Module):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Branching(), "if x.sum() > 0: (it reads the values of a tensor)"),
+        (Branching(), "it reads the values of a tensor in your code"),
         (Product(), "return x[:, :2] * x[:, 2:4]"),
         (Centred(), "batch dimension"),
         (Hidden(), "cannot be recorded"),
@@ -567,6 +572,75 @@ def test_networks_without_sound_bounds_are_refused(net: nn.Module, message: str)
     with pytest.raises(UsageError) as error:
         traced(model, torch.rand(4, 4))
     assert message in str(error.value)
+
+
+class Calling(nn.Module):
+    """A network that calls a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_a_refusal_names_the_line_of_a_library_that_reads_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "reading_values.py"
+    library.write_text("def scaled(x):\n    return x * float(x.max())\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tracing, "_INSTALLED", (str(tmp_path),))
+    scaled = importlib.import_module("reading_values").scaled
+    with pytest.raises(UsageError) as error:
+        traced(Classifier(Calling(scaled)).eval(), torch.rand(4, 4))
+    assert f"{library}, line 2: return x * float(x.max()), which is the code of a library" in str(error.value)
+    assert f"your code calls in {__file__}" in str(error.value)
+
+
+class Squeezed(nn.Module):
+    """One number for each example, without a dimension for features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("net", "output"),
+    [
+        (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), "probability"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()), "probability"),
+        (nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()), "probability"),
+        (nn.Sequential(nn.Linear(4, 1), nn.Sigmoid(), Squeezed()), "probability"),
+        (nn.Sequential(nn.Linear(4, 1), Squeezed(), nn.Sigmoid()), "probability"),
+        (nn.Linear(4, 1), "logit"),
+        (nn.Sequential(nn.Linear(4, 1), Squeezed()), "logit"),
+    ],
+    ids=["softmax", "sigmoids", "sigmoid", "squeezed", "sigmoid of squeezed", "logit", "squeezed logit"],
+)
+def test_declared_outputs_have_the_bounds_of_their_logits(net: nn.Sequential, output: OutputKind) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, x = (
+        Classifier(net, output=output, bounds=Bounds(-1, 2)).eval(),
+        torch.rand(40, 4, generator=generator),
+    )
+    linear = net[0] if isinstance(net, nn.Sequential) else net
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator))
+        linear.bias.copy_(-linear.weight.sum(1) / 2)
+    y = model(x).argmax(1)
+    batch = Batch(x, y, torch.arange(40))
+    proved = Crown().ready(model, batch, ThreatModel(Linf(0.05)))(batch).certified
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    if len(weight) == 1:
+        weight, bias = torch.cat((0 * weight, weight)), torch.cat((0 * bias, bias))
+    rows = weight[y][:, None] - weight[None]
+    exact = (rows @ x[:, :, None])[..., 0] + bias[y][:, None] - bias[None] - 0.05 * rows.abs().sum(2)
+    robust = (exact + 1e9 * F.one_hot(y, len(bias))).amin(1) > 0
+    several = isinstance(net, nn.Sequential) and isinstance(net[1], nn.Sigmoid) and len(weight) > 2
+    assert not (proved & ~robust).any()
+    assert proved.sum() >= 10 if several else proved.equal(robust)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:

@@ -235,6 +235,25 @@ def test_rules_that_contradict_each_other_are_refused(change, message):
         rules_from(CONTENT | change, "rules.yaml")
 
 
+@pytest.mark.parametrize(
+    ("most", "more", "message"),
+    [
+        (["debit < 9"] * 1000, ["debit < 9"], "1,001 relations; at most 1,000"),
+        ([" or ".join(["debit < 9"] * 40)] * 50, ["debit < 9"], "2,001 comparisons; at most 2,000"),
+        ([f"{'debit':<996} < 9"] * 100, ["debit < 9"], "100,009 characters; at most 100,000"),
+    ],
+)
+def test_relations_are_accepted_up_to_their_limits(most, more, message):
+    rules = rules_from(CONTENT | {"relations": most}, "rules.yaml")
+    assert len(rules.relations) == len(most)
+    with pytest.raises(UsageError, match=rf"rules.yaml'? ha(s|ve) {message} were expected"):
+        rules_from(CONTENT | {"relations": most + more}, "rules.yaml")
+    stored = json.loads(rules.content)
+    stored["relations"] += more
+    with pytest.raises(UsageError, match="at most"):
+        rules_of(json.dumps(stored))
+
+
 def test_rules_are_stored_and_read_again():
     rules = rules_from(CONTENT, "rules.yaml")
     assert rules_of(rules.content) == rules

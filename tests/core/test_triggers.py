@@ -1,5 +1,7 @@
 """The trigger of a backdoor as a change of inputs, as a constraint, and as an attack."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
 from holdfast.core.triggers import Stamped, Trigger, trigger_of, trigger_text
-from holdfast.io.data.trigger_files import write_trigger
+from holdfast.io.data.trigger_files import read_trigger, trigger_threat, write_trigger
 from holdfast.settings.grammar import parse_threat
 from holdfast.settings.threats_and_attacks import threat_model, threat_written
 
@@ -177,3 +179,25 @@ def test_other_goals_shapes_attacks_and_threats_are_refused(tmp_path):
         TriggerStamp()(None, batch, ThreatModel(Linf(0.1)), rng=Draws(0))
     with pytest.raises(UsageError, match="the threat 'trigger:' has no file"):
         parse_threat("trigger:")
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)])
+def test_a_trigger_is_stamped_in_the_units_of_the_model(tmp_path, ends):
+    low, high = ends
+    for made in (patch(1), wave(0.05)):
+        write_trigger(tmp_path / "t.npz", replace(made, ends=(0.0, 1.0)))
+        trigger = read_trigger(tmp_path / "t.npz")
+        unit = torch.rand(3, *made.pattern.shape, generator=torch.Generator().manual_seed(0))
+        x = low + unit * (high - low)
+        stamped = trigger.stamped(x, Bounds(low, high))
+        assert torch.allclose((stamped - low) / (high - low), made.stamped(unit, Bounds()), atol=1e-5)
+        constraint = trigger_threat(file=str(tmp_path / "t.npz")).within(Bounds(low, high))
+        assert constraint.distance(stamped, x).tolist() == [1, 1, 1]
+
+
+def test_a_trigger_of_unknown_units_with_values_outside_the_bounds_is_refused() -> None:
+    bright = Trigger(torch.ones(1, 2, 2), torch.full((1, 2, 2), 255.0))
+    with pytest.raises(
+        UsageError, match="values from 255 to 255, and the model takes values from 0 to 1.*low and high"
+    ):
+        bright.stamped(torch.zeros(1, 1, 2, 2), Bounds())

@@ -123,3 +123,22 @@ def test_a_stored_input_is_used():
     threat = replace(ThreatModel(L0(4.0)), access="scores")
     found, _ = one(model, x, threat, stored=stored)
     assert found.inside
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+@pytest.mark.parametrize("kind", ["number", "whole"])
+def test_the_change_of_a_row_under_rules_is_minimal(norm, kind):
+    columns = {name: {"type": kind, "min": 0, "max": 100} for name in ("amount", "days")}
+    rules = rules_from({"columns": columns, "budget": {"norm": norm, "eps": 0.5}}, "rules")
+    weights = torch.tensor([1.0, 0.4])
+    net = nn.Linear(2, 2)
+    net.weight.data, net.bias.data = torch.stack([-weights, weights]), torch.tensor([69.7, -69.7])
+    model = Classifier(net, bounds=Bounds(0.0, 100.0))
+    for row in ([56.0, 43.0], [63.0, 30.0], [40.0, 60.0]):
+        x = torch.tensor([row])
+        found, _ = one(model, x, ThreatModel(Table("rules", rules.content, 0.5)))
+        margin = float((x[0] * weights).sum() - 69.7)
+        exact = abs(margin) / float(weights.max() if norm == "l1" else weights.sum()) / 100
+        assert found.inside and not torch.equal(model(found.nearest).argmax(1), model(x).argmax(1))
+        assert exact - 1e-6 <= found.distance <= 1.02 * exact + (0.011 if kind == "whole" else 0)
+        assert float(Table("rules", rules.content, 0.5).distance(found.shown, x)[0]) == found.distance

@@ -241,3 +241,26 @@ def test_noise_keeps_the_categories_of_a_table(tmp_path):
     shown = [holdfast.explain(net, x, y, f"table:{rules}", index=row) for row in (1, 14)]
     assert all("attributions" in each.names for each in shown)
     assert any("stability" in each.names for each in shown)
+
+
+def test_the_folder_of_a_run_states_how_its_model_and_data_are_opened(tmp_path):
+    x = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+    lines = [",".join(f"{value:.4f}" for value in row) for row in x.tolist()]
+    labelled = [f"{line},{int(row[0] > row[1])}" for line, row in zip(lines, x, strict=True)]
+    table = tmp_path / "d.csv"
+    table.write_text("\n".join(("a,b,c,sold", *labelled)))
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[-4.0, 4.0, 0.0], [4.0, -4.0, 0.0]]))
+        net.bias.zero_()
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    (tmp_path / "net.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
+    how = {"arch": f"{tmp_path}/net.py:build", "label": "sold"}
+    folder = tmp_path / "run"
+    opened = {"model": str(tmp_path / "w.pt"), "data": str(table), **how}
+    holdfast.Assess(threat="linf:0.05", suite="fgsm", doubts=False, n=9, **opened).run(folder)
+    with pytest.raises(UsageError, match="weights but no architecture"):  # code of a folder is not run
+        holdfast.Explain(model=str(folder), index=2).run()
+    from_folder = holdfast.Explain(model=str(folder), index=2, arch=how["arch"]).run()
+    given = holdfast.Explain(**opened, threat="linf:0.05", index=2, n=9, from_run=str(folder)).run()
+    assert from_folder.figures == given.figures

@@ -267,11 +267,54 @@ def test_folders_that_cannot_be_imported_are_refused(tmp_path: Path, folder: Pat
     (tmp_path / "damaged").mkdir()
     for part in CATALOGUE["cifar10"].parts:
         np.savez(
-            tmp_path / "damaged" / part, webp=np.zeros(9, np.uint8), offsets=np.array([0, 9]), y=np.zeros(1)
+            tmp_path / "damaged" / part,
+            webp=np.zeros(9, np.uint8),
+            offsets=np.array([0, 9]),
+            y=np.zeros(1, int),
         )
-    with pytest.raises(TargetError, match="damaged image strip"):
+    with pytest.raises(TargetError, match="row 0 of .*cannot be read as"):
         import_folder(tmp_path / "damaged")
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"offsets": np.array([0.0, 50.0])},
+        {"offsets": np.array([50, 0])},
+        {"offsets": np.zeros((2, 2), int)},
+        {"offsets": np.array([0])},
+        {"webp": np.zeros(50, np.float32)},
+        {"y": np.array(["a", "b"])},
+        {"y": np.arange(3)},
+        {"y": np.arange(1)},
+        {"y": np.zeros(100_001, np.uint8)},
+        {"height": 33},
+        {"height": 16_000, "width": 16_000},
+    ],
+)
+def test_archives_of_strips_that_are_not_as_expected_are_refused(
+    changes, tmp_path: Path, folder: Path
+) -> None:
+    file = io.BytesIO()
+    size = changes.pop("width", 32), changes.pop("height", 64)
+    Image.new("RGB", size).save(file, "WEBP", lossless=True, method=0)
+    blob = np.frombuffer(file.getvalue(), np.uint8)
+    arrays = {"webp": blob, "offsets": np.array([0, len(blob)]), "y": np.arange(2)} | changes
+    for part in CATALOGUE["cifar10"].parts:
+        np.savez(tmp_path / part, **arrays)
+    with pytest.raises(TargetError, match="get the file again|too large to decode"):
+        import_folder(tmp_path)
+
+
+def test_a_damaged_file_does_not_replace_an_imported_one(tmp_path: Path, folder: Path) -> None:
+    np.savez(tmp_path / "gtsrb32.npz", x_test=RNG.random((2, 4)), y_test=np.arange(2))
+    import_folder(tmp_path)
+    before = (folder / "gtsrb32.npz").read_bytes()
+    (tmp_path / "gtsrb32.npz").write_bytes(before[:100])
+    with pytest.raises(TargetError, match="damaged or truncated"):
+        import_folder(tmp_path)
+    assert (folder / "gtsrb32.npz").read_bytes() == before
 
 
 @pytest.mark.parametrize("cut", [2, 10, 60])

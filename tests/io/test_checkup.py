@@ -275,3 +275,13 @@ def test_the_advice_on_normalised_data_leads_to_no_problem(takes: str) -> None:
     remedy = problems["normalisation" if takes == "pixels" else "range"].remedies[-1]
     changes = {part.argument: part.value for part in (remedy, *remedy.also)}
     assert not any(each.level == "problem" for each in holdfast.doctor(model, (2 * pixels - 1, y), **changes))
+
+
+def test_outputs_that_are_no_scores_of_classes_are_named_where_accuracy_is_at_chance() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(60, 5, generator=rng), torch.randint(0, 3, (60,), generator=rng)
+    qualities = torch.tensor([3.5, 4.1, 2.9])
+    findings = holdfast.doctor(lambda x: qualities + x[:, :3] / 10, (x, y))
+    (accuracy,) = [finding for finding in findings if finding.check == "accuracy"]
+    assert accuracy.level == "warning"
+    assert "the 3 outputs do not look like logits or probabilities of the labels" in accuracy.message

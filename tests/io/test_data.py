@@ -482,7 +482,7 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
         ([["a", "y"], ["1", ""]], "y", TargetError, "label of row 0 of .* is missing"),
         ([["a", "y"], ["7", "0"]], "y", TargetError, "range from 7 to 7;"),
         ([["a", "y"], ["1"]], "y", TargetError, "row 1 of .* has 1 cells; the header has 2"),
-        ([["a", "a"], ["1", "2"]], "a", TargetError, "distinct names"),
+        ([["a", "a"], ["1", "2"]], "a", TargetError, "several columns named .a."),
         ([["a", "y"]], "y", TargetError, "is empty"),
         ([["y"], ["1"]], "y", TargetError, "no column beside its label"),
     ],
@@ -594,3 +594,25 @@ def test_text_labels_of_an_archive_are_looked_up(tmp_path: Path) -> None:
     assert open_data(told, expected=Expected(layout="hwc")).y.tolist() == (2 - Y).tolist()
     with pytest.raises(TargetError, match="emu"):
         open_data(address, expected=Expected(class_names=("cat", "dog", "gnu"), layout="hwc"))
+
+
+def test_whole_numbers_that_float32_does_not_represent_are_refused(tmp_path: Path) -> None:
+    for name, values in (("id", [16777217, 16777218, 3]), ("amount", [16777217.5, 16777218.25, 3.0])):
+        (tmp_path / f"{name}.csv").write_text(
+            f"a,{name},y\n" + "".join(f"1,{value},{row % 2}\n" for row, value in enumerate(values))
+        )
+    accepted = open_data(str(tmp_path / "amount.csv"), label="y", expected=Expected(lenient=True))
+    assert accepted.read(0, 3).x.shape == (3, 2)  # fractions are rounded by less than their own precision
+    with pytest.raises(TargetError, match="column 'id' of .* above 16,777,216, first in row 0") as caught:
+        open_data(str(tmp_path / "id.csv"), label="y", expected=Expected(lenient=True))
+    (drop,) = caught.value.remedies
+    open_data(str(tmp_path / "id.csv"), label="y", drop=drop.value, expected=Expected(lenient=True))
+
+
+def test_a_stream_needs_no_label_column_and_no_threat_is_advised(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,land\n1,AT\n2,DE\n")
+    expected = Expected(lenient=True, needs_labels=False, has_threat=False)
+    assert open_data(str(tmp_path / "t.csv"), drop=("land",), expected=expected).y.tolist() == [-1, -1]
+    with pytest.raises(TargetError, match="1 column .* land") as caught:
+        open_data(str(tmp_path / "t.csv"), expected=expected)
+    assert "threat" not in caught.value.message

@@ -237,6 +237,13 @@ def test_weights_that_are_not_numbers_are_refused(code: Path, tmp_path: Path) ->
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(TargetError, match=r"NaN or infinity in 1\.weight"):
         open_model(str(tmp_path / "w.safetensors"), arch=f"{code}:net")
+    # too large for the 32 bits of the network
+    torch.save(state | {"1.weight": torch.full((3, 4), 1e300, dtype=torch.float64)}, tmp_path / "w.pt")
+    with pytest.raises(TargetError, match=r"NaN or infinity in 1\.weight"):
+        open_model(str(tmp_path / "w.pt"), arch=f"{code}:net")
+    torch.save(state | {"1.weight": torch.zeros(3, 4, dtype=torch.complex64)}, tmp_path / "w.pt")
+    with pytest.raises(TargetError, match=r"1\.weight is torch\.complex64, expected torch\.float32"):
+        open_model(str(tmp_path / "w.pt"), arch=f"{code}:net")
 
 
 def test_damaged_safetensors_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 import holdfast
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.api.annexes import annex_of
 from holdfast.attacks import FGSM, Square
 from holdfast.attacks.suites import VARIANTS
@@ -119,7 +119,8 @@ def test_wrong_folders_and_standards_are_refused(run, tmp_path):
     (tmp_path / "altered" / "verdict.json").write_text("{}")
     with pytest.raises(TargetError, match="restore it from a copy"):
         annex_of([tmp_path / "altered"], "aisvs")
-    Journal.opened(tmp_path / "adapted", "http://s", "2" * 64, resume=False)
+    with open_journal(tmp_path / "adapted", {"server": "http://s"}, resume=False):
+        pass
     with pytest.raises(TargetError, match="not finished"):
         annex_of([tmp_path / "adapted"], "aisvs")
 

@@ -12,7 +12,7 @@ import torch
 
 import holdfast
 from holdfast.adaptation.adapted import Adapted
-from holdfast.adaptation.journal import JOURNAL, Journal, Step
+from holdfast.adaptation.journal import Adaptation, Step, open_journal
 from holdfast.api.annexes import Annex, annex_of
 from holdfast.audits.audit import AuditRequest, AuditResult, audited
 from holdfast.audits.finding import Curve, Finding, Picture, Table
@@ -114,9 +114,8 @@ def of_explanation():
 
 
 def of_adaptation():
-    journal = Journal(Path("a"), TEXT, TEXT, TEXT, outcome="not promoted", reason=TEXT)
-    journal.steps.append(Step(TEXT, 0.0, {TEXT: TEXT, "list": [TEXT]}))
-    adapted = Adapted.of(journal)
+    step = Step("begin", 0.0, {TEXT: TEXT, "list": [TEXT]})
+    adapted = Adapted.of(Adaptation(Path("a"), TEXT, TEXT, (step,), TEXT, "not promoted", TEXT))
     return {"terminal": f"{adapted.text()}\n{adapted}"}, (".json",), adapted.write
 
 
@@ -205,8 +204,6 @@ def _free(content):
     for key in ("model", "data"):
         if key in content:
             content[key]["name"] = TEXT
-    for step in content.get("steps", ()):
-        step.update(step=TEXT, facts=filled(step["facts"]))
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +217,9 @@ def strangers(tmp_path_factory):
             if (place / name).is_file():
                 rewritten(place, name, _free)
         (place / "about.json").write_text(json.dumps({"created": TEXT}))
-    journal = Journal.opened(root / "adapted", "a", "b", resume=False)
-    journal.add("begin", {"a": "b"})
-    journal.end("not promoted", "c")
-    content = json.loads((root / "adapted" / JOURNAL).read_text())
-    _free(content)
-    (root / "adapted" / JOURNAL).write_text(json.dumps(content))
+    with open_journal(root / "adapted", {"server": TEXT}, resume=False) as journal:
+        journal.take("begin", lambda: {TEXT: TEXT, "list": [TEXT], "share": 0.5, "ends": TEXT})
+        journal.end()
     return root
 
 
@@ -238,6 +232,7 @@ def strangers(tmp_path_factory):
         (("compare", "run", "run"), (".html", ".json", ".md")),
         (("verify", "run"), ()),
         (("verify", "audit"), ()),
+        (("verify", "adapted"), ()),
         (("runs", "."), ()),
         (("explain", "run"), ()),
     ],
@@ -285,7 +280,8 @@ NUMBERS = [
     ("run", "verdict.json", ("exit_code",)),
     ("run", "about.json", ("time",)),
     ("audit", "finding.json", ("facts", "fact")),
-    ("adapted", JOURNAL, ("steps", 0, "time")),
+    ("adapted", "begin.json", ("share",)),
+    ("adapted", "about.json", ("times", "begin")),
 ]
 
 
@@ -302,7 +298,7 @@ def test_odd_numbers_and_texts_end_no_command_with_an_internal_error(
     codes = {"report": command([*map(str, reported), "-o", str(tmp_path / "report.html")])}
     said = capsys.readouterr().err
     codes["runs"] = command(["runs", str(run.parent)])
-    codes["verify"] = 0 if folder == "adapted" else command(["verify", str(run)])
+    codes["verify"] = command(["verify", str(run)])
     codes["ui"] = command(["ui", str(run.parent), "--export", str(tmp_path / "site")])
     if folder == "run":
         codes["explain"] = command(["explain", str(run)])

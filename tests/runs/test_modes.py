@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.audits.audit import AuditRequest, audited
 from holdfast.audits.finding import Finding
 from holdfast.core.catalogue import names
@@ -123,15 +123,19 @@ def test_answers_of_a_server_are_their_owners_alone(tmp_path):
     assert answers.totals == Totals()
 
 
-def test_an_adaptation_and_its_candidate_are_their_owners_alone(tmp_path):
-    journal = Journal.opened(tmp_path / "a", "http://server", "0" * 64, resume=False)
-    journal.add("begin", {})
+def test_an_adaptation_and_its_copies_of_weights_are_their_owners_alone(tmp_path):
+    with open_journal(tmp_path / "a", {"server": "http://server"}, resume=False) as journal:
+        journal.keep("candidate.safetensors", b"weights")
+        journal.take("begin", lambda: {"ends": "at once"})
+        journal.end()
+    assert not open_to_others(tmp_path / "a")
+
+
+def test_a_model_that_is_written_by_a_hardening_has_the_mode_of_the_umask(tmp_path):
     result, card = open_run(stored.hardening()), json.loads((stored.hardening() / "card.json").read_text())
     cost = dict.fromkeys(("wall_s", "cpu_s", "forwards", "planning_s"), 0)
     card |= {"command": "", "hardware": "", "cost": cost}  # which are not in the chain
     hardened = Hardened(result.evidence, result, result, (), card, b"weights", program=b"program")
-    hardened.write(journal.folder / "candidate", private=True)
-    assert not open_to_others(journal.folder)
     hardened.write(tmp_path / "b")
     assert {mode(path) for path in (tmp_path / "b").iterdir()} == {0o644} and mode(tmp_path / "b") == 0o755
 

@@ -1,7 +1,6 @@
 """The monitor of a running server: samples of requests, alarms, labels, and what is refused."""
 
 import base64
-import io
 import json
 import time
 from dataclasses import replace
@@ -22,7 +21,7 @@ from holdfast.guard.decisions import Action, Incoming
 from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Observed
 from holdfast.server import server_worker
-from holdfast.server.answering_requests import Answer, Job, Outcome, ServedSet
+from holdfast.server.answering_requests import Answer, Job, Outcome
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.reservoir import Reservoir
@@ -66,15 +65,14 @@ def live(monkeypatch):
     monitor.close()
 
 
-def reported(x, names, action=Action.ALLOW, served="a"):
+def reported(x, names, action=Action.ALLOW):
     """The report of a worker that answered one request for each row of `x`, and sampled all of them."""
     reservoir = Reservoir(reference())
     reservoir._tokens = len(x)
     reservoir.add(
         [outcome(row[None], name, action) for row, name in zip(x, names, strict=True)],
-        ServedSet(None, served),
     )
-    return json.loads(json.dumps(reservoir.taken())), reservoir
+    return json.loads(json.dumps(reservoir.taken()))
 
 
 def test_a_worker_samples_few_inputs_and_reports_each_prediction():
@@ -82,14 +80,13 @@ def test_a_worker_samples_few_inputs_and_reports_each_prediction():
     for k in range(50):
         reservoir.add(
             [outcome(x[4 * k : 4 * k + 2], f"r{k}"), Outcome(Job(Incoming(x, "c", "lost")))],
-            ServedSet(None, "a"),
         )
     content = reservoir.taken()
     n = len(base64.b64decode(content["signals"])) // 8 // len(reference().signals.names)
     assert 1 <= n < 40 and len(content["predictions"]) == 50 and content["left_out"] == 0
-    name, classes, confidences, flagged, served = content["predictions"][3]
+    name, classes, confidences, flagged = content["predictions"][3]
     best = network()(x[12:14]).softmax(1).max(1)
-    assert (name, classes, flagged, served) == ("r3", best.indices.tolist(), False, "a")
+    assert (name, classes, flagged) == ("r3", best.indices.tolist(), False)
     assert confidences == pytest.approx(best.values.tolist(), abs=1e-5)
     assert reservoir.taken() is None
 
@@ -97,7 +94,7 @@ def test_a_worker_samples_few_inputs_and_reports_each_prediction():
 def test_too_many_requests_are_left_out_and_counted():
     reservoir = Reservoir(reference())
     for k in range(45):
-        reservoir.add([outcome(samples(1), f"{k}.{i}") for i in range(50)], ServedSet(None, "a"))
+        reservoir.add([outcome(samples(1), f"{k}.{i}") for i in range(50)])
     content = reservoir.taken()
     assert (len(content["predictions"]), content["left_out"]) == (2000, 250)
 
@@ -110,7 +107,7 @@ def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp
         prepared, None, lambda kind, content: sent.append(kind), mmap(-1, MEMORY_BYTES)
     )
     for name in ("a", "b"):
-        worker.reservoir.add([outcome(samples(1), name)], ServedSet(None, "a"))
+        worker.reservoir.add([outcome(samples(1), name)])
         worker.report()
     worker.batcher.close()
     assert sent == [b"T", b"M", b"T"]
@@ -134,7 +131,7 @@ def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(monk
             answered = [
                 Outcome(Job(Incoming(row, "client", "r")), None, Answer(40 * NETWORK(row))) for row in rows
             ]
-            reservoir.add(answered, ServedSet(None, "a"))
+            reservoir.add(answered)
             monitor.received(reservoir.taken(), canary=False)
         until(lambda: monitor.summary()["stream"]["n"] == 320)
         assert monitor.summary()["alarmed"] == []
@@ -143,9 +140,9 @@ def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(monk
 
 
 def test_shifted_requests_raise_an_alarm_and_those_of_a_canary_do_not(live):
-    content, _ = reported(samples(200, 1) + 2, [f"r{k}" for k in range(200)], Action.FLAG)
+    content = reported(samples(200, 1) + 2, [f"r{k}" for k in range(200)], Action.FLAG)
     live.received(content, canary=True)
-    live.received(reported(samples(40, 2), [f"s{k}" for k in range(40)])[0], canary=False)
+    live.received(reported(samples(40, 2), [f"s{k}" for k in range(40)]), canary=False)
     until(lambda: live.summary()["stream"]["n"] == 40)
     assert live.summary()["alarmed"] == [] and live.summary()["flagged"] == 200
     live.received(content, canary=False)
@@ -157,52 +154,34 @@ def test_shifted_requests_raise_an_alarm_and_those_of_a_canary_do_not(live):
     assert live.summary()["stream"]["n"] == 0 and live.summary()["verdict"] == "no alarm"
 
 
-def test_labels_are_compared_with_the_predictions_of_each_set(live):
+def test_labels_are_compared_with_the_predictions(live):
     x = samples(4)
     y = network()(x).argmax(1).tolist()
-    live.received(reported(x[:2], ["a", "b"])[0], canary=False)
-    live.received(reported(x[2:], ["c", "d"], served="other")[0], canary=True)
+    live.received(reported(x[:2], ["a", "b"]), canary=False)
+    live.received(reported(x[2:], ["c", "d"]), canary=True)
     wrong = (y[1] + 1) % CLASSES
     answer = live.label({"a": [y[0]], "b": [wrong], "z": [0], "c": [y[2], 1], "d": [CLASSES]})
     assert (answer["accepted"], answer["unknown"], list(answer["invalid"])) == (2, ["z"], ["c", "d"])
     assert live.label({"a": [y[0]]})["unknown"] == ["a"]  # a label is accepted once
     live.label({"c": [y[2]]})
-    assert live.labelled("a") == (2, 1) and live.labelled("other") == (1, 0)
+    assert [live.class_of(*each) for each in (("a", 0), ("b", 0), ("b", 1), ("z", 0))] == [
+        y[0],
+        wrong,
+        -1,
+        -1,
+    ]
     assert live.summary()["measured"]["accuracy"]["value"] == pytest.approx(2 / 3)
     assert live.summary()["expected"]["n"] == 2
-
-
-def test_samples_have_the_classes_that_are_known(live):
-    content, reservoir = reported(samples(3), ["a", "b", "c"])
-    live.received(content, canary=False)
-    live.label({"b": [2]})
-
-    def ask():
-        live.sampled(json.loads(json.dumps(reservoir.samples())))
-        return 1
-
-    with np.load(io.BytesIO(live.samples(ask))) as arrays:
-        assert len(arrays["x"]) == 3 and sorted(arrays["y"].tolist()) == [-1, -1, 2]
-        (row,) = np.flatnonzero(arrays["y"] == 2)
-        assert arrays["x"][row].tolist() == samples(3)[1].tolist()
-    empty = Reservoir(reference()).samples()
-
-    def ask_empty():
-        live.sampled(empty)
-        return 1
-
-    with np.load(io.BytesIO(live.samples(ask_empty))) as arrays:
-        assert len(arrays["y"]) == 0
 
 
 def test_predictions_of_large_requests_are_forgotten_earlier(live, monkeypatch):
     monkeypatch.setattr("holdfast.server.live_monitor._REMEMBERED", 10)
     for name in "abc":
-        entry = [name, [0] * 4, [0.5] * 4, False, "set"]
+        entry = [name, [0] * 4, [0.5] * 4, False]
         live.received({"predictions": [entry, entry], "signals": ""}, canary=False)
     assert list(live._remembered) == ["b", "c"]
     live.label({"b": [0] * 4})
-    live.received({"predictions": [["d", [0] * 6, [0.5] * 6, False, "set"]], "signals": ""}, canary=False)
+    live.received({"predictions": [["d", [0] * 6, [0.5] * 6, False]], "signals": ""}, canary=False)
     assert list(live._remembered) == ["c", "d"]
 
 
@@ -225,7 +204,7 @@ def embedded(net, observer=None):
 
 def report_of(net, compared, x):
     """The report of a worker that sampled all inputs, with their embeddings."""
-    reservoir, served = Reservoir(compared), ServedSet(net, "a")
+    reservoir = Reservoir(compared)
     reservoir._tokens = len(x)
     jobs = [Job(Incoming(row[None], "client", f"r{k}")) for k, row in enumerate(x)]
     reservoir.add(
@@ -233,7 +212,6 @@ def report_of(net, compared, x):
             Outcome(job, None, Answer(net(job.incoming.x)), features=(net.net[:2](job.incoming.x), 0))
             for job in jobs
         ],
-        served,
     )
     return reservoir.taken()
 
@@ -244,7 +222,7 @@ def test_a_change_of_embeddings_alone_raises_an_alarm(monkeypatch):
     compared = embedded(net)
     assert "embeddings: feature 7" in compared.signals.names
     reservoir = Reservoir(compared)
-    reservoir.add([outcome(samples(1), "r")], ServedSet(None, "a"))
+    reservoir.add([outcome(samples(1), "r")])
     assert reservoir.taken()["signals"] == "", "an input without its embedding is not sampled"
     monitor = LiveMonitor(compared, lambda kind, **facts: None, Telemetry(), lambda text: None)
     monitor.start()
@@ -364,8 +342,7 @@ def test_a_server_with_a_monitor(tmp_path, capsys, monkeypatch):
         while not operator.client.get("/monitor").json()["alarmed"]:
             ask(samples(1, 6) + 5, 10)
             assert time.monotonic() < end
-        with np.load(io.BytesIO(operator.client.get("/samples").content)) as arrays:
-            assert arrays["x"].shape[1:] == (FEATURES,) and len(arrays["x"]) == len(arrays["logits"]) > 20
+        assert operator.client.get("/samples").status_code == 409
         assert run(["monitor", address, "--once", "-q"]) == 1
         assert 'holdfast_monitor_alarm{test="martingale"} 1.0' in operator.client.get("/metrics").text
         assert operator.post("/labels", labels=[1]).status_code == 400

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import numpy as np
@@ -335,6 +336,62 @@ def sending(parts, pause_s=0.02):
         finally:
             stopped.set()
             listener.shutdown(socket.SHUT_RDWR)
+
+
+class Doubled(BaseHTTPRequestHandler):
+    """A server that answers every request for scores with two responses on one connection."""
+
+    protocol_version = "HTTP/1.1"
+    shape = (1, 3)
+
+    def written(self, content):
+        body = json.dumps(content).encode()
+        self.wfile.write(OK + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+
+    def do_GET(self):
+        tensors = [{"name": "x", "datatype": "FP64", "shape": [-1, FEATURES]}]
+        self.written({"name": "m", "versions": ["1"], "inputs": tensors, "outputs": []})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        rows = len(request["inputs"][0]["data"]) // FEATURES
+        for row in ([0.2, 0.3, 0.5], [0.9, 0.05, 0.05]):
+            output = {"name": "y", "datatype": "FP64", "shape": self.shape, "data": row * rows}
+            self.written({"id": request["id"], "outputs": [output]})
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextmanager
+def answering(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join(60)
+        server.server_close()
+
+
+def test_no_request_receives_the_second_response_to_another_one():
+    with answering(Doubled) as url:
+        model = read_upstream(UpstreamAddress(url), "m", max_rows=8).opened()
+        results = []
+        for _ in range(4):
+            with suppress(Refused):
+                results.append(model(X[:1]).tolist())
+        assert results and all(each == [[0.2, 0.3, 0.5]] for each in results)
+
+
+def test_a_size_that_an_output_leaves_open_is_refused():
+    class Open(Doubled):
+        shape = (-1, 3)
+
+    with answering(Open) as url, pytest.raises(TargetError, match="returned an invalid response"):
+        read_upstream(UpstreamAddress(url), "m", max_rows=8)
 
 
 @pytest.mark.parametrize("name", SLOW)

@@ -22,6 +22,7 @@ from holdfast.attacks.parts.losses import dlr
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.suites import LABELS_ONLY, SUITES, VARIANTS, curve, suite, variant
 from holdfast.core.catalogue import ATTACKS
+from holdfast.core.chain import canonical
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -597,15 +598,16 @@ def test_an_argument_that_moved_is_refused_with_its_place():
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
-def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
-    path = tmp_path / "holdfast.yaml"
-    path.write_text(f"trust_code: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
+@pytest.mark.parametrize(("key", "function"), [("trust_code", "open_model"), ("follow_links", "open_data")])
+def test_consent_to_code_and_to_links_is_no_key_of_a_file_and_of_set(value, key, function, tmp_path):
+    path, option = tmp_path / "holdfast.yaml", f"--{key.replace('_', '-')}"
+    path.write_text(f"{key}: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
     for ask in (lambda: validate(path), lambda: settings.read_settings(path, {}, kind=RotateSettings)):
-        with pytest.raises(UsageError, match=r"holdfast\.yaml contains trust_code.*--trust-code.*open_model"):
+        with pytest.raises(UsageError, match=rf"holdfast\.yaml contains {key}.*{option}.*{function}"):
             ask()
-    with pytest.raises(UsageError, match=r"--set contains trust_code.*--trust-code"):
-        settings.read_settings(None, {}, [f"trust_code={value}"], kind=Assess)
-    assert settings.read_settings(None, {"trust_code": True}, kind=Assess).trust_code
+    with pytest.raises(UsageError, match=rf"--set contains {key}.*{option}"):
+        settings.read_settings(None, {}, [f"{key}={value}"], kind=Assess)
+    assert getattr(settings.read_settings(None, {key: True}, kind=Assess), key)
 
 
 @pytest.mark.parametrize(("key", "value"), [("trust_network", True), ("ship", ["code"])])
@@ -658,3 +660,9 @@ def test_a_gate_on_a_verdict_is_valid_for_the_verb_that_reaches_it(tmp_path):
     for kind in (Assess, Certify):
         with pytest.raises(UsageError, match="gate 'improved' is a verdict on a training"):
             settings.read_settings(path, {}, kind=kind)
+
+
+@pytest.mark.parametrize("setting", [{"threat": "table:a\udcff.yaml"}, {"guard": "a\udcff.yaml"}])
+def test_a_run_of_a_file_whose_name_is_not_utf_8_has_a_name(setting):
+    given = Assess(**({"model": "net.pt", "data": "d.npz", "threat": "linf:0.1"} | setting))
+    assert b"udcff" in canonical(settings.canonical_settings(given))

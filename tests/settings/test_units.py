@@ -176,7 +176,7 @@ def test_contents_of_files_are_part_of_the_identity_of_a_run(tmp_path: Path):
         ((HIGH, LOW), "linf:0.1", "the bounds of feature 0 are .*give the lower one first"),
         ({"0": [0, 1]}, "linf:0.1", "bounds has no entry for '1'"),
         ({"agee": [0, 1]}, "linf:0.1", "bounds has the feature 'agee'"),
-        ("@nowhere.json", "linf:0.1", "'nowhere.json' cannot be read as JSON"),
+        ("@nowhere.json", "linf:0.1", "file of bounds 'nowhere.json' does not exist"),
         (
             (LOW, HIGH - [0, 0, 0, 0.99]),
             "linf:0.1",

@@ -9,10 +9,11 @@ import httpx
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 import holdfast
 import test_report_browser
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_journal
 from holdfast.attacks import FGSM, PGD
 from holdfast.audits.audit import AuditRequest, audited
 from holdfast.audits.finding import Finding, Table
@@ -240,9 +241,11 @@ def _others(root):
     audited(AuditRequest("backdoor", {}, *about, (), ("no-backdoor",)), lambda run: dict, root / "audit-b")
     Pool.create(root / "pool", {})
     AuditFolder.open(root / "chains", {"model": HOSTILE}).close()
-    journal = Journal.opened(root / "adapted", f"http://{HOSTILE}", "2" * 64, resume=False)
-    journal.add("screen", {"removed": 3})
-    journal.end("not promoted", "a gate failed")
+    with open_journal(root / "adapted", {"server": f"http://{HOSTILE}"}, resume=False) as journal:
+        journal.take("begin", lambda: {"removed": 3, "ends": f"a gate failed {HOSTILE}"})
+        journal.end()
+    (root / "former").mkdir()
+    (root / "former" / "adaptation.json").write_text("{}")
 
 
 @pytest.mark.usefixtures("concluded")
@@ -250,7 +253,9 @@ def test_audits_pools_chains_and_adaptations_have_pages(tmp_path):
     pytest.importorskip("cryptography")
     _others(tmp_path)
     site = _site(tmp_path)
-    texts = {item.kind: site.page(f"{item.kind}/{item.id}").text for item in site.shelf.items()}
+    pages = {item.name: site.page(f"{item.kind}/{item.id}").text for item in site.shelf.items()}
+    assert "has no chain" in pages.pop("former")
+    texts = {item.kind: pages[item.name] for item in site.shelf.items() if item.name in pages}
     assert set(texts) == {"audit", "pool", "chains", "adaptation"}
     assert "&lt;script&gt;alert(1)&lt; found" in texts["audit"] and "1.5" in texts["audit"]
     assert "The ledger of the pool is consistent" in texts["pool"]
@@ -337,14 +342,26 @@ def test_a_model_of_code_is_explained_only_with_consent(tmp_path, monkeypatch):
     assert "<figure" in text and "What you can do" in text
 
 
-def test_options_that_a_run_does_not_state_are_named(tmp_path, monkeypatch):
+def test_a_run_is_explained_with_the_options_of_its_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(_NET.format(n=2))
     (tmp_path / "t.csv").write_text("a,b,kind\n" + "".join(f"0.{k},0.5,{k}\n" for k in range(10)))
     run = tmp_path / "runs" / "a"
     data = holdfast.open_data("t.csv", label="kind")
     holdfast.assess("net.py:make", data, "linf:0.1", [FGSM()], doubts=False, run=run)
-    with pytest.raises(UsageError, match="holdfast explain net.py:make t.csv with these options"):
+    assert "What you can do" in explainer(trust_code=True)(holdfast.report(run), 1)
+
+
+def test_code_that_opens_the_weights_of_a_run_is_not_run_from_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(_NET.format(n=784))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    torch.save(network.state_dict(), "net.pt")
+    run = tmp_path / "runs" / "a"
+    model = holdfast.open_model("net.pt", arch="net.py:make")
+    holdfast.assess(model, "mnist-mini", "linf:0.1", [FGSM()], n=10, doubts=False, run=run)
+    with pytest.raises(UsageError, match="net.pt.*arch"):
         explainer(trust_code=True)(holdfast.report(run), 1)
 
 

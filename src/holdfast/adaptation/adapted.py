@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from holdfast.adaptation.journal import Journal, Outcome, Step
+from holdfast.adaptation.journal import Adaptation, Outcome, Step
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.reports.numbers import json_text
@@ -26,12 +26,10 @@ class Adapted:
     folder: Path
 
     @classmethod
-    def of(cls, journal: Journal) -> "Adapted":
+    def of(cls, stored: Adaptation) -> "Adapted":
         """Return the result of a run that has ended."""
-        assert journal.outcome is not None
-        return cls(
-            journal.run, journal.server, journal.outcome, journal.reason, tuple(journal.steps), journal.folder
-        )
+        assert stored.outcome is not None
+        return cls(stored.run, stored.server, stored.outcome, stored.reason, stored.steps, stored.folder)
 
     @property
     def promoted(self) -> bool:
@@ -67,7 +65,7 @@ class Adapted:
         """Return the steps as text, each with its time (UTC) and its facts."""
         blocks = []
         for step in self.steps:
-            begin = f"{clock(step.time)}  {line(step.step):<11}"
+            begin = f"{clock(step.time)}  {step.step:<11}"
             blocks += wrap(begin + facts_text(step.facts), width or 100, subsequent_indent=" " * len(begin))
         return "\n".join(blocks)
 
@@ -101,5 +99,5 @@ def facts_text(facts: Mapping[str, Any]) -> str:
 
 
 def clock(time: float) -> str:
-    """Return the time of day in UTC as text."""
-    return f"{datetime.fromtimestamp(time, UTC):%H:%M:%S}"
+    """Return the time of day in UTC as text, of the same length if it is unknown."""
+    return f"{datetime.fromtimestamp(time, UTC):%H:%M:%S}" if time else "--:--:--"

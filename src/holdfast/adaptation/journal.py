@@ -1,21 +1,52 @@
-"""The file of an adaptation: its steps with their facts, so that a run that was killed continues with the next one."""
+"""The steps of an adaptation as documents of a run, so that a run that was killed continues with the next one.
+
+The folder is that of a run of the engine: each step is a document in its hash chain, and the outcome follows from the
+steps. Times are in `about.json`, outside of the chain.
+"""
 
 import json
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.runs.store.files import make_private, usable, write_atomically
-from holdfast.runs.store.records import document, read_document
+from typing_extensions import TypedDict
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError
+from holdfast.core.remedies import OTHER_FOLDER, Remedy
+from holdfast.runs.engine.identity import code_digest, versions
+from holdfast.runs.engine.run import Run
+from holdfast.runs.store.files import MANIFEST, content_of
+from holdfast.runs.store.folder import (
+    RunFolder,
+    open_run_folder,
+    read_about,
+    read_manifest,
+    recorded_document,
+    refuse_altered,
+)
+from holdfast.runs.store.forms import Name, refuse_form
+from holdfast.runs.store.records import Chain, read_chain
+from holdfast.runs.stored.documents import VERDICT
+from holdfast.runs.stored.run_manifest import about_run
+from holdfast.runs.stored.stored_runs import open_run
 
 Outcome = Literal["promoted", "not promoted", "rolled back"]
 
-JOURNAL = "adaptation.json"
-VERSION = 1
+FORMER = "adaptation.json"
+"""file in which version 1 of the format stored the steps, without a chain"""
+HARDENING = "harden"
+"""step whose run is in a folder of this name"""
+_BEFORE = ("begin", "trigger", "quarantine", HARDENING)
+_JUDGED = ("assess", "gates", "shadow", "approved")
+OF_FILE = (*_BEFORE, *_JUDGED, "canary", "promote", "watch")
+"""steps of an adaptation of a model in a file, in their order"""
+OF_POOL = (*_BEFORE, "immunise", *_JUDGED, "measure", "admit", "promote", "watch")
+"""steps of an adaptation of a pool"""
 
 
 @dataclass(frozen=True)
@@ -24,94 +55,191 @@ class Step:
 
     step: str
     time: float
+    """seconds since 1970; 0 if it is unknown, because times are outside of the chain"""
     facts: Mapping[str, Any]
 
 
-@dataclass(eq=False)
-class Journal:
-    """The steps of the run in a folder."""
+@dataclass(frozen=True)
+class Adaptation:
+    """The steps that a folder contains."""
 
     folder: Path
+    run: str
     server: str
-    settings: str
-    """digest of the settings"""
-    run: str = ""
-    steps: list[Step] = field(default_factory=list)
+    steps: tuple[Step, ...]
+    head: str
+    """digest of the last record of the chain"""
     outcome: Outcome | None = None
+    """how it ended; None if it is not finished"""
     reason: str = ""
 
-    @classmethod
-    def opened(cls, folder: Path, server: str, settings: str, *, resume: bool) -> "Journal":
-        """Create the journal in a new folder, or read it to resume the run.
 
-        Raises `UsageError` for a folder with another run, or for other settings.
-        """
-        path = folder / JOURNAL
-        if not path.exists():
-            if folder.exists() and any(folder.iterdir()):
-                raise UsageError(
-                    f"{str(folder)!r} is not empty, and contains no adaptation; give another folder"
-                )
-            with usable(folder):
-                make_private(folder)
-            journal = cls(folder, server, settings, secrets.token_hex(8))
-            journal.write()
-            return journal
-        if not resume:
-            raise UsageError(f"{str(folder)!r} contains an adaptation; resume it, or give another folder")
-        journal = cls.read(folder)
-        if (journal.server, journal.settings) != (server, settings):
-            raise UsageError(
-                f"the adaptation in {str(folder)!r} has other settings; give these, or a new folder"
-            )
-        return journal
+def concluded(steps: Sequence[Step]) -> tuple[Outcome, str] | None:
+    """Return the outcome that follows from steps, and its reason; None if a step is missing."""
+    if not steps:
+        return None
+    last = steps[-1]
+    if reason := last.facts.get("ends"):
+        return "rolled back" if last.step == "watch" else "not promoted", str(reason)
+    return ("promoted", "") if last.step == "watch" else None
 
-    @classmethod
-    def read(cls, folder: Path) -> "Journal":
-        """Read the journal in a folder. Raises `TargetError` if its format is another one."""
-        path = folder / JOURNAL
-        try:
-            content = read_document(path)
-            if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']}")
-            return cls(
-                folder,
-                content["server"],
-                content["settings"],
-                content["run"],
-                [Step(**step) for step in content["steps"]],
-                content["outcome"],
-                content["reason"],
-            )
-        except (ValueError, LookupError, TypeError) as error:
-            raise TargetError(f"{str(path)!r} was changed ({error}); begin a new run") from error
+
+class Journal:
+    """The steps of the run in a folder that this process may write."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._store, self._run = folder, Run(OF_FILE, folder)
+        self.folder, self.run, self.server = folder.path, folder.manifest["run"], folder.manifest["server"]
+        self._times = read_about(folder.path).get("times", {})
 
     def facts(self, step: str) -> Mapping[str, Any] | None:
         """Return the facts of a finished step; None if it is not finished."""
-        return next((each.facts for each in self.steps if each.step == step), None)
+        return self._store.document(step)
 
-    def add(self, step: str, facts: Mapping[str, Any]) -> Step:
-        """Add a finished step, and write the journal."""
-        added = Step(step, time.time(), json.loads(json.dumps(facts)))
-        self.steps.append(added)
-        self.write()
-        return added
+    def take(self, step: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return the facts of a step, which are computed and stored first unless it is finished."""
+        return self._run.document(step, lambda: self._timed(step, compute()))
 
-    def end(self, outcome: Outcome, reason: str) -> None:
-        """Note how the run ended."""
-        self.outcome, self.reason = outcome, reason
-        self.write()
+    def _timed(self, step: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        self._times = {**self._times, step: time.time()}
+        self._store.add_about({"times": self._times})
+        content: dict[str, Any] = json.loads(json.dumps(facts))
+        return content
 
-    def write(self) -> None:
-        """Write the journal, which has its old or its new content after a crash."""
-        content = {
-            "version": VERSION,
-            "run": self.run,
-            "server": self.server,
-            "settings": self.settings,
-            "steps": [asdict(step) for step in self.steps],
-            "outcome": self.outcome,
-            "reason": self.reason,
-        }
-        with usable(self.folder):
-            write_atomically(self.folder / JOURNAL, document(content))
+    def keep(self, name: str, content: bytes) -> Path:
+        """Store a file, such as a copy of weights, and return its path."""
+        self._store.keep(Path(name).stem, name, content)
+        return self.folder / name
+
+    def keep_written(self, name: str) -> None:
+        """Record a file that was written to the folder, if there is one."""
+        if (self.folder / name).is_file():
+            self.keep(name, content_of(self.folder / name))
+
+    def end(self) -> None:
+        """Store the outcome that follows from the steps."""
+        outcome, reason = concluded(self.stored().steps) or (None, "")
+        assert outcome is not None, "all steps were taken, or one ends the run"
+        self._run.record(VERDICT, {"verdict_of": "adapt", "outcome": outcome, "reason": reason})
+
+    def stored(self) -> Adaptation:
+        """Return the steps that the folder contains."""
+        return _adaptation(self.folder, self._store.manifest, self._store.chain)
+
+
+@contextmanager
+def open_journal(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Iterator[Journal]:
+    """Context manager that starts or resumes the run of an adaptation in a folder, with its lease. `config` are its
+    settings, with the URL of the operator's port as `server`.
+
+    Raises `UsageError` for a folder with another run, and `TargetError` for one in an earlier format.
+    """
+    if (folder / FORMER).is_file():
+        raise _former(folder, OTHER_FOLDER)
+    manifest = {
+        "verb": "adapt",
+        "run": secrets.token_hex(8),
+        "server": config["server"],
+        # the model and the data are facts of the steps, because the server states the model
+        "digests": {"config": digest(canonical(config)), "model": "", "data": "", "code": code_digest()},
+        "config": dict(config),
+        "versions": versions(),
+    }
+    with open_run_folder(folder, manifest, about_run(""), resume=resume) as store:
+        yield Journal(store)
+
+
+class _Manifest(TypedDict):
+    verb: Literal["adapt"]
+    run: Name
+    server: str
+
+
+class _Concluded(TypedDict):
+    verdict_of: Literal["adapt"]
+    outcome: Outcome
+    reason: str
+
+
+def is_adaptation(folder: Path) -> bool:
+    """Return whether a folder with a `run.json` contains an adaptation."""
+    return read_manifest(folder).get("verb") == "adapt"
+
+
+def read_adaptation(folder: Path) -> Adaptation:
+    """Return the steps in a folder. Raises `TargetError` if they do not match the chain or each other, or if the format
+    is another one. The run of the hardening within it is not read.
+    """
+    if (folder / FORMER).is_file():
+        raise _former(folder)
+    return _adaptation(folder, read_manifest(folder), read_chain(folder, repair=False))
+
+
+def open_adaptation(folder: Path) -> Adaptation:
+    """Return the same as `read_adaptation`, and read the run of the hardening as well. Raises `TargetError` for a fault
+    in it.
+    """
+    adaptation = read_adaptation(folder)
+    if any(each.step == HARDENING and "chain" in each.facts for each in adaptation.steps):
+        open_run(folder / HARDENING)
+    return adaptation
+
+
+def _adaptation(folder: Path, manifest: Mapping[str, Any], chain: Chain) -> Adaptation:
+    refuse_form(folder / MANIFEST, manifest, _Manifest)
+    refuse_altered(folder, chain)
+    times = read_about(folder).get("times", {})
+    kinds = [link.content["kind"] for link in chain.links]
+    taken = [kind for kind in kinds if kind in {*OF_FILE, *OF_POOL}]
+    steps = tuple(Step(kind, times.get(kind, 0.0), _facts(folder, chain, kind)) for kind in taken)
+    expected = OF_POOL if steps and "pool" in steps[0].facts else OF_FILE
+    ended = [bool(step.facts.get("ends")) for step in steps[:-1]]
+    if tuple(taken) != expected[: len(taken)] or any(ended):
+        raise TargetError(
+            f"the chain of {str(folder)!r} has the steps {', '.join(taken)}, and expected are {', '.join(expected)}, "
+            "each once, up to the one that ends the run; restore it from a copy"
+        )
+    _refuse_other_hardening(folder, steps)
+    decided, found = recorded_document(folder, chain, VERDICT), concluded(steps)
+    outcome, reason = (None, "") if decided is None or found is None else found
+    if decided is not None:
+        refuse_form(folder / f"{VERDICT}.json", decided, _Concluded)
+        if kinds[-1] != VERDICT or (decided["outcome"], decided["reason"]) != found:
+            raise TargetError(
+                f"{str(folder / f'{VERDICT}.json')!r} does not follow from the steps; restore it from a copy"
+            )
+    return Adaptation(folder, manifest["run"], manifest["server"], steps, chain.head, outcome, reason)
+
+
+def _facts(folder: Path, chain: Chain, step: str) -> Mapping[str, Any]:
+    facts = recorded_document(folder, chain, step)
+    assert facts is not None, "it is in the chain"
+    if "ends" in facts and not isinstance(facts["ends"], str):
+        raise TargetError(
+            f"{str(folder / f'{step}.json')!r} has a reason of the end that is no text; restore it"
+        )
+    return facts
+
+
+def _refuse_other_hardening(folder: Path, steps: Sequence[Step]) -> None:
+    """Raise `TargetError` if the run of the hardening is not the one whose chain the step states. That of a pool is
+    deleted at the end, and its step states none.
+    """
+    for step in steps:
+        if step.step != HARDENING or "chain" not in step.facts:
+            continue
+        within = folder / HARDENING
+        is_run = (within / MANIFEST).is_file() and not within.is_symlink()
+        if not is_run or read_chain(within, repair=False).head != step.facts["chain"]:
+            raise TargetError(
+                f"{str(within)!r} is not the run whose chain is recorded in {HARDENING}.json; restore it from a copy"
+            )
+
+
+def _former(folder: Path, *remedies: Remedy) -> TargetError:
+    return TargetError(
+        f"{str(folder / FORMER)!r} is the journal of an adaptation in format 1, which has no chain. This version "
+        "neither resumes nor shows it: end an unfinished run with the version that wrote it. A finished one is no "
+        "evidence",
+        *remedies,
+    )

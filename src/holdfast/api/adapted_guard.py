@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.api.guard_candidates import candidate_calibrations
-from holdfast.api.guard_opening import calibration_path
+from holdfast.api.guard_opening import calibration_path, guard_pipeline, settings_without_queries
 from holdfast.api.verb_settings import Calibrate
 from holdfast.core.errors import TargetError
 from holdfast.guard.calibration import read_calibration, write_calibration
+from holdfast.guard.guard import GuardPipeline
 from holdfast.runs.store.files import PRIVATE
 from holdfast.runs.store.ownership import refuse_shared
 from holdfast.settings.guard_settings import read_guard_settings
@@ -63,6 +64,14 @@ class AdaptedGuard:
             both, alone = found
             write_calibration(alone, self.folder / CANDIDATE, PRIVATE)
             write_calibration(both, self.place)
+
+    def rules(self, *, candidate: bool) -> GuardPipeline:
+        """Return the guard without its query detector, calibrated for the candidate or for the earlier model."""
+        own = [self.folder / CANDIDATE] if candidate else []
+        stored = next((each for each in [*own, self.folder / EARLIER, self.place] if each.exists()), None)
+        calibration = None if stored is None else read_calibration(stored)
+        settings = settings_without_queries(read_guard_settings(self.guard))
+        return replace(guard_pipeline(settings, None, calibration), outputs="logit")
 
     def accept_both(self) -> None:
         """Let the guard accept the candidate and the earlier model, which a worker opens that is replaced before the

@@ -1,27 +1,23 @@
 """Adapts the model of a running server: the steps behind `holdfast adapt`."""
 
-import io
 import shutil
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.adaptation.adapted import Adapted, facts_text
 from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
-from holdfast.adaptation.journal import Journal, Outcome
-from holdfast.adaptation.live_comparison import Counts, failures, regression
+from holdfast.adaptation.journal import HARDENING, Journal, concluded, open_journal
 from holdfast.adaptation.screening import Screened, disagreeing, screened
 from holdfast.adaptation.server_state import (
     ServerState,
@@ -30,22 +26,24 @@ from holdfast.adaptation.server_state import (
     server_state,
 )
 from holdfast.api import adapting_pools
-from holdfast.api.adapted_guard import AdaptedGuard, calibration_of
+from holdfast.api.adapted_guard import CANDIDATE, EARLIER, AdaptedGuard, calibration_of
 from holdfast.api.adapting_pools import AdaptedPool
 from holdfast.api.guard_opening import input_storage
 from holdfast.api.hardening import hardened
+from holdfast.api.live_pairs import LivePairs, Side
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
+from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
+from holdfast.io.files import content_of_file
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.numbers import strict
@@ -53,11 +51,11 @@ from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore
 from holdfast.runs.engine.resuming import way_out
-from holdfast.runs.harden.hardened import MODEL, Hardened
+from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harness import Target
 from holdfast.runs.store.files import mode_of, write_atomically
-from holdfast.runs.store.locking import locked
 from holdfast.runs.store.ownership import refuse_shared
+from holdfast.runs.store.records import read_chain
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InputSpace, ModelSource
@@ -79,7 +77,7 @@ _TRUSTED, _SCREENED = 2000, 2000
 _TESTED = 10_000
 """largest number of test examples on which clean accuracies are compared"""
 _BATCH = 256
-_INCUMBENT = "incumbent.safetensors"
+_INCUMBENT, _CANDIDATE = "incumbent.safetensors", "candidate.safetensors"
 _OPENING = ({*ModelSource.model_fields, *InputSpace.model_fields} | {"guard"}) - {"trust_code"}
 """settings that are taken from the server; others, such as data, could name code"""
 
@@ -90,10 +88,6 @@ class _NotReloaded(TargetError):
 
 class _Ended(Exception):
     """The run ends here."""
-
-    def __init__(self, outcome: Outcome, reason: str) -> None:
-        super().__init__(reason)
-        self.outcome, self.reason = outcome, reason
 
 
 def adapted(
@@ -118,20 +112,17 @@ def adapted(
     if settings.key_file is None and is_public(urlsplit(settings.server).hostname or "localhost"):
         raise UsageError(
             f"{settings.server} is not an address of this machine, and a server there must prove that it is yours; "
-            "start it with --keys, and give a file with a key of the scope adapt",
-            Remedy("key_file", Placeholder("FILE")),
+            "start it with --keys, and give a file with a key of the scope adapt as the key file"
         )
     port = OperatorPort(settings.server, None if settings.key_file is None else read_key(settings.key_file))
-    identity = digest(canonical(canonical_settings(settings)))
-    place = new_folder("adapt", identity) if folder is None else Path(folder)
-    journal = Journal.opened(place, settings.server, identity, resume=resume)
-    in_use = f"another process takes the steps of the adaptation in {str(place)!r}; wait until it has ended"
-    with locked(place / ".lock", 0.0, in_use=in_use):
-        if journal.outcome is None:
+    config = {**canonical_settings(settings), "server": settings.server}
+    place = new_folder("adapt", digest(canonical(config))) if folder is None else Path(folder)
+    with open_journal(place, config, resume=resume) as journal:
+        if journal.stored().outcome is None:
             run = _Adaptation(settings, journal, port, progress, notify)
             with _signs_of_life(port, journal.run):
                 run.finish()
-    return Adapted.of(journal)
+        return Adapted.of(journal.stored())
 
 
 @contextmanager
@@ -172,23 +163,20 @@ class _Adaptation:
 
     def finish(self) -> None:
         """Take all steps that are left, and note how the run ended."""
-        try:
+        if taken := self.journal.stored().steps:  # the run may have been killed before it sent the last one
+            self._send(taken[-1].step, taken[-1].facts)
+        with suppress(_Ended):
             self._once("begin", self._begin)
             for step, function in self._steps():
                 self._once(step, function)
-            outcome: Outcome = "promoted"
-            reason = ""
-        except _Ended as end:
-            outcome, reason = end.outcome, end.reason
+        outcome, reason = concluded(self.journal.stored().steps) or ("", "")
         if outcome != "promoted":
             self._restore_guard()
         if self._pool is not None:
             self._pool.drop()
-            shutil.rmtree(
-                self.journal.folder / "harden", ignore_errors=True
-            )  # contains weights as plain text
-        self.journal.end(outcome, reason)
-        self.port.post("/adaptation", self._body("end", {"outcome": outcome, "reason": reason}))
+            shutil.rmtree(self._hardening_folder, ignore_errors=True)  # contains weights as plain text
+        self._send("end", {"outcome": outcome, "reason": reason})
+        self.journal.end()
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], Json]]]:
         """The steps after the first one."""
@@ -207,25 +195,25 @@ class _Adaptation:
             yield "promote", self._promote
             yield "watch", self._watch
             return
-        yield "measure", lambda: pool.measure(port)
+        yield "measure", lambda: pool.measure(self._live_pairs())
         again = way_out("", self.journal.folder)
         yield "admit", lambda: pool.admit(self.progress, self.notify, again)
         yield "promote", lambda: self._monitor_restarted(pool.promote(port))
-        yield "watch", lambda: pool.watch(port, self.journal.facts("measure") or {})
+        yield "watch", lambda: pool.watch(self._live_pairs(), port)
 
     def _once(self, step: str, function: Callable[[], Json]) -> None:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
-        facts = self.journal.facts(step)
-        if facts is None:
-            facts = strict(function())  # the server refuses NaN
-            self.journal.add(step, facts)
-            self.port.post("/adaptation", self._body(step, facts))
+        taken = self.journal.facts(step) is not None
+        facts = self.journal.take(step, lambda: strict(function()))  # the server refuses NaN
+        if not taken:
+            self._send(step, facts)
             self.notify(f"{step}: {facts_text(facts)}")
-        if reason := facts.get("ends"):
-            raise _Ended("rolled back" if step == "watch" else "not promoted", str(reason))
+        if facts.get("ends"):
+            raise _Ended
 
-    def _body(self, step: str, facts: Mapping[str, Any]) -> Json:
-        return {"run": self.journal.run, "step": step, "facts": facts}
+    def _send(self, step: str, facts: Mapping[str, Any]) -> None:
+        """Let the server record a step in its audit chain."""
+        self.port.post("/adaptation", {"run": self.journal.run, "step": step, "facts": facts})
 
     # --- the server and its model
 
@@ -261,8 +249,7 @@ class _Adaptation:
             )
         refuse_shared(file)
         self._refuse_code(settings.get("arch") or "")
-        copy = self.journal.folder / _INCUMBENT
-        write_atomically(copy, file.read_bytes())
+        copy = self.journal.keep(_INCUMBENT, content_of_file(file, "served model"))
         with self._stated_settings():
             opened = self._opened(copy, settings)
             guard = settings.get("guard")
@@ -275,6 +262,7 @@ class _Adaptation:
         if guard is None or place is None:
             return begun
         AdaptedGuard(Path(guard), place, self.journal.folder).store()
+        self.journal.keep_written(EARLIER)
         return {**begun, "calibration": str(place)}
 
     def _refuse_code(self, code: str) -> None:
@@ -329,7 +317,7 @@ class _Adaptation:
 
     @property
     def _candidate_file(self) -> Path:
-        return self.journal.folder / "candidate" / MODEL
+        return self.journal.folder / _CANDIDATE
 
     @cached_property
     def _candidate(self) -> Subject:
@@ -449,9 +437,14 @@ class _Adaptation:
 
     # --- training, assessment and gates
 
+    @property
+    def _hardening_folder(self) -> Path:
+        """The folder of the hardening. That of a pool is deleted at the end, and is therefore not in the chain."""
+        return self.journal.folder / (HARDENING if self._pool is None else "training")
+
     def _hardened(self) -> Hardened:
         if self._result is None:
-            folder = self.journal.folder / "harden"
+            folder = self._hardening_folder
             self._result = hardened(
                 self._harden_settings,
                 folder,
@@ -466,10 +459,12 @@ class _Adaptation:
 
     def _harden(self) -> Json:
         result = self._hardened()
+        facts = {"recipe": result.card["recipe"], "verdict": result.verdict}
         if self._pool is not None:
-            return {"recipe": result.card["recipe"], "verdict": result.verdict}
-        result.write(self._candidate_file.parent, private=True)
-        return {"recipe": result.card["recipe"], "verdict": result.verdict, "digest": self._candidate.digest}
+            return facts
+        self.journal.keep(_CANDIDATE, result.weights)
+        chain = read_chain(self._hardening_folder, repair=False)
+        return {**facts, "digest": self._candidate.digest, "chain": chain.head}
 
     def _assess(self) -> Json:
         result = self._hardened()
@@ -516,51 +511,31 @@ class _Adaptation:
 
     def _shadow(self) -> Json:
         """Compare the candidate with the served model on a sample of the live inputs, which no client sees."""
-        try:
-            content = self.port.read("/samples")
-        except Refusal as refusal:
-            return {"samples": 0, "reason": refusal.reason}
-        x, served, y = self._samples(content)
-        if not len(x):
-            return {"samples": 0}
-        with self._target(self._candidate) as target:
-            logits = _outputs(target, x)
-        facts: Json = {
-            "samples": len(x),
-            "equal_predictions": float((logits.argmax(1) == served.argmax(1)).double().mean()),
-        }
-        if not bool(logits.isfinite().all()):
-            facts["ends"] = "the candidate returns NaN or infinite scores for live inputs"
-        labelled = y >= 0
-        if bool(labelled.any()):
-            right = [(each.argmax(1) == y)[labelled] for each in (logits, served)]
-            difference = paired_difference(right[0], right[1])
-            facts |= {
-                "labelled": int(labelled.sum()),
-                "accuracy_served": float(right[1].double().mean()),
-                "accuracy_candidate": float(right[0].double().mean()),
-            }
-            if difference.high < 0:
-                facts.setdefault(
-                    "ends", "the candidate classifies fewer live inputs correctly than the served model"
-                )
-        return facts
+        pairs = self._live_pairs(guarded=False)
+        return pairs.compared(pairs.sample())
 
-    def _samples(self, content: bytes) -> tuple[Tensor, Tensor, Labels]:
-        """Return the inputs, the scores and the classes (-1 if unknown) in an answer of the server. They are not
-        compressed, so that they are not larger than the answer.
-        """
-        try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise ValueError("it is compressed")
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                x, logits, y = (torch.from_numpy(arrays[name]) for name in ("x", "logits", "y"))
-                return x, logits, y
-        except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
-            raise TargetError(
-                f"{self.port.url}/samples did not answer with samples ({error}); give the URL of your server"
-            ) from error
+    def _live_pairs(self, *, guarded: bool = True) -> LivePairs:
+        """The comparison of the candidate with the served model on live inputs, with the guard if it is `guarded`."""
+        name = self._candidate.digest[: len(self._begun["set"])]
+        candidate, served = (
+            Side(
+                partial(self._target, subject),
+                partial(self._rules, candidate=subject is self._candidate) if guarded else None,
+            )
+            for subject in (self._candidate, self._incumbent)
+        )
+        shape = tuple(self._tested.x.shape[1:])
+        of: Literal["model", "pool"] = "model" if self._pool is None else "pool"
+        return LivePairs(self.port, of, shape, candidate, served, name)
+
+    def _rules(self, *, candidate: bool) -> GuardPipeline | None:
+        """The rules of the guard, as for the candidate or for the earlier model."""
+        guard = self._guard_of(self._begun["settings"])
+        if guard is None:
+            return None
+        return (self._guard or AdaptedGuard(guard, calibration_of(guard), self.journal.folder)).rules(
+            candidate=candidate
+        )
 
     def _approval(self) -> Json:
         """Wait until the operator approves the candidate, if this is required."""
@@ -576,7 +551,7 @@ class _Adaptation:
                 case "rejected":
                     return {"required": True, "by": by, "ends": "the operator rejected the candidate"}
                 case None:  # also after a restart of the server, which then knows no runs
-                    self.port.post("/adaptation", self._body("approval", {"gates": gates.get("gates", [])}))
+                    self._send("approval", {"gates": gates.get("gates", [])})
             time.sleep(_POLL_S)
 
     # --- canary and promotion
@@ -593,25 +568,26 @@ class _Adaptation:
         }
         self.port.post("/canary", body)
         until = time.monotonic() + _PATIENCE_S
-        while (state := self._status()["canary"])["state"] == "starting":
+        while self._status()["canary"]["state"] == "starting":
             if time.monotonic() > until:
                 return {"ends": f"the canary was not ready within {_PATIENCE_S:g} s"}
             time.sleep(_POLL_S)
-        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
-        fault = ""
-        while not fault and time.monotonic() < until:
-            status = self._status()
+
+        def ended(status: ServerState) -> str:
             state = status["canary"]
-            if state["state"] != "serving":
-                fault = f"the canary ended: {state['reason'] or state['state']}"
-            else:
-                fault = failures(*self._sets(status))
-            time.sleep(_POLL_S)
-        status = self._status()
-        fault = fault or regression(*self._sets(status))
-        facts = self._counts(status)
+            return (
+                ""
+                if state["state"] == "serving"
+                else f"the canary ended: {state['reason'] or state['state']}"
+            )
+
+        facts = self._live_pairs().watched(self._canary_s, ended)
         self._end_canary()
-        return {**facts, "ends": f"as a canary, {fault}"} if fault else facts
+        return {**facts, "ends": f"as a canary, {facts['ends']}"} if "ends" in facts else facts
+
+    @property
+    def _canary_s(self) -> float:
+        return seconds(self.settings.canary_time, "canary_time")
 
     def _end_canary(self) -> None:
         until = time.monotonic() + _PATIENCE_S
@@ -622,19 +598,6 @@ class _Adaptation:
                 )
             self.port.delete("/canary")
             time.sleep(_POLL_S)
-
-    def _sets(self, status: ServerState) -> tuple[Counts, Counts]:
-        sets, digits = status["sets"], len(self._begun["set"])
-        return Counts.of(sets, self._candidate.digest[:digits]), Counts.of(sets, self._begun["set"])
-
-    def _counts(self, status: ServerState) -> Json:
-        candidate, served = self._sets(status)
-        return {
-            "requests_candidate": candidate.requests,
-            "requests_served": served.requests,
-            "flagged_candidate": candidate.flagged,
-            "flagged_served": served.flagged,
-        }
 
     def _promote(self) -> Json:
         """Replace the file of the served model, and wait until all workers serve it."""
@@ -665,20 +628,15 @@ class _Adaptation:
         if self._served_file.read_bytes() == (self.journal.folder / _INCUMBENT).read_bytes():
             self._put_back()  # the run was killed while it did so
             return {"ends": "the earlier model was put back after the promotion"}
-        until = time.monotonic() + seconds(self.settings.canary_time, "canary_time")
-        fault = ""
-        while not fault and time.monotonic() < until:
-            status = self._status()
+
+        def replaced(status: ServerState) -> str:
             self._refuse_changed(status)
-            if self._serves_incumbent(status):
-                fault = "the earlier model was put back"
-            fault = fault or failures(*self._sets(status))
-            time.sleep(_POLL_S)
-        status = self._status()
-        facts = self._counts(status)
-        if fault := fault or regression(*self._sets(status)):
+            return "the earlier model was put back" if self._serves_incumbent(status) else ""
+
+        facts = self._live_pairs().watched(self._canary_s, replaced)
+        if "ends" in facts:
             self._put_back()
-            return {**facts, "ends": f"after the promotion, {fault}"}
+            return {**facts, "ends": f"after the promotion, {facts['ends']}"}
         return facts
 
     def _put_back(self) -> None:
@@ -717,6 +675,7 @@ class _Adaptation:
         base = Calibrate(model=str(self._candidate_file), guard=str(guard.guard), **opening)
         own = {key: getattr(base, key) for key in base.model_fields_set}
         guard.extend(composed(Calibrate, self.settings).model_copy(update=own))
+        self.journal.keep_written(CANDIDATE)
 
     def _restore_guard(self) -> None:
         if (guard := self._guard) is not None:

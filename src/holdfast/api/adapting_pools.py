@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from holdfast.adaptation.live_comparison import Counts, failures, regression
 from holdfast.adaptation.server_state import ServerState, server_state
+from holdfast.api.live_pairs import LivePairs
 from holdfast.api.pooled import pool_of
 from holdfast.api.recipe_building import candidates
 from holdfast.api.rotation_opening import reopened
@@ -111,7 +111,11 @@ class AdaptedPool:
     @cached_property
     def common(self) -> RotateRequest:
         """The properties that all sets of the pool share. Raises `UsageError` for another architecture or data."""
-        own = RotateSettings(device=self.settings.device, trust_code=self.settings.trust_code)
+        own = RotateSettings(
+            device=self.settings.device,
+            trust_code=self.settings.trust_code,
+            follow_links=self.settings.follow_links,
+        )
         return reopened(self.pool, own)
 
     def refuse_other_architecture(self) -> None:
@@ -209,16 +213,10 @@ class AdaptedPool:
 
     # --- the server
 
-    def measure(self, port: OperatorPort) -> Json:
-        """Count what the server answers with the serving sets, in the time for which the candidate is watched later."""
-        before = server_state(port)["sets"]
-        time.sleep(self._watched_s)
-        after = server_state(port)["sets"]
-        counts: dict[str, float] = {}
-        for name, counted in after.items():
-            for key, n in counted.items():
-                counts[key] = counts.get(key, 0.0) + n - before.get(name, {}).get(key, 0.0)
-        return {key: max(0, int(n)) for key, n in counts.items()}
+    def measure(self, pairs: LivePairs) -> Json:
+        """Compare the candidate with the set from which it was trained on the inputs that the serving sets answer."""
+        facts = pairs.watched(self._watched_s, lambda status: "")
+        return {**facts, "ends": f"before the promotion, {facts['ends']}"} if "ends" in facts else facts
 
     @property
     def _watched_s(self) -> float:
@@ -230,7 +228,8 @@ class AdaptedPool:
             try:
                 self.pool.serve(self.name, f"adapted by the run {self.run}")
             except UsageError as error:
-                return {"set": self.name, "ends": error.message}
+                if self._state(self.name) == "admitted":  # and it did not do so meanwhile
+                    return {"set": self.name, "ends": error.message}
         fault = self._wait(port, serves=True)
         if fault:
             self._withdraw(fault)
@@ -252,29 +251,19 @@ class AdaptedPool:
                 )
             time.sleep(_POLL_S)
 
-    def watch(self, port: OperatorPort, earlier: Mapping[str, Any]) -> Json:
-        """Watch the set while it serves, and replace it if it is worse than the sets before it, whose counts are
-        `earlier`.
-        """
-        before, until, fault = Counts.of({"": earlier}, ""), time.monotonic() + self._watched_s, ""
-        while True:
-            status = server_state(port, of="pool")
-            counts = Counts.of(status["sets"], self.name)
-            serves = status["pool"]["set"] == self.name  # a trigger of the rotation may replace it
-            fault = failures(counts, before)
-            if fault or not serves or time.monotonic() > until:
-                break
-            time.sleep(_POLL_S)
-        facts: Json = {
-            "requests_candidate": counts.requests,
-            "requests_before": before.requests,
-            "flagged_candidate": counts.flagged,
-            "flagged_before": before.flagged,
-            "serves": serves,
-        }
-        if fault := fault or regression(counts, before):
-            self._withdraw(fault)
-            facts["ends"] = f"after the promotion, {fault}"
+    def watch(self, pairs: LivePairs, port: OperatorPort) -> Json:
+        """Watch the set while it serves, and replace it if it is worse than the set from which it was trained."""
+        serves = True
+
+        def look(status: ServerState) -> str:
+            nonlocal serves  # a trigger of the rotation may replace it
+            serves = serves and status["pool"]["set"] == self.name
+            return ""
+
+        facts = {**pairs.watched(self._watched_s, look), "serves": serves}
+        if "ends" in facts:
+            self._withdraw(facts["ends"])
+            facts["ends"] = f"after the promotion, {facts['ends']}"
             if late := self._wait(port, serves=False):
                 raise TargetError(late)
         return facts

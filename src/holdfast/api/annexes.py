@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from holdfast.adaptation.journal import JOURNAL, Journal
+from holdfast.adaptation.journal import FORMER, is_adaptation, open_adaptation
+from holdfast.adaptation.server_records import difference
 from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import is_audit, open_audit
 from holdfast.core.errors import TargetError, UsageError
@@ -31,8 +32,12 @@ from holdfast.runs.store.forms import refuse_form
 from holdfast.runs.store.records import parsed
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import open_run
-from holdfast.server.audit_folder import verify_audit
+from holdfast.server.audit_folder import server_records, verify_audit
 from holdfast.server.keys import read_keys
+
+_OF_ADAPT = ("adapt", "approval")
+"""kinds of records of a server about adaptations"""
+_ALONE = "The journal alone proves nothing, because whoever writes a folder can choose its steps."
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,18 @@ def annex_of(folders: Sequence[str | Path], standard: str) -> Annex:
     """
     if not folders:
         raise UsageError("no folder was given; an annex needs the folders that contain the evidence")
-    return Annex(annex([_finding(Path(folder)) for folder in folders], standard))
+    paths = [Path(folder) for folder in folders]
+    chains = [path for path in paths if (path / AUDIT_MARK).is_file()]
+    return Annex(annex([_finding(path, chains) for path in paths], standard))
 
 
-def _finding(folder: Path) -> FolderEvidence:
+def _finding(folder: Path, chains: Sequence[Path]) -> FolderEvidence:
     if (folder / POOL_MANIFEST).is_file():
         return _pool(folder)
     if (folder / AUDIT_MARK).is_file():
         return _chains(folder)
-    if (folder / JOURNAL).is_file():
-        return _adaptation(folder)
+    if (folder / FORMER).is_file():
+        return _adaptation(folder, chains)
     if folder.is_file():
         return _file(folder)
     if not (folder / MANIFEST).is_file():
@@ -87,6 +94,8 @@ def _finding(folder: Path) -> FolderEvidence:
             f"{str(folder)!r} contains no run, audit, pool, audit chain or adaptation; give a folder that does, a "
             "report of holdfast monitor as JSON, or a file of API keys"
         )
+    if is_adaptation(folder):
+        return _adaptation(folder, chains)
     with consistent(folder):
         return _audit(folder) if is_audit(folder) else _run(folder)
 
@@ -151,16 +160,24 @@ def _chains(folder: Path) -> FolderEvidence:
     )
 
 
-def _adaptation(folder: Path) -> FolderEvidence:
-    journal = Journal.read(folder)
-    if journal.outcome is None:
+def _adaptation(folder: Path, chains: Sequence[Path]) -> FolderEvidence:
+    """The evidence of an adaptation; none if the audit chains of the server are given and have other steps."""
+    stored = open_adaptation(folder)
+    if stored.outcome is None:
         raise TargetError(
             f"the adaptation in {str(folder)!r} is not finished; resume it with its command and --resume"
         )
-    statement = f"Outcome: {journal.outcome}{': ' + journal.reason if journal.reason else ''}."
-    return FolderEvidence(
-        str(folder), journal.server, "adaptation", "", {"folders": ["adaptation"]}, statement
-    )
+    reason = f": {stored.reason}" if stored.reason else ""
+    statement = f"Outcome: {stored.outcome}{reason}. {_ALONE}"
+    names = ["adaptation"]
+    if not chains:
+        statement += " No audit chain of the server was given to compare it with."
+    elif other := difference(stored, [each for path in chains for each in server_records(path, _OF_ADAPT)]):
+        names = []
+        statement += f" It is no evidence, because the given audit chains differ: {other}."
+    else:
+        statement += f" The audit chain of the server has the same {amount(len(stored.steps), 'steps')}."
+    return FolderEvidence(str(folder), stored.server, "adaptation", "", {"folders": names}, statement)
 
 
 class _Named(TypedDict):

@@ -160,9 +160,9 @@ def _request(
         request = _with_trials(request, guard, subject)
     return replace(
         request,
-        fit=open_fit(settings, subject.model, request.plan),
+        fit=open_fit(settings, subject.model, request.plan, data),
         surrogates=surrogates,
-        across=open_others(settings, subject.model),
+        across=open_others(settings, subject.model, data),
     )
 
 
@@ -175,16 +175,16 @@ def _attackers(settings: Assess | Certify) -> MeasureAttackers | None:
     address = address_of(settings.model)
     if address is None or not settings.adaptive or not pool_of(address):
         return None
-    return partial(_table, address, settings.device, trust_code=settings.trust_code)
+    own_settings = {key: getattr(settings, key) for key in ("device", "trust_code", "follow_links")}
+    return partial(_table, address, own_settings)
 
 
 def _table(
     address: str,
-    device: str,
+    own_settings: Mapping[str, Any],
     evidence: Evidence,
     judged_on: Batch,
     *,
-    trust_code: bool,
     known: Mapping[str, Any] | None,
     keep: Keep,
     progress: Progress,
@@ -195,8 +195,7 @@ def _table(
 
     pool = pool_of(address)
     assert pool is not None
-    trusted = {"device": device, "trust_code": trust_code}
-    request = rotation_opening.reopened(pool, check_settings(trusted, address, kind=RotateSettings))
+    request = rotation_opening.reopened(pool, check_settings(own_settings, address, kind=RotateSettings))
     return AttackerTable(pool, request)(evidence, judged_on, known=known, keep=keep, progress=progress)
 
 

@@ -145,7 +145,7 @@ def attack(
     device_of_run = device_of_model(settings, subject)
     request = assess_request(settings, device=device_of_run, target=subject.model.access)
     plan = replace(request.plan, alone=True, attacked=False)
-    fit_data = open_fit(settings, subject.model, plan)
+    fit_data = open_fit(settings, subject.model, plan, examples)
     request = replace(request, plan=plan, surrogates=opened, fit=fit_data)
     result = assessing.assess(subject, examples, request, opening=settings.open, progress=progress)
     return _attacked(result, examples, inputs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.api.expecting import expected
+from holdfast.api.expecting import ends, expected, notes_of, refuse_other_range
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
@@ -54,7 +54,9 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
         raise UsageError("the model has a detector of its own; audit the network inside")
     refuse_untrainable(model)
     data = open_examples(settings, model, selection=ExampleSelection(sample=CLEAN))
-    stream = None if settings.stream is None else _stream(settings, model)
+    stream = None if settings.stream is None else _stream(settings, model, data)
+    if stream is not None:
+        refuse_other_range(data, stream)
     device = torch.device(device_of(settings.device))
     batch = data.read(0, len(data))
     refuse_one_class(batch.y)
@@ -87,7 +89,7 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
         settings.seed,
         str(device),
         start.command,
-        subject.notes,
+        (*subject.notes, *notes_of(stream)),
         writes=settings.trigger_out is not None,
     )
 
@@ -96,15 +98,15 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
             measure(run, model, request, start.notify)
         trigger = suspect(measured(StoredSteps(about.manifest(), run.store)))
         if settings.trigger_out is not None:
-            write_trigger(Path(settings.trigger_out), trigger)
+            write_trigger(Path(settings.trigger_out), replace(trigger, ends=ends(model.bounds)))
         return lambda: images_of(batch, trigger, model.bounds)
 
     yield PreparedAudit(about, audit)
 
 
-def _stream(settings: AuditBackdoor, model: Classifier) -> Data:
+def _stream(settings: AuditBackdoor, model: Classifier, first: Data) -> Data:
     source = beside(settings, settings.stream)
-    properties = expected(settings, model, source, lenient=True)
+    properties = expected(settings, model, source, lenient=True, first=first)
     return open_expected(composed(AuditBackdoor, settings, source), replace(properties, needs_labels=False))
 
 

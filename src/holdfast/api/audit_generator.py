@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.api import resolve
 from holdfast.api.audit_tables import prepared_tables, tables_of
-from holdfast.api.expecting import normalisation, unlabelled
+from holdfast.api.expecting import first_table, normalisation, notes_of, refuse_other_range, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator, composed
@@ -76,8 +76,9 @@ def opened_audit(
     )
     network = None if subject is None else subject.model.eval()
     training = _of_split(settings, "train", network)
-    held_out = _opened(settings, beside(settings, settings.held_out), network)
-    batch, source = training.read(0, len(training)), _source(settings, network)
+    held_out = _opened(settings, beside(settings, settings.held_out), network, training)
+    refuse_other_range(training, held_out)
+    batch, source = training.read(0, len(training)), _source(settings, network, training)
     device, rng = torch.device(device_of(settings.device)), Draws(settings.seed)
 
     @cache
@@ -117,7 +118,7 @@ def opened_audit(
         settings.seed,
         str(device),
         command,
-        source.notes,
+        (*notes_of(held_out), *source.notes),
     )
     return request, how
 
@@ -147,11 +148,15 @@ def _of_condition(data: Batch, condition: int | None) -> Batch:
     return found
 
 
-def _opened(settings: AuditGenerator, source: DataSource, network: Classifier | None) -> Data:
-    """Open examples whose labels may be missing, in the layout that the network of the features takes."""
+def _opened(
+    settings: AuditGenerator, source: DataSource, network: Classifier | None, first: Data | None = None
+) -> Data:
+    """Open examples whose labels may be missing, in the layout that the network of the features takes. The columns of a
+    table are matched with those of the data `first`.
+    """
     opened = composed(AuditGenerator, settings, source)
     if network is not None:
-        properties = replace(unlabelled(settings, network, source), needs_labels=False)
+        properties = replace(unlabelled(settings, network, source, first), needs_labels=False)
         return resolve.open_expected(opened, properties)
     properties = Expected(
         class_names=settings.class_names,
@@ -160,6 +165,7 @@ def _opened(settings: AuditGenerator, source: DataSource, network: Classifier | 
         normalised=normalisation(settings),
         lenient=True,
         needs_labels=False,
+        first=None if first is None else first_table(first),
     )
     data = resolve.open_expected(opened, properties)
     if not isinstance(data, Arrays) or data.reading.stored != "asis" or data.x.ndim not in (3, 4):
@@ -175,7 +181,7 @@ def _of_split(settings: AuditGenerator, split: str, network: Classifier | None) 
     return _opened(settings, settings, network)
 
 
-def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
+def _source(settings: AuditGenerator, network: Classifier | None, training: Data) -> _Source:
     """The generator, or the file of its samples."""
     given = settings.model
     if isinstance(given, str) and not (names_code(given) or names_generator(given)):
@@ -186,11 +192,12 @@ def _source(settings: AuditGenerator, network: Classifier | None) -> _Source:
                 f"{', '.join(bundled_generators())}"
             )
         refuse_condition(settings.condition, given, None)
-        samples = _opened(settings, beside(settings, given), network)
+        samples = _opened(settings, beside(settings, given), network, training)
+        refuse_other_range(training, samples)
         # a random sample, because a file may be sorted by class
         everything = samples.read(0, len(samples))
         stored = rows_of(everything, settings.samples, Draws(settings.seed).at("samples"))
-        return _Source(samples.name, samples.digest, lambda: stored.x, ())
+        return _Source(samples.name, samples.digest, lambda: stored.x, notes_of(samples))
     generator = opened_generator(given)
     refuse_condition(settings.condition, generator.name, generator.classes)
     draw = partial(generator.samples, settings.samples, settings.seed, settings.condition)

@@ -155,7 +155,8 @@ def _opened(settings: AuditMembership) -> _Opened:
             notes += (f"{left_out:,} examples are copies of others, and were left out",)
         examples = kept
     else:
-        other = _non_members(settings, subject.model)
+        other = _non_members(settings, subject.model, data)
+        notes += expecting.notes_of(other)
         outside = other.read(0, len(other))
         if outside.example_shape != examples.example_shape:
             raise UsageError(
@@ -183,10 +184,10 @@ def _opened(settings: AuditMembership) -> _Opened:
     return _Opened(subject, examples, about, members, notes)
 
 
-def _non_members(settings: AuditMembership, model: Classifier) -> Data:
+def _non_members(settings: AuditMembership, model: Classifier, first: Data) -> Data:
     source = beside(settings, settings.non_members)
     return resolve.open_expected(
-        composed(AuditMembership, settings, source), expecting.expected(settings, model, source)
+        composed(AuditMembership, settings, source), expecting.expected(settings, model, source, first=first)
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.api.expecting import expected
+from holdfast.api.expecting import expected, notes_of
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_expected, open_seeded, open_training_examples
@@ -53,7 +53,10 @@ def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[Prepar
     request, compared, notes = PoisonRequest(batch, 0, settings.seed), {}, [*subject.notes, *split_notes]
     if settings.clean is not None:
         source = beside(settings, settings.clean)
-        clean = open_expected(composed(AuditPoison, settings, source), expected(settings, model, source))
+        clean = open_expected(
+            composed(AuditPoison, settings, source), expected(settings, model, source, first=data)
+        )
+        notes += notes_of(clean)
         request = replace(with_trusted(batch, clean.read(0, len(clean))), seed=settings.seed)
         compared = {"clean": {"name": clean.name, "digest": clean.digest, "n": len(clean)}}
         if request.n < len(batch):

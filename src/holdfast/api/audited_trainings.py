@@ -2,7 +2,6 @@
 
 import json
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from holdfast.api.recipe_building import build_recipe, functions_in
 from holdfast.core.batch import Batch
 from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
+from holdfast.io.files import text_of_file
 from holdfast.io.models.cards import trained_by
 from holdfast.io.models.models import CARD
 from holdfast.io.models.training_function import TrainingFunction, open_training, refuse_other_classes
@@ -87,7 +87,10 @@ def open_card_training(folder: str) -> CardTraining:
             f"recipe.training.{key} is {value} in {str(path)!r}, and code that a card names is not run; give a "
             "function that trains the network, as in net.py:fit"
         )
-    card: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    threat = card["threat"]
+    threat = json.loads(text_of_file(path, "card")).get("threat")
+    if not isinstance(threat, str):
+        raise TargetError(
+            f"{str(path)!r} states no threat of the training, but {threat!r:.80}; restore the card"
+        )
     identity = digest(canonical({**spec, "threat": threat}))
     return CardTraining(str(path), identity, build_recipe(spec), threat_model(parse_threat(threat)))

@@ -17,7 +17,8 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import Names
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.expected import Expected, FirstTable
+from holdfast.io.data.selection import Selection
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Assess | Certify)
 _LISTED = 20  # classes in an error message
+_RANGE_EXAMPLES = 1000
+"""number of examples whose range of values is compared"""
+_LEAST_WIDTH, _MOST_SHIFT = 0.55, 1 / 3
+"""width of a range, and shift of its middle, relative to the wider one, beyond which the units are probably others"""
 
 
 def declared(settings: Opening) -> Declared:
@@ -181,8 +186,8 @@ def _of_feature(content: Mapping[str, Any], features: Sequence[str], place: int,
 
 
 def names(source: DataSource) -> Names:
-    """Return the names of arrays and columns to read from data files, such as that of the label column, and the
-    separator and the header of a CSV file, as given in the settings.
+    """Return the names of arrays and columns to read from data files, such as that of the label column, and how
+    files are read, as given in the settings.
     """
     return {
         "label": source.label,
@@ -191,6 +196,7 @@ def names(source: DataSource) -> Names:
         "y": source.y,
         "separator": source.separator,
         "header": source.header,
+        "follow_links": source.follow_links,
     }
 
 
@@ -202,12 +208,18 @@ def normalisation(inputs: InputSpace) -> Normalisation | None:
 
 
 def expected(
-    settings: Opening, model: Classifier, data: DataSource | None = None, *, lenient: bool = False
+    settings: Opening,
+    model: Classifier,
+    data: DataSource | None = None,
+    *,
+    lenient: bool = False,
+    first: Data | None = None,
 ) -> Expected:
     """Return the properties that data must have to fit the model, such as bounds and number of classes, and options for
     reading the data.
 
-    With `lenient`, data that do not fit the model are accepted as well.
+    With `lenient`, data that do not fit the model are accepted as well. `first` are the data of the run that were
+    opened before, whose columns those of a table are matched with.
     """
     names = settings.class_names or model.class_names
     source, edits, table = data or settings, edits_of(settings), table_of(settings)
@@ -227,6 +239,7 @@ def expected(
         model.units,
         ProbedClassifier(model),
         lenient,
+        first=None if first is None else first_table(first),
         groups=group_column(settings),
         needs_groups=data is None,
         words=words,
@@ -235,18 +248,55 @@ def expected(
     )
 
 
+def first_table(data: Data) -> FirstTable:
+    """Return the columns of a data set, with which those of another table are matched."""
+    arrays = data.whole if isinstance(data, Selection) else data
+    if not isinstance(arrays, Arrays):
+        return FirstTable(data.name, None, named=False)
+    return FirstTable(data.name, arrays.features, named=arrays.features is not None and arrays.named)
+
+
+def refuse_other_range(first: Data, second: Data) -> None:
+    """Raise `UsageError` if the values of images or signals are in another range than those of the data `first`: twice
+    as wide, half as wide, or shifted by a third of it.
+
+    Values of a table have units of their own.
+    """
+    ranges = []
+    for data in (first, second):
+        x = data.read(0, min(len(data), _RANGE_EXAMPLES)).x
+        if x.dim() < 3:
+            return
+        ranges.append((float(x.nan_to_num().min()), float(x.nan_to_num().max())))
+    (low, high), (other_low, other_high) = ranges
+    width, other_width = high - low, other_high - other_low
+    largest = max(width, other_width)
+    shift = abs(low + high - other_low - other_high) / 2
+    if min(width, other_width) > _LEAST_WIDTH * largest and shift < _MOST_SHIFT * largest:
+        return
+    raise UsageError(
+        f"{second.name} has values from {other_low:.4g} to {other_high:.4g}, and {first.name} has values from "
+        f"{low:.4g} to {high:.4g}; write both in the same range"
+    )
+
+
+def notes_of(*data: Data | None) -> tuple[str, ...]:
+    """Return the notes on data sets for the report."""
+    return tuple(note for each in data for note in getattr(each, "notes", ()))
+
+
 def group_column(settings: Opening) -> str | None:
     """Return the name of the column or array that states the groups of the examples, or None if there is none."""
     given = group_of(settings, ExampleGroups).groups
     return given if isinstance(given, str) else None
 
 
-def unlabelled(settings: Opening, model: Classifier, data: DataSource) -> Expected:
+def unlabelled(settings: Opening, model: Classifier, data: DataSource, first: Data | None = None) -> Expected:
     """Return the properties that data must have to fit the model if only their inputs are used and their labels are
     not.
     """
     return replace(
-        expected(settings, model, data),
+        expected(settings, model, data, first=first),
         classes=None,
         class_names=None,
         class_labels=None,

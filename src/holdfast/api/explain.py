@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from holdfast.api.attack import inputs_and_data
-from holdfast.api.expecting import expected, with_found_properties
+from holdfast.api.expecting import expected, notes_of, with_found_properties
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
 from holdfast.api.python_functions import verb_with
-from holdfast.api.reading_settings import given
+from holdfast.api.reading_settings import OPENED_WITH, given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.api.verb_settings import Assess, Certify, Explain, composed
@@ -34,7 +34,7 @@ from holdfast.io.models.models import WEIGHTS
 from holdfast.io.models.weights import digest_of_weights
 from holdfast.reports.gallery import is_image
 from holdfast.reports.summary import threat_to_json
-from holdfast.reports.words import threat_syntax
+from holdfast.reports.words import sentences, threat_syntax
 from holdfast.runs.assess.preparation import model_digest, readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
@@ -99,6 +99,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
         batch = (
             data.read(0, min(len(data), _MOST)) if settings.index is None else _row(data, settings.index)
         ).to(device)
+        train = None if settings.index is None else _train(settings, subject.model, data)
         about = About(
             str(subject.card["name"]),
             data.name,
@@ -107,7 +108,10 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
             tuple(subject.model.feature_names or getattr(data, "features", None) or ()),
             settings.seed,
             subject.digest,
-            _notes(settings, target, len(batch), len(data)),
+            (
+                *_notes(settings, target, len(batch), len(data)),
+                *(sentences(note) for note in notes_of(data, train)),
+            ),
             settings.examples,
         )
         with target.repeatable(rng):
@@ -121,7 +125,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
                 rng=rng,
                 baseline=_baseline(data, batch),
                 stored=_stored(run, settings.index),
-                train=_train(settings, subject.model, device),
+                train=None if train is None else train.read(0, min(len(train), _TRAINING)).to(device),
                 checkpoints=_checkpoints(settings, device),
             )
 
@@ -163,6 +167,14 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
             update["data"] = str(manifest["data"]["name"])
         models = (manifest["model"], *manifest["model"].get("members", ()))
         named = [(str(each["name"]), each.get("how")) for each in models]
+        opening = {
+            key: value
+            for key, value in manifest.get("opening", {}).items()
+            if key in {*OPENED_WITH, "groups"} and key not in settings.model_fields_set
+        }
+        if given_as_model and names_code(str(opening.get("arch", ""))):
+            del opening["arch"]
+    update |= opening
     if given_as_model:
         update |= _address(named, manifest["verb"], str(folder))
     own = {key: getattr(settings, key) for key in settings.model_fields_set}
@@ -276,13 +288,14 @@ def _measured(run: Result | None, data: Data) -> Measured:
     )
 
 
-def _train(settings: Explain, model: Classifier, device: torch.device) -> Batch | None:
+def _train(settings: Explain, model: Classifier, first: Data) -> Data | None:
+    """Open the training examples, whose columns are matched with those of the data `first`."""
     if settings.train is None:
         return None
     source = beside(settings, settings.train)
     opened = composed(Explain, settings, source).model_copy(update={"n": None, "sample": None})
-    data = open_train_split(opened, model) or open_expected(opened, expected(opened, model, source))
-    return data.read(0, min(len(data), _TRAINING)).to(device)
+    properties = expected(opened, model, source, first=first)
+    return open_train_split(opened, model, first) or open_expected(opened, properties)
 
 
 def _checkpoints(settings: Explain, device: torch.device) -> list[Classifier]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.api.expecting import range_of_all
+from holdfast.api.expecting import notes_of, range_of_all
 from holdfast.api.guard_notes import Coverage, GuardNote, coverage, guard_notes
 from holdfast.api.guard_opening import (
     bounds_of,
@@ -187,7 +187,10 @@ class Guard:
         which is then not used for thresholds. Raises `UsageError` for fewer than 1 / `false_positives` - 1 inputs.
         """
         settings = Calibrate(model=model, data=data, fit=fit, seed=seed, **_range(self.settings, model))
-        return self._with(_calibrate(self.settings, self.path, settings, self._rate(false_positives)))
+        calibration, notes = _calibrate(self.settings, self.path, settings, self._rate(false_positives))
+        for note in notes:
+            _log.info("%s", note)
+        return self._with(calibration)
 
     def calibrate_on(
         self,
@@ -260,6 +263,8 @@ class Calibrated:
     """file to which the calibration was written"""
     coverage: Coverage | None
     """what the radius of the query detector covers; None if there is none"""
+    notes: tuple[str, ...] = ()
+    """notes on the data"""
 
 
 def calibrate_file(settings: Calibrate) -> Calibrated:
@@ -270,21 +275,24 @@ def calibrate_file(settings: Calibrate) -> Calibrated:
     if "bounds" not in settings.model_fields_set:
         settings = settings.model_copy(update=_range(guard, settings.model))
     rate = guard.false_positives if settings.false_positives is None else settings.false_positives
-    calibration, place = _calibrate(guard, path, settings, rate), calibration_path(guard, path)
+    (calibration, notes), place = _calibrate(guard, path, settings, rate), calibration_path(guard, path)
     write_calibration(calibration, place)
-    return Calibrated(calibration, place, coverage(guard, calibration))
+    return Calibrated(calibration, place, coverage(guard, calibration), notes)
 
 
-def _calibrate(guard: GuardSettings, path: Path | None, settings: Calibrate, rate: float) -> Calibration:
-    """Open the model and the data, and calibrate the guard."""
+def _calibrate(
+    guard: GuardSettings, path: Path | None, settings: Calibrate, rate: float
+) -> tuple[Calibration, tuple[str, ...]]:
+    """Open the model and the data, and calibrate the guard. Return notes on the data as well."""
     settings = settings.model_copy(update={"guard": None})  # the guard is calibrated on the model alone
     subject = open_subject(settings)
     examples = open_examples(settings, subject.model)
     others = None
     if settings.fit is not None:
         fit = composed(Calibrate, settings, beside(settings, settings.fit))
-        others = open_examples(fit, subject.model)
-    return _calibration(guard, path, subject, examples, others, rate, settings.seed)
+        others = open_examples(fit, subject.model, first=examples)
+    calibration = _calibration(guard, path, subject, examples, others, rate, settings.seed)
+    return calibration, notes_of(examples, others)
 
 
 def _calibration(

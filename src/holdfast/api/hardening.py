@@ -89,16 +89,16 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
         training, judged = _parted(everything, settings, model)
         all_examples = judged
     else:
-        training, notes = _open_training(settings, model)
-        _refuse_changing(settings, model)
         given = group_of(settings, ExampleSelection)
         selection = given if given.n or given.sample else ExampleSelection(sample=JUDGED)
         judged = resolve.open_examples(settings, model, selection=selection)
+        training, notes = _open_training(settings, model, judged)
+        _refuse_changing(settings, model)
         all_examples = resolve.open_examples(settings, model, selection=ExampleSelection())
     subject = expecting.with_found_properties(subject, (), judged)
     if isinstance(settings, Harden):
         subject = _with_denoiser(subject, settings.recipe, training, settings.seed)
-        training = _with_unlabelled(training, settings, model)
+        training = _with_unlabelled(training, settings, model, all_examples)
     return subject, training, judged, all_examples, notes
 
 
@@ -240,18 +240,22 @@ def _refuse_changing(settings: Harden | RotateSettings, model: Classifier) -> No
             raise _changing(row)
 
 
-def _open_object(source: DataSource, settings: Harden | RotateSettings, model: Classifier) -> _Training:
+def _open_object(
+    source: DataSource, settings: Harden | RotateSettings, model: Classifier, first: Data | None = None
+) -> _Training:
     """Return training examples that are given as an object. Those of a torch data set or loader are read by index, if
-    possible.
+    possible. The columns of a table are matched with those of the data `first`.
     """
-    properties = expecting.expected(settings, model, source)
+    properties = expecting.expected(settings, model, source, first=first)
     tensors = tensors_of(source.data)
     if tensors is not None:
         return _in_memory(as_data(*tensors, expected=properties))
     streamed = open_by_index(source.data, properties, entries=(source.x, source.y))
     if streamed is not None:
         return streamed, streamed.notes
-    training, notes = _in_memory(resolve.open_object(source, properties))
+    opened = resolve.open_object(source, properties)
+    training, notes = _in_memory(opened)
+    notes = (*notes, *(() if first is None else expecting.notes_of(opened)))
     if isinstance(source.data, DataLoader | Iterator):
         notes += (ONCE_READ,)
     return training, notes
@@ -262,15 +266,17 @@ def _in_memory(data: Data) -> _Training:
     return training, training.notes if isinstance(training, Streamed) else ()
 
 
-def _open_training(settings: Harden | RotateSettings, model: Classifier) -> _Training:
-    """Return the train split of `fit`, or all of it if it has none, or the train split of the data."""
+def _open_training(settings: Harden | RotateSettings, model: Classifier, first: Data) -> _Training:
+    """Return the train split of `fit`, or all of it if it has none, or the train split of the data. The columns of a
+    table are matched with those of the data `first`.
+    """
     fit = settings.fit
     source: DataSource = settings if fit is None else beside(settings, fit)
     if source.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
     if not isinstance(source.data, str):
-        return _open_object(source, settings, model)
-    properties = expecting.expected(settings, model, source)
+        return _open_object(source, settings, model, first)
+    properties = expecting.expected(settings, model, source, first=first)
     open_split = partial(open_data, source.data, **expecting.names(source), expected=properties)
     try:
         data = open_split(split="train" if fit is None else source.split or "train")
@@ -285,10 +291,13 @@ def _open_training(settings: Harden | RotateSettings, model: Classifier) -> _Tra
                 f"{source.data!r} has no train split to train on, and {where}", OTHER_EXAMPLES
             ) from error
         data = open_split()
-    return _in_memory(data)
+    training, notes = _in_memory(data)
+    return training, (*notes, *(() if fit is None else expecting.notes_of(data)))
 
 
-def _with_unlabelled(batch: TrainingData, settings: Harden, model: Classifier) -> TrainingData:
+def _with_unlabelled(
+    batch: TrainingData, settings: Harden, model: Classifier, first: Data | None = None
+) -> TrainingData:
     """Append examples without labels to the labelled ones, from a train split or from inputs given as an object."""
     if settings.unlabelled is None:
         return batch
@@ -299,7 +308,7 @@ def _with_unlabelled(batch: TrainingData, settings: Harden, model: Classifier) -
             Remedy("unlabelled"),
         )
     source = beside(settings, settings.unlabelled)
-    expected = expecting.unlabelled(settings, model, source)
+    expected = expecting.unlabelled(settings, model, source, first)
     if isinstance(source.data, str):
         data: Data = open_data(
             source.data, split=source.split or "train", **expecting.names(source), expected=expected

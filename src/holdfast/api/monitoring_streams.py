@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from holdfast.api.expecting import expected, normalisation
+from holdfast.api.expecting import expected, first_table, normalisation, notes_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_expected, open_named, open_subject
 from holdfast.api.verb_settings import Monitor, composed
@@ -18,6 +18,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import REFERENCE, Remedy
 from holdfast.guard.detectors.features import features_of, layer_before_last_linear
+from holdfast.io.data.column_matching import in_order_of_first
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.pictures import Pictures, holds_samples, open_samples
 from holdfast.monitoring.accuracy import (
@@ -41,14 +42,26 @@ _BATCH = 256
 
 def monitored(settings: Monitor) -> Monitored:
     """Compare the stream of the settings with the reference, and return what the tests found."""
+    if _samples_of(settings) is not None:
+        settings = settings.model_copy(update={"generated": True})
+    subject, reference, stream = opened_streams(settings)
+    with _watched(settings, subject, reference) as watched:
+        return _compared(settings, watched, reference, stream)
+
+
+def _samples_of(settings: Monitor) -> Path | None:
+    """Return the folder of generated samples if the stream is one."""
+    folder = Path(settings.data) if isinstance(settings.data, str) else None
+    return folder if folder is not None and holds_samples(folder) else None
+
+
+def opened_streams(settings: Monitor) -> tuple[Subject | None, Data, Data]:
+    """Open the model if there is one, the reference and the stream."""
     if settings.reference is None:
         raise UsageError(
             "reference is missing; give examples like those that the model should receive, which it was not trained on",
             REFERENCE,
         )
-    folder = Path(settings.data) if isinstance(settings.data, str) else None
-    if folder is not None and holds_samples(folder):
-        settings = settings.model_copy(update={"generated": True})
     _refuse_mixed(settings)
     subject = None if settings.model is None else open_subject(settings)
     if settings.features is not None:
@@ -56,11 +69,14 @@ def monitored(settings: Monitor) -> Monitored:
     if subject is not None and subject.model.rejects:
         raise UsageError("the model has a detector of its own; monitor the network inside")
     reference = _open(settings, beside(settings, settings.reference), subject)
-    in_folder = folder is not None and settings.generated and holds_samples(folder)
-    stream = open_samples(folder) if folder is not None and in_folder else _open(settings, settings, subject)
+    folder = _samples_of(settings)
+    stream: Data
+    if folder is None:
+        stream = _open(settings, settings, subject, reference)
+    else:
+        stream = open_samples(folder, follow_links=settings.follow_links)
     _refuse_data(settings, reference, stream)
-    with _watched(settings, subject, reference) as watched:
-        return _compared(settings, watched, reference, stream)
+    return subject, reference, stream
 
 
 def _refuse_mixed(settings: Monitor) -> None:
@@ -87,11 +103,15 @@ def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Re
     assert settings.reference is not None
     reference = _open(settings, beside(settings, settings.reference), subject)
     _refuse_short(reference)
+    request = in_order_of_first(
+        "the input of a request", Expected(first=first_table(reference)), reference.read(0, 1).x.shape[1:]
+    )
+    notes = (*notes_of(reference), *request)
     labelled = subject is not None and int(reference.read(0, 1).y[0]) != UNLABELLED
     rng = Draws(settings.seed).at("monitor")
     if subject is None:
         seen = joined_samples(list(_Watched(None, None, None, None).observed(reference, labelled=False)))
-        return Reference.of(seen, rng, reference.name, None, None)
+        return Reference.of(seen, rng, reference.name, None, None, notes=notes)
     with _watched(settings, subject, reference) as watched:
         seen, layer = joined_samples(list(watched.observed(reference, labelled=labelled))), watched.layer
     if seen.features is not None and len(seen.features) != len(
@@ -106,14 +126,17 @@ def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Re
         str(subject.card["name"]),
         layer=layer,
         observer=observer,
+        notes=notes,
     )
 
 
-def _open(settings: Monitor, source: DataSource, subject: Subject | None) -> Data:
-    """Open a stream or a reference, whose labels may be missing."""
+def _open(settings: Monitor, source: DataSource, subject: Subject | None, first: Data | None = None) -> Data:
+    """Open a stream or a reference, whose labels may be missing. The columns of a table are matched with those of the
+    data `first`.
+    """
     opened = settings if source is settings else composed(Monitor, settings, source)
     if subject is not None:
-        properties = expected(settings, subject.model, source)
+        properties = expected(settings, subject.model, source, first=first)
     else:
         properties = Expected(
             class_names=settings.class_names,
@@ -121,8 +144,9 @@ def _open(settings: Monitor, source: DataSource, subject: Subject | None) -> Dat
             layout=source.layout,
             normalised=normalisation(settings),
             lenient=True,
+            first=None if first is None else first_table(first),
         )
-    return open_expected(opened, replace(properties, needs_labels=False))
+    return open_expected(opened, replace(properties, needs_labels=False, has_threat=False))
 
 
 def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:
@@ -250,4 +274,5 @@ def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Dat
         measured_accuracy(of_stream, names),
         measured_accuracy(of_reference, names),
         expected_accuracy(of_reference, of_stream),
+        tuple(dict.fromkeys(notes_of(reference, stream))),
     )

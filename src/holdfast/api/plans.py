@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from holdfast.api.reading_settings import opening_settings
 from holdfast.api.verb_settings import Assess, Certify, Harden
 from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
@@ -104,6 +105,7 @@ def assess_request(
         device=on_device,
         sampled=settings.sample is not None,
         command=command,
+        opening=opening_settings(settings),
     )
 
 
@@ -291,9 +293,18 @@ def _adaptive(
         raise UsageError(
             f"adaptive attacks need an eps, and {why}",
             Remedy("adaptive"),
-            Remedy("threat", "linf:8/255", also=(Remedy("suite", DEFAULT_SUITE),)),
+            _within_eps(threat),
         )
     return adaptive_members(threat.constraint)
+
+
+def _within_eps(threat: ThreatModel) -> Remedy:
+    """Return the choice of a suite under a finite eps: that of the threat if it has one."""
+    searching = Remedy("suite", DEFAULT_SUITE if threat.gives("gradients") else "black-box")
+    if threat.constraint.is_ball and threat.constraint.eps < float("inf"):
+        return searching
+    norm = threat.constraint.name if threat.constraint.name in _USUAL else "linf"
+    return Remedy("threat", threat.with_change(f"{norm}:{_USUAL[norm]}"), also=(searching,))
 
 
 def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool) -> None:
@@ -304,7 +315,7 @@ def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool)
         raise UsageError(
             f"{settings.threat} has no eps, which means the smallest change",
             *searched,
-            Remedy("threat", f"{norm}:{_USUAL[norm]}"),
+            Remedy("threat", threat.with_change(f"{norm}:{_USUAL[norm]}")),
         )
 
 

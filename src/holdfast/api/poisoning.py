@@ -23,6 +23,7 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import layout_of_images
 from holdfast.io.data.memory import as_array
 from holdfast.io.data.trigger_files import write_trigger
+from holdfast.io.files import replacing
 from holdfast.reports.write import explained
 from holdfast.settings.grammar import did_you_mean, parse_number, parse_pairs
 from holdfast.settings.threats_and_attacks import setting
@@ -108,7 +109,10 @@ def poison(
     new_x[plan.indices.numpy()] = changed.astype(stored.dtype)
     new_y[plan.indices.numpy()] = plan.labels.numpy().astype(labels.dtype)
     indices = plan.indices.to(y.device) if isinstance(y, Tensor) else plan.indices.numpy()
-    return PoisonedArrays(_like(new_x, x), _like(new_y, y), indices, plan.trigger)
+    trigger = (
+        None if plan.trigger is None else replace(plan.trigger, ends=(float(bounds[0]), float(bounds[1])))
+    )
+    return PoisonedArrays(_like(new_x, x), _like(new_y, y), indices, trigger)
 
 
 def parse_poisoning(text: str) -> tuple[str, float, int | None, dict[str, str]]:
@@ -152,10 +156,14 @@ def write_drill(address: str, attack: str, output: Path, *, seed: int = 0) -> Dr
     built = build_poisoning(name, settings)
     if output.suffix != ".npz" or output.name.endswith(".trigger.npz"):
         raise UsageError(f"-o is {str(output)!r}; expected an .npz file, as in -o drill.npz")
-    if output.exists() and Path(address).exists() and output.samefile(address):
-        raise UsageError(
-            f"-o is the file {str(output)!r} of the data, which would be overwritten; give another name"
-        )
+    trigger_file = output.with_suffix(".trigger.npz")
+    with explained(output):
+        for file in (output, trigger_file):
+            if file.exists() and Path(address).exists() and file.samefile(address):
+                raise UsageError(
+                    f"-o is {str(output)!r}, and the file {str(file)!r} of the data would be overwritten; give another "
+                    "name"
+                )
     train = _opened(address, "train")
     test = _opened(address, "test", class_names=train.classes if train.text_labels else None)
     y, classes = torch.from_numpy(train.y), None if train.classes is None else len(train.classes)
@@ -167,14 +175,13 @@ def write_drill(address: str, attack: str, output: Path, *, seed: int = 0) -> Dr
     arrays = {"x_train": x_train, "y_train": y_train, "x_test": test.x, "y_test": test.y, "poisoned": rows}
     if train.classes is not None:
         arrays["classes"] = np.array(train.classes)
-    trigger_file = None if plan.trigger is None else output.with_suffix(".trigger.npz")
-    with explained(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        if plan.trigger is not None and trigger_file is not None:
-            write_trigger(trigger_file, plan.trigger)
-    return Drill(output, trigger_file, name, target, len(rows), len(y), len(test.y))
+    with explained(output), replacing(output) as drill:
+        np.savez(drill, allow_pickle=False, **arrays)
+        if plan.trigger is not None:
+            # before the data are complete, so that data without their trigger never appear
+            write_trigger(trigger_file, replace(plan.trigger, ends=(0.0, 1.0)))
+    written = None if plan.trigger is None else trigger_file
+    return Drill(output, written, name, target, len(rows), len(y), len(test.y))
 
 
 def _opened(address: str, split: str, class_names: tuple[str, ...] | None = None) -> Arrays:

@@ -3,7 +3,6 @@
 A setting has the same name in the YAML file, on the command line and in Python.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +26,7 @@ from holdfast.settings.consent import refuse_consent
 from holdfast.settings.default_suite import refuse_unknown
 from holdfast.settings.grammar import parse_pairs
 from holdfast.settings.groups import Flag
+from holdfast.settings.values import address_of
 from holdfast.settings.yaml_text import load, parse_yaml, put_setting
 
 _REPLACING = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
@@ -164,8 +164,23 @@ def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
 
 def plain_settings(settings: VerbSettings) -> dict[str, Any]:
     """Return the settings of a command as a dictionary from names to values that JSON can represent."""
-    plain: dict[str, Any] = json.loads(settings.model_dump_json())
-    return plain
+    return settings.model_dump(mode="json")  # model_dump_json refuses names of files that are not UTF-8
+
+
+OPENED_WITH = (
+    "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout", "model_output", "classes",
+    "class_names", "class_order", "split", "label", "drop", "x", "y", "separator", "header",
+)  # fmt: skip
+"""settings with which a model and data are opened, apart from their addresses"""
+
+
+def opening_settings(settings: VerbSettings) -> dict[str, Any]:
+    """Return the given settings with which the model and the data of a command are opened again, as plain values; none
+    for a model that has no address.
+    """
+    if address_of(getattr(settings, "model", None)) is None:
+        return {}
+    return settings.model_dump(mode="json", include={*OPENED_WITH, "groups"} & settings.model_fields_set)
 
 
 def flag_of(field: FieldInfo) -> Flag | None:

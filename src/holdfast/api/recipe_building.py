@@ -68,7 +68,7 @@ def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
             f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",
-            Remedy("threat", "linf:8/255"),
+            Remedy("threat", replace(threat, goal=None).with_change("linf:8/255")),
         )
     if threat.goal is not None:
         raise UsageError(

@@ -59,7 +59,7 @@ def open_data(data: DataLike, **settings: Any) -> DataReference:
     reference = DataReference(**given(data=data, **settings))
     if address_of(reference.data) is None:
         keys = ("x", "y") if is_frame(reference.data) else ("split", "label", "drop")
-        options = _changed(reference, (*keys, "separator", "header"))
+        options = _changed(reference, (*keys, "separator", "header", "follow_links"))
         if options:
             raise UsageError(
                 f"{_written(options)} is not possible for data given as a Python object: it is for an address, such as "

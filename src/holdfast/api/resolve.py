@@ -406,11 +406,12 @@ def open_examples(
     *,
     selection: ExampleSelection | None = None,
     lenient: bool = False,
+    first: Data | None = None,
 ) -> Data:
     """Open the examples on which the model is evaluated, or another `selection` of the data. With `lenient`, examples
-    that do not fit the model are accepted as well.
+    that do not fit the model are accepted as well. The columns of a table are matched with those of the data `first`.
     """
-    data = open_expected(settings, expected(settings, model, lenient=lenient), selection)
+    data = open_expected(settings, expected(settings, model, lenient=lenient, first=first), selection)
     chosen = selection or group_of(settings, ExampleSelection)
     return with_groups(data, settings, whole=chosen.n is None and chosen.sample is None)
 
@@ -485,11 +486,14 @@ def open_seeded(settings: Opening) -> Subject:
         return open_subject(settings)
 
 
-def open_train_split(settings: Opening, model: Classifier) -> Data | None:
-    """Open the train split of the data, or return None if there is none or the settings choose a split."""
+def open_train_split(settings: Opening, model: Classifier, first: Data | None = None) -> Data | None:
+    """Open the train split of the data, or return None if there is none or the settings choose a split. The columns of
+    a table are matched with those of the data `first`.
+    """
     if isinstance(settings.data, str) and settings.split is None:
         with suppress(NoSplit):  # the file has only one split
-            return open_expected(settings.model_copy(update={"split": "train"}), expected(settings, model))
+            split = settings.model_copy(update={"split": "train"})
+            return open_expected(split, expected(settings, model, first=first))
     return None
 
 
@@ -534,9 +538,9 @@ def _attacks_members(threat: str) -> bool:
     return spec.access == "gradients" and spec.norm in ("linf", "l2", "l1", "l0")
 
 
-def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:
+def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) -> Data | None:
     """Open the examples on which learned attacks are fitted: those in `fit` or, if `fit` is None, the train split of
-    the data.
+    the data. The columns of a table are matched with those of the data `first`.
 
     Returns None if no attack is learned and `fit` is None.
     """
@@ -544,7 +548,7 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:
     if fit is None and not (count and isinstance(settings.data, str)):
         return None
     source: DataSource = settings if fit is None else beside(settings, fit)
-    properties, address = expected(settings, model, source), address_of(source.data)
+    properties, address = expected(settings, model, source, first=first), address_of(source.data)
     if address is None:
         return selected(open_object(source, properties), n=None, sample=count or 1, seed=settings.seed)
     is_same_data = address == settings.data
@@ -575,16 +579,16 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan) -> Data | None:
         ) from error
 
 
-def open_others(settings: Assess | Certify, model: Classifier) -> tuple[Data, ...]:
+def open_others(settings: Assess | Certify, model: Classifier, first: Data) -> tuple[Data, ...]:
     """Open the data sets between which perturbations are transferred. Their labels are not used, so they may have other
-    classes than the model.
+    classes than the model. The columns of tables are matched with those of the data `first`.
 
     From data at an address, a random sample is opened, because no more examples are used.
     """
     opened: list[Data] = []
     for data in settings.across:
         source = beside(settings, data)
-        properties = unlabelled(settings, model, source)
+        properties = unlabelled(settings, model, source, first)
         if not isinstance(source.data, str):
             opened.append(open_object(source, properties))
         else:

@@ -51,7 +51,7 @@ PoolLike = str | Path | Pool
 """Types of the argument `pool`: a pool, or the path of its folder."""
 _OF_INPUTS = ("bounds", "mean", "std", "data_normalised")
 _OF_GATES = ("gates", "accept_doubts")
-_OPENED_AGAIN = ("device", "trust_code")
+_OPENED_AGAIN = ("device", "trust_code", "follow_links")
 """Settings with which a step opens the model of a pool again."""
 Options = Mapping[str, Any]
 """Settings by name, with the names that follow `--set codec.` or `--set generator.` on the command line."""

@@ -7,7 +7,7 @@ from holdfast.api import hardening, resolve
 from holdfast.api.expecting import range_of_all
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import refuse_code_in_pool, settings_of_pool
-from holdfast.api.reading_settings import items, plain_settings
+from holdfast.api.reading_settings import OPENED_WITH, items, plain_settings
 from holdfast.api.recipe_building import build_recipe, built, functions_in, refuse_unheld, settings_of
 from holdfast.api.verb_settings import RotateSettings, check_settings
 from holdfast.core.errors import UsageError
@@ -25,10 +25,7 @@ from holdfast.settings.naming import AUTO, CARD, SOURCES
 from holdfast.settings.threats_and_attacks import threat_model
 
 _OPENING = (
-    "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
-    "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "separator", "header",
-    "fit", "threat",
-    "recipe", "source", "initialisation", "seed",
+    "model", "data", *OPENED_WITH, "fit", "threat", "recipe", "source", "initialisation", "seed",
 )  # fmt: skip
 """Settings with which the model and the data of a pool are opened again."""
 
@@ -75,11 +72,11 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
 def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     """Return the properties that all parameter sets of an existing rotation pool share, as stored in its manifest.
 
-    Only the device and `trust_code` are taken from `settings`. Code runs only if `trust_code` is true, because the
-    manifest is not a command line. Raises `UsageError` if other settings differ from the manifest.
+    Only the device, `trust_code` and `follow_links` are taken from `settings`, because the manifest is not a command
+    line: code runs only if `trust_code` is true. Raises `UsageError` if other settings differ from the manifest.
     """
     refuse_code_in_pool(pool, trust_code=settings.trust_code)
-    own_settings = {"device": settings.device, "trust_code": settings.trust_code}
+    own_settings = {key: getattr(settings, key) for key in ("device", "trust_code", "follow_links")}
     present = {
         key: value for key, value in {**settings_of_pool(pool), **own_settings}.items() if value is not None
     }

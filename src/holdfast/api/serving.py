@@ -111,7 +111,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         monitor=reference,
         renewed=renewed,
         candidate=None if served.model is None else partial(_candidate, worker, served.model),
-        notes=notes,
+        notes=(*notes, *(() if reference is None else reference.notes)),
         admin_hosts=_host_names(settings),
         flagged=None if settings.guard is None else _flagged(Path(settings.guard)),
         single_operator=settings.single_operator,

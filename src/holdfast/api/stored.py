@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from holdfast.adaptation.journal import is_adaptation, open_adaptation
 from holdfast.audits.audit import AuditResult, is_audit, open_audit
 from holdfast.runs.assess.result import Result
 from holdfast.runs.store.verify import Verified
@@ -42,7 +43,9 @@ def verify(run: str | Path, *, expect_head: str = "") -> Verified:
     Raises `TargetError` for the first difference, and if the chain does not contain `expect_head`, an earlier head.
     """
     verified = verify_folder(Path(run), expect_head=expect_head)
-    if not is_audit(Path(run)):
+    if is_adaptation(Path(run)):
+        open_adaptation(Path(run))
+    elif not is_audit(Path(run)):
         refuse_false(Path(run))
     elif verified.complete:
         open_audit(Path(run))

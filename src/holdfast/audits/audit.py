@@ -7,7 +7,7 @@ the stored steps. When a finished audit is opened, it is computed again and comp
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,7 +322,9 @@ def _opened(path: Path) -> AuditResult:
     finding = CONCLUSIONS[kind](StoredSteps(manifest, source, path)).to_json()
     _refuse_other_finding(path, stored, finding)
     refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit)
-    gates = judged(kind, finding, [gate["gate"] for gate in decided["gates"]])
+    gates: list[Json] = []
+    with suppress(UsageError):  # of a gate that the audit does not have
+        gates = judged(kind, finding, [gate["gate"] for gate in decided["gates"]])
     if decided["gates"] != gates:
         raise TargetError(
             f"{str(path / f'{VERDICT}.json')!r} does not follow from the finding; restore it from a copy"

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.triggers import Trigger
 from holdfast.core.types import Count, Fraction, Inputs, Labels, Mask, Positive, Rows, Steps
 
+_MOST_CLASSES = 10**6
+"""Largest number of classes, as of a trigger."""
 _CORNERS = {
     "upper-left": (0.0, 0.0),
     "upper-right": (0.0, 1.0),
@@ -228,6 +230,11 @@ def planted(
     alone, and a smaller rate chooses some of the same examples. `classes` is the number of classes, by default one more
     than the largest label. Raises `UsageError` if the request poisons no example, or more than the attack can use.
     """
+    if int(y.min()) < 0 or int(y.max()) >= _MOST_CLASSES:
+        raise TargetError(
+            f"the labels range from {int(y.min())} to {int(y.max())}; class numbers from 0 to {_MOST_CLASSES - 1:,} "
+            "were expected: renumber the classes, and remove examples without one"
+        )
     classes = int(y.max()) + 1 if classes is None else classes
     _refuse_target(attack, target, y, classes)
     n = round(rate * len(y)) if 0 < rate <= 1 else 0

@@ -4,7 +4,7 @@ Lipschitz constants, and slices of the boundary.
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def boundary_geometry(
             f"the geometry is that of balls of linf, l2 and l1 without a target class; the threat model is {norm}, "
             f"goal={threat.goal}",
             Remedy("geometry"),
-            Remedy("threat", "linf:8/255"),
+            Remedy("threat", replace(threat, goal=None).with_change("linf:8/255")),
         )
     model = model.eval()
     rng = Draws(seed).at("geometry")

@@ -24,6 +24,8 @@ def calibrate(voice: Voice, **flags: Any) -> None:
 
     calibrated = settings.run()
     calibration, covered = calibrated.calibration, calibrated.coverage
+    for note in calibrated.notes:
+        voice.say(f"note: {note}")
     for name, threshold in calibration.thresholds.items():
         voice.say(f"{name}: fires above {threshold:.6g}")
     if covered is not None:

@@ -52,6 +52,7 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
 @click.option("--drop", multiple=True, metavar="COL", help="Leave this column of a table out.")
 @click.option("--x", metavar="NAME", help="Name of the array of inputs in an .npz file.")
 @click.option("--y", metavar="NAME", help="Name of the array of labels in an .npz file.")
+@click.option("--follow-links", is_flag=True, help="Read images through links that lead out of the folder.")
 @with_voice
 def show(voice: Voice, *, address: str, **options: Any) -> None:
     """Show a data set: shape, range, classes and digest; for a catalogue name also its licence and source."""

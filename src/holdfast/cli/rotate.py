@@ -13,7 +13,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
 
 _JUDGING = options_of(RotateSettings, only=("gates", "accept_doubts"))
-_OF_POOL = options_of(RotateSettings, only=("device", "trust_code"))
+_OF_POOL = options_of(RotateSettings, only=("device", "trust_code", "follow_links"))
 _LOOP = ("gates", "accept_doubts", "every", "min_waiting")
 _COLLECTING = options_of(RotateSettings, only=[key for key in flag_names(RotateSettings) if key not in _LOOP])
 _COMMANDS_WITH = {

@@ -113,7 +113,7 @@ class Metered:
                 logits.register_hook(lambda _: self._count_backwards(rows, ones))  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
-                logits = self._model(x, ids)
+                logits = self._model(x.detach(), ids)
         self._record(x.detach(), logits.detach(), rows, classes, earlier)
         if self._threat.access == "labels":
             labels = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)

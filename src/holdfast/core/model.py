@@ -153,29 +153,21 @@ _NO_MEMORY = (
 )
 """parts of the messages, in lower case, with which torch and its libraries report missing memory"""
 
-_CALLS_NUMPY = "call numpy() on Tensor that requires grad"
-_NO_GRADIENT = "No gradient passes through numpy"
-_SCORES_ONLY = Remedy(
-    "suite",
-    "black-box",
-    also=(Remedy("threat", "linf:8/255,access=scores"),),
-    reason="to restrict the attacks to scores",
-)
-
 
 class Classifier(nn.Module):
     """A network with its range of valid inputs and its preprocessing, which computes `net((x - mean) / std)`.
 
     `mean` and `std` have one number for each channel (or each feature of a table). `access` is the largest access that
     the model can give: a file that runs without gradients has "scores", and `hides` is the reason; `failing` is true if
-    the reason is an error in the backward pass of the network. `batches` are the
-    batch sizes that the network accepts, if it rejects some. `output` declares what the network returns: logits, or
-    probabilities, whose logarithms are the logits. If the network returns one number for each example, it becomes two
-    classes: a logit z becomes (0, z), a probability p becomes (log(1 - p), log(p)). Without `output`, a single number
-    is interpreted as a logit once a value outside [0, 1] has occurred; before that, `UnclearOutput` is raised. `layout`
-    is the layout of the network's input if known: with "hwc", images (n, channels, height, width) are passed with the
-    channels last. `class_labels` are the labels of the classes in the data, in the order of the outputs, if they are
-    whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model was fitted on.
+    the reason is an error in the backward pass of the network, and `cut` if no gradient reaches the input. `batches`
+    are the batch sizes that the network accepts, if it rejects some. `output` declares what the network returns:
+    logits, or probabilities, whose logarithms are the logits. If the network returns one number for each example, it
+    becomes two classes: a logit z becomes (0, z), a probability p becomes (log(1 - p), log(p)). Without `output`, a
+    single number is interpreted as a logit once a value outside [0, 1] has occurred; before that, `UnclearOutput` is
+    raised. `layout` is the layout of the network's input if known: with "hwc", images (n, channels, height, width) are
+    passed with the channels last. `class_labels` are the labels of the classes in the data, in the order of the
+    outputs, if they are whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model
+    was fitted on.
     `units` are the units of the inputs, if they are not the values of the data.
     `input_name` is the parameter of the network for its inputs, if it is not the first.
     `rejects` is true for the result of `with_detector`, whose last logit is not a class. The network returns a float
@@ -215,6 +207,7 @@ class Classifier(nn.Module):
         self.rejects = isinstance(net, Guarded)
         self.hides = ""
         self.failing = False
+        self.cut = False
         self._accepted: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None
@@ -297,7 +290,10 @@ class Classifier(nn.Module):
         return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Return the logits (n, classes) of the inputs `x`, in the data type of `x`."""
+        """Return the logits (n, classes) of the inputs `x`, in the data type of `x`. They have no gradient if the model
+        gives no access to it.
+        """
+        x = x if self.access == "gradients" else x.detach()
         try:
             inputs = self.preprocess(x.clone() if self.rewrites else x)
             logits = (
@@ -308,9 +304,7 @@ class Classifier(nn.Module):
         except Exception as error:
             if out_of_memory(error):
                 raise
-            advice, remedies = (
-                (_NO_GRADIENT, (_SCORES_ONLY,)) if _CALLS_NUMPY in str(error) else self._advice(x)
-            )
+            advice, remedies = self._advice(x)
             text = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
             raise TargetError(f"the model raised {text}. {advice}", *remedies) from error
         self._accepted = len(x)
@@ -323,8 +317,6 @@ class Classifier(nn.Module):
                 way_out = "Return the logits only in training mode as well"
             if isinstance(logits, nn.Module):
                 way_out = "If the model is a function that builds a network, give the network that it returns"
-            if name == "numpy.ndarray":
-                way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
             raise NoLogits(
                 f"the model returned {with_article(name)}{' in training mode' if training else ''}; it must return "
                 f"one tensor of logits (n, classes). {way_out}"
@@ -342,7 +334,7 @@ class Classifier(nn.Module):
                 "the model's last layer",
                 Remedy("classes", classes, function="open_model"),
             )
-        return logits.to(x.dtype)
+        return logits.to(x)
 
     def _outputs(self, x: Tensor) -> object:
         net: Callable[..., object] = self.net

@@ -2,9 +2,12 @@
 probabilities, for all classes or as one number for each example.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +28,22 @@ _ROUNDING = 1e-4
 """tolerance of probabilities outside [0, 1]; the error of a softmax in half precision is smaller"""
 
 
+_with_values = ContextVar("_with_values", default=True)
+"""whether outputs have values, which are then checked"""
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Context manager in which the range of probabilities is not checked, because operations are recorded on outputs
+    without values. Call the model before it, so that its outputs are checked once.
+    """
+    token = _with_values.set(False)
+    try:
+        yield
+    finally:
+        _with_values.reset(token)
+
+
 @runtime_checkable
 class _HasLogits(Protocol):
     """Protocol of the outputs of networks that return several tensors in one object, such as those of Hugging Face."""
@@ -34,12 +53,15 @@ class _HasLogits(Protocol):
 
 def logits_of(outputs: object, *, in_training: bool = False) -> object:
     """Return the logits among the outputs of a network: the attribute or the entry `logits`, or the outputs themselves.
+    An array of numpy becomes a tensor.
 
     In training mode, the logits are the first element of a tuple, whose others are those of auxiliary classifiers, as
     in GoogLeNet and Inception v3.
     """
     if isinstance(outputs, Tensor):
         return outputs
+    if isinstance(outputs, np.ndarray):
+        return torch.tensor(outputs)
     if isinstance(outputs, _HasLogits):
         return outputs.logits
     if isinstance(outputs, Mapping) and "logits" in outputs:
@@ -108,7 +130,7 @@ def of_classes(outputs: Tensor, kind: OutputKind | None = None) -> Logits:
     several probabilities are their logarithms, where smaller probabilities are replaced by the smallest normal number.
     Raises `TargetError` for a probability outside [0, 1].
     """
-    if kind == "probability":
+    if kind == "probability" and _with_values.get():
         _refuse_no_probabilities(outputs)
     if not is_single(outputs):
         return _log(outputs) if kind == "probability" else outputs

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from holdfast.core.constraints import Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
+from holdfast.core.names import threat_text
 from holdfast.core.types import ACCESS_ORDER, Access
 
 
@@ -36,3 +37,7 @@ class ThreatModel:
         `needed`.
         """
         return ACCESS_ORDER.index(needed) <= ACCESS_ORDER.index(self.access)
+
+    def with_change(self, change: str) -> str:
+        """Return the text of this threat model with another change, such as `l2:0.5`, in the unit of the inputs."""
+        return threat_text(change, self.goal, self.access, self.queries)

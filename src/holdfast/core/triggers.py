@@ -44,10 +44,39 @@ class Trigger:
     """class that the attacker wants; None if it is unknown"""
     shift: Tensor | None = None
     """values that are added, with the shape of an input; None for none"""
+    ends: tuple[float, float] | None = None
+    """lowest and highest valid value in the units of the trigger; None if they are unknown"""
+
+    def within(self, bounds: Bounds) -> "Trigger":
+        """Return the trigger in the units of a model whose inputs are within `bounds`.
+
+        It does not change if the units of the trigger are unknown, or if features have bounds of their own. Raises
+        `UsageError` for a pattern of unknown units with values outside the bounds.
+        """
+        if isinstance(bounds.low, Tensor) or isinstance(bounds.high, Tensor):
+            return self
+        replaced = self.pattern[self.mask.expand_as(self.pattern) > 0]
+        if self.ends is None:
+            if len(replaced) and (replaced.min() < bounds.low or replaced.max() > bounds.high):
+                raise UsageError(
+                    f"the trigger has values from {float(replaced.min()):.4g} to {float(replaced.max()):.4g}, and the "
+                    f"model takes values from {bounds.low:g} to {bounds.high:g}; add the lowest and the highest valid "
+                    "value of the trigger to its file, as the arrays low and high"
+                )
+            return self
+        low, high = self.ends
+        if self.ends == (bounds.low, bounds.high):
+            return self
+        scale = (bounds.high - bounds.low) / (high - low)
+        pattern = bounds.low + (self.pattern - low) * scale
+        shift = None if self.shift is None else self.shift * scale
+        return Trigger(self.mask, pattern, self.target, shift, (bounds.low, bounds.high))
 
     def stamped(self, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return inputs (n, *shape) with the trigger. Raises `UsageError` if the trigger has another shape."""
-        return bounds.clamp(self.unlimited(x))
+        """Return inputs (n, *shape) with the trigger, in the units of `bounds`. Raises `UsageError` if the trigger has
+        another shape.
+        """
+        return bounds.clamp(self.within(bounds).unlimited(x))
 
     def unlimited(self, x: Inputs) -> Inputs:
         """Return inputs (n, *shape) with the trigger, whose values may be invalid. Raises `UsageError` if the trigger
@@ -93,6 +122,10 @@ class Stamped(Whole):
         """The trigger."""
         return trigger_of(self.content)
 
+    def within(self, bounds: Bounds) -> "Stamped":
+        """Return the constraint with the trigger in the units of a model whose inputs are within `bounds`."""
+        return Stamped(self.file, trigger_text(self.trigger.within(bounds)))
+
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return for each example 0 if nothing changed, 1 if it is the input with the trigger, else infinity.
 
@@ -129,6 +162,8 @@ def trigger_text(trigger: Trigger) -> str:
     """Return a trigger as JSON text, with its values as compressed 32-bit floats."""
     arrays = {"mask": trigger.mask, "pattern": trigger.pattern, "shift": trigger.shift}
     content: dict[str, Any] = {"target": trigger.target}
+    if trigger.ends is not None:
+        content["ends"] = list(trigger.ends)
     for name, values in arrays.items():
         if values is not None:
             packed = zlib.compress(values.detach().cpu().numpy().astype("<f4").tobytes())
@@ -141,7 +176,11 @@ def trigger_of(text: str) -> Trigger:
     """Return the trigger in a text of `trigger_text`. Raises `ValueError`, `TypeError` or `KeyError` for other text."""
     content = json.loads(text)
     shift = _unpacked(content["shift"]) if "shift" in content else None
-    return Trigger(_unpacked(content["mask"]), _unpacked(content["pattern"]), content["target"], shift)
+    ends = None
+    if "ends" in content:
+        low, high = map(float, content["ends"])
+        ends = (low, high)
+    return Trigger(_unpacked(content["mask"]), _unpacked(content["pattern"]), content["target"], shift, ends)
 
 
 def _unpacked(packed: Mapping[str, Any]) -> Tensor:

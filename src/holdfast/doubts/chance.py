@@ -7,6 +7,7 @@ import torch
 
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.protocol import Case, DoubtTest, percent, share
+from holdfast.statistics.absent_classes import absent_classes, listed_classes
 from holdfast.statistics.intervals import against_majority
 
 
@@ -17,10 +18,12 @@ def conclude(case: Case) -> Doubt:
         return case.inapplicable(
             "all examples have the same label, so that any accuracy may be that of a constant prediction"
         )
-    result = against_majority(correct, y)
+    result = against_majority(correct, y, case.context.classes)
+    absent = absent_classes(y, case.context.classes)
+    among = f" among all classes, of which {listed_classes(absent)} have no examples" if absent else ""
     text = (
         f"clean accuracy is {share(correct)} (95 % interval {percent(result.low)} to {percent(result.high)}), and "
-        f"always predicting the majority class is right for {percent(result.majority)}"
+        f"always predicting the majority class is right for {percent(result.majority)}{among}"
     )
     return Doubt(
         case.name, "raised" if result.at_chance else "clear", result.high, result.majority, len(y), text
@@ -32,7 +35,7 @@ TEST = DoubtTest(
     meaning="The clean accuracy may be that of always predicting the majority class. The robust accuracy of such a "
     "model is not meaningful.",
     advice="Run holdfast doctor, which tests for a missing normalisation, another value range, another layout and "
-    "shifted labels.",
+    "shifted labels. A network whose outputs are no scores of classes, such as a regression, is no classifier.",
     conclude=conclude,
     free=True,
     meaningless=3,

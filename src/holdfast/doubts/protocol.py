@@ -96,6 +96,8 @@ class MeasurementContext:
     """doubt whether the data fit the model, which is measured before the attacks"""
     access: Access = "gradients"
     """largest access that the model itself gives, regardless of what the threat model allows"""
+    classes: int | None = None
+    """number of classes of the model"""
 
 
 @dataclass(frozen=True)

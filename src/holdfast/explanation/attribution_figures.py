@@ -1,6 +1,9 @@
 """Figures of the attributions of one example: what its prediction depends on, and how a change moves that."""
 
+import math
+
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from holdfast.core.tables.table import Table
@@ -94,12 +97,12 @@ def _attribution_figure(case: Case, methods: dict[str, Tensor], integrated: Inte
         shown = tuple(signed_picture(plane(methods[n][k]), f"{n}, {kind}", scales[n]) for n, k, kind in pairs)
         return Figure(
             "attributions",
-            f"What the logit of {case.predicted} depends on, before and after the change",
+            f"What {case.explained} depends on, before and after the change",
             alternative,
             ("row", "column", *headings),
             grid_rows([methods[name][k] for name, k, _ in pairs]),
             shown,
-            note=f"Red pixels raise the logit of {case.predicted}, and blue ones lower it.{note}",
+            note=f"Red pixels raise {case.explained}, and blue ones lower it.{note}",
             columns=len(kinds),
         )
     order = methods["occlusion"].abs().nan_to_num(0)[0].flatten().argsort(descending=True, stable=True)
@@ -113,7 +116,7 @@ def _attribution_figure(case: Case, methods: dict[str, Tensor], integrated: Inte
         if names
         else "No column has an effect"
     )
-    reading = f"A positive value raises the logit of {case.predicted}, and a negative one lowers it.{note}"
+    reading = f"A positive value raises {case.explained}, and a negative one lowers it.{note}"
     left = len(order) - len(table)
     if left > 0:
         reading += (
@@ -157,9 +160,19 @@ def _stability(methods: dict[str, Tensor]) -> Figure:
         for name, values in methods.items()
     )
     mean = [sum(column) / len(rows) for column in ([r[1] for r in rows], [r[2] for r in rows])]
-    moved = mean[0] < mean[1] - 0.02
-    title = f"The change moves the attributions {'more' if moved else 'no more'} than noise of the same size"
-    text = f"Rank correlation with the clean attribution: {mean[0]:.2f} after the change, {mean[1]:.2f} with noise."
+    low, high = _interval([noise - change for _, change, noise, _, _ in rows])
+    title = "The change moves the attributions about as much as noise of the same size"
+    if low > 0 or high < 0:
+        title = (
+            f"The change moves the attributions {'more' if low > 0 else 'less'} than noise of the same size"
+        )
+    text = (
+        f"Mean rank correlation with the clean attribution: {mean[0]:.2f} after the change, {mean[1]:.2f} with noise; "
+        f"95 % interval of the difference over the methods: {low:.2f} to {high:.2f}."
+        if len(rows) > 1
+        else f"Rank correlation with the clean attribution: {mean[0]:.2f} after the change, {mean[1]:.2f} with noise; "
+        "one method has no interval."
+    )
     headings = (
         "method",
         "correlation, change",
@@ -168,6 +181,16 @@ def _stability(methods: dict[str, Tensor]) -> Figure:
         "overlap, noise",
     )
     return Figure("stability", title, text, headings, rows, tabular=True, note=text)
+
+
+def _interval(differences: list[float]) -> tuple[float, float]:
+    """The 95 % interval of Student's t of the mean of a few differences; unlimited for a single one."""
+    n = len(differences)
+    mean = sum(differences) / n
+    if n < 2:
+        return -math.inf, math.inf
+    error = (sum((each - mean) ** 2 for each in differences) / (n - 1) / n) ** 0.5
+    return mean - stdtrit(n - 1, 0.975) * error, mean + stdtrit(n - 1, 0.975) * error
 
 
 def _word_effects(case: Case) -> Figure:
@@ -193,7 +216,7 @@ def _word_effects(case: Case) -> Figure:
         [abs(float(r[2] or 0)) for r in top],
         [plain(float(r[2] or 0)) for r in top],
     )
-    text = f"Fall of the logit of {case.predicted} when one word is left out; the largest effects first."
+    text = f"Fall of {case.explained} when one word is left out; the largest effects first."
     return Figure(
         "attributions",
         title,

@@ -1,4 +1,5 @@
-"""Attributions: the contribution of each input value to the logit of one class.
+"""Attributions: the contribution of each input value to the logit of one class; of two classes, to the difference of
+their logits, because one logit alone may be constant, as that of class 0 is in a model with one output.
 
 Sundararajan et al., "Axiomatic attribution for deep networks", ICML 2017, arXiv:1703.01365, for integrated gradients;
 Smilkov et al., "SmoothGrad: removing noise by adding noise", 2017, arXiv:1706.03825; Zeiler & Fergus, "Visualizing and
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from holdfast.core.model import Classifier, Model
 from holdfast.core.per_example import spread
-from holdfast.core.types import Inputs, Labels, PerExample
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
 
 _ROWS = 128
 """largest number of inputs in one pass"""
@@ -31,11 +32,17 @@ _SEGMENTS, _RULE = 8, 4
 """first number of segments, and nodes in each of them; a network with ReLUs is linear between its breakpoints"""
 
 
+def of_class(logits: Logits, classes: Labels) -> PerExample:
+    """Return the logit of one class in each row; of two classes, minus that of the other one."""
+    own = logits.gather(1, classes[:, None])[:, 0]
+    return own - logits.gather(1, 1 - classes[:, None])[:, 0] if logits.shape[1] == 2 else own
+
+
 def logits_of_class(model: Model, x: Inputs, classes: Labels) -> PerExample:
-    """Return the logit of one class for each input, computed without gradients."""
+    """Return what is explained for each input, as `of_class` does, computed without gradients."""
     with torch.no_grad():
         rows = zip(torch.split(x, _ROWS), torch.split(classes, _ROWS), strict=True)
-        return torch.cat([model(some).gather(1, of[:, None])[:, 0] for some, of in rows])
+        return torch.cat([of_class(model(some), of) for some, of in rows])
 
 
 def has_gradients(model: Classifier, x: Inputs) -> bool:
@@ -48,12 +55,12 @@ def has_gradients(model: Classifier, x: Inputs) -> bool:
 
 
 def gradient(model: Model, x: Inputs, classes: Labels) -> Inputs:
-    """Return the gradient of the logit of each example's class with respect to its input `x` (n, *features)."""
+    """Return the gradient of `of_class` for each example's class with respect to its input `x` (n, *features)."""
     parts = []
     for some, of in zip(torch.split(x, _ROWS), torch.split(classes, _ROWS), strict=True):
         points = some.detach().clone().requires_grad_()
         with torch.enable_grad():
-            total = model(points).gather(1, of[:, None]).sum()
+            total = of_class(model(points), of).sum()
         (grad,) = torch.autograd.grad(total, points)
         parts.append(grad)
     return torch.cat(parts)
@@ -201,11 +208,21 @@ def top_overlap(first: Tensor, second: Tensor, share: float = 0.05) -> float:
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of two attributions; 0 if one of them is constant. Equal values get ranks in
-    the order of their positions.
+    """Return Spearman's rank correlation of two attributions; 0 if one of them is constant.
+
+    Input values to which one of them attributes nothing are left out, such as a background on which integrated
+    gradients are zero: their order would be that of their positions. Other equal values get their mean rank.
     """
-    ranks = [values.flatten().argsort(stable=True).argsort().double() for values in (first, second)]
-    if any(bool((values == values.flatten()[0]).all()) for values in (first.flatten(), second.flatten())):
-        return 0.0
+    attributed = (first.flatten() != 0) & (second.flatten() != 0)
+    ranks = [_mean_ranks(values.flatten()[attributed]) for values in (first, second)]
     a, b = (rank - rank.mean() for rank in ranks)
-    return float((a * b).sum() / (a.norm() * b.norm()))
+    size = float(a.norm() * b.norm())
+    return float((a * b).sum()) / size if size > 0 else 0.0
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """The rank of each value (n), and for equal values the mean of their ranks."""
+    ordered = values.sort().values.contiguous()
+    return (
+        torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+    ).double() / 2

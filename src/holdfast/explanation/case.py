@@ -54,6 +54,13 @@ class Case:
         return self.about.called(int(self.batch.y[0]))
 
     @property
+    def explained(self) -> str:
+        """Name of what attributions explain: the logit of the predicted class, of two classes minus the other one."""
+        predicted = int(self.batch.y[0])
+        other = f" minus that of {self.about.called(1 - predicted)}" if self.target.classes == 2 else ""
+        return f"the logit of {self.predicted}{other}"
+
+    @property
     def becomes(self) -> str:
         """Name of the class that is predicted for the counterfactual."""
         return self.about.called(self.found.predicted)

@@ -24,6 +24,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask
@@ -34,6 +35,8 @@ BALLS = Linf | L2 | L1 | L0
 """constraints that are balls of a norm"""
 _HALVINGS = 40
 """halvings of the way to the boundary, after which the rest is below the rounding of float32"""
+_SHARES = 65
+"""shares of a change of a table that are tried at once, twice, so that the rest is below a thousandth of it"""
 _QUERIES = 1000
 """largest number of queries of a search without gradients"""
 
@@ -88,6 +91,9 @@ def counterfactual(
         return Counterfactual(None, None, math.inf, inside=False, attack=by)
     inside = bool(allowed(constraint, best, batch.x, target.bare.bounds)[0])
     sparse = _sparse(target, batch, threat, best) if inside else None
+    if sparse is not None and isinstance(constraint, Table):
+        shrunk = [_shrunk(target, batch, constraint, point) for point in (sparse, best)]
+        sparse = min(shrunk, key=lambda point: float(constraint.distance(point, batch.x)[0]))
     if sparse is not None and not isinstance(constraint, BALLS):  # with changes undone, it is also nearer
         best, distance = sparse, float(constraint.distance(sparse, batch.x)[0])
     predicted = int(target.predicted(target.logits(best))[0])
@@ -173,6 +179,35 @@ def _sparse(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) ->
             broken(target, batch, undone)[0]
         ):
             point = undone
+    return point
+
+
+def _shrunk(target: Target, batch: Batch, constraint: Table, x_adv: Inputs) -> Inputs:
+    """The row with the smallest changes of its numbers, towards the clean row, that the rules allow and that is broken:
+    of all numbers together, and then of each, those that matter least first.
+
+    A budget of the norm l1 is the sum of the changes, so that only each is shrunk.
+    """
+    movable = ~(constraint.tensors.category | constraint.tensors.grouped).to(x_adv.device)
+    order = _order(target, batch, x_adv).tolist()
+    changed = changes(x_adv, batch.x)[0] & movable
+    each = [torch.arange(len(changed), device=x_adv.device) == place for place in order if changed[place]]
+    point = x_adv
+    for columns in each if isinstance(constraint.ball, L1) else [changed, *each]:
+        low, high = 0.0, 1.0
+        full = point
+        for _ in range(2):
+            shares = torch.linspace(low, high, _SHARES, dtype=torch.float64, device=point.device)
+            rows = torch.where(columns, batch.x + shares[:, None] * (full - batch.x), full.double()).to(point)
+            copies = batch.take(torch.zeros(_SHARES, dtype=torch.int64))
+            rows = constraint.project(rows, copies.x, target.bare.bounds)
+            good = allowed(constraint, rows, copies.x, target.bare.bounds) & broken(target, copies, rows)
+            good &= constraint.distance(rows, copies.x) <= constraint.distance(point, batch.x)
+            if not good.any():
+                break
+            first = int(good.nonzero()[0])
+            point, high = rows[first : first + 1], float(shares[first])
+            low = float(shares[max(first - 1, 0)])
     return point
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,14 +17,17 @@ from holdfast.core.estimate import Estimate
 from holdfast.guard.detectors.detector_protocol import Fitted, Observation
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import QUERIES, RANGE, Basis, InputSchema, Rule
+from holdfast.io.files import content_of_file
 from holdfast.reports.geometry import rounded_up
-from holdfast.runs.store.files import mode_of, open_regular, write_atomically
+from holdfast.runs.store.files import mode_of, write_atomically
 from holdfast.statistics.conformal import combined_thresholds, fewest_examples
 from holdfast.statistics.intervals import clopper_pearson
 
 _CONSTANT = 1e-6
 """relative spread of scores up to which they count as equal"""
 
+_MOST_BYTES = 2**28
+"""Largest size of the file, which contains the parameters of detectors, such as the features of clean inputs."""
 FORMAT = 1
 """version of the format of calibration files"""
 
@@ -174,8 +176,7 @@ def read_calibration(path: Path) -> Calibration:
     """Return the calibration in a file. Raises `TargetError` if it cannot be read or was changed."""
     way_out = "calibrate the guard again with holdfast calibrate"
     try:
-        with os.fdopen(open_regular(path, follow=True), "rb") as file:
-            content = json.load(file)
+        content = json.loads(content_of_file(path, "calibration", most=_MOST_BYTES, advice=way_out))
         stored = content.pop("digest")
         if content["format"] != FORMAT:
             raise TargetError(
@@ -186,10 +187,6 @@ def read_calibration(path: Path) -> Calibration:
         del content["format"]
         content["thresholds"] = {name: float(value) for name, value in content["thresholds"].items()}
         return Calibration(**{**content, "models": tuple(content["models"])})
-    except OSError as error:
-        raise TargetError(
-            f"cannot read the calibration {str(path)!r}: {error.strerror}; {way_out}"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is not a calibration of a guard; {way_out}") from error
 

@@ -18,8 +18,9 @@ from holdfast.core.normalisation import per_channel
 from holdfast.guard.detectors.queries import QueryDetector
 from holdfast.guard.guard import QueryResult
 from holdfast.guard.rules import InputSchema
+from holdfast.io.files import open_regular
 from holdfast.runs.store.encryption import KEY_BYTES
-from holdfast.runs.store.files import create_private, open_regular
+from holdfast.runs.store.files import create_private
 
 KEY_VARIABLE = "HOLDFAST_GUARD_KEY"
 """environment variable with the key of a guard; it takes precedence over the key file"""

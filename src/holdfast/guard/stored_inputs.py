@@ -22,8 +22,9 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.decisions import RequestDecision
+from holdfast.io.files import open_regular
 from holdfast.runs.store.encryption import Seal
-from holdfast.runs.store.files import PRIVATE, open_regular, write_atomically
+from holdfast.runs.store.files import PRIVATE, write_atomically
 
 _SUFFIX = ".inputs"
 _NAME = re.compile(rf"[0-9]{{12,}}-[0-9a-f]+-[^-]*\{_SUFFIX}")

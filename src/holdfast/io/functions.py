@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
-from holdfast.io.files import readable_file, similar_name
+from holdfast.io.files import content_of_file, similar_name
 from holdfast.io.models.factories import importable, module_of_user
 from holdfast.io.models.object_digest import digest_of_object
 
@@ -48,9 +48,9 @@ def function_from_file(address: str) -> FileFunction:
     Raises `UsageError` if the file has no such function, and `TargetError` if its code raises an exception.
     """
     file_name, _, name = address.rpartition(":")
-    path = readable_file(Path(file_name), "code file")
+    path = Path(file_name)
+    content = content_of_file(path, "code file")  # read once: the digest is that of the code that runs
     with importable(path.parent):
-        content = path.read_bytes()  # read once: the digest is that of the code that runs
         module = module_of_user(path, content)
     names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if name not in vars(module):

@@ -8,10 +8,14 @@ from typing import Any
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.text_edits import TextEdits
-from holdfast.io.files import readable_file, refuse_address
+from holdfast.io.files import content_of_file, refuse_address
 
 MOST_BYTES = 4_000_000
 """Largest size of the file; its content is stored with each run."""
+_MOST_SYNONYMS, _MOST_PATTERNS, _LONGEST = 1000, 1000, 1000
+"""Largest number of synonyms of a word and of protected patterns, and of characters of a word. Each text gets the
+memory of the longest new word, and each word is compared with every pattern.
+"""
 SIMILARITY = 0.7
 """Smallest cosine similarity of synonyms from embeddings, if none is given."""
 _EXAMPLE = '{"synonyms": {"good": ["great", "fine"]}, "insert": ["hello"], "protect": ["^[0-9]+$"]}'
@@ -72,15 +76,11 @@ def _embedded(folder: Path, similarity: float) -> dict[str, Any]:
 
 def _lists(path: Path) -> dict[str, Any]:
     """Return the content of the file after checks of its size, keys and types."""
-    readable_file(path, "file of words")
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {size:,} bytes; at most {MOST_BYTES:,} were expected: leave words out that do not "
-            "occur in the texts"
-        )
+    content = content_of_file(
+        path, "file of words", most=MOST_BYTES, advice="leave words out that do not occur in the texts"
+    )
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
+        lists = json.loads(content)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are among them
         raise TargetError(f"{str(path)!r} is not JSON: {error}; {_EXAMPLE} was expected") from error
     if not isinstance(lists, dict):
@@ -96,9 +96,16 @@ def _lists(path: Path) -> dict[str, Any]:
         _refuse_no_words([old], f"the keys of synonyms in {str(path)!r}")
     if "insert" in lists:
         _refuse_no_words(lists["insert"], f"insert in {str(path)!r}")
+    _refuse_many(max(map(len, synonyms.values()), default=0), _MOST_SYNONYMS, "synonyms of one word", path)
+    _refuse_many(len(lists.get("protect", ())), _MOST_PATTERNS, "patterns in protect", path)
     if "protect" in lists:
         _refuse_patterns(lists["protect"], f"protect in {str(path)!r}")
     return lists
+
+
+def _refuse_many(n: int, most: int, what: str, path: Path) -> None:
+    if n > most:
+        raise TargetError(f"{str(path)!r} has {n:,} {what}; at most {most:,} were expected: leave some out")
 
 
 def _refuse_no_words(words: object, name: str) -> None:
@@ -107,6 +114,10 @@ def _refuse_no_words(words: object, name: str) -> None:
     for word in words:
         if len(word.split()) != 1 or word.split()[0] != word or "\0" in word or not _is_unicode(word):
             raise TargetError(f"{name} contains {word!r:.80}; a word without whitespace was expected")
+        if len(word) > _LONGEST:
+            raise TargetError(
+                f"{name} contains {word!r:.80} of {len(word):,} characters; a word of at most {_LONGEST:,} was expected"
+            )
 
 
 def _is_unicode(word: str) -> bool:

@@ -3,7 +3,7 @@
 If `eps` is given and differs from the eps of the run, they are computed from the distances of minimum-norm attacks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from holdfast.core.evidence import TRIGGERED, Evidence
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
+from holdfast.statistics.absent_classes import absent_classes, classes_of, listed_classes
 from holdfast.statistics.intervals import CONFIDENCE, bonferroni, complement, mean, proportion
 
 FEWEST_IN_GROUP = 30
@@ -149,8 +150,10 @@ def targeted_success_rate(evidence: Evidence) -> Estimate:
 
     Eligible examples are neither of that class nor predicted as that class when clean.
     """
-    if evidence.threat.goal is None:
-        raise Absent("targeted_success_rate needs a target", Remedy("threat", "linf:8/255,goal=targeted:0"))
+    threat = evidence.threat
+    if threat.goal is None:
+        targeted = replace(threat, goal=0).with_change(f"{threat.constraint.name}:{threat.constraint.eps:g}")
+        raise Absent("targeted_success_rate needs a target", Remedy("threat", targeted))
     eligible = column(evidence, "eligible", "run at least one attack")
     if not eligible.any():
         raise Absent(
@@ -216,16 +219,34 @@ def worst_class(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the robust accuracy of the class with the lowest one, among the classes that occur in the data.
 
     The intervals of all classes are simultaneous (Bonferroni), so the smallest of their ends bound the smallest
-    accuracy.
+    accuracy. A class of the model without examples could have any accuracy: with one, the interval begins at 0.
     """
-    y = evidence["y"]
+    y, absent = evidence["y"], absent_classes(evidence["y"], classes_of(evidence.model))
     labels = torch.unique(y).tolist()
     single_confidence = bonferroni(CONFIDENCE, len(labels))
     accuracies = [
         _accuracy_of(evidence, y == label, "worst_class", single_confidence, eps) for label in labels
     ]
     worst = min(accuracies, key=lambda estimate: estimate.value)
-    return Estimate(worst.value, min(e.low for e in accuracies), min(e.high for e in accuracies), worst.n)
+    low = 0.0 if absent else min(e.low for e in accuracies)
+    return Estimate(worst.value, low, min(e.high for e in accuracies), worst.n)
+
+
+def notes_on_absent(evidence: Evidence) -> tuple[str, ...]:
+    """Return notes on classes of the model, and on groups of the data, of which there are no examples."""
+    notes = []
+    absent = absent_classes(evidence["y"], classes_of(evidence.model))
+    if absent:
+        names = tuple(map(str, evidence.data.get("classes") or ()))
+        notes.append(
+            f"there are no examples of class {listed_classes(absent, names)}, so that no gate on worst_class can pass"
+        )
+    groups = evidence.data.get("groups", {}).get("absent", ())
+    if groups:
+        notes.append(
+            f"there are no examples of group {', '.join(groups)}, so that no gate on worst_group can pass"
+        )
+    return tuple(notes)
 
 
 @dataclass(frozen=True)
@@ -267,12 +288,14 @@ def worst_group(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the robust accuracy of the group with the lowest one, among the groups of at least 30 examples.
 
     The intervals of all groups are simultaneous, so the smallest of their ends bound the smallest accuracy. A smaller
-    group could have any accuracy: with one, the interval begins at 0, and without a larger group it ends at 1.
+    group, or a group without examples, could have any accuracy: with one, the interval begins at 0, and without a
+    larger group it ends at 1.
     """
     rows = per_group(evidence, eps=eps)
     clear = [row.robust_accuracy for row in rows if not row.unclear]
     worst = min(clear or [row.robust_accuracy for row in rows], key=lambda estimate: estimate.value)
-    low = min(estimate.low for estimate in clear) if len(clear) == len(rows) else 0.0
+    is_complete = len(clear) == len(rows) and not evidence.data.get("groups", {}).get("absent")
+    low = min(estimate.low for estimate in clear) if is_complete else 0.0
     return Estimate(worst.value, low, min((estimate.high for estimate in clear), default=1.0), worst.n)
 
 

@@ -43,6 +43,8 @@ class Monitored:
     """on the reference; None without its labels or without a model"""
     expected: Estimate | None = None
     """accuracy that is expected on the stream from the confidence; None without a model or labels of the reference"""
+    notes: tuple[str, ...] = ()
+    """notes on the stream and the reference"""
 
     @property
     def alarmed(self) -> tuple[DriftResult, ...]:
@@ -68,6 +70,7 @@ class Monitored:
             "model": self.model,
             "layer": self.layer,
             "decisive": list(self.decisive),
+            "notes": list(self.notes),
             "tests": [_test(result) for result in self.results],
         }
         written: Json = strict(content)

@@ -35,6 +35,8 @@ class Reference:
     """name of the layer of the embeddings; None without embeddings"""
     n_features: int = 0
     """number of features of an embedding"""
+    notes: tuple[str, ...] = ()
+    """notes on the samples and on how requests are compared with them"""
 
     @classmethod
     def of(
@@ -48,6 +50,7 @@ class Reference:
         errors: bool = False,
         layer: str | None = None,
         observer: Observer | None = None,
+        notes: tuple[str, ...] = (),
     ) -> "Reference":
         """Return the reference of samples. `errors` states whether it is a signal if the model is wrong, which needs
         the labels of each sample of the stream. `layer` is that of their features. With `observer`, its scales are used
@@ -68,4 +71,5 @@ class Reference:
             model,
             layer,
             0 if seen.features is None else seen.features.shape[1],
+            notes,
         )

@@ -6,7 +6,7 @@ from typing import Any
 from holdfast.core.catalogue import SAMPLE_TESTS
 from holdfast.core.names import line
 from holdfast.reports.numbers import count_text, json_text, percent, plain
-from holdfast.reports.words import TextTable, capitalized
+from holdfast.reports.words import TextTable, capitalized, sentences
 
 MONITORING_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
@@ -170,7 +170,8 @@ def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None
         lines += ["", CBPE_LIMIT]
     steps = next_steps(content)
     following = ["", "What to do:", *(f"- {step}" for step in steps)] if steps else []
-    return "\n".join([*texts, as_lines([*lines, *following])])
+    notes = ["", "Notes:", *(f"- {sentences(note)}" for note in content["notes"])] if content["notes"] else []
+    return "\n".join([*texts, as_lines([*lines, *following, *notes])])
 
 
 def monitoring_to_json(content: Mapping[str, Any]) -> str:
@@ -191,6 +192,8 @@ def monitoring_markdown(content: Mapping[str, Any]) -> str:
         lines += ["", CBPE_LIMIT]
     if steps := next_steps(content):
         lines += ["", "### What to do", "", *(f"- {escaped(step)}" for step in steps)]
+    if content["notes"]:
+        lines += ["", "### Notes", "", *(f"- {escaped(sentences(note))}" for note in content["notes"])]
     return "\n".join([*lines, ""])
 
 
@@ -206,4 +209,5 @@ def monitoring_page(content: Mapping[str, Any]) -> str:
         guarantees=guarantees(content),
         limit=CBPE_LIMIT if content["expected"] else "",
         steps=next_steps(content),
+        notes=[sentences(note) for note in content["notes"]],
     )

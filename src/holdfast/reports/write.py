@@ -1,15 +1,16 @@
 """Writes reports to files, in the format that the suffix of the file name states. The module does not import torch."""
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from holdfast.core.catalogue import BUNDLED, load, names
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.io import files
 
 if TYPE_CHECKING:
     from holdfast.core.evidence import Columns
@@ -149,29 +150,11 @@ def replacing(path: Path) -> Iterator[TextIO]:
     """Context manager that opens a text file, which replaces the file at `path` when it is complete. After an error,
     `path` is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, since only a move inside one file system is atomic; a long name would exceed its limit
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            # before the move, so that a crash leaves the old file or the complete new one
-            os.fsync(file.fileno())
-        if not (path.parent / _RUN).exists():  # beside the examples of a run it stays private
-            with contextlib.suppress(OSError):  # some file systems have no modes
-                Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """The umask of this process, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    # beside the examples of a run it stays private
+    with files.replacing(path, private=(path.parent / _RUN).exists()) as file:
+        text = TextIOWrapper(file, encoding="utf-8", newline="")
+        yield text
+        text.detach()
 
 
 def _suffix(path: Path, suffixes: Collection[str]) -> str:

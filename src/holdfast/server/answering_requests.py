@@ -105,6 +105,8 @@ class Outcome:
     action: Action = Action.ALLOW
     """action of the decision, which is computed only once"""
     features: Features | None = None
+    reached: bool = False
+    """whether the model was called for the inputs"""
 
 
 class NoAudit:
@@ -253,7 +255,7 @@ class Answerer:
             if not decision.answered:
                 outcomes.append(_decided(job, decision, None))
             elif isinstance(output := next(remaining), Refused):
-                outcomes.append(Outcome(job, refusal=output))
+                outcomes.append(Outcome(job, refusal=output, reached=True))
             else:
                 outcomes.append(_decided(job, next(after), output))
         return outcomes
@@ -383,19 +385,30 @@ def _failed(job: Job, reason: str, cause: str) -> Outcome:
 
 def _decided(job: Job, decision: RequestDecision, output: Output | None) -> Outcome:
     """Return the outcome of a request from its final decision and the output of the model."""
-    action = decision.action
+    action, reached = decision.action, output is not None
     if decision.unavailable:
         return Outcome(job, decision, refusal=wait_first(decision.refusal, _STATE_S, cause="state"))
     if action is Action.BLOCK or decision.refusal or output is None:
         reason = decision.refusal or "the request is refused"
-        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
+        return Outcome(
+            job, decision, refusal=Refused(422, reason, (), "guard"), action=action, reached=reached
+        )
     if action is Action.ABSTAIN:
         rows = [str(row) for row, each in enumerate(decision.actions) if each is Action.ABSTAIN]
         reason = _ABSTAINS.format(", ".join(rows))
-        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
+        return Outcome(
+            job, decision, refusal=Refused(422, reason, (), "guard"), action=action, reached=reached
+        )
     logits = output.logits
     if action >= Action.LABEL_ONLY:
         labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
         logits = logits.clone()
         logits[labelled] = labels(logits[labelled])
-    return Outcome(job, decision, Answer(logits, decision.delay_s), action=action, features=output.features)
+    return Outcome(
+        job,
+        decision,
+        Answer(logits, decision.delay_s),
+        action=action,
+        features=output.features,
+        reached=True,
+    )

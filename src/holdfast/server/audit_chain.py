@@ -27,8 +27,9 @@ from typing_extensions import TypedDict
 from holdfast.core.chain import GENESIS, canonical
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.io.files import open_regular
 from holdfast.runs.store import files as store
-from holdfast.runs.store.files import content_of, create_private, open_regular
+from holdfast.runs.store.files import content_of, create_private
 from holdfast.runs.store.forms import Count, Whole, refuse_form, required
 from holdfast.runs.store.locking import WAIT_S
 

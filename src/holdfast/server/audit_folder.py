@@ -3,7 +3,7 @@
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -294,6 +294,18 @@ def verify_audit(path: Path, *, expect_head: str = "") -> VerifiedAudit:
         )
     newest = max(servers, key=lambda file: file.name)
     return VerifiedAudit(len(heads), **totals, head=heads[newest.name][-1], notes=tuple(notes))
+
+
+def server_records(path: Path, kinds: Collection[str]) -> list[Mapping[str, Any]]:
+    """Return the records of these kinds in the server chains of a folder, the oldest first. Raises `TargetError` for a
+    record that was changed; see `verify_audit` for the whole folder.
+    """
+    _refuse_other_mark(path)
+    found: list[Mapping[str, Any]] = []
+    for file in _chains_of(path)[0]:
+        with reading_chain(file) as chain:
+            found += [content for content in chain if content["kind"] in kinds]
+    return found
 
 
 def _refuse_missing(

@@ -27,7 +27,7 @@ _COUNTED: Mapping[str, tuple[str, Callable[[tuple[str, ...]], bool]]] = {
     "requests": ("holdfast_requests_total", lambda labels: True),
     "inputs": ("holdfast_inputs_total", lambda labels: True),
     "model_failures": ("holdfast_refused_total", lambda labels: labels == ("model",)),
-    "flagged": ("holdfast_guard_alarms_total", lambda labels: True),
+    "refused": ("holdfast_refused_total", lambda labels: labels != ("model",)),
 }
 """What is counted for each served set: the metric, and which of its labels"""
 Counts = dict[str, float]

@@ -3,7 +3,6 @@ that arrive later.
 """
 
 import base64
-import io
 import math
 import queue
 import threading
@@ -26,7 +25,6 @@ from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Signals
 from holdfast.monitoring.watching import Watch
 from holdfast.runs.engine.progress import Notify
-from holdfast.server.reservoir import decoded
 from holdfast.server.swapping import Record, lower_priority
 from holdfast.server.telemetry import Telemetry
 
@@ -40,10 +38,6 @@ _LONGEST = 100_000
 """samples after which the tests begin again, because the martingale keeps its samples"""
 _WAITING = 1000
 """largest number of reports that wait for the tests; further ones are dropped"""
-_MOST_SAMPLES = 64
-"""largest number of answers of workers with samples that wait to be read"""
-_SAMPLES_S = 10.0
-"""seconds in which the workers must send their samples"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,6 @@ class _Remembered:
 
     classes: Sequence[int]
     confidences: Sequence[float]
-    set_name: str
 
 
 class LiveMonitor:
@@ -81,8 +74,7 @@ class LiveMonitor:
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
         self._classes: OrderedDict[str, Sequence[int]] = OrderedDict()
         """classes of the newest labelled requests"""
-        self._labelled: deque[tuple[float, int, bool, str]] = deque(maxlen=_NEWEST)
-        self._samples: queue.Queue[Mapping[str, Any]] = queue.Queue(_MOST_SAMPLES)
+        self._labelled: deque[tuple[float, int, bool]] = deque(maxlen=_NEWEST)
         self._begin()
         self._closed, self._threads = False, list[threading.Thread]()
 
@@ -107,8 +99,8 @@ class LiveMonitor:
     def received(self, content: Mapping[str, Any], *, canary: bool) -> None:
         """Take the report of a worker. The samples of a canary are not tested."""
         with self._lock:
-            for request, classes, confidences, flagged, name in content["predictions"]:
-                entry = _Remembered([int(k) for k in classes], [float(c) for c in confidences], str(name))
+            for request, classes, confidences, flagged in content["predictions"]:
+                entry = _Remembered([int(k) for k in classes], [float(c) for c in confidences])
                 self._forget(str(request))
                 self._remembered[str(request)] = entry
                 self._remembered_inputs += len(entry.classes)
@@ -129,41 +121,6 @@ class LiveMonitor:
     def _forget(self, request: str) -> None:
         if (entry := self._remembered.pop(request, None)) is not None:
             self._remembered_inputs -= len(entry.classes)
-
-    def sampled(self, content: Mapping[str, Any]) -> None:
-        """Take the samples of a worker, which `samples` waits for."""
-        with suppress(queue.Full):  # a worker sent samples without a request for them
-            self._samples.put_nowait(content)
-
-    def samples(self, ask: Callable[[], int]) -> bytes:
-        """Return the sampled inputs of all workers as an .npz file, with their classes `y`, which are -1 if they are
-        unknown. `ask` requests the samples, and returns from how many workers.
-        """
-        while not self._samples.empty():
-            self._samples.get_nowait()
-        found, until = [], time.monotonic() + _SAMPLES_S
-        for _ in range(ask()):
-            try:
-                found.append(self._samples.get(timeout=max(0.0, until - time.monotonic())))
-            except queue.Empty:
-                break
-        parts = [
-            (decoded(each["x"]), decoded(each["logits"]), each["sets"]) for each in found if each["sets"]
-        ]
-        x = np.concatenate([x for x, _, _ in parts]) if parts else np.zeros((0, 1), np.float32)
-        logits = np.concatenate([y for _, y, _ in parts]) if parts else np.zeros((0, 1), np.float32)
-        places = [place for each in found for place in each["requests"]]
-        with self._lock:
-            known = [self._classes.get(str(request), ())[int(row) : int(row) + 1] for request, row in places]
-        content = io.BytesIO()
-        np.savez(
-            content,
-            x=x,
-            logits=logits,
-            y=np.array([classes[0] if classes else -1 for classes in known], np.int64),
-            sets=np.array([name for *_, names in parts for name in names], str),
-        )
-        return content.getvalue()
 
     def model_changes(self, *, done: bool) -> None:
         """Leave samples out while workers exchange the model, and when it is `done`, compare the next ones with the
@@ -278,16 +235,16 @@ class LiveMonitor:
                     for predicted, confidence, y in zip(
                         entry.classes, entry.confidences, classes, strict=True
                     ):
-                        self._labelled.append((confidence, y, predicted == y, entry.set_name))
+                        self._labelled.append((confidence, y, predicted == y))
             while len(self._classes) > _NEWEST:
                 self._classes.popitem(last=False)
         return {"accepted": accepted, "unknown": unknown, "invalid": invalid}
 
-    def labelled(self, set_name: str) -> tuple[int, int]:
-        """Return the number of labelled inputs that a set answered, and of those that it misclassified."""
+    def class_of(self, request: str, row: int) -> int:
+        """Return the class of an input of a request that was reported; -1 if there is none."""
         with self._lock:
-            right = [correct for _, _, correct, name in self._labelled if name == set_name]
-        return len(right), len(right) - sum(right)
+            classes = self._classes.get(request, ())
+        return classes[row] if row < len(classes) else -1
 
     def summary(self) -> dict[str, Any]:
         """Return the state as strict JSON, in the form of the report of a recorded stream, with further keys."""
@@ -315,10 +272,10 @@ class LiveMonitor:
             "flagged": flagged,
         }
 
-    def _measured(self, labelled: Sequence[tuple[float, int, bool, str]]) -> Accuracy | None:
+    def _measured(self, labelled: Sequence[tuple[float, int, bool]]) -> Accuracy | None:
         if not labelled:
             return None
-        confidence, y, correct, _ = zip(*labelled, strict=True)
+        confidence, y, correct = zip(*labelled, strict=True)
         predictions = Predictions(np.array(confidence), np.array(y), np.array(correct))
         return measured_accuracy(predictions, self.reference.class_names)
 

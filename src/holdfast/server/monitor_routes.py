@@ -1,4 +1,4 @@
-"""Routes of the operator's port for the monitor: its state, labels, samples, and a new beginning."""
+"""Routes of the operator's port for the monitor: its state, labels, and a new beginning; and for the sampled inputs."""
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -32,7 +32,7 @@ def monitor_routes(supervisor: Supervisor, reading: Permitted, changing: Permitt
 
     async def samples(request: Request) -> Response:
         reading(request, "adapt")
-        content = await run_in_threadpool(live().samples, supervisor.ask_for_samples)
+        content = await run_in_threadpool(supervisor.samples)
         return Response(content, media_type="application/octet-stream")
 
     async def restart(request: Request) -> Response:

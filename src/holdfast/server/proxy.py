@@ -5,6 +5,7 @@ server.
 """
 
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -110,7 +111,9 @@ def _infer(connection: Connection, upstream: UpstreamModel, x: Tensor, most: int
         "shape": list(values.shape),
         "datatype": signature.input_type,
     }
-    content: dict[str, Any] = {"inputs": [tensor]}
+    # A server may send a second response to a request, which the next request on the connection would then receive.
+    request_id = secrets.token_hex(8)
+    content: dict[str, Any] = {"id": request_id, "inputs": [tensor]}
     if signature.output_name:
         content["outputs"] = [{"name": signature.output_name}]
     headers = [*forwarded()]
@@ -123,26 +126,39 @@ def _infer(connection: Connection, upstream: UpstreamModel, x: Tensor, most: int
             content["parameters"] = {"binary_data_output": True}
         head = compact(content)
         headers += [("content-type", BINARY), (LENGTH_HEADER, str(len(head)))]
-        return _outputs(*connection.request(upstream.path, head + tail, headers=headers, most=most))
-    tensor["data"] = values.flatten().tolist()
-    headers.append(("content-type", JSON))
-    return _outputs(*connection.request(upstream.path, compact(content), headers=headers, most=most))
+        body = head + tail
+    else:
+        tensor["data"] = values.flatten().tolist()
+        headers.append(("content-type", JSON))
+        body = compact(content)
+    response = connection.request(upstream.path, body, headers=headers, most=most)
+    try:
+        return _outputs(*response, request_id)
+    except Refused:
+        connection.close()
+        raise
 
 
-def _outputs(body: bytes, length: int | None) -> list[_Output]:
-    """Return the outputs in a response. Raises `Refused` with status 502 for one that does not follow the protocol."""
+def _outputs(body: bytes, length: int | None, request_id: str) -> list[_Output]:
+    """Return the outputs in a response to the request with this id, which a server may leave out of its response.
+
+    Raises `Refused` with status 502 for a response that does not follow the protocol.
+    """
     text, tail = (body, b"") if length is None else (body[:length], body[length:])
     outputs, start = [], 0
     try:
-        for entry in json.loads(text)["outputs"]:
+        content = json.loads(text)
+        if content.get("id", request_id) not in (request_id, ""):
+            raise unusable("returned the response to another request")
+        for entry in content["outputs"]:
             name, datatype, shape = str(entry["name"]), str(entry["datatype"]), entry["shape"]
             size = (entry.get("parameters") or {}).get("binary_data_size")
             if datatype not in TYPES:
                 values = np.empty(0)
             elif size is None:
-                values = np.array(entry["data"], np.float64).reshape(shape)
+                values = np.array(entry["data"], np.float64).reshape(_lengths(shape))
             else:
-                values = np.frombuffer(tail[start : start + size], TYPES[datatype]).reshape(shape)
+                values = np.frombuffer(tail[start : start + size], TYPES[datatype]).reshape(_lengths(shape))
             start += size or 0
             outputs.append(_Output(name, datatype, values))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -275,6 +291,14 @@ def _sizes(shape: Any) -> list[int]:
     if len(shape) > _MOST_SIZES:
         raise ValueError("too many sizes")
     return [int(size) for size in shape]
+
+
+def _lengths(shape: Any) -> list[int]:
+    """Return the sizes of an output. Raises `ValueError` for another form, and for sizes that are left open."""
+    sizes = _sizes(shape)
+    if min(sizes, default=0) < 0:
+        raise ValueError("negative sizes")
+    return sizes
 
 
 def _version(name: str, metadata: Mapping[str, Any]) -> str:

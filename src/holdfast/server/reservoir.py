@@ -1,36 +1,30 @@
-"""What a worker keeps of its requests for the monitor: a random sample of the inputs, and the predictions of the newest
-requests. Nothing of it is written to a disk.
+"""What a worker reports of its requests to the monitor: signals of a random sample of the inputs, and the predictions
+of the newest requests. Nothing of it is written to a disk.
 """
 
 import base64
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.guard.decisions import Action
 from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Observed
-from holdfast.server.answering_requests import Outcome, ServedSet
+from holdfast.server.answering_requests import Outcome
 
 _MOST_PER_S = 40.0
 """sampled inputs per second, so that the monitor takes little time from the requests"""
-_KEPT, _KEPT_BYTES = 200, 64 * 2**20
-"""largest number, and size, of the sampled inputs that are kept for the shadow test"""
 _MOST_REPORTED = 2000
 """requests of one report, whose predictions are compared with labels that arrive later"""
-Sample = tuple[Tensor, Tensor, str, tuple[str, int]]
-"""an input, the scores for it, the name of the set that answered, and its request with its position there"""
-_Answered = tuple[list[str], list[int], list[Tensor], list[bool], str]
-"""the names, numbers of inputs, and scores of the requests of a batch, whether the guard flagged each, and the name of
-the set that answered
-"""
+Sample = tuple[Tensor, Tensor]
+"""an input and the scores for it"""
+_Answered = tuple[list[str], list[int], list[Tensor], list[bool]]
+"""the names, numbers of inputs, and scores of the requests of a batch, and whether the guard flagged each"""
 
 
 class Reservoir:
@@ -46,10 +40,9 @@ class Reservoir:
         """samples with the outputs of the layer of the embeddings"""
         self._answered: list[_Answered] = []
         self._n_answered = self._left_out = 0
-        self._kept: deque[Sample] = deque(maxlen=_KEPT)
         self._random = random.Random()  # noqa: S311 - a sample, no secret
 
-    def add(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+    def add(self, outcomes: Sequence[Outcome]) -> None:
         """Note the answers of a batch."""
         answered = [each for each in outcomes if each.answer is not None]
         if not answered:
@@ -66,7 +59,6 @@ class Reservoir:
                         [len(each.job.incoming.x) for each in answered],
                         [each.answer.scores for each in answered if each.answer is not None],
                         [each.action is not Action.ALLOW for each in answered],
-                        served.name,
                     )
                 )
             else:
@@ -78,8 +70,7 @@ class Reservoir:
             for each in answered if n == len(answered) else self._random.sample(answered, n):
                 assert each.answer is not None
                 row = self._random.randrange(len(each.job.incoming.x))
-                incoming = each.job.incoming
-                sample = incoming.x[row], each.answer.scores[row], served.name, (incoming.request, row)
+                sample = each.job.incoming.x[row], each.answer.scores[row]
                 features, first = each.features or (None, 0)
                 self._new.append((sample, None if features is None else features[first + row].cpu()))
 
@@ -93,9 +84,6 @@ class Reservoir:
             left_out, self._left_out, self._n_answered = self._left_out, 0, 0
         if not answered:
             return None
-        for sample, _ in new:
-            if sample[0].nbytes * _KEPT <= _KEPT_BYTES:
-                self._kept.append(sample)
         return {
             "signals": self._signals(new),
             "predictions": _predictions(answered),
@@ -113,24 +101,10 @@ class Reservoir:
         samples = [sample for sample, _ in new]
         if not samples:
             return ""
-        x = torch.stack([x for x, *_ in samples])
-        logits = None if self._reference.model is None else torch.stack([scores for _, scores, *_ in samples])
+        x = torch.stack([x for x, _ in samples])
+        logits = None if self._reference.model is None else torch.stack([scores for _, scores in samples])
         values = self._reference.observer(Observed(x, logits, features)).values
         return base64.b64encode(values.astype("<f8").tobytes()).decode()
-
-    def samples(self) -> dict[str, Any]:
-        """Return the kept inputs and scores as 32-bit numbers in base64, with the names of the sets, and the request
-        and the position of each input.
-        """
-        kept = list(self._kept)
-        x = np.stack([x.numpy() for x, *_ in kept]) if kept else np.zeros((0, 1), np.float32)
-        scores = np.stack([each.numpy() for _, each, *_ in kept]) if kept else np.zeros((0, 1), np.float32)
-        return {
-            "x": _encoded(x),
-            "logits": _encoded(scores),
-            "sets": [name for *_, name, _ in kept],
-            "requests": [place for *_, place in kept],
-        }
 
 
 def _pooled(features: Tensor) -> Tensor:
@@ -138,30 +112,18 @@ def _pooled(features: Tensor) -> Tensor:
     return features.flatten(1).mean(1) if features.dim() > 1 else features
 
 
-def _encoded(values: "np.ndarray[Any, Any]") -> list[Any]:
-    return [list(values.shape), base64.b64encode(values.astype("<f4").tobytes()).decode()]
-
-
-def decoded(content: Sequence[Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """Return an array that a worker sent. Raises `ValueError` if it is none."""
-    shape, text = content
-    return np.frombuffer(base64.b64decode(text), "<f4").reshape([int(size) for size in shape])
-
-
 def _predictions(batches: Sequence[_Answered]) -> list[list[Any]]:
-    """The request, its predicted classes, their confidences, whether the guard flagged it, and the set that answered,
-    for each request of some batches.
+    """The request, its predicted classes, their confidences, and whether the guard flagged it, for each request of some
+    batches.
     """
     # at once, because small calls of torch for each batch take longer than the rest
-    scores = torch.cat([each for _, _, parts, _, _ in batches for each in parts])
+    scores = torch.cat([each for _, _, parts, _ in batches for each in parts])
     best = scores.double().softmax(1).max(1)
     classes, confidences = best.indices.tolist(), best.values.tolist()
     entries, start = [], 0
-    for requests, rows, _, flagged, name in batches:
+    for requests, rows, _, flagged in batches:
         for request, n, is_flagged in zip(requests, rows, flagged, strict=True):
             part = slice(start, start + n)
-            entries.append(
-                [request, classes[part], [round(c, 6) for c in confidences[part]], is_flagged, name]
-            )
+            entries.append([request, classes[part], [round(c, 6) for c in confidences[part]], is_flagged])
             start += n
     return entries

@@ -2,10 +2,10 @@
 
 It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
 letter of a message is its kind. From the supervisor: G serve the opened model under this name, S a parameter set to
-prepare, A the set that serves from now on, I send the sampled inputs, N the server ends soon, D drain since it ends, Q
-drain since another worker is in its place. To the supervisor: O the model is opened, R ready, L a set is prepared, U a
-set is unusable, T counts and state, M observations for the monitor, I sampled inputs, E error, X drained. Messages to
-the supervisor are JSON, because it must not unpickle what a worker sends.
+prepare, A the set that serves from now on, K the size of the inputs to sample, I send the sampled inputs, N the server
+ends soon, D drain since it ends, Q drain since another worker is in its place. To the supervisor: O the model is
+opened, R ready, L a set is prepared, U a set is unusable, T counts and state, M observations for the monitor, I sampled
+inputs, E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +45,16 @@ from holdfast.monitoring.reference import Reference
 from holdfast.rotation.live import loaded
 from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
 from holdfast.server.answer_counts import AnswerCounts
-from holdfast.server.answering_requests import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
+from holdfast.server.answering_requests import (
+    Answer,
+    Answerer,
+    Audit,
+    ChainAudit,
+    Job,
+    NoAudit,
+    Outcome,
+    ServedSet,
+)
 from holdfast.server.app import ConnectionLimits, ServedModel, application
 from holdfast.server.audit_chain import AuditKey, ChainFile
 from holdfast.server.batching import Batcher
@@ -61,6 +70,7 @@ from holdfast.server.quotas import Quotas
 from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
 from holdfast.server.request_log import log_requests
 from holdfast.server.reservoir import Reservoir
+from holdfast.server.sampled_inputs import SampledInputs
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
 
 _ENDING_S = 3.0
@@ -188,8 +198,8 @@ class Worker:
         self.answering.progress = self.batcher.progress
         self.reservoir = None if setup.monitor is None else Reservoir(setup.monitor)
         self._next_observed_s = 0.0
-        if self.reservoir is not None:
-            self.answering.observed = self.reservoir.add
+        self.sampled = SampledInputs()
+        self.answering.observed = self.sampled.add if self.reservoir is None else self._observe
         self.profile = Profile() if setup.profile else None
         self.served = ServedModel(
             setup.signature or self._signature(),
@@ -376,10 +386,14 @@ class Worker:
         if (content := self.reservoir.taken()) is not None:
             self._send(b"M", content)
 
-    def send_samples(self) -> None:
-        """Send the sampled inputs to the supervisor."""
-        if self.reservoir is not None:
-            self._send(b"I", self.reservoir.samples())
+    def _observe(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+        assert self.reservoir is not None, "there is a monitor"
+        self.reservoir.add(outcomes)
+        self.sampled.add(outcomes, served)
+
+    def send_samples(self, number: int) -> None:
+        """Send the sampled inputs to the supervisor, with the number of its question."""
+        self._send(b"I", {"number": number, **self.sampled.content()})
 
     def _report_often(self) -> None:
         while True:
@@ -546,7 +560,9 @@ def _take(worker: Worker, message: bytes) -> None:
         case b"N":
             worker.announce_end()
         case b"I":
-            worker.send_samples()
+            worker.send_samples(int(content))
+        case b"K":
+            worker.sampled.limit(int(content))
         case b"D" | b"Q":
             worker.drain(last=kind == b"D")
 

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import queue
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -23,13 +24,16 @@ from holdfast.runs.engine.children import unshared
 from holdfast.runs.engine.executor import ERRORS
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.server.adaptations import Adaptations
+from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import AuditFolder
 from holdfast.server.canary import Canary
 from holdfast.server.flagged_inputs import FlaggedInputs
 from holdfast.server.host_names import HostNames
+from holdfast.server.http_refusals import Refused
 from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.live_pool import LivePool
 from holdfast.server.reloading import Reloading, ServedVersion
+from holdfast.server.sampled_inputs import ALL_BYTES, CollectedSamples
 from holdfast.server.server_signals import ending_signals, hang_up_signals
 from holdfast.server.server_worker import ServingSetup
 from holdfast.server.stand_in import StandIn
@@ -125,12 +129,14 @@ class Supervisor:
             self._warn,
             begin_worker=self._start_worker,
         )
+        key = setup.worker.audit_key
         self.adaptations = Adaptations(
             self._record,
-            setup.worker.audit_key.pseudonym if setup.worker.audit_key else str,
+            key.pseudonym if key else str,
             keys=setup.worker.keys,
             single_operator=setup.single_operator,
         )
+        self.sampled = CollectedSamples((key or AuditKey(secrets.token_bytes(32))).pseudonym)
         self.live = (
             None
             if setup.monitor is None
@@ -148,13 +154,11 @@ class Supervisor:
             Path(setup.settings.get("model", "")).suffix,
             lambda: self._reloading.version,
         )
-        self._begin_s, self._last_loss = 0.0, ""
+        self._begin_s, self._refusing_s, self._last_loss = 0.0, 0.0, ""
         self._reasons: Mapping[str, str] = {}
-        self._refusing_s = 0.0
-        self._stepped_s = self._recorded_s = time.monotonic()
+        self._stepped_s = self._recorded_s = self._answered_s = time.monotonic()
         self._owed_workers = 0
         self._stand_in: StandIn | None = None
-        self._answered_s = time.monotonic()
         self._started = self._stopping = self._hung_up = False
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
@@ -270,6 +274,7 @@ class Supervisor:
         elif not self._stopping and self._started:
             self._poll_model()
         self.adaptations.poll()
+        self._sample()
         if self.live is not None:
             self.live.poll()
         self._stand_in_for_workers()
@@ -339,8 +344,8 @@ class Supervisor:
                 self._swaps.unusable(worker, int(content["epoch"]), str(content["reason"]))
             case b"M" if self.live is not None:
                 self.live.received(content, canary=worker.canary)
-            case b"I" if self.live is not None:
-                self.live.sampled(content)
+            case b"I":
+                self.sampled.received(content)
             case b"E":
                 worker.error = failure_from_json(content, ERRORS)
             case b"X":
@@ -478,12 +483,30 @@ class Supervisor:
             except TargetError as error:
                 self._warn(f"note: {error}")
 
-    def ask_for_samples(self) -> int:
-        """Ask the workers for the inputs that they keep, and return how many were asked. Any thread may call it."""
-        asked = [worker for worker in list(self._workers) if worker.ready and not worker.canary]
-        for worker in asked:
-            worker.child.send(b"I")
-        return len(asked)
+    def _sample(self) -> None:
+        """Let the workers sample inputs while a run of `holdfast adapt` holds the server, and forget them after it."""
+        held = self.adaptations.holder is not None
+        for worker in self._workers:
+            if worker.ready and worker.sampling != held:
+                worker.sampling = held
+                # as if there were a canary and a worker more, because a worker keeps its limit
+                n_bytes = ALL_BYTES // (self.setup.workers + 2) if held else 0
+                worker.child.send(b"K" + str(n_bytes).encode())
+
+    def samples(self) -> bytes:
+        """Return the inputs that the workers sample as an .npz file. Any thread may call it. Raises `Refused` if no run
+        of `holdfast adapt` holds the server.
+        """
+        if self.adaptations.holder is None:
+            raise Refused(409, "inputs are sampled only while a run of holdfast adapt holds the server")
+
+        def ask(number: int) -> int:
+            asked = [worker for worker in list(self._workers) if worker.ready]
+            for worker in asked:
+                worker.child.send(b"I" + str(number).encode())
+            return len(asked)
+
+        return self.sampled.collected(ask, (lambda *_: -1) if self.live is None else self.live.class_of)
 
     # --- readiness
 
@@ -575,14 +598,6 @@ class Supervisor:
 
     # --- state for the operator
 
-    def _sets(self) -> dict[str, dict[str, float]]:
-        """Return what was counted for each served set, with the labelled inputs of each."""
-        sets = self.canary.sets()
-        for name, counts in sets.items() if self.live is not None else ():
-            assert self.live is not None
-            counts["labelled"], counts["wrong"] = self.live.labelled(name)
-        return sets
-
     def status(self, *, detailed: bool = True) -> dict[str, Any]:
         """Return the state of the server for its operator; without the settings of the model unless it is
         `detailed`.
@@ -610,4 +625,4 @@ class Supervisor:
         else:
             state["model"] = {**self._reloading.status(), **settings}
             state["canary"] = self.canary.status()
-        return {**state, "sets": self._sets()}
+        return {**state, "sets": self.canary.sets()}

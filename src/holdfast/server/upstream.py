@@ -201,6 +201,10 @@ class Connection:
         )
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. The next request opens another one."""
         self._connections.close()
 
     def request(

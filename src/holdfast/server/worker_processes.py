@@ -43,6 +43,8 @@ class WorkerProcess:
     set_name: str = ""
     """name of the model that it serves; empty for a pool, whose sets change"""
     ready: bool = False
+    sampling: bool = False
+    """whether it samples inputs for `holdfast adapt`"""
     error: HoldfastError | None = None
     ended: Mapping[str, Any] | None = None
     """the last message of a worker that drained"""

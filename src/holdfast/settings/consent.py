@@ -1,5 +1,5 @@
-"""The consent to run code from files, to send code, and to trust a network, which can only be given on the command line
-or in Python.
+"""The consent to run code from files, to send code, to follow links, and to trust a network, which can only be given on
+the command line or in Python.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,6 +14,10 @@ CONSENT: Mapping[str, tuple[str, str]] = {
     "trust_network": (
         "trust a network. Remove it; if you trust every machine of it, add --trust-network to the command line",
         "on=holdfast.Ray(…, trust_network=True)",
+    ),
+    "follow_links": (
+        "follow links. Remove it; if you want to read what they lead to, add --follow-links to the command line",
+        "holdfast.open_data(…, follow_links=True)",
     ),
     "ship": (
         "send files to other machines. Remove it; add --ship PATH to the command line",

@@ -81,16 +81,17 @@ def refuse_uncertifiable(threat: str) -> None:
     if spec.norm not in ("linf", "l2", "l1", "table", "text", "training-set"):
         raise UsageError(
             f"the threat is {threat}, and robustness is proved under linf, l2, l1, table, text and training-set only",
-            Remedy("threat", "linf:0.1"),
+            Remedy("threat", spec.with_change("linf:0.1")),
         )
     if spec.eps == float("inf"):
         raise UsageError(
-            f"the threat {threat} has no eps, which is to be proved", Remedy("threat", f"{spec.norm}:0.1")
+            f"the threat {threat} has no eps, which is to be proved",
+            Remedy("threat", spec.with_change(f"{spec.norm}:0.1")),
         )
     if spec.eps == 0:
         raise UsageError(
             f"the threat is {threat}, and under eps 0 there is nothing to prove",
-            Remedy("threat", f"{spec.norm}:0.1"),
+            Remedy("threat", spec.with_change(f"{spec.norm}:0.1")),
         )
     if spec.goal is not None or spec.goal_name:
         goal = spec.goal_name or spec.goal

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed, refuse_text_limits
+from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed, refuse_text_limits, threat_text
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
 
@@ -102,6 +102,10 @@ class ThreatSpec:
     def eps(self) -> float:
         """Size of the change. It is infinite if the attacks search for the smallest change that breaks an example."""
         return float(self.arguments.get("eps", self.arguments.get("changes", 1.0)))
+
+    def with_change(self, change: str) -> str:
+        """Return the text of this threat model with another change, such as `l2:0.5`, in the unit of the inputs."""
+        return threat_text(change, self.goal, self.access, self.queries)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -315,6 +315,9 @@ class DataSource(SettingGroup):
         description="Whether the first row of a .csv file contains the names of the columns (default: yes). Otherwise "
         "they are named 0, 1, 2, …, or as those of the model if their number is equal.",
     )
+    follow_links: Annotated[bool, Flag(identifies=False)] = Field(
+        default=False, description="Read images through links that lead out of the folder of the data."
+    )
     layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
         default=None,
         description="Axes of stored arrays: chw (channels first), hwc (channels last), or asis (unchanged). By default "

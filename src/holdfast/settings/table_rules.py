@@ -12,10 +12,17 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.core.tables.relations import parse_relation
-from holdfast.core.tables.rules import MOST_VALUES, Budget, Column, Rules, refuse_budget, refuse_rules
+from holdfast.core.tables.rules import (
+    MOST_VALUES,
+    Budget,
+    Column,
+    Rules,
+    parsed_relations,
+    refuse_budget,
+    refuse_rules,
+)
 from holdfast.io.data.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable
-from holdfast.io.files import readable_file, refuse_address
+from holdfast.io.files import refuse_address, text_of_file
 from holdfast.settings.wording import complaint, place
 from holdfast.settings.yaml_text import MAX_CHARACTERS, parse_yaml
 
@@ -68,7 +75,7 @@ def rules_from(content: object, source: str) -> Rules:
             f"{source}{': ' if at else ''}{at} {complaint(error)}; a mapping with columns, budget, groups and "
             "relations was expected, as holdfast init --table writes it"
         ) from None
-    relations = tuple(map(parse_relation, declared.relations))
+    relations = parsed_relations(declared.relations, source)
     rules = Rules(declared.columns, declared.budget, declared.groups, relations)
     refuse_rules(rules, source)
     return rules
@@ -82,13 +89,8 @@ def table_threat(*, file: str, eps: float | None = None) -> "Table":
     from holdfast.core.tables.table import Table  # late, because it imports torch
 
     refuse_address(file, "the rules are", "table:rules.yaml")
-    path = Path(file)
-    readable_file(path, "file of rules")
-    if path.stat().st_size > 4 * MAX_CHARACTERS:
-        raise UsageError(
-            f"{file!r} has {path.stat().st_size:,} bytes; a file of rules of at most 1 MiB was expected"
-        )
-    rules = rules_from(parse_yaml(path.read_text(encoding="utf-8", errors="replace"), repr(file)), repr(file))
+    text = text_of_file(Path(file), "file of rules", most=4 * MAX_CHARACTERS)
+    rules = rules_from(parse_yaml(text, repr(file)), repr(file))
     if eps is None:
         return Table(file, rules.content, rules.budget.eps)
     refuse_budget(replace(rules.budget, eps=eps), rules.columns, repr(file))

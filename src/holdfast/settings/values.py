@@ -31,6 +31,7 @@ from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.gates.grammar import GATED, with_equality
 from holdfast.gates.grammar import parse as parse_gate
+from holdfast.io.files import text_of_file
 from holdfast.io.remote.remote import header_variable
 from holdfast.settings.grammar import (
     did_you_mean,
@@ -140,9 +141,10 @@ def numbers_by_feature(path: str, what: str) -> dict[str, Any]:
     """Return the JSON object in a file, from the name or the position of a feature to numbers. `what` is its name in
     error messages.
     """
+    text = text_of_file(Path(path), f"file of {what}")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise TargetError(
             f"{what} is '@{path}', and {path!r} cannot be read as JSON: {error}; give a file such as "
             '{"age": [0, 120], "hours": [0, 100]}'
@@ -258,25 +260,20 @@ def _input_shape(value: object) -> object:
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names. Raises `UsageError` for an empty name or one that occurs twice."""
+    earlier: set[str] = set()
     for place, name in enumerate(names):
         if not name.strip():
             raise UsageError(f"class name {place} is empty; give one name per class, as in cat,dog")
-        if name in names[:place]:
+        if name in earlier:
             raise UsageError(f"the class name {name!r} occurs twice; give one name per class, as in cat,dog")
+        earlier.add(name)
     return tuple(names)
 
 
 def _class_names(value: object) -> object:
     """Parse class names: separated by commas, in a file after @, or in a list."""
     if isinstance(value, str) and value.startswith("@"):
-        path = Path(value[1:])
-        try:
-            names = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TargetError(
-                f"class_names is {value!r}, and {str(path)!r} cannot be read: {error}; give a text file with one "
-                "class per line"
-            ) from error
+        names = text_of_file(Path(value[1:]), "file of class names").splitlines()
         return _unique([name.strip() for name in names if name.strip()])
     if isinstance(value, str):
         return _unique([name.strip() for name in value.split(",")])

@@ -6,12 +6,15 @@ from typing import Any
 
 import yaml
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
+from holdfast.io.files import text_of_file
 
 MAX_CHARACTERS = 1 << 18
 """largest number of characters of a text; PyYAML needs about 20 microseconds and 400 bytes of
 memory for each character"""
+_BYTES = 4
+"""largest number of bytes of a character in UTF-8"""
 _MOST = 2**63
 """limit of whole numbers; one with very many digits cannot be printed"""
 
@@ -83,14 +86,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises `TargetError` if the file cannot be read, and `UsageError` if it is not a mapping.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(
-            f"cannot read the configuration {str(path)!r}: {error}; write one with holdfast init, or that of a guard "
-            "with holdfast init --guard"
-        ) from error
+    text = text_of_file(path, "configuration", most=_BYTES * MAX_CHARACTERS, may_be_empty=True)
     content = parse_yaml(text, str(path))
     if content is None:
         return {}

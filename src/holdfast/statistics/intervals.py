@@ -70,18 +70,23 @@ FEWEST = 20
 class"""
 
 
-def against_majority(correct: Mask, y: Labels, confidence: float = CONFIDENCE) -> AgainstMajority:
+def against_majority(
+    correct: Mask, y: Labels, classes: int | None = None, confidence: float = CONFIDENCE
+) -> AgainstMajority:
     """Compare the accuracy of a model with that of always predicting the most frequent label.
 
-    `correct` and `y` have one entry for each example (n). The model is at chance if the upper end of its interval does
+    `correct` and `y` have one entry for each example (n), and `classes` is the number of classes of the model. If some
+    of them have no examples, the share of the majority class is that among all classes, if each had as many examples
+    as those that occur have on average. The model is at chance if the upper end of its interval does
     not exceed the share of the majority class. With at least 20 examples it is also at chance if the lower end does not
     exceed that share and the accuracy is at most 1.5 times that of guessing. With a single label it is never at chance.
     """
     n, counts = len(y), torch.unique(y, return_counts=True)[1]
     n_correct = int(correct.sum())
     low, high = clopper_pearson(n_correct, n, confidence)
-    majority = int(counts.max()) / n
-    near_chance = n >= FEWEST and n_correct / n <= NEAR_CHANCE / len(counts)
+    n_classes = max(classes or 0, len(counts))
+    majority = int(counts.max()) / n * len(counts) / n_classes
+    near_chance = n >= FEWEST and n_correct / n <= NEAR_CHANCE / n_classes
     at_chance = len(counts) > 1 and (high <= majority or (near_chance and low <= majority))
     return AgainstMajority(low, high, majority, at_chance)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from holdfast.adaptation.adapted import clock, facts_text
-from holdfast.adaptation.journal import Journal
+from holdfast.adaptation.journal import open_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
@@ -229,14 +229,13 @@ class Site:
         return self._facts(item, "All chains of the folder are consistent", facts, tables)
 
     def _adaptation(self, item: Item) -> Page:
-        journal = Journal.read(item.path)
-        steps = [[step.step, clock(step.time), facts_text(step.facts) or "-"] for step in journal.steps]
-        outcome = journal.outcome or "not finished"
-        facts = {"server": journal.server, "run": journal.run, "reason": journal.reason}
+        stored = open_adaptation(item.path)
+        steps = [[step.step, clock(step.time), facts_text(step.facts) or "-"] for step in stored.steps]
+        facts = {"server": stored.server, "run": stored.run, "reason": stored.reason, "head": stored.head}
         title = (
-            f"The adaptation is {outcome}"
-            if journal.outcome is None
-            else f"Outcome of the adaptation: {outcome}"
+            "The adaptation is not finished"
+            if stored.outcome is None
+            else f"Outcome of the adaptation: {stored.outcome}"
         )
         return self._facts(item, title, facts, [("Steps", ["step", "time", "facts"], steps)])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from holdfast.adaptation.journal import JOURNAL, Journal
+from holdfast.adaptation.journal import FORMER, is_adaptation, read_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.estimate import Estimate
@@ -136,7 +136,7 @@ def _kind(path: Path) -> Kind | None:
         MANIFEST: "run",
         POOL_MANIFEST: "pool",
         AUDIT_MARK: "chains",
-        JOURNAL: "adaptation",
+        FORMER: "adaptation",
     }
     return next((kind for mark, kind in marks.items() if (path / mark).is_file()), None)
 
@@ -154,17 +154,17 @@ def fingerprint(path: Path) -> tuple[object, ...]:
 def _item(path: Path, kind: Kind) -> Item:
     digest = hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     item = Item(f"{slug(path.name)[:60] or kind}-{digest}", path, kind)
-    if kind == "adaptation":
-        try:
-            return replace(item, verdict=Journal.read(path).outcome or "not finished")
-        except (HoldfastError, OSError) as error:
-            return replace(item, fault=str(error))
-    if kind != "run":
+    if kind not in ("run", "adaptation"):
         return item
     try:
+        if kind == "adaptation" or is_adaptation(path):
+            item = replace(item, kind="adaptation")
+            return replace(item, verdict=read_adaptation(path).outcome or "not finished")
         entry = run_entry(path, checked=False)
     except (HoldfastError, OSError) as error:
-        return replace(item, kind="unreadable", fault=str(error))
+        return replace(
+            item, kind="adaptation" if item.kind == "adaptation" else "unreadable", fault=str(error)
+        )
     verdict = "" if entry.exit_code is None else _VERDICTS.get(entry.exit_code, "")
     verdict = "no gate" if verdict == "pass" and not entry.gates and entry.verb != "harden" else verdict
     return replace(

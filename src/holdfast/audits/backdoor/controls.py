@@ -8,7 +8,6 @@ spread comes from the few classes of one network, is only shown.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.io.files import sha256_of_file
+from holdfast.io.files import replacing, sha256_of_file, text_of_file
 from holdfast.io.models.archive import Weights
 from holdfast.io.models.models import STATE_DICT_SUFFIXES
 from holdfast.io.models.weights import digest_of_weights, fit_weights, read_state_dict, state_dict_content
@@ -160,10 +159,10 @@ class SizeCache:
 
     def read(self) -> dict[str, list[float]]:
         """Return the stored sizes. Raises `TargetError` if the file is damaged."""
-        if not self.path.is_file():
+        if not self.path.exists():
             return {}
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(text_of_file(self.path, "file of trigger sizes"))
         except ValueError as error:
             raise TargetError(f"{str(self.path)!r} is damaged: {error}; delete it") from error
         refuse_form(self.path, content, dict[str, list[float]])
@@ -171,11 +170,9 @@ class SizeCache:
 
     def add(self, digest: str, sizes: Sequence[float]) -> None:
         """Store the sizes of a control."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(self.read() | {digest: list(sizes)})
-        part = self.path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(content, encoding="utf-8")
-        part.replace(self.path)
+        with replacing(self.path) as file:
+            file.write(content.encode())
 
 
 def refuse_other_accuracy(model: float, controls: Mapping[str, float], n: int, *, trained: bool) -> None:

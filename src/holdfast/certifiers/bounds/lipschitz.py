@@ -189,7 +189,7 @@ class Lipschitz:
             raise UsageError(
                 f"the method lipschitz is for threats in Euclidean distance; the threat model is {threat.constraint}",
                 Remedy("method", "crown"),
-                Remedy("threat", "l2:0.5"),
+                Remedy("threat", threat.with_change("l2:0.5")),
             )
         return PreparedLipschitz.of(model, sample, threat)
 

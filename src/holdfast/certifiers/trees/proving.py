@@ -54,7 +54,7 @@ class Trees:
         if not isinstance(threat.constraint, Linf):
             raise UsageError(
                 f"{threat.constraint} cannot be certified for trees; expected a ball of the norm linf",
-                Remedy("threat", "linf:0.1"),
+                Remedy("threat", threat.with_change("linf:0.1")),
             )
         ready = opened_trees(model, sample, threat.constraint, self.timeout_s)
         if not ready.simple and importlib.util.find_spec("veritas") is None:

@@ -2,6 +2,7 @@
 
 import gzip
 import zlib
+from io import BufferedReader
 from pathlib import Path
 
 from holdfast.certifiers.vnnlib.query import Query, refuse_unbounded_inputs
@@ -9,7 +10,7 @@ from holdfast.certifiers.vnnlib.tokens import first_command
 from holdfast.certifiers.vnnlib.version1 import query_of_version_1
 from holdfast.certifiers.vnnlib.version2 import query_of_version_2
 from holdfast.core.errors import TargetError
-from holdfast.io.files import megabytes, readable_file
+from holdfast.io.files import megabytes, opened
 
 MAX_BYTES_OF_QUERY = 512_000_000
 """largest number of bytes of a query after decompression"""
@@ -31,10 +32,12 @@ def read_query(path: Path) -> Query:
 
 
 def _text(path: Path) -> str:
-    readable_file(path, "query")
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(MAX_BYTES_OF_QUERY + 1)
+        with opened(path, "query") as file:
+            text: gzip.GzipFile | BufferedReader = (
+                gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            )
+            content = text.read(MAX_BYTES_OF_QUERY + 1)
         if len(content) > MAX_BYTES_OF_QUERY:
             raise TargetError(
                 f"{str(path)!r} has more than {megabytes(MAX_BYTES_OF_QUERY)}; split it into several queries"

@@ -206,6 +206,11 @@ def _negated(condition: Condition) -> Condition:
             return Either((Comparison("<", left, right), Comparison("<", right, left)))
 
 
+def comparisons_in(condition: Condition) -> int:
+    """Return the number of comparisons in a condition."""
+    return 1 if isinstance(condition, Comparison) else sum(map(comparisons_in, condition.parts))
+
+
 def columns_of(node: Condition | Expression) -> Iterator[str]:
     """Yield the names of the columns in a condition or an expression, in their order."""
     match node:

@@ -15,7 +15,7 @@ from annotated_types import Gt
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.spelling import suggestion
-from holdfast.core.tables.relations import Relation, parse_relation
+from holdfast.core.tables.relations import Relation, comparisons_in, parse_relation
 
 ColumnType = Literal["number", "whole", "category"]
 Change = Literal["any", "none", "up", "down"]
@@ -25,6 +25,10 @@ FAR = 1e30
 """Limit of a column that declares none, which only a column that never changes may do."""
 MOST_VALUES = 10_000
 """Largest number of values of a category."""
+MOST_RELATIONS, MOST_COMPARISONS, MOST_CHARACTERS = 1000, 2000, 100_000
+"""Largest number of relations, and of their comparisons and characters in all. Each comparison is evaluated for every
+candidate row of an attack.
+"""
 
 _FORM: Any = {"extra": "forbid", "coerce_numbers_to_str": True}
 """Form of the entries of a file: unknown keys are refused, and numbers may be values of a category."""
@@ -143,12 +147,32 @@ def rules_of(content: str) -> Rules:
             columns,
             Budget(**_typed(entries["budget"])),
             groups,
-            tuple(map(parse_relation, entries["relations"])),
+            parsed_relations(entries["relations"], "the stored rules"),
         )
         refuse_rules(rules, "the stored rules")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise TargetError(f"the stored rules of a table are damaged: {error}; repeat the run") from error
     return rules
+
+
+def parsed_relations(texts: Sequence[str], source: str) -> tuple[Relation, ...]:
+    """Return the relations in texts. Raises `UsageError` if there are too many of them, or of their comparisons.
+
+    `source` is the name of the file in messages.
+    """
+    _refuse_many(len(texts), MOST_RELATIONS, f"{source} has", "relations")
+    _refuse_many(sum(map(len, texts)), MOST_CHARACTERS, f"the relations in {source} have", "characters")
+    relations = tuple(map(parse_relation, texts))
+    n_comparisons = sum(comparisons_in(relation.condition) for relation in relations)
+    _refuse_many(n_comparisons, MOST_COMPARISONS, f"the relations in {source} have", "comparisons")
+    return relations
+
+
+def _refuse_many(n: int, most: int, beginning: str, what: str) -> None:
+    if n > most:
+        raise UsageError(
+            f"{beginning} {n:,} {what}; at most {most:,} were expected: leave out those that follow from others"
+        )
 
 
 def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ from holdfast.guard.states.hash_index import HashIndex
 from holdfast.guard.states.packing import sketch_bytes, sketches_from
 from holdfast.guard.states.reachability import Reachability
 from holdfast.guard.states.spending import Charge, Grant, TokenBucket, spent
-from holdfast.runs.store.files import PRIVATE, open_regular
+from holdfast.io.files import open_regular
+from holdfast.runs.store.files import PRIVATE
 from holdfast.runs.store.locking import has_foreign_journal
 
 _FORMAT = 2

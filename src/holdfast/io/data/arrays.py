@@ -22,6 +22,7 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
 from holdfast.io.data.class_numbers import Numbered
+from holdfast.io.data.column_matching import in_order_of_first
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import class_labels, refuse_swapped
 from holdfast.io.data.layouts import LayoutReading, reading_of
@@ -56,7 +57,7 @@ _COMPARED = 64
 
 Array = NDArray[Any]
 
-_EXACT = 1 << 24
+EXACT = 1 << 24
 """Largest number up to which float32 represents all whole numbers."""
 
 _NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
@@ -132,6 +133,8 @@ class Arrays:
     """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
     """names of the columns of a table, in the order of the inputs"""
+    named: bool = False
+    """whether `features` are names of a table, and not positions"""
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
     text_labels: bool = False
@@ -223,6 +226,20 @@ class Choice:
         return selected_rows(n_rows, n=self.n, sample=self.sample, seed=self.seed, name=name)
 
 
+def first_rows_note(all_labels: Array, labels: Array, n: int | None) -> tuple[str, ...]:
+    """Return the note on the first `n` examples of data if they have fewer classes than all of them, as in a file that
+    is sorted by class.
+    """
+    if n is None or len(all_labels) == len(labels):
+        return ()
+    present, total = (len(np.unique(each)) for each in (labels, all_labels))
+    note = (
+        f"the first {n:,} examples have {present:,} of the {total:,} classes of the data; sample={n} (--sample {n}) "
+        "takes random ones"
+    )
+    return () if present == total else (note,)
+
+
 def selected_rows(
     n_rows: int, *, n: int | None, sample: int | None, seed: int, name: str
 ) -> NDArray[np.int64]:
@@ -278,6 +295,8 @@ def from_numpy(
     if expected.edits is not None:
         x, preserve = _codes(x, expected.edits, ids, name), True
     notes = (*notes, *_rule_notes(x, expected, ids, name))
+    if features is None and expected.edits is None and expected.rules is None:
+        notes += in_order_of_first(name, expected, x.shape[1:])
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
         raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
@@ -565,10 +584,10 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
     if _is_unit(bounds) and (x.ndim > 2 or _may_be_audio(x)):
         raise _of_integers(x, name)
     lowest, highest = int(x.min()), int(x.max())
-    if max(abs(lowest), abs(highest)) > _EXACT:
+    if max(abs(lowest), abs(highest)) > EXACT:
         raise TargetError(
             f"the inputs of {name} are {x.dtype} from {lowest} to {highest}, and float32, in which the model computes, "
-            f"represents all whole numbers only up to {_EXACT}: scale the features as in training"
+            f"represents all whole numbers only up to {EXACT}: scale the features as in training"
         )
     return x.astype(np.float32), 1.0, ()
 

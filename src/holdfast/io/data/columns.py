@@ -13,8 +13,10 @@ SPLIT_COLUMN = "split"
 """Name of the column that assigns rows to the train and test split."""
 MOST_CHARACTERS = 10_000_000
 """Largest total number of characters of the names of classes; comparing them takes a hundred times their memory."""
-NUMBER, MISSING, TEXT = 0, 1, 2
-"""Kinds of a cell in a feature column."""
+NUMBER, MISSING, TEXT, INEXACT = 0, 1, 2, 3
+"""Kinds of a cell in a feature column; `INEXACT` is a whole number that float32 does not represent."""
+_LARGEST = 2.0**63
+"""absolute value from which numbers are no integers of a database or of pandas, but floats"""
 _TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}
 """Values of the strings that pandas and pyarrow write for booleans."""
 
@@ -63,37 +65,43 @@ class ColumnTable:
         return len(self.numbers)
 
 
-def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """Convert the cells of a table column to float32, with NaN for cells that are not numbers. Also return for each
+def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.uint8] | None]:
+    """Convert the cells of a table column to float64, with NaN for cells that are not numbers. Also return for each
     cell whether it is a number, missing or text.
 
     The kinds are None if all cells are numbers.
     """
     try:
         # One pass over all cells is the common and fast case; cells are examined one by one only if it fails.
-        return rounded(list(map(float, cells))), None
+        return np.array(list(map(float, cells)), np.float64), None
     except ValueError:
         numbers_or_none = [_number(cell) for cell in cells]
     kinds = [
         NUMBER if number is not None else TEXT if cell.strip() else MISSING
         for cell, number in zip(cells, numbers_or_none, strict=True)
     ]
-    values = rounded([np.nan if number is None else number for number in numbers_or_none])
+    values = np.array([np.nan if number is None else number for number in numbers_or_none], np.float64)
     return values, np.array(kinds, np.uint8) if any(kinds) else None
 
 
 def side_by_side(
-    columns: Sequence[tuple[NDArray[np.float32], NDArray[np.uint8] | None]], rows: int
+    columns: Sequence[tuple[NDArray[np.float64], NDArray[np.uint8] | None]], rows: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Stack table columns that `as_numbers` converted. Return their values, and whether each cell is a number, missing
-    or text, both of shape (rows, columns).
+    """Stack table columns that `as_numbers` converted. Return their values as float32, and whether each cell is a
+    number, missing, text or a whole number that float32 does not represent, both of shape (rows, columns).
     """
     numbers = np.empty((rows, len(columns)), np.float32)
     kinds = np.full((rows, len(columns)), NUMBER, np.uint8)
     for place, (values, cell_kinds) in enumerate(columns):
-        numbers[:, place] = values
+        numbers[:, place] = rounded(values)
         if cell_kinds is not None:
             kinds[:, place] = cell_kinds
+        finite = values[np.isfinite(values)]
+        if (
+            finite == np.round(finite)
+        ).all():  # rounding changes other columns by less than their own precision
+            lost = np.isfinite(values) & (numbers[:, place] != values) & (np.abs(values) < _LARGEST)
+            kinds[lost, place] = INEXACT
     return numbers, kinds
 
 

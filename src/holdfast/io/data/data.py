@@ -13,7 +13,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Layout
 from holdfast.io.data import tables
-from holdfast.io.data.arrays import Array, Arrays, Choice, from_numpy
+from holdfast.io.data.arrays import Array, Arrays, Choice, first_rows_note, from_numpy
 from holdfast.io.data.class_numbers import MOST_NAMES, Numbered, matched, numbered, renumbered
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import refuse_swapped, whole_numbers
@@ -38,7 +38,9 @@ def bundled_data() -> dict[str, Path]:
 
 
 class Names(TypedDict):
-    """Arguments of `open_data` that select columns of a table, or arrays of an `.npz` file, by name."""
+    """Arguments of `open_data` that select columns of a table, or arrays of an `.npz` file, by name, and those that
+    state how files are read.
+    """
 
     label: str | None
     drop: tuple[str, ...]
@@ -46,6 +48,7 @@ class Names(TypedDict):
     y: str | None
     separator: str | None
     header: bool
+    follow_links: bool
 
 
 def open_data(
@@ -58,6 +61,7 @@ def open_data(
     y: str | None = None,
     separator: str | None = None,
     header: bool = True,
+    follow_links: bool = False,
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
@@ -68,12 +72,13 @@ def open_data(
     `n` selects the first n examples of the split in source order, `sample` a random sample that depends on `seed`. If
     `split` is None, the test split is used if there is one. `label` is the label column of a table, and `drop` lists
     columns that are not features. `x` and `y` are names of arrays in an `.npz` file, and `x` that of a column of images
-    or of arrays in a `.parquet` file. `separator` and `header` are those of a `.csv` file. `expected` declares
+    or of arrays in a `.parquet` file. `separator` and `header` are those of a `.csv` file. `follow_links` permits links
+    that lead out of a folder of images. `expected` declares
     properties of the data. If `expected` has a model as its probe, the layout of its inputs and the number of its
     classes are determined from the data.
     """
     choice = Choice(split, n, sample, seed)
-    options = _Options(choice, label, drop, x, y, separator, header, expected or Expected())
+    options = _Options(choice, label, drop, x, y, separator, header, follow_links, expected or Expected())
     place = _located(address)
     with reading(address):
         data = _opened(place, address, options)
@@ -101,6 +106,7 @@ class _Options:
     y: str | None
     separator: str | None
     header: bool
+    follow_links: bool
     expected: Expected
 
 
@@ -125,7 +131,7 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
     if path.exists():
         _refuse_foreign(path, address, options)
     if path.is_dir():
-        return open_folder(path, options.choice, options.expected)
+        return open_folder(path, options.choice, options.expected, follow_links=options.follow_links)
     if path.name.endswith(tables.SUFFIXES):
         return tables.open_table(
             path,
@@ -215,6 +221,7 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         options.expected,
         layout=_layout(place.layout, x),
         class_names=names,
+        notes=first_rows_note(all_labels, all_labels[rows], options.choice.n),
         source_labels=all_labels,
     )
     return replace(data.labelled(numbering), groups=_groups(archive, n_rows, rows, address, options.expected))
@@ -235,7 +242,7 @@ def _groups(
             f"the array {name!r} of {address!r} has {archive.rows(name)} rows, and there are {n_rows} examples; one "
             "group for each example was expected"
         )
-    return Groups.of_values(archive.array(name)[rows], name)
+    return Groups.of_values(archive.array(name), name).taken(rows)
 
 
 def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options) -> Arrays:

@@ -30,6 +30,8 @@ class Groups:
     """(n,) indices in `names`"""
     column: str = ""
     """name of the column or array that states the groups; empty for an array that was given in Python"""
+    absent: tuple[str, ...] = ()
+    """names of the groups of the source without an example"""
 
     @classmethod
     def of_values(cls, values: NDArray[Any], column: str = "") -> "Groups":
@@ -74,12 +76,15 @@ class Groups:
                 "least two groups were expected",
                 Remedy("groups"),
             )
-        return replace(self, names=tuple(self.names[place] for place in occurring), places=places)
+        names = tuple(self.names[place] for place in occurring)
+        return replace(
+            self, names=names, places=places, absent=tuple(n for n in self.names if n not in names)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the groups for a manifest: `of` has one letter for each example, `a` for the first group."""
         of = "".join(_LETTERS[place] for place in self.places)
-        return {"column": self.column, "names": list(self.names), "of": of}
+        return {"column": self.column, "names": list(self.names), "of": of, "absent": list(self.absent)}
 
 
 def refuse_unknown(name: str, known: Sequence[str], where: str) -> None:

@@ -20,6 +20,22 @@ ClassOrder = Literal["lexical", "numeric"]
 
 
 @dataclass(frozen=True)
+class FirstTable:
+    """The data set of a run that was opened first, by whose names of columns those of others are matched."""
+
+    name: str
+    columns: tuple[str, ...] | None
+    """features in the order of the inputs, or their positions without names; None if the data are no table"""
+    named: bool
+    """whether `columns` are names"""
+
+    @property
+    def has(self) -> str:
+        """The beginning of a message about its columns."""
+        return f"the first table, {self.name}, has"
+
+
+@dataclass(frozen=True)
 class Expected:
     """Declared properties of a data set, and the model that will be called with it. A property is None if it is
     unknown.
@@ -62,6 +78,10 @@ class Expected:
     """columns of a table that are read as strings, and are no numeric features; None for all columns"""
     rules: "Rules | None" = None
     """rules of the table whose rows are the inputs; None for other inputs"""
+    first: FirstTable | None = None
+    """data set whose columns those of a table are matched with; None for the first of a run"""
+    has_threat: bool = True
+    """whether the verb has a threat model, which may have rules of a table or be on texts"""
     edits: "TextEdits | None" = None
     """constraint on texts, if the inputs are texts; None for numbers"""
 
@@ -69,6 +89,17 @@ class Expected:
     def bounds_of_values(self) -> Bounds:
         """Valid range of the stored values."""
         return self.bounds if self.units is None else self.units.values
+
+    @property
+    def column_names(self) -> tuple[str, ...] | None:
+        """Names of the columns of the first table or, without one, of those that the model was fitted on."""
+        return self.first.columns if self.first is not None and self.first.named else self.feature_names
+
+    @property
+    def column_source(self) -> str:
+        """The source of `column_names`, as the beginning of a message."""
+        named = self.first is not None and self.first.named
+        return self.first.has if self.first is not None and named else "the model was fitted on"
 
     @property
     def any_label(self) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.arrays import Arrays, Choice
+from holdfast.io.data.column_matching import refuse_repeated
 from holdfast.io.data.columns import SPLIT_COLUMN, ColumnTable, Words, as_numbers, as_words, side_by_side
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.tables import table_examples
@@ -42,11 +43,7 @@ def open_frame(
     """
     frame, labels = data if isinstance(data, tuple) else (data, None)
     names = [str(name) for name in frame.columns]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise TargetError(
-            f"{_NAME} has several columns named {repeated[0]!r}; give each column a different name"
-        )
+    refuse_repeated(names, _NAME, None if expected is None else expected.first)
     columns = {name: text_of(frame.iloc[:, place]) for place, name in enumerate(names)}
     if labels is not None:
         if label is not None:

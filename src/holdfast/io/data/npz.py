@@ -2,6 +2,7 @@
 declare.
 """
 
+import os
 import zipfile
 import zlib
 from collections import Counter
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.io.files import megabytes, names_of, readable_file, reason_of, similar_name
+from holdfast.io.files import megabytes, names_of, opened, reason_of, similar_name
 from holdfast.io.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
@@ -30,10 +31,11 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSEr
 class Npz:
     """An `.npz` archive whose list of arrays was read and checked."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = readable_file(path, "data file")
+    def __init__(self, path: Path, what: str = "data file") -> None:
+        self.path, self._what = path, what
         try:
-            with zipfile.ZipFile(path) as archive:
+            with opened(path, what) as file, zipfile.ZipFile(file) as archive:
+                n_bytes = os.fstat(file.fileno()).st_size
                 members = [
                     (member.filename.removesuffix(".npy"), member.file_size) for member in archive.infolist()
                 ]
@@ -56,9 +58,9 @@ class Npz:
                 f"{str(path)!r} would have {megabytes(total)} after decompression; at most {megabytes(limit)} is read. "
                 f"If you trust it, raise the limit with {MEMORY}=32GB"
             )
-        if total > max(_SMALL, _RATIO * path.stat().st_size, requested_memory()):
+        if total > max(_SMALL, _RATIO * n_bytes, requested_memory()):
             raise TargetError(
-                f"{str(path)!r} has {megabytes(path.stat().st_size)}, and would have {megabytes(total)} after "
+                f"{str(path)!r} has {megabytes(n_bytes)}, and would have {megabytes(total)} after "
                 "decompression, as a decompression bomb has. If it contains data, save it with numpy.savez instead of "
                 f"savez_compressed, or raise the limit with {MEMORY}=16GB"
             )
@@ -85,7 +87,11 @@ class Npz:
 
     def _read(self, name: str, stop: int | None) -> tuple[tuple[int, ...], bool, np.dtype[Any], bytes]:
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+            with (
+                opened(self.path, self._what) as packed,
+                zipfile.ZipFile(packed) as archive,
+                archive.open(f"{name}.npy") as file,
+            ):
                 shape, fortran, dtype = _header(file)
                 if dtype.hasobject:
                     raise TargetError(
@@ -150,7 +156,9 @@ def arrays_of_split(
     if y not in archive.names and not needs_labels:
         return x, None
     if y not in archive.names:
-        raise TargetError(f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}")
+        raise TargetError(
+            f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}: save the labels in it as {y}"
+        )
     return x, y
 
 

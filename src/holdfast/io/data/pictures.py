@@ -4,10 +4,11 @@ image is decoded when it is read.
 
 import hashlib
 import io
+import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,10 +27,10 @@ from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.class_numbers import lenient_numbers
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import GREY_NOTE
-from holdfast.io.files import megabytes, sha256_of_file, similar_name
+from holdfast.io.files import existing, megabytes, opened, sha256_of_file, similar_name
 from holdfast.io.limited.calling import too_slow
 from holdfast.io.limited.limits import MEMORY, cpu_seconds, requested_memory
-from holdfast.io.models.archive import refuse_large
+from holdfast.io.models.archive import RAISE_LIMIT, read_once
 from holdfast.io.models.declarations import NORMALISED_DATA
 
 if TYPE_CHECKING:
@@ -113,11 +114,7 @@ class Pictures:
     def _decoded(self, row: int) -> NDArray[np.uint8]:
         """Return an image (channels, height, width). Its file is read once: the bytes of the digest are decoded."""
         path = self.paths[row]
-        try:
-            refuse_large(path, MAX_BYTES)
-            content = path.read_bytes()
-        except OSError as error:
-            raise TargetError(f"image {str(path)!r} cannot be read: {error}; restore it") from error
+        content = read_once(path, "image", max_bytes=MAX_BYTES)
         if hashlib.sha256(content).hexdigest() != self.digests[row]:
             raise _changed(path)
         with _opened(path, io.BytesIO(content)) as image:
@@ -126,26 +123,33 @@ class Pictures:
             return _pixels(path, image, self.mode)
 
 
-def open_folder(folder: Path, choice: Choice, expected: Expected | None = None) -> Pictures:
+def open_folder(
+    folder: Path, choice: Choice, expected: Expected | None = None, *, follow_links: bool = False
+) -> Pictures:
     """Return a data set of the images in a folder with one subfolder for each class. Images of different classes
     alternate, so that the first ones include all classes.
 
     A folder without images is a class too. `expected` contains the declared properties of the classes, and the model.
+    A link that leads out of the folder is refused without `follow_links`.
     """
     expected = expected or Expected()
     root = _split_folder(folder, choice.split)
     class_folders = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
+    if not follow_links:
+        _refuse_leaving([root, *(root / name for name in class_folders)], folder)
     if not class_folders:
         raise TargetError(f"{str(root)!r} holds no class folders; images were expected in {root.name}/CLASS/")
     _refuse_declared(expected, str(root))
     columns = [[(path, name) for path in _images(root / name)] for name in class_folders]
+    if not follow_links:
+        _refuse_leaving((path for column in columns for path, _ in column), folder)
     entries = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
     rows = choice.rows(len(entries), repr(str(root)))
     chosen = [entries[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
-    on_disk = sum(path.stat().st_size for path in paths)
+    on_disk = sum(existing(path, "image").stat().st_size for path in paths)
     mode, size, mode_notes = _measured(paths, repr(str(folder)), on_disk, _header)
     notes = (*mode_notes, *_nested(root, class_folders))
     empty = [name for name, column in zip(class_folders, columns, strict=True) if not column]
@@ -173,9 +177,10 @@ def holds_samples(folder: Path) -> bool:
     return folder.is_dir() and next(_images(folder), None) is not None
 
 
-def open_samples(folder: Path) -> Pictures:
+def open_samples(folder: Path, *, follow_links: bool = False) -> Pictures:
     """Return the images of a folder without class folders, without labels, in the order of their names. Numbers in
-    names are compared as numbers, so that 10.png follows 9.png.
+    names are compared as numbers, so that 10.png follows 9.png. A link that leads out of the folder is refused without
+    `follow_links`.
     """
 
     def place(path: Path) -> list[tuple[int, str]]:
@@ -183,7 +188,9 @@ def open_samples(folder: Path) -> Pictures:
         return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
     paths = tuple(sorted(_images(folder), key=place))
-    on_disk = sum(path.stat().st_size for path in paths)
+    if not follow_links:
+        _refuse_leaving(paths, folder)
+    on_disk = sum(existing(path, "image").stat().st_size for path in paths)
     mode, size, notes = _measured(paths, repr(str(folder)), on_disk, _header)
     y = np.full(len(paths), UNLABELLED, np.int64)
     return Pictures(str(folder), paths, y, np.arange(len(paths)), (), mode, size, notes)
@@ -232,9 +239,24 @@ def _split_folder(folder: Path, split: str | None) -> Path:
 
 
 def _images(folder: Path) -> Iterator[Path]:
+    """Return the entries of a folder with the suffix of an image. Those that are no regular files are refused when they
+    are opened.
+    """
     return iter(
-        sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
     )
+
+
+def _refuse_leaving(paths: Iterable[Path], folder: Path) -> None:
+    """Raise `TargetError` for a link that leads out of the folder of the data, which may itself be a link."""
+    inside = Path(os.path.realpath(folder))
+    for path in paths:
+        if path.is_symlink() and not (target := Path(os.path.realpath(path))).is_relative_to(inside):
+            raise TargetError(
+                f"{str(path)!r} is a link to {str(target)!r}, which is outside of the folder {str(folder)!r}; copy it "
+                "into the folder",
+                Remedy("follow_links", value=True, function="open_data", reason="to read it"),
+            )
 
 
 def decoded(
@@ -302,8 +324,8 @@ def _refuse_bomb(name: str, n: int, on_disk: int, n_bytes: int) -> None:
 
 
 def _header(path: Path) -> tuple[tuple[int, int], str]:
-    refuse_large(path, MAX_BYTES)
-    with io.FileIO(path) as file, _opened(path, file) as image:
+    limit = max(MAX_BYTES, requested_memory())
+    with opened(path, "image", most=limit, advice=RAISE_LIMIT) as file, _opened(path, file) as image:
         return image.size, image.mode
 
 
@@ -352,7 +374,7 @@ def _grey(path: Path, image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path, file: io.FileIO | io.BytesIO) -> Iterator[Image.Image]:
+def _opened(path: Path, file: io.BufferedReader | io.BytesIO) -> Iterator[Image.Image]:
     """Context manager that yields the image in a file whose header was read. Its pixels are decoded on demand."""
     with _Timed(path, file) as timed, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about each wrong entry of the metadata
@@ -383,7 +405,7 @@ class _Timed(io.BufferedReader):
     Decoders read little at a time, so that a separate process, which costs more than an ordinary image, is not needed.
     """
 
-    def __init__(self, path: Path, file: io.FileIO | io.BytesIO) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader | io.BytesIO) -> None:
         super().__init__(file)
         self._path, self._n_exif, self._seconds = path, 0, cpu_seconds()
         self._cpu = time.thread_time()

@@ -11,7 +11,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.io.data.arrays import Arrays, selected_rows
+from holdfast.io.data.arrays import Arrays, first_rows_note, selected_rows
 from holdfast.io.data.pictures import Pictures
 
 if TYPE_CHECKING:
@@ -26,6 +26,13 @@ class Selection:
     rows: tuple[int, ...]
     own_groups: "Groups | None" = None
     """group of each selected example, if it is not that of the original data set"""
+    own_notes: tuple[str, ...] = ()
+    """notes on the selection for the report"""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the original data set and on the selection."""
+        return (*getattr(self.whole, "notes", ()), *self.own_notes)
 
     @property
     def name(self) -> str:
@@ -72,7 +79,10 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
     if n is None and sample is None:
         return data
     rows = selected_rows(len(data), n=n, sample=sample, seed=seed, name=data.name)
-    return data if len(rows) == len(data) else Selection(data, tuple(rows.tolist()))
+    if len(rows) == len(data):
+        return data
+    notes = first_rows_note(data.y, data.y[rows], n) if isinstance(data, Arrays) else ()
+    return Selection(data, tuple(rows.tolist()), own_notes=notes)
 
 
 def grouped(

@@ -9,11 +9,12 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.tables.checking import checked
 from holdfast.core.tables.rules import Rules, refuse_other_columns
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words
+from holdfast.io.data.tables import refuse_inexact
 from holdfast.io.files import names_of
 
 
 def rows_by_rules(
-    table: ColumnTable, rules: Rules, label: str, drop: Sequence[str], rows: NDArray[np.int64]
+    table: ColumnTable, rules: Rules, label: str | None, drop: Sequence[str], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Return the inputs (n, columns) in the given rows of a table, in the order of the rules. Missing values are NaN.
 
@@ -34,6 +35,7 @@ def rows_by_rules(
             continue
         at = table.features.index(name)
         if table.kinds is not None:
+            refuse_inexact(table, [name], table.kinds[rows, at : at + 1], rows)
             text = np.flatnonzero(table.kinds[rows, at] == TEXT)
             if len(text):
                 raise TargetError(

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from holdfast.core.batch import UNLABELLED
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
-from holdfast.io.data.arrays import Arrays, Choice, from_numpy, handles_missing
+from holdfast.io.data.arrays import EXACT, Arrays, Choice, first_rows_note, from_numpy, handles_missing
 from holdfast.io.data.class_numbers import numbered, numbered_words
+from holdfast.io.data.column_matching import left_out, matched_columns, refuse_repeated, without
 from holdfast.io.data.columns import (
+    INEXACT,
     MISSING,
     NUMBER,
     SPLIT_COLUMN,
@@ -38,8 +41,6 @@ if TYPE_CHECKING:
 
 _MOST = 0.5
 """Share of numbers above which strings in a column probably stand for missing values."""
-_LISTED = 20
-"""Largest number of columns that a remedy lists."""
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 LIMITS = Limits(copies=4, spare_bytes=2**32)
 """Limits of the process that reads the file."""
@@ -96,11 +97,13 @@ def read_table(
         "header": header,
         "words": expected.words,
         "groups": expected.groups,
+        "needs_label": expected.needs_labels,
     }
     with read_under_limits("tables", path, LIMITS, label=label, drop=drop, **request) as (
         description,
         folder,
     ):
+        refuse_repeated(description["columns"], repr(str(path)), expected.first)
         return replace(table(path, description, folder), has_header=header)
 
 
@@ -115,17 +118,23 @@ def table_examples(
 ) -> Arrays:
     """Return the rows of one split of a table in memory as a data set, with the same rules as `open_table`."""
     expected = expected or Expected()
-    label = label_column(label, table)
+    label, label_notes = _label_if_needed(label, table, expected)
+    if expected.first is not None:  # which has the columns that are dropped, and others may lack them
+        drop = tuple(name for name in drop if name in table.columns)
     _refuse_dropped(drop, label, table)
     groups = _groups(table, expected)
     drop = (*drop, *_groups_only(table, expected))
     rows_of_split = _rows_of_split(table, choice.split)
     chosen = rows_of_split[choice.rows(len(rows_of_split), name)]
-    column = table.words[label]
-    y = _class_numbers(column, name)
-    if y is not None:
-        y = numbered(y, expected, name).y
+    column = None if label is None else table.words[label]
+    if column is None:
+        y: NDArray[Any] | None = np.full(len(table), UNLABELLED)
+        expected = replace(expected, checks_labels=False)
+    else:
+        y = _class_numbers(column, name)
+        y = None if y is None else numbered(y, expected, name).y
     features: tuple[str, ...] | None = None
+    named = True
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
     x: NDArray[Any]
@@ -138,22 +147,28 @@ def table_examples(
         from holdfast.io.data.table_rows import rows_by_rules  # late: few tables have rules
 
         features = expected.rules.names
+        if expected.first is not None:
+            further = [n for n in table.columns if n not in (label, SPLIT_COLUMN, *drop, *features)]
+            drop, notes = (*drop, *further), left_out(table.name, further)
         x = rows_by_rules(table, expected.rules, label, drop, chosen)
     elif table.inputs is not None:
         x, layout, notes = _whole_inputs(table.inputs, chosen, name)
     else:
-        table, notes = _named_by_position(table, drop, expected)
-        features = tuple(_as_fitted([name for name in table.features if name not in drop], table, expected))
+        present = [name for name in table.features if name not in drop]
+        table, features, named, notes = matched_columns(table, present, expected)
         x = _numbers(table, features, chosen, expected)
-    of_source: dict[str, Any] = {"layout": layout, "notes": notes, "features": features}
+    if column is not None:
+        notes += first_rows_note(column.places[rows_of_split], column.places[chosen], choice.n)
+    of_source: dict[str, Any] = {"layout": layout, "notes": (*label_notes, *notes), "features": features}
     groups = None if groups is None else groups.taken(chosen)
     if y is not None:
         data = from_numpy(name, x, y[chosen], chosen, expected, source_labels=y, **of_source)
-        return replace(data, groups=groups)
+        return replace(data, groups=groups, named=named)
+    assert column is not None
     # names are numbered after the model was called with the inputs, which determines its number of classes
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected, **of_source)
     numbering = numbered_words(column.words, column.places, expected, table.name)
-    data = replace(data, y=numbering.y[chosen], classes=numbering.names, groups=groups)
+    data = replace(data, y=numbering.y[chosen], classes=numbering.names, groups=groups, named=named)
     return data.labelled(numbering)
 
 
@@ -200,59 +215,18 @@ def _whole_inputs(
     return x, "chw", (*notes, *image_notes)
 
 
-def _named_by_position(
-    table: ColumnTable, drop: tuple[str, ...], expected: Expected
-) -> tuple[ColumnTable, tuple[str, ...]]:
-    """Return a table without a header whose features have the names of the columns that the model was fitted on, and a
-    note for the report.
+def _label_if_needed(
+    label: str | None, table: ColumnTable, expected: Expected
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the name of the label column, or None with a note if labels are optional and the table has none.
 
-    The table does not change if it has a header, or if the model declares no names. Raises `TargetError` if the number
-    of columns differs.
+    Only the first table must have a column that was stated.
     """
-    fitted = expected.feature_names
-    if table.has_header or fitted is None:
-        return table, ()
-    features = [name for name in table.features if name not in drop]
-    if len(features) != len(fitted):
-        more = len(features) > len(fitted)
-        raise TargetError(
-            f"the model was fitted on {len(fitted)} columns ({names_of(fitted)}), and {table.name}, which has no "
-            f"header, has {len(features)} beside its label ({names_of(features)}); give as many, in the same order",
-            *((Remedy("drop", Placeholder("COLUMN", "[COLUMN]"), function="open_data"),) if more else ()),
-        )
-    named = dict(zip(features, fitted, strict=True))
-    shown = ", ".join(f"{position}={name}" for position, name in list(named.items())[:6])
-    more_names = " …" if len(named) > 6 else ""
-    note = f"the file has no header; its columns were taken in the order of the model's: {shown}{more_names}"
-    return replace(table, features=tuple(named.get(name, name) for name in table.features)), (note,)
-
-
-def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> list[str]:
-    """Return the names of the features in the order in which the model was fitted, if the model declares names.
-
-    Raises `TargetError` if the columns differ.
-    """
-    fitted_names = expected.feature_names
-    if fitted_names is None or expected.lenient:
-        return features
-    present, expected_names = set(features), set(fitted_names)
-    missing = [name for name in fitted_names if name not in present]
-    extra = [name for name in features if name not in expected_names]
-    if missing or extra:
-        lacks = (
-            f"lacks {', '.join(map(repr, missing[:6]))}{' …' if len(missing) > 6 else ''}" if missing else ""
-        )
-        has = (
-            f"has {', '.join(map(repr, extra[:6]))}{' …' if len(extra) > 6 else ''} beside them"
-            if extra
-            else ""
-        )
-        raise TargetError(
-            f"the model was fitted on {len(fitted_names)} named columns, and {table.name} "
-            f"{' and '.join(filter(None, (lacks, has)))}; give the columns as in training",
-            *(() if missing else _without(extra)),
-        )
-    return list(fitted_names)
+    if expected.needs_labels or label in table.columns or (label is not None and expected.first is None):
+        return label_column(label, table), ()
+    return None, () if label is None else (
+        f"{table.name} has no column {label!r}, so its labels are unknown",
+    )
 
 
 def label_column(label: str | None, table: ColumnTable) -> str:
@@ -271,14 +245,14 @@ def label_column(label: str | None, table: ColumnTable) -> str:
     )
 
 
-def _refuse_dropped(drop: tuple[str, ...], label: str, table: ColumnTable) -> None:
+def _refuse_dropped(drop: tuple[str, ...], label: str | None, table: ColumnTable) -> None:
     for column in drop:
         if column not in table.columns:
             several = column.split(",")
             if len(several) > 1 and all(part.strip() in table.columns for part in several):
                 raise UsageError(
                     f"{table.name} has no column {column!r}; columns are listed one by one",
-                    *_without([part.strip() for part in several]),
+                    *without([part.strip() for part in several]),
                 )
             raise UsageError(
                 f"{table.name} has no column {column!r} to drop{similar_name(column, table.columns)}"
@@ -350,6 +324,7 @@ def _numbers(
     if kinds.any():  # the groups may have text or missing values, and be no feature
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
         x = table.numbers[rows][:, places]
+        refuse_inexact(table, features, kinds, rows)
         if text or not handles_missing(x, expected):
             _refuse_missing(table, features, kinds, rows)
         if text:
@@ -357,8 +332,23 @@ def _numbers(
             sparse = [
                 name for name, numeric in zip(features, mostly, strict=True) if numeric and name in text
             ]
-            raise _not_numbers(table, features, text, sparse)
+            raise _not_numbers(table, features, text, sparse, has_threat=expected.has_threat)
     return table.numbers[rows][:, places]
+
+
+def refuse_inexact(
+    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+) -> None:
+    """Raise `TargetError` for a whole number that float32, in which rows are stored, does not represent."""
+    for name, column in zip(features, kinds.T, strict=True):
+        inexact = np.flatnonzero(column == INEXACT)
+        if len(inexact):
+            raise TargetError(
+                f"the column {name!r} of {table.name} has whole numbers above {EXACT:,}, first in row "
+                f"{rows[inexact[0]]}, and float32, in which rows are stored, represents all whole numbers only up to "
+                "it: scale the column as in training, or leave it out if it is an id",
+                *(without([name]) if len(features) > 1 else ()),
+            )
 
 
 def _refuse_missing(
@@ -375,7 +365,12 @@ def _refuse_missing(
 
 
 def _not_numbers(
-    table: ColumnTable, features: Sequence[str], text: Sequence[str], sparse: Sequence[str]
+    table: ColumnTable,
+    features: Sequence[str],
+    text: Sequence[str],
+    sparse: Sequence[str],
+    *,
+    has_threat: bool,
 ) -> TargetError:
     """Return the error for the columns `text`, which contain strings. `sparse` are those of them whose cells are mostly
     numbers, so that the strings probably stand for missing values.
@@ -386,15 +381,12 @@ def _not_numbers(
         f". Most cells of {sparse[0]} are numbers: leave a cell empty for a missing value" if sparse else ""
     )
     words = [name for name in text if name not in sparse]
+    rules = (
+        ", as the model was trained, or give a threat such as table:rules.yaml, with the rules of the table, or "
+        "text:edits=1,words=3, for a model of texts"
+    )
     return TargetError(
         f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
-        f"numbers in place of the text, as the model was trained, or give a threat such as table:rules.yaml, with the "
-        f"rules of the table, or text:edits=1,words=3, for a model of texts{empty}",
-        *(_without(words) if 0 < len(words) < len(features) else ()),
+        f"numbers in place of the text{rules if has_threat else ''}{empty}",
+        *(without(words) if 0 < len(words) < len(features) else ()),
     )
-
-
-def _without(columns: Sequence[str]) -> tuple[Remedy, ...]:
-    """Return the argument with which columns are no features; none if they are too many to be listed."""
-    drop = Remedy("drop", tuple(columns), function="open_data", repeated=True)
-    return (drop,) if len(columns) <= _LISTED else ()

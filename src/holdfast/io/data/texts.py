@@ -48,14 +48,18 @@ def codes(
 
 
 def column_of_texts(
-    table: ColumnTable, requested: str | None, label: str, drop: tuple[str, ...], rows: NDArray[np.int64]
+    table: ColumnTable,
+    requested: str | None,
+    label: str | None,
+    drop: tuple[str, ...],
+    rows: NDArray[np.int64],
 ) -> tuple[NDArray[np.str_], tuple[str, ...]]:
     """Return the texts in the given rows of a table, and a note for the report if other columns are not used.
 
     Without a `requested` column, it is the only column beside the label that contains no numbers. Raises `UsageError`
     if there is no such column, or if there are several.
     """
-    if requested == label:
+    if requested is not None and requested == label:
         raise UsageError(
             f"{label!r} is the label of {table.name}, and the inputs",
             Remedy("x", Placeholder("COLUMN"), function="open_data"),

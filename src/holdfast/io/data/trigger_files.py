@@ -1,8 +1,9 @@
 """Reads and writes the trigger of a backdoor: an `.npz` file with the arrays `mask` and `pattern`, and optionally
-`shift` and `target`.
+`shift`, `target`, and the valid range of the values, `low` and `high`.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from holdfast.core.errors import TargetError
 from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.npz import Npz
-from holdfast.io.files import readable_file, refuse_address
+from holdfast.io.files import refuse_address, replacing
 
 MOST_VALUES = 1 << 20
 """Largest number of values of a pattern, because the trigger is stored with each run: more than an image of 3x512x512
@@ -21,7 +22,7 @@ _MOST_CLASSES = 10**6
 
 def read_trigger(path: str | Path) -> Trigger:
     """Return the trigger in a file. Raises `TargetError` if it contains none."""
-    name, archive = repr(str(path)), Npz(readable_file(Path(path), "trigger file"))
+    name, archive = repr(str(path)), Npz(Path(path), "trigger file")
     pattern, mask = (_values(archive, array, name) for array in ("pattern", "mask"))
     shape = tuple(pattern.shape)
     if not shape or not 0 < pattern.numel() <= MOST_VALUES:
@@ -49,7 +50,7 @@ def read_trigger(path: str | Path) -> Trigger:
             f"mask and shift in {name} are 0 everywhere, so that the trigger changes nothing; write a trigger with "
             "values above 0"
         )
-    return Trigger(mask, pattern, _target(archive, name), shift)
+    return Trigger(mask, pattern, _target(archive, name), shift, _ends(archive, name))
 
 
 def write_trigger(path: str | Path, trigger: Trigger) -> None:
@@ -60,9 +61,11 @@ def write_trigger(path: str | Path, trigger: Trigger) -> None:
         for name, values in arrays.items()
         if values is not None
     }
-    target = {} if trigger.target is None else {"target": np.int64(trigger.target)}
+    target: dict[str, Any] = {} if trigger.target is None else {"target": np.int64(trigger.target)}
+    if trigger.ends is not None:
+        target |= dict(zip(("low", "high"), map(np.float64, trigger.ends), strict=True))
     try:
-        with Path(path).open("wb") as file:  # savez would append another suffix to a name
+        with replacing(Path(path)) as file:  # savez would append another suffix to a name
             np.savez(file, allow_pickle=False, **present, **target)
     except OSError as error:
         raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -85,6 +88,21 @@ def _values(archive: Npz, array: str, name: str) -> Tensor:
             "finite numbers were expected"
         )
     return torch.from_numpy(values.astype(np.float32))
+
+
+def _ends(archive: Npz, name: str) -> tuple[float, float] | None:
+    """Return the lowest and the highest valid value of the archive; None without them."""
+    present = [key for key in ("low", "high") if key in archive.names]
+    if not present:
+        return None
+    if len(present) == 1:
+        raise TargetError(
+            f"{name} has the array {present[0]}; both low and high, or none of them, were expected"
+        )
+    values = [_values(archive, key, name) for key in ("low", "high")]
+    if any(each.numel() != 1 for each in values) or float(values[0]) >= float(values[1]):
+        raise TargetError(f"low and high in {name} are not one number each, the first below the second")
+    return float(values[0]), float(values[1])
 
 
 def _target(archive: Npz, name: str) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from holdfast.attacks.parts.losses import margin_loss
-from holdfast.core.errors import UnclearOutput
+from holdfast.core.errors import TargetError, UnclearOutput
 from holdfast.core.model import EVERY, Classifier
 from holdfast.core.outputs import PROBABILITY, are_probabilities
 from holdfast.core.refusals import CUTS
@@ -15,6 +15,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.io.doctor.examined import STEADY, Examined, Finding, outputs_of
 from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels
 from holdfast.io.models.estimators import Estimator
+from holdfast.io.remote.probing import refused_gradient
 from holdfast.statistics.intervals import against_majority
 
 
@@ -89,15 +90,16 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
     class.
     """
     y = examined.batch.y
-    compared = against_majority(examined.logits.argmax(1) == y, y)
+    compared = against_majority(examined.logits.argmax(1) == y, y, examined.logits.shape[1])
     text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
     names = None if any(class_orders(examined)) else examined.names
     if compared.at_chance:
         yield Finding(
             "accuracy",
             "warning",
-            f"{text}, no better than always predicting the majority class ({compared.majority:.1%})",
-            "check that the data belong to the model",
+            f"{text}, no better than always predicting the majority class ({compared.majority:.1%}): the "
+            f"{examined.logits.shape[1]} outputs do not look like logits or probabilities of the labels",
+            "check that the data belong to the model, and that it is a classifier whose outputs are scores of classes",
             remedies=(checked_order(names),) if names else (),
         )
     else:
@@ -144,7 +146,16 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
         yield Finding("gradients", "good", text)
         return
     x = examined.batch.x.clone().requires_grad_()
-    logits = examined.model(x)
+    try:
+        logits = examined.model(x)
+    except TargetError as error:  # the model accepted the same inputs without gradients
+        yield Finding(
+            "gradients",
+            "warning",
+            f"{refused_gradient(error)}: attacks use only the scores, and the default suite is black-box",
+            "if a network of torch is behind it, give the network itself",
+        )
+        return
     grad = None
     try:
         if logits.requires_grad:

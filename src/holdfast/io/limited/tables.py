@@ -8,7 +8,7 @@ import csv
 import gc
 import gzip
 import io
-from collections import Counter
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, pairwise
@@ -32,7 +32,7 @@ from holdfast.io.data.columns import (
     rounded,
     side_by_side,
 )
-from holdfast.io.files import megabytes, reason_of
+from holdfast.io.files import megabytes, opened, reason_of
 from holdfast.io.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
@@ -66,8 +66,8 @@ _ROWS = 256
 class TextCells(list[str]):
     """Cells of one column of a CSV file in a block of rows."""
 
-    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the values of the cells as float32, with NaN for cells that are not numbers, and whether each cell is
+    def numbers(self) -> tuple[NDArray[np.float64], NDArray[np.uint8] | None]:
+        """Return the values of the cells as float64, with NaN for cells that are not numbers, and whether each cell is
         a number, missing or text.
         """
         return as_numbers(self)
@@ -86,15 +86,15 @@ class ArrowCells:
     def __len__(self) -> int:
         return len(self.column)
 
-    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the values of the cells as float32, and whether each cell is a number, missing or text. Cells are not
+    def numbers(self) -> tuple[NDArray[np.float64], NDArray[np.uint8] | None]:
+        """Return the values of the cells as float64, and whether each cell is a number, missing or text. Cells are not
         converted to strings if all are numbers.
         """
         import pyarrow as pa
 
         kind = self.column.type
         if self.column.null_count == 0 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            return rounded(self.column.to_numpy(zero_copy_only=False)), None
+            return self.column.to_numpy(zero_copy_only=False).astype(np.float64), None
         return as_numbers(_texts(self.column))
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
@@ -136,20 +136,25 @@ def read(
     header: bool,
     words: list[str] | None,
     groups: str | None,
+    needs_label: bool,
 ) -> dict[str, Any]:
     """Return the column names and the distinct label strings of a table file, and write its converted cells to files in
     the folder.
 
-    If the table has no column `label`, no rows are read. `inputs` is the column whose cells are the inputs. `separator`
+    If the table has no column `label`, no rows are read if `needs_label`. None are read if names of columns are
+    repeated. `inputs` is the column whose cells are the inputs. `separator`
     and `header` are those of a CSV file; columns without a header are named 0, 1, 2, …. The cells of the columns
     `words`, or of all columns if it is None, are read as strings, like those of the label. Those of the column `groups`
     are read as strings as well as numbers.
     """
     assert content is None, "a table is read from its file"
-    if path.suffix == ".parquet":
-        return _read_parquet(path, folder, label, drop, inputs, words, groups)
-    names, blocks = _csv(path, label, separator, has_header=header)
-    return _read_columns(path, folder, label, drop, words, names, blocks, groups)
+    with opened(path, "data file") as source:
+        if path.suffix == ".parquet":
+            return _read_parquet(
+                path, source, folder, label, drop, inputs, words, groups, needs_label=needs_label
+            )
+        names, blocks = _csv(path, source, label, separator, has_header=header)
+        return _read_columns(path, folder, label, drop, words, names, blocks, groups, needs_label=needs_label)
 
 
 def _read_columns(
@@ -161,11 +166,11 @@ def _read_columns(
     header: list[str],
     blocks: Blocks,
     groups: str | None = None,
+    *,
+    needs_label: bool = True,
 ) -> dict[str, Any]:
-    if not header or len(set(header)) != len(header):
-        doubled = [name for name, n in Counter(header).items() if n > 1]
-        shown = [name[:_SHOWN] for name in doubled[:3]] or "nothing"
-        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {shown}")
+    if not header:
+        raise TargetError(f"{str(path)!r} needs a header of distinct names; found nothing")
     longest = max(map(len, header))
     if longest > MAX_WORD:
         raise TargetError(
@@ -174,14 +179,15 @@ def _read_columns(
         )
     read_as_words = [name for name in header if name not in drop] if words is None else words
     only_texts = (label, SPLIT_COLUMN, *read_as_words)
-    texts = [name for name in header if name in (*only_texts, groups) and label in header]
-    features = [name for name in header if name not in (*only_texts, *drop)] if label in header else []
+    is_read = (label in header or not needs_label) and len({*header}) == len(header)
+    texts = [name for name in header if name in (*only_texts, groups) and is_read]
+    features = [name for name in header if name not in (*only_texts, *drop)] if is_read else []
     indices_of_words: list[dict[str, int]] = [{} for _ in texts]
     rows, all_numbers = 0, True
     with ExitStack() as files:
         word_files = [files.enter_context((folder / f"words-{i}").open("wb")) for i in range(len(texts))]
         numbers, kinds = (files.enter_context((folder / name).open("wb")) for name in (_NUMBERS, _KINDS))
-        for block in blocks if label in header else ():
+        for block in blocks if is_read else ():
             rows += len(block[header[0]])
             _refuse_many(path, rows, len(header))
             for name, places, file in zip(texts, indices_of_words, word_files, strict=True):
@@ -199,14 +205,17 @@ def _read_columns(
 
 def _read_parquet(
     path: Path,
+    source: io.BufferedReader,
     folder: Path,
     label: str | None,
     drop: list[str],
     inputs: str | None,
     words: list[str] | None,
     groups: str | None,
+    *,
+    needs_label: bool,
 ) -> dict[str, Any]:
-    file = _open_parquet(path)
+    file = _open_parquet(path, source)
     header = list(file.schema_arrow.names)
     whole = [
         field.name
@@ -224,8 +233,11 @@ def _read_parquet(
             f"{str(path)!r} has {len(whole)} columns of images or of arrays: {', '.join(whole[:6])}; one is the input",
             *(Remedy("x", name, function="open_data") for name in whole[:3]),
         )
-    if not whole or label not in header:
-        return _read_columns(path, folder, label, drop, words, header, _batches(path, file, header), groups)
+    if not whole or (label not in header and needs_label):
+        blocks = _batches(path, file, header)
+        return _read_columns(
+            path, folder, label, drop, words, header, blocks, groups, needs_label=needs_label
+        )
     column = inputs or whole[0]
     words = [*(words or ()), *([] if groups is None else [groups])]
     texts = [name for name in header if name in (label, SPLIT_COLUMN, *words)]
@@ -233,7 +245,14 @@ def _read_parquet(
     with (folder / _INPUTS).open("wb") as cells, (folder / _ENDS).open("wb") as ends:
         write = _InputWriter(path, column, cells, ends)
         description = _read_columns(
-            path, folder, label, [*drop, column], words, [*texts, column], write.through(blocks)
+            path,
+            folder,
+            label,
+            [*drop, column],
+            words,
+            [*texts, column],
+            write.through(blocks),
+            needs_label=False,
         )
     unread = [name for name in header if name not in (*texts, column)]
     return description | {"columns": header, "inputs": write.description() | {"unread": unread}}
@@ -438,11 +457,13 @@ def _as_words(
     return indices if places is None else indices[places]
 
 
-def _csv(path: Path, label: str | None, separator: str, *, has_header: bool) -> tuple[list[str], Blocks]:
+def _csv(
+    path: Path, source: io.BufferedReader, label: str | None, separator: str, *, has_header: bool
+) -> tuple[list[str], Blocks]:
     try:
-        lines = _lines(_decoded(path), separator)
+        lines = _lines(_decoded(path, source), separator)
         first = next(lines, [])
-        probable = _probable_separator(path) if len(first) < 2 else separator
+        probable = _probable_separator(path, source) if len(first) < 2 else separator
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(path, error) from error
     if probable != separator:
@@ -473,12 +494,15 @@ def _lines(text: Iterable[str], separator: str) -> Iterator[list[str]]:
     return csv.reader(text, strict=True, delimiter=separator, skipinitialspace=separator == " ")
 
 
-def _probable_separator(path: Path) -> str:
+def _probable_separator(path: Path, source: io.BufferedReader) -> str:
     """Return the separator that divides the first lines into equally many cells, the most of all separators.
 
     It is the comma if no separator does.
     """
-    start = _decoded(path).read(_START)
+    place = source.tell()
+    source.seek(0)
+    start = _decoded(path, source).read(_START)
+    source.seek(place)
     lines = [line for line in start.splitlines() if line.strip()]
     complete = lines[: min(_LINES, len(lines) - (len(start) == _START))] or lines[:1]
     n_cells = {each: {*map(len, _lines(complete, each))} for each in _SEPARATORS}
@@ -522,18 +546,15 @@ class _LimitedReader(io.RawIOBase):
     implausible.
     """
 
-    def __init__(self, path: Path, stream: Any, most: int) -> None:
-        self.path, self.stream, self.most, self.n_read = path, stream, most, 0
-        self.small = max(_SMALL, _RATIO * path.stat().st_size)
+    def __init__(self, path: Path, source: io.BufferedReader, most: int) -> None:
+        self.path, self.most, self.n_read = path, most, 0
+        self.stream: Any = gzip.GzipFile(fileobj=source) if path.suffix == ".gz" else source
+        self.n_bytes = os.fstat(source.fileno()).st_size
+        self.small = max(_SMALL, _RATIO * self.n_bytes)
 
     def readable(self) -> bool:
         """Return True, because the file is open for reading."""
         return True
-
-    def close(self) -> None:
-        """Close the table file."""
-        self.stream.close()
-        super().close()
 
     def readinto(self, buffer: Any) -> int:
         """Read the next bytes of a table file into the buffer and return their number. Raises `TargetError` if the file
@@ -544,7 +565,7 @@ class _LimitedReader(io.RawIOBase):
         self.n_read += len(content)
         if self.n_read > max(self.small, requested_memory()):
             raise TargetError(
-                f"{str(self.path)!r} has {megabytes(self.path.stat().st_size)} and inflates to more than "
+                f"{str(self.path)!r} has {megabytes(self.n_bytes)} and inflates to more than "
                 f"{megabytes(self.small)}: a bomb rather than data. If it is data, inflate it before it is given, or "
                 f"set {MEMORY}=16GB"
             )
@@ -556,9 +577,8 @@ class _LimitedReader(io.RawIOBase):
         return len(content)
 
 
-def _decoded(path: Path) -> io.TextIOWrapper:
-    stream: Any = gzip.GzipFile(path) if path.suffix == ".gz" else io.FileIO(path)
-    counted = _LimitedReader(path, stream, max(MAX_BYTES, requested_memory()))
+def _decoded(path: Path, source: io.BufferedReader) -> io.TextIOWrapper:
+    counted = _LimitedReader(path, source, max(MAX_BYTES, requested_memory()))
     # The encoding skips a byte order mark, which spreadsheets write; `csv` requires that line ends are not converted.
     return io.TextIOWrapper(io.BufferedReader(counted, 1 << 20), encoding="utf-8-sig", newline="")
 
@@ -567,14 +587,14 @@ def _unreadable(path: Path, error: Exception) -> TargetError:
     return TargetError(f"{str(path)!r} is no readable UTF-8 table: {reason_of(error)}; write it again")
 
 
-def _open_parquet(path: Path) -> Any:
+def _open_parquet(path: Path, source: io.BufferedReader) -> Any:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UsageError(f"{str(path)!r} is parquet, and pyarrow is missing", Install("parquet")) from error
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(source)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable_parquet(path, error) from error
     _refuse_many(path, file.metadata.num_rows, len(file.schema_arrow.names))

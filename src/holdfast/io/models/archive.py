@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.core.errors import CarriesCode, TargetError
 from holdfast.core.remedies import TRUST_CODE
-from holdfast.io.files import megabytes, readable_file
+from holdfast.io.files import content_of_file, megabytes
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limits import MEMORY, Limits, requested_memory
 from holdfast.io.limited.weights import SAFER, WRITTEN
@@ -30,6 +30,8 @@ MAX_MEMBERS = 100_000
 """Largest number of members of an archive; torch stores one member for each tensor."""
 LIMITS = Limits(copies=5, spare_bytes=512 * 2**20)
 """Limits of the process that unpickles a state dict."""
+RAISE_LIMIT = f"if you trust it, raise the limit with {MEMORY}=16GB"
+"""Advice for a file that is larger than a limit that the user can raise."""
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAVED_BY = (
     "torch.save stores members uncompressed, so this file was repacked. Save it again with "
@@ -49,26 +51,13 @@ class Weights:
 
 
 def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """Return the content of a file. Raises `TargetError` if it cannot be read or is larger than `max_bytes`.
+    """Return the content of a file. Raises `TargetError` if it cannot be read, or is larger than `max_bytes` and
+    than `HOLDFAST_READ_MEMORY`.
 
     The file is read once, so that the bytes that are checked are those that are loaded. `what` describes the file in
     error messages.
     """
-    readable_file(path, what)
-    refuse_large(path, max_bytes)
-    return path.read_bytes()
-
-
-def refuse_large(path: Path, max_bytes: int) -> None:
-    """Raise `TargetError` if a file is larger than `max_bytes`, unless the environment variable `HOLDFAST_READ_MEMORY`
-    permits its size.
-    """
-    n_bytes, limit = path.stat().st_size, max(max_bytes, requested_memory())
-    if n_bytes > limit:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(n_bytes)}; at most {megabytes(limit)} is read. If you trust it, raise the "
-            f"limit with {MEMORY}=16GB"
-        )
+    return content_of_file(path, what, most=max(max_bytes, requested_memory()), advice=RAISE_LIMIT)
 
 
 def is_script(content: bytes) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Remedy
+from holdfast.io.files import text_of_file
 from holdfast.io.models.models import BUNDLED_FOLDER, CARD
 
 _INDENT = "    "  # indent of the settings in a bundled card
@@ -25,15 +26,16 @@ def trained_by(address: str) -> dict[str, Any] | None:
     if "/" not in address and bundled.is_file():
         lines = bundled.read_text(encoding="utf-8").splitlines()
         return _recipe(json.loads("\n".join(line for line in lines if line.startswith(_INDENT)) or "{}"))
-    if not (Path(address).is_file() and beside.is_file()):
+    if not (Path(address).is_file() and beside.exists()):
         return None
+    text = text_of_file(beside, "card")
     try:
-        card = json.loads(beside.read_text(encoding="utf-8"))
+        card = json.loads(text)
         name, settings = card["recipe"], card["settings"]
         if not isinstance(name, str) or not isinstance(settings.get("training", {}), dict):
             raise TypeError("recipe is not a text, or settings.training is not an object")
         return _recipe({**settings, "recipe": name})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(
             f"{str(beside)!r} is not the card of a hardened model: {error!r}; restore it",
             Remedy("recipe", "pgd"),

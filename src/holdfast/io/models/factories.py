@@ -22,7 +22,7 @@ from torch import nn
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.io.files import readable_file, sha256_of_file, similar_name
+from holdfast.io.files import content_of_file, sha256_of_file, similar_name
 from holdfast.io.models.adapting import accepted, refuse_generator, takes_no_input
 from holdfast.io.models.estimators import Predictor
 from holdfast.io.models.object_digest import LOADED
@@ -59,8 +59,7 @@ def refuse_without_factory(address: str) -> None:
     """
     if not address.endswith(".py"):
         return
-    path = readable_file(Path(address), "code file")
-    names = _factories(path)
+    names = _factories(content_of_file(Path(address), "code file"))
     shown = f"; it defines {', '.join(names)}" if names else ""
     raise UsageError(
         f"{address!r} names no function that returns the model{shown}: give {address}:{names[0] if names else 'make'}"
@@ -68,10 +67,12 @@ def refuse_without_factory(address: str) -> None:
     )
 
 
-def _factories(path: Path) -> list[str]:
-    """Return the names of functions and classes of a file, those first that can be called without arguments."""
+def _factories(code: bytes) -> list[str]:
+    """Return the names of functions and classes in the code of a file, first those that can be called without
+    arguments.
+    """
     try:
-        body = ast.parse(path.read_bytes()).body
+        body = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     functions = [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
@@ -85,10 +86,10 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
     function builds.
     """
     file_name, _, factory_name = address.rpartition(":")
-    path = readable_file(Path(file_name), "code file")
+    path = Path(file_name)
+    # Read once: the digest in the evidence is that of the code that runs, even if the file is changed meanwhile.
+    content = content_of_file(path, "code file")
     with importable(path.parent):
-        # Read once: the digest in the evidence is that of the code that runs, even if the file is changed meanwhile.
-        content = path.read_bytes()
         module = module_of_user(path, content)
         factory = _factory(module, factory_name, path)
         return call_factory(factory, arguments, address, {file_name: hashlib.sha256(content).hexdigest()})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from holdfast.core.errors import TargetError
-from holdfast.io.files import readable_file
+from holdfast.io.files import content_of_file
 from holdfast.io.models.archive import Weights, read_once, read_weights
 
 METADATA_KEY = "holdfast"
@@ -35,7 +35,7 @@ def state_dict_content(path: Path) -> bytes:
     """
     if path.suffix != ".safetensors":
         return read_once(path, "weights file")
-    return readable_file(path, "weights file").read_bytes()
+    return content_of_file(path, "weights file")
 
 
 def read_state_dict(path: Path, content: bytes) -> tuple[Weights, dict[str, Any]]:
@@ -116,9 +116,10 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
     """
     tensors, notes = _fitting(net, weights, source)
     net.load_state_dict(tensors)
+    # those of the network, because a number of 64 bits may be infinite in one of 32 bits
     broken = [
         name
-        for name, value in tensors.items()
+        for name, value in net.state_dict().items()
         if value.is_floating_point() and not torch.isfinite(value).all()
     ]
     if broken:
@@ -172,6 +173,11 @@ def _problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in expected
         if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    shapes += [  # copying them would drop the imaginary parts
+        f"{name} is {tensors[name].dtype}, expected {expected[name].dtype}"
+        for name in expected
+        if name in tensors and tensors[name].is_complex() and not expected[name].is_complex()
     ]
     return [
         f"{kind} {_listed(names)}"

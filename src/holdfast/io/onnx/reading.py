@@ -4,6 +4,7 @@ External data are read only from the folder of the file.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Install, Placeholder, Remedy
-from holdfast.io.files import megabytes, readable_file, sha256_of_file
+from holdfast.io.files import content_of_file, opened, sha256_of_file
 
 MOST_ROUNDS = 1 << 16
 """Largest number of iterations of a loop."""
@@ -168,13 +169,7 @@ def onnx_module() -> ModuleType:
 
 def onnx_content(path: Path) -> bytes:
     """Return the bytes of an ONNX file. Raises `TargetError` if it is too large."""
-    readable_file(path, "model")
-    if path.stat().st_size > MAX_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read: give the "
-            "network as file.py:factory"
-        )
-    return path.read_bytes()
+    return content_of_file(path, "model", most=MAX_BYTES, advice="give the network as file.py:factory")
 
 
 def bytes_beside(path: Path) -> int:
@@ -301,20 +296,21 @@ def _load_external(tensor: Any, model: Path, n_bytes: int) -> Path:
             f"{str(model)!r} refers to data in {location[:_SHOWN]!r}, which is outside its folder and is not read; put "
             "the data next to the model"
         )
-    readable_file(data_file, "data of the model")
-    try:
-        offset = int(entries.get("offset", 0))
-        length = int(entries.get("length", data_file.stat().st_size - offset))
-    except ValueError as error:
-        raise TargetError(
-            f"{str(model)!r} specifies the position of {tensor.name[:_SHOWN]} by {str(entries)[:_SHOWN]}; numbers were "
-            "expected: export it again"
-        ) from error
-    if offset < 0 or length < 0 or offset + length > data_file.stat().st_size or n_bytes + length > MAX_BYTES:
-        raise TargetError(
-            f"{str(model)!r} refers to {length} bytes at {offset} of {location!r}, which are not there; export it again"
-        )
-    with data_file.open("rb") as file:
+    with opened(data_file, "data of the model") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            offset = int(entries.get("offset", 0))
+            length = int(entries.get("length", size - offset))
+        except ValueError as error:
+            raise TargetError(
+                f"{str(model)!r} specifies the position of {tensor.name[:_SHOWN]} by {str(entries)[:_SHOWN]}; numbers "
+                "were expected: export it again"
+            ) from error
+        if offset < 0 or length < 0 or offset + length > size or n_bytes + length > MAX_BYTES:
+            raise TargetError(
+                f"{str(model)!r} refers to {length} bytes at {offset} of {location!r}, which are not there; export it "
+                "again"
+            )
         file.seek(offset)
         tensor.raw_data = file.read(length)
     # Marks the data as part of the model, so that neither onnx nor onnxruntime opens the file again.

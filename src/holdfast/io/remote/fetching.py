@@ -5,12 +5,9 @@ Files in the original formats of the data sets are read without pickle, and writ
 
 import gzip
 import hashlib
-import io
-import os
 import shutil
 import struct
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 import zlib
@@ -22,23 +19,25 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.arrays import Array
 from holdfast.io.data.npz import Npz
+from holdfast.io.data.pictures import decoded
 from holdfast.io.data_catalogue import CATALOGUE, Entry, RemoteFile, data_folder, entry_of
-from holdfast.io.files import megabytes
+from holdfast.io.files import megabytes, opened, replacing
 
 MAX_BYTES = 2**30
 """Largest number of bytes of an official file after decompression; the largest known file has a fifth of it."""
+_MOST_IMAGES = 100_000
+"""Largest number of images of an archive with strips; the largest known one has a half of it."""
 _CIFAR_ROW = 1 + 3 * 32 * 32  # bytes of a label and an image
 
 
 def idx(path: Path) -> NDArray[np.uint8]:
     """Return the array in a gzipped IDX file, the format of MNIST: unsigned bytes in any number of dimensions."""
     try:
-        with gzip.open(path) as file:
+        with opened(path, "data file") as packed, gzip.GzipFile(fileobj=packed) as file:
             content = file.read(MAX_BYTES + 1)
         zeros, kind, n_dims = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{n_dims}I", content[4 : 4 + 4 * n_dims])
@@ -67,7 +66,7 @@ def cifar_arrays(archive: Path) -> dict[str, Array]:
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     contents: dict[str, Array] = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with opened(archive, "data file") as packed, tarfile.open(fileobj=packed, mode="r:gz") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 if name in names and member.isfile() and member.size <= MAX_BYTES:
@@ -104,10 +103,28 @@ def strip_arrays(paths: Mapping[str, tuple[Path, ...]], side: int = 32) -> dict[
         images, labels = [], []
         for path in files:
             archive = Npz(path)
-            blob, offsets = archive.array("webp"), archive.array("offsets").tolist()
-            images += [_strip(blob[a:b].tobytes(), path) for a, b in pairwise(offsets)]
-            labels.append(archive.array("y"))
-        arrays[f"x_{split}"] = np.concatenate(images).reshape(-1, side, side, 3)
+            blob, offsets, y = (archive.array(name) for name in ("webp", "offsets", "y"))
+            if any(
+                values.ndim != 1 or values.dtype.kind not in "iu" for values in (blob, offsets, y)
+            ) or not (
+                len(y) <= _MOST_IMAGES
+                and len(blob) == blob.nbytes
+                and (np.diff(offsets.astype(float)) >= 0).all()
+            ):
+                raise _no_strips(path, "its arrays have other types or sizes")
+            left = len(y)
+            for a, b in pairwise(offsets.tolist()):
+                strip = _strip(blob[a:b].tobytes(), path, side)
+                left -= len(strip)
+                if (
+                    left < 0
+                ):  # before further strips, which may take much more memory than the file, are decoded
+                    break
+                images.append(strip)
+            if left:
+                raise _no_strips(path, f"it has {len(y):,} labels and another number of images")
+            labels.append(y)
+        arrays[f"x_{split}"] = np.concatenate(images)
         arrays[f"y_{split}"] = np.concatenate(labels)
     return arrays
 
@@ -116,26 +133,24 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write the arrays to a compressed `.npz` file. The file is replaced atomically, so that no reader gets an
     incomplete file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            np.savez_compressed(file, **contiguous)  # type: ignore[arg-type] # its stub takes every name for a flag
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        np.savez_compressed(file, **contiguous)  # type: ignore[arg-type] # its stub takes every name for a flag
 
 
-def _strip(content: bytes, path: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(content), formats=("WEBP",)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise TargetError(
-            f"{str(path)!r} contains a damaged image strip: {error}; get the file again"
-        ) from error
+def _strip(content: bytes, path: Path, side: int) -> NDArray[np.uint8]:
+    """Return the images (n, side, side, 3) of a strip, which is decoded with the limits of other images."""
+    pixels = decoded((content,), (0,), str(path))[0][0]
+    if pixels.shape[0] != 3 or pixels[0].size % side**2:
+        raise _no_strips(path, f"a strip has the shape {pixels.shape}")
+    images: NDArray[np.uint8] = pixels.transpose(1, 2, 0).reshape(-1, side, side, 3)
+    return images
+
+
+def _no_strips(path: Path, reason: str) -> TargetError:
+    return TargetError(
+        f"{str(path)!r} does not contain strips of images with labels: {reason}; get the file again"
+    )
 
 
 TIMEOUT_S = 60  # seconds without data after which a download fails
@@ -263,14 +278,10 @@ def _files(folder: Path, entry: Entry) -> tuple[str, ...]:
 def _import_files(folder: Path, entry: Entry, files: tuple[str, ...]) -> None:
     target = data_folder() / entry.file
     if files == (entry.file,):
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            shutil.copyfile(folder / entry.file, name)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        if target.suffix == ".npz":
+            Npz(folder / entry.file)  # a damaged file does not replace a complete one
+        with opened(folder / entry.file, "data file") as source, replacing(target) as file:
+            shutil.copyfileobj(source, file)
     elif files == entry.parts:
         splits = {split: tuple(folder / f for f in files if f"_{split}" in f) for split in ("train", "test")}
         write_npz(target, strip_arrays(splits))

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import line
+from holdfast.io.files import text_of_file
 from holdfast.io.remote.limited_answers import whole_answer
 from holdfast.io.remote.operator_proofs import (
     ANSWER_HEADER,
@@ -58,14 +59,11 @@ class Unanswered(TargetError):
 
 
 def read_key(path: str | Path) -> str:
-    """Return the API key in a file, which contains nothing else. Raises `UsageError` if there is none."""
-    try:
-        key = Path(path).read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"the key file {str(path)!r} cannot be read ({error}); give a file that contains an API key"
-        ) from error
-    if not key or not key.isprintable() or " " in key:
+    """Return the API key in a file, which contains nothing else. Raises `UsageError` for another content,
+    and `TargetError` if it cannot be read.
+    """
+    key = text_of_file(Path(path), "key file").strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"the key file {str(path)!r} does not contain one API key; write into it what holdfast keys add prints"
         )

@@ -34,7 +34,7 @@ NO_GRADIENT = (
     f"is not meaningful; remove the operations that interrupt it ({CUTS}), or use the suite black-box, which needs "
     "only scores"
 )
-"""Note for a model whose outputs have no computation graph."""
+"""Note for a model whose outputs have no computation graph, if an attack needs gradients."""
 
 
 class ProbedClassifier:
@@ -203,12 +203,13 @@ def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
 
 
 def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
-    """Restrict attacks to the scores of a model whose backward pass raises an error. Return a note for the report with
-    the reason.
+    """Restrict attacks to the scores of a model whose backward pass raises an error, or which accepts no input that
+    requires a gradient. Return a note for the report with the reason.
 
     Such models are common: an operator without a derivative, a value that is changed in place after it was saved, a
-    cuDNN LSTM in eval mode. If the outputs have no graph, only a note is returned: attacks continue, and the doubt
-    `zero-gradient` is raised. Cost: one forward and one backward pass of two examples.
+    cuDNN LSTM in eval mode, a function that passes its inputs to numpy or another runtime. If the outputs have no
+    graph, the model is marked as `cut`: attacks continue, and the doubt `zero-gradient` is raised. Cost: one forward
+    and one backward pass of two examples.
     """
     if model.access != "gradients" or model.remote or not len(data):
         return ()
@@ -220,20 +221,49 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
             logits = model(x)
         except TargetLost:
             raise
+        except TargetError as error:
+            if not _accepts(model, x.detach()):
+                return ()  # raised again by the run, with advice
+            return _of_scores(model, refused_gradient(error))
         except (HoldfastError, RuntimeError, MemoryError):
             return ()  # raised again by the run, with advice
         if not logits.requires_grad:
-            return (NO_GRADIENT,)
+            model.cut = True
+            return ()
         try:
             grad = cast("Tensor | None", torch.autograd.grad(logits.sum(), x, allow_unused=True)[0])
         except RuntimeError as error:
             if out_of_memory(error):
                 return ()
-            model.access, model.failing = "scores", True
-            first_line = (str(error).splitlines() or [""])[0].rstrip(".")
-            model.hides = f"its backward pass raises {type(error).__name__}: {first_line}"
-            return (f"attacks use only the scores of the model, because {model.hides}",)
-    return () if grad is not None else (NO_GRADIENT,)
+            model.failing = True
+            return _of_scores(model, f"its backward pass raises {_first_line(error)}")
+    model.cut = grad is None
+    return ()
+
+
+def _accepts(model: Classifier, x: Tensor) -> bool:
+    """Whether a model returns logits for inputs that require no gradient."""
+    try:
+        with torch.no_grad():
+            model(x)
+    except (HoldfastError, RuntimeError, MemoryError):
+        return False
+    return True
+
+
+def _of_scores(model: Classifier, reason: str) -> tuple[str, ...]:
+    """Restrict attacks to the scores of a model, and return a note with the reason."""
+    model.access, model.hides = "scores", reason
+    return (f"attacks use only the scores of the model, because {reason}",)
+
+
+def refused_gradient(error: TargetError) -> str:
+    """Return in words why a model accepts no input that requires a gradient, from the error that it raises."""
+    return f"an input that requires a gradient raises {_first_line(error.__cause__ or error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].rstrip('.')}"
 
 
 def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:

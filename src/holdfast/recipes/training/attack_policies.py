@@ -223,7 +223,7 @@ def refuse_other_norms(recipe: str, threat: ThreatModel) -> None:
     if not isinstance(threat.constraint, (Linf, L2)):
         raise UsageError(
             f"the recipe {recipe} trains for the threats linf and l2, and the threat is {threat.constraint.name}",
-            Remedy("threat", "linf:8/255"),
+            Remedy("threat", threat.with_change("linf:8/255")),
             Remedy("recipe", "pgd"),
         )
 

@@ -70,7 +70,7 @@ def refuse_without_bounds(threat: ThreatModel, training: Training) -> None:
             f"certified training bounds a network over boxes, which are the balls of linf, and the threat is "
             f"{constraint.name}; under l2, a network with a certificate by its layers, such as lipschitz-aol, is "
             "trained with the recipe margin",
-            Remedy("threat", "linf:0.1"),
+            Remedy("threat", threat.with_change("linf:0.1")),
         )
     if training.compiled:
         raise UsageError(

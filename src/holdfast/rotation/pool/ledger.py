@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.io.files import open_regular, refuse_irregular
 from holdfast.rotation.pool.authentic import (
     HEAD,
     WAY_OUT,
@@ -40,14 +41,7 @@ from holdfast.rotation.pool.ledger_state import (
     Term,
     well_formed,
 )
-from holdfast.runs.store.files import (
-    append,
-    content_of,
-    open_regular,
-    refusal_in_pool,
-    refuse_irregular,
-    usable,
-)
+from holdfast.runs.store.files import append, content_of, refusal_in_pool, usable
 from holdfast.runs.store.locking import locked
 from holdfast.runs.store.records import record_lines
 

@@ -91,7 +91,7 @@ def _with_groups(evidence: Evidence) -> Evidence:
     from holdfast.io.data.example_groups import places_of_letters  # only for runs with groups
 
     group = torch.from_numpy(places_of_letters(stated["of"], len(stated["names"])))
-    data = {**evidence.data, "groups": {name: stated[name] for name in ("column", "names")}}
+    data = {**evidence.data, "groups": {name: stated[name] for name in ("column", "names", "absent")}}
     return replace(evidence, columns={**evidence.columns, "group": group}, data=data)
 
 

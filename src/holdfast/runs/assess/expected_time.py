@@ -143,7 +143,7 @@ def stage_times(plan: Plan, target: Target, sample: Batch, size: int, workers: i
     sample = sample.first(size)
     shares = expected_shares(plan, target, sample)
     sample = sample.take(torch.arange(min(len(sample), LOOKED_AT), device=sample.ids.device))
-    gradients = target.bare.access == "gradients"
+    gradients = target.bare.access == "gradients" and plan.threat.gives("gradients")
     forward_s, backward_s = pass_times(target.quick, sample, size, gradients=gradients)
 
     def seconds(forwards: float, backwards: float) -> float:

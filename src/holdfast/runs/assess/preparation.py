@@ -18,6 +18,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
 from holdfast.core.transformations import Transformations
+from holdfast.core.triggers import Stamped
 from holdfast.io.data.selection import selected
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.checks import enough_threads, refuse_batch, refuse_data, refuse_threat
@@ -174,7 +175,7 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
     if not threat.constraint.is_ball or threat.constraint.eps == float("inf"):
         raise UsageError(
             "the transfer between data sets needs a threat model with a norm and a finite eps",
-            Remedy("threat", "linf:8/255"),
+            Remedy("threat", threat.with_change("linf:8/255")),
             Remedy("across"),
         )
     if threat.goal is not None:
@@ -209,7 +210,11 @@ def plan_for(
 
     Raises an error for what cannot be measured. Gates are not checked.
     """
-    bare, threat = target.bare, request.plan.threat
+    bare = target.bare
+    if isinstance(request.plan.threat.constraint, Stamped):
+        stamped = replace(request.plan.threat, constraint=request.plan.threat.constraint.within(bare.bounds))
+        request = replace(request, plan=replace(request.plan, threat=stamped))
+    threat = request.plan.threat
     limits = (bare.bounds, target.classes, data.name)
     refuse_batch(sample, *limits, whole=data, remote=bare.remote, logits=target.logits)
     if target.rejects and isinstance(threat.constraint, Corruptions):

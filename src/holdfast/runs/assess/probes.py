@@ -104,6 +104,7 @@ def run_probes(
         target.blind,
         target.randomised,
         access=target.bare.access,
+        classes=target.classes,
     )
     counting_model = PassCounter(measurement.target.quick)
     fitting, n_forwards = _input(measurement, columns)

@@ -74,6 +74,8 @@ class AssessRequest:
     """whether the test examples are a random sample, and not the first ones"""
     command: str = ""
     """command that repeats the run"""
+    opening: Mapping[str, Any] = field(default_factory=dict)
+    """settings with which the model and the data are opened again, apart from their addresses"""
     verb: Literal["assess", "certify"] = "assess"
     """name of the verb in the run folder and in reports"""
     before: Before | None = None

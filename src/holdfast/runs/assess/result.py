@@ -17,6 +17,7 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates, missing
 from holdfast.metrics.curves import EpsCurve, eps_curve
+from holdfast.metrics.shares import notes_on_absent
 from holdfast.reports.html import fragment
 from holdfast.reports.summary import Json, later_gate, summary, to_json
 from holdfast.reports.table import frame
@@ -201,7 +202,7 @@ class Result:
             run=self.about,
             rotation=self.rotation,
             training=self.training,
-            notes=missing(self.evidence, self.baseline),
+            notes=(*missing(self.evidence, self.baseline), *notes_on_absent(self.evidence)),
         )
 
     def to_html(self, path: str | Path) -> Path:

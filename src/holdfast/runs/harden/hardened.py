@@ -37,8 +37,9 @@ from holdfast.runs.harden.advice import advice, verdict_entries
 from holdfast.runs.harden.candidates import Candidate, announced_s, standard_error
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.harden.epochs import EndedBy
-from holdfast.runs.store.files import BY_UMASK, PRIVATE, usable, write_atomically
+from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 from holdfast.runs.store.records import document
+from holdfast.statistics.absent_classes import classes_of
 from holdfast.statistics.intervals import against_majority, proportion
 
 MODEL = WEIGHTS
@@ -66,17 +67,17 @@ class Hardened:
         """Return the command line that assesses the new model in the file in `folder`."""
         return _placed(self.card["opened_by"], folder)
 
-    def write(self, folder: str | Path, *, private: bool = False) -> Path:
+    def write(self, folder: str | Path) -> Path:
         """Write the weights, the card and the training curve of the new model to a folder. Return the path of the
         folder.
 
-        The folder is created if it does not exist. With `private`, only its owner can read it and the files. On the
-        card, the command that opens the model contains `folder` as given.
+        The folder is created if it does not exist. On the card, the command that opens the model contains `folder` as
+        given.
         """
         place = Path(folder)
         card = {**self.card, "opened_by": self.opened_by(place)}
         with usable(place):
-            place.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
             for name, content in {
                 MODEL: self.weights,
                 **({} if self.program is None else {PROGRAM: self.program}),
@@ -84,7 +85,7 @@ class Hardened:
                 "card.md": as_markdown(card).encode(),
                 "curve.svg": curve_svg(self.card["curve"], self.card["chosen"]).encode(),
             }.items():
-                write_atomically(place / name, content, PRIVATE if private else BY_UMASK)
+                write_atomically(place / name, content, BY_UMASK)
         return place
 
     @property
@@ -222,7 +223,7 @@ def card_of(
     """
     recipes = [attempt.candidate.name for attempt in trained]
     given = sides[0].evidence
-    at_chance = against_majority(given["correct"], given["y"]).at_chance
+    at_chance = against_majority(given["correct"], given["y"], classes_of(given.model)).at_chance
     card: dict[str, Any] = strict(
         {
             **entries,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Install
-from holdfast.runs.store.files import create_private, open_regular, refusal_in_pool, usable
+from holdfast.io.files import open_regular
+from holdfast.runs.store.files import create_private, refusal_in_pool, usable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
+from holdfast.io.files import NO_WAITING, open_regular
 
 PART = ".part"
 """Suffix of the names of files while they are written. Such files may be deleted by the owner of the folder."""
@@ -25,7 +26,6 @@ them."""
 BY_UMASK = 0o666
 """Mode of a file that a user names for a result, such as a report or a model, before the umask."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
 SERVED = "served.journal"
 """File in a run folder with the number of rows and requests sent to a server. Like times, it is not
@@ -81,31 +81,6 @@ def refusal_in_pool(path: Path, error: OSError) -> TargetError:
     return TargetError(
         f"{shown} cannot be used: {error.strerror or error}; check the path and the disk, or restore it from a copy"
     )
-
-
-def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
-    """Open a regular file, and return its descriptor. It does not wait for a pipe, and follows a link only with
-    `follow`.
-
-    Raises `TargetError` for anything else than a regular file, because the folder may be untrusted, and `OSError`.
-    """
-    # Before it is opened, because opening a device may change its state, and after that, as it may have been replaced.
-    refuse_irregular(path, path.stat() if follow else path.lstat())
-    handle = os.open(path, flags | _NO_WAITING | (0 if follow else _NO_LINK))
-    try:
-        refuse_irregular(path, os.fstat(handle))
-    except TargetError:
-        os.close(handle)
-        raise
-    return handle
-
-
-def refuse_irregular(path: Path, status: os.stat_result) -> None:
-    """Raise `TargetError` if a status is not that of a regular file."""
-    if not stat.S_ISREG(status.st_mode):
-        raise TargetError(
-            f"{str(path)!r} is a link, a folder or a device; a regular file was expected: put the file itself there"
-        )
 
 
 def content_of(
@@ -194,7 +169,7 @@ def append(path: Path, content: bytes) -> None:
 def opened_private(path: Path) -> BinaryIO:
     """Open an empty file for writing that only its owner may read."""
     return os.fdopen(
-        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK | _NO_WAITING, PRIVATE), "wb"
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK | NO_WAITING, PRIVATE), "wb"
     )
 
 
@@ -217,7 +192,7 @@ def clear_parts(folder: Path) -> None:
 
 def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
     # A link or a pipe of this name may be in the folder of someone else.
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | _NO_LINK | _NO_WAITING, mode)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | _NO_LINK | NO_WAITING, mode)
     try:
         if mode != BY_UMASK:  # the file may have existed with another mode
             os.chmod(handle if os.chmod in os.supports_fd else path, mode)  # noqa: PTH101 - not what has the name by now

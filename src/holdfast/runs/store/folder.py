@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from holdfast.core.chain import canonical, digest
@@ -51,6 +52,10 @@ SAMENESS = tuple(_OTHER)
 """Names of the digests that must be equal in all processes and attempts of a run."""
 
 
+_LATEST = 253_402_300_799
+"""last second of the year 9999, after which a time cannot be shown"""
+
+
 class Split(TypedDict):
     """An out-of-memory event in `stage` and `shard`, before row `at`. After it, batches have `size` examples."""
 
@@ -62,6 +67,8 @@ class Split(TypedDict):
 
 class _About(TypedDict, total=False):
     created: str
+    times: dict[Name, Annotated[float, Field(ge=0, le=_LATEST, allow_inf_nan=False)]]
+    """time of each document, in seconds since 1970"""
 
 
 class _Stage(TypedDict):
@@ -226,6 +233,13 @@ class RunFolder:
         """Return the start time of the run."""
         return read_about(self.path)
 
+    def add_about(self, more: Mapping[str, Any]) -> None:
+        """Write values to the file of the start time, which is not in the chain."""
+        self.leases.refuse_lost()
+        file = self.path / ABOUT
+        with usable(file):
+            write_atomically(file, document((read_document(file) if file.is_file() else {}) | dict(more)))
+
     def splits(self) -> tuple[Split, ...]:
         """Return the events of the run in which memory ran out and a batch was split, in a fixed order."""
         return tuple(read_splits(self.path))
@@ -289,7 +303,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return the start time of a run. The result is empty if the file with it is missing.
+    """Return the start time of a run, and the times of its documents if these are stored. The result is empty if the
+    file with them is missing.
 
     The file is not part of the chain, so other fields in it are ignored. Its command line is a record for the owner of
     the run, and is never shown, since it could be any command.

@@ -7,7 +7,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from holdfast.core.errors import InUse, TargetError
-from holdfast.runs.store.files import PRIVATE, open_regular, refuse_irregular
+from holdfast.io.files import open_regular, refuse_irregular
+from holdfast.runs.store.files import PRIVATE
 
 WAIT_S = 60.0
 """Seconds for which a process waits for the lock of another one; operations under such a lock are much shorter."""

@@ -34,6 +34,8 @@ _EVIDENCE = re.compile(
 )
 """Names of files that readers interpret as evidence."""
 _MOST_NOTES = 20
+_DEEPEST = 2
+"""number of runs around an inner one: the measurements of a hardening within an adaptation have two"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def verify(path: Path, *, expect_head: str = "") -> Verified:
             "is another run, or it was written again. Restore the copy whose head was noted, and find out how it was "
             "replaced"
         )
-    inner = [_verified_within(path, folder, outer) for folder in _runs_within(path)]
+    inner = list(_all_within(path, outer, _DEEPEST))
     notes = [*outer.notes, *(note for verified in inner for note in verified.notes)]
     n_unlisted = len(notes) - _MOST_NOTES
     more = [f"{n_unlisted} more files are in no record of the chain"] if n_unlisted > 0 else []
@@ -168,6 +170,18 @@ def _runs_within(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and (entry / MANIFEST).is_file())
 
 
+def _all_within(path: Path, outer: Verified, depth: int) -> Iterator[Verified]:
+    """Verify the inner runs of a run, and those within them."""
+    for folder in _runs_within(path):
+        if depth == 0:
+            raise TargetError(
+                f"{str(folder)!r} is a run inside {_DEEPEST} others, and no run is so deep; move it to another place"
+            )
+        verified = _verified_within(path, folder, outer)
+        yield verified
+        yield from _all_within(folder, verified, depth - 1)
+
+
 def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
     """Verify an inner run, and that it is the one in the outer chain."""
     if folder.is_symlink():
@@ -184,6 +198,4 @@ def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
         raise TargetError(
             f"{str(folder)!r} is a run that is in no record of the chain of {str(path)!r}; move it to another place"
         )
-    for nested in _runs_within(folder):
-        raise TargetError(f"{str(nested)!r} is a run inside a run inside a run; move it to another place")
     return verified

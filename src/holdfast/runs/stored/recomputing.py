@@ -32,6 +32,7 @@ from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.records import Chain
 from holdfast.runs.stored.documents import VERDICT, doubt_from_json, judgement_from_json, outline_from_json
 from holdfast.runs.stored.recomputing_columns import refuse_columns, refuse_other, shortened
+from holdfast.statistics.absent_classes import classes_of
 from holdfast.statistics.intervals import proportion
 
 Json = Mapping[str, Any]
@@ -150,7 +151,9 @@ def _findings(manifest: Json, doubts_json: Json, by_stage: Mapping[str, Columns]
     )
     columns = _suite_columns(outline, before)
     broken = {passed.name: passed.columns["success"] for passed in counted}
-    return conclude({}, columns, MeasurementContext(outline.threat), broken)
+    return conclude(
+        {}, columns, MeasurementContext(outline.threat, classes=classes_of(manifest["model"])), broken
+    )
 
 
 def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
@@ -158,7 +161,9 @@ def _applicable(manifest: Json, by_stage: Mapping[str, Columns]) -> set[str]:
     outline = outline_from_json(manifest["config"])
     before = _before_adaptive(outline, by_stage)
     columns = _suite_columns(outline, before)
-    doubts = conclude({}, columns, MeasurementContext(outline.threat, suite="any")).doubts
+    doubts = conclude(
+        {}, columns, MeasurementContext(outline.threat, suite="any", classes=classes_of(manifest["model"]))
+    ).doubts
     decided_by = {"threat"} if manifest["model"]["randomised"] else {"threat", "randomness"}
     return {
         doubt.name

@@ -31,6 +31,7 @@ from holdfast.runs.harden.hardened import (
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.stored.documents import VERDICT, constraint_of
 from holdfast.runs.stored.recomputing_columns import refuse_other
+from holdfast.statistics.absent_classes import classes_of
 from holdfast.statistics.intervals import against_majority
 
 Json = Mapping[str, Any]
@@ -86,7 +87,8 @@ def _refuse_metrics(run: StoredHardening, side: str, result: Result) -> None:
     refuse_other(file, f"{side}.doubts", [doubt["name"] for doubt in stated["doubts"]], raised)
     own = run.manifest["digests"]["code"] == code_digest()
     if side == "before":
-        at_chance = against_majority(result.evidence["correct"], result.evidence["y"]).at_chance
+        evidence = result.evidence
+        at_chance = against_majority(evidence["correct"], evidence["y"], classes_of(evidence.model)).at_chance
         refuse_other(file, "before.at_chance", stated["at_chance"], at_chance)
     if own:
         for name, value in judged(result.summary()).items():
@@ -189,7 +191,7 @@ def _refuse_training(run: StoredHardening) -> None:
 
 def _without(model: Json) -> dict[str, Any]:
     """The card of a model in a measurement, without the fact that the measurement adds."""
-    return {name: value for name, value in model.items() if name != "randomised"}
+    return {name: value for name, value in model.items() if name not in ("randomised", "outputs")}
 
 
 def _unplanned(settings: Json) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class _Groups(TypedDict):
     column: str
     names: Annotated[list[str], distinct()]
     of: str
+    absent: list[str]
 
 
 class _Data(TypedDict):
@@ -80,6 +81,7 @@ class _Other(TypedDict):
 
 class _Model(_Named):
     randomised: Flag
+    outputs: NotRequired[Count]
     members: NotRequired[list[_Other]]
 
 

@@ -9,11 +9,14 @@ import torch
 
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import Limited
+from holdfast.core.constraints import Constraint, Limited
 from holdfast.core.goal import Goal
+from holdfast.core.model import Bounds
+from holdfast.core.triggers import Stamped
 from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
+from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
@@ -57,7 +60,7 @@ def assess_manifest(
             "code": code_digest(),
         },
         "config": config,
-        "model": strict({**subject.card, "randomised": target.randomised}),
+        "model": strict({**subject.card, "outputs": target.classes, "randomised": target.randomised}),
         "surrogates": [_identity(surrogate) for surrogate in request.surrogates],
         "other_data": [
             {"name": dataset.name, "digest": dataset.digest, "n": len(dataset)} for dataset in request.across
@@ -69,6 +72,7 @@ def assess_manifest(
         "hardware": hardware(torch.device(request.device)),
         "seed": plan.seed,
         "plan": work_of(len(data), request, plan, shape, served=served, stored=stored),
+        **({"opening": dict(request.opening)} if request.opening else {}),
     }
 
 
@@ -156,6 +160,7 @@ def harden_manifest(
         "hardware": machine,
         "seed": request.seed,
         "plan": dict(plan),
+        **({"opening": dict(request.assessment.opening)} if request.assessment.opening else {}),
     }
 
 
@@ -234,6 +239,21 @@ def _groups_identity(data: Data) -> dict[str, Any]:
     }
 
 
+def _units_of_trigger(constraint: Constraint, bounds: Bounds) -> tuple[str, ...]:
+    """Return the note on a trigger whose file does not state the valid range of its values."""
+    if not isinstance(constraint, Stamped) or constraint.trigger.ends is not None:
+        return ()
+    values = constraint.trigger.pattern[constraint.trigger.mask.expand_as(constraint.trigger.pattern) > 0]
+    by_feature = isinstance(bounds.low, torch.Tensor) or isinstance(bounds.high, torch.Tensor)
+    if not len(values) or by_feature or bounds == Bounds():
+        return ()
+    note = (
+        "the file of the trigger does not state the valid range of its values, which are from "
+        f"{float(values.min()):.4g} to {float(values.max()):.4g}; they are taken in the units of the model"
+    )
+    return (note,)
+
+
 def _notes(
     subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
 ) -> list[str]:
@@ -247,8 +267,15 @@ def _notes(
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
+    unknown = _units_of_trigger(plan.threat.constraint, bounds)
+    notes_of_data = [
+        note for each in (data, request.fit, *request.across) for note in getattr(each, "notes", ())
+    ]
+    climbing = any(member.attack.needs == "gradients" for member in plan.members)
+    cut = (NO_GRADIENT,) if subject.model.cut and climbing else ()
     hidden = () if plan.shown else ("the run stores no examples, so that reports show none",)
-    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small, *wide, *hidden]
+    notes = (*dict.fromkeys(notes_of_data), *target.notes, *small, *wide, *unknown, *hidden)
+    return [*subject.notes, *cut, *surrogates, *notes]
 
 
 def _identity(surrogate: Subject) -> dict[str, Any]:

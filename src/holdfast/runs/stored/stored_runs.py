@@ -169,8 +169,9 @@ def open_run(path: Path) -> Result:
     Raises `TargetError` if there is no run in the folder, or if it is unfinished or altered.
     """
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
-    if manifest.get("verb") == "audit":
-        raise TargetError(f"{str(path)!r} is an audit, and a run of assess, certify or harden was expected")
+    if manifest.get("verb") in ("audit", "adapt"):
+        what = "an audit" if manifest["verb"] == "audit" else "an adaptation"
+        raise TargetError(f"{str(path)!r} is {what}, and a run of assess, certify or harden was expected")
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT)
     if decided is None:

@@ -1,0 +1,187 @@
+"""Sample of the inputs that reached the model, with their clients, while a run of `holdfast adapt` holds the server.
+
+Each worker keeps the newest inputs of each client in memory, and of each client the same number if there is not enough
+room, so that a client that sends many requests displaces none of the inputs of others. Nothing is written to a disk.
+"""
+
+import base64
+import io
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from random import randrange
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from holdfast.server.answering_requests import Outcome, ServedSet
+
+ALL_BYTES = 128 * 2**20
+"""largest size of the sampled inputs of all workers, which one answer to the operator contains"""
+_SPACING_S = 0.025
+"""least time between two sampled inputs of a client, so that sampling takes little time from the requests"""
+_EACH, _FAILED, _CLIENTS = 200, 20, 1000
+"""largest numbers of inputs of a client, of those on which the model failed, and of clients"""
+_ANSWERED_S = 10.0
+"""seconds in which the workers must send their samples"""
+_MOST_ANSWERS = 64
+"""largest number of answers of workers that wait to be read"""
+
+
+class _Sampled(NamedTuple):
+    x: Tensor
+    time_s: float
+    request: str
+    row: int
+    set_name: str
+    failed: bool
+
+
+@dataclass(eq=False)
+class _Client:
+    """The newest inputs of one client, and the times from which on another one is sampled."""
+
+    inputs: deque[_Sampled] = field(default_factory=lambda: deque(maxlen=_EACH))
+    failed: deque[_Sampled] = field(default_factory=lambda: deque(maxlen=_FAILED))
+    due_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+
+class SampledInputs:
+    """The sample of one worker. `add` is called by the thread that answers requests, the others by another one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._clients: dict[str, _Client] = {}
+        self._bytes = 0
+
+    def limit(self, n_bytes: int) -> None:
+        """Sample inputs of at most this size in all, or none and forget those that were sampled if it is 0."""
+        with self._lock:
+            self._bytes = n_bytes
+            if not n_bytes:
+                self._clients = {}
+
+    def add(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+        """Sample one input of each request of a batch for which the model was called."""
+        if not self._bytes:
+            return
+        now = time.time()
+        with self._lock:
+            for each in outcomes:
+                if each.reached:
+                    self._offer(each, served.name, now)
+
+    def _offer(self, outcome: Outcome, set_name: str, now: float) -> None:
+        incoming = outcome.job.incoming
+        failed = outcome.refusal is not None and outcome.refusal.cause == "model"
+        client = self._clients.get(incoming.principal)
+        if client is not None and now < client.due_s[failed]:
+            return
+        most = self._bytes // max(1, incoming.x[0].nbytes)
+        if client is None:
+            client = self._clients[incoming.principal] = _Client()
+            while len(self._clients) > max(1, min(_CLIENTS, most)):
+                del self._clients[next(iter(self._clients))]
+            for other in self._clients.values():  # there is less room for each
+                self._shorten(other, most)
+        client.due_s[failed] = now + _SPACING_S
+        row = randrange(len(incoming.x))  # noqa: S311 - a sample, no secret
+        # a copy, because a view would keep all inputs of the request in memory
+        sampled = _Sampled(incoming.x[row].clone(), now, incoming.request, row, set_name, failed)
+        (client.failed if failed else client.inputs).append(sampled)
+        self._shorten(client, most)
+
+    def _shorten(self, client: _Client, most: int) -> None:
+        """Forget the oldest inputs of a client that has more than its part of the `most` inputs of all."""
+        part = max(1, most // len(self._clients))
+        while len(client.inputs) + len(client.failed) > part:
+            (client.inputs or client.failed).popleft()
+
+    def content(self) -> dict[str, Any]:
+        """Return the sample as values that JSON can represent, the oldest input of each client first. Inputs of
+        another shape than the newest one are left out.
+        """
+        now = time.time()
+        with self._lock:
+            kept = [
+                (principal, each)
+                for principal, client in self._clients.items()
+                for each in sorted((*client.inputs, *client.failed), key=lambda each: each.time_s)
+            ]
+        shape = max(kept, key=lambda pair: pair[1].time_s)[1].x.shape if kept else (1,)
+        kept = [pair for pair in kept if pair[1].x.shape == shape]
+        x = torch.stack([each.x for _, each in kept]).float().numpy() if kept else np.zeros((0, 1))
+        return {
+            "x": [list(x.shape), base64.b64encode(x.astype("<f4").tobytes()).decode()],
+            "principals": [principal for principal, _ in kept],
+            "ages": [max(0.0, now - each.time_s) for _, each in kept],
+            "requests": [[each.request, each.row] for _, each in kept],
+            "sets": [each.set_name for _, each in kept],
+            "failed": [each.failed for _, each in kept],
+        }
+
+
+class CollectedSamples:
+    """The samples of all workers, for the operator. `received` is called by the supervisor, and `collected` by any
+    thread.
+    """
+
+    def __init__(self, pseudonym: Callable[[str], str]) -> None:
+        self._pseudonym = pseudonym
+        self._one_at_a_time = threading.Lock()
+        self._number = 0
+        self._answers: queue.Queue[Mapping[str, Any]] = queue.Queue(_MOST_ANSWERS)
+
+    def received(self, content: Mapping[str, Any]) -> None:
+        """Take the answer of a worker. One to an earlier question is ignored."""
+        with suppress(queue.Full):  # a worker sent samples without a question
+            if content["number"] == self._number:
+                self._answers.put_nowait(content)
+
+    def collected(self, ask: Callable[[int], int], class_of: Callable[[str, int], int]) -> bytes:
+        """Return the sampled inputs as an .npz file. `ask` sends a question with a number to the workers, and returns
+        to how many. `class_of` returns the class of an input of a request that was reported; -1 if there is none.
+        """
+        with self._one_at_a_time:
+            self._number += 1
+            while not self._answers.empty():
+                self._answers.get_nowait()
+            found, until = [], time.monotonic() + _ANSWERED_S
+            for _ in range(ask(self._number)):
+                with suppress(queue.Empty):
+                    found.append(self._answers.get(timeout=max(0.0, until - time.monotonic())))
+        return _npz([each for each in found if each["principals"]], self._pseudonym, class_of)
+
+
+def _npz(
+    parts: Sequence[Mapping[str, Any]], pseudonym: Callable[[str], str], class_of: Callable[[str, int], int]
+) -> bytes:
+    inputs = [_decoded(part["x"]) for part in parts]
+    same = [k for k, x in enumerate(inputs) if x.shape[1:] == inputs[0].shape[1:]]
+
+    def joined(key: str) -> list[Any]:
+        return [value for k in same for value in parts[k][key]]
+
+    file = io.BytesIO()
+    np.savez(
+        file,
+        x=np.concatenate([inputs[k] for k in same]) if same else np.zeros((0, 1), np.float32),
+        y=np.array([class_of(str(request), int(row)) for request, row in joined("requests")], np.int64),
+        principal=np.array([pseudonym(str(name)) for name in joined("principals")], str),
+        age=np.array(joined("ages"), np.float64),
+        set=np.array(joined("sets"), str),
+        failed=np.array(joined("failed"), bool),
+    )
+    return file.getvalue()
+
+
+def _decoded(content: Sequence[Any]) -> npt.NDArray[np.float32]:
+    shape, text = content
+    return np.frombuffer(base64.b64decode(text), "<f4").reshape([int(size) for size in shape])
