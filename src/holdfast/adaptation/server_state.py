@@ -171,6 +171,7 @@ class MonitorState(TypedDict):
     """The answer to `GET /monitor`: what the monitor has found."""
 
     __pydantic_config__ = _KEPT  # type: ignore[misc]
+    verdict: Literal["alarm", "no alarm"]
     alarmed: list[Shown]
     requests: Count
     flagged: Count
@@ -181,6 +182,7 @@ class MonitorState(TypedDict):
     measured: _Accuracy | None
     of_reference: _Accuracy | None
     expected: _Share | None
+    notes: list[Shown]
 
 
 class _Run(TypedDict):
