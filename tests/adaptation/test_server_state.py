@@ -139,10 +139,8 @@ def test_any_value_at_any_place_is_accepted_or_refused_with_one_error(good, read
 
 
 def test_every_accepted_state_of_a_monitor_is_reported():
-    states = [MONITOR]
-    for way in parts(MONITOR):
-        for odd in (..., None, [], ""):
-            states.append(with_part(MONITOR, way, odd))
+    odd = [with_part(MONITOR, way, value) for way in parts(MONITOR) for value in (..., None, [], "")]
+    states = [MONITOR, *odd]
     accepted = [state for state in states if not refusal_of(monitor_state, state)]
     assert 5 < len(accepted) < len(states)
     for state in accepted:
