@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from holdfast.adaptation.server_state import Approval
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey
 from holdfast.server.swapping import Record
@@ -20,7 +21,6 @@ _MOST_BYTES = 8192
 _MOST_RUNS, _MOST_STEPS = 10, 200
 _LONGEST_NAME = 100
 
-Approval = Literal["pending", "approved", "rejected"]
 APPROVAL = "approval"
 """name of the step that waits for a human approval"""
 
