@@ -1,8 +1,13 @@
 """The default guard, calibrated on a network, and its state with the queries of earlier clients."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +37,40 @@ def environment() -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(filter(None, paths))
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def done(command: Sequence[str], folder: Path) -> str:
+    """Run a command in a folder, and return its output. Raises `RuntimeError` with its messages if it fails."""
+    ended = subprocess.run(
+        command, check=False, cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    if ended.returncode:
+        raise RuntimeError(ended.stderr)
+    return ended.stdout
+
+
+@contextmanager
+def serving(folder: Path, *words: str) -> Iterator[tuple[int, str]]:
+    """Context manager that runs `holdfast serve` in a folder, and returns its port and the URL of the operator's port.
+    Its messages are in `serve.log`.
+    """
+    log = folder / "serve.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            holdfast("serve", *words, "--port", "0", "--admin-port", "0"),
+            cwd=folder, env=environment(), stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        while (found := re.search(r"metrics: (http://\S+)/metrics", log.read_text())) is None:
+            if process.poll() is not None:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.1)
+        served = re.search(r"serving http://[^/]*:(\d+)/", log.read_text())
+        assert served is not None
+        yield int(served[1]), found[1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
 def calibrate(folder: Path, name: str, data: str = "cifar10") -> None:

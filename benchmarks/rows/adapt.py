@@ -7,7 +7,6 @@ killed.
 import http.client
 import json
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 import holdfast as hf
-from benchmarks.guarded import environment, holdfast
+from benchmarks.guarded import done, environment, holdfast, serving
 from benchmarks.hardened import dataset
 from benchmarks.networks import BUNDLED, images, network
 from benchmarks.record import Cells, Claim, Outcome
@@ -158,33 +157,12 @@ def _serving(folder: Path, *options: str, monitor: Path | None = None) -> Iterat
     """Calibrate a guard for `model.safetensors` in a folder, and serve it. `monitor` is the file of a reference."""
     (folder / "guard.yaml").write_text(GUARD)
     words = ("calibrate", SERVED, str(dataset("mnist")), "--guard", "guard.yaml", "-n", "5000", *options)
-    _do(holdfast(*words), folder)
-    words = ("serve", SERVED, "--guard", "guard.yaml", "--audit", "audit", "--name", MODEL, *options)
+    done(holdfast(*words), folder)
+    words = (SERVED, "--guard", "guard.yaml", "--audit", "audit", "--name", MODEL, *options)
     if monitor is not None:
         words += ("--monitor", str(monitor))
-    log = folder / "serve.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            holdfast(*words, "--port", "0", "--admin-port", "0"),
-            cwd=folder, env=environment(), stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
-        while (found := re.search(r"metrics: (http://\S+)/metrics", log.read_text())) is None:
-            if process.poll() is not None:
-                raise RuntimeError(log.read_text())
-            time.sleep(0.1)
-        served = re.search(r"serving http://[^/]*:(\d+)/", log.read_text())
-        assert served is not None
-        yield _Server(folder, int(served[1]), OperatorPort(found[1]))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-def _do(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, check=False, cwd=folder, env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
+    with serving(folder, *words) as (port, url):
+        yield _Server(folder, port, OperatorPort(url))
 
 
 @dataclass(eq=False)
@@ -268,10 +246,10 @@ def _short(canary: str, *more: str) -> list[str]:
 def _ended(server: _Server, run: Path, data: Path, *options: str) -> Cells:
     """Take all steps of a run, and return its journal."""
     command = _command(server, run, data, *options)
-    done = subprocess.run(command, check=False, env=environment(), capture_output=True, text=True)
+    ended = subprocess.run(command, check=False, env=environment(), capture_output=True, text=True)
     journal = _journal(run)
     if journal["outcome"] is None:
-        raise RuntimeError(f"the run did not end:\n{done.stderr}\n{server.log}")
+        raise RuntimeError(f"the run did not end:\n{ended.stderr}\n{server.log}")
     return journal
 
 

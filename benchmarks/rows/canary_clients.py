@@ -6,12 +6,8 @@ server with keys whose candidate gives low scores to the images of one class.
 
 import http.client
 import json
-import re
-import signal
-import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from benchmarks.guarded import environment, holdfast
+from benchmarks.guarded import done, holdfast, serving
 from benchmarks.networks import BUNDLED, images
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.journal import OF_FILE, Adaptation, open_journal, read_adaptation
@@ -164,48 +160,15 @@ class _Server:
 @contextmanager
 def _serving(folder: Path) -> Iterator[_Server]:
     (folder / "guard.yaml").write_text(GUARD)
-    _do(holdfast("calibrate", SERVED, DATA, "--guard", "guard.yaml"), folder)
+    done(holdfast("calibrate", SERVED, DATA, "--guard", "guard.yaml"), folder)
     for name in ["operator", "other", *(f"client-{k}" for k in range(HONEST))]:
         scope = "admin" if name == "operator" else "infer"
         words = ("keys", "add", name, "--scope", scope, "--expires", "1d", "--file", "keys.json", "--quiet")
-        (folder / f"{name}.key").write_text(_do(holdfast(*words), folder))
+        (folder / f"{name}.key").write_text(done(holdfast(*words), folder))
         (folder / f"{name}.key").chmod(0o600)
-    words = (
-        "serve",
-        SERVED,
-        "--guard",
-        "guard.yaml",
-        "--keys",
-        "keys.json",
-        "--audit",
-        "audit",
-        "--name",
-        "model",
-    )
-    log = folder / "serve.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            holdfast(*words, "--port", "0", "--admin-port", "0"),
-            cwd=folder, env=environment(), stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
-        while (found := re.search(r"metrics: (http://\S+)/metrics", log.read_text())) is None:
-            if process.poll() is not None:
-                raise RuntimeError(log.read_text())
-            time.sleep(0.1)
-        served = re.search(r"serving http://[^/]*:(\d+)/", log.read_text())
-        assert served is not None
-        yield _Server(folder, int(served[1]), found[1])
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-def _do(command: Sequence[str], folder: Path) -> str:
-    done = subprocess.run(command, check=False, cwd=folder, env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout
+    words = (SERVED, "--guard", "guard.yaml", "--keys", "keys.json", "--audit", "audit", "--name", "model")
+    with serving(folder, *words) as (port, url):
+        yield _Server(folder, port, url)
 
 
 def _tilted() -> dict[str, Tensor]:

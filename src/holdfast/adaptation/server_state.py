@@ -217,8 +217,8 @@ def monitor_state(port: OperatorPort) -> MonitorState:
 
 
 def approval_of(port: OperatorPort, run: str) -> tuple[Approval | None, str]:
-    """Return whether a run of an adaptation was approved, and by whom; None for one that does not wait for it, or that
-    the server does not have. Raises `TargetError` for another answer.
+    """Return whether a run of an adaptation was approved, and the principal that decided; None for a run that does not
+    wait for an approval, or that the server does not have. Raises `TargetError` for another answer.
     """
     content = _checked(port, "/adaptation", port.get("/adaptation"), _Runs)
     found = (each for each in content["runs"] if each["run"] == run)
