@@ -16,6 +16,7 @@ from holdfast.api.expecting import first_table, notes_of
 from holdfast.api.hardening import open_for_hardening
 from holdfast.api.monitoring_streams import live_reference, opened_streams
 from holdfast.api.resolve import open_examples, open_others, open_subject
+from holdfast.audits.audit import AuditStart
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
 from holdfast.io.data.arrays import Arrays
@@ -109,7 +110,9 @@ def membership(folder: Path, table: Any) -> Outcome:
 
 
 def poison(folder: Path, table: Any) -> Outcome:
-    request, _ = prepared_poison(verbs.AuditPoison(**options(folder, clean=table)), ignore, "")
+    settings = verbs.AuditPoison(**options(folder, clean=table))
+    with prepared_poison(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
+        request = audit.request
     return request.data["clean"]["digest"], tuple(request.notes)
 
 

@@ -348,6 +348,7 @@ def _error(odd: Odd, url: str, run: Path) -> BaseException | None:
         else:
             key_file = run.with_suffix(".key")
             key_file.write_text(KEY)
+            key_file.chmod(0o600)
             given = {"key_file": str(key_file)} if odd.key else {}
             Adapt(server=url, data="mnist-mini", trigger="alarm", **given).run(run)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - each error is counted

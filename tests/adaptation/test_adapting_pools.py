@@ -184,6 +184,7 @@ def test_a_pool_with_a_guard_keys_and_a_monitor_is_adapted_by_schedule(folder, c
         assert command(["keys", "add", name, "--scope", scope, "--file", "keys.json", "--quiet"]) == 0
         keys[name] = capsys.readouterr().out.strip()
         Path(f"{name}.key").write_text(keys[name])
+        Path(f"{name}.key").chmod(0o600)
     more = {"monitor": "reference.npz", "guard": "guard.yaml", "keys": "keys.json"}
     with serving(folder, **more) as (server, url), requests(server, keys["client"]) as statuses:
         until(lambda: len(statuses) > 50)

@@ -7,6 +7,7 @@ import pytest
 
 from holdfast.adaptation.server_state import approval_of, monitor_state, send_labels, server_state
 from holdfast.core.errors import TargetError
+from holdfast.reports import monitoring as reported
 
 FILE = {
     "workers": [{"set": "a"}],
@@ -28,6 +29,7 @@ POOL = {
 }
 SHARE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
 MONITOR = {
+    "verdict": "alarm",
     "alarmed": ["mmd"],
     "requests": 3,
     "flagged": 0,
@@ -49,6 +51,7 @@ MONITOR = {
             "restarted": [],
         }
     ],
+    "notes": ["n"],
     "model": "m",
 }
 RUNS = {"runs": [{"run": "r", "steps": [], "approval": "pending", "by": ""}]}
@@ -88,6 +91,18 @@ def parts(content, way=()):
             yield from parts(value, (*way, key))
 
 
+def with_part(content, way, value):
+    """A copy of a document with another value at a place, or without it if the value is `...`."""
+    changed = copy.deepcopy(content)
+    parent = changed
+    for key in way[:-1]:
+        parent = parent[key]
+    parent[way[-1]] = value
+    if value is ...:
+        del parent[way[-1]]
+    return changed
+
+
 def refusal_of(read, answer):
     """Why an answer is refused; empty if it is accepted, and can be written as JSON."""
     try:
@@ -117,17 +132,27 @@ def test_any_value_at_any_place_is_accepted_or_refused_with_one_error(good, read
             1e300,
             "a\0b",
         ):
-            changed = copy.deepcopy(good)
-            parent = changed
-            for key in way[:-1]:
-                parent = parent[key]
-            parent[way[-1]] = odd
-            if odd is ...:
-                del parent[way[-1]]
-            refusal = refusal_of(read, changed)
+            refusal = refusal_of(read, with_part(good, way, odd))
             refused += bool(refusal)
             assert len(refusal) < 600 and refusal.isprintable()
     assert refused > 20
+
+
+def test_every_accepted_state_of_a_monitor_is_reported():
+    odd = [with_part(MONITOR, way, value) for way in parts(MONITOR) for value in (..., None, [], "")]
+    states = [MONITOR, *odd]
+    accepted = [state for state in states if not refusal_of(monitor_state, state)]
+    assert 5 < len(accepted) < len(states)
+    for state in accepted:
+        shown = monitor_state(Port(state))
+        for report in (
+            reported.headline,
+            reported.monitoring_markdown,
+            reported.monitoring_page,
+            reported.monitoring_to_json,
+        ):
+            assert report(shown)
+        assert reported.tables(shown, colour=False)
 
 
 def test_texts_are_shown_in_one_line_and_further_fields_are_kept():

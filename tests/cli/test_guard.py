@@ -66,4 +66,4 @@ def test_a_wrong_guard_is_refused_with_its_place(capsys):
         assert run(command) == 2
         assert "rules: unknown key 'energi'; did you mean 'energy'" in capsys.readouterr().err
     assert run(["calibrate", "mnist-cnn", "mnist-mini", "--guard", "none.yaml"]) == 3
-    assert "cannot read the configuration 'none.yaml'" in capsys.readouterr().err
+    assert "configuration 'none.yaml' does not exist" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def test_refusals_name_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["assess", "net.py:bare", "z.npz", *QUICK, *both]) == 2
     assert "not both" in capsys.readouterr().err
     assert run(["assess", "net.py:bare", "z.npz", *QUICK, "--class-names", "@none.txt"]) == 3
-    assert "'none.txt' cannot be read" in capsys.readouterr().err
+    assert "file of class names 'none.txt' does not exist" in capsys.readouterr().err
 
 
 def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:

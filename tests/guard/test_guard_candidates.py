@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 import holdfast
-from holdfast.api.guard_candidates import candidate_calibrations, write_candidate
-from holdfast.api.guard_opening import open_guard
+from holdfast.api.guard_candidates import candidate_calibrations
+from holdfast.api.guard_opening import calibration_path, open_guard
 from holdfast.api.verb_settings import Calibrate
 from holdfast.core.errors import UsageError
+from holdfast.guard.calibration import write_calibration
+from holdfast.settings.guard_settings import read_guard_settings
 
 BUNDLED = Path(holdfast.__file__).parent / "bundled"
 CANDIDATE = str(BUNDLED / "mnist-cnn-hardened.safetensors")
@@ -39,11 +41,12 @@ def test_a_guard_accepts_the_candidate_and_the_served_model_at_the_larger_thresh
     assert both.fired <= 0.02 * both.n
     with pytest.raises(UsageError, match="and this model is"):
         open_guard(guard, both.models[1])
-    write_candidate(guard, both)
+    place = calibration_path(read_guard_settings(guard), guard)
+    write_calibration(both, place)
     for model in both.models:
         open_guard(guard, model)
     assert candidate_calibrations(settings) is None
-    write_candidate(guard, alone)
+    write_calibration(alone, place)
     open_guard(guard, both.models[1])
     with pytest.raises(UsageError, match="and this model is"):
         open_guard(guard, both.models[0])

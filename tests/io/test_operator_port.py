@@ -1,5 +1,6 @@
 """The client of the operator's port ends in time, and with one error, whatever answers."""
 
+import os
 import socket
 import threading
 import time
@@ -7,8 +8,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from holdfast.core.errors import TargetError
 from holdfast.io.remote import operator_port
-from holdfast.io.remote.operator_port import OperatorPort, Refusal, Unanswered
+from holdfast.io.remote.operator_port import OperatorPort, Refusal, Unanswered, read_key
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 LIMIT_S = 0.4
@@ -116,3 +118,16 @@ def test_a_request_waits_no_longer_for_another_thread_than_for_its_answer():
 def suppressed(port):
     with suppress(Unanswered):
         port.get("/status")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are no modes")
+@pytest.mark.parametrize(("mode", "accepted"), [(0o600, True), (0o440, True), (0o644, False), (0o602, False)])
+def test_a_file_with_a_key_that_other_users_can_access_is_refused(mode, accepted, tmp_path):
+    path = tmp_path / "adapt.key"
+    path.write_text("hf_x\n")
+    path.chmod(mode)
+    if accepted:
+        assert read_key(path) == "hf_x"
+        return
+    with pytest.raises(TargetError, match=f"has the mode {mode:04o}, .*chmod 600 .*keys revoke"):
+        read_key(path)

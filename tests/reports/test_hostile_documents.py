@@ -162,6 +162,7 @@ _TEST = {
     "power": {"signal": "a", "shift": 1.0, "drop": 0.1, "errors": True, "false_alarms": 1},
 }  # fmt: skip
 MONITORED = {
+    "notes": ["a note"],
     "schema_version": 1, "verb": "monitor", "verdict": "alarm", "alpha": 0.01, "stream": _SOURCE, "reference": _SOURCE,
     "measured": _ACCURACY, "of_reference": _ACCURACY, "expected": _SHARE, "model": "a", "layer": "b", "decisive": ["a"],
     "tests": [_TEST],

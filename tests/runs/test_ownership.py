@@ -25,8 +25,10 @@ def file(tmp_path):
     return path
 
 
-def private(monkeypatch, name="a", members=(), primary=7):
-    """The group of every file has this name and these members; the owner is the user `a`."""
+def private(monkeypatch, name="a", members=(), primary=7, others=()):
+    """The group of every file has this name and these members, and is the primary group of the owner `a` and of
+    `others`.
+    """
     import grp
     import pwd
 
@@ -36,6 +38,8 @@ def private(monkeypatch, name="a", members=(), primary=7):
         "getpwuid",
         lambda uid: SimpleNamespace(pw_name="a", pw_gid=os.getegid() if primary == 7 else primary),
     )
+    users = [SimpleNamespace(pw_name=user, pw_gid=os.getegid()) for user in ("a", *others)]
+    monkeypatch.setattr(pwd, "getpwall", lambda: [*users, SimpleNamespace(pw_name="c", pw_gid=12345)])
 
 
 def test_files_and_folders_of_the_user_are_accepted_also_through_links(file, tmp_path):
@@ -76,6 +80,7 @@ def test_a_file_that_others_may_write_to_is_refused_also_through_a_link(file, tm
         ({}, True),
         ({"members": ["a"]}, True),
         ({"members": ["b"]}, False),
+        ({"others": ["b"]}, False),
         ({"name": "users"}, False),
         ({"primary": 12345}, False),
     ],

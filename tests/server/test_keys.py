@@ -111,6 +111,15 @@ def test_an_unknown_scope_and_a_foreign_file_are_refused(place):
             read_keys(place)
 
 
+def test_a_file_with_one_hash_under_two_names_is_refused_as_revoking_one_would_not_suffice(place):
+    add_key(place, "alice", ["infer"])
+    content = json.loads(place.read_bytes())
+    content["keys"].append({**content["keys"][0], "name": "bob"})
+    place.write_text(json.dumps(content))
+    with pytest.raises(TargetError, match="keys with distinct hashes"):
+        read_keys(place)
+
+
 @pytest.mark.parametrize("field", ["expires", "rate", "budget", "revoked"])
 def test_a_key_without_the_field_of_a_limit_is_refused(field, place):
     add_key(place, "alice", ["infer"])

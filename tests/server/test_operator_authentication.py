@@ -378,6 +378,14 @@ def test_a_run_is_not_approved_with_a_key_that_posted_it(served, tmp_path):
     assert approve.post("/approval", body)["approved"] is True
     assert approve.get("/adaptation")["runs"][0]["by"] == "approve"
 
+    for path in ("/canary", "/reload"):
+        first.post("/adaptation", {"run": path, "step": "approval"})
+        with pytest.raises(Refusal, match="file"):
+            second.post(path, {"run": path, "model": "model", "digest": "d"})
+        with pytest.raises(Refusal, match="another key must approve it"):
+            second.post("/approval", {"run": path, "approved": True})
+        first.post("/adaptation", {"run": path, "step": None, "ended": True})
+
     records, key = [], add_key(tmp_path / "keys.json", "op", ["admin"])
     with Server(tmp_path, single_operator=True) as single:
         port, adaptations = OperatorPort(single.url, key), single.supervisor.adaptations

@@ -22,6 +22,7 @@ from holdfast.attacks.parts.losses import dlr
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.suites import LABELS_ONLY, SUITES, VARIANTS, curve, suite, variant
 from holdfast.core.catalogue import ATTACKS
+from holdfast.core.chain import canonical
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -659,3 +660,9 @@ def test_a_gate_on_a_verdict_is_valid_for_the_verb_that_reaches_it(tmp_path):
     for kind in (Assess, Certify):
         with pytest.raises(UsageError, match="gate 'improved' is a verdict on a training"):
             settings.read_settings(path, {}, kind=kind)
+
+
+@pytest.mark.parametrize("setting", [{"threat": "table:a\udcff.yaml"}, {"guard": "a\udcff.yaml"}])
+def test_a_run_of_a_file_whose_name_is_not_utf_8_has_a_name(setting):
+    given = Assess(**({"model": "net.pt", "data": "d.npz", "threat": "linf:0.1"} | setting))
+    assert b"udcff" in canonical(settings.canonical_settings(given))

@@ -4,35 +4,21 @@ Fields that a form does not have are allowed and kept.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NotRequired, Protocol, cast
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from holdfast.core.errors import TargetError
 from holdfast.core.names import line
+from holdfast.io.remote.operator_port import OperatorPort
 from holdfast.reports.monitoring import NEXT
 from holdfast.runs.store.forms import Count, FormFault, conforming, is_name, required
 
 _LONGEST_PATH, _LONGEST_TEXT = 4096, 10_000
 _NO_FILE = "text without @ at its beginning, which would name a file"
 
-
 Approval = Literal["pending", "approved", "rejected"]
-
-
-class AnsweringPort(Protocol):
-    """The part of `OperatorPort` that is used here."""
-
-    @property
-    def url(self) -> str:
-        """Address of the port."""
-
-    def get(self, path: str) -> dict[str, Any]:
-        """Return the answer to a GET request."""
-
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a body, and return the answer."""
 
 
 def _is_path(text: str) -> bool:
@@ -171,6 +157,7 @@ class MonitorState(TypedDict):
     """The answer to `GET /monitor`: what the monitor has found."""
 
     __pydantic_config__ = _KEPT  # type: ignore[misc]
+    verdict: Literal["alarm", "no alarm"]
     alarmed: list[Shown]
     requests: Count
     flagged: Count
@@ -181,6 +168,7 @@ class MonitorState(TypedDict):
     measured: _Accuracy | None
     of_reference: _Accuracy | None
     expected: _Share | None
+    notes: list[Shown]
 
 
 class _Run(TypedDict):
@@ -207,7 +195,7 @@ class LabelAnswer(TypedDict):
     invalid: dict[Shown, Shown]
 
 
-def server_state(port: AnsweringPort, of: Literal["model", "pool"] | None = None) -> ServerState:
+def server_state(port: OperatorPort, of: Literal["model", "pool"] | None = None) -> ServerState:
     """Return the state of a server of a file or a pool, or of the one that is given with `of`.
 
     Raises `TargetError` for another answer, and for a server of the other one.
@@ -223,12 +211,12 @@ def server_state(port: AnsweringPort, of: Literal["model", "pool"] | None = None
     return state
 
 
-def monitor_state(port: AnsweringPort) -> MonitorState:
+def monitor_state(port: OperatorPort) -> MonitorState:
     """Return what the monitor of a server has found. Raises `TargetError` for another answer."""
     return cast(MonitorState, _checked(port, "/monitor", port.get("/monitor"), MonitorState))
 
 
-def approval_of(port: AnsweringPort, run: str) -> tuple[Approval | None, str]:
+def approval_of(port: OperatorPort, run: str) -> tuple[Approval | None, str]:
     """Return whether a run of an adaptation was approved, and by whom; None for one that does not wait for it, or that
     the server does not have. Raises `TargetError` for another answer.
     """
@@ -237,19 +225,19 @@ def approval_of(port: AnsweringPort, run: str) -> tuple[Approval | None, str]:
     return next(((each["approval"], each["by"]) for each in found), (None, ""))
 
 
-def send_labels(port: AnsweringPort, labels: Mapping[str, list[int]]) -> LabelAnswer:
+def send_labels(port: OperatorPort, labels: Mapping[str, list[int]]) -> LabelAnswer:
     """Send the classes of requests, and return which were accepted. Raises `TargetError` for another answer."""
     return cast(LabelAnswer, _checked(port, "/labels", port.post("/labels", {"labels": labels}), LabelAnswer))
 
 
-def _checked(port: AnsweringPort, path: str, content: dict[str, Any], form: Any) -> Any:
+def _checked(port: OperatorPort, path: str, content: dict[str, Any], form: Any) -> Any:
     try:
         return conforming(content, form)
     except FormFault as fault:
         raise _odd(port, path, str(fault)) from None
 
 
-def _odd(port: AnsweringPort, path: str, fault: str) -> TargetError:
+def _odd(port: OperatorPort, path: str, fault: str) -> TargetError:
     return TargetError(
         f"{port.url}{path} has another form than that of a server of this version: {line(fault)}; give the address of "
         "the operator's port of your server, and use one version of Holdfast for both"

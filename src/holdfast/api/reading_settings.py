@@ -3,7 +3,6 @@
 A setting has the same name in the YAML file, on the command line and in Python.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -165,8 +164,7 @@ def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
 
 def plain_settings(settings: VerbSettings) -> dict[str, Any]:
     """Return the settings of a command as a dictionary from names to values that JSON can represent."""
-    plain: dict[str, Any] = json.loads(settings.model_dump_json())
-    return plain
+    return settings.model_dump(mode="json")  # model_dump_json refuses names of files that are not UTF-8
 
 
 OPENED_WITH = (

@@ -339,8 +339,8 @@ def _refuse_other_format(path: Path, manifest: Mapping[str, Any]) -> None:
     if manifest["config"].get("format") != FORMAT:
         version = manifest["versions"].get("holdfast", "an unknown version")
         raise TargetError(
-            f"the audit in {str(path)!r} was written by holdfast {version}, and lacks steps from which this version "
-            "computes the finding; audit again, or read it with the version that wrote it"
+            f"the audit in {str(path)!r} was written by holdfast {version} in another format, from which this version "
+            "does not compute the finding; audit again, or read it with the version that wrote it"
         )
 
 

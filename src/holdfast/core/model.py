@@ -334,7 +334,7 @@ class Classifier(nn.Module):
                 "the model's last layer",
                 Remedy("classes", classes, function="open_model"),
             )
-        return logits.to(x)
+        return logits.to(x.device, x.dtype)  # `to(x)` would look like an operation on the inputs
 
     def _outputs(self, x: Tensor) -> object:
         net: Callable[..., object] = self.net

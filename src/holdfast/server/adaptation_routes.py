@@ -65,9 +65,9 @@ def adaptation_routes(supervisor: Supervisor, reading: Permitted, changing: Perm
         return answer({"run": body.get("run")})
 
     async def begin(request: Request) -> Response:
-        changing(request, "adapt")
+        key = changing(request, "adapt")
         body = await body_of(request)
-        run = adaptations.refuse_other(body.get("run"))
+        run = adaptations.note_request(body.get("run"), key)
         model, digest = body.get("model"), body.get("digest")
         if not isinstance(model, str) or not isinstance(digest, str):
             raise Refused(400, "model (the path of a file) or digest (that of the model in it) is missing")
@@ -80,8 +80,8 @@ def adaptation_routes(supervisor: Supervisor, reading: Permitted, changing: Perm
         return answer({"requested": True}, 202)
 
     async def reload(request: Request) -> Response:
-        changing(request, "adapt")
-        run = adaptations.refuse_other((await body_of(request)).get("run"))
+        key = changing(request, "adapt")
+        run = adaptations.note_request((await body_of(request)).get("run"), key)
         if not supervisor.setup.reloadable:
             raise Refused(409, "the server does not serve a file that could be reloaded")
         supervisor.request_swap(f"requested by the run {run}")

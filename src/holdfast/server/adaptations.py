@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from holdfast.adaptation.server_state import Approval
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey
 from holdfast.server.swapping import Record
@@ -20,7 +21,6 @@ _MOST_BYTES = 8192
 _MOST_RUNS, _MOST_STEPS = 10, 200
 _LONGEST_NAME = 100
 
-Approval = Literal["pending", "approved", "rejected"]
 APPROVAL = "approval"
 """name of the step that waits for a human approval"""
 
@@ -35,8 +35,13 @@ class Adaptation:
     by: str = ""
     """name of the key with which the candidate was approved or rejected"""
     posted_by: set[str] = field(default_factory=set)
-    """hashes of the keys with which the run was posted"""
+    """hashes of the keys with which steps of the run were posted, or its canary or a reload were requested"""
     seen_s: float = 0.0
+
+    def note(self, key: ApiKey | None) -> None:
+        """Note the key of a request of the run."""
+        if key is not None:
+            self.posted_by.add(key.hash)
 
     def document(self) -> dict[str, Any]:
         """Return the run for the operator."""
@@ -92,8 +97,7 @@ class Adaptations:
             if adaptation not in self._runs:
                 self._runs = [adaptation, *self._runs][:_MOST_RUNS]
             adaptation.seen_s = time.monotonic()
-            if key is not None:
-                adaptation.posted_by.add(key.hash)
+            adaptation.note(key)
             if step is None:
                 return
             if len(adaptation.steps) >= _MOST_STEPS:
@@ -110,15 +114,19 @@ class Adaptations:
             if found is not None:
                 found.seen_s = -self._held_s
 
-    def refuse_other(self, run: object) -> str:
-        """Return the name of a run that holds the server. Raises `Refused` if it does not."""
+    def note_request(self, run: object, key: ApiKey | None = None) -> str:
+        """Return the name of a run that holds the server and requests a canary or a reload, of which the key is noted
+        as for a step. Raises `Refused` if the run does not hold the server.
+        """
         name = _name(run, "run")
         with self._lock:
             self._refuse_held(name)
-            if self._holder() is None:
+            found = self._found(name)
+            if self._holder() is None or found is None:
                 raise Refused(
                     409, f"the run {name} does not hold the server; send a step to /adaptation first"
                 )
+            found.note(key)
         return name
 
     def approve(self, run: object, approved: object, key: ApiKey | None = None, by: str = "") -> None:

@@ -104,9 +104,14 @@ class ApiKey:
             raise Refused(403, f"the key does not permit {' or '.join(scopes)}", (), "key")
 
 
+def _are_distinct(keys: Sequence[ApiKey]) -> bool:
+    """Whether no key occurs twice, so that it is refused when the entry with its name is revoked."""
+    return len({key.hash for key in keys}) == len(keys)
+
+
 class _Keys(TypedDict):
     schema: Annotated[Whole, required((1).__eq__, "1")]
-    keys: tuple[ApiKey, ...]
+    keys: Annotated[tuple[ApiKey, ...], required(_are_distinct, "keys with distinct hashes")]
 
 
 def burst_of(rate: float) -> int:

@@ -166,7 +166,7 @@ class OperatorAuthentication:
         """Return the key, the session, the number and the content of a request whose proof is right. Raises
         `Refused` for others, to which the answer has no proof.
         """
-        values = {name: _one(scope["headers"], name) for name in _SINGLE}
+        values = {name: _single_value(scope["headers"], name) for name in _SINGLE}
         found = _PROOF.fullmatch(values[b"authorization"])
         if found is None:
             raise Refused(401, "the header Authorization is not valid", (), "key")
@@ -182,7 +182,7 @@ class OperatorAuthentication:
         return key, session, int(number), request
 
 
-def _one(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str:
+def _single_value(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str:
     """Return the value of a header that a request has at most once."""
     values = [value for key, value in headers if key == name]
     if len(values) > 1:

@@ -1,7 +1,7 @@
 """Data sets from tables: numeric columns are the features, and one column is the label."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,15 +142,13 @@ def table_examples(
     if expected.edits is not None:
         from holdfast.io.data.texts import column_of_texts  # late: few inputs are texts
 
-        requested = expected.words[0] if expected.words else None
-        x, notes = column_of_texts(table, requested, label, drop, chosen)
+        x, notes = column_of_texts(table, expected.words[0] if expected.words else None, label, drop, chosen)
     elif expected.rules is not None:
         from holdfast.io.data.table_rows import rows_by_rules  # late: few tables have rules
 
         features = expected.rules.names
-        if expected.first is not None:
-            further = [n for n in table.columns if n not in (label, SPLIT_COLUMN, *drop, *features)]
-            drop, notes = (*drop, *further), left_out(table.name, further)
+        further = _beside_rules(table, expected, (label, SPLIT_COLUMN, *drop, *features))
+        drop, notes = (*drop, *further), left_out(table.name, further)
         x = rows_by_rules(table, expected.rules, label, drop, chosen)
     elif table.inputs is not None:
         x, layout, notes = _whole_inputs(table.inputs, chosen, name)
@@ -171,6 +169,11 @@ def table_examples(
     numbering = numbered_words(column.words, column.places, expected, table.name)
     data = replace(data, y=numbering.y[chosen], classes=numbering.names, groups=groups, named=named)
     return data.labelled(numbering)
+
+
+def _beside_rules(table: ColumnTable, expected: Expected, used: Collection[str | None]) -> tuple[str, ...]:
+    """Return the columns of a further table that are not used; none of the first table, where they are refused."""
+    return () if expected.first is None else tuple(name for name in table.columns if name not in used)
 
 
 def _groups(table: ColumnTable, expected: Expected) -> "Groups | None":

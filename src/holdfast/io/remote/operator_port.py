@@ -5,7 +5,10 @@ authenticated, see `operator_proofs`.
 """
 
 import json
+import os
 import re
+import shlex
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,10 +62,17 @@ class Unanswered(TargetError):
 
 
 def read_key(path: str | Path) -> str:
-    """Return the API key in a file, which contains nothing else. Raises `UsageError` for another content,
-    and `TargetError` if it cannot be read.
+    """Return the API key in a file, which contains nothing else. Raises `UsageError` for another content, and
+    `TargetError` if it cannot be read, or if other users than its owner and its group have access to it.
     """
     key = text_of_file(Path(path), "key file").strip()
+    mode = stat.S_IMODE(Path(path).stat().st_mode)
+    if os.name != "nt" and mode & stat.S_IRWXO:
+        raise TargetError(
+            f"the key file {str(path)!r} has the mode {mode:04o}, so that other users can read or replace the key; "
+            f"expected 0600: chmod 600 {shlex.quote(str(path))}. If another user may have read it, replace the key "
+            "(holdfast keys revoke NAME)"
+        )
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"the key file {str(path)!r} does not contain one API key; write into it what holdfast keys add prints"

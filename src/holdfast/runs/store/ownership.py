@@ -91,7 +91,9 @@ def _has_list(place: Path) -> bool:
 
 
 def _is_private(group: int, user: int) -> bool:
-    """Whether a group is that of one user: it has the user's name, is its primary group, and has no other member."""
+    """Whether a group is that of one user: it has the user's name, is the primary group of this user alone, and has no
+    other member.
+    """
     import grp
     import pwd
 
@@ -99,4 +101,6 @@ def _is_private(group: int, user: int) -> bool:
         entry, owner = grp.getgrgid(group), pwd.getpwuid(user)
     except KeyError:
         return False
-    return entry.gr_name == owner.pw_name and group == owner.pw_gid and {*entry.gr_mem} <= {owner.pw_name}
+    # the members of a group do not include the users whose primary group it is
+    members = {*entry.gr_mem, *(each.pw_name for each in pwd.getpwall() if each.pw_gid == group)}
+    return entry.gr_name == owner.pw_name and group == owner.pw_gid and members <= {owner.pw_name}
