@@ -63,7 +63,7 @@ def compared(
     )
     numbers = np.bincount(of[rows], minlength=len(names))
     # those without compared inputs have no effect, except that there may be so many that a single one decides nothing
-    n_present = max(np.count_nonzero(numbers), min(FEW, len(names)))
+    n_present = max(int(np.count_nonzero(numbers)), min(FEW, len(names)))
     present = numbers.argsort(kind="stable")[::-1][: min(n_present, _MOST)]
     worse = _worse(only_candidate[present], only_served[present])
     single = _p_values(only_candidate, only_served) <= ERROR / n_present
