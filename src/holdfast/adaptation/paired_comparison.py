@@ -40,7 +40,6 @@ class Compared:
     worse: bool
     alone: tuple[str, ...] = ()
     """principals for whom the candidate is worse, if it is not found to be worse"""
-    principals: int = 0
 
 
 def compared(
@@ -53,9 +52,9 @@ def compared(
     principals, so that one whose inputs alone have labels does not decide.
     """
     rows = np.ones(len(principals), bool) if rows is None else rows
-    names, of = np.unique(np.array(principals, str), return_inverse=True)
     if not rows.any():
-        return Compared(0, 0, 0, worse=False, principals=len(names))
+        return Compared(0, 0, 0, worse=False)
+    names, of = np.unique(np.array(principals), return_inverse=True)
     counts = _counted(of, rows)
     only_candidate, only_served = (
         np.bincount(of[counts & each], minlength=len(names)).astype(np.int64)
@@ -74,7 +73,6 @@ def compared(
         int(served[counts].sum()),
         worse,
         alone,
-        len(names),
     )
 
 
