@@ -152,8 +152,21 @@ def test_odd_times_are_refused(copy):
     assert read_adaptation(copy).steps[0].time == 0
 
 
+def test_a_report_states_the_steps_and_how_the_adaptation_ended(finished, tmp_path, capsys):
+    assert command(["report", str(finished), "-o", str(tmp_path / "report.json")]) == 0
+    shown = capsys.readouterr()
+    assert "canary" in shown.out and "The candidate was promoted." in shown.err
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [step["step"] for step in content["steps"]] == list(OF_FILE)
+    refused = written(tmp_path / "refused", ("begin",), {"begin": {"ends": "a reason"}})
+    assert command(["report", str(refused)]) == 1
+    assert "not promoted: a reason" in capsys.readouterr().err
+    assert command(["report", str(written(tmp_path / "open", ("begin",), ends=False))]) == 3
+    assert "is not finished" in capsys.readouterr().err
+
+
 def test_an_adaptation_is_no_assessment(finished, capsys):
-    assert command(["report", str(finished)]) == 3
+    assert command(["compare", str(finished), str(finished)]) == 3
     assert "is an adaptation, and a run of assess" in capsys.readouterr().err
 
 

@@ -125,6 +125,17 @@ def test_accuracies_are_compared_on_labelled_inputs():
     assert (facts["labelled"], facts["wrong_candidate"], facts["equal_predictions"]) == (60, 60, 0.0)
 
 
+def test_one_of_three_clients_does_not_decide_by_being_the_only_one_with_labels():
+    right = side(lambda x: torch.tensor([[0.0, 1, 0]]).repeat(len(x), 1))
+    for names, ends in ((CLIENTS, False), (["a"] * 40 + ["b"] * 80, True)):
+        y = np.where(np.array(names) == "a", 1, -1)
+        found = pairs(side(sure), right, arrays(names, y=y))
+        facts = found.compared(found.sample())
+        assert (facts["labelled"], facts["wrong_candidate"]) == (40, 40)
+        assert ("ends" in facts) is ends
+        assert ends or facts["notes"][0].endswith("those of the client a")
+
+
 def raising(x):
     if (x[:, 0] > 0.5).any():
         raise ValueError("too bright")

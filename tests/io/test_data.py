@@ -609,6 +609,31 @@ def test_whole_numbers_that_float32_does_not_represent_are_refused(tmp_path: Pat
     open_data(str(tmp_path / "id.csv"), label="y", drop=drop.value, expected=Expected(lenient=True))
 
 
+TIMES = 1.7e9 + np.arange(8.0)
+"""Times in seconds, of which float32 represents one in 128."""
+
+
+@pytest.mark.parametrize(
+    "values", [TIMES, TIMES + 0.5, TIMES + np.arange(8.0) / 8], ids=["whole", "half", "parts"]
+)
+def test_large_numbers_whose_differences_float32_does_not_represent_are_refused(
+    tmp_path: Path, values: np.ndarray
+) -> None:
+    x, y = np.stack([np.ones(8), values], 1), np.arange(8) % 2
+    np.savez(tmp_path / "times.npz", x=x, y=y)
+    rows = [f"1,{value!r},{k}\n" for value, k in zip(values.tolist(), y, strict=True)]
+    (tmp_path / "times.csv").write_text("a,time,y\n" + "".join(rows))
+    with pytest.raises(TargetError, match="the column 'time' of .* first in row"):
+        open_data(str(tmp_path / "times.csv"), label="y", expected=Expected(lenient=True))
+    bounds = Expected(bounds=Bounds(0.0, 2e9))
+    with pytest.raises(TargetError, match=r"times.npz have the value 1700000\d+\.\d+ in feature 1"):
+        open_data(str(tmp_path / "times.npz"), expected=bounds)
+    np.savez(tmp_path / "spread.npz", x=np.stack([np.ones(8), np.arange(8) * 1e8 + 0.3], 1), y=y)
+    assert open_data(str(tmp_path / "spread.npz"), expected=bounds).read(0, 8).x.max() == np.float32(
+        7e8 + 0.3
+    )
+
+
 def test_a_stream_needs_no_label_column_and_no_threat_is_advised(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,land\n1,AT\n2,DE\n")
     expected = Expected(lenient=True, needs_labels=False, has_threat=False)

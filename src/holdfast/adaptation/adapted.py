@@ -36,6 +36,11 @@ class Adapted:
         """Whether the candidate serves now."""
         return self.outcome == "promoted"
 
+    @property
+    def exit_code(self) -> int:
+        """0 if the candidate was promoted, and 1 if not."""
+        return 0 if self.promoted else 1
+
     def summary(self) -> dict[str, Any]:
         """Return the result as strict JSON."""
         return {

@@ -185,6 +185,16 @@ def open_adaptation(folder: Path) -> Adaptation:
     return adaptation
 
 
+def open_finished(folder: Path) -> Adaptation:
+    """Return the same as `open_adaptation`. Raises `TargetError` for an adaptation that is not finished."""
+    stored = open_adaptation(folder)
+    if stored.outcome is None:
+        raise TargetError(
+            f"the adaptation in {str(folder)!r} is not finished; resume it with its command and --resume"
+        )
+    return stored
+
+
 def _adaptation(folder: Path, manifest: Mapping[str, Any], chain: Chain) -> Adaptation:
     refuse_form(folder / MANIFEST, manifest, _Manifest)
     refuse_altered(folder, chain)

@@ -40,24 +40,32 @@ class Compared:
     worse: bool
     alone: tuple[str, ...] = ()
     """principals for whom the candidate is worse, if it is not found to be worse"""
-    principals: int = 0
 
 
-def compared(principals: Sequence[str], candidate: Mask, served: Mask) -> Compared:
+def compared(
+    principals: Sequence[str], candidate: Mask, served: Mask, *, rows: Mask | None = None
+) -> Compared:
     """Compare two models on the same inputs (n), the newest of each principal last. `candidate` and `served` state on
     which inputs the models are at fault.
+
+    Only the inputs in `rows`, such as those with a label, are compared. The principals of the others count as
+    principals, so that one whose inputs alone have labels does not decide.
     """
-    if not len(principals):
+    rows = np.ones(len(principals), bool) if rows is None else rows
+    if not rows.any():
         return Compared(0, 0, 0, worse=False)
     names, of = np.unique(np.array(principals), return_inverse=True)
-    counts = _counted(of, len(names))
+    counts = _counted(of, rows)
     only_candidate, only_served = (
         np.bincount(of[counts & each], minlength=len(names)).astype(np.int64)
         for each in (candidate & ~served, served & ~candidate)
     )
-    present = np.bincount(of, minlength=len(names)).argsort(kind="stable")[::-1][:_MOST]
+    numbers = np.bincount(of[rows], minlength=len(names))
+    # those without compared inputs have no effect, except that there may be so many that a single one decides nothing
+    n_present = max(int(np.count_nonzero(numbers)), min(FEW, len(names)))
+    present = numbers.argsort(kind="stable")[::-1][: min(n_present, _MOST)]
     worse = _worse(only_candidate[present], only_served[present])
-    single = _p_values(only_candidate, only_served) <= ERROR / len(names)
+    single = _p_values(only_candidate, only_served) <= ERROR / n_present
     alone = () if worse else tuple(str(name) for name in names[single])
     return Compared(
         int(counts.sum()),
@@ -65,17 +73,18 @@ def compared(principals: Sequence[str], candidate: Mask, served: Mask) -> Compar
         int(served[counts].sum()),
         worse,
         alone,
-        len(names),
     )
 
 
-def _counted(of: npt.NDArray[np.intp], n: int) -> Mask:
-    """Which inputs count: of a principal that has more than `SHARE` of them, only the newest ones."""
-    counts: Mask = np.ones(len(of), bool)
-    largest = int(np.bincount(of).argmax())
-    own = np.flatnonzero(of == largest)
-    most = int(SHARE / (1 - SHARE) * (len(of) - len(own)))
-    if n >= FEW and len(own) > most:
+def _counted(of: npt.NDArray[np.intp], rows: Mask) -> Mask:
+    """Which of the inputs in `rows` count: of a principal that has more than `SHARE` of them, only the newest ones. All
+    inputs of fewer than three principals count.
+    """
+    counts, numbers = rows.copy(), np.bincount(of[rows])
+    largest = int(numbers.argmax())
+    own = np.flatnonzero(rows & (of == largest))
+    most = int(SHARE / (1 - SHARE) * (rows.sum() - len(own)))
+    if np.count_nonzero(numbers) >= FEW and len(own) > most:
         counts[own[: len(own) - most]] = False
     return counts
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from holdfast.adaptation.journal import FORMER, is_adaptation, open_adaptation
+from holdfast.adaptation.journal import FORMER, is_adaptation, open_finished
 from holdfast.adaptation.server_records import difference
 from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import is_audit, open_audit
@@ -162,11 +162,7 @@ def _chains(folder: Path) -> FolderEvidence:
 
 def _adaptation(folder: Path, chains: Sequence[Path]) -> FolderEvidence:
     """The evidence of an adaptation; none if the audit chains of the server are given and have other steps."""
-    stored = open_adaptation(folder)
-    if stored.outcome is None:
-        raise TargetError(
-            f"the adaptation in {str(folder)!r} is not finished; resume it with its command and --resume"
-        )
+    stored = open_finished(folder)
     reason = f": {stored.reason}" if stored.reason else ""
     statement = f"Outcome: {stored.outcome}{reason}. {_ALONE}"
     names = ["adaptation"]

@@ -227,7 +227,7 @@ class LivePairs:
             flags = candidate.flagged, served.flagged
             compare = {"flagged": ("the guard flagged {} of {} inputs", sound, *flags), **compare}
         for kind, (text, rows, ours, theirs) in compare.items():
-            found = compared(_at(samples.principals, rows), ours[rows], theirs[rows])
+            found = compared(samples.principals, ours, theirs, rows=rows)
             facts |= {f"{kind}_candidate": found.candidate, f"{kind}_served": found.served}
             shown = f"{text.format(found.candidate, found.n)}, and for the served model {found.served}"
             if found.worse:

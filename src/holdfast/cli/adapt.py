@@ -1,6 +1,7 @@
 """The command `holdfast adapt URL`, which hardens the model of a running server and promotes the result."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,9 @@ from holdfast.cli.setting_options import (
     with_named_parts,
 )
 from holdfast.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from holdfast.adaptation.adapted import Adapted
 
 _HELP = """\
 Harden the model of a running server, and replace it if the new model passes all gates.
@@ -57,13 +61,18 @@ def adapt(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     folder = folder_of_run(settings, run)
     with stoppable(way_out(command_line(), folder)), progress_bar(voice) as progress:
         adapted = settings.run(folder, resume=resume, progress=progress, notify=voice.say)
-    if "-" in settings.output:
+    tell_adapted(adapted, settings.output, voice)
+    voice.say(f"run: {folder}")
+    return adapted.exit_code
+
+
+def tell_adapted(adapted: "Adapted", output: Sequence[str], voice: Voice) -> None:
+    """Print the steps of an adaptation and how it ended, and write its reports."""
+    if "-" in output:
         click.echo(adapted.to_json(), nl=False)
     elif not voice.quiet:
         click.echo(adapted.text(width=voice.console().width))
     click.echo(str(adapted), err=True)
-    for output in settings.output:
-        if output != "-":
-            voice.say(f"report: {adapted.write(output)}")
-    voice.say(f"run: {folder}")
-    return 0 if adapted.promoted else 1
+    for name in output:
+        if name != "-":
+            voice.say(f"report: {adapted.write(name)}")

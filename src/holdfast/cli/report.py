@@ -50,6 +50,15 @@ def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], ann
         from holdfast.cli.audit import report_audit
 
         return report_audit(run, output, voice)
+    from holdfast.adaptation.journal import is_adaptation, open_finished
+
+    if is_adaptation(run):
+        from holdfast.adaptation.adapted import Adapted
+        from holdfast.cli.adapt import tell_adapted
+
+        adapted = Adapted.of(open_finished(run))
+        tell_adapted(adapted, output, voice)
+        return adapted.exit_code
     refuse_reports(output)
     from holdfast.cli.running import tell
     from holdfast.runs.stored.run_forms import consistent

@@ -23,6 +23,7 @@ from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
 from holdfast.io.data.class_numbers import Numbered
 from holdfast.io.data.column_matching import in_order_of_first
+from holdfast.io.data.columns import EXACT, inexact
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.labels import class_labels, refuse_swapped
 from holdfast.io.data.layouts import LayoutReading, reading_of
@@ -56,9 +57,6 @@ _COMPARED = 64
 """Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
 
 Array = NDArray[Any]
-
-EXACT = 1 << 24
-"""Largest number up to which float32 represents all whole numbers."""
 
 _NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
 SUPPORTED = (
@@ -580,7 +578,11 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
             return x, 1.0, ("each feature has its own bounds, so the bytes were not divided by 255",)
         return x, 255.0, ()
     if x.dtype.kind == "f":
-        return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
+        if preserve and x.dtype == np.float64:
+            return x, 1.0, ()
+        if x.dtype == np.float64:
+            _refuse_inexact(x, name)
+        return x.astype(np.float32, copy=False), 1.0, ()
     if _is_unit(bounds) and (x.ndim > 2 or _may_be_audio(x)):
         raise _of_integers(x, name)
     lowest, highest = int(x.min()), int(x.max())
@@ -590,6 +592,20 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
             f"represents all whole numbers only up to {EXACT}: scale the features as in training"
         )
     return x.astype(np.float32), 1.0, ()
+
+
+def _refuse_inexact(x: NDArray[np.float64], name: str) -> None:
+    """Raise `TargetError` for a feature whose numbers lose information as float32."""
+    if not (np.abs(x) > EXACT).any():
+        return
+    for place, column in enumerate(x.reshape(len(x), -1).T):
+        rows = np.flatnonzero(inexact(column))
+        if len(rows):
+            raise TargetError(
+                f"the inputs of {name} have the value {float(column[rows[0]])!r} in feature {place}, and float32, in "
+                f"which the model computes, represents all whole numbers only up to {EXACT}: scale the features as in "
+                "training"
+            )
 
 
 def _of_integers(x: Array, name: str) -> TargetError:

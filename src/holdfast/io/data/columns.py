@@ -14,7 +14,11 @@ SPLIT_COLUMN = "split"
 MOST_CHARACTERS = 10_000_000
 """Largest total number of characters of the names of classes; comparing them takes a hundred times their memory."""
 NUMBER, MISSING, TEXT, INEXACT = 0, 1, 2, 3
-"""Kinds of a cell in a feature column; `INEXACT` is a whole number that float32 does not represent."""
+"""Kinds of a cell in a feature column; `INEXACT` is a number that loses information as float32."""
+EXACT = 1 << 24
+"""Largest number up to which float32 represents all whole numbers."""
+_NOTICEABLE = 1e-3
+"""rounding error in standard deviations of its column above which a number loses information"""
 _LARGEST = 2.0**63
 """absolute value from which numbers are no integers of a database or of pandas, but floats"""
 _TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}
@@ -88,7 +92,7 @@ def side_by_side(
     columns: Sequence[tuple[NDArray[np.float64], NDArray[np.uint8] | None]], rows: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Stack table columns that `as_numbers` converted. Return their values as float32, and whether each cell is a
-    number, missing, text or a whole number that float32 does not represent, both of shape (rows, columns).
+    number, missing, text or a number that loses information as float32, both of shape (rows, columns).
     """
     numbers = np.empty((rows, len(columns)), np.float32)
     kinds = np.full((rows, len(columns)), NUMBER, np.uint8)
@@ -96,13 +100,22 @@ def side_by_side(
         numbers[:, place] = rounded(values)
         if cell_kinds is not None:
             kinds[:, place] = cell_kinds
-        finite = values[np.isfinite(values)]
-        if (
-            finite == np.round(finite)
-        ).all():  # rounding changes other columns by less than their own precision
-            lost = np.isfinite(values) & (numbers[:, place] != values) & (np.abs(values) < _LARGEST)
-            kinds[lost, place] = INEXACT
+        kinds[inexact(values), place] = INEXACT
     return numbers, kinds
+
+
+def inexact(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which numbers (n,) of a column lose information as float32: the whole numbers above `EXACT` that float32
+    does not represent, and in a column with fractions, the numbers above `EXACT` whose rounding error is noticeable
+    beside the spread of the column, such as that of times in seconds.
+    """
+    lost: NDArray[np.bool_] = (np.abs(values) > EXACT) & (np.abs(values) < _LARGEST)
+    if lost.any():
+        finite = values[np.isfinite(values)]
+        whole = bool((finite == np.round(finite)).all())
+        most = 0.0 if whole else _NOTICEABLE * float(finite.std())
+        lost[lost] = np.abs(values[lost] - rounded(values[lost])) > most
+    return lost
 
 
 def as_words(cells: Sequence[str], known: dict[str, int]) -> NDArray[np.int32]:
