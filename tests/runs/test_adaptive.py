@@ -302,15 +302,6 @@ def test_a_shattered_gradient_is_answered_round_it_or_on_average_alone():
         assert told.state == state
 
 
-def test_a_doubt_whose_probe_could_not_measure_its_statistic_is_answered_by_no_attack():
-    for statistic, state in ((None, "raised"), (9.0, "answered")):
-        doubts = (Doubt("shattered", "raised", statistic, n=8, message="no gradient"),)
-        (told,) = with_answers(
-            doubts, {"BPDA": ran()}, {"BPDA": ("shattered",)}, bypassed=True, survivor_broken=False
-        )
-        assert told.state == state
-
-
 def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
     doubts, because = (Doubt("not-exhausted", "raised"),), {"Search": ("not-exhausted",)}
     assert with_answers(doubts, {"Search": ran()}, because, bypassed=True, survivor_broken=True) == doubts

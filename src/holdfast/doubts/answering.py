@@ -21,7 +21,7 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.evidence import AnswerCheck, Columns, Doubt
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import doubt_test
-from holdfast.doubts.slopes import ZERO_GRADIENTS
+from holdfast.doubts.zero_gradient import ZERO_GRADIENTS
 
 DRAWS = 20
 """number of forward passes over which EOT (expectation over transformation) averages a gradient"""
@@ -184,10 +184,10 @@ def with_answers(
 
     `ran` are the columns of each attack that was run, and `because` the doubts that required each attack. A doubt is
     answered if all attacks that it requires were run on all surviving examples, and none of the `checks` of the
-    adaptive attack is failed or not measured. There are four exceptions: a probe ran on examples and could not measure
-    the statistic of the doubt; the gradient of the attack itself is still zero, also with respect to a detector
-    (`blind`); the gradient is shattered, and no attack averaged it or bypassed a stage (`bypassed`); and
-    `not-exhausted`, while an example that a probe broke survives (`survivor_broken`).
+    adaptive attack is failed or not measured. There are three exceptions: the
+    gradient of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered,
+    and no attack averaged it or bypassed a stage (`bypassed`); and `not-exhausted`, while an example that a probe
+    broke survives (`survivor_broken`).
     """
 
     def with_answer(doubt: Doubt) -> Doubt:
@@ -198,8 +198,6 @@ def with_answers(
         if failed:
             without = f"the adaptive attack did not pass every check of it ({', '.join(failed)})"
             return replace(doubt, message=f"{doubt.message}; {without}")
-        if doubt.n and doubt.statistic is None:
-            return replace(doubt, message=f"{doubt.message}; without a measurement, no attack answers it")
         unless = doubt_test(doubt.name).unanswered_if
         dead = unless == "dead" and (blind or _dead(ran, required))
         if dead or (unless == "not bypassed" and not bypassed and "EOT" not in required):

@@ -1,8 +1,8 @@
-"""The doubt `shattered` is raised if the gradient does not predict the effect of a small step, or does not exist."""
+"""The doubt `shattered` is raised if the gradient does not predict the effect of a small step."""
 
 from holdfast.core.evidence import Doubt, DoubtState
 from holdfast.doubts.protocol import Case, DoubtTest
-from holdfast.doubts.slopes import GRADIENTS, ZERO_GRADIENTS
+from holdfast.doubts.slopes import GRADIENTS
 
 SLOPE_RATIO = (0.5, 2.0)
 """interval in which the median ratio of measured to predicted change must be"""
@@ -15,12 +15,6 @@ def conclude(case: Case) -> Doubt:
     ratios = case.results[GRADIENTS.name].columns["ratio"].double()
     resolved = ratios[~ratios.isnan()]
     if not len(resolved):
-        dead = case.results[GRADIENTS.name].columns["dead"]
-        if float(dead.double().mean()) > ZERO_GRADIENTS:
-            text = (
-                f"{int(dead.sum())} of {len(dead)} examples have no gradient whose prediction can be measured"
-            )
-            return Doubt(case.name, "raised", n=len(dead), message=text)
         return Doubt(case.name, "not measured", message="no gradient is large enough for a measurement")
     ratio, (low, high) = float(resolved.median()), SLOPE_RATIO
     text = f"along the gradient the margin changes by {ratio:.2g} times the predicted amount (median)"
@@ -30,8 +24,7 @@ def conclude(case: Case) -> Doubt:
 
 TEST = DoubtTest(
     title="The gradient does not predict the output",
-    meaning="A small step along the gradient changes the output by much more or much less than the gradient predicts, "
-    "or there is no gradient that predicts anything.",
+    meaning="A small step along the gradient changes the output by much more or much less than the gradient predicts.",
     advice="Add --adaptive, which replaces the gradient of the part that shatters it and also searches without "
     "gradients.",
     conclude=conclude,

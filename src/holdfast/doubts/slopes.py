@@ -15,9 +15,6 @@ from holdfast.doubts.protocol import Probe
 
 REACH = 0.05
 """length of the step in multiples of eps: less than half of one step of PGD-20"""
-ZERO_GRADIENTS = 0.01
-"""fraction of examples without a gradient of the margin above which a doubt is raised; a ReLU network may have no
-gradient at one point, but rarely at two"""
 _NEAREST = 1e-3  # share of the magnitude of the input: a point close to the clean one if eps is 0
 _RESOLVED = 1e-4  # a predicted change below this share of the logits is within float32 rounding errors
 
