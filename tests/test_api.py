@@ -488,7 +488,7 @@ def test_a_model_that_is_no_classifier_of_these_is_refused():
 
 
 @pytest.mark.slow
-def test_a_function_of_numpy_is_told_the_way_that_works():
+def test_a_function_of_numpy_is_attacked_by_its_scores():
     weights = network()[1].weight.detach().numpy()
 
     def scores(x):
@@ -497,18 +497,13 @@ def test_a_function_of_numpy_is_told_the_way_that_works():
     def through(x):
         return torch.from_numpy(scores(x))
 
-    said = r"the model returned a numpy.ndarray; .* Return torch.from_numpy\("
-    with pytest.raises(TargetError, match=said):
-        holdfast.assess(scores, (X, Y))
-    with pytest.raises(
-        TargetError, match=r"Can't call numpy\(\).* No gradient passes through numpy; give suite='black-box'"
-    ):
-        holdfast.assess(through, (X, Y))
+    for model in (scores, through):
+        assert holdfast.assess(model, (X, Y), "linf:0.1,queries=300").evidence["success"].any()
     seen = "linf:0.1,access=scores,queries=300"
-    found, wanted = (
-        holdfast.assess(model, (X, Y), seen, "black-box").evidence for model in (through, network())
+    *found, wanted = (
+        holdfast.assess(model, (X, Y), seen, "black-box").evidence for model in (scores, through, network())
     )
-    assert torch.equal(found["success"], wanted["success"]) and found["success"].any()
+    assert all(torch.equal(each["success"], wanted["success"]) for each in found) and wanted["success"].any()
 
 
 @pytest.mark.parametrize(

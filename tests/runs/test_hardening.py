@@ -37,6 +37,7 @@ from holdfast.recipes import (
 )
 from holdfast.recipes.training.fit import Training, fit
 from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
+from holdfast.reports.markdown import escaped
 from holdfast.runs.assess.expected_time import StageTimes
 from holdfast.runs.assess.request import HardenRequest
 from holdfast.runs.engine.identity import code_digest
@@ -927,7 +928,7 @@ def test_what_is_said_of_the_judging_is_on_the_card(tmp_path):
     said = [note for side in ("before", "after") for note in found.card[side]["notes"]]
     assert [note for note in said if note.startswith("time ran out")]
     text = (found.write(tmp_path / "made") / "card.md").read_text()
-    assert all(text.count(note) == 1 for note in said)
+    assert all(text.count(escaped(note)) == 1 for note in said)
 
 
 class Counting(torch.nn.Sequential):
