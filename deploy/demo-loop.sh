@@ -33,6 +33,7 @@ PY
 
 echo '1. Calibrate the guard, and start the server with a monitor.'
 holdfast calibrate model.safetensors reference.npz --guard guard.yaml --quiet
+umask 077  # holdfast refuses keys that other users can read
 for name in benign attacker; do
   holdfast keys add $name --scope infer --expires 1d --file keys.json --quiet > $name.key
 done
@@ -74,9 +75,11 @@ attack before
 
 echo '4. The monitor raises an alarm. A candidate is trained, judged by the gates, tried as a canary, and promoted.'
 echo "   Watch it: http://127.0.0.1:$admin/ui with the key in $folder/operator.key"
-wait $adapting || true
+code=0
+wait $adapting || code=$?
 adapting=''
 cat adapt.log
+[ $code -le 1 ] || exit $code  # 1: the candidate was not promoted
 
 echo '5. Attack the server again.'
 attack after
