@@ -39,7 +39,7 @@ class Compared:
     served: int
     worse: bool
     alone: tuple[str, ...] = ()
-    """principals for whom the candidate is worse, if it is not found to be worse"""
+    """principals on whose inputs alone the candidate is worse; empty if `worse`"""
 
 
 def compared(

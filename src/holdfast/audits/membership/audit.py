@@ -92,7 +92,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """The targets of an audit, and the same targets with halves that nobody was trained on."""
+    """The targets of an audit, and the same targets with halves that no network was trained on."""
 
     cases: Sequence[Case]
     nulls: Sequence[Case]
@@ -270,8 +270,8 @@ def _of_procedure(design: Design, signals: Signals) -> Measured:
 def _of_model(design: Design, signals: Signals, references: Signals | None) -> Measured:
     inside, null_inside = (None, None) if references is None else (design.inside(), design.null())
     case = Case(signals.phi[0], signals.right[0], design.member, references, inside)
-    nobody = halves(design.places, 2, design.rng.at("null target"))[0]
-    null = replace(case, member=nobody, inside=null_inside)
+    untrained = halves(design.places, 2, design.rng.at("null target"))[0]
+    null = replace(case, member=untrained, inside=null_inside)
     return Measured([case], [null], bool(signals.labels), bool(signals.probabilities))
 
 
