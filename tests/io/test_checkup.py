@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import holdfast
 from holdfast.cli.app import run
@@ -285,3 +286,32 @@ def test_outputs_that_are_no_scores_of_classes_are_named_where_accuracy_is_at_ch
     (accuracy,) = [finding for finding in findings if finding.check == "accuracy"]
     assert accuracy.level == "warning"
     assert "the 3 outputs do not look like logits or probabilities of the labels" in accuracy.message
+
+
+class Pooled(nn.Module):
+    """A network of large images, which lacks memory for more than `most` of them."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.linear, self.most = nn.Linear(3, 3), most
+        self.sizes: set[int] = set()
+        self.differentiated: set[tuple[int, bool]] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        self.sizes.add(len(x))
+        if x.requires_grad:
+            self.differentiated.add((len(x), self.linear.weight.requires_grad))
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("most", "largest"), [(100, 8), (5, 4)])
+def test_large_images_are_examined_in_batches_that_fit_into_memory_as_by_assess(
+    most: int, largest: int
+) -> None:
+    net, x = Pooled(most), torch.rand(12, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    findings = said(holdfast.doctor(net, (x, torch.arange(12) % 3)))
+    assert {"accuracy", "steadiness", "gradients"} <= findings.keys()
+    assert max(net.sizes) == largest and (largest, False) in net.differentiated
+    assert net.linear.weight.requires_grad

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from holdfast.core.draws import Draws
+from holdfast.core.pieces import batch_size_for
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.checks import batch_size_for
 from runs.fakes import N, data, order, subject
 
 SHARDS = {1: N, 2: N // 2, 7: -(-N // 7)}

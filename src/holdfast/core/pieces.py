@@ -15,6 +15,16 @@ from holdfast.core.model import out_of_memory
 _T = TypeVar("_T")
 PIECE = 256
 """default number of examples in a piece"""
+_VALUES = 1 << 20
+"""Input values in one batch on a CPU: 256 small images, or a few large ones."""
+_ACCELERATED = 1 << 26  # the same on an accelerator, which needs larger batches to be busy
+
+
+def batch_size_for(features: int, device: str) -> int:
+    """Return a batch size for inputs of `features` values on a device. The run halves it if memory runs out."""
+    kind = torch.device(device).type
+    values, largest = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
+    return max(8, min(largest, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
 
 
 @dataclass

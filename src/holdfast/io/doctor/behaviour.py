@@ -5,14 +5,16 @@ and its gradients.
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin_loss
+from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UnclearOutput
-from holdfast.core.model import EVERY, Classifier
+from holdfast.core.model import EVERY, Classifier, out_of_memory
 from holdfast.core.outputs import PROBABILITY, are_probabilities
 from holdfast.core.refusals import CUTS
 from holdfast.core.remedies import Remedy
-from holdfast.io.doctor.examined import STEADY, Examined, Finding, outputs_of
+from holdfast.io.doctor.examined import STEADY, Examined, Finding
 from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.remote.probing import refused_gradient
@@ -127,7 +129,7 @@ def steadiness_findings(examined: Examined) -> Iterator[Finding]:
             remedies=(Remedy("suite", "rand"),),
         )
         return
-    change = examined.change(outputs_of(examined.model, examined.batch.x.flip(0)).flip(0))
+    change = examined.change(examined.ask(examined.model, examined.batch.x.flip(0)).flip(0))
     if change > STEADY:
         text = f"outputs depend on the other inputs in the batch (by {change:.2g} of the largest logit)"
         way_out = "check whether batch norm uses batch statistics, or the model stores a state between calls"
@@ -145,9 +147,8 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
             text += ", or trees for a tree ensemble"
         yield Finding("gradients", "good", text)
         return
-    x = examined.batch.x.clone().requires_grad_()
     try:
-        logits = examined.model(x)
+        gradients = [_gradient(examined.model, piece) for piece in examined.batches]
     except TargetError as error:  # the model accepted the same inputs without gradients
         yield Finding(
             "gradients",
@@ -156,11 +157,9 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
             "if a network of torch is behind it, give the network itself",
         )
         return
-    grad = None
-    try:
-        if logits.requires_grad:
-            (grad,) = torch.autograd.grad(margin_loss(logits, examined.batch).sum(), x, allow_unused=True)
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         yield Finding(
             "gradients",
             "problem",
@@ -169,7 +168,7 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
             remedies=(Remedy("suite", "black-box"),),
         )
         return
-    if grad is None:
+    if any(grad is None for grad in gradients):
         yield Finding(
             "gradients",
             "problem",
@@ -178,6 +177,7 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
             remedies=(Remedy("suite", "black-box"),),
         )
         return
+    grad = torch.cat([each for each in gradients if each is not None])
     zero = float((grad.flatten(1).nan_to_num().abs().amax(1) == 0).double().mean())
     if zero > 0.01:
         text = f"{zero:.0%} of the examples have a zero gradient, so gradient attacks have no direction there"
@@ -187,3 +187,13 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
         yield Finding("gradients", "warning", text, way_out)
     else:
         yield Finding("gradients", "good", "gradients reach the input")
+
+
+def _gradient(model: Classifier, batch: Batch) -> Tensor | None:
+    """Return the gradient of the margins with respect to the inputs, or None if it does not reach them."""
+    x = batch.x.clone().requires_grad_()
+    logits = model(x)
+    if not logits.requires_grad:
+        return None
+    grad: Tensor | None = torch.autograd.grad(margin_loss(logits, batch).sum(), x, allow_unused=True)[0]
+    return grad

@@ -10,6 +10,7 @@ from holdfast.attacks.parts.prepare import in_training
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
 from holdfast.core.model import IN_PLACE, Classifier, fitted
+from holdfast.core.pieces import Room, batch_size_for, in_room
 from holdfast.io.doctor.behaviour import (
     accuracy_of,
     batch_sizes,
@@ -31,7 +32,7 @@ from holdfast.io.doctor.data_checks import (
     strange_classes,
     without_estimates,
 )
-from holdfast.io.doctor.examined import Examined, Finding, outputs_of
+from holdfast.io.doctor.examined import Examined, Finding, outputs_in_batches, outputs_of
 from holdfast.io.doctor.readings import class_orders, labels_from_one, layouts, units
 from holdfast.io.doctor.served_checks import examine_served
 from holdfast.io.remote.probing import settle_output, settle_predictions
@@ -52,24 +53,30 @@ def examine(model: Classifier, data: Data, *, texts: bool = False) -> tuple[Find
     batch = spread_examples(data, SAMPLE, model)
     # a frozen script has no mode
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
+    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
     left_in_training = in_training(model)
+    room = Room(batch_size_for(batch.x[0].numel(), "cpu"))
     try:
-        model.eval()
+        model.eval().requires_grad_(False)
         with fitted(model, batch.x):
             unclear = tuple(_unclear_output(model, data))
             differs = tuple(_predictions(model, data))
             strange = tuple(strange_classes(data))
-            findings = (
-                ()
-                if unclear
-                else without_estimates(_findings(model, batch, left_in_training, data, texts=texts))
-            )
+
+            def found(batch_size: int) -> tuple[Finding, ...]:
+                return without_estimates(
+                    _findings(model, batch, left_in_training, data, batch_size, texts=texts)
+                )
+
+            findings = () if unclear else in_room(found, room, 0, len(batch))
             if strange:  # these findings already explain wrong labels
                 findings = tuple(finding for finding in findings if finding.check != "labels")
             return (*strange, *unclear, *differs, *findings)
     finally:
         for module, training in modes:
             module.training = training
+        for weight, trained in weights:
+            weight.requires_grad_(trained)
 
 
 def misfit(
@@ -88,7 +95,7 @@ def misfit(
     the inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
     them, otherwise about fifteen.
     """
-    logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
+    logits = outputs_in_batches(model, batch.x, batch_size)
     examined = Examined(model, batch, (), logits, batch_size, names=names)
     checks = (class_orders, labels_from_one, *(() if texts else (layouts, units)))
     problem = next(
@@ -114,7 +121,13 @@ def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
 
 
 def _findings(
-    model: Classifier, batch: Batch, left_in_training: tuple[str, ...], data: Data, *, texts: bool
+    model: Classifier,
+    batch: Batch,
+    left_in_training: tuple[str, ...],
+    data: Data,
+    batch_size: int,
+    *,
+    texts: bool,
 ) -> Iterator[Finding]:
     wrong_layout = _layout(model, batch)
     if wrong_layout is not None:
@@ -130,8 +143,8 @@ def _findings(
     yield from labels_outside(*ends, classes, remote=model.remote)
     y, rows = known_labels(batch.y, classes, ends)
     batch = Batch(moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
-    logits, names = outputs_of(model, batch.x), names_of_labels(data)
-    examined = Examined(model, batch, left_in_training, logits, SAMPLE, names=names)
+    logits, names = outputs_in_batches(model, batch.x, batch_size), names_of_labels(data)
+    examined = Examined(model, batch, left_in_training, logits, batch_size, names=names)
     for check in _CHECKS:
         if check is not units or not texts:
             yield from check(examined)

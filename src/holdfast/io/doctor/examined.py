@@ -98,7 +98,13 @@ class Examined:
         `model` is the examined model, or the same network with other preprocessing.
         """
         self.calls.append(len(x))
-        return torch.cat([outputs_of(model, part) for part in torch.split(x, self.batch_size)])
+        return outputs_in_batches(model, x, self.batch_size)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The sample in batches of `batch_size` examples."""
+        rows = torch.arange(len(self.batch), device=self.batch.ids.device)
+        return [self.batch.take(part) for part in rows.split(self.batch_size)]
 
     def right_with(self, x: Tensor, model: Classifier | None = None) -> float:
         """Return the accuracy on the sample with the inputs `x` instead of the original ones, or with another model.
@@ -164,6 +170,11 @@ def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the outputs of the model on `x`, computed without gradients."""
     with torch.no_grad():
         return model(x.clone())  # a network may write into its input
+
+
+def outputs_in_batches(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int) -> Tensor:
+    """Return the outputs of the model on `x`, computed without gradients for at most `batch_size` examples at once."""
+    return torch.cat([outputs_of(model, part) for part in torch.split(x, batch_size)])
 
 
 def share_right(logits: Tensor, y: Tensor) -> float:

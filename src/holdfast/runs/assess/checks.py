@@ -38,21 +38,11 @@ from holdfast.io.remote.value_ranges import (
 )
 from holdfast.runs.harness import Context, Plan, Target, Work, evidence_from
 
-_VALUES = 1 << 20
-"""Input values in one batch on a CPU: 256 small images, or a few large ones."""
-_ACCELERATED = 1 << 26  # the same on an accelerator, which needs larger batches to be busy
 _PIECE = 1024
 """examples that are read at once to find the range of the labels"""
 _WORTH_SHARING = 5_000_000
 """Multiplications for an example above which more threads are faster: between a LeNet and four convolutions without
 strides."""
-
-
-def batch_size_for(features: int, device: str) -> int:
-    """Return a batch size for inputs of `features` values on a device. The run halves it if memory runs out."""
-    kind = torch.device(device).type
-    values, largest = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
-    return max(8, min(largest, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
 
 
 @contextmanager

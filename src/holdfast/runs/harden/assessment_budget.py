@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from holdfast.core.batch import Data
+from holdfast.core.pieces import batch_size_for
 from holdfast.io.data.selection import selected
 from holdfast.recipes.training import distributed
-from holdfast.runs.assess.checks import batch_size_for
 from holdfast.runs.assess.expected_time import TRIED, StageTimes, duration, stage_times
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import HardenRequest, Subject

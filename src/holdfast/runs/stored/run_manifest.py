@@ -12,6 +12,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Constraint, Limited
 from holdfast.core.goal import Goal
 from holdfast.core.model import Bounds
+from holdfast.core.pieces import batch_size_for
 from holdfast.core.triggers import Stamped
 from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
@@ -20,7 +21,7 @@ from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
-from holdfast.runs.assess.checks import batch_size_for, small_eps_note, wide_bounds_note
+from holdfast.runs.assess.checks import small_eps_note, wide_bounds_note
 from holdfast.runs.assess.collecting_evidence import DOUBTS
 from holdfast.runs.assess.measuring import shards_of
 from holdfast.runs.assess.preparation import model_digest
