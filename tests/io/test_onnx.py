@@ -556,15 +556,15 @@ def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Pat
     ]
     opened = open_model(write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3) + 1}, shape=(N, 5)))
     assert opened.access == "scores"
-    assert "Atan, Sinh cannot be imported" in opened.notes[0]
+    why = "the operators Atan (node 'c'), Sinh (node 'b') cannot be imported"
+    assert why in opened.notes[0]
     data = (np.random.default_rng(0).random((4, 5), np.float32), np.zeros(4, np.int64))
     with pytest.raises(
         UsageError,
-        match="Sprint needs gradients, and the model gives scores only .the operators Atan, Si",
+        match="Sprint needs gradients, and the model gives scores only .the operators Atan .node 'c'., Si",
     ):
         holdfast.assess(str(tmp_path / "m.onnx"), data, "linf:0.1", "quick")
     gradients = next(f for f in holdfast.doctor(str(tmp_path / "m.onnx"), data) if f.check == "gradients")
-    why = "the operators Atan, Sinh cannot be imported"
     assert gradients.message == f"the model gives scores only ({why}): the default suite is black-box"
     x = torch.rand(4, 5, requires_grad=True)
     assert opened.model(x).shape == (4, 3)
@@ -576,7 +576,7 @@ def test_unknown_settings_are_named_too(tmp_path: Path) -> None:
     nodes = [node("Resize", "x , scales", "a", mode="cubic"), node("Flatten", "a", "y")]
     opened = open_model(write(tmp_path / "m.onnx", nodes, {"scales": np.array([1, 1, 2, 2], np.float32)}))
     assert opened.access == "scores"
-    assert "Resize of mode cubic" in opened.notes[0]
+    assert "Resize of mode cubic, half_pixel, round_prefer_floor, in the node 'a', cannot" in opened.notes[0]
 
 
 def test_one_of_several_outputs_is_taken_and_said(tmp_path: Path) -> None:
@@ -1003,7 +1003,10 @@ def test_constants_that_the_file_computes_are_bounded(
     monkeypatch.setattr("holdfast.io.onnx.building.MAX_COMPUTED", 32)
     assert open_model(str(path)).access == "gradients"
     monkeypatch.setattr("holdfast.io.onnx.building.MAX_COMPUTED", 31)
-    assert "computed constants of more than 31 bytes cannot be imported" in open_model(str(path)).notes[0]
+    assert (
+        "computed constants of more than 31 bytes, in the node 'y', cannot be imported"
+        in open_model(str(path)).notes[0]
+    )
 
 
 def test_a_slice_that_runs_backwards_names_few_places(
@@ -1016,4 +1019,21 @@ def test_a_slice_that_runs_backwards_names_few_places(
     monkeypatch.setattr("holdfast.io.onnx.shaping._MOST_PLACES", 8)
     assert open_model(str(path)).access == "gradients"
     monkeypatch.setattr("holdfast.io.onnx.shaping._MOST_PLACES", 7)
-    assert "Slice of 8 places from the end cannot be imported" in open_model(str(path)).notes[0]
+    assert (
+        "Slice of 8 places from the end, in the node 'y', cannot be imported"
+        in open_model(str(path)).notes[0]
+    )
+
+
+@pytest.mark.parametrize("name", ["rounding", ""])
+def test_an_operation_without_bounds_is_named_by_its_node_of_the_file(tmp_path: Path, name: str) -> None:
+    nodes = [
+        node("Gemm", "x w", "a"),
+        node("Relu", "a", "b"),
+        helper.make_node("Ceil", ["b"], ["y"], name=name),
+    ]
+    address = write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3)}, shape=(N, 5))
+    data = (np.random.default_rng(0).random((4, 5), np.float32), np.zeros(4, np.int64))
+    with pytest.raises(UsageError) as caught:
+        holdfast.certify(address, data, "linf:0.01")
+    assert f"aten.ceil, at \"{address}\", node '{name or 'y'}': Ceil; replace it" in str(caught.value)

@@ -7,12 +7,14 @@ compared with the model on random inputs.
 
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.traceback import preserve_node_meta
 
 from holdfast.certifiers.bounds.graph import Graph
 from holdfast.certifiers.bounds.operators import TRANSLATIONS
@@ -77,7 +79,7 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
         return model(inputs)
 
     try:
-        with torch.no_grad(), without_values():
+        with torch.no_grad(), without_values(), _node_by_node(model):
             # fake tensors have no values, so that code that reads some fails; inside functionalize it would not
             how: dict[str, Any] = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
             make_fx(logits, **how)(x)
@@ -99,6 +101,23 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
             "operations on tensors that do not depend on the values, without `if` and `item()` on them and without "
             "numpy; the method smoothing needs no bounds"
         ) from error
+
+
+@contextmanager
+def _node_by_node(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Context manager in which graphs inside a model, such as those of ONNX files, are run node by node, so that each
+    recorded operation gets the place of its node.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    graphs = [module for module in modules if isinstance(module, fx.GraphModule)]
+    try:
+        for graph in graphs:
+            graph.forward = fx.Interpreter(graph).run
+        with preserve_node_meta():
+            yield
+    finally:
+        for graph in graphs:
+            del graph.forward
 
 
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})

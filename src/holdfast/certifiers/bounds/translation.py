@@ -118,7 +118,7 @@ class Translator:
         places = [
             (line.strip(), code.strip())
             for line, code in pairwise(lines)
-            if line.strip().startswith("File ") and not any(library in line for library in LIBRARIES)
+            if line.strip().startswith("File ") and not any(other in line for other in (*LIBRARIES, '"<'))
         ]
         if not places:
             return ""

@@ -78,6 +78,8 @@ class Builder:
         self._computed = 0
         self._count = 0
         self._batch: fx.Node | None = None
+        self.place = ""
+        """file and node of the present operator, in the form of a stack trace of torch"""
 
     def module(self, name: str, module: nn.Module, *inputs: Value) -> Value:
         """Add a torch module to the graph and return its output.
@@ -91,7 +93,7 @@ class Builder:
         if all(value.node is None for value in inputs):
             return Value(None, at)
         self.root.add_module(target, module)
-        return Value(self.graph.call_module(target, tuple(map(self._argument, inputs))), at)
+        return self._placed(self.graph.call_module(target, tuple(map(self._argument, inputs))), at)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Value:
         """Add the call of a torch function to the graph and return its result.
@@ -109,6 +111,11 @@ class Builder:
             tuple(map(self._argument, args)),
             {name: self._argument(value) for name, value in kwargs.items()},
         )
+        return self._placed(node, at)
+
+    def _placed(self, node: fx.Node, at: tuple[Any, Any]) -> Value:
+        """Return a node that was added for the present operator as a value, with the place of the operator."""
+        node.meta["stack_trace"] = self.place
         return Value(node, at)
 
     def constant(self, tensor: Tensor) -> Value:

@@ -15,19 +15,23 @@ from holdfast.io.onnx.shaping import SHAPING, as_tensor
 
 OPERATORS: dict[str, Operator] = {**LAYERS, **POINTWISE, **SHAPING}
 """Functions that convert the supported operators, by their ONNX names."""
+_SHOWN = 200
+"""number of characters of the name of a node that is shown"""
 _FREE_SIZES = (2, 3)
 """Batch sizes of the two examples. Sizes that differ between them depend on the batch size."""
 
 
 def refuse_unknown_operators(file: OnnxFile) -> None:
-    """Raise `Unsupported` if an ONNX file has operators that the importer does not support. Operators that are not part
-    of ONNX itself are named with their domain.
+    """Raise `Unsupported` if an ONNX file has operators that the importer does not support, with the first node of
+    each. Operators that are not part of ONNX itself are named with their domain.
     """
-    names = {
-        node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
-        for node in file.proto.graph.node
-    }
-    unknown = sorted(names - OPERATORS.keys())
+    first: dict[str, str] = {}
+    for node in file.proto.graph.node:
+        operator = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        first.setdefault(operator, name_of(node))
+    unknown = [
+        f"{operator} (node {first[operator]!r})" for operator in sorted(first.keys() - OPERATORS.keys())
+    ]
     if unknown:
         raise Unsupported(f"the operator{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}")
 
@@ -55,7 +59,8 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
             len([name for name in node.output if name]),
             fixed,
         )
-        values.update(zip(node.output, _results(step), strict=False))
+        builder.place = f'  File "{file.path}", node {name_of(node)!r}\n    {node.op_type}\n'
+        values.update(zip(node.output, _results(step, node), strict=False))
         for name in spent:  # a file may compute more than memory holds at once
             values.pop(name, None)
     if values[output].node is None:
@@ -75,14 +80,21 @@ def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
     yield from reversed(nodes)
 
 
-def _results(step: GraphStep) -> tuple[Value, ...]:
+def name_of(node: Any) -> str:
+    """Return the name of a node of an ONNX file, or that of its first output for one without a name."""
+    name: str = node.name or next(iter(node.output), "")
+    return name[:_SHOWN]
+
+
+def _results(step: GraphStep, node: Any) -> tuple[Value, ...]:
     try:
         results = OPERATORS[step.op](step)
+    except Unsupported as error:
+        raise Unsupported(f"{error}, in the node {name_of(node)!r},") from error
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         # torch refused the example; its message is the best reason
-        raise Unsupported(
-            f"{step.op}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unsupported(f"{step.op} of the node {name_of(node)!r}: {reason}") from error
     return results if isinstance(results, tuple) else (results,)
 
 

@@ -144,6 +144,11 @@ class OnnxFile:
     """
 
     @property
+    def path(self) -> str:
+        """Path of the file, as the user wrote it."""
+        return next(iter(self.files))
+
+    @property
     def content(self) -> bytes:
         """The ONNX model as serialised bytes, for onnxruntime."""
         serialised: bytes = self.proto.SerializeToString()
