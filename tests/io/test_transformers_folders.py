@@ -207,10 +207,12 @@ def test_a_folder_that_is_not_as_expected_is_refused_with_the_reason(copy, name)
 
 
 def test_without_a_threat_on_texts_or_transformers_the_remedy_is_stated(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="text:edits=2,words=3"):
+    with pytest.raises(TargetError, match="has no config.json, but nothing"):
         open_model(str(tmp_path))
     for file in ("config.json", "model.safetensors", "vocab.txt"):
         (tmp_path / file).write_text("{}")
+    with pytest.raises(UsageError, match="text:edits=2,words=3"):
+        open_model(str(tmp_path))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(HoldfastError) as caught:
         opened(tmp_path)

@@ -4,8 +4,6 @@ assessment.
 
 from collections.abc import Callable, Iterator
 
-import torch
-
 from holdfast.attacks.parts.prepare import in_training
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput

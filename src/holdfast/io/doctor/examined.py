@@ -104,7 +104,7 @@ class Examined:
     def batches(self) -> list[Batch]:
         """The sample in batches of `batch_size` examples."""
         rows = torch.arange(len(self.batch), device=self.batch.ids.device)
-        return [self.batch.take(part) for part in rows.split(self.batch_size)]
+        return [self.batch.take(part) for part in torch.split(rows, self.batch_size)]
 
     def right_with(self, x: Tensor, model: Classifier | None = None) -> float:
         """Return the accuracy on the sample with the inputs `x` instead of the original ones, or with another model.

@@ -552,17 +552,12 @@ def _open_estimator(opening: _Opening, path: Path) -> OpenedModel:
 
 
 def _open_folder(opening: _Opening, path: Path) -> OpenedModel:
-    """Open a folder that harden wrote, or one with a model of transformers, which is called with texts."""
+    """Open a folder that harden wrote, or one with a model of transformers."""
     if not opening.declared.texts and (path / WEIGHTS).is_file() and (path / CARD).is_file():
         return replace(_open_state_dict(opening, path / WEIGHTS), name=opening.address)
-    if not opening.declared.texts:
-        raise UsageError(
-            f"{opening.address!r} is a folder, whose model is called with texts, and there is no threat on texts such "
-            "as text:edits=2,words=3; assess it with one, or give the file of another model"
-        )
     from holdfast.io.models.transformers_folders import open_folder  # late: few models are folders
 
-    opened = open_folder(path)
+    opened = open_folder(path, texts=opening.declared.texts)
     files = {f"{opening.address.rstrip('/')}/{name}": digest for name, digest in opened.files.items()}
     return OpenedModel(
         opening.declared.of(opened.adapted), opening.address, "transformers", files, opened.notes

@@ -1,14 +1,15 @@
-"""Opens folders of transformers with a model for the classification of texts: `config.json`, `model.safetensors` and a
-tokenizer.
+"""Opens folders of transformers with a classifier: `config.json`, `model.safetensors`, and a tokenizer for a model of
+texts or `preprocessor_config.json` for one of images.
 
-Nothing is downloaded, and no code of the folder is run. The files are read once: the tokenizer is opened from a copy,
-so that the digests are those of the bytes that were used.
+Nothing is downloaded, and no code of the folder is run. The files are read once: configuration, tokenizer and image
+processor are opened from a copy, so that the digests are those of the bytes that were used.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,12 @@ from holdfast.core.texts import decoded
 from holdfast.io.files import names_of
 from holdfast.io.models.adapted import Adapted
 from holdfast.io.models.archive import Weights, read_once
+from holdfast.io.models.processed_images import processed_images, refuse_large_sizes
 from holdfast.io.models.text_models import TextFunction
-from holdfast.io.models.weights import fit_weights, read_state_dict, refuse_misfit
+from holdfast.io.models.weights import empty_network, read_state_dict, refuse_not_finite
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+_TEXT_HEAD, _IMAGE_HEAD = "ForSequenceClassification", "ForImageClassification"
 _TOKENIZERS = (
     "tokenizer.json",
     "vocab.txt",
@@ -48,6 +51,8 @@ _TOKENS = 8192  # of one forward pass, with padding
 _SPARE = (
     8  # parameters that the network may have beyond the tensors of the file, so that the error can list them
 )
+_SPARE_VALUES = 2**24
+"""numbers that buffers may have which are not in the file, such as positions of patches"""
 
 
 @dataclass(frozen=True)
@@ -95,56 +100,87 @@ class TokenisedTexts(TextFunction):
         return torch.stack([logits[place] for place in range(len(lengths))])
 
 
-def open_folder(folder: Path) -> OpenedFolder:
-    """Return the model of a folder. Raises `UsageError` without transformers, and `TargetError` with the reason for a
-    folder that is not as expected.
+def open_folder(folder: Path, *, texts: bool) -> OpenedFolder:
+    """Return the model of a folder, of texts or of images by its configuration. `texts` is whether the threat is on
+    texts.
+
+    Raises `UsageError` without transformers and for a threat on other inputs than those of the model, and `TargetError`
+    with the reason for a folder that is not as expected.
     """
-    _refuse_incomplete(folder)
+    present = sorted(path.name for path in folder.iterdir())
+    if CONFIG not in present:
+        raise TargetError(
+            f"the folder {str(folder)!r} has no {CONFIG}, but {names_of(present)}; a folder of transformers with "
+            f"{CONFIG}, {WEIGHTS}, and a tokenizer or {PROCESSOR} was expected"
+        )
+    read = partial(read_once, what="model file", max_bytes=_MOST_BYTES)
+    content = {CONFIG: read(folder / CONFIG)}
+    heads = [str(head) for head in _object(folder, CONFIG, content).get("architectures") or []]
+    of_images = any(_IMAGE_HEAD in head for head in heads)
+    _refuse_incomplete(folder, present, of_images=of_images)
+    if of_images == texts:
+        raise UsageError(
+            f"{str(folder)!r} is a model of images, and the threat is on texts; give one on images, such as "
+            "linf:8/255"
+            if of_images
+            else f"{str(folder)!r} is a folder, whose model is called with texts, and there is no threat on texts such "
+            "as text:edits=2,words=3; assess it with one, or give the file of another model"
+        )
     try:
         import transformers
     except ImportError as error:
         raise UsageError(
             f"{str(folder)!r} is a model of transformers, which is not installed", Install("text")
         ) from error
+    names = (PROCESSOR,) if of_images else _TOKENIZER_FILES
+    content |= {name: read(folder / name) for name in names if name in present}
+    settings = _settings(folder, content, heads)
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # worker processes are forked after the first call
-    names = (CONFIG, *(name for name in _TOKENIZER_FILES if (folder / name).exists()))
-    content = {name: read_once(folder / name, "model file", max_bytes=_MOST_BYTES) for name in names}
-    settings = _settings(folder, content)
-    with TemporaryDirectory() as copy:
+    with TemporaryDirectory() as copy, _quiet(transformers):
         for name, data in content.items():
             (Path(copy) / name).write_bytes(data)
         offline = {"local_files_only": True, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(copy, **offline)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(copy, **offline)
+        automatic = transformers.AutoImageProcessor if of_images else transformers.AutoTokenizer
+        preparing = automatic.from_pretrained(copy, **offline)
+    path = folder / WEIGHTS
+    weights, _ = read_state_dict(path, read_once(path, "weights file"))
+    kind = (
+        transformers.AutoModelForImageClassification
+        if of_images
+        else transformers.AutoModelForSequenceClassification
+    )
+    with _quiet(transformers):
+        net = _network(kind, config, weights, folder)
+    classes = int(config.num_labels)
+    labels = _labels(folder, settings, classes)
+    notes = weights.notes
+    if of_images:
+        images, more = processed_images(net, preparing, repr(str(folder)))
+        notes += more
+        adapted = Adapted(images, classes=classes, class_names=labels, output="logit")
+    else:
+        hidden = f"{type(net).__name__} is called with texts, which have no gradients"
+        tokenised = _tokenised(net, preparing, folder, weights.digest)
+        adapted = Adapted(tokenised, "scores", hidden, classes, labels, output="logit")
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    return OpenedFolder(adapted, digests | {WEIGHTS: weights.digest}, notes)
+
+
+def _tokenised(net: Any, tokenizer: Any, folder: Path, digest: str) -> TokenisedTexts:
     if tokenizer.pad_token is None:
         raise TargetError(
             f"the tokenizer in {str(folder)!r} has no pad_token, which batches of texts need; set one, and save it "
             "again"
         )
-    path = folder / WEIGHTS
-    weights, _ = read_state_dict(path, read_once(path, "weights file"))
-    net, notes = _network(transformers, config, weights, folder)
-    longest = min(tokenizer.model_max_length, _positions(net))
-    texts = TokenisedTexts(net, tokenizer, longest, weights.digest)
-    classes = int(config.num_labels)
-    labels = _labels(folder, settings, classes)
-    hidden = f"{type(net).__name__} is called with texts, which have no gradients"
-    adapted = Adapted(texts, "scores", hidden, classes, labels, output="logit")
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
-    return OpenedFolder(adapted, digests | {WEIGHTS: weights.digest}, notes)
+    return TokenisedTexts(net, tokenizer, min(tokenizer.model_max_length, _positions(net)), digest)
 
 
-def _refuse_incomplete(folder: Path) -> None:
+def _refuse_incomplete(folder: Path, present: Sequence[str], *, of_images: bool) -> None:
     """Raise `TargetError` if the folder lacks a file, or if its weights are pickled or in several files."""
-    present = sorted(path.name for path in folder.iterdir())
-    expected = f"{CONFIG}, {WEIGHTS} and a tokenizer"
-    if CONFIG not in present:
-        raise TargetError(
-            f"the folder {str(folder)!r} has no {CONFIG}, but {names_of(present)}; a folder of transformers with "
-            f"{expected} was expected"
-        )
+    expected = f"{CONFIG}, {WEIGHTS} and {PROCESSOR if of_images else 'a tokenizer'}"
     if WEIGHTS not in present:
         split = f"{WEIGHTS}.index.json" in present
         pickled = "pytorch_model.bin" in present
@@ -156,63 +192,104 @@ def _refuse_incomplete(folder: Path) -> None:
             f"the folder {str(folder)!r} has {problem}; {expected} were expected{advice}"
             f"{', which writes safetensors' if pickled else ''}"
         )
-    if not any(name in present for name in _TOKENIZERS):
+    if of_images and PROCESSOR not in present:
+        raise TargetError(
+            f"the folder {str(folder)!r} has no {PROCESSOR}, which states the size and the normalisation of the "
+            "images; add it with processor.save_pretrained(FOLDER)"
+        )
+    if not of_images and not any(name in present for name in _TOKENIZERS):
         raise TargetError(
             f"the folder {str(folder)!r} has no tokenizer, which is one of {', '.join(_TOKENIZERS)}; add it with "
             "tokenizer.save_pretrained(FOLDER)"
         )
 
 
-def _settings(folder: Path, content: Mapping[str, bytes]) -> Mapping[str, Any]:
-    """Return the content of `config.json`. Raises `TargetError` unless it is of a sequence classifier of transformers
-    itself.
-    """
+def _object(folder: Path, name: str, content: Mapping[str, bytes]) -> Mapping[str, Any]:
+    """Return the content of a JSON file of the folder. Raises `TargetError` unless it is an object."""
+    try:
+        value = json.loads(content[name])
+    except ValueError as error:
+        raise TargetError(f"{name} in {str(folder)!r} is not JSON ({error}); save the model again") from error
+    if not isinstance(value, dict):
+        raise TargetError(f"{name} in {str(folder)!r} is not a JSON object; save the model again")
+    return value
+
+
+def _settings(folder: Path, content: Mapping[str, bytes], heads: Sequence[str]) -> Mapping[str, Any]:
+    """Return the content of `config.json`. Raises `TargetError` unless it is of a classifier of transformers itself."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    objects = {
-        name: json.loads(content[name]) for name in (CONFIG, "tokenizer_config.json") if name in content
-    }
-    for name, value in objects.items():
-        if not isinstance(value, dict):
-            raise TargetError(f"{name} in {str(folder)!r} is not a JSON object; save the model again")
-        if value.get("auto_map"):
+    for name in (CONFIG, "tokenizer_config.json", PROCESSOR):
+        if name in content and _object(folder, name, content).get("auto_map"):
             raise TargetError(
                 f"{name} in {str(folder)!r} has auto_map, which requires code from a hub, and such code is not run; "
                 "build the model in a file of yours, and give file.py:factory"
             )
-    settings: Mapping[str, Any] = objects[CONFIG]
-    kind, heads = settings.get("model_type"), settings.get("architectures") or []
+    if PROCESSOR in content:
+        refuse_large_sizes(_object(folder, PROCESSOR, content), str(folder / PROCESSOR))
+    settings = _object(folder, CONFIG, content)
+    kind = settings.get("model_type")
     if kind not in CONFIG_MAPPING_NAMES:
         raise TargetError(
             f"the model_type in {str(folder / CONFIG)!r} is {kind!r}, which the installed transformers does not have; "
             "build the model in a file of yours, and give file.py:factory"
         )
-    if not any(str(head).endswith("ForSequenceClassification") for head in heads):
+    if not any(_IMAGE_HEAD in head or head.endswith(_TEXT_HEAD) for head in heads):
         raise TargetError(
-            f"the model in {str(folder)!r} is {names_of(list(map(str, heads)))}, which has no classification head; "
-            "one such as BertForSequenceClassification was expected: train and save one"
+            f"the model in {str(folder)!r} is {names_of(list(heads))}, which has no classification head; "
+            f"one such as Bert{_TEXT_HEAD} or ViT{_IMAGE_HEAD} was expected: train and save one"
         )
     return settings
 
 
-def _network(
-    transformers: Any, config: Any, weights: Weights, folder: Path
-) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """Return the network in evaluation mode, and notes. Its size is compared with the weights before it is built."""
+def _network(kind: Any, config: Any, weights: Weights, folder: Path) -> torch.nn.Module:
+    """Return the network in evaluation mode. Its size is compared with the weights before it is built.
+
+    transformers loads the weights, because it renames the tensors of files that older versions have written.
+    """
     # positions of tokens were stored as a buffer by old versions
     tensors = {name: value for name, value in weights.tensors.items() if not name.endswith("position_ids")}
-    kept = Weights(tensors, weights.notes, weights.digest)
-    make = partial(
-        transformers.AutoModelForSequenceClassification.from_config,
-        config,
-        trust_remote_code=False,
-        dtype=torch.float32,
-    )
-    refuse_misfit(make, kept, repr(str(folder)), spare=_SPARE)
+    make = partial(kind.from_config, config, trust_remote_code=False, dtype=torch.float32)
+    empty = empty_network(make, Weights(tensors), repr(str(folder)), spare=_SPARE)
+    n_stored, n_needed = (sum(map(torch.numel, each)) for each in (tensors.values(), empty.parameters()))
+    if n_needed > n_stored or sum(map(torch.numel, empty.buffers())) > n_stored + _SPARE_VALUES:
+        raise TargetError(
+            f"the weights of {str(folder)!r} do not fit: it has {n_stored:,} numbers, but its architecture has more; "
+            "train or save it again"
+        )
     with torch.random.fork_rng(devices=()):  # the initial weights are drawn, and then replaced
-        net: torch.nn.Module = make()
-    notes = fit_weights(net, kept, repr(str(folder)))
-    return net.eval(), notes
+        network: Any = type(empty)
+        net, info = network.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
+    problems = [
+        f"{name.removesuffix('_keys')} {names_of(sorted(map(str, info[name])))}"
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[name]
+    ]
+    if problems:
+        raise TargetError(
+            f"the weights of {str(folder)!r} do not fit {type(net).__name__}: {'; '.join(problems)}; train or save it "
+            "again"
+        )
+    refuse_not_finite(net, repr(str(folder)))
+    evaluated: torch.nn.Module = net.eval()
+    return evaluated
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Context manager in which transformers writes neither warnings nor progress."""
+    logging = transformers.utils.logging
+    level, shows = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows:
+            logging.enable_progress_bar()
 
 
 def _positions(net: torch.nn.Module) -> int:

@@ -79,10 +79,18 @@ def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
 
 def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
     """Raise `TargetError` if the names or shapes of a network's tensors differ from those in a weights file, before
-    memory is allocated for the network.
+    memory is allocated for the network. Its number of parameters is limited as by `empty_network`.
+    """
+    _fitting(empty_network(make, weights, source, spare=spare), weights, source)
 
-    The network is built by `make` on the meta device. Building ends when it has `spare` more parameters than the file
-    has tensors, because a file or a configuration may request a network of any size. Errors of `make` are not caught.
+
+def empty_network(
+    make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0
+) -> nn.Module:
+    """Return the network that `make` builds, on the meta device, whose tensors have shapes and no memory.
+
+    Building ends with a `TargetError` when the network has `spare` more parameters than the file has tensors, because a
+    file or a configuration may request a network of any size. Errors of `make` are not caught.
     """
     limit, n = len(weights.tensors) + spare, 0
     thread = get_ident()
@@ -103,10 +111,9 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
         # Tensors on the meta device have shapes but no memory, so a file cannot request a network that fills the
         # memory.
         with torch.device("meta"):
-            net = make()
+            return make()
     finally:
         hook.remove()
-    _fitting(net, weights, source)
 
 
 def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...]:
@@ -116,6 +123,12 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
     """
     tensors, notes = _fitting(net, weights, source)
     net.load_state_dict(tensors)
+    refuse_not_finite(net, source)
+    return (*weights.notes, *notes)
+
+
+def refuse_not_finite(net: nn.Module, source: str) -> None:
+    """Raise `TargetError` if weights of a network are NaN or infinite."""
     # those of the network, because a number of 64 bits may be infinite in one of 32 bits
     broken = [
         name
@@ -126,7 +139,6 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
         raise TargetError(
             f"the weights of {source} contain NaN or infinity in {_listed(broken)}; train or save them again"
         )
-    return (*weights.notes, *notes)
 
 
 def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
