@@ -140,7 +140,7 @@ def test_images_that_the_processor_would_crop_are_refused_with_the_size(folders,
         open_model(str(folders[kind])).model(torch.rand(2, 3, 48, 48))
 
 
-def test_a_folder_is_assessed_and_examined(folders, tmp_path, monkeypatch, in_this_process):
+def test_a_folder_is_assessed_and_examined(folders, tmp_path, monkeypatch, capsys, in_this_process):
     monkeypatch.chdir(tmp_path)
     labels = open_model(str(folders["vit"])).model(X).argmax(1).numpy()
     np.savez("images.npz", x=IMAGES, y=labels)
@@ -150,6 +150,9 @@ def test_a_folder_is_assessed_and_examined(folders, tmp_path, monkeypatch, in_th
     assert content["metrics"]["clean_accuracy"]["value"] == 1
     assert content["model"]["how"] == "transformers"
     assert run(["doctor", *flags]) == 0
+    np.savez("fit.npz", x=IMAGES[:, ::-1], y=labels)
+    assert run(["harden", *flags, "--fit", "fit.npz", "--threat", "linf:1/255", "--budget", "1min"]) == 3
+    assert "AutoModelForImageClassification.from_pretrained(FOLDER)" in capsys.readouterr().err
     assert run(["assess", *flags, "--threat", "text:edits=1,words=2"]) == 2
 
 

@@ -135,25 +135,15 @@ def open_folder(folder: Path, *, texts: bool) -> OpenedFolder:
     names = (PROCESSOR,) if of_images else _TOKENIZER_FILES
     content |= {name: read(folder / name) for name in names if name in present}
     settings = _settings(folder, content, heads)
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # worker processes are forked after the first call
-    with TemporaryDirectory() as copy, _quiet(transformers):
-        for name, data in content.items():
-            (Path(copy) / name).write_bytes(data)
-        offline = {"local_files_only": True, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(copy, **offline)
-        automatic = transformers.AutoImageProcessor if of_images else transformers.AutoTokenizer
-        preparing = automatic.from_pretrained(copy, **offline)
     path = folder / WEIGHTS
     weights, _ = read_state_dict(path, read_once(path, "weights file"))
-    kind = (
-        transformers.AutoModelForImageClassification
-        if of_images
-        else transformers.AutoModelForSequenceClassification
-    )
+    if of_images:
+        kinds = (transformers.AutoImageProcessor, transformers.AutoModelForImageClassification)
+    else:
+        kinds = (transformers.AutoTokenizer, transformers.AutoModelForSequenceClassification)
     with _quiet(transformers):
-        net = _network(kind, config, weights, folder)
+        config, preparing = _opened(content, transformers.AutoConfig, kinds[0])
+        net = _network(kinds[1], config, weights, folder)
     classes = int(config.num_labels)
     labels = _labels(folder, settings, classes)
     notes = weights.notes
@@ -167,6 +157,17 @@ def open_folder(folder: Path, *, texts: bool) -> OpenedFolder:
         adapted = Adapted(tokenised, "scores", hidden, classes, labels, output="logit")
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
     return OpenedFolder(adapted, digests | {WEIGHTS: weights.digest}, notes)
+
+
+def _opened(content: Mapping[str, bytes], *kinds: Any) -> list[Any]:
+    """Return the objects of classes of transformers, such as a tokenizer, that are in the files with this content."""
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # worker processes are forked after the first call
+    with TemporaryDirectory() as copy:
+        for name, data in content.items():
+            (Path(copy) / name).write_bytes(data)
+        return [kind.from_pretrained(copy, local_files_only=True, trust_remote_code=False) for kind in kinds]
 
 
 def _tokenised(net: Any, tokenizer: Any, folder: Path, digest: str) -> TokenisedTexts:

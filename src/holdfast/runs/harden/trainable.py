@@ -19,6 +19,7 @@ from holdfast.core.types import Inputs
 from holdfast.io.models.int8 import int8_layers
 from holdfast.io.models.keras_models import KerasNet
 from holdfast.io.models.linear_texts import LinearTexts
+from holdfast.io.models.processed_images import ProcessedImages
 from holdfast.io.models.text_models import TextEstimator, TextFunction
 from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.training.fit import drawing
@@ -38,6 +39,12 @@ def refuse_untrainable(model: Classifier) -> None:
     elif model.access != "gradients":
         raise TargetError(
             f"the model gives only {model.access} and no gradients, so it cannot be trained: {model.hides}"
+        )
+    if isinstance(model.net, ProcessedImages):
+        raise TargetError(
+            "the model is a folder of transformers, whose new weights harden cannot write to a folder; give "
+            "FILE.py:FACTORY, whose factory returns the network, as in transformers.AutoModelForImageClassification."
+            "from_pretrained(FOLDER), and the mean and std of its processor"
         )
     if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
         raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
