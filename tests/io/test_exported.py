@@ -16,6 +16,7 @@ from torch._export.serde.schema import SCHEMA_VERSION
 from torch._export.serde.serialize import serialize
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.io.models.exported import FREE_BATCH
 from holdfast.io.models.exported_operators import is_operator_of_networks, replace_unchecked
 from holdfast.io.models.models import open_model
 
@@ -30,7 +31,7 @@ def network() -> nn.Module:
 
 
 class Sized(nn.Module):
-    """Counts on the batch that it was exported with."""
+    """Needs the batch size with which it was exported."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(4, -1)[:, :3] * 2
@@ -68,20 +69,28 @@ def test_any_batch_size_gives_the_networks_outputs_and_gradients(programs: Path,
     torch.testing.assert_close(opened.model(x), original(x))
     ours, theirs = (torch.autograd.grad(net(x).square().sum(), x)[0] for net in (opened.model, original))
     torch.testing.assert_close(ours, theirs)
-    assert opened.notes == (
-        ("the program accepts only batches of 4 examples; other batches are split and padded",)
-        if name == "sized"
-        else ()
-    )
+    assert opened.notes == ()
     assert not any(module.training for module in copy.deepcopy(opened.model.eval()).modules())
     assert opened.access == "gradients"
 
 
-def test_a_large_batch_is_not_enlarged_to_try_other_sizes(programs: Path, monkeypatch) -> None:
+def test_a_large_batch_is_not_enlarged_to_try_other_sizes(
+    programs: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr("holdfast.io.models.exported._MOST_TRIED", 4 * 16)
     assert open_model(str(programs / "fixed.pt2")).notes == ()
     monkeypatch.setattr("holdfast.io.models.exported._MOST_TRIED", 4 * 16 - 1)
-    assert "accepts only batches of 4 examples" in open_model(str(programs / "fixed.pt2")).notes[0]
+    opened = open_model(str(programs / "fixed.pt2"))
+    assert "accepts only batches of 4 examples" in opened.notes[0]
+    # the export that the note names
+    dynamic = torch.export.export(
+        network(), (torch.rand(4, 1, 4, 4),), dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
+    assert FREE_BATCH in opened.notes[0] and "dynamic_shapes=({0: torch.export.Dim('n')},)" in FREE_BATCH
+    torch.export.save(dynamic, tmp_path / "dynamic.pt2")
+    assert open_model(str(tmp_path / "dynamic.pt2")).notes == ()
+    x = torch.rand(6, 1, 4, 4)
+    torch.testing.assert_close(opened.model(x), network()(x))
 
 
 def test_programs_that_carry_code_need_trust(programs: Path, tmp_path: Path) -> None:

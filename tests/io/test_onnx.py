@@ -1037,3 +1037,43 @@ def test_an_operation_without_bounds_is_named_by_its_node_of_the_file(tmp_path: 
     with pytest.raises(UsageError) as caught:
         holdfast.certify(address, data, "linf:0.01")
     assert f"aten.ceil, at \"{address}\", node '{name or 'y'}': Ceil; replace it" in str(caught.value)
+
+
+def test_a_graph_that_needs_a_batch_of_one_runs_on_all_rows_at_once(tmp_path: Path, capfd) -> None:
+    nodes = [
+        node("Conv", "x k", "a"),
+        node("Squeeze", "a zero", "b"),
+        node("Reshape", "b flat", "c"),
+        node("Gemm", "c w", "y"),
+    ]
+    constants = {"k": floats(2, 3, 3, 3), "zero": ints(0), "flat": ints(1, 40), "w": floats(40, 3)}
+    opened = open_model(write(tmp_path / "m.onnx", nodes, constants, shape=(1, C, H, W)))
+    assert opened.notes == () and opened.access == "gradients"
+    calls: list[int] = []
+    graph = next(module for module in opened.model.modules() if isinstance(module, fx.GraphModule))
+    graph.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    x = torch.rand(5, C, H, W, requires_grad=True)
+    logits = opened.model(x)
+    assert calls == [1]  # once, mapped over the five rows
+    kernel, weight = (torch.from_numpy(constants[name]) for name in "kw")
+    torch.testing.assert_close(logits, torch.conv2d(x, kernel).flatten(1) @ weight)
+    assert torch.autograd.grad(logits.sum(), x)[0].abs().flatten(1).amax(1).min() > 0
+    assert opened.model(x[:0]).shape == (0, 3)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter
+def test_a_note_states_how_a_file_for_onnxruntime_gets_a_free_batch_size(tmp_path: Path) -> None:
+    nodes = [node("Gemm", "x w", "a"), node("Sinh", "a", "y")]
+    opened = open_model(write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3)}, shape=(1, 5)))
+    assert "accepts only batches of 1 examples" in opened.notes[1]
+    assert "dynamic_axes={'x': {0: 'n'}}" in opened.notes[1]
+
+    class Hyperbolic(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ torch.ones(5, 3)).sinh()
+
+    file = str(tmp_path / "free.onnx")
+    how = {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}}}
+    torch.onnx.export(Hyperbolic(), (torch.rand(1, 5),), file, dynamo=False, **how)
+    assert len(open_model(file).notes) == 1

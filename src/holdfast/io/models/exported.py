@@ -14,7 +14,8 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ _MOST_TRIED = 2**24
 
 Other batch sizes use two to four times the memory of the fixed one.
 """
+SLICES = "other batches are split and padded, which is slow; export it with a free batch size, as in"
+"""what happens with batches of another size than the fixed one, and the way to avoid it"""
+FREE_BATCH = "torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim('n')},))"
+"""export of a program that accepts any batch size"""
 _NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
 """Pattern of dotted names that may be written into generated code.
 
@@ -111,6 +116,30 @@ class FixedBatch(nn.Module):
         return Batches(self.size).through(self.net, x)
 
 
+class MappedBatch(nn.Module):
+    """A module that runs a network with a fixed batch size on any number of rows, all slices at once.
+
+    The operations of the network are mapped over the slices (`torch.vmap`), and the last slice is filled up with copies
+    of its last row.
+    """
+
+    def __init__(self, net: nn.Module, size: int) -> None:
+        super().__init__()
+        self.net = net
+        self.batches = Batches(size, multiples=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the network for all rows of a batch."""
+        if not len(x):
+            return FixedBatch(self.net, self.batches.size)(x)  # type: ignore[no-any-return]
+        return self.batches.through(self._mapped, x)
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        size = self.batches.size
+        slices: Tensor = torch.vmap(self.net)(x.reshape(-1, size, *x.shape[1:]))
+        return slices.flatten(0, 1)
+
+
 def open_program(path: Path, *, trust_code: bool) -> Program:
     """Return the exported program in a `.pt2` file. Raises `UsageError` for a file that contains code unless
     `trust_code` is True.
@@ -125,9 +154,10 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
         with read_under_limits("programs", path, LIMITS, content=content):
             pass  # it is loaded here after that has gone well
     net, sizes = loaded_program(path, content)
-    size = _batch_size(net, sizes)
-    digest = hashlib.sha256(content).hexdigest()
-    return Program(net if size is None else FixedBatch(net, size), size, digest)
+    size = sizes[0]
+    if size is not None:
+        net = rebatched(net, size, sizes[1:])
+    return Program(net, size if isinstance(net, FixedBatch) else None, hashlib.sha256(content).hexdigest())
 
 
 def exported(net: nn.Module, x: Tensor) -> bytes | None:
@@ -194,12 +224,6 @@ def loaded_program(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
     return net, _input_shape(program)
 
 
-def _batch_size(net: nn.Module, sizes: Sizes) -> int | None:
-    """Return the only batch size that the network accepts, or None if it accepts any."""
-    size = sizes[0]
-    return None if size is None or _takes_any_batch(net, size, sizes[1:]) else size
-
-
 def _loaded(content: bytes) -> torch.export.ExportedProgram:
     from torch.export.pt2_archive._package import load_pt2  # late: it is slow to import, and few need it
 
@@ -236,21 +260,32 @@ def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
     return tuple(size if isinstance(size, int) else None for size in sizes)
 
 
-def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -> bool:
-    """Return whether a program exported for one batch size returns equal rows for other batch sizes.
+def rebatched(net: nn.Module, size: int, shape: Sizes, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a network that was exported for one batch size and inputs of one shape as one that accepts any batch size:
+    the network itself or mapped over slices, if its rows are then equal to those of a `FixedBatch`, or else this.
 
     The test is worthwhile because slices are many times slower. It is not made if the batch is large.
     """
-    if None in shape or size * math.prod(side or 1 for side in shape) > _MOST_TRIED:
-        return False
     slices = FixedBatch(net, size)
-    for n in (size + 1, 2 * size + 3):
-        x = torch.rand((n, *(side or 1 for side in shape)), generator=torch.Generator().manual_seed(n))
-        try:
-            with torch.no_grad():
+    if None in shape or size * math.prod(side or 1 for side in shape) > _MOST_TRIED:
+        return slices
+    n_rows = (size + 1, 2 * size + 3)
+    inputs = [
+        torch.rand((n, *(side or 1 for side in shape)), generator=torch.Generator().manual_seed(n)).to(dtype)
+        for n in n_rows
+    ]
+    return next((other for other in (net, MappedBatch(net, size)) if _alike(other, slices, inputs)), slices)
+
+
+def _alike(net: nn.Module, slices: FixedBatch, inputs: Sequence[Tensor]) -> bool:
+    """Return whether a network accepts the inputs and returns the rows that it returns for slices."""
+    try:
+        # a graph prints its code if an operation fails
+        with torch.no_grad(), redirect_stderr(io.StringIO()):
+            for x in inputs:
                 torch.testing.assert_close(net(x), slices(x), rtol=1e-4, atol=1e-5)
-        except (AssertionError, RuntimeError, ValueError):
-            return False
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError):
+        return False
     return True
 
 

@@ -24,7 +24,7 @@ from holdfast.io.models.archive import Weights
 from holdfast.io.models.declarations import ARCHITECTURE
 from holdfast.io.models.denoiser import with_denoiser
 from holdfast.io.models.estimators import Estimator, Predictor
-from holdfast.io.models.exported import open_program
+from holdfast.io.models.exported import FREE_BATCH, SLICES, open_program
 from holdfast.io.models.factories import (
     Built,
     Model,
@@ -525,7 +525,7 @@ def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
     notes = (
         ()
         if size is None
-        else (f"the program accepts only batches of {size} examples; other batches are split and padded",)
+        else (f"the program accepts only batches of {size} examples; {SLICES} {FREE_BATCH}",)
     )
     files = {opening.address: program.digest}
     return OpenedModel(opening.declared.wrap(program.net), opening.address, "pt2", files, notes)

@@ -17,7 +17,7 @@ from holdfast.core.outputs import is_single
 from holdfast.core.types import Access
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limits import Limits
-from holdfast.io.models.exported import FixedBatch
+from holdfast.io.models.exported import SLICES, FixedBatch, rebatched
 from holdfast.io.onnx.building import Unsupported
 from holdfast.io.onnx.converting import convert, random_batch, refuse_unknown_operators
 from holdfast.io.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, read_onnx
@@ -74,6 +74,8 @@ class Runtime(nn.Module):
     def __init__(self, file: OnnxFile, output: str | None = None) -> None:
         super().__init__()
         self.input: OnnxInput = file.input
+        self.size = file.input.shape[0]
+        """only batch size that the file accepts; None for any"""
         self.session = session(file.content, torch.get_num_threads())
         self.kinds = {value.name: value.type for value in self.session.get_outputs()}
         self.outputs = [output] if output else [name for name, kind in self.kinds.items() if kind in _NUMBERS]
@@ -93,12 +95,12 @@ class Runtime(nn.Module):
     def values(self, x: Tensor) -> list[np.ndarray[Any, Any]]:
         """Return all outputs of the ONNX model on a batch as arrays, which may contain strings."""
         batch = x.detach().cpu().numpy().astype(self.input.dtype)
-        size = self.input.shape[0] or len(batch)
+        size = self.size or len(batch)
         parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
         return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
     def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
-        missing = size - len(rows) if self.input.shape[0] else 0
+        missing = size - len(rows) if self.size else 0
         filled = np.concatenate((rows, np.repeat(rows[-1:], missing, axis=0))) if missing else rows
         outputs = run_session(self.session, self.outputs, self.input.name, filled)
         return [values[: len(rows)] if missing else values for values in outputs]
@@ -155,6 +157,7 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     except Unsupported as reason:
         net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
         notes += (f"{hides}; the model runs in onnxruntime, with scores only and without gradients",)
+        notes += () if net.size is None else (_fixed_note(net.size),)
     return OnnxModel(net, access, hides, classes, file.files, notes, *_class_names(file.labels, classes))
 
 
@@ -225,8 +228,8 @@ def _class_names(
 def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the converted network, and notes.
 
-    It accepts any batch size. If its operators need the batch size of the file, it processes batches in slices of that
-    size.
+    It accepts any batch size. If its operators need the batch size of the file, they are mapped over slices of that
+    size, or else the slices are processed one after another.
     """
     net: nn.Module
     notes: tuple[str, ...] = ()
@@ -236,12 +239,20 @@ def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
         size = file.input.shape[0]
         if size is None:
             raise
-        notes = (f"the model accepts only batches of {size} examples; other batches are split and padded",)
-        net = FixedBatch(convert(file, output, batch_size=size), size)
+        net = rebatched(convert(file, output, batch_size=size), size, file.input.shape[1:], _torch_type(file))
+        notes = (_fixed_note(size),) if isinstance(net, FixedBatch) else ()
     net.register_forward_pre_hook(partial(_refuse_shape, file.input.shape[1:]))
     if file.input.dtype == np.float32:
         return net, notes
     return Converted(net, _torch_type(file)), (*notes, f"the model computes in {file.input.dtype}")
+
+
+def _fixed_note(size: int) -> str:
+    """Return the note for a model whose slices of the batch size of its file are processed one after another."""
+    return (
+        f"the model accepts only batches of {size} examples; {SLICES} "
+        "torch.onnx.export(net, (x,), FILE, input_names=['x'], dynamic_axes={'x': {0: 'n'}})"
+    )
 
 
 def _refuse_shape(shape: tuple[int | None, ...], net: nn.Module, inputs: tuple[Tensor]) -> None:
