@@ -314,3 +314,18 @@ def test_weights_of_another_size_than_the_input_needs_are_refused_by_every_opera
     assert lstm(x, *states, *weights)[0].shape == (2, 3, 50)
     with pytest.raises(RuntimeError):
         lstm(x, *states, torch.rand(20, 40), *weights[1:])
+
+
+def test_attention_in_a_program_for_one_example_is_mapped_without_warnings(tmp_path: Path, capfd) -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    net = nn.Sequential(net, nn.Flatten(), nn.Linear(32, 3)).eval()
+    torch.export.save(torch.export.export(net, (torch.rand(1, 4, 8),)), tmp_path / "m.pt2")
+    capfd.readouterr()
+    opened = open_model(str(tmp_path / "m.pt2"))
+    x = torch.rand(5, 4, 8, requires_grad=True)
+    ours, theirs = opened.model(x), net(x)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(logits.square().sum(), x)[0] for logits in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+    assert opened.notes == () and capfd.readouterr().err == ""

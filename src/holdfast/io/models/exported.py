@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches
@@ -136,7 +137,8 @@ class MappedBatch(nn.Module):
 
     def _mapped(self, x: Tensor) -> Tensor:
         size = self.batches.size
-        slices: Tensor = torch.vmap(self.net)(x.reshape(-1, size, *x.shape[1:]))
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention cannot be mapped
+            slices: Tensor = torch.vmap(self.net)(x.reshape(-1, size, *x.shape[1:]))
         return slices.flatten(0, 1)
 
 
