@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 import holdfast
+from holdfast.cli.app import run
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.remote.probing import HWC_NOTE
@@ -1077,3 +1078,79 @@ def test_a_note_states_how_a_file_for_onnxruntime_gets_a_free_batch_size(tmp_pat
     how = {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}}}
     torch.onnx.export(Angle(), (torch.rand(1, 5),), file, dynamo=False, **how)
     assert len(open_model(file).notes) == 1
+
+
+def _detector(path: Path) -> tuple[str, dict[str, Any], Any]:
+    """A file with a score of each class for each of 6 boxes, data, and the scores that its function returns."""
+    address = write(path, [node("MatMul", "x w", "y")], {"w": (w := floats(5, 3))}, shape=(N, 6, 5))
+    x = floats(8, 6, 5)
+    return address, {"threat": "linf:0.01"}, (x, (x @ w).max(1))
+
+
+def _bytes(path: Path) -> tuple[str, dict[str, Any], Any]:
+    nodes = [
+        node("Cast", "x", "f", to=TensorProto.FLOAT),
+        node("Flatten", "f", "g"),
+        node("MatMul", "g w", "y"),
+    ]
+    address = write(path, nodes, {"w": (w := floats(12, 3))}, shape=(N, 3, 2, 2), dtype=TensorProto.UINT8)
+    x = floats(8, 3, 2, 2)
+    return address, {"threat": "linf:0.01"}, (x, (255 * x).round().reshape(8, -1) @ w)
+
+
+def _state(path: Path) -> tuple[str, dict[str, Any], Any]:
+    nodes = [node("MatMul", "x w", "a"), node("ReduceSum", "state", "b", keepdims=0), node("Add", "a b", "y")]
+    shapes = {"x": (N, 5), "state": (2, "rows", 4)}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, each) for name, each in shapes.items()]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, (N, 3))]
+    w = floats(5, 3)
+    graph = helper.make_graph(nodes, "test", inputs, outputs, [numpy_helper.from_array(w, "w")])
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    x = floats(8, 5)
+    return str(path), {"threat": "linf:0.01"}, (x, x @ w)
+
+
+def _strings(path: Path) -> tuple[str, dict[str, Any], Any]:
+    nodes = [
+        helper.make_node("LabelEncoder", ["x"], ["k"], domain="ai.onnx.ml", keys_strings=["good"],
+                         values_floats=[1.0], default_float=0.0),
+        node("Sub", "one k", "rest"),
+        node("Concat", "rest k", "y", axis=1),
+    ]  # fmt: skip
+    constants = [numpy_helper.from_array(np.ones((1, 1), np.float32), "one")]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [N, 2])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.STRING, [N, 1])]
+    graph = helper.make_graph(nodes, "test", inputs, outputs, constants)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.save(model, path)
+    scores = np.array([[0, 1], [1, 0]] * 4, np.float32)
+    return str(path), {"threat": "text:edits=1,words=1"}, (["good", "dull"] * 4, scores)
+
+
+@pytest.mark.parametrize("make", [_detector, _bytes, _state, _strings])
+def test_the_function_that_a_refusal_advises_returns_the_scores(
+    tmp_path: Path, monkeypatch, capsys, make
+) -> None:
+    address, settings, (x, scores) = make(tmp_path / "m.onnx")
+    data = (x, scores.argmax(1))
+    with pytest.raises(
+        TargetError, match=r"write a function that returns scores \(n, classes\) into scores.py"
+    ) as caught:
+        holdfast.assess(address, data, **settings)
+    assert len(caught.value.code) == 3 and "called with numbers" not in str(caught.value)
+    assert str(caught.value).endswith("\n    ".join(caught.value.code))
+    monkeypatch.chdir(tmp_path)
+    assert run(["doctor", address, "mnist-mini", "--threat", settings["threat"]]) == 3
+    printed = capsys.readouterr().err.splitlines()[-3:]
+    (tmp_path / "scores.py").write_text("\n".join(text.removeprefix("    ") for text in printed))
+    module: dict[str, Any] = {}
+    exec((tmp_path / "scores.py").read_text(), module)
+    np.testing.assert_allclose(
+        module["make"]()(torch.tensor(x) if make is not _strings else x), scores, rtol=1e-5
+    )
+    result = holdfast.assess(
+        "scores.py:make", data, **settings, suite=["Square"] if make is not _strings else None
+    )
+    assert result["clean_accuracy"].value == 1

@@ -230,7 +230,7 @@ def run(arguments: Sequence[str], program: click.Group = verbs, name: str = "hol
     except Interrupted as error:
         return _report(error.on_command_line(), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:
-        return _report(error.on_command_line(), error.exit_code, debug=debug)
+        return _report(error.on_command_line(), error.exit_code, debug=debug, code_lines=error.code)
     except OSError as error:
         where = "the output" if error.filename is None else repr(str(error.filename))
         message = f"{where} cannot be used: {error.strerror or error}; free some space, or give another path"
@@ -317,13 +317,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _report(message: str, code: int, *, debug: bool) -> int:
-    """Write an error message to stderr, after the traceback if `debug` is True, and return `code`."""
+def _report(message: str, code: int, *, debug: bool, code_lines: Sequence[str] = ()) -> int:
+    """Write an error message to stderr, after the traceback if `debug` is True, and return `code`. The lines of Python
+    `code_lines` follow the message.
+    """
     if debug:
         traceback.print_exc()
     # the text may be from servers and files; only an internal error of a worker has several lines, its traceback
     lines = message.splitlines() if code == INTERNAL else [message]
-    click.echo("holdfast: " + "\n".join(map(line, lines)), err=True)
+    click.echo("\n    ".join(("holdfast: " + "\n".join(map(line, lines)), *map(line, code_lines))), err=True)
     return code
 
 

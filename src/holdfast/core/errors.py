@@ -14,7 +14,8 @@ class HoldfastError(Exception):
 
     `remedies` are changes of arguments, each of which resolves the error. The text of the error ends with them, as
     arguments of Python (`str(error)`) or as options of the command line (`on_command_line`). There are none if no
-    change of an argument is known to work. `ending` is a sentence after them.
+    change of an argument is known to work. `ending` is a sentence after them, and `code` are lines of Python after
+    the text, which the user can put into a file.
     """
 
     exit_code: ClassVar[int] = 5
@@ -22,6 +23,7 @@ class HoldfastError(Exception):
     def __init__(self, message: str, *remedies: Remedy | Install) -> None:
         super().__init__(message, *remedies)
         self.message, self.remedies, self.ending = message, remedies, ""
+        self.code: tuple[str, ...] = ()
 
     @property
     def remedy(self) -> Remedy | Install | None:
@@ -29,7 +31,8 @@ class HoldfastError(Exception):
         return self.remedies[0] if self.remedies else None
 
     def __str__(self) -> str:
-        return with_remedies(self.message, [remedy.in_python() for remedy in self.remedies]) + self.ending
+        text = with_remedies(self.message, [remedy.in_python() for remedy in self.remedies]) + self.ending
+        return "\n    ".join((text, *self.code))
 
     def on_command_line(self) -> str:
         """Return the text of the error for users of the command line."""
@@ -38,7 +41,12 @@ class HoldfastError(Exception):
 
     def reworded(self, message: str) -> Self:
         """Return an error of the same type with the same remedies and another message."""
-        return type(self)(message, *self.remedies)
+        return type(self)(message, *self.remedies).with_code(*self.code)
+
+    def with_code(self, *lines: str) -> Self:
+        """Return the error itself with lines of Python after its text."""
+        self.code = lines
+        return self
 
     def ended(self, sentence: str) -> Self:
         """Return an error of the same type with the same text, which ends with another sentence."""
@@ -50,7 +58,13 @@ class HoldfastError(Exception):
 def failure_to_json(error: HoldfastError) -> dict[str, Any]:
     """Return an error as values that JSON can represent, for messages between processes."""
     remedies = [remedy_to_json(remedy) for remedy in error.remedies]
-    return {"error": type(error).__name__, "message": error.message + error.ending, "remedies": remedies}
+    code = {"code": list(error.code)} if error.code else {}
+    return {
+        "error": type(error).__name__,
+        "message": error.message + error.ending,
+        "remedies": remedies,
+        **code,
+    }
 
 
 def failure_from_json(
@@ -60,7 +74,8 @@ def failure_from_json(
     begins with `start`.
     """
     remedies = map(remedy_from_json, content["remedies"])
-    return kinds.get(content["error"], HoldfastError)(f"{start}{content['message']}", *remedies)
+    error = kinds.get(content["error"], HoldfastError)(f"{start}{content['message']}", *remedies)
+    return error.with_code(*content.get("code", ()))
 
 
 class UsageError(HoldfastError):

@@ -253,6 +253,11 @@ def open_model(
             Remedy("input_shape", function="open_model"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
+    if properties.texts and Path(address).suffix == ".onnx":
+        from holdfast.io.onnx.opening import open_onnx  # late: onnx is an extra
+
+        with reading(address):
+            open_onnx(Path(address))  # refuses one that is called with texts
     if properties.texts and (address.partition(":")[0] in SCHEMES or Path(address).suffix in _OF_NUMBERS):
         raise UsageError(
             f"{address!r} is called with numbers, and the threat is on texts; give FILE.py:FACTORY, where the factory "

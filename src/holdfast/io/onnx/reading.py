@@ -332,17 +332,23 @@ def _input(
         names = ", ".join(_described(value) for value in inputs) or "none"
         raise TargetError(
             f"{str(path)!r} has {len(inputs)} inputs: {names}. One is supported: a batch of float inputs. A "
-            "recurrent state, a length or a sampling rate must be a constant of the model; export it again in this way"
-        )
+            "recurrent state, a length or a sampling rate must be a constant of the model: export it again in this "
+            f"way, or {OWN_FUNCTION}, here with zeros in place of your values"
+        ).with_code(*_own_function(proto, inputs, path))
     kind = inputs[0].type.tensor_type
     dtype = _FLOATS.get(kind.elem_type)
+    if kind.elem_type == onnx_module().TensorProto.STRING:
+        raise TargetError(
+            f"{str(path)!r} has the input {_described(inputs[0])}, so that it is called with texts, and .onnx files "
+            f"are opened for numbers alone. For a threat on texts, such as text:edits=2,words=3, {OWN_FUNCTION}"
+        ).with_code(*_own_function(proto, inputs, path))
     if dtype is None:
         raise TargetError(
             f"{str(path)!r} has the input {_described(inputs[0])}. Attacks change real numbers: float16, float32 or "
-            "float64 was expected. Export the model without its own scaling of "
-            "bytes and without layers that read text or token numbers"
-        )
-    _refuse_no_scores(proto.graph.output, path)
+            "float64 was expected. Export the model without its own scaling of bytes and without layers that read "
+            f"token numbers, or {OWN_FUNCTION}"
+        ).with_code(*_own_function(proto, inputs, path))
+    _refuse_no_scores(proto, inputs, path)
     sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
     shape = _filled(sizes, input_shape, inputs[0], path)
     if prod(size or 1 for size in shape) > MAX_VALUES:
@@ -353,15 +359,54 @@ def _input(
     return OnnxInput(inputs[0].name, dtype, shape)
 
 
-def _refuse_no_scores(outputs: Sequence[Any], path: Path) -> None:
+OWN_FUNCTION = "write a function that returns scores (n, classes) into scores.py, and give scores.py:make"
+"""advice for models that are no classifiers of numbers, which lines of code follow"""
+
+
+def _own_function(proto: Any, inputs: Sequence[Any], path: Path) -> tuple[str, ...]:
+    """Return lines of a file that calls a model in onnxruntime and returns scores: the first output of real numbers. Of
+    more than two axes, the largest value of each class on the last axis is taken, as over the boxes of a detector.
+    """
+    tensor = onnx_module().TensorProto
+    floats = [value for value in inputs if value.type.tensor_type.elem_type in _FLOATS]
+    attacked = (floats or list(inputs) or [None])[0]
+    outputs = proto.graph.output
+    output = next((each for each in outputs if each.type.tensor_type.elem_type in _FLOATS), outputs[0])
+    feeds = []
+    for value in inputs:
+        kind = value.type.tensor_type
+        is_text = kind.elem_type == tensor.STRING
+        dtype = "object" if is_text else str(onnx_module().helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        if value is not attacked:
+            sizes = [str(dim.dim_value) if dim.dim_value > 0 else "len(x)" for dim in kind.shape.dim]
+            given = f"numpy.zeros(({''.join(f'{size}, ' for size in sizes)}), {dtype!r})"
+        elif is_text:
+            given = f"numpy.array(x, object){'[:, None]' if len(kind.shape.dim) == 2 else ''}"
+        elif kind.elem_type in _FLOATS:
+            given = f"x.numpy().astype({dtype!r})"
+        else:  # bytes are pixels, and other whole numbers are values of a table
+            given = f"({'255 * ' if dtype == 'uint8' else ''}x.numpy()).round().astype({dtype!r})"
+        feeds.append(f"{value.name!r}: {given}")
+    rank = len(output.type.tensor_type.shape.dim)
+    largest = f".max({tuple(range(1, rank - 1))})" if rank > 2 else ""
+    return (
+        "import numpy, onnxruntime",
+        f"session = onnxruntime.InferenceSession({str(path)!r})",
+        f"def make(): return lambda x: session.run([{output.name!r}], {{{', '.join(feeds)}}})[0]{largest}",
+    )
+
+
+def _refuse_no_scores(proto: Any, inputs: Sequence[Any], path: Path) -> None:
     """Raise `TargetError` if all outputs have more than two axes, according to the declared shapes."""
+    outputs = proto.graph.output
     declared = [value.type.tensor_type.HasField("shape") for value in outputs]
     if all(declared) and all(len(value.type.tensor_type.shape.dim) > 2 for value in outputs):
         listed = ", ".join(_described(value) for value in outputs)
         raise TargetError(
             f"{str(path)!r} returns {listed}, as detectors and models of sequences do. Classifiers are supported: a "
-            "float output of shape (N, classes)"
-        )
+            f"float output of shape (N, classes). For other models, {OWN_FUNCTION}, such as the largest value of each "
+            "class"
+        ).with_code(*_own_function(proto, inputs, path))
 
 
 def _filled(
