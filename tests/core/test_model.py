@@ -208,3 +208,18 @@ def test_logits_have_the_type_of_the_inputs(inside):
     assert model(X).dtype == X.dtype
     batch = Batch(X, torch.zeros(3, dtype=torch.int64), torch.arange(3))
     assert len(measure(model, [batch], [PGD(steps=3, restarts=2)], ThreatModel(Linf(0.1)))["success"]) == 3
+
+
+def test_a_detector_is_refused_with_a_function_that_returns_scores():
+    def net(images):
+        labels, scores = torch.tensor([3, 3, 5]), torch.tensor([0.2, 0.7, 0.4])
+        return [{"labels": labels, "scores": scores * image.mean()} for image in images]
+
+    with pytest.raises(TargetError, match="largest score of each class over the boxes") as caught:
+        Classifier(net)(torch.rand(2, 3, 4, 4))
+    names = {"net": net}
+    exec("\n".join(caught.value.code), names)
+    x = torch.rand(2, 3, 4, 4)
+    scores = Classifier(names["scores"])(x)
+    assert scores.shape == (2, 91)
+    torch.testing.assert_close(scores[:, 3], 0.7 * x.mean((1, 2, 3)))

@@ -108,3 +108,25 @@ def test_the_bytes_that_are_checked_are_those_that_run(tmp_path: Path, name: str
     arch = f"{tmp_path / 'net.py'}:make" if name.startswith("weights") else None
     opened = open_model(f"{place}:make" if name == "own.py" else str(place), arch=arch, trust_code=True)
     assert hashlib.sha256(content).hexdigest() in opened.files.values()
+
+
+class Rated(nn.Module):
+    """Needs a sampling rate beside its inputs."""
+
+    def forward(self, x: torch.Tensor, rate: int, state: torch.Tensor) -> torch.Tensor:
+        return x[:, :3] * 2 + float(rate) + state[:, None]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
+def test_a_script_that_needs_further_arguments_is_refused_with_a_function_that_works(
+    tmp_path: Path, monkeypatch
+):
+    place = tmp_path / "m.jit"
+    torch.jit.save(torch.jit.script(Rated().eval()), place)
+    with pytest.raises(TargetError, match=r"trust_code=True"):
+        open_model(str(place))
+    with pytest.raises(TargetError, match="is called with x, rate, state; one batch") as caught:
+        open_model(str(place), trust_code=True)
+    (tmp_path / "scores.py").write_text("\n".join(caught.value.code))
+    monkeypatch.chdir(tmp_path)
+    torch.testing.assert_close(open_model("scores.py:make").model(X), X[:, :3] * 2)

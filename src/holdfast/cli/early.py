@@ -14,7 +14,7 @@ from holdfast.io.files import existing
 from holdfast.settings.grammar import did_you_mean, parse_threat
 
 _MODELS = (
-    ".pt", ".pth", ".th", ".ts", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj", ".txt", ".py",
+    ".pt", ".pth", ".th", ".ts", ".jit", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj", ".txt", ".py",
 )  # fmt: skip
 _DATA = (".npz", ".csv", ".gz", ".parquet")
 

@@ -1,7 +1,7 @@
 """Models: functions from inputs within declared bounds to logits, with a declared, differentiable preprocessing."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -137,6 +137,13 @@ _INPUT_NAMES = ("pixel_values", "input_values")
 
 _NAMED = 3
 """Largest number of weights that a message names."""
+
+_FUNCTION_OF_DETECTOR = (
+    "import torch",
+    "def largest(box): return torch.zeros(91).scatter_reduce(0, box['labels'], box['scores'], 'amax')",
+    "def scores(x): return torch.stack([largest(box) for box in net([*x])])",
+)
+"""code for a detector of torchvision, which returns boxes with labels and scores for each image"""
 
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
 """note in the evidence about a `Classifier` with `rewrites`"""
@@ -276,7 +283,8 @@ class Classifier(nn.Module):
             return ""
         return (
             ". It has an embedding: a network whose inputs are ids of tokens is not supported, because attacks change "
-            "numbers by small amounts"
+            "numbers by small amounts; give a function from a list of strings to scores, which calls the tokenizer and "
+            "the network, with a threat on texts such as text:edits=2,words=3"
         )
 
     def preprocess(self, x: Inputs) -> Tensor:
@@ -309,18 +317,7 @@ class Classifier(nn.Module):
             raise TargetError(f"the model raised {text}. {advice}", *remedies) from error
         self._accepted = len(x)
         if not isinstance(logits, Tensor):
-            kind = type(logits)
-            name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
-            training = isinstance(self.net, nn.Module) and self.net.training
-            way_out = "Wrap it in a function that returns the logits only, as in lambda x: net(x)[0]"
-            if training:
-                way_out = "Return the logits only in training mode as well"
-            if isinstance(logits, nn.Module):
-                way_out = "If the model is a function that builds a network, give the network that it returns"
-            raise NoLogits(
-                f"the model returned {with_article(name)}{' in training mode' if training else ''}; it must return "
-                f"one tensor of logits (n, classes). {way_out}"
-            )
+            raise _no_logits(logits, training=isinstance(self.net, nn.Module) and self.net.training)
         if logits.dim() not in (1, 2) or len(logits) != len(x) or not logits.is_floating_point():
             raise TargetError(
                 f"the model returned {logits.dtype} of shape {tuple(logits.shape)} for {len(x)} inputs; "
@@ -356,6 +353,27 @@ class Classifier(nn.Module):
         marked = logits.new_full((len(outputs), logits.shape[1]), REFUSED)
         marked[answered] = logits
         return marked
+
+
+def _no_logits(outputs: object, *, training: bool) -> NoLogits:
+    """Return the error for outputs of a network that are no tensor."""
+    kind, code = type(outputs), tuple[str, ...]()
+    name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
+    way_out = "Wrap it in a function that returns the logits only, as in lambda x: net(x)[0]"
+    if training:
+        way_out = "Return the logits only in training mode as well"
+    if isinstance(outputs, nn.Module):
+        way_out = "If the model is a function that builds a network, give the network that it returns"
+    if isinstance(outputs, list) and outputs and isinstance(outputs[0], Mapping):
+        way_out = (
+            "For a detector, write a function that returns the largest score of each class over the boxes, here of 91 "
+            "classes, and give it in place of net"
+        )
+        code = _FUNCTION_OF_DETECTOR
+    return NoLogits(
+        f"the model returned {with_article(name)}{' in training mode' if training else ''}; it must return "
+        f"one tensor of logits (n, classes). {way_out}"
+    ).with_code(*code)
 
 
 def parameter_of(net: object, names: Sequence[str]) -> str | None:

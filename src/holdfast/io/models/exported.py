@@ -256,7 +256,8 @@ def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
     values = [node.meta["val"] for node in nodes]
     if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].dim() == 0:
         raise TargetError(
-            f"the exported program takes {len(values)} inputs; a classifier takes one batch of inputs"
+            f"the exported program takes {len(values)} inputs, and a classifier takes one batch of inputs; export it "
+            "with the others as constants, or give a function of one input, as file.py:factory"
         )
     sizes: tuple[object, ...] = tuple(values[0].shape)  # torch does not annotate the symbols of free sizes
     return tuple(size if isinstance(size, int) else None for size in sizes)

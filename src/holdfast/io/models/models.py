@@ -54,7 +54,7 @@ _SPARE = 1_000
 Up to this number the error message can list the missing tensors.
 """
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "bundled"
-STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
+STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".jit", ".model", ".ckpt", ".bin")
 _OF_NUMBERS = (".onnx", ".pt2", ".json", ".ubj", ".txt")
 """Suffixes of models that cannot be called with texts."""
 WEIGHTS, CARD, PROGRAM = "model.safetensors", "card.json", "member.pt2"

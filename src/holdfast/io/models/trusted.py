@@ -17,6 +17,7 @@ from torch import nn
 from holdfast.core.errors import TargetError
 from holdfast.io.limited.weights import NESTINGS, state_dict
 from holdfast.io.models.archive import Weights, check_archive, is_script
+from holdfast.io.models.declarations import OWN_FUNCTION
 from holdfast.io.models.factories import importable
 
 
@@ -44,7 +45,28 @@ def open_trusted(path: Path, content: bytes) -> tuple[nn.Module | Weights, str, 
             )
         except TypeError as error:
             raise TargetError(f"{str(path)!r} {error}, or a torch.nn.Module") from error
+    if script:
+        _refuse_several_inputs(path, content_or_module)
     return content_or_module, "torchscript" if script else "pickle", hashlib.sha256(content).hexdigest()
+
+
+def _refuse_several_inputs(path: Path, net: Any) -> None:
+    """Raise `TargetError` for a script that needs further arguments than its inputs, such as a state or a rate."""
+    schema = getattr(net.forward, "schema", None)  # a script may have no method `forward`
+    named = [] if schema is None else schema.arguments[1:]
+    arguments = [each for each in named if not each.has_default_value()]
+    if len(arguments) > 1:
+        zeros = ", ".join(
+            "torch.zeros(len(x))" if str(each.type) == "Tensor" else "0" for each in arguments[1:]
+        )
+        raise TargetError(
+            f"{str(path)!r} is called with {', '.join(each.name for each in arguments)}; one batch of inputs was "
+            f"expected: {OWN_FUNCTION}, here with zeros in place of your values"
+        ).with_code(
+            "import torch",
+            f"net = torch.jit.load({str(path)!r}).eval()",
+            f"def make(): return lambda x: net(x, {zeros})",
+        )
 
 
 def _loaded(path: Path, content: io.BytesIO, *, script: bool) -> Any:

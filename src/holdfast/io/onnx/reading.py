@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Install, Placeholder, Remedy
 from holdfast.io.files import content_of_file, opened, sha256_of_file
+from holdfast.io.models.declarations import OWN_FUNCTION
 
 MOST_ROUNDS = 1 << 16
 """Largest number of iterations of a loop."""
@@ -357,10 +358,6 @@ def _input(
             "smaller inputs or batches"
         )
     return OnnxInput(inputs[0].name, dtype, shape)
-
-
-OWN_FUNCTION = "write a function that returns scores (n, classes) into scores.py, and give scores.py:make"
-"""advice for models that are no classifiers of numbers, which lines of code follow"""
 
 
 def _own_function(proto: Any, inputs: Sequence[Any], path: Path) -> tuple[str, ...]:
