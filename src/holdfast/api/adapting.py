@@ -207,7 +207,7 @@ class _Adaptation:
         facts = self.journal.take(step, lambda: strict(function()))  # the server refuses NaN
         if not taken:
             self._send(step, facts)
-            self.notify(f"{step}: {facts_text(facts)}")
+            self.notify(f"{step}: {facts_text(step, facts)}")
         if facts.get("ends"):
             raise _Ended
 

@@ -230,7 +230,7 @@ class Site:
 
     def _adaptation(self, item: Item) -> Page:
         stored = open_adaptation(item.path)
-        steps = [[step.step, clock(step.time), facts_text(step.facts) or "-"] for step in stored.steps]
+        steps = [[step.step, clock(step.time), facts_text(step.step, step.facts) or "-"] for step in stored.steps]
         facts = {"server": stored.server, "run": stored.run, "reason": stored.reason, "head": stored.head}
         title = (
             "The adaptation is not finished"
