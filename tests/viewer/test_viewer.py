@@ -121,12 +121,12 @@ def test_examples_are_found_by_the_attacks_that_broke_them(runs):
     text = site.page(f"run/{number}/examples/any").text
     assert f"{broken} examples broken by an attack" in text
     only = site.page(f"run/{number}/examples/2-pgd/1-fgsm").text
-    assert "that withstood 1-fgsm" in only
+    assert "broken by PGD that withstood FGSM" in only
     for row in re.findall(r'example/(\d+)"', only):
         outcomes = [each.outcome(opened.rows[int(row)]) for each in opened.tried]
         assert outcomes == ["withstood", "broken"]
     csv = site.page(f"run/{number}/examples.csv").text.splitlines()
-    assert len(csv) == 41 and csv[0] == "id,label,outcome,broken by,1-fgsm,2-pgd"
+    assert len(csv) == 41 and csv[0] == "id,label,outcome,broken by,FGSM,PGD"
 
 
 def test_an_attack_in_several_waves_is_one_column(tmp_path):

@@ -71,7 +71,9 @@ class Adapted:
         blocks = []
         for step in self.steps:
             begin = f"{clock(step.time)}  {step.step:<11}"
-            blocks += wrap(begin + facts_text(step.step, step.facts), width or 100, subsequent_indent=" " * len(begin))
+            blocks += wrap(
+                begin + facts_text(step.step, step.facts), width or 100, subsequent_indent=" " * len(begin)
+            )
         return "\n".join(blocks)
 
     def __str__(self) -> str:
