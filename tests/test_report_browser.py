@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+import holdfast
 from holdfast.reports import comparison
+from holdfast.reports.annex import FolderEvidence, annex, annex_page
 from holdfast.reports.html import page
+from holdfast.reports.monitoring import monitoring_page
 from reports import made
 
 FOLDER = Path(__file__).parent / "browser"
@@ -66,7 +70,23 @@ def _comparison():
     return comparison.comparison_page(comparison.comparison(*runs, tuple(map(made.summarised, runs))))
 
 
-@pytest.mark.parametrize("build", [_failing_images, _accepted_table, _hostile, _comparison])
+def _annex():
+    folder = "holdfast-runs/20261129-130151-assess-" + 40 * "0"
+    found = FolderEvidence(
+        folder, "a-model-with-a-long-name.safetensors", "assess", "", {"attacks": ["FGSM"]}, 20 * "survive "
+    )
+    return annex_page(annex([found], "aisvs"))
+
+
+def _monitoring():
+    x = torch.rand(400, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    return monitoring_page(holdfast.monitor(x[:200] + 0.5, reference=x[200:]).summary())
+
+
+BUILT = [_failing_images, _accepted_table, _hostile, _comparison, _annex, _monitoring]
+
+
+@pytest.mark.parametrize("build", BUILT)
 def test_page_in_a_browser(build, browser, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(build(), encoding="utf-8")
@@ -79,6 +99,7 @@ def test_page_in_a_browser(build, browser, tmp_path):
         assert visit["violations"] == []
         assert visit["broken"] == 0
         assert visit["sideways"] <= 0
+        assert visit["cut"] == 0, "a table of texts is wider than the screen"
 
 
 def test_the_check_itself_sees_requests_and_violations(browser, tmp_path):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import holdfast
 from benchmarks.forging import accepted_fields
 from benchmarks.table_similarities import NUMERIC, PLACE, tables
+from holdfast.cli.app import run
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.io.data.mixed_tables import TableFile, open_mixed
@@ -105,6 +108,20 @@ def paths(tmp_path):
 
 def audited(paths, name, **settings):
     return holdfast.audit.generator(paths[name], paths["train"], held_out=paths["test"], **settings)
+
+
+@pytest.mark.slow
+def test_a_flagged_audit_without_a_gate_names_a_command_that_fails(paths, tmp_path, capsys, monkeypatch):
+    words = ["audit", "generator", paths["copies"], paths["train"], "--held-out", paths["test"]]
+    words += ["--latent", "0", "--run", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["holdfast", *words])
+    assert run(words) == 0
+    shown = capsys.readouterr().err
+    note = next(line for line in shown.splitlines() if line.startswith("note: no gate was set"))
+    assert "with --gate not-flagged it is 1" in note
+    assert run(shlex.split(note[note.index("holdfast audit") :])[1:]) == 1
+    shown = capsys.readouterr().err
+    assert "no gate was set" not in shown and "Flagged: " in shown
 
 
 def test_an_audit_flags_copies_and_finds_that_pairs_of_independent_columns_differ(paths):

@@ -66,7 +66,7 @@ def page(summary: Mapping[str, Any]) -> str:
     )
 
 
-def metric_parts(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+def metric_parts(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the `metrics` that a page shows first, and `more_metrics`, the others, which are in an element that
     readers open.
     """
