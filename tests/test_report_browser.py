@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-import holdfast
 from holdfast.reports import comparison
 from holdfast.reports.annex import FolderEvidence, annex, annex_page
 from holdfast.reports.html import page
@@ -72,15 +70,36 @@ def _comparison():
 
 def _annex():
     folder = "holdfast-runs/20261129-130151-assess-" + 40 * "0"
-    found = FolderEvidence(
-        folder, "a-model-with-a-long-name.safetensors", "assess", "", {"attacks": ["FGSM"]}, 20 * "survive "
-    )
-    return annex_page(annex([found], "aisvs"))
+    model, statement = "a-model-with-a-long-name.safetensors", 20 * "survive "
+    found = FolderEvidence(folder, model, "assess", "", {"attacks": ["FGSM"]}, statement)
+    text = annex_page(annex([found], "aisvs"))
+    assert text.count('class="stacked"') == 2
+    return text
 
 
 def _monitoring():
-    x = torch.rand(400, 4, generator=torch.Generator().manual_seed(0)).numpy()
-    return monitoring_page(holdfast.monitor(x[:200] + 0.5, reference=x[200:]).summary())
+    alarm = {
+        "after": 257,
+        "signal": "inputs: mean",
+        "view": "inputs",
+        "evidence": "wealth 1,918, at least 960",
+    }
+    power = {"signal": "inputs: mean", "shift": 0.3, "drop": None, "errors": False, "false_alarms": None}
+    test = {
+        "name": "martingale",
+        "state": "alarm",
+        "alarm": alarm,
+        "power": power,
+        "fewest": 1,
+        "restarted": [],
+    }
+    test |= {"compares": "the rank of each sample", "guarantee": "An alarm has a probability of at most 5 %."}
+    sources = {"stream": {"n": 500, "name": "stream.npz"}, "reference": {"n": 500, "name": "reference.npz"}}
+    accuracy = dict.fromkeys(("of_reference", "measured", "expected"))
+    content = {"verdict": "alarm", "decisive": ["martingale"], "tests": [test], "notes": ["a note"]}
+    text = monitoring_page({**content, **sources, **accuracy})
+    assert text.count('class="stacked"') == 2
+    return text
 
 
 BUILT = [_failing_images, _accepted_table, _hostile, _comparison, _annex, _monitoring]
