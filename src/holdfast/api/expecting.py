@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from holdfast.api.verb_settings import Assess, Certify, Opening, group_of
+from holdfast.attacks.parts.expectation import inner
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -19,6 +20,7 @@ from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import Names
 from holdfast.io.data.expected import Expected, FirstTable
 from holdfast.io.data.selection import Selection
+from holdfast.io.doctor.single_outputs import unlike_a_logit
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
@@ -308,16 +310,21 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
     """Determine those properties of the model that are not declared, by tests on the data. Return the model under test
     with notes about them.
 
-    The properties are: whether single outputs are logits, whether the largest score of an estimator is that of its
-    class, whether the backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` if single
-    outputs may be probabilities.
+    The properties are: whether single outputs are logits, and look like logits of the labels, whether the largest score
+    of an estimator is that of its class, whether the backward pass of the model works, and the layouts of surrogates.
+    Raises `UnclearOutput` if single outputs may be probabilities.
     """
     model = subject.model
+    declared = inner(model).output is not None
     for examined in (model, *(surrogate.model for surrogate in surrogates)):
         if examined is not model:
             ProbedClassifier(examined).suit(data.read(0, min(2, len(data))).x)
         settle_output(examined, data)
-    notes = (*settle_predictions(model, data), *settle_gradients(model, data))
+    notes = (
+        *settle_predictions(model, data),
+        *(() if declared else unlike_a_logit(model, data)),
+        *settle_gradients(model, data),
+    )
     card = {**subject.card, "access": model.access} if notes else subject.card
     return replace(subject, card=card, notes=(*subject.notes, *notes))
 

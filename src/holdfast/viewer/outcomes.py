@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.core.evidence import Evidence
+from holdfast.core.evidence import AttackRecord, Evidence, PassRecord
 from holdfast.metrics.columns import within
 from holdfast.metrics.paired import paired_examples
 from holdfast.reports.curves import class_name, robust_examples
@@ -80,7 +80,7 @@ def attack_names(evidence: Evidence) -> dict[str, str]:
     """Return the names of the attacks and passes of a run by their stages, in the order of `broken_by`. A name of
     several attacks is followed by the stage.
     """
-    records = (*evidence.attacks, *evidence.passes)
+    records: list[AttackRecord | PassRecord] = [*evidence.attacks, *evidence.passes]
     n_records = Counter(record.name for record in records)
     return {
         record.stage: record.name if n_records[record.name] == 1 else f"{record.name} ({record.stage})"
