@@ -533,6 +533,8 @@ def file(name: str) -> str:
         np.savez(path, x=X.numpy(), y=Y.numpy())
     elif name == "groups.npz":
         np.savez(path, x=X.numpy(), y=Y.numpy(), sex=np.arange(12) % 2)
+    elif name == "other-labels.npz":
+        np.savez(path, x=X.numpy(), targets=Y.numpy())
     elif name == "named.npz":
         np.savez(path, images=X.numpy(), targets=Y.numpy())
     elif name == "grey.npz":
@@ -1104,6 +1106,7 @@ situation("pixels declared as normalised", opened, data=(X, Y), data_normalised=
 situation("normalised on another scale", opened, data=(X * 2 - 1, Y), data_normalised=([127.5], [127.5]))
 situation("split of one set", opened, data=Later(lambda: file("one.npz")), open_data={"split": "val"})
 situation("no arrays", opened, {"x": "images", "y": "targets"}, data=Later(lambda: file("named.npz")))
+situation("labels of another name", opened, {"y": "targets"}, data=Later(lambda: file("other-labels.npz")))
 situation(
     "one array",
     opened,
