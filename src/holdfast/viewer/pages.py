@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from holdfast.adaptation.adapted import clock, facts_text
+from holdfast.adaptation.adapted import Adapted, clock, facts_text
 from holdfast.adaptation.journal import open_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
@@ -240,11 +240,7 @@ class Site:
             [step.step, clock(step.time), facts_text(step.step, step.facts) or "-"] for step in stored.steps
         ]
         facts = {"server": stored.server, "run": stored.run, "reason": stored.reason, "head": stored.head}
-        title = (
-            "The adaptation is not finished"
-            if stored.outcome is None
-            else f"Outcome of the adaptation: {stored.outcome}"
-        )
+        title = "The adaptation is not finished" if stored.outcome is None else str(Adapted.of(stored))
         return self._facts(item, title, facts, [("Steps", ["step", "time", "facts"], steps)])
 
     def _facts(self, item: Item, heading: str, facts: Json, tables: Sequence[tuple[str, Any, Any]]) -> Page:
