@@ -2,6 +2,7 @@
 part of the audit (`parts.py`) measures.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from holdfast.audits.features import penultimate
 from holdfast.audits.finding import Finding, Images
 from holdfast.audits.generator import quality
 from holdfast.audits.generator.backdoor import BackdoorScan
-from holdfast.audits.generator.copies import copies_of
+from holdfast.audits.generator.copies import FORMS, copies_of, measured_copies
 from holdfast.audits.generator.evasion import Autoencoder, Discriminator
 from holdfast.audits.generator.inference import Membership
 from holdfast.audits.generator.parts import Context, Part
@@ -32,7 +33,6 @@ from holdfast.core.model import Classifier
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.column_forms import Form, whole
-from holdfast.statistics.nearest import nearest_example
 
 SAMPLES, FEATURES, MEASURED, MISSING = "samples", "features", "measured", "missing"
 """Names of the steps of an audit: the samples, the features of all examples, the distances and measures from which
@@ -63,6 +63,9 @@ class GeneratorAudit:
     """None for a file of samples"""
     parts: tuple[Part, ...] = ()
     """further parts of the audit, whether they apply or not"""
+    rows: tuple[Tensor, Tensor, Tensor] | None = None
+    """for tables, the same samples, training and held-out examples with the values of the files, which are compared
+    byte for byte"""
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -82,10 +85,12 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
             f"held-out examples have shape {how.held_out.example_shape}, and training examples "
             f"{how.training.example_shape}; the same shape was expected"
         )
-    known = {*how.training.fingerprints()}
+    known = Counter(how.training.fingerprints())
     shared = sum(mark in known for mark in how.held_out.fingerprints())
-    # rows of tables may be equal by chance
-    if shared > (len(how.held_out) // 2 if how.extractor is None else 0):
+    repeating = sum(count for count in known.values() if count > 1) / len(how.training)
+    # rows of columns with few values repeat by nature, among the training examples too
+    most = (1 + repeating) / 2 * len(how.held_out) if len(how.training.example_shape) == 1 else 0
+    if shared > most:
         raise UsageError(
             f"{shared:,} of {len(how.held_out):,} held-out examples are among the training examples, so that copies "
             "cannot be told from new samples; give examples that the generator was not trained on"
@@ -181,7 +186,7 @@ def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
             f"samples have values from {low:g} to {high:g}, and training examples from {lowest:g} to {highest:g}; "
             "scale the samples to the range of the training examples"
         )
-    return samples.view(-1, *expected)
+    return samples.view(-1, *expected).to(how.training.x.dtype)
 
 
 def _features(how: GeneratorAudit, samples: Tensor) -> Columns:
@@ -213,12 +218,9 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
     if len(reference) > COMPARED:  # a random part, because a file may be sorted by class
         order = how.rng.at("reference").bits(torch.arange(len(reference))).argsort(stable=True)
         reference = reference[order[:COMPARED]]
-    distance, nearest = nearest_example(samples, how.training.x)
     return {
         "id": torch.arange(len(samples)),
-        "distance": distance.cpu(),
-        "nearest": nearest.cpu(),
-        "unseen": nearest_example(how.held_out.x, how.training.x)[0].cpu(),
+        **measured_copies((samples, how.training.x, how.held_out.x), how.rows),
         **{
             f"{name}.values": quality.measured_values(sets[name][:n], reference)
             for name in ("samples", "held_out")
@@ -232,9 +234,7 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
 
 
 _FORMS = {
-    "distance": Form(rows=(1, 2**40), low=0),
-    "nearest": whole("n"),
-    "unseen": Form(("held_out",), rows=(2, 2**24), low=0),
+    **FORMS,
     "samples.values": Form((quality.MEASURES, quality.VALUES)),
     "held_out.values": Form((quality.MEASURES, quality.VALUES)),
     "samples.classes": whole("classes", high=2**31),
@@ -252,7 +252,7 @@ def _measured(steps: StoredSteps) -> Measured:
     return Measured(
         quality.quality_of(columns["samples.values"], n),
         quality.quality_of(columns["held_out.values"], n),
-        copies_of(columns["distance"], columns["nearest"], columns["unseen"]),
+        copies_of(columns),
         quality.label_entropy(counts[0]),
         quality.label_entropy(counts[1]),
         len(counts[0]),

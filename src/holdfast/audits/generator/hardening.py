@@ -43,6 +43,7 @@ _SHOWN, _SAMPLES = 6, "generated"
 _METRICS = {
     "frechet": "Fréchet distance",
     "copy_rate": "share of copies",
+    "near_copy_rate": "share of near copies",
     "latent_sensitivity": "worst change of the output for a latent change",
     "membership_tpr_at_1_percent": "share of training examples that are found",
 }
