@@ -4,7 +4,7 @@ part of the audit (`parts.py`) measures.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Annotated, NotRequired
 
@@ -30,6 +30,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.io.data.ranges import Ranges
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.column_forms import Form, whole
@@ -66,6 +67,8 @@ class GeneratorAudit:
     rows: tuple[Tensor, Tensor, Tensor] | None = None
     """for tables, the same samples, training and held-out examples with the values of the files, which are compared
     byte for byte"""
+    compares_ranges: bool = True
+    """whether samples in another range than the training examples are refused"""
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -177,16 +180,15 @@ def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
         raise UsageError(
             f"samples have shape {shape}, and training examples {expected}; the same shape was expected"
         )
-    low, high = float(samples.min()), float(samples.max())
-    lowest, highest = float(how.training.x.min()), float(how.training.x.max())
-    width = highest - lowest
-    # columns of tables may have other extremes, which the comparison of columns shows
-    if how.extractor is not None and (low < lowest - width / 2 or high > highest + width / 2):
-        raise UsageError(
-            f"samples have values from {low:g} to {high:g}, and training examples from {lowest:g} to {highest:g}; "
-            "scale the samples to the range of the training examples"
-        )
-    return samples.view(-1, *expected).to(how.training.x.dtype)
+    placed = samples.view(-1, *expected).to(how.training.x.dtype)
+    if how.extractor is None or not how.compares_ranges:  # columns of tables may have other extremes
+        return placed
+    ranges = Ranges.of(placed, how.training.x)
+    if how.generator is None:
+        ranges.refuse("the samples of the file have", "the training examples have")
+    elif not ranges.may_be_poor:  # else the finding states them
+        ranges.refuse(f"the samples of {how.generator.name} have", "the training examples have")
+    return placed
 
 
 def _features(how: GeneratorAudit, samples: Tensor) -> Columns:
@@ -221,6 +223,7 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
     return {
         "id": torch.arange(len(samples)),
         **measured_copies((samples, how.training.x, how.held_out.x), how.rows),
+        "ranges": torch.tensor(astuple(Ranges.of(samples, how.training.x)), dtype=torch.float64),
         **{
             f"{name}.values": quality.measured_values(sets[name][:n], reference)
             for name in ("samples", "held_out")
@@ -235,6 +238,7 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
 
 _FORMS = {
     **FORMS,
+    "ranges": Form((2, 2)),
     "samples.values": Form((quality.MEASURES, quality.VALUES)),
     "held_out.values": Form((quality.MEASURES, quality.VALUES)),
     "samples.classes": whole("classes", high=2**31),
@@ -253,6 +257,7 @@ def _measured(steps: StoredSteps) -> Measured:
         quality.quality_of(columns["samples.values"], n),
         quality.quality_of(columns["held_out.values"], n),
         copies_of(columns),
+        Ranges(*((low, high) for low, high in columns["ranges"].tolist())),
         quality.label_entropy(counts[0]),
         quality.label_entropy(counts[1]),
         len(counts[0]),

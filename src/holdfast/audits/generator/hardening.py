@@ -219,7 +219,12 @@ def measure(run: Run, how: GeneratorHardening) -> tuple[Images, GAN]:
     new = how.trained(trainer)
     assert how.audit.generator is not None
     opened = replace(how.audit.generator, generator=new)
-    audit = replace(how.audit, generator=opened, draw=partial(opened.samples, how.audit.n, how.seed))
+    audit = replace(
+        how.audit,
+        generator=opened,
+        draw=partial(opened.samples, how.audit.n, how.seed),
+        compares_ranges=False,  # those of the given generator were compared, and training is no change of units
+    )
     images = measure_generator(run, audit, AFTER)
     return lambda: {**images(), _SAMPLES: _samples(how, new)}, new
 

@@ -15,6 +15,7 @@ from holdfast.audits.generator.quality import Quality
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import PerExample
+from holdfast.io.data.ranges import Ranges
 from holdfast.reports.numbers import percent
 from holdfast.statistics.repeats import LEVEL
 
@@ -57,6 +58,8 @@ class Measured:
     floor: Quality
     """the same measures for as many held-out examples: what a perfect generator would reach"""
     copies: Copies
+    ranges: Ranges
+    """of the samples, and of the training examples"""
     entropy: float
     """entropy of the predicted classes of the samples, from 0 to 1"""
     training_entropy: float
@@ -101,6 +104,9 @@ def finding_of(measured: Measured) -> Finding:
             f"{measured.training_entropy:.3f})"
         )
     reasons = [_on_copies(copies), _on_near_copies(copies), variety]
+    if measured.ranges.differ and measured.classes > 1:
+        ranges = measured.ranges.sentence("samples have", "training examples")
+        reasons.insert(0, f"{ranges}; if their units are others, no measure of this audit is meaningful")
     if measured.collapsed:
         reasons.insert(
             0, f"the samples cover {percent(measured.samples.recall.value)} of the training examples (recall)"
@@ -133,11 +139,11 @@ def _on_copies(copies: Copies) -> str:
     if not k:
         return counted
     if not copies.repeating:
-        return f"{counted}; {copies.expected:.2g} samples are expected to by chance"
+        return f"{counted}; by chance, at most {max(copies.expected, 0.001):.2g} samples are expected to"
     why = (
         "rows repeat by nature"
         if other
-        else f"columns have so few values that {copies.expected:.2g} samples may by chance"
+        else f"columns have so few values that {copies.expected:.2g} samples may do so by chance"
     )
     comparison = "more often" if copies.copied else "not more often beyond chance"
     return f"{counted}; {why}, and samples do {comparison} than held-out examples (p = {copies.p:.2g})"

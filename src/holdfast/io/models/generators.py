@@ -35,7 +35,9 @@ class Generator(Protocol):
     """Protocol of a generator of examples."""
 
     def sample(self, n: int, seed: int) -> Any:
-        """Return `n` samples (n, *features), a tensor or an array, that are determined by `seed`."""
+        """Return `n` samples (n, *features), a tensor or an array, that are determined by `seed`. Values are in the
+        units of the training examples; bytes are divided by 255.
+        """
 
 
 class Abilities(Protocol):
@@ -159,6 +161,8 @@ class OpenedGenerator:
                 f"sample({n}, {seed}) of {self.name} returned shape {tuple(samples.shape)}; expected {n} samples, "
                 f"({n}, *features)"
             )
+        if samples.dtype == torch.uint8:  # as the pixels of files
+            samples = samples.float() / 255
         samples = samples if samples.dtype == torch.float64 else samples.float()
         if not bool(samples.isfinite().all()):
             bad = int((~samples.isfinite()).flatten(1).any(1).sum())
