@@ -19,6 +19,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import Names
 from holdfast.io.data.expected import Expected, FirstTable
+from holdfast.io.data.ranges import Ranges
 from holdfast.io.data.selection import Selection
 from holdfast.io.doctor.single_outputs import unlike_a_logit
 from holdfast.io.models.models import Declared
@@ -36,8 +37,6 @@ T = TypeVar("T", bound=Assess | Certify)
 _LISTED = 20  # classes in an error message
 _RANGE_EXAMPLES = 1000
 """number of examples whose range of values is compared"""
-_LEAST_WIDTH, _MOST_SHIFT = 0.55, 1 / 3
-"""width of a range, and shift of its middle, relative to the wider one, beyond which the units are probably others"""
 
 
 def declared(settings: Opening) -> Declared:
@@ -264,22 +263,9 @@ def refuse_other_range(first: Data, second: Data) -> None:
 
     Values of a table have units of their own.
     """
-    ranges = []
-    for data in (first, second):
-        x = data.read(0, min(len(data), _RANGE_EXAMPLES)).x
-        if x.dim() < 3:
-            return
-        ranges.append((float(x.nan_to_num().min()), float(x.nan_to_num().max())))
-    (low, high), (other_low, other_high) = ranges
-    width, other_width = high - low, other_high - other_low
-    largest = max(width, other_width)
-    shift = abs(low + high - other_low - other_high) / 2
-    if min(width, other_width) > _LEAST_WIDTH * largest and shift < _MOST_SHIFT * largest:
-        return
-    raise UsageError(
-        f"{second.name} has values from {other_low:.4g} to {other_high:.4g}, and {first.name} has values from "
-        f"{low:.4g} to {high:.4g}; write both in the same range"
-    )
+    x, first_x = (data.read(0, min(len(data), _RANGE_EXAMPLES)).x for data in (second, first))
+    if min(x.dim(), first_x.dim()) > 2:
+        Ranges.of(x, first_x).refuse(f"{second.name} has", f"{first.name} has")
 
 
 def notes_of(*data: Data | None) -> tuple[str, ...]:

@@ -70,7 +70,13 @@ class AuditEntry:
 
 _NOT_FLAGGED = "not-flagged"
 _OF_TABLES = ("singling_out_risk", "linkability_risk", "inference_risk", "column_shapes", "pair_trends")
-_OF_GENERATOR = ("frechet", "copy_rate", "latent_sensitivity", "membership_tpr_at_1_percent")
+_OF_GENERATOR = (
+    "frechet",
+    "copy_rate",
+    "near_copy_rate",
+    "latent_sensitivity",
+    "membership_tpr_at_1_percent",
+)
 
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
