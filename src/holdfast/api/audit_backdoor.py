@@ -89,7 +89,7 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
         settings.seed,
         str(device),
         start.command,
-        (*subject.notes, *notes_of(stream)),
+        (*subject.notes, *notes_of(data, stream)),
         writes=settings.trigger_out is not None,
     )
 
