@@ -68,8 +68,15 @@ class AuditEntry:
     """names of the metrics on which gates can be set"""
 
 
-_OF_TABLES = ("singling_out_risk", "linkability_risk", "inference_risk", "column_shapes", "pair_trends")
-_OF_GENERATOR = ("frechet", "copy_rate", "latent_sensitivity", "membership_tpr_at_1_percent")
+TABLE_METRICS: Final = (
+    "singling_out_risk",
+    "linkability_risk",
+    "inference_risk",
+    "column_shapes",
+    "pair_trends",
+)
+"""Metrics of an audit of a synthetic table."""
+GENERATOR_METRICS: Final = ("frechet", "copy_rate", "latent_sensitivity", "membership_tpr_at_1_percent")
 
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
@@ -78,8 +85,8 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
         AuditEntry("poison", "no-poison"),
         AuditEntry("privacy", "", ("epsilon_lower",)),
         AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", (*_OF_GENERATOR, *_OF_TABLES)),
-        AuditEntry("hardened-generator", "", _OF_GENERATOR),
+        AuditEntry("generator", "", (*GENERATOR_METRICS, *TABLE_METRICS)),
+        AuditEntry("hardened-generator", "", GENERATOR_METRICS),
     )
 }
 """The audits by name."""

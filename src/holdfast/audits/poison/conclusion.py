@@ -1,6 +1,7 @@
 """The finding of the audit of training data, from the scores of the examples, and the file of suspect examples."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
+from holdfast.io.files import replacing
 from holdfast.reports.words import amount
 
 _SUSPECTS = "suspects"
@@ -93,7 +95,7 @@ def write_suspects(path: Path, scored: Scored) -> None:
     Raises `TargetError` if the file cannot be written.
     """
     try:
-        with path.open("w", encoding="utf-8", newline="") as file:
+        with replacing(path) as content, io.TextIOWrapper(content, "utf-8", newline="") as file:
             lines = csv.writer(file)
             lines.writerow(["index", "class", *METHODS, "flagged"])
             for row in scored.suspects():
