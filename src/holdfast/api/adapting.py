@@ -240,7 +240,8 @@ class _Adaptation:
 
     def _needs(self) -> Iterator[Need]:
         """What the later steps need, in their order. Each step checks its own again."""
-        yield Need("trigger", self._alarmed)
+        if self.settings.trigger == ALARM:
+            yield Need("trigger", self._alarmed)
         yield Need("quarantine", lambda: self._flagged(strict=True))
         pool, gates = self._pool, self.settings.gates or GATES
         held_out = None if pool is None else pool.common.held_out

@@ -94,14 +94,16 @@ def write_suspects(path: Path, scored: Scored) -> None:
 
     Raises `TargetError` if the file cannot be written.
     """
+    text = io.StringIO(newline="")
+    lines = csv.writer(text)
+    lines.writerow(["index", "class", *METHODS, "flagged"])
+    for row in scored.suspects():
+        scores = [f"{float(scored.scores[name][row]):.6g}" for name in METHODS]
+        label = int(scored.examples.y[row])
+        lines.writerow([_index(scored, row), label, *scores, " ".join(_flagging(scored, row))])
     try:
-        with replacing(path) as content, io.TextIOWrapper(content, "utf-8", newline="") as file:
-            lines = csv.writer(file)
-            lines.writerow(["index", "class", *METHODS, "flagged"])
-            for row in scored.suspects():
-                scores = [f"{float(scored.scores[name][row]):.6g}" for name in METHODS]
-                label = int(scored.examples.y[row])
-                lines.writerow([_index(scored, row), label, *scores, " ".join(_flagging(scored, row))])
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
     except OSError as error:
         raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
 
