@@ -161,6 +161,15 @@ def test_columns_are_numbers_only_if_they_are_in_all_tables(tmp_path):
         open_mixed([TableFile(tmp_path / "a.csv", split="val")], ())
 
 
+def test_categories_of_tables_are_compared_without_spaces_at_their_ends(tmp_path):
+    (tmp_path / "a.csv").write_text("c\n x\n y\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("c\ny\nx\n", encoding="utf-8")
+    opened = open_mixed([TableFile(tmp_path / name) for name in ("a.csv", "b.csv")], ())
+    assert opened.columns[0].values == ("x", "y")
+    assert [part.tolist() for part in opened.rows] == [[[0], [1]], [[1], [0]]]
+    assert "' x' as 'x'" in opened.notes[0]
+
+
 def test_the_distance_of_two_categories_is_that_of_the_ends_of_a_number(tmp_path):
     (tmp_path / "a.csv").write_text("n,c\n1,x\n3,y\n", encoding="utf-8")
     (features,) = open_mixed([TableFile(tmp_path / "a.csv")], ()).encoded(0)

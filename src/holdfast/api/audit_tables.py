@@ -101,6 +101,7 @@ def prepared_tables(
         settings.seed,
         "cpu",
         command,
+        tables.notes,
     )
     return request, how
 

@@ -26,10 +26,13 @@ from holdfast.audits.generator.sensitivity import LatentChange
 from holdfast.audits.generator.tables import TablePart
 from holdfast.audits.stored_steps import Size, StoredSteps
 from holdfast.core.batch import Batch, fingerprints_of
+from holdfast.core.catalogue import AUDITS
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need
+from holdfast.gates.grammar import parse
 from holdfast.io.data.ranges import Ranges
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.runs.engine.run import Run
@@ -40,6 +43,8 @@ SAMPLES, FEATURES, MEASURED, MISSING = "samples", "features", "measured", "missi
 quality and copies are computed, and what the generator lacks for each part."""
 LEAST = 200
 """smallest number of held-out examples: the threshold of copies is the lowest percent of one half of them"""
+ALWAYS = ("frechet", "copy_rate")
+"""Metrics that every audit measures; the others are those of its parts."""
 COMPARED = 10_000
 """largest number of training examples with which the quality is measured; its time grows with their square"""
 _SETS = ("samples", "training", "held_out")
@@ -98,6 +103,27 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
             f"{shared:,} of {len(how.held_out):,} held-out examples are among the training examples, so that copies "
             "cannot be told from new samples; give examples that the generator was not trained on"
         )
+
+
+def needs_of(how: GeneratorAudit, gates: Sequence[str]) -> tuple[Need, ...]:
+    """Return what the steps of an audit need."""
+    return tuple(Need("gates", partial(_refuse_unmeasured, gate, how)) for gate in gates)
+
+
+def _refuse_unmeasured(gate: str, how: GeneratorAudit) -> None:
+    """Raise `UsageError` if no part of the audit that applies measures the metric of a gate."""
+    metric = parse(gate, AUDITS["generator"].metrics).metric
+    if metric in ALWAYS:
+        return
+    samples = how.training.x[:1].expand(how.n, *how.training.example_shape)  # only their number matters
+    lacking = "rows of tables"
+    for part in how.parts:
+        if metric in part.metrics:
+            context = Context(samples, how.training, how.held_out, how.generator, how.device, how.rng)
+            lacking = part.missing(context)
+            if not lacking:
+                return
+    raise UsageError(f"gate {gate!r} cannot be judged: {metric} needs {lacking}; leave the gate out")
 
 
 def measure(run: Run, how: GeneratorAudit, prefix: str = "") -> Images:
