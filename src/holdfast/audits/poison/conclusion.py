@@ -1,6 +1,7 @@
 """The finding of the audit of training data, from the scores of the examples, and the file of suspect examples."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
+from holdfast.io.files import replacing
 from holdfast.reports.words import amount
 
 _SUSPECTS = "suspects"
@@ -92,14 +94,16 @@ def write_suspects(path: Path, scored: Scored) -> None:
 
     Raises `TargetError` if the file cannot be written.
     """
+    text = io.StringIO(newline="")
+    lines = csv.writer(text)
+    lines.writerow(["index", "class", *METHODS, "flagged"])
+    for row in scored.suspects():
+        scores = [f"{float(scored.scores[name][row]):.6g}" for name in METHODS]
+        label = int(scored.examples.y[row])
+        lines.writerow([_index(scored, row), label, *scores, " ".join(_flagging(scored, row))])
     try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file)
-            lines.writerow(["index", "class", *METHODS, "flagged"])
-            for row in scored.suspects():
-                scores = [f"{float(scored.scores[name][row]):.6g}" for name in METHODS]
-                label = int(scored.examples.y[row])
-                lines.writerow([_index(scored, row), label, *scores, " ".join(_flagging(scored, row))])
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
     except OSError as error:
         raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
 
