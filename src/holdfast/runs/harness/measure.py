@@ -150,8 +150,8 @@ def task_of(
 ) -> ShardTask:
     """Return the work of a stage on one shard in a form that can be pickled for a worker process.
 
-    `chosen`, `broken` and `certified` are masks of the examples of the whole stage; see `ShardTask`. The columns of the task are copies, because a view of a tensor is pickled with the
-    whole tensor.
+    `chosen`, `broken` and `certified` are masks of the examples of the whole stage; see `ShardTask`. The columns of the
+    task are copies, because a view of a tensor is pickled with the whole tensor.
     """
     start, stop = rows
     if chosen is None:
@@ -163,7 +163,8 @@ def task_of(
         stop,
         shard_rows(by_stage["clean"], start, stop),
         chosen[start:stop].clone(),
-        *(None if mask is None else mask[start:stop].clone() for mask in (broken, certified)),
+        None if broken is None else broken[start:stop].clone(),
+        None if certified is None else certified[start:stop].clone(),
         stage.aim,
         learned_for(stage, by_stage),
     )
