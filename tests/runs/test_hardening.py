@@ -38,7 +38,7 @@ from holdfast.recipes import (
 from holdfast.recipes.training.fit import Training, fit
 from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
 from holdfast.reports.markdown import escaped
-from holdfast.runs.assess.expected_time import StageTimes
+from holdfast.runs.assess.expected_time import StageTimes, StepTime, StepTimes
 from holdfast.runs.assess.request import HardenRequest
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.harden import assessment_budget, candidates
@@ -610,7 +610,8 @@ def test_assessments_use_fewer_examples_where_they_would_take_longer_than_they_m
     assert f"note: {few}" in heard and f"note: {sample}" in heard
     assert found.card["held_out"]["standard_error"] == standard_error(found.card["chosen"]["robust"], 60)
     assert verify(run).complete
-    times = AssessmentTimes(StageTimes(1.0, (), 0.0, 0.0, 0.0, False, 1, (0.0, 0.0)), checked=0)
+    second = StepTimes(StepTime(0.0, 1.0), StepTime(0.0, 1.0))
+    times = AssessmentTimes(StageTimes(second, (), (), probed=False, gradients=True, size=256, share=0), 0)
     assert [times.fitting(1000, limit) for limit in (None, 1.0, 90.0, 1e6)] == [1000, 10, 45, 1000]
 
 
