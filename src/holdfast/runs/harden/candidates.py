@@ -115,9 +115,9 @@ def attempts(
     required epochs fit into the budget that remains after the planning. The later attempts are the stronger candidates
     of which one epoch fits into the budget; they are used if doubts are raised against the model of the attempt before.
     If there are several candidates, the entry `fitting_epochs` of the first attempt gives the number of epochs that fit
-    for each timed candidate, which may be fractional. Raises `UsageError` if not even one epoch fits at the speed of the
-    fastest measured update; with `anyway`, if not even one such update fits. A training whose epoch may fit is started
-    and ends within the budget.
+    for each timed candidate, which may be fractional. Raises `UsageError` if not even one epoch fits at the speed of
+    the fastest measured update; with `anyway`, if not even one such update fits. A training whose epoch may fit is
+    started and ends within the budget.
     """
     if budget_s is None:
         requested = [
