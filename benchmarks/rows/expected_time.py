@@ -3,7 +3,8 @@
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import holdfast
 from benchmarks.absent import Absent
 from benchmarks.networks import images, network
+from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.texts import texts_of
 
@@ -29,21 +31,26 @@ def measured() -> Outcome:
     except ImportError as why:
         raise Absent("scikit-learn is not installed: pip install -e '.[sklearn]'") from why
     with tempfile.TemporaryDirectory() as place:
-        table = [_timed(name, settings()) for name, settings in _runs(Path(place)).items()]
+        runs = _runs(Path(place))
+        detail = {
+            name: part("expected-time", name, partial(_timed, name, settings))
+            for name, settings in runs.items()
+        }
+    table = [kept["measured"] for kept in detail.values()]
     right = sum(cells.get("expected / measured") is None or _near(cells) for cells in table)
     stated = sum("expected / measured" in cells for cells in table)
     claims = [
         Claim(f"runs of {len(table)} within a factor of {FACTOR:g} or without a number >= {OF}", right, OF, least=True),
         Claim(f"runs of {len(table)} with a number >= 6", stated, 6, least=True),
     ]  # fmt: skip
-    return Outcome(table, claims, {"suite": "fast", "doubts": "all", "seed": 0})
+    return Outcome(table, claims, {"suite": "fast", "doubts": "all but for ResNet-20", "seed": 0}, detail)
 
 
 def _near(cells: Cells) -> bool:
     return 1 / FACTOR <= cells["expected / measured"] <= FACTOR
 
 
-def _timed(name: str, settings: Mapping[str, Any]) -> Cells:
+def _timed(name: str, opened: Callable[[], dict[str, Any]]) -> Cells:
     """The expected seconds, and the wall time after the message with them or, without one, of everything."""
     begun, stated = time.perf_counter(), []
 
@@ -53,7 +60,7 @@ def _timed(name: str, settings: Mapping[str, Any]) -> Cells:
             stated.append(float(found[1]) * SECONDS[found[2]])
             begun = time.perf_counter()
 
-    result = holdfast.Assess(seed=0, **settings).run(notify=heard)
+    result = holdfast.Assess(seed=0, **opened()).run(notify=heard)
     cells: Cells = {"run": name, "n": result["clean_accuracy"].n, "measured, s": time.perf_counter() - begun}
     if stated:
         (cells["expected, s"],) = stated
@@ -71,8 +78,10 @@ def _runs(place: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "table, gradient boosting": lambda: _table(_boosting, 100),
         "images, linear network": lambda: _images(_linear(), "mnist", 300, "linf:0.1"),
         "images, convolutional network": lambda: _images(network("mnist-cnn").module, "mnist", 100, "l2:1.5"),
-        "images, hardened network": lambda: _images(network("mnist-cnn-hardened").module, "mnist", 200, "linf:0.2"),
-        "images, ResNet-20": lambda: _images(network("cifar_resnet20").module, "cifar10", 50, "linf:1/255"),
+        "images, hardened network": lambda: _images(network("mnist-cnn-hardened").module, "mnist", 100, "linf:0.2"),
+        "images, ResNet-20": lambda: _images(
+            network("cifar_resnet20").module, "cifar10", 50, "linf:1/255"
+        ) | {"doubts": False},
         "texts, words": lambda: _texts(50),
     }  # fmt: skip
 
