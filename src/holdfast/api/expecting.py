@@ -18,7 +18,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import Names
 from holdfast.io.data.expected import Expected, FirstTable
-from holdfast.io.data.selection import Selection
+from holdfast.io.data.selection import Selection, selected
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
@@ -264,7 +264,8 @@ def refuse_other_range(first: Data, second: Data) -> None:
     """
     ranges = []
     for data in (first, second):
-        x = data.read(0, min(len(data), _RANGE_EXAMPLES)).x
+        some = selected(data, n=None, sample=_RANGE_EXAMPLES, seed=0)  # a file may be sorted by class
+        x = some.read(0, len(some)).x
         if x.dim() < 3:
             return
         ranges.append((float(x.nan_to_num().min()), float(x.nan_to_num().max())))

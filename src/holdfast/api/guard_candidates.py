@@ -77,7 +77,7 @@ def _for_candidate(
         return replace(before, models=(model,))
     examples = open_examples(settings, subject.model)
     with readied(subject, examples, torch.device("cpu")) as (target, _):
-        stream = calibration_stream(pipeline, target, examples)
+        stream = calibration_stream(pipeline, target.logits, examples)
         _, found = calibrated(pipeline, stream, before.false_positives)
     return replace(
         found,

@@ -23,7 +23,7 @@ from PIL import Image
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.io.data.arrays import Arrays, Choice
+from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
 from holdfast.io.data.class_numbers import lenient_numbers
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import GREY_NOTE
@@ -165,6 +165,8 @@ def open_folder(
             unnumbered, first = replace(unnumbered, mode="L"), first[:, :1]
             notes += (GREY_NOTE,)
         notes += expected.probe.suit(first)
+    labels = np.array([name for _, name in entries])
+    notes += first_rows_note(labels, labels[rows], choice.n)
     names, objection = lenient_numbers(class_folders, expected, repr(str(root)), "class folders")
     # Reversed, so that of two equal names the first one counts.
     numbers = {name: number for number, name in reversed([*enumerate(names)])}
