@@ -131,13 +131,16 @@ class Scored:
         return order[self.n_methods[order] > 0].tolist()
 
 
-def refuse_unscorable(batch: Batch) -> None:
-    """Raise `UsageError` if the labels of the audited examples do not form classes."""
+def refuse_unscorable(batch: Batch, *remedies: Remedy) -> None:
+    """Raise `UsageError` if the labels of the audited examples do not form classes. `remedies` are those for a single
+    class.
+    """
     counts = torch.bincount(batch.y)
     if int((counts > 0).sum()) < 2:
         raise UsageError(
             f"all {len(batch)} examples have the label {int(batch.y[0])}; a network learns nothing from one class, so "
-            "give all classes of the training data"
+            "give all classes of the training data",
+            *remedies,
         )
     if int(counts.max()) == 1:
         raise UsageError(
@@ -146,10 +149,11 @@ def refuse_unscorable(batch: Batch) -> None:
         )
 
 
-def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
+def with_trusted(batch: Batch, trusted: Batch, *remedies: Remedy) -> PoisonRequest:
     """Return the request for examples beside trusted ones. Audited examples that are trusted themselves are left out.
 
-    Raises `UsageError` if the trusted examples have other classes or another shape.
+    Raises `UsageError` if the trusted examples have other classes, for which `remedies` are further ones, or another
+    shape.
     """
     if batch.example_shape != trusted.example_shape:
         raise UsageError(
@@ -163,6 +167,7 @@ def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
         raise UsageError(
             f"the audited and the trusted examples must have the same classes, and only one of them has examples of "
             f"{listed}; give trusted examples of the same classes",
+            *remedies,
             Remedy("clean"),
         )
     known = {*zip(trusted.fingerprints(), trusted.y.tolist(), strict=True)}

@@ -179,7 +179,10 @@ def concluded(steps: StoredSteps) -> Finding:
 def _measured(train: Train, canaries: Canaries, seed: int) -> dict[str, Tensor]:
     """Losses of the canaries, and of some of the other training examples, under a network that is trained once."""
     model = train(*canaries.training, seed)
-    rest = canaries.rest.first(_SEEN)
+    order = (
+        Draws(seed).at("privacy", "rest").bits(canaries.rest.ids.cpu()).argsort()
+    )  # a file may be sorted by class
+    rest = canaries.rest.take(order[:_SEEN].to(canaries.x.device))
     y = torch.cat((canaries.y, rest.y))
     logits = _logits(model, torch.cat((canaries.x, rest.x)))
     n, n_rest = len(canaries.y), len(rest)
