@@ -26,6 +26,7 @@ from holdfast.core.types import Inputs, Labels
 from holdfast.reports.numbers import percent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.column_forms import Form, flag, whole
+from holdfast.statistics.group_privacy import RowBudget
 from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson
 
 LOSSES = "losses"
@@ -50,7 +51,14 @@ class PrivacyAudit:
     kind: CanaryKind
     share: float
     """share of the canaries about which a guess is made"""
+    equal_rows: int
+    """largest number of examples with equal inputs"""
     seed: int
+
+    @property
+    def claim(self) -> RowBudget:
+        """The claimed budget of each row."""
+        return RowBudget(self.epsilon, self.delta, self.equal_rows)
 
     @property
     def guesses(self) -> int:
@@ -137,6 +145,7 @@ class _Settings(TypedDict):
     canaries: Annotated[Size, Field(ge=1)]
     kind: CanaryKind
     share: Share
+    equal_rows: Annotated[Size, Field(ge=1)]
 
 
 _FORMS = {
@@ -234,6 +243,9 @@ def _finding(
             "epsilon_lower": epsilon,
             "epsilon_claimed": how.epsilon,
             "delta": how.delta,
+            "equal_rows": how.equal_rows,
+            "group_epsilon": how.claim.group_epsilon,
+            "group_delta": how.claim.group_delta,
             "largest_possible": how.largest,
             "canaries": how.canaries,
             "guesses": guesses,
@@ -262,5 +274,9 @@ def _finding(
                 f"The network classifies {percent(accuracy)} of its other training examples correctly.",
             ),
         ),
-        limits=(weak, f"{guesses} guesses show an epsilon of at most {how.largest:.2f}."),
+        limits=(
+            f"The claim is for rows: {how.claim.sentence()}.",
+            weak,
+            f"{guesses} guesses show an epsilon of at most {how.largest:.2f}.",
+        ),
     )

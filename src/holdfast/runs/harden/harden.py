@@ -3,6 +3,7 @@ measures the new model.
 """
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from holdfast.recipes.training.recipe import (
     OnParts,
     WithFollowUp,
     WithFurtherExamples,
+    WithRowBudget,
     goal_of,
     trained_as,
 )
@@ -57,7 +59,7 @@ from holdfast.runs.harden.candidates import (
     untrained,
 )
 from holdfast.runs.harden.epoch_log import EpochLog
-from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart
+from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart, planned_elsewhere
 from holdfast.runs.harden.hardened import (
     MODEL,
     Hardened,
@@ -90,6 +92,7 @@ from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.run_manifest import about_run, harden_manifest
+from holdfast.statistics.group_privacy import RowBudget
 
 _CHECKED = 4_096  # training examples that are validated at once
 _IN_PLACE_EXAMPLES = 8  # examples that show whether a network changes its input in place
@@ -137,13 +140,19 @@ def harden(
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
+        # also of rows that are not trained on because they equal test or held-out rows
+        budgets = {
+            one.name: one.recipe.budget_on(data.fingerprints())
+            for one in request.candidates
+            if isinstance(one.recipe, WithRowBudget)
+        }
         for note in request.notes:
             notify(note)
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
         stack.enter_context(threads(n_threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock)
+        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock, budgets)
         job.report(log or EpochLog())
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
@@ -167,6 +176,7 @@ class _Job:
         notify: Notify,
         detail: Notify,
         clock: Clock,
+        budgets: Mapping[str, RowBudget],
     ) -> None:
         device = distributed.own(torch.device(request.device))
         self.rest, self.held_out = examples.rest.to(device), examples.held_out.to(device)
@@ -194,8 +204,9 @@ class _Job:
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
             refuse_goal(candidate.name, goal_of(candidate.recipe))
             settings = candidate.recipe.training
-            # within a budget, a scheduler is created for the planned updates
-            settings = settings if request.budget_s is None else settings.timed
+            if request.budget_s is not None:
+                # a scheduler is created for the planned updates
+                settings = replace(settings.timed, pacing=planned_elsewhere)
             self.trainer.checkpoints(trained_as(candidate.recipe, settings), None)
         stored = distributed.broadcast(stored_manifest(run))
         self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(test))
@@ -206,6 +217,8 @@ class _Job:
         few = "" if _on_parts(request) else few_held_out(len(self.evaluated))
         limits = (few, sample_note(test, n_assessed, limit_s(request)))
         self.limits = [note for note in limits if note]
+        self.budgets = budgets
+        self.limits += [budget.sentence() for budget in self.budgets.values()]
         self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
         self.manifest = harden_manifest(subject, digests, self.test, request, self.plan, machine)
@@ -304,6 +317,8 @@ class _Job:
             weights = written(net, weights_metadata(best.subject, self.manifest))
             entries = {**self._entries(accuracies_before), "generalisation": self._on_training(best)}
             entries |= self._follow_up(best)
+            if best.candidate.name in self.budgets:
+                entries["privacy"] = self.budgets[best.candidate.name].entry()
             card = card_of(trained, best, (before, after), folder.manifest, entries)
             after = replace(after, training=training_summary(card))
             model = of_values(best.subject.model)
