@@ -242,10 +242,7 @@ def _finding(
         {
             "epsilon_lower": epsilon,
             "epsilon_claimed": how.epsilon,
-            "delta": how.delta,
-            "equal_rows": how.equal_rows,
-            "group_epsilon": how.claim.group_epsilon,
-            "group_delta": how.claim.group_delta,
+            **{name: value for name, value in how.claim.entry().items() if name != "epsilon"},
             "largest_possible": how.largest,
             "canaries": how.canaries,
             "guesses": guesses,

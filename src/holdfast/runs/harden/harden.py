@@ -215,10 +215,10 @@ class _Job:
         self.test = assessed(test, n_assessed, request.seed)
         self.checked = self.held_out if self.test is test else self._held_out_sample(n_assessed)
         few = "" if _on_parts(request) else few_held_out(len(self.evaluated))
-        limits = (few, sample_note(test, n_assessed, limit_s(request)))
+        stated = [budget.sentence() for budget in budgets.values()]
+        limits = (few, sample_note(test, n_assessed, limit_s(request)), *stated)
         self.limits = [note for note in limits if note]
         self.budgets = budgets
-        self.limits += [budget.sentence() for budget in self.budgets.values()]
         self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
         self.manifest = harden_manifest(subject, digests, self.test, request, self.plan, machine)
