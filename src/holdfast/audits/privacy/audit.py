@@ -35,6 +35,11 @@ _DOUBLINGS, _DIGITS = 8, 10  # of the canaries and of delta, up to which a possi
 _PIECE, _SEEN = 256, 1000
 """examples in a forward pass, and largest number of other training examples whose accuracy is reported"""
 
+_WEAK = (
+    "The bound holds with 95 % confidence and is a lower one: other canaries, another attack or another seed may "
+    "show more, and a small bound is no proof of privacy."
+)
+
 Train = Callable[[Inputs, Labels, int], Classifier]
 """function that trains a network on inputs and labels with a seed"""
 
@@ -230,10 +235,6 @@ def _finding(
             f"delta is {how.delta:g}, which is not smaller than 1/n = {1 / n:.2g}: a training that publishes one of "
             f"the {n:,} examples could have this delta"
         )
-    weak = (
-        "The bound holds with 95 % confidence and is a lower one: other canaries, another attack or another seed may "
-        "show more, and a small bound is no proof of privacy."
-    )
     medians = [float(losses[part].median()) if part.any() else math.nan for part in (included, ~included)]
     return Finding(
         "flagged" if flagged else "not flagged",
@@ -273,7 +274,7 @@ def _finding(
         ),
         limits=(
             f"The claim is for rows: {how.claim.sentence()}.",
-            weak,
+            _WEAK,
             f"{guesses} guesses show an epsilon of at most {how.largest:.2f}.",
         ),
     )

@@ -190,7 +190,7 @@ class _Job:
             teacher = learner_of(request.teacher.model, inputs)
             request = replace(request, candidates=tuple(one.taught_by(teacher) for one in request.candidates))
         self.subject, self.request, self.run = subject, request, run
-        self.again = way_out(request.command, run)
+        self.again, self.budgets = way_out(request.command, run), budgets
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
         freeze_others(self.model, request.train_only)
@@ -218,7 +218,6 @@ class _Job:
         stated = [budget.sentence() for budget in budgets.values()]
         limits = (few, sample_note(test, n_assessed, limit_s(request)), *stated)
         self.limits = [note for note in limits if note]
-        self.budgets = budgets
         self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
         self.manifest = harden_manifest(subject, digests, self.test, request, self.plan, machine)
