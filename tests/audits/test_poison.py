@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,15 @@ def test_unusual_features_of_examples_with_predicted_labels_come_first():
     reasons = finding_of(result).reasons
     assert any("features and labels" in reason and "no test supports" in reason for reason in reasons)
     assert any("no share of manipulated examples is detected" in reason for reason in reasons)
+
+
+def test_unusual_features_that_classes_or_trusted_examples_have_by_nature_are_no_evidence():
+    several = suspects_of(made_up(wrong=range(0, 60, 2), unlike=range(100, 120)))
+    assert (several.order, several.evident) == ("labels", ())
+    for n_natural, evident in ((0, (1,)), (10, ())):
+        result = made_up(unlike=[*range(101, 121, 2), *range(301, 301 + 2 * n_natural, 2)])
+        examples = replace(result.examples, n_trusted=100)
+        assert suspects_of(replace(result, examples=examples)).evident == evident
 
 
 @pytest.mark.parametrize("n_trusted", [40, 100, 300])

@@ -1,9 +1,10 @@
 """The list of the suspect examples: what its order rests on, and why each example is on it.
 
 The list is ordered by the scores that the evidence supports. If a set is flagged, the evidence is its comparison with
-trusted examples. Without one, unusual features are evidence in a class in which many examples have them whose label
-is predicted by networks that were not trained on these examples. Wrong labels have unusual features as well, but are
-not predicted.
+trusted examples. Otherwise unusual features are evidence in a class in which many examples have them whose label is
+predicted by networks that were not trained on these examples: wrong labels have unusual features as well, but are not
+predicted. Classes of tables with extreme values have such examples by nature. Then trusted examples have them too, or
+several classes have them, so that one class alone is evidence.
 """
 
 from dataclasses import dataclass
@@ -12,16 +13,16 @@ from typing import Literal
 import torch
 
 from holdfast.audits.poison.audit import METHODS, Scored
-from holdfast.core.types import Mask
 
 Kind = Literal["labels", "features", "both"]
 """what is suspect: labels that are wrong, features that are unlike those of the class, or both"""
 OF_FEATURES = tuple(name for name in METHODS if name != "labels")
 """methods that score features and losses, by which a manipulated input is found"""
-UNUSUAL, FEWEST = 0.01, 3
-"""Smallest share and number of examples of a class with predicted labels and unusual energies that are evidence without
-a comparison. In subsets of MNIST and Fashion-MNIST without manipulated inputs, also with wrong labels, a class had at
-most 0.8 % of them; with BadNets or Blended on 1 % of the set, the target class had 1.5 to 9 %."""
+UNUSUAL, FEWEST, RARE = 0.01, 3, 0.5
+"""If a set is not flagged: the smallest share and number of examples of a class with predicted labels and unusual
+energies that are evidence, and the largest share of them among trusted examples, relative to that among the others.
+In subsets of MNIST and Fashion-MNIST without manipulated inputs, also with wrong labels, a class had at most 0.8 % of
+them; with BadNets or Blended on 1 % of the set, the target class had 1.5 to 9 %."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def suspects_of(scored: Scored) -> Suspects:
     y, by_label = scored.examples.y[:n], scored.scores["labels"][:n]
     flags = {name: scored.flags[name][:n] for name in METHODS}
     unusual = flags["energy"] | flags["clustering"]
-    evident = _evident(scored, kind, flags["energy"] & ~scored.contradicted)
+    evident = _unusual_classes(scored) if kind is None else _significant_classes(scored)
     in_evidence = torch.isin(y, torch.tensor(evident, dtype=torch.int64))
     of_labels = flags["labels"] | scored.contradicted
     of_features = unusual & (~of_labels | in_evidence)
@@ -85,17 +86,25 @@ def suspects_of(scored: Scored) -> Suspects:
     return Suspects(rows, reasons, order, evident)
 
 
-def _evident(scored: Scored, kind: Kind | None, unexplained: Mask) -> tuple[int, ...]:
-    """The classes in which features are evidence. `unexplained` are unusual energies of examples with predicted
-    labels.
-    """
-    y = scored.examples.y[: scored.examples.n]
-    counts = torch.bincount(y)
-    if kind is None:
-        own = torch.bincount(y[unexplained], minlength=len(counts))
-        many = (own >= FEWEST) & (own > UNUSUAL * counts)
-        return tuple(many.nonzero()[:, 0].tolist())
-    of_class = {test.label for test in scored.of_features if test.label is not None}
-    if scored.of_features and not of_class:
-        return tuple(counts.nonzero()[:, 0].tolist())
-    return tuple(sorted(of_class))
+def _significant_classes(scored: Scored) -> tuple[int, ...]:
+    """The classes with a significant test of features; all classes for a test of all classes together."""
+    of_class = {test.label for test in scored.of_features}
+    found_classes = sorted(label for label in of_class if label is not None)
+    everything = torch.bincount(scored.examples.y).nonzero()[:, 0].tolist() if of_class else []
+    return tuple(found_classes or everything)
+
+
+def _unusual_classes(scored: Scored) -> tuple[int, ...]:
+    """The class of a set that is not flagged in which unusual features are evidence, if there is one."""
+    y, trusted = scored.examples.y, scored.examples.trusted
+    predicted = scored.predicted == y
+    classes = []
+    for label in torch.bincount(y).nonzero()[:, 0].tolist():
+        own = predicted & (y == label)
+        unusual = own & scored.flags["energy"]
+        n, n_unusual = int((own & ~trusted).sum()), int((unusual & ~trusted).sum())
+        expected = n_unusual * int((own & trusted).sum()) / max(n, 1)
+        is_rare = int((unusual & trusted).sum()) <= RARE * expected
+        if n_unusual >= FEWEST and n_unusual > UNUSUAL * n and is_rare:
+            classes.append(label)
+    return tuple(classes) if len(classes) == 1 else ()
