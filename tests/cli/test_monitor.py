@@ -36,13 +36,19 @@ def elsewhere(tmp_path, monkeypatch):
 def test_inputs_alone_raise_an_alarm_if_they_moved(capsys):
     assert run(["monitor", "same.npz", "--reference", "reference.npz"]) == 0
     shown = capsys.readouterr()
-    assert "No alarm of martingale in 500 samples of same.npz, compared with reference.npz." in shown.err
+    assert (
+        "The test martingale found no difference in 500 samples of same.npz, compared with reference.npz."
+        in shown.err
+    )
     assert "Accuracy" not in shown.out
     reports = [part for suffix in ("json", "md", "html") for part in ("-o", f"report.{suffix}")]
     assert run(["monitor", "moved.npz", "--reference", "reference.npz", *reports]) == 1
     shown = capsys.readouterr()
-    assert "Alarm of martingale after sample " in shown.err
-    assert "on inputs: feature 1 (wealth " in shown.err
+    assert (
+        "differs from the reference in its inputs (inputs: feature 1): alarm of the test martingale"
+        in shown.err
+    )
+    assert "wealth" not in shown.err and "wealth" in shown.out
     assert "Ville's inequality" in shown.out
     assert "What to do:" in shown.out
     content = json.loads(Path("report.json").read_text())
@@ -50,7 +56,7 @@ def test_inputs_alone_raise_an_alarm_if_they_moved(capsys):
     (first, *_) = content["tests"]
     assert first["name"] == "martingale" and first["alarm"]["after"] < 100 and first["power"]["shift"] == 0.3
     assert "| martingale | alarm |" in Path("report.md").read_text().replace("  ", " ")
-    assert "<h1>Alarm of martingale" in Path("report.html").read_text()
+    assert "<h1>The stream differs from the reference in its inputs" in Path("report.html").read_text()
 
 
 def test_the_tests_of_alarm_decide_the_exit_code():

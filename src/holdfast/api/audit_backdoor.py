@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,15 @@ from holdfast.api.references import beside
 from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
 from holdfast.api.verb_settings import AuditBackdoor, composed
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
-from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, ControlTraining, measure, measured
+from holdfast.audits.backdoor.audit import (
+    CLEAN,
+    STRIP,
+    BackdoorRequest,
+    ControlTraining,
+    measure,
+    measured,
+    refuse_other_shape,
+)
 from holdfast.audits.backdoor.conclusion import images_of, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache
 from holdfast.audits.backdoor.inversion import refuse_one_class
@@ -25,12 +34,14 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.data_catalogue import cache_folder
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
+from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import last_of, with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.identity import code_digest
@@ -89,7 +100,7 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
         settings.seed,
         str(device),
         start.command,
-        (*subject.notes, *notes_of(stream)),
+        (*subject.notes, *notes_of(data, stream)),
         writes=settings.trigger_out is not None,
     )
 
@@ -101,7 +112,17 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
             write_trigger(Path(settings.trigger_out), replace(trigger, ends=ends(model.bounds)))
         return lambda: images_of(batch, trigger, model.bounds)
 
-    yield PreparedAudit(about, audit)
+    yield PreparedAudit(about, audit, _needs(settings, batch, stream))
+
+
+def _needs(settings: AuditBackdoor, batch: Batch, stream: Data | None) -> tuple[Need, ...]:
+    """Return what the later steps of the audit need."""
+    needs = []
+    if stream is not None:
+        needs.append(Need(STRIP, partial(refuse_other_shape, batch, stream)))
+    if settings.trigger_out is not None:
+        needs.append(Need("trigger_out", partial(refuse_unwritable, Path(settings.trigger_out))))
+    return tuple(needs)
 
 
 def _stream(settings: AuditBackdoor, model: Classifier, first: Data) -> Data:

@@ -19,7 +19,13 @@ from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator, composed
 from holdfast.attacks.parts.small_networks import network_for
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
-from holdfast.audits.generator.audit import GeneratorAudit, measure, parts_of, refuse_incomparable
+from holdfast.audits.generator.audit import (
+    GeneratorAudit,
+    measure,
+    needs_of,
+    parts_of,
+    refuse_incomparable,
+)
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -59,7 +65,7 @@ def prepared_generator(settings: AuditGenerator, start: AuditStart) -> Iterator[
         request, how = prepared_tables(settings, tables, start.command)
     else:
         request, how = opened_audit(settings, start.notify, start.command)
-    yield PreparedAudit(request, lambda run: measure(run, how))
+    yield PreparedAudit(request, lambda run: measure(run, how), needs_of(how, settings.gates))
 
 
 def opened_audit(
@@ -101,6 +107,8 @@ def opened_audit(
         parts_of(settings.latent, settings.condition),
     )
     refuse_incomparable(how)
+    if network is None:
+        _refuse_unlabelled(batch)
     about: dict[str, Any] = {"name": training.name, "digest": training.digest, "n": len(training)}
     about["held_out"] = {"name": held_out.name, "digest": held_out.digest, "n": len(held_out)}
     request = AuditRequest(
@@ -206,13 +214,17 @@ def _source(settings: AuditGenerator, network: Classifier | None, training: Data
 
 def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Classifier:
     """Train the network whose features are compared, on the labels of the training examples."""
+    notify(f"training a small network on {len(training):,} examples, whose features are compared")
+    return trained_extractor(training, Draws(settings.seed).at("features"))
+
+
+def _refuse_unlabelled(training: Batch) -> None:
+    """Raise `UsageError` if the training examples have no labels."""
     if bool((training.y == UNLABELLED).any()):
         raise UsageError(
             "the training examples have no labels, with which a network for the features could be trained; give a "
             "network that was trained on such data, as in features=net.pt,arch=net.py:make"
         )
-    notify(f"training a small network on {len(training):,} examples, whose features are compared")
-    return trained_extractor(training, Draws(settings.seed).at("features"))
 
 
 def trained_extractor(training: Batch, rng: Draws) -> Classifier:

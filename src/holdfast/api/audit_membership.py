@@ -88,7 +88,7 @@ def prepared_membership(settings: AuditMembership, start: AuditStart) -> Iterato
             work = work.in_memory()
         options = settings.ray_options(str(device))
         with executor_of(work, settings.workers, options, str(device), start.notify) as executor:
-            yield PreparedAudit(request, audit, executor)
+            yield PreparedAudit(request, audit, executor=executor)
 
 
 def _how(

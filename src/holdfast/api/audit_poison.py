@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,9 +30,11 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
+from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import last_of, with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.run import Run
@@ -85,7 +88,9 @@ def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[Prepar
         notes,
         writes=settings.suspects is not None,
     )
-    yield PreparedAudit(about, audit)
+    suspects = settings.suspects
+    needs = () if suspects is None else (Need("suspects", partial(refuse_unwritable, Path(suspects))),)
+    yield PreparedAudit(about, audit, needs)
 
 
 def training(model: Classifier) -> Train:

@@ -68,9 +68,10 @@ def prepared_tables(
     # a random sample, because a file may be sorted
     names = tuple(column.name for column in tables.columns)
     chosen = rows_of(samples, settings.samples, rng.at("samples"))
+    others = rows_of(held_out, len(held_out), rng.at("held-out"))
     how = GeneratorAudit(
         training,
-        rows_of(held_out, len(held_out), rng.at("held-out")),
+        others,
         settings.samples,
         lambda: chosen.x,
         None,
@@ -78,6 +79,7 @@ def prepared_tables(
         rng.at("parts"),
         None,
         (TablePart(names, tables), *parts_of(settings.latent, settings.condition)),
+        (tables.rows[_SAMPLES][chosen.ids], tables.rows[_TRAINING], tables.rows[_HELD_OUT][others.ids]),
     )
     refuse_incomparable(how)
     about = opened.about(_TRAINING) | {"n": len(training)}
@@ -99,6 +101,7 @@ def prepared_tables(
         settings.seed,
         "cpu",
         command,
+        tables.notes,
     )
     return request, how
 

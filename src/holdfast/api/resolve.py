@@ -25,6 +25,7 @@ from holdfast.api.expecting import (
     group_column,
     names,
     normalisation,
+    notes_of,
     sizes_by_feature,
     units_of_eps,
     unlabelled,
@@ -499,14 +500,14 @@ def open_train_split(settings: Opening, model: Classifier, first: Data | None = 
 
 def open_training_examples(settings: Opening, model: Classifier) -> tuple[Data, tuple[str, ...]]:
     """Open the train split of the data if there is one, and all examples otherwise. A split of the settings takes
-    precedence. Return a note for the report on the split as well.
+    precedence. Return notes for the report on the split and the examples as well.
     """
     train = open_train_split(settings, model)
     data = open_expected(settings, expected(settings, model)) if train is None else train
     split = settings.split if train is None else "train"
-    notes = (
-        () if split is None else (f"{data.name}: the split {split} with {len(data):,} examples is audited",)
-    )
+    notes = notes_of(data)
+    if split is not None:
+        notes += (f"{data.name}: the split {split} with {len(data):,} examples is audited",)
     return with_groups(data, settings, whole=True), notes
 
 

@@ -21,6 +21,7 @@ from holdfast.core.catalogue import AUDITS
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
+from holdfast.core.needs import Need
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Verdict, exit_code, judged_estimate, overall
 from holdfast.reports import audit as reported
@@ -136,6 +137,8 @@ class PreparedAudit:
 
     request: AuditRequest
     measure: Measure
+    needs: tuple[Need, ...] = ()
+    """what the steps need, besides what was checked when the model and the data were opened"""
     executor: Executor | None = None
     """executor of the stages that are divided into shards; None for this process"""
 

@@ -225,6 +225,7 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
         if "-" in output:
             click.echo(comparison.to_json())
         elif not voice.quiet:
-            click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain))
+            click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain), nl=False)
+        click.echo(comparison.summary()["headline"], err=True)
         for place in places:
             voice.say(f"report: {place}")

@@ -99,6 +99,17 @@ class BackdoorRequest:
         )
 
 
+def refuse_other_shape(batch: Batch, stream: Data) -> None:
+    """Raise `UsageError` if the inputs of a stream cannot be mixed with clean examples."""
+    shape = stream.read(0, 1).example_shape
+    if shape != batch.example_shape:
+        raise UsageError(
+            f"inputs of the stream {stream.name} have shape {shape}, and the clean examples {batch.example_shape}; "
+            "inputs of the same shape were expected",
+            Remedy("stream"),
+        )
+
+
 def groups_of(classes: int) -> Iterator[tuple[str, list[int]]]:
     """Yield the groups of classes of which triggers are searched in one batch, each with the name of its stage."""
     for place, first in enumerate(range(0, classes, GROUP)):

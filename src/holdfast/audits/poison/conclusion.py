@@ -1,6 +1,7 @@
 """The finding of the audit of training data, from the scores of the examples, and the file of suspect examples."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
+from holdfast.io.files import replacing
 from holdfast.reports.numbers import percent
 from holdfast.reports.words import amount, capitalized
 
@@ -111,12 +113,14 @@ def write_suspects(path: Path, scored: Scored, names: Sequence[str] | None = Non
     Raises `TargetError` if the file cannot be written.
     """
     suspects = suspects_of(scored)
+    text = io.StringIO(newline="")
+    lines = csv.writer(text)
+    lines.writerow(_HEADINGS)
+    for cells in _rows(scored, suspects, len(suspects.rows), names):
+        lines.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
     try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file)
-            lines.writerow(_HEADINGS)
-            for cells in _rows(scored, suspects, len(suspects.rows), names):
-                lines.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
     except OSError as error:
         raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
 

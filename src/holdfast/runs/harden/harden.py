@@ -3,9 +3,10 @@ measures the new model.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need, refuse_unmet
 from holdfast.core.units import of_values
+from holdfast.gates.grammar import Claim
 from holdfast.gates.training_verdicts import Before, refuse_goal
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
@@ -38,9 +41,9 @@ from holdfast.recipes.training.recipe import (
 from holdfast.recipes.training.recipe import untrained as untrained_model
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_threat, threads
+from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for
-from holdfast.runs.assess.preparation import readied
+from holdfast.runs.assess.preparation import plan_for, readied
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.identity import hardware
@@ -123,7 +126,35 @@ def harden(
     """
     if run is not None:
         refuse_used(run, resume=resume)
-    # Before the data are prepared and any process is joined, because nothing is stored yet.
+    # Before any process is joined, because nothing is stored yet.
+    examples, further, n_threads = checked(subject, data, test, request)
+    # also of rows that are not trained on because they equal test or held-out rows
+    budgets = {
+        one.name: one.recipe.budget_on(data.fingerprints())
+        for one in request.candidates
+        if isinstance(one.recipe, WithRowBudget)
+    }
+    for note in request.notes:
+        notify(note)
+    with ExitStack() as stack:
+        stack.enter_context(distributed.joined(torch.device(request.device)))
+        stack.enter_context(threads(n_threads))
+        place = stack.enter_context(temporary_run_folder()) if run is None else run
+        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock, budgets)
+        job.report(log or EpochLog())
+        result = job.lead(resume=resume) if distributed.first() else job.follow()
+    if run is not None:
+        return result
+    before, after = (replace(side, folder=None) for side in (result.before, result.after))
+    return replace(result, before=before, after=after, folder=None)
+
+
+def checked(
+    subject: Subject, data: TrainingData, test: Data, request: HardenRequest
+) -> tuple[TrainingExamples, list[str], int]:
+    """Check all that a hardening needs, and return the examples, the digests of further examples, and the number of
+    threads for the network. Nothing is trained or stored. Raises `UsageError` or `TargetError`.
+    """
     refuse_untrainable(subject.model)
     freeze_others(copy_of(subject.model), request.train_only)
     refuse_data(test)
@@ -140,25 +171,26 @@ def harden(
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
-        # also of rows that are not trained on because they equal test or held-out rows
-        budgets = {
-            one.name: one.recipe.budget_on(data.fingerprints())
-            for one in request.candidates
-            if isinstance(one.recipe, WithRowBudget)
-        }
-        for note in request.notes:
-            notify(note)
-    with ExitStack() as stack:
-        stack.enter_context(distributed.joined(torch.device(request.device)))
-        stack.enter_context(threads(n_threads))
-        place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock, budgets)
-        job.report(log or EpochLog())
-        result = job.lead(resume=resume) if distributed.first() else job.follow()
-    if run is not None:
-        return result
-    before, after = (replace(side, folder=None) for side in (result.before, result.after))
-    return replace(result, before=before, after=after, folder=None)
+    gates = request.assessment.gates
+    refuse_unmet(
+        Need(step, partial(refuse_unmeasured, subject, test, request, claims))
+        for step, claims in (("before", ()), *((("after", gates),) if gates else ()))
+    )
+    return examples, further, n_threads
+
+
+def refuse_unmeasured(
+    subject: Subject, test: Data, request: HardenRequest, gates: Sequence[Claim], *, paired: bool = False
+) -> None:
+    """Raise `UsageError` or `TargetError` if the assessments before and after a training cannot be measured, or if they
+    do not measure the metric of a gate. Gates against a baseline are checked if they are `paired`: judged on both.
+    """
+    # the training examples on which attacks are fitted are chosen later
+    assessment = replace(request.assessment, fit=test if request.examples else None)
+    device = distributed.own(torch.device(request.device))
+    with readied(subject, test, device) as (target, sample), ExitStack() as stack:
+        plan = plan_for(subject, test, assessment, target, sample, stack)
+        refuse_gates(gates, plan, target, sample, test, paired=paired)
 
 
 class _Job:
