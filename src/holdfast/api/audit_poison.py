@@ -71,7 +71,7 @@ def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[Prepar
             measure(run, request, training(model), start.notify)
         result = scored(StoredSteps(about.manifest(), run.store))
         if settings.suspects is not None:
-            write_suspects(Path(settings.suspects), result)
+            write_suspects(Path(settings.suspects), result, model.class_names)
         return lambda: images_of(request.batch, result, model.bounds)
 
     about = AuditRequest(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from holdfast.audits.features import penultimate
-from holdfast.audits.poison.comparison import Comparison, compared
+from holdfast.audits.poison.comparison import Comparison, Tested, compared
 from holdfast.audits.poison.confident_learning import LabelScores, label_scores
 from holdfast.audits.poison.feature_scores import feature_scores
 from holdfast.audits.stored_steps import StoredSteps
@@ -108,6 +108,9 @@ class Scored:
     """silhouette of the clusters of the class of each example"""
     comparison: Comparison | None
     """None without trusted examples"""
+    of_features: Sequence[Tested] = ()
+    """if the set is flagged, the significant tests of scores of features among the examples whose label is predicted by
+    a network that was not trained on them. Wrong labels have unusual features, and are not among these examples"""
 
     @property
     def n_methods(self) -> Tensor:
@@ -117,18 +120,12 @@ class Scored:
         flags = torch.stack([self.flags[name][: self.examples.n] for name in METHODS])
         return torch.where(flags[: METHODS.index("loss")].any(0), flags.sum(0), 0)
 
-    def suspects(self) -> list[int]:
-        """Return the rows of the suspect examples: those that most methods flag first, then by the mean rank of their
-        scores in their class.
+    @property
+    def contradicted(self) -> Mask:
+        """Whether the label of each audited example is not the class that a network predicts which was not trained on
+        it.
         """
-        n, y = self.examples.n, self.examples.y[: self.examples.n]
-        rank = torch.zeros(n, dtype=torch.float64)
-        for label in sorted({*y.tolist()}):
-            rows = (y == label).nonzero()[:, 0]
-            for values in self.scores.values():
-                rank[rows] += values[rows].argsort(stable=True).argsort(stable=True).double() / len(rows)
-        order = (self.n_methods + rank / (len(METHODS) + 1)).argsort(descending=True, stable=True)
-        return order[self.n_methods[order] > 0].tolist()
+        return (self.predicted != self.examples.y)[: self.examples.n]
 
 
 def refuse_unscorable(batch: Batch, *remedies: Remedy) -> None:
@@ -302,7 +299,7 @@ def _judged(examples: Examples, labels: LabelScores, columns: Columns, rng: Draw
     }
     rules = (columns["unusual"] == 1, columns["clustered"] == 1, labels.suspect, lowest)
     flags = {name: flagged.clone() for name, flagged in zip(METHODS, rules, strict=True)}
-    comparison = None
+    comparison, of_features = None, list[Tested]()
     if examples.n_trusted:
         # wrong labels alone must not look like manipulated inputs
         compares = {name: everything if name == "labels" else ~labels.suspect for name in METHODS}
@@ -313,6 +310,17 @@ def _judged(examples: Examples, labels: LabelScores, columns: Columns, rng: Draw
             rows = (in_class & compares[test.score] & ~trusted).nonzero()[:, 0]
             order = scores[test.score][rows].argsort(descending=True, stable=True)
             flags[test.score][rows[order[: test.excess]]] = True
+        if comparison.flagged:
+            features = {name: values for name, values in scores.items() if name != "labels"}
+            compares = dict.fromkeys(features, labels.predicted == y)
+            of_features = compared(features, compares, y, trusted, ids=examples.ids, rng=rng).flagged
     return Scored(
-        examples, scores, flags, labels.predicted, columns["share"], columns["silhouette"], comparison
+        examples,
+        scores,
+        flags,
+        labels.predicted,
+        columns["share"],
+        columns["silhouette"],
+        comparison,
+        of_features,
     )
