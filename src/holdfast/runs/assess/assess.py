@@ -174,6 +174,7 @@ class _Job:
             stopper,
             progress,
             self.settle,
+            {stage.name: stage.title for stage in self.plan.stages()},
         )
 
     def settle(self, stage: str, shard: int | None) -> None:

@@ -220,6 +220,18 @@ class Stage:
     """method of certification that the stage runs; None for other stages"""
 
     @property
+    def title(self) -> str:
+        """Name of the stage in reports: that of its attack, pass or method of certification, or of the stage itself if
+        it has none of these.
+        """
+        run = self.member or self.prover
+        if run is None or not (self.kind.in_suite or self.kind.of_attack or self.kind.title):
+            return self.name
+        wave = f", wave {len(self.earlier) + 1}" if self.earlier else ""
+        prefix = "fitting " if self.kind.of_attack else ""
+        return f"{prefix}{(self.kind.title or '{}').format(run.name)}{wave}"
+
+    @property
     def attack(self) -> Attack:
         """Attack that the stage runs on its examples."""
         assert self.member is not None

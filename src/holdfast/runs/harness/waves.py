@@ -81,7 +81,7 @@ def residual(waves: Sequence[Columns], surviving: int) -> Residual | None:
     return Residual(untried, untried_bound(ran[last], len(waves)))
 
 
-def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
+def remark(waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
     """Return a note on an attack that stopped before it had tried all surviving examples, with a bound on the fraction
     that it would break.
     """
@@ -90,7 +90,7 @@ def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tupl
     ran = [int(columns["ran"].sum()) for columns in waves]
     tried, last = sum(ran), next(n for n in reversed(ran) if n)
     note = (
-        f"{attack} was run on {tried:,} of the {tried + risk.untried:,} robust examples, lowest margins "
+        f"it was run on {tried:,} of the {tried + risk.untried:,} robust examples, lowest margins "
         f"first. The last {last:,} all survived, so with 95 % confidence it would break at most "
         f"{100 * risk.at_most:.1f} % of the other {risk.untried:,}, if none of those is more likely to be broken"
     )
