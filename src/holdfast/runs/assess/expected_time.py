@@ -13,7 +13,6 @@ from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import Attack, ThresholdAttack
-from holdfast.attacks.square import Square
 from holdfast.core.batch import Batch, Data
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -37,8 +36,6 @@ _HARMLESS = 1e-4
 """Size of changes during the timing, which break no example, so that no step is left out."""
 TRIED = 32
 """Number of examples on which a short attack estimates how many survive the first attack."""
-_SHORT: tuple[Attack, Attack] = (PGD(steps=10), Square(queries=100))
-"""The short attacks on models with gradients and with scores only."""
 _FEWEST = 0.2
 """Share of the passes of an attack on an example that it breaks early."""
 _STATED = ("clean", "attack", "fixed-pgd", "curve")
@@ -216,7 +213,9 @@ def surviving_share(threat: ThreatModel, target: Target, sample: Batch, *, gradi
         return 1.0
     if not 0 < eps < math.inf or threat.goal is not None:
         return 1.0
-    short = _SHORT[0] if gradients else _SHORT[1]
+    from holdfast.attacks.square import Square  # late, as only runs that state their time need it
+
+    short: Attack = PGD(steps=10) if gradients else Square(queries=100)
     with torch.random.fork_rng():
         x_adv = short(target.quick, sample, replace(threat, queries=None), rng=Draws(0))
         with torch.no_grad():
@@ -232,6 +231,8 @@ def step_times(
 
     Steps of attacks are timed under the usual norms, and only passes of the model under other threat models.
     """
+    from holdfast.attacks.square import Square
+
     usual = isinstance(threat.constraint, (Linf, L2, L1))
     harmless = (
         replace(threat, constraint=threat.constraint.resized(_HARMLESS), queries=None) if usual else None
